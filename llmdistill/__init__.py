@@ -1,0 +1,20 @@
+"""llmdistill: distil a large language model into a small one with synthetic data."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "DistillConfig": "llmdistill.trainer",
+    "DistillTrainer": "llmdistill.trainer",
+    "load_dataset": "llmdistill.dataset",
+}
+__all__ = ["DistillConfig", "DistillTrainer", "load_dataset"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and TRL only when a class that needs them is asked for."""
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,57 @@
+"""Cards in the Hub's format: what a model or dataset is, what it was made from, and how."""
+
+from typing import Any
+
+import yaml
+
+from llmdistill.config import Experiment
+
+
+def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alpha: float, results: dict[str, float]) -> str:
+    """The README.md of a trained student."""
+    student, train = experiment.student, experiment.train
+    base = student.model or experiment.teacher.model
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+        "tags": ["llmdistill", "distillation"],
+    }
+    shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
+    rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
+    targets = manifest["targets"]
+    facts = {
+        "starts from": f"`{base}`" + (f" with layers {student.prune.layers} (by {student.prune.by})" if student.prune else ""),
+        "loss": f"{1 - alpha:.2g} × cross-entropy on the teacher's text + {alpha:.2g} × {train.loss}",
+        "temperature": f"{train.temperature:g}",
+        "data": f"{rows:,} rows, {tokens:,} completion tokens, written by `{manifest['teacher']['model']}`",
+        "soft targets": f"the {targets['k']} most likely tokens and the mass outside them"
+        if targets["kind"] == "topk"
+        else "none",
+        "steps": f"{results['steps']:,.0f}",
+        "last logged": ", ".join(f"{key} {results[key]:.3f} nats a token" for key in ("kl", "ce") if key in results),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    settings = yaml.safe_dump(experiment.model_dump(mode="json", include={"seed", "student", "train"}), sort_keys=False)
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# {name}
+
+A student of `{experiment.teacher.model}`, made with llmdistill.
+
+| | |
+| --- | --- |
+{table}
+
+The licence of the teacher, and of the prompts, may bind what is made from them; it was not read by the tool.
+
+## Configuration
+
+```yaml
+{settings.strip()}
+```
+
+Versions, seeds and hashes of all inputs are in `run.json`.
+"""

@@ -1,0 +1,132 @@
+"""The command line: one command a stage, dotted overrides, exit statuses that schedulers understand."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from llmdistill import __version__
+from llmdistill.config import Experiment, keys, load_experiment
+from llmdistill.errors import InputError
+
+# What each command does, and the sections of the configuration it reads.
+STAGES = {
+    "generate": (
+        "the teacher writes a dataset: text and soft targets in one pass",
+        ("teacher", "prompts", "generate", "targets"),
+    ),
+    "curate": ("filter the dataset and hold rows out for evaluation, counting every rejected row", ("curate", "eval.held_out")),
+    "train": ("train the student on the dataset", ("student", "train")),
+    "eval": ("measure the student against the teacher on held-out rows", ("eval",)),
+    "report": ("write report.html and report.md", ()),
+    "run": ("all stages in order; a finished stage is skipped", ("",)),
+}
+_MODULES = {"eval": ("llmdistill.evaluate", "evaluate")}  # the others are named as their command
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Entry point of the `llmdistill` command."""
+    signal.signal(signal.SIGTERM, _preempted)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        sys.exit(2)
+    try:
+        if arguments.command == "inspect":
+            if rest:
+                raise InputError(f"inspect takes no {rest[0]}")
+            from llmdistill.inspect import inspect
+
+            inspect(Path(arguments.dataset))
+        else:
+            overrides = _overrides(rest)
+            experiment = load_experiment(Path(arguments.config), overrides)
+            _call_stage(arguments, experiment, rest)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished work is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: list[str]) -> None:
+    from llmdistill.pipeline import ORDER, run_pipeline
+
+    if arguments.dry_run:
+        print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    elif arguments.command == "run":
+        return run_pipeline([arguments.config, *rest])
+    for stage in ORDER if arguments.command == "run" else [arguments.command]:
+        module, function = _MODULES.get(stage, (f"llmdistill.{stage}", stage))
+        getattr(importlib.import_module(module), function)(experiment, dry_run=arguments.dry_run)
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmdistill",
+        description="Distil a large language model into a small one with synthetic data.",
+        epilog="`llmdistill COMMAND --help` lists every key of the configuration that the command reads.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"llmdistill {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, (help_text, sections) in STAGES.items():
+        command = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            usage=f"llmdistill {name} CONFIG.yaml [--KEY VALUE ...] [--dry-run]",
+            epilog=_keys_help(sections),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
+        command.add_argument(
+            "--dry-run", action="store_true", help="show the resolved configuration and what would be done; load no model"
+        )
+    inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
+    inspect.add_argument("dataset", metavar="DIR", help="the dataset's directory")
+    return parser
+
+
+def _keys_help(sections: tuple[str, ...]) -> str:
+    rows = [
+        (f"--{key}", kind, text)
+        for key, kind, text in keys()
+        if key in ("output", "seed")
+        or any(not section or key == section or key.startswith(f"{section}.") for section in sections)
+    ]
+    lines = [f"  {key} {kind}\n      {text}" for key, kind, text in rows]
+    return "every key of the configuration, in the file or as an override:\n" + "\n".join(lines)
+
+
+def _overrides(rest: list[str]) -> list[tuple[str, str]]:
+    """Pairs of dotted key and value from `--key value` and `--key=value`."""
+    pairs = []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--") or len(word) == 2:
+            raise InputError(f"unexpected argument {word}; an override is --KEY VALUE")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise InputError(f"--{key} needs a value")
+            value = following
+        pairs.append((key, value))
+    return pairs
+
+
+def _preempted(signum: int, frame: Any) -> NoReturn:
+    """SIGTERM: finished shards and checkpoints are on disk; status 143 tells the scheduler to start us again."""
+    os.write(2, b"terminated; finished work is kept, the same command goes on from there\n")
+    sys.exit(143)

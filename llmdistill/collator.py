@@ -1,0 +1,86 @@
+"""Rows to batches, and the one place where targets meet the logits that predict them.
+
+Soft-target row t of a sequence is the teacher's distribution for `input_ids[completion_start + t]` given everything
+before it. The student's logits for it stand at position `completion_start + t − 1`. No other module shifts anything.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmdistill import targets
+
+TARGET_COLUMNS = ["target_ids", "target_logprobs", "target_tail"]
+
+
+@dataclass
+class DistillCollator:
+    """Pads rows of a dataset to a batch and gathers their soft targets in one flat run of N completion tokens.
+
+    The batch holds `input_ids`, `attention_mask` and `labels` (B, T), the labels −100 outside the completions;
+    `positions` (N,), where in the flattened (B × T) the logits stand that predict each completion token;
+    and, if the rows have soft targets, `target_ids`, `target_logprobs` (N, K) and `target_tail` (N,).
+
+    Args:
+        pad_token_id: fills `input_ids`; masked in attention and labels, so any id will do.
+        max_length: sequences are cut to so many tokens, their targets with them; None keeps them whole.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """One batch from rows as `load_dataset` gives them."""
+        ids = [np.asarray(row["input_ids"])[: self.max_length] for row in rows]
+        starts = np.array([int(row["completion_start"]) for row in rows])
+        lengths = np.array([len(sequence) for sequence in ids])
+        counts = np.maximum(lengths - starts, 0)
+        width = int(lengths.max())
+
+        columns_T = np.arange(width)
+        real_BT = columns_T < lengths[:, None]
+        completion_BT = real_BT & (columns_T >= starts[:, None])
+        input_ids_BT = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
+        input_ids_BT[real_BT] = np.concatenate(ids)
+        batch = {
+            "input_ids": input_ids_BT,
+            "attention_mask": real_BT.astype(np.int64),
+            "labels": np.where(completion_BT, input_ids_BT, -100),
+            "positions": np.flatnonzero(completion_BT) - 1,  # the shift: logits at t − 1 predict token t
+        }
+        if "target_ids" in rows[0]:
+            batch |= _gather_targets(rows, counts)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+def _gather_targets(rows: Sequence[Mapping[str, Any]], counts: targets.Array) -> dict[str, targets.Array]:
+    k = len(rows[0]["target_ids"]) // len(rows[0]["target_tail"])
+    whole = [
+        np.concatenate([np.asarray(row[name])[: n * size] for row, n in zip(rows, counts, strict=True)])
+        for name, size in zip(TARGET_COLUMNS, (k, k, 1), strict=True)
+    ]
+    decoded = targets.decode(*whole)
+    return {"target_ids": decoded.ids_NK, "target_logprobs": decoded.logprobs_NK, "target_tail": decoded.tail_N}
+
+
+def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The model's logits that predict each completion token, shape (N, V); nothing else goes through the output layer.
+
+    The selection happens in front of the output layer, so whatever the model does there (scale, soft-cap, adapter)
+    and whatever wraps the model (DDP, peft) stays as it is.
+    """
+
+    def select(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (inputs[0].flatten(0, 1)[batch["positions"]],)
+
+    handle = getattr(model, "module", model).get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        logits_NV: torch.Tensor = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+    finally:
+        handle.remove()
+    return logits_NV

@@ -1,0 +1,384 @@
+"""The experiment: one YAML file, a section a stage, checked strictly before anything runs.
+
+Nothing here imports torch, transformers or vLLM, so that a configuration can be read and shown on any machine.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmdistill.errors import InputError
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, the docstring under a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Teacher(Section):
+    """The model that writes the text and gives its distribution at every token."""
+
+    model: str
+    """Model directory or name on the Hugging Face Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """`vllm` for speed; `transformers` is the exact reference and needs no vLLM."""
+    dtype: Dtype = "auto"
+    """Precision of the weights; `auto` is the checkpoint's own."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest context in tokens, prompt and completion together; the model's own limit if not given."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that hold one copy of the model (engine vllm)."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences decoded together (engine transformers); part of what makes its floating-point results repeatable."""
+    engine_args: dict[str, Any] = {}
+    """Any argument of `vllm.LLM`, passed through (engine vllm)."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository ships."""
+
+
+class Prompts(Section):
+    """What the teacher is asked."""
+
+    source: str
+    """A JSONL file. A line holds `messages`, or `prompt`, or the variables of the template."""
+    template: str | None = None
+    """A template file (YAML with Jinja) that turns a line's fields into messages."""
+    system: str | None = None
+    """A system message put before every prompt that has none."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many prompts."""
+
+
+class Generate(Section):
+    """How the teacher writes."""
+
+    samples: int = Field(default=1, ge=1)
+    """Completions a prompt."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy. The stored distributions are at temperature 1 whatever this is."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling: the smallest set of tokens with this much mass; 1 is off."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the so many most likely tokens; 0 is off."""
+    max_tokens: int = Field(default=512, ge=1)
+    """Longest completion, in tokens."""
+    rows_per_shard: int = Field(default=1024, ge=1)
+    """Rows in one Parquet shard, the unit of work and of resuming."""
+
+
+class Targets(Section):
+    """What is kept of the teacher's distribution at each completion token."""
+
+    kind: Literal["topk", "none"] = "topk"
+    """`topk`: the k most likely tokens and the mass outside them. `none`: the text only."""
+    k: int = Field(default=64, ge=1)
+    """Tokens kept a position (kind topk)."""
+
+
+class FinishReason(Section):
+    """Keep rows that ended for one of these reasons."""
+
+    keep: list[str] = ["stop"]
+    """`stop`: the teacher ended by itself; `length`: it was cut at `max_tokens`."""
+
+
+class Length(Section):
+    """Keep rows whose completion has a length in this range."""
+
+    min_tokens: int = Field(default=1, ge=0)
+    """Fewest completion tokens."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Most completion tokens."""
+
+
+class Repetition(Section):
+    """Keep rows that do not repeat themselves."""
+
+    ngram: int = Field(default=4, ge=1)
+    """Length of the token n-grams compared."""
+    max_share: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of n-grams that may be repeats of an earlier one."""
+
+
+class Duplicates(Section):
+    """Keep the first of rows whose completions have the same text after lower-casing and joining white space."""
+
+
+class CurateStep(Section):
+    """One filter of the `curate` list; exactly one key."""
+
+    finish_reason: FinishReason | None = None
+    """By the reason for which a completion ended."""
+    length: Length | None = None
+    """By the length of the completion."""
+    repetition: Repetition | None = None
+    """By repeated n-grams."""
+    duplicates: Duplicates | None = None
+    """By equal completions."""
+
+    @model_validator(mode="after")
+    def _one_key(self) -> "CurateStep":
+        if len(self.model_fields_set) != 1:
+            raise ValueError(f"a step has exactly one key, one of {', '.join(type(self).model_fields)}")
+        (name,) = self.model_fields_set
+        if getattr(self, name) is None:
+            setattr(self, name, type(self)._step_types()[name]())
+        return self
+
+    @classmethod
+    def _step_types(cls) -> dict[str, type[Section]]:
+        return {name: get_args(field.annotation)[0] for name, field in cls.model_fields.items()}
+
+    @property
+    def name(self) -> str:
+        """The step's one key."""
+        (name,) = self.model_fields_set
+        return name
+
+    @property
+    def settings(self) -> Section:
+        """What stands under that key."""
+        settings: Section = getattr(self, self.name)
+        return settings
+
+
+class Prune(Section):
+    """The student is the teacher with fewer layers; embeddings, final norm and head are kept."""
+
+    layers: int | list[int]
+    """How many layers stay, or which ones (counted from 0)."""
+    by: Literal["even", "block_influence"] = "even"
+    """How the layers that stay are chosen: evenly spaced, or those that change their input most on the dataset."""
+
+
+class Lora(Section):
+    """Train low-rank adapters (peft) instead of all weights; they are merged into the saved student."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank."""
+    alpha: int = Field(default=32, ge=1)
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapters' input."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Modules that get an adapter."""
+
+
+class Student(Section):
+    """The model that learns: an existing one (`model`) or the pruned teacher (`prune`)."""
+
+    model: str | None = None
+    """Model directory or name on the Hugging Face Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    prune: Prune | None = None
+    """Cut the student out of the teacher."""
+    lora: Lora | None = None
+    """Train adapters only."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository ships."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Student":
+        if self.model is not None and self.prune is not None:
+            raise ValueError("give either student.model or student.prune, not both")
+        return self
+
+
+class Train(Section):
+    """How the student learns."""
+
+    dataset: str | None = None
+    """The dataset's directory; what `curate` wrote if not given."""
+    loss: Literal["forward_kl"] = "forward_kl"
+    """The divergence between teacher and student at each completion token."""
+    alpha: float = Field(default=0.9, ge=0, le=1)
+    """Weight of the soft targets; the rest, 1 - alpha, is cross-entropy on the teacher's text."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of both distributions inside the divergence, which is multiplied by its square."""
+    compare_text_only: bool = False
+    """Train a second student for the same steps on the text alone (alpha 0), so that `eval` shows the difference."""
+    args: dict[str, Any] = {}
+    """Any argument of `trl.SFTConfig`: learning_rate, num_train_epochs, report_to, …"""
+
+
+class Eval(Section):
+    """How the student is measured against the teacher, on rows held out of training."""
+
+    held_out: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the prompts that `curate` keeps out of training."""
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences in one forward pass."""
+    resamples: int = Field(default=2000, ge=100)
+    """Bootstrap resamples behind every interval."""
+    samples: int = Field(default=4, ge=0)
+    """Held-out prompts that every model answers for the report."""
+    sample_tokens: int = Field(default=64, ge=1)
+    """Length of those answers, and of the decoding that is timed."""
+
+
+class Experiment(Section):
+    """One experiment: one YAML file with a section a stage."""
+
+    output: str
+    """Directory that receives what every stage writes."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of sampling, splitting, training and bootstrap."""
+    teacher: Teacher
+    prompts: Prompts | None = None
+    generate: Generate = Generate()
+    targets: Targets = Targets()
+    curate: list[CurateStep] = []
+    """Filters, applied in this order."""
+    student: Student = Student()
+    train: Train = Train()
+    eval: Eval = Eval()
+
+    def directory(self, name: Literal["data", "curated", "student-before", "student", "student-text-only", "eval"]) -> Path:
+        """Where a stage writes."""
+        return Path(self.output) / name
+
+    @property
+    def dataset_directory(self) -> Path:
+        """Where `train` and `eval` read."""
+        return Path(self.train.dataset) if self.train.dataset else self.directory("curated")
+
+
+def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Experiment:
+    """The experiment in `file` with dotted overrides applied: `("train.alpha", "0.5")`, the value read as YAML.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    tree = read_yaml(file)
+    for key, value in overrides:
+        try:
+            _set(tree, key.split("."), yaml.load(value, Loader=_Loader))
+        except (yaml.YAMLError, LookupError, TypeError, ValueError):
+            raise InputError(f"{file}: cannot set {key} to {value!r}") from None
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{file}: {_explain(detail)}" for detail in error.errors())) from None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            tree = yaml.load(stream, Loader=_Loader)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: must hold a mapping of keys to values")
+    return tree
+
+
+def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of the configuration with its type and its help, in the order of the file."""
+    for name, field in section.model_fields.items():
+        inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, Section)]
+        if name == "curate":
+            yield f"{prefix}{name}", "LIST", field.description or ""
+            for step, settings in CurateStep._step_types().items():
+                yield from keys(settings, f"{prefix}{name}.N.{step}.")
+        elif inner:
+            yield from keys(inner[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _type_name(field.annotation), _with_default(field)
+
+
+def _with_default(field: Any) -> str:
+    description = (field.description or "").replace("\n", " ")
+    if field.is_required():
+        return f"{description} (required)"
+    return description if field.default in (None, {}, []) else f"{description} (default {field.default})"
+
+
+def _type_name(annotation: Any) -> str:
+    values = [v for v in get_args(annotation) if v is not type(None)]
+    if getattr(annotation, "__origin__", None) is Literal:
+        return "|".join(str(v) for v in values)
+    if getattr(annotation, "__origin__", None) in (list, dict):
+        return str(annotation.__origin__.__name__).upper()
+    return "|".join(_type_name(v) for v in values) if values else str(annotation.__name__).upper()
+
+
+def _set(tree: Any, path: list[str], value: Any) -> None:
+    """Set a dotted key; sections that are not there yet are made, list items are addressed by number."""
+    *parents, last = path
+    for part in parents:
+        if isinstance(tree, list):
+            tree = tree[int(part)]
+        else:
+            if tree.get(part) is None:
+                tree[part] = {}
+            tree = tree[part]
+    if isinstance(tree, list):
+        tree[int(last)] = value
+    else:
+        tree[last] = value
+
+
+def _explain(detail: Any) -> str:
+    """One validation error as a sentence that names the key."""
+    key = ".".join(str(part) for part in detail["loc"] if not _is_type_label(part))
+    if detail["type"] == "extra_forbidden":
+        known = [name for name, _, _ in keys()]
+        known += sorted({prefix for name in known for prefix in _prefixes(name)})
+        near = difflib.get_close_matches(re.sub(r"\.\d+\.", ".N.", key), known, n=1, cutoff=0.75)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if not near and key.startswith("train."):
+            hint = f"; arguments of trl.SFTConfig go under train.args (train.args.{key.removeprefix('train.')})"
+        return f"no such key {key}{hint}"
+    if detail["type"] == "missing":
+        return f"the key {key} is missing"
+    if detail["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{detail['ctx']['error']}"
+    message = detail["msg"].removeprefix("Input ")
+    return f"{key} {message}, got {detail['input']!r}"
+
+
+def _is_type_label(part: Any) -> bool:
+    """Pydantic puts the branch of a union into the location (`int`, `list[int]`); that is no key of ours."""
+    return isinstance(part, str) and bool(re.fullmatch(r"(int|str|float|bool|none|(list|literal)\[.*\])", part))
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    parts = key.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts)))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader; `1e-4` is a number, as in YAML 1.2, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is there twice: the later one would win in silence."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)

@@ -1,0 +1,224 @@
+"""A dataset: a directory of Parquet shards and one `dataset.json`. The format is described in docs/dataset.md.
+
+A shard is named `SPLIT-INDEX-of-COUNT-CHECKSUM.parquet`. It is written under a hidden name and renamed when it is
+whole, so a shard that is there is done and says itself what its bytes must hash to.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmdistill import targets
+from llmdistill.errors import InputError
+from llmdistill.stage import read_json, sha256, write_json
+
+if TYPE_CHECKING:
+    import datasets
+
+SCHEMA_VERSION = 1
+MANIFEST = "dataset.json"
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+_SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5})-of-(?P<count>\d{5})-(?P<checksum>[0-9a-f]{16})\.parquet")
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence before it is stored; `targets` has one row a completion token, or is None for text only."""
+
+    id: str
+    prompt: list[dict[str, str]]
+    completion: list[dict[str, str]]
+    prompt_ids: Sequence[int]
+    completion_ids: targets.Array
+    finish_reason: str
+    token_logprobs: targets.Array
+    targets: targets.TopK | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard, as its file name tells it."""
+
+    file: Path
+    split: str
+    index: int
+    count: int
+    checksum: str
+
+
+def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
+    """The rows as columns; see docs/dataset.md for each."""
+    starts = np.array([len(row.prompt_ids) for row in rows])
+    lengths = np.array([len(row.completion_ids) for row in rows])
+    ids = [np.concatenate([np.asarray(row.prompt_ids), row.completion_ids]) for row in rows]
+    mask = [np.arange(len(sequence)) >= start for sequence, start in zip(ids, starts, strict=True)]
+    columns: dict[str, pa.Array] = {
+        "id": pa.array([row.id for row in rows], pa.string()),
+        "prompt": pa.array([row.prompt for row in rows], _MESSAGES),
+        "completion": pa.array([row.completion for row in rows], _MESSAGES),
+        "input_ids": targets.list_array(np.concatenate(ids).astype(np.int32), starts + lengths),
+        "completion_start": pa.array(starts.astype(np.int32)),
+        # TRL's SFTTrainer reads this one: without it, it would train on the prompt as well.
+        "completion_mask": targets.list_array(np.concatenate(mask).astype(np.int8), starts + lengths),
+        "finish_reason": pa.array([row.finish_reason for row in rows], pa.string()),
+        "token_logprobs": targets.list_array(np.concatenate([row.token_logprobs for row in rows]).astype(np.float32), lengths),
+    }
+    soft = [row.targets for row in rows if row.targets is not None]
+    if soft:
+        columns |= targets.encode(soft, vocab_size)
+    return pa.table(columns)
+
+
+def write_shard(directory: Path, split: Split, index: int, count: int, table: pa.Table) -> Shard:
+    """Write one shard; it appears by an atomic rename, under a name that holds its checksum."""
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = directory / f".{split}-{index:05d}.{os.getpid()}.unfinished"
+    pq.write_table(
+        table,
+        unfinished,
+        compression="zstd",
+        compression_level=9,
+        use_dictionary=["finish_reason", "prompt"],
+        write_page_checksum=True,
+    )
+    with unfinished.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    checksum = sha256(unfinished)[:16]
+    file = directory / f"{split}-{index:05d}-of-{count:05d}-{checksum}.parquet"
+    unfinished.replace(file)
+    return Shard(file, split, index, count, checksum)
+
+
+def finished_shards(directory: Path, split: Split) -> list[Shard]:
+    """The shards that are there, one an index; where two workers made the same one, the first by name counts."""
+    found: dict[int, Shard] = {}
+    for file in sorted(directory.glob(f"{split}-*.parquet")):
+        match = _SHARD_NAME.fullmatch(file.name)
+        if match is None:
+            raise InputError(f"{file}: not a shard of this dataset")
+        shard = Shard(file, split, int(match["index"]), int(match["count"]), match["checksum"])
+        found.setdefault(shard.index, shard)
+    return [found[index] for index in sorted(found)]
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what an interrupted write left behind, and doubles of a shard."""
+    for file in directory.glob(".*.unfinished"):
+        file.unlink()
+    for split in SPLITS:
+        kept = {shard.file for shard in finished_shards(directory, split)}
+        for file in set(directory.glob(f"{split}-*.parquet")) - kept:
+            file.unlink()
+
+
+def write_manifest(directory: Path, shards: list[Shard], description: dict[str, Any]) -> None:
+    """Write `dataset.json`: the description, and every shard with its counts. From then on the dataset is complete."""
+    entries = []
+    for shard in shards:
+        metadata = pq.read_metadata(shard.file)
+        positions = pq.read_table(shard.file, columns=["token_logprobs"])["token_logprobs"].combine_chunks()
+        entries.append(
+            {
+                "file": shard.file.name,
+                "split": shard.split,
+                "rows": metadata.num_rows,
+                "tokens": len(positions.flatten()),
+                "bytes": shard.file.stat().st_size,
+            }
+        )
+    manifest = {
+        "format": "llmdistill",
+        "schema_version": SCHEMA_VERSION,
+        **description,
+        "rows": sum(entry["rows"] for entry in entries),
+        "completion_tokens": sum(entry["tokens"] for entry in entries),
+        "shards": entries,
+    }
+    write_json(directory / MANIFEST, manifest)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """`dataset.json`, once its schema is known to be ours and its shards are there.
+
+    Raises:
+        InputError: there is no complete dataset, or it is of another schema.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such dataset")
+    manifest: dict[str, Any] | None = read_json(directory / MANIFEST)
+    if manifest is None:
+        unfinished = read_json(directory / "run.json")
+        reason = (
+            f"not finished; run `{unfinished['stage']}` again to go on" if unfinished else f"not a dataset, it has no {MANIFEST}"
+        )
+        raise InputError(f"{directory}: {reason}")
+    if manifest.get("format") != "llmdistill" or manifest.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{directory / MANIFEST}: schema_version is {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
+        )
+    for entry in manifest["shards"]:
+        if not (directory / entry["file"]).is_file():
+            raise InputError(f"{directory / entry['file']}: the shard is missing")
+    return manifest
+
+
+def shard_files(directory: Path, split: Split) -> list[Path]:
+    """The shards of one split, each checked against the checksum in its name.
+
+    Raises:
+        InputError: naming the file whose bytes are not what they were.
+    """
+    files = [directory / entry["file"] for entry in read_manifest(directory)["shards"] if entry["split"] == split]
+    for file in files:
+        match = _SHARD_NAME.fullmatch(file.name)
+        if match is None or sha256(file)[:16] != match["checksum"]:
+            raise InputError(
+                f"{file}: the checksum does not match; the file was damaged or changed. Delete it and generate it again"
+            )
+    return files
+
+
+def load_dataset(directory: str | Path, split: Split = "train") -> "datasets.Dataset":
+    """A split as a `datasets.Dataset` whose rows are dictionaries of numpy arrays; shards are memory-mapped.
+
+    Raises:
+        InputError: no complete dataset of this schema is there, or a shard is damaged.
+    """
+    import datasets
+
+    directory = Path(directory)
+    files = shard_files(directory, split)
+    if not files:
+        raise InputError(f"{directory}: has no rows in the split {split}")
+    datasets.utils.logging.disable_progress_bar()
+    dataset = datasets.Dataset.from_parquet([str(file) for file in files])
+    return dataset.with_format("numpy")
+
+
+def read_rows(directory: Path, split: Split, columns: list[str] | None = None) -> pa.Table:
+    """A split as one Arrow table."""
+    return pa.concat_tables([pq.read_table(file, columns=columns) for file in shard_files(directory, split)])
+
+
+def bytes_per_position(shards: Sequence[Path]) -> float:
+    """Compressed bytes of the target columns (and the token log-probabilities) for each completion token."""
+    size = positions = 0
+    for file in shards:
+        metadata = pq.read_metadata(file)
+        for group in range(metadata.num_row_groups):
+            for number in range(metadata.num_columns):
+                column = metadata.row_group(group).column(number)
+                if column.path_in_schema.startswith("target_"):
+                    size += column.total_compressed_size
+                if column.path_in_schema.startswith("token_logprobs"):
+                    positions += column.num_values
+    return size / positions if positions else 0.0

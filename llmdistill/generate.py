@@ -1,0 +1,202 @@
+"""`llmdistill generate`: the teacher continues the prompts; text and soft targets are stored in one pass."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmdistill import stage
+from llmdistill.config import Experiment
+from llmdistill.dataset import (
+    Row,
+    bytes_per_position,
+    finished_shards,
+    remove_leftovers,
+    rows_to_table,
+    write_manifest,
+    write_shard,
+)
+from llmdistill.errors import InputError
+from llmdistill.models import check_model_exists, context_length, end_token_ids_of, load_config, load_tokenizer, vocabulary_hash
+from llmdistill.progress import StageBar, console, say
+from llmdistill.prompts import Prompt, load_prompts
+from llmdistill.teachers import Completion, Request, open_engine, row_id, row_seed
+
+# Bytes of a stored position before it is known: what k ids and log-probabilities take in Parquet with zstd.
+_BYTES_PER_TOPK_ENTRY = 3.6
+_DETERMINISM = {
+    "transformers": "bit-exact: the same configuration on the same machine and versions gives the same bytes",
+    "vllm": "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched",
+}
+
+
+def generate(experiment: Experiment, dry_run: bool = False) -> None:
+    """Write the dataset `OUTPUT/data`, going on where an interrupted run stopped.
+
+    Raises:
+        InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
+    """
+    if experiment.prompts is None:
+        raise InputError("the key prompts is missing: `generate` needs prompts.source")
+    directory = experiment.directory("data")
+    prompts = load_prompts(experiment.prompts)
+    teacher = experiment.teacher
+    check_model_exists(teacher.model, "teacher.model")
+    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
+    fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
+    files = [path for path in (experiment.prompts.source, experiment.prompts.template) if path]
+    inputs = {path: stage.sha256(Path(path)) for path in files} | {teacher.model: fingerprint}
+    state = stage.claim(directory, "generate", settings, inputs)
+
+    rows = len(prompts) * experiment.generate.samples
+    count = -(-rows // experiment.generate.rows_per_shard)
+    if dry_run:
+        _say_plan(experiment, len(prompts), rows, count)
+        return
+    if state == "done":
+        say("generate", f"{directory} is finished ({rows:,} rows)")
+        return
+
+    config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
+    tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+    vocab_size = config.get_text_config().vocab_size
+    if experiment.targets.kind == "topk" and experiment.targets.k > vocab_size:
+        raise InputError(
+            f"targets.k is {experiment.targets.k:,}, but the vocabulary of {teacher.model} has {vocab_size:,} tokens"
+        )
+    prompt_ids = [_chat_ids(tokenizer, prompt) for prompt in prompts]
+    max_model_len = _check_lengths(experiment, config, prompts, prompt_ids)
+    sampling = experiment.generate
+    ids = [row_id(prompt.messages, fingerprint, sampling, sample) for prompt in prompts for sample in range(sampling.samples)]
+    requests = [
+        Request(index, prompt_ids[index // sampling.samples], row_seed(identity, experiment.seed))
+        for index, identity in enumerate(ids)
+    ]
+
+    stage.begin(directory, "generate", settings, inputs, experiment.seed)
+    remove_leftovers(directory)
+    done = {shard.index for shard in finished_shards(directory, "train")}
+    missing = [index for index in range(count) if index not in done]
+    shards = [requests[index * sampling.rows_per_shard : (index + 1) * sampling.rows_per_shard] for index in missing]
+
+    def store(number: int, completions: list[Completion]) -> None:
+        table = rows_to_table([_row(prompts, prompt_ids, ids, sampling.samples, tokenizer, c) for c in completions], vocab_size)
+        write_shard(directory, "train", missing[number], count, table)
+
+    if shards:
+        with console.status("starting the teacher"):
+            engine = open_engine(teacher, sampling, experiment.targets, max_model_len)
+        with StageBar("generate", rows, rows - sum(map(len, shards))) as bar:
+            tokens = 0
+            for completion in _by_shard(engine.generate(shards), shards, store):
+                tokens += len(completion.ids)
+                bar.advance(tokens=len(completion.ids), facts=[f"{tokens:,} tokens"])
+            finished = finished_shards(directory, "train")
+            size = bytes_per_position([shard.file for shard in finished])
+            bar.advance(0, facts=[f"{tokens:,} tokens"] + ([f"{size:.0f} B/position"] if size else []))
+    finished = finished_shards(directory, "train")
+    description = {
+        "teacher": {"model": teacher.model, "revision": teacher.revision, "fingerprint": fingerprint, "engine": teacher.engine},
+        "tokenizer": {
+            "vocab_size": vocab_size,
+            "vocabulary_hash": vocabulary_hash(tokenizer),
+            "end_token_ids": end_token_ids_of(teacher.model, teacher.revision, config, tokenizer),
+            "chat_template": tokenizer.chat_template,
+        },
+        "sampling": sampling.model_dump(exclude={"rows_per_shard"}),
+        "targets": experiment.targets.model_dump() if experiment.targets.kind == "topk" else {"kind": "none"},
+        "seed": experiment.seed,
+        "determinism": _DETERMINISM[teacher.engine],
+        "source": inputs,
+        "versions": stage.versions(),
+    }
+    write_manifest(directory, finished, description)
+    stage.finish(directory, {"rows": rows})
+
+
+def _by_shard(completions: Iterator[Completion], shards: list[list[Request]], store: Any) -> Iterator[Completion]:
+    """Pass completions on; store a shard as soon as its last row is there, in the order of its requests."""
+    number_of = {request.index: number for number, shard in enumerate(shards) for request in shard}
+    pending: dict[int, list[Completion]] = {}
+    for completion in completions:
+        number = number_of[completion.index]
+        rows = pending.setdefault(number, [])
+        rows.append(completion)
+        if len(rows) == len(shards[number]):
+            store(number, sorted(pending.pop(number), key=lambda row: row.index))
+        yield completion
+
+
+def _row(
+    prompts: list[Prompt], prompt_ids: list[list[int]], ids: list[str], samples: int, tokenizer: Any, completion: Completion
+) -> Row:
+    number = completion.index // samples
+    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+    return Row(
+        ids[completion.index],
+        prompts[number].messages,
+        [{"role": "assistant", "content": text}],
+        prompt_ids[number],
+        completion.ids,
+        completion.finish_reason,
+        completion.token_logprobs,
+        completion.targets,
+    )
+
+
+def _chat_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The prompt as the teacher sees it: through its own chat template, up to where its turn begins."""
+    if tokenizer.chat_template is None:
+        raise InputError("teacher.model: its tokenizer has no chat template; use an instruction-tuned teacher")
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    except Exception as error:  # templates raise whatever they like
+        raise InputError(f"{prompt.origin}: the teacher's chat template refuses it: {error}") from None
+    return ids
+
+
+def _check_lengths(experiment: Experiment, config: Any, prompts: Sequence[Prompt], prompt_ids: Sequence[list[int]]) -> int:
+    """The context to reserve: what was asked for, else what the longest prompt needs; never more than the model has."""
+    limit = context_length(config)
+    asked = experiment.teacher.max_model_len
+    if asked and limit and asked > limit:
+        raise InputError(f"teacher.max_model_len is {asked:,}, but {experiment.teacher.model} has a context of {limit:,} tokens")
+    longest, prompt = max(zip(map(len, prompt_ids), prompts, strict=True), key=lambda pair: pair[0])
+    needed = longest + experiment.generate.max_tokens
+    allowed = asked or limit
+    if allowed and needed > allowed:
+        raise InputError(
+            f"{prompt.origin}: {longest:,} prompt tokens and generate.max_tokens {experiment.generate.max_tokens:,} are "
+            f"{needed:,}, more than the context of {allowed:,} tokens"
+        )
+    return asked or needed
+
+
+def _say_plan(experiment: Experiment, prompts: int, rows: int, count: int) -> None:
+    tokens = rows * experiment.generate.max_tokens
+    per_position = _BYTES_PER_TOPK_ENTRY * experiment.targets.k if experiment.targets.kind == "topk" else 0
+    size = tokens * (per_position + 3)
+    directory = experiment.directory("data")
+    there = len(finished_shards(directory, "train")) if directory.is_dir() else 0
+    samples = f" × {experiment.generate.samples} samples" if experiment.generate.samples > 1 else ""
+    console.print(
+        f"{prompts:,} prompts{samples} = {rows:,} rows, up to {_human(tokens)} tokens, "
+        f"at most about {_human_bytes(size)} ({per_position:.0f} B/position) in {count:,} shards\n"
+        f"would write {directory}  ({there:,} of {count:,} shards are there)",
+        markup=False,
+    )
+
+
+def _human(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:,.0f}"
+
+
+def _human_bytes(number: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 1e3:.0f} kB"

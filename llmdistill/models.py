@@ -1,0 +1,116 @@
+"""Models and tokenizers by the Hugging Face names, with errors for people."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from llmdistill.errors import InputError
+from llmdistill.stage import read_json
+
+
+def check_model_exists(model: str, key: str) -> None:
+    """Refuse, before anything is loaded, a path that is no model directory.
+
+    Raises:
+        InputError: naming the key.
+    """
+    directory = Path(model)
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if (directory.is_dir() or looks_like_path) and not (directory / "config.json").is_file():
+        raise InputError(f"{key}: {model} is no model directory (it has no config.json) and no name on the Hub")
+
+
+def load_config(model: str, revision: str | None, trust_remote_code: bool = False, key: str = "teacher.model") -> Any:
+    """The model's configuration.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    check_model_exists(model, key)
+    from transformers import AutoConfig
+
+    return _found(model, key, lambda: AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code))
+
+
+def load_tokenizer(model: str, revision: str | None, trust_remote_code: bool = False, key: str = "teacher.model") -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: there is no such model, or it has no tokenizer.
+    """
+    check_model_exists(model, key)
+    from transformers import AutoTokenizer
+
+    return _found(
+        model, key, lambda: AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    )
+
+
+def load_model(
+    model: str, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False, key: str = "teacher.model"
+) -> Any:
+    """The model in evaluation mode, on the accelerator if there is one.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    check_model_exists(model, key)
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    loaded = _found(
+        model,
+        key,
+        lambda: AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code),
+    )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return loaded.to(device or "cpu").eval()
+
+
+def end_token_ids(model: Any) -> list[int]:
+    """The tokens that end a completion, from the generation configuration."""
+    end = model.generation_config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def end_token_ids_of(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
+    """The same, without loading the weights."""
+    from transformers import GenerationConfig
+
+    try:
+        end = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+    except OSError:
+        end = config.get_text_config().eos_token_id or tokenizer.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """Identifies which token has which id; models of one family agree here even when their matrices are padded apart."""
+    content = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence that the model was made for, in tokens."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
+def model_bytes(directory: str) -> int | None:
+    """Bytes of the weight files in a model directory; None for a model on the Hub."""
+    path = Path(directory)
+    if not path.is_dir():
+        return None
+    index = read_json(path / "model.safetensors.index.json")
+    names = set(index["weight_map"].values()) if index else {file.name for file in path.glob("*.safetensors")}
+    return sum((path / name).stat().st_size for name in names)
+
+
+def _found(model: str, key: str, load: Any) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{key}: cannot load {model}: {str(error).splitlines()[0]}") from None

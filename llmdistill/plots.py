@@ -1,0 +1,137 @@
+"""Where things stand in the report's two figures: numbers in, SVG coordinates out. The template draws them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Point = tuple[float, float]
+
+# Both figures fit half a page on a desk and a whole one on a phone, so their text stays legible on either.
+WIDTH = 480
+_LOSS_HEIGHT = 270
+_LOSS_LEFT = 44
+_LOSS_BOTTOM = 44
+_ROW = 58
+_LOG_FROM_RATIO = 3.0
+_MOST_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear or logarithmic scale from values to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """The pixel of a value."""
+        low, high, at = (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        return round(self.start + (self.end - self.start) * (at - low) / (high - low), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Pixel and label of round values: at most about six."""
+        values = _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
+        return [(self.place(value), f"{value:,.10g}") for value in values]
+
+
+def fit_axis(values: Sequence[float], start: float, end: float, margin: float = 0.06) -> Axis:
+    """A scale for the values, with some margin; logarithmic where the largest is many times the smallest."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low > _LOG_FROM_RATIO:
+        factor = (high / low) ** margin
+        return Axis(low / factor, high * factor, start, end, log=True)
+    room = margin * (high - low) or abs(low) / 2 or 1.0
+    return Axis(low - room, high + room, start, end)
+
+
+def interval_plot(rows: Iterable[tuple[str, dict[str, float]]]) -> dict[str, Any] | None:
+    """A dot with 95% whiskers a row; None if no row has finite numbers."""
+    drawn = [(name, estimate) for name, estimate in rows if all(math.isfinite(v) for v in estimate.values())]
+    if not drawn:
+        return None
+    axis = fit_axis([v for _, estimate in drawn for v in estimate.values()], 2, WIDTH - 2)
+    rows_xy = [
+        {
+            "name": name,
+            "y": 38 + _ROW * number,
+            "estimate": estimate,
+            **{key: axis.place(estimate[key]) for key in ("mean", "low", "high")},
+        }
+        for number, (name, estimate) in enumerate(drawn)
+    ]
+    bottom = _ROW * len(drawn) + 2
+    return {"width": WIDTH, "height": bottom + 46, "bottom": bottom, "rows": rows_xy, "ticks": axis.ticks(), "log": axis.log}
+
+
+def loss_plot(curves: dict[str, list[Point]]) -> dict[str, Any] | None:
+    """Smoothed lines over raw points, in steps and nats; None if there is nothing to draw."""
+    drawn = {name: thin(points) for name, points in curves.items() if points}
+    if not drawn:
+        return None
+    steps = [step for points in drawn.values() for step, _ in points]
+    bottom = _LOSS_HEIGHT - _LOSS_BOTTOM
+    across = fit_axis_linear(steps, _LOSS_LEFT, WIDTH - 10)
+    up = fit_axis([value for points in drawn.values() for _, value in points], bottom, 10)
+    lines = [
+        {
+            "name": name,
+            "points": "".join(f"M{across.place(x)} {up.place(y)}h0" for x, y in points),
+            "line": "M" + "L".join(f"{across.place(x)} {up.place(y)}" for x, y in smooth(points)),
+        }
+        for name, points in drawn.items()
+    ]
+    return {
+        "width": WIDTH,
+        "height": _LOSS_HEIGHT,
+        "left": _LOSS_LEFT,
+        "bottom": bottom,
+        "lines": lines,
+        "x_ticks": across.ticks(),
+        "y_ticks": up.ticks(),
+        "log": up.log,
+    }
+
+
+def fit_axis_linear(values: Sequence[float], start: float, end: float) -> Axis:
+    """A scale that begins at 0 and ends at the largest value."""
+    return Axis(0.0, max(*values, 1.0), start, end)
+
+
+def thin(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
+    """Means of neighbours, so that a long run is no larger a file than a short one."""
+    size = -(-len(points) // most)
+    return [_mean_point(points[at : at + size]) for at in range(0, len(points), size)]
+
+
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """Each value replaced by the mean of its neighbours, about a tenth of the curve; the window shrinks at the ends."""
+    reach = max(1, len(points) // 20)
+    smoothed = []
+    for at, (step, _) in enumerate(points):
+        near = min(reach, at, len(points) - 1 - at)
+        smoothed.append((step, _mean_point(points[at - near : at + near + 1])[1]))
+    return smoothed
+
+
+def _mean_point(points: Sequence[Point]) -> Point:
+    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+
+
+def _linear_ticks(low: float, high: float) -> list[float]:
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(nice * power for nice in (1, 2, 5, 10) if nice * power >= rough)
+    return [round(number * step, 10) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3)):
+        found = [digit * 10.0**power for power in powers for digit in digits if low <= digit * 10.0**power <= high]
+        if len(found) <= 6:
+            return found
+    return [10.0**power for power in powers if low <= 10.0**power <= high]

@@ -1,0 +1,135 @@
+"""Prompts: lines of a JSONL file, turned into chat messages by a template."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import TypeAdapter, ValidationError
+
+from llmdistill.config import Prompts, Section, _explain, read_yaml
+from llmdistill.errors import InputError
+
+Messages = list[dict[str, str]]
+
+
+class Message(Section):
+    """One turn of a conversation."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+    """The text; in a template, with Jinja expressions."""
+
+
+class Template(Section):
+    """A prompt template: a YAML file whose message contents are Jinja."""
+
+    name: str
+    """Short name."""
+    description: str
+    """What it is for."""
+    variables: list[str]
+    """Fields that a line of the source must have."""
+    messages: list[Message]
+    """The conversation up to the turn that the teacher writes."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that the teacher is to continue, and where it came from."""
+
+    messages: Messages
+    origin: str
+
+
+_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[Message])
+
+
+def load_prompts(section: Prompts) -> list[Prompt]:
+    """Read and render every prompt; a conversation that is there twice is kept once.
+
+    Raises:
+        InputError: naming the file and the line or key.
+    """
+    source = Path(section.source)
+    template = load_template(Path(section.template)) if section.template else None
+    found: dict[str, Prompt] = {}
+    for number, fields in _read_jsonl(source):
+        origin = f"{source} line {number}"
+        messages = _render(template, fields, origin) if template else _given_messages(fields, origin)
+        if section.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": section.system}, *messages]
+        found.setdefault(json.dumps(messages), Prompt(messages, origin))
+        if len(found) == section.limit:
+            break
+    if not found:
+        raise InputError(f"{source}: holds no prompts")
+    return list(found.values())
+
+
+def load_template(file: Path) -> Template:
+    """Read a template file.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    try:
+        return Template.model_validate(read_yaml(file))
+    except ValidationError as error:
+        raise InputError("\n".join(f"{file}: {_explain(detail)}" for detail in error.errors())) from None
+
+
+def _read_jsonl(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file (prompts.source)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{file} line {number}: not valid JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise InputError(f'{file} line {number}: must be a JSON object, such as {{"prompt": "…"}}')
+        rows.append((number, fields))
+    return rows
+
+
+def _render(template: Template, fields: dict[str, Any], origin: str) -> Messages:
+    missing = [name for name in template.variables if name not in fields]
+    if missing:
+        raise InputError(f"{origin}: the template {template.name} needs the field {missing[0]}; the line has {', '.join(fields)}")
+    # Values are inserted as they are: braces in them are text, not template code.
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+    try:
+        return [
+            {"role": message.role, "content": environment.from_string(message.content).render(fields).strip()}
+            for message in template.messages
+        ]
+    except TemplateError as error:
+        raise InputError(f"{origin}: the template {template.name} cannot be rendered: {error}") from None
+
+
+def _given_messages(fields: dict[str, Any], origin: str) -> Messages:
+    if isinstance(fields.get("prompt"), str):
+        return [{"role": "user", "content": fields["prompt"]}]
+    for key in ("messages", "prompt"):
+        if key in fields:
+            try:
+                messages = _MESSAGES.validate_python(fields[key])
+            except ValidationError:
+                messages = []
+            if messages and messages[-1].role != "assistant":
+                return [message.model_dump() for message in messages]
+            raise InputError(f"{origin}: {key} must be a list of {{role, content}} that ends before the assistant's turn")
+    raise InputError(
+        f"{origin}: has neither `messages` nor `prompt`; set prompts.template to use {', '.join(fields) or 'its fields'}"
+    )

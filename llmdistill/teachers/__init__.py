@@ -1,0 +1,65 @@
+"""Teachers: a model that continues prompts and gives its distribution at every token it writes.
+
+Both engines take the same requests and give the same completions; `transformers` is the exact reference, `vllm` is
+fast. They agree on the distribution for the same token ids within the precision of the weights.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.targets import Array, TopK
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue, as token ids; `seed` alone decides the random numbers of its sampling."""
+
+    index: int
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the teacher wrote for the request of the same index; T tokens, its end token included if it was emitted."""
+
+    index: int
+    ids: Array
+    finish_reason: str
+    token_logprobs: Array
+    targets: TopK | None
+
+
+class Engine(Protocol):
+    """A loaded teacher."""
+
+    def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Continue every request; completions come in any order, each as soon as it is there."""
+        ...
+
+
+def open_engine(teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int) -> Engine:
+    """Load the teacher into the engine that the configuration names."""
+    if teacher.engine == "vllm":
+        from llmdistill.teachers.vllm import VllmEngine
+
+        return VllmEngine(teacher, sampling, kept, max_model_len)
+    from llmdistill.teachers.transformers import TransformersEngine
+
+    return TransformersEngine(teacher, sampling, kept)
+
+
+def row_id(messages: list[dict[str, str]], teacher: str, sampling: Generate, sample: int) -> str:
+    """Stable name of a row: the same prompt, teacher, sampling and sample index give the same id on any machine."""
+    fields: dict[str, Any] = sampling.model_dump(exclude={"samples", "rows_per_shard"})
+    content = json.dumps([messages, teacher, fields, sample], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def row_seed(row: str, seed: int) -> int:
+    """The 63-bit seed of a row, from its id and the experiment's seed."""
+    return int.from_bytes(hashlib.sha256(f"{row} {seed}".encode()).digest()[:8]) >> 1

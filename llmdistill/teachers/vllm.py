@@ -1,0 +1,111 @@
+"""The fast engine: vLLM in this process, continuous batching, the top of the distribution in the same pass."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.errors import InputError
+from llmdistill.targets import Array, TopK, topk_from_logprobs
+from llmdistill.teachers import Completion, Request
+
+# Requests waiting inside the engine beyond those it runs, so that it is never idle while a shard is written.
+_QUEUE = 512
+# The engine runs in a process of its own, which these reach; what the user has set stays.
+_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
+
+
+class VllmEngine:
+    """Streams requests through one `vllm.LLM`; log-probabilities are the model's own, before temperature and penalties."""
+
+    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int) -> None:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                import vllm
+        except ImportError:
+            raise InputError(
+                "teacher.engine is vllm, which is not installed: pip install 'llmdistill[generate]', or use engine transformers"
+            ) from None
+        from vllm.platforms import current_platform
+
+        self.k = kept.k if kept.kind == "topk" else 0
+        arguments: dict[str, Any] = {
+            "model": teacher.model,
+            "revision": teacher.revision,
+            "tokenizer_revision": teacher.revision,
+            "dtype": teacher.dtype,
+            "tensor_parallel_size": teacher.tensor_parallel_size,
+            "trust_remote_code": teacher.trust_remote_code,
+            "max_model_len": max_model_len,
+            "max_logprobs": max(self.k, 1),
+            "logprobs_mode": "raw_logprobs",
+            "use_tqdm_on_load": False,
+        }
+        if current_platform.is_cpu():
+            # Seeded requests stop vLLM's CPU engine when a prompt is prefilled in pieces ("CPU Generator does not use
+            # offset"), so every prompt has to fit into one.
+            arguments |= {
+                "enforce_eager": True,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(max_model_len, 2048),
+            }
+        self.llm = vllm.LLM(**{**arguments, **teacher.engine_args})
+        self._params = vllm.SamplingParams
+        self._sampling = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_tokens,
+            "logprobs": self.k,
+            "flat_logprobs": True,
+            "detokenize": False,
+        }
+
+    def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Continue every request, keeping the engine's queue filled across batches."""
+        engine = self.llm.llm_engine
+        waiting = (request for batch in batches for request in batch)
+        more = True
+        while more or engine.has_unfinished_requests():
+            while more and engine.get_num_unfinished_requests() < _QUEUE:
+                request = next(waiting, None)
+                if request is None:
+                    more = False
+                else:
+                    params = self._params(**self._sampling, seed=request.seed)
+                    engine.add_request(str(request.index), {"prompt_token_ids": request.prompt_ids}, params)
+            for output in engine.step():
+                if output.finished:
+                    yield self._completion(int(output.request_id), output.outputs[0])
+
+    def _completion(self, index: int, output: Any) -> Completion:
+        ids = np.asarray(output.token_ids, dtype=np.int64)
+        token_logprobs, targets = flat_logprobs(output.logprobs, self.k)
+        if len(ids) != len(token_logprobs):
+            raise RuntimeError(f"vLLM returned {len(ids)} tokens with {len(token_logprobs)} distributions")
+        return Completion(index, ids, output.finish_reason, token_logprobs, targets)
+
+
+def flat_logprobs(flat: Any, k: int) -> tuple[Array, TopK | None]:
+    """The written tokens' log-probabilities and the targets from vLLM's `FlatLogprobs`.
+
+    vLLM puts the written token first at every position, before the k most likely ones, whatever its rank; it stands
+    there twice when it is one of them.
+    """
+    positions = len(flat.start_indices)
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, k + 1)
+    if not k:
+        return logprobs[:, 0], None
+    ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(positions, k + 1)
+    return logprobs[:, 0], topk_from_logprobs(ids[:, 1:], logprobs[:, 1:])

@@ -1,0 +1,82 @@
+"""A tiny real model with the demo teacher's architecture, and the demo teacher itself where it has been written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo teacher: a real language model of 135M parameters."""
+    directory = ROOT / "models/SmolLM2-135M-Instruct"
+    if not (directory / "config.json").exists():
+        subprocess.run([sys.executable, ROOT / "examples/demo_teacher.py", directory], check=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama with the demo teacher's tokenizer: 2 layers, hidden size 32, in float32; starts in a second."""
+    import torch
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.4,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(directory)
+    return directory
+
+
+def run_cli(*arguments: object, timeout: int = 600, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """The command as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "llmdistill", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture
+def experiment_file(tiny: Path, tmp_path: Path) -> Path:
+    """A complete small experiment on the tiny model with the exact engine."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Say {number} in words."}}\n' for number in range(24)))
+    file = tmp_path / "experiment.yaml"
+    file.write_text(f"""
+output: {tmp_path}/run
+teacher: {{model: {tiny}, engine: transformers, dtype: float32, batch_size: 4}}
+prompts: {{source: {prompts}}}
+generate: {{max_tokens: 8, rows_per_shard: 6}}
+targets: {{kind: topk, k: 8}}
+student: {{prune: {{layers: 2}}}}
+train:
+  args: {{max_steps: 3, per_device_train_batch_size: 2, learning_rate: 1.0e-3, gradient_checkpointing: false, bf16: false}}
+eval: {{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4}}
+""")
+    return file

@@ -1,0 +1,320 @@
+"""The command line as a subprocess, on a tiny real model with the exact engine: the whole way, wrong input, kills."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmdistill import load_dataset
+from tests.conftest import ROOT, run_cli
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny, tmp_path_factory):
+    """One complete `llmdistill run`."""
+    directory = tmp_path_factory.mktemp("experiment")
+    (directory / "prompts.jsonl").write_text("".join(f'{{"prompt": "Say {n} in words."}}\n' for n in range(24)))
+    file = directory / "experiment.yaml"
+    file.write_text(
+        f"""
+output: {directory}/run
+teacher: {{model: {tiny}, engine: transformers, dtype: float32, batch_size: 4}}
+prompts: {{source: {directory}/prompts.jsonl}}
+generate: {{max_tokens: 8, rows_per_shard: 6, samples: 2}}
+targets: {{kind: topk, k: 8}}
+curate: [{{duplicates: }}]
+student: {{prune: {{layers: 2}}}}
+train:
+  compare_text_only: true
+  args: {{max_steps: 4, save_steps: 2, per_device_train_batch_size: 4, learning_rate: 1.0e-3, gradient_checkpointing: false}}
+eval: {{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4}}
+"""
+    )
+    result = run_cli("run", file)
+    assert result.returncode == 0, result.stderr
+    return file, result.stdout
+
+
+def output(file: Path) -> Path:
+    return Path(yaml.safe_load(file.read_text())["output"])
+
+
+def test_run_does_it_all(finished_run):
+    file, stdout = finished_run
+    run = output(file)
+    metrics = json.loads((run / "eval/metrics.json").read_text())
+    assert [model["name"] for model in metrics["models"]] == ["teacher", "student before", "student", "student, text only"]
+    teacher, before, student, _ = metrics["models"]
+    assert teacher["kl"]["mean"] == 0
+    assert teacher["top1"]["mean"] == 1
+    assert before["kl"]["low"] <= before["kl"]["mean"] <= before["kl"]["high"]
+    assert student["parameters"] < teacher["parameters"]
+    assert metrics["headline"] in stdout
+    report = (run / "report.html").read_text()
+    assert metrics["headline"].split(" · ")[0] in report
+    card = (run / "student/README.md").read_text()
+    assert "forward_kl" in card
+    for stage in ("data", "curated", "student", "student-text-only", "eval"):
+        record = json.loads((run / stage / "run.json").read_text())
+        assert record["status"] == "done"
+        assert record["inputs"]
+        assert record["versions"]["llmdistill"]
+
+
+def test_rows_in_are_rows_out(finished_run):
+    run = output(finished_run[0])
+    curated = json.loads((run / "curated/dataset.json").read_text())
+    assert curated["rows_in"] == 48 == curated["rows"] + sum(curated["rejected"].values())
+    train, test = load_dataset(run / "curated", "train"), load_dataset(run / "curated", "test")
+    assert len(train) + len(test) == curated["rows"]
+
+
+def test_a_second_run_does_nothing_twice(finished_run):
+    file, _ = finished_run
+    before = {path: path.stat().st_mtime_ns for path in output(file).rglob("*") if path.is_file() and "report" not in path.name}
+    result = run_cli("run", file)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("is finished") == 5
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_student_loads_anywhere(finished_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = output(finished_run[0]) / "student"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.config.num_hidden_layers == 2
+    assert AutoTokenizer.from_pretrained(directory).chat_template
+
+
+def test_inspect(finished_run):
+    result = run_cli("inspect", output(finished_run[0]) / "curated")
+    assert result.returncode == 0, result.stderr
+    for fact in ("topk, k = 8", "bytes a position", "kept mass", "train", "test", "Say"):
+        assert fact in result.stdout
+
+
+def test_lora_by_two_lines_of_yaml(finished_run, tmp_path):
+    """Adapters train, the saved student is whole: merged weights that differ from where they started."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file, _ = finished_run
+    overrides = ["--output", tmp_path, "--train.dataset", output(file) / "curated", "--train.compare_text_only", "false"]
+    result = run_cli("train", file, *overrides, "--student.lora.r", 4, "--train.args.learning_rate", "1e-2")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "student/adapter/adapter_config.json").exists()
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "student/before").state_dict()
+    assert trained.keys() == before.keys()
+    changed = {name for name in trained if not torch.equal(trained[name], before[name])}
+    assert changed
+    assert all("_proj" in name for name in changed)
+
+
+def test_text_only_targets(experiment_file):
+    assert run_cli("generate", experiment_file, "--targets.kind", "none").returncode == 0
+    assert run_cli("curate", experiment_file, "--targets.kind", "none").returncode == 0
+    refused = run_cli("train", experiment_file, "--targets.kind", "none")
+    assert refused.returncode == 2
+    assert "has no soft targets" in refused.stderr
+    assert run_cli("train", experiment_file, "--train.alpha", 0, "--train.args.max_steps", 1).returncode == 0
+
+
+# Wrong input: what is typed, and what the message says. {d} is the directory of the experiment.
+WRONG = [
+    (["generate", "{d}/nowhere.yaml"], "nowhere.yaml: no such file"),
+    (["generate", "FILE", "--prompts.source", "{d}/nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["generate", "FILE", "--prompts.source", "{d}/empty.jsonl"], "empty.jsonl: holds no prompts"),
+    (["generate", "FILE", "--prompts.source", "{d}/broken.jsonl"], "broken.jsonl line 2: not valid JSON"),
+    (["generate", "FILE", "--generate.sampels", "2"], "no such key generate.sampels; did you mean generate.samples?"),
+    (["generate", "FILE", "--generate.samples", "two"], "generate.samples should be a valid integer"),
+    (["generate", "FILE", "--generate.samples"], "--generate.samples needs a value"),
+    (["generate", "FILE", "--teacher.model", "./nowhere"], "teacher.model: ./nowhere is no model directory"),
+    (["generate", "FILE", "--teacher.model", "some/where"], "teacher.model: cannot load some/where"),
+    (["generate", "FILE", "--targets.k", "50000"], "targets.k is 50,000, but the vocabulary"),
+    (["generate", "FILE", "--generate.max_tokens", "300"], "more than the context of 256 tokens"),
+    (["generate", "FILE", "--teacher.max_model_len", "500"], "teacher.max_model_len is 500, but"),
+    (["generate", "FILE", "--output", "{d}/occupied"], "occupied/data holds something else"),
+    (["curate", "FILE"], "run/data: no such dataset"),
+    (["train", "FILE"], "run/curated: no such dataset"),
+    (["eval", "FILE"], "run/curated: no such dataset"),
+    (["report", "FILE"], "metrics.json"),
+    (["inspect", "{d}"], "it has no dataset.json"),
+    (["generate", "FILE", "extra"], "unexpected argument extra"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_wrong_input_is_one_message_and_status_2(experiment_file, arguments, message):
+    directory = experiment_file.parent
+    (directory / "empty.jsonl").write_text("\n")
+    (directory / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (directory / "occupied/data").mkdir(parents=True)
+    (directory / "occupied/data/thesis.tex").write_text("five years of work")
+    before = sorted(directory.rglob("*"))
+    result = run_cli(*[argument.replace("FILE", str(experiment_file)).format(d=directory) for argument in arguments])
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(directory.rglob("*")) == before, "something was written"
+
+
+def test_wrong_training_input(finished_run, tmp_path, smollm2):
+    file, _ = finished_run
+    base = ["train", file, "--output", tmp_path / "new", "--train.dataset", output(file) / "curated"]
+    student = ["--student", "{model: MODEL}"]
+    for overrides, message in [
+        (["--train.args.learning_rte", "1"], "did you mean train.args.learning_rate?"),
+        (["--train.args.alpha", "1"], "train.args.alpha is set by the key train.alpha"),
+        (["--student.prune.layers", "9"], "student.prune.layers is 9, but the teacher has 4 layers"),
+        ([student[0], student[1].replace("MODEL", "./nowhere")], "student.model: ./nowhere is no model directory"),
+        (["--student", "{}"], "student needs one of the keys student.model and student.prune"),
+    ]:
+        result = run_cli(*base, *overrides)
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "new").exists()
+
+
+def test_teacher_and_student_of_different_vocabularies(finished_run, tiny, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    other = tmp_path / "other"
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+        )
+    ).save_pretrained(other)
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(7)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(other)
+    file, _ = finished_run
+    result = run_cli(
+        "train",
+        file,
+        "--output",
+        tmp_path / "new",
+        "--train.dataset",
+        output(file) / "curated",
+        "--student",
+        f"{{model: {other}}}",
+    )
+    assert result.returncode == 2
+    assert "do not share a vocabulary: tiny has 49,152 tokens" in result.stderr
+    assert "has 7." in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_configuration_in_the_same_directory_is_refused_with_the_difference(finished_run):
+    file, _ = finished_run
+    result = run_cli("generate", file, "--generate.temperature", "0.5", "--targets.k", "4")
+    assert result.returncode == 2
+    assert "generate.temperature was 1.0, is 0.5; targets.k was 8, is 4" in result.stderr
+
+
+def test_a_damaged_shard_is_named(finished_run, tmp_path):
+    file, _ = finished_run
+    copy = tmp_path / "run"
+    shutil.copytree(output(file), copy, ignore=shutil.ignore_patterns("checkpoints", "student*", "eval"))
+    shard = sorted((copy / "curated").glob("train-*.parquet"))[0]
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    for command in (["inspect", copy / "curated"], ["train", file, "--output", copy]):
+        result = run_cli(*command)
+        assert result.returncode == 2, result.stderr
+        assert f"{shard.name}: the checksum does not match" in result.stderr
+
+
+def test_dry_run_writes_nothing_and_needs_no_torch(experiment_file, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Refuse:\n    def find_spec(self, name, *_):\n"
+        "        if name in ('torch', 'transformers', 'vllm', 'trl'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    result = run_cli("run", experiment_file, "--generate.samples", 3, "--dry-run", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "24 prompts × 3 samples = 72 rows" in result.stdout
+    assert "in 12 shards" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def start(*arguments: object) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmdistill", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_generate_killed_at_random_moments_ends_in_the_same_bytes(experiment_file):
+    """kill −9 after one shard more each time; the resumed dataset is the undisturbed one to the byte."""
+    many = ["--generate.rows_per_shard", "2", "--generate.max_tokens", "24"]
+    undisturbed = experiment_file.parent / "undisturbed"
+    assert run_cli("generate", experiment_file, *many, "--output", undisturbed).returncode == 0
+    data = experiment_file.parent / "run/data"
+    dice = random.Random(0)
+    for kills in range(1, 4):
+        process = start("generate", experiment_file, *many)
+        wait_for(lambda done=kills: len(list(data.glob("train-*.parquet"))) >= done, process)
+        time.sleep(dice.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (data / "dataset.json").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in data.glob("train-*.parquet")}
+    assert run_cli("generate", experiment_file, *many).returncode == 0
+    names = {path.name for path in data.glob("*.parquet")}
+    assert names == {path.name for path in (undisturbed / "data").glob("*.parquet")}
+    assert len(names) == 12
+    for path in data.glob("*.parquet"):
+        assert path.read_bytes() == (undisturbed / "data" / path.name).read_bytes()
+        assert kept.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "a finished shard was made again"
+
+
+def test_train_killed_midway_goes_on_with_the_same_losses(experiment_file):
+    longer = ["--train.args.max_steps", "40", "--train.args.save_steps", "5"]
+    for stage in ("generate", "curate"):
+        assert run_cli(stage, experiment_file).returncode == 0
+    undisturbed = experiment_file.parent / "undisturbed"
+    dataset = ["--train.dataset", experiment_file.parent / "run/curated"]
+    assert run_cli("train", experiment_file, *longer, *dataset, "--output", undisturbed).returncode == 0
+    student = experiment_file.parent / "run/student"
+    process = start("train", experiment_file, *longer, *dataset)
+    wait_for(lambda: (student / "checkpoints/checkpoint-10/trainer_state.json").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads((student / "run.json").read_text())["status"] == "unfinished"
+    assert run_cli("train", experiment_file, *longer, *dataset).returncode == 0
+    curves = []
+    for directory in (undisturbed / "student", student):
+        history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+        curves.append({entry["step"]: (entry["kl"], entry["ce"]) for entry in history if "kl" in entry})
+    assert curves[0].keys() == curves[1].keys() == set(range(1, 41))
+    for step, (kl, ce) in curves[0].items():
+        assert curves[1][step] == pytest.approx((kl, ce), rel=1e-5)
+
+
+def test_sigterm_ends_with_status_143_and_keeps_what_is_finished(experiment_file):
+    many = ["--generate.rows_per_shard", "1", "--generate.max_tokens", "64"]
+    process = start("generate", experiment_file, *many)
+    data = experiment_file.parent / "run/data"
+    wait_for(lambda: list(data.glob("train-*.parquet")), process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert list(data.glob("train-*.parquet"))

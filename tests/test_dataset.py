@@ -1,0 +1,129 @@
+"""The shard contract: atomic, checksummed, readable without this package, refused when it is not what it was."""
+
+import json
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from llmdistill import load_dataset, targets
+from llmdistill.dataset import (
+    Row,
+    finished_shards,
+    read_manifest,
+    remove_leftovers,
+    rows_to_table,
+    write_manifest,
+    write_shard,
+)
+from llmdistill.errors import InputError
+
+VOCAB = 100
+
+
+def make_row(number, length=3):
+    generator = np.random.default_rng(number)
+    logits = generator.normal(size=(length, VOCAB))
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    ids = generator.integers(0, VOCAB, size=length)
+    return Row(
+        id=f"row{number}",
+        prompt=[{"role": "user", "content": f"question {number}"}],
+        completion=[{"role": "assistant", "content": f"answer {number}"}],
+        prompt_ids=[1, 2, 3 + number],
+        completion_ids=ids,
+        finish_reason="stop",
+        token_logprobs=logprobs[np.arange(length), ids].astype(np.float32),
+        targets=targets.topk_from_dense(logprobs, 4),
+    )
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Two training shards of three and two rows, and a held-out one."""
+    path = tmp_path / "data"
+    rows = [make_row(number, 2 + number) for number in range(6)]
+    for split, index, count, part in (("train", 0, 2, rows[:3]), ("train", 1, 2, rows[3:5]), ("test", 0, 1, rows[5:])):
+        write_shard(path, split, index, count, rows_to_table(part, VOCAB))
+    write_manifest(path, finished_shards(path, "train") + finished_shards(path, "test"), {"targets": {"kind": "topk", "k": 4}})
+    return path
+
+
+def test_columns_as_the_format_says(directory):
+    row = load_dataset(directory)[1]
+    want = make_row(1, 3)
+    assert row["id"] == "row1"
+    assert row["input_ids"].tolist() == [1, 2, 4, *want.completion_ids]
+    assert row["completion_start"] == 3
+    assert row["completion_mask"].tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(row["token_logprobs"], want.token_logprobs)
+    assert row["target_ids"].reshape(3, 4).tolist() == want.targets.ids_NK.tolist()
+    np.testing.assert_array_equal(row["target_tail"], want.targets.tail_N)
+    assert read_manifest(directory)["completion_tokens"] == 2 + 3 + 4 + 5 + 6 + 7
+
+
+def test_datasets_opens_it_without_this_package(directory):
+    found = datasets.load_dataset("parquet", data_dir=str(directory), cache_dir=str(directory / "cache"))
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 5, "test": 1}
+    assert found["train"][0]["prompt"] == [{"role": "user", "content": "question 0"}]
+
+
+def test_the_same_rows_give_the_same_bytes(directory, tmp_path):
+    again = write_shard(tmp_path / "again", "train", 0, 2, rows_to_table([make_row(n, 2 + n) for n in range(3)], VOCAB))
+    assert again.file.name == finished_shards(directory, "train")[0].file.name
+
+
+def test_a_flipped_bit_is_found_and_named(directory):
+    file = finished_shards(directory, "train")[1].file
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{file.name}: the checksum does not match"):
+        load_dataset(directory)
+
+
+def test_a_truncated_and_a_missing_shard(directory):
+    file = finished_shards(directory, "train")[0].file
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputError, match=f"{file.name}: the checksum does not match"):
+        load_dataset(directory)
+    file.unlink()
+    with pytest.raises(InputError, match=f"{file.name}: the shard is missing"):
+        load_dataset(directory)
+
+
+@pytest.mark.parametrize("change", [{"schema_version": 99}, {"format": "other"}])
+def test_another_schema_is_refused(directory, change):
+    manifest = json.loads((directory / "dataset.json").read_text())
+    (directory / "dataset.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(InputError, match=r"dataset.json: schema_version is"):
+        load_dataset(directory)
+
+
+def test_no_dataset_and_an_unfinished_one(tmp_path):
+    with pytest.raises(InputError, match="no such dataset"):
+        load_dataset(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"has no dataset.json"):
+        load_dataset(tmp_path)
+    (tmp_path / "run.json").write_text('{"stage": "generate"}')
+    with pytest.raises(InputError, match="not finished; run `generate` again"):
+        load_dataset(tmp_path)
+
+
+def test_two_workers_at_the_same_shard_leave_one(directory):
+    before = finished_shards(directory, "train")
+    write_shard(directory, "train", 0, 2, rows_to_table([make_row(99)], VOCAB))
+    (directory / ".train-00001.123.unfinished").write_bytes(b"half a shard")
+    assert len(list(directory.glob("train-00000-*"))) == 2
+    remove_leftovers(directory)
+    assert len(finished_shards(directory, "train")) == len(before) == len(list(directory.glob("train-*")))
+    assert not list(directory.glob(".*unfinished"))
+
+
+def test_text_only_rows(tmp_path):
+    rows = [Row(**{**vars(make_row(number)), "targets": None}) for number in range(2)]
+    table = rows_to_table(rows, VOCAB)
+    assert not [name for name in table.column_names if name.startswith("target")]
+    shard = write_shard(tmp_path, "train", 0, 1, table)
+    assert pq.read_table(shard.file).num_rows == 2

@@ -1,0 +1,269 @@
+"""The report: every number is there, hostile text stays text, and what is missing is said."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmdistill.config import Experiment
+from llmdistill.errors import InputError
+from llmdistill.plots import fit_axis, interval_plot, loss_plot, smooth, thin
+from llmdistill.report import cell, fenced, report
+
+HEADLINE = "40% smaller · 1.9× faster · keeps 61% of the teacher's next-token choices (95% CI 59 to 63)"
+HOSTILE = "<script>alert(1)</script>\n{{ 7*7 }} | a | b |\n````\n<img src=x onerror=alert(1)> https://example.org/x.png\n```"
+
+
+def interval(mean: float, low: float, high: float) -> dict[str, float]:
+    return {"mean": mean, "low": low, "high": high}
+
+
+def model(name: str, parameters: int, rate: float, kl: Any, top1: Any, nll: Any, size: int | None = None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "path": "models/<Teacher>|x",
+        "parameters": parameters,
+        "bytes": size,
+        "decode_tokens_per_s": rate,
+        "kl": interval(*kl),
+        "top1": interval(*top1),
+        "nll": interval(*nll),
+    }
+
+
+def metrics() -> dict[str, Any]:
+    names = ["teacher", "student before", "student", "student, text only"]
+    return {
+        "schema_version": 1,
+        "headline": HEADLINE,
+        "held_out": {"rows": 48, "tokens": 3903, "prompts": 48, "resamples": 2000},
+        "models": [
+            model("teacher", 134_515_008, 105.2, (0, 0, 0), (1, 1, 1), (1.35, 1.28, 1.43), 269_060_552),
+            model("student before", 80_709_005, 201.0, (10.15, 9.84, 10.46), (0.032, 0.026, 0.039), (11.4, 11.1, 11.7)),
+            model("student", 80_709_005, 199.9, (2.13, 2.08, 2.18), (0.612, 0.593, 0.631), (2.98, 2.89, 3.08), 161_418_010),
+            model("student, text only", 80_709_005, 200.4, (2.54, 2.48, 2.61), (0.566, 0.546, 0.586), (3.31, 3.21, 3.42)),
+        ],
+        "differences": [
+            {"better": "student", "worse": "student, text only", "metric": "kl", "mean": -0.41, "low": -0.47, "high": -0.35}
+        ],
+        "decoding": {"engine": "transformers", "batch": 8, "new_tokens": 64, "rounds": 3},
+        "samples": [{"prompt": HOSTILE, "answers": dict.fromkeys(names, HOSTILE)}],
+    }
+
+
+def write(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    """A finished run, with the teacher's text and file names as hostile as they can be."""
+    write(tmp_path / "eval/metrics.json", metrics())
+    history = [{"step": step, "kl": 10 / step + 2, "ce": 10 / step + 3, "loss": 1.0} for step in range(1, 61)]
+    for name in ("student", "student-text-only"):
+        write(tmp_path / name / "trainer_state.json", {"log_history": [*history, {"step": 60, "train_runtime": 9.0}]})
+    for name, stage in {"data": "generate", "curated": "curate", "student": "train", "eval": "eval"}.items():
+        run = {"stage": stage, "status": "done", "started": "2026-11-23T18:28:49Z", "finished": "2026-11-23T18:30:04Z"}
+        run |= {"seed": 7, "git": None, "versions": {"torch": "2.13.0"}, "inputs": {"a|<script>b": "feed" * 16}}
+        write(tmp_path / name / "run.json", run)
+    shards = [("train", 120, 9000), ("train", 63, 5900), ("test", 48, 3903)]
+    write(
+        tmp_path / "curated/dataset.json",
+        {
+            "rows_in": 240,
+            "rejected": {"repetition": 6, "duplicates": 3},
+            "teacher": {"model": "models/<Teacher>|x", "engine": "vllm"},
+            "targets": {"kind": "topk", "k": 32},
+            "sampling": {"samples": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 96},
+            "shards": [{"split": split, "rows": rows, "tokens": tokens} for split, rows, tokens in shards],
+        },
+    )
+    return Experiment.model_validate({"output": str(tmp_path), "teacher": {"model": "m"}})
+
+
+def pages(experiment: Experiment) -> tuple[str, str]:
+    report(experiment)
+    page, text = (Path(experiment.output, name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    return page, text
+
+
+def change(experiment: Experiment, **changes: Any) -> None:
+    write(experiment.directory("eval") / "metrics.json", {**metrics(), **changes})
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text, as a browser would take them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_hostile_text_stays_text_in_html(experiment: Experiment) -> None:
+    page, _ = pages(experiment)
+    parsed = Page(page)
+    assert "<script" not in page
+    assert not {"script", "img", "link", "iframe", "teacher"} & set(parsed.tags)
+    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert page.count("{{ 7*7 }}") == 5
+    assert parsed.text.count(HOSTILE) == 5
+
+
+def test_html_loads_nothing(experiment: Experiment) -> None:
+    page, _ = pages(experiment)
+    assert not [value for name, value in Page(page).attributes if name in ("src", "href", "srcset", "xlink:href", "action")]
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "@import" not in style
+    assert "url(" not in style
+    assert "http" not in page.replace("https://example.org/x.png", "").replace("http-equiv", "")
+    assert "default-src 'none'" in page
+
+
+def test_html_is_well_formed_and_shows_the_numbers(experiment: Experiment) -> None:
+    page, _ = pages(experiment)
+    text = " ".join(Page(page).text.split())
+    for number in ("40% smaller", "1.9× faster", "61% of", "134.5M", "80.7M", "269 MB", "161 MB", "2.13", "2.08–2.18", "3,903"):
+        assert number in text, number
+    assert "The student is 0.41 nats a token closer to the teacher than the student trained on text only" in text
+    assert "(95% interval 0.35 to 0.47)" in text
+    assert "240" in text
+    assert "14,900" in text
+    assert "feed" * 16 in text
+    for tag in ("svg", "table", "section", "div", "ul", "details"):
+        assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>")
+    assert not list(Path(experiment.output).glob(".report*"))
+
+
+def test_markdown_has_headline_table_and_safe_text(experiment: Experiment) -> None:
+    _, text = pages(experiment)
+    assert HEADLINE in text
+    assert "| **student** | **2.13** (2.08–2.18) | **61** (59–63) | **2.98** (2.88–3.08) |" in text.replace("2.89–", "2.88–")
+    outside = re.sub(r"^(`{3,})text\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert outside.count("alert(1)") == 0
+    assert not re.search(r"(?<!\\)<", outside)
+    tables = [line for line in outside.splitlines() if line.startswith("| ")]
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
+    assert set(widths) == {8, 4, 3, 5}
+    assert "`````text\n" + HOSTILE + "\n`````" in text
+
+
+def test_prints_where_it_is_and_the_headline(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    report(experiment)
+    assert capsys.readouterr().out == f"report    {experiment.output}/report.html\n\n{HEADLINE}\n"
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(Experiment.model_validate({"output": str(tmp_path), "teacher": {"model": "m"}}), dry_run=True)
+    assert f"would write {tmp_path}/report.html" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_the_missing_metrics(tmp_path: Path) -> None:
+    experiment = Experiment.model_validate({"output": str(tmp_path), "teacher": {"model": "m"}})
+    with pytest.raises(InputError, match=r"eval/metrics\.json is not there; run `eval` first"):
+        report(experiment)
+
+
+def test_refuses_another_schema(experiment: Experiment) -> None:
+    change(experiment, schema_version=2)
+    with pytest.raises(InputError, match=r"metrics\.json: schema_version is 2, this version reads 1"):
+        report(experiment)
+
+
+def test_without_a_text_only_student(experiment: Experiment) -> None:
+    change(experiment, models=metrics()["models"][:3], differences=[])
+    (experiment.directory("student-text-only") / "trainer_state.json").unlink()
+    page, text = pages(experiment)
+    assert "text only" not in page + text
+    assert "2.13" in page
+
+
+def test_says_what_is_missing(experiment: Experiment) -> None:
+    for file in ("student/trainer_state.json", "student-text-only/trainer_state.json", "curated/dataset.json", "data/run.json"):
+        Path(experiment.output, file).unlink()
+    for document in pages(experiment):
+        assert "student/trainer_state.json".replace("_", r"\_" if document.startswith("#") else "_") in document
+        assert "so the student’s training is not shown" in document.replace("'", "’")
+        assert "so the data are not shown" in document
+        assert "run.json is not there" in document
+
+
+@pytest.mark.parametrize(
+    ("low", "mean", "high", "words"),
+    [
+        (-0.47, -0.41, -0.35, "The student is 0.41 nats a token closer to the teacher than the student trained on text only"),
+        (-0.1, 0.02, 0.14, "No difference was shown: the student is −0.02 nats a token closer to the teacher than"),
+        (0.1, 0.2, 0.3, "The student is 0.20 nats a token farther from the teacher than the student trained on text only"),
+    ],
+)
+def test_says_differences_as_they_are(experiment: Experiment, low: float, mean: float, high: float, words: str) -> None:
+    change(experiment, differences=[{**metrics()["differences"][0], "low": low, "mean": mean, "high": high}])
+    page, _ = pages(experiment)
+    assert words in page
+    assert ("Against expectation" in page) == (low > 0)
+    assert ("includes 0" in page) == (low < 0 < high)
+
+
+def test_says_when_training_did_not_help_and_prompts_are_few(experiment: Experiment) -> None:
+    models = metrics()["models"]
+    models[2]["kl"] = interval(10.2, 9.9, 10.5)
+    change(experiment, models=models, held_out={"rows": 9, "tokens": 300, "prompts": 9, "resamples": 2000})
+    page, _ = pages(experiment)
+    assert "Training did not bring the student closer to the teacher." in page
+    assert "With 9 held-out prompts the intervals themselves are rough." in page
+
+
+def test_values_that_are_not_finite_are_left_out_and_said(experiment: Experiment) -> None:
+    history = [{"step": 1, "ce": 3.0, "kl": 2.0}, {"step": 2, "ce": float("nan"), "kl": float("nan")}]
+    write(experiment.directory("student") / "trainer_state.json", {"log_history": history})
+    page, _ = pages(experiment)
+    assert "2 logged values are not finite" in page
+    assert not re.search(r'd="[^"]*nan', page)
+
+
+def test_axis_is_logarithmic_only_where_values_are_far_apart() -> None:
+    far, near = fit_axis([2, 10], 0, 100), fit_axis([2, 2.5], 0, 100)
+    assert (far.log, near.log, fit_axis([0, 10], 0, 100).log) == (True, False, False)
+    assert far.place(20**0.5) == pytest.approx(50, abs=0.1)
+    assert near.place(2.25) == pytest.approx(50, abs=0.1)
+    assert [text for _, text in far.ticks()] == ["2", "3", "5", "7", "10"]
+    for low, high in ((1e-4, 3e3), (0.5, 0.52), (-3, 5), (4, 4), (1, 4), (1e-9, 1e9)):
+        axis = fit_axis([low, high], 0, 100)
+        assert 1 <= len(axis.ticks()) <= 20
+        assert all(0 <= x <= 100 for x, _ in axis.ticks())
+
+
+def test_plots_of_nothing_are_none() -> None:
+    assert interval_plot([]) is None
+    assert interval_plot([("student", interval(float("nan"), 1, 2))]) is None
+    assert loss_plot({"student": []}) is None
+    assert loss_plot({"student": [(1, 2.0)]}) is not None
+
+
+def test_smoothing_and_thinning_keep_a_straight_line() -> None:
+    line = [(float(x), 3.0 * x) for x in range(1000)]
+    assert smooth(line) == pytest.approx(line)
+    thinned = thin(line)
+    assert len(thinned) == 200
+    assert thinned[0] == (2.0, 6.0)
+    assert thin(line[:7]) == line[:7]
+
+
+def test_cells_and_fences() -> None:
+    assert cell("a|b\n<i>*c*") == r"a\|b \<i\>\*c\*"
+    assert fenced("a\n`````\nb") == "``````text\na\n`````\nb\n``````"

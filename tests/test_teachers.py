@@ -1,0 +1,90 @@
+"""The exact engine, and how vLLM's log-probabilities are read."""
+
+import numpy as np
+import pytest
+import torch
+
+from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.models import load_model
+from llmdistill.teachers import Request, row_id, row_seed
+from llmdistill.teachers.transformers import TransformersEngine, sample
+from llmdistill.teachers.vllm import flat_logprobs
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def test_the_sampled_token_beside_the_top_k_is_never_counted_as_one_of_them():
+    """At the first position it is the second of the top 2, at the second it has rank 9; it always stands first."""
+
+    class Flat:
+        start_indices = [0, 3]
+        token_ids = [7, 5, 7, 9, 1, 2]
+        logprobs = np.log([0.3, 0.6, 0.3, 0.01, 0.5, 0.4]).tolist()
+
+    chosen, kept = flat_logprobs(Flat, 2)
+    assert kept.ids_NK.tolist() == [[5, 7], [1, 2]]
+    np.testing.assert_allclose(np.exp(chosen), [0.3, 0.01], rtol=1e-6)
+    np.testing.assert_allclose(kept.tail_N, [0.1, 0.1], rtol=1e-5)
+
+
+def test_sampling_follows_the_distribution_and_its_cuts():
+    logprobs = torch.tensor([[0.5, 0.1, 0.3, 0.1]]).log().expand(20000, -1)
+    uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shares = lambda **kw: torch.bincount(sample(logprobs, Generate(**kw), uniform), minlength=4) / 20000  # noqa: E731
+    torch.testing.assert_close(shares(), torch.tensor([0.5, 0.1, 0.3, 0.1]), atol=0.012, rtol=0)
+    torch.testing.assert_close(shares(top_k=2), torch.tensor([0.625, 0.0, 0.375, 0.0]), atol=0.012, rtol=0)
+    torch.testing.assert_close(shares(top_p=0.7), torch.tensor([0.625, 0.0, 0.375, 0.0]), atol=0.012, rtol=0)
+    squares = torch.tensor([0.25, 0.01, 0.09, 0.01])
+    torch.testing.assert_close(shares(temperature=0.5), squares / squares.sum(), atol=0.012, rtol=0)
+    assert shares(temperature=0).tolist() == [1, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def requests():
+    generator = np.random.default_rng(0)
+    return [Request(n, generator.integers(3, 2000, 2 + 3 * n).tolist(), seed=n) for n in range(5)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+def test_the_exact_engine_stores_the_models_own_distribution(tiny, requests, temperature):
+    """Against one plain forward pass over each finished sequence: the same at any sampling temperature."""
+    teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=3)
+    engine = TransformersEngine(teacher, Generate(max_tokens=7, temperature=temperature), Targets(k=5))
+    model = load_model(str(tiny))
+    completions = list(engine.generate([requests[:2], requests[2:]]))
+    assert [completion.index for completion in completions] == [0, 1, 2, 3, 4]
+    for completion, request in zip(completions, requests, strict=True):
+        ids = torch.tensor([*request.prompt_ids, *completion.ids])
+        with torch.inference_mode():
+            logits = model(ids[None]).logits[0, len(request.prompt_ids) - 1 : -1]
+        logprobs = logits.double().log_softmax(-1)
+        top = logprobs.topk(5)
+        np.testing.assert_allclose(completion.targets.logprobs_NK, top.values, atol=2e-4)
+        np.testing.assert_allclose(completion.targets.tail_N, 1 - top.values.exp().sum(-1), atol=2e-4)
+        np.testing.assert_allclose(
+            completion.token_logprobs, logprobs.gather(1, torch.tensor(completion.ids)[:, None])[:, 0], atol=2e-4
+        )
+        assert completion.finish_reason == ("stop" if completion.ids[-1] == 2 else "length")
+
+
+def test_a_rows_text_depends_on_its_seed_alone(tiny, requests):
+    def texts(batch_size, order):
+        teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=batch_size)
+        engine = TransformersEngine(teacher, Generate(max_tokens=6), Targets(kind="none"))
+        return {c.index: c.ids.tolist() for c in engine.generate([[requests[n] for n in order]])}
+
+    assert texts(1, [0, 1, 2, 3, 4]) == texts(5, [4, 2, 0, 1, 3])
+
+
+def test_row_ids():
+    sampling = Generate(temperature=0.7)
+    first = row_id(MESSAGES, "teacher", sampling, 0)
+    assert first == row_id(MESSAGES, "teacher", Generate(temperature=0.7, samples=9, rows_per_shard=5), 0)
+    others = {
+        row_id(MESSAGES, "teacher", sampling, 1),
+        row_id(MESSAGES, "x", sampling, 0),
+        row_id(MESSAGES, "teacher", Generate(), 0),
+    }
+    assert len({first, *others}) == 4
+    assert row_seed(first, 0) != row_seed(first, 1)
+    assert 0 <= row_seed(first, 0) < 2**63

@@ -1,0 +1,186 @@
+"""The trainer's loss: the right number, however the global batch is cut up."""
+
+import numpy as np
+import pytest
+import torch
+import trl
+from transformers import AutoTokenizer
+
+from llmdistill import DistillConfig, DistillTrainer, load_dataset, losses, targets
+from llmdistill.collator import DistillCollator, completion_logits
+from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.models import load_model
+
+K = 6
+
+
+@pytest.fixture(scope="module")
+def dataset_directory(tiny, tmp_path_factory):
+    """Eight rows of uneven length, with the tiny model's own distribution as their soft targets."""
+    directory = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    model = load_model(str(tiny))
+    rows = []
+    for number in range(8):
+        prompt, completion = generator.integers(3, 2000, 3 + number % 3), generator.integers(3, 2000, 1 + 2 * number)
+        ids = np.concatenate([prompt, completion])
+        batch = DistillCollator(0)([{"input_ids": ids, "completion_start": len(prompt)}])
+        with torch.inference_mode():
+            logprobs = completion_logits(model, batch).log_softmax(-1).numpy()
+        message = [{"role": "user", "content": str(number)}]
+        rows.append(
+            Row(
+                str(number), message, message, list(prompt), completion, "stop",
+                logprobs[np.arange(len(completion)), completion], targets.topk_from_dense(logprobs, K),
+            )
+        )  # fmt: skip
+    write_shard(directory, "train", 0, 1, rows_to_table(rows, 49152))
+    write_manifest(directory, finished_shards(directory, "train"), {"targets": {"kind": "topk", "k": K}})
+    return directory
+
+
+def make_trainer(tiny, dataset_directory, output, model=None, **arguments):
+    defaults = {
+        "output_dir": str(output),
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_grad_norm": 0,
+        "alpha": 0.7,
+    }
+    return DistillTrainer(
+        model=model or load_model(str(tiny)),
+        args=DistillConfig(**{**defaults, **arguments}),
+        train_dataset=load_dataset(dataset_directory),
+        processing_class=AutoTokenizer.from_pretrained(tiny),
+    )
+
+
+def gradients_of_one_step(trainer):
+    """The gradients that reach the optimiser."""
+    found = {}
+    step = trainer.create_optimizer
+
+    def create(*args, **kwargs):
+        optimizer = step(*args, **kwargs)
+        optimizer.register_step_pre_hook(
+            lambda *_: found.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        )
+        return optimizer
+
+    trainer.create_optimizer = create
+    trainer.train()
+    return found
+
+
+def different_student(tiny):
+    model = load_model(str(tiny))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
+def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tiny, dataset_directory, tmp_path, alpha):
+    whole = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), alpha=alpha, per_device_train_batch_size=8)
+    parts = make_trainer(
+        tiny, dataset_directory, tmp_path, different_student(tiny), alpha=alpha,
+        per_device_train_batch_size=1, gradient_accumulation_steps=8,
+    )  # fmt: skip
+    want, got = gradients_of_one_step(whole), gradients_of_one_step(parts)
+    assert want
+    for name, gradient in want.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    logs = [trainer.state.log_history[0] for trainer in (whole, parts)]
+    for key in ("loss", "ce", "kl"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4)
+    assert logs[0]["num_completion_tokens"] == logs[1]["num_completion_tokens"] == sum(1 + 2 * n for n in range(8))
+
+
+def test_the_logged_loss_is_the_formula(tiny, dataset_directory, tmp_path):
+    """Row by row in float64, without padding, against what the trainer logs for the whole batch."""
+    student = different_student(tiny)
+    rows = load_dataset(dataset_directory)
+    ce = kl = tokens = 0.0
+    for row in rows:
+        start = int(row["completion_start"])
+        ids = torch.tensor(row["input_ids"])[None].long()
+        with torch.inference_mode():
+            log_q = student.double()(ids).logits[0].log_softmax(-1)
+        for t in range(ids.shape[1] - start):
+            support = row["target_ids"].reshape(-1, K)[t].astype(int)
+            p = np.exp(row["target_logprobs"].reshape(-1, K)[t].astype(float))
+            r = float(row["target_tail"][t])
+            p, r = p / (p.sum() + r), r / (p.sum() + r)
+            q = log_q[start + t - 1].exp().numpy()
+            ce -= float(log_q[start + t - 1, ids[0, start + t]])
+            kl += float((p * np.log(p / q[support])).sum() + r * np.log(r / (1 - q[support].sum())))
+            tokens += 1
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, student.float(), per_device_train_batch_size=8)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["ce"] == pytest.approx(ce / tokens, rel=1e-5)
+    assert log["kl"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert log["loss"] == pytest.approx((0.3 * ce + 0.7 * kl) / tokens, rel=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_teacher_that_is_its_own_student_has_nothing_to_learn(tiny, dataset_directory, tmp_path, temperature):
+    """KL(teacher ‖ teacher) = 0 through the whole path: store, load, collate, loss. One token off would be far from it."""
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, temperature=temperature, per_device_train_batch_size=4)
+    trainer.train()
+    assert 0 <= trainer.state.log_history[0]["kl"] < 2e-5
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in range(8)])
+    off = losses.forward_kl(
+        completion_logits(load_model(str(tiny)), {**batch, "positions": batch["positions"] - 1}),
+        batch["target_ids"], batch["target_logprobs"], batch["target_tail"],
+    )  # fmt: skip
+    assert off.mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 1.5}, "alpha"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"loss": "mse"}, "loss is 'mse'"),
+        ({"packing": True}, "packing is not supported"),
+        ({"assistant_only_loss": True}, "assistant_only_loss is not supported"),
+    ],
+)
+def test_what_would_change_the_loss_in_silence_is_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DistillConfig(output_dir=str(tmp_path), use_cpu=True, **arguments)
+
+
+def test_no_soft_targets_and_no_silent_fallback(tiny, dataset_directory, tmp_path):
+    text = load_dataset(dataset_directory).remove_columns(["target_ids", "target_logprobs", "target_tail"])
+    arguments = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    with pytest.raises(ValueError, match="has no soft targets"):
+        DistillTrainer(model=load_model(str(tiny)), args=DistillConfig(**arguments), train_dataset=text)
+
+
+def test_trls_own_sft_trainer_trains_on_it_completions_only(tiny, dataset_directory, tmp_path):
+    """The plain trainer takes the stored ids and masks the prompt: sequence-level distillation without this package."""
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_dir=str(dataset_directory), cache_dir=str(tmp_path / "cache"))["train"]
+    trainer = trl.SFTTrainer(
+        model=load_model(str(tiny)),
+        args=trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no"),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(tiny),
+    )
+    for stored, prepared in zip(rows, trainer.train_dataset, strict=True):
+        start = stored["completion_start"]
+        assert prepared["input_ids"] == stored["input_ids"]
+        assert prepared["labels"] == [-100] * start + stored["input_ids"][start:]
+    trainer.train()
