@@ -7,14 +7,24 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmdistill.errors import InputError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name in arguments:
+        if re.search(r"(hub|hf|auth|access)_token|api_key|password|secret", name):
+            raise ValueError(f"{name} would be written into run.json; set it in the environment (HF_TOKEN, WANDB_API_KEY, …)")
+    return arguments
+
+
+PassedOn = Annotated[dict[str, Any], AfterValidator(_refuse_secrets)]
 
 
 class Section(BaseModel):
@@ -40,7 +50,7 @@ class Teacher(Section):
     """GPUs that hold one copy of the model (engine vllm)."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences decoded together (engine transformers); part of what makes its floating-point results repeatable."""
-    engine_args: dict[str, Any] = {}
+    engine_args: PassedOn = {}
     """Any argument of `vllm.LLM`, passed through (engine vllm)."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
@@ -208,7 +218,7 @@ class Train(Section):
     """Temperature of both distributions inside the divergence, which is multiplied by its square."""
     compare_text_only: bool = False
     """Train a second student for the same steps on the text alone (alpha 0), so that `eval` shows the difference."""
-    args: dict[str, Any] = {}
+    args: PassedOn = {}
     """Any argument of `trl.SFTConfig`: learning_rate, num_train_epochs, report_to, …"""
 
 

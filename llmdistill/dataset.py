@@ -122,19 +122,16 @@ def remove_leftovers(directory: Path) -> None:
 
 def write_manifest(directory: Path, shards: list[Shard], description: dict[str, Any]) -> None:
     """Write `dataset.json`: the description, and every shard with its counts. From then on the dataset is complete."""
-    entries = []
-    for shard in shards:
-        metadata = pq.read_metadata(shard.file)
-        positions = pq.read_table(shard.file, columns=["token_logprobs"])["token_logprobs"].combine_chunks()
-        entries.append(
-            {
-                "file": shard.file.name,
-                "split": shard.split,
-                "rows": metadata.num_rows,
-                "tokens": len(positions.flatten()),
-                "bytes": shard.file.stat().st_size,
-            }
-        )
+    entries = [
+        {
+            "file": shard.file.name,
+            "split": shard.split,
+            "rows": pq.read_metadata(shard.file).num_rows,
+            "tokens": _values(shard.file, "token_logprobs")[0],
+            "bytes": shard.file.stat().st_size,
+        }
+        for shard in shards
+    ]
     manifest = {
         "format": "llmdistill",
         "schema_version": SCHEMA_VERSION,
@@ -210,15 +207,15 @@ def read_rows(directory: Path, split: Split, columns: list[str] | None = None) -
 
 
 def bytes_per_position(shards: Sequence[Path]) -> float:
-    """Compressed bytes of the target columns (and the token log-probabilities) for each completion token."""
-    size = positions = 0
-    for file in shards:
-        metadata = pq.read_metadata(file)
-        for group in range(metadata.num_row_groups):
-            for number in range(metadata.num_columns):
-                column = metadata.row_group(group).column(number)
-                if column.path_in_schema.startswith("target_"):
-                    size += column.total_compressed_size
-                if column.path_in_schema.startswith("token_logprobs"):
-                    positions += column.num_values
-    return size / positions if positions else 0.0
+    """Compressed bytes of the target columns for each completion token, from the files' footers alone."""
+    size = sum(_values(file, "target_")[1] for file in shards)
+    return size / max(sum(_values(file, "token_logprobs")[0] for file in shards), 1)
+
+
+def _values(file: Path, prefix: str) -> tuple[int, int]:
+    """How many values the columns of this prefix hold, and in how many compressed bytes."""
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(metadata.num_columns)]
+    found = [column for column in columns if column.path_in_schema.startswith(prefix)]
+    return sum(column.num_values for column in found), sum(column.total_compressed_size for column in found)

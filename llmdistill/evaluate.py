@@ -19,6 +19,7 @@ from llmdistill.models import check_model_exists, load_config, load_model, load_
 from llmdistill.progress import StageBar, console, say
 
 METRICS_VERSION = 1
+_MEASURES = ("kl", "top1", "nll")
 _ROUNDS = 3  # of interleaved decoding; the median counts
 Array = np.ndarray[Any, Any]
 
@@ -60,51 +61,61 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         models = {s.name: load_model(s.path, s.revision, "auto", s.trust_remote_code) for s in subjects}
         teacher = experiment.teacher
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
-    prompts = [str(prompt) for prompt in rows.with_format(None)["prompt"]]
+        prompts = [str(prompt) for prompt in rows.with_format(None)["prompt"]]
+    if len(set(prompts)) < 2:
+        raise InputError("eval: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
 
     stage.begin(directory, "eval", settings, inputs, experiment.seed)
     measured = _fidelity(models, rows, experiment.eval.batch_size)
-    speeds = _decoding_speed(models, experiment.eval.batch_size, experiment.eval.sample_tokens)
-    samples = _samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
-    draws, cluster = _clusters(prompts, experiment.eval.resamples, experiment.seed)
-    metrics: dict[str, Any] = {
-        "schema_version": METRICS_VERSION,
-        "headline": "",
-        "held_out": {
-            "rows": len(rows),
-            "tokens": int(measured["tokens"].sum()),
-            "prompts": draws.shape[1],
-            "resamples": experiment.eval.resamples,
-        },
-        "models": [
-            {
-                "name": subject.name,
-                "path": subject.path,
-                "parameters": sum(parameter.numel() for parameter in models[subject.name].parameters()),
-                "bytes": model_bytes(subject.path),
-                "decode_tokens_per_s": speeds[subject.name],
-                **{
-                    metric: asdict(_interval(measured[f"{subject.name} {metric}"], measured["tokens"], cluster, draws))
-                    for metric in ("kl", "top1", "nll")
-                },
-            }
-            for subject in subjects
-        ],
-        "differences": list(_differences(subjects, measured, cluster, draws)),
-        "decoding": {
-            "engine": "transformers",
-            "batch": experiment.eval.batch_size,
-            "new_tokens": experiment.eval.sample_tokens,
-            "rounds": _ROUNDS,
-        },
-        "samples": samples,
-    }
-    metrics["headline"] = headline(metrics["models"])
+    metrics = _metrics(experiment, subjects, models, measured, prompts)
+    with console.status("writing samples"):
+        metrics["samples"] = _samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
     table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], **measured})
     pq.write_table(table, directory / "rows.parquet")
     stage.write_json(directory / "metrics.json", metrics)
     stage.finish(directory, {"headline": metrics["headline"]})
     say("eval", _summary(metrics))
+
+
+def _metrics(
+    experiment: Experiment, subjects: list[Subject], models: dict[str, Any], measured: dict[str, Array], prompts: list[str]
+) -> dict[str, Any]:
+    """The content of `metrics.json`, but for the samples."""
+    settings = experiment.eval
+    speeds = _decoding_speed(models, settings.batch_size, settings.sample_tokens)
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    cluster = np.array([numbers[prompt] for prompt in prompts])
+    draws = draw_clusters(len(numbers), settings.resamples, experiment.seed)
+    tokens = measured["tokens"]
+    described = [
+        {
+            "name": subject.name,
+            "path": subject.path,
+            "parameters": sum(parameter.numel() for parameter in models[subject.name].parameters()),
+            "bytes": model_bytes(subject.path),
+            "decode_tokens_per_s": speeds[subject.name],
+            **{name: asdict(_interval(measured[f"{subject.name} {name}"], tokens, cluster, draws)) for name in _MEASURES},
+        }
+        for subject in subjects
+    ]
+    return {
+        "schema_version": METRICS_VERSION,
+        "headline": headline(described),
+        "held_out": {
+            "rows": len(prompts),
+            "tokens": int(tokens.sum()),
+            "prompts": len(numbers),
+            "resamples": settings.resamples,
+        },
+        "models": described,
+        "differences": list(_differences(subjects, measured, cluster, draws)),
+        "decoding": {
+            "engine": "transformers",
+            "batch": settings.batch_size,
+            "new_tokens": settings.sample_tokens,
+            "rounds": _ROUNDS,
+        },
+    }
 
 
 def headline(models: list[dict[str, Any]]) -> str:
@@ -177,14 +188,6 @@ def _fidelity(models: dict[str, Any], rows: Any, batch_size: int) -> dict[str, A
     return {name: np.concatenate(parts) for name, parts in sums.items()}
 
 
-def _clusters(prompts: list[str], resamples: int, seed: int) -> tuple[Array, Array]:
-    """Bootstrap draws over the distinct prompts, and the number of each row's prompt."""
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    if len(numbers) < 2:
-        raise InputError("eval: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
-    return draw_clusters(len(numbers), resamples, seed), np.array([numbers[prompt] for prompt in prompts])
-
-
 def _interval(sums: Array, tokens: Array, cluster: Array, draws: Array) -> Interval:
     return mean_interval(np.bincount(cluster, sums), np.bincount(cluster, tokens), draws)
 
@@ -193,7 +196,7 @@ def _differences(subjects: list[Subject], measured: dict[str, Array], cluster: A
     """The student minus each of its rivals, on the same rows and draws."""
     for rival in subjects:
         if rival.name.startswith("student") and rival.name != "student":
-            for metric in ("kl", "top1", "nll"):
+            for metric in _MEASURES:
                 sums = measured[f"student {metric}"] - measured[f"{rival.name} {metric}"]
                 yield {
                     "better": "student",

@@ -37,9 +37,8 @@ def generate(experiment: Experiment, dry_run: bool = False) -> None:
     """
     if experiment.prompts is None:
         raise InputError("the key prompts is missing: `generate` needs prompts.source")
-    directory = experiment.directory("data")
+    directory, teacher = experiment.directory("data"), experiment.teacher
     prompts = load_prompts(experiment.prompts)
-    teacher = experiment.teacher
     check_model_exists(teacher.model, "teacher.model")
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
     fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
@@ -49,68 +48,103 @@ def generate(experiment: Experiment, dry_run: bool = False) -> None:
 
     rows = len(prompts) * experiment.generate.samples
     count = -(-rows // experiment.generate.rows_per_shard)
+    there = len(finished_shards(directory, "train")) if directory.is_dir() else 0
     if dry_run:
-        _say_plan(experiment, len(prompts), rows, count)
-        return
-    if state == "done":
+        _say_plan(experiment, len(prompts), rows, count, there)
+    elif state == "done" and there == count:
         say("generate", f"{directory} is finished ({rows:,} rows)")
-        return
+    else:
+        work = _Work(experiment, prompts, fingerprint)
+        stage.begin(directory, "generate", settings, inputs, experiment.seed)
+        work.make_missing_shards(directory, count)
+        write_manifest(directory, finished_shards(directory, "train"), work.description() | {"source": inputs})
+        stage.finish(directory, {"rows": rows})
 
-    config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
-    tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
-    vocab_size = config.get_text_config().vocab_size
-    if experiment.targets.kind == "topk" and experiment.targets.k > vocab_size:
-        raise InputError(
-            f"targets.k is {experiment.targets.k:,}, but the vocabulary of {teacher.model} has {vocab_size:,} tokens"
-        )
-    prompt_ids = [_chat_ids(tokenizer, prompt) for prompt in prompts]
-    max_model_len = _check_lengths(experiment, config, prompts, prompt_ids)
-    sampling = experiment.generate
-    ids = [row_id(prompt.messages, fingerprint, sampling, sample) for prompt in prompts for sample in range(sampling.samples)]
-    requests = [
-        Request(index, prompt_ids[index // sampling.samples], row_seed(identity, experiment.seed))
-        for index, identity in enumerate(ids)
-    ]
 
-    stage.begin(directory, "generate", settings, inputs, experiment.seed)
-    remove_leftovers(directory)
-    done = {shard.index for shard in finished_shards(directory, "train")}
-    missing = [index for index in range(count) if index not in done]
-    shards = [requests[index * sampling.rows_per_shard : (index + 1) * sampling.rows_per_shard] for index in missing]
+class _Work:
+    """The rows to make: prompts as the teacher's token ids, their ids and requests. Loads no weights by itself."""
 
-    def store(number: int, completions: list[Completion]) -> None:
-        table = rows_to_table([_row(prompts, prompt_ids, ids, sampling.samples, tokenizer, c) for c in completions], vocab_size)
-        write_shard(directory, "train", missing[number], count, table)
+    def __init__(self, experiment: Experiment, prompts: list[Prompt], fingerprint: str) -> None:
+        teacher, sampling = experiment.teacher, experiment.generate
+        self.experiment = experiment
+        self.prompts = prompts
+        self.fingerprint = fingerprint
+        self.config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
+        self.tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+        self.vocab_size = self.config.get_text_config().vocab_size
+        if experiment.targets.kind == "topk" and experiment.targets.k > self.vocab_size:
+            raise InputError(
+                f"targets.k is {experiment.targets.k:,}, but the vocabulary of {teacher.model} has {self.vocab_size:,} tokens"
+            )
+        self.prompt_ids = [_chat_ids(self.tokenizer, prompt) for prompt in prompts]
+        self.max_model_len = _check_lengths(experiment, self.config, prompts, self.prompt_ids)
+        self.ids = [row_id(prompt.messages, fingerprint, sampling, n) for prompt in prompts for n in range(sampling.samples)]
+        self.requests = [
+            Request(index, self.prompt_ids[index // sampling.samples], row_seed(identity, experiment.seed))
+            for index, identity in enumerate(self.ids)
+        ]
 
-    if shards:
+    def make_missing_shards(self, directory: Path, count: int) -> None:
+        """Generate the shards that are not there yet; each is stored as soon as its last row is."""
+        remove_leftovers(directory)
+        size = self.experiment.generate.rows_per_shard
+        done = {shard.index for shard in finished_shards(directory, "train")}
+        missing = [index for index in range(count) if index not in done]
+        shards = [self.requests[index * size : (index + 1) * size] for index in missing]
+        if not shards:
+            return
+
+        def store(number: int, completions: list[Completion]) -> None:
+            table = rows_to_table([self._row(completion) for completion in completions], self.vocab_size)
+            write_shard(directory, "train", missing[number], count, table)
+
         with console.status("starting the teacher"):
-            engine = open_engine(teacher, sampling, experiment.targets, max_model_len)
-        with StageBar("generate", rows, rows - sum(map(len, shards))) as bar:
+            engine = open_engine(self.experiment.teacher, self.experiment.generate, self.experiment.targets, self.max_model_len)
+        with StageBar("generate", len(self.requests), len(self.requests) - sum(map(len, shards))) as bar:
             tokens = 0
             for completion in _by_shard(engine.generate(shards), shards, store):
                 tokens += len(completion.ids)
                 bar.advance(tokens=len(completion.ids), facts=[f"{tokens:,} tokens"])
-            finished = finished_shards(directory, "train")
-            size = bytes_per_position([shard.file for shard in finished])
-            bar.advance(0, facts=[f"{tokens:,} tokens"] + ([f"{size:.0f} B/position"] if size else []))
-    finished = finished_shards(directory, "train")
-    description = {
-        "teacher": {"model": teacher.model, "revision": teacher.revision, "fingerprint": fingerprint, "engine": teacher.engine},
-        "tokenizer": {
-            "vocab_size": vocab_size,
-            "vocabulary_hash": vocabulary_hash(tokenizer),
-            "end_token_ids": end_token_ids_of(teacher.model, teacher.revision, config, tokenizer),
-            "chat_template": tokenizer.chat_template,
-        },
-        "sampling": sampling.model_dump(exclude={"rows_per_shard"}),
-        "targets": experiment.targets.model_dump() if experiment.targets.kind == "topk" else {"kind": "none"},
-        "seed": experiment.seed,
-        "determinism": _DETERMINISM[teacher.engine],
-        "source": inputs,
-        "versions": stage.versions(),
-    }
-    write_manifest(directory, finished, description)
-    stage.finish(directory, {"rows": rows})
+            stored = bytes_per_position([shard.file for shard in finished_shards(directory, "train")])
+            bar.advance(0, facts=[f"{tokens:,} tokens"] + ([f"{stored:.0f} B/position"] if stored else []))
+
+    def description(self) -> dict[str, Any]:
+        """What `dataset.json` says of how the rows were made."""
+        teacher, kept = self.experiment.teacher, self.experiment.targets
+        return {
+            "teacher": {
+                "model": teacher.model,
+                "revision": teacher.revision,
+                "commit": getattr(self.config, "_commit_hash", None),
+                "fingerprint": self.fingerprint,
+                "engine": teacher.engine,
+            },
+            "tokenizer": {
+                "vocab_size": self.vocab_size,
+                "vocabulary_hash": vocabulary_hash(self.tokenizer),
+                "end_token_ids": end_token_ids_of(teacher.model, teacher.revision, self.config, self.tokenizer),
+                "chat_template": self.tokenizer.chat_template,
+            },
+            "sampling": self.experiment.generate.model_dump(exclude={"rows_per_shard"}),
+            "targets": kept.model_dump() if kept.kind == "topk" else {"kind": kept.kind},
+            "seed": self.experiment.seed,
+            "determinism": _DETERMINISM[teacher.engine],
+            "versions": stage.versions(),
+        }
+
+    def _row(self, completion: Completion) -> Row:
+        number = completion.index // self.experiment.generate.samples
+        text = self.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        return Row(
+            self.ids[completion.index],
+            self.prompts[number].messages,
+            [{"role": "assistant", "content": text}],
+            self.prompt_ids[number],
+            completion.ids,
+            completion.finish_reason,
+            completion.token_logprobs,
+            completion.targets,
+        )
 
 
 def _by_shard(completions: Iterator[Completion], shards: list[list[Request]], store: Any) -> Iterator[Completion]:
@@ -124,23 +158,6 @@ def _by_shard(completions: Iterator[Completion], shards: list[list[Request]], st
         if len(rows) == len(shards[number]):
             store(number, sorted(pending.pop(number), key=lambda row: row.index))
         yield completion
-
-
-def _row(
-    prompts: list[Prompt], prompt_ids: list[list[int]], ids: list[str], samples: int, tokenizer: Any, completion: Completion
-) -> Row:
-    number = completion.index // samples
-    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-    return Row(
-        ids[completion.index],
-        prompts[number].messages,
-        [{"role": "assistant", "content": text}],
-        prompt_ids[number],
-        completion.ids,
-        completion.finish_reason,
-        completion.token_logprobs,
-        completion.targets,
-    )
 
 
 def _chat_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -173,12 +190,11 @@ def _check_lengths(experiment: Experiment, config: Any, prompts: Sequence[Prompt
     return asked or needed
 
 
-def _say_plan(experiment: Experiment, prompts: int, rows: int, count: int) -> None:
+def _say_plan(experiment: Experiment, prompts: int, rows: int, count: int, there: int) -> None:
     tokens = rows * experiment.generate.max_tokens
     per_position = _BYTES_PER_TOPK_ENTRY * experiment.targets.k if experiment.targets.kind == "topk" else 0
     size = tokens * (per_position + 3)
     directory = experiment.directory("data")
-    there = len(finished_shards(directory, "train")) if directory.is_dir() else 0
     samples = f" × {experiment.generate.samples} samples" if experiment.generate.samples > 1 else ""
     console.print(
         f"{prompts:,} prompts{samples} = {rows:,} rows, up to {_human(tokens)} tokens, "

@@ -20,17 +20,18 @@ from llmdistill.stage import RUN_FILE, read_json
 SCHEMA_VERSION = 1
 Json = dict[str, Any]
 
-_SPOKEN = {
-    "teacher": "the teacher",
-    "student": "the student",
-    "student before": "the student before training",
-    "student, text only": "the student trained on text only",
-}
-# How a metric's gain is worded: unit, factor to it, when it is a gain, when it is a loss.
+_LABELS = {"student before": "student before training", "student, text only": "student trained on text only"}
+# What a metric is called, its unit, the factor to that unit, and a gain and a loss in words.
 _WORDS = {
-    "kl": (" nats a token", 1, "closer to the teacher than", "farther from the teacher than"),
-    "nll": (" nats a token", 1, "better at predicting the teacher’s text than", "worse at predicting the teacher’s text than"),
-    "top1": (" percentage points", 100, "more often right about the teacher’s choice than", "less often right about it than"),
+    "kl": ("KL", "nats a token", 1, "It is {} closer to the teacher", "It is {} farther from the teacher"),
+    "top1": (
+        "next-token choices",
+        "percentage points",
+        100,
+        "It makes the teacher’s choice {} more often",
+        "It makes the teacher’s choice {} less often",
+    ),
+    "nll": ("NLL", "nats a token", 1, "It expects the teacher’s text better by {}", "It expects the teacher’s text worse by {}"),
 }
 _FEW_PROMPTS = 30
 
@@ -68,7 +69,7 @@ def _view(experiment: Experiment) -> Json:
         "samples": metrics["samples"],
         "cards": _cards(models["teacher"], models["student"]),
         "intervals": interval_plot((name, model["kl"]) for name, model in models.items() if name != "teacher"),
-        "findings": [_finding(difference) for difference in metrics["differences"]],
+        "findings": _findings(metrics["differences"]),
         "cautions": _cautions(metrics, models),
         "training": _training(experiment),
         "data": _data(experiment),
@@ -89,13 +90,17 @@ def _cards(teacher: Json, student: Json) -> list[Json]:
     """The headline as three figures, each with what it comes from."""
     saved = 1 - student["parameters"] / teacher["parameters"]
     speed = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
-    times = f"{max(speed, 1 / speed):.1f}×"
+    times = f"{speed:.1f}×"
     low, high = (f"{100 * student['top1'][key]:.0f}" for key in ("low", "high"))
     size = f"{parameters(teacher['parameters'])} → {parameters(student['parameters'])} parameters"
     rate = f"{tokens_per_second(teacher)} → {tokens_per_second(student)} tokens/s"
     return [
         {"figure": f"{abs(saved):.0%}", "label": "smaller" if saved >= 0 else "larger", "note": size},
-        {"figure": times, "label": "as fast" if times == "1.0×" else "faster" if speed > 1 else "slower", "note": rate},
+        {
+            "figure": times,
+            "label": "as fast" if times == "1.0×" else "faster" if speed > 1 else "the teacher’s speed",
+            "note": rate,
+        },
         {
             "figure": f"{student['top1']['mean']:.0%}",
             "label": "of the teacher’s next-token choices kept",
@@ -104,25 +109,31 @@ def _cards(teacher: Json, student: Json) -> list[Json]:
     ]
 
 
+def _findings(differences: list[Json]) -> list[Json]:
+    """The paired differences in words, one group for each pair of models, the two trained students first."""
+    groups: dict[tuple[str, str], list[Json]] = {}
+    for difference in sorted(differences, key=lambda difference: bool(difference["worse"] == "student before")):
+        groups.setdefault((difference["better"], difference["worse"]), []).append(_finding(difference))
+    return [{"better": better, "worse": worse, "items": items} for (better, worse), items in groups.items()]
+
+
 def _finding(difference: Json) -> Json:
-    """A paired difference in words, as it is: shown, not shown, or the wrong way round."""
-    unit, factor, gain, loss = _WORDS[difference["metric"]]
-    sign = 1 if difference["metric"] == "top1" else -1  # nats are better when there are fewer
-    mean, low, high = sorted_interval(*(sign * factor * difference[key] for key in ("mean", "low", "high")))
-    one, other = (_SPOKEN.get(difference[key], difference[key]) for key in ("better", "worse"))
-    one = one[0].upper() + one[1:]
+    """A paired difference as it is: shown, not shown, or the wrong way round."""
+    name, unit, factor, gain, loss = _WORDS[difference["metric"]]
+    sign = 1 if difference["metric"] == "top1" else -1  # of nats, fewer are better
+    mean, low, high = (sign * factor * difference[key] for key in ("mean", "low", "high"))
+    low, high = min(low, high), max(low, high)
     digits = _digits(low, high, 2 if factor == 1 else 1)
-    if low > 0:
-        words = f"{one} is {mean:.{digits}f}{unit} {gain} {other} (95% interval {low:.{digits}f} to {high:.{digits}f})."
-        return {"verdict": "shown", "text": words}
-    if high < 0:
-        words = f"{one} is {-mean:.{digits}f}{unit} {loss} {other} (95% interval {-high:.{digits}f} to {-low:.{digits}f})."
-        return {"verdict": "reversed", "text": words}
-    words = (
-        f"No difference was shown: {one[0].lower() + one[1:]} is {signed(mean, digits)}{unit} {gain} {other}, "
-        f"and the 95% interval, {signed(low, digits)} to {signed(high, digits)}, includes 0."
-    )
-    return {"verdict": "open", "text": words}
+    if low <= 0 <= high:
+        ends = f"{low:.{digits}f} to {high:.{digits}f} {unit}".replace("-", "−")
+        return {
+            "verdict": "open",
+            "text": f"No difference in {name} was shown: the 95% interval of the gain, {ends}, includes 0.",
+        }
+    near, far = sorted((abs(low), abs(high)))
+    words = (gain if low > 0 else loss).format(f"{abs(mean):.{digits}f} {unit}")
+    text = f"{words} (95% interval {near:.{digits}f} to {far:.{digits}f})."
+    return {"verdict": "shown" if low > 0 else "reversed", "text": text}
 
 
 def _cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
@@ -133,7 +144,10 @@ def _cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
         said.append("Training did not bring the student closer to the teacher.")
     if prompts < _FEW_PROMPTS:
         said.append(f"With {prompts} held-out prompts the intervals themselves are rough.")
-    said.append("The intervals cover the choice of held-out prompts, not the luck of a training run: there was one.")
+    said.append(
+        "Differences are between the same rows. The intervals cover the choice of held-out prompts, "
+        "not the luck of a training run: each student was trained once."
+    )
     return said
 
 
@@ -266,16 +280,6 @@ def estimate(interval: Json, factor: float = 1) -> tuple[str, str]:
     return f"{mean:.{digits}f}", "" if low == high else f"{low:.{digits}f}–{high:.{digits}f}"
 
 
-def signed(value: float, digits: int) -> str:
-    """With a true minus sign."""
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def sorted_interval(mean: float, low: float, high: float) -> tuple[float, float, float]:
-    """The interval with its ends in order, after a change of sign."""
-    return mean, min(low, high), max(low, high)
-
-
 def moment(stamp: str | None) -> str:
     """2026-11-23T18:28:49Z as 23 Nov 2026, 18:28."""
     if not stamp:
@@ -286,7 +290,7 @@ def moment(stamp: str | None) -> str:
 
 def label(name: str) -> str:
     """A model's name in the evaluation, as the page says it."""
-    return _SPOKEN.get(name, name).removeprefix("the ")
+    return _LABELS.get(name, name)
 
 
 def cell(text: object) -> str:

@@ -70,9 +70,9 @@ def _train_one(
         dataset = load_dataset(experiment.dataset_directory, "train")
         if not same_vocabulary:
             dataset = _tokenise_again(dataset, tokenizer)
-        student = _student(experiment, dataset)
+        main = arguments.process_index == 0
+        student = _student(experiment, dataset, main)
 
-    main = arguments.process_index == 0
     if main:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
         if experiment.student.prune:
@@ -159,9 +159,12 @@ def _arguments(experiment: Experiment, directory: Path, alpha: float) -> Any:
         "temperature": experiment.train.temperature,
     }
     try:
-        return DistillConfig(**{**defaults, **experiment.train.args, **ours})
+        arguments = DistillConfig(**{**defaults, **experiment.train.args, **ours})
     except (TypeError, ValueError) as error:
         raise InputError(f"train.args: {error}") from None
+    if arguments.distributed_state.distributed_type in ("FSDP", "DEEPSPEED"):
+        raise InputError("train: runs on one device or under DDP (accelerate launch --multi_gpu), not under FSDP or DeepSpeed")
+    return arguments
 
 
 def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> tuple[Any, bool]:
@@ -204,7 +207,7 @@ def _tokenise_again(dataset: Any, tokenizer: Any) -> Any:
     return plain.map(convert, remove_columns=[name for name in plain.column_names if name not in kept]).with_format("numpy")
 
 
-def _student(experiment: Experiment, dataset: Any) -> Any:
+def _student(experiment: Experiment, dataset: Any, main: bool) -> Any:
     """The model before training: float32 where all weights train, its own precision under LoRA."""
     model, revision, trust = _origin(experiment)
     prune = experiment.student.prune
@@ -218,7 +221,8 @@ def _student(experiment: Experiment, dataset: Any) -> Any:
     if prune.by == "block_influence":
         influence = block_influence(loaded, [dataset[number] for number in range(min(64, len(dataset)))])
     keep = choose_layers(prune, loaded.config.get_text_config().num_hidden_layers, influence)
-    say("prune", f"keeps layers {', '.join(map(str, keep))} of {loaded.config.get_text_config().num_hidden_layers}")
+    if main:
+        say("prune", f"keeps layers {', '.join(map(str, keep))} of {loaded.config.get_text_config().num_hidden_layers}")
     return prune_layers(loaded, keep)
 
 

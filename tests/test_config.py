@@ -54,6 +54,8 @@ def test_overrides(file, key, value, attribute, expected):
         ("curate", "[{repetition: {}, length: {}}]", "exactly one key"),
         ("curate", "[{repetiton: {}}]", "did you mean curate.N.repetition?"),
         ("output.x", "1", "cannot set output.x"),
+        ("train.args.hub_token", "hf_abc", "hub_token would be written into run.json"),
+        ("teacher.engine_args.hf_token", "hf_abc", "hf_token would be written into run.json"),
     ],
 )
 def test_a_wrong_override_names_file_and_key(file, key, value, message):
