@@ -21,7 +21,7 @@ setup: .venv/.ready
 	touch $@
 
 $(TEACHER): .venv/.ready
-	$(BIN)/python examples/demo_teacher.py $(TEACHER)
+	TQDM_DISABLE=1 $(BIN)/python examples/demo_teacher.py $(TEACHER)
 
 demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml

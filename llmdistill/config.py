@@ -254,9 +254,14 @@ class Experiment(Section):
     train: Train = Train()
     eval: Eval = Eval()
 
-    def directory(self, name: Literal["data", "curated", "student-before", "student", "student-text-only", "eval"]) -> Path:
+    def directory(self, name: Literal["data", "curated", "student", "student-text-only", "eval"]) -> Path:
         """Where a stage writes."""
         return Path(self.output) / name
+
+    @property
+    def pruned_directory(self) -> Path:
+        """The pruned teacher before training."""
+        return self.directory("student") / "before"
 
     @property
     def dataset_directory(self) -> Path:

@@ -14,6 +14,7 @@ from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, vocabulary_hash
 from llmdistill.progress import StageBar, console, say
 
+_CALIBRATION_ROWS = 64  # of the dataset, on which block influence is measured
 # Set by keys of their own; given under train.args they would contradict them.
 _RESERVED = {"output_dir": "output", "loss": "train.loss", "alpha": "train.alpha", "temperature": "train.temperature"}
 
@@ -72,13 +73,9 @@ def _train_one(
             dataset = _tokenise_again(dataset, tokenizer)
         main = arguments.process_index == 0
         student = _student(experiment, dataset, main)
-
     if main:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
-        if experiment.student.prune:
-            training_dtype = student.dtype
-            _save(student, tokenizer, directory / "before", saved_dtype)
-            student.to(training_dtype)  # exact: its weights come from a checkpoint in the saved precision
+        _keep_pruned(experiment, student, tokenizer, saved_dtype)
     label = "train" if alpha or not experiment.train.compare_text_only else "text only"
     trainer = DistillTrainer(
         model=student, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=_lora(experiment)
@@ -212,18 +209,33 @@ def _student(experiment: Experiment, dataset: Any, main: bool) -> Any:
     model, revision, trust = _origin(experiment)
     prune = experiment.student.prune
     dtype = "auto" if experiment.student.lora else "float32"
-    loaded = load_model(model, revision, dtype, trust, "student.model" if prune is None else "teacher.model")
     if prune is None:
-        return loaded
+        return load_model(model, revision, dtype, trust, "student.model")
+    if experiment.pruned_directory.exists():
+        return load_model(str(experiment.pruned_directory), None, dtype)
     from llmdistill.student import block_influence, choose_layers, prune_layers
 
+    teacher = load_model(model, revision, dtype, trust)
+    layers = teacher.config.get_text_config().num_hidden_layers
     influence = None
     if prune.by == "block_influence":
-        influence = block_influence(loaded, [dataset[number] for number in range(min(64, len(dataset)))])
-    keep = choose_layers(prune, loaded.config.get_text_config().num_hidden_layers, influence)
+        influence = block_influence(teacher, [dataset[number] for number in range(min(_CALIBRATION_ROWS, len(dataset)))])
+    keep = choose_layers(prune, layers, influence)
     if main:
-        say("prune", f"keeps layers {', '.join(map(str, keep))} of {loaded.config.get_text_config().num_hidden_layers}")
-    return prune_layers(loaded, keep)
+        say("prune", f"keeps layers {', '.join(map(str, keep))} of {layers}")
+    return prune_layers(teacher, keep)
+
+
+def _keep_pruned(experiment: Experiment, student: Any, tokenizer: Any, saved_dtype: Any) -> None:
+    """Save the pruned teacher: evaluation needs it, and every training of this experiment starts from it."""
+    directory = experiment.pruned_directory
+    if experiment.student.prune is None or directory.exists():
+        return
+    dtype = student.dtype
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    _save(student, tokenizer, unfinished, saved_dtype)
+    unfinished.rename(directory)
+    student.to(dtype)  # exact: its weights come from a checkpoint in the saved precision
 
 
 def _lora(experiment: Experiment) -> Any:

@@ -1,5 +1,6 @@
 """The fast engine: vLLM in this process, continuous batching, the top of the distribution in the same pass."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ class VllmEngine:
     def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that there is no Triton on a CPU
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 import vllm

@@ -45,27 +45,30 @@ def test_every_prompt_has_its_row(generated):
 
 
 def test_both_engines_agree_on_the_same_ids(generated, smollm2):
-    """vLLM's stored distribution against a forward pass of transformers over the same ids, both in bfloat16.
+    """vLLM's stored distribution is as near to the float32 truth as transformers' own in the same bfloat16.
 
-    bfloat16 keeps 8 bits: logits near 20 are off by up to 0.06 in either engine. A row that stood one token off, or
-    was tempered by the sampling temperature, would be off by nats.
+    In bfloat16 a logit near 20 moves in steps of 0.125, so neither engine is exact. A row that stood one token off, or
+    was tempered by the sampling temperature of 0.7, would be off by nats.
     """
     _, rows = generated
-    model = load_model(str(smollm2))
     batch = DistillCollator(0)([rows[n] for n in range(len(rows))])
-    with torch.inference_mode():
-        logprobs_NV = completion_logits(model, batch).float().log_softmax(-1)
-    stored = batch["target_logprobs"]
-    difference = (logprobs_NV.gather(1, batch["target_ids"]) - stored).abs()
-    weight = stored.exp()
-    assert (difference * weight).sum() / weight.sum() < 0.03
-    assert difference.max() < 0.6
-    labels = batch["labels"][batch["labels"] != -100]
-    written = np.concatenate([row["token_logprobs"] for row in rows])
-    assert np.abs(logprobs_NV.gather(1, labels[:, None])[:, 0].numpy() - written).mean() < 0.05
-    outside = 1 - logprobs_NV.gather(1, batch["target_ids"]).exp().sum(1)
-    assert (outside - batch["target_tail"]).abs().max() < 0.05
-    assert ((logprobs_NV.argmax(1) == batch["target_ids"][:, 0]).float().mean()) > 0.95
+    labels = batch["labels"][batch["labels"] != -100][:, None]
+    written = torch.from_numpy(np.concatenate([row["token_logprobs"] for row in rows]))
+    found = {"vllm": (batch["target_logprobs"], batch["target_tail"], written)}
+    for dtype in ("float32", "bfloat16"):
+        with torch.inference_mode():
+            logprobs_NV = completion_logits(load_model(str(smollm2), dtype=dtype), batch).float().log_softmax(-1)
+        kept = logprobs_NV.gather(1, batch["target_ids"])
+        found[dtype] = (kept, 1 - kept.exp().sum(1), logprobs_NV.gather(1, labels)[:, 0])
+    truth, weight = found["float32"], found["float32"][0].exp()
+
+    def errors(engine):
+        kept, tail, chosen = (mine - true for mine, true in zip(found[engine], truth, strict=True))
+        return (kept.abs() * weight).sum() / weight.sum(), tail.abs().mean(), chosen.abs().mean()
+
+    for ours, reference in zip(errors("vllm"), errors("bfloat16"), strict=True):
+        assert ours <= 1.25 * reference + 0.002
+    assert errors("bfloat16")[0] < 0.05
 
 
 def test_resuming_makes_only_the_missing_shard(generated, smollm2):
