@@ -26,7 +26,7 @@ def inspect(directory: Path) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(manifest, everything):
         table.add_row(f"[bold]{name}[/bold]", escape(value))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for split, members in files.items():
         if members:
             entries = [entry for entry in manifest["shards"] if entry["split"] == split]
@@ -61,7 +61,7 @@ def _column(file: Path, name: str) -> targets.Array:
 def _print_sample(file: Path) -> None:
     row = pq.ParquetFile(file).read_row_group(0).slice(0, 1).to_pylist()[0]
     for message in [*row["prompt"], *row["completion"]]:
-        console.print(Panel(escape(message["content"]), title=escape(message["role"]), title_align="left"))
+        console.print(Panel(escape(message["content"]), title=escape(message["role"]), title_align="left"), soft_wrap=False)
     length = len(row["input_ids"]) - row["completion_start"]
     console.print(
         f"row {row['id']} · {row['completion_start']} prompt tokens, {length} completion tokens, ended by {row['finish_reason']}"

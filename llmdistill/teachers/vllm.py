@@ -1,6 +1,5 @@
 """The fast engine: vLLM in this process, continuous batching, the top of the distribution in the same pass."""
 
-import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-torch._library.triton",  # it warns that there is no Triton on a CPU
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 
@@ -31,7 +31,6 @@ class VllmEngine:
     def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that there is no Triton on a CPU
         try:
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 import vllm

@@ -120,6 +120,19 @@ def test_lora_by_two_lines_of_yaml(finished_run, tmp_path):
     assert all("_proj" in name for name in changed)
 
 
+def test_an_existing_model_as_student(finished_run, tiny, tmp_path):
+    """The teacher's twin: nothing to prune, and at distance zero before it trains."""
+    file, _ = finished_run
+    student = ["--student", f"{{model: {tiny}}}", "--train.dataset", output(file) / "curated", "--output", tmp_path]
+    for stage in ("train", "eval", "report"):
+        result = run_cli(stage, file, *student, "--train.compare_text_only", "false", "--train.args.max_steps", 1)
+        assert result.returncode == 0, result.stderr
+    models = json.loads((tmp_path / "eval/metrics.json").read_text())["models"]
+    assert [model["name"] for model in models] == ["teacher", "student before", "student"]
+    assert models[1]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert not (tmp_path / "student/before").exists()
+
+
 def test_text_only_targets(experiment_file):
     assert run_cli("generate", experiment_file, "--targets.kind", "none").returncode == 0
     assert run_cli("curate", experiment_file, "--targets.kind", "none").returncode == 0
