@@ -13,7 +13,7 @@ import torch
 
 from llmdistill import targets
 
-TARGET_COLUMNS = ["target_ids", "target_logprobs", "target_tail"]
+TARGET_COLUMNS = sorted({name for names in targets.COLUMNS.values() for name in names})
 
 
 @dataclass
@@ -22,7 +22,8 @@ class DistillCollator:
 
     The batch holds `input_ids`, `attention_mask` and `labels` (B, T), the labels −100 outside the completions;
     `positions` (N,), where in the flattened (B × T) the logits stand that predict each completion token;
-    and, if the rows have soft targets, `target_ids`, `target_logprobs` (N, K) and `target_tail` (N,).
+    and the soft targets that the rows have: `target_ids` (N, K) with `target_logprobs` (N, K) and `target_tail` (N,) for
+    topk, or with `target_logweights` (N, K) and `target_entropy` (N,) for sampled ones.
 
     Args:
         pad_token_id: fills `input_ids`; masked in attention and labels, so any id will do.
@@ -51,19 +52,18 @@ class DistillCollator:
             "labels": np.where(completion_BT, input_ids_BT, -100),
             "positions": np.flatnonzero(completion_BT) - 1,  # the shift: logits at t − 1 predict token t
         }
-        if "target_ids" in rows[0]:
-            batch |= _gather_targets(rows, counts)
+        kind = targets.kind_of(list(rows[0]))
+        if kind != "none":
+            batch |= _gather_targets(rows, kind, counts)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
-def _gather_targets(rows: Sequence[Mapping[str, Any]], counts: targets.Array) -> dict[str, targets.Array]:
-    k = len(rows[0]["target_ids"]) // len(rows[0]["target_tail"])
-    whole = [
-        np.concatenate([np.asarray(row[name])[: n * size] for row, n in zip(rows, counts, strict=True)])
-        for name, size in zip(TARGET_COLUMNS, (k, k, 1), strict=True)
-    ]
-    decoded = targets.decode(*whole)
-    return {"target_ids": decoded.ids_NK, "target_logprobs": decoded.logprobs_NK, "target_tail": decoded.tail_N}
+def _gather_targets(rows: Sequence[Mapping[str, Any]], kind: str, counts: targets.Array) -> dict[str, targets.Array]:
+    cut = [targets.cut(row, kind, count) for row, count in zip(rows, counts, strict=True)]
+    decoded = targets.decode({name: np.concatenate([row[name] for row in cut]) for name in cut[0]})
+    if isinstance(decoded, targets.TopK):
+        return {"target_ids": decoded.ids_NK, "target_logprobs": decoded.logprobs_NK, "target_tail": decoded.tail_N}
+    return {"target_ids": decoded.ids_NK, "target_logweights": decoded.logweights_NK, "target_entropy": decoded.entropy_N}
 
 
 def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

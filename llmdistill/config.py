@@ -89,10 +89,22 @@ class Generate(Section):
 class Targets(Section):
     """What is kept of the teacher's distribution at each completion token."""
 
-    kind: Literal["topk", "none"] = "topk"
-    """`topk`: the k most likely tokens and the mass outside them. `none`: the text only."""
+    kind: Literal["sampled", "topk", "none"] = "sampled"
+    """`sampled`: an unbiased sample of n tokens. `topk`: the k most likely and the mass outside. `none`: the text only."""
+    n: int = Field(default=16, ge=2, le=255)
+    """Tokens kept a position (kind sampled)."""
     k: int = Field(default=64, ge=1)
     """Tokens kept a position (kind topk)."""
+
+    @property
+    def kept(self) -> int:
+        """Tokens kept a position, whatever the kind."""
+        return {"sampled": self.n, "topk": self.k, "none": 0}[self.kind]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a dataset says of its targets."""
+        return self.model_dump(include={"kind", *({"n"} if self.kind == "sampled" else {"k"} if self.kind == "topk" else {})})
 
 
 class FinishReason(Section):
@@ -284,7 +296,7 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise InputError("\n".join(f"{file}: {_explain(detail)}" for detail in error.errors())) from None
+        raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -349,7 +361,7 @@ def _set(tree: Any, path: list[str], value: Any) -> None:
         tree[last] = value
 
 
-def _explain(detail: Any) -> str:
+def explain(detail: Any) -> str:
     """One validation error as a sentence that names the key."""
     key = ".".join(str(part) for part in detail["loc"] if not _is_type_label(part))
     if detail["type"] == "extra_forbidden":

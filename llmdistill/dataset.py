@@ -41,7 +41,7 @@ class Row:
     completion_ids: targets.Array
     finish_reason: str
     token_logprobs: targets.Array
-    targets: targets.TopK | None
+    targets: targets.SoftTargets | None
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,28 @@ def write_shard(directory: Path, split: Split, index: int, count: int, table: pa
     """Write one shard; it appears by an atomic rename, under a name that holds its checksum."""
     directory.mkdir(parents=True, exist_ok=True)
     unfinished = directory / f".{split}-{index:05d}.{os.getpid()}.unfinished"
-    pq.write_table(
-        table,
-        unfinished,
-        compression="zstd",
-        compression_level=9,
-        use_dictionary=["finish_reason", "prompt"],
-        write_page_checksum=True,
-    )
+    pq.write_table(table, unfinished, write_page_checksum=True, **parquet_encoding(table.column_names))
     with unfinished.open("rb+") as stream:
         os.fsync(stream.fileno())
     checksum = sha256(unfinished)[:16]
     file = directory / f"{split}-{index:05d}-of-{count:05d}-{checksum}.parquet"
     unfinished.replace(file)
     return Shard(file, split, index, count, checksum)
+
+
+def parquet_encoding(columns: Sequence[str]) -> dict[str, Any]:
+    """How a shard's columns are encoded: options of `pyarrow.parquet.write_table`.
+
+    The high bytes of ids and log-probabilities repeat more than the low ones; stored apart, they compress by a tenth more.
+    """
+    split = [name for name in ("target_ids", "target_logprobs", "target_tail", "token_logprobs") if name in columns]
+    return {
+        "compression": "zstd",
+        "compression_level": 15,
+        "use_dictionary": ["finish_reason"],
+        "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split},
+        "write_statistics": False,
+    }
 
 
 def finished_shards(directory: Path, split: Split) -> list[Shard]:

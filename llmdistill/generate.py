@@ -21,8 +21,8 @@ from llmdistill.progress import StageBar, console, say
 from llmdistill.prompts import Prompt, load_prompts
 from llmdistill.teachers import Completion, Request, open_engine, row_id, row_seed
 
-# Bytes of a stored position before it is known: what k ids and log-probabilities take in Parquet with zstd.
-_BYTES_PER_TOPK_ENTRY = 3.6
+# Bytes that one kept token takes in Parquet with zstd, for estimates.
+_BYTES_PER_ENTRY = {"sampled": 2.2, "topk": 2.6, "none": 0}
 _DETERMINISM = {
     "transformers": "bit-exact: the same configuration on the same machine and versions gives the same bytes",
     "vllm": "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched",
@@ -72,9 +72,11 @@ class _Work:
         self.config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
         self.tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         self.vocab_size = self.config.get_text_config().vocab_size
-        if experiment.targets.kind == "topk" and experiment.targets.k > self.vocab_size:
+        kept = experiment.targets
+        if kept.kept > self.vocab_size:
+            key = "n" if kept.kind == "sampled" else "k"
             raise InputError(
-                f"targets.k is {experiment.targets.k:,}, but the vocabulary of {teacher.model} has {self.vocab_size:,} tokens"
+                f"targets.{key} is {kept.kept:,}, but the vocabulary of {teacher.model} has {self.vocab_size:,} tokens"
             )
         self.prompt_ids = [_chat_ids(self.tokenizer, prompt) for prompt in prompts]
         self.max_model_len = _check_lengths(experiment, self.config, prompts, self.prompt_ids)
@@ -99,7 +101,13 @@ class _Work:
             write_shard(directory, "train", missing[number], count, table)
 
         with console.status("starting the teacher"):
-            engine = open_engine(self.experiment.teacher, self.experiment.generate, self.experiment.targets, self.max_model_len)
+            engine = open_engine(
+                self.experiment.teacher,
+                self.experiment.generate,
+                self.experiment.targets,
+                self.max_model_len,
+                self.experiment.seed,
+            )
         with StageBar("generate", len(self.requests), len(self.requests) - sum(map(len, shards))) as bar:
             tokens = 0
             for completion in _by_shard(engine.generate(shards), shards, store):
@@ -110,7 +118,7 @@ class _Work:
 
     def description(self) -> dict[str, Any]:
         """What `dataset.json` says of how the rows were made."""
-        teacher, kept = self.experiment.teacher, self.experiment.targets
+        teacher = self.experiment.teacher
         return {
             "teacher": {
                 "model": teacher.model,
@@ -126,7 +134,7 @@ class _Work:
                 "chat_template": self.tokenizer.chat_template,
             },
             "sampling": self.experiment.generate.model_dump(exclude={"rows_per_shard"}),
-            "targets": kept.model_dump() if kept.kind == "topk" else {"kind": kept.kind},
+            "targets": self.experiment.targets.described,
             "seed": self.experiment.seed,
             "determinism": _DETERMINISM[teacher.engine],
             "versions": stage.versions(),
@@ -192,7 +200,7 @@ def _check_lengths(experiment: Experiment, config: Any, prompts: Sequence[Prompt
 
 def _say_plan(experiment: Experiment, prompts: int, rows: int, count: int, there: int) -> None:
     tokens = rows * experiment.generate.max_tokens
-    per_position = _BYTES_PER_TOPK_ENTRY * experiment.targets.k if experiment.targets.kind == "topk" else 0
+    per_position = _BYTES_PER_ENTRY[experiment.targets.kind] * experiment.targets.kept
     size = tokens * (per_position + 3)
     directory = experiment.directory("data")
     samples = f" × {experiment.generate.samples} samples" if experiment.generate.samples > 1 else ""

@@ -41,11 +41,15 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
     facts = [
         ("teacher", f"{teacher['model']} by {teacher['engine']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"),
         ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items())),
-        ("targets", f"{kept['kind']}" + (f", k = {kept['k']}" if kept["kind"] == "topk" else "")),
+        ("targets", ", ".join(str(value) if key == "kind" else f"{key} = {value}" for key, value in kept.items())),
     ]
     if kept["kind"] != "none":
-        tail = np.concatenate([_column(file, "target_tail") for file in files])
         facts.append(("size", f"{bytes_per_position(files):.0f} bytes a position"))
+    if kept["kind"] == "sampled":
+        exact = np.concatenate([_column(file, "target_exact") for file in files])
+        facts.append(("kept exactly", f"{exact.mean():.1f} of {kept['n']} tokens a position, the others by an unbiased draw"))
+    if kept["kind"] == "topk":
+        tail = np.concatenate([_column(file, "target_tail") for file in files])
         facts.append(("kept mass", f"{1 - tail.mean():.2%} on average, {1 - np.percentile(tail, 95):.2%} at the 5th percentile"))
     if manifest.get("rejected"):
         facts.append(("rejected", ", ".join(f"{number} {reason}" for reason, number in manifest["rejected"].items())))

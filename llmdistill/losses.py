@@ -46,6 +46,25 @@ def forward_kl(logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, tail_N: T
     return terms_NJ.sum(dim=1) * temperature**2
 
 
+def sampled_kl(logits_NV: Tensor, ids_NK: Tensor, logweights_NK: Tensor, entropy_N: Tensor) -> Tensor:
+    """An unbiased estimate of the dense KL(teacher ‖ student) from sampled targets: −Σ w log q − entropy.
+
+    Its gradient equals that of the dense KL in expectation over the sample (`pps`), so what it errs by is noise that
+    averages out over tokens, not bias that stays. The entropy is a constant of the sample that makes the value an
+    estimate of the KL: exactly zero, sample by sample, for a student that is the teacher. There is no temperature: what
+    the teacher's distribution to the power 1/T is cannot be told without bias from a sample.
+
+    Args:
+        logits_NV: the student's logits, any float type; computed in float32.
+        ids_NK: the sampled tokens.
+        logweights_NK: natural logarithms of their weights, which add up to one in a row.
+        entropy_N: −Σ w log p of the same sample, nats.
+    """
+    logits_NV = logits_NV.float()
+    log_q_NK = logits_NV.gather(1, ids_NK) - logits_NV.logsumexp(dim=1, keepdim=True)
+    return -(logweights_NK.float().exp() * log_q_NK).sum(dim=1) - entropy_N.float()
+
+
 def student_partition(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
     """The student's log-probabilities on the support and, last, of everything outside it; shape (N, K + 1).
 

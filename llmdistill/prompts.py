@@ -9,7 +9,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import TypeAdapter, ValidationError
 
-from llmdistill.config import Prompts, Section, _explain, read_yaml
+from llmdistill.config import Prompts, Section, explain, read_yaml
 from llmdistill.errors import InputError
 
 Messages = list[dict[str, str]]
@@ -79,7 +79,7 @@ def load_template(file: Path) -> Template:
     try:
         return Template.model_validate(read_yaml(file))
     except ValidationError as error:
-        raise InputError("\n".join(f"{file}: {_explain(detail)}" for detail in error.errors())) from None
+        raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
 
 
 def _read_jsonl(file: Path) -> list[tuple[int, dict[str, Any]]]:

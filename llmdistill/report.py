@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from llmdistill.card import describe_targets
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST
 from llmdistill.errors import InputError
@@ -200,7 +201,12 @@ def _data(experiment: Experiment) -> Json:
     steps.append({"label": "held out", "kind": "test", "from": splits["train"]["rows"], **splits["test"]})
     for step in steps:
         step["left_percent"], step["width_percent"] = (round(100 * step[key] / (rows_in or 1), 2) for key in ("from", "rows"))
-    return {"missing": None, "steps": steps, **{key: manifest[key] for key in ("teacher", "targets", "sampling")}}
+    described = {
+        "teacher": manifest["teacher"],
+        "sampling": manifest["sampling"],
+        "targets": describe_targets(manifest["targets"]),
+    }
+    return {"missing": None, "steps": steps, **described}
 
 
 def _lineage(experiment: Experiment) -> Json:

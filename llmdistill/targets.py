@@ -2,12 +2,10 @@
 
 Shape suffixes used across the package: `B` batch, `T` tokens, `N` completion tokens, `K` targets a position,
 `V` vocabulary. Log-probabilities are natural logarithms (nats) of the teacher's own distribution at temperature 1.
-
-On disk a `topk` position is K ids (16 bits where the vocabulary allows, else 32), K log-probabilities in float16 and
-the mass outside them in float32. Rounding to float16 changes a log-probability by at most one part in 2,048 of its
-size; decoding divides by the sum, so that the K entries and the mass outside them always add up to one.
+The columns are described in docs/dataset.md.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 Array = np.ndarray[Any, Any]
+
+COLUMNS = {
+    "topk": ("target_ids", "target_logprobs", "target_tail"),
+    "sampled": ("target_ids", "target_logprobs", "target_exact", "target_entropy"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,29 @@ class TopK:
     logprobs_NK: Array
     tail_N: Array
 
-    def __post_init__(self) -> None:
-        if not (self.ids_NK.shape == self.logprobs_NK.shape and self.ids_NK.shape[:1] == self.tail_N.shape):
-            raise ValueError("ids, log-probabilities and tail disagree in shape")
-
     def __len__(self) -> int:
         return len(self.tail_N)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """An unbiased sample of K tokens at each of N positions (see `pps`): E[Σ weight · f] = Σ p · f.
+
+    In a row the first `exact` tokens have their own probability as weight, the others share what is left equally;
+    each part is in ascending order of ids. `entropy` is −Σ weight · log p, an unbiased estimate of the teacher's entropy
+    that has the same noise as the cross-entropy against the sample, so that their difference, the KL, has little.
+    """
+
+    ids_NK: Array
+    logweights_NK: Array
+    exact_N: Array
+    entropy_N: Array
+
+    def __len__(self) -> int:
+        return len(self.exact_N)
+
+
+SoftTargets = TopK | Sampled
 
 
 def topk_from_logprobs(ids_NK: Array, logprobs_NK: Array) -> TopK:
@@ -45,31 +65,118 @@ def topk_from_dense(logprobs_NV: Array, k: int) -> TopK:
     return topk_from_logprobs(ids_NK, np.take_along_axis(logprobs_NV, ids_NK, axis=1))
 
 
-def encode(sequences: list[TopK], vocab_size: int) -> dict[str, pa.Array]:
+def sampled_from_logprobs(ids_NK: Array, logprobs_NK: Array) -> Sampled:
+    """Targets from a drawn sample (`pps.sample`) and the teacher's log-probabilities of its tokens."""
+    import torch  # only to make targets: reading them, and a dry run, need none
+
+    from llmdistill import pps
+
+    k = ids_NK.shape[1]
+    p_NK = np.exp(logprobs_NK.astype(np.float64))
+    descending_NK = -np.sort(-p_NK, axis=1)
+    exact_N = pps.count_exact(torch.from_numpy(descending_NK)).numpy()
+    rank_NK = np.argsort(np.argsort(-p_NK, axis=1, kind="stable"), axis=1, kind="stable")
+    order_NK = np.lexsort((ids_NK, rank_NK >= exact_N[:, None]), axis=1)
+    ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1).astype(np.int64)
+    logprobs_NK = np.take_along_axis(logprobs_NK, order_NK, axis=1)
+    is_exact_NK = np.arange(k) < exact_N[:, None]
+    stored_NK = logprobs_NK.astype(np.float16).astype(np.float32)
+    logweights_NK = _share_the_rest(np.where(is_exact_NK, stored_NK, -np.inf), exact_N)
+    return Sampled(ids_NK, logweights_NK, exact_N, -(np.exp(logweights_NK) * logprobs_NK).sum(axis=1))
+
+
+def from_logprobs(kind: str, ids_NK: Array, logprobs_NK: Array) -> SoftTargets | None:
+    """Targets of a kind from the tokens that an engine kept; None for text only."""
+    if kind == "none":
+        return None
+    return topk_from_logprobs(ids_NK, logprobs_NK) if kind == "topk" else sampled_from_logprobs(ids_NK, logprobs_NK)
+
+
+def encode(sequences: Sequence[SoftTargets], vocab_size: int) -> dict[str, pa.Array]:
     """The target columns of a shard, one list a sequence, from flat buffers."""
     id_type = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    k = sequences[0].ids_NK.shape[1]
     lengths = np.array([len(sequence) for sequence in sequences])
-    ids = np.concatenate([sequence.ids_NK.astype(id_type).ravel() for sequence in sequences])
-    logprobs = np.concatenate([sequence.logprobs_NK.astype(np.float16).ravel() for sequence in sequences])
-    tail = np.concatenate([sequence.tail_N for sequence in sequences])
+    k = sequences[0].ids_NK.shape[1]
+    columns = {}
+    if isinstance(sequences[0], TopK):
+        columns["target_ids"] = list_array(_joined(sequences, "ids_NK").ravel().astype(id_type), lengths * k)
+        columns["target_logprobs"] = list_array(_joined(sequences, "logprobs_NK").ravel().astype(np.float16), lengths * k)
+        columns["target_tail"] = list_array(_joined(sequences, "tail_N"), lengths)
+        return columns
+    exact_N = _joined(sequences, "exact_N")
+    is_exact_NK = np.arange(k) < exact_N[:, None]
+    ids_NK = _joined(sequences, "ids_NK")
+    gaps_NK = np.diff(ids_NK, axis=1, prepend=0)
+    np.put_along_axis(gaps_NK, exact_N[:, None], np.take_along_axis(ids_NK, exact_N[:, None], axis=1), axis=1)
+    logprobs = _joined(sequences, "logweights_NK")[is_exact_NK].astype(np.float16)
+    stored = [int(sequence.exact_N.sum()) for sequence in sequences if isinstance(sequence, Sampled)]
+    columns["target_ids"] = list_array(gaps_NK.ravel().astype(id_type), lengths * k)
+    columns["target_logprobs"] = list_array(logprobs, np.array(stored))
+    columns["target_exact"] = list_array(exact_N.astype(np.uint8), lengths)
+    columns["target_entropy"] = pa.array(
+        np.array([sequence.entropy_N.mean() for sequence in sequences if isinstance(sequence, Sampled)], dtype=np.float32)
+    )
+    return columns
+
+
+def kind_of(columns: Sequence[str]) -> str:
+    """The kind of soft targets that a dataset with these columns has; `none` for text only."""
+    return next((kind for kind, names in COLUMNS.items() if set(names) <= set(columns)), "none")
+
+
+def cut(row: Mapping[str, Any], kind: str, positions: int) -> dict[str, Array]:
+    """The target columns of a stored row, for its first so many positions."""
+    if kind == "topk":
+        k = len(row["target_ids"]) // len(row["target_tail"])
+        sizes = (positions * k, positions * k, positions)
+        return {name: np.asarray(row[name])[:size] for name, size in zip(COLUMNS[kind], sizes, strict=True)}
+    exact_N = np.asarray(row["target_exact"])
+    k = len(row["target_ids"]) // len(exact_N)
     return {
-        "target_ids": list_array(ids, lengths * k),
-        "target_logprobs": list_array(logprobs, lengths * k),
-        "target_tail": list_array(tail, lengths),
+        "target_ids": np.asarray(row["target_ids"])[: positions * k],
+        "target_logprobs": np.asarray(row["target_logprobs"])[: int(exact_N[:positions].sum())],
+        "target_exact": exact_N[:positions],
+        "target_entropy": np.full(positions, row["target_entropy"], dtype=np.float32),
     }
 
 
-def decode(ids: Array, logprobs: Array, tail: Array) -> TopK:
-    """The targets of any run of positions from their flat columns; entries and tail add up to one."""
-    tail_N = np.asarray(tail, dtype=np.float32)
-    logprobs_NK = np.asarray(logprobs, dtype=np.float32).reshape(len(tail_N), -1)
-    total_N1 = np.exp(logprobs_NK).sum(axis=1, keepdims=True) + tail_N[:, None]
-    ids_NK = np.asarray(ids).astype(np.int64).reshape(logprobs_NK.shape)
-    return TopK(ids_NK, logprobs_NK - np.log(total_N1), tail_N / total_N1[:, 0])
+def decode(columns: Mapping[str, Array]) -> SoftTargets:
+    """The targets of any run of positions from their flat columns, as `cut` gives them; weights add up to one."""
+    if "target_tail" in columns:
+        tail_N = np.asarray(columns["target_tail"], dtype=np.float32)
+        logprobs_NK = _positions(columns["target_logprobs"].astype(np.float32), len(tail_N))
+        total_N1 = np.exp(logprobs_NK).sum(axis=1, keepdims=True) + tail_N[:, None]
+        ids_NK = _positions(columns["target_ids"].astype(np.int64), len(tail_N))
+        return TopK(ids_NK, logprobs_NK - np.log(total_N1), tail_N / total_N1[:, 0])
+    exact_N = columns["target_exact"].astype(np.int64)
+    gaps_NK = _positions(columns["target_ids"].astype(np.int64), len(exact_N))
+    is_exact_NK = np.arange(gaps_NK.shape[1]) < exact_N[:, None]
+    sums_NK = gaps_NK.cumsum(axis=1)
+    # The second part counts from zero again: what the first part has summed up to is taken off.
+    before_N = np.take_along_axis(sums_NK, np.maximum(exact_N - 1, 0)[:, None], axis=1)[:, 0] * (exact_N > 0)
+    ids_NK = sums_NK - np.where(is_exact_NK, 0, before_N[:, None])
+    logweights_NK = np.full(gaps_NK.shape, -np.inf, dtype=np.float32)
+    logweights_NK[is_exact_NK] = columns["target_logprobs"]
+    return Sampled(ids_NK, _share_the_rest(logweights_NK, exact_N), exact_N, columns["target_entropy"])
 
 
 def list_array(values: Array, lengths: Array) -> pa.ListArray:
     """An Arrow list column from a flat buffer and the length of each list."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _share_the_rest(logweights_NK: Array, exact_N: Array) -> Array:
+    """Give the tokens that are not exact (−inf so far) the mass that is left, in equal parts."""
+    k = logweights_NK.shape[1]
+    left_N = np.maximum(1 - np.exp(logweights_NK).sum(axis=1, dtype=np.float64), 1e-12)
+    log_tau_N = np.log(left_N / (k - exact_N))
+    return np.where(np.arange(k) < exact_N[:, None], logweights_NK, log_tau_N[:, None]).astype(np.float32)
+
+
+def _positions(flat: Array, positions: int) -> Array:
+    return flat.reshape(positions, len(flat) // max(positions, 1))
+
+
+def _joined(sequences: Sequence[Any], field: str) -> Array:
+    return np.concatenate([getattr(sequence, field) for sequence in sequences])

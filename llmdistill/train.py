@@ -32,7 +32,7 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         _say_plan(experiment, None)
         return
     manifest = read_manifest(experiment.dataset_directory)
-    _check_alpha(experiment, manifest)
+    _check_loss(experiment, manifest)
     _origin(experiment, "teacher.model" if experiment.student.model is None else "student.model")
     settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
     if experiment.student.prune:
@@ -121,11 +121,16 @@ def _origin(experiment: Experiment, check: str | None = None) -> tuple[str, str 
     return model, revision, trust
 
 
-def _check_alpha(experiment: Experiment, manifest: dict[str, Any]) -> None:
+def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
     if manifest["targets"]["kind"] == "none" and (experiment.train.alpha > 0 or experiment.train.compare_text_only):
         raise InputError(
             f"train.alpha is {experiment.train.alpha}, but {experiment.dataset_directory} has no soft targets "
             "(targets.kind: none); set train.alpha to 0 and train.compare_text_only to false"
+        )
+    if manifest["targets"]["kind"] == "sampled" and experiment.train.temperature != 1:
+        raise InputError(
+            f"train.temperature is {experiment.train.temperature:g}, but {experiment.dataset_directory} has sampled targets, "
+            "which are unbiased at temperature 1 only; use 1, or targets.kind topk"
         )
 
 

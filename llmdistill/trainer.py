@@ -1,6 +1,7 @@
 """`DistillTrainer`: TRL's `SFTTrainer` with the distillation loss on stored soft targets."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import trl
 
 from llmdistill import losses
 from llmdistill.collator import TARGET_COLUMNS, DistillCollator, completion_logits
+from llmdistill.targets import kind_of
 
 
 @dataclass
@@ -53,6 +55,8 @@ class DistillTrainer(trl.SFTTrainer):
     def __init__(self, model: Any, args: DistillConfig, train_dataset: Any, **kwargs: Any) -> None:
         if args.alpha > 0 and "target_ids" not in train_dataset.column_names:
             raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
+        if args.temperature != 1 and kind_of(train_dataset.column_names) == "sampled":
+            raise ValueError(f"temperature is {args.temperature}, but sampled targets are unbiased at temperature 1 only")
         kwargs.setdefault("data_collator", DistillCollator(pad_token_id=0, max_length=args.max_length))
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.aux_loss_enabled:
@@ -73,9 +77,7 @@ class DistillTrainer(trl.SFTTrainer):
         sums = {"ce": ce, "tokens": torch.tensor(float(len(labels_N)), device=ce.device)}
         if "target_ids" in inputs:
             with torch.set_grad_enabled(args.alpha > 0 and torch.is_grad_enabled()):
-                sums["kl"] = losses.forward_kl(
-                    logits_NV, inputs["target_ids"], inputs["target_logprobs"], inputs["target_tail"], args.temperature
-                ).sum()
+                sums["kl"] = divergence(logits_NV, inputs, args.temperature).sum()
             loss = loss + args.alpha * sums["kl"]
         mode = "train" if self.model.training else "eval"
         for name, value in sums.items():
@@ -101,6 +103,13 @@ class DistillTrainer(trl.SFTTrainer):
                 self._total_train_tokens += int(sums["tokens"])
                 logs["num_completion_tokens"] = self._total_train_tokens
         super().log(logs, start_time)
+
+
+def divergence(logits_NV: torch.Tensor, batch: Mapping[str, torch.Tensor], temperature: float) -> torch.Tensor:
+    """Forward KL on whatever targets the batch has, shape (N,)."""
+    if "target_logweights" in batch:
+        return losses.sampled_kl(logits_NV, batch["target_ids"], batch["target_logweights"], batch["target_entropy"])
+    return losses.forward_kl(logits_NV, batch["target_ids"], batch["target_logprobs"], batch["target_tail"], temperature)
 
 
 def _zero() -> torch.Tensor:

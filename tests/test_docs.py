@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from llmdistill import pps, targets
 from llmdistill.cli import STAGES
 from llmdistill.config import keys
+from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -44,3 +48,34 @@ def test_every_shipped_configuration_is_named_in_the_readme():
     text = (ROOT / "README.md").read_text()
     for path in ROOT.glob("configs/*.yaml"):
         assert f"configs/{path.name}" in text
+
+
+@pytest.mark.parametrize("kind", ["sampled", "topk"])
+def test_a_reader_written_from_the_format_page_reads_it(kind, tmp_path, monkeypatch):
+    """The page's own code, with numpy and pyarrow only, against the package's decoder."""
+    generator = np.random.default_rng(0)
+    logprobs = torch.from_numpy(generator.normal(size=(7, 300)) * 3).log_softmax(-1)
+    kept = 64 if kind == "topk" else 16
+    ids = logprobs.topk(kept).indices if kind == "topk" else pps.sample(logprobs, kept, torch.rand(7))
+    soft = targets.from_logprobs(kind, ids.numpy(), logprobs.gather(1, ids).numpy())
+    message = [{"role": "user", "content": "x"}]
+    row = Row("a", message, message, [1, 2], np.arange(7), "stop", np.zeros(7, dtype=np.float32), soft)
+    directory = tmp_path / "runs/demo/data"
+    write_shard(directory, "train", 0, 1, rows_to_table([row], 300))
+    write_manifest(directory, finished_shards(directory, "train"), {"targets": {"kind": kind, "n": kept}})
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/dataset.md").read_text(), flags=re.S)
+    reader = next(block for block in blocks if "kind: sampled" in block)
+    by_kind = next(block for block in blocks if "kind: topk" in block)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    if kind == "sampled":
+        exec(reader, names)
+        assert names["ids"].tolist() == soft.ids_NK.tolist()
+        np.testing.assert_allclose(names["weight"], np.exp(soft.logweights_NK), rtol=1e-5)
+    else:
+        opening = "".join(line + "\n" for line in reader.splitlines() if line.startswith(("import", "row =")))
+        exec(opening + by_kind, names)
+        assert names["ids"].tolist() == soft.ids_NK.tolist()
+        np.testing.assert_allclose(names["p"], np.exp(soft.logprobs_NK), rtol=5e-3)
+        np.testing.assert_allclose(names["p"].sum(1) + names["tail"], 1, rtol=1e-6)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmdistill import losses
+from llmdistill import losses, pps, targets
 
 
 def dense_kl(teacher_NV, student_NV, temperature=1.0):
@@ -119,3 +119,41 @@ def test_cross_entropy_is_in_float32_whatever_the_logits():
     labels = torch.tensor([1, 2, 3, 4])
     want = -logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(losses.cross_entropy(logits, labels).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def pps_targets(teacher_NV, n, seed):
+    logprobs = teacher_NV.double().log_softmax(-1)
+    uniform = torch.rand(len(logprobs), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ids = pps.sample(logprobs, n, uniform)
+    kept = targets.sampled_from_logprobs(ids.numpy(), logprobs.gather(1, ids).numpy())
+    return tuple(torch.from_numpy(part) for part in (kept.ids_NK, kept.logweights_NK, kept.entropy_N))
+
+
+def test_sampled_kl_and_its_gradient_equal_the_dense_ones_in_expectation():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(2, 1, 60, generator=generator) * 2
+    draws = 6000
+    leaf = student.expand(draws, -1).clone().requires_grad_()
+    estimates = losses.sampled_kl(leaf, *pps_targets(teacher.expand(draws, -1), 10, seed=1)).double()
+    estimates.sum().backward()
+    reference = student.double().requires_grad_()
+    dense = dense_kl(teacher, reference)
+    dense.sum().backward()
+    error = estimates.std() / draws**0.5
+    assert abs(estimates.mean() - dense[0]) < 4 * error + 1e-4
+    torch.testing.assert_close(leaf.grad.double().mean(0), reference.grad[0], atol=3e-3, rtol=0)
+
+
+def test_every_sample_puts_the_teacher_at_distance_zero_from_itself():
+    teacher = torch.randn(64, 200) * 4
+    assert losses.sampled_kl(teacher, *pps_targets(teacher, 8, seed=0)).abs().max() < 2e-3
+    assert losses.sampled_kl(teacher, *pps_targets(teacher, 8, seed=0)).mean().abs() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sampled_kl_is_finite_at_extreme_logits(dtype):
+    student = (torch.randn(8, 64) * 1000).to(dtype).requires_grad_()
+    loss = losses.sampled_kl(student, *pps_targets(torch.randn(8, 64) * 100, 8, seed=0))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert student.grad.isfinite().all()

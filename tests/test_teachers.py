@@ -21,7 +21,7 @@ def test_the_sampled_token_beside_the_top_k_is_never_counted_as_one_of_them():
         token_ids = [7, 5, 7, 9, 1, 2]
         logprobs = np.log([0.3, 0.6, 0.3, 0.01, 0.5, 0.4]).tolist()
 
-    chosen, kept = flat_logprobs(Flat, 2)
+    chosen, kept = flat_logprobs(Flat, Targets(kind="topk", k=2))
     assert kept.ids_NK.tolist() == [[5, 7], [1, 2]]
     np.testing.assert_allclose(np.exp(chosen), [0.3, 0.01], rtol=1e-6)
     np.testing.assert_allclose(kept.tail_N, [0.1, 0.1], rtol=1e-5)
@@ -49,7 +49,7 @@ def requests():
 def test_the_exact_engine_stores_the_models_own_distribution(tiny, requests, temperature):
     """Against one plain forward pass over each finished sequence: the same at any sampling temperature."""
     teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=3)
-    engine = TransformersEngine(teacher, Generate(max_tokens=7, temperature=temperature), Targets(k=5))
+    engine = TransformersEngine(teacher, Generate(max_tokens=7, temperature=temperature), Targets(kind="topk", k=5))
     model = load_model(str(tiny))
     completions = list(engine.generate([requests[:2], requests[2:]]))
     assert [completion.index for completion in completions] == [0, 1, 2, 3, 4]
@@ -74,6 +74,25 @@ def test_a_rows_text_depends_on_its_seed_alone(tiny, requests):
         return {c.index: c.ids.tolist() for c in engine.generate([[requests[n] for n in order]])}
 
     assert texts(1, [0, 1, 2, 3, 4]) == texts(5, [4, 2, 0, 1, 3])
+
+
+def test_the_exact_engines_sample_is_unbiased(tiny):
+    """One position, many seeds: for any f, the mean of Σ weight · f is Σ p · f; and each sample's weights add up to one."""
+    teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=500)
+    engine = TransformersEngine(teacher, Generate(max_tokens=1, temperature=0), Targets(kind="sampled", n=6))
+    prompt = [5, 77, 301]
+    completions = engine.generate([[Request(seed, prompt, seed) for seed in range(2000)]])
+    with torch.inference_mode():
+        p_V = load_model(str(tiny))(torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy()
+    f_VF = np.random.default_rng(0).normal(size=(len(p_V), 20))
+    sums = []
+    for completion in completions:
+        weights = np.exp(completion.targets.logweights_NK[0].astype(np.float64))
+        assert weights.sum() == pytest.approx(1, abs=1e-5)
+        sums.append(weights @ f_VF[completion.targets.ids_NK[0]])
+    standard_error = np.std(sums, axis=0) / len(sums) ** 0.5
+    assert len(sums) == 2000
+    assert (np.abs(np.mean(sums, axis=0) - p_V @ f_VF) < 4.5 * standard_error + 1e-4).all()
 
 
 def test_row_ids():

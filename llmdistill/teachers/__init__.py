@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.targets import Array, TopK
+from llmdistill.targets import Array, SoftTargets
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Completion:
     ids: Array
     finish_reason: str
     token_logprobs: Array
-    targets: TopK | None
+    targets: SoftTargets | None
 
 
 class Engine(Protocol):
@@ -42,12 +42,12 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int) -> Engine:
+def open_engine(teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, seed: int) -> Engine:
     """Load the teacher into the engine that the configuration names."""
     if teacher.engine == "vllm":
         from llmdistill.teachers.vllm import VllmEngine
 
-        return VllmEngine(teacher, sampling, kept, max_model_len)
+        return VllmEngine(teacher, sampling, kept, max_model_len, seed)
     from llmdistill.teachers.transformers import TransformersEngine
 
     return TransformersEngine(teacher, sampling, kept)

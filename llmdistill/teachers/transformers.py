@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from llmdistill import pps
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.models import end_token_ids, load_model
-from llmdistill.targets import Array, TopK, topk_from_logprobs
+from llmdistill.targets import Array, from_logprobs
 from llmdistill.teachers import Completion, Request
 
 
@@ -38,10 +39,13 @@ class TransformersEngine:
             ids_BT[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask_BT[row, width - len(request.prompt_ids) :] = 1
         ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+        # Two streams of random numbers a row, both from its seed alone: one for its text, one for its targets.
         limit = self.sampling.max_tokens
-        uniforms_BT = np.stack([np.random.Generator(np.random.Philox(key=request.seed)).random(limit) for request in requests])
+        uniforms_BT2 = torch.from_numpy(
+            np.stack([np.random.Generator(np.random.Philox(key=request.seed)).random((limit, 2)) for request in requests])
+        )
 
-        steps: list[tuple[Array, Array, TopK | None]] = []
+        tokens, chosen, kept = [], [], []
         alive_B = np.ones(len(requests), dtype=bool)
         lengths_B = np.zeros(len(requests), dtype=np.int64)
         cache, inputs_BT = None, ids_BT
@@ -57,31 +61,39 @@ class TransformersEngine:
             )
             cache = output.past_key_values
             logprobs_BV = output.logits[:, -1].float().log_softmax(-1)
-            token_B = sample(logprobs_BV, self.sampling, torch.from_numpy(uniforms_BT[:, step]))
-            chosen_B = logprobs_BV.gather(1, token_B[:, None])[:, 0]
-            steps.append((token_B.cpu().numpy(), chosen_B.cpu().numpy(), self._targets(logprobs_BV)))
+            token_B = sample(logprobs_BV, self.sampling, uniforms_BT2[:, step, 0])
+            tokens.append(token_B.cpu().numpy())
+            chosen.append(logprobs_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy())
+            kept.append(self._keep(logprobs_BV, uniforms_BT2[:, step, 1]))
             lengths_B += alive_B
-            alive_B &= ~np.isin(token_B.cpu().numpy(), self.end_ids)
+            alive_B &= ~np.isin(tokens[-1], self.end_ids)
             if not alive_B.any():
                 break
             inputs_BT = token_B[:, None]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(requests), 1)], dim=1)
 
         for row, request in enumerate(requests):
-            ids = np.array([tokens[row] for tokens, _, _ in steps[: lengths_B[row]]], dtype=np.int64)
+            length = lengths_B[row]
+            ids = np.array([step[row] for step in tokens[:length]], dtype=np.int64)
             yield Completion(
                 request.index,
                 ids,
                 "stop" if ids[-1] in self.end_ids else "length",
-                np.array([chosen[row] for _, chosen, _ in steps[: len(ids)]], dtype=np.float32),
-                _one_sequence([kept for _, _, kept in steps[: len(ids)]], row),
+                np.array([step[row] for step in chosen[:length]], dtype=np.float32),
+                from_logprobs(
+                    self.kept.kind,
+                    np.stack([ids[row] for ids, _ in kept[:length]]),
+                    np.stack([lp[row] for _, lp in kept[:length]]),
+                ),
             )
 
-    def _targets(self, logprobs_BV: torch.Tensor) -> TopK | None:
-        if self.kept.kind == "none":
-            return None
-        top = logprobs_BV.topk(self.kept.k)
-        return topk_from_logprobs(top.indices.cpu().numpy(), top.values.cpu().numpy())
+    def _keep(self, logprobs_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[Array, Array]:
+        """The ids to keep at one step, and their log-probabilities."""
+        if self.kept.kind == "sampled":
+            ids_BK = pps.sample(logprobs_BV, self.kept.n, uniform_B)
+        else:
+            ids_BK = logprobs_BV.topk(self.kept.kept).indices
+        return ids_BK.cpu().numpy(), logprobs_BV.gather(1, ids_BK).cpu().numpy()
 
 
 def sample(logprobs_BV: torch.Tensor, sampling: Generate, uniform_B: torch.Tensor) -> torch.Tensor:
@@ -97,14 +109,3 @@ def sample(logprobs_BV: torch.Tensor, sampling: Generate, uniform_B: torch.Tenso
     cumulative_BV = sorted_BV.cumsum(-1)
     threshold_B1 = uniform_B.to(sorted_BV.device)[:, None] * cumulative_BV[:, -1:]
     return order_BV.gather(1, torch.searchsorted(cumulative_BV, threshold_B1, right=True).clamp(max=order_BV.shape[1] - 1))[:, 0]
-
-
-def _one_sequence(steps: list[TopK | None], row: int) -> TopK | None:
-    kept = [step for step in steps if step is not None]
-    if not kept:
-        return None
-    return TopK(
-        np.stack([step.ids_NK[row] for step in kept]),
-        np.stack([step.logprobs_NK[row] for step in kept]),
-        np.array([step.tail_N[row] for step in kept]),
-    )

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.errors import InputError
-from llmdistill.targets import Array, TopK, topk_from_logprobs
+from llmdistill.targets import Array, SoftTargets, from_logprobs
 from llmdistill.teachers import Completion, Request
 
 # Requests waiting inside the engine beyond those it runs, so that it is never idle while a shard is written.
@@ -28,7 +28,7 @@ _ENVIRONMENT = {
 class VllmEngine:
     """Streams requests through one `vllm.LLM`; log-probabilities are the model's own, before temperature and penalties."""
 
-    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int) -> None:
+    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, seed: int) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
@@ -40,7 +40,7 @@ class VllmEngine:
             ) from None
         from vllm.platforms import current_platform
 
-        self.k = kept.k if kept.kind == "topk" else 0
+        self.kept = kept
         arguments: dict[str, Any] = {
             "model": teacher.model,
             "revision": teacher.revision,
@@ -49,7 +49,7 @@ class VllmEngine:
             "tensor_parallel_size": teacher.tensor_parallel_size,
             "trust_remote_code": teacher.trust_remote_code,
             "max_model_len": max_model_len,
-            "max_logprobs": max(self.k, 1),
+            "max_logprobs": max(kept.kept, 1),
             "logprobs_mode": "raw_logprobs",
             "use_tqdm_on_load": False,
         }
@@ -61,14 +61,18 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(max_model_len, 2048),
             }
+        if kept.kind == "sampled":
+            arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
         self.llm = vllm.LLM(**{**arguments, **teacher.engine_args})
+        if kept.kind == "sampled":
+            self.llm.collective_rpc("sample_targets", args=(seed,))
         self._params = vllm.SamplingParams
         self._sampling = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
-            "logprobs": self.k,
+            "logprobs": kept.kept,
             "flat_logprobs": True,
             "detokenize": False,
         }
@@ -92,21 +96,19 @@ class VllmEngine:
 
     def _completion(self, index: int, output: Any) -> Completion:
         ids = np.asarray(output.token_ids, dtype=np.int64)
-        token_logprobs, targets = flat_logprobs(output.logprobs, self.k)
+        token_logprobs, targets = flat_logprobs(output.logprobs, self.kept)
         if len(ids) != len(token_logprobs):
             raise RuntimeError(f"vLLM returned {len(ids)} tokens with {len(token_logprobs)} distributions")
         return Completion(index, ids, output.finish_reason, token_logprobs, targets)
 
 
-def flat_logprobs(flat: Any, k: int) -> tuple[Array, TopK | None]:
+def flat_logprobs(flat: Any, kept: Targets) -> tuple[Array, SoftTargets | None]:
     """The written tokens' log-probabilities and the targets from vLLM's `FlatLogprobs`.
 
-    vLLM puts the written token first at every position, before the k most likely ones, whatever its rank; it stands
+    vLLM puts the written token first at every position, before those that were asked for, whatever its rank; it stands
     there twice when it is one of them.
     """
     positions = len(flat.start_indices)
-    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, k + 1)
-    if not k:
-        return logprobs[:, 0], None
-    ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(positions, k + 1)
-    return logprobs[:, 0], topk_from_logprobs(ids[:, 1:], logprobs[:, 1:])
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, kept.kept + 1)
+    ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(positions, kept.kept + 1)
+    return logprobs[:, 0], from_logprobs(kept.kind, ids[:, 1:], logprobs[:, 1:])

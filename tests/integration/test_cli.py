@@ -29,7 +29,7 @@ output: {directory}/run
 teacher: {{model: {tiny}, engine: transformers, dtype: float32, batch_size: 4}}
 prompts: {{source: {directory}/prompts.jsonl}}
 generate: {{max_tokens: 8, rows_per_shard: 6, samples: 2}}
-targets: {{kind: topk, k: 8}}
+targets: {{kind: sampled, n: 8}}
 curate: [{{duplicates: }}]
 student: {{prune: {{layers: 2}}}}
 train:
@@ -98,7 +98,14 @@ def test_the_student_loads_anywhere(finished_run):
 def test_inspect(finished_run):
     result = run_cli("inspect", output(finished_run[0]) / "curated")
     assert result.returncode == 0, result.stderr
-    for fact in ("topk, k = 8", "bytes a position", "kept mass", "train", "test", "Say"):
+    for fact in ("sampled, n = 8", "bytes a position", "kept exactly", "train", "test", "Say"):
+        assert fact in result.stdout
+
+
+def test_inspect_top_k(experiment_file):
+    assert run_cli("generate", experiment_file).returncode == 0
+    result = run_cli("inspect", experiment_file.parent / "run/data")
+    for fact in ("topk, k = 8", "bytes a position", "kept mass"):
         assert fact in result.stdout
 
 
@@ -187,6 +194,7 @@ def test_wrong_training_input(finished_run, tmp_path, smollm2):
     student = ["--student", "{model: MODEL}"]
     for overrides, message in [
         (["--train.args.learning_rte", "1"], "did you mean train.args.learning_rate?"),
+        (["--train.temperature", "2"], "sampled targets, which are unbiased at temperature 1 only"),
         (["--train.args.alpha", "1"], "train.args.alpha is set by the key train.alpha"),
         (["--student.prune.layers", "9"], "student.prune.layers is 9, but the teacher has 4 layers"),
         ([student[0], student[1].replace("MODEL", "./nowhere")], "student.model: ./nowhere is no model directory"),
@@ -230,9 +238,9 @@ def test_teacher_and_student_of_different_vocabularies(finished_run, tiny, tmp_p
 
 def test_another_configuration_in_the_same_directory_is_refused_with_the_difference(finished_run):
     file, _ = finished_run
-    result = run_cli("generate", file, "--generate.temperature", "0.5", "--targets.k", "4")
+    result = run_cli("generate", file, "--generate.temperature", "0.5", "--targets.n", "4")
     assert result.returncode == 2
-    assert "generate.temperature was 1.0, is 0.5; targets.k was 8, is 4" in result.stderr
+    assert "generate.temperature was 1.0, is 0.5; targets.n was 8, is 4" in result.stderr
 
 
 def test_a_damaged_shard_is_named(finished_run, tmp_path):

@@ -85,3 +85,32 @@ def test_resuming_makes_only_the_missing_shard(generated, smollm2):
     again = load_dataset(directory)
     assert list(again["id"]) == list(rows["id"])
     assert {path: path.stat().st_mtime_ns for path in kept} == times
+
+
+def test_the_sample_is_drawn_inside_vllm_from_the_full_distribution(smollm2, tmp_path):
+    """The weighted sums of random functions against those over the full distribution, as transformers gives it."""
+    file = tmp_path / "experiment.yaml"
+    file.write_text(
+        f"""
+output: {tmp_path}/run
+teacher: {{model: {smollm2}, engine: vllm}}
+prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 24}}
+generate: {{max_tokens: 48}}
+targets: {{kind: sampled, n: 12}}
+"""
+    )
+    result = run_cli("generate", file)
+    assert result.returncode == 0, result.stderr
+    rows = load_dataset(tmp_path / "run/data")
+    batch = DistillCollator(0)([rows[n] for n in range(len(rows))])
+    weights = batch["target_logweights"].double().exp()
+    torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]), atol=3e-3, rtol=0)
+    with torch.inference_mode():
+        p_NV = completion_logits(load_model(str(smollm2)), batch).float().softmax(-1)
+    f_VF = torch.randn(p_NV.shape[1], 20, generator=torch.Generator().manual_seed(0))
+    difference = (weights[..., None] * f_VF[batch["target_ids"]]).sum(1) - p_NV @ f_VF
+    standard_error = difference.std(0) / len(difference) ** 0.5
+    assert len(difference) > 500
+    assert (difference.mean(0).abs() < 4.5 * standard_error).all()
+    outside_top_256 = ~(batch["target_ids"][..., None] == p_NV.topk(256).indices[:, None, :]).any(-1)
+    assert outside_top_256.any(), "nothing beyond the top 256 was ever drawn: the sample is not from the full distribution"

@@ -1,0 +1,42 @@
+"""Runs inside vLLM's workers: the sample is drawn there, from the full distribution, and only it travels.
+
+vLLM loads the class by name (`worker_extension_cls`) and calls its method by `collective_rpc`, both public. What the
+method replaces is not: the one function by which the sampler picks the log-probabilities to return. If a version of vLLM
+does without it, the call fails at start; nothing falls back to another kind of targets.
+"""
+
+from typing import Any
+
+import torch
+
+from llmdistill import pps
+
+
+class SampleTargets:
+    """Mixed into vLLM's worker class."""
+
+    model_runner: Any
+
+    def sample_targets(self, seed: int) -> None:
+        """From now on, `logprobs=n` returns a πps sample of n tokens instead of the n most likely ones.
+
+        Raises:
+            RuntimeError: this worker's sampler does not return log-probabilities in the known way.
+        """
+        from vllm.v1.outputs import LogprobsTensors
+
+        sampler: Any = getattr(self.model_runner, "sampler", None)
+        if not callable(getattr(sampler, "gather_logprobs", None)):
+            raise RuntimeError(
+                "targets.kind sampled: this version of vLLM has no Sampler.gather_logprobs; use engine transformers"
+            )
+        generator = torch.Generator().manual_seed(seed)
+
+        def gather_logprobs(logprobs_NV: torch.Tensor, n: int, token_ids: torch.Tensor) -> Any:
+            uniform_N = torch.rand(len(logprobs_NV), generator=generator, dtype=torch.float64).to(logprobs_NV.device)
+            ids_NK = torch.cat([token_ids[:, None], pps.sample(logprobs_NV, n, uniform_N)], dim=1)
+            kept_NK = logprobs_NV.gather(1, ids_NK)
+            rank_N = (logprobs_NV > kept_NK[:, :1]).sum(dim=1) + 1
+            return LogprobsTensors(ids_NK.int(), kept_NK, rank_N)
+
+        sampler.gather_logprobs = gather_logprobs
