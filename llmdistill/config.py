@@ -291,6 +291,9 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
     for key, value in overrides:
         try:
             _set(tree, key.split("."), yaml.load(value, Loader=_Loader))
+            for mine, other in (("student.model", "prune"), ("student.prune", "model")):
+                if key.startswith(mine):  # they are alternatives: one on the command line replaces the other in the file
+                    tree["student"].pop(other, None)
         except (yaml.YAMLError, LookupError, TypeError, ValueError):
             raise InputError(f"{file}: cannot set {key} to {value!r}") from None
     try:

@@ -1,11 +1,13 @@
 """The fast engine: vLLM in this process, continuous batching, the top of the distribution in the same pass."""
 
 import os
+import subprocess
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import psutil
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.errors import InputError
@@ -64,6 +66,7 @@ class VllmEngine:
         if kept.kind == "sampled":
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
         self.llm = vllm.LLM(**{**arguments, **teacher.engine_args})
+        self._guard = _end_with_this_process()
         if kept.kind == "sampled":
             self.llm.collective_rpc("sample_targets", args=(seed,))
         self._params = vllm.SamplingParams
@@ -100,6 +103,22 @@ class VllmEngine:
         if len(ids) != len(token_logprobs):
             raise RuntimeError(f"vLLM returned {len(ids)} tokens with {len(token_logprobs)} distributions")
         return Completion(index, ids, output.finish_reason, token_logprobs, targets)
+
+
+def _end_with_this_process() -> "subprocess.Popen[bytes]":
+    """Have vLLM's processes killed when this one is gone; keep what is returned.
+
+    They do not notice when it is killed outright: they would go on, and keep the GPU's memory from the next try. The
+    shell waits for the end of a pipe that only this process holds open.
+    """
+    pids = [str(process.pid) for process in psutil.Process().children(recursive=True)]
+    return subprocess.Popen(
+        ["sh", "-c", 'cat >/dev/null; kill -9 "$@"', "sh", *pids],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def flat_logprobs(flat: Any, kept: Targets) -> tuple[Array, SoftTargets | None]:

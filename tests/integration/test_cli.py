@@ -227,8 +227,8 @@ def test_teacher_and_student_of_different_vocabularies(finished_run, tiny, tmp_p
         tmp_path / "new",
         "--train.dataset",
         output(file) / "curated",
-        "--student",
-        f"{{model: {other}}}",
+        "--student.model",
+        other,
     )
     assert result.returncode == 2
     assert "do not share a vocabulary: tiny has 49,152 tokens" in result.stderr

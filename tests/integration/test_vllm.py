@@ -1,13 +1,18 @@
 """The real vLLM with the real small teacher."""
 
+import subprocess
+import sys
+import time
+
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from llmdistill import load_dataset
 from llmdistill.collator import DistillCollator, completion_logits
 from llmdistill.models import load_model
-from tests.conftest import run_cli
+from tests.conftest import ROOT, run_cli
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
@@ -87,6 +92,38 @@ def test_resuming_makes_only_the_missing_shard(generated, smollm2):
     assert {path: path.stat().st_mtime_ns for path in kept} == times
 
 
+def test_a_kill_leaves_no_process_and_loses_no_row(generated, smollm2):
+    """kill −9 after the first shard: vLLM's processes end too, and the same command goes on to the same rows."""
+    directory, rows = generated
+    file, output = directory.parent.parent / "experiment.yaml", directory.parent.parent / "killed"
+    arguments = [
+        "generate",
+        file,
+        "--output",
+        output,
+        "--generate.rows_per_shard",
+        2,
+        "--teacher.engine_args",
+        "{max_num_seqs: 2}",
+    ]
+    process = subprocess.Popen([sys.executable, "-m", "llmdistill", *map(str, arguments)], cwd=ROOT)
+    deadline = time.monotonic() + 240
+    while not list(output.glob("data/train-*.parquet")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    engine = [child for child in psutil.Process(process.pid).children(recursive=True) if "VLLM" in " ".join(child.cmdline())]
+    assert engine
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(engine, timeout=20)
+    assert not alive
+    assert len(list(output.glob("data/train-*.parquet"))) < 5
+    assert run_cli(*arguments).returncode == 0
+    again = load_dataset(output / "data")
+    assert list(again["id"]) == list(rows["id"])
+
+
 def test_the_sample_is_drawn_inside_vllm_from_the_full_distribution(smollm2, tmp_path):
     """The weighted sums of random functions against those over the full distribution, as transformers gives it."""
     file = tmp_path / "experiment.yaml"
@@ -114,3 +151,25 @@ targets: {{kind: sampled, n: 12}}
     assert (difference.mean(0).abs() < 4.5 * standard_error).all()
     outside_top_256 = ~(batch["target_ids"][..., None] == p_NV.topk(256).indices[:, None, :]).any(-1)
     assert outside_top_256.any(), "nothing beyond the top 256 was ever drawn: the sample is not from the full distribution"
+
+
+def test_vllm_serves_the_trained_student(generated, tmp_path):
+    """Half of the teacher, trained for a step on what it wrote, continues prompts in vLLM."""
+    directory, _ = generated
+    file = directory.parent.parent / "experiment.yaml"
+    overrides = ["--output", tmp_path, "--train.dataset", directory, "--student.prune.layers", 15]
+    arguments = [
+        "--train.args.max_steps",
+        1,
+        "--train.args.per_device_train_batch_size",
+        2,
+        "--train.args.gradient_checkpointing",
+        "false",
+    ]
+    trained = run_cli("train", file, *overrides, *arguments)
+    assert trained.returncode == 0, trained.stderr
+    served = run_cli(
+        "generate", file, "--output", tmp_path / "served", "--teacher.model", tmp_path / "student", "--prompts.limit", 2
+    )
+    assert served.returncode == 0, served.stderr
+    assert len(load_dataset(tmp_path / "served/data")) == 2
