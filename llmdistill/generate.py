@@ -19,7 +19,7 @@ from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, context_length, end_token_ids_of, load_config, load_tokenizer, vocabulary_hash
 from llmdistill.progress import StageBar, console, say
 from llmdistill.prompts import Prompt, load_prompts
-from llmdistill.teachers import Completion, Request, open_engine, row_id, row_seed
+from llmdistill.teachers import Completion, Request, check_engine, open_engine, row_id, row_seed
 
 # Bytes that one kept token takes in Parquet with zstd, for estimates.
 _BYTES_PER_ENTRY = {"sampled": 2.2, "topk": 2.6, "none": 0}
@@ -66,6 +66,7 @@ class _Work:
 
     def __init__(self, experiment: Experiment, prompts: list[Prompt], fingerprint: str) -> None:
         teacher, sampling = experiment.teacher, experiment.generate
+        check_engine(teacher)
         self.experiment = experiment
         self.prompts = prompts
         self.fingerprint = fingerprint

@@ -35,6 +35,8 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
     run = read_json(directory / RUN_FILE)
     if run is None or run.get("stage") != stage:
         raise InputError(f"{directory} holds something else than the work of `{stage}`; choose another `output`, or move it away")
+    if run["status"] != "done" and [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")] == [RUN_FILE]:
+        return "new"  # it stopped before anything was finished: nothing to lose to other settings
     differences = [
         f"{key} was {_short(old)}, is {_short(new)}"
         for key, old, new in _differences({**run["settings"], "input": run["inputs"]}, {**settings, "input": inputs})
@@ -97,7 +99,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Hash of a file, or of the files' names and contents for a directory (see `model_fingerprint` for models)."""
+    """Hash of a file's content; for models see `model_fingerprint`."""
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

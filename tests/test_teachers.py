@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.errors import InputError
 from llmdistill.models import load_model
-from llmdistill.teachers import Request, row_id, row_seed
+from llmdistill.teachers import Request, check_engine, row_id, row_seed
 from llmdistill.teachers.transformers import TransformersEngine, sample
 from llmdistill.teachers.vllm import flat_logprobs
 
@@ -107,3 +108,10 @@ def test_row_ids():
     assert len({first, *others}) == 4
     assert row_seed(first, 0) != row_seed(first, 1)
     assert 0 <= row_seed(first, 0) < 2**63
+
+
+def test_an_engine_that_is_not_installed_is_said_before_anything_is_written(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_engine(Teacher(model="m", engine="transformers"))
+    with pytest.raises(InputError, match=r"teacher.engine is vllm, which is not installed"):
+        check_engine(Teacher(model="m", engine="vllm"))

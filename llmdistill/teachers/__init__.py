@@ -5,12 +5,14 @@ fast. They agree on the distribution for the same token ids within the precision
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.errors import InputError
 from llmdistill.targets import Array, SoftTargets
 
 
@@ -40,6 +42,16 @@ class Engine(Protocol):
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request; completions come in any order, each as soon as it is there."""
         ...
+
+
+def check_engine(teacher: Teacher) -> None:
+    """Refuse an engine that is not installed.
+
+    Raises:
+        InputError: naming what to install.
+    """
+    if teacher.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise InputError("teacher.engine is vllm, which is not installed: install the extra `generate`, or use transformers")
 
 
 def open_engine(teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, seed: int) -> Engine:

@@ -10,12 +10,11 @@ import numpy as np
 import psutil
 
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.errors import InputError
 from llmdistill.targets import Array, SoftTargets, from_logprobs
 from llmdistill.teachers import Completion, Request
 
-# Requests waiting inside the engine beyond those it runs, so that it is never idle while a shard is written.
-_QUEUE = 512
+# Requests inside the engine at a time: more than it runs at once, so that it is never idle while a shard is written.
+_QUEUE = 2048
 # The engine runs in a process of its own, which these reach; what the user has set stays.
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -33,13 +32,8 @@ class VllmEngine:
     def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, seed: int) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        try:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):
-                import vllm
-        except ImportError:
-            raise InputError(
-                "teacher.engine is vllm, which is not installed: pip install 'llmdistill[generate]', or use engine transformers"
-            ) from None
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            import vllm
         from vllm.platforms import current_platform
 
         self.kept = kept

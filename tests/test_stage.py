@@ -1,0 +1,68 @@
+import pytest
+
+from llmdistill import stage
+from llmdistill.errors import InputError
+
+SETTINGS = {"generate": {"temperature": 1.0, "samples": 1}, "teacher": {"engine_args": {"a": 1}}}
+INPUTS = {"prompts.jsonl": "hash"}
+
+
+def changed(**generate):
+    return SETTINGS | {"generate": SETTINGS["generate"] | generate}
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A directory with an unfinished stage and one thing that it has finished."""
+    assert stage.claim(tmp_path / "data", "generate", SETTINGS, INPUTS) == "new"
+    stage.begin(tmp_path / "data", "generate", SETTINGS, INPUTS, seed=3)
+    (tmp_path / "data/shard").write_text("work")
+    return tmp_path / "data"
+
+
+def test_the_life_of_a_stage(started):
+    assert stage.claim(started, "generate", SETTINGS, INPUTS) == "resume"
+    stage.finish(started, {"rows": 5})
+    assert stage.claim(started, "generate", SETTINGS, INPUTS) == "done"
+    run = stage.read_json(started / "run.json")
+    assert (run["status"], run["seed"], run["results"]) == ("done", 3, {"rows": 5})
+    assert run["versions"]["python"]
+
+
+def test_other_settings_and_other_inputs_are_refused_with_the_difference(started):
+    with pytest.raises(InputError, match=r"generate.temperature was 1.0, is 0.5"):
+        stage.claim(started, "generate", changed(temperature=0.5), INPUTS)
+    with pytest.raises(InputError, match=r'input.prompts.jsonl was "hash", is "other"'):
+        stage.claim(started, "generate", SETTINGS, {"prompts.jsonl": "other"})
+
+
+def test_how_fast_it_runs_may_change(started):
+    assert stage.claim(started, "generate", SETTINGS | {"teacher": {"engine_args": {"a": 2}}}, INPUTS) == "resume"
+
+
+def test_other_work_is_never_touched(started, tmp_path):
+    with pytest.raises(InputError, match="holds something else than the work of `train`"):
+        stage.claim(started, "train", SETTINGS, INPUTS)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("x")
+    with pytest.raises(InputError, match="holds something else"):
+        stage.claim(tmp_path / "thesis", "generate", SETTINGS, INPUTS)
+
+
+def test_a_stage_that_stopped_with_nothing_finished_does_not_bind(started):
+    (started / "shard").unlink()
+    assert stage.claim(started, "generate", changed(temperature=0.5), INPUTS) == "new"
+
+
+def test_a_model_is_known_by_its_content(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"x" * (20 << 20))
+    first = stage.model_fingerprint(str(tmp_path / "a"), None)
+    assert first == stage.model_fingerprint(str(tmp_path / "b"), None)
+    (tmp_path / "b/run.json").write_text("{}")
+    assert first == stage.model_fingerprint(str(tmp_path / "b"), None)
+    (tmp_path / "b/config.json").write_text('{"a": 1}')
+    assert first != stage.model_fingerprint(str(tmp_path / "b"), None)
+    assert stage.model_fingerprint("org/name", "v1") == "org/name@v1"
