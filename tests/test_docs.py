@@ -50,6 +50,11 @@ def test_every_shipped_configuration_is_named_in_the_readme():
         assert f"configs/{path.name}" in text
 
 
+def test_the_readmes_experiment_is_the_shipped_one():
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert block == (ROOT / "configs/qwen3-1.7b.yaml").read_text()
+
+
 @pytest.mark.parametrize("kind", ["sampled", "topk"])
 def test_a_reader_written_from_the_format_page_reads_it(kind, tmp_path, monkeypatch):
     """The page's own code, with numpy and pyarrow only, against the package's decoder."""
