@@ -16,6 +16,45 @@ def describe_targets(targets: dict[str, Any]) -> str:
     }[targets["kind"]]
 
 
+def dataset_card(manifest: dict[str, Any]) -> str:
+    """The README.md of a dataset, from its `dataset.json`."""
+    splits = list(dict.fromkeys(shard["split"] for shard in manifest["shards"]))
+    files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
+    head = {
+        "task_categories": ["text-generation"],
+        "tags": ["llmdistill", "distillation", "synthetic"],
+        "configs": [{"config_name": "default", "data_files": files}],
+    }
+    teacher, sampling = manifest["teacher"], manifest["sampling"]
+    facts = {
+        "written by": f"`{teacher['model']}`" + (f" at `{teacher['commit']}`" if teacher.get("commit") else ""),
+        "engine": teacher["engine"],
+        "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()),
+        "soft targets": describe_targets(manifest["targets"]),
+        "rows": f"{manifest['rows']:,}",
+        "completion tokens": f"{manifest['completion_tokens']:,}",
+        "rejected": ", ".join(f"{number:,} {reason}" for reason, number in manifest.get("rejected", {}).items()) or "none",
+    }
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# Text and soft targets of {teacher["model"].rstrip("/").split("/")[-1]}
+
+Made with llmdistill.
+
+{_table(facts)}
+
+The licence of the teacher, and of the prompts, may bind what is made from them; it was not read by the tool.
+
+The columns, the splits and everything needed to make it again are in `dataset.json`.
+"""
+
+
+def _table(facts: dict[str, str]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())])
+
+
 def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alpha: float, results: dict[str, float]) -> str:
     """The README.md of a trained student."""
     student, train = experiment.student, experiment.train
@@ -37,7 +76,6 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alph
         "steps": f"{results['steps']:,.0f}",
         "last logged": ", ".join(f"{key} {results[key]:.3f} nats a token" for key in ("kl", "ce") if key in results),
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     settings = yaml.safe_dump(experiment.model_dump(mode="json", include={"seed", "student", "train"}), sort_keys=False)
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
@@ -47,9 +85,7 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alph
 
 A student of `{experiment.teacher.model}`, made with llmdistill.
 
-| | |
-| --- | --- |
-{table}
+{_table(facts)}
 
 The licence of the teacher, and of the prompts, may bind what is made from them; it was not read by the tool.
 

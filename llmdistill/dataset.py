@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import targets
+from llmdistill.card import dataset_card
 from llmdistill.errors import InputError
 from llmdistill.stage import read_json, sha256, write_json
 
@@ -129,7 +130,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def write_manifest(directory: Path, shards: list[Shard], description: dict[str, Any]) -> None:
-    """Write `dataset.json`: the description, and every shard with its counts. From then on the dataset is complete."""
+    """Write the card and `dataset.json`: the description, and every shard with its counts. Then the dataset is complete."""
     entries = [
         {
             "file": shard.file.name,
@@ -148,6 +149,7 @@ def write_manifest(directory: Path, shards: list[Shard], description: dict[str, 
         "completion_tokens": sum(entry["tokens"] for entry in entries),
         "shards": entries,
     }
+    (directory / "README.md").write_text(dataset_card(manifest), encoding="utf-8")
     write_json(directory / MANIFEST, manifest)
 
 

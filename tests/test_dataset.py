@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from llmdistill import load_dataset, targets
 from llmdistill.dataset import (
@@ -20,6 +21,11 @@ from llmdistill.dataset import (
 from llmdistill.errors import InputError
 
 VOCAB = 100
+DESCRIPTION = {
+    "teacher": {"model": "org/some-teacher", "commit": "abc", "engine": "vllm"},
+    "sampling": {"temperature": 0.7},
+    "targets": {"kind": "topk", "k": 4},
+}
 
 
 def make_row(number, length=3):
@@ -46,7 +52,7 @@ def directory(tmp_path):
     rows = [make_row(number, 2 + number) for number in range(6)]
     for split, index, count, part in (("train", 0, 2, rows[:3]), ("train", 1, 2, rows[3:5]), ("test", 0, 1, rows[5:])):
         write_shard(path, split, index, count, rows_to_table(part, VOCAB))
-    write_manifest(path, finished_shards(path, "train") + finished_shards(path, "test"), {"targets": {"kind": "topk", "k": 4}})
+    write_manifest(path, finished_shards(path, "train") + finished_shards(path, "test"), DESCRIPTION)
     return path
 
 
@@ -67,6 +73,16 @@ def test_datasets_opens_it_without_this_package(directory):
     found = datasets.load_dataset("parquet", data_dir=str(directory), cache_dir=str(directory / "cache"))
     assert {split: len(rows) for split, rows in found.items()} == {"train": 5, "test": 1}
     assert found["train"][0]["prompt"] == [{"role": "user", "content": "question 0"}]
+
+
+def test_the_card_says_what_it_is_and_leads_the_hub_to_the_splits(directory):
+    card = (directory / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert [entry["split"] for entry in head["configs"][0]["data_files"]] == ["train", "test"]
+    for fact in ("`org/some-teacher` at `abc`", "temperature 0.7", "the 4 most likely tokens", "| rows | 6 |"):
+        assert fact in card
+    found = datasets.load_dataset(str(directory), cache_dir=str(directory / "cache"))
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 5, "test": 1}
 
 
 def test_the_same_rows_give_the_same_bytes(directory, tmp_path):

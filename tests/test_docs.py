@@ -67,7 +67,11 @@ def test_a_reader_written_from_the_format_page_reads_it(kind, tmp_path, monkeypa
     row = Row("a", message, message, [1, 2], np.arange(7), "stop", np.zeros(7, dtype=np.float32), soft)
     directory = tmp_path / "runs/demo/data"
     write_shard(directory, "train", 0, 1, rows_to_table([row], 300))
-    write_manifest(directory, finished_shards(directory, "train"), {"targets": {"kind": kind, "n": kept}})
+    write_manifest(
+        directory,
+        finished_shards(directory, "train"),
+        {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": kind, "n": kept}},
+    )
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/dataset.md").read_text(), flags=re.S)
     reader = next(block for block in blocks if "kind: sampled" in block)

@@ -40,7 +40,11 @@ def dataset_directory(request, tiny, tmp_path_factory):
             )
         )  # fmt: skip
     write_shard(directory, "train", 0, 1, rows_to_table(rows, 49152))
-    write_manifest(directory, finished_shards(directory, "train"), {"targets": {"kind": request.param}})
+    write_manifest(
+        directory,
+        finished_shards(directory, "train"),
+        {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": request.param}},
+    )
     return directory
 
 
