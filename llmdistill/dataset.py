@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from llmdistill import targets
 from llmdistill.card import dataset_card
 from llmdistill.errors import InputError
-from llmdistill.stage import read_json, sha256, write_json
+from llmdistill.stage import read_json, sha256, write_json, write_text
 
 if TYPE_CHECKING:
     import datasets
@@ -149,7 +149,7 @@ def write_manifest(directory: Path, shards: list[Shard], description: dict[str, 
         "completion_tokens": sum(entry["tokens"] for entry in entries),
         "shards": entries,
     }
-    (directory / "README.md").write_text(dataset_card(manifest), encoding="utf-8")
+    write_text(directory / "README.md", dataset_card(manifest))
     write_json(directory / MANIFEST, manifest)
 
 

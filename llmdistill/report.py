@@ -1,7 +1,6 @@
 """`llmdistill report`: one page that says what was made, from what, and how well it does, for people."""
 
 import math
-import os
 import re
 from datetime import datetime
 from itertools import groupby
@@ -16,7 +15,7 @@ from llmdistill.dataset import MANIFEST
 from llmdistill.errors import InputError
 from llmdistill.plots import Point, interval_plot, loss_plot
 from llmdistill.progress import console, say
-from llmdistill.stage import RUN_FILE, read_json
+from llmdistill.stage import RUN_FILE, read_json, write_text
 
 SCHEMA_VERSION = 1
 Json = dict[str, Any]
@@ -49,7 +48,7 @@ def report(experiment: Experiment, dry_run: bool = False) -> None:
     view = _view(experiment)
     environment = _environment()
     for file in (page, text):
-        _write_whole(environment.get_template(f"{file.name}.j2").render(view), file)
+        write_text(file, environment.get_template(f"{file.name}.j2").render(view))
     say("report", str(page))
     console.print()
     return console.print(view["headline"], markup=False)
@@ -249,13 +248,6 @@ def _environment() -> jinja2.Environment:
         filter.__name__: filter for filter in (cell, estimate, fenced, label, megabytes, moment, parameters, tokens_per_second)
     }
     return environment
-
-
-def _write_whole(text: str, file: Path) -> None:
-    """Write so that the file is there as a whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8", errors="replace")  # a model may write half a surrogate pair
-    unfinished.replace(file)
 
 
 def parameters(count: int) -> str:

@@ -89,10 +89,14 @@ def read_json(file: Path) -> Any:
 
 def write_json(file: Path, content: Any) -> None:
     """Write so that the file is there as a whole or not at all."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write so that the file is there as a whole or not at all; half a surrogate pair, which a model may write, becomes `?`."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+    with unfinished.open("w", encoding="utf-8", errors="replace") as stream:
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.replace(file)

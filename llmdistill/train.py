@@ -33,11 +33,11 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         return
     manifest = read_manifest(experiment.dataset_directory)
     _check_loss(experiment, manifest)
-    _origin(experiment, "teacher.model" if experiment.student.model is None else "student.model")
+    key = "teacher.model" if experiment.student.model is None else "student.model"
+    model, revision, _ = _origin(experiment, key)
     settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
     if experiment.student.prune:
         settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
-    model, revision, _ = _origin(experiment)
     inputs = {
         str(experiment.dataset_directory / MANIFEST): stage.sha256(experiment.dataset_directory / MANIFEST),
         model: stage.model_fingerprint(model, revision),
@@ -93,7 +93,7 @@ def _train_one(
         _save(trained, tokenizer, directory, saved_dtype)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
         results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
-        (directory / "README.md").write_text(model_card(experiment, manifest, directory.name, alpha, results), encoding="utf-8")
+        stage.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, alpha, results))
         stage.finish(directory, results)
 
 
