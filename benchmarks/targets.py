@@ -194,6 +194,7 @@ def distributions(temperature: float, positions: int, student_path: str | None) 
         Teacher(model=TEACHER, engine="transformers", batch_size=16),
         Generate(max_tokens=96, temperature=temperature),
         Targets(kind="none"),
+        [tokenizer.eos_token_id],
     )
     layers = evenly_spaced(engine.model.config.num_hidden_layers, 15)
     student = load_model(student_path) if student_path else prune_layers(engine.model, layers)

@@ -11,6 +11,7 @@ def describe_targets(targets: dict[str, Any]) -> str:
     """A dataset's soft targets in words."""
     return {
         "sampled": f"an unbiased sample of {targets.get('n')} tokens at every position",
+        "multinomial": f"{targets.get('n')} independent draws at every position",
         "topk": f"the {targets.get('k')} most likely tokens at every position and the mass outside them",
         "none": "none, the text only",
     }[targets["kind"]]
@@ -67,12 +68,17 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alph
     }
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
     rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
+    targets = (
+        "none stored, the teacher ran beside the student"
+        if experiment.targets.kind == "online"
+        else describe_targets(manifest["targets"])
+    )
     facts = {
         "starts from": f"`{base}`" + (f" with layers {student.prune.layers} (by {student.prune.by})" if student.prune else ""),
         "loss": f"{1 - alpha:.2g} × cross-entropy on the teacher's text + {alpha:.2g} × {train.loss}",
         "temperature": f"{train.temperature:g}",
         "data": f"{rows:,} rows, {tokens:,} completion tokens, written by `{manifest['teacher']['model']}`",
-        "soft targets": describe_targets(manifest["targets"]),
+        "soft targets": targets,
         "steps": f"{results['steps']:,.0f}",
         "last logged": ", ".join(f"{key} {results[key]:.3f} nats a token" for key in ("kl", "ce") if key in results),
     }

@@ -1,6 +1,7 @@
 """The command line: one command a stage, dotted overrides, exit statuses that schedulers understand."""
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -20,12 +21,18 @@ STAGES = {
         "the teacher writes a dataset: text and soft targets in one pass",
         ("teacher", "prompts", "generate", "targets"),
     ),
+    "score": (
+        "the teacher reads finished text; it is stored with soft targets, as by generate",
+        ("teacher", "score", "generate.rows_per_shard", "targets"),
+    ),
     "curate": ("filter the dataset and hold rows out for evaluation, counting every rejected row", ("curate", "eval.held_out")),
     "train": ("train the student on the dataset", ("student", "train")),
     "eval": ("measure the student against the teacher on held-out rows", ("eval",)),
     "report": ("write report.html and report.md", ()),
     "run": ("all stages in order; a finished stage is skipped", ("",)),
 }
+_SHARED = ("generate", "score")  # several workers may make one dataset
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MODULES = {"eval": ("llmdistill.evaluate", "evaluate")}  # the others are named as their command
 
 
@@ -43,7 +50,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
                 raise InputError(f"inspect takes no {rest[0]}")
             from llmdistill.inspect import inspect
 
-            inspect(Path(arguments.dataset))
+            inspect(Path(arguments.dataset), arguments.verify)
         else:
             overrides = _overrides(rest)
             experiment = load_experiment(Path(arguments.config), overrides)
@@ -51,6 +58,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        print(f"{error.filename}: {error.strerror}; finished work is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; finished work is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(1)
@@ -58,15 +70,20 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: list[str]) -> None:
-    from llmdistill.pipeline import ORDER, run_pipeline
+    from llmdistill.pipeline import run_pipeline, stages
 
     if arguments.dry_run:
         print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     elif arguments.command == "run":
-        return run_pipeline([arguments.config, *rest])
-    for stage in ORDER if arguments.command == "run" else [arguments.command]:
+        return run_pipeline(experiment, [arguments.config, *rest])
+    options: dict[str, Any] = {"dry_run": arguments.dry_run}
+    if getattr(arguments, "shards", None):
+        from llmdistill.shards import Share
+
+        options["share"] = Share.parse(arguments.shards)
+    for stage in stages(experiment) if arguments.command == "run" else [arguments.command]:
         module, function = _MODULES.get(stage, (f"llmdistill.{stage}", stage))
-        getattr(importlib.import_module(module), function)(experiment, dry_run=arguments.dry_run)
+        getattr(importlib.import_module(module), function)(experiment, **options)
     return None
 
 
@@ -84,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=help_text,
             description=help_text[0].upper() + help_text[1:] + ".",
-            usage=f"llmdistill {name} CONFIG.yaml [--KEY VALUE ...] [--dry-run]",
+            usage=f"llmdistill {name} CONFIG.yaml [--KEY VALUE ...] [--dry-run]" + (" [--shards I/N]" if name in _SHARED else ""),
             epilog=_keys_help(sections),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -93,8 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--dry-run", action="store_true", help="show the resolved configuration and what would be done; load no model"
         )
+        if name in _SHARED:
+            command.add_argument("--shards", metavar="I/N", help="make only the shards of the I-th of N workers on one dataset")
     inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
     inspect.add_argument("dataset", metavar="DIR", help="the dataset's directory")
+    inspect.add_argument("--verify", action="store_true", help="also read every shard and check it against its checksum")
     return parser
 
 

@@ -23,7 +23,7 @@ class DistillCollator:
     The batch holds `input_ids`, `attention_mask` and `labels` (B, T), the labels −100 outside the completions;
     `positions` (N,), where in the flattened (B × T) the logits stand that predict each completion token;
     and the soft targets that the rows have: `target_ids` (N, K) with `target_logprobs` (N, K) and `target_tail` (N,) for
-    topk, or with `target_logweights` (N, K) and `target_entropy` (N,) for sampled ones.
+    topk, or with `target_logweights` (N, K) and `target_entropy` (N,) for sampled and multinomial ones.
 
     Args:
         pad_token_id: fills `input_ids`; masked in attention and labels, so any id will do.

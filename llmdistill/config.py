@@ -86,25 +86,40 @@ class Generate(Section):
     """Rows in one Parquet shard, the unit of work and of resuming."""
 
 
+class Score(Section):
+    """Finished text that the teacher reads instead of writing any; `run` scores where this section is given."""
+
+    source: str
+    """A JSONL file whose lines hold `messages` up to and with the assistant's answer, or `prompt` and `completion`; or the
+    directory of a dataset, whose exact token ids are read again."""
+
+
 class Targets(Section):
     """What is kept of the teacher's distribution at each completion token."""
 
-    kind: Literal["sampled", "topk", "none"] = "sampled"
-    """`sampled`: an unbiased sample of n tokens. `topk`: the k most likely and the mass outside. `none`: the text only."""
+    kind: Literal["sampled", "multinomial", "topk", "none", "online"] = "sampled"
+    """`sampled`: an unbiased sample of n tokens. `multinomial`: n independent draws. `topk`: the k most likely and the mass
+    outside. `none`: the text only. `online`: nothing stored, the whole distribution of a teacher that runs beside the student."""
     n: int = Field(default=16, ge=2, le=255)
-    """Tokens kept a position (kind sampled)."""
+    """Tokens kept a position (kind sampled), or drawn (kind multinomial, which needs about three times as many)."""
     k: int = Field(default=64, ge=1)
     """Tokens kept a position (kind topk)."""
 
     @property
     def kept(self) -> int:
         """Tokens kept a position, whatever the kind."""
-        return {"sampled": self.n, "topk": self.k, "none": 0}[self.kind]
+        return {"sampled": self.n, "multinomial": self.n, "topk": self.k}.get(self.kind, 0)
+
+    @property
+    def stored(self) -> Literal["sampled", "multinomial", "topk", "none"]:
+        """The kind that a dataset holds."""
+        return "none" if self.kind == "online" else self.kind
 
     @property
     def described(self) -> dict[str, Any]:
         """What a dataset says of its targets."""
-        return self.model_dump(include={"kind", *({"n"} if self.kind == "sampled" else {"k"} if self.kind == "topk" else {})})
+        kept = {"sampled": {"n": self.n}, "multinomial": {"n": self.n}, "topk": {"k": self.k}}
+        return {"kind": self.stored, **kept.get(self.stored, {})}
 
 
 class FinishReason(Section):
@@ -256,9 +271,12 @@ class Experiment(Section):
     """Directory that receives what every stage writes."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampling, splitting, training and bootstrap."""
+    shard_mb: float = Field(default=256, gt=0)
+    """Size of the shards that `curate` writes, in megabytes."""
     teacher: Teacher
     prompts: Prompts | None = None
     generate: Generate = Generate()
+    score: Score | None = None
     targets: Targets = Targets()
     curate: list[CurateStep] = []
     """Filters, applied in this order."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import stage
-from llmdistill.config import CurateStep, Duplicates, Experiment, FinishReason, Length, Repetition, Section
-from llmdistill.dataset import MANIFEST, finished_shards, read_manifest, read_rows, remove_leftovers, write_manifest, write_shard
+from llmdistill.config import Duplicates, Experiment, FinishReason, Length, Repetition, Section
+from llmdistill.dataset import MANIFEST, SPLITS, Shard, SplitWriter, read_batches, read_manifest, shard_files, write_manifest
 from llmdistill.errors import InputError
 from llmdistill.progress import say
 
 Array = np.ndarray[Any, Any]
+Filter = Callable[[pa.Table], Iterator[bool]]  # whether each row of a group stays; groups come in order
 
 
 def curate(experiment: Experiment, dry_run: bool = False) -> None:
@@ -33,83 +33,111 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         say("curate", f"would write {directory}")
         return
     manifest = read_manifest(source)
-    settings = experiment.model_dump(mode="json", include={"seed", "curate"}) | {"eval": {"held_out": experiment.eval.held_out}}
+    settings = experiment.model_dump(mode="json", include={"seed", "curate", "shard_mb"}) | {
+        "eval": {"held_out": experiment.eval.held_out}
+    }
     inputs = {str(source / MANIFEST): stage.sha256(source / MANIFEST)}
     if stage.claim(directory, "curate", settings, inputs) == "done":
         say("curate", f"{directory} is finished")
         return
 
-    rows = read_rows(source, "train")
-    kept, rejected = _apply(experiment.curate, rows)
-    train, test = _split(kept, experiment.eval.held_out, experiment.seed)
-    if not len(train) or not len(test):
+    files = shard_files(source, "train")
+    verdicts = _judge(experiment, files)
+    counts = [int((verdicts == verdict).sum()) for verdict in range(len(experiment.curate) + 2)]
+    *rejected, train, test = counts
+    if not train or not test:
         raise InputError(
-            f"{source}: {len(kept):,} rows are left after curation, {len(train):,} to train on and {len(test):,} held out; "
+            f"{source}: {train + test:,} rows are left after curation, {train:,} to train on and {test:,} held out; "
             "both need at least one: more prompts, weaker filters or another eval.held_out"
         )
-    assert len(rows) == len(train) + len(test) + len(rejected)
-
     stage.begin(directory, "curate", settings, inputs, experiment.seed)
-    for leftover in directory.glob("*.parquet"):  # curating is quick: it starts over
+    for leftover in [*directory.glob("*.parquet"), *directory.glob(".*.unfinished")]:  # curating is quick: it starts over
         leftover.unlink()
-    remove_leftovers(directory)
-    per_shard = experiment.generate.rows_per_shard
-    for split, table in (("train", train), ("test", test)):
-        count = -(-len(table) // per_shard)
-        for index in range(count):
-            write_shard(directory, split, index, count, table.slice(index * per_shard, per_shard))  # type: ignore[arg-type]
-    _write_whole(rejected, directory / "rejected.parquet")
-    reasons = {reason: rejected["reason"].to_pylist().count(reason) for reason in dict.fromkeys(rejected["reason"].to_pylist())}
+    shards = _write(experiment, files, verdicts, directory)
+    names = [step.name for step in experiment.curate]
+    reasons = {name: sum(n for n, step in zip(rejected, names, strict=True) if step == name) for name in names}
+    reasons = {name: number for name, number in reasons.items() if number}
     description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
-    description |= {"source": inputs, "versions": stage.versions(), "rows_in": len(rows), "rejected": reasons}
-    write_manifest(directory, finished_shards(directory, "train") + finished_shards(directory, "test"), description)
-    stage.finish(directory, {"rows_in": len(rows), "kept": len(kept), "rejected": reasons})
-    why = f" ({', '.join(f'{number} {reason}' for reason, number in reasons.items())})" if reasons else ""
-    say("curate", f"{len(rows):,} in = {len(train):,} train + {len(test):,} held out + {len(rejected):,} rejected{why}")
+    description |= {"source": inputs, "versions": stage.versions(), "rows_in": len(verdicts), "rejected": reasons}
+    write_manifest(directory, shards, description)
+    stage.finish(directory, {"rows_in": len(verdicts), "kept": train + test, "rejected": reasons})
+    why = f" ({', '.join(f'{number:,} {reason}' for reason, number in reasons.items())})" if reasons else ""
+    say("curate", f"{len(verdicts):,} in = {train:,} train + {test:,} held out + {sum(rejected):,} rejected{why}")
 
 
-def _apply(steps: list[CurateStep], rows: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The rows that pass every step, and the others with the step that rejected them."""
-    rejected = []
-    for step in steps:
-        keep = np.fromiter(_FILTERS[type(step.settings)](rows, step.settings), dtype=bool, count=len(rows))
-        rejected.append(_with_reason(rows.filter(pa.array(~keep)), step.name))
-        rows = rows.filter(pa.array(keep))
-    return rows, pa.concat_tables(rejected) if rejected else _with_reason(rows.slice(0, 0), "")
+def _judge(experiment: Experiment, files: list[Path]) -> Array:
+    """What becomes of every row: the number of the step that rejects it, or after those, 0 for train and 1 for test.
+
+    Rows are read a group at a time; what is held is one byte a row, and what a step itself remembers.
+    """
+    filters = [_FILTERS[type(step.settings)](step.settings) for step in experiment.curate]
+    verdicts = []
+    for rows in read_batches(files, ["prompt", "completion", "input_ids", "completion_start", "finish_reason"]):
+        verdict = np.array([_is_test(prompt, experiment) for prompt in rows["prompt"].to_pylist()], dtype=np.uint8) + len(filters)
+        left = np.arange(len(rows))
+        for number, keep in enumerate(filters):
+            passed = np.fromiter(keep(rows.take(left)), dtype=bool, count=len(left))
+            verdict[left[~passed]] = number
+            left = left[passed]
+        verdicts.append(verdict)
+    return np.concatenate(verdicts)
 
 
-def _split(rows: pa.Table, held_out: float, seed: int) -> tuple[pa.Table, pa.Table]:
-    """Train and test rows by a hash of the prompt: all samples of a prompt on one side, at any size of the dataset."""
-
-    def share(prompt: Any) -> float:
-        return int.from_bytes(hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:8]) / 2**64
-
-    test = pa.array([share(prompt) < held_out for prompt in rows["prompt"].to_pylist()], pa.bool_())
-    return rows.filter(pa.compute.invert(test)), rows.filter(test)
+def _is_test(prompt: Any, experiment: Experiment) -> bool:
+    """By a hash of the prompt: all samples of a prompt on one side, at any size of the dataset."""
+    digest = hashlib.sha256(f"{experiment.seed} {prompt}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64 < experiment.eval.held_out
 
 
-def _finish_reason(rows: pa.Table, settings: FinishReason) -> Iterator[bool]:
-    return (reason in settings.keep for reason in rows["finish_reason"].to_pylist())
+def _write(experiment: Experiment, files: list[Path], verdicts: Array, directory: Path) -> list[Shard]:
+    """Copy the rows to where they belong, a group at a time."""
+    names = np.array([step.name for step in experiment.curate] or [""])
+    splits = [SplitWriter(directory, split, int(experiment.shard_mb * 1e6)) for split in SPLITS]
+    unfinished = directory / f".rejected.{stage.writer_name()}.unfinished"
+    schema = pq.read_schema(files[0])
+    with pq.ParquetWriter(unfinished, schema.append(pa.field("reason", pa.string())), compression="zstd") as rejected:
+        start = 0
+        for rows in read_batches(files):
+            verdict = verdicts[start : start + len(rows)]
+            start += len(rows)
+            for number, writer in enumerate(splits, start=len(experiment.curate)):
+                writer.write(rows.filter(pa.array(verdict == number)))
+            out = verdict < len(experiment.curate)
+            if out.any():
+                reason = pa.array(names[verdict[out]].tolist(), pa.string())
+                rejected.write_table(rows.filter(pa.array(out)).append_column("reason", reason))
+    unfinished.replace(directory / "rejected.parquet")
+    return [shard for writer in splits for shard in writer.publish()]
 
 
-def _length(rows: pa.Table, settings: Length) -> Iterator[bool]:
+def _finish_reason(settings: FinishReason) -> Filter:
+    return lambda rows: (reason in settings.keep for reason in rows["finish_reason"].to_pylist())
+
+
+def _length(settings: Length) -> Filter:
     longest = settings.max_tokens or np.inf
-    return (settings.min_tokens <= len(ids) <= longest for ids in _completions(rows))
+    return lambda rows: (settings.min_tokens <= len(ids) <= longest for ids in _completions(rows))
 
 
-def _repetition(rows: pa.Table, settings: Repetition) -> Iterator[bool]:
-    return (repeated_share(ids, settings.ngram) <= settings.max_share for ids in _completions(rows))
+def _repetition(settings: Repetition) -> Filter:
+    return lambda rows: (repeated_share(ids, settings.ngram) <= settings.max_share for ids in _completions(rows))
 
 
-def _duplicates(rows: pa.Table, settings: Duplicates) -> Iterator[bool]:
-    seen: set[str] = set()
-    for (message,) in rows["completion"].to_pylist():
-        text = re.sub(r"\s+", " ", message["content"]).strip().lower()
-        yield text not in seen
-        seen.add(text)
+def _duplicates(settings: Duplicates) -> Filter:
+    seen: set[bytes] = set()
+
+    def is_first_of_its_kind(rows: pa.Table) -> Iterator[bool]:
+        for (message,) in rows["completion"].to_pylist():
+            text = re.sub(r"\s+", " ", message["content"]).strip().lower()
+            digest = hashlib.sha256(text.encode(errors="replace")).digest()[:16]
+            is_first = digest not in seen
+            seen.add(digest)
+            yield is_first
+
+    return is_first_of_its_kind
 
 
-_FILTERS: dict[type[Section], Callable[[pa.Table, Any], Iterator[bool]]] = {
+_FILTERS: dict[type[Section], Callable[[Any], Filter]] = {
     FinishReason: _finish_reason,
     Length: _length,
     Repetition: _repetition,
@@ -128,13 +156,3 @@ def repeated_share(ids: Array, ngram: int) -> float:
 def _completions(rows: pa.Table) -> Iterator[Array]:
     starts = rows["completion_start"].to_pylist()
     return (np.asarray(ids.values)[start:] for ids, start in zip(rows["input_ids"], starts, strict=True))
-
-
-def _with_reason(rows: pa.Table, reason: str) -> pa.Table:
-    return rows.append_column("reason", pa.array([reason] * len(rows), pa.string()))
-
-
-def _write_whole(table: pa.Table, file: Path) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    pq.write_table(table, unfinished, compression="zstd")
-    shutil.move(unfinished, file)

@@ -6,24 +6,27 @@ whole, so a shard that is there is done and says itself what its bytes must hash
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import targets
 from llmdistill.card import dataset_card
 from llmdistill.errors import InputError
-from llmdistill.stage import read_json, sha256, write_json, write_text
+from llmdistill.stage import fsync_directory, read_json, sha256, write_json, write_text, writer_name
 
 if TYPE_CHECKING:
     import datasets
 
 SCHEMA_VERSION = 1
+ROW_GROUP = 1000  # rows; what a reader has to hold at a time
 MANIFEST = "dataset.json"
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -79,17 +82,70 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
     return pa.table(columns)
 
 
+class ShardWriter:
+    """Streams one shard to disk; it appears by an atomic rename, under a name that holds its checksum.
+
+    What has been written goes away again if the writing fails, for instance on a full disk.
+    """
+
+    def __init__(self, directory: Path, split: Split, index: int, schema: pa.Schema) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.split, self.index = directory, split, index
+        self.unfinished = directory / f".{split}-{index:05d}.{writer_name()}.unfinished"
+        self.rows = 0
+        self._stream = pa.OSFile(str(self.unfinished), "wb")
+        self._writer = pq.ParquetWriter(self._stream, schema, write_page_checksum=True, **parquet_encoding(schema.names))
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows, in groups of at most `ROW_GROUP`."""
+        with self._removed_on_error():
+            self._writer.write_table(table, row_group_size=ROW_GROUP)
+        self.rows += len(table)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        """Write the footer and wait for the disk; the shard is whole, but not there yet."""
+        with self._removed_on_error():
+            self._writer.close()
+            self._stream.close()
+            with self.unfinished.open("rb+") as stream:
+                os.fsync(stream.fileno())
+
+    def publish(self, count: int) -> Shard:
+        """Let the shard appear as one of `count`; if another worker made it meanwhile, that one stays."""
+        checksum = sha256(self.unfinished)[:16]
+        there = next((shard for shard in finished_shards(self.directory, self.split) if shard.index == self.index), None)
+        if there:
+            self.unfinished.unlink()
+            return there
+        file = self.directory / f"{self.split}-{self.index:05d}-of-{count:05d}-{checksum}.parquet"
+        self.unfinished.replace(file)
+        fsync_directory(self.directory)
+        return Shard(file, self.split, self.index, count, checksum)
+
+    @contextmanager
+    def _removed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):
+                self._stream.close()
+            self.unfinished.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(self.unfinished)) from None
+            raise
+
+
 def write_shard(directory: Path, split: Split, index: int, count: int, table: pa.Table) -> Shard:
-    """Write one shard; it appears by an atomic rename, under a name that holds its checksum."""
-    directory.mkdir(parents=True, exist_ok=True)
-    unfinished = directory / f".{split}-{index:05d}.{os.getpid()}.unfinished"
-    pq.write_table(table, unfinished, write_page_checksum=True, **parquet_encoding(table.column_names))
-    with unfinished.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    checksum = sha256(unfinished)[:16]
-    file = directory / f"{split}-{index:05d}-of-{count:05d}-{checksum}.parquet"
-    unfinished.replace(file)
-    return Shard(file, split, index, count, checksum)
+    """Write one shard as a whole."""
+    writer = ShardWriter(directory, split, index, table.schema)
+    writer.write(table)
+    writer.close()
+    return writer.publish(count)
 
 
 def parquet_encoding(columns: Sequence[str]) -> dict[str, Any]:
@@ -119,28 +175,67 @@ def finished_shards(directory: Path, split: Split) -> list[Shard]:
     return [found[index] for index in sorted(found)]
 
 
+class SplitWriter:
+    """Streams a split into shards of about so many bytes; none is there before all are whole."""
+
+    def __init__(self, directory: Path, split: Split, shard_bytes: int) -> None:
+        self.directory, self.split, self.shard_bytes = directory, split, shard_bytes
+        self.rows = 0
+        self._shards: list[ShardWriter] = []
+        self._open: ShardWriter | None = None
+        self._waiting: list[pa.Table] = []
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows; they are written once there are enough for a row group."""
+        self.rows += len(table)
+        self._waiting.append(table)
+        if sum(map(len, self._waiting)) >= ROW_GROUP:
+            self._flush()
+
+    def publish(self) -> list[Shard]:
+        """Finish the last shard, and let all of them appear."""
+        self._flush()
+        self._close()
+        return [writer.publish(len(self._shards)) for writer in self._shards]
+
+    def _flush(self) -> None:
+        table = pa.concat_tables(self._waiting) if self._waiting else None
+        self._waiting = []
+        if table is None or not len(table):
+            return
+        if self._open is None:
+            self._open = ShardWriter(self.directory, self.split, len(self._shards), table.schema)
+            self._shards.append(self._open)
+        self._open.write(table)
+        if self._open.bytes >= self.shard_bytes:
+            self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            self._open.close()
+            self._open = None
+
+
+def is_damaged(shard: Shard) -> bool:
+    """Whether its bytes are not those that its name tells."""
+    return sha256(shard.file)[:16] != shard.checksum
+
+
 def remove_leftovers(directory: Path) -> None:
-    """Delete what an interrupted write left behind, and doubles of a shard."""
-    for file in directory.glob(".*.unfinished"):
-        file.unlink()
-    for split in SPLITS:
-        kept = {shard.file for shard in finished_shards(directory, split)}
-        for file in set(directory.glob(f"{split}-*.parquet")) - kept:
-            file.unlink()
+    """Delete what killed writers on this machine left behind; those of living ones, and of other machines, stay."""
+    host, _, _ = writer_name().rpartition("-")
+    for file in directory.glob(f".*.{host}-*.unfinished"):
+        if not psutil.pid_exists(int(file.name.removesuffix(".unfinished").rpartition("-")[2])):
+            file.unlink(missing_ok=True)
 
 
 def write_manifest(directory: Path, shards: list[Shard], description: dict[str, Any]) -> None:
     """Write the card and `dataset.json`: the description, and every shard with its counts. Then the dataset is complete."""
-    entries = [
-        {
-            "file": shard.file.name,
-            "split": shard.split,
-            "rows": pq.read_metadata(shard.file).num_rows,
-            "tokens": _values(shard.file, "token_logprobs")[0],
-            "bytes": shard.file.stat().st_size,
-        }
-        for shard in shards
-    ]
+    for split in SPLITS:  # two workers that made the same shard at the same moment: the first by name stays
+        kept = {shard.file for shard in shards}
+        for file in set(directory.glob(f"{split}-*.parquet")) - kept:
+            file.unlink(missing_ok=True)
+    entries = [describe_shard(shard) for shard in shards]
     manifest = {
         "format": "llmdistill",
         "schema_version": SCHEMA_VERSION,
@@ -211,21 +306,29 @@ def load_dataset(directory: str | Path, split: Split = "train") -> "datasets.Dat
     return dataset.with_format("numpy")
 
 
-def read_rows(directory: Path, split: Split, columns: list[str] | None = None) -> pa.Table:
-    """A split as one Arrow table."""
-    return pa.concat_tables([pq.read_table(file, columns=columns) for file in shard_files(directory, split)])
+def read_batches(files: Sequence[Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of some shards, at most `ROW_GROUP` at a time."""
+    for file in files:
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=ROW_GROUP, columns=columns):
+                yield pa.Table.from_batches([batch])
 
 
-def bytes_per_position(shards: Sequence[Path]) -> float:
-    """Compressed bytes of the target columns for each completion token, from the files' footers alone."""
-    size = sum(_values(file, "target_")[1] for file in shards)
-    return size / max(sum(_values(file, "token_logprobs")[0] for file in shards), 1)
+def bytes_per_position(shards: Sequence[dict[str, Any]]) -> float:
+    """Compressed bytes of the target columns for each completion token, from the entries of `dataset.json`."""
+    return sum(entry["target_bytes"] for entry in shards) / max(sum(entry["tokens"] for entry in shards), 1)
 
 
-def _values(file: Path, prefix: str) -> tuple[int, int]:
-    """How many values the columns of this prefix hold, and in how many compressed bytes."""
-    metadata = pq.read_metadata(file)
+def describe_shard(shard: Shard) -> dict[str, Any]:
+    """What `dataset.json` says of a shard, from its footer."""
+    metadata = pq.read_metadata(shard.file)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     columns = [group.column(number) for group in groups for number in range(metadata.num_columns)]
-    found = [column for column in columns if column.path_in_schema.startswith(prefix)]
-    return sum(column.num_values for column in found), sum(column.total_compressed_size for column in found)
+    return {
+        "file": shard.file.name,
+        "split": shard.split,
+        "rows": metadata.num_rows,
+        "tokens": sum(column.num_values for column in columns if column.path_in_schema.startswith("token_logprobs")),
+        "bytes": shard.file.stat().st_size,
+        "target_bytes": sum(column.total_compressed_size for column in columns if column.path_in_schema.startswith("target_")),
+    }

@@ -66,7 +66,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         raise InputError("eval: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
 
     stage.begin(directory, "eval", settings, inputs, experiment.seed)
-    measured = _fidelity(models, rows, experiment.eval.batch_size)
+    measured = fidelity(models, rows, experiment.eval.batch_size)
     metrics = _metrics(experiment, subjects, models, measured, prompts)
     with console.status("writing samples"):
         metrics["samples"] = _samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
@@ -155,7 +155,7 @@ def _check_vocabulary(subject: Subject, manifest: dict[str, Any]) -> None:
         )
 
 
-def _fidelity(models: dict[str, Any], rows: Any, batch_size: int) -> dict[str, Array]:
+def fidelity(models: dict[str, Any], rows: Any, batch_size: int) -> dict[str, Array]:
     """Each row's sums over its completion tokens: `NAME kl`, `NAME top1`, `NAME nll` for every model, and `tokens`.
 
     The teacher's full distribution comes from its own weights here, in float32, not from the stored targets.

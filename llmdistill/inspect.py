@@ -10,29 +10,37 @@ from rich.panel import Panel
 from rich.table import Table
 
 from llmdistill import targets
-from llmdistill.dataset import SPLITS, bytes_per_position, read_manifest, shard_files
+from llmdistill.dataset import SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
 from llmdistill.progress import console
 
+_LOOKED_AT = 8  # shards, of which the first rows tell about the targets; so that a large dataset takes no longer
 
-def inspect(directory: Path) -> None:
-    """Print counts, bytes a position, kept mass and a sample; the shards' checksums are verified on the way.
+
+def inspect(directory: Path, verify: bool = False) -> None:
+    """Print counts, bytes a position, kept mass and a sample, from `dataset.json` and a few rows.
+
+    Args:
+        directory: the dataset's.
+        verify: read every shard and check it against the checksum in its name.
 
     Raises:
         InputError: there is no complete dataset of this schema, or a shard is damaged.
     """
     manifest = read_manifest(directory)
-    files = {split: shard_files(directory, split) for split in SPLITS}
-    everything = [file for split in files.values() for file in split]
+    everything = [directory / entry["file"] for entry in manifest["shards"]]
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(manifest, everything):
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table, soft_wrap=False)
-    for split, members in files.items():
-        if members:
-            entries = [entry for entry in manifest["shards"] if entry["split"] == split]
+    for split in SPLITS:
+        entries = [entry for entry in manifest["shards"] if entry["split"] == split]
+        if entries:
             rows, tokens, size = (sum(entry[key] for entry in entries) for key in ("rows", "tokens", "bytes"))
-            text = f"{rows:,} rows · {tokens:,} completion tokens · {size / 1e6:,.1f} MB in {len(members)} shards"
+            text = f"{rows:,} rows · {tokens:,} completion tokens · {size / 1e6:,.1f} MB in {len(entries):,} shards"
             console.print(f"[bold]{split:<6}[/bold] {text}")
+    if verify:
+        checked = sum(len(shard_files(directory, split)) for split in SPLITS)
+        console.print(f"[bold]intact[/bold] {checked:,} shards match their checksums")
     _print_sample(everything[0])
 
 
@@ -44,12 +52,14 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
         ("targets", ", ".join(str(value) if key == "kind" else f"{key} = {value}" for key, value in kept.items())),
     ]
     if kept["kind"] != "none":
-        facts.append(("size", f"{bytes_per_position(files):.0f} bytes a position"))
+        facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes a position"))
     if kept["kind"] == "sampled":
-        exact = np.concatenate([_column(file, "target_exact") for file in files])
+        exact = _some(files, "target_exact")
         facts.append(("kept exactly", f"{exact.mean():.1f} of {kept['n']} tokens a position, the others by an unbiased draw"))
+    if kept["kind"] == "multinomial":
+        facts.append(("distinct", f"{_some(files, 'target_distinct').mean():.1f} of {kept['n']} draws a position"))
     if kept["kind"] == "topk":
-        tail = np.concatenate([_column(file, "target_tail") for file in files])
+        tail = _some(files, "target_tail")
         facts.append(("kept mass", f"{1 - tail.mean():.2%} on average, {1 - np.percentile(tail, 95):.2%} at the 5th percentile"))
     if manifest.get("rejected"):
         facts.append(("rejected", ", ".join(f"{number} {reason}" for reason, number in manifest["rejected"].items())))
@@ -57,13 +67,16 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
     return facts
 
 
-def _column(file: Path, name: str) -> targets.Array:
-    column: targets.Array = pq.read_table(file, columns=[name])[name].combine_chunks().flatten().to_numpy()
-    return column
+def _some(files: list[Path], name: str) -> targets.Array:
+    """A column's values in the first rows of a few shards, evenly spaced."""
+    chosen = [files[number] for number in np.unique(np.linspace(0, len(files) - 1, _LOOKED_AT).round().astype(int))]
+    columns = [next(read_batches([file], [name]))[name].combine_chunks() for file in chosen]
+    values: targets.Array = np.concatenate([column.flatten().to_numpy() for column in columns])
+    return values
 
 
 def _print_sample(file: Path) -> None:
-    row = pq.ParquetFile(file).read_row_group(0).slice(0, 1).to_pylist()[0]
+    row = next(pq.ParquetFile(file).iter_batches(batch_size=1)).to_pylist()[0]
     for message in [*row["prompt"], *row["completion"]]:
         console.print(Panel(escape(message["content"]), title=escape(message["role"]), title_align="left"), soft_wrap=False)
     length = len(row["input_ids"]) - row["completion_start"]

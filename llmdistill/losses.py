@@ -46,6 +46,20 @@ def forward_kl(logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, tail_N: T
     return terms_NJ.sum(dim=1) * temperature**2
 
 
+def dense_kl(logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher ‖ student) over the whole vocabulary, times temperature²: for a teacher that runs beside the student.
+
+    Args:
+        logits_NV: the student's logits, any float type; computed in float32.
+        teacher_logits_NV: the teacher's. Where one model's vocabulary is padded further, both are cut to the shorter.
+        temperature: T, of both softmaxes (Hinton et al. 2015, arXiv 1503.02531).
+    """
+    size = min(logits_NV.shape[1], teacher_logits_NV.shape[1])
+    log_q_NV = (logits_NV[:, :size].float() / temperature).log_softmax(dim=1)
+    log_p_NV = (teacher_logits_NV[:, :size].float() / temperature).log_softmax(dim=1)
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=1) * temperature**2
+
+
 def sampled_kl(logits_NV: Tensor, ids_NK: Tensor, logweights_NK: Tensor, entropy_N: Tensor) -> Tensor:
     """An unbiased estimate of the dense KL(teacher ‖ student) from sampled targets: −Σ w log q − entropy.
 

@@ -70,14 +70,8 @@ def load_model(
     return loaded.to(device or "cpu").eval()
 
 
-def end_token_ids(model: Any) -> list[int]:
-    """The tokens that end a completion, from the generation configuration."""
-    end = model.generation_config.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
-
-
-def end_token_ids_of(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
-    """The same, without loading the weights."""
+def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion, from the generation configuration; loads no weights."""
     from transformers import GenerationConfig
 
     try:

@@ -3,16 +3,22 @@
 import subprocess
 import sys
 
-ORDER = ("generate", "curate", "train", "eval", "report")
+from llmdistill.config import Experiment
 
 
-def run_pipeline(arguments: list[str]) -> None:
+def stages(experiment: Experiment) -> list[str]:
+    """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it."""
+    return ["score" if experiment.score else "generate", "curate", "train", "eval", "report"]
+
+
+def run_pipeline(experiment: Experiment, arguments: list[str]) -> None:
     """Run the stages; the first that fails ends the run with its exit status. A finished stage says so and is skipped.
 
     Args:
+        experiment: the configuration.
         arguments: the configuration file and the overrides, as they were typed.
     """
-    for stage in ORDER:
+    for stage in stages(experiment):
         with subprocess.Popen([sys.executable, "-m", "llmdistill", stage, *arguments]) as process:
             try:
                 status = process.wait()

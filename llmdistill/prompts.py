@@ -57,7 +57,7 @@ def load_prompts(section: Prompts) -> list[Prompt]:
     source = Path(section.source)
     template = load_template(Path(section.template)) if section.template else None
     found: dict[str, Prompt] = {}
-    for number, fields in _read_jsonl(source):
+    for number, fields in read_jsonl(source):
         origin = f"{source} line {number}"
         messages = _render(template, fields, origin) if template else _given_messages(fields, origin)
         if section.system is not None and messages[0]["role"] != "system":
@@ -82,11 +82,16 @@ def load_template(file: Path) -> Template:
         raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
 
 
-def _read_jsonl(file: Path) -> list[tuple[int, dict[str, Any]]]:
+def read_jsonl(file: Path, key: str = "prompts.source") -> list[tuple[int, dict[str, Any]]]:
+    """Every line with its number, counted from 1.
+
+    Raises:
+        InputError: naming the file and the line.
+    """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file (prompts.source)") from None
+        raise InputError(f"{file}: no such file ({key})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
     rows = []

@@ -94,12 +94,31 @@ def write_json(file: Path, content: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write so that the file is there as a whole or not at all; half a surrogate pair, which a model may write, becomes `?`."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8", errors="replace") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
+    unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="replace") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    fsync_directory(file.parent)
+
+
+def writer_name() -> str:
+    """What tells the unfinished files of two processes apart, on one machine or on several: HOST-PID."""
+    return f"{platform.node()}-{os.getpid()}"
+
+
+def fsync_directory(directory: Path) -> None:
+    """Wait until a rename in the directory is on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(file: Path) -> str:

@@ -17,6 +17,7 @@ Array = np.ndarray[Any, Any]
 COLUMNS = {
     "topk": ("target_ids", "target_logprobs", "target_tail"),
     "sampled": ("target_ids", "target_logprobs", "target_exact", "target_entropy"),
+    "multinomial": ("target_ids", "target_counts", "target_distinct", "target_entropy"),
 }
 
 
@@ -50,7 +51,29 @@ class Sampled:
         return len(self.exact_N)
 
 
-SoftTargets = TopK | Sampled
+@dataclass(frozen=True)
+class Multinomial:
+    """The distinct tokens of n independent draws at each of N positions, in ascending order, and how often each came.
+
+    K is the most that any position has; where a position has fewer, the count is 0. `entropy` is −Σ count/n · log p.
+    """
+
+    ids_NK: Array
+    counts_NK: Array
+    entropy_N: Array
+
+    def __len__(self) -> int:
+        return len(self.entropy_N)
+
+    @property
+    def logweights_NK(self) -> Array:
+        """log(count / n), −inf where the count is 0; float32."""
+        with np.errstate(divide="ignore"):
+            logweights_NK: Array = np.log(self.counts_NK / self.counts_NK.sum(1, keepdims=True), dtype=np.float32)
+        return logweights_NK
+
+
+SoftTargets = TopK | Sampled | Multinomial
 
 
 def topk_from_logprobs(ids_NK: Array, logprobs_NK: Array) -> TopK:
@@ -85,19 +108,38 @@ def sampled_from_logprobs(ids_NK: Array, logprobs_NK: Array) -> Sampled:
     return Sampled(ids_NK, logweights_NK, exact_N, -(np.exp(logweights_NK) * logprobs_NK).sum(axis=1))
 
 
+def multinomial_from_logprobs(ids_Nn: Array, logprobs_Nn: Array) -> Multinomial:
+    """Targets from n draws with replacement (`pps.sample_with_replacement`) and the log-probability of each."""
+    positions, n = ids_Nn.shape
+    sorted_Nn = np.sort(ids_Nn, axis=1)
+    is_first_Nn = np.diff(sorted_Nn, axis=1, prepend=-1) != 0
+    place_Nn = is_first_Nn.cumsum(axis=1) - 1
+    distinct_N = place_Nn[:, -1] + 1
+    rows_Nn = np.broadcast_to(np.arange(positions)[:, None], (positions, n))
+    ids_NK = np.zeros((positions, int(distinct_N.max(initial=0))), dtype=np.int64)
+    counts_NK = np.zeros_like(ids_NK)
+    ids_NK[rows_Nn, place_Nn] = sorted_Nn
+    np.add.at(counts_NK, (rows_Nn, place_Nn), 1)
+    return Multinomial(ids_NK, counts_NK, -logprobs_Nn.mean(axis=1, dtype=np.float64).astype(np.float32))
+
+
 def from_logprobs(kind: str, ids_NK: Array, logprobs_NK: Array) -> SoftTargets | None:
-    """Targets of a kind from the tokens that an engine kept; None for text only."""
+    """Targets of a kind from the tokens that an engine kept (`pps.keep`); None for text only."""
     if kind == "none":
         return None
-    return topk_from_logprobs(ids_NK, logprobs_NK) if kind == "topk" else sampled_from_logprobs(ids_NK, logprobs_NK)
+    if kind == "topk":
+        return topk_from_logprobs(ids_NK, logprobs_NK)
+    return sampled_from_logprobs(ids_NK, logprobs_NK) if kind == "sampled" else multinomial_from_logprobs(ids_NK, logprobs_NK)
 
 
 def encode(sequences: Sequence[SoftTargets], vocab_size: int) -> dict[str, pa.Array]:
     """The target columns of a shard, one list a sequence, from flat buffers."""
-    id_type = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    id_type: type[np.unsignedinteger[Any]] = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     lengths = np.array([len(sequence) for sequence in sequences])
-    k = sequences[0].ids_NK.shape[1]
     columns = {}
+    if isinstance(sequences[0], Multinomial):
+        return _encode_multinomial(sequences, id_type)
+    k = sequences[0].ids_NK.shape[1]
     if isinstance(sequences[0], TopK):
         columns["target_ids"] = list_array(_joined(sequences, "ids_NK").ravel().astype(id_type), lengths * k)
         columns["target_logprobs"] = list_array(_joined(sequences, "logprobs_NK").ravel().astype(np.float16), lengths * k)
@@ -113,9 +155,7 @@ def encode(sequences: Sequence[SoftTargets], vocab_size: int) -> dict[str, pa.Ar
     columns["target_ids"] = list_array(gaps_NK.ravel().astype(id_type), lengths * k)
     columns["target_logprobs"] = list_array(logprobs, np.array(stored))
     columns["target_exact"] = list_array(exact_N.astype(np.uint8), lengths)
-    columns["target_entropy"] = pa.array(
-        np.array([sequence.entropy_N.mean() for sequence in sequences if isinstance(sequence, Sampled)], dtype=np.float32)
-    )
+    columns["target_entropy"] = _mean_entropies(sequences)
     return columns
 
 
@@ -130,13 +170,19 @@ def cut(row: Mapping[str, Any], kind: str, positions: int) -> dict[str, Array]:
         k = len(row["target_ids"]) // len(row["target_tail"])
         sizes = (positions * k, positions * k, positions)
         return {name: np.asarray(row[name])[:size] for name, size in zip(COLUMNS[kind], sizes, strict=True)}
+    entropy_N = np.full(positions, row["target_entropy"], dtype=np.float32)
+    if kind == "multinomial":
+        distinct_N = np.asarray(row["target_distinct"])[:positions]
+        held = int(distinct_N.sum())
+        ids, counts = np.asarray(row["target_ids"])[:held], np.asarray(row["target_counts"])[:held]
+        return {"target_ids": ids, "target_counts": counts, "target_distinct": distinct_N, "target_entropy": entropy_N}
     exact_N = np.asarray(row["target_exact"])
     k = len(row["target_ids"]) // len(exact_N)
     return {
         "target_ids": np.asarray(row["target_ids"])[: positions * k],
         "target_logprobs": np.asarray(row["target_logprobs"])[: int(exact_N[:positions].sum())],
         "target_exact": exact_N[:positions],
-        "target_entropy": np.full(positions, row["target_entropy"], dtype=np.float32),
+        "target_entropy": entropy_N,
     }
 
 
@@ -148,6 +194,8 @@ def decode(columns: Mapping[str, Array]) -> SoftTargets:
         total_N1 = np.exp(logprobs_NK).sum(axis=1, keepdims=True) + tail_N[:, None]
         ids_NK = _positions(columns["target_ids"].astype(np.int64), len(tail_N))
         return TopK(ids_NK, logprobs_NK - np.log(total_N1), tail_N / total_N1[:, 0])
+    if "target_counts" in columns:
+        return _decode_multinomial(columns)
     exact_N = columns["target_exact"].astype(np.int64)
     gaps_NK = _positions(columns["target_ids"].astype(np.int64), len(exact_N))
     is_exact_NK = np.arange(gaps_NK.shape[1]) < exact_N[:, None]
@@ -158,6 +206,29 @@ def decode(columns: Mapping[str, Array]) -> SoftTargets:
     logweights_NK = np.full(gaps_NK.shape, -np.inf, dtype=np.float32)
     logweights_NK[is_exact_NK] = columns["target_logprobs"]
     return Sampled(ids_NK, _share_the_rest(logweights_NK, exact_N), exact_N, columns["target_entropy"])
+
+
+def _encode_multinomial(sequences: Sequence[Any], id_type: type[np.unsignedinteger[Any]]) -> dict[str, pa.Array]:
+    held = [sequence.counts_NK > 0 for sequence in sequences]
+    gaps = [np.diff(sequence.ids_NK, axis=1, prepend=0)[mask] for sequence, mask in zip(sequences, held, strict=True)]
+    counts = [sequence.counts_NK[mask] for sequence, mask in zip(sequences, held, strict=True)]
+    distinct = [mask.sum(axis=1) for mask in held]
+    sizes = np.array([mask.sum() for mask in held])
+    return {
+        "target_ids": list_array(np.concatenate(gaps).astype(id_type), sizes),
+        "target_counts": list_array(np.concatenate(counts).astype(np.uint8), sizes),
+        "target_distinct": list_array(np.concatenate(distinct).astype(np.uint8), np.array([len(mask) for mask in held])),
+        "target_entropy": _mean_entropies(sequences),
+    }
+
+
+def _decode_multinomial(columns: Mapping[str, Array]) -> Multinomial:
+    distinct_N = columns["target_distinct"].astype(np.int64)
+    held_NK = np.arange(distinct_N.max(initial=0)) < distinct_N[:, None]
+    gaps_NK, counts_NK = np.zeros(held_NK.shape, dtype=np.int64), np.zeros(held_NK.shape, dtype=np.int64)
+    gaps_NK[held_NK] = columns["target_ids"]
+    counts_NK[held_NK] = columns["target_counts"]
+    return Multinomial(gaps_NK.cumsum(axis=1) * held_NK, counts_NK, columns["target_entropy"])
 
 
 def list_array(values: Array, lengths: Array) -> pa.ListArray:
@@ -176,6 +247,10 @@ def _share_the_rest(logweights_NK: Array, exact_N: Array) -> Array:
 
 def _positions(flat: Array, positions: int) -> Array:
     return flat.reshape(positions, len(flat) // max(positions, 1))
+
+
+def _mean_entropies(sequences: Sequence[Any]) -> pa.Array:
+    return pa.array(np.array([sequence.entropy_N.mean() for sequence in sequences], dtype=np.float32))
 
 
 def _joined(sequences: Sequence[Any], field: str) -> Array:

@@ -36,12 +36,17 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
     key = "teacher.model" if experiment.student.model is None else "student.model"
     model, revision, _ = _origin(experiment, key)
     settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
-    if experiment.student.prune:
+    online = experiment.targets.kind == "online"
+    if online:
+        settings["targets"] = {"kind": "online"}
+    if experiment.student.prune or online:
         settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
     inputs = {
         str(experiment.dataset_directory / MANIFEST): stage.sha256(experiment.dataset_directory / MANIFEST),
         model: stage.model_fingerprint(model, revision),
     }
+    if online:
+        inputs[experiment.teacher.model] = stage.model_fingerprint(experiment.teacher.model, experiment.teacher.revision)
     states = [stage.claim(directory, "train", {**settings, "alpha": alpha}, inputs) for directory, alpha in directories]
     if dry_run:
         _say_plan(experiment, manifest)
@@ -73,12 +78,18 @@ def _train_one(
             dataset = _tokenise_again(dataset, tokenizer)
         main = arguments.process_index == 0
         student = _student(experiment, dataset, main)
+        teacher = _online_teacher(experiment) if alpha else None
     if main:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
         _keep_pruned(experiment, student, tokenizer, saved_dtype)
     label = "train" if alpha or not experiment.train.compare_text_only else "text only"
     trainer = DistillTrainer(
-        model=student, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=_lora(experiment)
+        model=student,
+        args=arguments,
+        train_dataset=dataset,
+        teacher=teacher,
+        processing_class=tokenizer,
+        peft_config=_lora(experiment),
     )
     _show_progress(trainer, label)
     trainer.train(resume_from_checkpoint=last_checkpoint(directory / "checkpoints"))
@@ -122,10 +133,12 @@ def _origin(experiment: Experiment, check: str | None = None) -> tuple[str, str 
 
 
 def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
+    if experiment.targets.kind == "online":
+        return
     if manifest["targets"]["kind"] == "none" and (experiment.train.alpha > 0 or experiment.train.compare_text_only):
         raise InputError(
             f"train.alpha is {experiment.train.alpha}, but {experiment.dataset_directory} has no soft targets "
-            "(targets.kind: none); set train.alpha to 0 and train.compare_text_only to false"
+            "(targets.kind: none); set train.alpha to 0 and train.compare_text_only to false, or targets.kind to online"
         )
     if manifest["targets"]["kind"] == "sampled" and experiment.train.temperature != 1:
         raise InputError(
@@ -185,7 +198,7 @@ def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> tuple[Any, b
     if vocabulary_hash(tokenizer) == teacher["vocabulary_hash"]:
         tokenizer.chat_template = teacher["chat_template"]
         return tokenizer, True
-    if manifest["targets"]["kind"] == "none":
+    if manifest["targets"]["kind"] == "none" and experiment.targets.kind != "online":
         return tokenizer, False
     name, size = Path(manifest["teacher"]["model"]).name, teacher["vocab_size"]
     student_has = f"{student_size:,}" if student_size != size else f"{student_size:,} others"
@@ -229,6 +242,14 @@ def _student(experiment: Experiment, dataset: Any, main: bool) -> Any:
     if main:
         say("prune", f"keeps layers {', '.join(map(str, keep))} of {layers}")
     return prune_layers(teacher, keep)
+
+
+def _online_teacher(experiment: Experiment) -> Any:
+    """The teacher to run beside the student, if the targets are not to be stored ones."""
+    teacher = experiment.teacher
+    if experiment.targets.kind != "online":
+        return None
+    return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code)
 
 
 def _keep_pruned(experiment: Experiment, student: Any, tokenizer: Any, saved_dtype: Any) -> None:

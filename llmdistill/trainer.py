@@ -47,13 +47,16 @@ class DistillTrainer(trl.SFTTrainer):
     loss = Σ over completion tokens of ((1 − alpha) · cross-entropy + alpha · divergence) / N, where N counts the
     completion tokens of the whole global batch: of every gradient-accumulation step on every process. So it does not
     depend on how the global batch is cut up. `kl` and `ce` in the logs are the two parts in nats a token.
+
+    With a `teacher`, a model, the divergence is from its full distribution, computed beside the student at every step; the
+    dataset's soft targets are not looked at.
     """
 
     _tag_names = ["trl", "llmdistill"]
     _name = "Distillation"
 
-    def __init__(self, model: Any, args: DistillConfig, train_dataset: Any, **kwargs: Any) -> None:
-        if args.alpha > 0 and "target_ids" not in train_dataset.column_names:
+    def __init__(self, model: Any, args: DistillConfig, train_dataset: Any, teacher: Any = None, **kwargs: Any) -> None:
+        if args.alpha > 0 and teacher is None and "target_ids" not in train_dataset.column_names:
             raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
         if args.temperature != 1 and kind_of(train_dataset.column_names) == "sampled":
             raise ValueError(f"temperature is {args.temperature}, but sampled targets are unbiased at temperature 1 only")
@@ -61,6 +64,7 @@ class DistillTrainer(trl.SFTTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.aux_loss_enabled:
             raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
+        self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
 
@@ -75,9 +79,9 @@ class DistillTrainer(trl.SFTTrainer):
         ce = losses.cross_entropy(logits_NV, labels_N).sum()
         loss = (1 - args.alpha) * ce
         sums = {"ce": ce, "tokens": torch.tensor(float(len(labels_N)), device=ce.device)}
-        if "target_ids" in inputs:
+        if self.teacher is not None or "target_ids" in inputs:
             with torch.set_grad_enabled(args.alpha > 0 and torch.is_grad_enabled()):
-                sums["kl"] = divergence(logits_NV, inputs, args.temperature).sum()
+                sums["kl"] = self._divergence(logits_NV, inputs).sum()
             loss = loss + args.alpha * sums["kl"]
         mode = "train" if self.model.training else "eval"
         for name, value in sums.items():
@@ -90,6 +94,13 @@ class DistillTrainer(trl.SFTTrainer):
             if args.average_tokens_across_devices:  # DDP averages gradients over processes; N counts all their tokens
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {"logits": logits_NV}) if return_outputs else loss
+
+    def _divergence(self, logits_NV: torch.Tensor, inputs: Any) -> torch.Tensor:
+        if self.teacher is None:
+            return divergence(logits_NV, inputs, self.args.temperature)
+        with torch.no_grad():
+            teacher_NV = completion_logits(self.teacher, inputs)
+        return losses.dense_kl(logits_NV, teacher_NV, self.args.temperature)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `ce` and `kl`, exact means over the tokens since the last log, and the tokens trained on so far."""

@@ -1,9 +1,10 @@
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from llmdistill.config import CurateStep
-from llmdistill.curate import _apply, _split, repeated_share
+from llmdistill.config import Experiment
+from llmdistill.curate import _judge, repeated_share
 
 
 def table(texts, ids=None, reasons=None):
@@ -27,28 +28,40 @@ def test_repeated_share():
     assert repeated_share(np.array([7]), 2) == 0
 
 
-def test_every_row_is_accounted_for():
+def judged(tmp_path, rows, steps=(), held_out=0.1):
+    """What becomes of each row, by name."""
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    experiment = Experiment.model_validate(
+        {"output": "o", "teacher": {"model": "t"}, "curate": list(steps), "eval": {"held_out": held_out}}
+    )
+    names = [*(step.name for step in experiment.curate), "train", "test"]
+    return [names[verdict] for verdict in _judge(experiment, [tmp_path / "rows.parquet"])]
+
+
+def test_the_first_step_that_a_row_fails_is_its_reason(tmp_path):
     rows = table(
         ["a b", "c", "A  B", "d", "e"],
         [[9, 1], [9, 5, 5, 5, 5, 5, 5], [9, 2], [9, 1, 2, 3], [9, 4]],
         ["stop", "stop", "stop", "length", "stop"],
     )
     steps = [
-        CurateStep.model_validate({"finish_reason": {"keep": ["stop"]}}),
-        CurateStep.model_validate({"repetition": {"ngram": 2, "max_share": 0.5}}),
-        CurateStep.model_validate({"duplicates": None}),
-        CurateStep.model_validate({"length": {"max_tokens": 1}}),
+        {"finish_reason": {"keep": ["stop"]}},
+        {"repetition": {"ngram": 2, "max_share": 0.5}},
+        {"duplicates": None},
+        {"length": {"max_tokens": 1}},
     ]
-    kept, rejected = _apply(steps, rows)
-    assert kept["id"].to_pylist() == ["row0", "row4"]
-    reasons = dict(zip(rejected["id"].to_pylist(), rejected["reason"].to_pylist(), strict=True))
-    assert reasons == {"row3": "finish_reason", "row1": "repetition", "row2": "duplicates"}
+    assert judged(tmp_path, rows, steps, 1e-9) == ["train", "repetition", "duplicates", "finish_reason", "train"]
 
 
-def test_no_prompt_is_on_both_sides_and_the_share_is_about_right():
+def test_duplicates_are_found_across_groups_of_rows(tmp_path):
+    rows = table([str(n % 1500) for n in range(3000)])
+    verdicts = judged(tmp_path, rows, [{"duplicates": None}], 1e-9)
+    assert verdicts == ["train"] * 1500 + ["duplicates"] * 1500
+
+
+def test_no_prompt_is_on_both_sides_and_the_share_is_about_right(tmp_path):
     rows = table([str(n) for n in range(2000)])
-    train, test = _split(rows, 0.1, seed=0)
-    assert len(train) + len(test) == 2000
-    assert 140 <= len(test) <= 260  # a tenth of 1,000 prompts, two rows each, give or take three standard deviations
-    assert not {str(p) for p in train["prompt"].to_pylist()} & {str(p) for p in test["prompt"].to_pylist()}
-    assert _split(rows.slice(0, 500), 0.1, 0)[1]["id"].to_pylist() == [i for i in test["id"].to_pylist() if int(i[3:]) < 500]
+    verdicts = np.array(judged(tmp_path, rows))
+    assert 140 <= (verdicts == "test").sum() <= 260  # a tenth of 1,000 prompts, two rows each, within three deviations
+    assert (verdicts[::2] == verdicts[1::2]).all()
+    assert judged(tmp_path, rows.slice(0, 500)) == verdicts[:500].tolist()

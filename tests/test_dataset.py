@@ -1,6 +1,8 @@
 """The shard contract: atomic, checksummed, readable without this package, refused when it is not what it was."""
 
 import json
+import resource
+import subprocess
 
 import datasets
 import numpy as np
@@ -11,7 +13,9 @@ import yaml
 from llmdistill import load_dataset, targets
 from llmdistill.dataset import (
     Row,
+    SplitWriter,
     finished_shards,
+    read_batches,
     read_manifest,
     remove_leftovers,
     rows_to_table,
@@ -19,6 +23,7 @@ from llmdistill.dataset import (
     write_shard,
 )
 from llmdistill.errors import InputError
+from llmdistill.stage import writer_name
 
 VOCAB = 100
 DESCRIPTION = {
@@ -127,14 +132,61 @@ def test_no_dataset_and_an_unfinished_one(tmp_path):
         load_dataset(tmp_path)
 
 
-def test_two_workers_at_the_same_shard_leave_one(directory):
-    before = finished_shards(directory, "train")
+def test_of_two_workers_at_the_same_shard_the_first_stays(directory):
+    before = {shard.file: shard.file.stat().st_mtime_ns for shard in finished_shards(directory, "train")}
     write_shard(directory, "train", 0, 2, rows_to_table([make_row(99)], VOCAB))
-    (directory / ".train-00001.123.unfinished").write_bytes(b"half a shard")
-    assert len(list(directory.glob("train-00000-*"))) == 2
-    remove_leftovers(directory)
-    assert len(finished_shards(directory, "train")) == len(before) == len(list(directory.glob("train-*")))
+    assert {file: file.stat().st_mtime_ns for file in directory.glob("train-*")} == before
     assert not list(directory.glob(".*unfinished"))
+
+
+def test_doubles_that_appeared_at_the_same_moment_are_removed_by_the_manifest(directory):
+    shards = finished_shards(directory, "train") + finished_shards(directory, "test")
+    double = directory / f"train-00000-of-00002-{'f' * 16}.parquet"
+    double.write_bytes(shards[0].file.read_bytes())
+    assert finished_shards(directory, "train") == shards[:2]
+    write_manifest(directory, shards, DESCRIPTION)
+    assert not double.exists()
+    assert len(load_dataset(directory)) == 5
+
+
+def test_only_leftovers_of_dead_writers_on_this_machine_are_removed(directory):
+    host, _, alive = writer_name().rpartition("-")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    files = {name: directory / f".train-00001.{name}.unfinished" for name in (f"{host}-{dead.pid}", f"{host}-{alive}", "else-1")}
+    for file in files.values():
+        file.write_bytes(b"half a shard")
+    remove_leftovers(directory)
+    assert [name for name, file in files.items() if file.exists()] == [f"{host}-{alive}", "else-1"]
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing_and_names_the_file(tmp_path):
+    """A limit on file sizes fails as a full disk does: in the middle of a write."""
+    table = rows_to_table([make_row(number, 60) for number in range(200)], VOCAB)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_shard(tmp_path, "train", 0, 1, table)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error.value.filename).startswith(f"{tmp_path}/.train-00000")
+    assert not list(tmp_path.iterdir())
+    assert write_shard(tmp_path, "train", 0, 1, table).file.exists()
+
+
+def test_a_split_is_streamed_into_shards_of_a_size(tmp_path):
+    tables = [rows_to_table([make_row(10 * part + n, 40) for n in range(10)], VOCAB) for part in range(300)]
+    writer = SplitWriter(tmp_path, "train", shard_bytes=200_000)
+    for table in tables:
+        writer.write(table)
+    assert not list(tmp_path.glob("train-*")), "a shard is there before all are whole"
+    shards = writer.publish()
+    assert [shard.index for shard in shards] == list(range(len(shards)))
+    assert {shard.count for shard in shards} == {len(shards)}
+    assert len(shards) > 2
+    ids = [row for batch in read_batches([shard.file for shard in shards], ["id"]) for row in batch["id"].to_pylist()]
+    assert ids == [f"row{number}" for number in range(3000)]
 
 
 def test_text_only_rows(tmp_path):

@@ -50,7 +50,7 @@ def requests():
 def test_the_exact_engine_stores_the_models_own_distribution(tiny, requests, temperature):
     """Against one plain forward pass over each finished sequence: the same at any sampling temperature."""
     teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=3)
-    engine = TransformersEngine(teacher, Generate(max_tokens=7, temperature=temperature), Targets(kind="topk", k=5))
+    engine = TransformersEngine(teacher, Generate(max_tokens=7, temperature=temperature), Targets(kind="topk", k=5), [2])
     model = load_model(str(tiny))
     completions = list(engine.generate([requests[:2], requests[2:]]))
     assert [completion.index for completion in completions] == [0, 1, 2, 3, 4]
@@ -71,7 +71,7 @@ def test_the_exact_engine_stores_the_models_own_distribution(tiny, requests, tem
 def test_a_rows_text_depends_on_its_seed_alone(tiny, requests):
     def texts(batch_size, order):
         teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=batch_size)
-        engine = TransformersEngine(teacher, Generate(max_tokens=6), Targets(kind="none"))
+        engine = TransformersEngine(teacher, Generate(max_tokens=6), Targets(kind="none"), [2])
         return {c.index: c.ids.tolist() for c in engine.generate([[requests[n] for n in order]])}
 
     assert texts(1, [0, 1, 2, 3, 4]) == texts(5, [4, 2, 0, 1, 3])
@@ -80,7 +80,7 @@ def test_a_rows_text_depends_on_its_seed_alone(tiny, requests):
 def test_the_exact_engines_sample_is_unbiased(tiny):
     """One position, many seeds: for any f, the mean of Σ weight · f is Σ p · f; and each sample's weights add up to one."""
     teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=500)
-    engine = TransformersEngine(teacher, Generate(max_tokens=1, temperature=0), Targets(kind="sampled", n=6))
+    engine = TransformersEngine(teacher, Generate(max_tokens=1, temperature=0), Targets(kind="sampled", n=6), [2])
     prompt = [5, 77, 301]
     completions = engine.generate([[Request(seed, prompt, seed) for seed in range(2000)]])
     with torch.inference_mode():

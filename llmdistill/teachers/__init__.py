@@ -1,4 +1,4 @@
-"""Teachers: a model that continues prompts and gives its distribution at every token it writes.
+"""Teachers: a model that continues prompts, or reads finished text, and gives its distribution at every token.
 
 Both engines take the same requests and give the same completions; `transformers` is the exact reference, `vllm` is
 fast. They agree on the distribution for the same token ids within the precision of the weights.
@@ -18,16 +18,17 @@ from llmdistill.targets import Array, SoftTargets
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue, as token ids; `seed` alone decides the random numbers of its sampling."""
+    """A prompt to continue, or with `completion_ids` a text to score; `seed` alone decides its random numbers."""
 
     index: int
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     seed: int
+    completion_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the teacher wrote for the request of the same index; T tokens, its end token included if it was emitted."""
+    """What the teacher wrote, or read, for the request of the same index; its end token included if it was emitted."""
 
     index: int
     ids: Array
@@ -43,6 +44,10 @@ class Engine(Protocol):
         """Continue every request; completions come in any order, each as soon as it is there."""
         ...
 
+    def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Give every request's own completion back, with the teacher's distribution at each of its tokens."""
+        ...
+
 
 def check_engine(teacher: Teacher) -> None:
     """Refuse an engine that is not installed.
@@ -54,22 +59,27 @@ def check_engine(teacher: Teacher) -> None:
         raise InputError("teacher.engine is vllm, which is not installed: install the extra `generate`, or use transformers")
 
 
-def open_engine(teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, seed: int) -> Engine:
+def open_engine(
+    teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, end_ids: Sequence[int], seed: int
+) -> Engine:
     """Load the teacher into the engine that the configuration names."""
     if teacher.engine == "vllm":
         from llmdistill.teachers.vllm import VllmEngine
 
-        return VllmEngine(teacher, sampling, kept, max_model_len, seed)
+        return VllmEngine(teacher, sampling, kept, max_model_len, end_ids, seed)
     from llmdistill.teachers.transformers import TransformersEngine
 
-    return TransformersEngine(teacher, sampling, kept)
+    return TransformersEngine(teacher, sampling, kept, end_ids)
 
 
 def row_id(messages: list[dict[str, str]], teacher: str, sampling: Generate, sample: int) -> str:
     """Stable name of a row: the same prompt, teacher, sampling and sample index give the same id on any machine."""
-    fields: dict[str, Any] = sampling.model_dump(exclude={"samples", "rows_per_shard"})
-    content = json.dumps([messages, teacher, fields, sample], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    return stable_id(messages, teacher, sampling.model_dump(exclude={"samples", "rows_per_shard"}), sample)
+
+
+def stable_id(*content: Any) -> str:
+    """32 hexadecimal digits that follow from the content alone."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 def row_seed(row: str, seed: int) -> int:

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from llmdistill import pps
+from llmdistill.collator import DistillCollator, completion_logits
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.models import end_token_ids, load_model
+from llmdistill.models import load_model
 from llmdistill.targets import Array, from_logprobs
 from llmdistill.teachers import Completion, Request
 
@@ -16,18 +17,51 @@ from llmdistill.teachers import Completion, Request
 class TransformersEngine:
     """Decodes batches in order; a batch's composition is fixed by the configuration, so results repeat exactly."""
 
-    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets) -> None:
+    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, end_ids: Sequence[int]) -> None:
         self.model: PreTrainedModel = load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code)
         self.batch_size = teacher.batch_size
         self.sampling = sampling
         self.kept = kept
-        self.end_ids = end_token_ids(self.model)
+        self.end_ids = end_ids
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request, `teacher.batch_size` at a time."""
         for requests in batches:
             for start in range(0, len(requests), self.batch_size):
                 yield from self._generate_batch(requests[start : start + self.batch_size])
+
+    def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Read every request's text, `teacher.batch_size` at a time."""
+        for requests in batches:
+            for start in range(0, len(requests), self.batch_size):
+                yield from self._score_batch(requests[start : start + self.batch_size])
+
+    @torch.inference_mode()
+    def _score_batch(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        rows = [
+            {"input_ids": [*request.prompt_ids, *request.completion_ids], "completion_start": len(request.prompt_ids)}
+            for request in requests
+        ]
+        batch = {name: values.to(self.model.device) for name, values in DistillCollator(pad_token_id=0)(rows).items()}
+        lengths = [len(request.completion_ids) for request in requests]
+        logits = completion_logits(self.model, batch).split(lengths)  # a row at a time in float32
+        for request, logits_TV in zip(requests, logits, strict=True):
+            logprobs_TV = logits_TV.float().log_softmax(-1)
+            ids_T = torch.tensor(request.completion_ids, device=logprobs_TV.device)
+            kept_ids, kept_logprobs = self._keep(logprobs_TV, self._uniforms(request, len(ids_T)))
+            yield Completion(
+                request.index,
+                np.asarray(request.completion_ids, dtype=np.int64),
+                "stop" if request.completion_ids[-1] in self.end_ids else "length",
+                logprobs_TV.gather(1, ids_T[:, None])[:, 0].cpu().numpy(),
+                from_logprobs(self.kept.stored, kept_ids, kept_logprobs),
+            )
+
+    def _uniforms(self, request: Request, positions: int) -> torch.Tensor:
+        """The random numbers of a row's targets; a stream of its own, so that the kind of targets changes no text."""
+        key = np.array([request.seed, 1], dtype=np.uint64)
+        shape = (positions, pps.uniforms(self.kept.stored, self.kept.kept))
+        return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(shape))
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request]) -> Iterator[Completion]:
@@ -39,11 +73,11 @@ class TransformersEngine:
             ids_BT[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask_BT[row, width - len(request.prompt_ids) :] = 1
         ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
-        # Two streams of random numbers a row, both from its seed alone: one for its text, one for its targets.
         limit = self.sampling.max_tokens
-        uniforms_BT2 = torch.from_numpy(
-            np.stack([np.random.Generator(np.random.Philox(key=request.seed)).random((limit, 2)) for request in requests])
+        uniforms_BT = torch.from_numpy(
+            np.stack([np.random.Generator(np.random.Philox(key=request.seed)).random(limit) for request in requests])
         )
+        uniforms_BTU = torch.stack([self._uniforms(request, limit) for request in requests])
 
         tokens, chosen, kept = [], [], []
         alive_B = np.ones(len(requests), dtype=bool)
@@ -61,10 +95,10 @@ class TransformersEngine:
             )
             cache = output.past_key_values
             logprobs_BV = output.logits[:, -1].float().log_softmax(-1)
-            token_B = sample(logprobs_BV, self.sampling, uniforms_BT2[:, step, 0])
+            token_B = sample(logprobs_BV, self.sampling, uniforms_BT[:, step])
             tokens.append(token_B.cpu().numpy())
             chosen.append(logprobs_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy())
-            kept.append(self._keep(logprobs_BV, uniforms_BT2[:, step, 1]))
+            kept.append(self._keep(logprobs_BV, uniforms_BTU[:, step]))
             lengths_B += alive_B
             alive_B &= ~np.isin(tokens[-1], self.end_ids)
             if not alive_B.any():
@@ -81,31 +115,33 @@ class TransformersEngine:
                 "stop" if ids[-1] in self.end_ids else "length",
                 np.array([step[row] for step in chosen[:length]], dtype=np.float32),
                 from_logprobs(
-                    self.kept.kind,
+                    self.kept.stored,
                     np.stack([ids[row] for ids, _ in kept[:length]]),
                     np.stack([lp[row] for _, lp in kept[:length]]),
                 ),
             )
 
-    def _keep(self, logprobs_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[Array, Array]:
-        """The ids to keep at one step, and their log-probabilities."""
-        if self.kept.kind == "sampled":
-            ids_BK = pps.sample(logprobs_BV, self.kept.n, uniform_B)
-        else:
-            ids_BK = logprobs_BV.topk(self.kept.kept).indices
-        return ids_BK.cpu().numpy(), logprobs_BV.gather(1, ids_BK).cpu().numpy()
+    def _keep(self, logprobs_NV: torch.Tensor, uniform_NU: torch.Tensor) -> tuple[Array, Array]:
+        """The ids to keep at some positions, and their log-probabilities."""
+        ids_NK = pps.keep(self.kept.stored, logprobs_NV, self.kept.kept, uniform_NU.to(logprobs_NV.device))
+        return ids_NK.cpu().numpy(), logprobs_NV.gather(1, ids_NK).cpu().numpy()
 
 
 def sample(logprobs_BV: torch.Tensor, sampling: Generate, uniform_B: torch.Tensor) -> torch.Tensor:
-    """One token a row by the inverse of the cumulative distribution at `uniform_B`; the most likely one at temperature 0."""
+    """One token a row by the inverse of the cumulative distribution at `uniform_B`; the most likely one at temperature 0.
+
+    The distribution is summed up in the order of the ids: in that of the probabilities, the last bit of one of them could
+    swap two tokens, and a row's text would depend on what else is in its batch.
+    """
     if sampling.temperature == 0:
         return logprobs_BV.argmax(-1)
-    sorted_BV, order_BV = (logprobs_BV.double() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k:
-        sorted_BV[:, sampling.top_k :] = 0
-    if sampling.top_p < 1:
-        total_B1 = sorted_BV.sum(-1, keepdim=True)
-        sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p * total_B1] = 0
-    cumulative_BV = sorted_BV.cumsum(-1)
-    threshold_B1 = uniform_B.to(sorted_BV.device)[:, None] * cumulative_BV[:, -1:]
-    return order_BV.gather(1, torch.searchsorted(cumulative_BV, threshold_B1, right=True).clamp(max=order_BV.shape[1] - 1))[:, 0]
+    p_BV = (logprobs_BV.double() / sampling.temperature).softmax(-1)
+    if sampling.top_k or sampling.top_p < 1:
+        sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
+        if sampling.top_k:
+            sorted_BV[:, sampling.top_k :] = 0
+        if sampling.top_p < 1:
+            total_B1 = sorted_BV.sum(-1, keepdim=True)
+            sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p * total_B1] = 0
+        p_BV = torch.zeros_like(p_BV).scatter(1, order_BV, sorted_BV)
+    return pps.sample_with_replacement(p_BV.log(), uniform_B[:, None])[:, 0]

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,9 @@ _ENVIRONMENT = {
 class VllmEngine:
     """Streams requests through one `vllm.LLM`; log-probabilities are the model's own, before temperature and penalties."""
 
-    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, seed: int) -> None:
+    def __init__(
+        self, teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, end_ids: Sequence[int], seed: int
+    ) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -37,6 +39,7 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         self.kept = kept
+        self.end_ids = end_ids
         arguments: dict[str, Any] = {
             "model": teacher.model,
             "revision": teacher.revision,
@@ -57,12 +60,13 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(max_model_len, 2048),
             }
-        if kept.kind == "sampled":
+        drawn = kept.stored in ("sampled", "multinomial")
+        if drawn:
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
         self.llm = vllm.LLM(**{**arguments, **teacher.engine_args})
         self._guard = _end_with_this_process()
-        if kept.kind == "sampled":
-            self.llm.collective_rpc("sample_targets", args=(seed,))
+        if drawn:
+            self.llm.collective_rpc("sample_targets", args=(kept.stored, seed))
         self._params = vllm.SamplingParams
         self._sampling = {
             "temperature": sampling.temperature,
@@ -76,6 +80,29 @@ class VllmEngine:
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request, keeping the engine's queue filled across batches."""
+        for output in self._outputs(batches, lambda request: self._params(**self._sampling, seed=request.seed)):
+            completion = output.outputs[0]
+            ids = np.asarray(completion.token_ids, dtype=np.int64)
+            yield self._completion(output.request_id, ids, completion.finish_reason, completion.logprobs)
+
+    def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Read every request's text in one prefill; the token that vLLM insists on writing after it is dropped."""
+        params = self._params(temperature=0, max_tokens=1, prompt_logprobs=self.kept.kept, flat_logprobs=True, detokenize=False)
+        starts: dict[str, int] = {}
+
+        def remember(request: Request) -> Any:
+            starts[str(request.index)] = len(request.prompt_ids)
+            return params
+
+        for output in self._outputs(batches, remember):
+            start = starts.pop(output.request_id)
+            ids = np.asarray(output.prompt_token_ids[start:], dtype=np.int64)
+            reason = "stop" if ids[-1] in self.end_ids else "length"
+            # The first token of a prompt has no distribution: entry 1 is that of the second token.
+            yield self._completion(output.request_id, ids, reason, output.prompt_logprobs[start:])
+
+    def _outputs(self, batches: Iterable[Sequence[Request]], params_of: Callable[[Request], Any]) -> Iterator[Any]:
+        """The finished outputs, as they come."""
         engine = self.llm.llm_engine
         waiting = (request for batch in batches for request in batch)
         more = True
@@ -85,18 +112,15 @@ class VllmEngine:
                 if request is None:
                     more = False
                 else:
-                    params = self._params(**self._sampling, seed=request.seed)
-                    engine.add_request(str(request.index), {"prompt_token_ids": request.prompt_ids}, params)
-            for output in engine.step():
-                if output.finished:
-                    yield self._completion(int(output.request_id), output.outputs[0])
+                    ids = [*request.prompt_ids, *request.completion_ids]
+                    engine.add_request(str(request.index), {"prompt_token_ids": ids}, params_of(request))
+            yield from (output for output in engine.step() if output.finished)
 
-    def _completion(self, index: int, output: Any) -> Completion:
-        ids = np.asarray(output.token_ids, dtype=np.int64)
-        token_logprobs, targets = flat_logprobs(output.logprobs, self.kept)
+    def _completion(self, request_id: str, ids: Array, finish_reason: str, flat: Any) -> Completion:
+        token_logprobs, targets = flat_logprobs(flat, self.kept)
         if len(ids) != len(token_logprobs):
             raise RuntimeError(f"vLLM returned {len(ids)} tokens with {len(token_logprobs)} distributions")
-        return Completion(index, ids, output.finish_reason, token_logprobs, targets)
+        return Completion(int(request_id), ids, finish_reason, token_logprobs, targets)
 
 
 def _end_with_this_process() -> "subprocess.Popen[bytes]":
@@ -124,4 +148,4 @@ def flat_logprobs(flat: Any, kept: Targets) -> tuple[Array, SoftTargets | None]:
     positions = len(flat.start_indices)
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, kept.kept + 1)
     ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(positions, kept.kept + 1)
-    return logprobs[:, 0], from_logprobs(kept.kind, ids[:, 1:], logprobs[:, 1:])
+    return logprobs[:, 0], from_logprobs(kept.stored, ids[:, 1:], logprobs[:, 1:])

@@ -17,8 +17,8 @@ class SampleTargets:
 
     model_runner: Any
 
-    def sample_targets(self, seed: int) -> None:
-        """From now on, `logprobs=n` returns a πps sample of n tokens instead of the n most likely ones.
+    def sample_targets(self, kind: str, seed: int) -> None:
+        """From now on, `logprobs=n` and `prompt_logprobs=n` return a sample of n tokens instead of the n most likely ones.
 
         Raises:
             RuntimeError: this worker's sampler does not return log-probabilities in the known way.
@@ -28,13 +28,14 @@ class SampleTargets:
         sampler: Any = getattr(self.model_runner, "sampler", None)
         if not callable(getattr(sampler, "gather_logprobs", None)):
             raise RuntimeError(
-                "targets.kind sampled: this version of vLLM has no Sampler.gather_logprobs; use engine transformers"
+                f"targets.kind {kind}: this version of vLLM has no Sampler.gather_logprobs; use engine transformers"
             )
         generator = torch.Generator().manual_seed(seed)
 
         def gather_logprobs(logprobs_NV: torch.Tensor, n: int, token_ids: torch.Tensor) -> Any:
-            uniform_N = torch.rand(len(logprobs_NV), generator=generator, dtype=torch.float64).to(logprobs_NV.device)
-            ids_NK = torch.cat([token_ids[:, None], pps.sample(logprobs_NV, n, uniform_N)], dim=1)
+            uniform_NU = torch.rand(len(logprobs_NV), pps.uniforms(kind, n), generator=generator, dtype=torch.float64)
+            kept_Nn = pps.keep(kind, logprobs_NV, n, uniform_NU.to(logprobs_NV.device))
+            ids_NK = torch.cat([token_ids[:, None], kept_Nn], dim=1)
             kept_NK = logprobs_NV.gather(1, ids_NK)
             rank_N = (logprobs_NV > kept_NK[:, :1]).sum(dim=1) + 1
             return LogprobsTensors(ids_NK.int(), kept_NK, rank_N)

@@ -1,0 +1,143 @@
+"""What the targets do to a student: the same student, text, steps and seeds, trained on every kind of targets.
+
+    make demo && python benchmarks/outcome.py
+
+The reference is the whole distribution of a teacher that runs beside the student (`targets: online`). Everything else is
+made from that same distribution by the product's own engine, stored, read back and trained on, with alpha 1: nothing but
+the targets differs. Text alone is alpha 0. Every seed shuffles the rows and draws the samples anew. What is printed is
+KL(teacher ‖ student) in nats a token on the demo's held-out rows, mean over the seeds with a 95% interval by bootstrap
+over prompts; how far above the reference it is, paired on rows and seeds; and the same for the lowest and highest seed.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from llmdistill import DistillConfig, DistillTrainer, load_dataset, targets
+from llmdistill.bootstrap import draw_clusters, mean_interval
+from llmdistill.config import Experiment, Targets, load_experiment
+from llmdistill.dataset import Row, rows_to_table, write_shard
+from llmdistill.evaluate import fidelity
+from llmdistill.models import load_model
+from llmdistill.teachers import Request, row_seed
+from llmdistill.teachers.transformers import TransformersEngine
+
+DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/student/before"
+KINDS = {
+    **{f"sampled, n = {n}": Targets(kind="sampled", n=n) for n in (8, 16, 32)},
+    "multinomial, 50 draws": Targets(kind="multinomial", n=50),
+    **{f"top-{k}, with tail": Targets(kind="topk", k=k) for k in (16, 64)},
+    **{f"top-{k}, renormalised": Targets(kind="topk", k=k) for k in (16, 64)},
+}
+FULL, TEXT = "whole distribution", "text alone"
+Array = np.ndarray[Any, Any]
+
+
+def main() -> None:
+    """Train on every kind with every seed; print the table and the aim."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    experiment = load_experiment(Path("configs/demo.yaml"))
+    teacher = load_model(experiment.teacher.model)
+    test = load_dataset(DATA, "test")
+    found: dict[str, list[Array]] = {}
+    for seed in range(arguments.seeds):
+        for name, data in datasets_of(seed, experiment):
+            student = train(name, data, seed, arguments.steps, experiment.train.args, teacher)
+            measured = fidelity({"teacher": teacher, "student": student}, test, 8)
+            found.setdefault(name, []).append(measured["student kl"])
+            print(f"seed {seed}  {name:<24}{measured['student kl'].sum() / measured['tokens'].sum():.4f}", flush=True)
+    table = summary(found, measured["tokens"], [str(prompt) for prompt in test.with_format(None)["prompt"]])
+    print(f"\n| trained on | held-out KL | above the {FULL} | lowest and highest seed |\n| --- | ---: | ---: | ---: |")
+    for name, row in table.items():
+        above = "" if name == FULL else f"{row['above']:+.1%} ({row['above_low']:+.1%} to {row['above_high']:+.1%})"
+        seeds = "" if name == FULL else f"{row['seed_low']:+.1%}, {row['seed_high']:+.1%}"
+        print(f"| {name} | {row['kl']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {above} | {seeds} |")
+    aims = {"sampled_16_above_full": table["sampled, n = 16"]["above"]}
+    print(f"\naim sampled_16_above_full {aims['sampled_16_above_full']:.4f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"table": table, "aims": aims}, indent=2) + "\n")
+
+
+def datasets_of(seed: int, experiment: Experiment) -> Iterator[tuple[str, Any]]:
+    """The demo's training rows with every kind of targets, drawn with the seed."""
+    rows = load_dataset(DATA, "train")
+    yield FULL, rows
+    yield TEXT, rows
+    engine = TransformersEngine(experiment.teacher, experiment.generate, Targets(), [])
+    requests = [
+        Request(number, ids[:start].tolist(), row_seed(str(row["id"]), seed), ids[start:].tolist())
+        for number, row in enumerate(rows)
+        for ids, start in [(np.asarray(row["input_ids"]), int(row["completion_start"]))]
+    ]
+    for name, kept in KINDS.items():
+        engine.kept = kept
+        made = []
+        for request, done in zip(requests, engine.score([requests]), strict=True):
+            soft = done.targets
+            if name.endswith("renormalised") and isinstance(soft, targets.TopK):
+                soft = targets.TopK(soft.ids_NK, soft.logprobs_NK, np.zeros_like(soft.tail_N))  # the reader divides by the sum
+            made.append(
+                Row(str(request.index), [], [], request.prompt_ids, done.ids, done.finish_reason, done.token_logprobs, soft)
+            )
+        with tempfile.TemporaryDirectory() as directory:
+            shard = write_shard(Path(directory), "train", 0, 1, rows_to_table(made, engine.model.config.vocab_size))
+            yield name, datasets.Dataset.from_parquet(str(shard.file), keep_in_memory=True).with_format("numpy")
+
+
+def train(name: str, data: Any, seed: int, steps: int, args: dict[str, Any], teacher: Any) -> Any:
+    """The demo's student after so many steps of the demo's recipe."""
+    recipe = {**args, "max_steps": steps, "seed": seed, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = DistillConfig(
+            output_dir=directory,
+            alpha=0.0 if name == TEXT else 1.0,
+            use_cpu=not torch.accelerator.is_available(),
+            logging_strategy="no",
+            **{key: value for key, value in recipe.items() if not key.startswith("logging")},
+        )
+        student = load_model(BEFORE, dtype="float32")
+        online = teacher if name == FULL else None
+        DistillTrainer(model=student, args=arguments, train_dataset=data, teacher=online).train()
+    return student.eval()
+
+
+def summary(found: dict[str, list[Array]], tokens: Array, prompts: list[str]) -> dict[str, dict[str, float]]:
+    """Means over tokens and seeds with intervals over prompts, and the same relative to the whole distribution."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    cluster = np.array([numbers[prompt] for prompt in prompts])
+    draws = draw_clusters(len(numbers), 2000, seed=0)
+    per_prompt = np.bincount(cluster, tokens)
+    full = np.bincount(cluster, np.mean(found[FULL], axis=0))
+    table = {}
+    for name, seeds in found.items():
+        sums = np.bincount(cluster, np.mean(seeds, axis=0))
+        kl, above = mean_interval(sums, per_prompt, draws), mean_interval(sums - full, full, draws)
+        by_seed = [mine.sum() / reference.sum() - 1 for mine, reference in zip(seeds, found[FULL], strict=True)]
+        table[name] = {
+            "kl": kl.mean,
+            "low": kl.low,
+            "high": kl.high,
+            "above": above.mean,
+            "above_low": above.low,
+            "above_high": above.high,
+            "seed_low": min(by_seed),
+            "seed_high": max(by_seed),
+        }
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""`llmdistill score`: the teacher reads finished text; it is stored with soft targets, as `generate` stores its own."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import TypeAdapter, ValidationError
+
+from llmdistill import stage
+from llmdistill.config import Experiment
+from llmdistill.dataset import MANIFEST, SPLITS, Row, load_dataset, read_manifest
+from llmdistill.errors import InputError
+from llmdistill.models import check_model_exists, vocabulary_hash
+from llmdistill.progress import say
+from llmdistill.prompts import Message, Messages, read_jsonl
+from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
+from llmdistill.teachers import Completion, Engine, Request, row_seed, stable_id
+from llmdistill.teachers.chat import Chat
+
+_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[Message])
+
+
+def score(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHING) -> None:
+    """Write the dataset `OUTPUT/data`, going on where an interrupted run stopped.
+
+    Args:
+        experiment: the configuration.
+        dry_run: only say what would be done.
+        share: the part of the shards that this worker makes.
+
+    Raises:
+        InputError: the text, the teacher or the output directory are not usable; nothing was written.
+    """
+    if experiment.score is None:
+        raise InputError("the key score is missing: `score` needs score.source")
+    directory, teacher, source = experiment.directory("data"), experiment.teacher, Path(experiment.score.source)
+    check_model_exists(teacher.model, "teacher.model")
+    texts: _Lines | _Stored = _Stored(source) if source.is_dir() else _Lines(source)
+    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "score", "targets"})
+    settings["generate"] = {"rows_per_shard": experiment.generate.rows_per_shard}
+    fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
+    file = source / MANIFEST if source.is_dir() else source
+    inputs = {str(file): stage.sha256(file), teacher.model: fingerprint}
+    state = stage.claim(directory, "score", settings, inputs)
+    count = count_shards(experiment, len(texts))
+    if dry_run:
+        say("score", f"{len(texts):,} rows of {source} in {count:,} shards")
+        say("score", f"would write {directory}  ({count_finished(directory):,} of {count:,} shards are there)")
+    elif state == "done" and count_finished(directory) == count:
+        say("score", f"{directory} is finished ({len(texts):,} rows)")
+    else:
+        make_dataset("score", directory, _Texts(Chat(experiment, fingerprint), texts), settings, inputs, share)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A conversation with its answer, as token ids too."""
+
+    id: str
+    prompt: Messages
+    completion: Messages
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    finish_reason: str | None = None
+
+
+class _Source(Protocol):
+    sampling: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def prepare(self, chat: Chat) -> int:
+        """Check everything against the teacher; the length of the longest sequence, in tokens."""
+        ...
+
+    def text(self, index: int) -> Text: ...
+
+
+class _Lines:
+    """The lines of a JSONL file."""
+
+    sampling: dict[str, Any] = {}
+
+    def __init__(self, file: Path) -> None:
+        self.lines = [
+            (f"{file} line {number}", *_conversation(fields, f"{file} line {number}"))
+            for number, fields in read_jsonl(file, "score.source")
+        ]
+        if not self.lines:
+            raise InputError(f"{file}: holds no text")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def prepare(self, chat: Chat) -> int:
+        self.texts: list[Text] = []
+        seen: dict[str, int] = {}
+        longest = 0
+        for origin, prompt, completion in self.lines:
+            prompt_ids = chat.prompt_ids(prompt, origin)
+            completion_ids = chat.completion_ids(prompt, completion, prompt_ids, origin)
+            content = stable_id(prompt, completion, chat.fingerprint)
+            seen[content] = seen.get(content, -1) + 1  # the same text twice is two rows
+            self.texts.append(Text(stable_id(content, seen[content]), prompt, completion, prompt_ids, completion_ids))
+            length = len(prompt_ids) + len(completion_ids)
+            longest = max(longest, chat.check_length(length + 1, "its tokens and the one that vLLM adds", origin))
+        return longest
+
+    def text(self, index: int) -> Text:
+        return self.texts[index]
+
+
+class _Stored:
+    """The rows of a dataset, all of its splits; their ids and token ids stay as they are."""
+
+    def __init__(self, directory: Path) -> None:
+        import datasets
+
+        self.directory = directory
+        self.manifest = read_manifest(directory)
+        self.sampling = self.manifest["sampling"]
+        there = {entry["split"] for entry in self.manifest["shards"]}
+        columns = ["id", "prompt", "completion", "input_ids", "completion_start", "finish_reason"]
+        parts = [load_dataset(directory, split).select_columns(columns) for split in SPLITS if split in there]
+        self.rows = datasets.concatenate_datasets(parts)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def prepare(self, chat: Chat) -> int:
+        if self.manifest["tokenizer"]["vocabulary_hash"] != vocabulary_hash(chat.tokenizer):
+            raise InputError(
+                f"score.source: {self.directory} was written in another vocabulary than that of {chat.experiment.teacher.model}; "
+                "export its text and score that"
+            )
+        import pyarrow.compute as pc
+
+        longest = pc.max(pc.list_value_length(self.rows.data.column("input_ids"))).as_py()
+        return chat.check_length(longest + 1, "the tokens of its longest row and the one that vLLM adds", str(self.directory))
+
+    def text(self, index: int) -> Text:
+        row = self.rows[index]
+        ids, start = row["input_ids"].tolist(), int(row["completion_start"])
+        messages = ([dict(m) for m in row["prompt"]], [dict(m) for m in row["completion"]])
+        return Text(str(row["id"]), *messages, ids[:start], ids[start:], str(row["finish_reason"]))
+
+
+class _Requests(Sequence[Request]):
+    """Requests for texts, made when they are asked for."""
+
+    def __init__(self, texts: _Source, seed: int) -> None:
+        self.texts = texts
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        text = self.texts.text(index)
+        return Request(index, text.prompt_ids, row_seed(text.id, self.seed), text.completion_ids)
+
+
+class _Texts:
+    """The rows to make, from whatever holds the text."""
+
+    def __init__(self, chat: Chat, texts: _Source) -> None:
+        self.chat = chat
+        self.texts = texts
+        self.max_model_len = texts.prepare(chat)
+        self.requests = _Requests(texts, chat.experiment.seed)
+
+    def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        return engine.score(shards)
+
+    def row(self, completion: Completion) -> Row:
+        text = self.texts.text(completion.index)
+        return Row(
+            text.id,
+            text.prompt,
+            text.completion,
+            text.prompt_ids,
+            completion.ids,
+            text.finish_reason or completion.finish_reason,
+            completion.token_logprobs,
+            completion.targets,
+        )
+
+    def description(self) -> dict[str, Any]:
+        return {"sampling": self.texts.sampling}
+
+
+def _conversation(fields: dict[str, Any], origin: str) -> tuple[Messages, Messages]:
+    """Prompt and completion of a line, each as messages."""
+    try:
+        if "messages" in fields:
+            messages = [message.model_dump() for message in _MESSAGES.validate_python(fields["messages"])]
+            prompt, completion = messages[:-1], messages[-1:]
+        else:
+            prompt, completion = (_messages(fields[key], role) for key, role in (("prompt", "user"), ("completion", "assistant")))
+    except (KeyError, ValidationError):
+        prompt, completion = [], []
+    if not prompt or len(completion) != 1 or completion[0]["role"] != "assistant":
+        raise InputError(
+            f"{origin}: must have `messages`, a list of {{role, content}} that ends with the assistant's answer, "
+            "or `prompt` and `completion`"
+        )
+    return prompt, completion
+
+
+def _messages(value: Any, role: str) -> Messages:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [message.model_dump() for message in _MESSAGES.validate_python(value)]

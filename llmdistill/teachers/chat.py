@@ -1,0 +1,102 @@
+"""The teacher without its weights: its tokenizer, its chat template, and what a dataset says of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmdistill import stage
+from llmdistill.config import Experiment
+from llmdistill.errors import InputError
+from llmdistill.models import context_length, end_token_ids, load_config, load_tokenizer, vocabulary_hash
+from llmdistill.prompts import Messages
+from llmdistill.teachers import check_engine
+
+_DETERMINISM = {
+    "transformers": "bit-exact: the same configuration on the same machine and versions gives the same bytes",
+    "vllm": "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched",
+}
+
+
+class Chat:
+    """Turns conversations into the token ids that the teacher sees.
+
+    Raises:
+        InputError: the teacher, its engine or `targets` are not usable.
+    """
+
+    def __init__(self, experiment: Experiment, fingerprint: str) -> None:
+        teacher, kept = experiment.teacher, experiment.targets
+        check_engine(teacher)
+        self.experiment = experiment
+        self.fingerprint = fingerprint
+        self.config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
+        self.tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+        self.vocab_size: int = self.config.get_text_config().vocab_size
+        self.end_ids = end_token_ids(teacher.model, teacher.revision, self.config, self.tokenizer)
+        if kept.kind != "multinomial" and kept.kept > self.vocab_size:
+            key = "n" if kept.kind == "sampled" else "k"
+            raise InputError(
+                f"targets.{key} is {kept.kept:,}, but the vocabulary of {teacher.model} has {self.vocab_size:,} tokens"
+            )
+
+    def prompt_ids(self, messages: Messages, origin: str) -> list[int]:
+        """The prompt as the teacher sees it: through its own chat template, up to where its turn begins."""
+        return self._template(messages, origin, add_generation_prompt=True)
+
+    def completion_ids(self, prompt: Messages, completion: Messages, prompt_ids: Sequence[int], origin: str) -> list[int]:
+        """A given answer as the teacher would have written it, up to and with the token that ends its turn."""
+        whole = self._template([*prompt, *completion], origin, add_generation_prompt=False)
+        if whole[: len(prompt_ids)] != list(prompt_ids):
+            raise InputError(
+                f"{origin}: in the teacher's chat template the conversation does not begin with its prompt, so it cannot be "
+                "told which tokens are the answer's"
+            )
+        ids = whole[len(prompt_ids) :]
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), len(ids) - 1)
+        if not ids:
+            raise InputError(f"{origin}: the answer is empty")
+        return ids[: end + 1]
+
+    def check_length(self, longest: int, what: str, origin: str) -> int:
+        """The context to reserve: `teacher.max_model_len`, else the longest sequence; never more than the model has."""
+        teacher = self.experiment.teacher
+        limit, asked = context_length(self.config), teacher.max_model_len
+        if asked and limit and asked > limit:
+            raise InputError(f"teacher.max_model_len is {asked:,}, but {teacher.model} has a context of {limit:,} tokens")
+        allowed = asked or limit
+        if allowed and longest > allowed:
+            raise InputError(f"{origin}: {what} are {longest:,}, more than the context of {allowed:,} tokens")
+        return asked or longest
+
+    def description(self) -> dict[str, Any]:
+        """What `dataset.json` says of how rows were made."""
+        teacher = self.experiment.teacher
+        return {
+            "teacher": {
+                "model": teacher.model,
+                "revision": teacher.revision,
+                "commit": getattr(self.config, "_commit_hash", None),
+                "fingerprint": self.fingerprint,
+                "engine": teacher.engine,
+            },
+            "tokenizer": {
+                "vocab_size": self.vocab_size,
+                "vocabulary_hash": vocabulary_hash(self.tokenizer),
+                "end_token_ids": self.end_ids,
+                "chat_template": self.tokenizer.chat_template,
+            },
+            "targets": self.experiment.targets.described,
+            "seed": self.experiment.seed,
+            "determinism": _DETERMINISM[teacher.engine],
+            "versions": stage.versions(),
+        }
+
+    def _template(self, messages: Messages, origin: str, add_generation_prompt: bool) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            raise InputError("teacher.model: its tokenizer has no chat template; use an instruction-tuned teacher")
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+            )["input_ids"]
+        except Exception as error:  # templates raise whatever they like
+            raise InputError(f"{origin}: the teacher's chat template refuses it: {error}") from None
+        return ids

@@ -1,0 +1,111 @@
+"""Scoring finished text: the same distributions as when it was written, and the same alignment for text from elsewhere."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from llmdistill import load_dataset, targets
+from llmdistill.config import load_experiment
+from llmdistill.curate import curate
+from llmdistill.dataset import read_manifest
+from llmdistill.errors import InputError
+from llmdistill.generate import generate
+from llmdistill.models import load_model, load_tokenizer
+from llmdistill.score import score
+
+
+def scored(file, source, *overrides):
+    experiment = load_experiment(file, [("score.source", str(source)), ("output", f"{file.parent}/scored"), *overrides])
+    score(experiment)
+    return load_dataset(experiment.directory("data"))
+
+
+@pytest.mark.parametrize("kind", [("topk", "k", 8), ("sampled", "n", 5), ("multinomial", "n", 9)])
+def test_what_the_teacher_wrote_has_the_same_targets_when_it_reads_it(experiment_file, kind):
+    """The sample too, but for draws at the very edge of a token: it is seeded by the row, not by the way."""
+    name, key, size = kind
+    chosen = [("targets", f"{{kind: {name}, {key}: {size}}}")]
+    experiment = load_experiment(experiment_file, chosen)
+    generate(experiment)
+    written = load_dataset(experiment.directory("data"))
+    read = scored(experiment_file, experiment.directory("data"), *chosen)
+    assert list(read["id"]) == list(written["id"])
+    equal = []
+    for mine, theirs in zip(read, written, strict=True):
+        assert mine["input_ids"].tolist() == theirs["input_ids"].tolist()
+        assert mine["finish_reason"] == theirs["finish_reason"]
+        np.testing.assert_allclose(mine["token_logprobs"], theirs["token_logprobs"], atol=2e-4)
+        got, want = (targets.decode(targets.cut(row, name, len(row["token_logprobs"]))).ids_NK for row in (mine, theirs))
+        equal += [len(np.intersect1d(a, b)) / len(np.union1d(a, b)) for a, b in zip(got, want, strict=True)]
+    assert np.mean(equal) > 0.98
+    manifest = read_manifest(experiment_file.parent / "scored/data")
+    assert manifest["targets"] == {"kind": name, key: size}
+    assert manifest["sampling"]["temperature"] == 1.0
+
+
+def test_both_splits_of_a_curated_dataset_are_read(experiment_file):
+    experiment = load_experiment(experiment_file)
+    generate(experiment)
+    curate(experiment)
+    assert len(scored(experiment_file, experiment.directory("curated"))) == 24
+
+
+@pytest.mark.parametrize("form", ["messages", "strings", "lists"])
+def test_text_from_elsewhere(experiment_file, tmp_path, tiny, form):
+    """Ids as the chat template gives them, up to and with the end token; log-probabilities of one plain forward pass."""
+    pairs = [("What is 2 + 2?", "It is 4."), ("Say it.", "it"), ("Say it.", "it")]
+    lines = {
+        "messages": lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+        "strings": lambda q, a: {"prompt": q, "completion": a},
+        "lists": lambda q, a: {
+            "prompt": [{"role": "user", "content": q}],
+            "completion": [{"role": "assistant", "content": a}],
+        },
+    }[form]
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps(lines(*pair)) + "\n" for pair in pairs))
+    rows = scored(experiment_file, source)
+    tokenizer, model = load_tokenizer(str(tiny), None), load_model(str(tiny))
+    assert len(set(rows["id"])) == 3, "the same text twice is two rows"
+    for row, (question, answer) in zip(rows, pairs, strict=True):
+        start = int(row["completion_start"])
+        assert tokenizer.decode(row["input_ids"][start:]) == f"{answer}<|im_end|>"
+        assert tokenizer.decode(row["input_ids"][:start]).endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n")
+        assert row["finish_reason"] == "stop"
+        assert row["completion"][0]["content"] == answer
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(row["input_ids"].astype(np.int64))[None]).logits[0, start - 1 : -1].double()
+        want = logits.log_softmax(-1).gather(1, torch.from_numpy(row["input_ids"][start:].astype(np.int64))[:, None])[:, 0]
+        np.testing.assert_allclose(row["token_logprobs"], want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "only"}', "line 1: must have `messages`"),
+        ('{"messages": [{"role": "user", "content": "no answer"}]}', "line 1: must have `messages`"),
+        ('{"messages": [{"role": "assistant", "content": "no question"}]}', "line 1: must have `messages`"),
+        ("nonsense", "line 1: not valid JSON"),
+        ("", "holds no text"),
+        ('{"prompt": "long", "completion": "' + "word " * 300 + '"}', "line 1: its tokens and the one that vLLM adds are"),
+    ],
+)
+def test_bad_text_is_named_and_nothing_is_written(experiment_file, tmp_path, line, message):
+    source = tmp_path / "text.jsonl"
+    source.write_text(line + "\n")
+    with pytest.raises(InputError, match=message):
+        scored(experiment_file, source)
+    assert not (tmp_path / "scored").exists()
+
+
+def test_a_dataset_in_another_vocabulary_is_refused(experiment_file):
+    experiment = load_experiment(experiment_file)
+    generate(experiment)
+    file = experiment.directory("data") / "dataset.json"
+    manifest = json.loads(file.read_text())
+    manifest["tokenizer"]["vocabulary_hash"] = "other"
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="was written in another vocabulary"):
+        scored(experiment_file, experiment.directory("data"))
