@@ -3,7 +3,7 @@
     make demo && python benchmarks/outcome.py
 
 The reference is the whole distribution of a teacher that runs beside the student (`targets: online`). Everything else is
-made from that same distribution by the product's own engine, stored, read back and trained on, with alpha 1: nothing but
+made from that same distribution by the product's own functions, stored, read back and trained on, with alpha 1: nothing but
 the targets differs. Text alone is alpha 0. Every seed shuffles the rows and draws the samples anew. What is printed is
 KL(teacher ‖ student) in nats a token on the demo's held-out rows, mean over the seeds with a 95% interval by bootstrap
 over prompts; how far above the reference it is, paired on rows and seeds; and the same for the lowest and highest seed.
@@ -21,19 +21,17 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from llmdistill import DistillConfig, DistillTrainer, load_dataset, targets
+from llmdistill import DistillConfig, DistillTrainer, load_dataset, pps, targets
 from llmdistill.bootstrap import draw_clusters, mean_interval
-from llmdistill.config import Experiment, Targets, load_experiment
+from llmdistill.collator import DistillCollator, completion_logits
+from llmdistill.config import Targets, load_experiment
 from llmdistill.dataset import Row, rows_to_table, write_shard
 from llmdistill.evaluate import fidelity
 from llmdistill.models import load_model
-from llmdistill.teachers import Request, row_seed
-from llmdistill.teachers.transformers import TransformersEngine
 
 DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/student/before"
 KINDS = {
     **{f"sampled, n = {n}": Targets(kind="sampled", n=n) for n in (8, 16, 32)},
-    "multinomial, 50 draws": Targets(kind="multinomial", n=50),
     **{f"top-{k}, with tail": Targets(kind="topk", k=k) for k in (16, 64)},
     **{f"top-{k}, renormalised": Targets(kind="topk", k=k) for k in (16, 64)},
 }
@@ -54,7 +52,7 @@ def main() -> None:
     test = load_dataset(DATA, "test")
     found: dict[str, list[Array]] = {}
     for seed in range(arguments.seeds):
-        for name, data in datasets_of(seed, experiment):
+        for name, data in datasets_of(seed, teacher):
             student = train(name, data, seed, arguments.steps, experiment.train.args, teacher)
             measured = fidelity({"teacher": teacher, "student": student}, test, 8)
             found.setdefault(name, []).append(measured["student kl"])
@@ -71,29 +69,27 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"table": table, "aims": aims}, indent=2) + "\n")
 
 
-def datasets_of(seed: int, experiment: Experiment) -> Iterator[tuple[str, Any]]:
+def datasets_of(seed: int, teacher: Any) -> Iterator[tuple[str, Any]]:
     """The demo's training rows with every kind of targets, drawn with the seed."""
     rows = load_dataset(DATA, "train")
     yield FULL, rows
     yield TEXT, rows
-    engine = TransformersEngine(experiment.teacher, experiment.generate, Targets(), [])
-    requests = [
-        Request(number, ids[:start].tolist(), row_seed(str(row["id"]), seed), ids[start:].tolist())
-        for number, row in enumerate(rows)
-        for ids, start in [(np.asarray(row["input_ids"]), int(row["completion_start"]))]
-    ]
-    for name, kept in KINDS.items():
-        engine.kept = kept
-        made = []
-        for request, done in zip(requests, engine.score([requests]), strict=True):
-            soft = done.targets
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, list[Row]] = {name: [] for name in KINDS}
+    for row in rows:
+        with torch.inference_mode():
+            log_p = completion_logits(teacher, DistillCollator(pad_token_id=0)([row])).float().log_softmax(-1)
+        for name, kept in KINDS.items():
+            uniform = torch.rand(len(log_p), pps.uniforms(kept.stored, kept.kept), generator=generator, dtype=torch.float64)
+            ids = pps.keep(kept.stored, log_p, kept.kept, uniform)
+            soft = targets.from_logprobs(kept.stored, ids.numpy(), log_p.gather(1, ids).numpy())
             if name.endswith("renormalised") and isinstance(soft, targets.TopK):
                 soft = targets.TopK(soft.ids_NK, soft.logprobs_NK, np.zeros_like(soft.tail_N))  # the reader divides by the sum
-            made.append(
-                Row(str(request.index), [], [], request.prompt_ids, done.ids, done.finish_reason, done.token_logprobs, soft)
-            )
+            ids_T, start = row["input_ids"], int(row["completion_start"])
+            made[name].append(Row(str(row["id"]), [], [], ids_T[:start], ids_T[start:], "stop", row["token_logprobs"], soft))
+    for name, stored in made.items():
         with tempfile.TemporaryDirectory() as directory:
-            shard = write_shard(Path(directory), "train", 0, 1, rows_to_table(made, engine.model.config.vocab_size))
+            shard = write_shard(Path(directory), "train", 0, 1, rows_to_table(stored, teacher.config.vocab_size))
             yield name, datasets.Dataset.from_parquet(str(shard.file), keep_in_memory=True).with_format("numpy")
 
 
@@ -111,7 +107,7 @@ def train(name: str, data: Any, seed: int, steps: int, args: dict[str, Any], tea
         student = load_model(BEFORE, dtype="float32")
         online = teacher if name == FULL else None
         DistillTrainer(model=student, args=arguments, train_dataset=data, teacher=online).train()
-    return student.eval()
+    return student.to(teacher.dtype).eval()  # as it would be saved
 
 
 def summary(found: dict[str, list[Array]], tokens: Array, prompts: list[str]) -> dict[str, dict[str, float]]:

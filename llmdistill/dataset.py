@@ -94,7 +94,8 @@ class ShardWriter:
         self.unfinished = directory / f".{split}-{index:05d}.{writer_name()}.unfinished"
         self.rows = 0
         self._stream = pa.OSFile(str(self.unfinished), "wb")
-        self._writer = pq.ParquetWriter(self._stream, schema, write_page_checksum=True, **parquet_encoding(schema.names))
+        with self._removed_on_error():
+            self._writer = pq.ParquetWriter(self._stream, schema, write_page_checksum=True, **parquet_encoding(schema.names))
 
     def write(self, table: pa.Table) -> None:
         """Add rows, in groups of at most `ROW_GROUP`."""

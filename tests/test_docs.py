@@ -55,13 +55,13 @@ def test_the_readmes_experiment_is_the_shipped_one():
     assert block == (ROOT / "configs/qwen3-1.7b.yaml").read_text()
 
 
-@pytest.mark.parametrize("kind", ["sampled", "topk"])
+@pytest.mark.parametrize("kind", ["sampled", "topk", "multinomial"])
 def test_a_reader_written_from_the_format_page_reads_it(kind, tmp_path, monkeypatch):
     """The page's own code, with numpy and pyarrow only, against the package's decoder."""
     generator = np.random.default_rng(0)
     logprobs = torch.from_numpy(generator.normal(size=(7, 300)) * 3).log_softmax(-1)
-    kept = 64 if kind == "topk" else 16
-    ids = logprobs.topk(kept).indices if kind == "topk" else pps.sample(logprobs, kept, torch.rand(7))
+    kept = {"topk": 64, "sampled": 16, "multinomial": 50}[kind]
+    ids = pps.keep(kind, logprobs, kept, torch.rand(7, pps.uniforms(kind, kept)))
     soft = targets.from_logprobs(kind, ids.numpy(), logprobs.gather(1, ids).numpy())
     message = [{"role": "user", "content": "x"}]
     row = Row("a", message, message, [1, 2], np.arange(7), "stop", np.zeros(7, dtype=np.float32), soft)
@@ -75,16 +75,22 @@ def test_a_reader_written_from_the_format_page_reads_it(kind, tmp_path, monkeypa
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/dataset.md").read_text(), flags=re.S)
     reader = next(block for block in blocks if "kind: sampled" in block)
-    by_kind = next(block for block in blocks if "kind: topk" in block)
+    by_kind = next(block for block in blocks if f"kind: {kind}" in block)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     if kind == "sampled":
         exec(reader, names)
         assert names["ids"].tolist() == soft.ids_NK.tolist()
         np.testing.assert_allclose(names["weight"], np.exp(soft.logweights_NK), rtol=1e-5)
-    else:
-        opening = "".join(line + "\n" for line in reader.splitlines() if line.startswith(("import", "row =")))
-        exec(opening + by_kind, names)
+        return
+    opening = "".join(line + "\n" for line in reader.splitlines() if line.startswith(("import", "row =")))
+    exec(opening + by_kind, names)
+    if kind == "topk":
         assert names["ids"].tolist() == soft.ids_NK.tolist()
         np.testing.assert_allclose(names["p"], np.exp(soft.logprobs_NK), rtol=5e-3)
         np.testing.assert_allclose(names["p"].sum(1) + names["tail"], 1, rtol=1e-6)
+    else:
+        for position, (ids, weight) in enumerate(zip(names["ids"], names["weight"], strict=True)):
+            held = soft.counts_NK[position] > 0
+            assert ids.tolist() == soft.ids_NK[position][held].tolist()
+            np.testing.assert_allclose(weight, soft.counts_NK[position][held] / kept)
