@@ -9,8 +9,9 @@ _EXPORTS = {
     "DistillConfig": "llmdistill.trainer",
     "DistillTrainer": "llmdistill.trainer",
     "load_dataset": "llmdistill.dataset",
+    "push_to_hub": "llmdistill.hub",
 }
-__all__ = ["DistillConfig", "DistillTrainer", "load_dataset"]
+__all__ = ["DistillConfig", "DistillTrainer", "load_dataset", "push_to_hub"]
 
 
 def __getattr__(name: str) -> Any:

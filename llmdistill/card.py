@@ -1,5 +1,6 @@
 """Cards in the Hub's format: what a model or dataset is, what it was made from, and how."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -63,7 +64,7 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alph
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": base,
+        **({} if Path(base).is_dir() else {"base_model": base}),  # the Hub takes only names of its own
         "tags": ["llmdistill", "distillation"],
     }
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]

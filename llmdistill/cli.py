@@ -13,7 +13,7 @@ import yaml
 
 from llmdistill import __version__
 from llmdistill.config import Experiment, keys, load_experiment
-from llmdistill.errors import InputError
+from llmdistill.errors import HubError, InputError
 
 # What each command does, and the sections of the configuration it reads.
 STAGES = {
@@ -45,12 +45,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         parser.print_help()
         sys.exit(2)
     try:
-        if arguments.command == "inspect":
-            if rest:
-                raise InputError(f"inspect takes no {rest[0]}")
-            from llmdistill.inspect import inspect
-
-            inspect(Path(arguments.dataset), arguments.verify)
+        if arguments.command in ("inspect", "push"):
+            _call_on_directory(arguments, rest)
         else:
             overrides = _overrides(rest)
             experiment = load_experiment(Path(arguments.config), overrides)
@@ -63,10 +59,27 @@ def main(argv: list[str] | None = None) -> NoReturn:
             raise
         print(f"{error.filename}: {error.strerror}; finished work is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(1)
+    except HubError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; finished work is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
+    if rest:
+        raise InputError(f"{arguments.command} takes no {rest[0]}")
+    directory = Path(arguments.directory)
+    if arguments.command == "inspect":
+        from llmdistill.inspect import inspect
+
+        inspect(directory, arguments.verify)
+    else:
+        from llmdistill.hub import push
+
+        push(directory, arguments.repo_id, arguments.private, arguments.revision, arguments.dry_run)
 
 
 def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: list[str]) -> None:
@@ -113,8 +126,21 @@ def _parser() -> argparse.ArgumentParser:
         if name in _SHARED:
             command.add_argument("--shards", metavar="I/N", help="make only the shards of the I-th of N workers on one dataset")
     inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
-    inspect.add_argument("dataset", metavar="DIR", help="the dataset's directory")
+    inspect.add_argument("directory", metavar="DIR", help="the dataset's directory")
     inspect.add_argument("--verify", action="store_true", help="also read every shard and check it against its checksum")
+    help_text = "upload a finished dataset or student to the Hugging Face Hub"
+    push = commands.add_parser(
+        "push",
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ", whole and in one commit.",
+        epilog="The token is that of HF_TOKEN or of `hf auth login`.",
+        allow_abbrev=False,
+    )
+    push.add_argument("directory", metavar="DIR", help="what `generate`, `curate` or `train` wrote")
+    push.add_argument("repo_id", metavar="REPO_ID", help="user/name or organisation/name; created if it is not there")
+    push.add_argument("--private", action="store_true", help="create it as private; an existing public one is refused")
+    push.add_argument("--revision", metavar="BRANCH", help="another branch than main; created if it is not there")
+    push.add_argument("--dry-run", action="store_true", help="check the directory and list what would be uploaded; no network")
     return parser
 
 

@@ -18,8 +18,10 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
-    for name in arguments:
-        if re.search(r"(hub|hf|auth|access)_token|api_key|password|secret", name):
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            _refuse_secrets(value)
+        if re.search(r"(hub|hf|auth|access)_token|^token$|api_key|password|secret", str(name)):
             raise ValueError(f"{name} would be written into run.json; set it in the environment (HF_TOKEN, WANDB_API_KEY, …)")
     return arguments
 

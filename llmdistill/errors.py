@@ -1,8 +1,15 @@
-"""The one exception for bad input."""
+"""The one exception for bad input, and the one for a Hub that fails."""
 
 
 class InputError(Exception):
     """The user's input is wrong: the message names the file and the key, and says what would be right.
 
     The command line prints the message alone and exits with status 2.
+    """
+
+
+class HubError(Exception):
+    """The Hugging Face Hub, or the way to it, failed: the input is not at fault, and the same call may work later.
+
+    The command line prints the message alone and exits with status 1.
     """

@@ -159,6 +159,8 @@ def _arguments(experiment: Experiment, directory: Path, alpha: float) -> Any:
 
     names = [field.name for field in dataclasses.fields(DistillConfig)]
     for name in experiment.train.args:
+        if name == "push_to_hub" or name.startswith("hub_"):
+            raise InputError(f"train.args.{name} would upload the checkpoints; push the trained student with `llmdistill push`")
         if name in _RESERVED:
             raise InputError(f"train.args.{name} is set by the key {_RESERVED[name]}")
         if name not in names:

@@ -57,6 +57,7 @@ def test_overrides(file, key, value, attribute, expected):
         ("output.x", "1", "cannot set output.x"),
         ("train.args.hub_token", "hf_abc", "hub_token would be written into run.json"),
         ("teacher.engine_args.hf_token", "hf_abc", "hf_token would be written into run.json"),
+        ("train.args.model_init_kwargs", "{token: hf_abc}", "token would be written into run.json"),
     ],
 )
 def test_a_wrong_override_names_file_and_key(file, key, value, message):

@@ -196,6 +196,7 @@ def test_wrong_training_input(finished_run, tmp_path, smollm2):
         (["--train.args.learning_rte", "1"], "did you mean train.args.learning_rate?"),
         (["--train.temperature", "2"], "sampled targets, which are unbiased at temperature 1 only"),
         (["--train.args.alpha", "1"], "train.args.alpha is set by the key train.alpha"),
+        (["--train.args.push_to_hub", "true"], "push the trained student with `llmdistill push`"),
         (["--student.prune.layers", "9"], "student.prune.layers is 9, but the teacher has 4 layers"),
         ([student[0], student[1].replace("MODEL", "./nowhere")], "student.model: ./nowhere is no model directory"),
         (["--student", "{}"], "student needs one of the keys student.model and student.prune"),
