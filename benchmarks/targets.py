@@ -155,8 +155,15 @@ def estimates(log_p: torch.Tensor, log_q: torch.Tensor, generator: torch.Generat
         sample = targets.sampled_from_logprobs(ids.numpy(), log_p.gather(1, ids).numpy())
         weights = torch.from_numpy(sample.logweights_NK).exp()
         found[f"sampled, n = {n}"] = (q.scatter_add(1, torch.from_numpy(sample.ids_NK), -weights), sample)
-    draws = torch.multinomial(p, 50, replacement=True, generator=generator)
-    found["multinomial, 50 draws"] = (q.scatter_add(1, draws, torch.full(draws.shape, -1 / 50)), draws.numpy())
+    for k in (64, 256):
+        within = torch.full_like(log_p, -torch.inf).scatter(1, log_p.topk(k).indices, log_p.topk(k).values).log_softmax(-1)
+        ids = pps.sample(within, 16, torch.rand(len(log_p), generator=generator, dtype=torch.float64))
+        sample = targets.sampled_from_logprobs(ids.numpy(), within.gather(1, ids).numpy())
+        weights = torch.from_numpy(sample.logweights_NK).exp()
+        found[f"sampled, n = 16, from the top {k}"] = (q.scatter_add(1, torch.from_numpy(sample.ids_NK), -weights), sample)
+    draws = pps.keep("multinomial", log_p, 50, torch.rand(len(log_p), 50, generator=generator, dtype=torch.float64))
+    stored = targets.multinomial_from_logprobs(draws.numpy(), log_p.gather(1, draws).numpy())
+    found["multinomial, 50 draws"] = (q.scatter_add(1, draws, torch.full(draws.shape, -1 / 50)), stored)
     return found
 
 
@@ -219,8 +226,6 @@ def size_of(name: str, kept: list[Any]) -> float:
     positions = sum(map(len, kept))
     if name.startswith("DistillKit"):
         columns = {"packed": pa.array([row for rows in kept for row in rows], pa.binary())}
-    elif name.startswith("multinomial"):
-        columns = multinomial_columns(kept)
     else:
         columns = targets.encode(kept, 49152)
     return parquet_size(columns) / positions
@@ -234,22 +239,6 @@ def parquet_size(columns: dict[str, Any]) -> int:
     metadata = pq.read_metadata(stream)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     return sum(group.column(number).total_compressed_size for group in groups for number in range(metadata.num_columns))
-
-
-def multinomial_columns(draws: list[Array]) -> dict[str, Any]:
-    """Distinct ids in ascending order as gaps, how often each was drawn, and how many there are."""
-    gaps, counts, distinct = [], [], []
-    for row in np.concatenate(draws):
-        ids, times = np.unique(row, return_counts=True)
-        gaps.append(np.diff(ids, prepend=0))
-        counts.append(times)
-        distinct.append(len(ids))
-    whole = np.array([len(distinct)])
-    return {
-        "target_ids": targets.list_array(np.concatenate(gaps).astype(np.uint16), np.array([sum(distinct)])),
-        "counts": targets.list_array(np.concatenate(counts).astype(np.uint8), np.array([sum(distinct)])),
-        "distinct": targets.list_array(np.array(distinct, dtype=np.uint8), whole),
-    }
 
 
 def random_sample(vocab: int, positions: int, n: int) -> targets.Sampled:

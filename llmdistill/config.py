@@ -119,8 +119,13 @@ class Targets(Section):
 
     @property
     def described(self) -> dict[str, Any]:
-        """What a dataset says of its targets."""
-        kept = {"sampled": {"n": self.n}, "multinomial": {"n": self.n}, "topk": {"k": self.k}}
+        """What a dataset says of its targets: what is kept, whether it is unbiased, and how far a stored value may be off."""
+        half_precision = {"relative_error": 2**-11}  # of a log-probability in float16
+        kept: dict[str, dict[str, Any]] = {
+            "sampled": {"n": self.n, "unbiased": True, **half_precision},
+            "multinomial": {"n": self.n, "unbiased": True, "relative_error": 0},
+            "topk": {"k": self.k, "unbiased": False, **half_precision},
+        }
         return {"kind": self.stored, **kept.get(self.stored, {})}
 
 

@@ -49,7 +49,7 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
     facts = [
         ("teacher", f"{teacher['model']} by {teacher['engine']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"),
         ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items())),
-        ("targets", ", ".join(str(value) if key == "kind" else f"{key} = {value}" for key, value in kept.items())),
+        ("targets", ", ".join([kept["kind"], *(f"{key} = {kept[key]}" for key in ("n", "k") if key in kept)])),
     ]
     if kept["kind"] != "none":
         facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes a position"))

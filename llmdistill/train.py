@@ -140,7 +140,7 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
             f"train.alpha is {experiment.train.alpha}, but {experiment.dataset_directory} has no soft targets "
             "(targets.kind: none); set train.alpha to 0 and train.compare_text_only to false, or targets.kind to online"
         )
-    if manifest["targets"]["kind"] == "sampled" and experiment.train.temperature != 1:
+    if manifest["targets"]["kind"] in ("sampled", "multinomial") and experiment.train.temperature != 1:
         raise InputError(
             f"train.temperature is {experiment.train.temperature:g}, but {experiment.dataset_directory} has sampled targets, "
             "which are unbiased at temperature 1 only; use 1, or targets.kind topk"

@@ -58,7 +58,7 @@ class DistillTrainer(trl.SFTTrainer):
     def __init__(self, model: Any, args: DistillConfig, train_dataset: Any, teacher: Any = None, **kwargs: Any) -> None:
         if args.alpha > 0 and teacher is None and "target_ids" not in train_dataset.column_names:
             raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
-        if args.temperature != 1 and kind_of(train_dataset.column_names) == "sampled":
+        if args.temperature != 1 and kind_of(train_dataset.column_names) in ("sampled", "multinomial"):
             raise ValueError(f"temperature is {args.temperature}, but sampled targets are unbiased at temperature 1 only")
         kwargs.setdefault("data_collator", DistillCollator(pad_token_id=0, max_length=args.max_length))
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)

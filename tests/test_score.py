@@ -41,7 +41,8 @@ def test_what_the_teacher_wrote_has_the_same_targets_when_it_reads_it(experiment
         equal += [len(np.intersect1d(a, b)) / len(np.union1d(a, b)) for a, b in zip(got, want, strict=True)]
     assert np.mean(equal) > 0.98
     manifest = read_manifest(experiment_file.parent / "scored/data")
-    assert manifest["targets"] == {"kind": name, key: size}
+    assert manifest["targets"] == read_manifest(experiment.directory("data"))["targets"]
+    assert (manifest["targets"]["kind"], manifest["targets"][key]) == (name, size)
     assert manifest["sampling"]["temperature"] == 1.0
 
 
