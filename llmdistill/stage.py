@@ -30,12 +30,15 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
     Raises:
         InputError: the directory holds something else, or the work of other settings.
     """
-    if not directory.exists() or not any(directory.iterdir()):
+    there = (
+        {entry.name for entry in directory.iterdir() if not entry.name.endswith(".unfinished")} if directory.exists() else set()
+    )
+    if not there:
         return "new"
     run = read_json(directory / RUN_FILE)
     if run is None or run.get("stage") != stage:
         raise InputError(f"{directory} holds something else than the work of `{stage}`; choose another `output`, or move it away")
-    if run["status"] != "done" and [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")] == [RUN_FILE]:
+    if run["status"] != "done" and there == {RUN_FILE}:
         return "new"  # it stopped before anything was finished: nothing to lose to other settings
     differences = [
         f"{key} was {_short(old)}, is {_short(new)}"

@@ -66,3 +66,8 @@ def test_a_model_is_known_by_its_content(tmp_path):
     (tmp_path / "b/config.json").write_text('{"a": 1}')
     assert first != stage.model_fingerprint(str(tmp_path / "b"), None)
     assert stage.model_fingerprint("org/name", "v1") == "org/name@v1"
+
+
+def test_a_stage_that_was_killed_while_it_claimed_its_directory_can_begin(tmp_path):
+    (tmp_path / ".run.json.host-1.unfinished").write_text('{"stage": "gen')
+    assert stage.claim(tmp_path, "generate", SETTINGS, INPUTS) == "new"

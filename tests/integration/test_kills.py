@@ -1,5 +1,6 @@
 """Work that is killed at any moment, again and again, ends in the same dataset."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -10,7 +11,11 @@ import time
 import pytest
 
 from llmdistill import load_dataset
+from llmdistill.config import load_experiment
 from llmdistill.dataset import read_manifest
+from llmdistill.generate import generate
+from llmdistill.score import score
+from llmdistill.shards import Share
 from tests.conftest import ROOT, run_cli
 
 WORKERS = 3
@@ -45,13 +50,19 @@ def start(command):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def work(stage, file, overrides, share):
+    """What a worker process does."""
+    run = {"generate": generate, "score": score}[stage]
+    run(load_experiment(file, overrides), share=Share(share, WORKERS))
+
+
 def wait_for_a_moment(worker, data, chance, number):
     """A moment while the worker runs: any at all, or, every other time, that at which it writes a shard."""
-    deadline = time.monotonic() + (chance.uniform(0.1, 8.0) if number % 2 else 120)
-    while worker.poll() is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + (chance.uniform(0, 3) if number % 2 else 60)
+    while worker.is_alive() and time.monotonic() < deadline:
         if number % 2 == 0 and list(data.glob(f".train-*-{worker.pid}.unfinished")):
             return
-        time.sleep(0.0005)
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("stage", ["generate", "score"])
@@ -60,33 +71,41 @@ def test_kills_at_random_moments_lose_nothing(prepared, stage):
 
     A worker that was killed is started again with the same share. The engine is exact, so the bytes are those of the
     undisturbed run; a shard that was there before a kill is not touched by anything after it. When a dataset is complete
-    and there are kills left, another one is begun.
+    and there are kills left, another one is begun. (The workers are forked from a process that has done the imports.)
     """
     file, directory = prepared
-    source = ("--score.source", directory / "undisturbed/data") if stage == "score" else ()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llmdistill.generate", "llmdistill.score", "llmdistill.teachers.transformers"])
     undisturbed = directory / ("undisturbed/data" if stage == "generate" else "undisturbed-score/data")
     chance, kills, begun = random.Random(stage), 0, 0
     while kills < KILLS // 2:
         begun += 1
         data = directory / f"killed-{stage}-{begun}/data"
-        command = [sys.executable, "-m", "llmdistill", stage, file, "--output", data.parent, *source, "--shards"]
-        commands = [[*map(str, command), f"{worker}/{WORKERS}"] for worker in range(1, WORKERS + 1)]
-        workers = [start(command) for command in commands]
+        overrides = [("output", str(data.parent))]
+        if stage == "score":
+            overrides.append(("score.source", str(directory / "undisturbed/data")))
+
+        def started(share, overrides=overrides):
+            worker = context.Process(target=work, args=(stage, file, overrides, share))
+            worker.start()
+            return worker
+
+        workers = [started(share) for share in range(WORKERS)]
         seen = {}
-        while kills < KILLS // 2 and any(worker.poll() is None for worker in workers):
+        while kills < KILLS // 2 and any(worker.is_alive() for worker in workers):
             victim = chance.randrange(WORKERS)
             wait_for_a_moment(workers[victim], data, chance, kills)
-            if workers[victim].poll() is not None:
+            if not workers[victim].is_alive():
                 continue
             workers[victim].kill()
-            workers[victim].communicate()
+            workers[victim].join()
             kills += 1
             for path in data.glob("train-*.parquet"):
                 assert seen.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
-            workers[victim] = start(commands[victim])
+            workers[victim] = started(victim)
         for worker in workers:
-            _, errors = worker.communicate(timeout=300)
-            assert worker.returncode == 0, errors
+            worker.join(120)
+            assert worker.exitcode == 0
         assert shards(data) == shards(undisturbed)
         assert not list(data.glob(".*"))
     assert list(load_dataset(data)["id"]) == list(load_dataset(undisturbed)["id"])

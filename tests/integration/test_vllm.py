@@ -173,3 +173,25 @@ def test_vllm_serves_the_trained_student(generated, tmp_path):
     )
     assert served.returncode == 0, served.stderr
     assert len(load_dataset(tmp_path / "served/data")) == 2
+
+
+def test_text_that_vllm_reads_has_the_distributions_of_transformers(generated, smollm2, tmp_path):
+    """The rows that vLLM wrote, read by it again in float32 with the 256 most likely tokens, against one plain pass."""
+    directory, rows = generated
+    file = directory.parent.parent / "experiment.yaml"
+    arguments = ["--output", tmp_path, "--score.source", directory, "--teacher.dtype", "float32", "--targets.k", 256]
+    result = run_cli("score", file, *arguments)
+    assert result.returncode == 0, result.stderr
+    read = load_dataset(tmp_path / "data")
+    assert list(read["id"]) == list(rows["id"])
+    assert list(read["finish_reason"]) == list(rows["finish_reason"])
+    for mine, theirs in zip(read, rows, strict=True):
+        assert mine["input_ids"].tolist() == theirs["input_ids"].tolist()
+    batch = DistillCollator(0)([read[n] for n in range(len(read))])
+    with torch.inference_mode():
+        logprobs_NV = completion_logits(load_model(str(smollm2), dtype="float32"), batch).log_softmax(-1)
+    torch.testing.assert_close(batch["target_logprobs"], logprobs_NV.gather(1, batch["target_ids"]), atol=0.02, rtol=1e-3)
+    assert (batch["target_ids"][:, :1] == logprobs_NV.topk(1).indices).float().mean() > 0.99
+    written = torch.from_numpy(np.concatenate([row["token_logprobs"] for row in read]))
+    labels = batch["labels"][batch["labels"] != -100]
+    torch.testing.assert_close(written, logprobs_NV.gather(1, labels[:, None])[:, 0], atol=2e-3, rtol=1e-3)
