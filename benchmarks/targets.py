@@ -33,11 +33,11 @@ import torch
 
 from llmdistill import pps, targets
 from llmdistill.collator import DistillCollator, completion_logits
-from llmdistill.config import Generate, Prompts, Targets, Teacher
+from llmdistill.config import Generate, Prompts, Prune, Targets, Teacher
 from llmdistill.dataset import parquet_encoding
 from llmdistill.models import load_model, load_tokenizer
 from llmdistill.prompts import load_prompts
-from llmdistill.student import evenly_spaced, prune_layers
+from llmdistill.student import choose, cut
 from llmdistill.teachers import Request
 from llmdistill.teachers.transformers import TransformersEngine
 
@@ -203,8 +203,8 @@ def distributions(temperature: float, positions: int, student_path: str | None) 
         Targets(kind="none"),
         [tokenizer.eos_token_id],
     )
-    layers = evenly_spaced(engine.model.config.num_hidden_layers, 15)
-    student = load_model(student_path) if student_path else prune_layers(engine.model, layers)
+    half = choose(Prune(layers=15), engine.model.config, None)
+    student = load_model(student_path) if student_path else cut(engine.model, half)
     requests = [Request(index, prompt_ids, seed=index) for index, prompt_ids in enumerate(ids)]
     left = positions
     for start in range(0, len(requests), 16):

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from llmdistill.config import Experiment
+from llmdistill.config import Experiment, Prune
 
 
 def describe_targets(targets: dict[str, Any]) -> str:
@@ -57,6 +57,12 @@ def _table(facts: dict[str, str]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())])
 
 
+def _pruned_to(prune: Prune) -> str:
+    given = prune.model_dump(exclude_none=True, exclude={"by", "calibration_rows"})
+    chosen = f" (by {prune.by})" if "layers" in given else ""
+    return ", ".join(f"{name} {value}" for name, value in given.items()) + chosen
+
+
 def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alpha: float, results: dict[str, float]) -> str:
     """The README.md of a trained student."""
     student, train = experiment.student, experiment.train
@@ -75,7 +81,7 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alph
         else describe_targets(manifest["targets"])
     )
     facts = {
-        "starts from": f"`{base}`" + (f" with layers {student.prune.layers} (by {student.prune.by})" if student.prune else ""),
+        "starts from": f"`{base}`" + (f", pruned to {_pruned_to(student.prune)}" if student.prune else ""),
         "loss": f"{1 - alpha:.2g} × cross-entropy on the teacher's text + {alpha:.2g} × {train.loss}",
         "temperature": f"{train.temperature:g}",
         "data": f"{rows:,} rows, {tokens:,} completion tokens, written by `{manifest['teacher']['model']}`",

@@ -26,6 +26,7 @@ STAGES = {
         ("teacher", "score", "generate.rows_per_shard", "targets"),
     ),
     "curate": ("filter the dataset and hold rows out for evaluation, counting every rejected row", ("curate", "eval.held_out")),
+    "prune": ("cut the student out of the teacher, and say what went and why", ("teacher", "student.prune")),
     "train": ("train the student on the dataset", ("student", "train")),
     "eval": ("measure the student against the teacher on held-out rows", ("eval",)),
     "report": ("write report.html and report.md", ()),

@@ -197,12 +197,31 @@ class CurateStep(Section):
 
 
 class Prune(Section):
-    """The student is the teacher with fewer layers; embeddings, final norm and head are kept."""
+    """The student is the teacher with less of it: fewer layers, or narrower ones. What is not given stays whole."""
 
-    layers: int | list[int]
+    layers: int | list[int] | None = None
     """How many layers stay, or which ones (counted from 0)."""
     by: Literal["even", "block_influence"] = "even"
     """How the layers that stay are chosen: evenly spaced, or those that change their input most on the dataset."""
+    intermediate_size: int | None = Field(default=None, ge=1)
+    """Feed-forward neurons that stay in every layer, those with the largest activation on the dataset."""
+    key_value_heads: int | None = Field(default=None, ge=1)
+    """Key-value heads that stay in every layer, each with its query heads, those with the largest output on the dataset."""
+    hidden_size: int | None = Field(default=None, ge=1)
+    """Channels that stay between the layers, those with the largest activation after the norms on the dataset."""
+    calibration_rows: int = Field(default=64, ge=1)
+    """Rows of the dataset on which all of this is measured."""
+
+    @model_validator(mode="after")
+    def _something(self) -> "Prune":
+        if all(getattr(self, name) is None for name in ("layers", "intermediate_size", "key_value_heads", "hidden_size")):
+            raise ValueError("give at least one of layers, intermediate_size, key_value_heads and hidden_size")
+        return self
+
+    @property
+    def measured(self) -> bool:
+        """Whether rows of the dataset are needed to choose what stays."""
+        return self.by == "block_influence" or any((self.intermediate_size, self.key_value_heads, self.hidden_size))
 
 
 class Lora(Section):
@@ -291,14 +310,9 @@ class Experiment(Section):
     train: Train = Train()
     eval: Eval = Eval()
 
-    def directory(self, name: Literal["data", "curated", "student", "student-text-only", "eval"]) -> Path:
+    def directory(self, name: Literal["data", "curated", "pruned", "student", "student-text-only", "eval"]) -> Path:
         """Where a stage writes."""
         return Path(self.output) / name
-
-    @property
-    def pruned_directory(self) -> Path:
-        """The pruned teacher before training."""
-        return self.directory("student") / "before"
 
     @property
     def dataset_directory(self) -> Path:

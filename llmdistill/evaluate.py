@@ -139,7 +139,7 @@ def _subjects(experiment: Experiment) -> list[Subject]:
     if student.model:
         found.append(Subject("student before", student.model, student.revision, student.trust_remote_code))
     else:
-        found.append(Subject("student before", str(experiment.pruned_directory)))
+        found.append(Subject("student before", str(experiment.directory("pruned"))))
     found.append(Subject("student", str(trained)))
     if experiment.train.compare_text_only:
         found.append(Subject("student, text only", str(experiment.directory("student-text-only"))))

@@ -8,7 +8,8 @@ from llmdistill.config import Experiment
 
 def stages(experiment: Experiment) -> list[str]:
     """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it."""
-    return ["score" if experiment.score else "generate", "curate", "train", "eval", "report"]
+    first = "score" if experiment.score else "generate"
+    return [first, "curate", *(["prune"] if experiment.student.prune else []), "train", "eval", "report"]
 
 
 def run_pipeline(experiment: Experiment, arguments: list[str]) -> None:

@@ -13,8 +13,8 @@ from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, vocabulary_hash
 from llmdistill.progress import StageBar, console, say
+from llmdistill.prune import ensure_pruned
 
-_CALIBRATION_ROWS = 64  # of the dataset, on which block influence is measured
 # Set by keys of their own; given under train.args they would contradict them.
 _RESERVED = {"output_dir": "output", "loss": "train.loss", "alpha": "train.alpha", "temperature": "train.temperature"}
 
@@ -77,11 +77,10 @@ def _train_one(
         if not same_vocabulary:
             dataset = _tokenise_again(dataset, tokenizer)
         main = arguments.process_index == 0
-        student = _student(experiment, dataset, main)
+        student = _student(experiment)
         teacher = _online_teacher(experiment) if alpha else None
     if main:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
-        _keep_pruned(experiment, student, tokenizer, saved_dtype)
     label = "train" if alpha or not experiment.train.compare_text_only else "text only"
     trainer = DistillTrainer(
         model=student,
@@ -224,26 +223,17 @@ def _tokenise_again(dataset: Any, tokenizer: Any) -> Any:
     return plain.map(convert, remove_columns=[name for name in plain.column_names if name not in kept]).with_format("numpy")
 
 
-def _student(experiment: Experiment, dataset: Any, main: bool) -> Any:
+def _student(experiment: Experiment) -> Any:
     """The model before training: float32 where all weights train, its own precision under LoRA."""
-    model, revision, trust = _origin(experiment)
-    prune = experiment.student.prune
-    dtype = "auto" if experiment.student.lora else "float32"
-    if prune is None:
-        return load_model(model, revision, dtype, trust, "student.model")
-    if experiment.pruned_directory.exists():
-        return load_model(str(experiment.pruned_directory), None, dtype)
-    from llmdistill.student import block_influence, choose_layers, prune_layers
+    from accelerate import PartialState
 
-    teacher = load_model(model, revision, dtype, trust)
-    layers = teacher.config.get_text_config().num_hidden_layers
-    influence = None
-    if prune.by == "block_influence":
-        influence = block_influence(teacher, [dataset[number] for number in range(min(_CALIBRATION_ROWS, len(dataset)))])
-    keep = choose_layers(prune, layers, influence)
-    if main:
-        say("prune", f"keeps layers {', '.join(map(str, keep))} of {layers}")
-    return prune_layers(teacher, keep)
+    model, revision, trust = _origin(experiment)
+    dtype = "auto" if experiment.student.lora else "float32"
+    if experiment.student.prune is None:
+        return load_model(model, revision, dtype, trust, "student.model")
+    with PartialState().main_process_first():
+        ensure_pruned(experiment)
+    return load_model(str(experiment.directory("pruned")), None, dtype)
 
 
 def _online_teacher(experiment: Experiment) -> Any:
@@ -252,18 +242,6 @@ def _online_teacher(experiment: Experiment) -> Any:
     if experiment.targets.kind != "online":
         return None
     return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code)
-
-
-def _keep_pruned(experiment: Experiment, student: Any, tokenizer: Any, saved_dtype: Any) -> None:
-    """Save the pruned teacher: evaluation needs it, and every training of this experiment starts from it."""
-    directory = experiment.pruned_directory
-    if experiment.student.prune is None or directory.exists():
-        return
-    dtype = student.dtype
-    unfinished = directory.with_name(f".{directory.name}.unfinished")
-    _save(student, tokenizer, unfinished, saved_dtype)
-    unfinished.rename(directory)
-    student.to(dtype)  # exact: its weights come from a checkpoint in the saved precision
 
 
 def _lora(experiment: Experiment) -> Any:

@@ -120,11 +120,42 @@ def test_lora_by_two_lines_of_yaml(finished_run, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "student/adapter/adapter_config.json").exists()
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
-    before = AutoModelForCausalLM.from_pretrained(tmp_path / "student/before").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()
     assert trained.keys() == before.keys()
     changed = {name for name in trained if not torch.equal(trained[name], before[name])}
     assert changed
     assert all("_proj" in name for name in changed)
+
+
+def test_a_narrower_student(finished_run, tmp_path):
+    """Cut by width on its own, said part by part, and trained from there without being cut again."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file, _ = finished_run
+    width = "{layers: 3, intermediate_size: 40, key_value_heads: 1, hidden_size: 24}"
+    overrides = ["--output", tmp_path, "--train.dataset", output(file) / "curated", "--train.compare_text_only", "false"]
+    overrides += ["--student.prune", width]
+    pruned = run_cli("prune", file, *overrides)
+    assert pruned.returncode == 0, pruned.stderr
+    for part in (
+        "keeps layers 0, 2, 3 of 4",
+        "keeps 40 of 64 feed-forward neurons",
+        "1 of 2 key-value heads",
+        "24 of 32 channels",
+    ):
+        assert part in pruned.stdout
+    assert "is finished" in run_cli("prune", file, *overrides).stdout
+    written = (tmp_path / "pruned/model.safetensors").stat().st_mtime_ns
+    trained = run_cli("train", file, *overrides)
+    assert trained.returncode == 0, trained.stderr
+    assert (tmp_path / "pruned/model.safetensors").stat().st_mtime_ns == written
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert student.get_input_embeddings().weight.shape[1] == 24
+    assert torch.isfinite(student(torch.arange(9)[None]).logits).all()
+    other = run_cli("prune", file, *overrides, "--student.prune.layers", 2)
+    assert other.returncode == 2
+    assert "student.prune.layers was 3, is 2" in other.stderr
 
 
 def test_an_existing_model_as_student(finished_run, tiny, tmp_path):
@@ -137,7 +168,7 @@ def test_an_existing_model_as_student(finished_run, tiny, tmp_path):
     models = json.loads((tmp_path / "eval/metrics.json").read_text())["models"]
     assert [model["name"] for model in models] == ["teacher", "student before", "student"]
     assert models[1]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert not (tmp_path / "student/before").exists()
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_text_only_targets(experiment_file):
