@@ -82,7 +82,7 @@ def test_a_second_run_does_nothing_twice(finished_run):
     before = {path: path.stat().st_mtime_ns for path in output(file).rglob("*") if path.is_file() and "report" not in path.name}
     result = run_cli("run", file)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("is finished") == 5
+    assert result.stdout.count("is finished") == 6
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
