@@ -263,16 +263,34 @@ class Train(Section):
 
     dataset: str | None = None
     """The dataset's directory; what `curate` wrote if not given."""
-    loss: Literal["forward_kl"] = "forward_kl"
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"] = (
+        "forward_kl"
+    )
     """The divergence between teacher and student at each completion token."""
     alpha: float = Field(default=0.9, ge=0, le=1)
     """Weight of the soft targets; the rest, 1 - alpha, is cross-entropy on the teacher's text."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of both distributions inside the divergence, which is multiplied by its square."""
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    """Weight inside the mixture of teacher and student (loss jsd: 0.5 if not given; skew_kl and skew_reverse_kl: 0.1)."""
     compare_text_only: bool = False
     """Train a second student for the same steps on the text alone (alpha 0), so that `eval` shows the difference."""
     args: PassedOn = {}
     """Any argument of `trl.SFTConfig`: learning_rate, num_train_epochs, report_to, …"""
+
+    @model_validator(mode="after")
+    def _beta_has_a_mixture(self) -> "Train":
+        if self.beta is not None and self.loss not in ("jsd", "skew_kl", "skew_reverse_kl"):
+            raise ValueError(f"beta is {self.beta}, but {self.loss} has no such parameter")
+        return self
+
+    def against(self, kind: str) -> str | None:
+        """Why this loss cannot learn from targets of a kind; None if it can."""
+        if kind in ("sampled", "multinomial") and self.loss != "forward_kl":
+            return f"train.loss is {self.loss}, but of sampled targets only forward_kl has an unbiased estimate"
+        if kind in ("sampled", "multinomial") and self.temperature != 1:
+            return f"train.temperature is {self.temperature:g}, but sampled targets are unbiased at temperature 1 only"
+        return None
 
 
 class Eval(Section):
@@ -309,6 +327,13 @@ class Experiment(Section):
     student: Student = Student()
     train: Train = Train()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _loss_fits_the_targets(self) -> "Experiment":
+        reason = self.train.against(self.targets.kind)
+        if reason and self.train.dataset is None:
+            raise ValueError(f"{reason}; set targets.kind to topk")
+        return self
 
     def directory(self, name: Literal["data", "curated", "pruned", "student", "student-text-only", "eval"]) -> Path:
         """Where a stage writes."""

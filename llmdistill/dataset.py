@@ -310,7 +310,7 @@ def load_dataset(directory: str | Path, split: Split = "train") -> "datasets.Dat
 def read_batches(files: Sequence[Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The rows of some shards, at most `ROW_GROUP` at a time."""
     for file in files:
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(file, pre_buffer=False) as parquet:  # else it holds what it has read up to the end of the file
             for batch in parquet.iter_batches(batch_size=ROW_GROUP, columns=columns):
                 yield pa.Table.from_batches([batch])
 

@@ -1,12 +1,24 @@
-"""The losses: pure functions of tensors, in nats, one value a completion token.
+"""The losses: pure functions of tensors, in nats, one value a completion token, in float32 whatever they are given.
 
-Let p be the teacher on its stored support S, r = 1 − Σ_S p the mass outside, q the student's softmax, y the token that
-was written. Every function returns a tensor of shape (N,); the caller sums it and divides by the completion tokens of
-the whole global batch.
+Let p be the teacher, q the student's softmax, y the token that was written. A divergence is defined once, on the
+log-probabilities of two distributions over the same J outcomes. For an online teacher the outcomes are the vocabulary
+(`divergence`); for stored top-k targets they are the K tokens of the support and, last, everything outside it
+(`topk_divergence`). Sampled targets allow forward KL alone (`sampled_kl`). Every function returns a tensor of shape (N,);
+the caller sums it and divides by the completion tokens of the whole global batch.
 """
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+SMALLEST = -1e30  # stands for log 0 where an infinite value would turn gradients into NaN
+# What reverse KL takes for the logarithm of a teacher's probability of zero, where it would be infinite: the mass outside
+# a support is one minus a sum, and float32 cannot tell less than 2^-24 from nothing there.
+_LOG_ZERO = -24 * math.log(2)
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -16,48 +28,54 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
         logits_NV: the student's logits at the positions that predict completion tokens, any float type.
         labels_N: the completion tokens.
     """
-    return torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+    return torch.nn.functional.cross_entropy(_wide(logits_NV), labels_N, reduction="none")
 
 
-def forward_kl(logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, tail_N: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher ‖ student) on the stored support and one bucket for everything else, times temperature².
+def divergence(name: str, teacher_NJ: Tensor, student_NJ: Tensor, temperature: float = 1.0, beta: float | None = None) -> Tensor:
+    """A divergence between two distributions over the same J outcomes, times temperature².
 
-    Σ_S p log(p/q) + r log(r / (1 − Σ_S q)); at K = V, where r = 0, this is the dense KL. By the data-processing
-    inequality it never exceeds the dense KL at temperature 1.
-
-    A temperature T ≠ 1 is applied to the partition of K + 1 outcomes, teacher and student alike: each probability, the
-    bucket's included, to the power 1/T, then normalised. For K = V this is the usual softmax at temperature T; for
-    K < V the bucket is softened as one outcome, since what it holds is not stored. The factor T² keeps the gradients'
-    size (Hinton et al. 2015, arXiv 1503.02531).
+    With two full rows of logits (J = V) this is the dense loss against an online teacher. The factor T² keeps the
+    gradients' size (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        logits_NV: the student's logits, any float type; computed in float32.
+        name: one of `DIVERGENCES`.
+        teacher_NJ: logits or log-probabilities, any float type; −inf is a probability of zero.
+        student_NJ: the same of the student; finite.
+        temperature: T: each probability to the power 1/T, then normalised, for teacher and student alike.
+        beta: of the mixture, between 0 and 1, for the divergences that have one; the paper's if not given.
+    """
+    mixture = {} if beta is None else {"beta": beta}
+    log_p_NJ = (_wide(teacher_NJ) / temperature).log_softmax(dim=1)
+    log_q_NJ = (_wide(student_NJ) / temperature).log_softmax(dim=1)
+    return DIVERGENCES[name](log_p_NJ, log_q_NJ, **mixture) * temperature**2
+
+
+def topk_divergence(
+    name: str,
+    logits_NV: Tensor,
+    ids_NK: Tensor,
+    logprobs_NK: Tensor,
+    tail_N: Tensor,
+    temperature: float = 1.0,
+    beta: float | None = None,
+) -> Tensor:
+    """The divergence on the stored support and one bucket for everything else, times temperature².
+
+    At K = V it equals the dense one. At temperature 1 an f-divergence (all but `adaptive_kl`) never exceeds the dense
+    one, by the data-processing inequality. A temperature T ≠ 1 is applied to the K + 1 outcomes, the bucket softened as
+    one of them, since what it holds is not stored.
+
+    Args:
+        name: one of `DIVERGENCES`.
+        logits_NV: the student's logits, any float type.
         ids_NK: the support, without repeats in a row.
         logprobs_NK: the teacher's log-probabilities on it, natural logarithm.
-        tail_N: the teacher's mass outside the support, a probability.
+        tail_N: the teacher's mass outside the support, a probability; 0 at K = V.
         temperature: T.
+        beta: as in `divergence`.
     """
-    teacher_NJ = torch.cat([logprobs_NK.float(), tail_N.float().log()[:, None]], dim=1) / temperature
-    teacher_NJ = teacher_NJ.log_softmax(dim=1)
-    student_NJ = (student_partition(logits_NV, ids_NK) / temperature).log_softmax(dim=1)
-    p_NJ = teacher_NJ.exp()
-    # An outcome of probability zero adds nothing, whatever its logarithm: 0 × −inf would be NaN.
-    terms_NJ = torch.where(p_NJ > 0, p_NJ * (teacher_NJ.clamp(min=_SMALLEST) - student_NJ), 0.0)
-    return terms_NJ.sum(dim=1) * temperature**2
-
-
-def dense_kl(logits_NV: Tensor, teacher_logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher ‖ student) over the whole vocabulary, times temperature²: for a teacher that runs beside the student.
-
-    Args:
-        logits_NV: the student's logits, any float type; computed in float32.
-        teacher_logits_NV: the teacher's. Where one model's vocabulary is padded further, both are cut to the shorter.
-        temperature: T, of both softmaxes (Hinton et al. 2015, arXiv 1503.02531).
-    """
-    size = min(logits_NV.shape[1], teacher_logits_NV.shape[1])
-    log_q_NV = (logits_NV[:, :size].float() / temperature).log_softmax(dim=1)
-    log_p_NV = (teacher_logits_NV[:, :size].float() / temperature).log_softmax(dim=1)
-    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=1) * temperature**2
+    teacher_NJ, student_NJ = teacher_outcomes(logprobs_NK, tail_N), student_outcomes(logits_NV, ids_NK)
+    return divergence(name, teacher_NJ, student_NJ, temperature, beta)
 
 
 def sampled_kl(logits_NV: Tensor, ids_NK: Tensor, logweights_NK: Tensor, entropy_N: Tensor) -> Tensor:
@@ -69,27 +87,172 @@ def sampled_kl(logits_NV: Tensor, ids_NK: Tensor, logweights_NK: Tensor, entropy
     the teacher's distribution to the power 1/T is cannot be told without bias from a sample.
 
     Args:
-        logits_NV: the student's logits, any float type; computed in float32.
+        logits_NV: the student's logits, any float type.
         ids_NK: the sampled tokens.
         logweights_NK: natural logarithms of their weights, which add up to one in a row.
         entropy_N: −Σ w log p of the same sample, nats.
     """
-    logits_NV = logits_NV.float()
+    logits_NV = _wide(logits_NV)
     log_q_NK = logits_NV.gather(1, ids_NK) - logits_NV.logsumexp(dim=1, keepdim=True)
-    return -(logweights_NK.float().exp() * log_q_NK).sum(dim=1) - entropy_N.float()
+    return -(_wide(logweights_NK).exp() * log_q_NK).sum(dim=1) - _wide(entropy_N)
 
 
-def student_partition(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """The student's log-probabilities on the support and, last, of everything outside it; shape (N, K + 1).
+def teacher_outcomes(logprobs_NK: Tensor, tail_N: Tensor) -> Tensor:
+    """The teacher's log-probabilities on the support and, last, of everything outside it; shape (N, K + 1)."""
+    return torch.cat([_wide(logprobs_NK), _wide(tail_N).log()[:, None]], dim=1)
+
+
+def student_outcomes(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """The student's log-probabilities, up to a constant, on the same outcomes; shape (N, K + 1).
 
     The outside is summed over the other logits, not taken as 1 − Σ_S q, which has no digits left when q is sure.
     """
-    logits_NV = logits_NV.float()
-    inside_NK = logits_NV.gather(1, ids_NK)
-    outside_N1 = logits_NV.scatter(1, ids_NK, _SMALLEST).logsumexp(dim=1, keepdim=True)
-    partition_NJ = torch.cat([inside_NK, outside_N1], dim=1)
-    return partition_NJ - partition_NJ.logsumexp(dim=1, keepdim=True)
+    logits_NV = _wide(logits_NV)
+    outside_N = logits_NV.scatter(1, ids_NK, SMALLEST).logsumexp(dim=1)
+    return torch.cat([logits_NV.gather(1, ids_NK), outside_N[:, None]], dim=1)
 
 
-# Stands for log 0 where an infinite value would turn gradients into NaN.
-_SMALLEST = -1e30
+def forward_kl(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
+    """Σ p log(p/q): the student covers whatever the teacher might say (Hinton et al. 2015, arXiv 1503.02531)."""
+    return _kl(log_p_NJ, log_q_NJ)
+
+
+def reverse_kl(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
+    """Σ q log(q/p): the student says nothing that the teacher would not (MiniLLM, arXiv 2306.08543)."""
+    return _kl(log_q_NJ, log_p_NJ.masked_fill(log_p_NJ.isneginf(), _LOG_ZERO))
+
+
+def jsd(log_p_NJ: Tensor, log_q_NJ: Tensor, beta: float = 0.5) -> Tensor:
+    """Generalised Jensen-Shannon: β KL(p ‖ m) + (1 − β) KL(q ‖ m), m = βp + (1 − β)q (GKD, arXiv 2306.13649)."""
+    log_m_NJ = _mixture(log_p_NJ, log_q_NJ, beta)
+    return beta * _kl(log_p_NJ, log_m_NJ) + (1 - beta) * _kl(log_q_NJ, log_m_NJ)
+
+
+def skew_kl(log_p_NJ: Tensor, log_q_NJ: Tensor, beta: float = 0.1) -> Tensor:
+    """KL(p ‖ βp + (1 − β)q): forward KL that stays below log(1/β) (DistiLLM, arXiv 2402.03898)."""
+    return _kl(log_p_NJ, _mixture(log_p_NJ, log_q_NJ, beta))
+
+
+def skew_reverse_kl(log_p_NJ: Tensor, log_q_NJ: Tensor, beta: float = 0.1) -> Tensor:
+    """KL(q ‖ βq + (1 − β)p): reverse KL that stays below log(1/β) (DistiLLM, arXiv 2402.03898)."""
+    return _kl(log_q_NJ, _mixture(log_q_NJ, log_p_NJ, beta))
+
+
+def adaptive_kl(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
+    """Adaptive KL: s KL(p ‖ q) + (1 − s) KL(q ‖ p), s the share of Σ |p − q| that lies in the head (arXiv 2404.02657).
+
+    The head is the smallest set of the teacher's most likely outcomes that holds half its mass; s has no gradient.
+    """
+    p_NJ = log_p_NJ.exp()
+    gap_NJ = (p_NJ - log_q_NJ.detach().exp()).abs()
+    sorted_NJ, order_NJ = p_NJ.sort(dim=1, descending=True, stable=True)
+    is_head_NJ = sorted_NJ.cumsum(dim=1) - sorted_NJ < 0.5
+    head_N = (gap_NJ.gather(1, order_NJ) * is_head_NJ).sum(dim=1)
+    share_N = head_N / gap_NJ.sum(dim=1).clamp(min=torch.finfo(gap_NJ.dtype).tiny)
+    return share_N * forward_kl(log_p_NJ, log_q_NJ) + (1 - share_N) * reverse_kl(log_p_NJ, log_q_NJ)
+
+
+def total_variation(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
+    """½ Σ |p − q|, between 0 and 1 (f-distill, arXiv 2307.15190)."""
+    return (log_p_NJ.exp() - log_q_NJ.exp()).abs().sum(dim=1) / 2
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function
+    for function in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, adaptive_kl, total_variation)
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """(1 − alpha) · cross-entropy + alpha · divergence.
+
+    Args:
+        loss: the divergence, one of `DIVERGENCES`.
+        alpha: its weight.
+        temperature: of both distributions inside the divergence, which is multiplied by its square.
+        beta: of the mixture inside `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's if not given.
+
+    Raises:
+        ValueError: one of them is out of its range, or beta is given for a divergence without a mixture.
+    """
+
+    loss: str = "forward_kl"
+    alpha: float = 0.9
+    temperature: float = 1.0
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss not in DIVERGENCES:
+            raise ValueError(f"loss is {self.loss!r}, must be one of {', '.join(DIVERGENCES)}")
+        if not 0 <= self.alpha <= 1 or not self.temperature > 0:
+            raise ValueError(f"alpha must be in [0, 1] and temperature above 0, got {self.alpha} and {self.temperature}")
+        if self.beta is not None and "beta" not in inspect.signature(DIVERGENCES[self.loss]).parameters:
+            raise ValueError(f"beta is {self.beta}, but {self.loss} has no such parameter")
+        if self.beta is not None and not 0 < self.beta < 1:
+            raise ValueError(f"beta must be above 0 and below 1, got {self.beta}; forward_kl and reverse_kl are the ends of jsd")
+
+    def check_targets(self, kind: str) -> None:
+        """Refuse what sampled targets cannot give.
+
+        Raises:
+            ValueError: the divergence, or its temperature, has no unbiased estimate from a sample.
+        """
+        if kind in ("sampled", "multinomial") and self.loss != "forward_kl":
+            raise ValueError(f"loss is {self.loss}, but sampled targets give forward_kl alone: no other is linear in the teacher")
+        if kind in ("sampled", "multinomial") and self.temperature != 1:
+            raise ValueError(f"temperature is {self.temperature}, but sampled targets are unbiased at temperature 1 only")
+
+    def divergences(self, teacher_NJ: Tensor, student_NJ: Tensor) -> dict[str, Tensor]:
+        """The divergence under its name, and always forward KL, as `kl`, so that runs with different losses compare."""
+        found = {"kl": divergence("forward_kl", teacher_NJ, student_NJ, self.temperature)}
+        if self.loss != "forward_kl":
+            found[self.loss] = divergence(self.loss, teacher_NJ, student_NJ, self.temperature, self.beta)
+        return found
+
+    def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The loss from its parts, `ce` and the divergence; what has no weight gets no gradient."""
+        if self.alpha == 0:
+            return parts["ce"]
+        return (1 - self.alpha) * parts["ce"] + self.alpha * parts["kl" if self.loss == "forward_kl" else self.loss]
+
+
+def distillation_loss(
+    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Tensor], objective: Objective
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss summed over the tokens, and the detached sums of its parts.
+
+    Args:
+        logits_NV: the student's logits, any float type.
+        labels_N: the completion tokens.
+        targets: a batch of the collator; what it holds decides the form, and without soft targets it is cross-entropy.
+            `teacher_logits` (N, V), of a teacher that runs beside the student, come before any stored ones.
+        objective: what to compute.
+    """
+    parts = {"ce": cross_entropy(logits_NV, labels_N)}
+    with torch.set_grad_enabled(objective.alpha > 0 and torch.is_grad_enabled()):
+        if "teacher_logits" in targets:
+            size = min(logits_NV.shape[1], targets["teacher_logits"].shape[1])  # one may be padded further than the other
+            parts |= objective.divergences(targets["teacher_logits"][:, :size], logits_NV[:, :size])
+        elif "target_logweights" in targets:
+            sample = (targets[name] for name in ("target_ids", "target_logweights", "target_entropy"))
+            parts["kl"] = sampled_kl(logits_NV, *sample)
+        elif "target_ids" in targets:
+            teacher_NJ = teacher_outcomes(targets["target_logprobs"], targets["target_tail"])
+            parts |= objective.divergences(teacher_NJ, student_outcomes(logits_NV, targets["target_ids"]))
+    return objective.combine(parts).sum(), {name: values.detach().sum() for name, values in parts.items()}
+
+
+def _kl(log_a_NJ: Tensor, log_b_NJ: Tensor) -> Tensor:
+    """Σ a log(a/b); an outcome with a = 0 adds nothing, whatever its logarithm: 0 × −inf would be NaN."""
+    return (log_a_NJ.exp() * (log_a_NJ.clamp(min=SMALLEST) - log_b_NJ)).sum(dim=1)
+
+
+def _mixture(log_a_NJ: Tensor, log_b_NJ: Tensor, share: float) -> Tensor:
+    """log(share · a + (1 − share) · b)."""
+    return torch.logaddexp(log_a_NJ + math.log(share), log_b_NJ + math.log1p(-share))
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least; float64 stays, for tests."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

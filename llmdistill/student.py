@@ -155,7 +155,9 @@ def cut(teacher: Any, kept: Kept) -> Any:
         config.validate()
         student = type(teacher)._from_config(config, dtype=teacher.dtype).to(teacher.device)
     except Exception as error:  # configurations check themselves, each in its own way
-        raise InputError(f"student.prune: {type(teacher).__name__} cannot have these sizes: {str(error).splitlines()[-1].strip()}") from None
+        raise InputError(
+            f"student.prune: {type(teacher).__name__} cannot have these sizes: {str(error).splitlines()[-1].strip()}"
+        ) from None
     student.load_state_dict(state)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()

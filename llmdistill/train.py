@@ -16,7 +16,7 @@ from llmdistill.progress import StageBar, console, say
 from llmdistill.prune import ensure_pruned
 
 # Set by keys of their own; given under train.args they would contradict them.
-_RESERVED = {"output_dir": "output", "loss": "train.loss", "alpha": "train.alpha", "temperature": "train.temperature"}
+_RESERVED = {"output_dir": "output"} | {name: f"train.{name}" for name in ("loss", "alpha", "temperature", "beta")}
 
 
 def train(experiment: Experiment, dry_run: bool = False) -> None:
@@ -139,11 +139,8 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
             f"train.alpha is {experiment.train.alpha}, but {experiment.dataset_directory} has no soft targets "
             "(targets.kind: none); set train.alpha to 0 and train.compare_text_only to false, or targets.kind to online"
         )
-    if manifest["targets"]["kind"] in ("sampled", "multinomial") and experiment.train.temperature != 1:
-        raise InputError(
-            f"train.temperature is {experiment.train.temperature:g}, but {experiment.dataset_directory} has sampled targets, "
-            "which are unbiased at temperature 1 only; use 1, or targets.kind topk"
-        )
+    if reason := experiment.train.against(manifest["targets"]["kind"]):
+        raise InputError(f"{reason}, and {experiment.dataset_directory} has sampled ones; use targets.kind topk")
 
 
 def _arguments(experiment: Experiment, directory: Path, alpha: float) -> Any:
@@ -173,6 +170,7 @@ def _arguments(experiment: Experiment, directory: Path, alpha: float) -> Any:
         "loss": experiment.train.loss,
         "alpha": alpha,
         "temperature": experiment.train.temperature,
+        "beta": experiment.train.beta,
     }
     try:
         arguments = DistillConfig(**{**defaults, **experiment.train.args, **ours})

@@ -1,38 +1,36 @@
 """`DistillTrainer`: TRL's `SFTTrainer` with the distillation loss on stored soft targets."""
 
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import trl
 
-from llmdistill import losses
 from llmdistill.collator import TARGET_COLUMNS, DistillCollator, completion_logits
+from llmdistill.losses import Objective, distillation_loss
 from llmdistill.targets import kind_of
 
 
 @dataclass
 class DistillConfig(trl.SFTConfig):
-    """A `trl.SFTConfig` with three more fields.
+    """A `trl.SFTConfig` with four more fields.
 
     Args:
-        loss: the divergence between teacher and student, `forward_kl`.
+        loss: the divergence between teacher and student, one of `losses.DIVERGENCES`.
         alpha: weight of the divergence; the rest, 1 − alpha, is cross-entropy on the teacher's text.
         temperature: of both distributions inside the divergence, which is multiplied by its square.
+        beta: of the mixture inside `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's if not given.
     """
 
     loss: str = field(default="forward_kl", metadata={"help": "Divergence between teacher and student."})
     alpha: float = field(default=0.9, metadata={"help": "Weight of the divergence; the rest is cross-entropy."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature inside the divergence."})
+    beta: float | None = field(default=None, metadata={"help": "Of the mixture inside jsd, skew_kl and skew_reverse_kl."})
     max_length: int | None = field(default=None, metadata={"help": "Sequences are cut to so many tokens; whole by default."})
 
     def __post_init__(self) -> None:
-        if self.loss != "forward_kl":
-            raise ValueError(f"loss is {self.loss!r}, must be 'forward_kl'")
-        if not 0 <= self.alpha <= 1 or not self.temperature > 0:
-            raise ValueError(f"alpha must be in [0, 1] and temperature above 0, got {self.alpha} and {self.temperature}")
+        self.objective()
         # What would change the loss without being part of it is refused, not ignored.
         for name in ("packing", "padding_free", "assistant_only_loss", "label_smoothing_factor"):
             if getattr(self, name):
@@ -40,13 +38,18 @@ class DistillConfig(trl.SFTConfig):
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
 
+    def objective(self) -> Objective:
+        """The loss that these fields describe."""
+        return Objective(self.loss, self.alpha, self.temperature, self.beta)
+
 
 class DistillTrainer(trl.SFTTrainer):
     """Trains on a dataset of `llmdistill.load_dataset`: exact token ids, completion tokens only, soft targets.
 
     loss = Σ over completion tokens of ((1 − alpha) · cross-entropy + alpha · divergence) / N, where N counts the
     completion tokens of the whole global batch: of every gradient-accumulation step on every process. So it does not
-    depend on how the global batch is cut up. `kl` and `ce` in the logs are the two parts in nats a token.
+    depend on how the global batch is cut up. In the logs are the parts, in nats a token: `ce`, the divergence under its
+    name, and always `kl`, the forward KL on the same targets.
 
     With a `teacher`, a model, the divergence is from its full distribution, computed beside the student at every step; the
     dataset's soft targets are not looked at.
@@ -58,8 +61,8 @@ class DistillTrainer(trl.SFTTrainer):
     def __init__(self, model: Any, args: DistillConfig, train_dataset: Any, teacher: Any = None, **kwargs: Any) -> None:
         if args.alpha > 0 and teacher is None and "target_ids" not in train_dataset.column_names:
             raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
-        if args.temperature != 1 and kind_of(train_dataset.column_names) in ("sampled", "multinomial"):
-            raise ValueError(f"temperature is {args.temperature}, but sampled targets are unbiased at temperature 1 only")
+        if teacher is None:
+            args.objective().check_targets(kind_of(train_dataset.column_names))
         kwargs.setdefault("data_collator", DistillCollator(pad_token_id=0, max_length=args.max_length))
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.aux_loss_enabled:
@@ -76,16 +79,14 @@ class DistillTrainer(trl.SFTTrainer):
         args = self.args
         logits_NV = completion_logits(model, inputs)
         labels_N = inputs["labels"][inputs["labels"] != -100]
-        ce = losses.cross_entropy(logits_NV, labels_N).sum()
-        loss = (1 - args.alpha) * ce
-        sums = {"ce": ce, "tokens": torch.tensor(float(len(labels_N)), device=ce.device)}
-        if self.teacher is not None or "target_ids" in inputs:
-            with torch.set_grad_enabled(args.alpha > 0 and torch.is_grad_enabled()):
-                sums["kl"] = self._divergence(logits_NV, inputs).sum()
-            loss = loss + args.alpha * sums["kl"]
+        if self.teacher is not None:
+            with torch.no_grad():
+                inputs = {**inputs, "teacher_logits": completion_logits(self.teacher, inputs)}
+        loss, sums = distillation_loss(logits_NV, labels_N, inputs, args.objective())
+        sums["tokens"] = torch.tensor(float(len(labels_N)), device=loss.device)
         mode = "train" if self.model.training else "eval"
         for name, value in sums.items():
-            self._sums[mode][name] = self._sums[mode][name].to(value.device) + value.detach().double()
+            self._sums[mode][name] = self._sums[mode][name].to(value.device) + value.double()
 
         if num_items_in_batch is None:
             loss = loss / max(len(labels_N), 1)
@@ -95,32 +96,18 @@ class DistillTrainer(trl.SFTTrainer):
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {"logits": logits_NV}) if return_outputs else loss
 
-    def _divergence(self, logits_NV: torch.Tensor, inputs: Any) -> torch.Tensor:
-        if self.teacher is None:
-            return divergence(logits_NV, inputs, self.args.temperature)
-        with torch.no_grad():
-            teacher_NV = completion_logits(self.teacher, inputs)
-        return losses.dense_kl(logits_NV, teacher_NV, self.args.temperature)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `ce` and `kl`, exact means over the tokens since the last log, and the tokens trained on so far."""
+        """Add the parts of the loss, exact means over the tokens since the last log, and the tokens trained on so far."""
         mode = "train" if self.model.training else "eval"
         sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self._sums[mode].items())}
         self._sums[mode].clear()
-        if sums.get("tokens"):
+        if tokens := sums.pop("tokens", 0):
             prefix = "eval_" if mode == "eval" else ""
-            logs |= {f"{prefix}{name}": sums[name] / sums["tokens"] for name in ("ce", "kl") if name in sums}
+            logs |= {f"{prefix}{name}": value / tokens for name, value in sums.items()}
             if mode == "train":
-                self._total_train_tokens += int(sums["tokens"])
+                self._total_train_tokens += int(tokens)
                 logs["num_completion_tokens"] = self._total_train_tokens
         super().log(logs, start_time)
-
-
-def divergence(logits_NV: torch.Tensor, batch: Mapping[str, torch.Tensor], temperature: float) -> torch.Tensor:
-    """Forward KL on whatever targets the batch has, shape (N,)."""
-    if "target_logweights" in batch:
-        return losses.sampled_kl(logits_NV, batch["target_ids"], batch["target_logweights"], batch["target_entropy"])
-    return losses.forward_kl(logits_NV, batch["target_ids"], batch["target_logprobs"], batch["target_tail"], temperature)
 
 
 def _zero() -> torch.Tensor:

@@ -113,7 +113,7 @@ def test_channels_that_are_always_zero_go_first_and_the_rest_loads_again(family,
 
 def test_a_size_that_the_architecture_does_not_allow(tiny):
     model = load_model(str(tiny))
-    with pytest.raises(InputError, match=r"student.prune: LlamaForCausalLM cannot have these sizes: .*hidden size \(30\) is not a multiple"):
+    with pytest.raises(InputError, match=r"cannot have these sizes: .*size \(30\) is not a multiple"):
         cut(model, choose(Prune(hidden_size=30), model.config, measure(model, ROWS)))
 
 

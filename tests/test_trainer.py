@@ -9,13 +9,13 @@ from transformers import AutoTokenizer
 from llmdistill import DistillConfig, DistillTrainer, load_dataset, pps, targets
 from llmdistill.collator import DistillCollator, completion_logits
 from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models import load_model
-from llmdistill.trainer import divergence
 
 K = 6
 
 
-@pytest.fixture(scope="module", params=["topk", "sampled"])
+@pytest.fixture(scope="module", params=["topk", "sampled", "multinomial"])
 def dataset_directory(request, tiny, tmp_path_factory):
     """Eight rows of uneven length, with the tiny model's own distribution as their soft targets, of either kind."""
     directory = tmp_path_factory.mktemp("data")
@@ -28,8 +28,8 @@ def dataset_directory(request, tiny, tmp_path_factory):
         batch = DistillCollator(0)([{"input_ids": ids, "completion_start": len(prompt)}])
         with torch.inference_mode():
             logprobs = completion_logits(model, batch).log_softmax(-1)
-        uniform = torch.from_numpy(generator.random(len(logprobs)))
-        ids = logprobs.topk(K).indices if request.param == "topk" else pps.sample(logprobs, K, uniform)
+        uniform = torch.from_numpy(generator.random((len(logprobs), pps.uniforms(request.param, K))))
+        ids = pps.keep(request.param, logprobs, K, uniform)
         soft = targets.from_logprobs(request.param, ids.numpy(), logprobs.gather(1, ids).numpy())
         logprobs = logprobs.numpy()
         message = [{"role": "user", "content": str(number)}]
@@ -48,7 +48,7 @@ def dataset_directory(request, tiny, tmp_path_factory):
     return directory
 
 
-def make_trainer(tiny, dataset_directory, output, model=None, **arguments):
+def make_trainer(tiny, dataset_directory, output, model=None, teacher=None, **arguments):
     defaults = {
         "output_dir": str(output),
         "use_cpu": True,
@@ -67,6 +67,7 @@ def make_trainer(tiny, dataset_directory, output, model=None, **arguments):
         model=model or load_model(str(tiny)),
         args=DistillConfig(**{**defaults, **arguments}),
         train_dataset=load_dataset(dataset_directory),
+        teacher=teacher,
         processing_class=AutoTokenizer.from_pretrained(tiny),
     )
 
@@ -131,7 +132,7 @@ def test_the_logged_loss_is_the_formula(tiny, dataset_directory, tmp_path):
             here = log_q[start + t - 1]
             ce -= here[ids[0, start + t]]
             support = soft.ids_NK[t]
-            if kind == "sampled":
+            if kind != "topk":
                 kl += -(np.exp(soft.logweights_NK[t]) * here[support]).sum() - soft.entropy_N[t]
             else:
                 p, q, r = np.exp(soft.logprobs_NK[t]), np.exp(here[support]), soft.tail_N[t]
@@ -152,11 +153,12 @@ def test_a_teacher_that_is_its_own_student_has_nothing_to_learn(tiny, dataset_di
     assert abs(trainer.state.log_history[0]["kl"]) < 5e-4
     batch = trainer.data_collator([trainer.train_dataset[n] for n in range(8)])
     off = completion_logits(load_model(str(tiny)), {**batch, "positions": batch["positions"] - 1})
-    assert divergence(off, batch, 1.0).mean() > 0.1
+    _, sums = distillation_loss(off, batch["labels"][batch["labels"] != -100], batch, Objective())
+    assert sums["kl"] / len(off) > 0.1
 
 
 def test_a_temperature_that_sampled_targets_do_not_have_is_refused(tiny, dataset_directory, tmp_path):
-    if targets.kind_of(load_dataset(dataset_directory).column_names) == "sampled":
+    if targets.kind_of(load_dataset(dataset_directory).column_names) != "topk":
         with pytest.raises(ValueError, match="unbiased at temperature 1 only"):
             make_trainer(tiny, dataset_directory, tmp_path, temperature=2.0)
     else:
@@ -171,6 +173,7 @@ def test_a_temperature_that_sampled_targets_do_not_have_is_refused(tiny, dataset
         ({"alpha": 1.5}, "alpha"),
         ({"temperature": 0.0}, "temperature"),
         ({"loss": "mse"}, "loss is 'mse'"),
+        ({"beta": 0.5}, "forward_kl has no such parameter"),
         ({"packing": True}, "packing is not supported"),
         ({"assistant_only_loss": True}, "assistant_only_loss is not supported"),
     ],
@@ -178,6 +181,29 @@ def test_a_temperature_that_sampled_targets_do_not_have_is_refused(tiny, dataset
 def test_what_would_change_the_loss_in_silence_is_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         DistillConfig(output_dir=str(tmp_path), use_cpu=True, **arguments)
+
+
+@pytest.mark.parametrize(("loss", "temperature"), [("forward_kl", 1.0), ("forward_kl", 2.0), ("reverse_kl", 1.0)])
+def test_a_teacher_beside_the_student_gives_its_whole_distribution(tiny, dataset_directory, tmp_path, loss, temperature):
+    """The gradient of the dense loss, written down in float64 over the full vocabulary; the store is not looked at."""
+    student, teacher = different_student(tiny), load_model(str(tiny))
+    rows, total, tokens = load_dataset(dataset_directory), 0.0, 0
+    reference = different_student(tiny).double()
+    for row in rows:
+        ids, start = torch.tensor(row["input_ids"])[None].long(), int(row["completion_start"])
+        with torch.no_grad():
+            log_p = (teacher(ids).logits[0, start - 1 : -1].double() / temperature).log_softmax(-1)
+        log_q = (reference(ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
+        first, second = (log_q, log_p) if loss == "forward_kl" else (log_p, log_q)
+        total += torch.nn.functional.kl_div(first, second, reduction="sum", log_target=True) * temperature**2
+        tokens += len(log_p)
+    (total / tokens).backward()
+    arguments = {"alpha": 1.0, "loss": loss, "temperature": temperature, "per_device_train_batch_size": 8}
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, student, load_model(str(tiny)), **arguments)
+    got = gradients_of_one_step(trainer)
+    for name, parameter in reference.named_parameters():
+        assert (got[name] - parameter.grad).norm() <= 1e-3 * parameter.grad.norm() + 1e-7, name
+    assert trainer.state.log_history[0]["loss"] == pytest.approx((total / tokens).item(), rel=1e-4)
 
 
 def test_no_soft_targets_and_no_silent_fallback(tiny, dataset_directory, tmp_path):

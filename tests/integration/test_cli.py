@@ -225,7 +225,8 @@ def test_wrong_training_input(finished_run, tmp_path, smollm2):
     student = ["--student", "{model: MODEL}"]
     for overrides, message in [
         (["--train.args.learning_rte", "1"], "did you mean train.args.learning_rate?"),
-        (["--train.temperature", "2"], "sampled targets, which are unbiased at temperature 1 only"),
+        (["--train.temperature", "2"], "sampled targets are unbiased at temperature 1 only"),
+        (["--train.loss", "jsd"], "train.loss is jsd, but of sampled targets only forward_kl has an unbiased estimate"),
         (["--train.args.alpha", "1"], "train.args.alpha is set by the key train.alpha"),
         (["--train.args.push_to_hub", "true"], "push the trained student with `llmdistill push`"),
         (["--student.prune.layers", "9"], "student.prune.layers is 9, but the teacher has 4 layers"),
