@@ -1,6 +1,7 @@
 """Prompts: lines of a JSONL file, turned into chat messages by a template."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,9 @@ def load_prompts(section: Prompts) -> list[Prompt]:
     source = Path(section.source)
     template = load_template(Path(section.template)) if section.template else None
     found: dict[str, Prompt] = {}
-    for number, fields in _read_jsonl(source):
+    for number, fields in read_jsonl(source):
         origin = f"{source} line {number}"
-        messages = _render(template, fields, origin) if template else _given_messages(fields, origin)
+        messages = _render(template, fields, origin) if template else given_messages(fields, origin)
         if section.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": section.system}, *messages]
         found.setdefault(json.dumps(messages), Prompt(messages, origin))
@@ -82,25 +83,32 @@ def load_template(file: Path) -> Template:
         raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
 
 
-def _read_jsonl(file: Path) -> list[tuple[int, dict[str, Any]]]:
+def read_jsonl(file: Path, key: str = "prompts.source") -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file one by one, each with its line number, counted from 1; blank lines are passed over.
+
+    Raises:
+        InputError: naming the file and the line.
+    """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        # A line ends at a line feed only: the other separators that Python knows may stand inside a string.
+        with file.open(encoding="utf-8", newline="\n") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, _parse(line, f"{file} line {number}")
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file (prompts.source)") from None
+        raise InputError(f"{file}: no such file ({key})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{file} line {number}: not valid JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise InputError(f'{file} line {number}: must be a JSON object, such as {{"prompt": "…"}}')
-        rows.append((number, fields))
-    return rows
+
+
+def _parse(line: str, origin: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{origin}: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f'{origin}: must be a JSON object, such as {{"prompt": "…"}}')
+    return fields
 
 
 def _render(template: Template, fields: dict[str, Any], origin: str) -> Messages:
@@ -118,7 +126,12 @@ def _render(template: Template, fields: dict[str, Any], origin: str) -> Messages
         raise InputError(f"{origin}: the template {template.name} cannot be rendered: {error}") from None
 
 
-def _given_messages(fields: dict[str, Any], origin: str) -> Messages:
+def given_messages(fields: dict[str, Any], origin: str) -> Messages:
+    """The conversation under `prompt` or `messages` of a line, up to the assistant's turn; a string is one user message.
+
+    Raises:
+        InputError: there is none, beginning with `origin`.
+    """
     if isinstance(fields.get("prompt"), str):
         return [{"role": "user", "content": fields["prompt"]}]
     for key in ("messages", "prompt"):

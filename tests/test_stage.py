@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from llmdistill import stage
@@ -66,3 +68,26 @@ def test_a_model_is_known_by_its_content(tmp_path):
     (tmp_path / "b/config.json").write_text('{"a": 1}')
     assert first != stage.model_fingerprint(str(tmp_path / "b"), None)
     assert stage.model_fingerprint("org/name", "v1") == "org/name@v1"
+
+
+def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
+    def write(path, fails):
+        with stage.new_directory(path) as unfinished:
+            (unfinished / "file").touch()
+            assert not (path / "file").exists()
+            if fails:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a/b", fails=True)
+    assert not list((tmp_path / "a").iterdir())
+    (tmp_path / "a/.b.unfinished").mkdir()  # of a killed process
+    (tmp_path / "a/b").mkdir()  # empty: as good as not there
+    write(tmp_path / "a/b", fails=False)
+    assert [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*")] == [Path("b"), Path("b/file")]
+    with pytest.raises(InputError, match="b: exists and is not empty"):
+        write(tmp_path / "a/b", fails=False)
+    with pytest.raises(InputError, match="file: exists and is not empty"):
+        write(tmp_path / "a/b/file", fails=False)
+    with pytest.raises(InputError, match="inside: cannot be written"):
+        write(tmp_path / "a/b/file/inside", fails=False)
