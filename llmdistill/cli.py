@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
             from llmdistill.inspect import inspect
 
             inspect(Path(arguments.dataset))
+        elif arguments.command == "convert":
+            _convert(arguments, rest)
         else:
             overrides = _overrides(rest)
             experiment = load_experiment(Path(arguments.config), overrides)
@@ -55,6 +57,28 @@ def main(argv: list[str] | None = None) -> NoReturn:
         print("interrupted; finished work is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:
+    if rest:
+        raise InputError(f"convert takes no {rest[0]}")
+    source, out = Path(arguments.source), Path(arguments.out)
+    if arguments.to:
+        for flag in ("teacher", "k"):
+            if getattr(arguments, flag) is not None:
+                raise InputError(f"--{flag} is for --from; a dataset of ours says that itself")
+        from llmdistill.formats import export_dataset
+
+        return export_dataset(source, out, arguments.to, arguments.exact_k)
+    if arguments.exact_k is not None:
+        raise InputError("--exact-k is for --to distillkit")
+    if arguments.teacher is None:
+        raise InputError(
+            f"--teacher is missing: --from {arguments.form} needs the model whose tokenizer the files were made with"
+        )
+    from llmdistill.imports import import_dataset
+
+    return import_dataset(source, out, arguments.form, arguments.teacher, arguments.k)
 
 
 def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: list[str]) -> None:
@@ -95,7 +119,29 @@ def _parser() -> argparse.ArgumentParser:
         )
     inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
     inspect.add_argument("dataset", metavar="DIR", help="the dataset's directory")
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    text = "write a dataset in the format of DistillKit, of axolotl, or as plain JSONL, or read one of those"
+    convert = commands.add_parser(
+        "convert", help=text, description=f"{text[0].upper()}{text[1:]}; docs/formats.md describes them.", allow_abbrev=False
+    )
+    formats = ("distillkit", "axolotl", "jsonl")
+    convert.add_argument("source", metavar="SRC", help="with --to a finished dataset; with --from a file or a directory of them")
+    convert.add_argument("out", metavar="OUT", help="the directory to make; it must be empty, or not be there")
+    direction = convert.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=formats, help="the format to write")
+    direction.add_argument("--from", dest="form", choices=formats, help="the format to read")
+    convert.add_argument("--teacher", metavar="MODEL", help="with --from: the model whose tokenizer the files were made with")
+    convert.add_argument("--k", type=int, metavar="N", help="with --from: keep the N most likely targets of each position")
+    convert.add_argument(
+        "--exact-k",
+        type=int,
+        metavar="N",
+        help="with --to distillkit: keep N log-probabilities a position as they are and the others as a curve; all if not given",
+    )
 
 
 def _keys_help(sections: tuple[str, ...]) -> str:

@@ -40,7 +40,7 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
     teacher, sampling, kept = manifest["teacher"], manifest["sampling"], manifest["targets"]
     facts = [
         ("teacher", f"{teacher['model']} by {teacher['engine']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"),
-        ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items())),
+        ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown"),
         ("targets", ", ".join(str(value) if key == "kind" else f"{key} = {value}" for key, value in kept.items())),
     ]
     if kept["kind"] != "none":
