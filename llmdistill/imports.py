@@ -274,7 +274,7 @@ class _TargetsReader:
         self.looked += len(is_written_NK)
         self.found += int(is_written_NK.any(axis=1).sum())
         self.found_late += int(is_current_NK.any(axis=1).sum())
-        if self.looked >= _FEW and self.found_late > 2 * self.found:
+        if self.looked >= _FEW and self.found_late > max(2 * self.found, self.looked / 4):
             raise InputError(
                 f"{origin}: the targets are one position late: {self.found_late / self.looked:.0%} of them have the token that "
                 f"they stand at, {self.found / self.looked:.0%} the one after it, which they should predict"

@@ -298,14 +298,16 @@ def test_fewer_targets_somewhere_are_never_made_up(tiny, tmp_path):
     assert row["target_ids"].tolist() == [6, 8]
 
 
-def test_targets_that_are_one_position_late_are_refused(source, tiny, tmp_path):
+def test_targets_that_are_one_position_late_are_refused(tiny, tmp_path):
     """What axolotl 0.19 makes of stored log-probabilities through its chat template."""
-    export_dataset(source, tmp_path / "out", "axolotl")
-    names = ("target_token_ids", "target_logprobs", "target_mask")
-    rows = pq.read_table(tmp_path / "out/train.parquet").to_pylist()
-    late = [[row["input_ids"], *([row[name][-1], *row[name][:-1]] for name in names)] for row in rows]
-    with pytest.raises(InputError, match=r"train.parquet rows 0 to \d+: the targets are one position late"):
-        import_dataset(write_axolotl(tmp_path / "late/train.parquet", late), tmp_path / "back", "axolotl", str(tiny))
+    ids = np.random.default_rng(0).integers(0, 40000, size=80).tolist()
+    targets_of = [[token, 45000 + n] for n, token in enumerate(ids)]
+    masks = [[[0, 0]] * 10 + [[1, 1]] * 69 + [[0, 0]]]
+    on_time = [(ids, [*targets_of[1:], [0, 0]], [[-0.5, -1.0]] * 80, *masks)]
+    import_dataset(write_axolotl(tmp_path / "a.parquet", on_time), tmp_path / "out", "axolotl", str(tiny))
+    late = [(ids, targets_of, [[-0.5, -1.0]] * 80, *masks)]
+    with pytest.raises(InputError, match=r"b.parquet rows 0 to 0: the targets are one position late: 100% of them"):
+        import_dataset(write_axolotl(tmp_path / "b.parquet", late), tmp_path / "back", "axolotl", str(tiny))
 
 
 def test_a_packed_capture_without_labels(tiny, tmp_path):
