@@ -31,7 +31,7 @@ def dataset_card(manifest: dict[str, Any]) -> str:
     facts = {
         "written by": f"`{teacher['model']}`" + (f" at `{teacher['commit']}`" if teacher.get("commit") else ""),
         "engine": teacher["engine"],
-        "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()),
+        "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown",
         "soft targets": describe_targets(manifest["targets"]),
         "rows": f"{manifest['rows']:,}",
         "completion tokens": f"{manifest['completion_tokens']:,}",

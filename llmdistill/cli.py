@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         parser.print_help()
         sys.exit(2)
     try:
-        if arguments.command in ("inspect", "push"):
+        if arguments.command in ("inspect", "push", "convert"):
             _call_on_directory(arguments, rest)
         else:
             overrides = _overrides(rest)
@@ -73,7 +73,9 @@ def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         raise InputError(f"{arguments.command} takes no {rest[0]}")
     directory = Path(arguments.directory)
-    if arguments.command == "inspect":
+    if arguments.command == "convert":
+        _convert(directory, arguments)
+    elif arguments.command == "inspect":
         from llmdistill.inspect import inspect
 
         inspect(directory, arguments.verify)
@@ -81,6 +83,26 @@ def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
         from llmdistill.hub import push
 
         push(directory, arguments.repo_id, arguments.private, arguments.revision, arguments.dry_run)
+
+
+def _convert(source: Path, arguments: argparse.Namespace) -> None:
+    out = Path(arguments.out)
+    if arguments.to:
+        for flag in ("teacher", "k"):
+            if getattr(arguments, flag) is not None:
+                raise InputError(f"--{flag} is for --from; a dataset of ours says that itself")
+        from llmdistill.formats import export_dataset
+
+        return export_dataset(source, out, arguments.to, arguments.exact_k)
+    if arguments.exact_k is not None:
+        raise InputError("--exact-k is for --to distillkit")
+    if arguments.teacher is None:
+        raise InputError(
+            f"--teacher is missing: --from {arguments.form} needs the model whose tokenizer the files were made with"
+        )
+    from llmdistill.imports import import_dataset
+
+    return import_dataset(source, out, arguments.form, arguments.teacher, arguments.k)
 
 
 def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: list[str]) -> None:
@@ -142,7 +164,31 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="create it as private; an existing public one is refused")
     push.add_argument("--revision", metavar="BRANCH", help="another branch than main; created if it is not there")
     push.add_argument("--dry-run", action="store_true", help="check the directory and list what would be uploaded; no network")
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    text = "write a dataset in the format of DistillKit, of axolotl, or as plain JSONL, or read one of those"
+    convert = commands.add_parser(
+        "convert", help=text, description=f"{text[0].upper()}{text[1:]}; docs/formats.md describes them.", allow_abbrev=False
+    )
+    formats = ("distillkit", "axolotl", "jsonl")
+    convert.add_argument(
+        "directory", metavar="SRC", help="with --to a finished dataset; with --from a file or a directory of them"
+    )
+    convert.add_argument("out", metavar="OUT", help="the directory to make; it must be empty, or not be there")
+    direction = convert.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=formats, help="the format to write")
+    direction.add_argument("--from", dest="form", choices=formats, help="the format to read")
+    convert.add_argument("--teacher", metavar="MODEL", help="with --from: the model whose tokenizer the files were made with")
+    convert.add_argument("--k", type=int, metavar="N", help="with --from: keep the N most likely targets of each position")
+    convert.add_argument(
+        "--exact-k",
+        type=int,
+        metavar="N",
+        help="with --to distillkit: keep N log-probabilities a position as they are and the others as a curve; all if not given",
+    )
 
 
 def _keys_help(sections: tuple[str, ...]) -> str:

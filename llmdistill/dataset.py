@@ -41,7 +41,7 @@ class Row:
     id: str
     prompt: list[dict[str, str]]
     completion: list[dict[str, str]]
-    prompt_ids: Sequence[int]
+    prompt_ids: Sequence[int] | targets.Array
     completion_ids: targets.Array
     finish_reason: str
     token_logprobs: targets.Array

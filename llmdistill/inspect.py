@@ -48,7 +48,7 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
     teacher, sampling, kept = manifest["teacher"], manifest["sampling"], manifest["targets"]
     facts = [
         ("teacher", f"{teacher['model']} by {teacher['engine']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"),
-        ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items())),
+        ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown"),
         ("targets", ", ".join([kept["kind"], *(f"{key} = {kept[key]}" for key in ("n", "k") if key in kept)])),
     ]
     if kept["kind"] != "none":

@@ -87,6 +87,13 @@ def vocabulary_hash(tokenizer: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def tokenise_chat(tokenizer: Any, prompt: list[dict[str, str]], completion: list[dict[str, str]]) -> tuple[list[int], int]:
+    """A conversation in a tokenizer's ids, through its own chat template, and the index of the first completion token."""
+    start: list[int] = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole: list[int] = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+    return whole, next((n for n, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start))
+
+
 def context_length(config: Any) -> int | None:
     """The longest sequence that the model was made for, in tokens."""
     length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -1,6 +1,7 @@
 """Prompts: lines of a JSONL file, turned into chat messages by a template."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,30 +83,32 @@ def load_template(file: Path) -> Template:
         raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
 
 
-def read_jsonl(file: Path, key: str = "prompts.source") -> list[tuple[int, dict[str, Any]]]:
-    """Every line with its number, counted from 1.
+def read_jsonl(file: Path, key: str = "prompts.source") -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file one by one, each with its line number, counted from 1; blank lines are passed over.
 
     Raises:
         InputError: naming the file and the line.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        # A line ends at a line feed only: the other separators that Python knows may stand inside a string.
+        with file.open(encoding="utf-8", newline="\n") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, _parse(line, f"{file} line {number}")
     except FileNotFoundError:
         raise InputError(f"{file}: no such file ({key})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{file} line {number}: not valid JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise InputError(f'{file} line {number}: must be a JSON object, such as {{"prompt": "…"}}')
-        rows.append((number, fields))
-    return rows
+
+
+def _parse(line: str, origin: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{origin}: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f'{origin}: must be a JSON object, such as {{"prompt": "…"}}')
+    return fields
 
 
 def _render(template: Template, fields: dict[str, Any], origin: str) -> Messages:
@@ -121,6 +124,35 @@ def _render(template: Template, fields: dict[str, Any], origin: str) -> Messages
         ]
     except TemplateError as error:
         raise InputError(f"{origin}: the template {template.name} cannot be rendered: {error}") from None
+
+
+def given_conversation(fields: dict[str, Any], origin: str) -> tuple[Messages, Messages]:
+    """Prompt and completion of a line, from `messages` that end with the answer, or from `prompt` and `completion`.
+
+    Raises:
+        InputError: there are none, beginning with `origin`.
+    """
+    try:
+        if "messages" in fields:
+            messages = _as_messages(fields["messages"], "user")
+            prompt, completion = messages[:-1], messages[-1:]
+        else:
+            prompt, completion = _as_messages(fields["prompt"], "user"), _as_messages(fields["completion"], "assistant")
+    except (KeyError, ValidationError):
+        prompt, completion = [], []
+    if not prompt or prompt[-1]["role"] == "assistant" or [message["role"] for message in completion] != ["assistant"]:
+        raise InputError(
+            f"{origin}: must have `messages`, a list of {{role, content}} that ends with the assistant's answer, "
+            "or `prompt` and `completion`"
+        )
+    return prompt, completion
+
+
+def _as_messages(value: Any, role: str) -> Messages:
+    """A string is one message of the role."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [message.model_dump() for message in _MESSAGES.validate_python(value)]
 
 
 def _given_messages(fields: dict[str, Any], origin: str) -> Messages:

@@ -5,20 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import TypeAdapter, ValidationError
-
 from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, SPLITS, Row, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, vocabulary_hash
 from llmdistill.progress import say
-from llmdistill.prompts import Message, Messages, read_jsonl
+from llmdistill.prompts import Messages, given_conversation, read_jsonl
 from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
 from llmdistill.teachers import Completion, Engine, Request, row_seed, stable_id
 from llmdistill.teachers.chat import Chat
-
-_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[Message])
 
 
 def score(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHING) -> None:
@@ -84,7 +80,7 @@ class _Lines:
 
     def __init__(self, file: Path) -> None:
         self.lines = [
-            (f"{file} line {number}", *_conversation(fields, f"{file} line {number}"))
+            (f"{file} line {number}", *given_conversation(fields, f"{file} line {number}"))
             for number, fields in read_jsonl(file, "score.source")
         ]
         if not self.lines:
@@ -190,27 +186,3 @@ class _Texts:
 
     def description(self) -> dict[str, Any]:
         return {"sampling": self.texts.sampling}
-
-
-def _conversation(fields: dict[str, Any], origin: str) -> tuple[Messages, Messages]:
-    """Prompt and completion of a line, each as messages."""
-    try:
-        if "messages" in fields:
-            messages = [message.model_dump() for message in _MESSAGES.validate_python(fields["messages"])]
-            prompt, completion = messages[:-1], messages[-1:]
-        else:
-            prompt, completion = (_messages(fields[key], role) for key, role in (("prompt", "user"), ("completion", "assistant")))
-    except (KeyError, ValidationError):
-        prompt, completion = [], []
-    if not prompt or len(completion) != 1 or completion[0]["role"] != "assistant":
-        raise InputError(
-            f"{origin}: must have `messages`, a list of {{role, content}} that ends with the assistant's answer, "
-            "or `prompt` and `completion`"
-        )
-    return prompt, completion
-
-
-def _messages(value: Any, role: str) -> Messages:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [message.model_dump() for message in _MESSAGES.validate_python(value)]

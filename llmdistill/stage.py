@@ -5,8 +5,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +77,30 @@ def finish(directory: Path, results: dict[str, Any]) -> None:
     """Set the status to `done` and add the stage's results."""
     run = read_json(directory / RUN_FILE) or {}
     write_json(directory / RUN_FILE, {**run, "status": "done", "finished": _now(), "results": results})
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write in that becomes `path` once the block has ended well; else nothing of it is left.
+
+    Raises:
+        InputError: `path` exists and is not empty.
+    """
+    path = path.resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not empty; choose another output directory, or move it away")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def read_json(file: Path) -> Any:

@@ -11,7 +11,7 @@ from llmdistill.card import model_card
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, vocabulary_hash
+from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, tokenise_chat, vocabulary_hash
 from llmdistill.progress import StageBar, console, say
 from llmdistill.prune import ensure_pruned
 
@@ -211,9 +211,7 @@ def _tokenise_again(dataset: Any, tokenizer: Any) -> Any:
     """Text-only rows in the ids of another tokenizer, through its own chat template."""
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-        whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], return_dict=True)["input_ids"]
-        start = next((n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        whole, start = tokenise_chat(tokenizer, row["prompt"], row["completion"])
         return {"input_ids": whole, "completion_start": start}
 
     kept = ["input_ids", "completion_start"]

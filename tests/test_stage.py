@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from llmdistill import stage
@@ -71,3 +73,26 @@ def test_a_model_is_known_by_its_content(tmp_path):
 def test_a_stage_that_was_killed_while_it_claimed_its_directory_can_begin(tmp_path):
     (tmp_path / ".run.json.host-1.unfinished").write_text('{"stage": "gen')
     assert stage.claim(tmp_path, "generate", SETTINGS, INPUTS) == "new"
+
+
+def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
+    def write(path, fails):
+        with stage.new_directory(path) as unfinished:
+            (unfinished / "file").touch()
+            assert not (path / "file").exists()
+            if fails:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a/b", fails=True)
+    assert not list((tmp_path / "a").iterdir())
+    (tmp_path / "a/.b.unfinished").mkdir()  # of a killed process
+    (tmp_path / "a/b").mkdir()  # empty: as good as not there
+    write(tmp_path / "a/b", fails=False)
+    assert [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*")] == [Path("b"), Path("b/file")]
+    with pytest.raises(InputError, match="b: exists and is not empty"):
+        write(tmp_path / "a/b", fails=False)
+    with pytest.raises(InputError, match="file: exists and is not empty"):
+        write(tmp_path / "a/b/file", fails=False)
+    with pytest.raises(InputError, match="inside: cannot be written"):
+        write(tmp_path / "a/b/file/inside", fails=False)
