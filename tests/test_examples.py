@@ -1,0 +1,52 @@
+"""The flat example computes what the package computes."""
+
+import importlib.util
+
+import numpy as np
+import torch
+
+from llmdistill import pps, targets
+from llmdistill.collator import DistillCollator, completion_logits
+from llmdistill.losses import Objective, distillation_loss
+from llmdistill.models import load_model, load_tokenizer
+from tests.conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("distill_loop", ROOT / "examples/distill_loop.py")
+loop = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(loop)
+
+
+def test_it_fits_on_a_page():
+    assert len((ROOT / "examples/distill_loop.py").read_text().splitlines()) < 150
+
+
+def test_its_draw_keeps_the_same_tokens_with_the_same_weights():
+    """The package's sampler and its weights, given the same random number."""
+    log_p = (torch.randn(200, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3).log_softmax(-1)
+    torch.manual_seed(1)
+    ids, weights = loop.draw(log_p.exp(), 12)
+    torch.manual_seed(1)
+    want = pps.sample(log_p, 12, torch.rand(200, 1, dtype=torch.float64)[:, 0])
+    soft = targets.sampled_from_logprobs(want.numpy(), log_p.gather(1, want).numpy())
+    order = ids.argsort(1)
+    other = torch.from_numpy(soft.ids_NK).argsort(1)
+    assert (ids.gather(1, order) == torch.from_numpy(soft.ids_NK).gather(1, other)).all()
+    stored = torch.from_numpy(soft.logweights_NK).exp().gather(1, other)
+    torch.testing.assert_close(weights.gather(1, order), stored, rtol=2e-2, atol=1e-4)  # the package stores float16
+
+
+def test_its_loss_is_that_of_the_package(tiny):
+    """On the same row, for a student that is not the teacher, up to the float16 of what is stored."""
+    teacher, tokenizer = load_model(str(tiny)), load_tokenizer(str(tiny), None)
+    torch.manual_seed(0)
+    row = loop.write(teacher, tokenizer, "Say it.", 12, 8)
+    student = loop.half(teacher, 2)
+    soft = targets.sampled_from_logprobs(row["targets"].numpy(), row["logprobs"].numpy())
+    columns = targets.encode([soft], 49152)
+    stored = {
+        name: column[0].as_py() if name == "target_entropy" else column[0].values.to_numpy() for name, column in columns.items()
+    }
+    batch = DistillCollator(0)([{"input_ids": row["ids"][0].numpy(), "completion_start": row["start"], **stored}])
+    labels = batch["labels"][batch["labels"] != -100]
+    want, _ = distillation_loss(completion_logits(student, batch), labels, batch, Objective(alpha=0.7))
+    np.testing.assert_allclose(loop.loss(student, row, 0.7).item(), want.item(), rtol=2e-3)
