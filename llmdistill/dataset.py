@@ -308,11 +308,19 @@ def load_dataset(directory: str | Path, split: Split = "train") -> "datasets.Dat
 
 
 def read_batches(files: Sequence[Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of some shards, at most `ROW_GROUP` at a time."""
+    """The rows of some shards, at most `ROW_GROUP` at a time.
+
+    Raises:
+        InputError: naming the file that is no Parquet, or of which a page does not match its own checksum.
+    """
     for file in files:
-        with pq.ParquetFile(file, pre_buffer=False) as parquet:  # else it holds what it has read up to the end of the file
-            for batch in parquet.iter_batches(batch_size=ROW_GROUP, columns=columns):
-                yield pa.Table.from_batches([batch])
+        try:
+            # Without pre_buffer=False it would hold what it has read up to the end of the file.
+            with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as parquet:
+                for batch in parquet.iter_batches(batch_size=ROW_GROUP, columns=columns):
+                    yield pa.Table.from_batches([batch])
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{file}: cannot be read, the file was damaged or changed: {error}") from None
 
 
 def bytes_per_position(shards: Sequence[dict[str, Any]]) -> float:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -76,7 +75,7 @@ def _some(files: list[Path], name: str) -> targets.Array:
 
 
 def _print_sample(file: Path) -> None:
-    row = next(pq.ParquetFile(file).iter_batches(batch_size=1)).to_pylist()[0]
+    row = next(read_batches([file])).slice(0, 1).to_pylist()[0]
     for message in [*row["prompt"], *row["completion"]]:
         console.print(Panel(escape(message["content"]), title=escape(message["role"]), title_align="left"), soft_wrap=False)
     length = len(row["input_ids"]) - row["completion_start"]

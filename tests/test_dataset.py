@@ -104,6 +104,16 @@ def test_a_flipped_bit_is_found_and_named(directory):
         load_dataset(directory)
 
 
+def test_a_flipped_bit_is_found_by_reading_too(directory):
+    """Every page has a checksum of its own: what was not verified as a whole is not read in silence either."""
+    shard = finished_shards(directory, "train")[1]
+    content = bytearray(shard.file.read_bytes())
+    content[200] ^= 1
+    shard.file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{shard.file.name}: cannot be read"):
+        list(read_batches([shard.file]))
+
+
 def test_a_truncated_and_a_missing_shard(directory):
     file = finished_shards(directory, "train")[0].file
     file.write_bytes(file.read_bytes()[:-10])

@@ -284,7 +284,7 @@ def test_a_damaged_shard_is_named(finished_run, tmp_path):
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    for command in (["inspect", copy / "curated"], ["train", file, "--output", copy]):
+    for command in (["inspect", copy / "curated", "--verify"], ["train", file, "--output", copy]):
         result = run_cli(*command)
         assert result.returncode == 2, result.stderr
         assert f"{shard.name}: the checksum does not match" in result.stderr
