@@ -4,7 +4,7 @@ Soft-target row t of a sequence is the teacher's distribution for `input_ids[com
 before it. The student's logits for it stand at position `completion_start + t − 1`. No other module shifts anything.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,12 @@ def _gather_targets(rows: Sequence[Mapping[str, Any]], kind: str, counts: target
     return {"target_ids": decoded.ids_NK, "target_logweights": decoded.logweights_NK, "target_entropy": decoded.entropy_N}
 
 
+def output_layer(model: Any) -> torch.nn.Module:
+    """The model's output layer, however DDP or peft wrap the model."""
+    layer: torch.nn.Module = getattr(model, "module", model).get_output_embeddings()
+    return layer
+
+
 def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The model's logits that predict each completion token, shape (N, V); nothing else goes through the output layer.
 
@@ -76,7 +82,7 @@ def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Te
     def select(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (inputs[0].flatten(0, 1)[batch["positions"]],)
 
-    handle = getattr(model, "module", model).get_output_embeddings().register_forward_pre_hook(select)
+    handle = output_layer(model).register_forward_pre_hook(select)
     try:
         logits_NV: torch.Tensor = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
@@ -84,3 +90,26 @@ def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Te
     finally:
         handle.remove()
     return logits_NV
+
+
+def in_place_of_logits(
+    model: Any, batch: Mapping[str, torch.Tensor], compute: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+) -> tuple[torch.Tensor, Any]:
+    """What `compute` makes of the hidden states (N, D) whose logits predict each completion token: a tensor and more.
+
+    It runs inside the model's forward in the output layer's place, so whatever wraps the model (DDP, peft, autocast) holds
+    for it too. The tensor also stands for the logits in the model's output, where DDP looks for what takes part.
+    """
+    made = []
+
+    def forward(hidden_ND: torch.Tensor) -> torch.Tensor:
+        made.append(compute(hidden_ND))
+        return made[0][0].reshape(1, 1, 1)
+
+    layer = output_layer(model)
+    layer.forward = forward
+    try:
+        completion_logits(model, batch)
+    finally:
+        del layer.forward
+    return made[0]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import trl
 
-from llmdistill.collator import TARGET_COLUMNS, DistillCollator, completion_logits
-from llmdistill.losses import Objective, distillation_loss
+from llmdistill import fused, losses
+from llmdistill.collator import TARGET_COLUMNS, DistillCollator, completion_logits, in_place_of_logits
 from llmdistill.targets import kind_of
 
 
@@ -38,9 +38,9 @@ class DistillConfig(trl.SFTConfig):
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
 
-    def objective(self) -> Objective:
+    def objective(self) -> losses.Objective:
         """The loss that these fields describe."""
-        return Objective(self.loss, self.alpha, self.temperature, self.beta)
+        return losses.Objective(self.loss, self.alpha, self.temperature, self.beta)
 
 
 class DistillTrainer(trl.SFTTrainer):
@@ -68,6 +68,8 @@ class DistillTrainer(trl.SFTTrainer):
         if self.aux_loss_enabled:
             raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
         self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        # A teacher's whole distribution is no smaller than the student's logits: with one, they are held.
+        self._head = fused.find_head(self.model) if teacher is None else None
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
 
@@ -77,12 +79,18 @@ class DistillTrainer(trl.SFTTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The distillation loss of one micro-batch, divided by the tokens of the global batch."""
         args = self.args
-        logits_NV = completion_logits(model, inputs)
+        objective, head = args.objective(), self._head
         labels_N = inputs["labels"][inputs["labels"] != -100]
         if self.teacher is not None:
             with torch.no_grad():
                 inputs = {**inputs, "teacher_logits": completion_logits(self.teacher, inputs)}
-        loss, sums = distillation_loss(logits_NV, labels_N, inputs, args.objective())
+        if head is None or return_outputs or not head.is_in(model):
+            logits_NV = completion_logits(model, inputs)
+            loss, sums = losses.distillation_loss(logits_NV, labels_N, inputs, objective)
+        else:
+            loss, sums = in_place_of_logits(
+                model, inputs, lambda hidden_ND: fused.distillation_loss(hidden_ND, head, labels_N, inputs, objective)
+            )
         sums["tokens"] = torch.tensor(float(len(labels_N)), device=loss.device)
         mode = "train" if self.model.training else "eval"
         for name, value in sums.items():
