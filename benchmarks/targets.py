@@ -1,6 +1,7 @@
 """Soft targets compared: bytes a position, and the error that they put into the gradient.
 
-    python benchmarks/targets.py --student runs/demo/student --json benchmarks/targets.json
+    python benchmarks/targets.py                                  # a student before training
+    python benchmarks/targets.py --student runs/demo/student     # and one after it
 
 Real output of the demo teacher on prompts of the seed list, at sampling temperature 1 and 0.7: the teacher's full
 distribution at every position, what each kind of target keeps of it, the size of that in Parquet, and the gradient of
