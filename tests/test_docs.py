@@ -11,6 +11,7 @@ from llmdistill import pps, targets
 from llmdistill.cli import STAGES
 from llmdistill.config import keys
 from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.losses import DIVERGENCES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -53,6 +54,12 @@ def test_every_shipped_configuration_is_named_in_the_readme():
 def test_the_readmes_experiment_is_the_shipped_one():
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert block == (ROOT / "configs/qwen3-1.7b.yaml").read_text()
+
+
+def test_every_divergence_has_its_row_with_a_paper():
+    rows = [line for line in (ROOT / "docs/losses.md").read_text().splitlines() if line.startswith("| `")][1:]
+    assert [row.split("`")[1] for row in rows] == list(DIVERGENCES)
+    assert all("](https://arxiv.org/abs/" in row for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["sampled", "topk", "multinomial"])
