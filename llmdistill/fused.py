@@ -22,9 +22,9 @@ from llmdistill.collator import output_layer
 CHUNK_BYTES = 1 << 27  # of float32 logits: enough rows for matrix products at full speed
 _CACHED = 1 << 20  # numbers
 
-# From the rows' place among N, their picked logits (n, C) and the log-sum-exp of their others (n, 1): the loss of each, and
-# the sums of its parts.
-RowLoss = Callable[[slice, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+# From the rows' place among N, their picked logits (n, C), the log-sum-exp of their others (n, 1) and the largest of those
+# (n, 1): the loss, and the sums of its parts.
+RowLoss = Callable[[slice, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,16 @@ def distillation_loss(
     if "target_ids" in targets:
         columns = [targets["target_ids"], *columns]
 
-    def row_loss(rows: slice, picked_nC: Tensor, others_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        here = {name: values[rows] for name, values in targets.items() if name.startswith("target_")}
+    def row_loss(rows: slice, picked_nC: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        here = {name: values[rows] for name, values in targets.items() if name.startswith(("target_", "token_"))}
         if is_topk:
             parts = _topk_parts(picked_nC, others_n1, labels_N[rows], here, objective)
         else:
             parts = _sampled_parts(picked_nC, others_n1, here)
-        return objective.combine(parts), {name: values.detach().sum() for name, values in parts.items()}
+        if "target_ids" in here:
+            best_n = torch.maximum(picked_nC.detach().amax(dim=1), top_n1[:, 0])
+            parts["agreement"] = (picked_nC.detach().gather(1, losses.stored_choice(here))[:, 0] >= best_n).float()
+        return objective.total(parts, here)
 
     inputs = [hidden_ND, head.layer.weight, head.layer.bias]
     if head.scale != 1:  # (scale · hidden) · weightᵀ + scale · bias: cheaper than on the logits
@@ -222,7 +225,11 @@ def _add_gradients(
 
 
 def _to_gradient(
-    logits_nV: Tensor, columns_nC: Tensor, picked_apart: bool, softcap: float | None, row_loss: Callable[[Tensor, Tensor], Any]
+    logits_nV: Tensor,
+    columns_nC: Tensor,
+    picked_apart: bool,
+    softcap: float | None,
+    row_loss: Callable[[Tensor, Tensor, Tensor], Any],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Turn logits, in place, into the gradient of the summed loss with respect to them; return the loss and its parts.
 
@@ -241,8 +248,7 @@ def _to_gradient(
     sum_n1 = logits_nV.sub_(top_n1).exp_().sum(dim=1, keepdim=True)
     with torch.enable_grad():
         others_n1 = (top_n1 + sum_n1.log()).requires_grad_()
-        loss_n, parts = row_loss(picked_nC, others_n1)
-        loss = loss_n.sum()
+        loss, parts = row_loss(picked_nC, others_n1, top_n1)
         grad_picked_nC, grad_others_n1 = torch.autograd.grad(loss, (picked_nC, others_n1))
     logits_nV.mul_(grad_others_n1 / sum_n1).scatter_add_(1, columns_nC, grad_picked_nC)
     if slope_nV is not None:

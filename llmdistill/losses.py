@@ -97,6 +97,21 @@ def sampled_kl(logits_NV: Tensor, ids_NK: Tensor, logweights_NK: Tensor, entropy
     return -(_wide(logweights_NK).exp() * log_q_NK).sum(dim=1) - _wide(entropy_N)
 
 
+def sequence_kl(ce_N: Tensor, token_logprobs_N: Tensor, importance_N: Tensor) -> Tensor:
+    """Each token's share w (log p(y) − log q(y)) of the KL between whole texts, estimated from the teacher's own text.
+
+    Summed over a text it is w (log p(y|x) − log q(y|x)), whose mean over texts drawn from s, with w = p(y|x) / s(y|x), is
+    KL(p(·|x) ‖ q(·|x)) in nats a text. At sampling temperature 1, w = 1 and the gradient is that of cross-entropy (Kim &
+    Rush 2016, arXiv 1606.07947); the token-level forward KL on the same text has the same mean and less noise.
+
+    Args:
+        ce_N: −log q(y) of the student.
+        token_logprobs_N: log p(y) of the teacher.
+        importance_N: w of the text that the token is in; see `importance`.
+    """
+    return _wide(importance_N) * (_wide(token_logprobs_N) + ce_N)
+
+
 def teacher_outcomes(logprobs_NK: Tensor, tail_N: Tensor) -> Tensor:
     """The teacher's log-probabilities on the support and, last, of everything outside it; shape (N, K + 1)."""
     return torch.cat([_wide(logprobs_NK), _wide(tail_N).log()[:, None]], dim=1)
@@ -165,13 +180,14 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """(1 − alpha) · cross-entropy + alpha · divergence.
+    """(1 − alpha − sequence_alpha) · cross-entropy + alpha · divergence + sequence_alpha · sequence-level KL.
 
     Args:
         loss: the divergence, one of `DIVERGENCES`.
         alpha: its weight.
         temperature: of both distributions inside the divergence, which is multiplied by its square.
         beta: of the mixture inside `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's if not given.
+        sequence_alpha: the weight of `sequence_kl`.
 
     Raises:
         ValueError: one of them is out of its range, or beta is given for a divergence without a mixture.
@@ -181,12 +197,18 @@ class Objective:
     alpha: float = 0.9
     temperature: float = 1.0
     beta: float | None = None
+    sequence_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         if self.loss not in DIVERGENCES:
             raise ValueError(f"loss is {self.loss!r}, must be one of {', '.join(DIVERGENCES)}")
         if not 0 <= self.alpha <= 1 or not self.temperature > 0:
             raise ValueError(f"alpha must be in [0, 1] and temperature above 0, got {self.alpha} and {self.temperature}")
+        if not 0 <= self.sequence_alpha <= 1 or self.alpha + self.sequence_alpha > 1 + 1e-9:
+            raise ValueError(
+                f"alpha and sequence_alpha must add up to 1 at most, got {self.alpha} and {self.sequence_alpha}; "
+                "what is left to 1 is cross-entropy"
+            )
         if self.beta is not None and "beta" not in inspect.signature(DIVERGENCES[self.loss]).parameters:
             raise ValueError(f"beta is {self.beta}, but {self.loss} has no such parameter")
         if self.beta is not None and not 0 < self.beta < 1:
@@ -210,17 +232,31 @@ class Objective:
             found[self.loss] = divergence(self.loss, teacher_NJ, student_NJ, self.temperature, self.beta)
         return found
 
-    def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The loss from its parts, `ce` and the divergence; what has no weight gets no gradient."""
-        if self.alpha == 0:
-            return parts["ce"]
-        return (1 - self.alpha) * parts["ce"] + self.alpha * parts["kl" if self.loss == "forward_kl" else self.loss]
+    def total(self, parts: dict[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, its tokens weighted and summed, and the detached sums of its parts, unweighted.
+
+        Args:
+            parts: `ce` and, where there are soft targets, the divergence and `agreement`; one value a token.
+            batch: of the same tokens; `token_weights` (N,) multiply their losses, and `sequence_kl` is added to the parts
+                where there are `token_importance` and `token_logprobs`. What has no weight gets no gradient.
+        """
+        if "token_importance" in batch:
+            parts["sequence_kl"] = sequence_kl(parts["ce"], batch["token_logprobs"], batch["token_importance"])
+        weights = {
+            "ce": max(1 - (self.alpha + self.sequence_alpha), 0.0),
+            "kl" if self.loss == "forward_kl" else self.loss: self.alpha,
+            "sequence_kl": self.sequence_alpha,
+        }
+        loss_N = torch.stack([weight * parts[name] for name, weight in weights.items() if weight]).sum(dim=0)
+        if "token_weights" in batch:
+            loss_N = loss_N * batch["token_weights"]
+        return loss_N.sum(), {name: values.detach().sum() for name, values in parts.items()}
 
 
 def distillation_loss(
     logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Tensor], objective: Objective
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss summed over the tokens, and the detached sums of its parts.
+    """The loss, its tokens weighted and summed, and the detached sums of its parts, unweighted.
 
     Args:
         logits_NV: the student's logits, any float type.
@@ -230,17 +266,37 @@ def distillation_loss(
         objective: what to compute.
     """
     parts = {"ce": cross_entropy(logits_NV, labels_N)}
+    if "teacher_logits" in targets:  # one vocabulary may be padded further than the other
+        targets = {**targets, "teacher_logits": targets["teacher_logits"][:, : logits_NV.shape[1]]}
     with torch.set_grad_enabled(objective.alpha > 0 and torch.is_grad_enabled()):
         if "teacher_logits" in targets:
-            size = min(logits_NV.shape[1], targets["teacher_logits"].shape[1])  # one may be padded further than the other
-            parts |= objective.divergences(targets["teacher_logits"][:, :size], logits_NV[:, :size])
+            teacher_NV = targets["teacher_logits"]
+            parts |= objective.divergences(teacher_NV, logits_NV[:, : teacher_NV.shape[1]])
         elif "target_logweights" in targets:
             sample = (targets[name] for name in ("target_ids", "target_logweights", "target_entropy"))
             parts["kl"] = sampled_kl(logits_NV, *sample)
         elif "target_ids" in targets:
             teacher_NJ = teacher_outcomes(targets["target_logprobs"], targets["target_tail"])
             parts |= objective.divergences(teacher_NJ, student_outcomes(logits_NV, targets["target_ids"]))
-    return objective.combine(parts).sum(), {name: values.detach().sum() for name, values in parts.items()}
+    if (choice_N1 := teacher_choice(targets)) is not None:
+        with torch.no_grad():
+            parts["agreement"] = (logits_NV.gather(1, choice_N1)[:, 0] >= logits_NV.amax(dim=1)).float()
+    return objective.total(parts, targets)
+
+
+def teacher_choice(targets: Mapping[str, Tensor]) -> Tensor | None:
+    """The teacher's most likely token, shape (N, 1): of a sample the one with the largest weight; None for text only."""
+    if "teacher_logits" in targets:
+        return targets["teacher_logits"].argmax(dim=1, keepdim=True)
+    if "target_ids" not in targets:
+        return None
+    return targets["target_ids"].gather(1, stored_choice(targets))
+
+
+def stored_choice(targets: Mapping[str, Tensor]) -> Tensor:
+    """Its place among the stored ones, shape (N, 1)."""
+    name = "target_logweights" if "target_logweights" in targets else "target_logprobs"
+    return targets[name].argmax(dim=1, keepdim=True)
 
 
 def _kl(log_a_NJ: Tensor, log_b_NJ: Tensor) -> Tensor:

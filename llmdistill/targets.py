@@ -208,6 +208,20 @@ def decode(columns: Mapping[str, Array]) -> SoftTargets:
     return Sampled(ids_NK, _share_the_rest(logweights_NK, exact_N), exact_N, columns["target_entropy"])
 
 
+def entropies(targets: SoftTargets) -> Array:
+    """How undecided the teacher was at each position, in nats: the entropy over what is stored, the tail as one outcome.
+
+    It follows from the distribution alone, not from the luck of a draw, for `topk` and `sampled`; of tokens that share a
+    weight, it counts each. It never exceeds log(K + 1).
+    """
+    if isinstance(targets, TopK):
+        p_NJ = np.concatenate([np.exp(targets.logprobs_NK), targets.tail_N[:, None]], axis=1)
+    else:
+        p_NJ = np.exp(targets.logweights_NK)
+    entropy_N: Array = -(p_NJ * np.log(np.maximum(p_NJ, 1e-30))).sum(axis=1)
+    return np.maximum(entropy_N, 0)
+
+
 def _encode_multinomial(sequences: Sequence[Any], id_type: type[np.unsignedinteger[Any]]) -> dict[str, pa.Array]:
     held = [sequence.counts_NK > 0 for sequence in sequences]
     gaps = [np.diff(sequence.ids_NK, axis=1, prepend=0)[mask] for sequence, mask in zip(sequences, held, strict=True)]

@@ -1,5 +1,6 @@
 """`DistillTrainer`: TRL's `SFTTrainer` with the distillation loss on stored soft targets."""
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,114 +9,250 @@ import torch
 import trl
 
 from llmdistill import fused, losses
-from llmdistill.collator import TARGET_COLUMNS, DistillCollator, completion_logits, in_place_of_logits
+from llmdistill.collator import POSITION_WEIGHTS, TARGET_COLUMNS, DistillCollator, completion_logits, in_place_of_logits
+from llmdistill.flops import peak_flops, training_flops
+from llmdistill.importance import importance, log_importance
+from llmdistill.packing import Packs, check_apart
 from llmdistill.targets import kind_of
+
+# What would change the loss without being part of it, or would not be done, is refused and not ignored.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "assistant_only_loss": (False,),
+    "completion_only_loss": (None, True),
+    "eval_packing": (None,),
+    "label_smoothing_factor": (0.0,),
+    "loss_type": ("nll",),
+    "packing_strategy": ("bfd",),
+    "pad_to_multiple_of": ("auto", None),
+    "truncation_mode": ("keep_start",),
+}
+_REDUCTIONS = ("token", "sequence")
 
 
 @dataclass
 class DistillConfig(trl.SFTConfig):
-    """A `trl.SFTConfig` with four more fields.
+    """A `trl.SFTConfig` with the fields of the distillation loss.
 
     Args:
         loss: the divergence between teacher and student, one of `losses.DIVERGENCES`.
-        alpha: weight of the divergence; the rest, 1 − alpha, is cross-entropy on the teacher's text.
+        alpha: weight of the divergence; the rest to 1 is cross-entropy on the teacher's text.
+        alpha_end: alpha at the last step, if it is to change, linearly from step to step.
         temperature: of both distributions inside the divergence, which is multiplied by its square.
         beta: of the mixture inside `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's if not given.
+        beta_end: beta at the last step, if it is to change.
+        sequence_alpha: weight of the sequence-level KL (`losses.sequence_kl`).
+        position_weights: what a token counts: `uniform`, `entropy` (of the teacher there) or `certainty`, exp(−entropy).
+        reduction: whether every `token` of the global batch counts alike, or every `sequence`.
+        packing: put several whole rows of at most `max_length` tokens into one, none of which sees another.
+        padding_free: put the rows of a batch one behind the other instead of padding them.
     """
 
     loss: str = field(default="forward_kl", metadata={"help": "Divergence between teacher and student."})
     alpha: float = field(default=0.9, metadata={"help": "Weight of the divergence; the rest is cross-entropy."})
+    alpha_end: float | None = field(default=None, metadata={"help": "alpha at the last step, if it is to change."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature inside the divergence."})
     beta: float | None = field(default=None, metadata={"help": "Of the mixture inside jsd, skew_kl and skew_reverse_kl."})
+    beta_end: float | None = field(default=None, metadata={"help": "beta at the last step, if it is to change."})
+    sequence_alpha: float = field(default=0.0, metadata={"help": "Weight of the sequence-level KL."})
+    position_weights: str = field(default="uniform", metadata={"help": "What a token counts: uniform, entropy or certainty."})
+    reduction: str = field(default="token", metadata={"help": "What counts alike: every token, or every sequence."})
     max_length: int | None = field(default=None, metadata={"help": "Sequences are cut to so many tokens; whole by default."})
 
     def __post_init__(self) -> None:
-        self.objective()
-        # What would change the loss without being part of it is refused, not ignored.
-        for name in ("packing", "padding_free", "assistant_only_loss", "label_smoothing_factor"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported by DistillTrainer")
+        self.objective(0)
+        self.objective(1)
+        if self.beta_end is not None and self.beta is None:
+            raise ValueError(f"beta_end is {self.beta_end}, but there is no beta to begin with")
+        if self.position_weights not in POSITION_WEIGHTS:
+            raise ValueError(f"position_weights is {self.position_weights!r}, must be one of {', '.join(POSITION_WEIGHTS)}")
+        if self.reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction is {self.reduction!r}, must be one of {', '.join(_REDUCTIONS)}")
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)} is not supported by DistillTrainer")
+        if self.packing and (self.max_length is None or self.train_sampling_strategy == "group_by_length"):
+            raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy group_by_length")
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
 
-    def objective(self) -> losses.Objective:
-        """The loss that these fields describe."""
-        return losses.Objective(self.loss, self.alpha, self.temperature, self.beta)
+    def objective(self, progress: float) -> losses.Objective:
+        """The loss that these fields describe, at a share of the training between 0 and 1."""
+        alpha, beta = (
+            start if end is None or start is None else start + (end - start) * progress
+            for start, end in ((self.alpha, self.alpha_end), (self.beta, self.beta_end))
+        )
+        assert alpha is not None
+        return losses.Objective(self.loss, alpha, self.temperature, beta, self.sequence_alpha)
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether soft targets have a weight in the loss, at some step."""
+        return self.alpha > 0 or (self.alpha_end or 0) > 0
 
 
 class DistillTrainer(trl.SFTTrainer):
     """Trains on a dataset of `llmdistill.load_dataset`: exact token ids, completion tokens only, soft targets.
 
-    loss = Σ over completion tokens of ((1 − alpha) · cross-entropy + alpha · divergence) / N, where N counts the
-    completion tokens of the whole global batch: of every gradient-accumulation step on every process. So it does not
-    depend on how the global batch is cut up. In the logs are the parts, in nats a token: `ce`, the divergence under its
-    name, and always `kl`, the forward KL on the same targets.
+    loss = Σ w · ((1 − alpha − sequence_alpha) · cross-entropy + alpha · divergence + sequence_alpha · sequence-level KL) / Σ w
+    over the completion tokens of the whole global batch: of every gradient-accumulation step on every process. So it does
+    not depend on how the global batch is cut up. w is 1 but for `position_weights` and `reduction`.
+
+    In the logs are the parts, in nats a token whatever w is: `ce`, the divergence under its name, always `kl`, the forward
+    KL on the same targets, and `agreement`, the share of tokens where teacher and student find the same token most likely;
+    and `tokens_per_s`, `tflops` of a device, and `mfu`, their share of what the device can do, where that is known. With
+    an `eval_dataset` the same parts are logged of it, as `eval_kl` and so on.
 
     With a `teacher`, a model, the divergence is from its full distribution, computed beside the student at every step; the
     dataset's soft targets are not looked at.
+
+    Raises:
+        ValueError: the arguments do not fit each other, the dataset or the model.
     """
 
     _tag_names = ["trl", "llmdistill"]
     _name = "Distillation"
 
-    def __init__(self, model: Any, args: DistillConfig, train_dataset: Any, teacher: Any = None, **kwargs: Any) -> None:
-        if args.alpha > 0 and teacher is None and "target_ids" not in train_dataset.column_names:
-            raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
-        if teacher is None:
-            args.objective().check_targets(kind_of(train_dataset.column_names))
-        kwargs.setdefault("data_collator", DistillCollator(pad_token_id=0, max_length=args.max_length))
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+    def __init__(
+        self, model: Any, args: DistillConfig, train_dataset: Any, teacher: Any = None, eval_dataset: Any = None, **kwargs: Any
+    ) -> None:
+        if "compute_metrics" in kwargs:
+            raise ValueError("compute_metrics is not supported: the logits of a batch are never there as a whole")
+        self._check_dataset(args, train_dataset, teacher)
+        if args.sequence_alpha:
+            train_dataset, eval_dataset = _with_importance(train_dataset), eval_dataset and _with_importance(eval_dataset)
+        in_a_line = args.packing or args.padding_free
+        collator = DistillCollator(0, args.max_length, in_a_line, args.position_weights, args.reduction == "sequence")
+        kwargs.setdefault("data_collator", collator)
+        wanted = args.packing, args.padding_free
+        args.packing = args.padding_free = False  # they are ours: TRL would want its own collator for them
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        args.packing, args.padding_free = wanted
         if self.aux_loss_enabled:
             raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
+        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
+            raise ValueError("context and sequence parallelism are not supported: they would cut sequences from their targets")
+        if in_a_line:
+            check_apart(self.model)
+        if args.packing:
+            self._set_signature_columns_if_needed()
+            columns = [name for name in self._signature_columns if name in train_dataset.column_names]
+            self.train_dataset = Packs(train_dataset.select_columns(columns), args.max_length or 0)
         self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
         # A teacher's whole distribution is no smaller than the student's logits: with one, they are held.
         self._head = fused.find_head(self.model) if teacher is None else None
+        self._flops = training_flops(self.model, self.model.get_output_embeddings())
+        self._since: float | None = None
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
 
+    @staticmethod
+    def _check_dataset(args: DistillConfig, dataset: Any, teacher: Any) -> None:
+        kind = kind_of(dataset.column_names)
+        if args.uses_targets and teacher is None and kind == "none":
+            raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
+        if args.position_weights != "uniform" and (teacher is not None or kind == "none"):
+            raise ValueError(f"position_weights is {args.position_weights}, which needs stored soft targets")
+        if teacher is None:
+            args.objective(0).check_targets(kind)
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "completion_start", *TARGET_COLUMNS]
+        if self.args.sequence_alpha:
+            self._signature_columns += ["importance", "token_logprobs"]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch; the clock of `tokens_per_s` starts with the first."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The distillation loss of one micro-batch, divided by the tokens of the global batch."""
-        args = self.args
-        objective, head = args.objective(), self._head
+        """The distillation loss of one micro-batch, divided by the weight of the tokens of the global batch."""
+        if return_outputs:
+            raise ValueError("the logits of a batch are never there as a whole")
+        objective, head = self.args.objective(self._progress()), self._head
         labels_N = inputs["labels"][inputs["labels"] != -100]
         if self.teacher is not None:
             with torch.no_grad():
                 inputs = {**inputs, "teacher_logits": completion_logits(self.teacher, inputs)}
-        if head is None or return_outputs or not head.is_in(model):
+        if head is None or not head.is_in(model):
             logits_NV = completion_logits(model, inputs)
             loss, sums = losses.distillation_loss(logits_NV, labels_N, inputs, objective)
         else:
             loss, sums = in_place_of_logits(
                 model, inputs, lambda hidden_ND: fused.distillation_loss(hidden_ND, head, labels_N, inputs, objective)
             )
-        sums["tokens"] = torch.tensor(float(len(labels_N)), device=loss.device)
-        mode = "train" if self.model.training else "eval"
-        for name, value in sums.items():
-            self._sums[mode][name] = self._sums[mode][name].to(value.device) + value.double()
-
-        if num_items_in_batch is None:
-            loss = loss / max(len(labels_N), 1)
-        else:
-            loss = loss / num_items_in_batch
-            if args.average_tokens_across_devices:  # DDP averages gradients over processes; N counts all their tokens
-                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        return (loss, {"logits": logits_NV}) if return_outputs else loss
+        weight = inputs["token_weights"].sum()
+        self._count(inputs, {**sums, "loss": loss.detach(), "weight": weight})
+        loss = loss / torch.as_tensor(weight if num_items_in_batch is None else num_items_in_batch).clamp(min=1e-12)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # DDP averages gradients over processes; the divisor counts the tokens of all of them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss, exact means over the tokens since the last log, and the tokens trained on so far."""
+        """Add the parts of the loss, exact means over the tokens since the last log, and the speed."""
         mode = "train" if self.model.training else "eval"
-        sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self._sums[mode].items())}
-        self._sums[mode].clear()
-        if tokens := sums.pop("tokens", 0):
-            prefix = "eval_" if mode == "eval" else ""
-            logs |= {f"{prefix}{name}": value / tokens for name, value in sums.items()}
-            if mode == "train":
+        counted = self._sums[mode]
+        if counted:
+            reduced = self.accelerator.reduce(torch.stack([counted[name] for name in sorted(counted)]), "sum").tolist()
+            sums = dict(zip(sorted(counted), reduced, strict=True))
+            counted.clear()
+            tokens, inputs, squares, loss, weight = (
+                sums.pop(name) for name in ("tokens", "input_tokens", "squares", "loss", "weight")
+            )
+            prefix = "" if mode == "train" else next((name[:-4] for name in logs if name.endswith("_loss")), "eval_")
+            logs |= {f"{prefix}{name}": value / max(tokens, 1) for name, value in sums.items()}
+            if mode == "eval":
+                logs[f"{prefix}loss"] = loss / max(weight, 1e-12)
+            else:
                 self._total_train_tokens += int(tokens)
                 logs["num_completion_tokens"] = self._total_train_tokens
+                logs |= self._speed(inputs, self._flops.of(inputs, tokens, squares)) | self._scheduled()
+        if self._since is not None:
+            self._since = time.perf_counter()
         super().log(logs, start_time)
+
+    def _progress(self) -> float:
+        """The share of the training that is behind: 0 in the first step, 1 in the last."""
+        return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """What the loss is divided by: the weight of all completion tokens of the global batch."""
+        if not batch_samples:
+            return None
+        weight = torch.stack([batch["token_weights"].sum() for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            weight = self.accelerator.gather(weight.reshape(1)).sum()
+        return weight / self.get_tp_size()
+
+    def _count(self, inputs: dict[str, torch.Tensor], sums: dict[str, torch.Tensor]) -> None:
+        lengths = inputs["lengths"].double()
+        sums |= {"tokens": torch.tensor(float(len(inputs["positions"])), device=lengths.device)}
+        sums |= {"input_tokens": lengths.sum(), "squares": lengths.square().sum()}
+        mine = self._sums["train" if self.model.training else "eval"]
+        for name, value in sums.items():
+            mine[name] = mine[name].to(value.device) + value.double()
+
+    def _speed(self, tokens: float, flops: float) -> dict[str, float]:
+        if self._since is None:
+            return {}
+        seconds = time.perf_counter() - self._since
+        per_device = flops / seconds / self.accelerator.num_processes
+        peak = peak_flops(self.accelerator.device)
+        return {"tokens_per_s": tokens / seconds, "tflops": per_device / 1e12, **({"mfu": per_device / peak} if peak else {})}
+
+    def _scheduled(self) -> dict[str, float]:
+        """What changes from step to step, as it was in the last one."""
+        last = (self.state.global_step - 1) / max(self.state.max_steps - 1, 1)
+        objective = self.args.objective(min(max(last, 0.0), 1.0))
+        ends = {"alpha": self.args.alpha_end, "beta": self.args.beta_end}
+        return {name: getattr(objective, name) for name, end in ends.items() if end is not None}
+
+
+def _with_importance(dataset: Any) -> Any:
+    """The rows with their importance as one more column."""
+    return dataset.add_column("importance", importance(log_importance(dataset))).with_format("numpy")
 
 
 def _zero() -> torch.Tensor:

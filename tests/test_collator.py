@@ -41,7 +41,7 @@ def test_logits_stand_where_their_token_is_predicted():
         def get_output_embeddings(self):
             return self.head
 
-        def forward(self, input_ids, attention_mask, use_cache):
+        def forward(self, input_ids, use_cache, **masks):
             where_BT = torch.arange(input_ids.shape[1]) + 100 * torch.arange(len(input_ids))[:, None]
             return type("Output", (), {"logits": self.head(where_BT[..., None])})()
 
@@ -61,4 +61,40 @@ def test_cutting_keeps_targets_with_their_tokens():
 
 def test_text_only_rows_have_no_targets():
     batch = DistillCollator(pad_token_id=0)([{"input_ids": [1, 2, 3], "completion_start": 2}])
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "positions"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "lengths", "positions", "token_weights"}
+
+
+def test_in_a_line_by_hand():
+    """Two rows one behind the other: positions begin again, and the first token of the second row is predicted by nothing."""
+    rows = [row([10, 11, 12, 20, 21], 3), row([13, 30, 31], 1)]
+    batch = DistillCollator(pad_token_id=0, padding_free=True)(rows)
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 20, 21, 13, 30, 31]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 20, 21, -100, 30, 31]]
+    assert batch["positions"].tolist() == [2, 3, 5, 6]
+    assert batch["lengths"].tolist() == [5, 3]
+    assert "attention_mask" not in batch
+    below = DistillCollator(pad_token_id=0)(rows)
+    for name in ("target_ids", "target_logprobs", "target_tail", "token_weights"):
+        assert batch[name].tolist() == below[name].tolist()
+    packed = DistillCollator(pad_token_id=0, padding_free=True)([rows[:1], rows[1:]])
+    assert all(packed[name].tolist() == values.tolist() for name, values in batch.items())
+
+
+def test_weights_by_hand():
+    """Teachers with p = (0.75, 0.125 | 0.125) everywhere: an entropy of 0.7356 nats, a certainty of 0.4792."""
+    rows = [row([10, 20, 21], 1), row([13, 30], 1), row([14, 15, 16, 17, 50], 4)]  # the last is cut to nothing
+    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.125))
+    for by, want in (("uniform", 1.0), ("entropy", entropy), ("certainty", np.exp(-entropy))):
+        batch = DistillCollator(0, max_length=3, position_weights=by)(rows)
+        np.testing.assert_allclose(batch["token_weights"], [want] * 3, rtol=1e-3)
+        batch = DistillCollator(0, max_length=3, position_weights=by, by_sequence=True)(rows)
+        np.testing.assert_allclose(batch["token_weights"], [0.5, 0.5, 1.0], rtol=1e-6)
+
+
+def test_importance_goes_with_the_tokens_of_its_row():
+    rows = [row([10, 11, 12, 20, 21], 3) | {"importance": 0.5, "token_logprobs": [-1.0, -2.0]}]
+    rows += [row([13, 30, 31], 1) | {"importance": 2.0, "token_logprobs": [-3.0, -4.0]}]
+    batch = DistillCollator(0, max_length=4)(rows)
+    assert batch["token_importance"].tolist() == [0.5, 2.0, 2.0]
+    assert batch["token_logprobs"].tolist() == [-1.0, -3.0, -4.0]

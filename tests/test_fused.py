@@ -36,6 +36,9 @@ def problem(kind, dtype=torch.float32, bias=False, seed=0, size=1.0):
         ids, logweights, entropy = pps_targets(teacher, K, 1)
         batch = {"target_ids": ids, "target_logweights": logweights, "target_entropy": entropy.float()}
         labels[::2] = batch["target_ids"][::2, 1]
+    batch["token_weights"] = torch.rand(N, generator=generator)
+    batch["token_importance"] = torch.rand(N, generator=generator) * 3
+    batch["token_logprobs"] = teacher.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     return hidden, layer.to(dtype), labels, batch, teacher
 
 
@@ -46,19 +49,25 @@ def logits_of(hidden, layer, scale=1.0, softcap=None):
 
 def by_the_formula(logits, labels, batch, teacher, kind, alpha, temperature=1.0):
     """The loss and its parts from the definitions, in the precision of the logits."""
-    parts = {"ce": F.cross_entropy(logits, labels, reduction="sum")}
+    parts = {"ce": F.cross_entropy(logits, labels, reduction="none")}
+    parts["sequence_kl"] = batch["token_importance"] * (batch["token_logprobs"] + parts["ce"])
     if kind == "sampled":
         log_q = logits.log_softmax(-1).gather(1, batch["target_ids"])
-        parts["kl"] = -(batch["target_logweights"].exp() * log_q).sum() - batch["target_entropy"].sum()
+        parts["kl"] = -(batch["target_logweights"].exp() * log_q).sum(-1) - batch["target_entropy"]
+        choice = batch["target_ids"].gather(1, batch["target_logweights"].argmax(1, keepdim=True))[:, 0]
+        parts["agreement"] = (logits.argmax(-1) == choice).double()
     elif kind != "none":
-        parts["kl"] = bucketed("forward_kl", teacher, logits, batch["target_ids"], temperature).sum()
-        parts[kind] = bucketed(kind, teacher, logits, batch["target_ids"], temperature).sum()
+        parts["kl"] = bucketed("forward_kl", teacher, logits, batch["target_ids"], temperature)
+        parts[kind] = bucketed(kind, teacher, logits, batch["target_ids"], temperature)
+        parts["agreement"] = (logits.argmax(-1) == teacher.argmax(-1)).double()
     part = parts.get(kind, parts.get("kl", 0.0))
-    return (1 - alpha) * parts["ce"] + alpha * part, {name: value for name, value in parts.items() if name != "forward_kl"}
+    loss = (1 - alpha) * 0.75 * parts["ce"] + alpha * part + (1 - alpha) * 0.25 * parts["sequence_kl"]
+    return (loss * batch["token_weights"]).sum(), {name: value.sum() for name, value in parts.items() if name != "forward_kl"}
 
 
 def objective_of(kind, alpha, temperature=1.0):
-    return Objective(kind if kind in DIVERGENCES else "forward_kl", alpha, temperature)
+    name = kind if kind in DIVERGENCES else "forward_kl"
+    return Objective(name, alpha, temperature, sequence_alpha=(1 - alpha) / 4)
 
 
 def gradients(loss, hidden, layer):
@@ -218,7 +227,11 @@ def test_no_tokens_at_all(kind):
     loss.backward()
     assert loss == 0
     assert layer.weight.grad.abs().max() == 0
-    assert set(sums) == {"ce", *(["kl"] if kind != "none" else []), *([kind] if kind in {*DIVERGENCES} - {"forward_kl"} else [])}
+    assert set(sums) == {
+        "ce", "sequence_kl",
+        *(["kl", "agreement"] if kind != "none" else []),
+        *([kind] if kind in {*DIVERGENCES} - {"forward_kl"} else []),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

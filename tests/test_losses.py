@@ -234,10 +234,53 @@ def test_the_objective_mixes_cross_entropy_and_divergence(name, alpha):
     torch.testing.assert_close(student.grad.double(), reference.grad, rtol=2e-4, atol=5e-5)
     expected = {"ce": ce, "kl": bucketed("forward_kl", teacher, reference, ids, 2.0).sum()}
     expected |= {} if name == "forward_kl" else {name: part}
+    expected["agreement"] = (student.argmax(-1) == teacher.argmax(-1)).sum()
     assert {key: value.item() for key, value in sums.items()} == pytest.approx(
         {key: value.item() for key, value in expected.items()}, rel=1e-4
     )
     assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, alpha=st.sampled_from([0.0, 0.4]), sequence_alpha=st.sampled_from([0.1, 0.6]))
+def test_weights_and_the_sequence_level_kl_enter_as_the_formula_says(seed, alpha, sequence_alpha):
+    teacher, student = pair(seed, 20, 2.0)
+    labels, weights, importance = torch.tensor([3, 1, 4, 1, 5]), torch.rand(5), torch.rand(5) * 4
+    ids, logprobs, tail = topk(teacher, 4)
+    written = teacher.log_softmax(-1)[range(5), labels]
+    batch = {"target_ids": ids, "target_logprobs": logprobs, "target_tail": tail, "token_weights": weights}
+    batch |= {"token_importance": importance, "token_logprobs": written}
+    loss, sums = losses.distillation_loss(student, labels, batch, Objective("jsd", alpha, sequence_alpha=sequence_alpha))
+    log_q = student.double().log_softmax(-1)[range(5), labels]
+    sequence = importance * (written - log_q)
+    each = (1 - alpha - sequence_alpha) * -log_q + alpha * bucketed("jsd", teacher, student, ids) + sequence_alpha * sequence
+    torch.testing.assert_close(loss.double(), (weights * each).sum(), rtol=1e-4, atol=1e-4)
+    assert sums["sequence_kl"].item() == pytest.approx(sequence.sum().item(), rel=1e-4, abs=1e-4)
+    assert sums["ce"].item() == pytest.approx(-log_q.sum().item(), rel=1e-4)
+
+
+def test_the_sequence_level_kl_is_that_of_whole_texts():
+    """Texts of two tokens over three, all nine of them, each as often as a tempered teacher writes it: KL(p(x) ‖ q(x))."""
+    generator = torch.Generator().manual_seed(1)
+    first_p, first_q = torch.randn(2, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    then_p, then_q = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64).softmax(-1)
+    sampled = (first_p**2 / (first_p**2).sum())[:, None] * then_p**2 / (then_p**2).sum(1, keepdim=True)  # temperature 0.5
+    exact, estimate = 0.0, 0.0
+    for a in range(3):
+        for b in range(3):
+            p, q = first_p[a] * then_p[a, b], first_q[a] * then_q[a, b]
+            exact += p * (p / q).log()
+            ce = -torch.stack([first_q[a], then_q[a, b]]).log()
+            written = torch.stack([first_p[a], then_p[a, b]]).log()
+            importance = (p / sampled[a, b]).expand(2)
+            estimate += sampled[a, b] * losses.sequence_kl(ce, written, importance).sum()
+    assert estimate.item() == pytest.approx(exact.item(), rel=1e-12)
+
+
+def test_weights_that_leave_less_than_nothing_for_cross_entropy_are_refused():
+    Objective(alpha=0.9, sequence_alpha=0.1)
+    with pytest.raises(ValueError, match="add up to 1 at most"):
+        Objective(alpha=0.9, sequence_alpha=0.2)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

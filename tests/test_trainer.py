@@ -48,7 +48,7 @@ def dataset_directory(request, tiny, tmp_path_factory):
     return directory
 
 
-def make_trainer(tiny, dataset_directory, output, model=None, teacher=None, **arguments):
+def make_trainer(tiny, dataset_directory, output, model=None, teacher=None, rows=None, eval_dataset=None, **arguments):
     defaults = {
         "output_dir": str(output),
         "use_cpu": True,
@@ -66,8 +66,9 @@ def make_trainer(tiny, dataset_directory, output, model=None, teacher=None, **ar
     return DistillTrainer(
         model=model or load_model(str(tiny)),
         args=DistillConfig(**{**defaults, **arguments}),
-        train_dataset=load_dataset(dataset_directory),
+        train_dataset=rows or load_dataset(dataset_directory),
         teacher=teacher,
+        eval_dataset=eval_dataset,
         processing_class=AutoTokenizer.from_pretrained(tiny),
     )
 
@@ -89,12 +90,12 @@ def gradients_of_one_step(trainer):
     return found
 
 
-def different_student(tiny):
+def different_student(tiny, by=0.05):
     model = load_model(str(tiny))
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+            parameter.add_(torch.randn_like(parameter) * by)
     return model
 
 
@@ -113,6 +114,151 @@ def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tiny, datase
     for key in ("loss", "ce", "kl"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4)
     assert logs[0]["num_completion_tokens"] == logs[1]["num_completion_tokens"] == sum(1 + 2 * n for n in range(8))
+
+
+@pytest.mark.parametrize("arguments", [
+    {"padding_free": True, "per_device_train_batch_size": 8},
+    {"padding_free": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    {"packing": True, "max_length": 24, "per_device_train_batch_size": 8},
+    {"packing": True, "max_length": 18, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+])  # fmt: skip
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_rows_in_a_line_have_the_gradients_of_rows_below_each_other(tiny, dataset_directory, tmp_path, arguments, reduction):
+    """Packs included: all eight rows are in one step, so its gradient must be that of one padded batch of eight."""
+    shape = {"per_device_train_batch_size": 8, "max_length": arguments.get("max_length"), "reduction": reduction}
+    padded = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **shape)
+    lined = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **{**shape, **arguments})
+    want, got = gradients_of_one_step(padded), gradients_of_one_step(lined)
+    for name, gradient in want.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    logs = [trainer.state.log_history[0] for trainer in (padded, lined)]
+    for key in ("loss", "ce", "kl", "agreement", "num_completion_tokens"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4)
+
+
+def test_a_model_that_lets_rows_see_each_other_is_refused(tiny, dataset_directory, tmp_path):
+    class Mixing(type(load_model(str(tiny)))):
+        def forward(self, input_ids=None, position_ids=None, **kwargs):
+            return super().forward(input_ids=input_ids, **kwargs)  # what stands in a line is one text to it
+
+    model = load_model(str(tiny))
+    model.__class__ = Mixing
+    with pytest.raises(ValueError, match="see each other"):
+        make_trainer(tiny, dataset_directory, tmp_path, model, padding_free=True)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+@pytest.mark.parametrize("by", ["entropy", "certainty"])
+def test_weighted_losses_do_not_depend_on_how_the_global_batch_is_cut(tiny, dataset_directory, tmp_path, by, reduction):
+    weighting = {"position_weights": by, "reduction": reduction}
+    whole = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), per_device_train_batch_size=8, **weighting)
+    parts = make_trainer(
+        tiny, dataset_directory, tmp_path, different_student(tiny),
+        per_device_train_batch_size=1, gradient_accumulation_steps=8, **weighting,
+    )  # fmt: skip
+    want, got = gradients_of_one_step(whole), gradients_of_one_step(parts)
+    for name, gradient in want.items():
+        assert (got[name] - gradient).norm() <= 5e-5 * gradient.norm(), name
+    assert whole.state.log_history[0]["loss"] == pytest.approx(parts.state.log_history[0]["loss"], rel=1e-4)
+    batch = whole.data_collator([whole.train_dataset[n] for n in range(8)])
+    labels, logits = batch["labels"][batch["labels"] != -100], completion_logits(different_student(tiny), batch)
+    each = [  # the loss of every token alone
+        distillation_loss(logits, labels, {**batch, "token_weights": torch.eye(len(labels))[n]}, Objective(alpha=0.7))[0].item()
+        for n in range(len(labels))
+    ]
+    weight = batch["token_weights"].double().numpy()
+    assert whole.state.log_history[0]["loss"] == pytest.approx((weight * each).sum() / weight.sum(), rel=1e-4)
+    assert whole.state.log_history[0]["ce"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
+def with_sampling(rows, temperature):
+    """Rows that say they were sampled at a temperature, by a normaliser of 0.05 nats a token."""
+    logprobs = [float(np.sum(row["token_logprobs"])) for row in rows]
+    sampled = [lp / temperature - 0.05 * len(row["token_logprobs"]) for lp, row in zip(logprobs, rows, strict=True)]
+    log_w = np.array(logprobs) - np.array(sampled)
+    return rows.add_column("sampling_logprob", np.array(sampled, dtype=np.float32)).with_format("numpy"), log_w
+
+
+def test_the_sequence_level_kl_is_weighted_by_importance(tiny, dataset_directory, tmp_path):
+    """Its gradient and its value against float64 row by row; weights are normalised over the dataset, cut at √8."""
+    rows, log_w = with_sampling(load_dataset(dataset_directory), 0.99)
+    weights = np.exp(log_w - log_w.max())
+    weights = np.minimum(weights / weights.mean(), 8**0.5)
+    weights /= weights.mean()
+    assert weights.max() > 1.5 * weights.min()
+    reference, total, tokens = different_student(tiny).double(), 0.0, 0
+    for row, weight in zip(rows, weights, strict=True):
+        ids, start = torch.tensor(row["input_ids"])[None].long(), int(row["completion_start"])
+        log_q = reference(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        log_q = log_q[range(len(log_q)), ids[0, start:]]
+        total = total + weight * (torch.tensor(row["token_logprobs"]).double() - log_q).sum()
+        tokens += len(log_q)
+    (total / tokens).backward()
+    arguments = {"alpha": 0.0, "sequence_alpha": 1.0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), rows=rows, **arguments)
+    got = gradients_of_one_step(trainer)
+    for name, parameter in reference.named_parameters():
+        assert (got[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx((total / tokens).item(), rel=1e-4)
+    assert log["sequence_kl"] == pytest.approx((total / tokens).item(), rel=1e-4)
+
+
+def test_a_sequence_level_kl_of_text_from_elsewhere_is_refused(tiny, dataset_directory, tmp_path):
+    with pytest.raises(ValueError, match="whose sampling probability is known"):
+        make_trainer(tiny, dataset_directory, tmp_path, sequence_alpha=0.1)
+
+
+def test_a_schedule_goes_from_the_first_step_to_the_last(tiny, dataset_directory, tmp_path):
+    trainer = make_trainer(
+        tiny, dataset_directory, tmp_path, different_student(tiny),
+        alpha=0.2, alpha_end=0.8, max_steps=4, learning_rate=1e-9, per_device_train_batch_size=8,
+    )  # fmt: skip
+    trainer.train()
+    logs = trainer.state.log_history[:4]
+    assert [log["alpha"] for log in logs] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    for log in logs:
+        assert log["loss"] == pytest.approx((1 - log["alpha"]) * log["ce"] + log["alpha"] * log["kl"], rel=1e-4)
+
+
+def test_evaluation_gives_exact_means_over_the_tokens(tiny, dataset_directory, tmp_path):
+    """Over uneven batches: what one batch of all rows gives in training, which mean over batches would not."""
+    rows = load_dataset(dataset_directory)
+    trainer = make_trainer(
+        tiny, dataset_directory, tmp_path, different_student(tiny), eval_dataset=rows,
+        learning_rate=1e-12, per_device_train_batch_size=8, per_device_eval_batch_size=3, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    train, held_out = trainer.state.log_history[:2]
+    for name in ("loss", "ce", "kl", "agreement"):
+        assert held_out[f"eval_{name}"] == pytest.approx(train[name], rel=1e-4), name
+    metrics = trainer.evaluate()
+    assert metrics["eval_kl"] == pytest.approx(train["kl"], rel=1e-4)
+
+
+def test_the_logged_agreement_and_speed(tiny, dataset_directory, tmp_path):
+    """Agreement against the student's own logits; operations against a count by hand for the tiny llama."""
+    student, rows = different_student(tiny, 0.002), load_dataset(dataset_directory)
+    kind = targets.kind_of(rows.column_names)
+    agree, counts, squares, inputs = 0, 0, 0, 0
+    for row in rows:
+        ids, start = torch.tensor(row["input_ids"])[None].long(), int(row["completion_start"])
+        with torch.inference_mode():
+            top = student(ids).logits[0, start - 1 : -1].argmax(-1).numpy()
+        soft = targets.decode(targets.cut(row, kind, len(top)))
+        weight = soft.logprobs_NK if kind == "topk" else soft.logweights_NK
+        agree += (soft.ids_NK[np.arange(len(top)), weight.argmax(1)] == top).sum()
+        counts, inputs, squares = counts + len(top), inputs + ids.shape[1], squares + ids.shape[1] ** 2
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, student, per_device_train_batch_size=8)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["agreement"] == pytest.approx(agree / counts)
+    assert 0 < agree < counts
+    # 4 layers: q and o 32 × 32, k and v 32 × 16, three of 32 × 64; 4 heads of 8; a vocabulary of 49,152.
+    body = 6 * 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    total = body * inputs + 6 * 32 * 49152 * counts + 4 * 6 * 32 * squares
+    assert log["tflops"] * 1e12 / log["tokens_per_s"] * inputs == pytest.approx(total, rel=1e-6)
+    assert "mfu" not in log, "what this CPU could do is not known"
 
 
 def test_the_logged_loss_is_the_formula(tiny, dataset_directory, tmp_path):
@@ -174,8 +320,17 @@ def test_a_temperature_that_sampled_targets_do_not_have_is_refused(tiny, dataset
         ({"temperature": 0.0}, "temperature"),
         ({"loss": "mse"}, "loss is 'mse'"),
         ({"beta": 0.5}, "forward_kl has no such parameter"),
-        ({"packing": True}, "packing is not supported"),
-        ({"assistant_only_loss": True}, "assistant_only_loss is not supported"),
+        ({"packing": True}, "packing needs max_length"),
+        ({"packing": True, "max_length": 8, "train_sampling_strategy": "group_by_length"}, "no train_sampling_strategy"),
+        ({"packing": True, "max_length": 8, "packing_strategy": "wrapped"}, "packing_strategy=wrapped is not supported"),
+        ({"assistant_only_loss": True}, "assistant_only_loss=True is not supported"),
+        ({"completion_only_loss": False}, "completion_only_loss=False is not supported"),
+        ({"loss_type": "dft"}, "loss_type=dft is not supported"),
+        ({"position_weights": "rank"}, "must be one of uniform, entropy, certainty"),
+        ({"reduction": "batch"}, "must be one of token, sequence"),
+        ({"sequence_alpha": 0.2}, "add up to 1 at most"),
+        ({"sequence_alpha": 0.1, "alpha_end": 1.0}, "add up to 1 at most"),
+        ({"loss": "jsd", "beta_end": 0.5}, "no beta to begin with"),
     ],
 )
 def test_what_would_change_the_loss_in_silence_is_refused(tmp_path, arguments, message):
