@@ -87,6 +87,11 @@ class Generate(Section):
     rows_per_shard: int = Field(default=1024, ge=1)
     """Rows in one Parquet shard, the unit of work and of resuming."""
 
+    @property
+    def shows_everything(self) -> bool:
+        """Whether every text can come out, so that sampled ones can stand for the teacher's at temperature 1."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
+
 
 class Score(Section):
     """Finished text that the teacher reads instead of writing any; `run` scores where this section is given."""

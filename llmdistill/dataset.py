@@ -46,6 +46,7 @@ class Row:
     finish_reason: str
     token_logprobs: targets.Array
     targets: targets.SoftTargets | None
+    sampling_logprob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
         "finish_reason": pa.array([row.finish_reason for row in rows], pa.string()),
         "token_logprobs": targets.list_array(np.concatenate([row.token_logprobs for row in rows]).astype(np.float32), lengths),
     }
+    if rows[0].sampling_logprob is not None:
+        columns["sampling_logprob"] = pa.array([row.sampling_logprob for row in rows], pa.float32())
     soft = [row.targets for row in rows if row.targets is not None]
     if soft:
         columns |= targets.encode(soft, vocab_size)

@@ -83,6 +83,7 @@ class _Prompts:
             completion.finish_reason,
             completion.token_logprobs,
             completion.targets,
+            completion.sampling_logprob,
         )
 
     def description(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow.parquet as pq
+
 from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, SPLITS, Row, load_dataset, read_manifest
@@ -59,6 +61,7 @@ class Text:
     prompt_ids: Sequence[int]
     completion_ids: Sequence[int]
     finish_reason: str | None = None
+    sampling_logprob: float | None = None
 
 
 class _Source(Protocol):
@@ -117,7 +120,10 @@ class _Stored:
         self.manifest = read_manifest(directory)
         self.sampling = self.manifest["sampling"]
         there = {entry["split"] for entry in self.manifest["shards"]}
+        schema = pq.read_schema(directory / self.manifest["shards"][0]["file"])
+        self.sampled = [name for name in schema.names if name == "sampling_logprob"]  # true of the text, whoever reads it
         columns = ["id", "prompt", "completion", "input_ids", "completion_start", "finish_reason"]
+        columns += self.sampled
         parts = [load_dataset(directory, split).select_columns(columns) for split in SPLITS if split in there]
         self.rows = datasets.concatenate_datasets(parts)
 
@@ -139,7 +145,8 @@ class _Stored:
         row = self.rows[index]
         ids, start = row["input_ids"].tolist(), int(row["completion_start"])
         messages = ([dict(m) for m in row["prompt"]], [dict(m) for m in row["completion"]])
-        return Text(str(row["id"]), *messages, ids[:start], ids[start:], str(row["finish_reason"]))
+        sampled = float(row["sampling_logprob"]) if self.sampled else None
+        return Text(str(row["id"]), *messages, ids[:start], ids[start:], str(row["finish_reason"]), sampled)
 
 
 class _Requests(Sequence[Request]):
@@ -182,6 +189,7 @@ class _Texts:
             text.finish_reason or completion.finish_reason,
             completion.token_logprobs,
             completion.targets,
+            text.sampling_logprob,
         )
 
     def description(self) -> dict[str, Any]:

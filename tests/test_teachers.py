@@ -66,6 +66,11 @@ def test_the_exact_engine_stores_the_models_own_distribution(tiny, requests, tem
             completion.token_logprobs, logprobs.gather(1, torch.tensor(completion.ids)[:, None])[:, 0], atol=2e-4
         )
         assert completion.finish_reason == ("stop" if completion.ids[-1] == 2 else "length")
+        if temperature:
+            sampled = (logits.double() / temperature).log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None]).sum()
+            assert completion.sampling_logprob == pytest.approx(sampled.item(), abs=2e-3)
+        else:
+            assert completion.sampling_logprob is None, "greedy text is no sample"
 
 
 def test_a_rows_text_depends_on_its_seed_alone(tiny, requests):

@@ -28,13 +28,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the teacher wrote, or read, for the request of the same index; its end token included if it was emitted."""
+    """What the teacher wrote, or read, for the request of the same index; its end token included if it was emitted.
+
+    `sampling_logprob` is the logarithm of the probability with which it wrote just this, at the sampling temperature.
+    """
 
     index: int
     ids: Array
     finish_reason: str
     token_logprobs: Array
     targets: SoftTargets | None
+    sampling_logprob: float | None = None
 
 
 class Engine(Protocol):

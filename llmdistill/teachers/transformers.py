@@ -79,7 +79,7 @@ class TransformersEngine:
         )
         uniforms_BTU = torch.stack([self._uniforms(request, limit) for request in requests])
 
-        tokens, chosen, kept = [], [], []
+        tokens, chosen, kept, sampled = [], [], [], []
         alive_B = np.ones(len(requests), dtype=bool)
         lengths_B = np.zeros(len(requests), dtype=np.int64)
         cache, inputs_BT = None, ids_BT
@@ -98,6 +98,9 @@ class TransformersEngine:
             token_B = sample(logprobs_BV, self.sampling, uniforms_BT[:, step])
             tokens.append(token_B.cpu().numpy())
             chosen.append(logprobs_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy())
+            if self.sampling.shows_everything:
+                tempered_BV = (logprobs_BV / self.sampling.temperature).log_softmax(-1)
+                sampled.append(tempered_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy())
             kept.append(self._keep(logprobs_BV, uniforms_BTU[:, step]))
             lengths_B += alive_B
             alive_B &= ~np.isin(tokens[-1], self.end_ids)
@@ -119,6 +122,7 @@ class TransformersEngine:
                     np.stack([ids[row] for ids, _ in kept[:length]]),
                     np.stack([lp[row] for _, lp in kept[:length]]),
                 ),
+                float(sum(step[row] for step in sampled[:length])) if sampled else None,
             )
 
     def _keep(self, logprobs_NV: torch.Tensor, uniform_NU: torch.Tensor) -> tuple[Array, Array]:

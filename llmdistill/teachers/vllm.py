@@ -4,6 +4,7 @@ import os
 import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ class VllmEngine:
 
         self.kept = kept
         self.end_ids = end_ids
+        self.sampling = sampling
+        # How much a temperature takes off a log-probability at a position comes as one more of the position's numbers.
+        self.tempered = sampling.shows_everything and sampling.temperature != 1
         arguments: dict[str, Any] = {
             "model": teacher.model,
             "revision": teacher.revision,
@@ -48,7 +52,7 @@ class VllmEngine:
             "tensor_parallel_size": teacher.tensor_parallel_size,
             "trust_remote_code": teacher.trust_remote_code,
             "max_model_len": max_model_len,
-            "max_logprobs": max(kept.kept, 1),
+            "max_logprobs": max(kept.kept + self.tempered, 1),
             "logprobs_mode": "raw_logprobs",
             "use_tqdm_on_load": False,
         }
@@ -61,19 +65,20 @@ class VllmEngine:
                 "max_num_batched_tokens": max(max_model_len, 2048),
             }
         drawn = kept.stored in ("sampled", "multinomial")
-        if drawn:
+        if drawn or self.tempered:
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
         self.llm = vllm.LLM(**{**arguments, **teacher.engine_args})
         self._guard = _end_with_this_process()
-        if drawn:
-            self.llm.collective_rpc("sample_targets", args=(kept.stored, seed))
+        if drawn or self.tempered:
+            temperature = sampling.temperature if self.tempered else None
+            self.llm.collective_rpc("sample_targets", args=(kept.stored, kept.kept, seed, temperature))
         self._params = vllm.SamplingParams
         self._sampling = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
-            "logprobs": kept.kept,
+            "logprobs": kept.kept + self.tempered,
             "flat_logprobs": True,
             "detokenize": False,
         }
@@ -83,7 +88,8 @@ class VllmEngine:
         for output in self._outputs(batches, lambda request: self._params(**self._sampling, seed=request.seed)):
             completion = output.outputs[0]
             ids = np.asarray(completion.token_ids, dtype=np.int64)
-            yield self._completion(output.request_id, ids, completion.finish_reason, completion.logprobs)
+            made = self._completion(output.request_id, ids, completion.finish_reason, completion.logprobs)
+            yield replace(made, sampling_logprob=self._sampling_logprob(made, completion.logprobs))
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Read every request's text in one prefill; the token that vLLM insists on writing after it is dropped."""
@@ -116,6 +122,15 @@ class VllmEngine:
                     engine.add_request(str(request.index), {"prompt_token_ids": ids}, params_of(request))
             yield from (output for output in engine.step() if output.finished)
 
+    def _sampling_logprob(self, completion: Completion, flat: Any) -> float | None:
+        if not self.sampling.shows_everything:
+            return None
+        written = completion.token_logprobs.sum(dtype=np.float64)
+        if not self.tempered:
+            return float(written)
+        normalisers = np.asarray(flat.logprobs, dtype=np.float64)[self.kept.kept + 1 :: self.kept.kept + 2]
+        return float(written / self.sampling.temperature - normalisers.sum())
+
     def _completion(self, request_id: str, ids: Array, finish_reason: str, flat: Any) -> Completion:
         token_logprobs, targets = flat_logprobs(flat, self.kept)
         if len(ids) != len(token_logprobs):
@@ -146,6 +161,6 @@ def flat_logprobs(flat: Any, kept: Targets) -> tuple[Array, SoftTargets | None]:
     there twice when it is one of them.
     """
     positions = len(flat.start_indices)
-    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, kept.kept + 1)
-    ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(positions, kept.kept + 1)
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, -1)[:, : kept.kept + 1]
+    ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(positions, -1)[:, : kept.kept + 1]
     return logprobs[:, 0], from_logprobs(kept.stored, ids[:, 1:], logprobs[:, 1:])

@@ -17,8 +17,15 @@ class SampleTargets:
 
     model_runner: Any
 
-    def sample_targets(self, kind: str, seed: int) -> None:
-        """From now on, `logprobs=n` and `prompt_logprobs=n` return a sample of n tokens instead of the n most likely ones.
+    def sample_targets(self, kind: str, kept: int, seed: int, temperature: float | None) -> None:
+        """From now on, log-probabilities are returned of the tokens that a kind of targets keeps.
+
+        Args:
+            kind: of targets.
+            kept: tokens kept a position.
+            seed: of the draw.
+            temperature: that of the sampling; where one more log-probability than `kept` is asked for, it is
+                log Σ p^(1/temperature), what a tempered log-probability is short of being normalised.
 
         Raises:
             RuntimeError: this worker's sampler does not return log-probabilities in the known way.
@@ -33,11 +40,15 @@ class SampleTargets:
         generator = torch.Generator().manual_seed(seed)
 
         def gather_logprobs(logprobs_NV: torch.Tensor, n: int, token_ids: torch.Tensor) -> Any:
-            uniform_NU = torch.rand(len(logprobs_NV), pps.uniforms(kind, n), generator=generator, dtype=torch.float64)
-            kept_Nn = pps.keep(kind, logprobs_NV, n, uniform_NU.to(logprobs_NV.device))
+            uniform_NU = torch.rand(len(logprobs_NV), pps.uniforms(kind, kept), generator=generator, dtype=torch.float64)
+            kept_Nn = pps.keep(kind, logprobs_NV, kept, uniform_NU.to(logprobs_NV.device))
             ids_NK = torch.cat([token_ids[:, None], kept_Nn], dim=1)
             kept_NK = logprobs_NV.gather(1, ids_NK)
             rank_N = (logprobs_NV > kept_NK[:, :1]).sum(dim=1) + 1
+            if n > kept and temperature:
+                normaliser_N1 = (logprobs_NV / temperature).logsumexp(dim=1, keepdim=True)
+                ids_NK = torch.cat([ids_NK, torch.zeros_like(ids_NK[:, :1])], dim=1)
+                kept_NK = torch.cat([kept_NK, normaliser_N1], dim=1)
             return LogprobsTensors(ids_NK.int(), kept_NK, rank_N)
 
         sampler.gather_logprobs = gather_logprobs

@@ -76,6 +76,21 @@ def test_both_engines_agree_on_the_same_ids(generated, smollm2):
     assert errors("bfloat16")[0] < 0.05
 
 
+def test_the_probability_of_having_sampled_a_text_is_that_at_the_temperature(generated, smollm2):
+    """Of each whole text at temperature 0.7, against transformers in float32; at temperature 1 it would be far from it."""
+    _, rows = generated
+    batch = DistillCollator(0)([rows[n] for n in range(len(rows))])
+    labels = batch["labels"][batch["labels"] != -100][:, None]
+    with torch.inference_mode():
+        logits_NV = completion_logits(load_model(str(smollm2), dtype="float32"), batch).double()
+    row_N = torch.repeat_interleave(torch.arange(len(rows)), batch["lengths"] - torch.tensor(rows["completion_start"]))
+    for temperature, near in ((0.7, True), (1.0, False)):
+        each_N = (logits_NV / temperature).log_softmax(-1).gather(1, labels)[:, 0]
+        want = torch.zeros(len(rows), dtype=torch.float64).index_add(0, row_N, each_N)
+        off = (torch.tensor(np.array(rows["sampling_logprob"])) - want).abs().max()
+        assert off < 1 if near else off > 5, (temperature, off)
+
+
 def test_resuming_makes_only_the_missing_shard(generated, smollm2):
     directory, rows = generated
     kept = sorted(directory.glob("train-*.parquet"))
@@ -149,6 +164,8 @@ targets: {kind}
     difference = (weights[..., None] * f_VF[batch["target_ids"]]).sum(1) - p_NV @ f_VF
     standard_error = difference.std(0) / len(difference) ** 0.5
     assert len(difference) > 500
+    at_temperature_one = [row["token_logprobs"].sum() for row in rows]
+    np.testing.assert_allclose(rows["sampling_logprob"], at_temperature_one, rtol=1e-5)
     assert (difference.mean(0).abs() < 4.5 * standard_error).all()
     outside_top_256 = ~(batch["target_ids"][..., None] == p_NV.topk(256).indices[:, None, :]).any(-1)
     assert (outside_top_256 & (weights > 0)).any(), (
