@@ -63,9 +63,29 @@ def _pruned_to(prune: Prune) -> str:
     return ", ".join(f"{name} {value}" for name, value in given.items()) + chosen
 
 
-def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alpha: float, results: dict[str, float]) -> str:
-    """The README.md of a trained student."""
-    student, train = experiment.student, experiment.train
+def _describe_loss(arguments: Any) -> str:
+    """From a `DistillConfig`: its terms with their weights, and how tokens are weighted if not all alike."""
+
+    def number(start: float | None, end: float | None) -> str:
+        return f"{start:.2g}" if end is None else f"{start:.2g} to {end:.2g}"
+
+    ends = (arguments.alpha, arguments.alpha if arguments.alpha_end is None else arguments.alpha_end)
+    rest = [1 - alpha - arguments.sequence_alpha for alpha in ends]
+    terms = [f"{number(rest[0], None if rest[0] == rest[1] else rest[1])} × cross-entropy on the teacher's text"]
+    if any(ends):
+        beta = "" if arguments.beta is None else f" (beta {number(arguments.beta, arguments.beta_end)})"
+        terms.append(f"{number(arguments.alpha, arguments.alpha_end)} × {arguments.loss}{beta}")
+    if arguments.sequence_alpha:
+        terms.append(f"{arguments.sequence_alpha:.2g} × sequence-level KL")
+    weighted = (
+        "" if arguments.position_weights == "uniform" else f", tokens weighted by the teacher's {arguments.position_weights}"
+    )
+    return " + ".join(terms) + weighted + (", every sequence counting alike" if arguments.reduction == "sequence" else "")
+
+
+def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, arguments: Any, results: dict[str, float]) -> str:
+    """The README.md of a trained student; `arguments` are its `DistillConfig`."""
+    student = experiment.student
     base = student.model or experiment.teacher.model
     head = {
         "library_name": "transformers",
@@ -82,13 +102,16 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, alph
     )
     facts = {
         "starts from": f"`{base}`" + (f", pruned to {_pruned_to(student.prune)}" if student.prune else ""),
-        "loss": f"{1 - alpha:.2g} × cross-entropy on the teacher's text + {alpha:.2g} × {train.loss}",
-        "temperature": f"{train.temperature:g}",
+        "loss": _describe_loss(arguments),
+        "temperature": f"{arguments.temperature:g}",
         "data": f"{rows:,} rows, {tokens:,} completion tokens, written by `{manifest['teacher']['model']}`",
         "soft targets": targets,
         "steps": f"{results['steps']:,.0f}",
         "last logged": ", ".join(f"{key} {results[key]:.3f} nats a token" for key in ("kl", "ce") if key in results),
     }
+    if "eval_ce" in results:
+        parts = (f"{key} {results[f'eval_{key}']:.3f} nats a token" for key in ("kl", "ce") if f"eval_{key}" in results)
+        facts["on validation rows"] = ", ".join(parts)
     settings = yaml.safe_dump(experiment.model_dump(mode="json", include={"seed", "student", "train"}), sort_keys=False)
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}

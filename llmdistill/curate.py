@@ -12,7 +12,17 @@ import pyarrow.parquet as pq
 
 from llmdistill import stage
 from llmdistill.config import Duplicates, Experiment, FinishReason, Length, Repetition, Section
-from llmdistill.dataset import MANIFEST, SPLITS, Shard, SplitWriter, read_batches, read_manifest, shard_files, write_manifest
+from llmdistill.dataset import (
+    MANIFEST,
+    SPLITS,
+    Shard,
+    SplitWriter,
+    is_held_out,
+    read_batches,
+    read_manifest,
+    shard_files,
+    write_manifest,
+)
 from llmdistill.errors import InputError
 from llmdistill.progress import say
 
@@ -73,7 +83,9 @@ def _judge(experiment: Experiment, files: list[Path]) -> Array:
     filters = [_FILTERS[type(step.settings)](step.settings) for step in experiment.curate]
     verdicts = []
     for rows in read_batches(files, ["prompt", "completion", "input_ids", "completion_start", "finish_reason"]):
-        verdict = np.array([_is_test(prompt, experiment) for prompt in rows["prompt"].to_pylist()], dtype=np.uint8) + len(filters)
+        share = experiment.eval.held_out
+        sides = [is_held_out(prompt, experiment.seed, share) for prompt in rows["prompt"].to_pylist()]
+        verdict = np.array(sides, dtype=np.uint8) + len(filters)
         left = np.arange(len(rows))
         for number, keep in enumerate(filters):
             passed = np.fromiter(keep(rows.take(left)), dtype=bool, count=len(left))
@@ -81,12 +93,6 @@ def _judge(experiment: Experiment, files: list[Path]) -> Array:
             left = left[passed]
         verdicts.append(verdict)
     return np.concatenate(verdicts)
-
-
-def _is_test(prompt: Any, experiment: Experiment) -> bool:
-    """By a hash of the prompt: all samples of a prompt on one side, at any size of the dataset."""
-    digest = hashlib.sha256(f"{experiment.seed} {prompt}".encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64 < experiment.eval.held_out
 
 
 def _write(experiment: Experiment, files: list[Path], verdicts: Array, directory: Path) -> list[Shard]:

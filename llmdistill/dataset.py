@@ -4,6 +4,7 @@ A shard is named `SPLIT-INDEX-of-COUNT-CHECKSUM.parquet`. It is written under a 
 whole, so a shard that is there is done and says itself what its bytes must hash to.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -324,6 +325,12 @@ def read_batches(files: Sequence[Path], columns: list[str] | None = None) -> Ite
                     yield pa.Table.from_batches([batch])
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{file}: cannot be read, the file was damaged or changed: {error}") from None
+
+
+def is_held_out(prompt: Any, salt: Any, share: float) -> bool:
+    """Whether a prompt is among the share to hold out, by its hash: all its samples on one side, at any size of the dataset."""
+    digest = hashlib.sha256(f"{salt} {prompt}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64 < share
 
 
 def bytes_per_position(shards: Sequence[dict[str, Any]]) -> float:

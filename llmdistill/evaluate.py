@@ -15,6 +15,7 @@ from llmdistill.bootstrap import Interval, draw_clusters, mean_interval
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
+from llmdistill.importance import effective_sample_size, importance, log_importance
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
 
@@ -68,6 +69,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     stage.begin(directory, "eval", settings, inputs, experiment.seed)
     measured = fidelity(models, rows, experiment.eval.batch_size)
     metrics = _metrics(experiment, subjects, models, measured, prompts)
+    _add_sequence_kl(metrics, measured, rows, prompts, experiment.seed)
     with console.status("writing samples"):
         metrics["samples"] = _samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
     table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], **measured})
@@ -116,6 +118,21 @@ def _metrics(
             "rounds": _ROUNDS,
         },
     }
+
+
+def _add_sequence_kl(metrics: dict[str, Any], measured: dict[str, Array], rows: Any, prompts: list[str], seed: int) -> None:
+    """Where the held-out text is a sample: KL(teacher ‖ model) over whole texts, in nats a text, by importance weights."""
+    try:
+        weights = importance(log_importance(rows))
+    except ValueError:  # text of another origin, or cut by top-p or top-k: the estimate does not exist
+        return
+    _, cluster = np.unique(prompts, return_inverse=True)
+    draws = draw_clusters(cluster.max() + 1, metrics["held_out"]["resamples"], seed)
+    metrics["held_out"]["effective_rows"] = effective_sample_size(weights)
+    for model in metrics["models"]:
+        # log p(y|x) − log q(y|x), both from weights in this process
+        nats = measured[f"{model['name']} nll"] - measured["teacher nll"]
+        model["sequence_kl"] = asdict(_interval(weights * nats, weights, cluster, draws))
 
 
 def headline(models: list[dict[str, Any]]) -> str:

@@ -9,14 +9,18 @@ from typing import Any
 from llmdistill import stage
 from llmdistill.card import model_card
 from llmdistill.config import Experiment
-from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
+from llmdistill.dataset import MANIFEST, ROW_GROUP, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, tokenise_chat, vocabulary_hash
 from llmdistill.progress import StageBar, console, say
 from llmdistill.prune import ensure_pruned
 
 # Set by keys of their own; given under train.args they would contradict them.
-_RESERVED = {"output_dir": "output"} | {name: f"train.{name}" for name in ("loss", "alpha", "temperature", "beta")}
+_LOSS = ("loss", "alpha", "alpha_end", "temperature", "beta", "beta_end", "sequence_alpha", "position_weights", "reduction")
+_RESERVED = {"output_dir": "output"} | {name: f"train.{name}" for name in _LOSS}
+# The second student's: cross-entropy on the text, and nothing of the soft targets.
+_TEXT_ONLY: dict[str, Any] = {"alpha": 0.0, "alpha_end": None, "beta": None, "beta_end": None, "sequence_alpha": 0.0}
+_TEXT_ONLY |= {"loss": "forward_kl", "temperature": 1.0, "position_weights": "uniform"}
 
 
 def train(experiment: Experiment, dry_run: bool = False) -> None:
@@ -25,9 +29,9 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
     Raises:
         InputError: the dataset, the student or the output directory are not usable; nothing was written.
     """
-    directories = [(experiment.directory("student"), experiment.train.alpha)]
+    directories = {experiment.directory("student"): False}
     if experiment.train.compare_text_only:
-        directories.append((experiment.directory("student-text-only"), 0.0))
+        directories[experiment.directory("student-text-only")] = True
     if dry_run and not (experiment.dataset_directory / MANIFEST).is_file():
         _say_plan(experiment, None)
         return
@@ -47,50 +51,58 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
     }
     if online:
         inputs[experiment.teacher.model] = stage.model_fingerprint(experiment.teacher.model, experiment.teacher.revision)
-    states = [stage.claim(directory, "train", {**settings, "alpha": alpha}, inputs) for directory, alpha in directories]
+    claims = [
+        (directory, text_only, stage.claim(directory, "train", {**settings, "text_only": text_only}, inputs))
+        for directory, text_only in directories.items()
+    ]
     if dry_run:
         _say_plan(experiment, manifest)
         return
-    for (directory, alpha), state in zip(directories, states, strict=True):
+    for directory, text_only, state in claims:
         if state == "done":
             say("train", f"{directory} is finished")
         else:
-            _train_one(experiment, manifest, directory, alpha, {**settings, "alpha": alpha}, inputs)
+            _train_one(experiment, manifest, directory, text_only, {**settings, "text_only": text_only}, inputs)
 
 
 def _train_one(
     experiment: Experiment,
     manifest: dict[str, Any],
     directory: Path,
-    alpha: float,
+    text_only: bool,
     settings: dict[str, Any],
     inputs: dict[str, str],
 ) -> None:
     with console.status("loading the student"):
+        from transformers import EarlyStoppingCallback
+
         from llmdistill.trainer import DistillTrainer
 
-        arguments = _arguments(experiment, directory, alpha)
+        arguments = _arguments(experiment, directory, text_only)
         model, revision, trust = _origin(experiment)
         saved_dtype = load_config(model, revision, trust).dtype or "float32"
         tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
-        dataset = load_dataset(experiment.dataset_directory, "train")
+        dataset, validation = _split(experiment, load_dataset(experiment.dataset_directory, "train"))
         if not same_vocabulary:
-            dataset = _tokenise_again(dataset, tokenizer)
+            dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
         main = arguments.process_index == 0
         student = _student(experiment)
-        teacher = _online_teacher(experiment) if alpha else None
+        teacher = None if text_only else _online_teacher(experiment)
+        _check_fit(arguments, dataset, student, teacher)
     if main:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
-    label = "train" if alpha or not experiment.train.compare_text_only else "text only"
     trainer = DistillTrainer(
         model=student,
         args=arguments,
         train_dataset=dataset,
+        eval_dataset=validation,
         teacher=teacher,
         processing_class=tokenizer,
         peft_config=_lora(experiment),
     )
-    _show_progress(trainer, label)
+    if early := experiment.train.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(early.patience, early.min_delta))
+    _show_progress(trainer, "text only" if text_only else "train")
     trainer.train(resume_from_checkpoint=last_checkpoint(directory / "checkpoints"))
 
     trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -103,7 +115,7 @@ def _train_one(
         _save(trained, tokenizer, directory, saved_dtype)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
         results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
-        stage.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, alpha, results))
+        stage.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, arguments, results))
         stage.finish(directory, results)
 
 
@@ -134,7 +146,7 @@ def _origin(experiment: Experiment, check: str | None = None) -> tuple[str, str 
 def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
     if experiment.targets.kind == "online":
         return
-    if manifest["targets"]["kind"] == "none" and (experiment.train.alpha > 0 or experiment.train.compare_text_only):
+    if manifest["targets"]["kind"] == "none" and (experiment.train.uses_targets or experiment.train.compare_text_only):
         raise InputError(
             f"train.alpha is {experiment.train.alpha}, but {experiment.dataset_directory} has no soft targets "
             "(targets.kind: none); set train.alpha to 0 and train.compare_text_only to false, or targets.kind to online"
@@ -143,7 +155,63 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
         raise InputError(f"{reason}, and {experiment.dataset_directory} has sampled ones; use targets.kind topk")
 
 
-def _arguments(experiment: Experiment, directory: Path, alpha: float) -> Any:
+def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
+    """The rows to train on and those to validate on, None if there are to be none; all rows of a prompt on one side.
+
+    Raises:
+        InputError: one side is empty.
+    """
+    share = experiment.train.validation
+    if not share:
+        return dataset, None
+    sides = []
+    for table in dataset.select_columns(["prompt"]).with_format("arrow").iter(batch_size=ROW_GROUP):
+        sides += [is_held_out(prompt, f"{experiment.seed} validation", share) for prompt in table["prompt"].to_pylist()]
+    rows = [[row for row, side in enumerate(sides) if side == wanted] for wanted in (False, True)]
+    if not all(rows):
+        raise InputError(
+            f"train.validation is {share:g}: of {len(sides):,} rows {len(rows[1]):,} would be for validation and "
+            f"{len(rows[0]):,} for training; both need at least one"
+        )
+    return dataset.select(rows[0]), dataset.select(rows[1])
+
+
+def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None:
+    """What the trainer would refuse, before anything is written.
+
+    Raises:
+        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows.
+    """
+    from llmdistill.importance import effective_sample_size, importance, log_importance
+    from llmdistill.packing import check_apart
+    from llmdistill.trainer import DistillTrainer
+
+    try:
+        DistillTrainer.check_dataset(arguments, dataset, teacher)
+        if arguments.packing or arguments.padding_free:
+            check_apart(student)
+        if arguments.sequence_alpha:
+            rows = effective_sample_size(importance(log_importance(dataset)))
+            say("train", f"the sequence-level KL is as exact as from {rows:,.0f} equally important rows, of {len(dataset):,}")
+    except ValueError as error:
+        raise InputError(f"train: {error}") from None
+
+
+def _evaluation(experiment: Experiment) -> dict[str, Any]:
+    """Defaults of the arguments that measure the student while it trains."""
+    train = experiment.train
+    if not train.validation:
+        if train.args.get("eval_strategy", "no") != "no":
+            raise InputError("train.args.eval_strategy needs train.validation, a share of the training prompts to measure on")
+        return {}
+    found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": train.args.get("save_steps", 500)}
+    if train.early_stopping:
+        metric = "kl" if train.uses_targets else "ce"
+        found |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+    return found
+
+
+def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
     """The `DistillConfig`, with errors that name the key.
 
     Raises:
@@ -165,15 +233,10 @@ def _arguments(experiment: Experiment, directory: Path, alpha: float) -> Any:
             raise InputError(f"no such key train.args.{name}: trl.SFTConfig has no such argument{hint}")
     defaults = {"seed": experiment.seed, "report_to": "none", "logging_steps": 1, "disable_tqdm": True}
     defaults["use_cpu"] = not torch.accelerator.is_available()
-    ours = {
-        "output_dir": str(directory / "checkpoints"),
-        "loss": experiment.train.loss,
-        "alpha": alpha,
-        "temperature": experiment.train.temperature,
-        "beta": experiment.train.beta,
-    }
+    defaults |= _evaluation(experiment)
+    ours = {"output_dir": str(directory / "checkpoints")} | experiment.train.model_dump(include=set(_LOSS))
     try:
-        arguments = DistillConfig(**{**defaults, **experiment.train.args, **ours})
+        arguments = DistillConfig(**{**defaults, **experiment.train.args, **ours, **(_TEXT_ONLY if text_only else {})})
     except (TypeError, ValueError) as error:
         raise InputError(f"train.args: {error}") from None
     if arguments.distributed_state.distributed_type in ("FSDP", "DEEPSPEED"):
@@ -267,14 +330,21 @@ def _show_progress(trainer: Any, label: str) -> None:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.tokens = 0
             self.facts: list[str] = []
+            self.held_out: list[str] = []
             self.bar = StageBar(label, state.max_steps, state.global_step).__enter__() if state.is_world_process_zero else None
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if self.bar and "ce" in logs:
+            if not self.bar:
+                return
+            if "eval_ce" in logs:
+                name = "kl" if "eval_kl" in logs else "ce"
+                self.held_out = [f"held out {name} {logs[f'eval_{name}']:.2f}"]
+                self.bar.advance(0, 0, self.facts + self.held_out)
+            if "ce" in logs:
                 self.facts = [f"{name} {logs[name]:.2f}" for name in ("kl", "ce") if name in logs]
                 new = logs["num_completion_tokens"] - self.tokens
                 self.tokens += new
-                self.bar.advance(0, new, self.facts)
+                self.bar.advance(0, new, self.facts + self.held_out)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if self.bar:
@@ -290,8 +360,12 @@ def _show_progress(trainer: Any, label: str) -> None:
 
 
 def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:
-    logged = [entry for entry in history if "ce" in entry]
-    return {name: logged[-1][name] for name in ("kl", "ce", "num_completion_tokens") if logged and name in logged[-1]}
+    """The parts of the loss at the last step, and on the validation rows at the last evaluation."""
+    last: dict[str, Any] = {}
+    for entry in history:
+        last |= entry
+    names = ("kl", "ce", "agreement", "num_completion_tokens", "eval_kl", "eval_ce", "eval_agreement")
+    return {name: last[name] for name in names if name in last}
 
 
 def _say_plan(experiment: Experiment, manifest: dict[str, Any] | None) -> None:

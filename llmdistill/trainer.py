@@ -117,7 +117,7 @@ class DistillTrainer(trl.SFTTrainer):
     ) -> None:
         if "compute_metrics" in kwargs:
             raise ValueError("compute_metrics is not supported: the logits of a batch are never there as a whole")
-        self._check_dataset(args, train_dataset, teacher)
+        self.check_dataset(args, train_dataset, teacher)
         if args.sequence_alpha:
             train_dataset, eval_dataset = _with_importance(train_dataset), eval_dataset and _with_importance(eval_dataset)
         in_a_line = args.packing or args.padding_free
@@ -146,7 +146,12 @@ class DistillTrainer(trl.SFTTrainer):
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
 
     @staticmethod
-    def _check_dataset(args: DistillConfig, dataset: Any, teacher: Any) -> None:
+    def check_dataset(args: DistillConfig, dataset: Any, teacher: Any = None) -> None:
+        """Refuse a dataset that the loss cannot learn from.
+
+        Raises:
+            ValueError: it has no soft targets, or not of the kind that the loss needs.
+        """
         kind = kind_of(dataset.column_names)
         if args.uses_targets and teacher is None and kind == "none":
             raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from llmdistill import load_dataset, push_to_hub, stage
+from llmdistill import DistillConfig, load_dataset, push_to_hub, stage
 from llmdistill.card import model_card
 from llmdistill.config import Experiment
 from llmdistill.dataset import finished_shards, read_manifest, rows_to_table, write_manifest, write_shard
@@ -203,7 +203,9 @@ def student(tiny, tmp_path):
         {"output": str(tmp_path), "teacher": {"model": str(tiny)}, "student": {"model": str(tiny)}}
     )
     manifest = {"teacher": {"model": str(tiny)}, "targets": {"kind": "topk", "k": 4}, "shards": []}
-    (path / "README.md").write_text(model_card(experiment, manifest, "student", 0.9, {"steps": 1}))
+    (path / "README.md").write_text(
+        model_card(experiment, manifest, "student", DistillConfig(str(path), use_cpu=True, bf16=False), {"steps": 1})
+    )
     stage.finish(path, {"steps": 1})
     return path
 
