@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import trl
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llmdistill import fused, losses
 from llmdistill.collator import POSITION_WEIGHTS, TARGET_COLUMNS, DistillCollator, completion_logits, in_place_of_logits
 from llmdistill.flops import peak_flops, training_flops
 from llmdistill.importance import importance, log_importance
-from llmdistill.packing import Packs, check_apart
+from llmdistill.packing import Packs, check_apart, row_lengths
 from llmdistill.targets import kind_of
 
 # What would change the loss without being part of it, or would not be done, is refused and not ignored.
@@ -70,8 +71,8 @@ class DistillConfig(trl.SFTConfig):
         for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported by DistillTrainer")
-        if self.packing and (self.max_length is None or self.train_sampling_strategy == "group_by_length"):
-            raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy group_by_length")
+        if self.packing and (self.max_length is None or self.train_sampling_strategy not in ("random", "sequential")):
+            raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy by length")
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
 
@@ -164,6 +165,14 @@ class DistillTrainer(trl.SFTTrainer):
         self._signature_columns = ["input_ids", "completion_start", *TARGET_COLUMNS]
         if self.args.sequence_alpha:
             self._signature_columns += ["importance", "token_logprobs"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As `Trainer` does, but for lengths that are read from the offsets of a column instead of row after row."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, lengths=row_lengths(rows).tolist())
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; the clock of `tokens_per_s` starts with the first."""

@@ -136,6 +136,17 @@ def test_rows_in_a_line_have_the_gradients_of_rows_below_each_other(tiny, datase
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4)
 
 
+def test_batches_of_similar_length(tiny, dataset_directory, tmp_path):
+    trainer = make_trainer(
+        tiny, dataset_directory, tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=2
+    )
+    order = list(trainer._get_train_sampler())
+    lengths = [len(trainer.train_dataset[number]["input_ids"]) for number in order]
+    assert sorted(order) == list(range(8))
+    assert max(lengths) == lengths[0], "the longest first: what does not fit fails at once"
+    assert trainer._get_train_sampler().lengths == [len(row["input_ids"]) for row in trainer.train_dataset]
+
+
 def test_a_model_that_lets_rows_see_each_other_is_refused(tiny, dataset_directory, tmp_path):
     class Mixing(type(load_model(str(tiny)))):
         def forward(self, input_ids=None, position_ids=None, **kwargs):
