@@ -7,55 +7,16 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from llmdistill.config_curate import CurateStep
 from llmdistill.errors import InputError
-
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-
-
-def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
-    for name, value in arguments.items():
-        if isinstance(value, dict):
-            _refuse_secrets(value)
-        if re.search(r"(hub|hf|auth|access)_token|^token$|api_key|password|secret", str(name)):
-            raise ValueError(f"{name} would be written into run.json; set it in the environment (HF_TOKEN, WANDB_API_KEY, …)")
-    return arguments
-
-
-PassedOn = Annotated[dict[str, Any], AfterValidator(_refuse_secrets)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, the docstring under a field is its help."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-
-class Teacher(Section):
-    """The model that writes the text and gives its distribution at every token."""
-
-    model: str
-    """Model directory or name on the Hugging Face Hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """`vllm` for speed; `transformers` is the exact reference and needs no vLLM."""
-    dtype: Dtype = "auto"
-    """Precision of the weights; `auto` is the checkpoint's own."""
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Longest context in tokens, prompt and completion together; the model's own limit if not given."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that hold one copy of the model (engine vllm)."""
-    batch_size: int = Field(default=16, ge=1)
-    """Sequences decoded together (engine transformers); part of what makes its floating-point results repeatable."""
-    engine_args: PassedOn = {}
-    """Any argument of `vllm.LLM`, passed through (engine vllm)."""
-    trust_remote_code: bool = False
-    """Run Python code that the model's repository ships."""
+from llmdistill.section import PassedOn
+from llmdistill.section import Section as Section
+from llmdistill.section import Teacher as Teacher
 
 
 class Prompts(Section):
@@ -132,73 +93,6 @@ class Targets(Section):
             "topk": {"k": self.k, "unbiased": False, **half_precision},
         }
         return {"kind": self.stored, **kept.get(self.stored, {})}
-
-
-class FinishReason(Section):
-    """Keep rows that ended for one of these reasons."""
-
-    keep: list[str] = ["stop"]
-    """`stop`: the teacher ended by itself; `length`: it was cut at `max_tokens`."""
-
-
-class Length(Section):
-    """Keep rows whose completion has a length in this range."""
-
-    min_tokens: int = Field(default=1, ge=0)
-    """Fewest completion tokens."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Most completion tokens."""
-
-
-class Repetition(Section):
-    """Keep rows that do not repeat themselves."""
-
-    ngram: int = Field(default=4, ge=1)
-    """Length of the token n-grams compared."""
-    max_share: float = Field(default=0.5, ge=0, le=1)
-    """Largest share of n-grams that may be repeats of an earlier one."""
-
-
-class Duplicates(Section):
-    """Keep the first of rows whose completions have the same text after lower-casing and joining white space."""
-
-
-class CurateStep(Section):
-    """One filter of the `curate` list; exactly one key."""
-
-    finish_reason: FinishReason | None = None
-    """By the reason for which a completion ended."""
-    length: Length | None = None
-    """By the length of the completion."""
-    repetition: Repetition | None = None
-    """By repeated n-grams."""
-    duplicates: Duplicates | None = None
-    """By equal completions."""
-
-    @model_validator(mode="after")
-    def _one_key(self) -> "CurateStep":
-        if len(self.model_fields_set) != 1:
-            raise ValueError(f"a step has exactly one key, one of {', '.join(type(self).model_fields)}")
-        (name,) = self.model_fields_set
-        if getattr(self, name) is None:
-            setattr(self, name, type(self)._step_types()[name]())
-        return self
-
-    @classmethod
-    def _step_types(cls) -> dict[str, type[Section]]:
-        return {name: get_args(field.annotation)[0] for name, field in cls.model_fields.items()}
-
-    @property
-    def name(self) -> str:
-        """The step's one key."""
-        (name,) = self.model_fields_set
-        return name
-
-    @property
-    def settings(self) -> Section:
-        """What stands under that key."""
-        settings: Section = getattr(self, self.name)
-        return settings
 
 
 class Prune(Section):
@@ -436,7 +330,7 @@ def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tupl
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, Section)]
         if name == "curate":
             yield f"{prefix}{name}", "LIST", field.description or ""
-            for step, settings in CurateStep._step_types().items():
+            for step, settings in CurateStep.types().items():
                 yield from keys(settings, f"{prefix}{name}.N.{step}.")
         elif inner:
             yield from keys(inner[0], f"{prefix}{name}.")

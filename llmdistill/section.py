@@ -1,0 +1,49 @@
+"""What the parts of the configuration have in common: they are strict, and more than one of them names a teacher."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            _refuse_secrets(value)
+        if re.search(r"(hub|hf|auth|access)_token|^token$|api_key|password|secret", str(name)):
+            raise ValueError(f"{name} would be written into run.json; set it in the environment (HF_TOKEN, WANDB_API_KEY, …)")
+    return arguments
+
+
+PassedOn = Annotated[dict[str, Any], AfterValidator(_refuse_secrets)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, the docstring under a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Teacher(Section):
+    """The model that writes the text and gives its distribution at every token."""
+
+    model: str
+    """Model directory or name on the Hugging Face Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """`vllm` for speed; `transformers` is the exact reference and needs no vLLM."""
+    dtype: Dtype = "auto"
+    """Precision of the weights; `auto` is the checkpoint's own."""
+    max_model_len: int | None = Field(default=None, ge=1)
+    """Longest context in tokens, prompt and completion together; the model's own limit if not given."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that hold one copy of the model (engine vllm)."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences decoded together (engine transformers); part of what makes its floating-point results repeatable."""
+    engine_args: PassedOn = {}
+    """Any argument of `vllm.LLM`, passed through (engine vllm)."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository ships."""
