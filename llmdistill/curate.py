@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import stage
-from llmdistill.config import Duplicates, Experiment, FinishReason, Length, Repetition, Section
+from llmdistill.config import Experiment
+from llmdistill.config_curate import Duplicates, FinishReason, Length, Repetition
 from llmdistill.dataset import (
     MANIFEST,
     SPLITS,
@@ -25,6 +26,7 @@ from llmdistill.dataset import (
 )
 from llmdistill.errors import InputError
 from llmdistill.progress import say
+from llmdistill.section import Section
 
 Array = np.ndarray[Any, Any]
 Filter = Callable[[pa.Table], Iterator[bool]]  # whether each row of a group stays; groups come in order

@@ -5,11 +5,12 @@ whole, so a shard that is there is done and says itself what its bytes must hash
 """
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +49,7 @@ class Row:
     token_logprobs: targets.Array
     targets: targets.SoftTargets | None
     sampling_logprob: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
         # TRL's SFTTrainer reads this one: without it, it would train on the prompt as well.
         "completion_mask": targets.list_array(np.concatenate(mask).astype(np.int8), starts + lengths),
         "finish_reason": pa.array([row.finish_reason for row in rows], pa.string()),
+        "metadata": pa.array([json.dumps(row.metadata, ensure_ascii=False) for row in rows], pa.string()),
         "token_logprobs": targets.list_array(np.concatenate([row.token_logprobs for row in rows]).astype(np.float32), lengths),
     }
     if rows[0].sampling_logprob is not None:

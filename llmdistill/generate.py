@@ -84,6 +84,7 @@ class _Prompts:
             completion.token_logprobs,
             completion.targets,
             completion.sampling_logprob,
+            self.prompts[number].metadata,
         )
 
     def description(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from llmdistill.errors import InputError
 from llmdistill.formats import KIND_KEY, ROWS_AT_ONCE, read_parts, rows_at_once
 from llmdistill.models import end_token_ids, load_config, load_tokenizer, tokenise_chat, vocabulary_hash
 from llmdistill.progress import StageBar, console
-from llmdistill.prompts import given_conversation, read_jsonl
+from llmdistill.prompts import given_conversation, metadata, read_jsonl
 from llmdistill.targets import Array
 
 _IMPOSSIBLE = -1e4  # a probability of zero that float16 can hold
@@ -175,7 +175,8 @@ def _text_row(fields: dict[str, Any], origin: str, identity: str, teacher: _Teac
     if not len(completion_ids):
         raise InputError(f"{origin}: nothing of the completion is left in the teacher's chat template")
     unknown = np.full(len(completion_ids), np.nan, dtype=np.float32)
-    return Row(identity, prompt, completion, whole[:start], completion_ids, "stop" if len(ends) else "length", unknown, None)
+    reason = "stop" if len(ends) else "length"
+    return Row(identity, prompt, completion, whole[:start], completion_ids, reason, unknown, None, metadata(fields))
 
 
 class _TargetsReader:

@@ -1,8 +1,8 @@
 """Prompts: lines of a JSONL file, turned into chat messages by a template."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Prompt:
 
     messages: Messages
     origin: str
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 _MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[Message])
@@ -63,7 +64,8 @@ def load_prompts(section: Prompts) -> list[Prompt]:
         messages = _render(template, fields, origin) if template else _given_messages(fields, origin)
         if section.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": section.system}, *messages]
-        found.setdefault(json.dumps(messages), Prompt(messages, origin))
+        used = template.variables if template else ()
+        found.setdefault(json.dumps(messages), Prompt(messages, origin, metadata(fields, used)))
         if len(found) == section.limit:
             break
     if not found:
@@ -146,6 +148,16 @@ def given_conversation(fields: dict[str, Any], origin: str) -> tuple[Messages, M
             "or `prompt` and `completion`"
         )
     return prompt, completion
+
+
+def metadata(fields: dict[str, Any], used: Iterable[str] = ()) -> dict[str, Any]:
+    """What a line says beside its conversation: an expected answer, a topic; kept with the row.
+
+    Args:
+        fields: of the line.
+        used: those that a template has put into the conversation.
+    """
+    return {name: value for name, value in fields.items() if name not in ("messages", "prompt", "completion", *used)}
 
 
 def _as_messages(value: Any, role: str) -> Messages:

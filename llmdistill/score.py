@@ -1,7 +1,8 @@
 """`llmdistill score`: the teacher reads finished text; it is stored with soft targets, as `generate` stores its own."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from llmdistill.dataset import MANIFEST, SPLITS, Row, load_dataset, read_manifes
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, vocabulary_hash
 from llmdistill.progress import say
-from llmdistill.prompts import Messages, given_conversation, read_jsonl
+from llmdistill.prompts import Messages, given_conversation, metadata, read_jsonl
 from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
 from llmdistill.teachers import Completion, Engine, Request, row_seed, stable_id
 from llmdistill.teachers.chat import Chat
@@ -62,6 +63,7 @@ class Text:
     completion_ids: Sequence[int]
     finish_reason: str | None = None
     sampling_logprob: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Source(Protocol):
@@ -83,7 +85,7 @@ class _Lines:
 
     def __init__(self, file: Path) -> None:
         self.lines = [
-            (f"{file} line {number}", *given_conversation(fields, f"{file} line {number}"))
+            (f"{file} line {number}", *given_conversation(fields, f"{file} line {number}"), metadata(fields))
             for number, fields in read_jsonl(file, "score.source")
         ]
         if not self.lines:
@@ -96,12 +98,13 @@ class _Lines:
         self.texts: list[Text] = []
         seen: dict[str, int] = {}
         longest = 0
-        for origin, prompt, completion in self.lines:
+        for origin, prompt, completion, other in self.lines:
             prompt_ids = chat.prompt_ids(prompt, origin)
             completion_ids = chat.completion_ids(prompt, completion, prompt_ids, origin)
             content = stable_id(prompt, completion, chat.fingerprint)
             seen[content] = seen.get(content, -1) + 1  # the same text twice is two rows
-            self.texts.append(Text(stable_id(content, seen[content]), prompt, completion, prompt_ids, completion_ids))
+            identity = stable_id(content, seen[content])
+            self.texts.append(Text(identity, prompt, completion, prompt_ids, completion_ids, metadata=other))
             length = len(prompt_ids) + len(completion_ids)
             longest = max(longest, chat.check_length(length + 1, "its tokens and the one that vLLM adds", origin))
         return longest
@@ -122,7 +125,7 @@ class _Stored:
         there = {entry["split"] for entry in self.manifest["shards"]}
         schema = pq.read_schema(directory / self.manifest["shards"][0]["file"])
         self.sampled = [name for name in schema.names if name == "sampling_logprob"]  # true of the text, whoever reads it
-        columns = ["id", "prompt", "completion", "input_ids", "completion_start", "finish_reason"]
+        columns = ["id", "prompt", "completion", "input_ids", "completion_start", "finish_reason", "metadata"]
         columns += self.sampled
         parts = [load_dataset(directory, split).select_columns(columns) for split in SPLITS if split in there]
         self.rows = datasets.concatenate_datasets(parts)
@@ -146,7 +149,8 @@ class _Stored:
         ids, start = row["input_ids"].tolist(), int(row["completion_start"])
         messages = ([dict(m) for m in row["prompt"]], [dict(m) for m in row["completion"]])
         sampled = float(row["sampling_logprob"]) if self.sampled else None
-        return Text(str(row["id"]), *messages, ids[:start], ids[start:], str(row["finish_reason"]), sampled)
+        other = json.loads(str(row["metadata"]))
+        return Text(str(row["id"]), *messages, ids[:start], ids[start:], str(row["finish_reason"]), sampled, other)
 
 
 class _Requests(Sequence[Request]):
@@ -190,6 +194,7 @@ class _Texts:
             completion.token_logprobs,
             completion.targets,
             text.sampling_logprob,
+            text.metadata,
         )
 
     def description(self) -> dict[str, Any]:

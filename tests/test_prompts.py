@@ -42,6 +42,14 @@ def test_prompts_messages_and_repeats(write):
     assert len(load_prompts(Prompts(source=source, limit=2))) == 2
 
 
+def test_what_a_line_says_beside_the_conversation_is_kept(write):
+    source = write("p.jsonl", json.dumps({"country": "Peru", "answer": "Lima", "topic": {"of": ["geography"]}}))
+    (prompt,) = load_prompts(Prompts(source=source, template=write("t.yaml", TEMPLATE)))
+    assert prompt.metadata == {"answer": "Lima", "topic": {"of": ["geography"]}}
+    (prompt,) = load_prompts(Prompts(source=write("q.jsonl", '{"prompt": "a", "answer": 1}')))
+    assert prompt.metadata == {"answer": 1}
+
+
 @pytest.mark.parametrize("value", ["{{ 7 * 7 }}", r"$\frac{a}{b}$", '{"json": [1, {}]}', "{% raw %}", "ü – 漢字"])
 def test_what_stands_in_a_variable_survives(write, value):
     source = write("p.jsonl", json.dumps({"country": value}))

@@ -46,6 +46,17 @@ def test_what_the_teacher_wrote_has_the_same_targets_when_it_reads_it(experiment
     assert manifest["sampling"]["temperature"] == 1.0
 
 
+def test_what_a_line_says_beside_the_text_goes_with_the_row(experiment_file, tmp_path):
+    source = tmp_path / "text.jsonl"
+    source.write_text(
+        '{"prompt": "2 + 2?", "completion": "4", "answer": "4", "topic": "größer"}\n{"prompt": "a", "completion": "b"}\n'
+    )
+    first = scored(experiment_file, source)
+    again = scored(experiment_file, tmp_path / "scored/data", ("output", str(tmp_path / "again")))
+    for rows in (first, again):
+        assert [json.loads(str(text)) for text in rows["metadata"]] == [{"answer": "4", "topic": "größer"}, {}]
+
+
 def test_both_splits_of_a_curated_dataset_are_read(experiment_file):
     experiment = load_experiment(experiment_file)
     generate(experiment)
