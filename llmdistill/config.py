@@ -264,7 +264,7 @@ class Experiment(Section):
     generate: Generate = Generate()
     score: Score | None = None
     targets: Targets = Targets()
-    curate: list[CurateStep] = []
+    curate: list[CurateStep] = Field(default=[], max_length=100)
     """Filters, applied in this order."""
     student: Student = Student()
     train: Train = Train()
@@ -277,7 +277,7 @@ class Experiment(Section):
             raise ValueError(f"{reason}; set targets.kind to topk")
         return self
 
-    def directory(self, name: Literal["data", "curated", "pruned", "student", "student-text-only", "eval"]) -> Path:
+    def directory(self, name: Literal["data", "curated", "pruned", "student", "student-text-only", "eval", "judge"]) -> Path:
         """Where a stage writes."""
         return Path(self.output) / name
 
@@ -330,7 +330,7 @@ def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tupl
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, Section)]
         if name == "curate":
             yield f"{prefix}{name}", "LIST", field.description or ""
-            for step, settings in CurateStep.types().items():
+            for step, settings in CurateStep.step_types().items():
                 yield from keys(settings, f"{prefix}{name}.N.{step}.")
         elif inner:
             yield from keys(inner[0], f"{prefix}{name}.")

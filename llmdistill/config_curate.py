@@ -1,10 +1,21 @@
 """The `curate` list of the experiment: a section a step."""
 
-from typing import get_args
+from typing import Literal
 
-from pydantic import Field, model_validator
+import regex
+from pydantic import Field, field_validator, model_validator
 
-from llmdistill.section import Section
+from llmdistill.section import Section, Step, Teacher
+
+Of = Literal["completion", "conversation"]
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern
 
 
 class FinishReason(Section):
@@ -23,6 +34,13 @@ class Length(Section):
     """Most completion tokens."""
 
 
+class Language(Section):
+    """Keep rows whose answer is in one of these languages, told by lingua from its prose."""
+
+    keep: list[str] = Field(min_length=1)
+    """ISO 639-1 codes: `[en, de]`. Less than 120 letters of prose cannot be told, and stay."""
+
+
 class Repetition(Section):
     """Keep rows that do not repeat themselves."""
 
@@ -30,46 +48,167 @@ class Repetition(Section):
     """Length of the token n-grams compared."""
     max_share: float = Field(default=0.5, ge=0, le=1)
     """Largest share of n-grams that may be repeats of an earlier one."""
+    max_line_share: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of the text that may stand in lines that were there before; their numbers and bullets do not count."""
+
+
+class Refusals(Section):
+    """Reject answers that refuse, or in which the model speaks of itself by name, by maker or as a model (English)."""
+
+    patterns: list[str] = []
+    """Further regular expressions, looked for anywhere in the answer in whatever case."""
+
+    _patterns_compile = field_validator("patterns")(lambda patterns: [_compiles(pattern) for pattern in patterns])
+
+
+class Malformed(Section):
+    """Reject answers that are empty, hold special tokens or role markers, or leave a code fence or <think> open."""
+
+
+class Math(Section):
+    """Keep rows whose final answer equals the expected one, told by math-verify."""
+
+    answer: str = "answer"
+    """The field of the row's metadata that holds it."""
+    without: Literal["fail", "keep"] = "fail"
+    """What becomes of rows that have no such field."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds for one row, after which it has failed."""
+
+
+class Python(Section):
+    """Keep rows whose Python code parses; it is never run."""
+
+    unfenced: Literal["keep", "parse"] = "keep"
+    """An answer without a fenced block of Python: `keep` it, or `parse` it as a whole."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds for one row, after which it has failed."""
+
+
+class JsonSchema(Section):
+    """Keep rows whose answer, or the one fenced block in it, is JSON of this schema."""
+
+    file: str
+    """The JSON schema."""
+
+
+class Regex(Section):
+    """Keep rows by a regular expression."""
+
+    pattern: str
+    """Looked for anywhere in the answer; `^` and `$` are its ends, `(?s)` lets `.` match a line's end."""
+    keep: Literal["matching", "others"] = "matching"
+    """The rows that stay."""
+
+    _pattern_compiles = field_validator("pattern")(_compiles)
+
+
+class Judge(Section):
+    """Keep rows that a teacher scores high: the mean of its distribution over the digits of the scale."""
+
+    teacher: Teacher
+    """The judge."""
+    template: str = "prompts/judge_digit.yaml"
+    """Its rubric: a template with the variables `prompt` and `answer` that asks for one digit."""
+    scale: tuple[int, int] = (1, 5)
+    """The lowest and the highest digit."""
+    min_score: float = 3.0
+    """Lowest mean score that stays."""
+    min_mass: float = Field(default=0.5, gt=0, le=1)
+    """Least probability that the judge gives the digits of the scale together; with less, the row has failed."""
+
+    @model_validator(mode="after")
+    def _is_a_scale(self) -> "Judge":
+        low, high = self.scale
+        if not 0 <= low < high <= 9:
+            raise ValueError(f"scale is {low} to {high}, it must be two digits, the lower first")
+        if not low <= self.min_score <= high:
+            raise ValueError(f"min_score is {self.min_score:g}, outside the scale of {low} to {high}")
+        return self
 
 
 class Duplicates(Section):
-    """Keep the first of rows whose completions have the same text after lower-casing and joining white space."""
+    """Keep the first of rows that have the same text after lower-casing and joining white space."""
+
+    of: Of = "completion"
+    """What is compared: the `completion`, or the `conversation`, prompt and completion together."""
 
 
-class CurateStep(Section):
-    """One filter of the `curate` list; exactly one key."""
+class NearDuplicates(Section):
+    """Keep the first of rows whose texts share most of their word n-grams (MinHash, then the true Jaccard similarity)."""
+
+    threshold: float = Field(default=0.8, ge=0.3, le=1)
+    """Least Jaccard similarity of two near-duplicates."""
+    ngram: int = Field(default=3, ge=1)
+    """Words in an n-gram."""
+    of: Of = "completion"
+    """What is compared: the `completion`, or the `conversation`, prompt and completion together."""
+    boilerplate: float = Field(default=0.05, gt=0, le=1)
+    """n-grams that stand in more than this share of the rows, and in more than ten, do not count: they are a template's."""
+    max_cluster: int = Field(default=100, ge=1)
+    """Most rows that one kept row may reject; those beyond stay, and are counted."""
+
+
+class Contamination(Section):
+    """Reject rows that share an n-gram of words with what the student will be tested on."""
+
+    against: list[str] = Field(min_length=1)
+    """JSON, JSONL, YAML or text files; every string in them is looked for."""
+    ngram: int = Field(default=13, ge=2)
+    """Words in an n-gram; a shorter string of at least five words is looked for as a whole."""
+
+
+PersonalKind = Literal["email", "phone", "credit_card", "iban", "ip_address", "us_ssn"]
+
+
+class PersonalData(Section):
+    """Reject rows that hold what looks like personal data, told by the patterns of presidio."""
+
+    kinds: list[PersonalKind] = ["email", "phone", "credit_card", "iban", "us_ssn"]
+    """What is looked for. Addresses and numbers that are reserved for examples do not count."""
+
+
+class Balance(Section):
+    """Keep the first rows of each value of a field."""
+
+    by: str = "topic"
+    """The field of the row's metadata; rows without it are a value of their own."""
+    max_rows: int = Field(ge=1)
+    """Most rows of one value."""
+
+
+class CurateStep(Step):
+    """One step of the `curate` list; exactly one key."""
 
     finish_reason: FinishReason | None = None
     """By the reason for which a completion ended."""
     length: Length | None = None
     """By the length of the completion."""
+    language: Language | None = None
+    """By its language."""
     repetition: Repetition | None = None
-    """By repeated n-grams."""
+    """By repeated n-grams and lines."""
+    refusals: Refusals | None = None
+    """By what a model says of itself and will not do."""
+    malformed: Malformed | None = None
+    """By the marks of a broken chat."""
+    math: Math | None = None
+    """By an expected answer."""
+    python: Python | None = None
+    """By code that parses."""
+    json_schema: JsonSchema | None = None
+    """By a JSON schema."""
+    regex: Regex | None = None
+    """By a regular expression."""
+    judge: Judge | None = None
+    """By a teacher's score."""
     duplicates: Duplicates | None = None
-    """By equal completions."""
-
-    @model_validator(mode="after")
-    def _one_key(self) -> "CurateStep":
-        if len(self.model_fields_set) != 1:
-            raise ValueError(f"a step has exactly one key, one of {', '.join(type(self).model_fields)}")
-        (name,) = self.model_fields_set
-        if getattr(self, name) is None:
-            setattr(self, name, type(self).types()[name]())
-        return self
-
-    @classmethod
-    def types(cls) -> dict[str, type[Section]]:
-        """The section under each key."""
-        return {name: get_args(field.annotation)[0] for name, field in cls.model_fields.items()}
-
-    @property
-    def name(self) -> str:
-        """The step's one key."""
-        (name,) = self.model_fields_set
-        return name
-
-    @property
-    def settings(self) -> Section:
-        """What stands under that key."""
-        settings: Section = getattr(self, self.name)
-        return settings
+    """By equal texts."""
+    near_duplicates: NearDuplicates | None = None
+    """By similar texts."""
+    contamination: Contamination | None = None
+    """By the texts of tests."""
+    personal_data: PersonalData | None = None
+    """By personal data."""
+    balance: Balance | None = None
+    """By how many there are of a kind."""

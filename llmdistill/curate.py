@@ -1,18 +1,26 @@
-"""`llmdistill curate`: filter a dataset and hold rows out, with every rejected row counted and kept with its reason."""
+"""`llmdistill curate`: filter a dataset and hold rows out, with every row accounted for.
 
-import hashlib
-import re
+The rows are read twice: once to decide what becomes of each, once to copy them to where they belong. What is held between
+the two is one byte a row; why a row was rejected waits on the disk.
+"""
+
+import importlib.util
+import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llmdistill import stage
+from llmdistill import contamination, duplicates, filters, judge, personal_data, stage, verify, wording
 from llmdistill.config import Experiment
-from llmdistill.config_curate import Duplicates, FinishReason, Length, Repetition
+from llmdistill.config_curate import Contamination, JsonSchema, Judge
 from llmdistill.dataset import (
     MANIFEST,
     SPLITS,
@@ -25,142 +33,281 @@ from llmdistill.dataset import (
     write_manifest,
 )
 from llmdistill.errors import InputError
-from llmdistill.progress import say
-from llmdistill.section import Section
+from llmdistill.progress import StageBar, say
+from llmdistill.steps import COLUMNS, Array, Check, Failed, Work
 
-Array = np.ndarray[Any, Any]
-Filter = Callable[[pa.Table], Iterator[bool]]  # whether each row of a group stays; groups come in order
+_STEPS: dict[str, Callable[[Any, Work], Check]] = {
+    "finish_reason": filters.finish_reason,
+    "length": filters.length,
+    "language": filters.language,
+    "repetition": filters.repetition,
+    "refusals": wording.refusals,
+    "malformed": wording.malformed,
+    "math": verify.math,
+    "python": verify.python,
+    "json_schema": filters.json_schema,
+    "regex": filters.by_regex,
+    "judge": judge.judge,
+    "duplicates": duplicates.duplicates,
+    "near_duplicates": duplicates.near_duplicates,
+    "contamination": contamination.contamination,
+    "personal_data": personal_data.personal_data,
+    "balance": filters.balance,
+}
+_LIBRARIES = {  # module and extra
+    "language": {"lingua": "curate"},
+    "math": {"math_verify": "curate"},
+    "json_schema": {"jsonschema": "curate"},
+    "near_duplicates": {"datasketch": "curate"},
+    "personal_data": {"presidio_analyzer": "personal-data"},
+}
+
+
+@dataclass
+class Account:
+    """What became of the rows that came to one step: in = kept + rejected + failed."""
+
+    name: str
+    rows_in: int = 0
+    kept: int = 0
+    rejected: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def described(self) -> dict[str, Any]:
+        """For `dataset.json`: nothing that is another one on the next run."""
+        counts = {name: getattr(self, name) for name in ("name", "rows_in", "kept", "rejected", "failed")}
+        return counts | ({"facts": self.facts} if self.facts else {})
 
 
 def curate(experiment: Experiment, dry_run: bool = False) -> None:
     """Write `OUTPUT/curated` with the splits `train` and `test`, and `rejected.parquet`.
 
     Raises:
-        InputError: there is no complete dataset, it is damaged, or nothing is left of it.
+        InputError: there is no complete dataset, it is damaged, a step cannot be done, or nothing is left of the rows.
     """
     source, directory = experiment.directory("data"), experiment.directory("curated")
-    steps = ", ".join(step.name for step in experiment.curate) or "no filters"
+    step_inputs = _step_inputs(experiment)
     if dry_run:
-        say("curate", f"{source} through {steps}; holds out {experiment.eval.held_out:.0%} of the prompts")
-        say("curate", f"would write {directory}")
-        return
+        return _say_plan(experiment, source, directory)
     manifest = read_manifest(source)
     settings = experiment.model_dump(mode="json", include={"seed", "curate", "shard_mb"}) | {
         "eval": {"held_out": experiment.eval.held_out}
     }
-    inputs = {str(source / MANIFEST): stage.sha256(source / MANIFEST)}
+    inputs = {str(source / MANIFEST): stage.sha256(source / MANIFEST)} | step_inputs
     if stage.claim(directory, "curate", settings, inputs) == "done":
-        say("curate", f"{directory} is finished")
-        return
+        return say("curate", f"{directory} is finished")
 
     files = shard_files(source, "train")
-    verdicts = _judge(experiment, files)
-    counts = [int((verdicts == verdict).sum()) for verdict in range(len(experiment.curate) + 2)]
-    *rejected, train, test = counts
-    if not train or not test:
-        raise InputError(
-            f"{source}: {train + test:,} rows are left after curation, {train:,} to train on and {test:,} held out; "
-            "both need at least one: more prompts, weaker filters or another eval.held_out"
-        )
-    stage.begin(directory, "curate", settings, inputs, experiment.seed)
-    for leftover in [*directory.glob("*.parquet"), *directory.glob(".*.unfinished")]:  # curating is quick: it starts over
-        leftover.unlink()
-    shards = _write(experiment, files, verdicts, directory)
-    names = [step.name for step in experiment.curate]
-    reasons = {name: sum(n for n, step in zip(rejected, names, strict=True) if step == name) for name in names}
-    reasons = {name: number for name, number in reasons.items() if number}
-    description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
-    description |= {"source": inputs, "versions": stage.versions(), "rows_in": len(verdicts), "rejected": reasons}
-    write_manifest(directory, shards, description)
-    stage.finish(directory, {"rows_in": len(verdicts), "kept": train + test, "rejected": reasons})
-    why = f" ({', '.join(f'{number:,} {reason}' for reason, number in reasons.items())})" if reasons else ""
-    say("curate", f"{len(verdicts):,} in = {train:,} train + {test:,} held out + {sum(rejected):,} rejected{why}")
+    started = time.monotonic()
+    rows = sum(shard["rows"] for shard in manifest["shards"] if shard["split"] == "train")
+    with _scratch(Path(experiment.output)) as scratch, StageBar("curate", rows) as bar:
+        verdicts, accounts = _decide(experiment, manifest, files, scratch, bar)
+        train, test = (int((verdicts == 2 * len(accounts) + side).sum()) for side in (0, 1))
+        _check_accounts(accounts, len(verdicts), train + test)
+        if not train or not test:
+            raise InputError(
+                f"{source}: {_sum(accounts, train, test)}; both train and held out need at least one row: "
+                "more prompts, weaker steps or another eval.held_out"
+            )
+        stage.begin(directory, "curate", settings, inputs, experiment.seed)
+        for leftover in [*directory.glob("*.parquet"), *directory.glob(".*.unfinished"), *directory.glob("*-*.jsonl")]:
+            leftover.unlink()  # what was decided is gone, so writing starts over
+        shards = _write(experiment, files, verdicts, scratch, directory)
+        for log in sorted((scratch / "logs").iterdir()):
+            shutil.move(log, directory / log.name)
+        description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
+        description |= {"source": inputs, "versions": stage.versions(), "rows_in": len(verdicts)}
+        write_manifest(directory, shards, description | {"steps": [account.described() for account in accounts]})
+        stage.finish(directory, _results(manifest, accounts, len(verdicts), train + test, time.monotonic() - started))
+        bar.summary = _sum(accounts, train, test)
 
 
-def _judge(experiment: Experiment, files: list[Path]) -> Array:
-    """What becomes of every row: the number of the step that rejects it, or after those, 0 for train and 1 for test.
+def _sum(accounts: list[Account], train: int, test: int) -> str:
+    """The account in a line."""
+    parts = [f"{train:,} train", f"{test:,} held out"]
+    for outcome in ("rejected", "failed"):
+        by_name: dict[str, int] = {}
+        for account in accounts:
+            by_name[account.name] = by_name.get(account.name, 0) + getattr(account, outcome)
+        reasons = [f"{number:,} {name}" for name, number in by_name.items() if number]
+        if reasons or outcome == "rejected":
+            parts.append(f"{sum(by_name.values()):,} {outcome}" + (f" ({', '.join(reasons)})" if reasons else ""))
+    rows_in = train + test + sum(account.rejected + account.failed for account in accounts)
+    return f"{rows_in:,} in = {' + '.join(parts)}"
 
-    Rows are read a group at a time; what is held is one byte a row, and what a step itself remembers.
+
+def _results(manifest: dict[str, Any], accounts: list[Account], rows_in: int, kept: int, seconds: float) -> dict[str, Any]:
+    """For `run.json`."""
+    tokens = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "train")
+    return {
+        "rows_in": rows_in,
+        "kept": kept,
+        "rejected": sum(account.rejected for account in accounts),
+        "failed": sum(account.failed for account in accounts),
+        **stage.speed(tokens, seconds),
+        "steps": [account.described() | {"seconds": round(account.seconds, 3)} for account in accounts],
+    }
+
+
+def _say_plan(experiment: Experiment, source: Path, directory: Path) -> None:
+    steps = ", ".join(step.name for step in experiment.curate) or "no steps"
+    held_out = experiment.eval.held_out
+    if (source / MANIFEST).is_file():
+        shards = [shard for shard in read_manifest(source)["shards"] if shard["split"] == "train"]
+        rows, tokens, size = (sum(shard[key] for shard in shards) for key in ("rows", "tokens", "bytes"))
+        say("curate", f"{rows:,} rows, {tokens:,} completion tokens, {size / 1e6:,.1f} MB of {source} through {steps}")
+        say("curate", f"at most {rows:,} rows and as many bytes are kept, about {rows * held_out:,.0f} of them held out")
+    else:
+        say("curate", f"{source} (not there yet) through {steps}; holds out {held_out:.0%} of the prompts")
+    say("curate", f"would write {directory}")
+
+
+def _step_inputs(experiment: Experiment) -> dict[str, str]:
+    """Path and hash of what the steps read beside the rows, after a look at whether each step can be done.
+
+    Raises:
+        InputError: a library or a file is missing.
     """
-    filters = [_FILTERS[type(step.settings)](step.settings) for step in experiment.curate]
+    inputs = {}
+    for number, step in enumerate(experiment.curate):
+        key, settings = f"curate.{number}.{step.name}", step.settings
+        for library, extra in _LIBRARIES.get(step.name, {}).items():
+            if importlib.util.find_spec(library) is None:
+                raise InputError(f"{key} needs {library}, which is not installed: pip install 'llmdistill[{extra}]'")
+        files: dict[str, str] = {}
+        if isinstance(settings, Contamination):
+            files = dict.fromkeys(settings.against, f"{key}.against")
+        elif isinstance(settings, JsonSchema):
+            files = {settings.file: f"{key}.file"}
+        elif isinstance(settings, Judge):
+            files = {settings.template: f"{key}.template"}
+            inputs[settings.teacher.model] = stage.model_fingerprint(settings.teacher.model, settings.teacher.revision)
+        for path, name in files.items():
+            if not Path(path).is_file():
+                raise InputError(f"{path}: no such file ({name})")
+            inputs[path] = stage.sha256(Path(path))
+    return inputs
+
+
+@contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A directory beside those of the stages, gone afterwards."""
+    for leftover in output.glob(".curate.*.unfinished"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch = output / f".curate.{stage.writer_name()}.unfinished"
+    (scratch / "logs").mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _decide(
+    experiment: Experiment, manifest: dict[str, Any], files: list[Path], scratch: Path, bar: StageBar
+) -> tuple[Array, list[Account]]:
+    """What becomes of every row, and the account of every step.
+
+    A row's verdict is 2s if step s has rejected it, 2s + 1 if it has failed there, and with S steps 2S for train and
+    2S + 1 for test. The reasons go to `scratch/details.arrow`, a batch for each group of rows.
+    """
+    accounts = [Account(step.name) for step in experiment.curate]
     verdicts = []
-    for rows in read_batches(files, ["prompt", "completion", "input_ids", "completion_start", "finish_reason"]):
-        share = experiment.eval.held_out
-        sides = [is_held_out(prompt, experiment.seed, share) for prompt in rows["prompt"].to_pylist()]
-        verdict = np.array(sides, dtype=np.uint8) + len(filters)
-        left = np.arange(len(rows))
-        for number, keep in enumerate(filters):
-            passed = np.fromiter(keep(rows.take(left)), dtype=bool, count=len(left))
-            verdict[left[~passed]] = number
-            left = left[passed]
-        verdicts.append(verdict)
-    return np.concatenate(verdicts)
+    share = experiment.eval.held_out
+    with ExitStack() as closing:
+        details = closing.enter_context(_open_details(scratch))
+        checks = []
+        for number, (step, account) in enumerate(zip(experiment.curate, accounts, strict=True)):
+            log = scratch / "logs" / f"{step.name}-{number + 1}.jsonl"
+            key = f"curate.{number}.{step.name}"
+            work = Work(experiment, manifest, files, key, scratch, log, closing, account.facts)
+            start = time.monotonic()
+            checks.append(_STEPS[step.name](step.settings, work))
+            account.seconds += time.monotonic() - start
+        for rows in read_batches(files, COLUMNS):
+            sides = [is_held_out(prompt, experiment.seed, share) for prompt in rows["prompt"].to_pylist()]
+            verdict = np.array(sides, dtype=np.uint8) + np.uint8(2 * len(checks))
+            reasons: list[str | None] = [None] * len(rows)
+            left = np.arange(len(rows))
+            for number, (check, account) in enumerate(zip(checks, accounts, strict=True)):
+                left = _apply(check, rows, left, number, account, verdict, reasons)
+            verdicts.append(verdict)
+            details.write_batch(pa.record_batch({"detail": pa.array(reasons, pa.string())}))
+            bar.advance(len(rows), _completion_tokens(rows))
+    return np.concatenate(verdicts), accounts
 
 
-def _write(experiment: Experiment, files: list[Path], verdicts: Array, directory: Path) -> list[Shard]:
+def _apply(
+    check: Check, rows: pa.Table, left: Array, number: int, account: Account, verdict: Array, reasons: list[str | None]
+) -> Array:
+    """Let one step look at the rows of a group that are left; those that still are afterwards."""
+    start = time.monotonic()
+    found = list(check(rows.take(left)))
+    account.seconds += time.monotonic() - start
+    for place, reason in zip(left, found, strict=True):
+        if reason is not None:
+            verdict[place] = 2 * number + isinstance(reason, Failed)
+            reasons[place] = str(reason).encode(errors="replace").decode()
+    stays = np.array([reason is None for reason in found], dtype=bool)
+    failed = sum(isinstance(reason, Failed) for reason in found)
+    account.rows_in += len(left)
+    account.kept += int(stays.sum())
+    account.failed += failed
+    account.rejected += len(found) - int(stays.sum()) - failed
+    return left[stays]
+
+
+def _check_accounts(accounts: list[Account], rows_in: int, kept: int) -> None:
+    """Every row that came in is somewhere, at every step."""
+    left = rows_in
+    for account in accounts:
+        assert account.rows_in == left, account
+        assert account.rows_in == account.kept + account.rejected + account.failed, account
+        left = account.kept
+    assert left == kept
+
+
+def _completion_tokens(rows: pa.Table) -> int:
+    return int(pc.sum(pc.list_value_length(rows["input_ids"])).as_py() - pc.sum(rows["completion_start"]).as_py())
+
+
+@contextmanager
+def _open_details(scratch: Path) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
+    schema = pa.schema({"detail": pa.string()})
+    with pa.OSFile(str(scratch / "details.arrow"), "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
+        yield writer
+
+
+def _write(experiment: Experiment, files: list[Path], verdicts: Array, scratch: Path, directory: Path) -> list[Shard]:
     """Copy the rows to where they belong, a group at a time."""
     names = np.array([step.name for step in experiment.curate] or [""])
+    kept = 2 * len(experiment.curate)
     splits = [SplitWriter(directory, split, int(experiment.shard_mb * 1e6)) for split in SPLITS]
     unfinished = directory / f".rejected.{stage.writer_name()}.unfinished"
     schema = pq.read_schema(files[0])
-    with pq.ParquetWriter(unfinished, schema.append(pa.field("reason", pa.string())), compression="zstd") as rejected:
+    for name, kind in {"step": pa.int32(), "reason": pa.string(), "failed": pa.bool_(), "detail": pa.string()}.items():
+        schema = schema.append(pa.field(name, kind))
+    with (
+        pa.OSFile(str(scratch / "details.arrow")) as stream,
+        pq.ParquetWriter(unfinished, schema, compression="zstd") as rejected,
+    ):
         start = 0
-        for rows in read_batches(files):
+        for rows, details in zip(read_batches(files), pa.ipc.open_stream(stream), strict=True):
             verdict = verdicts[start : start + len(rows)]
             start += len(rows)
-            for number, writer in enumerate(splits, start=len(experiment.curate)):
-                writer.write(rows.filter(pa.array(verdict == number)))
-            out = verdict < len(experiment.curate)
+            for side, writer in enumerate(splits):
+                writer.write(rows.filter(pa.array(verdict == kept + side)))
+            out = verdict < kept
             if out.any():
-                reason = pa.array(names[verdict[out]].tolist(), pa.string())
-                rejected.write_table(rows.filter(pa.array(out)).append_column("reason", reason))
+                found = rows.append_column("detail", details["detail"]).filter(pa.array(out))
+                steps = verdict[out] // 2
+                found = found.append_column("step", pa.array(steps + 1, pa.int32()))
+                found = found.append_column("reason", pa.array(names[steps].tolist(), pa.string()))
+                found = found.append_column("failed", pa.array(verdict[out] % 2 == 1))
+                rejected.write_table(found.select(schema.names))
     unfinished.replace(directory / "rejected.parquet")
-    return [shard for writer in splits for shard in writer.publish()]
-
-
-def _finish_reason(settings: FinishReason) -> Filter:
-    return lambda rows: (reason in settings.keep for reason in rows["finish_reason"].to_pylist())
-
-
-def _length(settings: Length) -> Filter:
-    longest = settings.max_tokens or np.inf
-    return lambda rows: (settings.min_tokens <= len(ids) <= longest for ids in _completions(rows))
-
-
-def _repetition(settings: Repetition) -> Filter:
-    return lambda rows: (repeated_share(ids, settings.ngram) <= settings.max_share for ids in _completions(rows))
-
-
-def _duplicates(settings: Duplicates) -> Filter:
-    seen: set[bytes] = set()
-
-    def is_first_of_its_kind(rows: pa.Table) -> Iterator[bool]:
-        for (message,) in rows["completion"].to_pylist():
-            text = re.sub(r"\s+", " ", message["content"]).strip().lower()
-            digest = hashlib.sha256(text.encode(errors="replace")).digest()[:16]
-            is_first = digest not in seen
-            seen.add(digest)
-            yield is_first
-
-    return is_first_of_its_kind
-
-
-_FILTERS: dict[type[Section], Callable[[Any], Filter]] = {
-    FinishReason: _finish_reason,
-    Length: _length,
-    Repetition: _repetition,
-    Duplicates: _duplicates,
-}
-
-
-def repeated_share(ids: Array, ngram: int) -> float:
-    """The share of n-grams that stood earlier in the sequence; 0 if there are none."""
-    if len(ids) < ngram:
-        return 0.0
-    windows = np.lib.stride_tricks.sliding_window_view(ids, ngram)
-    return 1 - len(np.unique(windows, axis=0)) / len(windows)
-
-
-def _completions(rows: pa.Table) -> Iterator[Array]:
-    starts = rows["completion_start"].to_pylist()
-    return (np.asarray(ids.values)[start:] for ids, start in zip(rows["input_ids"], starts, strict=True))
+    shards = [shard for writer in splits for shard in writer.publish()]
+    assert [writer.rows for writer in splits] == [int((verdicts == kept + side).sum()) for side in range(len(splits))]
+    assert pq.read_metadata(directory / "rejected.parquet").num_rows == int((verdicts < kept).sum())
+    return shards

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from llmdistill import targets
 from llmdistill.card import dataset_card
 from llmdistill.errors import InputError
+from llmdistill.ngrams import normalised
 from llmdistill.stage import fsync_directory, read_json, sha256, write_json, write_text, writer_name
 
 if TYPE_CHECKING:
@@ -330,9 +331,14 @@ def read_batches(files: Sequence[Path], columns: list[str] | None = None) -> Ite
             raise InputError(f"{file}: cannot be read, the file was damaged or changed: {error}") from None
 
 
-def is_held_out(prompt: Any, salt: Any, share: float) -> bool:
-    """Whether a prompt is among the share to hold out, by its hash: all its samples on one side, at any size of the dataset."""
-    digest = hashlib.sha256(f"{salt} {prompt}".encode()).digest()
+def is_held_out(prompt: list[dict[str, str]], salt: Any, share: float) -> bool:
+    """Whether a prompt is among the share to hold out, by its hash: all its samples on one side, at any size of the dataset.
+
+    Prompts that differ by case, white space or the system message alone are one.
+    """
+    turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
+    content = json.dumps([[turn["role"], normalised(turn["content"])] for turn in turns])
+    digest = hashlib.sha256(f"{salt} {content}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 < share
 
 

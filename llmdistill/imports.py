@@ -20,7 +20,7 @@ from llmdistill import distillkit, stage, targets
 from llmdistill.dataset import Row, Shard, Split, rows_to_table, write_manifest, write_shard
 from llmdistill.errors import InputError
 from llmdistill.formats import KIND_KEY, ROWS_AT_ONCE, read_parts, rows_at_once
-from llmdistill.models import end_token_ids, load_config, load_tokenizer, tokenise_chat, vocabulary_hash
+from llmdistill.models import end_token_ids, load_config, load_tokenizer, special_token_ids, tokenise_chat, vocabulary_hash
 from llmdistill.progress import StageBar, console
 from llmdistill.prompts import given_conversation, metadata, read_jsonl
 from llmdistill.targets import Array
@@ -62,6 +62,7 @@ class _Teacher:
                 "vocab_size": self.vocab_size,
                 "vocabulary_hash": vocabulary_hash(self.tokenizer),
                 "end_token_ids": self.end_token_ids,
+                "special_token_ids": special_token_ids(self.tokenizer),
                 "chat_template": self.tokenizer.chat_template,
             },
         }
@@ -176,7 +177,7 @@ def _text_row(fields: dict[str, Any], origin: str, identity: str, teacher: _Teac
         raise InputError(f"{origin}: nothing of the completion is left in the teacher's chat template")
     unknown = np.full(len(completion_ids), np.nan, dtype=np.float32)
     reason = "stop" if len(ends) else "length"
-    return Row(identity, prompt, completion, whole[:start], completion_ids, reason, unknown, None, metadata(fields))
+    return Row(identity, prompt, completion, whole[:start], completion_ids, reason, unknown, None, metadata=metadata(fields))
 
 
 class _TargetsReader:

@@ -81,6 +81,11 @@ def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any)
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
+def special_token_ids(tokenizer: Any) -> list[int]:
+    """The tokens that mark turns and ends, and are no text."""
+    return sorted(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
 def vocabulary_hash(tokenizer: Any) -> str:
     """Identifies which token has which id; models of one family agree here even when their matrices are padded apart."""
     content = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))

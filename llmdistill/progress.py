@@ -25,6 +25,8 @@ class StageBar:
         self._started_at = done
         self._tokens = 0
         self._facts: list[str] = []
+        self.summary: str | None = None
+        """What is said at the end in place of the bar."""
         self._start = self._logged = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description:<9}"),
@@ -41,10 +43,14 @@ class StageBar:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
+        if self.summary is not None:
+            self._progress.live.transient = True
+        elif kind is None:
             self._show(end=True)
         self._progress.stop()
-        if kind is None and not console.is_terminal:
+        if kind is None and self.summary is not None:
+            say(self.stage, self.summary)
+        elif kind is None and not console.is_terminal:
             self._log(end=True)
 
     def advance(self, steps: int = 1, tokens: int = 0, facts: list[str] | None = None) -> None:

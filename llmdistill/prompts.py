@@ -61,7 +61,7 @@ def load_prompts(section: Prompts) -> list[Prompt]:
     found: dict[str, Prompt] = {}
     for number, fields in read_jsonl(source):
         origin = f"{source} line {number}"
-        messages = _render(template, fields, origin) if template else _given_messages(fields, origin)
+        messages = render(template, fields, origin) if template else _given_messages(fields, origin)
         if section.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": section.system}, *messages]
         used = template.variables if template else ()
@@ -113,7 +113,12 @@ def _parse(line: str, origin: str) -> dict[str, Any]:
     return fields
 
 
-def _render(template: Template, fields: dict[str, Any], origin: str) -> Messages:
+def render(template: Template, fields: dict[str, Any], origin: str) -> Messages:
+    """The template's conversation with the fields in their places.
+
+    Raises:
+        InputError: a field is missing, or it cannot be rendered, beginning with `origin`.
+    """
     missing = [name for name in template.variables if name not in fields]
     if missing:
         raise InputError(f"{origin}: the template {template.name} needs the field {missing[0]}; the line has {', '.join(fields)}")

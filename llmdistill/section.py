@@ -1,9 +1,17 @@
 """What the parts of the configuration have in common: they are strict, and more than one of them names a teacher."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -24,6 +32,44 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are refused, the docstring under a field is its help."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Step(Section):
+    """One entry of a list of steps: exactly one key, under which its settings stand."""
+
+    @model_validator(mode="after")
+    def _one_key(self) -> "Step":
+        if len(self.model_fields_set) != 1:
+            raise ValueError(f"a step has exactly one key, one of {', '.join(type(self).model_fields)}")
+        (name,) = self.model_fields_set
+        if getattr(self, name) is None:
+            section = type(self).step_types()[name]
+            missing = [key for key, field in section.model_fields.items() if field.is_required()]
+            if missing:
+                raise ValueError(f"the key {name}.{missing[0]} is missing")
+            setattr(self, name, section())
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_the_key(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {self.name: dump(self)[self.name]}
+
+    @classmethod
+    def step_types(cls) -> dict[str, type[Section]]:
+        """What may stand under which key."""
+        return {name: get_args(field.annotation)[0] for name, field in cls.model_fields.items()}
+
+    @property
+    def name(self) -> str:
+        """The step's one key."""
+        (name,) = self.model_fields_set
+        return name
+
+    @property
+    def settings(self) -> Section:
+        """What stands under that key."""
+        settings: Section = getattr(self, self.name)
+        return settings
 
 
 class Teacher(Section):

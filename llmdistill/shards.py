@@ -5,6 +5,7 @@ workers may make one dataset, none knows of the others, and whichever sees the l
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,18 +113,17 @@ def make_dataset(
             (directory / MANIFEST).unlink(missing_ok=True)
     done = {shard.index for shard in finished_shards(directory, "train")}
     missing = [index for index in mine if index not in done]
-    if missing:
-        _make(name, directory, source, missing, len(mine), count)
+    made = _make(name, directory, source, missing, len(mine), count) if missing else {}
     there = finished_shards(directory, "train")
     if len(there) < count:
         say(name, f"{len(there):,} of {count:,} shards are there, the others are for other workers to make")
         return
     write_manifest(directory, there, source.chat.description() | source.description() | {"source": inputs})
-    stage.finish(directory, {"rows": len(source.requests)})
+    stage.finish(directory, {"rows": len(source.requests), **made})
 
 
-def _make(name: str, directory: Path, source: Source, missing: list[int], mine: int, count: int) -> None:
-    """Run the engine over the missing shards; each is stored as soon as its last row is there."""
+def _make(name: str, directory: Path, source: Source, missing: list[int], mine: int, count: int) -> dict[str, Any]:
+    """Run the engine over the missing shards; each is stored as soon as its last row is there. How fast it was."""
     chat, experiment = source.chat, source.chat.experiment
     size, everything = experiment.generate.rows_per_shard, len(source.requests)
     rows_of = {index: min(size, everything - index * size) for index in missing}
@@ -141,6 +141,7 @@ def _make(name: str, directory: Path, source: Source, missing: list[int], mine: 
         )
     rows = sum(rows_of.values())
     total = rows if mine < count else everything
+    started = time.monotonic()
     with StageBar(name, total, total - rows) as bar:
         tokens = 0
         for completion in _by_shard(source.run(engine, shards), size, rows_of, store):
@@ -148,6 +149,7 @@ def _make(name: str, directory: Path, source: Source, missing: list[int], mine: 
             bar.advance(tokens=len(completion.ids), facts=[f"{tokens:,} tokens"])
         stored = bytes_per_position(made)
         bar.advance(0, facts=[f"{tokens:,} tokens"] + ([f"{stored:.0f} B/position"] if stored else []))
+    return stage.speed(tokens, time.monotonic() - started)
 
 
 def _by_shard(

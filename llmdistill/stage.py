@@ -79,6 +79,11 @@ def finish(directory: Path, results: dict[str, Any]) -> None:
     write_json(directory / RUN_FILE, {**run, "status": "done", "finished": _now(), "results": results})
 
 
+def speed(tokens: int, seconds: float) -> dict[str, Any]:
+    """What `run.json` says of how fast a stage was."""
+    return {"tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / max(seconds, 1e-9), 1)}
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to write in that becomes `path` once the block has ended well; else nothing of it is left.

@@ -6,7 +6,7 @@ from typing import Any
 from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
-from llmdistill.models import context_length, end_token_ids, load_config, load_tokenizer, vocabulary_hash
+from llmdistill.models import context_length, end_token_ids, load_config, load_tokenizer, special_token_ids, vocabulary_hash
 from llmdistill.prompts import Messages
 from llmdistill.teachers import check_engine
 
@@ -82,6 +82,7 @@ class Chat:
                 "vocab_size": self.vocab_size,
                 "vocabulary_hash": vocabulary_hash(self.tokenizer),
                 "end_token_ids": self.end_ids,
+                "special_token_ids": special_token_ids(self.tokenizer),
                 "chat_template": self.tokenizer.chat_template,
             },
             "targets": self.experiment.targets.described,

@@ -1,0 +1,141 @@
+"""The step of `curate` that lets a teacher score every answer by a rubric.
+
+The judge writes nothing: its score is the mean of its distribution over the digits of the scale at the first token, so it
+is one number for a row whatever was drawn, and costs one prefill. Scores are kept in `OUTPUT/judge`; who curates again,
+after an interruption or with another `min_score`, does not pay for them twice.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmdistill import stage
+from llmdistill.config import Generate, Targets
+from llmdistill.config_curate import Judge
+from llmdistill.errors import InputError
+from llmdistill.models import check_model_exists, context_length
+from llmdistill.progress import console
+from llmdistill.prompts import Messages, load_template, render
+from llmdistill.steps import Check, Failed, Work, answers
+from llmdistill.targets import TopK
+from llmdistill.teachers import Completion, Engine, Request, open_engine, stable_id
+from llmdistill.teachers.chat import Chat
+
+_K = 64  # of the judge's most likely first tokens; the digits are among them, or it has not answered
+_CONTEXT = 8192  # tokens reserved for a question if teacher.max_model_len does not say
+_SCHEMA = pa.schema({"question": pa.string(), "id": pa.string(), "score": pa.float64(), "mass": pa.float64()})
+Score = tuple[float, float]  # the mean digit, and the probability of all digits together
+
+
+def judge(settings: Judge, work: Work) -> Check:
+    """By the judge's mean score."""
+    try:
+        asked = _Asked(settings, work)
+    except InputError as error:
+        raise InputError(f"{work.key}: {error}") from None
+
+    def check(rows: pa.Table) -> Iterator[str | None]:
+        for score in asked.scores(rows):
+            if isinstance(score, Failed):
+                yield score
+            elif score[1] < settings.min_mass:
+                yield Failed(f"the judge gives the digits a probability of {score[1]:.2f}")
+            else:
+                yield None if score[0] >= settings.min_score else f"score {score[0]:.2f}"
+
+    return check
+
+
+class _Asked:
+    """Asks the judge what it was not asked before."""
+
+    def __init__(self, settings: Judge, work: Work) -> None:
+        teacher = settings.teacher
+        check_model_exists(teacher.model, "teacher.model")
+        self.template = load_template(Path(settings.template))
+        unknown = [name for name in self.template.variables if name not in ("prompt", "answer")]
+        if unknown:
+            raise InputError(f"{settings.template}: needs the field {unknown[0]}, a judge's template gets prompt and answer")
+        fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
+        self.kept = Targets(kind="topk", k=_K)
+        self.chat = Chat(work.experiment.model_copy(update={"teacher": teacher, "targets": self.kept}), fingerprint)
+        self.digits = digit_ids(self.chat.tokenizer, settings.scale)
+        self.context = teacher.max_model_len or min(context_length(self.chat.config) or _CONTEXT, _CONTEXT)
+        self.directory = work.experiment.directory("judge") / stable_id(
+            fingerprint, teacher.engine, teacher.dtype, settings.scale
+        )
+        self.known: dict[str, Score] = {}
+        for file in sorted(self.directory.glob("*.parquet")):
+            found = pq.read_table(file).to_pydict()
+            self.known |= dict(zip(found["question"], zip(found["score"], found["mass"], strict=True), strict=True))
+        self.engine: Engine | None = None
+
+    def scores(self, rows: pa.Table) -> Iterator[Score | Failed]:
+        """The score of every row."""
+        ids = rows["id"].to_pylist()
+        questions = [
+            render(self.template, {"prompt": as_text(prompt), "answer": answer}, f"row {identity}")
+            for identity, prompt, answer in zip(ids, rows["prompt"].to_pylist(), answers(rows), strict=True)
+        ]
+        keys = [stable_id(question) for question in questions]
+        new = {key: number for number, key in enumerate(keys) if key not in self.known}
+        prompt_ids = {key: self.chat.prompt_ids(questions[number], f"row {ids[number]}") for key, number in new.items()}
+        too_long = {key: len(tokens) for key, tokens in prompt_ids.items() if len(tokens) >= self.context}
+        requests = [Request(new[key], tokens, 0) for key, tokens in prompt_ids.items() if key not in too_long]
+        if requests:
+            self._store({keys[done.index]: (ids[done.index], self._score(done)) for done in self._ask(requests)})
+        for key in keys:
+            yield Failed(f"{too_long[key]:,} tokens are too long for the judge") if key in too_long else self.known[key]
+
+    def _ask(self, requests: list[Request]) -> Iterable[Completion]:
+        if self.engine is None:
+            teacher, end_ids, seed = self.chat.experiment.teacher, self.chat.end_ids, self.chat.experiment.seed
+            with console.status("starting the judge"):
+                self.engine = open_engine(teacher, Generate(temperature=0, max_tokens=1), self.kept, self.context, end_ids, seed)
+        return self.engine.generate([requests])
+
+    def _score(self, completion: Completion) -> Score:
+        assert isinstance(completion.targets, TopK)
+        digits = np.array([self.digits.get(token, -1) for token in completion.targets.ids_NK[0].tolist()])
+        p = np.exp(completion.targets.logprobs_NK[0].astype(np.float64)) * (digits >= 0)
+        mass = float(p.sum())
+        return (float(p @ digits) / mass if mass else 0.0), mass
+
+    def _store(self, found: dict[str, tuple[str, Score]]) -> None:
+        """Keep the scores of a group, and put them on the disk as one file."""
+        self.known |= {key: score for key, (_, score) in found.items()}
+        rows = [{"question": key, "id": row, "score": score, "mass": mass} for key, (row, (score, mass)) in sorted(found.items())]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        name = f"{stable_id(sorted(found))}.parquet"
+        unfinished = self.directory / f".{name}.{stage.writer_name()}.unfinished"
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), unfinished)
+        unfinished.replace(self.directory / name)
+
+
+def as_text(prompt: Messages) -> str:
+    """A conversation as one text: the request alone, or each turn with its role."""
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def digit_ids(tokenizer: Any, scale: tuple[int, int]) -> dict[int, int]:
+    """The tokens that are a digit of the scale, with or without a space before it, and which digit.
+
+    Raises:
+        InputError: there is a digit without a token.
+    """
+    wanted = {str(digit): digit for digit in range(scale[0], scale[1] + 1)}
+    tokens = (
+        number for token, number in tokenizer.get_vocab().items() if len(token) <= 4 and any(letter in wanted for letter in token)
+    )
+    texts = {number: tokenizer.decode([number]).strip() for number in tokens}
+    found = {number: wanted[text] for number, text in texts.items() if text in wanted}
+    missing = sorted(set(wanted.values()) - set(found.values()))
+    if missing:
+        raise InputError(f"scale: {missing[0]} is no token of the judge")
+    return found

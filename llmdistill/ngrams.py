@@ -1,0 +1,56 @@
+"""Texts compared by what they share: without case and white space, and by word n-grams as 64-bit numbers."""
+
+import re
+import unicodedata
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# Chinese characters and Japanese kana are written without spaces: each is a word of its own.
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: no n-gram loses its first words to overflow
+
+
+def normalised(text: str) -> str:
+    """Text without differences of case, white space and Unicode form."""
+    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
+
+
+def words(text: str) -> list[str]:
+    """The words and numbers of a text, without case, punctuation and differences of Unicode form."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def ngram_hashes(words: Sequence[str], n: int) -> Array:
+    """The n-grams of some words, in their order; empty if there are fewer words.
+
+    Two different n-grams have the same number with a probability of about 2⁻³²: what depends on their being equal has to
+    look at the words.
+    """
+    count = len(words) - n + 1
+    if count < 1:
+        return np.empty(0, dtype=np.uint64)
+    hashes = _mix(np.fromiter((zlib.crc32(word.encode(errors="replace")) for word in words), dtype=np.uint64, count=len(words)))
+    total = np.zeros(count, dtype=np.uint64)
+    for offset in range(n):
+        total = total * _MULTIPLIER + hashes[offset : offset + count]
+    return _mix(total)
+
+
+def jaccard(a: Array, b: Array) -> float:
+    """|a ∩ b| / |a ∪ b| of two sorted arrays without repeats; 1 if both are empty."""
+    shared = len(np.intersect1d(a, b, assume_unique=True))
+    union = len(a) + len(b) - shared
+    return shared / union if union else 1.0
+
+
+def _mix(values: Array) -> Array:
+    """Spread over all 64 bits (the finaliser of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

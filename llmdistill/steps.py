@@ -1,0 +1,88 @@
+"""What the steps of `curate` share: how they are called, what they may use, and the text of a row.
+
+A step is made once for a dataset and then called with its rows, group after group and in their order. For each row it
+says why the row does not stay, or None. No step changes a row: what stays is the row as the teacher wrote it, with its
+token ids and targets, so nothing has to be scored again.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmdistill.config import Experiment
+from llmdistill.dataset import read_batches
+
+Array = np.ndarray[Any, Any]
+
+
+class Failed(str):
+    """Why a step could not tell whether a row stays; it does not."""
+
+
+Check = Callable[[pa.Table], Iterable[str | None]]  # for each row of a group why it is rejected; None: it stays
+COLUMNS = ["id", "prompt", "completion", "input_ids", "completion_start", "finish_reason", "metadata"]
+
+
+@dataclass
+class Work:
+    """What a step may use beside its settings."""
+
+    experiment: Experiment
+    manifest: dict[str, Any]
+    """`dataset.json` of the rows."""
+    files: list[Path]
+    """The shards of the rows, for a look at all of them before the first verdict."""
+    key: str
+    """Where the step stands in the configuration, such as `curate.2.judge`."""
+    scratch: Path
+    """A directory that goes away when all verdicts are there."""
+    log: Path
+    """A file that the step may write, to be put beside the dataset."""
+    closing: ExitStack
+    """Closed when all verdicts are there."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Numbers of the step's own, for `dataset.json`."""
+
+
+def answers(rows: pa.Table) -> Iterator[str]:
+    """The text that the teacher wrote, of every row."""
+    return ("\n".join(message["content"] for message in completion) for completion in rows["completion"].to_pylist())
+
+
+def conversations(rows: pa.Table) -> Iterator[str]:
+    """The whole text, prompt and completion, of every row."""
+    for prompt, answer in zip(rows["prompt"].to_pylist(), answers(rows), strict=True):
+        yield "\n".join([*(message["content"] for message in prompt), answer])
+
+
+def compared(rows: pa.Table, of: str) -> Iterator[str]:
+    """What is compared of every row: its `completion`, or its `conversation`."""
+    return answers(rows) if of == "completion" else conversations(rows)
+
+
+def completion_ids(rows: pa.Table) -> Iterator[Array]:
+    """The token ids that the teacher wrote, of every row."""
+    starts = rows["completion_start"].to_pylist()
+    return (np.asarray(ids.values)[start:] for ids, start in zip(rows["input_ids"], starts, strict=True))
+
+
+def metadata(rows: pa.Table) -> Iterator[dict[str, Any]]:
+    """What stands beside the conversation, of every row."""
+    return (json.loads(text) for text in rows["metadata"].to_pylist())
+
+
+def all_rows(work: Work) -> Iterator[pa.Table]:
+    """All rows of the dataset, group by group."""
+    return read_batches(work.files, COLUMNS)
+
+
+def excerpt(text: str, length: int = 80) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
