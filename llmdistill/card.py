@@ -35,7 +35,12 @@ def dataset_card(manifest: dict[str, Any]) -> str:
         "soft targets": describe_targets(manifest["targets"]),
         "rows": f"{manifest['rows']:,}",
         "completion tokens": f"{manifest['completion_tokens']:,}",
-        "rejected": ", ".join(f"{number:,} {reason}" for reason, number in manifest.get("rejected", {}).items()) or "none",
+        "rejected": ", ".join(
+            f"{step['rejected'] + step['failed']:,} {step['name']}"
+            for step in manifest.get("steps", [])
+            if step["kept"] < step["rows_in"]
+        )
+        or "none",
     }
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}

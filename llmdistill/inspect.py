@@ -12,6 +12,7 @@ from llmdistill import targets
 from llmdistill.dataset import SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
 from llmdistill.progress import console
 
+_BAR = 24  # characters for all rows
 _LOOKED_AT = 8  # shards, of which the first rows tell about the targets; so that a large dataset takes no longer
 
 
@@ -31,6 +32,8 @@ def inspect(directory: Path, verify: bool = False) -> None:
     for name, value in _facts(manifest, everything):
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table, soft_wrap=False)
+    if "steps" in manifest:
+        console.print(_waterfall(manifest), soft_wrap=False)
     for split in SPLITS:
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
         if entries:
@@ -60,10 +63,23 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
     if kept["kind"] == "topk":
         tail = _some(files, "target_tail")
         facts.append(("kept mass", f"{1 - tail.mean():.2%} on average, {1 - np.percentile(tail, 95):.2%} at the 5th percentile"))
-    if manifest.get("rejected"):
-        facts.append(("rejected", ", ".join(f"{number} {reason}" for reason, number in manifest["rejected"].items())))
     facts.append(("repeats", manifest["determinism"]))
     return facts
+
+
+def _waterfall(manifest: dict[str, Any]) -> Table:
+    """What each step of `curate` kept of the rows that came to it: █, and what it rejected or could not judge: ░."""
+    rows = manifest["rows_in"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("step", "in", "rejected", "failed", "kept"):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    table.add_column("")
+    for number, step in enumerate(manifest["steps"], start=1):
+        counts = (step["rows_in"], step["rejected"], step["failed"], step["kept"])
+        before, after = (round(_BAR * step[key] / rows) for key in ("rows_in", "kept"))
+        bar = "█" * after + "░" * max(before - after, int(step["kept"] < step["rows_in"]))
+        table.add_row(f"{number} {escape(step['name'])}", *(f"{count:,}" for count in counts), bar)
+    return table
 
 
 def _some(files: list[Path], name: str) -> targets.Array:

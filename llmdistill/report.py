@@ -190,16 +190,18 @@ def _data(experiment: Experiment) -> Json:
         split: {key: sum(shard[key] for shard in manifest["shards"] if shard["split"] == split) for key in ("rows", "tokens")}
         for split in ("train", "test")
     }
-    rejected: dict[str, int] = manifest.get("rejected", {})
-    left = rows_in = manifest.get("rows_in", splits["train"]["rows"] + splits["test"]["rows"])
+    rows_in = manifest.get("rows_in", splits["train"]["rows"] + splits["test"]["rows"])
     steps = [{"label": "written by the teacher", "kind": "in", "rows": rows_in, "from": 0}]
-    for reason, number in rejected.items():
-        left -= number
-        steps.append({"label": f"rejected: {reason.replace('_', ' ')}", "kind": "out", "rows": number, "from": left})
+    for step in manifest.get("steps", []):
+        name, rejected, failed = step["name"].replace("_", " "), step["rejected"], step["failed"]
+        steps.append({"label": f"rejected by {name}", "kind": "out", "rows": rejected, "from": step["kept"] + failed})
+        if failed:
+            steps.append({"label": f"failed in {name}", "kind": "out", "rows": failed, "from": step["kept"]})
     steps.append({"label": "trained on", "kind": "train", "from": 0, **splits["train"]})
     steps.append({"label": "held out", "kind": "test", "from": splits["train"]["rows"], **splits["test"]})
     for step in steps:
         step["left_percent"], step["width_percent"] = (round(100 * step[key] / (rows_in or 1), 2) for key in ("from", "rows"))
+        step["rest_percent"] = step["left_percent"] if step["kind"] == "out" else 0
     described = {
         "teacher": manifest["teacher"],
         "sampling": manifest["sampling"],

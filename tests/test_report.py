@@ -75,7 +75,11 @@ def experiment(tmp_path: Path) -> Experiment:
         tmp_path / "curated/dataset.json",
         {
             "rows_in": 240,
-            "rejected": {"repetition": 6, "duplicates": 3},
+            "steps": [
+                {"name": "repetition", "rows_in": 240, "kept": 234, "rejected": 6, "failed": 0},
+                {"name": "near_duplicates", "rows_in": 234, "kept": 234, "rejected": 0, "failed": 0},
+                {"name": "math", "rows_in": 234, "kept": 231, "rejected": 1, "failed": 2},
+            ],
             "teacher": {"model": "models/<Teacher>|x", "engine": "vllm"},
             "targets": {"kind": "topk", "k": 32},
             "sampling": {"samples": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 96},
@@ -142,6 +146,10 @@ def test_html_is_well_formed_and_shows_the_numbers(experiment: Experiment) -> No
     assert "Student against student trained on text only" in text
     assert "It is 0.41 nats a token closer to the teacher (95% interval 0.35 to 0.47)." in text
     assert "240" in text
+    for step in ("rejected by repetition −6", "rejected by near duplicates 0", "rejected by math −1", "failed in math −2"):
+        assert step in text, step
+    bars = re.findall(r'class="out" style="left: ([\d.]+)%; width: ([\d.]+)%"', page)
+    assert [tuple(map(float, bar)) for bar in bars] == [(97.5, 2.5), (97.08, 0.42), (96.25, 0.83)]  # of 240
     assert "14,900" in text
     assert "feed" * 16 in text
     for tag in ("svg", "table", "section", "div", "ul", "details"):

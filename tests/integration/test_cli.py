@@ -72,7 +72,7 @@ def test_run_does_it_all(finished_run):
 def test_rows_in_are_rows_out(finished_run):
     run = output(finished_run[0])
     curated = json.loads((run / "curated/dataset.json").read_text())
-    assert curated["rows_in"] == 48 == curated["rows"] + sum(curated["rejected"].values())
+    assert curated["rows_in"] == 48 == curated["rows"] + sum(step["rejected"] + step["failed"] for step in curated["steps"])
     train, test = load_dataset(run / "curated", "train"), load_dataset(run / "curated", "test")
     assert len(train) + len(test) == curated["rows"]
 
