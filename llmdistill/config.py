@@ -265,7 +265,7 @@ class Experiment(Section):
     score: Score | None = None
     targets: Targets = Targets()
     curate: list[CurateStep] = Field(default=[], max_length=100)
-    """Filters, applied in this order."""
+    """Steps, applied in this order; docs/curation.md shows each."""
     student: Student = Student()
     train: Train = Train()
     eval: Eval = Eval()

@@ -38,7 +38,7 @@ class Language(Section):
     """Keep rows whose answer is in one of these languages, told by lingua from its prose."""
 
     keep: list[str] = Field(min_length=1)
-    """ISO 639-1 codes: `[en, de]`. Less than 120 letters of prose cannot be told, and stay."""
+    """ISO 639-1 codes: `[en, de]`. A language that the prompt names stays too, and less than 120 letters, which tell little."""
 
 
 class Repetition(Section):
@@ -110,7 +110,7 @@ class Judge(Section):
     """The judge."""
     template: str = "prompts/judge_digit.yaml"
     """Its rubric: a template with the variables `prompt` and `answer` that asks for one digit."""
-    scale: tuple[int, int] = (1, 5)
+    scale: list[int] = Field(default=[1, 5], min_length=2, max_length=2)
     """The lowest and the highest digit."""
     min_score: float = 3.0
     """Lowest mean score that stays."""
@@ -155,7 +155,7 @@ class Contamination(Section):
     against: list[str] = Field(min_length=1)
     """JSON, JSONL, YAML or text files; every string in them is looked for."""
     ngram: int = Field(default=13, ge=2)
-    """Words in an n-gram; a shorter string of at least five words is looked for as a whole."""
+    """Words in an n-gram. A shorter string is looked for as a whole; with fewer than eight words, as a whole prompt."""
 
 
 PersonalKind = Literal["email", "phone", "credit_card", "iban", "ip_address", "us_ssn"]

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import regex
 
 from llmdistill.config_curate import Balance, FinishReason, JsonSchema, Language, Length, Regex, Repetition
 from llmdistill.errors import InputError
 from llmdistill.stage import read_json
-from llmdistill.steps import Array, Check, Failed, Work, answers, completion_ids, excerpt, metadata
+from llmdistill.steps import Array, Check, Failed, Work, answers, completion_ids, excerpt, metadata, questions
 
 _TELLING = 120  # letters from which lingua looks at trigrams alone, and is sure
 _SECONDS = 1.0  # for one regular expression on one row
@@ -33,14 +34,15 @@ def length(settings: Length, work: Work) -> Check:
     longest = settings.max_tokens or np.inf
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        for ids in completion_ids(rows):
-            yield None if settings.min_tokens <= len(ids) <= longest else f"{len(ids):,} tokens"
+        tokens = pc.subtract(pc.list_value_length(rows["input_ids"]), rows["completion_start"])
+        for count in tokens.to_pylist():
+            yield None if settings.min_tokens <= count <= longest else f"{count:,} tokens"
 
     return check
 
 
 def language(settings: Language, work: Work) -> Check:
-    """By the most likely language of the prose."""
+    """By the most likely language of the prose; one that the prompt asks for by name is right too."""
     import lingua
 
     codes = {language.iso_code_639_1.name.lower() for language in lingua.Language.all()}
@@ -51,17 +53,16 @@ def language(settings: Language, work: Work) -> Check:
     detector = lingua.LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        texts = [_prose(answer) for answer in answers(rows)]
-        for text, found in zip(texts, detector.detect_languages_in_parallel_of(texts), strict=True):
-            code = found.iso_code_639_1.name.lower() if found and sum(map(str.isalpha, text)) >= _TELLING else None
-            yield None if code is None or code in settings.keep else code
+        texts = [_NO_PROSE.sub(" ", answer) for answer in answers(rows)]
+        found = detector.detect_languages_in_parallel_of(texts)
+        for text, language, question in zip(texts, found, questions(rows), strict=True):
+            if language is None or sum(map(str.isalpha, text)) < _TELLING or language.name.lower() in question.lower():
+                yield None
+                continue
+            code = language.iso_code_639_1.name.lower()
+            yield None if code in settings.keep else code
 
     return check
-
-
-def _prose(answer: str) -> str:
-    """What is left of an answer without code, formulas and addresses."""
-    return _NO_PROSE.sub(" ", answer)
 
 
 def repetition(settings: Repetition, work: Work) -> Check:

@@ -123,7 +123,7 @@ def as_text(prompt: Messages) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def digit_ids(tokenizer: Any, scale: tuple[int, int]) -> dict[int, int]:
+def digit_ids(tokenizer: Any, scale: list[int]) -> dict[int, int]:
     """The tokens that are a digit of the scale, with or without a space before it, and which digit.
 
     Raises:

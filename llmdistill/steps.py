@@ -55,10 +55,14 @@ def answers(rows: pa.Table) -> Iterator[str]:
     return ("\n".join(message["content"] for message in completion) for completion in rows["completion"].to_pylist())
 
 
+def questions(rows: pa.Table) -> Iterator[str]:
+    """The text of all messages that the teacher answers, of every row."""
+    return ("\n".join(message["content"] for message in prompt) for prompt in rows["prompt"].to_pylist())
+
+
 def conversations(rows: pa.Table) -> Iterator[str]:
     """The whole text, prompt and completion, of every row."""
-    for prompt, answer in zip(rows["prompt"].to_pylist(), answers(rows), strict=True):
-        yield "\n".join([*(message["content"] for message in prompt), answer])
+    return (f"{question}\n{answer}" for question, answer in zip(questions(rows), answers(rows), strict=True))
 
 
 def compared(rows: pa.Table, of: str) -> Iterator[str]:

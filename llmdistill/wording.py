@@ -7,7 +7,7 @@ import pyarrow as pa
 import regex
 
 from llmdistill.config_curate import Malformed, Refusals
-from llmdistill.steps import Check, Failed, Work, answers, completion_ids, excerpt
+from llmdistill.steps import Check, Failed, Work, answers, completion_ids, excerpt, questions
 
 _SECONDS = 1.0  # for one pattern of the user's on one row
 
@@ -85,8 +85,7 @@ def malformed(settings: Malformed, work: Work) -> Check:
     special = set(work.manifest["tokenizer"].get("special_token_ids", []))
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        questions = ("\n".join(message["content"] for message in prompt) for prompt in rows["prompt"].to_pylist())
-        for question, answer, ids in zip(questions, answers(rows), completion_ids(rows), strict=True):
+        for question, answer, ids in zip(questions(rows), answers(rows), completion_ids(rows), strict=True):
             inside = special.intersection(ids[:-1].tolist())
             yield f"the special token {min(inside)} inside" if inside else malformation(question, answer)
 

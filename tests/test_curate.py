@@ -44,7 +44,7 @@ def make_row(number, text, prompt=None, length=4, reason="stop", fields=None):
         reason,
         logprobs[np.arange(length), ids].astype(np.float32),
         targets.topk_from_dense(logprobs, 4),
-        fields or {},
+        metadata=fields or {},
     )
 
 

@@ -51,6 +51,8 @@ def test_language_of_the_prose(tmp_path):
     rows = table([ENGLISH, GERMAN, JAPANESE, code, short, quoting, "12 + 30 = 42", ""])
     assert apply_step(tmp_path, {"language": {"keep": ["en"]}}, rows)[0] == [None, "de", "ja", None, None, None, None, None]
     assert apply_step(tmp_path, {"language": {"keep": ["de", "ja"]}}, rows)[0][:3] == ["en", None, None]
+    asked = table([GERMAN, GERMAN], prompts=["Put this into German: …", "Say it in French: …"])
+    assert apply_step(tmp_path, {"language": {"keep": ["en"]}}, asked)[0] == [None, "de"]
     with pytest.raises(InputError, match=r"curate\.0\.language\.keep: english is no language that lingua knows, which are af, "):
         apply_step(tmp_path, {"language": {"keep": ["english"]}}, rows)
 

@@ -90,7 +90,7 @@ def test_what_cannot_judge_is_refused(tmp_path, tiny):
 
 def test_digits_are_found_in_a_vocabulary(tiny):
     tokenizer = load_tokenizer(str(tiny), None)
-    found = digit_ids(tokenizer, (1, 5))
+    found = digit_ids(tokenizer, [1, 5])
     assert set(found.values()) == {1, 2, 3, 4, 5}
     for token, digit in found.items():
         assert tokenizer.decode([token]).strip() == str(digit)
