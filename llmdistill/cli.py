@@ -17,6 +17,10 @@ from llmdistill.errors import HubError, InputError
 
 # What each command does, and the sections of the configuration it reads.
 STAGES = {
+    "prompts": (
+        "the teacher makes prompts out of prompts, by the steps of the configuration",
+        ("teacher", "prompts", "generate.rows_per_shard"),
+    ),
     "generate": (
         "the teacher writes a dataset: text and soft targets in one pass",
         ("teacher", "prompts", "generate", "targets"),
@@ -32,7 +36,7 @@ STAGES = {
     "report": ("write report.html and report.md", ()),
     "run": ("all stages in order; a finished stage is skipped", ("",)),
 }
-_SHARED = ("generate", "score")  # several workers may make one dataset
+_SHARED = ("prompts", "generate", "score")  # several workers may do it together
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MODULES = {"eval": ("llmdistill.evaluate", "evaluate")}  # the others are named as their command
 
@@ -147,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
             "--dry-run", action="store_true", help="show the resolved configuration and what would be done; load no model"
         )
         if name in _SHARED:
-            command.add_argument("--shards", metavar="I/N", help="make only the shards of the I-th of N workers on one dataset")
+            command.add_argument("--shards", metavar="I/N", help="make only the shards of the I-th of N workers")
     inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
     inspect.add_argument("directory", metavar="DIR", help="the dataset's directory")
     inspect.add_argument("--verify", action="store_true", help="also read every shard and check it against its checksum")

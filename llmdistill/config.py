@@ -13,38 +13,19 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmdistill.config_curate import CurateStep
+from llmdistill.config_prompts import Prompts as Prompts
+from llmdistill.config_prompts import Sampling
 from llmdistill.errors import InputError
-from llmdistill.section import PassedOn
+from llmdistill.section import PassedOn, Step
 from llmdistill.section import Section as Section
 from llmdistill.section import Teacher as Teacher
 
 
-class Prompts(Section):
-    """What the teacher is asked."""
-
-    source: str
-    """A JSONL file. A line holds `messages`, or `prompt`, or the variables of the template."""
-    template: str | None = None
-    """A template file (YAML with Jinja) that turns a line's fields into messages."""
-    system: str | None = None
-    """A system message put before every prompt that has none."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many prompts."""
-
-
-class Generate(Section):
+class Generate(Sampling):
     """How the teacher writes."""
 
     samples: int = Field(default=1, ge=1)
     """Completions a prompt."""
-    temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature; 0 is greedy. The stored distributions are at temperature 1 whatever this is."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling: the smallest set of tokens with this much mass; 1 is off."""
-    top_k: int = Field(default=0, ge=0)
-    """Sample among the so many most likely tokens; 0 is off."""
-    max_tokens: int = Field(default=512, ge=1)
-    """Longest completion, in tokens."""
     rows_per_shard: int = Field(default=1024, ge=1)
     """Rows in one Parquet shard, the unit of work and of resuming."""
 
@@ -277,7 +258,9 @@ class Experiment(Section):
             raise ValueError(f"{reason}; set targets.kind to topk")
         return self
 
-    def directory(self, name: Literal["data", "curated", "pruned", "student", "student-text-only", "eval", "judge"]) -> Path:
+    def directory(
+        self, name: Literal["prompts", "data", "curated", "pruned", "student", "student-text-only", "eval", "judge"]
+    ) -> Path:
         """Where a stage writes."""
         return Path(self.output) / name
 
@@ -328,9 +311,9 @@ def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tupl
     """Every key of the configuration with its type and its help, in the order of the file."""
     for name, field in section.model_fields.items():
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, Section)]
-        if name == "curate":
+        if inner and issubclass(inner[0], Step):
             yield f"{prefix}{name}", "LIST", field.description or ""
-            for step, settings in CurateStep.step_types().items():
+            for step, settings in inner[0].step_types().items():
                 yield from keys(settings, f"{prefix}{name}.N.{step}.")
         elif inner:
             yield from keys(inner[0], f"{prefix}{name}.")

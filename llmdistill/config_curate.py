@@ -108,7 +108,7 @@ class Judge(Section):
 
     teacher: Teacher
     """The judge."""
-    template: str = "prompts/judge_digit.yaml"
+    template: str = "prompts/judge.yaml"
     """Its rubric: a template with the variables `prompt` and `answer` that asks for one digit."""
     scale: list[int] = Field(default=[1, 5], min_length=2, max_length=2)
     """The lowest and the highest digit."""

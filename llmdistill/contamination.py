@@ -13,7 +13,7 @@ import yaml
 from llmdistill.config_curate import Contamination
 from llmdistill.errors import InputError
 from llmdistill.ngrams import ngram_hashes, normalised, words
-from llmdistill.prompts import read_jsonl
+from llmdistill.sources import read_jsonl
 from llmdistill.steps import Array, Check, Work, answers
 
 _SHORTEST = 8  # words of a string that is looked for inside other text; with fewer, it could be anything's

@@ -34,7 +34,7 @@ MANIFEST = "dataset.json"
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 _SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5})-of-(?P<count>\d{5})-(?P<checksum>[0-9a-f]{16})\.parquet")
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
     mask = [np.arange(len(sequence)) >= start for sequence, start in zip(ids, starts, strict=True)]
     columns: dict[str, pa.Array] = {
         "id": pa.array([row.id for row in rows], pa.string()),
-        "prompt": pa.array([row.prompt for row in rows], _MESSAGES),
-        "completion": pa.array([row.completion for row in rows], _MESSAGES),
+        "prompt": pa.array([row.prompt for row in rows], MESSAGES),
+        "completion": pa.array([row.completion for row in rows], MESSAGES),
         "input_ids": targets.list_array(np.concatenate(ids).astype(np.int32), starts + lengths),
         "completion_start": pa.array(starts.astype(np.int32)),
         # TRL's SFTTrainer reads this one: without it, it would train on the prompt as well.

@@ -1,7 +1,7 @@
 """`llmdistill generate`: the teacher continues the prompts; text and soft targets are stored in one pass."""
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from llmdistill import stage
@@ -10,7 +10,7 @@ from llmdistill.dataset import Row
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists
 from llmdistill.progress import console, say
-from llmdistill.prompts import Prompt, load_prompts
+from llmdistill.prompts import Prepared, prepared_prompts
 from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
 from llmdistill.teachers import Completion, Engine, Request, row_id, row_seed
 from llmdistill.teachers.chat import Chat
@@ -30,65 +30,97 @@ def generate(experiment: Experiment, dry_run: bool = False, share: Share = EVERY
     Raises:
         InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
     """
-    if experiment.prompts is None:
-        raise InputError("the key prompts is missing: `generate` needs prompts.source")
     directory, teacher = experiment.directory("data"), experiment.teacher
-    prompts = load_prompts(experiment.prompts)
     check_model_exists(teacher.model, "teacher.model")
+    prepared = prepared_prompts(experiment)
+    if prepared is None:
+        if dry_run:
+            return say("generate", "answers as many prompts as `prompts` makes")
+        raise InputError(f"{experiment.directory('prompts')}: not there; run `prompts` first, or `run` for all stages")
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
     fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
-    files = [path for path in (experiment.prompts.source, experiment.prompts.template) if path]
-    inputs = {path: stage.sha256(Path(path)) for path in files} | {teacher.model: fingerprint}
+    inputs = {**prepared.inputs, teacher.model: fingerprint}
     state = stage.claim(directory, "generate", settings, inputs)
 
-    rows = len(prompts) * experiment.generate.samples
+    rows = len(prepared.prompts) * experiment.generate.samples
     if dry_run:
-        _say_plan(experiment, len(prompts), rows)
+        _say_plan(experiment, len(prepared.prompts), rows)
     elif state == "done" and count_finished(directory) == count_shards(experiment, rows):
         say("generate", f"{directory} is finished ({rows:,} rows)")
     else:
-        make_dataset("generate", directory, _Prompts(Chat(experiment, fingerprint), prompts), settings, inputs, share)
+        make_dataset("generate", directory, _Prompts(Chat(experiment, fingerprint), prepared), settings, inputs, share)
+    return None
 
 
 class _Prompts:
     """The rows to make: prompts as the teacher's token ids, as often as they are to be answered."""
 
-    def __init__(self, chat: Chat, prompts: list[Prompt]) -> None:
+    def __init__(self, chat: Chat, prepared: Prepared) -> None:
         self.chat = chat
-        self.prompts = prompts
+        self.prompts = prepared.prompts
+        self.steps = prepared.steps
         self.sampling = chat.experiment.generate
-        self.prompt_ids = [chat.prompt_ids(prompt.messages, prompt.origin) for prompt in prompts]
-        longest, origin = max((len(ids), prompt.origin) for ids, prompt in zip(self.prompt_ids, prompts, strict=True))
+        self._ids = array("i")  # of all prompts, one after the other
+        self._starts = array("q", [0])
+        longest, origin = 0, ""
+        for prompt in self.prompts:
+            ids = chat.prompt_ids(prompt.messages, prompt.origin)
+            self._ids.extend(ids)
+            self._starts.append(len(self._ids))
+            if len(ids) > longest:
+                longest, origin = len(ids), prompt.origin
         what = f"{longest:,} prompt tokens and generate.max_tokens {self.sampling.max_tokens:,}"
         self.max_model_len = chat.check_length(longest + self.sampling.max_tokens, what, origin)
-        samples = range(self.sampling.samples)
-        self.ids = [row_id(prompt.messages, chat.fingerprint, self.sampling, n) for prompt in prompts for n in samples]
-        self.requests = [
-            Request(index, self.prompt_ids[index // len(samples)], row_seed(identity, chat.experiment.seed))
-            for index, identity in enumerate(self.ids)
-        ]
+        self.requests = _Requests(self)
+
+    def prompt_ids(self, number: int) -> Sequence[int]:
+        """The token ids of a prompt."""
+        return self._ids[self._starts[number] : self._starts[number + 1]]
+
+    def id(self, index: int) -> str:
+        """The stable name of a row."""
+        number, sample = divmod(index, self.sampling.samples)
+        return row_id(self.prompts[number].messages, self.chat.fingerprint, self.sampling, sample)
 
     def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         return engine.generate(shards)
 
     def row(self, completion: Completion) -> Row:
         number = completion.index // self.sampling.samples
+        prompt = self.prompts[number]
         text = self.chat.tokenizer.decode(completion.ids, skip_special_tokens=True)
         return Row(
-            self.ids[completion.index],
-            self.prompts[number].messages,
+            self.id(completion.index),
+            prompt.messages,
             [{"role": "assistant", "content": text}],
-            self.prompt_ids[number],
+            self.prompt_ids(number),
             completion.ids,
             completion.finish_reason,
             completion.token_logprobs,
             completion.targets,
             completion.sampling_logprob,
-            self.prompts[number].metadata,
+            {**prompt.metadata, "lineage": prompt.lineage},
         )
 
     def description(self) -> dict[str, Any]:
-        return {"sampling": self.sampling.model_dump(exclude={"rows_per_shard"})}
+        return {"sampling": self.sampling.model_dump(exclude={"rows_per_shard"}), "prompts": self.steps}
+
+
+class _Requests(Sequence[Request]):
+    """Requests for all rows, made when they are asked for."""
+
+    def __init__(self, prompts: _Prompts) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts.prompts) * self.prompts.sampling.samples
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = index // self.prompts.sampling.samples
+        seed = row_seed(self.prompts.id(index), self.prompts.chat.experiment.seed)
+        return Request(index, self.prompts.prompt_ids(number), seed)
 
 
 def _say_plan(experiment: Experiment, prompts: int, rows: int) -> None:

@@ -22,7 +22,7 @@ from llmdistill.errors import InputError
 from llmdistill.formats import KIND_KEY, ROWS_AT_ONCE, read_parts, rows_at_once
 from llmdistill.models import end_token_ids, load_config, load_tokenizer, special_token_ids, tokenise_chat, vocabulary_hash
 from llmdistill.progress import StageBar, console
-from llmdistill.prompts import given_conversation, metadata, read_jsonl
+from llmdistill.sources import given_conversation, metadata, read_jsonl
 from llmdistill.targets import Array
 
 _IMPOSSIBLE = -1e4  # a probability of zero that float16 can hold

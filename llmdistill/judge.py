@@ -19,11 +19,11 @@ from llmdistill.config_curate import Judge
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, context_length
 from llmdistill.progress import console
-from llmdistill.prompts import Messages, load_template, render
 from llmdistill.steps import Check, Failed, Work, answers
 from llmdistill.targets import TopK
 from llmdistill.teachers import Completion, Engine, Request, open_engine, stable_id
 from llmdistill.teachers.chat import Chat
+from llmdistill.template import Messages, PromptTemplate
 
 _K = 64  # of the judge's most likely first tokens; the digits are among them, or it has not answered
 _CONTEXT = 8192  # tokens reserved for a question if teacher.max_model_len does not say
@@ -56,8 +56,8 @@ class _Asked:
     def __init__(self, settings: Judge, work: Work) -> None:
         teacher = settings.teacher
         check_model_exists(teacher.model, "teacher.model")
-        self.template = load_template(Path(settings.template))
-        unknown = [name for name in self.template.variables if name not in ("prompt", "answer")]
+        self.template = PromptTemplate(Path(settings.template))
+        unknown = [name for name in self.template.head.variables if name not in ("prompt", "answer")]
         if unknown:
             raise InputError(f"{settings.template}: needs the field {unknown[0]}, a judge's template gets prompt and answer")
         fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
@@ -78,7 +78,7 @@ class _Asked:
         """The score of every row."""
         ids = rows["id"].to_pylist()
         questions = [
-            render(self.template, {"prompt": as_text(prompt), "answer": answer}, f"row {identity}")
+            self.template.render({"prompt": as_text(prompt), "answer": answer}, f"row {identity}")
             for identity, prompt, answer in zip(ids, rows["prompt"].to_pylist(), answers(rows), strict=True)
         ]
         keys = [stable_id(question) for question in questions]

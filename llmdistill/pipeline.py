@@ -8,8 +8,9 @@ from llmdistill.config import Experiment
 
 def stages(experiment: Experiment) -> list[str]:
     """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it."""
-    first = "score" if experiment.score else "generate"
-    return [first, "curate", *(["prune"] if experiment.student.prune else []), "train", "eval", "report"]
+    made = [] if experiment.prompts is None or not experiment.prompts.steps else ["prompts"]
+    first = ["score"] if experiment.score else [*made, "generate"]
+    return [*first, "curate", *(["prune"] if experiment.student.prune else []), "train", "eval", "report"]
 
 
 def run_pipeline(experiment: Experiment, arguments: list[str]) -> None:

@@ -12,7 +12,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def say(stage: str, text: str) -> None:
     """A stage's line that is not a bar."""
-    console.print(f"{stage:<10}{text}", markup=False)
+    console.print(f"{stage:<9} {text}", markup=False)
 
 
 class StageBar:

@@ -215,6 +215,7 @@ def _lineage(experiment: Experiment) -> Json:
     stages = []
     for directory in dict.fromkeys(
         (
+            experiment.directory("prompts"),
             experiment.directory("data"),
             experiment.dataset_directory,
             experiment.directory("student"),
@@ -223,7 +224,7 @@ def _lineage(experiment: Experiment) -> Json:
         )
     ):
         run = read_json(directory / RUN_FILE)
-        if run is not None or directory.name != "student-text-only":
+        if run is not None or directory.name not in ("prompts", "student-text-only"):
             stages.append({"directory": str(directory), "name": directory.name, "run": run})
     found = sorted(
         (package, version, stage["name"])

@@ -14,10 +14,11 @@ from llmdistill.dataset import MANIFEST, SPLITS, Row, load_dataset, read_manifes
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, vocabulary_hash
 from llmdistill.progress import say
-from llmdistill.prompts import Messages, given_conversation, metadata, read_jsonl
 from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
+from llmdistill.sources import given_conversation, metadata, read_jsonl
 from llmdistill.teachers import Completion, Engine, Request, row_seed, stable_id
 from llmdistill.teachers.chat import Chat
+from llmdistill.template import Messages
 
 
 def score(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHING) -> None:

@@ -88,6 +88,25 @@ def count_finished(directory: Path) -> int:
     return len(finished_shards(directory, "train")) if directory.is_dir() else 0
 
 
+def missing_shards(name: str, directory: Path, count: int, share: Share) -> list[int]:
+    """The shards that this worker is to make; damaged ones and what killed writers left are removed first.
+
+    Args:
+        name: of the stage.
+        directory: of the shards.
+        count: how many there are to be.
+        share: this worker's part of them.
+    """
+    remove_leftovers(directory)
+    mine = range(share.index, count, share.of)
+    for shard in finished_shards(directory, "train"):
+        if shard.index in mine and is_damaged(shard):
+            say(name, f"{shard.file} is damaged; it is made again")
+            shard.file.unlink()
+    done = {shard.index for shard in finished_shards(directory, "train")}
+    return [index for index in mine if index not in done]
+
+
 def make_dataset(
     name: str, directory: Path, source: Source, settings: dict[str, Any], inputs: dict[str, str], share: Share
 ) -> None:
@@ -104,16 +123,11 @@ def make_dataset(
     experiment = source.chat.experiment
     count = count_shards(experiment, len(source.requests))
     stage.begin(directory, name, settings, inputs, experiment.seed)
-    remove_leftovers(directory)
-    mine = range(share.index, count, share.of)
-    for shard in finished_shards(directory, "train"):
-        if shard.index in mine and is_damaged(shard):
-            say(name, f"{shard.file} is damaged; it is made again")
-            shard.file.unlink()
-            (directory / MANIFEST).unlink(missing_ok=True)
-    done = {shard.index for shard in finished_shards(directory, "train")}
-    missing = [index for index in mine if index not in done]
-    made = _make(name, directory, source, missing, len(mine), count) if missing else {}
+    missing = missing_shards(name, directory, count, share)
+    if missing:
+        (directory / MANIFEST).unlink(missing_ok=True)
+    mine = len(range(share.index, count, share.of))
+    made = _make(name, directory, source, missing, mine, count) if missing else {}
     there = finished_shards(directory, "train")
     if len(there) < count:
         say(name, f"{len(there):,} of {count:,} shards are there, the others are for other workers to make")

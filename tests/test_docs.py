@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from llmdistill import pps, targets
 from llmdistill.cli import STAGES
 from llmdistill.config import keys
+from llmdistill.config_prompts import Prompts, PromptStep
 from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.losses import DIVERGENCES
+from llmdistill.prompt_plan import Plan
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -54,6 +57,27 @@ def test_every_shipped_configuration_is_named_in_the_readme():
 def test_the_readmes_experiment_is_the_shipped_one():
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert block == (ROOT / "configs/qwen3-1.7b.yaml").read_text()
+
+
+def test_every_template_and_step_has_its_entry_with_an_example():
+    page = (ROOT / "docs/prompts.md").read_text()
+    for path in ROOT.glob("prompts/*.yaml"):
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `prompts/{path.name}` |")]
+        assert "“" in row
+    for name in PromptStep.step_types():
+        entry = page.split(f"### `{name}`\n")[1].split("\n### ")[0].split("\n## ")[0]
+        assert "```yaml" in entry
+        assert "*" in entry.split("```")[-1]
+
+
+def test_the_yaml_on_the_prompts_page_is_what_is_read():
+    page = (ROOT / "docs/prompts.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
+    assert (ROOT / "prompts/question.yaml").read_text() in blocks
+    sections = [yaml.safe_load(block)["prompts"] for block in blocks if block.startswith("prompts:")]
+    assert len(sections) == 1 + len(PromptStep.step_types())
+    for section in sections:
+        Plan(Prompts.model_validate(section))
 
 
 def test_every_divergence_has_its_row_with_a_paper():

@@ -11,8 +11,8 @@ from llmdistill import judge as module
 from llmdistill.errors import InputError
 from llmdistill.judge import as_text, digit_ids
 from llmdistill.models import load_model, load_tokenizer
-from llmdistill.prompts import load_template, render
 from llmdistill.steps import Failed
+from llmdistill.template import PromptTemplate
 from tests.curating import apply_step, table
 
 ROWS = table(["It is 4.", "It is a fish.", "Four"], prompts=["What is 2 + 2?", "What is 2 + 2?", "And 1 + 3?"])
@@ -25,7 +25,7 @@ def step(model, **settings):
 def expected(model, prompt, answer):
     """Mean digit and mass over every token that reads as a digit from 1 to 5."""
     tokenizer = load_tokenizer(str(model), None)
-    messages = render(load_template(Path("prompts/judge_digit.yaml")), {"prompt": prompt, "answer": answer}, "")
+    messages = PromptTemplate(Path("prompts/judge.yaml")).render({"prompt": prompt, "answer": answer}, "")
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     with torch.inference_mode():
         p = load_model(str(model), dtype="float32")(torch.tensor([ids])).logits[0, -1].double().softmax(-1)

@@ -7,8 +7,8 @@ from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
 from llmdistill.models import context_length, end_token_ids, load_config, load_tokenizer, special_token_ids, vocabulary_hash
-from llmdistill.prompts import Messages
 from llmdistill.teachers import check_engine
+from llmdistill.template import Messages
 
 _DETERMINISM = {
     "transformers": "bit-exact: the same configuration on the same machine and versions gives the same bytes",

@@ -1,0 +1,49 @@
+"""How much of a text is in another one already: ROUGE-L, against everything that was kept so far."""
+
+import re
+from dataclasses import dataclass, field
+
+from rapidfuzz import process
+from rapidfuzz.distance import Indel
+
+# Words; of scripts that put no spaces between them, each character by itself.
+_WORD = re.compile(
+    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]+"
+)
+_FIRST_CHARACTER = 0xE000  # past the surrogates, which no string may hold
+_CHARACTERS = 0x110000 - _FIRST_CHARACTER
+
+
+@dataclass
+class Pool:
+    """Texts that were kept, with their names.
+
+    A text is held as a string with one character a word, so that ROUGE-L, F = 2 · LCS / (m + n) over words, is the
+    normalised indel similarity of two strings, which rapidfuzz computes for a whole list at once. Only past a million
+    different words do two of them share a character.
+    """
+
+    names: list[str] = field(default_factory=list)
+    _texts: list[str] = field(default_factory=list)
+    _words: dict[str, str] = field(default_factory=dict)
+
+    def nearest(self, text: str, at_least: float) -> tuple[float, str] | None:
+        """The largest overlap with a text of the pool, and that one's name, if it is above `at_least`."""
+        found = process.extractOne(
+            self._encoded(text), self._texts, scorer=Indel.normalized_similarity, processor=None, score_cutoff=at_least
+        )
+        if found is None or found[1] <= at_least:
+            return None
+        return float(found[1]), self.names[found[2]]
+
+    def add(self, text: str, name: str) -> None:
+        """Keep a text."""
+        self._texts.append(self._encoded(text))
+        self.names.append(name)
+
+    def _encoded(self, text: str) -> str:
+        words = _WORD.findall(text.lower())
+        for word in words:
+            if word not in self._words:
+                self._words[word] = chr(_FIRST_CHARACTER + len(self._words) % _CHARACTERS)
+        return "".join(self._words[word] for word in words)
