@@ -13,7 +13,7 @@ import yaml
 
 from llmdistill import __version__
 from llmdistill.config import Experiment, keys, load_experiment
-from llmdistill.errors import HubError, InputError
+from llmdistill.errors import InputError, RemoteError
 
 # What each command does, and the sections of the configuration it reads.
 STAGES = {
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
             raise
         print(f"{error.filename}: {error.strerror}; finished work is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(1)
-    except HubError as error:
+    except RemoteError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

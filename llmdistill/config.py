@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -256,6 +256,8 @@ class Experiment(Section):
         reason = self.train.against(self.targets.kind)
         if reason and self.train.dataset is None:
             raise ValueError(f"{reason}; set targets.kind to topk")
+        if self.teacher.engine == "server" and self.targets.kind == "multinomial":
+            raise ValueError("a server names each token once, so it cannot give targets.kind multinomial; use sampled or topk")
         return self
 
     def directory(
@@ -315,6 +317,9 @@ def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tupl
             yield f"{prefix}{name}", "LIST", field.description or ""
             for step, settings in inner[0].step_types().items():
                 yield from keys(settings, f"{prefix}{name}.N.{step}.")
+        elif inner and get_origin(field.annotation) is list:
+            yield f"{prefix}{name}", "LIST", field.description or ""
+            yield from keys(inner[0], f"{prefix}{name}.N.")
         elif inner:
             yield from keys(inner[0], f"{prefix}{name}.")
         else:

@@ -1,4 +1,4 @@
-"""The one exception for bad input, and the one for a Hub that fails."""
+"""The one exception for bad input, and the one for a service that fails."""
 
 
 class InputError(Exception):
@@ -8,8 +8,8 @@ class InputError(Exception):
     """
 
 
-class HubError(Exception):
-    """The Hugging Face Hub, or the way to it, failed: the input is not at fault, and the same call may work later.
+class RemoteError(Exception):
+    """The Hugging Face Hub or a teacher's server, or the way to it, failed: the same call may work later.
 
     The command line prints the message alone and exits with status 1.
     """

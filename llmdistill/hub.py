@@ -11,7 +11,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from llmdistill import __version__
 from llmdistill.dataset import MANIFEST, SPLITS, shard_files
-from llmdistill.errors import HubError, InputError
+from llmdistill.errors import InputError, RemoteError
 from llmdistill.progress import say
 from llmdistill.stage import RUN_FILE, read_json
 
@@ -38,7 +38,7 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False, revi
 
     Raises:
         InputError: the directory is unfinished, damaged or something else, or the Hub refuses the repository or the token.
-        HubError: the Hub cannot be reached or failed.
+        RemoteError: the Hub cannot be reached or failed.
     """
     kind, files = _contents(Path(directory))
     _check_repo_id(repo_id)
@@ -150,7 +150,7 @@ def _upload(kind: Kind, files: dict[str, Path], repo_id: str, private: bool, rev
     return commit.commit_url
 
 
-def _explained(error: Exception, repo_id: str, token: str) -> InputError | HubError:
+def _explained(error: Exception, repo_id: str, token: str) -> InputError | RemoteError:
     """What went wrong in one line without the token; a refusal of the Hub is wrong input, anything else is not."""
     status, said = 0, ""
     for cause in [error] if isinstance(error, HfHubHTTPError) else [error, error.__cause__]:
@@ -164,4 +164,4 @@ def _explained(error: Exception, repo_id: str, token: str) -> InputError | HubEr
         return InputError(f"{repo_id}: the Hub does not accept the token (HF_TOKEN, or that of `hf auth login`): {said}")
     if 400 <= status < 500 and status not in (408, 409, 412, 429):
         return InputError(f"{repo_id}: the Hub refuses: {said}")
-    return HubError(f"{repo_id}: the push failed; try again, what has arrived is not sent twice: {said}")
+    return RemoteError(f"{repo_id}: the push failed; try again, what has arrived is not sent twice: {said}")

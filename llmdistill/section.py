@@ -72,6 +72,17 @@ class Step(Section):
         return settings
 
 
+class Member(Section):
+    """One more teacher, with the same tokenizer."""
+
+    model: str
+    """Model directory or name on the Hugging Face Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the mean, relative to those of the others."""
+
+
 class Teacher(Section):
     """The model that writes the text and gives its distribution at every token."""
 
@@ -79,8 +90,16 @@ class Teacher(Section):
     """Model directory or name on the Hugging Face Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """`vllm` for speed; `transformers` is the exact reference and needs no vLLM."""
+    engine: Literal["vllm", "server", "transformers"] = "vllm"
+    """`vllm` for speed; `server` for one that runs already, at `url`; `transformers` is the exact reference, without vLLM."""
+    url: str | None = None
+    """Where `vllm serve` listens, such as http://node7:8000 (engine server). Its key, if any, is that of VLLM_API_KEY."""
+    served_model_name: str | None = None
+    """The server's name for the model, if it is another than `model` (engine server)."""
+    concurrency: int = Field(default=64, ge=1)
+    """Requests on their way at a time (engine server)."""
+    timeout: float = Field(default=600, gt=0)
+    """Seconds without an answer after which a request is sent again (engine server)."""
     dtype: Dtype = "auto"
     """Precision of the weights; `auto` is the checkpoint's own."""
     max_model_len: int | None = Field(default=None, ge=1)
@@ -93,3 +112,22 @@ class Teacher(Section):
     """Any argument of `vllm.LLM`, passed through (engine vllm)."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
+    ensemble: list[Member] = []
+    """More teachers with the same tokenizer: the mean of all their distributions is the teacher's (engine transformers)."""
+    weight: float = Field(default=1.0, gt=0)
+    """The share of `model` in that mean, relative to those of the others."""
+
+    @model_validator(mode="after")
+    def _only_one_engine_has_all_of_several_distributions(self) -> "Teacher":
+        if self.ensemble and self.engine != "transformers":
+            raise ValueError(
+                f"an ensemble needs the whole distribution of each teacher, which engine transformers has and {self.engine} has "
+                "not; to let one teacher write with vLLM, `generate` first and `score` its dataset with the ensemble"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _url_goes_with_the_server(self) -> "Teacher":
+        if (self.engine == "server") != (self.url is not None):
+            raise ValueError("engine server needs url, where `vllm serve` listens, and no other engine has one")
+        return self

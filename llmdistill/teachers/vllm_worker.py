@@ -17,7 +17,7 @@ class SampleTargets:
 
     model_runner: Any
 
-    def sample_targets(self, kind: str, kept: int, seed: int, temperature: float | None) -> None:
+    def sample_targets(self, kind: str, kept: int | str, seed: int | str, temperature: float | None = None) -> None:
         """From now on, log-probabilities are returned of the tokens that a kind of targets keeps.
 
         Args:
@@ -37,7 +37,7 @@ class SampleTargets:
             raise RuntimeError(
                 f"targets.kind {kind}: this version of vLLM has no Sampler.gather_logprobs; use engine transformers"
             )
-        generator = torch.Generator().manual_seed(seed)
+        kept, generator = int(kept), torch.Generator().manual_seed(int(seed))  # a server passes strings on
 
         def gather_logprobs(logprobs_NV: torch.Tensor, n: int, token_ids: torch.Tensor) -> Any:
             uniform_NU = torch.rand(len(logprobs_NV), pps.uniforms(kind, kept), generator=generator, dtype=torch.float64)

@@ -1,0 +1,210 @@
+"""A teacher behind `vllm serve`, over its OpenAI-compatible API: token ids go in, token ids and log-probabilities come out.
+
+A request that fails by the server's or the network's fault is sent again, after a while; the row's seed goes with it, so
+it costs time and no row. What the server refuses for good (4xx) ends the stage with the server's own words.
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import httpx
+import numpy as np
+
+from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.errors import InputError, RemoteError
+from llmdistill.targets import Array, SoftTargets, from_logprobs
+from llmdistill.teachers import Completion, Request
+
+_TRIES = 9
+_LONGEST_PAUSE = 60.0  # seconds; the pauses double from half a second, so that a server may take two minutes to come back
+_AGAIN = {408, 409, 425, 429}  # and all 5xx
+_CONNECT_SECONDS = 10.0
+_EXTENSION = "llmdistill.teachers.vllm_worker.SampleTargets"
+
+
+class ServerEngine:
+    """Sends `teacher.concurrency` requests at a time; every request has its own answer, so they come back in any order."""
+
+    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, end_ids: Sequence[int], seed: int) -> None:
+        self.teacher, self.sampling, self.kept, self.end_ids = teacher, sampling, kept, end_ids
+        assert teacher.url is not None
+        key = os.environ.get("VLLM_API_KEY")
+        self.client = httpx.Client(
+            base_url=teacher.url.rstrip("/").removesuffix("/v1"),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(teacher.timeout, connect=_CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=teacher.concurrency, max_keepalive_connections=teacher.concurrency),
+        )
+        self.model = self._served_model()
+        self._set_targets(seed)
+
+    def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Continue every request."""
+        return self._answers(batches, self._continue)
+
+    def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Read every request's text."""
+        return self._answers(batches, self._read)
+
+    def _answers(self, batches: Iterable[Sequence[Request]], answer: Callable[[Request], Completion]) -> Iterator[Completion]:
+        waiting = (request for batch in batches for request in batch)
+        running: set[Future[Completion]] = set()
+        with ThreadPoolExecutor(self.teacher.concurrency) as pool:
+            try:
+                while True:
+                    while len(running) < 2 * self.teacher.concurrency and (request := next(waiting, None)) is not None:
+                        running.add(pool.submit(answer, request))
+                    if not running:
+                        return
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            finally:
+                for future in running:
+                    future.cancel()
+
+    def _continue(self, request: Request) -> Completion:
+        body = {
+            "prompt": list(request.prompt_ids),
+            "max_tokens": self.sampling.max_tokens,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "top_k": self.sampling.top_k,
+            "seed": request.seed,
+            "logprobs": self.kept.kept,
+            "return_tokens_as_token_ids": True,
+        }
+
+        def read(choice: Any) -> Completion:
+            ids = np.asarray(choice["token_ids"], dtype=np.int64)
+            tops = [
+                {int(token.removeprefix("token_id:")): value for token, value in top.items()}
+                for top in choice["logprobs"]["top_logprobs"]
+            ]
+            written = np.asarray(choice["logprobs"]["token_logprobs"], dtype=np.float32)
+            known = self.sampling.shows_everything and self.sampling.temperature == 1
+            return Completion(
+                request.index,
+                ids,
+                choice["finish_reason"],
+                written,
+                self._targets(ids, tops),
+                float(written.sum(dtype=np.float64)) if known else None,
+            )
+
+        return self._ask(body, read)
+
+    def _read(self, request: Request) -> Completion:
+        """Score in one prefill; the token that the server insists on writing after it is dropped."""
+        start = len(request.prompt_ids)
+        body = {
+            "prompt": [*request.prompt_ids, *request.completion_ids],
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": self.kept.kept,
+        }
+
+        def read(choice: Any) -> Completion:
+            ids = np.asarray(request.completion_ids, dtype=np.int64)
+            # The first token of a prompt has no distribution: entry 1 is that of the second token.
+            tops = [{int(token): entry["logprob"] for token, entry in top.items()} for top in choice["prompt_logprobs"][start:]]
+            written = np.array([top[token] for top, token in zip(tops, ids.tolist(), strict=True)], dtype=np.float32)
+            reason = "stop" if ids[-1] in self.end_ids else "length"
+            return Completion(request.index, ids, reason, written, self._targets(ids, tops))
+
+        return self._ask(body, read)
+
+    def _targets(self, ids: Array, tops: Sequence[dict[int, float]]) -> SoftTargets | None:
+        """The server gives the kept tokens at every position, and the written one beside them if it is not one of them.
+
+        Raises:
+            ValueError: at some position there are fewer.
+        """
+        kept = self.kept.kept
+        ids_NK, logprobs_NK = np.zeros((len(ids), kept), dtype=np.int64), np.zeros((len(ids), kept), dtype=np.float32)
+        for position, (token, top) in enumerate(zip(ids.tolist(), tops, strict=True)):
+            found = {other: value for other, value in top.items() if len(top) == kept or other != token}
+            ordered = sorted(found.items(), key=lambda item: -item[1])
+            ids_NK[position] = [other for other, _ in ordered]
+            logprobs_NK[position] = [value for _, value in ordered]
+        return from_logprobs(self.kept.stored, ids_NK, logprobs_NK)
+
+    def _ask(self, body: dict[str, Any], read: Callable[[Any], Completion]) -> Completion:
+        """What `read` makes of the one choice that the server returns."""
+        body = {**body, "model": self.model, "add_special_tokens": False, "return_token_ids": True}
+
+        def understand(answer: Any) -> Completion:
+            (choice,) = answer["choices"]
+            if choice["prompt_token_ids"] != body["prompt"]:
+                raise InputError(f"{self.teacher.url}: the server saw other token ids than those that were sent")
+            return read(choice)
+
+        return self._call("POST", "/v1/completions", understand, body)
+
+    def _call(self, method: str, path: str, understand: Callable[[Any], Any], body: Any = None, tries: int = _TRIES) -> Any:
+        """One call, again and again while the fault is the server's or the network's.
+
+        Raises:
+            InputError: the server refuses it.
+            RemoteError: it still fails after the last try.
+        """
+        for attempt in range(tries):
+            try:
+                response = self.client.request(method, path, json=body)
+                if 400 <= response.status_code < 500 and response.status_code not in _AGAIN:
+                    raise InputError(f"{self.teacher.url} refuses: {_message(response)}")
+                response.raise_for_status()
+                return understand(response.json())
+            except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
+                reason = f"{type(error).__name__}: {str(error) or 'no answer'}".splitlines()[0]
+            if attempt + 1 < tries:
+                pause = min(0.5 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.5)  # noqa: S311
+                time.sleep(pause)
+        raise RemoteError(f"{self.teacher.url}: failed {tries} times, last by {reason}")
+
+    def _served_model(self) -> str:
+        """The name under which the server has the teacher."""
+        models = self._call("GET", "/v1/models", lambda answer: [(str(m["id"]), str(m.get("root"))) for m in answer["data"]])
+        wanted = self.teacher.served_model_name or self.teacher.model
+        for name, root in models:
+            if wanted in (name, root):
+                return str(name)
+        raise InputError(
+            f"teacher.model: {self.teacher.url} serves {', '.join(name for name, _ in models)}, not {wanted}; if it is the same "
+            "model under another name, give teacher.served_model_name"
+        )
+
+    def _set_targets(self, seed: int) -> None:
+        """Tell the server's workers which tokens to return, so that samples are drawn inside, as the engine vllm does.
+
+        A server without the extension always returns the most likely tokens; one that has it may have been told otherwise.
+
+        Raises:
+            InputError: samples are wanted, and the server was not started for it.
+        """
+        arguments = [self.kept.stored, str(self.kept.kept), str(seed)]
+        body = {"method": "sample_targets", "args": arguments}
+        try:
+            self._call("POST", "/collective_rpc", lambda answer: answer["results"], body, tries=4)
+        except (InputError, RemoteError):
+            if self.kept.stored != "sampled":
+                return
+            raise InputError(
+                f"targets.kind sampled: {self.teacher.url} cannot draw samples. Start it with `VLLM_SERVER_DEV_MODE=1 vllm serve "
+                f"{self.teacher.model} --max-logprobs {self.kept.kept} --worker-extension-cls {_EXTENSION}`, where nobody else "
+                "uses it, or set targets.kind to topk"
+            ) from None
+
+
+def _message(response: httpx.Response) -> str:
+    """The server's own words."""
+    try:
+        content = response.json()
+        error = content.get("error", content)
+        return str(error.get("message", error) if isinstance(error, dict) else error)
+    except (json.JSONDecodeError, AttributeError):
+        return f"{response.status_code} {response.text[:200]}"

