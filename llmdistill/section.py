@@ -112,6 +112,8 @@ class Teacher(Section):
     """Any argument of `vllm.LLM`, passed through (engine vllm)."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
+    system: str | None = None
+    """A system message that the teacher is given in the place of the conversation's own, and the student is not."""
     ensemble: list[Member] = []
     """More teachers with the same tokenizer: the mean of all their distributions is the teacher's (engine transformers)."""
     weight: float = Field(default=1.0, gt=0)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.errors import InputError
+from llmdistill.stage import model_fingerprint
 from llmdistill.targets import Array, SoftTargets
 
 
@@ -62,6 +63,16 @@ def check_engine(teacher: Teacher) -> None:
     """
     if teacher.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError("teacher.engine is vllm, which is not installed: install the extra `generate`, or use transformers")
+
+
+def fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
+    """What identifies each model of the teacher by its path or name, and the teacher as a whole."""
+    members = [(teacher.model, teacher.revision, teacher.weight)]
+    members += [(more.model, more.revision, more.weight) for more in teacher.ensemble]
+    found = {model: model_fingerprint(model, revision) for model, revision, _ in members}
+    alone = not teacher.ensemble and teacher.system is None
+    whole = [[found[model], weight] for model, _, weight in members]
+    return found, found[teacher.model] if alone else stable_id(whole, teacher.system)
 
 
 def open_engine(

@@ -33,6 +33,11 @@ class Chat:
         self.tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         self.vocab_size: int = self.config.get_text_config().vocab_size
         self.end_ids = end_token_ids(teacher.model, teacher.revision, self.config, self.tokenizer)
+        for number, more in enumerate(teacher.ensemble):
+            key = f"teacher.ensemble.{number}.model"
+            theirs = load_tokenizer(more.model, more.revision, teacher.trust_remote_code, key)
+            if vocabulary_hash(theirs) != vocabulary_hash(self.tokenizer):
+                raise InputError(f"{key}: {more.model} has another tokenizer than {teacher.model}; their mean is not defined")
         if kept.kind != "multinomial" and kept.kept > self.vocab_size:
             key = "n" if kept.kind == "sampled" else "k"
             raise InputError(
@@ -40,8 +45,16 @@ class Chat:
             )
 
     def prompt_ids(self, messages: Messages, origin: str) -> list[int]:
-        """The prompt as the teacher sees it: through its own chat template, up to where its turn begins."""
+        """The prompt as it is stored and the student sees it: through the chat template, up to where the answer begins."""
         return self._template(messages, origin, add_generation_prompt=True)
+
+    def told_ids(self, messages: Messages, origin: str) -> list[int]:
+        """The prompt as the teacher sees it: with `teacher.system` in the place of its own system message, if there is one."""
+        system = self.experiment.teacher.system
+        if system is None:
+            return self.prompt_ids(messages, origin)
+        rest = [message for message in messages if message["role"] != "system"]
+        return self.prompt_ids([{"role": "system", "content": system}, *rest], origin)
 
     def completion_ids(self, prompt: Messages, completion: Messages, prompt_ids: Sequence[int], origin: str) -> list[int]:
         """A given answer as the teacher would have written it, up to and with the token that ends its turn."""
@@ -78,6 +91,9 @@ class Chat:
                 "commit": getattr(self.config, "_commit_hash", None),
                 "fingerprint": self.fingerprint,
                 "engine": teacher.engine,
+                **({"system": teacher.system} if teacher.system else {}),
+                **({"weight": teacher.weight} if teacher.ensemble else {}),
+                **({"ensemble": [more.model_dump() for more in teacher.ensemble]} if teacher.ensemble else {}),
             },
             "tokenizer": {
                 "vocab_size": self.vocab_size,
