@@ -12,7 +12,7 @@ from llmdistill.models import check_model_exists
 from llmdistill.progress import console, say
 from llmdistill.prompts import Prepared, prepared_prompts
 from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
-from llmdistill.teachers import Completion, Engine, Request, row_id, row_seed
+from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_id, row_seed
 from llmdistill.teachers.chat import Chat
 
 # Bytes that one kept token takes in Parquet with zstd, for estimates.
@@ -38,8 +38,8 @@ def generate(experiment: Experiment, dry_run: bool = False, share: Share = EVERY
             return say("generate", "answers as many prompts as `prompts` makes")
         raise InputError(f"{experiment.directory('prompts')}: not there; run `prompts` first, or `run` for all stages")
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
-    fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
-    inputs = {**prepared.inputs, teacher.model: fingerprint}
+    models, fingerprint = fingerprints(teacher)
+    inputs = {**prepared.inputs, **models}
     state = stage.claim(directory, "generate", settings, inputs)
 
     rows = len(prepared.prompts) * experiment.generate.samples
@@ -60,11 +60,11 @@ class _Prompts:
         self.prompts = prepared.prompts
         self.steps = prepared.steps
         self.sampling = chat.experiment.generate
-        self._ids = array("i")  # of all prompts, one after the other
+        self._ids = array("i")  # of all prompts as the teacher sees them, one after the other
         self._starts = array("q", [0])
         longest, origin = 0, ""
         for prompt in self.prompts:
-            ids = chat.prompt_ids(prompt.messages, prompt.origin)
+            ids = chat.told_ids(prompt.messages, prompt.origin)
             self._ids.extend(ids)
             self._starts.append(len(self._ids))
             if len(ids) > longest:
@@ -73,9 +73,15 @@ class _Prompts:
         self.max_model_len = chat.check_length(longest + self.sampling.max_tokens, what, origin)
         self.requests = _Requests(self)
 
-    def prompt_ids(self, number: int) -> Sequence[int]:
-        """The token ids of a prompt."""
+    def told_ids(self, number: int) -> Sequence[int]:
+        """The token ids of a prompt as the teacher sees it."""
         return self._ids[self._starts[number] : self._starts[number + 1]]
+
+    def prompt_ids(self, number: int) -> Sequence[int]:
+        """The token ids of a prompt as it is stored."""
+        if self.chat.experiment.teacher.system is None:
+            return self.told_ids(number)
+        return self.chat.prompt_ids(self.prompts[number].messages, self.prompts[number].origin)
 
     def id(self, index: int) -> str:
         """The stable name of a row."""
@@ -120,7 +126,7 @@ class _Requests(Sequence[Request]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = index // self.prompts.sampling.samples
         seed = row_seed(self.prompts.id(index), self.prompts.chat.experiment.seed)
-        return Request(index, self.prompts.prompt_ids(number), seed)
+        return Request(index, self.prompts.told_ids(number), seed)
 
 
 def _say_plan(experiment: Experiment, prompts: int, rows: int) -> None:

@@ -83,7 +83,7 @@ class _Asked:
         ]
         keys = [stable_id(question) for question in questions]
         new = {key: number for number, key in enumerate(keys) if key not in self.known}
-        prompt_ids = {key: self.chat.prompt_ids(questions[number], f"row {ids[number]}") for key, number in new.items()}
+        prompt_ids = {key: self.chat.told_ids(questions[number], f"row {ids[number]}") for key, number in new.items()}
         too_long = {key: len(tokens) for key, tokens in prompt_ids.items() if len(tokens) >= self.context}
         requests = [Request(new[key], tokens, 0) for key, tokens in prompt_ids.items() if key not in too_long]
         if requests:

@@ -16,7 +16,7 @@ from llmdistill.models import check_model_exists, vocabulary_hash
 from llmdistill.progress import say
 from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
 from llmdistill.sources import given_conversation, metadata, read_jsonl
-from llmdistill.teachers import Completion, Engine, Request, row_seed, stable_id
+from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_seed, stable_id
 from llmdistill.teachers.chat import Chat
 from llmdistill.template import Messages
 
@@ -39,9 +39,9 @@ def score(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHI
     texts: _Lines | _Stored = _Stored(source) if source.is_dir() else _Lines(source)
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "score", "targets"})
     settings["generate"] = {"rows_per_shard": experiment.generate.rows_per_shard}
-    fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
+    models, fingerprint = fingerprints(teacher)
     file = source / MANIFEST if source.is_dir() else source
-    inputs = {str(file): stage.sha256(file), teacher.model: fingerprint}
+    inputs = {str(file): stage.sha256(file), **models}
     state = stage.claim(directory, "score", settings, inputs)
     count = count_shards(experiment, len(texts))
     if dry_run:
@@ -55,7 +55,7 @@ def score(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHI
 
 @dataclass(frozen=True)
 class Text:
-    """A conversation with its answer, as token ids too."""
+    """A conversation with its answer, as token ids too; `told_ids` is the prompt as the teacher sees it, if that differs."""
 
     id: str
     prompt: Messages
@@ -65,6 +65,7 @@ class Text:
     finish_reason: str | None = None
     sampling_logprob: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    told_ids: Sequence[int] | None = None
 
 
 class _Source(Protocol):
@@ -105,8 +106,10 @@ class _Lines:
             content = stable_id(prompt, completion, chat.fingerprint)
             seen[content] = seen.get(content, -1) + 1  # the same text twice is two rows
             identity = stable_id(content, seen[content])
-            self.texts.append(Text(identity, prompt, completion, prompt_ids, completion_ids, metadata=other))
-            length = len(prompt_ids) + len(completion_ids)
+            told_ids = chat.told_ids(prompt, origin)
+            text = Text(identity, prompt, completion, prompt_ids, completion_ids, metadata=other, told_ids=told_ids)
+            self.texts.append(text)
+            length = len(told_ids) + len(completion_ids)
             longest = max(longest, chat.check_length(length + 1, "its tokens and the one that vLLM adds", origin))
         return longest
 
@@ -142,7 +145,11 @@ class _Stored:
             )
         import pyarrow.compute as pc
 
+        self.chat = chat
         longest = pc.max(pc.list_value_length(self.rows.data.column("input_ids"))).as_py()
+        if chat.experiment.teacher.system is not None:
+            texts = map(self.text, range(len(self)))
+            longest = max(len(text.told_ids or text.prompt_ids) + len(text.completion_ids) for text in texts)
         return chat.check_length(longest + 1, "the tokens of its longest row and the one that vLLM adds", str(self.directory))
 
     def text(self, index: int) -> Text:
@@ -151,7 +158,9 @@ class _Stored:
         messages = ([dict(m) for m in row["prompt"]], [dict(m) for m in row["completion"]])
         sampled = float(row["sampling_logprob"]) if self.sampled else None
         other = json.loads(str(row["metadata"]))
-        return Text(str(row["id"]), *messages, ids[:start], ids[start:], str(row["finish_reason"]), sampled, other)
+        system = self.chat.experiment.teacher.system
+        told_ids = None if system is None else self.chat.told_ids(messages[0], f"{self.directory} row {row['id']}")
+        return Text(str(row["id"]), *messages, ids[:start], ids[start:], str(row["finish_reason"]), sampled, other, told_ids)
 
 
 class _Requests(Sequence[Request]):
@@ -168,7 +177,7 @@ class _Requests(Sequence[Request]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         text = self.texts.text(index)
-        return Request(index, text.prompt_ids, row_seed(text.id, self.seed), text.completion_ids)
+        return Request(index, text.told_ids or text.prompt_ids, row_seed(text.id, self.seed), text.completion_ids)
 
 
 class _Texts:

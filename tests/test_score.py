@@ -121,3 +121,42 @@ def test_a_dataset_in_another_vocabulary_is_refused(experiment_file):
     file.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="was written in another vocabulary"):
         scored(experiment_file, experiment.directory("data"))
+
+
+SYSTEM = "Answer as a pirate would."
+
+
+def told(tiny, rows):
+    """The teacher's own distribution for each row's answer when it is told SYSTEM, from one plain pass."""
+    tokenizer, model = load_tokenizer(str(tiny), None), load_model(str(tiny))
+    for row in rows:
+        messages = [{"role": "system", "content": SYSTEM}, *(dict(message) for message in row["prompt"])]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        answer = row["input_ids"][int(row["completion_start"]) :].tolist()
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        yield answer, logits.double().log_softmax(-1).numpy()
+
+
+def test_what_the_teacher_alone_is_told_is_in_its_targets_and_not_in_the_students_text(experiment_file, tiny, tmp_path):
+    """Written and read: the ids are those of the conversation without the message, the numbers those with it."""
+    overrides = [("teacher.system", SYSTEM), ("generate.max_tokens", "6"), ("prompts.limit", "8")]
+    generate(load_experiment(experiment_file, overrides))
+    rows = load_dataset(tmp_path / "run/data")
+    plain = load_experiment(experiment_file, [*overrides[1:], ("output", str(tmp_path / "plain"))])
+    generate(plain)
+    without = load_dataset(tmp_path / "plain/data")
+    assert set(rows["id"]).isdisjoint(without["id"])
+    scored = [("output", str(tmp_path / "scored")), ("score.source", str(tmp_path / "plain/data")), overrides[0]]
+    score(load_experiment(experiment_file, scored))
+    read = load_dataset(tmp_path / "scored/data")
+    assert list(read["id"]) == list(without["id"])
+    for found in (rows, read):
+        for row, other, (answer, logprobs) in zip(found, without, told(tiny, found), strict=True):
+            start = int(row["completion_start"])
+            assert row["input_ids"][:start].tolist() == other["input_ids"][: int(other["completion_start"])].tolist()
+            assert SYSTEM not in str(row["prompt"])
+            np.testing.assert_allclose(row["token_logprobs"], logprobs[np.arange(len(answer)), answer], atol=2e-4)
+            soft = targets.decode(targets.cut(row, "topk", len(answer)))
+            np.testing.assert_allclose(soft.logprobs_NK, np.take_along_axis(logprobs, soft.ids_NK, 1), atol=5e-3)
+    assert read_manifest(tmp_path / "scored/data")["teacher"]["system"] == SYSTEM

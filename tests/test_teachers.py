@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.config import Generate, Member, Targets, Teacher
+from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.errors import InputError
 from llmdistill.models import load_model
+from llmdistill.section import Member
 from llmdistill.teachers import Request, check_engine, row_id, row_seed
 from llmdistill.teachers.transformers import TransformersEngine, sample
 from llmdistill.teachers.vllm import flat_logprobs
