@@ -4,7 +4,8 @@ Soft-target row t of a sequence is the teacher's distribution for `input_ids[com
 before it. The student's logits for it stand at position `completion_start + t − 1`. No other module shifts anything.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,16 +115,10 @@ def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Te
     The selection happens in front of the output layer, so whatever the model does there (scale, soft-cap, adapter)
     and whatever wraps the model (DDP, peft) stays as it is.
     """
-
-    def select(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (inputs[0].flatten(0, 1)[batch["positions"]],)
-
-    handle = output_layer(model).register_forward_pre_hook(select)
-    text = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    try:
-        logits_NV: torch.Tensor = model(**text, use_cache=False).logits
-    finally:
-        handle.remove()
+    layer, text = output_layer(model), ("input_ids", "attention_mask", "position_ids")
+    project = layer.forward
+    with in_place_of(layer, lambda hidden_BTD: project(hidden_BTD.flatten(0, 1)[batch["positions"]])):
+        logits_NV: torch.Tensor = model(**{name: batch[name] for name in text if name in batch}, use_cache=False).logits
     return logits_NV
 
 
@@ -141,10 +136,20 @@ def in_place_of_logits(
         made.append(compute(hidden_ND))
         return made[0][0].reshape(1, 1, 1)
 
-    layer = output_layer(model)
+    with in_place_of(output_layer(model), forward):
+        completion_logits(model, batch)
+    return made[0]
+
+
+@contextmanager
+def in_place_of(layer: Any, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Another forward for a layer, while this lasts. A hook would not do: `torch.compile` looks for none after the first call."""
+    own = vars(layer).get("forward")
     layer.forward = forward
     try:
-        completion_logits(model, batch)
+        yield
     finally:
-        del layer.forward
-    return made[0]
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmdistill import losses
-from llmdistill.collator import output_layer
+from llmdistill.collator import in_place_of, output_layer
 
 CHUNK_BYTES = 1 << 27  # of float32 logits: enough rows for matrix products at full speed
 _CACHED = 1 << 20  # numbers
@@ -25,22 +25,43 @@ _CACHED = 1 << 20  # numbers
 # From the rows' place among N, their picked logits (n, C), the log-sum-exp of their others (n, 1) and the largest of those
 # (n, 1): the loss, and the sums of its parts.
 RowLoss = Callable[[slice, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+# An adapter of low rank: from the hidden states (N, D) to (N, R), the linear layer from R to V, and a factor.
+Adapter = tuple[Callable[[Tensor], Tensor], torch.nn.Linear, float]
 
 
 @dataclass(frozen=True)
 class Head:
     """A linear output layer, and what the model does to its output.
 
-    logits = bend(scale · (hidden · weightᵀ + bias)), where bend(x) = softcap · tanh(x / softcap) if there is a softcap.
+    logits = bend(scale · (hidden · weightᵀ + bias)), where bend(x) = softcap · tanh(x / softcap) if there is a softcap. The
+    layer may be one that peft trains whole (`modules_to_save`) or adapts by LoRA, which adds to the weight without being
+    added: hidden · (W + s · B · A)ᵀ = hidden · Wᵀ + (s · hidden · Aᵀ) · Bᵀ, two terms and no matrix of the size of W.
     """
 
-    layer: torch.nn.Linear
+    layer: torch.nn.Module
     scale: float = 1.0
     softcap: float | None = None
 
     def is_in(self, model: Any) -> bool:
         """Whether it is the model's output layer still, neither replaced nor wrapped since it was found."""
-        return output_layer(model) is self.layer and _is_plain(self.layer)
+        return output_layer(model) is self.layer and _is_untouched(self.layer) and _opened(self.layer) is not None
+
+    def terms(self, hidden_ND: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Pairs x (N, R), W (V, R), flat, the first of the hidden states and the layer's own weight, and the bias (V,).
+
+        The logits before the soft-cap are the sum of the products x · Wᵀ and the bias. The weights are those of this
+        moment, for FSDP has them whole only while the layer is at work.
+        """
+        opened = _opened(self.layer)
+        assert opened is not None
+        linear, adapters = opened
+        flat, bias_V = [hidden_ND, linear.weight], linear.bias
+        for down, up, factor in adapters:
+            flat += [down(hidden_ND) * factor, up.weight]
+        if self.scale != 1:  # (scale · x) · Wᵀ + scale · bias: cheaper than on the logits
+            flat[::2] = [x_NR * self.scale for x_NR in flat[::2]]
+            bias_V = None if bias_V is None else bias_V * self.scale
+        return flat, bias_V
 
 
 @torch.no_grad()
@@ -52,16 +73,14 @@ def find_head(model: Any) -> Head | None:
     (Gemma) are recognised; whatever else is done makes it None.
     """
     layer = output_layer(model)
-    if not _is_plain(layer):
+    opened = _opened(layer)
+    if opened is None or not _is_untouched(layer):
         return None
-    device = layer.weight.device
-    given_V = torch.linspace(-300, 300, layer.out_features, device=device)
+    device = opened[0].weight.device
+    given_V = torch.linspace(-300, 300, opened[0].out_features, device=device)
     given_V[0], given_V[1] = 2.0**-10, 1e9  # they show the slope at zero, and the bound if there is one
-    handle = layer.register_forward_hook(lambda *_: given_V.view(1, 1, -1))
-    try:
+    with in_place_of(layer, lambda *_: given_V.view(1, 1, -1)):
         made = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
-    finally:
-        handle.remove()
     if made.numel() != given_V.numel():
         return None
     made_V = made.flatten().float()
@@ -71,6 +90,7 @@ def find_head(model: Any) -> Head | None:
     return Head(layer, scale, softcap) if torch.allclose(made_V, expected_V, rtol=1e-5, atol=1e-5) else None
 
 
+@torch.compiler.disable  # in a compiled model it is left as it is: it has matrix products of its own, and writes in place
 def distillation_loss(
     hidden_ND: Tensor,
     head: Head,
@@ -108,19 +128,10 @@ def distillation_loss(
             parts["agreement"] = (picked_nC.detach().gather(1, losses.stored_choice(here))[:, 0] >= best_n).float()
         return objective.total(parts, here)
 
-    inputs = [hidden_ND, head.layer.weight, head.layer.bias]
-    if head.scale != 1:  # (scale · hidden) · weightᵀ + scale · bias: cheaper than on the logits
-        inputs = [hidden_ND * head.scale, head.layer.weight, None if head.layer.bias is None else head.layer.bias * head.scale]
-    loss, sums, gradients = _in_chunks(
-        inputs,
-        [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs],
-        head.softcap,
-        torch.cat(columns, dim=1),
-        is_topk,
-        row_loss,
-        max(chunk_bytes // (4 * head.layer.out_features), 1),
-    )
-    return _WithGradients.apply(loss, gradients, *inputs), sums
+    flat, bias_V = head.terms(hidden_ND)
+    rows = max(min(chunk_bytes // (4 * len(flat[1])), len(hidden_ND)), 1)
+    loss, sums, gradients = _in_chunks(flat, bias_V, head.softcap, torch.cat(columns, dim=1), is_topk, row_loss, rows)
+    return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
 
 
 def _topk_parts(
@@ -161,67 +172,67 @@ class _WithGradients(torch.autograd.Function):
         return None, None, *(None if gradient is None else gradient.mul_(grad_value) for gradient in ctx.saved_tensors)
 
 
-@torch.no_grad()
 def _in_chunks(
-    inputs: Sequence[Tensor | None],
-    wanted: Sequence[bool],
+    flat: list[Tensor],
+    bias_V: Tensor | None,
     softcap: float | None,
     columns_NC: Tensor,
     picked_apart: bool,
     row_loss: RowLoss,
     rows: int,
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
-    """The loss and its parts, summed over N, and the wanted gradients of the inputs: hidden states, weight and bias."""
-    hidden_ND, weight_VD, bias_V = inputs
-    assert hidden_ND is not None
-    assert weight_VD is not None
-    device, count = hidden_ND.device, len(hidden_ND)
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden_ND.dtype
+    """The loss and its parts, summed over N, and the gradients of a head's terms and bias where they are wanted."""
+    device, count = flat[0].device, len(flat[0])
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else flat[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
-    gradients = [
-        None if not want or tensor is None else torch.zeros_like(tensor, dtype=None if tensor is hidden_ND else wide)
-        for tensor, want in zip(inputs, wanted, strict=True)
-    ]
-    rows = max(min(rows, count), 1)
-    buffer_nV = torch.empty(rows, len(weight_VD), dtype=dtype, device=device)
-    wide_buffer_nV = buffer_nV if dtype == wide else torch.empty_like(buffer_nV, dtype=wide)
-    total, sums = torch.zeros((), dtype=wide, device=device), defaultdict[str, Any](int)
-    with torch.autocast(device.type, enabled=False):
-        weight_VD, bias_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (*flat, bias_V)]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        gradients = [
+            None if not want or tensor is None else torch.zeros_like(tensor, dtype=None if tensor is flat[0] else wide)
+            for tensor, want in zip((*flat, bias_V), wanted, strict=True)
+        ]
+        x_ND, weight_VD = flat[0], flat[1].to(dtype)
+        low = [tensor.to(wide) for tensor in flat[2:]]  # of low rank: float32 costs nothing there
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+        buffer_nV = torch.empty(rows, len(weight_VD), dtype=dtype, device=device)
+        wide_buffer_nV = buffer_nV if dtype == wide else torch.empty_like(buffer_nV, dtype=wide)
+        total, sums = torch.zeros((), dtype=wide, device=device), defaultdict[str, Any](int)
         # Once where there are no rows at all, so that every part has its sum.
         for start in range(0, max(count, 1), rows):
             here = slice(start, min(start + rows, count))
-            hidden_nD = hidden_ND[here].to(dtype)
-            product_nV = torch.mm(hidden_nD, weight_VD.t(), out=buffer_nV[: len(hidden_nD)])
+            x_nD = x_ND[here].to(dtype)
+            product_nV = torch.mm(x_nD, weight_VD.t(), out=buffer_nV[: len(x_nD)])
             if bias_V is not None:
                 product_nV.add_(bias_V)
-            logits_nV = product_nV if dtype == wide else wide_buffer_nV[: len(hidden_nD)].copy_(product_nV)
+            logits_nV = product_nV if dtype == wide else wide_buffer_nV[: len(x_nD)].copy_(product_nV)
+            for x_NR, weight_VR in zip(low[::2], low[1::2], strict=True):
+                logits_nV.addmm_(x_NR[here], weight_VR.t())
             loss, parts = _to_gradient(logits_nV, columns_NC[here], picked_apart, softcap, partial(row_loss, here))
             total += loss
             for name, value in parts.items():
                 sums[name] += value
             if any(wanted):
                 product_nV = product_nV if dtype == wide else product_nV.copy_(logits_nV)
-                _add_gradients(gradients, here, logits_nV, product_nV, hidden_nD, weight_VD)
+                _add_gradients(gradients[:2], here, product_nV, x_nD, weight_VD)
+                for number in range(0, len(low), 2):
+                    _add_gradients(gradients[number + 2 :], here, logits_nV, low[number][here], low[number + 1])
+                if gradients[-1] is not None:
+                    gradients[-1].add_(logits_nV.sum(dim=0))
     return total, dict(sums), gradients
 
 
-def _add_gradients(
-    gradients: Sequence[Tensor | None], here: slice, wide_nV: Tensor, grad_nV: Tensor, hidden_nD: Tensor, weight_VD: Tensor
-) -> None:
-    """From the gradient with respect to a chunk of logits, in the sums' type and in that of the products."""
-    grad_hidden_ND, grad_weight_VD, grad_bias_V = gradients
-    if grad_hidden_ND is not None:
-        grad_hidden_ND[here] = grad_nV @ weight_VD
-    if grad_weight_VD is not None and grad_weight_VD.dtype == grad_nV.dtype:
-        grad_weight_VD.addmm_(grad_nV.t(), hidden_nD)
-    elif grad_weight_VD is not None:
+def _add_gradients(gradients: Sequence[Tensor | None], here: slice, grad_nV: Tensor, x_nR: Tensor, weight_VR: Tensor) -> None:
+    """To those of one term, x · Wᵀ, from the gradient with respect to a chunk of logits, in the type of the product."""
+    grad_x_NR, grad_weight_VR = gradients[:2]
+    if grad_x_NR is not None:
+        grad_x_NR[here] = grad_nV @ weight_VR
+    if grad_weight_VR is not None and grad_weight_VR.dtype == grad_nV.dtype:
+        grad_weight_VR.addmm_(grad_nV.t(), x_nR)
+    elif grad_weight_VR is not None:
         # On a CPU in parts that stay in its cache: adding bfloat16 to float32 would else cost as much as the product.
-        block = max(_CACHED // hidden_nD.shape[1], 1) if hidden_nD.device.type == "cpu" else len(grad_weight_VD)
-        for part, grad_nv in zip(grad_weight_VD.split(block), grad_nV.split(block, dim=1), strict=True):
-            part.add_(grad_nv.t() @ hidden_nD)
-    if grad_bias_V is not None:
-        grad_bias_V.add_(wide_nV.sum(dim=0))
+        block = max(_CACHED // x_nR.shape[1], 1) if x_nR.device.type == "cpu" else len(grad_weight_VR)
+        for part, grad_nv in zip(grad_weight_VR.split(block), grad_nV.split(block, dim=1), strict=True):
+            part.add_(grad_nv.t() @ x_nR)
 
 
 def _to_gradient(
@@ -256,6 +267,38 @@ def _to_gradient(
     return loss.detach(), parts
 
 
-def _is_plain(layer: Any) -> bool:
-    """A linear layer and nothing else: no subclass (adapters, quantised weights), no replaced forward, no hooks on its output."""
-    return type(layer) is torch.nn.Linear and "forward" not in vars(layer) and not layer._forward_hooks
+def _opened(layer: Any) -> tuple[torch.nn.Linear, list[Adapter]] | None:
+    """The linear layer inside what peft may have wrapped around it, and the adapters; None if there is more to it."""
+    if _is_linear(layer):
+        return layer, []
+    if not type(layer).__module__.startswith("peft."):
+        return None
+    from peft.tuners.lora import Linear
+    from peft.utils import ModulesToSaveWrapper
+
+    if layer.disable_adapters:
+        return None
+    if type(layer) is ModulesToSaveWrapper:
+        inner = layer.modules_to_save[layer.active_adapters[0]] if layer.active_adapters else None
+        return (inner, []) if _is_linear(inner) and _is_untouched(inner) else None
+    names = [name for name in layer.active_adapters if name in layer.lora_A] if type(layer) is Linear else []
+    if not names or layer.merged or any(name in layer.lora_variant or layer.lora_bias[name] for name in names):
+        return None
+    if not all(_is_linear(part) and _is_untouched(part) for part in (layer.base_layer, *(layer.lora_B[name] for name in names))):
+        return None
+
+    def down(name: str, hidden_ND: Tensor) -> Tensor:
+        into = layer.lora_A[name]
+        return into(layer.lora_dropout[name](hidden_ND.to(into.weight.dtype)))
+
+    return layer.base_layer, [(partial(down, name), layer.lora_B[name], layer.scaling[name]) for name in names]
+
+
+def _is_linear(layer: Any) -> bool:
+    """A linear layer and no subclass, as for quantised weights."""
+    return type(layer) is torch.nn.Linear
+
+
+def _is_untouched(layer: Any) -> bool:
+    """Nobody replaced its forward, nor gets at its output by a hook."""
+    return "forward" not in vars(layer) and not layer._forward_hooks

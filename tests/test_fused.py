@@ -190,7 +190,7 @@ def test_what_is_frozen_has_no_gradient_and_costs_none():
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers that any one operation returned, and the operations seen."""
+    """The most numbers that any one operation newly returned, and the operations seen."""
 
     def __enter__(self):
         self.numbers, self.seen = 0, set()
@@ -199,8 +199,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self.seen.add(str(function))
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.numbers = max(self.numbers, tensor.numel())
         return result
 
@@ -260,6 +261,98 @@ def test_a_sample_may_hold_a_token_twice():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+# An output layer that peft has its hands on.
+
+
+def adapted(layer, rank=3, factor=1.5, **arguments):
+    """The layer with an adapter of low rank on it, far from its initial value of nothing."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    arguments = {"r": rank, "lora_alpha": rank * factor, "init_lora_weights": False, **arguments}
+    lora = Linear(layer, "default", config=LoraConfig(**arguments), r=rank, lora_alpha=rank * factor)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for part in (lora.lora_A, lora.lora_B):
+            part["default"].weight.copy_(torch.randn(part["default"].weight.shape, generator=generator))
+    return lora
+
+
+def adapted_by_hand(hidden, lora, factor=1.5):
+    """Copies in float64 of the hidden states and all weights, and the linear map that they stand for."""
+    parts = [hidden, *lora.base_layer.parameters(), lora.lora_A["default"].weight, lora.lora_B["default"].weight]
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    bias = exact[2] if lora.base_layer.bias is not None else None
+    return exact, F.linear(exact[0], exact[1] + factor * exact[-1] @ exact[-2], bias), parts
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (2.0, 5.0)])
+@pytest.mark.parametrize("kind", ["jsd", "sampled"])
+def test_an_adapter_on_the_head(kind, scale, softcap, bias, frozen):
+    hidden, layer, labels, batch, teacher = problem(kind, bias=bias)
+    lora = adapted(layer.requires_grad_(not frozen))
+    head = fused.Head(lora, scale, softcap)
+    loss, _ = fused.distillation_loss(hidden, head, labels, batch, objective_of(kind, 0.6), chunk_bytes=5 * 4 * V)
+    exact, logits, parts = adapted_by_hand(hidden, lora)
+    logits = scale * logits if softcap is None else softcap * torch.tanh(scale * logits / softcap)
+    want, _ = by_the_formula(logits, labels, batch, teacher, kind, 0.6)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    for part, expected in zip(parts, torch.autograd.grad(want, exact), strict=True):
+        if frozen and any(part is one for one in layer.parameters()):
+            assert part.grad is None
+        else:
+            torch.testing.assert_close(part.grad.double(), expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
+@pytest.mark.parametrize("kind", ["forward_kl", "sampled"])
+def test_an_adapter_no_farther_from_float64_than_pefts_own_forward(kind, dtype, autocast):
+    hidden, layer, labels, batch, teacher = problem(kind, dtype)
+    lora = adapted(layer.requires_grad_(False))  # of float32, whatever the layer's type is
+    leaves = [hidden, lora.lora_A["default"].weight, lora.lora_B["default"].weight]
+    exact, logits, _ = adapted_by_hand(hidden, lora)
+    want, _ = by_the_formula(logits, labels, batch, teacher, kind, 0.7)
+    found = [[want, *torch.autograd.grad(want, [exact[0], *exact[-2:]])]]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for loss, _ in (
+            fused.distillation_loss(hidden, fused.Head(lora), labels, batch, objective_of(kind, 0.7), chunk_bytes=5 * 4 * V),
+            losses.distillation_loss(lora(hidden), labels, batch, objective_of(kind, 0.7)),
+        ):
+            found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for truth, ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        truth, ours, theirs = (tensor.detach().double() for tensor in (truth, ours, theirs))
+        assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm() + 1e-6 * truth.norm()
+
+
+def test_an_adapter_takes_no_matrix_of_the_size_of_the_head():
+    hidden, layer, labels, batch, _ = problem("jsd")
+    head = fused.Head(adapted(layer.requires_grad_(False)))
+    with Largest() as largest:
+        fused.distillation_loss(hidden, head, labels, batch, objective_of("jsd", 0.7), chunk_bytes=4 * 4 * V)[0].backward()
+    assert largest.numbers == 4 * V < D * V  # a chunk
+
+
+def test_the_dropout_of_an_adapter():
+    """The same mask as in peft's own forward, since it is drawn once for all rows."""
+    hidden, layer, labels, batch, _ = problem("forward_kl")
+    lora = adapted(layer.requires_grad_(False), lora_dropout=0.5).train()
+    objective = objective_of("forward_kl", 0.7)
+    found = []
+    for compute in (
+        lambda: fused.distillation_loss(hidden, fused.Head(lora), labels, batch, objective, chunk_bytes=5 * 4 * V)[0],
+        lambda: losses.distillation_loss(lora(hidden), labels, batch, objective)[0],
+    ):
+        torch.manual_seed(4)
+        loss = compute()
+        found.append([loss, *torch.autograd.grad(loss, [hidden, lora.lora_A["default"].weight])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 # Real architectures: what the head is, and that its loss is the one of the model's own logits.
 
 SMALL = {
@@ -293,8 +386,8 @@ def build(name):
     return model.eval(), scale, softcap
 
 
-def rows_and_batch(vocab):
-    generator = torch.Generator().manual_seed(3)
+def rows_and_batch(vocab, seed=3):
+    generator = torch.Generator().manual_seed(seed)
     rows = [
         {"input_ids": torch.randint(3, vocab, (length,), generator=generator).numpy(), "completion_start": start}
         for length, start in ((9, 4), (12, 3), (5, 4))
@@ -304,20 +397,20 @@ def rows_and_batch(vocab):
     return {**batch, "target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
 
 
-def both_losses(model, head, wrapped=None):
+def both_losses(model, head, wrapped=None, seed=3):
     """(loss, gradients by name) of the fused form and of the plain one, through the model's own forward."""
     objective = Objective("jsd", 0.6)
-    batch = rows_and_batch(SMALL["vocab_size"])
+    batch = rows_and_batch(SMALL["vocab_size"], seed)
     labels = batch["labels"][batch["labels"] != -100]
-    found = []
+    through, found = model if wrapped is None else wrapped, []
     for is_fused in (True, False):
         model.zero_grad()
         if is_fused:
             loss, _ = in_place_of_logits(
-                wrapped or model, batch, lambda hidden: fused.distillation_loss(hidden, head, labels, batch, objective)
+                through, batch, lambda hidden: fused.distillation_loss(hidden, head, labels, batch, objective)
             )
         else:
-            loss, _ = losses.distillation_loss(completion_logits(wrapped or model, batch), labels, batch, objective)
+            loss, _ = losses.distillation_loss(completion_logits(through, batch), labels, batch, objective)
         loss.backward()
         found.append((loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
     return found
@@ -354,10 +447,20 @@ def test_what_is_not_a_known_head_is_not_taken_for_one():
 
     model, _, _ = build("llama")
     assert fused.find_head(Shifted(model.config)) is None, "something is added to the logits"
+    dora = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["lm_head"], use_dora=True))
+    assert fused.find_head(dora) is None, "an adapter that is not a sum"
+    tokens = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]})
+    assert fused.find_head(get_peft_model(build("llama tied")[0], tokens)) is None, "single trained rows"
+    biased = get_peft_model(build("phi")[0], LoraConfig(r=2, target_modules=["lm_head"], lora_bias=True))
+    assert fused.find_head(biased) is None, "a bias of the adapter"
+
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["lm_head"]))
-    assert fused.find_head(adapted) is None, "an adapter on the output layer"
-    saved = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
-    assert fused.find_head(saved) is None, "a wrapper around the output layer"
+    head = fused.find_head(adapted)
+    with adapted.disable_adapter():
+        assert not head.is_in(adapted)
+    assert head.is_in(adapted)
+    adapted.merge_adapter()
+    assert not head.is_in(adapted), "the adapter is in the weight by now"
 
     head = fused.find_head(model)
     handle = head.layer.register_forward_hook(lambda module, args, output: output * 2)
@@ -378,6 +481,48 @@ def test_adapters_elsewhere_and_a_frozen_head():
     found = both_losses(model, head)
     assert_same(found)
     assert all("lora" in name for name in found[0][1])
+
+
+@pytest.mark.parametrize("how", ["lora", "two", "whole"])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gemma2", "cohere", "phi"])
+def test_a_head_that_peft_trains(name, how):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    if how == "whole":
+        lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(build(name)[0], lora)
+    if how == "two":
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "other"])
+    head = fused.find_head(model)
+    assert head.layer is model.get_output_embeddings()
+    found = both_losses(model, head)
+    assert_same(found)
+    trained = {name.split(".")[-2] if "lora" not in name else name.split(".")[-3] for name in found[0][1] if "lm_head" in name}
+    assert trained == ({"default"} if how == "whole" else {"lora_A", "lora_B"})
+    assert all("lora" in name or "modules_to_save" in name for name in found[0][1])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_in_a_compiled_model_every_batch_is_a_new_one(backend):
+    """Dynamo looks for no changed hooks: a loss that is put in by one would be that of the first batch for ever."""
+    model, _, _ = build("llama")
+    head = fused.find_head(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    for seed in range(3):
+        batch = rows_and_batch(SMALL["vocab_size"], seed)
+        plain = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = model(**plain, use_cache=False).logits
+        torch.testing.assert_close(compiled(**plain, use_cache=False).logits, logits)  # nothing is left in it from before
+        torch.testing.assert_close(completion_logits(compiled, batch), logits.flatten(0, 1)[batch["positions"]])
+        assert head.is_in(compiled)
+        fused_one, held = both_losses(model, head, compiled, seed)
+        assert_same([fused_one, both_losses(model, head, seed=seed)[1]])
+        assert_same([held, fused_one])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("find_unused", [False, True])

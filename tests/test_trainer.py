@@ -13,6 +13,7 @@ from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models import load_model
 
 K = 6
+LOSSES = ("loss", "ce", "kl", "eval_loss", "eval_ce", "eval_kl")
 
 
 @pytest.fixture(scope="module", params=["topk", "sampled", "multinomial"])
@@ -301,6 +302,51 @@ def test_the_logged_loss_is_the_formula(tiny, dataset_directory, tmp_path):
     assert log["ce"] == pytest.approx(ce / tokens, rel=1e-5)
     assert log["kl"] == pytest.approx(kl / tokens, rel=1e-4)
     assert log["loss"] == pytest.approx((0.3 * ce + 0.7 * kl) / tokens, rel=1e-3)
+
+
+CHECKPOINTING = {
+    "as TRL does by default": {},
+    "reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "not reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+}
+
+
+@pytest.mark.parametrize("dataset_directory", ["topk"], indirect=True)
+@pytest.mark.parametrize("how", CHECKPOINTING)
+def test_gradient_checkpointing_changes_no_gradient(tiny, dataset_directory, tmp_path, how):
+    arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    want = gradients_of_one_step(make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **arguments))
+    arguments |= {"gradient_checkpointing": True, **CHECKPOINTING[how]}
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **arguments)
+    again = []
+    trainer.model.model.layers[0].register_forward_pre_hook(lambda *_: again.append(torch.is_grad_enabled()))
+    got = gradients_of_one_step(trainer)
+    assert trainer._head is not None
+    assert len(again) == 4, "each of two micro-batches went twice through the layer"
+    assert want.keys() == got.keys()
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dataset_directory", ["sampled"], indirect=True)
+def test_a_compiled_model_has_the_loss_of_every_step(tiny, dataset_directory, tmp_path):
+    """Three steps of batches that differ, and an evaluation, against the same without the compiler."""
+    logs = []
+    for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = make_trainer(
+            tiny, dataset_directory, tmp_path, different_student(tiny), max_steps=3, per_device_train_batch_size=2,
+            eval_dataset=load_dataset(dataset_directory), eval_strategy="steps", eval_steps=3, **arguments,
+        )  # fmt: skip
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        trainer.train()
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert (graphs > 0) == bool(arguments), "it was compiled"
+        logs.append([{n: v for n, v in log.items() if n in LOSSES} for log in trainer.state.log_history[:-1]])
+    torch._dynamo.reset()
+    assert len(logs[0]) == 4
+    for plain, compiled in zip(*logs, strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-4)
 
 
 def test_a_teacher_that_is_its_own_student_has_nothing_to_learn(tiny, dataset_directory, tmp_path):

@@ -1,0 +1,396 @@
+"""What a distillation step costs beside plain fine-tuning: time and peak memory of one optimiser step, by trainer.
+
+    python benchmarks/train_step.py            # everything
+    python benchmarks/train_step.py --quick    # one setting and a corner of the second table, in minutes
+
+**Steps.** The same 15-layer student (81M parameters, V = 49,152), rows, order, optimiser and precision for all, completions
+only; every trainer in a process of its own, and one step of each in turn. A step is everything from one end of
+`optimizer.step` to the next: reading and collating rows, loss, gradients, optimiser, logging.
+
+- **llmdistill**: `DistillTrainer` on stored sampled targets, n = 16.
+- **TRL SFT**: `trl.SFTTrainer` as it comes, with its fused output layer.
+- **transformers SFT**: `transformers.Trainer`, with the logits that the model's own loss holds.
+- **dense distillation**: the same stored targets by log-softmax over all logits and a gather.
+- **TRL distillation**: the loss of `trl.DistillationTrainer`, forward KL from the hidden states of a teacher (134M) that runs
+  beside the student.
+
+**The loss layer alone.** Hidden states of T completion tokens to the loss and the gradients of hidden states and weight, in
+bfloat16 by autocast, for the output layers of three models: top-K targets in the fused form, beside the cross-entropy of
+TRL's fused output layer.
+
+Time is the median over rounds: on a CPU the processor time of one thread, so that what else the machine does is not in it,
+on a GPU the time that passes. Memory is the highest resident set of the process, for the layer what that rises by; on a GPU
+`torch.cuda.max_memory_allocated`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEACHER = "models/SmolLM2-135M-Instruct"
+OURS, SFT, PLAIN = "llmdistill", "TRL SFT", "transformers SFT"
+TRAINERS = (OURS, SFT, PLAIN, "dense distillation", "TRL distillation")
+SETTINGS = {
+    "bfloat16": {"bf16": True, "gradient_checkpointing": False},
+    "float32": {"bf16": False, "gradient_checkpointing": False},
+    "bfloat16, gradient checkpointing": {"bf16": True, "gradient_checkpointing": True},
+}
+HEADS = {"SmolLM2-135M": (49_152, 576), "Qwen3-0.6B": (151_936, 1024), "Gemma-3-270m": (262_144, 640)}
+LENGTHS, SIZES_K = (512, 2048, 8192), (16, 64, 128)
+LAYER = ("fused, top-k", "TRL cross-entropy")
+
+
+def main() -> None:
+    """Print both tables and the aims."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each trainer; three for the second table")
+    parser.add_argument("--batch", type=int, default=4, help="rows of up to 256 tokens in a step")
+    parser.add_argument("--quick", action="store_true", help="one setting, two lengths, three rounds")
+    parser.add_argument("--only", choices=("steps", "layer"))
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        work(arguments.one)
+        return
+    rounds = 3 if arguments.quick else arguments.rounds
+    found: dict[str, Any] = {}
+    if arguments.only != "layer":
+        found["steps"] = steps(rounds, arguments.batch, list(SETTINGS)[: 1 if arguments.quick else None])
+    if arguments.only != "steps":
+        found["layer"] = layer(arguments.quick)
+    found["aims"] = aims(found)
+    for name, value in found["aims"].items():
+        print(f"aim {name} {value:.4g}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def aims(found: dict[str, Any]) -> dict[str, float]:
+    """The worst of the settings, and of the layer's sizes."""
+    named = {}
+    for kind in ("seconds", "memory"):
+        for theirs in (SFT, PLAIN):
+            ratios = [row[OURS][kind] / row[theirs][kind] for row in found.get("steps", [])]
+            if ratios:
+                named[f"step_{kind}_over_{theirs.lower().replace(' ', '_')}"] = max(ratios)
+        ratios = [row[LAYER[0]][kind] / row[LAYER[1]][kind] for row in found.get("layer", [])]
+        if ratios:
+            named[f"layer_{kind}_over_trl_sft"] = max(ratios)
+    return named
+
+
+def steps(rounds: int, batch: int, settings: list[str]) -> list[dict[str, Any]]:
+    """A row a setting."""
+    table = []
+    with tempfile.TemporaryDirectory() as directory:
+        print(f"{prepare(Path(directory))}, {batch} in a batch\n")
+        print("| setting | trainer | s a step | ratio | peak GB | ratio | first loss |\n|" + " --- |" * 2 + " ---: |" * 5)
+        for setting in settings:
+            specs = {
+                trainer: {"what": "step", "trainer": trainer, "setting": setting, "batch": batch, "data": directory}
+                for trainer in TRAINERS
+            }
+            row = race(specs, rounds)
+            table.append({"setting": setting, **row})
+            for trainer in TRAINERS:
+                one, base = row[trainer], row[SFT]
+                pairs = [f"{one[kind]:.2f} | {one[kind] / base[kind]:.2f}" for kind in ("seconds", "memory")]
+                print(f"| {setting} | {trainer} | {' | '.join(pairs)} | {one['loss']:.4f} |", flush=True)
+    print()
+    return table
+
+
+def layer(quick: bool) -> list[dict[str, Any]]:
+    """A row for each size of the loss layer; K is nothing to a cross-entropy, which is measured once for all K."""
+    cells = [(head, length, k) for head in HEADS for length in LENGTHS for k in SIZES_K if k == SIZES_K[0] or length == 2048]
+    if quick:
+        cells = [cell for cell in cells if cell[0] == "SmolLM2-135M" and cell[1] < 8192]
+    table: list[dict[str, Any]] = []
+    print("| head | V | D | T | K | fused s | TRL s | ratio | fused GB | TRL GB | ratio |\n| --- |" + " ---: |" * 10)
+    for head, length, k in cells:
+        vocab, hidden = HEADS[head]
+        spec = {"what": "layer", "vocab": vocab, "hidden": hidden, "tokens": length, "k": k}
+        once = {LAYER[1]: table[-1][LAYER[1]]} if k != SIZES_K[0] else {}
+        row = race({name: {**spec, "loss": name} for name in LAYER if name not in once}, 3) | once
+        table.append({"head": head, **{name: spec[name] for name in ("vocab", "hidden", "tokens", "k")}, **row})
+        pairs = [[row[name][kind] for name in LAYER] for kind in ("seconds", "memory")]
+        figures = " | ".join(f"{a:.2f} | {b:.2f} | {a / b:.2f}" for a, b in pairs)
+        print(f"| {head} | {vocab:,} | {hidden:,} | {length:,} | {k} | {figures} |", flush=True)
+    print()
+    return table
+
+
+def race(specs: dict[str, dict[str, Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each, and what it says of itself at its end, memory in GB. They take turns."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    workers = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, "--one", json.dumps({**spec, "turns": rounds})],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for name, spec in specs.items()
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in specs}
+    for worker in workers.values():
+        answer(worker)  # they are set up one beside the other, and measured one by one
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            seconds[name].append(answer(worker))
+    found = {}
+    for name, worker in workers.items():
+        worker.stdin.write("go\n")  # the last turn is waited for too
+        worker.stdin.flush()
+        found[name] = {"seconds": statistics.median(seconds[name]), **answer(worker)}
+        worker.wait()
+    return found
+
+
+def answer(worker: "subprocess.Popen[str]") -> Any:
+    line = worker.stdout.readline() if worker.stdout else ""
+    if not line:
+        raise SystemExit(f"a process ended: {worker.args}")
+    return json.loads(line)
+
+
+class Turns:
+    """In a worker: waits to be told to go, and tells how long it took."""
+
+    def __init__(self) -> None:
+        self.out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever libraries print goes to the other stream
+        self.say(None)
+
+    def say(self, what: Any) -> None:
+        print(json.dumps(what), file=self.out, flush=True)
+
+    def wait(self) -> None:
+        if not sys.stdin.readline():
+            os._exit(1)  # nobody listens any more
+        self.start = clock()
+
+    def done(self) -> None:
+        self.say(clock() - self.start)
+
+
+def clock() -> float:
+    """Seconds."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_gb() -> float:
+    """Of this process so far."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def work(spec: dict[str, Any]) -> None:
+    """One process of a race."""
+    if spec["what"] == "layer":
+        layer_work(spec)
+        return
+    from transformers import TrainerCallback
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    trainer = make_trainer(spec)
+    turns = Turns()
+
+    class Wait(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            turns.wait()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turns.done()
+            turns.wait()
+
+    trainer.add_callback(Wait())
+    trainer.train()
+    history = trainer.state.log_history
+    turns.say({"memory": peak_gb(), "loss": history[0]["loss"], "parts": {k: history[0].get(k) for k in ("ce", "kl")}})
+
+
+def prepare(directory: Path) -> str:
+    """Rows of this repository's documentation with the teacher's targets, and the student."""
+    import torch
+
+    from llmdistill import pps, targets
+    from llmdistill.collator import DistillCollator, completion_logits
+    from llmdistill.config import Prune
+    from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+    from llmdistill.models import load_model, load_tokenizer
+    from llmdistill.student import choose, cut
+
+    teacher, tokenizer = load_model(TEACHER), load_tokenizer(TEACHER, None)
+    text = "\n".join(page.read_text() for page in sorted(Path("docs").glob("*.md")))
+    ids = np.array(tokenizer(text)["input_ids"])
+    generator = np.random.default_rng(0)
+    rows, at = [], 0
+    while at + 256 < len(ids) and len(rows) < 96:
+        start, length = int(generator.integers(32, 96)), int(generator.integers(160, 257))
+        row = ids[at : at + length]
+        at += length
+        with torch.inference_mode():
+            batch = DistillCollator(0)([{"input_ids": row, "completion_start": start}])
+            logprobs = completion_logits(teacher, batch).float().log_softmax(-1).cpu()
+        kept = pps.keep("sampled", logprobs, 16, torch.from_numpy(generator.random((len(logprobs), 1))))
+        soft = targets.from_logprobs("sampled", kept.numpy(), logprobs.gather(1, kept).numpy())
+        written = logprobs.numpy()[np.arange(length - start), row[start:]]
+        message = [{"role": "user", "content": ""}]
+        rows.append(Row(str(len(rows)), message, message, row[:start].tolist(), row[start:], "stop", written, soft))
+    data = directory / "data"
+    write_shard(data, "train", 0, 1, rows_to_table(rows, len(tokenizer)))
+    description = {"teacher": {"model": TEACHER, "engine": "transformers"}, "sampling": {}, "targets": {"kind": "sampled"}}
+    write_manifest(data, finished_shards(data, "train"), description)
+    cut(teacher, choose(Prune(layers=15), teacher.config, None)).save_pretrained(directory / "student")
+    tokenizer.save_pretrained(directory / "student")
+    completion = sum(len(row.completion_ids) for row in rows) / len(rows)
+    return f"{len(rows)} rows of {at / len(rows):.0f} tokens, {completion:.0f} of them completion"
+
+
+def make_trainer(spec: dict[str, Any]) -> Any:
+    """The trainer of one process."""
+    import torch
+    import transformers
+    import trl
+
+    from llmdistill import DistillConfig, DistillTrainer, load_dataset
+    from llmdistill.models import load_model, load_tokenizer
+
+    data = Path(spec["data"])
+    arguments = {
+        "output_dir": str(data / "out"), "max_steps": spec["turns"], "per_device_train_batch_size": spec["batch"],
+        "learning_rate": 1e-4, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0,
+        "use_cpu": not torch.accelerator.is_available(), **SETTINGS[spec["setting"]],
+    }  # fmt: skip
+    student, tokenizer = load_model(str(data / "student"), dtype="float32"), load_tokenizer(str(data / "student"), None)
+    rows, name = load_dataset(data / "data"), spec["trainer"]
+    if "distill" in name:
+        teacher = load_model(TEACHER).requires_grad_(False) if name == "TRL distillation" else None
+        kind = {OURS: lambda base: base, "dense distillation": dense, "TRL distillation": beside}[name](DistillTrainer)
+        trainer = kind(model=student, args=DistillConfig(**arguments), train_dataset=rows, processing_class=tokenizer)
+        trainer.beside = teacher
+        return trainer
+    plain = rows.with_format(None).map(
+        lambda row: {"labels": [-100] * row["completion_start"] + row["input_ids"][row["completion_start"] :]},
+        remove_columns=[column for column in rows.column_names if column != "input_ids"],
+    )
+    if name == SFT:
+        arguments["max_length"] = None
+        return trl.SFTTrainer(
+            model=student, args=trl.SFTConfig(**arguments), train_dataset=plain, processing_class=tokenizer
+        )  # fmt: skip
+    return transformers.Trainer(
+        model=student,
+        args=transformers.TrainingArguments(**arguments, remove_unused_columns=False),
+        train_dataset=plain,
+        data_collator=trl.trainer.sft_trainer.DataCollatorForLanguageModeling(pad_token_id=0),
+    )
+
+
+def dense(base: type) -> type:
+    """The usual way: all logits, their log-softmax, and a gather."""
+
+    class Dense(base):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+            log_q = logits.float().log_softmax(-1).flatten(0, 1)
+            rows = inputs["positions"][:, None]
+            labels = inputs["labels"][inputs["labels"] != -100]
+            ce = -log_q[rows[:, 0], labels].sum()
+            kl = -(inputs["target_logweights"].exp() * log_q[rows, inputs["target_ids"]]).sum() - inputs["target_entropy"].sum()
+            return ((1 - self.args.alpha) * ce + self.args.alpha * kl) / num_items_in_batch
+
+    return Dense
+
+
+def beside(base: type) -> type:
+    """The loss of `trl.DistillationTrainer` with the teacher's pass, as its `_compute_loss` puts it together."""
+    import torch
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    class Beside(base):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+            mask = inputs["labels"][:, 1:] != -100
+            first = int(mask.any(0).int().argmax())  # what comes before all completions is not projected
+            hidden = model.base_model(**given).last_hidden_state[:, first:-1]
+            with torch.no_grad():
+                teacher = self.beside.base_model(**given).last_hidden_state[:, first:-1]
+            heads = (one.get_output_embeddings().weight for one in (model, self.beside))
+            return _chunked_divergence_loss(
+                hidden, teacher, *heads, mask[:, first:], beta=0.0, num_items_in_batch=num_items_in_batch
+            )[0]  # fmt: skip
+
+    return Beside
+
+
+def layer_work(spec: dict[str, Any]) -> None:
+    """The loss layer of one size."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    torch.manual_seed(0)
+    vocab, tokens, k = spec["vocab"], spec["tokens"], spec["k"]
+    head = torch.nn.Linear(spec["hidden"], vocab, bias=False, device=device)
+    hidden = torch.randn(tokens, spec["hidden"], device=device).requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,), device=device)
+    compute = layer_losses(head, hidden, labels, k)[spec["loss"]]
+    before = peak_gb()
+    turns = Turns()
+    turns.wait()
+    for _ in range(spec["turns"]):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            compute().backward()
+        head.weight.grad = hidden.grad = None
+        turns.done()
+        turns.wait()
+    turns.say({"memory": peak_gb() - before})
+
+
+def layer_losses(head: Any, hidden: Any, labels: Any, k: int) -> dict[str, Callable[[], Any]]:
+    """The two losses by name."""
+    import torch
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    from llmdistill import fused, losses
+
+    ids = torch.randint(0, head.out_features - k, (len(labels), 1), device=labels.device) + torch.arange(k, device=labels.device)
+    logprobs = torch.full(ids.shape, -1.0, device=labels.device).log_softmax(-1) - 0.1
+    batch = {"target_ids": ids, "target_logprobs": logprobs, "target_tail": 1 - logprobs.exp().sum(-1)}
+    batch["token_weights"] = torch.ones(len(labels), device=labels.device)
+
+    def fused_topk() -> Any:
+        loss, _ = fused.distillation_loss(hidden, fused.Head(head), labels, batch, losses.Objective())
+        return loss
+
+    def cross_entropy() -> Any:
+        outputs = ("log_probs", "entropy", "is_top1")  # those that SFTTrainer asks for
+        return -ChunkedLogProbFunction.apply(hidden, head.weight, None, labels, 1.0, 32768, None, 1.0, outputs)[0].sum()
+
+    return dict(zip(LAYER, (fused_topk, cross_entropy), strict=True))
+
+
+if __name__ == "__main__":
+    main()
