@@ -29,7 +29,7 @@ from llmdistill.dataset import Row, rows_to_table, write_shard
 from llmdistill.evaluate import fidelity
 from llmdistill.models import load_model
 
-DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/pruned"
+DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/student-before"
 KINDS = {
     **{f"sampled, n = {n}": Targets(kind="sampled", n=n) for n in (8, 16, 32)},
     **{f"top-{k}, with tail": Targets(kind="topk", k=k) for k in (16, 64)},

@@ -34,11 +34,12 @@ import torch
 
 from llmdistill import pps, targets
 from llmdistill.collator import DistillCollator, completion_logits
-from llmdistill.config import Generate, Prompts, Prune, Targets, Teacher
+from llmdistill.config import Generate, Prompts, Targets, Teacher
+from llmdistill.config_student import Prune
+from llmdistill.cut import choose, cut
 from llmdistill.dataset import parquet_encoding
 from llmdistill.models import load_model, load_tokenizer
 from llmdistill.prompts import load_prompts
-from llmdistill.student import choose, cut
 from llmdistill.teachers import Request
 from llmdistill.teachers.transformers import TransformersEngine
 

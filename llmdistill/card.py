@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from llmdistill.config import Experiment, Prune
+from llmdistill.config import Experiment
+from llmdistill.config_student import Prune, Student
 
 
 def describe_targets(targets: dict[str, Any]) -> str:
@@ -68,6 +69,15 @@ def _pruned_to(prune: Prune) -> str:
     return ", ".join(f"{name} {value}" for name, value in given.items()) + chosen
 
 
+def _starts_from(student: Student, base: str) -> str:
+    if student.prune:
+        return f"`{base}`, pruned to {_pruned_to(student.prune)}"
+    if student.config is None:
+        return f"`{base}`"
+    changes = ", ".join(f"{name} {value}" for name, value in student.config.items())
+    return f"random weights in the architecture of `{base}`" + (f" with {changes}" if changes else "")
+
+
 def _describe_loss(arguments: Any) -> str:
     """From a `DistillConfig`: its terms with their weights, and how tokens are weighted if not all alike."""
 
@@ -82,6 +92,10 @@ def _describe_loss(arguments: Any) -> str:
         terms.append(f"{number(arguments.alpha, arguments.alpha_end)} × {arguments.loss}{beta}")
     if arguments.sequence_alpha:
         terms.append(f"{arguments.sequence_alpha:.2g} × sequence-level KL")
+    if arguments.hidden:
+        terms.append(f"{arguments.hidden['weight']:g} × hidden states ({arguments.hidden['loss']})")
+    if arguments.attention:
+        terms.append(f"{arguments.attention['weight']:g} × attention maps")
     weighted = (
         "" if arguments.position_weights == "uniform" else f", tokens weighted by the teacher's {arguments.position_weights}"
     )
@@ -95,7 +109,8 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        **({} if Path(base).is_dir() else {"base_model": base}),  # the Hub takes only names of its own
+        # The Hub takes only names of its own, and a fresh student has no base.
+        **({} if Path(base).is_dir() or student.config is not None else {"base_model": base}),
         "tags": ["llmdistill", "distillation"],
     }
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
@@ -106,7 +121,7 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
         else describe_targets(manifest["targets"])
     )
     facts = {
-        "starts from": f"`{base}`" + (f", pruned to {_pruned_to(student.prune)}" if student.prune else ""),
+        "starts from": _starts_from(student, base),
         "loss": _describe_loss(arguments),
         "temperature": f"{arguments.temperature:g}",
         "data": f"{rows:,} rows, {tokens:,} completion tokens, written by `{manifest['teacher']['model']}`",

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from llmdistill.config_curate import CurateStep
 from llmdistill.config_prompts import Prompts as Prompts
 from llmdistill.config_prompts import Sampling
+from llmdistill.config_student import ORIGINS, Student
 from llmdistill.errors import InputError
 from llmdistill.section import PassedOn, Step
 from llmdistill.section import Section as Section
@@ -76,66 +77,24 @@ class Targets(Section):
         return {"kind": self.stored, **kept.get(self.stored, {})}
 
 
-class Prune(Section):
-    """The student is the teacher with less of it: fewer layers, or narrower ones. What is not given stays whole."""
+class Hidden(Section):
+    """The student's hidden states are to resemble the teacher's, layer by layer (targets.kind online)."""
 
-    layers: int | list[int] | None = None
-    """How many layers stay, or which ones (counted from 0)."""
-    by: Literal["even", "block_influence"] = "even"
-    """How the layers that stay are chosen: evenly spaced, or those that change their input most on the dataset."""
-    intermediate_size: int | None = Field(default=None, ge=1)
-    """Feed-forward neurons that stay in every layer, those with the largest activation on the dataset."""
-    key_value_heads: int | None = Field(default=None, ge=1)
-    """Key-value heads that stay in every layer, each with its query heads, those with the largest output on the dataset."""
-    hidden_size: int | None = Field(default=None, ge=1)
-    """Channels that stay between the layers, those with the largest activation after the norms on the dataset."""
-    calibration_rows: int = Field(default=64, ge=1)
-    """Rows of the dataset on which all of this is measured."""
-
-    @model_validator(mode="after")
-    def _something(self) -> "Prune":
-        if all(getattr(self, name) is None for name in ("layers", "intermediate_size", "key_value_heads", "hidden_size")):
-            raise ValueError("give at least one of layers, intermediate_size, key_value_heads and hidden_size")
-        return self
-
-    @property
-    def measured(self) -> bool:
-        """Whether rows of the dataset are needed to choose what stays."""
-        return self.by == "block_influence" or any((self.intermediate_size, self.key_value_heads, self.hidden_size))
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of this part beside the others of the loss."""
+    loss: Literal["cosine", "mse"] = "cosine"
+    """1 - cosine, or mean squared error; where the sizes differ, through a linear projector that learns with the student."""
+    layers: list[tuple[int, int]] | None = None
+    """Pairs [student's layer, teacher's layer] whose outputs are compared; by position if not given."""
 
 
-class Lora(Section):
-    """Train low-rank adapters (peft) instead of all weights; they are merged into the saved student."""
+class Attention(Section):
+    """The student's attention maps are to resemble the teacher's, by KL (targets.kind online)."""
 
-    r: int = Field(default=16, ge=1)
-    """Rank."""
-    alpha: int = Field(default=32, ge=1)
-    """Scale: the update is multiplied by alpha / r."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapters' input."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules that get an adapter."""
-
-
-class Student(Section):
-    """The model that learns: an existing one (`model`) or the pruned teacher (`prune`)."""
-
-    model: str | None = None
-    """Model directory or name on the Hugging Face Hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    prune: Prune | None = None
-    """Cut the student out of the teacher."""
-    lora: Lora | None = None
-    """Train adapters only."""
-    trust_remote_code: bool = False
-    """Run Python code that the model's repository ships."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Student":
-        if self.model is not None and self.prune is not None:
-            raise ValueError("give either student.model or student.prune, not both")
-        return self
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of this part beside the others of the loss."""
+    layers: list[tuple[int, int]] | None = None
+    """Pairs [student's layer, teacher's layer] whose maps are compared; by position if not given."""
 
 
 class EarlyStopping(Section):
@@ -177,6 +136,10 @@ class Train(Section):
     for `eval`. How often is `args.eval_steps`, or with every checkpoint if not given."""
     early_stopping: EarlyStopping | None = None
     """Stop where validation says so; needs `validation`."""
+    hidden: Hidden | None = None
+    """Also learn from the teacher's hidden states."""
+    attention: Attention | None = None
+    """Also learn from the teacher's attention maps."""
     compare_text_only: bool = False
     """Train a second student for the same steps on the text alone (alpha 0), so that `eval` shows the difference."""
     args: PassedOn = {}
@@ -260,8 +223,15 @@ class Experiment(Section):
             raise ValueError("a server names each token once, so it cannot give targets.kind multinomial; use sampled or topk")
         return self
 
+    @model_validator(mode="after")
+    def _layers_need_a_teacher(self) -> "Experiment":
+        for name in ("hidden", "attention"):
+            if getattr(self.train, name) is not None and self.targets.kind != "online":
+                raise ValueError(f"train.{name} needs the teacher beside the student; set targets.kind to online")
+        return self
+
     def directory(
-        self, name: Literal["prompts", "data", "curated", "pruned", "student", "student-text-only", "eval", "judge"]
+        self, name: Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "judge"]
     ) -> Path:
         """Where a stage writes."""
         return Path(self.output) / name
@@ -282,9 +252,9 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
     for key, value in overrides:
         try:
             _set(tree, key.split("."), yaml.load(value, Loader=_Loader))
-            for mine, other in (("student.model", "prune"), ("student.prune", "model")):
-                if key.startswith(mine):  # they are alternatives: one on the command line replaces the other in the file
-                    tree["student"].pop(other, None)
+            origin = key.split(".")[1] if key.startswith("student.") else None
+            if origin in ORIGINS:  # they are alternatives: one on the command line replaces another in the file
+                tree["student"] = {name: kept for name, kept in tree["student"].items() if name == origin or name not in ORIGINS}
         except (yaml.YAMLError, LookupError, TypeError, ValueError):
             raise InputError(f"{file}: cannot set {key} to {value!r}") from None
     try:

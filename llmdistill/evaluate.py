@@ -18,6 +18,7 @@ from llmdistill.errors import InputError
 from llmdistill.importance import effective_sample_size, importance, log_importance
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
+from llmdistill.student import before
 
 METRICS_VERSION = 1
 _MEASURES = ("kl", "top1", "nll")
@@ -150,14 +151,12 @@ def headline(models: list[dict[str, Any]]) -> str:
 
 
 def _subjects(experiment: Experiment) -> list[Subject]:
-    teacher, student = experiment.teacher, experiment.student
-    trained = experiment.directory("student")
-    found = [Subject("teacher", teacher.model, teacher.revision, teacher.trust_remote_code)]
-    if student.model:
-        found.append(Subject("student before", student.model, student.revision, student.trust_remote_code))
-    else:
-        found.append(Subject("student before", str(experiment.directory("pruned"))))
-    found.append(Subject("student", str(trained)))
+    teacher = experiment.teacher
+    found = [
+        Subject("teacher", teacher.model, teacher.revision, teacher.trust_remote_code),
+        Subject("student before", *before(experiment)),
+        Subject("student", str(experiment.directory("student"))),
+    ]
     if experiment.train.compare_text_only:
         found.append(Subject("student, text only", str(experiment.directory("student-text-only"))))
     return found

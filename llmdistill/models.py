@@ -48,9 +48,15 @@ def load_tokenizer(model: str, revision: str | None, trust_remote_code: bool = F
 
 
 def load_model(
-    model: str, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False, key: str = "teacher.model"
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    key: str = "teacher.model",
+    device: str | None = None,
+    quantization_config: Any = None,
 ) -> Any:
-    """The model in evaluation mode, on the accelerator if there is one.
+    """The model in evaluation mode, on the accelerator if there is one and no device is given.
 
     Raises:
         InputError: there is no such model.
@@ -61,23 +67,31 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    loaded = _found(
-        model,
-        key,
-        lambda: AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code),
-    )
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return loaded.to(device or "cpu").eval()
+    if device is None:
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    how: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantization_config is not None:  # such a model is made where it stays
+        place = device if device == "cpu" else torch.accelerator.current_device_index()
+        how |= {"quantization_config": quantization_config, "device_map": {"": place}}
+    loaded = _found(model, key, lambda: AutoModelForCausalLM.from_pretrained(model, **how))
+    return (loaded if quantization_config is not None else loaded.to(device)).eval()
+
+
+def generation_config(model: str, revision: str | None) -> Any:
+    """The model's generation configuration; None if it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model, revision=revision)
+    except OSError:
+        return None
 
 
 def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a completion, from the generation configuration; loads no weights."""
-    from transformers import GenerationConfig
-
-    try:
-        end = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
-    except OSError:
-        end = config.get_text_config().eos_token_id or tokenizer.eos_token_id
+    generation = generation_config(model, revision)
+    known = [generation.eos_token_id] if generation else [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+    end = next((value for value in known if value is not None), None)
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from llmdistill import stage
 from llmdistill.config import Experiment
+from llmdistill.config_student import Prune
 from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, load_model, load_tokenizer
@@ -13,14 +14,14 @@ from llmdistill.progress import console, say
 
 
 def prune(experiment: Experiment, dry_run: bool = False) -> None:
-    """Write `OUTPUT/pruned`, the student before training.
+    """Write `OUTPUT/student-before`, the student before training.
 
     Raises:
         InputError: there is nothing to prune, the teacher or the dataset are not usable, or more is to stay than there is.
     """
     if experiment.student.prune is None:
         raise InputError("the key student.prune is missing: `prune` needs to know what is to stay")
-    directory = experiment.directory("pruned")
+    directory = experiment.directory("student-before")
     if dry_run:
         say("prune", f"would write {directory}")
     elif not ensure_pruned(experiment):
@@ -29,11 +30,11 @@ def prune(experiment: Experiment, dry_run: bool = False) -> None:
 
 def ensure_pruned(experiment: Experiment) -> bool:
     """Make the pruned teacher if it is not there; whether it had to be made."""
-    from llmdistill.student import choose, cut, measure
+    from llmdistill.cut import choose, cut, measure
 
     settings, teacher = experiment.student.prune, experiment.teacher
     assert settings is not None
-    directory = experiment.directory("pruned")
+    directory = experiment.directory("student-before")
     check_model_exists(teacher.model, "teacher.model")
     inputs = {teacher.model: stage.model_fingerprint(teacher.model, teacher.revision)}
     if settings.measured:
@@ -60,7 +61,7 @@ def ensure_pruned(experiment: Experiment) -> bool:
     tokenizer.save_pretrained(directory)
     sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in (model, student)]
     stage.finish(directory, {"parameters_before": sizes[0], "parameters": sizes[1], **_indices(kept, config)})
-    for line in _what_went(config, kept, importance):
+    for line in _what_went(settings, config, kept, importance):
         say("prune", line)
     smaller = f"{1 - sizes[1] / sizes[0]:.0%} smaller"
     say("prune", f"{sizes[0] / 1e6:,.1f}M parameters become {sizes[1] / 1e6:,.1f}M ({smaller}) in {directory}")
@@ -80,16 +81,17 @@ def _indices(kept: Any, config: Any) -> dict[str, Any]:
     return found
 
 
-def _what_went(config: Any, kept: Any, importance: Any) -> list[str]:
+def _what_went(settings: Prune, config: Any, kept: Any, importance: Any) -> list[str]:
     """A line for every kind of part that lost some, with what the removed ones did."""
     lines = []
     if len(kept.layers) < config.num_hidden_layers:
         gone = np.setdiff1d(np.arange(config.num_hidden_layers), kept.layers)
-        why = ""
+        why = "as listed" if isinstance(settings.layers, list) else "evenly spaced" if settings.by == "even" else ""
         if importance is not None:
             most, least = importance.layers[gone].max(), importance.layers[kept.layers].min()
-            why = f"; block influence up to {most:.3f} in those that go, from {least:.3f} in those that stay"
-        lines.append(f"keeps layers {', '.join(map(str, kept.layers))} of {config.num_hidden_layers}{why}")
+            influence = f"block influence: up to {most:.3f} in those that go, from {least:.3f} in those that stay"
+            why = f"{why}; {influence}" if why else f"by {influence}"
+        lines.append(f"keeps layers {', '.join(map(str, kept.layers))} of {config.num_hidden_layers}, {why}")
     for what, size, chosen, scores in (
         ("feed-forward neurons", config.intermediate_size, kept.neurons, "neurons"),
         ("key-value heads", config.num_key_value_heads, kept.heads, "heads"),

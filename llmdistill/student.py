@@ -1,248 +1,186 @@
-"""Students cut out of the teacher: what each part of it does on some text, what stays, and the smaller model.
+"""Where the student comes from: an existing model, the teacher cut down, or its architecture with random weights."""
 
-For models whose layers are built as those of llama, qwen and gemma. Importance is that of Minitron (Muralidharan et al.
-2024, arXiv 2407.14679), measured by activations in one pass over a calibration set, and block influence for layers.
-"""
-
-import copy
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from llmdistill.collator import DistillCollator
-from llmdistill.config import Prune
+from llmdistill import adapters, stage
+from llmdistill.config import Experiment
+from llmdistill.config_student import ORIGINS, Student
 from llmdistill.errors import InputError
-from llmdistill.targets import Array
+from llmdistill.models import check_model_exists, generation_config, load_config, load_model, load_tokenizer
+from llmdistill.progress import console, say
+from llmdistill.prune import ensure_pruned
 
-# The axes of every parameter of a layer: which of the kept indices select along them.
-_AXES = {
-    "q_proj": ("heads", "hidden"),
-    "k_proj": ("key_values", "hidden"),
-    "v_proj": ("key_values", "hidden"),
-    "o_proj": ("hidden", "heads"),
-    "gate_proj": ("neurons", "hidden"),
-    "up_proj": ("neurons", "hidden"),
-    "down_proj": ("hidden", "neurons"),
-    "embed_tokens": ("all", "hidden"),
-    "lm_head": ("all", "hidden"),
-    "q_norm": ("all",),  # over the head's own dimension
-    "k_norm": ("all",),
-    "norm": ("hidden",),
-    "input_layernorm": ("hidden",),
-    "post_attention_layernorm": ("hidden",),
-    "pre_feedforward_layernorm": ("hidden",),
-    "post_feedforward_layernorm": ("hidden",),
-}
+# Where the user gives none. A model that can do the task is changed gently; what was cut out of the teacher, or starts from
+# nothing, has more to learn. Adapters take ten times the rate of training all weights (docs/training.md has the reasons).
+_LEARNING_RATES = {"model": 2e-5, "prune": 1e-4, "config": 5e-4}
+_ADAPTERS_TAKE = 10
+Source = tuple[str, str | None, bool]  # model, revision, trust_remote_code
+_START = "checkpoints/adapter-start"
+# They follow from the tokenizer, which is the teacher's.
+_THE_TOKENIZERS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-@dataclass(frozen=True)
-class Importance:
-    """How much every part of a model does, in one pass over some text; L layers.
+def origin(experiment: Experiment) -> Source:
+    """The model that the student is made from: its own, or the teacher.
 
-    Attributes:
-        layers: block influence, 1 − mean cosine between a layer's input and output (ShortGPT, Men et al. 2024,
-            arXiv 2403.03853); shape (L,).
-        neurons: mean |activation| of every feed-forward neuron; shape (L, intermediate size).
-        heads: mean Euclidean norm of what each key-value head's group of query heads gives out; shape (L, groups).
-        hidden: mean |activation| of every channel after the norms, summed over them; shape (hidden size,).
+    Raises:
+        InputError: the configuration does not say, or there is no such model.
     """
-
-    layers: Array
-    neurons: Array
-    heads: Array
-    hidden: Array
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The indices of what stays, ascending: layers, and in each of those neurons and key-value heads; and channels."""
-
-    layers: list[int]
-    neurons: list[Array]
-    heads: list[Array]
-    hidden: Array
+    student, teacher = experiment.student, experiment.teacher
+    if all(getattr(student, name) is None for name in ORIGINS):
+        raise InputError("student needs one of the keys student.model, student.prune and student.config")
+    found = (student.model, student.revision, student.trust_remote_code)
+    model, revision, trust = found if student.model else (teacher.model, teacher.revision, teacher.trust_remote_code)
+    assert model is not None
+    check_model_exists(model, "student.model" if student.model else "teacher.model")
+    return model, revision, trust
 
 
-def evenly_spaced(layers: int, keep: int) -> list[int]:
-    """`keep` of `layers` layer numbers, the first and the last among them, the others evenly between."""
-    return [int(number) for number in np.linspace(0, layers - 1, keep).round()]
+def before(experiment: Experiment) -> Source:
+    """The student before training: the existing model, or what `ensure_before` makes."""
+    student = experiment.student
+    if student.model:
+        return student.model, student.revision, student.trust_remote_code
+    return str(experiment.directory("student-before")), None, False
 
 
-def choose(prune: Prune, config: Any, importance: Importance | None) -> Kept:
-    """What stays of a model.
+def ensure_before(experiment: Experiment) -> None:
+    """Make `OUTPUT/student-before` if the student is no existing model and it is not there.
+
+    Raises:
+        InputError: the teacher cannot be cut, or its architecture built, as asked for.
+    """
+    if experiment.student.prune:
+        ensure_pruned(experiment)
+    elif experiment.student.config is not None:
+        _ensure_fresh(experiment)
+
+
+def _ensure_fresh(experiment: Experiment) -> None:
+    teacher, directory = experiment.teacher, experiment.directory("student-before")
+    inputs = {teacher.model: stage.model_fingerprint(teacher.model, teacher.revision)}
+    claimed = {
+        "teacher": teacher.model_dump(mode="json", include={"model", "revision"}),
+        "student": {"config": experiment.student.config},
+        "seed": experiment.seed,
+    }
+    if stage.claim(directory, "fresh", claimed, inputs) == "done":
+        return
+    with console.status("making the student"):
+        config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code).get_text_config()
+        student = fresh(config, experiment.student.config or {}, experiment.seed, teacher.trust_remote_code)
+        student.generation_config = generation_config(teacher.model, teacher.revision) or student.generation_config
+        tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+    stage.begin(directory, "fresh", claimed, inputs, experiment.seed)
+    student.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    stage.finish(directory, {"parameters": parameters})
+    say("student", f"{parameters / 1e6:,.1f}M parameters with random weights in {directory}")
+
+
+def fresh(config: Any, changes: dict[str, Any], seed: int, trust_remote_code: bool = False) -> Any:
+    """A model of the same architecture with some sizes changed and random weights.
+
+    A list with an entry a layer (`layer_types`) is cut, or repeated, to the new number of layers unless it is given.
 
     Args:
-        prune: the configuration.
-        config: the model's, of its text part.
-        importance: on the calibration set; None if nothing is chosen by it.
+        config: the teacher's, of its text part.
+        changes: keys of it and their values.
+        seed: of the weights, which depend on nothing else.
+        trust_remote_code: as for the teacher.
 
     Raises:
-        InputError: the configuration asks for more than the teacher has.
+        InputError: a key that this architecture does not have, or sizes that it cannot have.
     """
-    layers = _choose_layers(prune, config.num_hidden_layers, importance.layers if importance else None)
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-    def best(key: str, size: int, scores: Array | None) -> Array:
-        asked = getattr(prune, key)
-        if asked is None:
-            return np.arange(size)
-        if asked > size:
-            raise InputError(f"student.prune.{key} is {asked:,}, but the teacher has {size:,}")
-        assert scores is not None
-        return np.sort(np.argsort(-scores, kind="stable")[:asked])
-
-    def score(field: str, *index: int) -> Array | None:
-        return None if importance is None else np.asarray(getattr(importance, field))[index]
-
-    return Kept(
-        layers,
-        [best("intermediate_size", config.intermediate_size, score("neurons", layer)) for layer in layers],
-        [best("key_value_heads", config.num_key_value_heads, score("heads", layer)) for layer in layers],
-        best("hidden_size", config.hidden_size, score("hidden")),
-    )
-
-
-def _choose_layers(prune: Prune, layers: int, influence: Array | None) -> list[int]:
-    if prune.layers is None:
-        return list(range(layers))
-    if isinstance(prune.layers, list):
-        if not prune.layers or sorted(set(prune.layers)) != prune.layers or not 0 <= prune.layers[0] <= prune.layers[-1] < layers:
-            raise InputError(f"student.prune.layers must be ascending layer numbers from 0 to {layers - 1}, got {prune.layers}")
-        return prune.layers
-    if not 1 <= prune.layers <= layers:
-        raise InputError(f"student.prune.layers is {prune.layers}, but the teacher has {layers} layers")
-    if prune.by == "even":
-        return evenly_spaced(layers, prune.layers)
-    assert influence is not None
-    return sorted(int(number) for number in np.argsort(-influence, kind="stable")[: prune.layers])
-
-
-def cut(teacher: Any, kept: Kept) -> Any:
-    """A new model with what stays of the teacher; the teacher is not changed.
-
-    Raises:
-        InputError: the architecture has parameters that are not known to be cut.
-    """
-    config = copy.deepcopy(teacher.config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries = config.num_attention_heads // config.num_key_value_heads
-    state = {}
-    for name, tensor in teacher.state_dict().items():
-        match = re.fullmatch(r"(.*\.layers\.)(\d+)(\..*)", name)
-        place = kept.layers.index(int(match[2])) if match and int(match[2]) in kept.layers else None
-        if match and place is None:
-            continue
-        indices = {"hidden": kept.hidden}
-        if match and place is not None:
-            indices["neurons"] = kept.neurons[place]
-            indices["key_values"] = _expanded(kept.heads[place], head_dim)
-            indices["heads"] = _expanded(kept.heads[place], queries * head_dim)
-            name = f"{match[1]}{place}{match[3]}"
-        state[name] = _select(name, tensor, indices)
-    config.num_hidden_layers = len(kept.layers)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[number] for number in kept.layers]
-    config.head_dim = head_dim
-    config.num_key_value_heads = len(kept.heads[0])
-    config.num_attention_heads = len(kept.heads[0]) * queries
-    config.intermediate_size = len(kept.neurons[0])
-    config.hidden_size = len(kept.hidden)
+    fields = config.to_dict()
+    known = fields.keys() - PreTrainedConfig().to_dict().keys()
+    for name in changes:
+        if name in _THE_TOKENIZERS:
+            raise InputError(f"student.config.{name} cannot be changed: the student has the teacher's tokenizer")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean student.config.{near[0]}?" if near else ""
+            raise InputError(f"no such key student.config.{name}: {type(config).__name__} has no such key{hint}")
+    old, new = fields["num_hidden_layers"], changes.get("num_hidden_layers", fields["num_hidden_layers"])
     try:
-        config.validate()
-        student = type(teacher)._from_config(config, dtype=teacher.dtype).to(teacher.device)
-    except Exception as error:  # configurations check themselves, each in its own way
-        raise InputError(
-            f"student.prune: {type(teacher).__name__} cannot have these sizes: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    student.load_state_dict(state)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.eval()
+        if new < 1:
+            raise ValueError("there must be at least one layer")
+        for name, values in fields.items():
+            if isinstance(values, list) and len(values) == old and name in known:
+                fields[name] = [values[layer % old] for layer in range(new)]
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            student = AutoModelForCausalLM.from_config(
+                type(config).from_dict({**fields, **changes}), dtype=config.dtype, trust_remote_code=trust_remote_code
+            ).eval()
+            student(torch.zeros(1, 2, dtype=torch.long))  # what the configuration does not check itself shows here
+    except Exception as error:  # every configuration and model refuses in its own way
+        given = ", ".join(f"{name} {value}" for name, value in changes.items())
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise InputError(f"student.config: {type(config).__name__} cannot have {given}: {reason}") from None
+    return student
 
 
-def _select(name: str, tensor: Tensor, indices: dict[str, Array]) -> Tensor:
-    *_, module, kind = name.split(".")
-    axes = _AXES.get(module)
-    if axes is None or kind not in ("weight", "bias"):
-        raise InputError(f"student.prune: cannot cut the parameter {name}; llama, qwen and gemma models can be pruned")
-    for number, axis in enumerate(axes[: tensor.ndim]):
-        if axis != "all":
-            tensor = tensor.index_select(number, torch.as_tensor(indices[axis], device=tensor.device))
-    return tensor
+def default_learning_rate(student: Student) -> float:
+    """The peak learning rate where the configuration gives none."""
+    (rate,) = (rate for name, rate in _LEARNING_RATES.items() if getattr(student, name) is not None)
+    return rate * _ADAPTERS_TAKE if student.lora else rate
 
 
-def _expanded(groups: Array, size: int) -> Array:
-    """The indices of groups of so many neighbours."""
-    expanded: Array = (groups[:, None] * size + np.arange(size)).ravel()
-    return expanded
-
-
-@torch.inference_mode()
-def measure(teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 8) -> Importance:
-    """How much every part of the teacher does on the calibration rows, prompts included.
+def load_student(experiment: Experiment) -> Any:
+    """The model before training: float32 where all weights train; under adapters, in its own precision or quantised.
 
     Raises:
-        InputError: the architecture's layers are not where they are known to be.
+        InputError: there is no such model, or it cannot be made, quantised or given adapters as asked for.
     """
-    decoder = _decoder(teacher)
-    config = teacher.config.get_text_config()
-    sums: dict[tuple[str, int], Any] = {}
-    tokens = 0
+    from accelerate import PartialState
 
-    def add(part: str, layer: int, values: Tensor) -> None:
-        """Sum over the tokens that are not padding; values has their shape first."""
-        sums[part, layer] = sums.get((part, layer), 0) + values[mask_BT].double().sum(0).cpu().numpy()
-
-    def watch_layer(number: int) -> Any:
-        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            add("layers", number, 1 - torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1))
-
-        return hook
-
-    def watch_heads(number: int) -> Any:
-        groups = config.num_key_value_heads
-        return lambda module, args: add("heads", number, args[0].float().unflatten(-1, (groups, -1)).norm(dim=-1))
-
-    def watch_neurons(number: int) -> Any:
-        return lambda module, args: add("neurons", number, args[0].float().abs())
-
-    def watch_norm(module: Any, args: Any, output: Tensor) -> None:
-        add("hidden", 0, output.float().abs())
-
-    handles = [decoder.norm.register_forward_hook(watch_norm)]
-    for number, layer in enumerate(decoder.layers):
-        handles += [
-            layer.register_forward_hook(watch_layer(number), with_kwargs=True),
-            layer.self_attn.o_proj.register_forward_pre_hook(watch_heads(number)),
-            layer.mlp.down_proj.register_forward_pre_hook(watch_neurons(number)),
-            layer.input_layernorm.register_forward_hook(watch_norm),
-            layer.post_attention_layernorm.register_forward_hook(watch_norm),
-        ]
-    collate = DistillCollator(pad_token_id=0)
-    try:
-        for start in range(0, len(rows), batch_size):
-            batch = {name: values.to(teacher.device) for name, values in collate(rows[start : start + batch_size]).items()}
-            mask_BT = batch["attention_mask"].bool()
-            tokens += int(mask_BT.sum())
-            teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers = range(len(decoder.layers))
-    parts = {part: np.stack([sums[part, number] for number in layers]) / tokens for part in ("layers", "neurons", "heads")}
-    return Importance(**parts, hidden=sums["hidden", 0] / tokens)
+    student = experiment.student
+    config = adapters.lora_config(student.lora) if student.lora else None
+    quantised = adapters.quantization_config(student.quantize, saved_dtype(experiment)) if student.quantize else None
+    with PartialState().main_process_first():
+        ensure_before(experiment)
+    model = _load_before(experiment, dtype="auto" if config else "float32", quantization_config=quantised)
+    adapters.keep_gradients(model)
+    return adapters.attach(model, config, experiment.seed) if config else model
 
 
-def _decoder(model: Any) -> Any:
-    decoder = model.get_decoder()
-    if not hasattr(decoder, "layers") or not all(
-        hasattr(layer, "input_layernorm") and hasattr(layer.self_attn, "o_proj") and hasattr(layer.mlp, "down_proj")
-        for layer in decoder.layers
-    ):
-        raise InputError(f"student.prune: {type(model).__name__} is not built as llama, qwen and gemma models are")
-    return decoder
+def saved_dtype(experiment: Experiment) -> Any:
+    """The precision of the checkpoint that the student comes from, in which it is saved again."""
+    import torch
+
+    dtype = load_config(*origin(experiment)).dtype or "float32"
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def begin_student(model: Any, directory: Path) -> None:
+    """Keep what is needed to make the student from the trained model, before it is trained."""
+    if adapters.rewrites_base(model):
+        adapters.save_start(model, directory / _START)
+
+
+def save_student(model: Any, tokenizer: Any, experiment: Experiment, directory: Path, end_token_ids: list[int] | None) -> None:
+    """The trained model as a directory that any engine loads: whole, in the precision of the checkpoint it comes from.
+
+    Adapters are kept beside it, in `adapter`, and merged into the base in its own precision, never into quantised weights.
+    """
+    if experiment.student.lora:
+        adapters.save_adapter(model, directory / "adapter", directory / _START if adapters.rewrites_base(model) else None)
+        # On the CPU: a base that was quantised to fit the accelerator may not fit it whole.
+        base = _load_before(experiment, dtype="auto", device="cpu") if experiment.student.quantize else None
+        model = adapters.merged(model, directory / "adapter", base)
+    if end_token_ids:
+        model.generation_config.eos_token_id = end_token_ids
+    model.to(saved_dtype(experiment)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _load_before(experiment: Experiment, **how: Any) -> Any:
+    model, revision, trust = before(experiment)
+    return load_model(model, revision, trust_remote_code=trust, key="student.model", **how)

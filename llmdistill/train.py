@@ -11,16 +11,18 @@ from llmdistill.card import model_card
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, ROW_GROUP, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, tokenise_chat, vocabulary_hash
+from llmdistill.models import load_config, load_model, load_tokenizer, tokenise_chat, vocabulary_hash
 from llmdistill.progress import StageBar, console, say
-from llmdistill.prune import ensure_pruned
+from llmdistill.student import begin_student, default_learning_rate, load_student, origin, save_student
+from llmdistill.traps import traps
 
 # Set by keys of their own; given under train.args they would contradict them.
-_LOSS = ("loss", "alpha", "alpha_end", "temperature", "beta", "beta_end", "sequence_alpha", "position_weights", "reduction")
+_LOSS = ["loss", "alpha", "alpha_end", "temperature", "beta", "beta_end", "sequence_alpha", "position_weights", "reduction"]
+_LOSS += ["hidden", "attention"]
 _RESERVED = {"output_dir": "output"} | {name: f"train.{name}" for name in _LOSS}
 # The second student's: cross-entropy on the text, and nothing of the soft targets.
 _TEXT_ONLY: dict[str, Any] = {"alpha": 0.0, "alpha_end": None, "beta": None, "beta_end": None, "sequence_alpha": 0.0}
-_TEXT_ONLY |= {"loss": "forward_kl", "temperature": 1.0, "position_weights": "uniform"}
+_TEXT_ONLY |= {"loss": "forward_kl", "temperature": 1.0, "position_weights": "uniform", "hidden": None, "attention": None}
 
 
 def train(experiment: Experiment, dry_run: bool = False) -> None:
@@ -37,13 +39,12 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         return
     manifest = read_manifest(experiment.dataset_directory)
     _check_loss(experiment, manifest)
-    key = "teacher.model" if experiment.student.model is None else "student.model"
-    model, revision, _ = _origin(experiment, key)
+    model, revision, _ = origin(experiment)
     settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
     online = experiment.targets.kind == "online"
     if online:
         settings["targets"] = {"kind": "online"}
-    if experiment.student.prune or online:
+    if experiment.student.model is None or online:
         settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
     inputs = {
         str(experiment.dataset_directory / MANIFEST): stage.sha256(experiment.dataset_directory / MANIFEST),
@@ -79,18 +80,21 @@ def _train_one(
         from llmdistill.trainer import DistillTrainer
 
         arguments = _arguments(experiment, directory, text_only)
-        model, revision, trust = _origin(experiment)
-        saved_dtype = load_config(model, revision, trust).dtype or "float32"
         tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
-        dataset, validation = _split(experiment, load_dataset(experiment.dataset_directory, "train"))
+        rows = load_dataset(experiment.dataset_directory, "train")
+        dataset, validation = _split(experiment, rows)
         if not same_vocabulary:
             dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
         main = arguments.process_index == 0
-        student = _student(experiment)
-        teacher = None if text_only else _online_teacher(experiment)
+        student = load_student(experiment)
+        teacher = None if text_only else _online_teacher(experiment, arguments)
+        _pair_layers(experiment, arguments, student, teacher)
         _check_fit(arguments, dataset, student, teacher)
     if main:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
+        begin_student(student, directory)
+        for text in [] if text_only else traps(experiment.student, arguments, manifest, rows, student.num_parameters()):
+            say("warning", text)
     trainer = DistillTrainer(
         model=student,
         args=arguments,
@@ -98,7 +102,6 @@ def _train_one(
         eval_dataset=validation,
         teacher=teacher,
         processing_class=tokenizer,
-        peft_config=_lora(experiment),
     )
     if early := experiment.train.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(early.patience, early.min_delta))
@@ -107,12 +110,8 @@ def _train_one(
 
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if main:
-        if experiment.student.lora:
-            trained.save_pretrained(directory / "adapter")
-            trained = trained.merge_and_unload()
-        if same_vocabulary:
-            trained.generation_config.eos_token_id = manifest["tokenizer"]["end_token_ids"]
-        _save(trained, tokenizer, directory, saved_dtype)
+        end = manifest["tokenizer"]["end_token_ids"] if same_vocabulary else None
+        save_student(trained, tokenizer, experiment, directory, end)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
         results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
         stage.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, arguments, results))
@@ -128,19 +127,6 @@ def last_checkpoint(directory: Path) -> str | None:
         except (OSError, ValueError, KeyError):
             continue
     return max(finished)[1] if finished else None
-
-
-def _origin(experiment: Experiment, check: str | None = None) -> tuple[str, str | None, bool]:
-    """The model that the student starts from: its own, or the teacher that is pruned."""
-    student, teacher = experiment.student, experiment.teacher
-    if student.model is None and student.prune is None:
-        raise InputError("student needs one of the keys student.model and student.prune")
-    origin = (student.model, student.revision, student.trust_remote_code)
-    model, revision, trust = origin if student.model else (teacher.model, teacher.revision, teacher.trust_remote_code)
-    assert model is not None
-    if check:
-        check_model_exists(model, check)
-    return model, revision, trust
 
 
 def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
@@ -231,9 +217,17 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean train.args.{near[0]}?" if near else ""
             raise InputError(f"no such key train.args.{name}: trl.SFTConfig has no such argument{hint}")
-    defaults = {"seed": experiment.seed, "report_to": "none", "logging_steps": 1, "disable_tqdm": True}
-    defaults["use_cpu"] = not torch.accelerator.is_available()
-    defaults |= _evaluation(experiment)
+    defaults = {
+        "seed": experiment.seed,
+        "learning_rate": default_learning_rate(experiment.student),
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # below 1 it is a share of all steps
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+        **_evaluation(experiment),
+    }
     ours = {"output_dir": str(directory / "checkpoints")} | experiment.train.model_dump(include=set(_LOSS))
     try:
         arguments = DistillConfig(**{**defaults, **experiment.train.args, **ours, **(_TEXT_ONLY if text_only else {})})
@@ -254,7 +248,7 @@ def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> tuple[Any, b
         InputError: token-level targets for a student with another vocabulary.
     """
     teacher = manifest["tokenizer"]
-    model, revision, trust = _origin(experiment)
+    model, revision, trust = origin(experiment)
     tokenizer = load_tokenizer(model, revision, trust, "student.model")
     student_size = load_config(model, revision, trust, "student.model").get_text_config().vocab_size
     if vocabulary_hash(tokenizer) == teacher["vocabulary_hash"]:
@@ -282,44 +276,36 @@ def _tokenise_again(dataset: Any, tokenizer: Any) -> Any:
     return plain.map(convert, remove_columns=[name for name in plain.column_names if name not in kept]).with_format("numpy")
 
 
-def _student(experiment: Experiment) -> Any:
-    """The model before training: float32 where all weights train, its own precision under LoRA."""
-    from accelerate import PartialState
-
-    model, revision, trust = _origin(experiment)
-    dtype = "auto" if experiment.student.lora else "float32"
-    if experiment.student.prune is None:
-        return load_model(model, revision, dtype, trust, "student.model")
-    with PartialState().main_process_first():
-        ensure_pruned(experiment)
-    return load_model(str(experiment.directory("pruned")), None, dtype)
-
-
-def _online_teacher(experiment: Experiment) -> Any:
-    """The teacher to run beside the student, if the targets are not to be stored ones."""
+def _online_teacher(experiment: Experiment, arguments: Any) -> Any:
+    """The teacher to run beside the student, if the targets are not to be stored ones and the loss needs it."""
     teacher = experiment.teacher
-    if experiment.targets.kind != "online":
+    if experiment.targets.kind != "online" or not (arguments.uses_targets or any(arguments.layers())):
         return None
     return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code)
 
 
-def _lora(experiment: Experiment) -> Any:
-    lora = experiment.student.lora
-    if lora is None:
-        return None
-    from peft import LoraConfig
+def _pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: Any) -> None:
+    """Decide which layers are compared where the configuration does not say: of a pruned student, by where they were.
 
-    return LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules, task_type="CAUSAL_LM"
-    )
+    Raises:
+        InputError: the configuration names layers that are not there.
+    """
+    from llmdistill.hidden import decoder_layers, of_pruned, resolve
 
-
-def _save(model: Any, tokenizer: Any, directory: Path, dtype: Any) -> None:
-    """A model directory in the precision of the checkpoint that the student comes from."""
-    import torch
-
-    model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    kept = None
+    if experiment.student.prune:
+        kept = stage.read_json(experiment.directory("student-before") / stage.RUN_FILE)["results"]["layers"]
+    for name in ("hidden", "attention"):
+        part = getattr(arguments, name)
+        if part is None:
+            continue
+        sizes = [len(decoder_layers(model)) for model in (student, teacher)]
+        if part["layers"] is None and kept:
+            part["layers"] = of_pruned(kept, sizes[1]) if name == "hidden" else list(enumerate(kept))
+        try:
+            part["layers"] = resolve(part["layers"], *sizes)
+        except ValueError as error:
+            raise InputError(f"train.{name}.{error}") from None
 
 
 def _show_progress(trainer: Any, label: str) -> None:

@@ -2,8 +2,9 @@
 
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import trl
@@ -12,6 +13,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from llmdistill import fused, losses
 from llmdistill.collator import POSITION_WEIGHTS, TARGET_COLUMNS, DistillCollator, completion_logits, in_place_of_logits
 from llmdistill.flops import peak_flops, training_flops
+from llmdistill.hidden import Attention, Hidden, LayerMatch
 from llmdistill.importance import importance, log_importance
 from llmdistill.packing import Packs, check_apart, row_lengths
 from llmdistill.targets import kind_of
@@ -44,6 +46,8 @@ class DistillConfig(trl.SFTConfig):
         sequence_alpha: weight of the sequence-level KL (`losses.sequence_kl`).
         position_weights: what a token counts: `uniform`, `entropy` (of the teacher there) or `certainty`, exp(−entropy).
         reduction: whether every `token` of the global batch counts alike, or every `sequence`.
+        hidden: arguments of `hidden.Hidden`: the student's hidden states are to resemble the teacher's.
+        attention: arguments of `hidden.Attention`: its attention maps are.
         packing: put several whole rows of at most `max_length` tokens into one, none of which sees another.
         padding_free: put the rows of a batch one behind the other instead of padding them.
     """
@@ -57,7 +61,12 @@ class DistillConfig(trl.SFTConfig):
     sequence_alpha: float = field(default=0.0, metadata={"help": "Weight of the sequence-level KL."})
     position_weights: str = field(default="uniform", metadata={"help": "What a token counts: uniform, entropy or certainty."})
     reduction: str = field(default="token", metadata={"help": "What counts alike: every token, or every sequence."})
+    hidden: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Hidden."})
+    attention: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Attention."})
     max_length: int | None = field(default=None, metadata={"help": "Sequences are cut to so many tokens; whole by default."})
+
+    # Dictionaries, which a command line gives as JSON.
+    _VALID_DICT_FIELDS = [*trl.SFTConfig._VALID_DICT_FIELDS, "hidden", "attention"]
 
     def __post_init__(self) -> None:
         self.objective(0)
@@ -75,6 +84,13 @@ class DistillConfig(trl.SFTConfig):
             raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy by length")
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
+        self.layers()
+
+    def layers(self) -> tuple[Hidden | None, Attention | None]:
+        """What of the layers is compared with the teacher's."""
+        hidden: Any = self.hidden
+        attention: Any = self.attention
+        return None if hidden is None else Hidden(**hidden), None if attention is None else Attention(**attention)
 
     def objective(self, progress: float) -> losses.Objective:
         """The loss that these fields describe, at a share of the training between 0 and 1."""
@@ -104,7 +120,8 @@ class DistillTrainer(trl.SFTTrainer):
     an `eval_dataset` the same parts are logged of it, as `eval_kl` and so on.
 
     With a `teacher`, a model, the divergence is from its full distribution, computed beside the student at every step; the
-    dataset's soft targets are not looked at.
+    dataset's soft targets are not looked at. Its hidden states and attention maps, with `hidden` and `attention`, are then
+    parts of the loss beside the others, with their own weights.
 
     Raises:
         ValueError: the arguments do not fit each other, the dataset or the model.
@@ -132,13 +149,16 @@ class DistillTrainer(trl.SFTTrainer):
             raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError("context and sequence parallelism are not supported: they would cut sequences from their targets")
+        self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        self.match = self._match(args)
         if in_a_line:
             check_apart(self.model)
+            if self.teacher is not None:
+                check_apart(self.teacher)
         if args.packing:
             self._set_signature_columns_if_needed()
             columns = [name for name in self._signature_columns if name in train_dataset.column_names]
             self.train_dataset = Packs(train_dataset.select_columns(columns), args.max_length or 0)
-        self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
         # A teacher's whole distribution is no smaller than the student's logits: with one, they are held.
         self._head = fused.find_head(self.model) if teacher is None else None
         self._flops = training_flops(self.model, self.model.get_output_embeddings())
@@ -160,6 +180,19 @@ class DistillTrainer(trl.SFTTrainer):
             raise ValueError(f"position_weights is {args.position_weights}, which needs stored soft targets")
         if teacher is None:
             args.objective(0).check_targets(kind)
+            if any(args.layers()):
+                raise ValueError("hidden states and attention maps are compared with those of a teacher, and there is none")
+
+    def _match(self, args: DistillConfig) -> LayerMatch | None:
+        if not any(args.layers()):
+            return None
+        match = LayerMatch(self.model, self.teacher, *args.layers())
+        if match.projector:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("hidden states of different sizes need a projector, which FSDP and DeepSpeed do not train here")
+            if args.ddp_find_unused_parameters is None:
+                args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, the projector is used after it
+        return match
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "completion_start", *TARGET_COLUMNS]
@@ -187,15 +220,19 @@ class DistillTrainer(trl.SFTTrainer):
         objective, head = self.args.objective(self._progress()), self._head
         labels_N = inputs["labels"][inputs["labels"] != -100]
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self._watched(self.teacher, "teacher") as theirs:
                 inputs = {**inputs, "teacher_logits": completion_logits(self.teacher, inputs)}
-        if head is None or not head.is_in(model):
-            logits_NV = completion_logits(model, inputs)
-            loss, sums = losses.distillation_loss(logits_NV, labels_N, inputs, objective)
-        else:
-            loss, sums = in_place_of_logits(
-                model, inputs, lambda hidden_ND: fused.distillation_loss(hidden_ND, head, labels_N, inputs, objective)
-            )
+        with self._watched(model, "student") as mine:
+            if head is None or not head.is_in(model):
+                logits_NV = completion_logits(model, inputs)
+                loss, sums = losses.distillation_loss(logits_NV, labels_N, inputs, objective)
+            else:
+                loss, sums = in_place_of_logits(
+                    model, inputs, lambda hidden_ND: fused.distillation_loss(hidden_ND, head, labels_N, inputs, objective)
+                )
+        if self.match:
+            more, parts = self.match.loss(mine, theirs, inputs)
+            loss, sums = loss + more, {**sums, **parts}
         weight = inputs["token_weights"].sum()
         self._count(inputs, {**sums, "loss": loss.detach(), "weight": weight})
         loss = loss / torch.as_tensor(weight if num_items_in_batch is None else num_items_in_batch).clamp(min=1e-12)
@@ -203,6 +240,20 @@ class DistillTrainer(trl.SFTTrainer):
             # DDP averages gradients over processes; the divisor counts the tokens of all of them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
+
+    def _watched(self, model: Any, side: Literal["student", "teacher"]) -> Any:
+        return self.match.watch(model, side) if self.match else nullcontext()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student, and beside a checkpoint what else has learned."""
+        super().save_model(output_dir, _internal_call)
+        if self.match and _internal_call and self.args.should_save:
+            self.match.save(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.match:
+            self.match.load(resume_from_checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, exact means over the tokens since the last log, and the speed."""

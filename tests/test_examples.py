@@ -1,12 +1,17 @@
-"""The flat example computes what the package computes."""
+"""The flat example computes what the package computes; the scripts beside TRL's run."""
 
+import difflib
 import importlib.util
+import json
+import runpy
 
 import numpy as np
+import pytest
 import torch
 
 from llmdistill import pps, targets
 from llmdistill.collator import DistillCollator, completion_logits
+from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models import load_model, load_tokenizer
 from tests.conftest import ROOT
@@ -50,3 +55,42 @@ def test_its_loss_is_that_of_the_package(tiny):
     labels = batch["labels"][batch["labels"] != -100]
     want, _ = distillation_loss(completion_logits(student, batch), labels, batch, Objective(alpha=0.7))
     np.testing.assert_allclose(loop.loss(student, row, 0.7).item(), want.item(), rtol=2e-3)
+
+
+def test_ten_lines_make_a_trl_script_distil():
+    plain, ours = ((ROOT / f"examples/trl_{name}.py").read_text().splitlines() for name in ("sft", "distill"))
+    changes = [line for line in difflib.ndiff(plain, ours) if line[0] in "+-"]
+    assert 0 < sum(line[0] == "+" for line in changes) <= 10
+    assert 0 < sum(line[0] == "-" for line in changes) <= 10
+
+
+@pytest.mark.parametrize("script", ["trl_sft", "trl_distill"])
+def test_trl_scripts_run(script, tiny, tmp_path, monkeypatch):
+    """Both on one dataset, by the arguments of TRL's own command line; the loss of the second has its parts."""
+    data = tmp_path / "data"
+    rows, generator = [], torch.Generator().manual_seed(0)
+    for number in range(4):
+        log_p = torch.randn(5, 49152, generator=generator).log_softmax(-1)
+        ids = log_p.topk(4).indices
+        soft = targets.from_logprobs("topk", ids.numpy(), log_p.gather(1, ids).numpy())
+        asked, said = ([{"role": role, "content": str(number)}] for role in ("user", "assistant"))
+        rows.append(Row(str(number), asked, said, [5, 6, 7], np.arange(8, 13), "stop", np.zeros(5), soft))
+    write_shard(data, "train", 0, 1, rows_to_table(rows, 49152))
+    about = {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": "topk", "k": 4}}
+    write_manifest(data, finished_shards(data, "train"), about)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    options = {
+        "model_name_or_path": tiny,
+        "dataset_name": data,
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "logging_steps": 1,
+    }
+    options |= {"logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "save_steps": 2}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    runpy.run_path(str(ROOT / f"examples/{script}.py"), run_name="__main__")
+    load_model(str(tmp_path / "out"))
+    history = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    assert len(history) == 2
+    assert ("kl" in history[0]) == (script == "trl_distill")

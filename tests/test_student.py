@@ -1,137 +1,92 @@
-import numpy as np
+"""Fresh students: the teacher's architecture with other sizes."""
+
 import pytest
 import torch
 import transformers
 
-from llmdistill.config import Prune
+from llmdistill.config_student import Student
 from llmdistill.errors import InputError
-from llmdistill.models import load_model
-from llmdistill.student import choose, cut, evenly_spaced, measure
-
-ROWS = [{"input_ids": np.arange(5, 5 + n), "completion_start": 2} for n in (4, 9, 6)]
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
-FAMILIES = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text"]
+from llmdistill.student import default_learning_rate, fresh
+from tests.test_cut import FAMILIES, SMALL
 
 
-def small_model(family):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SMALL)
-    name = "Gemma3" if family == "Gemma3Text" else family
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
-
-def test_evenly_spaced():
-    assert evenly_spaced(12, 6) == [0, 2, 4, 7, 9, 11]
-    assert evenly_spaced(4, 4) == [0, 1, 2, 3]
-    assert evenly_spaced(4, 1) == [0]
-
-
-@pytest.mark.parametrize("layers", [0, 5, [], [1, 0], [0, 0], [0, 4], [-1]])
-def test_layers_that_are_not_there(layers, tiny):
-    with pytest.raises(InputError, match=r"student.prune.layers"):
-        choose(Prune(layers=layers), load_model(str(tiny)).config, None)
-
-
-@pytest.mark.parametrize("key", ["intermediate_size", "key_value_heads", "hidden_size"])
-def test_more_than_there_is(key, tiny):
-    model = load_model(str(tiny))
-    with pytest.raises(InputError, match=rf"student.prune.{key} is 999, but the teacher has"):
-        choose(Prune(**{key: 999}), model.config, measure(model, ROWS))
-
-
-def test_nothing_to_prune_is_refused():
-    with pytest.raises(ValueError, match="give at least one of layers"):
-        Prune()
+def config_of(family, **changes):
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes})
+    config.dtype = torch.bfloat16
+    return config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_that_do_nothing_are_found_and_their_loss_changes_nothing(family):
-    """Two layers, a third of the neurons of every layer and one head group write nothing; the model without them is the same."""
-    model = small_model(family)
-    generator = np.random.default_rng(0)
-    dead_neurons, dead_heads = {}, {}
-    with torch.no_grad():
-        for number, layer in enumerate(model.model.layers):
-            # A post-norm would blow a zero up to a direction of its own, but zero stays zero.
-            if number in (1, 2):
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
-            dead_neurons[number] = np.sort(generator.permutation(48)[:16])
-            layer.mlp.up_proj.weight[dead_neurons[number]] = 0
-            dead_heads[number] = int(generator.integers(3))
-            rows = slice(8 * dead_heads[number], 8 * dead_heads[number] + 8)
-            layer.self_attn.v_proj.weight[rows] = 0
-            if layer.self_attn.v_proj.bias is not None:
-                layer.self_attn.v_proj.bias[rows] = 0
-    importance = measure(model, ROWS, batch_size=2)
-    assert importance.layers[[1, 2]] == pytest.approx([0, 0], abs=1e-6)
-    prune = Prune(layers=2, by="block_influence", intermediate_size=32, key_value_heads=2)
-    kept = choose(prune, model.config, importance)
-    assert kept.layers == [0, 3]
-    for place, number in enumerate(kept.layers):
-        assert not set(kept.neurons[place]) & set(dead_neurons[number])
-        assert dead_heads[number] not in kept.heads[place]
-    student = cut(model, kept)
-    ids = torch.arange(20)[None]
-    torch.testing.assert_close(student(ids).logits, model(ids).logits)
-    decoded = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)  # the cache counts layers from 0 again
-    assert decoded.tolist() == model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
-    config = student.config
-    assert (config.num_hidden_layers, config.intermediate_size, config.num_key_value_heads) == (2, 32, 2)
-    assert (config.num_attention_heads, config.head_dim) == (4, 8)
-    assert model.config.num_hidden_layers == 4
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_channels_that_are_always_zero_go_first_and_the_rest_loads_again(family, tmp_path):
-    model = small_model(family)
-    dead = [3, 7, 11, 17, 20, 23]
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:, dead] = 0
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[dead] = 0
-            layer.mlp.down_proj.weight[dead] = 0
-    kept = choose(Prune(hidden_size=18), model.config, measure(model, ROWS))
-    assert not set(kept.hidden) & set(dead)
-    student = cut(model, kept)
-    ids = torch.arange(20)[None]
+def test_every_family_in_other_sizes(family, tmp_path):
+    changes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    student = fresh(config_of(family), {**changes, "intermediate_size": 20}, seed=0)
+    assert {name: getattr(student.config, name) for name in changes} == changes
+    layer = student.model.layers[1]
+    assert layer.self_attn.q_proj.weight.shape == (16, 16)  # 2 heads of 8, the teacher's head_dim
+    assert layer.self_attn.k_proj.weight.shape == (8, 16)
+    assert layer.mlp.up_proj.weight.shape == (20, 16)
+    assert student.dtype == torch.bfloat16
+    assert student.get_input_embeddings().weight.shape == (64, 16)
     student.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.config.hidden_size == 18
-    assert again.get_input_embeddings().weight.shape == (64, 18)
+    ids = torch.arange(20)[None]
     torch.testing.assert_close(again(ids).logits, student(ids).logits)
 
 
-def test_a_size_that_the_architecture_does_not_allow(tiny):
-    model = load_model(str(tiny))
-    with pytest.raises(InputError, match=r"cannot have these sizes: .*size \(30\) is not a multiple"):
-        cut(model, choose(Prune(hidden_size=30), model.config, measure(model, ROWS)))
+def test_weights_depend_on_the_seed_and_on_nothing_else():
+    config = config_of("Llama")
+    torch.manual_seed(1)
+    first = fresh(config, {"num_hidden_layers": 2}, seed=7)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)  # the caller's random numbers are left alone
+    second, other = fresh(config, {"num_hidden_layers": 2}, seed=7), fresh(config, {"num_hidden_layers": 2}, seed=8)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name])
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+    assert first.state_dict()[name].float().std().item() == pytest.approx(config.initializer_range, rel=0.1)
 
 
-def test_the_importance_is_a_mean_over_tokens_without_padding(tiny):
-    """Batches of one and of three give the same numbers, and those of the neurons are the mean |input of down_proj|."""
-    model = load_model(str(tiny))
-    apart, together = measure(model, ROWS, batch_size=1), measure(model, ROWS, batch_size=3)
-    for part in ("layers", "neurons", "heads", "hidden"):
-        np.testing.assert_allclose(getattr(apart, part), getattr(together, part), rtol=1e-4, atol=1e-7)
-    seen = []
-    model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].abs()))
-    with torch.inference_mode():
-        for row in ROWS:
-            model(torch.from_numpy(row["input_ids"])[None])
-    np.testing.assert_allclose(apart.neurons[2], torch.cat(seen).mean(0), rtol=1e-4)
+def test_kinds_of_layers_follow_the_number_of_layers():
+    """Gemma alternates sliding and full attention; the teacher's pattern goes on, or ends earlier."""
+    config = config_of("Gemma2", layer_types=["sliding_attention", "sliding_attention", "full_attention", "full_attention"])
+    assert fresh(config, {"num_hidden_layers": 3}, seed=0).config.layer_types == [*["sliding_attention"] * 2, "full_attention"]
+    longer = fresh(config, {"num_hidden_layers": 6}, seed=0).config.layer_types
+    assert longer == [*config.layer_types, "sliding_attention", "sliding_attention"]
+    given = ["full_attention"] * 2
+    assert fresh(config, {"num_hidden_layers": 2, "layer_types": given}, seed=0).config.layer_types == given
 
 
-def test_an_architecture_that_is_built_otherwise_is_refused():
-    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    with pytest.raises(InputError, match="GPT2LMHeadModel is not built as llama, qwen and gemma models are"):
-        measure(transformers.GPT2LMHeadModel(config), ROWS)
+def test_the_whole_architecture_is_a_change_of_nothing():
+    config = config_of("Llama")
+    student = fresh(config, {}, seed=0)
+    assert {**student.config.to_dict(), "architectures": None} == {**config.to_dict(), "architectures": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 16}, "no such key student.config.hiden_size: LlamaConfig has no such key; did you mean .*hidden_size"),
+        ({"torch_dtype": "float32"}, "no such key student.config.torch_dtype"),
+        ({"vocab_size": 32}, "student.config.vocab_size cannot be changed: the student has the teacher's tokenizer"),
+        ({"eos_token_id": 3}, "student.config.eos_token_id cannot be changed"),
+        ({"hidden_size": 25}, r"LlamaConfig cannot have hidden_size 25: .*size \(25\) is not a multiple"),
+        ({"num_key_value_heads": 4}, "LlamaConfig cannot have num_key_value_heads 4: "),
+        ({"hidden_size": "wide"}, "LlamaConfig cannot have hidden_size wide: "),
+        ({"num_hidden_layers": -1}, "LlamaConfig cannot have num_hidden_layers -1: "),
+        ({"num_hidden_layers": 0}, "LlamaConfig cannot have num_hidden_layers 0: "),
+        ({"layer_types": ["full_attention"]}, "no such key student.config.layer_types"),
+    ],
+)
+def test_keys_and_sizes_that_there_are_not(changes, message):
+    with pytest.raises(InputError, match=message):
+        fresh(config_of("Llama"), changes, seed=0)
+
+
+def test_default_learning_rates():
+    """Adapters take ten times the rate of all weights."""
+    rates = [default_learning_rate(Student(**origin)) for origin in ({"model": "m"}, {"prune": {"layers": 2}}, {"config": {}})]
+    assert rates == sorted(rates)
+    for origin in ({"model": "m"}, {"prune": {"layers": 2}}):
+        assert default_learning_rate(Student(**origin, lora={})) == 10 * default_learning_rate(Student(**origin))

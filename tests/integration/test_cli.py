@@ -120,7 +120,7 @@ def test_lora_by_two_lines_of_yaml(finished_run, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "student/adapter/adapter_config.json").exists()
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
-    before = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "student-before").state_dict()
     assert trained.keys() == before.keys()
     changed = {name for name in trained if not torch.equal(trained[name], before[name])}
     assert changed
@@ -139,23 +139,107 @@ def test_a_narrower_student(finished_run, tmp_path):
     pruned = run_cli("prune", file, *overrides)
     assert pruned.returncode == 0, pruned.stderr
     for part in (
-        "keeps layers 0, 2, 3 of 4",
+        "keeps layers 0, 2, 3 of 4, evenly spaced; block influence: up to ",
         "keeps 40 of 64 feed-forward neurons",
         "1 of 2 key-value heads",
         "24 of 32 channels",
     ):
         assert part in pruned.stdout
     assert "is finished" in run_cli("prune", file, *overrides).stdout
-    written = (tmp_path / "pruned/model.safetensors").stat().st_mtime_ns
+    written = (tmp_path / "student-before/model.safetensors").stat().st_mtime_ns
     trained = run_cli("train", file, *overrides)
     assert trained.returncode == 0, trained.stderr
-    assert (tmp_path / "pruned/model.safetensors").stat().st_mtime_ns == written
+    assert (tmp_path / "student-before/model.safetensors").stat().st_mtime_ns == written
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert student.get_input_embeddings().weight.shape[1] == 24
     assert torch.isfinite(student(torch.arange(9)[None]).logits).all()
     other = run_cli("prune", file, *overrides, "--student.prune.layers", 2)
     assert other.returncode == 2
     assert "student.prune.layers was 3, is 2" in other.stderr
+
+
+STUDENTS = {
+    "DoRA": "prune: {layers: [0, 2]}\n  lora: {r: 4, args: {use_dora: true}}",
+    "QLoRA": "prune: {layers: 2, by: block_influence}\n  lora: {}\n  quantize: nf4",
+}
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_adapters_on_a_pruned_student_from_yaml_alone(finished_run, student, tmp_path):
+    """No override and no learning rate: adapters get ten times that of training all weights, with warm-up, to zero."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if student == "QLoRA":
+        pytest.importorskip("bitsandbytes")
+    tree = yaml.safe_load(finished_run[0].read_text())
+    tree |= {"output": f"{tmp_path}/run", "student": yaml.safe_load(f"  {STUDENTS[student]}")}
+    args = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1}
+    tree["train"] = {"dataset": f"{output(finished_run[0])}/curated", "args": args}
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    result = run_cli("train", file)
+    assert result.returncode == 0, result.stderr
+    assert "warning   100% of the rows are cut before they end" in result.stdout
+    assert "raise generate.max_tokens" in result.stdout
+    run = tmp_path / "run"
+    history = json.loads((run / "student/trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "ce" in entry]
+    assert rates == pytest.approx([0, 1e-3, 0.75e-3, 0.25e-3])
+    trained = AutoModelForCausalLM.from_pretrained(run / "student")
+    before = AutoModelForCausalLM.from_pretrained(run / "student-before")
+    assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+    ids = torch.arange(9)[None]
+    beside = PeftModel.from_pretrained(before, run / "student/adapter")
+    torch.testing.assert_close(beside(ids).logits, trained(ids).logits, rtol=0, atol=1e-3)
+
+
+def test_a_fresh_student(finished_run, tmp_path):
+    """The teacher's architecture in other sizes, from random weights: made once, trained, evaluated, said on the card."""
+    from transformers import AutoModelForCausalLM
+
+    config = "{num_hidden_layers: 1, hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 1}"
+    file, _ = finished_run
+    student = ["--student.config", config, "--train.dataset", output(file) / "curated", "--output", tmp_path]
+    student += ["--train.compare_text_only", "false", "--train.args.max_steps", 2]
+    for stage in ("train", "eval"):
+        result = run_cli(stage, file, *student)
+        assert result.returncode == 0, result.stderr
+    models = json.loads((tmp_path / "eval/metrics.json").read_text())["models"]
+    assert [model["name"] for model in models] == ["teacher", "student before", "student"]
+    assert models[1]["path"] == f"{tmp_path}/student-before"
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("student-before", "student"))
+    assert before.config.hidden_size == after.config.hidden_size == 16
+    assert len(after.model.layers) == 1
+    card = (tmp_path / "student/README.md").read_text()
+    assert "random weights in the architecture of" in card
+    assert "with num_hidden_layers 1, hidden_size 16" in card
+    assert "base_model" not in card
+    assert "is finished" in run_cli("train", file, *student).stdout
+    other = run_cli("train", file, *student, "--student.config.hidden_size", 8)
+    assert other.returncode == 2
+    assert "student.config.hidden_size was 16, is 8" in other.stderr
+
+
+def test_hidden_states_and_attention_maps_of_an_online_teacher(finished_run, tmp_path):
+    """A narrower student, so with a projector; what it learned from is logged, said, and not in what is saved."""
+    from safetensors import safe_open
+
+    file, _ = finished_run
+    overrides = ["--output", tmp_path, "--train.dataset", output(file) / "curated", "--targets.kind", "online"]
+    overrides += ["--student.prune", "{layers: [0, 1, 3], hidden_size: 24}", "--train.args.gradient_checkpointing", "true"]
+    overrides += ["--train.hidden", "{loss: mse, weight: 0.5}", "--train.attention.weight", "2"]
+    result = run_cli("train", file, *overrides, "--train.compare_text_only", "false")
+    assert result.returncode == 0, result.stderr
+    history = json.loads((tmp_path / "student/trainer_state.json").read_text())["log_history"]
+    for entry in history[:4]:
+        want = 0.1 * entry["ce"] + 0.9 * entry["kl"] + 0.5 * entry["hidden"] + 2 * entry["attention"]
+        assert entry["loss"] == pytest.approx(want, rel=1e-3)
+    assert (tmp_path / "student/checkpoints/checkpoint-4/hidden_projector.safetensors").exists()
+    with safe_open(tmp_path / "student/model.safetensors", "pt") as weights:
+        assert not any("projector" in name for name in weights.keys())  # noqa: SIM118
+    assert "0.5 × hidden states (mse) + 2 × attention maps" in (tmp_path / "student/README.md").read_text()
 
 
 def test_an_existing_model_as_student(finished_run, tiny, tmp_path):
@@ -168,7 +252,7 @@ def test_an_existing_model_as_student(finished_run, tiny, tmp_path):
     models = json.loads((tmp_path / "eval/metrics.json").read_text())["models"]
     assert [model["name"] for model in models] == ["teacher", "student before", "student"]
     assert models[1]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert not (tmp_path / "pruned").exists()
+    assert not (tmp_path / "student-before").exists()
 
 
 def test_text_only_targets(experiment_file):
@@ -219,10 +303,10 @@ def test_wrong_input_is_one_message_and_status_2(experiment_file, arguments, mes
     assert sorted(directory.rglob("*")) == before, "something was written"
 
 
-def test_wrong_training_input(finished_run, tmp_path, smollm2):
+def test_wrong_training_input(finished_run, tmp_path, tiny):
     file, _ = finished_run
     base = ["train", file, "--output", tmp_path / "new", "--train.dataset", output(file) / "curated"]
-    student = ["--student", "{model: MODEL}"]
+    student, twin = ["--student", "{model: MODEL}"], ["--student", f"{{model: {tiny}}}"]
     for overrides, message in [
         (["--train.args.learning_rte", "1"], "did you mean train.args.learning_rate?"),
         (["--train.temperature", "2"], "sampled targets are unbiased at temperature 1 only"),
@@ -231,7 +315,15 @@ def test_wrong_training_input(finished_run, tmp_path, smollm2):
         (["--train.args.push_to_hub", "true"], "push the trained student with `llmdistill push`"),
         (["--student.prune.layers", "9"], "student.prune.layers is 9, but the teacher has 4 layers"),
         ([student[0], student[1].replace("MODEL", "./nowhere")], "student.model: ./nowhere is no model directory"),
-        (["--student", "{}"], "student needs one of the keys student.model and student.prune"),
+        (["--student.config", "{hidden_size: 30}"], "student.config: LlamaConfig cannot have hidden_size 30"),
+        (["--student.lora.args", "{use_dorra: true}"], "did you mean student.lora.args.use_dora?"),
+        ([*twin[:1], twin[1].replace("}", ", lora: {target_modules: [query]}}")], "student.lora: Target modules {'query'} not"),
+        (["--train.hidden", "{}"], "train.hidden needs the teacher beside the student; set targets.kind to online"),
+        (
+            [*twin, "--targets.kind", "online", "--train.hidden.layers", "[[0, 4]]"],
+            "train.hidden.layers: there is no pair [0, 4]",
+        ),
+        (["--student", "{}"], "student needs one of the keys student.model, student.prune and student.config"),
     ]:
         result = run_cli(*base, *overrides)
         assert result.returncode == 2, result.stderr

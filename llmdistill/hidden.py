@@ -1,0 +1,263 @@
+"""Losses between the layers of a student and those of a teacher beside it: hidden states and attention maps.
+
+As in `losses`: pure functions of tensors, one value a completion token, in float32 whatever they are given. The values are
+those at the positions that predict completion tokens; several pairs of layers count by their mean. Shapes: N completion
+tokens, D hidden size, H attention heads, S positions that may be attended to.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Pairs = Sequence[tuple[int, int]]  # [student's layer, teacher's layer], counted from 0
+Seen = dict[tuple[str, int], Tensor]  # what was watched, by "hidden" or "attention" and number of the layer
+_FILE = "hidden_projector.safetensors"
+
+
+def cosine(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """1 − cos(student, teacher), from 0 to 2, whatever their lengths (DistilBERT, Sanh et al. 2019, arXiv 1910.01108)."""
+    return 1 - torch.nn.functional.cosine_similarity(_wide(student_ND), _wide(teacher_ND), dim=1)
+
+
+def mse(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """‖student − teacher‖² / D, in the teacher's units (TinyBERT, Jiao et al. 2019, arXiv 1909.10351)."""
+    return (_wide(student_ND) - _wide(teacher_ND)).square().mean(dim=1)
+
+
+def attention_kl(student_NHS: Tensor, teacher_NHS: Tensor) -> Tensor:
+    """Mean over heads of KL(teacher's map ‖ student's map), nats (MiniLM, Wang et al. 2020, arXiv 2002.10957).
+
+    Where teacher and student differ in their number of heads, the maps are averaged over heads first.
+
+    Args:
+        student_NHS: attention probabilities of the position that predicts each completion token.
+        teacher_NHS: the same of the teacher, perhaps with other heads.
+    """
+    if student_NHS.shape[1] != teacher_NHS.shape[1]:
+        student_NHS, teacher_NHS = (_wide(maps).mean(dim=1, keepdim=True) for maps in (student_NHS, teacher_NHS))
+    # Rounded to bfloat16 they do not add up to one, and what is not a distribution may have a negative divergence.
+    q_NHS, p_NHS = (maps / maps.sum(dim=2, keepdim=True) for maps in (_wide(student_NHS), _wide(teacher_NHS)))
+    tiny = torch.finfo(q_NHS.dtype).tiny
+    return (p_NHS * (p_NHS.clamp(min=tiny).log() - q_NHS.clamp(min=tiny).log())).sum(dim=2).mean(dim=1)
+
+
+LOSSES = {"cosine": cosine, "mse": mse}
+
+
+def evenly(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """Every layer of the student with the teacher's at the same share of its depth, the last with the last."""
+    return [(layer, max(round((layer + 1) * teacher_layers / student_layers) - 1, 0)) for layer in range(student_layers)]
+
+
+def of_pruned(kept: Sequence[int], teacher_layers: int) -> list[tuple[int, int]]:
+    """For a student made of these layers of the teacher: each layer answers for those that went after it.
+
+    Its output goes where the next kept layer stands, so it should be what that one used to get: the output of the layer
+    before it. The last answers for the teacher's last.
+    """
+    return list(enumerate([*(layer - 1 for layer in kept[1:]), teacher_layers - 1]))
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states as a part of the loss.
+
+    Args:
+        weight: beside the other parts.
+        loss: `cosine` or `mse`.
+        layers: pairs [student's layer, teacher's layer] whose outputs are compared; `evenly` if not given.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    weight: float = 1.0
+    loss: str = "cosine"
+    layers: Pairs | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss is {self.loss!r}, must be one of {', '.join(LOSSES)}")
+        _check_weight(self.weight)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention maps as a part of the loss; arguments as those of `Hidden`."""
+
+    weight: float = 1.0
+    layers: Pairs | None = None
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+
+class Projector(torch.nn.Linear):
+    """From the student's hidden size to the teacher's. A part of the model in training, and of nothing that is saved of it."""
+
+    def __init__(self, student_size: int, teacher_size: int, device: Any) -> None:
+        super().__init__(student_size, teacher_size, bias=False, device=device, dtype=torch.float32)
+        torch.nn.init.orthogonal_(self.weight)  # lengths and angles stay as they are until it has learned better
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class LayerMatch:
+    """Compares layers of a student with layers of its teacher while both run.
+
+    Args:
+        student: the model that learns; where the sizes differ it gets a `Projector`, called `hidden_projector`.
+        teacher: the model beside it.
+        hidden: how to compare hidden states, if they are compared.
+        attention: how to compare attention maps; both models are set to eager attention, no other gives any.
+
+    Raises:
+        ValueError: a layer that is not there.
+    """
+
+    def __init__(self, student: Any, teacher: Any, hidden: Hidden | None, attention: Attention | None) -> None:
+        self.hidden, self.attention = hidden, attention
+        sizes = [len(decoder_layers(model)) for model in (student, teacher)]
+        self.pairs = {name: resolve(part.layers, *sizes) for name, part in (("hidden", hidden), ("attention", attention)) if part}
+        if attention:
+            for model in (student, teacher):
+                model.set_attn_implementation("eager")
+        widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
+        self.projector: Projector | None = None
+        if hidden and widths[0] != widths[1]:
+            self.projector = Projector(widths[0], widths[1], student.device)
+            student.add_module("hidden_projector", self.projector)
+
+    @contextmanager
+    def watch(self, model: Any, side: Literal["student", "teacher"]) -> Iterator[Seen]:
+        """Inside, a forward pass of the model leaves here what its watched layers give."""
+        seen: Seen = {}
+        layers, place = decoder_layers(model), ("student", "teacher").index(side)
+        handles = [
+            _watched(layers[pair[place]], name).register_forward_hook(_keep(seen, (name, pair[place])))
+            for name, pairs in self.pairs.items()
+            for pair in pairs
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def loss(self, student: Seen, teacher: Seen, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum over the tokens, and the detached sums of its parts `hidden` and `attention`, unweighted.
+
+        Args:
+            student: what was watched of it.
+            teacher: what was watched of it.
+            batch: the collator's, with its `positions` and `token_weights`, shape (N,).
+        """
+        positions = batch["positions"]
+        total, sums = torch.zeros((), device=positions.device), {}
+        with torch.autocast(positions.device.type, enabled=False):
+            for name, part in (("hidden", self.hidden), ("attention", self.attention)):
+                if part is None:
+                    continue
+                compare = self._compare_hidden if name == "hidden" else _compare_attention
+                values = [
+                    compare(_alive(student[name, mine]), teacher[name, theirs], positions) for mine, theirs in self.pairs[name]
+                ]
+                value_N = torch.stack(values).mean(dim=0)
+                total = total + part.weight * (batch["token_weights"] * value_N).sum()
+                sums[name] = value_N.detach().sum()
+        return total, sums
+
+    def _compare_hidden(self, student_BTD: Tensor, teacher_BTD: Tensor, positions: Tensor) -> Tensor:
+        assert self.hidden is not None
+        student_ND, teacher_ND = (states.flatten(0, 1)[positions] for states in (student_BTD, teacher_BTD))
+        if self.projector is not None:
+            student_ND = self.projector(_wide(student_ND))
+        return LOSSES[self.hidden.loss](student_ND, teacher_ND)
+
+    def save(self, directory: str | Path) -> None:
+        """Keep the projector, if there is one, beside a checkpoint."""
+        if self.projector is not None:
+            save_file({"weight": self.projector.weight.detach().cpu().contiguous()}, Path(directory) / _FILE)
+
+    def load(self, directory: str | Path) -> None:
+        """Take the projector from a checkpoint."""
+        if self.projector is not None:
+            with torch.no_grad():
+                self.projector.weight.copy_(load_file(Path(directory) / _FILE)["weight"])
+
+
+def decoder_layers(model: Any) -> Any:
+    """The model's layers, however DDP or peft wrap it."""
+    return getattr(model, "module", model).get_decoder().layers
+
+
+def resolve(layers: Pairs | None, student_layers: int, teacher_layers: int) -> Pairs:
+    """The pairs of layers, those by position if none are given.
+
+    Raises:
+        ValueError: there are none, or a layer that is not there.
+    """
+    if layers is None:
+        return evenly(student_layers, teacher_layers)
+    for mine, theirs in layers:
+        if not (0 <= mine < student_layers and 0 <= theirs < teacher_layers):
+            raise ValueError(
+                f"layers: there is no pair [{mine}, {theirs}]: the student has layers 0 to {student_layers - 1}, "
+                f"the teacher 0 to {teacher_layers - 1}"
+            )
+    if not layers:
+        raise ValueError("layers: no pair is given")
+    return layers
+
+
+def _watched(layer: Any, name: str) -> Any:
+    return layer.self_attn if name == "attention" else layer
+
+
+def _keep(seen: Seen, key: tuple[str, int]) -> Any:
+    """A hook that computes nothing: under gradient checkpointing it runs inside what is computed twice."""
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        seen[key] = outputs[1 if key[0] == "attention" else 0]
+
+    return hook
+
+
+def _alive(watched: Tensor) -> Tensor:
+    """What was watched, if gradients reach it where they should.
+
+    Raises:
+        RuntimeError: reentrant gradient checkpointing, which computes without a graph first.
+    """
+    if torch.is_grad_enabled() and not watched.requires_grad:
+        raise RuntimeError(
+            "no gradient reaches the student's layers: set gradient_checkpointing_kwargs to {'use_reentrant': False}, "
+            "and train at least one weight at or before each layer that is compared"
+        )
+    return watched
+
+
+def _compare_attention(student_BHTS: Tensor, teacher_BHTS: Tensor, positions: Tensor) -> Tensor:
+    row, column = positions // student_BHTS.shape[2], positions % student_BHTS.shape[2]
+    return attention_kl(student_BHTS[row, :, column], teacher_BHTS[row, :, column])
+
+
+def _check_weight(weight: float) -> None:
+    if not weight > 0:
+        raise ValueError(f"weight must be above 0, got {weight}")
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least; float64 stays, for tests."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
