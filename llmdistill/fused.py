@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from llmdistill import losses
 from llmdistill.collator import output_layer
@@ -52,7 +53,7 @@ def find_head(model: Any) -> Head | None:
     (Gemma) are recognised; whatever else is done makes it None.
     """
     layer = output_layer(model)
-    if not _is_plain(layer):
+    if not _is_plain(layer) or hasattr(layer.weight, "ds_id"):  # under ZeRO-3 it is not whole but in a layer's own forward
         return None
     device = layer.weight.device
     given_V = torch.linspace(-300, 300, layer.out_features, device=device)
@@ -257,5 +258,11 @@ def _to_gradient(
 
 
 def _is_plain(layer: Any) -> bool:
-    """A linear layer and nothing else: no subclass (adapters, quantised weights), no replaced forward, no hooks on its output."""
-    return type(layer) is torch.nn.Linear and "forward" not in vars(layer) and not layer._forward_hooks
+    """A linear layer and nothing else: no subclass (adapters, quantised weights), no replaced forward, no hooks on its output.
+
+    Under FSDP2 a layer's class is a subclass made for it, and a hook of FSDP's own frees its gathered weight.
+    """
+    kind, hooks = type(layer), layer._forward_hooks.values()
+    if issubclass(kind, FSDPModule):
+        kind, hooks = kind.__mro__[2], [hook for hook in hooks if not hook.__module__.startswith("torch.distributed.fsdp.")]
+    return kind is torch.nn.Linear and "forward" not in vars(layer) and not hooks

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +51,14 @@ def load_tokenizer(model: str, revision: str | None, trust_remote_code: bool = F
 
 
 def load_model(
-    model: str, revision: str | None = None, dtype: str = "auto", trust_remote_code: bool = False, key: str = "teacher.model"
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    key: str = "teacher.model",
+    device: str | None = None,
 ) -> Any:
-    """The model in evaluation mode, on the accelerator if there is one.
+    """The model in evaluation mode, on the device or, if none is named, on the accelerator if there is one.
 
     Raises:
         InputError: there is no such model.
@@ -66,8 +74,27 @@ def load_model(
         key,
         lambda: AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code),
     )
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return loaded.to(device or "cpu").eval()
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return loaded.to(device or found or "cpu").eval()
+
+
+@contextmanager
+def whole_on_every_process() -> Iterator[None]:
+    """Inside, a process that is about to train under FSDP or DeepSpeed loads a model as it would by itself.
+
+    For a model to be trained transformers would else load weights in one process alone (FSDP) or spread them (ZeRO-3).
+    """
+    from transformers.integrations import deepspeed
+
+    key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    asked, zero = os.environ.pop(key, None), deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
+        if asked is not None:
+            os.environ[key] = asked
 
 
 def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:

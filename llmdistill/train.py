@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from llmdistill.card import model_card
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, ROW_GROUP, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, tokenise_chat, vocabulary_hash
+from llmdistill.models import (
+    check_model_exists,
+    load_config,
+    load_model,
+    load_tokenizer,
+    tokenise_chat,
+    vocabulary_hash,
+    whole_on_every_process,
+)
 from llmdistill.progress import StageBar, console, say
 from llmdistill.prune import ensure_pruned
 
@@ -74,22 +83,23 @@ def _train_one(
     inputs: dict[str, str],
 ) -> None:
     with console.status("loading the student"):
+        from accelerate.utils import broadcast_object_list
         from transformers import EarlyStoppingCallback
 
         from llmdistill.trainer import DistillTrainer
 
         arguments = _arguments(experiment, directory, text_only)
-        model, revision, trust = _origin(experiment)
-        saved_dtype = load_config(model, revision, trust).dtype or "float32"
         tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
         dataset, validation = _split(experiment, load_dataset(experiment.dataset_directory, "train"))
         if not same_vocabulary:
             dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
-        main = arguments.process_index == 0
+        if experiment.student.prune:
+            with arguments.main_process_first(local=False), whole_on_every_process():
+                ensure_pruned(experiment)
         student = _student(experiment)
         teacher = None if text_only else _online_teacher(experiment)
         _check_fit(arguments, dataset, student, teacher)
-    if main:
+    if arguments.process_index == 0:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
     trainer = DistillTrainer(
         model=student,
@@ -103,20 +113,21 @@ def _train_one(
     if early := experiment.train.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(early.patience, early.min_delta))
     _show_progress(trainer, "text only" if text_only else "train")
-    trainer.train(resume_from_checkpoint=last_checkpoint(directory / "checkpoints"))
+    # What one process finds counts for all: another may still see a shared disk as it was.
+    (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
+    trainer.train(resume_from_checkpoint=checkpoint)
 
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if main:
-        if experiment.student.lora:
-            trained.save_pretrained(directory / "adapter")
-            trained = trained.merge_and_unload()
+    trained = _trained(experiment, trainer, directory)
+    if trained is not None:
         if same_vocabulary:
             trained.generation_config.eos_token_id = manifest["tokenizer"]["end_token_ids"]
-        _save(trained, tokenizer, directory, saved_dtype)
+        trained.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
         results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
         stage.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, arguments, results))
         stage.finish(directory, results)
+    trainer.accelerator.wait_for_everyone()
 
 
 def last_checkpoint(directory: Path) -> str | None:
@@ -239,9 +250,26 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
         arguments = DistillConfig(**{**defaults, **experiment.train.args, **ours, **(_TEXT_ONLY if text_only else {})})
     except (TypeError, ValueError) as error:
         raise InputError(f"train.args: {error}") from None
-    if arguments.distributed_state.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise InputError("train: runs on one device or under DDP (accelerate launch --multi_gpu), not under FSDP or DeepSpeed")
+    _check_checkpointing(arguments, experiment)
+    if arguments.n_gpu > 1:  # the trainer would cut a batch apart from its targets (DataParallel)
+        say("train", f"uses one of {arguments.n_gpu} GPUs; docs/distributed.md says how to start a process on each")
+        arguments._n_gpu = 1
     return arguments
+
+
+def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:
+    """Refuse what accelerate's FSDP does in the place of `gradient_checkpointing` where it does not work."""
+    key = "fsdp_activation_checkpointing"
+    if arguments.fsdp:
+        asked = arguments.fsdp_plugin_args.get("activation_checkpointing")
+    else:
+        asked = os.environ.get("ACCELERATE_USE_FSDP") == os.environ.get(key.upper()) == "true"
+    if asked and experiment.student.lora:
+        raise InputError(
+            f"student.lora with {key}: a checkpoint of it loses the adapter; use train.args.gradient_checkpointing in its place"
+        )
+    if asked and arguments.gradient_checkpointing:
+        raise InputError(f"train.args.gradient_checkpointing is true (which it is unless set) and so is {key}; use one of them")
 
 
 def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> tuple[Any, bool]:
@@ -283,16 +311,15 @@ def _tokenise_again(dataset: Any, tokenizer: Any) -> Any:
 
 
 def _student(experiment: Experiment) -> Any:
-    """The model before training: float32 where all weights train, its own precision under LoRA."""
-    from accelerate import PartialState
+    """The model before training: float32 where all weights train, its own precision under LoRA.
 
+    It is on the CPU; the trainer moves it, or the part of it that this process is to hold.
+    """
     model, revision, trust = _origin(experiment)
     dtype = "auto" if experiment.student.lora else "float32"
     if experiment.student.prune is None:
-        return load_model(model, revision, dtype, trust, "student.model")
-    with PartialState().main_process_first():
-        ensure_pruned(experiment)
-    return load_model(str(experiment.directory("pruned")), None, dtype)
+        return load_model(model, revision, dtype, trust, "student.model", device="cpu")
+    return load_model(str(experiment.directory("pruned")), None, dtype, device="cpu")
 
 
 def _online_teacher(experiment: Experiment) -> Any:
@@ -300,7 +327,8 @@ def _online_teacher(experiment: Experiment) -> Any:
     teacher = experiment.teacher
     if experiment.targets.kind != "online":
         return None
-    return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code)
+    with whole_on_every_process():
+        return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, device="cpu")
 
 
 def _lora(experiment: Experiment) -> Any:
@@ -314,12 +342,32 @@ def _lora(experiment: Experiment) -> Any:
     )
 
 
-def _save(model: Any, tokenizer: Any, directory: Path, dtype: Any) -> None:
-    """A model directory in the precision of the checkpoint that the student comes from."""
+def _trained(experiment: Experiment, trainer: Any, directory: Path) -> Any:
+    """The trained student in the precision of the checkpoint that it comes from, in the main process; None in others.
+
+    All processes have to call this, as each may hold a part of the weights. What was trained is put into the student as it
+    was before, which nothing has wrapped. Under LoRA the adapter is written, and merged in what is returned.
+    """
     import torch
 
-    model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return None
+    with whole_on_every_process():
+        student = _student(experiment)
+    lora = _lora(experiment)
+    if lora:
+        from peft import get_peft_model
+
+        student = get_peft_model(student, lora)
+    trained = {name: weights[name] for name, parameter in student.named_parameters() if parameter.requires_grad}
+    student.load_state_dict(trained, strict=False)
+    if lora:
+        student.save_pretrained(directory / "adapter")
+        student = student.merge_and_unload()
+    model, revision, trust = _origin(experiment)
+    dtype = load_config(model, revision, trust).dtype or "float32"
+    return student.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 def _show_progress(trainer: Any, label: str) -> None:
