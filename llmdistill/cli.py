@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +37,7 @@ STAGES = {
     "report": ("write report.html and report.md", ()),
     "run": ("all stages in order; a finished stage is skipped", ("",)),
 }
+_PATIENCE = 30  # seconds
 _SHARED = ("prompts", "generate", "score")  # several workers may do it together
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MODULES = {"eval": ("llmdistill.evaluate", "evaluate")}  # the others are named as their command
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
             experiment = load_experiment(Path(arguments.config), overrides)
             _call_stage(arguments, experiment, rest)
     except InputError as error:
+        _leave_it_to_the_first()
         print(error, file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -223,7 +226,23 @@ def _overrides(rest: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _is_first() -> bool:
+    """Whether this is the process that speaks for all that `torchrun` started on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _leave_it_to_the_first() -> None:
+    """Where many processes find the same fault the first says so, upon which torchrun ends the others.
+
+    What another alone has found it says itself, after a while.
+    """
+    if not _is_first():
+        signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(2))
+        time.sleep(_PATIENCE)
+
+
 def _preempted(signum: int, frame: Any) -> NoReturn:
     """SIGTERM: finished shards and checkpoints are on disk; status 143 tells the scheduler to start us again."""
-    os.write(2, b"terminated; finished work is kept, the same command goes on from there\n")
+    if _is_first():
+        os.write(2, b"terminated; finished work is kept, the same command goes on from there\n")
     sys.exit(143)

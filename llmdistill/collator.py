@@ -28,11 +28,11 @@ class DistillCollator:
     """Pads rows of a dataset to a batch and gathers their soft targets in one flat run of N completion tokens.
 
     The batch holds `input_ids`, `attention_mask` and `labels` (B, T), the labels −100 outside the completions;
-    `lengths` (rows,), in tokens; `positions` (N,), where in the flattened (B × T) the logits stand that predict each
-    completion token; `token_weights` (N,), what each counts in the loss; and the soft targets that the rows have:
-    `target_ids` (N, K) with `target_logprobs` (N, K) and `target_tail` (N,) for topk, or with `target_logweights` (N, K)
-    and `target_entropy` (N,) for sampled and multinomial ones. Rows with an `importance` give `token_importance` (N,)
-    and `token_logprobs` (N,) too.
+    `lengths` (rows,), in tokens; `pack_sizes` (items,), in rows, all 1 without packs; `positions` (N,), where in the
+    flattened (B × T) the logits stand that predict each completion token; `token_weights` (N,), what each counts in the
+    loss; and the soft targets that the rows have: `target_ids` (N, K) with `target_logprobs` (N, K) and `target_tail` (N,)
+    for topk, or with `target_logweights` (N, K) and `target_entropy` (N,) for sampled and multinomial ones. Rows with an
+    `importance` give `token_importance` (N,) and `token_logprobs` (N,) too.
 
     Padding-free, all rows stand one behind the other in a batch of one (B = 1, T the sum of lengths), with `position_ids`
     (1, T) that begin again at every row, and without a mask; so does every row of a pack, a list of rows.
@@ -53,13 +53,15 @@ class DistillCollator:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         """One batch from rows as `load_dataset` gives them, or from packs of such rows."""
-        rows = [row for pack in rows for row in (pack if isinstance(pack, list) else [pack])]
+        packs = [pack if isinstance(pack, list) else [pack] for pack in rows]
+        rows = [row for pack in packs for row in pack]
         ids = [np.asarray(row["input_ids"])[: self.max_length] for row in rows]
         starts = np.array([int(row["completion_start"]) for row in rows])
         lengths = np.array([len(sequence) for sequence in ids])
         counts = np.maximum(lengths - starts, 0)
         batch = self._in_a_line(ids, starts, lengths) if self.padding_free else self._below_each_other(ids, starts, lengths)
-        batch |= {"lengths": lengths, "positions": np.flatnonzero(batch["labels"] != -100) - 1}  # the shift
+        batch |= {"lengths": lengths, "pack_sizes": np.array([len(pack) for pack in packs])}
+        batch |= {"positions": np.flatnonzero(batch["labels"] != -100) - 1}  # the shift
         kind = targets.kind_of(list(rows[0]))
         entropy_N = np.zeros(counts.sum())
         if kind != "none":
@@ -103,6 +105,19 @@ def _tensors(decoded: targets.SoftTargets) -> dict[str, targets.Array]:
     return {"target_ids": decoded.ids_NK, "target_logweights": decoded.logweights_NK, "target_entropy": decoded.entropy_N}
 
 
+def first_items(batch: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """The batch with the completions of its first items alone, rows or packs: from the others nothing is learnt or counted."""
+    lengths = batch["lengths"][: batch["pack_sizes"][:count].sum()]
+    labels_BT = batch["labels"].clone()
+    if "position_ids" in batch:
+        labels_BT[:, lengths.sum() :] = -100
+    else:
+        labels_BT[len(lengths) :] = -100
+    tokens = (labels_BT != -100).sum()
+    flat = {name: values[:tokens] for name, values in batch.items() if name.startswith(("positions", "target_", "token_"))}
+    return {**batch, **flat, "labels": labels_BT, "lengths": lengths}
+
+
 def output_layer(model: Any) -> torch.nn.Module:
     """The model's output layer, however DDP or peft wrap the model."""
     layer: torch.nn.Module = getattr(model, "module", model).get_output_embeddings()
@@ -127,18 +142,20 @@ def in_place_of_logits(
 ) -> tuple[torch.Tensor, Any]:
     """What `compute` makes of the hidden states (N, D) whose logits predict each completion token: a tensor and more.
 
-    It runs inside the model's forward in the output layer's place, so whatever wraps the model (DDP, peft, autocast) holds
-    for it too. The tensor also stands for the logits in the model's output, where DDP looks for what takes part.
+    It runs inside the model's forward in the output layer's place, so whatever wraps the model (DDP, FSDP, peft, autocast)
+    holds for it too. Zero times the tensor stands for the logits in the model's output and is added to what is returned:
+    there DDP looks for what takes part, and FSDP gathers weights when a gradient comes back through it.
     """
     made = []
 
     def forward(hidden_ND: torch.Tensor) -> torch.Tensor:
         made.append(compute(hidden_ND))
-        return made[0][0].reshape(1, 1, 1)
+        return made[0][0].reshape(1, 1, 1) * 0
 
     with in_place_of(output_layer(model), forward):
-        completion_logits(model, batch)
-    return made[0]
+        zero = completion_logits(model, batch).sum()
+    value, more = made[0]
+    return value + zero, more
 
 
 @contextmanager

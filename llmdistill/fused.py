@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from llmdistill import losses
 from llmdistill.collator import in_place_of, output_layer
@@ -74,7 +75,9 @@ def find_head(model: Any) -> Head | None:
     """
     layer = output_layer(model)
     opened = _opened(layer)
-    if opened is None or not _is_untouched(layer):
+    if (
+        opened is None or not _is_untouched(layer) or hasattr(opened[0].weight, "ds_id")
+    ):  # ZeRO-3 has it whole in no other forward
         return None
     device = opened[0].weight.device
     given_V = torch.linspace(-300, 300, opened[0].out_features, device=device)
@@ -295,10 +298,12 @@ def _opened(layer: Any) -> tuple[torch.nn.Linear, list[Adapter]] | None:
 
 
 def _is_linear(layer: Any) -> bool:
-    """A linear layer and no subclass, as for quantised weights."""
-    return type(layer) is torch.nn.Linear
+    """A linear layer and no subclass, as for quantised weights; but under FSDP2 its class is a subclass made for it."""
+    kind = type(layer)
+    return (kind.__mro__[2] if issubclass(kind, FSDPModule) else kind) is torch.nn.Linear
 
 
 def _is_untouched(layer: Any) -> bool:
-    """Nobody replaced its forward, nor gets at its output by a hook."""
-    return "forward" not in vars(layer) and not layer._forward_hooks
+    """Nobody replaced its forward, nor gets at its output by a hook, but FSDP, to free the gathered weight."""
+    hooks = [hook for hook in layer._forward_hooks.values() if not hook.__module__.startswith("torch.distributed.fsdp.")]
+    return "forward" not in vars(layer) and not hooks

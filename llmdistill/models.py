@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,25 @@ def load_model(
         how |= {"quantization_config": quantization_config, "device_map": {"": place}}
     loaded = _found(model, key, lambda: AutoModelForCausalLM.from_pretrained(model, **how))
     return (loaded if quantization_config is not None else loaded.to(device)).eval()
+
+
+@contextmanager
+def whole_on_every_process() -> Iterator[None]:
+    """Inside, a process that is about to train under FSDP or DeepSpeed loads a model as it would by itself.
+
+    For a model to be trained transformers would else load weights in one process alone (FSDP) or spread them (ZeRO-3).
+    """
+    from transformers.integrations import deepspeed
+
+    key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    asked, zero = os.environ.pop(key, None), deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
+        if asked is not None:
+            os.environ[key] = asked
 
 
 def generation_config(model: str, revision: str | None) -> Any:

@@ -1,5 +1,6 @@
 """One line a stage: a bar on a terminal, a plain line now and then in a log."""
 
+import os
 import time
 from types import TracebackType
 
@@ -7,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 _LOG_SECONDS = 30
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one of many processes speaks
 
 
 def say(stage: str, text: str) -> None:

@@ -8,7 +8,14 @@ from llmdistill import adapters, stage
 from llmdistill.config import Experiment
 from llmdistill.config_student import ORIGINS, Student
 from llmdistill.errors import InputError
-from llmdistill.models import check_model_exists, generation_config, load_config, load_model, load_tokenizer
+from llmdistill.models import (
+    check_model_exists,
+    generation_config,
+    load_config,
+    load_model,
+    load_tokenizer,
+    whole_on_every_process,
+)
 from llmdistill.progress import console, say
 from llmdistill.prune import ensure_pruned
 
@@ -134,19 +141,28 @@ def default_learning_rate(student: Student) -> float:
 
 
 def load_student(experiment: Experiment) -> Any:
-    """The model before training: float32 where all weights train; under adapters, in its own precision or quantised.
+    """The model before training; all processes have to call this, the first of them makes what is not there yet.
 
     Raises:
         InputError: there is no such model, or it cannot be made, quantised or given adapters as asked for.
     """
     from accelerate import PartialState
 
+    with PartialState().main_process_first(), whole_on_every_process():
+        ensure_before(experiment)
+    return make_student(experiment)
+
+
+def make_student(experiment: Experiment) -> Any:
+    """The model before training: float32 where all weights train; under adapters, in its own precision or quantised.
+
+    It is on the CPU, if it is not quantised; the trainer moves it, or the part of it that this process is to hold.
+    """
     student = experiment.student
     config = adapters.lora_config(student.lora) if student.lora else None
     quantised = adapters.quantization_config(student.quantize, saved_dtype(experiment)) if student.quantize else None
-    with PartialState().main_process_first():
-        ensure_before(experiment)
-    model = _load_before(experiment, dtype="auto" if config else "float32", quantization_config=quantised)
+    dtype, device = "auto" if config else "float32", None if quantised else "cpu"
+    model = _load_before(experiment, dtype=dtype, quantization_config=quantised, device=device)
     adapters.keep_gradients(model)
     return adapters.attach(model, config, experiment.seed) if config else model
 

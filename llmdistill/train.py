@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,16 @@ from llmdistill.card import model_card
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, ROW_GROUP, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.models import load_config, load_model, load_tokenizer, tokenise_chat, vocabulary_hash
+from llmdistill.models import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    tokenise_chat,
+    vocabulary_hash,
+    whole_on_every_process,
+)
 from llmdistill.progress import StageBar, console, say
-from llmdistill.student import begin_student, default_learning_rate, load_student, origin, save_student
+from llmdistill.student import begin_student, default_learning_rate, load_student, make_student, origin, save_student
 from llmdistill.traps import traps
 
 # Set by keys of their own; given under train.args they would contradict them.
@@ -75,6 +83,7 @@ def _train_one(
     inputs: dict[str, str],
 ) -> None:
     with console.status("loading the student"):
+        from accelerate.utils import broadcast_object_list
         from transformers import EarlyStoppingCallback
 
         from llmdistill.trainer import DistillTrainer
@@ -85,12 +94,11 @@ def _train_one(
         dataset, validation = _split(experiment, rows)
         if not same_vocabulary:
             dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
-        main = arguments.process_index == 0
         student = load_student(experiment)
         teacher = None if text_only else _online_teacher(experiment, arguments)
         _pair_layers(experiment, arguments, student, teacher)
         _check_fit(arguments, dataset, student, teacher)
-    if main:
+    if arguments.process_index == 0:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
         begin_student(student, directory)
         for text in [] if text_only else traps(experiment.student, arguments, manifest, rows, student.num_parameters()):
@@ -106,16 +114,19 @@ def _train_one(
     if early := experiment.train.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(early.patience, early.min_delta))
     _show_progress(trainer, "text only" if text_only else "train")
-    trainer.train(resume_from_checkpoint=last_checkpoint(directory / "checkpoints"))
+    # What one process finds counts for all: another may still see a shared disk as it was.
+    (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
+    trainer.train(resume_from_checkpoint=checkpoint)
 
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if main:
+    trained = _trained(experiment, trainer)
+    if trained is not None:
         end = manifest["tokenizer"]["end_token_ids"] if same_vocabulary else None
         save_student(trained, tokenizer, experiment, directory, end)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))
         results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
         stage.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, arguments, results))
         stage.finish(directory, results)
+    trainer.accelerator.wait_for_everyone()
 
 
 def last_checkpoint(directory: Path) -> str | None:
@@ -233,9 +244,26 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
         arguments = DistillConfig(**{**defaults, **experiment.train.args, **ours, **(_TEXT_ONLY if text_only else {})})
     except (TypeError, ValueError) as error:
         raise InputError(f"train.args: {error}") from None
-    if arguments.distributed_state.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise InputError("train: runs on one device or under DDP (accelerate launch --multi_gpu), not under FSDP or DeepSpeed")
+    _check_checkpointing(arguments, experiment)
+    if arguments.n_gpu > 1:  # the trainer would cut a batch apart from its targets (DataParallel)
+        say("train", f"uses one of {arguments.n_gpu} GPUs; docs/distributed.md says how to start a process on each")
+        arguments._n_gpu = 1
     return arguments
+
+
+def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:
+    """Refuse what accelerate's FSDP does in the place of `gradient_checkpointing` where it does not work."""
+    key = "fsdp_activation_checkpointing"
+    if arguments.fsdp:
+        asked = arguments.fsdp_plugin_args.get("activation_checkpointing")
+    else:
+        asked = os.environ.get("ACCELERATE_USE_FSDP") == os.environ.get(key.upper()) == "true"
+    if asked and experiment.student.lora:
+        raise InputError(
+            f"student.lora with {key}: a checkpoint of it loses the adapter; use train.args.gradient_checkpointing in its place"
+        )
+    if asked and arguments.gradient_checkpointing:
+        raise InputError(f"train.args.gradient_checkpointing is true (which it is unless set) and so is {key}; use one of them")
 
 
 def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> tuple[Any, bool]:
@@ -281,7 +309,8 @@ def _online_teacher(experiment: Experiment, arguments: Any) -> Any:
     teacher = experiment.teacher
     if experiment.targets.kind != "online" or not (arguments.uses_targets or any(arguments.layers())):
         return None
-    return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code)
+    with whole_on_every_process():
+        return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, device="cpu")
 
 
 def _pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: Any) -> None:
@@ -306,6 +335,24 @@ def _pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: 
             part["layers"] = resolve(part["layers"], *sizes)
         except ValueError as error:
             raise InputError(f"train.{name}.{error}") from None
+
+
+def _trained(experiment: Experiment, trainer: Any) -> Any:
+    """The trained student in the main process, None in the others; all have to call this.
+
+    Where each process holds a part of the weights, they are gathered and put into the student as it was before.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else {}
+    if not trainer.is_world_process_zero():
+        return None
+    if not sharded:
+        return trainer.accelerator.unwrap_model(trainer.model)
+    with whole_on_every_process():
+        student = make_student(experiment)
+    trained = {name: weights[name] for name, parameter in student.named_parameters() if parameter.requires_grad}
+    student.load_state_dict(trained, strict=False)
+    return student
 
 
 def _show_progress(trainer: Any, label: str) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,14 @@ import trl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llmdistill import fused, losses
-from llmdistill.collator import POSITION_WEIGHTS, TARGET_COLUMNS, DistillCollator, completion_logits, in_place_of_logits
+from llmdistill.collator import (
+    POSITION_WEIGHTS,
+    TARGET_COLUMNS,
+    DistillCollator,
+    completion_logits,
+    first_items,
+    in_place_of_logits,
+)
 from llmdistill.flops import peak_flops, training_flops
 from llmdistill.hidden import Attention, Hidden, LayerMatch
 from llmdistill.importance import importance, log_importance
@@ -21,6 +29,7 @@ from llmdistill.targets import kind_of
 # What would change the loss without being part of it, or would not be done, is refused and not ignored.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "assistant_only_loss": (False,),
+    "average_tokens_across_devices": (True,),
     "completion_only_loss": (None, True),
     "eval_packing": (None,),
     "label_smoothing_factor": (0.0,),
@@ -204,8 +213,23 @@ class DistillTrainer(trl.SFTTrainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=row_lengths(rows).tolist())
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return _ByLength(size, row_lengths(rows).tolist(), self.args.seed, lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one optimiser step, and what the loss is divided by."""
+        return super().get_batch_samples(map(self._without_filler, epoch_iterator), num_batches, device)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """One batch of an evaluation."""
+        return super().prediction_step(model, self._without_filler(inputs), *args, **kwargs)
+
+    def _without_filler(self, batch: Any) -> Any:
+        """Accelerate fills the last batch up from the first, so that every process has as many rows; they count once."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder < 1:
+            return batch
+        return first_items(batch, max(state.remainder - self.args.process_index * len(batch["pack_sizes"]), 0))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; the clock of `tokens_per_s` starts with the first."""
@@ -236,8 +260,8 @@ class DistillTrainer(trl.SFTTrainer):
         weight = inputs["token_weights"].sum()
         self._count(inputs, {**sums, "loss": loss.detach(), "weight": weight})
         loss = loss / torch.as_tensor(weight if num_items_in_batch is None else num_items_in_batch).clamp(min=1e-12)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # DDP averages gradients over processes; the divisor counts the tokens of all of them.
+        if num_items_in_batch is not None:
+            # DDP, FSDP and DeepSpeed average gradients over processes; the divisor counts the tokens of all of them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
 
@@ -287,7 +311,7 @@ class DistillTrainer(trl.SFTTrainer):
         if not batch_samples:
             return None
         weight = torch.stack([batch["token_weights"].sum() for batch in batch_samples]).sum().to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+        if self.args.world_size > 1:
             weight = self.accelerator.gather(weight.reshape(1)).sum()
         return weight / self.get_tp_size()
 
@@ -313,6 +337,18 @@ class DistillTrainer(trl.SFTTrainer):
         objective = self.args.objective(min(max(last, 0.0), 1.0))
         ends = {"alpha": self.args.alpha_end, "beta": self.args.beta_end}
         return {name: getattr(objective, name) for name, end in ends.items() if end is not None}
+
+
+class _ByLength(LengthGroupedSampler):
+    """In an order that follows from the seed and the epoch: the same on all processes, and again after a resume."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, epoch
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
 
 
 def _with_importance(dataset: Any) -> Any:
