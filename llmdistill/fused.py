@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmdistill import losses
-from llmdistill.collator import replaced_forward, output_layer
+from llmdistill.collator import output_layer, replaced_forward
 
 CHUNK_BYTES = 1 << 27  # of float32 logits: enough rows for matrix products at full speed
 _CACHED = 1 << 20  # numbers

@@ -88,7 +88,7 @@ def _train_one(
         main = arguments.process_index == 0
         student = _student(experiment)
         teacher = None if text_only else _online_teacher(experiment)
-        _check_fit(arguments, dataset, student, teacher)
+        _check_fit(arguments, dataset, student, teacher, _lora(experiment))
     if main:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
     trainer = DistillTrainer(
@@ -176,20 +176,22 @@ def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
     return dataset.select(rows[0]), dataset.select(rows[1])
 
 
-def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None:
+def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any, lora: Any) -> None:
     """What the trainer would refuse, before anything is written.
 
     Raises:
-        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows.
+        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows or with these adapters.
     """
     from llmdistill.importance import effective_sample_size, importance, log_importance
     from llmdistill.packing import check_apart
-    from llmdistill.trainer import DistillTrainer
+    from llmdistill.trainer import DistillTrainer, check_adapters
 
     try:
         DistillTrainer.check_dataset(arguments, dataset, teacher)
         if arguments.packing or arguments.padding_free:
             check_apart(student)
+        if lora is not None:
+            check_adapters(student, lora)
         if arguments.sequence_alpha:
             rows = effective_sample_size(importance(log_importance(dataset)))
             say("train", f"the sequence-level KL is as exact as from {rows:,.0f} equally important rows, of {len(dataset):,}")
