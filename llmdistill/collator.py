@@ -132,7 +132,7 @@ def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Te
     """
     layer, text = output_layer(model), ("input_ids", "attention_mask", "position_ids")
     project = layer.forward
-    with in_place_of(layer, lambda hidden_BTD: project(hidden_BTD.flatten(0, 1)[batch["positions"]])):
+    with replaced_forward(layer, lambda hidden_BTD: project(hidden_BTD.flatten(0, 1)[batch["positions"]])):
         logits_NV: torch.Tensor = model(**{name: batch[name] for name in text if name in batch}, use_cache=False).logits
     return logits_NV
 
@@ -152,14 +152,14 @@ def in_place_of_logits(
         made.append(compute(hidden_ND))
         return made[0][0].reshape(1, 1, 1) * 0
 
-    with in_place_of(output_layer(model), forward):
+    with replaced_forward(output_layer(model), forward):
         zero = completion_logits(model, batch).sum()
     value, more = made[0]
     return value + zero, more
 
 
 @contextmanager
-def in_place_of(layer: Any, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+def replaced_forward(layer: Any, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Another forward for a layer, while this lasts. A hook would not do: `torch.compile` looks for none after the first call."""
     own = vars(layer).get("forward")
     layer.forward = forward

@@ -57,11 +57,12 @@ class Flops:
 def training_flops(model: Any, head: torch.nn.Module) -> Flops:
     """Of a decoder whose linear layers are `torch.nn.Linear` (quantised ones too), `head` its output layer."""
     body = out = 0.0
+    inside_head = set(head.modules())  # itself, or what peft put around it
     for module in model.modules():
         if not isinstance(module, torch.nn.Linear):
             continue
         cost = module.in_features * module.out_features * (6 if module.weight.requires_grad else 4)
-        if module is head:
+        if module in inside_head:
             out += cost
         else:
             body += cost

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from llmdistill import losses
-from llmdistill.collator import in_place_of, output_layer
+from llmdistill.collator import output_layer, replaced_forward
 
 CHUNK_BYTES = 1 << 27  # of float32 logits: enough rows for matrix products at full speed
 _CACHED = 1 << 20  # numbers
@@ -82,7 +82,7 @@ def find_head(model: Any) -> Head | None:
     device = opened[0].weight.device
     given_V = torch.linspace(-300, 300, opened[0].out_features, device=device)
     given_V[0], given_V[1] = 2.0**-10, 1e9  # they show the slope at zero, and the bound if there is one
-    with in_place_of(layer, lambda *_: given_V.view(1, 1, -1)):
+    with replaced_forward(layer, lambda *_: given_V.view(1, 1, -1)):
         made = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
     if made.numel() != given_V.numel():
         return None

@@ -177,16 +177,18 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     """What the trainer would refuse, before anything is written.
 
     Raises:
-        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows.
+        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows or with these adapters.
     """
     from llmdistill.importance import effective_sample_size, importance, log_importance
     from llmdistill.packing import check_apart
-    from llmdistill.trainer import DistillTrainer
+    from llmdistill.trainer import DistillTrainer, check_adapters
 
     try:
         DistillTrainer.check_dataset(arguments, dataset, teacher)
         if arguments.packing or arguments.padding_free:
             check_apart(student)
+        for config in getattr(student, "peft_config", {}).values():
+            check_adapters(student.get_base_model(), config)
         if arguments.sequence_alpha:
             rows = effective_sample_size(importance(log_importance(dataset)))
             say("train", f"the sequence-level KL is as exact as from {rows:,.0f} equally important rows, of {len(dataset):,}")

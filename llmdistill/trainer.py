@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 import trl
@@ -152,12 +153,16 @@ class DistillTrainer(trl.SFTTrainer):
         kwargs.setdefault("data_collator", collator)
         wanted = args.packing, args.padding_free
         args.packing = args.padding_free = False  # they are ours: TRL would want its own collator for them
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # TRL refuses adapters on the output layer, which its own loss would pass by.
+        with patch.object(trl.trainer.sft_trainer, "BaseTunerLayer", (), create=True):
+            super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         args.packing, args.padding_free = wanted
         if self.aux_loss_enabled:
             raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError("context and sequence parallelism are not supported: they would cut sequences from their targets")
+        for config in getattr(self.model, "peft_config", {}).values():
+            check_adapters(self.model.get_base_model(), config)
         self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
         self.match = self._match(args)
         if in_a_line:
@@ -349,6 +354,23 @@ class _ByLength(LengthGroupedSampler):
     def __iter__(self) -> Any:
         self.generator.manual_seed(self.seed + self.epoch())
         return super().__iter__()
+
+
+def check_adapters(model: Any, peft_config: Any) -> None:
+    """Refuse an adapter that could not be merged into the model.
+
+    Raises:
+        ValueError: it is on an output layer that shares its matrix with the embeddings: merged, it would change both.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    is_tied = head.weight is model.get_input_embeddings().weight
+    if is_tied and getattr(peft_config, "target_modules", None) and check_target_module_exists(peft_config, name):
+        raise ValueError(
+            f"an adapter on {name}, which shares its matrix with the embeddings, could not be merged: it would change both"
+        )
 
 
 def _with_importance(dataset: Any) -> Any:

@@ -109,3 +109,12 @@ def test_the_sequence_level_kl_needs_text_that_could_have_been_any(experiment_fi
     with pytest.raises(InputError, match="whose sampling probability is known"):
         train(made)
     assert not (tmp_path / "run/student").exists()
+
+
+def test_an_adapter_that_could_not_be_merged_is_refused(experiment_file, tmp_path):
+    made = load_experiment(experiment_file, [("student.lora.target_modules", '["q_proj", "lm_head"]')])
+    generate(made)
+    curate(made)
+    with pytest.raises(InputError, match="train: an adapter on lm_head, which shares its matrix with the embeddings"):
+        train(made)
+    assert not (tmp_path / "run/student").exists()

@@ -1,5 +1,7 @@
 """The trainer's loss: the right number, however the global batch is cut up."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -326,6 +328,30 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, dataset_directory, tmp
     assert want.keys() == got.keys()
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dataset_directory", ["topk"], indirect=True)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_on_the_output_layer_trains_as_with_held_logits(tiny, dataset_directory, tmp_path, checkpointing):
+    from peft import LoraConfig, get_peft_model
+
+    lora, found = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False), []
+    for fused_form in (True, False):
+        torch.manual_seed(3)
+        model = different_student(tiny)
+        model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
+        model = get_peft_model(model, lora)
+        trainer = make_trainer(tiny, dataset_directory, tmp_path, model, gradient_checkpointing=checkpointing)
+        assert trainer._head is not None
+        if not fused_form:
+            trainer._head = None
+        found.append(gradients_of_one_step(trainer))
+    assert any("lm_head.lora_B" in name for name in found[0])
+    with pytest.raises(ValueError, match="lm_head, which shares its matrix with the embeddings"):
+        make_trainer(tiny, dataset_directory, tmp_path, get_peft_model(different_student(tiny), lora))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[1].items():
+        assert (found[0][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("dataset_directory", ["sampled"], indirect=True)
