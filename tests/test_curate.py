@@ -388,6 +388,14 @@ def test_asked_first(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
+def test_what_a_kill_left_behind_goes_with_the_next_run(tmp_path):
+    leftover = tmp_path / ".curate.elsewhere-1.unfinished/logs"
+    leftover.mkdir(parents=True)
+    (leftover / "contamination-1.jsonl").write_text("half a line")
+    curated(tmp_path, [make_row(number, f"text {number}") for number in range(20)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curated", "data"]
+
+
 def test_nothing_left_is_said_and_nothing_is_written(tmp_path):
     write_dataset(tmp_path, [make_row(number, "same") for number in range(20)])
     with pytest.raises(InputError, match=r"20 in = \d train \+ \d held out \+ 19 rejected \(19 duplicates\); both"):
