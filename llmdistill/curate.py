@@ -36,7 +36,7 @@ from llmdistill.errors import InputError
 from llmdistill.progress import StageBar, say
 from llmdistill.steps import COLUMNS, Array, Check, Failed, Work
 
-_STEPS: dict[str, Callable[[Any, Work], Check]] = {
+STEPS: dict[str, Callable[[Any, Work], Check]] = {
     "finish_reason": filters.finish_reason,
     "length": filters.length,
     "language": filters.language,
@@ -223,7 +223,7 @@ def _decide(
             key = f"curate.{number}.{step.name}"
             work = Work(experiment, manifest, files, key, scratch, log, closing, account.facts)
             start = time.monotonic()
-            checks.append(_STEPS[step.name](step.settings, work))
+            checks.append(STEPS[step.name](step.settings, work))
             account.seconds += time.monotonic() - start
         for rows in read_batches(files, COLUMNS):
             sides = [is_held_out(prompt, experiment.seed, share) for prompt in rows["prompt"].to_pylist()]

@@ -38,7 +38,7 @@ def near_duplicates(settings: NearDuplicates, work: Work) -> Check:
     """By the similarity to a row that was kept before.
 
     A row is compared with kept rows only, so that likeness is never handed on: where A is like B and B like C, C is
-    compared with A. What is remembered of a kept row is its place in the index (some 4 kB); its n-grams are on the disk.
+    compared with A. What is remembered of a kept row is its place in the index (some 7 kB); its n-grams are on the disk.
     """
     from datasketch import MinHash, MinHashLSH
 

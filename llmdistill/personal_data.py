@@ -14,6 +14,7 @@ from llmdistill.config_curate import PersonalData
 from llmdistill.steps import Check, Work, conversations
 
 _SURE = 0.4  # presidio's score from which a match counts; bare digits in the form of a social security number have 0.05
+_NUMBER_BEFORE = re.compile(r"\d[.,]?\Z")
 _EXAMPLE_DOMAIN = re.compile(r"(?:^|[@.])(?:example(?:\.(?:com|net|org|edu))?|test|invalid|localhost)$", re.IGNORECASE)
 _EXAMPLE_PHONE = re.compile(r"55501\d\d$")  # 555-0100 to 555-0199 of any area in North America
 
@@ -32,9 +33,10 @@ def personal_data(settings: PersonalData, work: Work) -> Check:
 
 
 def _places(recogniser: Any, kind: str, text: str) -> Iterator[int]:
-    """Where in the text something of a kind stands that is no example."""
+    """Where in the text something of a kind stands that is no example, and no part of a longer number."""
     for result in recogniser.analyze(text, recogniser.supported_entities):
-        if result.score >= _SURE and not is_example(kind, text[result.start : result.end]):
+        is_part = _NUMBER_BEFORE.search(text, 0, result.start) or text[result.end : result.end + 1].isdigit()
+        if result.score >= _SURE and not is_part and not is_example(kind, text[result.start : result.end]):
             yield int(result.start)
 
 

@@ -191,7 +191,8 @@ def _data(experiment: Experiment) -> Json:
         for split in ("train", "test")
     }
     rows_in = manifest.get("rows_in", splits["train"]["rows"] + splits["test"]["rows"])
-    steps = [{"label": "written by the teacher", "kind": "in", "rows": rows_in, "from": 0}]
+    by = "written" if manifest["sampling"] else "read"
+    steps = [{"label": f"{by} by the teacher", "kind": "in", "rows": rows_in, "from": 0}]
     for step in manifest.get("steps", []):
         name, rejected, failed = step["name"].replace("_", " "), step["rejected"], step["failed"]
         steps.append({"label": f"rejected by {name}", "kind": "out", "rows": rejected, "from": step["kept"] + failed})

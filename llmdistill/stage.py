@@ -83,7 +83,7 @@ def finish(directory: Path, results: dict[str, Any]) -> None:
 
 def speed(tokens: int, seconds: float) -> dict[str, Any]:
     """What `run.json` says of how fast a stage was."""
-    return {"tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / max(seconds, 1e-9), 1)}
+    return {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / max(seconds, 1e-9), 1)}
 
 
 @contextmanager

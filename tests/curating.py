@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
-from llmdistill.curate import _STEPS
+from llmdistill.curate import STEPS
 from llmdistill.steps import Work
 
 
@@ -45,7 +45,7 @@ def apply_step(tmp_path: Path, step, rows, group=1000, manifest=None):
     with ExitStack() as closing:
         key = f"curate.0.{entry.name}"
         work = Work(experiment, manifest, [tmp_path / "rows.parquet"], key, tmp_path, tmp_path / "log.jsonl", closing)
-        check = _STEPS[entry.name](entry.settings, work)
+        check = STEPS[entry.name](entry.settings, work)
         reasons = [reason for start in range(0, len(rows), group) for reason in check(rows.slice(start, group))]
     assert len(reasons) == len(rows)
     return reasons, work.facts

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdistill import judge, targets
-from llmdistill.curate import _STEPS, curate
+from llmdistill.config_curate import CurateStep
+from llmdistill.curate import STEPS, curate
 from llmdistill.dataset import (
     SPLITS,
     Row,
@@ -24,6 +26,7 @@ from llmdistill.dataset import (
     write_shard,
 )
 from llmdistill.errors import InputError
+from tests.conftest import ROOT
 from tests.curating import make_experiment
 
 VOCAB = 40
@@ -204,7 +207,16 @@ def mixed_rows():
     ]
 
 
-@pytest.mark.parametrize("name", _STEPS)
+def test_every_step_of_the_configuration_is_there_and_documented():
+    assert [*STEPS] == [*CurateStep.step_types()]
+    page = (ROOT / "docs/curation.md").read_text()
+    for name, section in CurateStep.step_types().items():
+        (part,) = re.findall(rf"^### `{name}`\n(.*?)(?=^##|\Z)", page, flags=re.DOTALL | re.MULTILINE)
+        for key in section.model_fields:
+            assert f"`{key}" in part, (name, key)
+
+
+@pytest.mark.parametrize("name", STEPS)
 def test_no_step_changes_a_row(name, tmp_path, tiny, monkeypatch):
     """Kept or rejected, every column of every row is what it was: ids, alignment and targets need no second scoring."""
     monkeypatch.setattr(judge, "_K", 49152)  # a random model has no digits among its most likely tokens
@@ -234,7 +246,7 @@ def test_a_second_run_gives_the_same_bytes(tmp_path, tiny):
     assert read_manifest(tmp_path / "one/curated")["steps"] == read_manifest(tmp_path / "two/curated")["steps"]
 
 
-STEPS = st.lists(
+PIPELINES = st.lists(
     st.sampled_from(
         [
             {"finish_reason": {"keep": ["stop"]}},
@@ -252,7 +264,7 @@ STEPS = st.lists(
 )
 
 
-@given(STEPS, st.integers(0, 1000))
+@given(PIPELINES, st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
 def test_every_row_is_somewhere_whatever_the_steps(tmp_path_factory, steps, seed):
     """In = kept + rejected + failed at each step, in a chain, and the files hold what the account says."""
@@ -386,6 +398,14 @@ def test_asked_first(tmp_path, capsys):
     assert "20 rows, 80 completion tokens, 0.0 MB of" in said
     assert "at most 20 rows and as many bytes are kept, about 5 of them held out" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_what_a_kill_left_behind_goes_with_the_next_run(tmp_path):
+    leftover = tmp_path / ".curate.elsewhere-1.unfinished/logs"
+    leftover.mkdir(parents=True)
+    (leftover / "contamination-1.jsonl").write_text("half a line")
+    curated(tmp_path, [make_row(number, f"text {number}") for number in range(20)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curated", "data"]
 
 
 def test_nothing_left_is_said_and_nothing_is_written(tmp_path):

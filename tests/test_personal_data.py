@@ -22,6 +22,7 @@ HARMLESS = [
     "DE00 3704 0044 0532 0130 00 is no account.",
     "Version 1.2.3 was released on 2024-05-06 at 10:30.",
     "536228726 is a number.",
+    "This gives us 0.028571428571428, or 1.4539578763621486.",
 ]
 
 

@@ -138,6 +138,15 @@ def test_html_loads_nothing(experiment: Experiment) -> None:
     assert "default-src 'none'" in page
 
 
+def test_text_that_the_teacher_only_read_is_not_said_to_be_its_own(experiment: Experiment) -> None:
+    file = Path(experiment.output) / "curated/dataset.json"
+    write(file, json.loads(file.read_text()) | {"sampling": {}})
+    page, text = pages(experiment)
+    assert "Text from elsewhere, read by" in page
+    assert "| read by the teacher | 240 |" in text
+    assert "written by the teacher" not in page + text
+
+
 def test_html_is_well_formed_and_shows_the_numbers(experiment: Experiment) -> None:
     page, _ = pages(experiment)
     text = " ".join(Page(page).text.split())

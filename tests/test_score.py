@@ -52,6 +52,11 @@ def test_what_a_line_says_beside_the_text_goes_with_the_row(experiment_file, tmp
         '{"prompt": "2 + 2?", "completion": "4", "answer": "4", "topic": "größer"}\n{"prompt": "a", "completion": "b"}\n'
     )
     first = scored(experiment_file, source)
+    run, manifest = (json.loads((tmp_path / f"scored/data/{name}.json").read_text()) for name in ("run", "dataset"))
+    assert run["results"]["tokens"] == manifest["completion_tokens"]
+    assert run["results"]["tokens_per_s"] == pytest.approx(
+        run["results"]["tokens"] / run["results"]["seconds"], rel=0.02, abs=0.06
+    )
     again = scored(experiment_file, tmp_path / "scored/data", ("output", str(tmp_path / "again")))
     for rows in (first, again):
         assert [json.loads(str(text)) for text in rows["metadata"]] == [{"answer": "4", "topic": "größer"}, {}]
