@@ -8,7 +8,7 @@ from llmdistill.config_prompts import Ask, Combine, Evolve, Magpie, Novelty, Pro
 from llmdistill.errors import InputError
 from llmdistill.section import Section
 from llmdistill.sources import Entry, read_files
-from llmdistill.template import PromptTemplate, compile_text
+from llmdistill.template import PromptTemplate, check_field, compile_text
 
 
 @dataclass
@@ -40,9 +40,7 @@ class Plan:
             InputError: naming its place and the field.
         """
         for name, what in self.needed.items():
-            if entry.fields.get(name) is None:
-                there = f"is empty in {name}" if name in entry.fields else f"has {', '.join(entry.fields) or 'nothing'}"
-                raise InputError(f"{entry.origin}: {what} needs the field {name}; the line {there}")
+            check_field(entry.fields, name, entry.origin, what)
         for name, what in self.taken.items():
             if name in entry.fields:
                 raise InputError(f"{entry.origin}: has the field {name}, which {what} brings too; choose others by its `fields`")

@@ -142,9 +142,7 @@ class PromptTemplate:
             InputError: naming the item's origin and the variable.
         """
         for name in self.head.variables:
-            if fields.get(name) is None:
-                there = f"is empty in {name}" if name in fields else f"has {', '.join(fields) or 'nothing'}"
-                raise InputError(f"{origin}: the template {self.head.name} needs the field {name}; the line {there}")
+            check_field(fields, name, origin, f"the template {self.head.name}")
 
     def render(self, fields: Fields, origin: str) -> Messages:
         """The conversation about an item.
@@ -156,6 +154,17 @@ class PromptTemplate:
         values = {**self.head.defaults, **fields}
         where = f"{origin}: the template {self.head.name}"
         return [{"role": role, "content": render_text(text, values, where)} for role, text in self._messages]
+
+
+def check_field(fields: Fields, name: str, origin: str, what: str) -> None:
+    """Refuse fields that lack one, or in which it is null.
+
+    Raises:
+        InputError: naming their origin, and what needs it.
+    """
+    if fields.get(name) is None:
+        there = f"is empty in {name}" if name in fields else f"has {', '.join(fields) or 'nothing'}"
+        raise InputError(f"{origin}: {what} needs the field {name}; the line {there}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import datetime
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -55,7 +56,7 @@ def test_parquet(put, tmp_path):
 
 
 def test_a_dataset_as_the_hub_has_it(put, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     put("set/data/train.jsonl", '{"q": "one"}\n{"q": "two"}\n{"q": "three"}\n')
     put("set/data/test.jsonl", '{"q": "four"}\n')
     put("set/README.md", "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: data/train.jsonl}\n---\n")

@@ -1,6 +1,9 @@
 """A folder of Markdown files becomes a curated dataset with soft targets, the same one each time, with every row counted."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -56,6 +59,27 @@ def test_a_second_run_from_nothing_gives_the_same_bytes(made):
     )
     assert len(one) > 10
     assert one == two
+
+
+def test_a_kill_while_the_teacher_is_asked_loses_nothing(made):
+    """kill −9 once the first shard of answers is there: the same command ends in the bytes of the undisturbed run."""
+    killed = made / "killed/prompts"
+    command = [sys.executable, "-m", "llmdistill", "prompts", made / "experiment.yaml", "--output", made / "killed"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (there := list(killed.glob("1-ask/train-*.parquet"))):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in there}
+    assert not (killed / "prompts.parquet").exists()
+    assert run_cli("prompts", made / "experiment.yaml", "--output", made / "killed").returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for path in (made / "one/prompts").rglob("*.parquet"):
+        assert (killed / path.relative_to(made / "one/prompts")).read_bytes() == path.read_bytes()
+    assert not list(killed.rglob(".*"))
 
 
 def test_every_row_is_where_it_was_counted(made):
