@@ -55,6 +55,8 @@ def generate(experiment: Experiment, dry_run: bool = False, share: Share = EVERY
 class _Prompts:
     """The rows to make: prompts as the teacher's token ids, as often as they are to be answered."""
 
+    reads = False
+
     def __init__(self, chat: Chat, prepared: Prepared) -> None:
         self.chat = chat
         self.prompts = prepared.prompts

@@ -183,6 +183,8 @@ class _Requests(Sequence[Request]):
 class _Texts:
     """The rows to make, from whatever holds the text."""
 
+    reads = True
+
     def __init__(self, chat: Chat, texts: _Source) -> None:
         self.chat = chat
         self.texts = texts

@@ -59,6 +59,7 @@ class Source(Protocol):
 
     chat: Chat
     max_model_len: int
+    reads: bool  # whether the text is there already
 
     @property
     def requests(self) -> Sequence[Request]:
@@ -151,7 +152,13 @@ def _make(name: str, directory: Path, source: Source, missing: list[int], mine: 
 
     with console.status("starting the teacher"):
         engine = open_engine(
-            experiment.teacher, experiment.generate, experiment.targets, source.max_model_len, chat.end_ids, experiment.seed
+            experiment.teacher,
+            experiment.generate,
+            experiment.targets,
+            source.max_model_len,
+            chat.end_ids,
+            experiment.seed,
+            chat.vocab_size if source.reads else None,
         )
     rows = sum(rows_of.values())
     total = rows if mine < count else everything

@@ -76,13 +76,29 @@ def fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
 
 
 def open_engine(
-    teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, end_ids: Sequence[int], seed: int
+    teacher: Teacher,
+    sampling: Generate,
+    kept: Targets,
+    max_model_len: int,
+    end_ids: Sequence[int],
+    seed: int,
+    reads_with: int | None = None,
 ) -> Engine:
-    """Load the teacher into the engine that the configuration names."""
+    """Load the teacher into the engine that the configuration names.
+
+    Args:
+        teacher: the models and the engine.
+        sampling: how it is to write.
+        kept: the targets to keep.
+        max_model_len: tokens of the longest sequence.
+        end_ids: the tokens that end a completion.
+        seed: of draws that are not seeded by the row.
+        reads_with: the size of its vocabulary, if it is only to read finished text.
+    """
     if teacher.engine == "vllm":
         from llmdistill.teachers.vllm import VllmEngine
 
-        return VllmEngine(teacher, sampling, kept, max_model_len, end_ids, seed)
+        return VllmEngine(teacher, sampling, kept, max_model_len, end_ids, seed, reads_with)
     if teacher.engine == "server":
         from llmdistill.teachers.server import ServerEngine
 

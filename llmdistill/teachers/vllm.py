@@ -16,6 +16,8 @@ from llmdistill.teachers import Completion, Request
 
 # Requests inside the engine at a time: more than it runs at once, so that it is never idle while a shard is written.
 _QUEUE = 2048
+_READ_BYTES = 1 << 30  # of float32 log-probabilities at a time, when finished text is read; some copies come on top
+_SEQUENCES = 256  # read at a time
 # The engine runs in a process of its own, which these reach; what the user has set stays.
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -31,7 +33,14 @@ class VllmEngine:
     """Streams requests through one `vllm.LLM`; log-probabilities are the model's own, before temperature and penalties."""
 
     def __init__(
-        self, teacher: Teacher, sampling: Generate, kept: Targets, max_model_len: int, end_ids: Sequence[int], seed: int
+        self,
+        teacher: Teacher,
+        sampling: Generate,
+        kept: Targets,
+        max_model_len: int,
+        end_ids: Sequence[int],
+        seed: int,
+        reads_with: int | None = None,
     ) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -56,7 +65,13 @@ class VllmEngine:
             "logprobs_mode": "raw_logprobs",
             "use_tqdm_on_load": False,
         }
-        if current_platform.is_cpu():
+        if reads_with:
+            # Every token of a prefill gets a whole distribution then, which vLLM does not reckon with: it has to fit.
+            arguments["max_num_batched_tokens"] = max(_READ_BYTES // (4 * reads_with), _SEQUENCES)
+            arguments |= {"max_num_seqs": _SEQUENCES, "enable_chunked_prefill": True}
+            if current_platform.is_cpu():
+                arguments["enforce_eager"] = True
+        elif current_platform.is_cpu():
             # Seeded requests stop vLLM's CPU engine when a prompt is prefilled in pieces ("CPU Generator does not use
             # offset"), so every prompt has to fit into one.
             arguments |= {

@@ -1,0 +1,124 @@
+"""What soft targets cost while the teacher writes and reads: `generate` and `score` beside a bare vLLM loop.
+
+    python benchmarks/generate.py
+
+One engine, one after the other in turn, the same prompts with the same seeds:
+writing, `generate`'s own loop with targets encoded and shards on the disk, against `LLM.generate` without log-probabilities;
+reading, `score`'s own loop over what was written, against bare requests with as many `prompt_logprobs`.
+Figures are tokens a second (of completions in writing, of whole texts in reading); the median round counts.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from llmdistill import shards
+from llmdistill.config import load_experiment
+from llmdistill.dataset import rows_to_table, write_shard
+from llmdistill.generate import _Prompts
+from llmdistill.prompts import prepared_prompts
+from llmdistill.teachers import Request, fingerprints, open_engine
+from llmdistill.teachers.chat import Chat
+
+KINDS = ("topk", "sampled")
+
+
+def main() -> None:
+    """Print a row for each kind of targets, and the aims from top-k."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    print("| targets | | bare | ours | ratio |\n| --- | --- | ---: | ---: | ---: |")
+    table = []
+    for kind in KINDS:
+        overrides = [("targets.kind", kind), ("prompts.limit", str(arguments.prompts)), ("generate.rows_per_shard", "12")]
+        for row in measure(load_experiment(Path(arguments.config), overrides), arguments.rounds):
+            table.append({"targets": kind, **row})
+            print(f"| {kind} | {row['what']} | {row['bare']:.0f} | {row['ours']:.0f} | {row['ratio']:.3f} |", flush=True)
+    aims = {f"{row['what']}_ratio_{row['targets']}": row["ratio"] for row in table}
+    print("\ntokens a second")
+    for name, value in aims.items():
+        print(f"aim {name} {value:.4g}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"table": table, "aims": aims}, indent=2) + "\n")
+
+
+def measure(experiment, rounds):
+    """Writing and reading with one engine: each a dictionary of medians."""
+    import vllm
+
+    prepared = prepared_prompts(experiment)
+    source = _Prompts(Chat(experiment, fingerprints(experiment.teacher)[1]), prepared)
+    chat, requests = source.chat, list(source.requests)
+    engine = open_engine(
+        experiment.teacher, experiment.generate, experiment.targets, source.max_model_len + 1, chat.end_ids, experiment.seed
+    )
+    sampling = experiment.generate
+
+    def bare_writing():
+        params = [
+            vllm.SamplingParams(
+                temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, seed=request.seed
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        outputs = engine.llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    def stored(made):
+        """The loop of `shards`, into a directory that is thrown away."""
+        size, tokens = sampling.rows_per_shard, 0
+        rows_of = {index: min(size, len(requests) - index * size) for index in range(-(-len(requests) // size))}
+        with tempfile.TemporaryDirectory() as directory:
+
+            def store(index, completions):
+                table = rows_to_table([source.row(completion) for completion in completions], chat.vocab_size)
+                write_shard(Path(directory), "train", index, len(rows_of), table)
+
+            for completion in shards._by_shard(made, size, rows_of, store):
+                tokens += len(completion.ids)
+                texts[completion.index] = completion.ids
+        return tokens
+
+    texts = {}
+
+    def our_writing():
+        return stored(engine.generate([requests]))
+
+    def whole():
+        return [Request(r.index, r.prompt_ids, r.seed, texts[r.index].tolist()) for r in requests]
+
+    def bare_reading():
+        params = vllm.SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=experiment.targets.kept, flat_logprobs=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": [*request.prompt_ids, *request.completion_ids]} for request in whole()]
+        outputs = engine.llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(output.prompt_token_ids) for output in outputs)
+
+    def our_reading():
+        stored(engine.score([whole()]))
+        return sum(len(request.prompt_ids) + len(request.completion_ids) for request in whole())
+
+    for what, bare, ours in (("write", bare_writing, our_writing), ("read", bare_reading, our_reading)):
+        speeds = {bare: [], ours: []}
+        for turn in range(rounds + 1):  # the first warms up
+            for way in (bare, ours) if turn % 2 else (ours, bare):
+                start = time.perf_counter()
+                tokens = way()
+                if turn:
+                    speeds[way].append(tokens / (time.perf_counter() - start))
+        medians = {way: statistics.median(values) for way, values in speeds.items()}
+        ratio = statistics.median(mine / theirs for mine, theirs in zip(speeds[ours], speeds[bare], strict=True))
+        yield {"what": what, "bare": medians[bare], "ours": medians[ours], "ratio": ratio}
+
+
+if __name__ == "__main__":
+    main()
