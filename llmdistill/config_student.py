@@ -67,6 +67,8 @@ class Student(Section):
     """Train adapters only."""
     quantize: Literal["nf4", "int8"] | None = None
     """Hold the frozen weights in 4 or 8 bits while the adapters train (QLoRA; needs bitsandbytes)."""
+    attn_implementation: str | None = None
+    """How attention is computed: sdpa, flash_attention_2, a kernel on the Hub; transformers' own choice if not given."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
 

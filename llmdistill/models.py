@@ -58,6 +58,7 @@ def load_model(
     key: str = "teacher.model",
     device: str | None = None,
     quantization_config: Any = None,
+    attn_implementation: str | None = None,
 ) -> Any:
     """The model in evaluation mode, on the accelerator if there is one and no device is given.
 
@@ -73,6 +74,8 @@ def load_model(
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     how: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        how["attn_implementation"] = attn_implementation
     if quantization_config is not None:  # such a model is made where it stays
         place = device if device == "cpu" else torch.accelerator.current_device_index()
         how |= {"quantization_config": quantization_config, "device_map": {"": place}}
@@ -154,5 +157,5 @@ def model_bytes(directory: str) -> int | None:
 def _found(model: str, key: str, load: Any) -> Any:
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{key}: cannot load {model}: {str(error).splitlines()[0]}") from None

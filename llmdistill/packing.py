@@ -72,11 +72,16 @@ def check_apart(model: Any) -> None:
     ids_T = torch.arange(3, 15, device=device)
     parts = (ids_T[:7], ids_T[7:])
     position_ids = torch.cat([torch.arange(len(part), device=device) for part in parts])
-    was_training = model.training
+    was_training, attention = model.training, model.config._attn_implementation
     model.eval()
-    together = model(input_ids=ids_T[None], position_ids=position_ids[None], use_cache=False).logits[0].float()
-    alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0].float() for part in parts])
+    if device.type == "cpu" and attention not in ("eager", "sdpa"):
+        model.set_attn_implementation("sdpa")  # the others work on the accelerator only, where it is not yet
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+        together = model(input_ids=ids_T[None], position_ids=position_ids[None], use_cache=False).logits[0].float()
+        alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0].float() for part in parts])
     model.train(was_training)
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
     if not alone.any():  # FSDP gives this process its weights later; the first has them
         return
     off = (together - alone).norm() / alone.norm()

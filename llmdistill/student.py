@@ -162,7 +162,8 @@ def make_student(experiment: Experiment) -> Any:
     config = adapters.lora_config(student.lora) if student.lora else None
     quantised = adapters.quantization_config(student.quantize, saved_dtype(experiment)) if student.quantize else None
     dtype, device = "auto" if config else "float32", None if quantised else "cpu"
-    model = _load_before(experiment, dtype=dtype, quantization_config=quantised, device=device)
+    how = {"quantization_config": quantised, "attn_implementation": student.attn_implementation}
+    model = _load_before(experiment, dtype=dtype, device=device, **how)
     adapters.keep_gradients(model)
     return adapters.attach(model, config, experiment.seed) if config else model
 
