@@ -172,6 +172,7 @@ def every_step(tmp_path, tiny):
             "min_score": 3,
         },
         "duplicates": None,
+        "best_of": {},
         "near_duplicates": {"threshold": 0.6},
         "contamination": {"against": [against(tmp_path)]},
         "personal_data": None,
