@@ -200,6 +200,7 @@ def mixed_rows():
         make_row(
             n,
             text,
+            [{"role": "user", "content": f"question {min(n, len(texts) - 2)}"}],  # the last two answer the same one
             length=3 if n == 2 else 5,
             reason="length" if n == 1 else "stop",
             fields={"topic": "x"} | ({"answer": 3} if n == 16 else {}),
