@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_convert(commands: Any) -> None:
-    text = "write a dataset in the format of DistillKit, of axolotl, or as plain JSONL, or read one of those"
+    text = "write a dataset in the format of DistillKit, of axolotl, as JSONL or as preference pairs, or read one"
     convert = commands.add_parser(
         "convert", help=text, description=f"{text[0].upper()}{text[1:]}; docs/formats.md describes them.", allow_abbrev=False
     )
@@ -186,7 +186,7 @@ def _add_convert(commands: Any) -> None:
     )
     convert.add_argument("out", metavar="OUT", help="the directory to make; it must be empty, or not be there")
     direction = convert.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--to", choices=formats, help="the format to write")
+    direction.add_argument("--to", choices=(*formats, "preferences"), help="the format to write")
     direction.add_argument("--from", dest="form", choices=formats, help="the format to read")
     convert.add_argument("--teacher", metavar="MODEL", help="with --from: the model whose tokenizer the files were made with")
     convert.add_argument("--k", type=int, metavar="N", help="with --from: keep the N most likely targets of each position")

@@ -127,6 +127,15 @@ class Judge(Section):
         return self
 
 
+class BestOf(Section):
+    """Keep the best of the answers to a prompt; the others are losers, for preference training."""
+
+    keep: int = Field(default=1, ge=1)
+    """How many of a prompt's answers stay."""
+    judge: Judge | None = None
+    """Who scores them; without one it is the teacher itself, by the mean log-probability of the answer's tokens."""
+
+
 class Duplicates(Section):
     """Keep the first of rows that have the same text after lower-casing and joining white space."""
 
@@ -202,6 +211,8 @@ class CurateStep(Step):
     """By a regular expression."""
     judge: Judge | None = None
     """By a teacher's score."""
+    best_of: BestOf | None = None
+    """By rank among the answers to a prompt."""
     duplicates: Duplicates | None = None
     """By equal texts."""
     near_duplicates: NearDuplicates | None = None

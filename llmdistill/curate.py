@@ -7,7 +7,7 @@ the two is one byte a row; why a row was rejected waits on the disk.
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llmdistill import contamination, duplicates, filters, judge, personal_data, stage, verify, wording
+from llmdistill import best_of, contamination, duplicates, filters, judge, personal_data, stage, verify, wording
 from llmdistill.config import Experiment
 from llmdistill.config_curate import Contamination, JsonSchema, Judge
 from llmdistill.dataset import (
@@ -48,6 +48,7 @@ STEPS: dict[str, Callable[[Any, Work], Check]] = {
     "json_schema": filters.json_schema,
     "regex": filters.by_regex,
     "judge": judge.judge,
+    "best_of": best_of.best_of,
     "duplicates": duplicates.duplicates,
     "near_duplicates": duplicates.near_duplicates,
     "contamination": contamination.contamination,
@@ -225,7 +226,7 @@ def _decide(
             start = time.monotonic()
             checks.append(STEPS[step.name](step.settings, work))
             account.seconds += time.monotonic() - start
-        for rows in read_batches(files, COLUMNS):
+        for rows in _whole_prompts(read_batches(files, COLUMNS)):
             sides = [is_held_out(prompt, experiment.seed, share) for prompt in rows["prompt"].to_pylist()]
             verdict = np.array(sides, dtype=np.uint8) + np.uint8(2 * len(checks))
             reasons: list[str | None] = [None] * len(rows)
@@ -236,6 +237,21 @@ def _decide(
             details.write_batch(pa.record_batch({"detail": pa.array(reasons, pa.string())}))
             bar.advance(len(rows), _completion_tokens(rows))
     return np.concatenate(verdicts), accounts
+
+
+def _whole_prompts(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in groups that end where the prompt changes, so that all answers to it that stand together are in one."""
+    waiting: pa.Table | None = None
+    for batch in batches:
+        rows = batch if waiting is None else pa.concat_tables([waiting, batch])
+        end = len(rows) - 1
+        while end and rows["prompt"][end - 1] == rows["prompt"][len(rows) - 1]:
+            end -= 1
+        if end:
+            yield rows.slice(0, end)
+        waiting = rows.slice(end)
+    if waiting is not None:
+        yield waiting
 
 
 def _apply(
@@ -293,7 +309,7 @@ def _write(experiment: Experiment, files: list[Path], verdicts: Array, scratch: 
         pq.ParquetWriter(unfinished, schema, compression="zstd") as rejected,
     ):
         start = 0
-        for rows, details in zip(read_batches(files), pa.ipc.open_stream(stream), strict=True):
+        for rows, details in zip(_whole_prompts(read_batches(files)), pa.ipc.open_stream(stream), strict=True):
             verdict = verdicts[start : start + len(rows)]
             start += len(rows)
             for side, writer in enumerate(splits):

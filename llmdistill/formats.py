@@ -8,6 +8,7 @@ Everything goes through in parts of some 65,000 tokens, so memory does not grow 
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ _NOTES = {
     "completion token. The rows are tokenised already: no `type` under `datasets`, `kd_temperature` 1, and no row longer than "
     "`sequence_len`. The part of its configuration that fits these files:",
     "jsonl": "One object a line, `prompt` and `completion`, each a list of messages: TRL's conversational form.",
+    "preferences": "One object a line, `prompt`, `chosen` and `rejected`, each a list of messages, as TRL's `DPOTrainer` reads "
+    "them, and the scores of both answers. `chosen` is the best of the answers to the prompt, `rejected` one that lost to it.",
 }
 
 
@@ -77,7 +80,9 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
     """
     manifest = read_manifest(directory)
     kind = manifest["targets"]["kind"]
-    if kind not in ("topk", "sampled") and form != "jsonl":
+    if form == "preferences" and not list(directory.glob("best_of-*.jsonl")):
+        raise InputError(f"{directory}: there are no losers; curate it with the step best_of, on several samples a prompt")
+    if kind not in ("topk", "sampled") and form not in ("jsonl", "preferences"):
         raise InputError(f"{directory}: {form} has no form for targets of kind {kind}; use --to jsonl for the text alone")
     if exact_k is not None and (form != "distillkit" or kind != "topk"):
         raise InputError("--exact-k is for --to distillkit and targets of kind topk: only those lie on a curve over their rank")
@@ -88,6 +93,8 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
     with new_directory(out) as unfinished, StageBar("convert", manifest["rows"]) as bar:
         if form == "jsonl":
             written = _write_jsonl(files, unfinished, bar)
+        elif form == "preferences":
+            written = _write_preferences(directory, files, unfinished, bar)
         elif form == "axolotl":
             written = _write_axolotl(files, unfinished, out, kind, bar)
         else:
@@ -154,6 +161,31 @@ def _write_jsonl(files: dict[Split, list[Path]], directory: Path, bar: StageBar)
                 bar.advance(batch.num_rows)
     told = f"; {cut:,} of them were cut off, which text cannot say: a trainer will take them as finished" if cut else ""
     return _Written(f"{rows:,} rows of text{told}", None)
+
+
+def _write_preferences(source: Path, files: dict[Split, list[Path]], directory: Path, bar: StageBar) -> _Written:
+    """Every loser of a `best_of` step beside the row that it lost to, where that one has stayed to the end."""
+    losers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for log in sorted(source.glob("best_of-*.jsonl")):
+        for line in log.read_text(encoding="utf-8").splitlines():
+            pair = json.loads(line)
+            losers[pair["chosen"]].append(pair)
+    wanted = {pair["rejected"] for pairs in losers.values() for pair in pairs}
+    texts: dict[str, Any] = {}
+    for batch in read_parts([source / "rejected.parquet"], ["id", "completion"], ROWS_AT_ONCE):
+        texts |= {row["id"]: row["completion"] for row in batch.to_pylist() if row["id"] in wanted}
+    written = 0
+    for split, shards in files.items():
+        with (directory / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
+            for batch in read_parts(shards, ["id", "prompt", "completion"]):
+                for row in batch.to_pylist():
+                    for pair in losers.get(row["id"], []):
+                        scores = {name: pair[name] for name in ("chosen_score", "rejected_score")}
+                        both = {"chosen": row["completion"], "rejected": texts[pair["rejected"]]}
+                        stream.write(json.dumps({"prompt": row["prompt"], **both, **scores}, ensure_ascii=False) + "\n")
+                        written += 1
+                bar.advance(batch.num_rows)
+    return _Written(f"{written:,} pairs of a better and a worse answer", None)
 
 
 def _write_axolotl(files: dict[Split, list[Path]], directory: Path, out: Path, kind: str, bar: StageBar) -> _Written:
@@ -324,7 +356,7 @@ def _nested(values: Array, size: int, lengths: Array) -> pa.ListArray:
 
 
 def _readme(directory: Path, manifest: dict[str, Any], form: str, splits: list[Split], written: _Written) -> str:
-    ending = "jsonl" if form == "jsonl" else "parquet"
+    ending = "jsonl" if form in ("jsonl", "preferences") else "parquet"
     files = [{"split": split, "path": f"{split}.{ending}"} for split in splits]
     head = {"configs": [{"config_name": "default", "data_files": files}]}
     name = manifest["teacher"]["model"].rstrip("/").split("/")[-1]

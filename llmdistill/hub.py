@@ -76,7 +76,7 @@ def _contents(directory: Path) -> tuple[Kind, dict[str, Path]]:
         raise InputError(f"{directory}: not finished; run `{run['stage']}` again to go on")
     if (directory / MANIFEST).is_file():
         shards = [file for split in SPLITS for file in shard_files(directory, split)]
-        others = [directory / name for name in (MANIFEST, "README.md", RUN_FILE, "rejected.parquet")]
+        others = [directory / name for name in (MANIFEST, "README.md", RUN_FILE)]  # what was rejected stays at home
         return "dataset", {file.name: file for file in [*shards, *others] if file.is_file()}
     if run.get("stage") == "train":
         return "model", _model_files(directory)

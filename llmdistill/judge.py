@@ -5,7 +5,7 @@ is one number for a row whatever was drawn, and costs one prefill. Scores are ke
 after an interruption or with another `min_score`, does not pay for them twice.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,39 @@ Score = tuple[float, float]  # the mean digit, and the probability of all digits
 
 def judge(settings: Judge, work: Work) -> Check:
     """By the judge's mean score."""
+    scores = scores_of(settings, work)
+
+    def check(rows: pa.Table) -> Iterator[str | None]:
+        for score in scores(rows):
+            if isinstance(score, Failed):
+                yield score
+            else:
+                yield None if score >= settings.min_score else f"score {score:.2f}"
+
+    return check
+
+
+def scores_of(settings: Judge, work: Work) -> Callable[[pa.Table], Iterator[float | Failed]]:
+    """What gives the judge's mean score of every row.
+
+    Raises:
+        InputError: there is no such judge, or it cannot be asked with this template.
+    """
     try:
         asked = _Asked(settings, work)
     except InputError as error:
         raise InputError(f"{work.key}: {error}") from None
 
-    def check(rows: pa.Table) -> Iterator[str | None]:
+    def scores(rows: pa.Table) -> Iterator[float | Failed]:
         for score in asked.scores(rows):
             if isinstance(score, Failed):
                 yield score
             elif score[1] < settings.min_mass:
                 yield Failed(f"the judge gives the digits a probability of {score[1]:.2f}")
             else:
-                yield None if score[0] >= settings.min_score else f"score {score[0]:.2f}"
+                yield score[0]
 
-    return check
+    return scores
 
 
 class _Asked:

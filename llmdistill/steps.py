@@ -26,7 +26,7 @@ class Failed(str):
 
 
 Check = Callable[[pa.Table], Iterable[str | None]]  # for each row of a group why it is rejected; None: it stays
-COLUMNS = ["id", "prompt", "completion", "input_ids", "completion_start", "finish_reason", "metadata"]
+COLUMNS = ["id", "prompt", "completion", "input_ids", "completion_start", "finish_reason", "metadata", "token_logprobs"]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from llmdistill.curate import STEPS
 from llmdistill.steps import Work
 
 
-def table(texts, prompts=None, ids=None, reasons=None, fields=None):
+def table(texts, prompts=None, ids=None, reasons=None, fields=None, logprobs=None):
     """Rows with these answers; `ids` are prompt and completion, of which the first one is the prompt."""
     count = len(texts)
     prompts = prompts or [f"question {n // 2}" for n in range(count)]
@@ -26,6 +26,7 @@ def table(texts, prompts=None, ids=None, reasons=None, fields=None):
             "completion_start": pa.array([1] * count, pa.int32()),
             "finish_reason": reasons or ["stop"] * count,
             "metadata": [json.dumps(one) for one in fields or [{}] * count],
+            "token_logprobs": pa.array(logprobs or [[-1.0]] * count, pa.list_(pa.float32())),
         }
     )
 

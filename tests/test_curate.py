@@ -172,6 +172,7 @@ def every_step(tmp_path, tiny):
             "min_score": 3,
         },
         "duplicates": None,
+        "best_of": {},
         "near_duplicates": {"threshold": 0.6},
         "contamination": {"against": [against(tmp_path)]},
         "personal_data": None,
@@ -199,6 +200,7 @@ def mixed_rows():
         make_row(
             n,
             text,
+            [{"role": "user", "content": f"question {min(n, len(texts) - 2)}"}],  # the last two answer the same one
             length=3 if n == 2 else 5,
             reason="length" if n == 1 else "stop",
             fields={"topic": "x"} | ({"answer": 3} if n == 16 else {}),

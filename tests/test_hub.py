@@ -234,7 +234,7 @@ def test_a_dataset_arrives_whole_and_alone(hub, dataset, tmp_path):
     assert hub.commits[repo] == 1
     assert hub.private[repo] is False
     shards = [entry["file"] for entry in read_manifest(dataset)["shards"]]
-    want = bytes_of(dataset, [*shards, "dataset.json", "README.md", "run.json", "rejected.parquet"])
+    want = bytes_of(dataset, [*shards, "dataset.json", "README.md", "run.json"])
     files = hub.branches[repo]["main"]
     files.pop(".gitattributes")
     assert files == want
@@ -279,7 +279,7 @@ def test_a_new_push_replaces_the_shards_of_the_last_and_nothing_else(hub, datase
     push_to_hub(tmp_path / "newer", "me/answers")
     assert hub.commits == {"datasets/me/answers": 2}
     shards = [entry["file"] for entry in read_manifest(tmp_path / "newer")["shards"]]
-    assert files.keys() == {*shards, "dataset.json", "README.md", "run.json", "rejected.parquet", "LICENSE", ".gitattributes"}
+    assert files.keys() == {*shards, "dataset.json", "README.md", "run.json", "LICENSE", ".gitattributes"}
 
 
 def test_weights_of_an_earlier_student_do_not_stay(hub, student):
@@ -437,12 +437,12 @@ def test_the_command(hub, dataset, tmp_path):
     assert plan.returncode == 0, plan.stderr
     lines = [line.split() for line in plan.stdout.splitlines()]
     shards = [entry["file"] for entry in read_manifest(dataset)["shards"]]
-    names = [*shards, "dataset.json", "README.md", "run.json", "rejected.parquet"]
+    names = [*shards, "dataset.json", "README.md", "run.json"]
     assert {name: int(size.replace(",", "")) for _, size, name in lines[:-1]} == {
         name: (dataset / name).stat().st_size for name in names
     }
     total = sum((dataset / name).stat().st_size for name in names)
-    assert f"would upload 7 files, {total:,} bytes, to the dataset repository me/answers, branch main" in plan.stdout
+    assert f"would upload 6 files, {total:,} bytes, to the dataset repository me/answers, branch main" in plan.stdout
     assert not hub.requests
 
     done = run_cli("push", dataset, "me/answers", "--private", "--revision", "next", **environment)
