@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -275,6 +276,8 @@ class DistillTrainer(trl.SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student, and beside a checkpoint what else has learned."""
+        # Every process makes the directory before the barrier after which each looks whether the best checkpoint is there.
+        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
         super().save_model(output_dir, _internal_call)
         if self.match and _internal_call and self.args.should_save:
             self.match.save(output_dir or self.args.output_dir)

@@ -50,6 +50,26 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def text_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of eight rows of uneven length without soft targets."""
+    import numpy as np
+
+    from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+
+    directory = tmp_path_factory.mktemp("text")
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(8):
+        prompt, completion = generator.integers(3, 2000, 3 + number % 3), generator.integers(3, 2000, 1 + 2 * number)
+        message = [{"role": "user", "content": str(number)}]
+        rows.append(Row(str(number), message, message, list(prompt), completion, "stop", np.zeros(len(completion)), None))
+    write_shard(directory, "train", 0, 1, rows_to_table(rows, 49152))
+    about = {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": "none"}}
+    write_manifest(directory, finished_shards(directory, "train"), about)
+    return directory
+
+
 def run_cli(*arguments: object, timeout: int = 600, **environment: str) -> "subprocess.CompletedProcess[str]":
     """The command as a user runs it."""
     return subprocess.run(

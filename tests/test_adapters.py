@@ -13,6 +13,7 @@ from llmdistill.config_student import Lora, Student
 from llmdistill.errors import InputError
 from llmdistill.models import load_model
 from llmdistill.student import begin_student, load_student, save_student
+from tests.test_trainer import make_trainer
 
 IDS = torch.arange(5, 25).view(2, 10)
 
@@ -136,6 +137,29 @@ def test_gradients_go_through_quantised_weights_also_after_an_evaluation(kind, b
     for name, parameter in want.items():
         if "lora_" in name:
             assert (got[name].grad - parameter.grad).norm() <= close * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize(
+    "student",
+    [{"lora": {"r": 2, "args": {"init_lora_weights": "pissa"}}}, {"lora": {"r": 2}, "quantize": "nf4"}],
+    ids=["PiSSA", "QLoRA"],
+)
+def test_training_that_resumes_goes_on_with_the_same_losses(student, tiny, text_rows, tmp_path):
+    """From a base that is loaded, quantised or taken apart anew."""
+    if "quantize" in student:
+        pytest.importorskip("bitsandbytes")
+
+    def make(name):
+        model = load_student(experiment_of(tiny, tmp_path, **student))
+        settings = {"alpha": 0.0, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+        return make_trainer(tiny, text_rows, tmp_path / name, model, **settings)
+
+    whole, again = make("whole"), make("again")
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (whole, again)]
+    assert len(set(losses[0])) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def rounded(layer):

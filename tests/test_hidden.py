@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmdistill import load_dataset
 from llmdistill.config_student import Prune
 from llmdistill.cut import choose, cut
-from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.hidden import LOSSES, Attention, Hidden, LayerMatch, attention_kl, cosine, evenly, mse, of_pruned, resolve
 from llmdistill.models import load_model
 from tests.test_trainer import gradients_of_one_step, make_trainer
@@ -103,22 +102,6 @@ def test_a_student_without_layers_that_did_nothing_has_nothing_to_learn(tiny):
     assert min(found["wrong"].values()) > 0.1
 
 
-@pytest.fixture(scope="module")
-def text(tiny, tmp_path_factory):
-    """Eight rows of uneven length, no targets."""
-    directory = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    rows = []
-    for number in range(8):
-        prompt, completion = generator.integers(3, 2000, 3 + number % 3), generator.integers(3, 2000, 1 + 2 * number)
-        message = [{"role": "user", "content": str(number)}]
-        rows.append(Row(str(number), message, message, list(prompt), completion, "stop", np.zeros(len(completion)), None))
-    write_shard(directory, "train", 0, 1, rows_to_table(rows, 49152))
-    about = {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": "none"}}
-    write_manifest(directory, finished_shards(directory, "train"), about)
-    return directory
-
-
 def narrow():
     """A student of another width, depth and number of heads than the tiny teacher."""
     torch.manual_seed(3)
@@ -132,13 +115,13 @@ def narrow():
 WITH = {"alpha": 0.5, "hidden": {"weight": 0.5, "loss": "mse"}, "attention": {"weight": 2.0, "layers": [[0, 1], [1, 3]]}}
 
 
-def trainer_of(tiny, text, output, **arguments):
-    return make_trainer(tiny, text, output, narrow(), load_model(str(tiny)), **{**WITH, **arguments})
+def trainer_of(tiny, text_rows, output, **arguments):
+    return make_trainer(tiny, text_rows, output, narrow(), load_model(str(tiny)), **{**WITH, **arguments})
 
 
-def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tiny, text, tmp_path):
-    whole = trainer_of(tiny, text, tmp_path, per_device_train_batch_size=8)
-    parts = trainer_of(tiny, text, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tiny, text_rows, tmp_path):
+    whole = trainer_of(tiny, text_rows, tmp_path, per_device_train_batch_size=8)
+    parts = trainer_of(tiny, text_rows, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     parts.match.projector.weight.data.copy_(whole.match.projector.weight.data)
     want, got = gradients_of_one_step(whole), gradients_of_one_step(parts)
     assert want["hidden_projector.weight"].norm() > 0
@@ -149,15 +132,15 @@ def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tiny, text, 
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4)
 
 
-def test_what_is_logged_is_the_formula(tiny, text, tmp_path):
+def test_what_is_logged_is_the_formula(tiny, text_rows, tmp_path):
     """Row by row in float64, without padding, by the models' own hidden states and attention maps."""
-    trainer = trainer_of(tiny, text, tmp_path, per_device_train_batch_size=8)
+    trainer = trainer_of(tiny, text_rows, tmp_path, per_device_train_batch_size=8)
     projector = trainer.match.projector.weight.detach().double().numpy().T.copy()
     student, teacher = narrow().double(), load_model(str(tiny)).double()
     student.set_attn_implementation("eager")
     teacher.set_attn_implementation("eager")
     hidden = attention = tokens = 0.0
-    for row in load_dataset(text):
+    for row in load_dataset(text_rows):
         ids, start = torch.tensor(row["input_ids"])[None].long(), int(row["completion_start"])
         here = slice(start - 1, ids.shape[1] - 1)
         ours, theirs = (model(ids, output_hidden_states=True, output_attentions=True) for model in (student, teacher))
@@ -180,23 +163,36 @@ def test_what_is_logged_is_the_formula(tiny, text, tmp_path):
     assert log["loss"] == pytest.approx(want, rel=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing(tiny, text, tmp_path):
+def test_gradient_checkpointing_changes_nothing(tiny, text_rows, tmp_path):
     runs = []
     for on in (False, True):
-        trainer = trainer_of(tiny, text, tmp_path, per_device_train_batch_size=8, gradient_checkpointing=on)
+        trainer = trainer_of(tiny, text_rows, tmp_path, per_device_train_batch_size=8, gradient_checkpointing=on)
         runs.append(gradients_of_one_step(trainer))
     for name, gradient in runs[0].items():
         torch.testing.assert_close(runs[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_reentrant_checkpointing_would_lose_the_gradient_and_is_refused(tiny, text, tmp_path):
+def test_rows_one_behind_the_other_have_the_same_values(tiny, text_rows, tmp_path):
+    """Without padding, eager attention keeps them apart by their positions; teacher and student alike."""
+    padded, lined_up = (
+        trainer_of(tiny, text_rows, tmp_path, per_device_train_batch_size=8, padding_free=free) for free in (False, True)
+    )
+    want, got = gradients_of_one_step(padded), gradients_of_one_step(lined_up)
+    for name, gradient in want.items():
+        assert (got[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+    logs = [trainer.state.log_history[0] for trainer in (padded, lined_up)]
+    for key in ("loss", "hidden", "attention"):
+        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-4)
+
+
+def test_reentrant_checkpointing_would_lose_the_gradient_and_is_refused(tiny, text_rows, tmp_path):
     again = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(RuntimeError, match="no gradient reaches the student's layers"):
-        trainer_of(tiny, text, tmp_path, **again).train()
+        trainer_of(tiny, text_rows, tmp_path, **again).train()
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_projector_learns_resumes_and_is_not_saved_with_the_student(tiny, text, tmp_path, lora):
+def test_the_projector_learns_resumes_and_is_not_saved_with_the_student(tiny, text_rows, tmp_path, lora):
     from peft import LoraConfig, get_peft_model
     from safetensors import safe_open
 
@@ -204,7 +200,7 @@ def test_the_projector_learns_resumes_and_is_not_saved_with_the_student(tiny, te
         torch.manual_seed(5)
         model = get_peft_model(narrow(), LoraConfig(r=2, target_modules="all-linear")) if lora else narrow()
         arguments = {**WITH, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
-        return make_trainer(tiny, text, output, model, load_model(str(tiny)), **arguments)
+        return make_trainer(tiny, text_rows, output, model, load_model(str(tiny)), **arguments)
 
     whole = make(tmp_path / "whole")
     before = whole.match.projector.weight.detach().clone()
@@ -233,11 +229,11 @@ def test_the_projector_learns_resumes_and_is_not_saved_with_the_student(tiny, te
         ({"hidden": {"layers": [[0, 9]]}}, r"no pair \[0, 9\]: the student has layers 0 to 1"),
     ],
 )
-def test_what_cannot_be_compared(tiny, text, tmp_path, arguments, message):
+def test_what_cannot_be_compared(tiny, text_rows, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        trainer_of(tiny, text, tmp_path, **arguments)
+        trainer_of(tiny, text_rows, tmp_path, **arguments)
 
 
-def test_there_must_be_a_teacher(tiny, text, tmp_path):
+def test_there_must_be_a_teacher(tiny, text_rows, tmp_path):
     with pytest.raises(ValueError, match="compared with those of a teacher, and there is none"):
-        make_trainer(tiny, text, tmp_path, narrow(), alpha=0.0, hidden={})
+        make_trainer(tiny, text_rows, tmp_path, narrow(), alpha=0.0, hidden={})
