@@ -61,7 +61,7 @@ def test_cutting_keeps_targets_with_their_tokens():
 
 def test_text_only_rows_have_no_targets():
     batch = DistillCollator(pad_token_id=0)([{"input_ids": [1, 2, 3], "completion_start": 2}])
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "lengths", "positions", "token_weights"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "lengths", "pack_sizes", "positions", "token_weights"}
 
 
 def test_in_a_line_by_hand():
