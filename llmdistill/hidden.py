@@ -101,9 +101,10 @@ class Attention:
 class Projector(torch.nn.Linear):
     """From the student's hidden size to the teacher's. A part of the model in training, and of nothing that is saved of it."""
 
-    def __init__(self, student_size: int, teacher_size: int, device: Any) -> None:
-        super().__init__(student_size, teacher_size, bias=False, device=device, dtype=torch.float32)
-        torch.nn.init.orthogonal_(self.weight)  # lengths and angles stay as they are until it has learned better
+    def __init__(self, student_size: int, teacher_size: int, seed: int) -> None:
+        super().__init__(student_size, teacher_size, bias=False, dtype=torch.float32)
+        # Lengths and angles stay as they are until it has learned better.
+        torch.nn.init.orthogonal_(self.weight, generator=torch.Generator().manual_seed(seed))
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -120,12 +121,13 @@ class LayerMatch:
         teacher: the model beside it.
         hidden: how to compare hidden states, if they are compared.
         attention: how to compare attention maps; both models are set to eager attention, no other gives any.
+        seed: of the projector's weights.
 
     Raises:
         ValueError: a layer that is not there.
     """
 
-    def __init__(self, student: Any, teacher: Any, hidden: Hidden | None, attention: Attention | None) -> None:
+    def __init__(self, student: Any, teacher: Any, hidden: Hidden | None, attention: Attention | None, seed: int = 0) -> None:
         self.hidden, self.attention = hidden, attention
         sizes = [len(decoder_layers(model)) for model in (student, teacher)]
         self.pairs = {name: resolve(part.layers, *sizes) for name, part in (("hidden", hidden), ("attention", attention)) if part}
@@ -135,7 +137,7 @@ class LayerMatch:
         widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
         self.projector: Projector | None = None
         if hidden and widths[0] != widths[1]:
-            self.projector = Projector(widths[0], widths[1], student.device)
+            self.projector = Projector(widths[0], widths[1], seed).to(student.device)
             student.add_module("hidden_projector", self.projector)
 
     @contextmanager

@@ -152,6 +152,8 @@ class DistillTrainer(trl.SFTTrainer):
         in_a_line = args.packing or args.padding_free
         collator = DistillCollator(0, args.max_length, in_a_line, args.position_weights, args.reduction == "sequence")
         kwargs.setdefault("data_collator", collator)
+        if args.hidden and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, a projector is used after it
         wanted = args.packing, args.padding_free
         args.packing = args.padding_free = False  # they are ours: TRL would want its own collator for them
         # TRL refuses adapters on the output layer, which its own loss would pass by.
@@ -201,12 +203,9 @@ class DistillTrainer(trl.SFTTrainer):
     def _match(self, args: DistillConfig) -> LayerMatch | None:
         if not any(args.layers()):
             return None
-        match = LayerMatch(self.model, self.teacher, *args.layers())
-        if match.projector:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("hidden states of different sizes need a projector, which FSDP and DeepSpeed do not train here")
-            if args.ddp_find_unused_parameters is None:
-                args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, the projector is used after it
+        match = LayerMatch(self.model, self.teacher, *args.layers(), args.seed)
+        if match.projector and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("hidden states of different sizes need a projector, which FSDP and DeepSpeed do not train here")
         return match
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -283,7 +282,13 @@ class DistillTrainer(trl.SFTTrainer):
             self.match.save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for (
+            name,
+            parameter,
+        ) in self.model.named_parameters():  # peft widens adapters that it loads, also where they train in bfloat16
+            parameter.data = parameter.data.to(dtypes[name])
         if self.match:
             self.match.load(resume_from_checkpoint)
 

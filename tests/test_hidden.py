@@ -122,7 +122,6 @@ def trainer_of(tiny, text_rows, output, **arguments):
 def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tiny, text_rows, tmp_path):
     whole = trainer_of(tiny, text_rows, tmp_path, per_device_train_batch_size=8)
     parts = trainer_of(tiny, text_rows, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8)
-    parts.match.projector.weight.data.copy_(whole.match.projector.weight.data)
     want, got = gradients_of_one_step(whole), gradients_of_one_step(parts)
     assert want["hidden_projector.weight"].norm() > 0
     for name, gradient in want.items():
