@@ -228,6 +228,8 @@ class Experiment(Section):
         for name in ("hidden", "attention"):
             if getattr(self.train, name) is not None and self.targets.kind != "online":
                 raise ValueError(f"train.{name} needs the teacher beside the student; set targets.kind to online")
+        if self.train.attention and self.student.attn_implementation not in (None, "eager"):
+            raise ValueError("train.attention needs eager attention, which is set for it; remove student.attn_implementation")
         return self
 
     def directory(

@@ -1,6 +1,7 @@
 """Where the student comes from: an existing model, the teacher cut down, or its architecture with random weights."""
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,45 @@ def saved_dtype(experiment: Experiment) -> Any:
 
     dtype = load_config(*origin(experiment)).dtype or "float32"
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: Any) -> None:
+    """Decide which layers are compared where the configuration does not say: of a pruned student, by where they were.
+
+    Args:
+        experiment: the configuration.
+        arguments: the `DistillConfig`, in which the pairs are written down.
+        student: the model before training.
+        teacher: the one beside it, if there is one.
+
+    Raises:
+        InputError: the configuration names layers that are not there, or asks for what cannot be trained.
+    """
+    from llmdistill.hidden import decoder_layers, of_pruned, resolve
+
+    kept = None
+    if experiment.student.prune:
+        kept = stage.read_json(experiment.directory("student-before") / stage.RUN_FILE)["results"]["layers"]
+    for name in ("hidden", "attention"):
+        part = getattr(arguments, name)
+        if part is None:
+            continue
+        layers = [len(decoder_layers(model)) for model in (student, teacher)]
+        if part["layers"] is None and kept:
+            part["layers"] = of_pruned(kept, layers[1]) if name == "hidden" else list(enumerate(kept))
+        try:
+            part["layers"] = resolve(part["layers"], *layers)
+        except ValueError as error:
+            raise InputError(f"train.{name}.{error}") from None
+    sizes = {model.config.get_text_config().hidden_size for model in (student, teacher) if model is not None}
+    if arguments.hidden and len(sizes) > 1 and is_sharded(arguments):
+        raise InputError("train.hidden: sizes that differ need a projector, which FSDP and DeepSpeed do not train; use DDP")
+
+
+def is_sharded(arguments: Any) -> bool:
+    """Whether each process will hold a part of the weights, as accelerate was told or the arguments say."""
+    told = any(os.environ.get(f"ACCELERATE_USE_{way}") == "true" for way in ("FSDP", "DEEPSPEED"))
+    return told or bool(arguments.fsdp or arguments.deepspeed)
 
 
 def begin_student(model: Any, directory: Path) -> None:

@@ -21,7 +21,16 @@ from llmdistill.models import (
     whole_on_every_process,
 )
 from llmdistill.progress import StageBar, console, say
-from llmdistill.student import begin_student, default_learning_rate, load_student, make_student, origin, save_student
+from llmdistill.student import (
+    begin_student,
+    default_learning_rate,
+    is_sharded,
+    load_student,
+    make_student,
+    origin,
+    pair_layers,
+    save_student,
+)
 from llmdistill.traps import traps
 
 # Set by keys of their own; given under train.args they would contradict them.
@@ -96,7 +105,7 @@ def _train_one(
             dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
         student = load_student(experiment)
         teacher = None if text_only else _online_teacher(experiment, arguments)
-        _pair_layers(experiment, arguments, student, teacher)
+        pair_layers(experiment, arguments, student, teacher)
         _check_fit(arguments, dataset, student, teacher)
     if arguments.process_index == 0:
         stage.begin(directory, "train", settings, inputs, experiment.seed)
@@ -247,6 +256,8 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
     except (TypeError, ValueError) as error:
         raise InputError(f"train.args: {error}") from None
     _check_checkpointing(arguments, experiment)
+    if experiment.student.quantize and is_sharded(arguments):
+        raise InputError("student.quantize: quantised weights are not sharded; use one device, or DDP, or leave it out")
     if arguments.n_gpu > 1:  # the trainer would cut a batch apart from its targets (DataParallel)
         say("train", f"uses one of {arguments.n_gpu} GPUs; docs/distributed.md says how to start a process on each")
         arguments._n_gpu = 1
@@ -313,30 +324,6 @@ def _online_teacher(experiment: Experiment, arguments: Any) -> Any:
         return None
     with whole_on_every_process():
         return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, device="cpu")
-
-
-def _pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: Any) -> None:
-    """Decide which layers are compared where the configuration does not say: of a pruned student, by where they were.
-
-    Raises:
-        InputError: the configuration names layers that are not there.
-    """
-    from llmdistill.hidden import decoder_layers, of_pruned, resolve
-
-    kept = None
-    if experiment.student.prune:
-        kept = stage.read_json(experiment.directory("student-before") / stage.RUN_FILE)["results"]["layers"]
-    for name in ("hidden", "attention"):
-        part = getattr(arguments, name)
-        if part is None:
-            continue
-        sizes = [len(decoder_layers(model)) for model in (student, teacher)]
-        if part["layers"] is None and kept:
-            part["layers"] = of_pruned(kept, sizes[1]) if name == "hidden" else list(enumerate(kept))
-        try:
-            part["layers"] = resolve(part["layers"], *sizes)
-        except ValueError as error:
-            raise InputError(f"train.{name}.{error}") from None
 
 
 def _trained(experiment: Experiment, trainer: Any) -> Any:

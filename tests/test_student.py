@@ -1,12 +1,15 @@
 """Fresh students: the teacher's architecture with other sizes."""
 
+import types
+
 import pytest
 import torch
 import transformers
 
+from llmdistill.config import Experiment
 from llmdistill.config_student import Student
 from llmdistill.errors import InputError
-from llmdistill.student import default_learning_rate, fresh
+from llmdistill.student import default_learning_rate, fresh, pair_layers
 from tests.test_cut import FAMILIES, SMALL
 
 
@@ -90,3 +93,20 @@ def test_default_learning_rates():
     assert rates == sorted(rates)
     for origin in ({"model": "m"}, {"prune": {"layers": 2}}):
         assert default_learning_rate(Student(**origin, lora={})) == 10 * default_learning_rate(Student(**origin))
+
+
+@pytest.mark.parametrize(
+    ("way", "width", "refused"), [("FSDP", 16, True), ("DEEPSPEED", 16, True), ("FSDP", 24, False), ("", 16, False)]
+)
+def test_a_projector_is_not_sharded(way, width, refused, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    experiment = Experiment(output="o", teacher={"model": "t"}, student={"config": {}})
+    arguments = types.SimpleNamespace(hidden={"layers": None}, attention=None, fsdp=None, deepspeed=None)
+    changes = {"hidden_size": width, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    student, teacher = (fresh(config_of("Llama"), given, seed=0) for given in (changes, {}))
+    if refused:
+        with pytest.raises(InputError, match="need a projector, which FSDP and DeepSpeed do not train"):
+            pair_layers(experiment, arguments, student, teacher)
+    else:
+        pair_layers(experiment, arguments, student, teacher)
+        assert arguments.hidden["layers"] == [(0, 1), (1, 3)]
