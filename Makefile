@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TEACHER := models/SmolLM2-135M-Instruct
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-fast check clean
+.PHONY: setup demo test test-fast test-deepspeed check clean
 
 setup: .venv/.ready
 
@@ -32,10 +32,17 @@ test: check $(TEACHER)
 test-fast: $(TEACHER)
 	$(BIN)/python -m pytest --ignore=tests/integration
 
+# Beside the environment, not in it: accelerate imports DeepSpeed wherever it finds it. Needs a C++ compiler.
+.deepspeed: .venv/.ready
+	$(PIP) --target $@ deepspeed==0.19.8 hjson==3.1.0
+
+test-deepspeed: .deepspeed $(TEACHER)
+	$(BIN)/python -m pytest tests/integration/test_deepspeed.py
+
 check: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .deepspeed models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -82,14 +82,13 @@ def run_cli(*arguments: object, timeout: int = 600, **environment: str) -> "subp
     )
 
 
-@pytest.fixture
-def experiment_file(tiny: Path, tmp_path: Path) -> Path:
+def write_experiment(tiny: Path, directory: Path) -> Path:
     """A complete small experiment on the tiny model with the exact engine."""
-    prompts = tmp_path / "prompts.jsonl"
+    prompts = directory / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "Say {number} in words."}}\n' for number in range(24)))
-    file = tmp_path / "experiment.yaml"
+    file = directory / "experiment.yaml"
     file.write_text(f"""
-output: {tmp_path}/run
+output: {directory}/run
 teacher: {{model: {tiny}, engine: transformers, dtype: float32, batch_size: 4}}
 prompts: {{source: {prompts}}}
 generate: {{max_tokens: 8, rows_per_shard: 6}}
@@ -100,3 +99,9 @@ train:
 eval: {{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4}}
 """)
     return file
+
+
+@pytest.fixture
+def experiment_file(tiny: Path, tmp_path: Path) -> Path:
+    """The small experiment in a directory of the test's own."""
+    return write_experiment(tiny, tmp_path)

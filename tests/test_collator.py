@@ -1,10 +1,11 @@
 """Alignment, the rule that every peer got wrong at least once: by hand, and by a model that knows where it stands."""
 
 import numpy as np
+import pytest
 import torch
 
 from llmdistill import targets
-from llmdistill.collator import DistillCollator, completion_logits
+from llmdistill.collator import DistillCollator, completion_logits, first_items
 
 
 def row(ids, start, k=2):
@@ -98,3 +99,30 @@ def test_importance_goes_with_the_tokens_of_its_row():
     batch = DistillCollator(0, max_length=4)(rows)
     assert batch["token_importance"].tolist() == [0.5, 2.0, 2.0]
     assert batch["token_logprobs"].tolist() == [-1.0, -3.0, -4.0]
+
+
+ROWS = [row([10, 11, 12, 20, 21], 3), row([13, 30, 31], 1), row([1, 2, 3, 4], 3), row([5, 6, 7], 2)]
+
+
+@pytest.mark.parametrize("count", range(5))
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_items_that_fill_a_batch_up_teach_nothing(padding_free, packs, count):
+    """As a batch of the first items alone, but for what the model reads."""
+    if packs and not padding_free:
+        pytest.skip("packs stand in a line")
+    items = [ROWS[:2], [ROWS[2]], [ROWS[3], ROWS[0]], ROWS[:1]] if packs else ROWS
+    collator = DistillCollator(0, padding_free=padding_free)
+    whole = collator(items)
+    cut = first_items(whole, count)
+    assert torch.equal(cut["input_ids"], whole["input_ids"])
+    learnt = cut["labels"][cut["labels"] != -100]
+    assert torch.equal(cut["input_ids"].flatten()[cut["positions"] + 1], learnt)
+    if count == 0:
+        assert not len(learnt)
+        assert not len(cut["target_ids"])
+        return
+    alone = collator(items[:count])
+    assert torch.equal(learnt, alone["labels"][alone["labels"] != -100])
+    for name in ("lengths", "target_ids", "target_logprobs", "target_tail", "token_weights"):
+        assert torch.equal(cut[name], alone[name]), name

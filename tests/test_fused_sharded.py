@@ -130,3 +130,9 @@ def test_gradients_are_those_of_one_process(sharded, name):
     assert sharded[name].keys() == exact.keys()
     for key, gradient in exact.items():
         assert (sharded[name][key] - gradient).norm() <= errors[key], key
+
+
+def test_a_weight_that_zero_3_spread_is_not_for_the_fused_form():
+    model, _, _ = build("llama")
+    model.get_output_embeddings().weight.ds_id = 0
+    assert fused.find_head(model) is None

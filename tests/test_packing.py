@@ -1,10 +1,13 @@
 """Packs hold every row once, none too many tokens, and waste little."""
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmdistill.packing import pack
+from llmdistill.models import load_model
+from llmdistill.packing import check_apart, pack
 
 
 @settings(max_examples=200, deadline=None)
@@ -28,3 +31,15 @@ def test_real_lengths_fill_their_packs():
     lengths = np.minimum(np.random.default_rng(0).lognormal(5, 0.8, 20_000).astype(int) + 1, 2048)
     packs = pack(lengths, 2048)
     assert lengths.sum() / (2048 * len(packs)) > 0.99
+
+
+def test_weights_that_are_elsewhere_are_not_tried(tiny):
+    """Under FSDP one process has them and tries; under ZeRO-3 none has all of them."""
+    model = load_model(str(tiny))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    check_apart(model)
+    next(model.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match="set zero3_init_flag to false"):
+        check_apart(model)

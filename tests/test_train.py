@@ -10,7 +10,7 @@ from llmdistill.curate import curate
 from llmdistill.dataset import load_dataset
 from llmdistill.errors import InputError
 from llmdistill.generate import generate
-from llmdistill.train import train
+from llmdistill.train import _arguments, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -118,3 +118,36 @@ def test_an_adapter_that_could_not_be_merged_is_refused(experiment_file, tmp_pat
     with pytest.raises(InputError, match="train: an adapter on lm_head, which shares its matrix with the embeddings"):
         train(made)
     assert not (tmp_path / "run/student").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "gradient_checkpointing is true .* and so is fsdp_activation_checkpointing"),
+        ([("student.lora.r", "4")], "student.lora with fsdp_activation_checkpointing: a checkpoint of it loses the adapter"),
+        ([("train.args.gradient_checkpointing", "false")], None),
+    ],
+)
+@pytest.mark.parametrize("by", ["accelerate", "train.args"])
+def test_checkpointing_by_fsdp_where_it_does_not_work(experiment_file, tmp_path, monkeypatch, overrides, message, by):
+    overrides = [("train.args.gradient_checkpointing", "true"), *overrides]
+    if by == "accelerate":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    else:
+        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it, and it is to be as it was
+        overrides += [("train.args.fsdp", "true"), ("train.args.fsdp_config", "{activation_checkpointing: true}")]
+    experiment = load_experiment(experiment_file, overrides)
+    if message is None:
+        assert _arguments(experiment, tmp_path, False).gradient_checkpointing is False
+        return
+    with pytest.raises(InputError, match=message):
+        _arguments(experiment, tmp_path, False)
+
+
+def test_one_process_uses_one_gpu_and_says_so(experiment_file, tmp_path, monkeypatch, capsys):
+    from llmdistill.trainer import DistillConfig
+
+    monkeypatch.setattr(DistillConfig, "n_gpu", property(lambda arguments: getattr(arguments, "_n_gpu", None) or 4))
+    assert _arguments(load_experiment(experiment_file), tmp_path, False).n_gpu == 1
+    assert "uses one of 4 GPUs; docs/distributed.md" in capsys.readouterr().out

@@ -147,7 +147,12 @@ def test_batches_of_similar_length(tiny, dataset_directory, tmp_path):
     lengths = [len(trainer.train_dataset[number]["input_ids"]) for number in order]
     assert sorted(order) == list(range(8))
     assert max(lengths) == lengths[0], "the longest first: what does not fit fails at once"
-    assert trainer._get_train_sampler().lengths == [len(row["input_ids"]) for row in trainer.train_dataset]
+    sampler = trainer._get_train_sampler()
+    assert sampler.lengths == [len(row["input_ids"]) for row in trainer.train_dataset]
+    torch.rand(7)  # what else draws random numbers, on one process more than on another, changes nothing
+    assert list(sampler) == order == list(trainer._get_train_sampler())
+    trainer.state.epoch = 1.25  # as after a resume
+    assert list(sampler) != order
 
 
 def test_a_model_that_lets_rows_see_each_other_is_refused(tiny, dataset_directory, tmp_path):
@@ -408,6 +413,7 @@ def test_a_temperature_that_sampled_targets_do_not_have_is_refused(tiny, dataset
         ({"packing": True, "max_length": 8, "packing_strategy": "wrapped"}, "packing_strategy=wrapped is not supported"),
         ({"assistant_only_loss": True}, "assistant_only_loss=True is not supported"),
         ({"completion_only_loss": False}, "completion_only_loss=False is not supported"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False is not supported"),
         ({"loss_type": "dft"}, "loss_type=dft is not supported"),
         ({"position_weights": "rank"}, "must be one of uniform, entropy, certainty"),
         ({"reduction": "batch"}, "must be one of token, sequence"),

@@ -1,58 +1,83 @@
-"""Training by two processes is training by one: the same losses, step by step."""
-
-import json
-import subprocess
-import sys
+"""Training by two processes is training by one: the same losses, step by step, and the same student."""
 
 import pytest
+import torch
 
-from tests.conftest import ROOT, run_cli
+from tests.conftest import run_cli, write_experiment
+from tests.integration.processes import files, losses, rewind, start, weights
 
-
-def losses(directory):
-    history = json.loads((directory / "student/trainer_state.json").read_text())["log_history"]
-    names = ("loss", "ce", "kl", "hidden", "attention", "grad_norm")
-    return [{name: entry[name] for name in names if name in entry} for entry in history if "ce" in entry]
-
-
-def train(file, output, data, processes, *overrides):
-    """As a user starts it: `torchrun` where there are several processes."""
-    arguments = ["train", file, "--output", output, "--train.dataset", data, *overrides]
-    if processes == 1:
-        result = run_cli(*arguments)
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["-m", "llmdistill", *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return losses(output)
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_have_the_losses_of_one(experiment_file, tmp_path, accumulation):
-    """Rows differ in length, so each process has another number of tokens: the sum is divided by that of all of them."""
-    lengths = ["--generate.max_tokens", 24, "--teacher.batch_size", 8]
-    assert run_cli("generate", experiment_file, *lengths).returncode == 0
-    data = tmp_path / "run/data"
-    steps = ["--train.args.max_steps", 4, "--train.args.gradient_accumulation_steps", accumulation]
-    cut = ["--train.args.max_length", 40]  # uneven: some rows lose the end of their completion
-    one = train(experiment_file, tmp_path / "one", data, 1, *steps, *cut, "--train.args.per_device_train_batch_size", 4)
-    two = train(experiment_file, tmp_path / "two", data, 2, *steps, *cut, "--train.args.per_device_train_batch_size", 2)
-    assert len(one) == len(two) == 4
-    for mine, theirs in zip(one, two, strict=True):
-        for name, value in mine.items():
-            assert theirs[name] == pytest.approx(value, rel=2e-4), name
+# 24 rows in batches of 10: the last has rows for one process alone, and each of them fewer than asked for.
+WHOLE = {
+    "num_train_epochs": 2, "max_steps": -1, "gradient_accumulation_steps": 2, "max_length": 40, "save_steps": 2,
+}  # fmt: skip
+WHOLE = {f"train.args.{name}": value for name, value in WHOLE.items()}
+# The teacher is beside the student; the best of the checkpoints is kept, by what is measured on 8 rows in batches of 6.
+ADAPTERS = {
+    "student.lora.r": 4, "targets.kind": "online", "train.validation": 0.3, "train.early_stopping.patience": 5,
+    "train.args.max_steps": 4, "train.args.eval_steps": 2, "train.args.save_steps": 2, "train.args.learning_rate": 0.01,
+    "train.args.gradient_checkpointing": "true",
+}  # fmt: skip
+# Hidden states of different sizes, with a projector, which DDP has to keep the same on both.
+LAYERS = {
+    "targets.kind": "online", "student.prune.hidden_size": 24, "train.hidden.loss": "mse", "train.attention.weight": 0.5,
+}  # fmt: skip
 
 
-def test_layers_of_a_teacher_are_compared_by_two_processes_as_by_one(experiment_file, tmp_path):
-    """With a projector, which DDP has to keep the same on both."""
-    assert run_cli("generate", experiment_file, "--generate.max_tokens", 16).returncode == 0
-    data, online = tmp_path / "run/data", ["--targets.kind", "online", "--train.args.max_steps", 3]
-    online += ["--student.prune.hidden_size", 24, "--train.hidden.loss", "mse", "--train.attention.weight", 0.5]
-    one = train(experiment_file, tmp_path / "one", data, 1, *online, "--train.args.per_device_train_batch_size", 4)
-    two = train(experiment_file, tmp_path / "two", data, 2, *online, "--train.args.per_device_train_batch_size", 2)
-    assert len(one) == len(two) == 3
-    for mine, theirs in zip(one, two, strict=True):
-        assert mine.keys() >= {"hidden", "attention"}
-        for name, value in mine.items():
-            assert theirs[name] == pytest.approx(value, rel=2e-4), name
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """Start a run, each kind of run once; where its student is, and what it printed."""
+    directory = tmp_path_factory.mktemp("processes")
+    file = write_experiment(tiny, directory)
+    assert run_cli("generate", file, "--generate.max_tokens", 24, "--teacher.batch_size", 8).returncode == 0
+    done = {}
+
+    def run(launch, settings, output=None):
+        key = output or f"{launch} {sorted(settings.items())}"
+        if key not in done or output:
+            student = (output or directory / str(len(done))) / "student"
+            batch = 10 if launch == "one process" else 5
+            fixed = {"train.dataset": directory / "run/data", "output": student.parent}
+            sizes = {f"train.args.per_device_{kind}_batch_size": size for kind, size in (("train", batch), ("eval", batch - 2))}
+            overrides = [word for name, value in {**fixed, **sizes, **settings}.items() for word in (f"--{name}", value)]
+            result = start(launch, file, *overrides)
+            assert result.returncode == 0, result.stdout + result.stderr
+            done[key] = student, result.stdout
+        return done[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("launch", "settings"),
+    [("ddp", WHOLE), ("fsdp2", WHOLE), ("fsdp2", ADAPTERS), ("torchrun", LAYERS)],
+    ids=["ddp", "fsdp2", "fsdp2, adapters", "torchrun, layers"],
+)
+def test_two_processes_train_as_one(trained, launch, settings):
+    (one, _), (two, printed) = trained("one process", settings), trained(launch, settings)
+    assert len(losses(one)) == len(losses(two)) >= 3
+    for mine, theirs in zip(losses(one), losses(two), strict=True):
+        assert theirs == pytest.approx(mine, rel=2e-4)
+    assert files(two) == files(one)
+    mine, theirs = weights(one), weights(two)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert printed.count("done in") == 1, "one of the processes speaks for both"
+
+
+def test_fsdp2_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(trained):
+    student, _ = trained("fsdp2", WHOLE)
+    before, saved = losses(student), weights(student)
+    rewind(student, 2)
+    trained("fsdp2", WHOLE, student.parent)
+    assert losses(student) == before
+    again = weights(student)
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
+
+
+def test_bad_input_ends_both_processes_with_one_message(tiny, tmp_path):
+    file = write_experiment(tiny, tmp_path)
+    result = start("torchrun", file, "--train.aplha", 0.5)
+    assert result.stderr.count("no such key train.aplha; did you mean train.alpha?") == 1
+    assert result.returncode != 0
+    assert "exitcode  : 2" in result.stderr, "torchrun says with which status each ended"
+    assert not (tmp_path / "run").exists()
