@@ -149,6 +149,7 @@ def load_student(experiment: Experiment) -> Any:
     """
     from accelerate import PartialState
 
+    _adapters(experiment)  # what is wrong with them is said before anything is written
     with PartialState().main_process_first(), whole_on_every_process():
         ensure_before(experiment)
     return make_student(experiment)
@@ -160,13 +161,19 @@ def make_student(experiment: Experiment) -> Any:
     It is on the CPU, if it is not quantised; the trainer moves it, or the part of it that this process is to hold.
     """
     student = experiment.student
-    config = adapters.lora_config(student.lora) if student.lora else None
-    quantised = adapters.quantization_config(student.quantize, saved_dtype(experiment)) if student.quantize else None
+    config, quantised = _adapters(experiment)
     dtype, device = "auto" if config else "float32", None if quantised else "cpu"
     how = {"quantization_config": quantised, "attn_implementation": student.attn_implementation}
     model = _load_before(experiment, dtype=dtype, device=device, **how)
     adapters.keep_gradients(model)
     return adapters.attach(model, config, experiment.seed) if config else model
+
+
+def _adapters(experiment: Experiment) -> tuple[Any, Any]:
+    """The configurations of peft and of the quantisation, None where there is none."""
+    student = experiment.student
+    config = adapters.lora_config(student.lora) if student.lora else None
+    return config, adapters.quantization_config(student.quantize, saved_dtype(experiment)) if student.quantize else None
 
 
 def saved_dtype(experiment: Experiment) -> Any:
