@@ -67,7 +67,7 @@ def check_apart(model: Any) -> None:
         ValueError: they have not.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError("packing and padding_free cannot be tried on weights that ZeRO-3 has spread; train under FSDP2 or ZeRO-2")
+        raise ValueError("packing and padding_free cannot be tried on weights that ZeRO-3 has spread; use FSDP2 or ZeRO-2")
     device = model.get_input_embeddings().weight.device
     ids_T = torch.arange(3, 15, device=device)
     parts = (ids_T[:7], ids_T[7:])

@@ -41,5 +41,5 @@ def test_weights_that_are_elsewhere_are_not_tried(tiny):
             parameter.zero_()
     check_apart(model)
     next(model.parameters()).ds_id = 0
-    with pytest.raises(ValueError, match="train under FSDP2 or ZeRO-2"):
+    with pytest.raises(ValueError, match="use FSDP2 or ZeRO-2"):
         check_apart(model)
