@@ -348,9 +348,11 @@ def _show_progress(trainer: Any, label: str) -> None:
     """Replace the trainer's own progress bars and prints by one line."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+    from llmdistill.trainer import trained_tokens
+
     class Bar(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.tokens = 0
+            self.tokens = trained_tokens(state.log_history)
             self.facts: list[str] = []
             self.held_out: list[str] = []
             self.bar = StageBar(label, state.max_steps, state.global_step).__enter__() if state.is_world_process_zero else None

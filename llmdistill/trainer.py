@@ -308,8 +308,7 @@ class DistillTrainer(trl.SFTTrainer):
             if mode == "eval":
                 logs[f"{prefix}loss"] = loss / max(weight, 1e-12)
             else:
-                self._total_train_tokens += int(tokens)
-                logs["num_completion_tokens"] = self._total_train_tokens
+                logs["num_completion_tokens"] = trained_tokens(self.state.log_history) + int(tokens)
                 logs |= self._speed(inputs, self._flops.of(inputs, tokens, squares)) | self._scheduled()
         if self._since is not None:
             self._since = time.perf_counter()
@@ -379,6 +378,11 @@ def check_adapters(model: Any, peft_config: Any) -> None:
         raise ValueError(
             f"an adapter on {name}, which shares its matrix with the embeddings, could not be merged: it would change both"
         )
+
+
+def trained_tokens(history: list[dict[str, Any]]) -> int:
+    """Completion tokens trained on until the last log, those before a resume included."""
+    return next((entry["num_completion_tokens"] for entry in reversed(history) if "num_completion_tokens" in entry), 0)
 
 
 def _with_importance(dataset: Any) -> Any:

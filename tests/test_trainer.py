@@ -133,7 +133,7 @@ def test_rows_in_a_line_have_the_gradients_of_rows_below_each_other(tiny, datase
     lined = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **{**shape, **arguments})
     want, got = gradients_of_one_step(padded), gradients_of_one_step(lined)
     for name, gradient in want.items():
-        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (got[name] - gradient).norm() <= 3e-5 * gradient.norm(), name  # float32: sums in another order
     logs = [trainer.state.log_history[0] for trainer in (padded, lined)]
     for key in ("loss", "ce", "kl", "agreement", "num_completion_tokens"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4)
