@@ -23,7 +23,7 @@ def best_of(settings: BestOf, work: Work) -> Check:
     def check(rows: pa.Table) -> Iterator[str | None]:
         scores, ids = list(scored(rows)), rows["id"].to_pylist()
         prompts = rows["prompt"].to_pylist()
-        for _, group in itertools.groupby(range(len(rows)), key=lambda place: prompts[place]):
+        for _, group in itertools.groupby(range(len(rows)), key=lambda place: prompts[place] or place):
             places = list(group)
             known = [(-score, place) for place in places if not isinstance(score := scores[place], Failed)]
             ranked = [place for _, place in sorted(known)]

@@ -17,7 +17,7 @@ from llmdistill.config_prompts import Prompts as Prompts
 from llmdistill.config_prompts import Sampling
 from llmdistill.config_student import ORIGINS, Student
 from llmdistill.errors import InputError
-from llmdistill.section import PassedOn, Step
+from llmdistill.section import PassedOn, Step, check_schema
 from llmdistill.section import Section as Section
 from llmdistill.section import Teacher as Teacher
 
@@ -27,13 +27,37 @@ class Generate(Sampling):
 
     samples: int = Field(default=1, ge=1)
     """Completions a prompt."""
+    min_tokens: int = Field(default=0, ge=0)
+    """Tokens before which no completion ends."""
+    json_schema: PassedOn | None = None
+    """A JSON schema that every completion follows, by vLLM's grammar. The targets are read afterwards, without the grammar."""
+    thinking: Literal["kept", "masked", "removed"] = "kept"
+    """What becomes of a reasoning trace: `kept`, learned as the rest; `masked`, not learned but before the answer's eyes;
+    `removed`, and the teacher reads the answer alone after the prompt."""
+    thinking_end: str = Field(default="</think>", min_length=1)
+    """Where a reasoning trace ends and the answer begins."""
     rows_per_shard: int = Field(default=1024, ge=1)
     """Rows in one Parquet shard, the unit of work and of resuming."""
 
     @property
     def shows_everything(self) -> bool:
         """Whether every text can come out, so that sampled ones can stand for the teacher's at temperature 1."""
-        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
+        whole = self.min_tokens == 0 and self.json_schema is None and self.thinking == "kept"
+        return whole and self.temperature > 0 and self.top_p == 1 and self.top_k == 0
+
+    @property
+    def rereads(self) -> bool:
+        """Whether what is stored has to be read again, because the teacher wrote it seeing something else."""
+        return self.json_schema is not None or self.thinking == "removed"
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> "Generate":
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens:,}, more than max_tokens {self.max_tokens:,}")
+        if self.json_schema is not None and self.thinking != "kept":
+            raise ValueError("json_schema begins with the first token, so there is no thinking to be masked or removed")
+        check_schema(self.json_schema)
+        return self
 
 
 class Score(Section):
@@ -41,7 +65,12 @@ class Score(Section):
 
     source: str
     """A JSONL file whose lines hold `messages` up to and with the assistant's answer, or `prompt` and `completion`; or the
-    directory of a dataset, whose exact token ids are read again."""
+    directory of a dataset, whose exact token ids are read again. Lines that hold `text` alone are learned from their second
+    token on."""
+    turns: Literal["last", "all"] = "last"
+    """Which of the assistant's turns are learned: `all` are rows of their own, each with what came before it as its prompt."""
+    tool_calls: bool = True
+    """Whether turns that call a tool are learned; where they are not, they still stand before others."""
 
 
 class Targets(Section):
@@ -221,6 +250,17 @@ class Experiment(Section):
             raise ValueError(f"{reason}; set targets.kind to topk")
         if self.teacher.engine == "server" and self.targets.kind == "multinomial":
             raise ValueError("a server names each token once, so it cannot give targets.kind multinomial; use sampled or topk")
+        if self.teacher.engine == "transformers" and self.generate.json_schema is not None:
+            raise ValueError("generate.json_schema needs a grammar, which teacher.engine vllm and server have")
+        return self
+
+    @model_validator(mode="after")
+    def _traces_without_an_answer_go(self) -> "Experiment":
+        if self.generate.thinking != "kept" and not any(step.finish_reason for step in self.curate):
+            raise ValueError(
+                f"generate.thinking is {self.generate.thinking}: a trace that does not end leaves no answer, and only "
+                "the step finish_reason in curate takes such rows away"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from llmdistill.dataset import (
     SPLITS,
     Shard,
     SplitWriter,
+    conversations,
     is_held_out,
     read_batches,
     read_manifest,
@@ -227,7 +228,7 @@ def _decide(
             checks.append(STEPS[step.name](step.settings, work))
             account.seconds += time.monotonic() - start
         for rows in _whole_prompts(read_batches(files, COLUMNS)):
-            sides = [is_held_out(prompt, experiment.seed, share) for prompt in rows["prompt"].to_pylist()]
+            sides = [is_held_out(key, experiment.seed, share) for key in conversations(rows)]
             verdict = np.array(sides, dtype=np.uint8) + np.uint8(2 * len(checks))
             reasons: list[str | None] = [None] * len(rows)
             left = np.arange(len(rows))
@@ -240,12 +241,13 @@ def _decide(
 
 
 def _whole_prompts(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in groups that end where the prompt changes, so that all answers to it that stand together are in one."""
+    """The same rows in groups that end where the prompt changes, so that all answers to one that stand together are in one."""
     waiting: pa.Table | None = None
     for batch in batches:
         rows = batch if waiting is None else pa.concat_tables([waiting, batch])
         end = len(rows) - 1
-        while end and rows["prompt"][end - 1] == rows["prompt"][len(rows) - 1]:
+        last = rows["prompt"][end]
+        while end and len(last) and rows["prompt"][end - 1] == last:
             end -= 1
         if end:
             yield rows.slice(0, end)

@@ -331,14 +331,24 @@ def read_batches(files: Sequence[Path], columns: list[str] | None = None) -> Ite
             raise InputError(f"{file}: cannot be read, the file was damaged or changed: {error}") from None
 
 
-def is_held_out(prompt: list[dict[str, str]], salt: Any, share: float) -> bool:
-    """Whether a prompt is among the share to hold out, by its hash: all its samples on one side, at any size of the dataset.
+def conversations(rows: pa.Table) -> list[str]:
+    """What each row is about, from `prompt`, `completion` and `metadata`: rows with the same are not independent.
 
-    Prompts that differ by case, white space or the system message alone are one.
+    It is the prompt, whose case, white space and system message do not matter; of text without a prompt, the text; and where
+    several turns of one conversation are rows, that conversation.
     """
-    turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
-    content = json.dumps([[turn["role"], normalised(turn["content"])] for turn in turns])
-    digest = hashlib.sha256(f"{salt} {content}".encode()).digest()
+    keys = []
+    columns = (rows[name].to_pylist() for name in ("prompt", "completion", "metadata"))
+    for prompt, completion, metadata in zip(*columns, strict=True):
+        whole = json.loads(metadata).get("conversation") if '"conversation"' in metadata else None
+        turns = [turn for turn in prompt if turn["role"] != "system"] or prompt or completion
+        keys.append(json.dumps(whole or [[turn["role"], normalised(turn["content"])] for turn in turns]))
+    return keys
+
+
+def is_held_out(conversation: str, salt: Any, share: float) -> bool:
+    """Whether one of `conversations` is among the share to hold out, by its hash: on the same side at any size of the dataset."""
+    digest = hashlib.sha256(f"{salt} {conversation}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 < share
 
 

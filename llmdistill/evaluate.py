@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from llmdistill import stage
 from llmdistill.bootstrap import Interval, draw_clusters, mean_interval
 from llmdistill.config import Experiment
-from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
+from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.importance import effective_sample_size, importance, log_importance
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
@@ -63,7 +63,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         models = {s.name: load_model(s.path, s.revision, "auto", s.trust_remote_code) for s in subjects}
         teacher = experiment.teacher
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
-        prompts = [str(prompt) for prompt in rows.with_format(None)["prompt"]]
+        prompts = conversations(rows.with_format("arrow")[:])
     if len(set(prompts)) < 2:
         raise InputError("eval: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
 

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llmdistill import stage
@@ -12,9 +13,12 @@ from llmdistill.models import check_model_exists
 from llmdistill.progress import console, say
 from llmdistill.prompts import Prepared, prepared_prompts
 from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
+from llmdistill.targets import Array
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_id, row_seed
 from llmdistill.teachers.chat import Chat
+from llmdistill.thinking import answer_start
 
+NO_ANSWER = "no_answer"  # the finish reason of a reasoning trace that has not ended, or with nothing behind it
 # Bytes that one kept token takes in Parquet with zstd, for estimates.
 _BYTES_PER_ENTRY = {"sampled": 2.2, "multinomial": 0.8, "topk": 2.6, "none": 0}
 
@@ -55,10 +59,10 @@ def generate(experiment: Experiment, dry_run: bool = False, share: Share = EVERY
 class _Prompts:
     """The rows to make: prompts as the teacher's token ids, as often as they are to be answered."""
 
-    reads = False
-
     def __init__(self, chat: Chat, prepared: Prepared) -> None:
         self.chat = chat
+        self.reads = chat.experiment.generate.rereads
+        self._traces: dict[int, Array] = {}  # of rows that are read and not yet stored
         self.prompts = prepared.prompts
         self.steps = prepared.steps
         self.sampling = chat.experiment.generate
@@ -91,23 +95,53 @@ class _Prompts:
         return row_id(self.prompts[number].messages, self.chat.fingerprint, self.sampling, sample)
 
     def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        return engine.generate(shards)
+        return self._write_and_read(engine, shards) if self.reads else engine.generate(shards)
+
+    def _write_and_read(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Every shard is written, then read as it is stored.
+
+        Log-probabilities that come with the text have a grammar's mask in them, or follow a trace that is no longer there.
+        """
+        for requests in shards:
+            request_of = {request.index: request for request in requests}
+            texts, reason_of = [], {}
+            for completion in engine.generate([requests]):
+                start, reason_of[completion.index] = self._answer(completion)
+                self._traces[completion.index] = completion.ids[:start]
+                texts.append(replace(request_of[completion.index], completion_ids=completion.ids[start:].tolist()))
+            for read in engine.score([texts]):
+                yield replace(read, finish_reason=reason_of[read.index])
+
+    def _answer(self, completion: Completion) -> tuple[int, str]:
+        """Where the answer begins and how it ends; a trace without one leaves its last token, and says `no_answer`."""
+        if self.sampling.thinking == "kept":
+            return 0, completion.finish_reason
+        start = answer_start(self.chat.tokenizer, completion.ids, self.sampling.thinking_end)
+        return (len(completion.ids) - 1, NO_ANSWER) if start is None else (start, completion.finish_reason)
 
     def row(self, completion: Completion) -> Row:
         number = completion.index // self.sampling.samples
-        prompt = self.prompts[number]
+        prompt, prompt_ids = self.prompts[number], self.prompt_ids(number)
+        metadata = {**prompt.metadata, "lineage": prompt.lineage}
+        trace = self._traces.pop(completion.index, None)
+        if self.sampling.thinking == "masked":
+            start, reason = self._answer(completion)
+            trace = completion.ids[:start]
+            prompt_ids, completion = [*prompt_ids, *trace.tolist()], replace(completion.behind(start), finish_reason=reason)
+        if self.sampling.thinking != "kept":
+            metadata["thinking"] = self.chat.tokenizer.decode(trace, skip_special_tokens=True)
         text = self.chat.tokenizer.decode(completion.ids, skip_special_tokens=True)
         return Row(
             self.id(completion.index),
             prompt.messages,
             [{"role": "assistant", "content": text}],
-            self.prompt_ids(number),
+            prompt_ids,
             completion.ids,
             completion.finish_reason,
             completion.token_logprobs,
             completion.targets,
             completion.sampling_logprob,
-            {**prompt.metadata, "lineage": prompt.lineage},
+            metadata,
         )
 
     def description(self) -> dict[str, Any]:

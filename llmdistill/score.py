@@ -9,16 +9,17 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from llmdistill import stage
-from llmdistill.config import Experiment
+from llmdistill.config import Experiment, Score
 from llmdistill.dataset import MANIFEST, SPLITS, Row, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, vocabulary_hash
 from llmdistill.progress import say
 from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
-from llmdistill.sources import given_conversation, metadata, read_jsonl
+from llmdistill.sources import metadata, read_jsonl
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_seed, stable_id
 from llmdistill.teachers.chat import Chat
 from llmdistill.template import Messages
+from llmdistill.turns import Turn, as_columns, learned_turns
 
 
 def score(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHING) -> None:
@@ -36,7 +37,7 @@ def score(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHI
         raise InputError("the key score is missing: `score` needs score.source")
     directory, teacher, source = experiment.directory("data"), experiment.teacher, Path(experiment.score.source)
     check_model_exists(teacher.model, "teacher.model")
-    texts: _Lines | _Stored = _Stored(source) if source.is_dir() else _Lines(source)
+    texts: _Lines | _Stored = _Stored(experiment.score) if source.is_dir() else _Lines(experiment.score)
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "score", "targets"})
     settings["generate"] = {"rows_per_shard": experiment.generate.rows_per_shard}
     models, fingerprint = fingerprints(teacher)
@@ -85,28 +86,34 @@ class _Lines:
 
     sampling: dict[str, Any] = {}
 
-    def __init__(self, file: Path) -> None:
-        self.lines = [
-            (f"{file} line {number}", *given_conversation(fields, f"{file} line {number}"), metadata(fields))
-            for number, fields in read_jsonl(file, "score.source")
-        ]
-        if not self.lines:
-            raise InputError(f"{file}: holds no text")
+    def __init__(self, section: Score) -> None:
+        file, every = Path(section.source), section.turns == "all"
+        self.turns: list[tuple[str, Turn, dict[str, Any]]] = []
+        for number, fields in read_jsonl(file, "score.source"):
+            origin = f"{file} line {number}"
+            other = metadata(fields, ("tools", "text"))
+            turns = list(learned_turns(fields, origin, every, section.tool_calls))
+            if len(turns) > 1:
+                other = {**other, "conversation": stable_id(fields)}
+            self.turns += [(origin, turn, other) for turn in turns]
+        if not self.turns:
+            raise InputError(f"{file}: holds no text" + ("" if section.tool_calls else " but tool calls"))
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.turns)
 
     def prepare(self, chat: Chat) -> int:
         self.texts: list[Text] = []
         seen: dict[str, int] = {}
         longest = 0
-        for origin, prompt, completion, other in self.lines:
-            prompt_ids = chat.prompt_ids(prompt, origin)
-            completion_ids = chat.completion_ids(prompt, completion, prompt_ids, origin)
-            content = stable_id(prompt, completion, chat.fingerprint)
+        for origin, turn, other in self.turns:
+            told_ids, prompt_ids, completion_ids = _token_ids(turn, chat, origin)
+            content = stable_id(turn.prompt, turn.completion, *([turn.tools] if turn.tools else []), chat.fingerprint)
             seen[content] = seen.get(content, -1) + 1  # the same text twice is two rows
             identity = stable_id(content, seen[content])
-            told_ids = chat.told_ids(prompt, origin)
+            prompt, completion = as_columns(turn.prompt), as_columns(turn.completion)
+            if turn.uses_tools:
+                other = {**other, "messages": [*turn.prompt, *turn.completion], "tools": turn.tools}
             text = Text(identity, prompt, completion, prompt_ids, completion_ids, metadata=other, told_ids=told_ids)
             self.texts.append(text)
             length = len(told_ids) + len(completion_ids)
@@ -117,13 +124,25 @@ class _Lines:
         return self.texts[index]
 
 
+def _token_ids(turn: Turn, chat: Chat, origin: str) -> tuple[list[int], list[int], list[int]]:
+    """The prompt as the teacher sees it and as it is stored, and the answer."""
+    if turn.plain:
+        ids = chat.text_ids(turn.completion[0]["content"], origin)
+        return ids[:1], ids[:1], ids[1:]  # nothing stands before the first token, so nothing foretells it
+    prompt_ids = chat.prompt_ids(turn.prompt, origin, turn.tools)
+    completion_ids = chat.completion_ids(turn.prompt, turn.completion, prompt_ids, origin, turn.tools)
+    return chat.told_ids(turn.prompt, origin, turn.tools), prompt_ids, completion_ids
+
+
 class _Stored:
     """The rows of a dataset, all of its splits; their ids and token ids stay as they are."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, section: Score) -> None:
         import datasets
 
-        self.directory = directory
+        self.directory = directory = Path(section.source)
+        if section.turns != "last" or not section.tool_calls:
+            raise InputError(f"score.turns and score.tool_calls are for JSONL; the rows of {directory} are read as they are")
         self.manifest = read_manifest(directory)
         self.sampling = self.manifest["sampling"]
         there = {entry["split"] for entry in self.manifest["shards"]}

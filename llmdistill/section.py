@@ -34,6 +34,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
+def check_schema(schema: dict[str, Any] | None) -> None:
+    """Refuse what is no JSON schema.
+
+    Raises:
+        ValueError: saying why.
+    """
+    import jsonschema
+
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema or {})
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"json_schema is no JSON schema: {error.message}") from None
+
+
 class Step(Section):
     """One entry of a list of steps: exactly one key, under which its settings stand."""
 

@@ -6,7 +6,7 @@ The columns are described in docs/dataset.md.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,11 @@ def from_logprobs(kind: str, ids_NK: Array, logprobs_NK: Array) -> SoftTargets |
     if kind == "topk":
         return topk_from_logprobs(ids_NK, logprobs_NK)
     return sampled_from_logprobs(ids_NK, logprobs_NK) if kind == "sampled" else multinomial_from_logprobs(ids_NK, logprobs_NK)
+
+
+def after(targets: SoftTargets, start: int) -> SoftTargets:
+    """The targets of all positions but the first `start`."""
+    return type(targets)(*(getattr(targets, field.name)[start:] for field in fields(targets)))
 
 
 def encode(sequences: Sequence[SoftTargets], vocab_size: int) -> dict[str, pa.Array]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError, model_validator
 
 from llmdistill.config import explain, read_yaml
 from llmdistill.errors import InputError
-from llmdistill.section import Section
+from llmdistill.section import Section, check_schema
 
 Messages = list[dict[str, str]]
 Fields = dict[str, Any]
@@ -61,11 +61,7 @@ class Answer(Section):
             raise ValueError(f"pattern must have one group, it has {groups}")
         if (self.json_schema is not None or self.pattern is not None) and (self.form == "json") != (self.json_schema is not None):
             raise ValueError("json_schema belongs to form json, pattern to the others")
-        if self.json_schema is not None:
-            try:
-                jsonschema.Draft202012Validator.check_schema(self.json_schema)
-            except jsonschema.SchemaError as error:
-                raise ValueError(f"json_schema is no JSON schema: {error.message}") from None
+        check_schema(self.json_schema)
         return self
 
 

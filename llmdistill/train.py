@@ -10,7 +10,7 @@ from typing import Any
 from llmdistill import stage
 from llmdistill.card import model_card
 from llmdistill.config import Experiment
-from llmdistill.dataset import MANIFEST, ROW_GROUP, is_held_out, load_dataset, read_manifest
+from llmdistill.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import (
     load_config,
@@ -171,8 +171,8 @@ def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
     if not share:
         return dataset, None
     sides = []
-    for table in dataset.select_columns(["prompt"]).with_format("arrow").iter(batch_size=ROW_GROUP):
-        sides += [is_held_out(prompt, f"{experiment.seed} validation", share) for prompt in table["prompt"].to_pylist()]
+    for table in dataset.select_columns(["prompt", "completion", "metadata"]).with_format("arrow").iter(batch_size=ROW_GROUP):
+        sides += [is_held_out(key, f"{experiment.seed} validation", share) for key in conversations(table)]
     rows = [[row for row, side in enumerate(sides) if side == wanted] for wanted in (False, True)]
     if not all(rows):
         raise InputError(

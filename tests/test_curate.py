@@ -18,6 +18,7 @@ from llmdistill.curate import STEPS, curate
 from llmdistill.dataset import (
     SPLITS,
     Row,
+    conversations,
     finished_shards,
     is_held_out,
     read_manifest,
@@ -348,11 +349,19 @@ def test_no_prompt_is_on_both_sides_and_the_share_is_about_right(tmp_path):
     assert 70 <= sum(sides[0] for sides in held_out) <= 130  # a tenth of 1,000 prompts, within three deviations
 
 
+def sides(prompts, completions=None, metadata=None):
+    rows = {"prompt": prompts, "completion": completions or [[]] * len(prompts), "metadata": metadata or ["{}"] * len(prompts)}
+    return {is_held_out(key, 0, 0.5) for key in conversations(pa.table(rows))}
+
+
 def test_prompts_of_other_content_or_turns_are_not_one():
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    sides = {is_held_out([*turns[:2], {"role": "user", "content": f"c{n}"}], 0, 0.5) for n in range(20)}
-    assert sides == {True, False}
-    assert {is_held_out([{"role": "system", "content": str(n)}], 0, 0.5) for n in range(20)} == {True, False}
+    """Few-shot examples before the question are the same for all; the turns of one conversation are told by its name."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    prompts = [[*turns, {"role": "user", "content": f"c{n}"}] for n in range(20)]
+    assert sides(prompts) == {True, False}
+    assert len(sides(prompts, metadata=['{"conversation": "x"}'] * 20)) == 1
+    assert sides([[{"role": "system", "content": str(n)}] for n in range(20)]) == {True, False}
+    assert sides([[]] * 20, [[{"role": "assistant", "content": str(n)}] for n in range(20)]) == {True, False}
 
 
 @pytest.mark.parametrize(

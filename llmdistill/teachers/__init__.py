@@ -9,13 +9,13 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.errors import InputError
 from llmdistill.stage import model_fingerprint
-from llmdistill.targets import Array, SoftTargets
+from llmdistill.targets import Array, SoftTargets, after
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Completion:
     token_logprobs: Array
     targets: SoftTargets | None
     sampling_logprob: float | None = None
+
+    def behind(self, start: int) -> "Completion":
+        """The same without its first `start` tokens."""
+        kept = self.targets and after(self.targets, start)
+        return replace(self, ids=self.ids[start:], token_logprobs=self.token_logprobs[start:], targets=kept)
 
 
 class Engine(Protocol):
@@ -93,7 +98,7 @@ def open_engine(
         max_model_len: tokens of the longest sequence.
         end_ids: the tokens that end a completion.
         seed: of draws that are not seeded by the row.
-        reads_with: the size of its vocabulary, if it is only to read finished text.
+        reads_with: the size of its vocabulary, if it is to read finished text.
     """
     if teacher.engine == "vllm":
         from llmdistill.teachers.vllm import VllmEngine

@@ -44,21 +44,35 @@ class Chat:
                 f"targets.{key} is {kept.kept:,}, but the vocabulary of {teacher.model} has {self.vocab_size:,} tokens"
             )
 
-    def prompt_ids(self, messages: Messages, origin: str) -> list[int]:
+    def prompt_ids(self, messages: Messages, origin: str, tools: list[Any] | None = None) -> list[int]:
         """The prompt as it is stored and the student sees it: through the chat template, up to where the answer begins."""
-        return self._template(messages, origin, add_generation_prompt=True)
+        return self._template(messages, origin, True, tools)
 
-    def told_ids(self, messages: Messages, origin: str) -> list[int]:
+    def told_ids(self, messages: Messages, origin: str, tools: list[Any] | None = None) -> list[int]:
         """The prompt as the teacher sees it: with `teacher.system` in the place of its own system message, if there is one."""
         system = self.experiment.teacher.system
         if system is None:
-            return self.prompt_ids(messages, origin)
+            return self.prompt_ids(messages, origin, tools)
         rest = [message for message in messages if message["role"] != "system"]
-        return self.prompt_ids([{"role": "system", "content": system}, *rest], origin)
+        return self.prompt_ids([{"role": "system", "content": system}, *rest], origin, tools)
 
-    def completion_ids(self, prompt: Messages, completion: Messages, prompt_ids: Sequence[int], origin: str) -> list[int]:
+    def text_ids(self, text: str, origin: str) -> list[int]:
+        """Text without turns, as the tokenizer begins it; at least two tokens."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        if len(ids) < 2:
+            raise InputError(f"{origin}: the text has fewer than two tokens")
+        return ids
+
+    def completion_ids(
+        self,
+        prompt: Messages,
+        completion: Messages,
+        prompt_ids: Sequence[int],
+        origin: str,
+        tools: list[Any] | None = None,
+    ) -> list[int]:
         """A given answer as the teacher would have written it, up to and with the token that ends its turn."""
-        whole = self._template([*prompt, *completion], origin, add_generation_prompt=False)
+        whole = self._template([*prompt, *completion], origin, False, tools)
         if whole[: len(prompt_ids)] != list(prompt_ids):
             raise InputError(
                 f"{origin}: in the teacher's chat template the conversation does not begin with its prompt, so it cannot be "
@@ -108,12 +122,12 @@ class Chat:
             "versions": stage.versions(),
         }
 
-    def _template(self, messages: Messages, origin: str, add_generation_prompt: bool) -> list[int]:
+    def _template(self, messages: Messages, origin: str, add_generation_prompt: bool, tools: list[Any] | None) -> list[int]:
         if self.tokenizer.chat_template is None:
             raise InputError("teacher.model: its tokenizer has no chat template; use an instruction-tuned teacher")
         try:
             ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
             )["input_ids"]
         except Exception as error:  # templates raise whatever they like
             raise InputError(f"{origin}: the teacher's chat template refuses it: {error}") from None

@@ -75,6 +75,8 @@ class ServerEngine:
             "top_p": self.sampling.top_p,
             "top_k": self.sampling.top_k,
             "seed": request.seed,
+            **({"min_tokens": self.sampling.min_tokens} if self.sampling.min_tokens else {}),
+            **({"structured_outputs": {"json": self.sampling.json_schema}} if self.sampling.json_schema is not None else {}),
             "logprobs": self.kept.kept,
             "return_tokens_as_token_ids": True,
         }

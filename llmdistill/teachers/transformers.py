@@ -33,6 +33,7 @@ class TransformersEngine:
         self.sampling = sampling
         self.kept = kept
         self.end_ids = end_ids
+        self.end_tensor = torch.tensor(end_ids, device=self.device)
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request, `teacher.batch_size` at a time."""
@@ -109,7 +110,9 @@ class TransformersEngine:
             ]
             caches = [output.past_key_values for output in outputs]
             logprobs_BV = self._logprobs([output.logits[:, -1] for output in outputs])
-            token_B = sample(logprobs_BV, self.sampling, uniforms_BT[:, step])
+            may_end = step >= self.sampling.min_tokens
+            allowed_BV = logprobs_BV if may_end else logprobs_BV.index_fill(1, self.end_tensor, -torch.inf)
+            token_B = sample(allowed_BV, self.sampling, uniforms_BT[:, step])
             tokens.append(token_B.cpu().numpy())
             chosen.append(logprobs_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy())
             if self.sampling.shows_everything:

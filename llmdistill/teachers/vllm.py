@@ -47,6 +47,7 @@ class VllmEngine:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             import vllm
         from vllm.platforms import current_platform
+        from vllm.sampling_params import StructuredOutputsParams
 
         self.kept = kept
         self.end_ids = end_ids
@@ -69,16 +70,12 @@ class VllmEngine:
             # Every token of a prefill gets a whole distribution then, which vLLM does not reckon with: it has to fit.
             arguments["max_num_batched_tokens"] = max(_READ_BYTES // (4 * reads_with), _SEQUENCES)
             arguments |= {"max_num_seqs": _SEQUENCES, "enable_chunked_prefill": True}
-            if current_platform.is_cpu():
-                arguments["enforce_eager"] = True
-        elif current_platform.is_cpu():
+        if current_platform.is_cpu():
+            arguments["enforce_eager"] = True
+        if current_platform.is_cpu() and (not reads_with or sampling.rereads):
             # Seeded requests stop vLLM's CPU engine when a prompt is prefilled in pieces ("CPU Generator does not use
             # offset"), so every prompt has to fit into one.
-            arguments |= {
-                "enforce_eager": True,
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(max_model_len, 2048),
-            }
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, 2048)}
         drawn = kept.stored in ("sampled", "multinomial")
         if drawn or self.tempered:
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
@@ -88,21 +85,27 @@ class VllmEngine:
             temperature = sampling.temperature if self.tempered else None
             self.llm.collective_rpc("sample_targets", args=(kept.stored, kept.kept, seed, temperature))
         self._params = vllm.SamplingParams
-        self._sampling = {
+        self._sampling: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
-            "logprobs": kept.kept + self.tempered,
+            "min_tokens": sampling.min_tokens,
+            "logprobs": None if sampling.rereads else kept.kept + self.tempered,
             "flat_logprobs": True,
             "detokenize": False,
         }
+        if sampling.json_schema is not None:
+            self._sampling["structured_outputs"] = StructuredOutputsParams(json=sampling.json_schema)
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request, keeping the engine's queue filled across batches."""
         for output in self._outputs(batches, lambda request: self._params(**self._sampling, seed=request.seed)):
             completion = output.outputs[0]
             ids = np.asarray(completion.token_ids, dtype=np.int64)
+            if self.sampling.rereads:
+                yield Completion(int(output.request_id), ids, completion.finish_reason, np.empty(0), None)
+                continue
             made = self._completion(output.request_id, ids, completion.finish_reason, completion.logprobs)
             yield replace(made, sampling_logprob=self._sampling_logprob(made, completion.logprobs))
 
