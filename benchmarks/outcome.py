@@ -26,7 +26,7 @@ from llmdistill.bootstrap import draw_clusters, mean_interval
 from llmdistill.collator import DistillCollator, completion_logits
 from llmdistill.config import Targets, load_experiment
 from llmdistill.dataset import Row, rows_to_table, write_shard
-from llmdistill.evaluate import fidelity
+from llmdistill.fidelity import fidelity
 from llmdistill.models import load_model
 
 DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/student-before"

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import load_experiment
-from llmdistill.evaluate import fidelity
+from llmdistill.fidelity import fidelity
 from llmdistill.hidden import of_pruned
 from llmdistill.models import load_model
 from llmdistill.stage import read_json

@@ -29,7 +29,7 @@ class Generate(Sampling):
     """Completions a prompt."""
     min_tokens: int = Field(default=0, ge=0)
     """Tokens before which no completion ends."""
-    json_schema: PassedOn | None = None
+    json_schema: dict[str, Any] | None = None
     """A JSON schema that every completion follows, by vLLM's grammar. The targets are read afterwards, without the grammar."""
     thinking: Literal["kept", "masked", "removed"] = "kept"
     """What becomes of a reasoning trace: `kept`, learned as the rest; `masked`, not learned but before the answer's eyes;
@@ -221,6 +221,10 @@ class Eval(Section):
     """Held-out prompts that every model answers for the report."""
     sample_tokens: int = Field(default=64, ge=1)
     """Length of those answers, and of the decoding that is timed."""
+    own_prompts: int = Field(default=24, ge=0)
+    """Held-out prompts that every model answers by sampling, to be measured on its own text; 0 leaves it out."""
+    own_tokens: int = Field(default=64, ge=1)
+    """Where such an answer is cut."""
 
 
 class Experiment(Section):

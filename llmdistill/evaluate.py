@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,19 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import stage
-from llmdistill.bootstrap import Interval, draw_clusters, mean_interval
+from llmdistill.bootstrap import draw_clusters, mean_interval
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
+from llmdistill.fidelity import ENTROPIES, MEASURES, POSITIONS, Array, fidelity, own_text, token_view
 from llmdistill.importance import effective_sample_size, importance, log_importance
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
 from llmdistill.student import before
 
-METRICS_VERSION = 1
-_MEASURES = ("kl", "top1", "nll")
+METRICS_VERSION = 2
+_COMPARED = ("kl", "top1", "nll")  # between the student and its rivals
 _ROUNDS = 3  # of interleaved decoding; the median counts
-Array = np.ndarray[Any, Any]
+_VIEWED, _VIEWED_TOKENS = 3, 96  # texts shown token by token, and how much of each
 
 
 @dataclass(frozen=True)
@@ -63,32 +64,60 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         models = {s.name: load_model(s.path, s.revision, "auto", s.trust_remote_code) for s in subjects}
         teacher = experiment.teacher
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
-        prompts = conversations(rows.with_format("arrow")[:])
+        prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     if len(set(prompts)) < 2:
         raise InputError("eval: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
 
     stage.begin(directory, "eval", settings, inputs, experiment.seed)
-    measured = fidelity(models, rows, experiment.eval.batch_size)
-    metrics = _metrics(experiment, subjects, models, measured, prompts)
-    _add_sequence_kl(metrics, measured, rows, prompts, experiment.seed)
+    end_ids = manifest["tokenizer"]["end_token_ids"]
+    with StageBar("eval", len(rows)) as bar:
+        measured = fidelity(models, rows, experiment.eval.batch_size, end_ids, lambda n, t: bar.advance(n, t * len(models)))
+    draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
+    metrics = _metrics(experiment, subjects, models, measured, _text_bytes(rows), draws)
+    _add_sequence_kl(metrics, measured, rows, draws)
+    if experiment.eval.own_prompts:
+        _add_own_text(metrics, models, rows, experiment, end_ids)
     with console.status("writing samples"):
         metrics["samples"] = _samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
-    table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], **measured})
+        metrics["views"] = _views(models, rows, tokenizer)
+    flat = {name: values for name, values in measured.items() if values.ndim == 1}
+    table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], **flat})
     pq.write_table(table, directory / "rows.parquet")
     stage.write_json(directory / "metrics.json", metrics)
     stage.finish(directory, {"headline": metrics["headline"]})
     say("eval", _summary(metrics))
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Bootstrap resamples of the conversations that rows belong to, the same for everything that is measured on those rows."""
+
+    cluster: Array
+    draws: Array
+
+    @classmethod
+    def of(cls, conversations: Sequence[str], resamples: int, seed: int) -> "Draws":
+        """For rows of these conversations."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(conversations))}
+        cluster = np.array([numbers[name] for name in conversations])
+        return cls(cluster, draw_clusters(len(numbers), resamples, seed))
+
+    def interval(self, sums: Array, counts: Array) -> dict[str, float]:
+        """The ratio of two sums over rows, with its interval."""
+        return asdict(mean_interval(np.bincount(self.cluster, sums), np.bincount(self.cluster, counts), self.draws))
+
+
 def _metrics(
-    experiment: Experiment, subjects: list[Subject], models: dict[str, Any], measured: dict[str, Array], prompts: list[str]
+    experiment: Experiment,
+    subjects: list[Subject],
+    models: dict[str, Any],
+    measured: dict[str, Array],
+    text_bytes: Array,
+    draws: Draws,
 ) -> dict[str, Any]:
-    """The content of `metrics.json`, but for the samples."""
+    """The content of `metrics.json`, but for what needs more of the models than their distributions on held-out text."""
     settings = experiment.eval
     speeds = _decoding_speed(models, settings.batch_size, settings.sample_tokens)
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    cluster = np.array([numbers[prompt] for prompt in prompts])
-    draws = draw_clusters(len(numbers), settings.resamples, experiment.seed)
     tokens = measured["tokens"]
     described = [
         {
@@ -97,7 +126,9 @@ def _metrics(
             "parameters": sum(parameter.numel() for parameter in models[subject.name].parameters()),
             "bytes": model_bytes(subject.path),
             "decode_tokens_per_s": speeds[subject.name],
-            **{name: asdict(_interval(measured[f"{subject.name} {name}"], tokens, cluster, draws)) for name in _MEASURES},
+            **{name: draws.interval(measured[f"{subject.name} {name}"], tokens) for name in MEASURES},
+            "bits_per_byte": draws.interval(measured[f"{subject.name} nll"] / np.log(2), text_bytes),
+            **_groups(subject.name, measured, draws),
         }
         for subject in subjects
     ]
@@ -105,13 +136,13 @@ def _metrics(
         "schema_version": METRICS_VERSION,
         "headline": headline(described),
         "held_out": {
-            "rows": len(prompts),
+            "rows": len(tokens),
             "tokens": int(tokens.sum()),
-            "prompts": len(numbers),
+            "prompts": draws.draws.shape[1],
             "resamples": settings.resamples,
         },
         "models": described,
-        "differences": list(_differences(subjects, measured, cluster, draws)),
+        "differences": list(_differences(subjects, measured, draws)),
         "decoding": {
             "engine": "transformers",
             "batch": settings.batch_size,
@@ -121,19 +152,86 @@ def _metrics(
     }
 
 
-def _add_sequence_kl(metrics: dict[str, Any], measured: dict[str, Array], rows: Any, prompts: list[str], seed: int) -> None:
+def _text_bytes(rows: Any) -> Array:
+    """Bytes of each completion in UTF-8."""
+    texts = rows.select_columns(["completion"]).with_format(None)["completion"]
+    return np.array([max(sum(len(message["content"].encode()) for message in messages), 1) for messages in texts])
+
+
+def _groups(name: str, measured: dict[str, Array], draws: Draws) -> dict[str, Any]:
+    """What is not one mean: the KL by position and by the teacher's entropy, calibration, and where texts end."""
+    found: dict[str, Any] = {}
+    for by, begins in (("position", POSITIONS), ("entropy", ENTROPIES)):
+        sums_RG, tokens_RG = measured[f"{name} kl by {by}"], measured[f"tokens by {by}"]
+        found[f"kl_by_{by}"] = [
+            {"from": begin, "tokens": int(tokens.sum()), **draws.interval(sums, tokens)}
+            for begin, sums, tokens in zip(begins, sums_RG.T, tokens_RG.T, strict=True)
+            if np.count_nonzero(tokens) > 1
+        ]
+    ended, tokens = measured["ended"], measured["tokens"]
+    if np.count_nonzero(ended) > 1:
+        found["end"] = draws.interval(measured[f"{name} end"], ended)
+    found["early_end"] = draws.interval(measured[f"{name} early"], tokens - ended)
+    found["calibration_error"] = _calibration(measured[f"{name} confidence"], measured[f"{name} truth"], tokens, draws)
+    return found
+
+
+def _calibration(confidence_RG: Array, truth_RG: Array, tokens: Array, draws: Draws) -> dict[str, float]:
+    """How far q of the model's choice is from p of it: Σ |confidence − truth| over groups of positions by that q."""
+    gap_CG = np.stack([np.bincount(draws.cluster, gap) for gap in (confidence_RG - truth_RG).T], axis=1)
+    tokens_C = np.bincount(draws.cluster, tokens)
+    resampled = np.abs(draws.draws @ gap_CG).sum(1) / (draws.draws @ tokens_C)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {"mean": float(np.abs(gap_CG.sum(0)).sum() / tokens.sum()), "low": float(low), "high": float(high)}
+
+
+def _add_own_text(metrics: dict[str, Any], models: dict[str, Any], rows: Any, experiment: Experiment, end_ids: list[int]) -> None:
+    """What each model writes by itself: how near it stays to the teacher there, how long it is, and whether it ends."""
+    settings = experiment.eval
+    with StageBar("eval", len(models)) as bar:
+        for described in metrics["models"]:
+            name = described["name"]
+            written = own_text(models[name], rows, settings.own_prompts, settings.own_tokens, end_ids, experiment.seed)
+            sums = fidelity({"teacher": models["teacher"], name: models[name]}, written, settings.batch_size, end_ids)
+            tokens, each = sums["tokens"], np.ones(len(written))
+            draws = Draws.of([str(number) for number in range(len(written))], settings.resamples, experiment.seed)
+            described["own_text"] = {
+                "tokens": int(tokens.sum()),
+                "reverse_kl": draws.interval(sums[f"{name} reverse_kl"], tokens),
+                "teacher_nll": draws.interval(sums["teacher nll"], tokens),
+                "length": draws.interval(tokens, each),
+                "ended": draws.interval(np.array([row["ended"] for row in written], dtype=float), each),
+            }
+            bar.advance(1, int(tokens.sum()), [f"own text of {name}"])
+    metrics["own_text"] = {"prompts": len(written), "max_tokens": settings.own_tokens}
+
+
+def _views(models: dict[str, Any], rows: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """A few held-out texts, token by token: of prompts that differ, those of middling length."""
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]) - int(rows[number]["completion_start"]))
+    chosen = [order[(2 * number + 1) * len(order) // (2 * _VIEWED)] for number in range(min(_VIEWED, len(order)))]
+    return [
+        {
+            "prompt": as_text(rows[number]["prompt"]),
+            "tokens": [
+                asdict(t) for t in token_view(models["teacher"], models["student"], rows[number], tokenizer, _VIEWED_TOKENS)
+            ],
+        }
+        for number in dict.fromkeys(chosen)
+    ]
+
+
+def _add_sequence_kl(metrics: dict[str, Any], measured: dict[str, Array], rows: Any, draws: Draws) -> None:
     """Where the held-out text is a sample: KL(teacher ‖ model) over whole texts, in nats a text, by importance weights."""
     try:
         weights = importance(log_importance(rows))
     except ValueError:  # text of another origin, or cut by top-p or top-k: the estimate does not exist
         return
-    _, cluster = np.unique(prompts, return_inverse=True)
-    draws = draw_clusters(cluster.max() + 1, metrics["held_out"]["resamples"], seed)
     metrics["held_out"]["effective_rows"] = effective_sample_size(weights)
     for model in metrics["models"]:
         # log p(y|x) − log q(y|x), both from weights in this process
         nats = measured[f"{model['name']} nll"] - measured["teacher nll"]
-        model["sequence_kl"] = asdict(_interval(weights * nats, weights, cluster, draws))
+        model["sequence_kl"] = draws.interval(weights * nats, weights)
 
 
 def headline(models: list[dict[str, Any]]) -> str:
@@ -171,54 +269,17 @@ def _check_vocabulary(subject: Subject, manifest: dict[str, Any]) -> None:
         )
 
 
-def fidelity(models: dict[str, Any], rows: Any, batch_size: int) -> dict[str, Array]:
-    """Each row's sums over its completion tokens: `NAME kl`, `NAME top1`, `NAME nll` for every model, and `tokens`.
-
-    The teacher's full distribution comes from its own weights here, in float32, not from the stored targets.
-    """
-    import torch
-
-    from llmdistill.collator import DistillCollator, completion_logits
-
-    collate = DistillCollator(pad_token_id=0)
-    sums: dict[str, list[Array]] = {}
-    with torch.inference_mode(), StageBar("eval", len(rows)) as bar:
-        for start in range(0, len(rows), batch_size):
-            chunk = [rows[number] for number in range(start, min(start + batch_size, len(rows)))]
-            batch = {name: values.to(models["teacher"].device) for name, values in collate(chunk).items()}
-            lengths = np.array([len(row["input_ids"]) - int(row["completion_start"]) for row in chunk])
-            labels_N = batch["labels"][batch["labels"] != -100]
-            teacher_NV = completion_logits(models["teacher"], batch).float().log_softmax(-1)
-            for name, model in models.items():
-                student_NV = teacher_NV if name == "teacher" else completion_logits(model, batch).float().log_softmax(-1)
-                values = {
-                    "kl": (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1),
-                    "top1": (teacher_NV.argmax(-1) == student_NV.argmax(-1)).float(),
-                    "nll": -student_NV.gather(1, labels_N[:, None])[:, 0],
-                }
-                for metric, value_N in values.items():
-                    per_row = [part.double().sum().item() for part in value_N.split(lengths.tolist())]
-                    sums.setdefault(f"{name} {metric}", []).append(np.array(per_row))
-            sums.setdefault("tokens", []).append(lengths)
-            bar.advance(len(chunk), int(lengths.sum()) * len(models))
-    return {name: np.concatenate(parts) for name, parts in sums.items()}
-
-
-def _interval(sums: Array, tokens: Array, cluster: Array, draws: Array) -> Interval:
-    return mean_interval(np.bincount(cluster, sums), np.bincount(cluster, tokens), draws)
-
-
-def _differences(subjects: list[Subject], measured: dict[str, Array], cluster: Array, draws: Array) -> Iterator[dict[str, Any]]:
+def _differences(subjects: list[Subject], measured: dict[str, Array], draws: Draws) -> Iterator[dict[str, Any]]:
     """The student minus each of its rivals, on the same rows and draws."""
     for rival in subjects:
         if rival.name.startswith("student") and rival.name != "student":
-            for metric in _MEASURES:
+            for metric in _COMPARED:
                 sums = measured[f"student {metric}"] - measured[f"{rival.name} {metric}"]
                 yield {
                     "better": "student",
                     "worse": rival.name,
                     "metric": metric,
-                    **asdict(_interval(sums, measured["tokens"], cluster, draws)),
+                    **draws.interval(sums, measured["tokens"]),
                 }
 
 
@@ -244,6 +305,11 @@ def _decoding_speed(models: dict[str, Any], batch: int, new_tokens: int) -> dict
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
+def as_text(prompt: list[dict[str, str]]) -> str:
+    """A prompt without its system message."""
+    return "\n".join(message["content"] for message in prompt if message["role"] != "system")
+
+
 def _samples(models: dict[str, Any], rows: Any, tokenizer: Any, count: int, new_tokens: int) -> list[dict[str, Any]]:
     """The models' greedy answers to the first held-out prompts."""
     import torch
@@ -252,7 +318,7 @@ def _samples(models: dict[str, Any], rows: Any, tokenizer: Any, count: int, new_
     seen: set[str] = set()
     for row in rows:
         prompt_ids = np.asarray(row["input_ids"])[: int(row["completion_start"])]
-        question = "\n".join(message["content"] for message in row["prompt"] if message["role"] != "system")
+        question = as_text(row["prompt"])
         if len(samples) == count or question in seen:
             continue
         seen.add(question)

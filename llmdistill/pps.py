@@ -10,7 +10,7 @@ weigh 1/n each, is arXiv 2503.16870.)
 import torch
 from torch import Tensor
 
-_ROWS = 64  # at a time: in float64 a row of 150,000 tokens is 1.2 MB, several times over
+_BLOCK = 64  # tokens, of which only the sum or the largest is looked at first
 
 
 def keep(kind: str, logprobs_NV: Tensor, n: int, uniform_NU: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def keep(kind: str, logprobs_NV: Tensor, n: int, uniform_NU: Tensor) -> Tensor:
         uniform_NU: numbers in [0, 1), as many a position as `uniforms` says.
     """
     if kind in ("topk", "none"):
-        return logprobs_NV.topk(n).indices
+        return most_likely(logprobs_NV, n)
     if kind == "multinomial":
         return sample_with_replacement(logprobs_NV, uniform_NU)
     return sample(logprobs_NV, n, uniform_NU[:, 0])
@@ -34,10 +34,23 @@ def uniforms(kind: str, n: int) -> int:
     return {"sampled": 1, "multinomial": n}.get(kind, 0)
 
 
+def most_likely(logprobs_NV: Tensor, k: int) -> Tensor:
+    """The ids of the k most likely tokens, most likely first; shape (N, k).
+
+    All of them are in the k blocks with the most likely token, so that no more than those are sorted.
+    """
+    if logprobs_NV.shape[1] % _BLOCK or k * _BLOCK >= logprobs_NV.shape[1]:
+        return logprobs_NV.topk(k).indices
+    blocks_NMB = logprobs_NV.unflatten(1, (-1, _BLOCK))
+    block_Nk = blocks_NMB.amax(2).topk(k).indices
+    inside_NkB = blocks_NMB.gather(1, block_Nk[:, :, None].expand(-1, -1, _BLOCK))
+    place_Nk = inside_NkB.flatten(1).topk(k).indices
+    return block_Nk.gather(1, place_Nk // _BLOCK) * _BLOCK + place_Nk % _BLOCK
+
+
 def sample_with_replacement(logprobs_NV: Tensor, uniform_Nn: Tensor) -> Tensor:
     """N independent draws at each position, one for each random number; shape (N, n), a token as often as it was drawn."""
-    parts = zip(logprobs_NV.split(_ROWS), uniform_Nn.to(logprobs_NV.device).split(_ROWS), strict=True)
-    return torch.cat([_search(logprobs.double().softmax(-1), uniform) for logprobs, uniform in parts])
+    return _search(logprobs_NV.exp(), uniform_Nn)
 
 
 def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
@@ -51,29 +64,36 @@ def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
     Returns:
         Their ids, shape (N, n); those with p ≥ τ first, most likely first.
     """
-    parts = zip(logprobs_NV.split(_ROWS), uniform_N.split(_ROWS), strict=True)
-    return torch.cat([_sample(logprobs, n, uniform) for logprobs, uniform in parts])
-
-
-def _sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
-    p_NV = logprobs_NV.double().softmax(-1)
-    top = p_NV.topk(n)
-    exact_N = count_exact(top.values)
+    top_Nn = most_likely(logprobs_NV, n)
+    p_NV = logprobs_NV.exp()
+    p_Nn = p_NV.gather(1, top_Nn)
+    exact_N = count_exact(p_Nn.double())
     columns_n = torch.arange(n, device=p_NV.device)
     is_exact_Nn = columns_n < exact_N[:, None]
-    rest_NV = p_NV.scatter(1, top.indices, torch.where(is_exact_Nn, 0.0, top.values))
+    rest_NV = p_NV.scatter_(1, top_Nn, p_Nn.masked_fill(is_exact_Nn, 0))
     # One point in each of n − exact equal parts of the rest's mass, all at the same place in their part.
-    points_Nn = (uniform_N.to(rest_NV)[:, None] + columns_n) / (n - exact_N)[:, None]
+    points_Nn = (uniform_N.to(p_NV.device)[:, None] + columns_n) / (n - exact_N)[:, None]
     drawn_Nn = _search(rest_NV, points_Nn).gather(1, (columns_n - exact_N[:, None]).clamp(min=0))
-    return torch.where(is_exact_Nn, top.indices, drawn_Nn)
+    return torch.where(is_exact_Nn, top_Nn, drawn_Nn)
 
 
 def _search(mass_NV: Tensor, points_Nn: Tensor) -> Tensor:
-    """The tokens at points of the cumulative mass, given as shares of it."""
-    cumulative_NV = mass_NV.cumsum(1)
-    total_N1 = cumulative_NV[:, -1:]
-    points_Nn = (points_Nn.to(total_N1) * total_N1).minimum(total_N1 * (1 - 1e-15))
-    return torch.searchsorted(cumulative_NV, points_Nn, right=True).clamp(max=mass_NV.shape[1] - 1)
+    """The tokens at points of the cumulative mass, given as shares of it: first the block, then the token in it, in float64."""
+    if short := -mass_NV.shape[1] % _BLOCK:
+        mass_NV = torch.nn.functional.pad(mass_NV, (0, short))
+    blocks_NMB = mass_NV.unflatten(1, (-1, _BLOCK))
+    ends_NM = blocks_NMB.sum(2, dtype=torch.float64).cumsum(1)
+    points_Nn = points_Nn.to(ends_NM) * ends_NM[:, -1:]
+    block_Nn = _place(ends_NM, points_Nn)
+    inside_NnB = blocks_NMB.gather(1, block_Nn[:, :, None].expand(-1, -1, _BLOCK)).double().cumsum(2)
+    begin_Nn = ends_NM.gather(1, block_Nn) - inside_NnB[:, :, -1]
+    return block_Nn * _BLOCK + _place(inside_NnB, (points_Nn - begin_Nn)[:, :, None])[:, :, 0]
+
+
+def _place(ends: Tensor, points: Tensor) -> Tensor:
+    """For each point the first place that ends behind it, along the last dimension; never one of no mass."""
+    points = points.clamp(min=0).minimum(ends[..., -1:] * (1 - 1e-15))
+    return torch.searchsorted(ends, points, right=True)
 
 
 def count_exact(largest_Nn: Tensor) -> Tensor:

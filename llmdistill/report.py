@@ -17,7 +17,7 @@ from llmdistill.plots import Point, interval_plot, loss_plot
 from llmdistill.progress import console, say
 from llmdistill.stage import RUN_FILE, read_json, write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Json = dict[str, Any]
 
 _LABELS = {"student before": "student before training", "student, text only": "student trained on text only"}

@@ -1,6 +1,7 @@
 """Scoring finished text: the same distributions as when it was written, and the same alignment for text from elsewhere."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,9 +55,8 @@ def test_what_a_line_says_beside_the_text_goes_with_the_row(experiment_file, tmp
     first = scored(experiment_file, source)
     run, manifest = (json.loads((tmp_path / f"scored/data/{name}.json").read_text()) for name in ("run", "dataset"))
     assert run["results"]["tokens"] == manifest["completion_tokens"]
-    assert run["results"]["tokens_per_s"] == pytest.approx(
-        run["results"]["tokens"] / run["results"]["seconds"], rel=0.02, abs=0.06
-    )
+    seconds, speed = run["results"]["seconds"], run["results"]["tokens_per_s"]
+    assert speed * (seconds - 0.001) - 0.1 <= run["results"]["tokens"] <= speed * (seconds + 0.001) + 0.1  # both are rounded
     again = scored(experiment_file, tmp_path / "scored/data", ("output", str(tmp_path / "again")))
     for rows in (first, again):
         assert [json.loads(str(text)) for text in rows["metadata"]] == [{"answer": "4", "topic": "größer"}, {}]
@@ -103,7 +103,10 @@ def test_text_from_elsewhere(experiment_file, tmp_path, tiny, form):
     [
         ('{"prompt": "only"}', "line 1: must have `messages`"),
         ('{"messages": [{"role": "user", "content": "no answer"}]}', "line 1: must have `messages`"),
-        ('{"messages": [{"role": "assistant", "content": "no question"}]}', "line 1: must have `messages`"),
+        ('{"messages": [{"role": "assistant", "content": "no question"}]}', "line 1: the assistant's turn 1 has none before it"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "line 1: message 1 must have a role, one of system, user"),
+        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "line 1: message 1 must have a content"),
+        ('{"text": "a"}', "line 1: the text has fewer than two tokens"),
         ("nonsense", "line 1: not valid JSON"),
         ("", "holds no text"),
         ('{"prompt": "long", "completion": "' + "word " * 300 + '"}', "line 1: its tokens and the one that vLLM adds are"),
@@ -115,6 +118,92 @@ def test_bad_text_is_named_and_nothing_is_written(experiment_file, tmp_path, lin
     with pytest.raises(InputError, match=message):
         scored(experiment_file, source)
     assert not (tmp_path / "scored").exists()
+
+
+def test_every_turn_of_a_conversation_is_a_row_after_all_that_came_before(experiment_file, tmp_path, tiny):
+    """One plain pass over the whole conversation has the same log-probabilities; all its rows are on one side of the split."""
+    roles = ("system", "user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": f"This is turn {n}."} for n, role in enumerate(roles)]
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"messages": messages, "topic": n}) + "\n" for n in range(12)))
+    rows = scored(experiment_file, source, ("score.turns", "all"))
+    assert len(rows) == 24
+    tokenizer, model = load_tokenizer(str(tiny), None), load_model(str(tiny))
+    whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    for row, end in ((rows[0], 3), (rows[1], 5)):
+        ids, start = row["input_ids"].tolist(), int(row["completion_start"])
+        assert ids == whole[: len(ids)]
+        assert [dict(message) for message in row["prompt"]] == messages[: end - 1]
+        assert tokenizer.decode(ids[start:]) == f"{messages[end - 1]['content']}<|im_end|>"
+        want = logprobs[start - 1 : len(ids) - 1].gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
+        np.testing.assert_allclose(row["token_logprobs"], want, atol=1e-4)
+    experiment = load_experiment(experiment_file, [("output", f"{tmp_path}/scored"), ("eval.held_out", "0.5")])
+    curate(experiment)
+    split_of = {
+        str(row["metadata"]): {split}
+        for split in ("train", "test")
+        for row in load_dataset(experiment.directory("curated"), split).with_format(None)
+    }
+    assert len(split_of) == 12, "the two rows of a conversation have the same metadata"
+    for split in ("train", "test"):
+        assert len(load_dataset(experiment.directory("curated"), split)) == 2 * sum(split_of[key] == {split} for key in split_of)
+    last = scored(experiment_file, source, ("output", str(tmp_path / "last")))
+    assert [row["input_ids"].tolist() for row in last] == [row["input_ids"].tolist() for row in rows][1::2]
+
+
+TOOLS = """
+{%- if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.tool_calls %}CALL {{ message.tool_calls[0].function | tojson }}{% else %}{{ message.content }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_calls_of_tools_are_learned_or_only_stand_before_the_answer(experiment_file, tmp_path, tiny, learned):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny, teacher)
+    (teacher / "chat_template.jinja").write_text(TOOLS)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    conversation = {
+        "tools": [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}],
+        "messages": [
+            {"role": "user", "content": "What is 2 + 2?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "It is 4."},
+        ],
+    }
+    source = tmp_path / "text.jsonl"
+    source.write_text(json.dumps(conversation) + "\n")
+    chosen = [("teacher.model", str(teacher)), ("score.turns", "all"), ("score.tool_calls", str(learned).lower())]
+    rows = scored(experiment_file, source, *chosen)
+    tokenizer = load_tokenizer(str(teacher), None)
+    answers = [tokenizer.decode(row["input_ids"][int(row["completion_start"]) :]) for row in rows]
+    called = 'CALL {"name": "add", "arguments": {"a": 2, "b": 2}}<|im_end|>'
+    assert answers == [called, "It is 4.<|im_end|>"][not learned :]
+    prompt = tokenizer.decode(rows[-1]["input_ids"][: int(rows[-1]["completion_start"])])
+    assert '"description": "adds"' in prompt
+    assert called in prompt
+    assert json.loads(str(rows[-1]["metadata"]))["messages"] == conversation["messages"]
+
+
+def test_plain_text_is_learned_from_its_second_token_on(experiment_file, tmp_path, tiny):
+    texts = [f"The sea is {n} miles wide.\n\nSo they say." for n in range(30)]
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rows = scored(experiment_file, source)
+    tokenizer = load_tokenizer(str(tiny), None)
+    assert [row["input_ids"].tolist() for row in rows] == [tokenizer(text)["input_ids"] for text in texts]
+    assert set(rows["completion_start"]) == {1}
+    experiment = load_experiment(experiment_file, [("output", f"{tmp_path}/scored"), ("eval.held_out", "0.5")])
+    curate(experiment)
+    sizes = [len(load_dataset(experiment.directory("curated"), split)) for split in ("train", "test")]
+    assert sum(sizes) == 30
+    assert min(sizes) > 5, "each text is its own prompt"
 
 
 def test_a_dataset_in_another_vocabulary_is_refused(experiment_file):

@@ -76,6 +76,24 @@ def test_the_exact_engine_stores_the_models_own_distribution(tiny, requests, tem
             assert completion.sampling_logprob is None, "greedy text is no sample"
 
 
+def test_no_completion_ends_before_its_least_length(tiny, requests):
+    """Where every token that the teacher would write first is an end: what it would have liked is stored all the same."""
+    teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32")
+
+    def written(ends, least):
+        sampling = Generate(max_tokens=8, temperature=0, min_tokens=least)
+        return list(TransformersEngine(teacher, sampling, Targets(kind="topk", k=5), ends).generate([requests]))
+
+    ends = sorted({int(completion.ids[0]) for completion in written([2], 0)})
+    short, long = written(ends, 0), written(ends, 5)
+    assert {len(completion.ids) for completion in short} == {1}
+    for before, completion in zip(short, long, strict=True):
+        assert len(completion.ids) >= 5
+        assert not np.isin(completion.ids[:5], ends).any()
+        assert completion.targets.ids_NK[0].tolist() == before.targets.ids_NK[0].tolist()
+        assert completion.targets.ids_NK[0, 0] in ends
+
+
 def test_a_rows_text_depends_on_its_seed_alone(tiny, requests):
     def texts(batch_size, order):
         teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=batch_size)

@@ -44,11 +44,18 @@ class SampleTargets:
             kept_Nn = pps.keep(kind, logprobs_NV, kept, uniform_NU.to(logprobs_NV.device))
             ids_NK = torch.cat([token_ids[:, None], kept_Nn], dim=1)
             kept_NK = logprobs_NV.gather(1, ids_NK)
-            rank_N = (logprobs_NV > kept_NK[:, :1]).sum(dim=1) + 1
+            rank_N = torch.zeros_like(token_ids)  # nobody looks at it, and to count costs as much as to sample
             if n > kept and temperature:
-                normaliser_N1 = (logprobs_NV / temperature).logsumexp(dim=1, keepdim=True)
+                normaliser_N1 = _log_sum(logprobs_NV, temperature)
                 ids_NK = torch.cat([ids_NK, torch.zeros_like(ids_NK[:, :1])], dim=1)
                 kept_NK = torch.cat([kept_NK, normaliser_N1], dim=1)
             return LogprobsTensors(ids_NK.int(), kept_NK, rank_N)
 
         sampler.gather_logprobs = gather_logprobs
+
+
+def _log_sum(logprobs_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Of a distribution p, log Σ p^(1/temperature), shape (N, 1); taken around the largest, so that nothing underflows."""
+    largest_N1 = logprobs_NV.amax(1, keepdim=True)
+    shares_NV = logprobs_NV.sub(largest_N1).div_(temperature).exp_()
+    return shares_NV.sum(1, keepdim=True).log() + largest_N1 / temperature

@@ -1,9 +1,11 @@
 """The real vLLM with the real small teacher."""
 
+import json
 import subprocess
 import sys
 import time
 
+import jsonschema
 import numpy as np
 import psutil
 import pytest
@@ -215,3 +217,34 @@ def test_text_that_vllm_reads_has_the_distributions_of_transformers(generated, s
     written = torch.from_numpy(np.concatenate([row["token_logprobs"] for row in read]))
     labels = batch["labels"][batch["labels"] != -100]
     torch.testing.assert_close(written, logprobs_NV.gather(1, labels[:, None])[:, 0], atol=2e-3, rtol=1e-3)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["question", "order"]}, "words": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["kind", "words"],
+    "additionalProperties": False,
+}
+
+
+def test_text_by_a_json_schema_has_the_distribution_that_no_grammar_has_touched(generated, smollm2, tmp_path):
+    """vLLM's grammar sets what it forbids to zero before the log-probabilities are taken, so those that it returns are wrong."""
+    directory, _ = generated
+    file = directory.parent.parent / "experiment.yaml"
+    arguments = ["--output", tmp_path, "--prompts.limit", 4, "--teacher.dtype", "float32", "--generate.temperature", 0]
+    result = run_cli("generate", file, *arguments, "--generate.json_schema", json.dumps(SCHEMA))
+    assert result.returncode == 0, result.stderr
+    rows = load_dataset(tmp_path / "data")
+    ended = [row for row in rows if row["finish_reason"] == "stop"]
+    assert ended
+    for row in ended:
+        jsonschema.validate(json.loads(row["completion"][0]["content"]), SCHEMA)
+    batch = DistillCollator(0)([rows[n] for n in range(len(rows))])
+    with torch.inference_mode():
+        logprobs_NV = completion_logits(load_model(str(smollm2), dtype="float32"), batch).log_softmax(-1)
+    labels = batch["labels"][batch["labels"] != -100]
+    written = torch.from_numpy(np.concatenate([row["token_logprobs"] for row in rows]))
+    torch.testing.assert_close(written, logprobs_NV.gather(1, labels[:, None])[:, 0], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(batch["target_logprobs"], logprobs_NV.gather(1, batch["target_ids"]), atol=0.02, rtol=1e-3)
+    # The grammar left one token at many places: masked, its probability would be one.
+    assert written.mean() < -1

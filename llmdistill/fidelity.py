@@ -1,0 +1,176 @@
+"""How near a model is to its teacher, token by token: sums for each row, from which means and their intervals are made.
+
+At every position the teacher's whole distribution p, from its weights in float32, stands beside the model's q.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Report = Callable[[int, int], None]
+
+MEASURES = ("kl", "reverse_kl", "top1", "top5", "nll")
+POSITIONS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Where groups of positions begin, in tokens from the start of the completion."""
+ENTROPIES = (0.0, 0.05, 0.25, 0.5, 1.0, 2.0, 3.0)
+"""Where groups of positions begin by the entropy of the teacher, in nats."""
+CONFIDENCES = 10
+"""Groups of equal width by the probability of the model's most likely token."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a held-out text: KL(p ‖ q) in nats where it was written, and both most likely five with their probabilities."""
+
+    text: str
+    kl: float
+    teacher: list[tuple[str, float]]
+    student: list[tuple[str, float]]
+
+
+def fidelity(
+    models: dict[str, Any], rows: Any, batch_size: int, end_ids: Sequence[int] = (), report: Report = lambda rows, tokens: None
+) -> dict[str, Array]:
+    """Each row's sums over its completion tokens, shape (rows,) or (rows, groups).
+
+    Args:
+        models: by name; one of them is called `teacher`.
+        rows: with `input_ids` and `completion_start`.
+        batch_size: rows in one forward pass.
+        end_ids: the tokens that end a completion.
+        report: is told the rows and tokens that are done, after every batch.
+
+    Returns:
+        `tokens`, and for every model `NAME kl`, KL(p ‖ q); `NAME reverse_kl`, KL(q ‖ p); `NAME top1`, whether both find the
+        same token most likely; `NAME top5`, the share of the five most likely that both have; `NAME nll`, −log q of the
+        text; `NAME confidence` and `NAME truth`, q and p of the model's most likely token, in groups of that q; `NAME end`,
+        q of the tokens that end, where the text ends, and `NAME early`, where it goes on. `ended` is whether it ends.
+        `tokens by position`, `tokens by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too.
+    """
+    parts: dict[str, list[Array]] = {}
+    for values, row_N, count in _batches(models, rows, batch_size, list(end_ids)):
+        groups = {
+            "position": np.searchsorted(POSITIONS, values.pop("position"), side="right") - 1,
+            "entropy": np.searchsorted(ENTROPIES, values.pop("entropy").clip(min=0), side="right") - 1,
+        }
+        sizes = {"position": len(POSITIONS), "entropy": len(ENTROPIES)}
+        sums = {"tokens": np.bincount(row_N, minlength=count)}
+        for name, group_N in groups.items():
+            sums[f"tokens by {name}"] = _sums(row_N, group_N, None, count, sizes[name])
+            for model in models:
+                sums[f"{model} kl by {name}"] = _sums(row_N, group_N, values[f"{model} kl"], count, sizes[name])
+        for model in models:
+            confidence_N, truth_N = values.pop(f"{model} confidence"), values.pop(f"{model} truth")
+            bin_N = (confidence_N * CONFIDENCES).astype(int).clip(max=CONFIDENCES - 1)
+            for name, value_N in (("confidence", confidence_N), ("truth", truth_N)):
+                sums[f"{model} {name}"] = _sums(row_N, bin_N, value_N, count, CONFIDENCES)
+        sums |= {name: np.bincount(row_N, value_N, minlength=count) for name, value_N in values.items()}
+        for name, value in sums.items():
+            parts.setdefault(name, []).append(value)
+        report(count, int(sums["tokens"].sum()))
+    return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def token_view(teacher: Any, student: Any, row: Any, tokenizer: Any, most: int) -> list[Token]:
+    """The first `most` completion tokens of a row, each with what both models thought of its place."""
+    import torch
+
+    from llmdistill.collator import DistillCollator, completion_logits
+
+    start = int(row["completion_start"])
+    cut: dict[str, Any] = {"input_ids": np.asarray(row["input_ids"])[: start + most], "completion_start": start}
+    batch = {name: values.to(teacher.device) for name, values in DistillCollator(pad_token_id=0)([cut]).items()}
+    with torch.inference_mode():
+        p_NV, q_NV = (completion_logits(model, batch).float().log_softmax(-1) for model in (teacher, student))
+        kl_N = (p_NV.exp() * (p_NV - q_NV)).sum(-1).tolist()
+        p_best, q_best = p_NV.topk(5), q_NV.topk(5)
+
+    def named(best: Any, number: int) -> list[tuple[str, float]]:
+        pairs = zip(best.indices[number].tolist(), best.values[number].exp().tolist(), strict=True)
+        return [(tokenizer.decode([token]), round(probability, 4)) for token, probability in pairs]
+
+    return [
+        Token(tokenizer.decode([int(token)]), round(kl_N[number], 4), named(p_best, number), named(q_best, number))
+        for number, token in enumerate(cut["input_ids"][start:])
+    ]
+
+
+def own_text(model: Any, rows: Any, count: int, new_tokens: int, end_ids: Sequence[int], seed: int) -> list[dict[str, Any]]:
+    """What a model itself answers to the first prompts, sampled at temperature 1, as rows; and whether it ended by itself."""
+    import torch
+
+    seen: dict[tuple[int, ...], None] = {}
+    for row in rows:
+        seen.setdefault(tuple(np.asarray(row["input_ids"])[: int(row["completion_start"])].tolist()))
+        if len(seen) == count:
+            break
+    prompts = sorted(seen, key=len)  # of like length in one batch
+    found = []
+    torch.manual_seed(seed)
+    for first in range(0, len(prompts), 32):
+        batch = prompts[first : first + 32]
+        width = max(map(len, batch))
+        ids_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in batch], device=model.device)
+        mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+        with torch.inference_mode():
+            output_BT = model.generate(
+                ids_BT, attention_mask=mask_BT, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=new_tokens, eos_token_id=list(end_ids), pad_token_id=end_ids[0],
+            ).cpu()  # fmt: skip
+        for ids, answer in zip(batch, output_BT[:, width:].numpy(), strict=True):
+            ends = np.flatnonzero(np.isin(answer, end_ids))
+            answer = answer[: ends[0] + 1] if len(ends) else answer
+            found.append({"input_ids": np.array([*ids, *answer]), "completion_start": len(ids), "ended": len(ends) > 0})
+    return found
+
+
+def _batches(
+    models: dict[str, Any], rows: Any, batch_size: int, end_ids: list[int]
+) -> Iterator[tuple[dict[str, Array], Array, int]]:
+    """For each batch: values at every completion position, the row of each, and how many rows there are."""
+    import torch
+
+    from llmdistill.collator import DistillCollator, completion_logits
+
+    collate = DistillCollator(pad_token_id=0)
+    for first in range(0, len(rows), batch_size):
+        chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
+        lengths = np.array([len(row["input_ids"]) - int(row["completion_start"]) for row in chunk])
+        row_N = np.repeat(np.arange(len(chunk)), lengths)
+        position_N = np.arange(len(row_N)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        with torch.inference_mode():
+            batch = {name: values.to(models["teacher"].device) for name, values in collate(chunk).items()}
+            labels_N = batch["labels"][batch["labels"] != -100]
+            end_N = torch.isin(labels_N, torch.tensor(end_ids, device=labels_N.device))
+            p_NV = completion_logits(models["teacher"], batch).float().log_softmax(-1)
+            found = {"entropy": -(p_NV.exp() * p_NV).sum(-1), "ended": end_N}
+            for name, model in models.items():
+                q_NV = p_NV if name == "teacher" else completion_logits(model, batch).float().log_softmax(-1)
+                found |= {f"{name} {measure}": value for measure, value in _compare(p_NV, q_NV, labels_N, end_N, end_ids).items()}
+        yield {name: value.double().cpu().numpy() for name, value in found.items()} | {"position": position_N}, row_N, len(chunk)
+
+
+def _compare(p_NV: Any, q_NV: Any, labels_N: Any, end_N: Any, end_ids: list[int]) -> dict[str, Any]:
+    """What is measured at each position, from the log-probabilities of teacher and model."""
+    p_top, q_top = p_NV.topk(5).indices, q_NV.topk(5)
+    difference_NV = p_NV - q_NV
+    ends_N = q_NV[:, end_ids].exp().sum(-1)
+    return {
+        "kl": (p_NV.exp() * difference_NV).sum(-1),
+        "reverse_kl": -(q_NV.exp() * difference_NV).sum(-1),
+        "top1": p_top[:, 0] == q_top.indices[:, 0],
+        "top5": (p_top[:, :, None] == q_top.indices[:, None, :]).any(2).double().mean(1),
+        "nll": -q_NV.gather(1, labels_N[:, None])[:, 0],
+        "confidence": q_top.values[:, 0].exp(),
+        "truth": p_NV.gather(1, q_top.indices[:, :1])[:, 0].exp(),
+        "end": ends_N * end_N,
+        "early": ends_N * ~end_N,
+    }
+
+
+def _sums(row_N: Array, group_N: Array, value_N: Array | None, rows: int, groups: int) -> Array:
+    """Of the values, or of ones, in each row and group."""
+    return np.bincount(row_N * groups + group_N, value_N, minlength=rows * groups).reshape(rows, groups)
