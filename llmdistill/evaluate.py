@@ -15,7 +15,8 @@ from llmdistill.bootstrap import draw_clusters, mean_interval
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.fidelity import ENTROPIES, MEASURES, POSITIONS, Array, fidelity, own_text, token_view
+from llmdistill.examples import samples, views, won_and_lost
+from llmdistill.fidelity import ENTROPIES, MEASURES, POSITIONS, Array, fidelity, own_text
 from llmdistill.importance import effective_sample_size, importance, log_importance
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
@@ -24,7 +25,6 @@ from llmdistill.student import before
 METRICS_VERSION = 2
 _COMPARED = ("kl", "top1", "nll")  # between the student and its rivals
 _ROUNDS = 3  # of interleaved decoding; the median counts
-_VIEWED, _VIEWED_TOKENS = 3, 96  # texts shown token by token, and how much of each
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,10 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     if experiment.eval.own_prompts:
         _add_own_text(metrics, models, rows, experiment, end_ids)
     with console.status("writing samples"):
-        metrics["samples"] = _samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
-        metrics["views"] = _views(models, rows, tokenizer)
+        metrics["samples"] = samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
+        metrics["views"] = views(models, rows, tokenizer)
+        rival = next(subject.name for subject in reversed(subjects) if subject.name != "student")
+        metrics["examples"] = won_and_lost(measured, rows, rival)
     flat = {name: values for name, values in measured.items() if values.ndim == 1}
     table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], **flat})
     pq.write_table(table, directory / "rows.parquet")
@@ -206,21 +208,6 @@ def _add_own_text(metrics: dict[str, Any], models: dict[str, Any], rows: Any, ex
     metrics["own_text"] = {"prompts": len(written), "max_tokens": settings.own_tokens}
 
 
-def _views(models: dict[str, Any], rows: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """A few held-out texts, token by token: of prompts that differ, those of middling length."""
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]) - int(rows[number]["completion_start"]))
-    chosen = [order[(2 * number + 1) * len(order) // (2 * _VIEWED)] for number in range(min(_VIEWED, len(order)))]
-    return [
-        {
-            "prompt": as_text(rows[number]["prompt"]),
-            "tokens": [
-                asdict(t) for t in token_view(models["teacher"], models["student"], rows[number], tokenizer, _VIEWED_TOKENS)
-            ],
-        }
-        for number in dict.fromkeys(chosen)
-    ]
-
-
 def _add_sequence_kl(metrics: dict[str, Any], measured: dict[str, Array], rows: Any, draws: Draws) -> None:
     """Where the held-out text is a sample: KL(teacher ‖ model) over whole texts, in nats a text, by importance weights."""
     try:
@@ -303,35 +290,6 @@ def _decoding_speed(models: dict[str, Any], batch: int, new_tokens: int) -> dict
                 )
                 speeds[name].append(batch * new_tokens / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in speeds.items()}
-
-
-def as_text(prompt: list[dict[str, str]]) -> str:
-    """A prompt without its system message."""
-    return "\n".join(message["content"] for message in prompt if message["role"] != "system")
-
-
-def _samples(models: dict[str, Any], rows: Any, tokenizer: Any, count: int, new_tokens: int) -> list[dict[str, Any]]:
-    """The models' greedy answers to the first held-out prompts."""
-    import torch
-
-    samples: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for row in rows:
-        prompt_ids = np.asarray(row["input_ids"])[: int(row["completion_start"])]
-        question = as_text(row["prompt"])
-        if len(samples) == count or question in seen:
-            continue
-        seen.add(question)
-        answers = {}
-        for name, model in models.items():
-            ids = torch.tensor(prompt_ids, dtype=torch.long, device=model.device)[None]
-            with torch.inference_mode():
-                output = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
-                )
-            answers[name] = tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
-        samples.append({"prompt": question, "answers": answers})
-    return samples
 
 
 def _summary(metrics: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Where things stand in the report's two figures: numbers in, SVG coordinates out. The template draws them."""
+"""Where things stand in the report's figures: numbers in, SVG coordinates out. The template draws them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -65,6 +65,67 @@ def interval_plot(rows: Iterable[tuple[str, dict[str, float]]]) -> dict[str, Any
     ]
     bottom = _ROW * len(drawn) + 2
     return {"width": WIDTH, "height": bottom + 46, "bottom": bottom, "rows": rows_xy, "ticks": axis.ticks(), "log": axis.log}
+
+
+def group_plot(curves: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> dict[str, Any] | None:
+    """Means with 95% whiskers in groups that stand side by side; None if there is nothing to draw.
+
+    Args:
+        curves: of each model, its groups: `group`, an index into `names`, `mean`, `low` and `high`.
+        names: of the groups, from left to right.
+    """
+    drawn = {name: groups for name, groups in curves.items() if groups}
+    values = [group[key] for groups in drawn.values() for group in groups for key in ("mean", "low", "high")]
+    if not values or not all(math.isfinite(value) for value in values):
+        return None
+    bottom = _LOSS_HEIGHT - _LOSS_BOTTOM
+    up = fit_axis([max(value, 1e-6) for value in values], bottom, 10)
+    low = up.low if up.log else min(up.low, 0)
+    wide = (WIDTH - 10 - _LOSS_LEFT) / len(names)
+    lines = []
+    for number, (name, groups) in enumerate(drawn.items()):
+        aside = (number - (len(drawn) - 1) / 2) * min(8.0, wide / (len(drawn) + 1))  # whiskers must not hide each other
+        points = [
+            {
+                "x": round(_LOSS_LEFT + wide * (group["group"] + 0.5) + aside, 1),
+                **{key: up.place(max(group[key], low, 1e-6)) for key in ("mean", "low", "high")},
+            }
+            for group in groups
+        ]
+        lines.append({"name": name, "points": points, "line": "M" + "L".join(f"{p['x']} {p['mean']}" for p in points)})
+    return {
+        "width": WIDTH,
+        "height": _LOSS_HEIGHT,
+        "left": _LOSS_LEFT,
+        "bottom": bottom,
+        "lines": lines,
+        "x_ticks": [(round(_LOSS_LEFT + wide * (number + 0.5), 1), name) for number, name in enumerate(names)],
+        "y_ticks": up.ticks(),
+        "log": up.log,
+    }
+
+
+def size_plot(points: Iterable[tuple[str, float, dict[str, float]]]) -> dict[str, Any] | None:
+    """Megabytes against an estimate with its 95% interval; None if fewer than two models have both."""
+    drawn = [(name, size, estimate) for name, size, estimate in points if size and all(map(math.isfinite, estimate.values()))]
+    if len(drawn) < 2:
+        return None
+    bottom = _LOSS_HEIGHT - _LOSS_BOTTOM
+    across = fit_axis_linear([size for _, size, _ in drawn], _LOSS_LEFT, WIDTH - 30)
+    up = fit_axis([value for _, _, estimate in drawn for value in estimate.values()], bottom, 10)
+    dots = [
+        {"name": name, "x": across.place(size), **{key: up.place(estimate[key]) for key in ("mean", "low", "high")}}
+        for name, size, estimate in drawn
+    ]
+    return {
+        "width": WIDTH,
+        "height": _LOSS_HEIGHT,
+        "left": _LOSS_LEFT,
+        "bottom": bottom,
+        "dots": dots,
+        "x_ticks": across.ticks(),
+        "y_ticks": up.ticks(),
+    }
 
 
 def loss_plot(curves: dict[str, list[Point]]) -> dict[str, Any] | None:

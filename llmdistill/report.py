@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +14,7 @@ from llmdistill.card import describe_targets
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST
 from llmdistill.errors import InputError
-from llmdistill.plots import Point, interval_plot, loss_plot
+from llmdistill.plots import Point, group_plot, interval_plot, loss_plot, size_plot
 from llmdistill.progress import console, say
 from llmdistill.stage import RUN_FILE, read_json, write_text
 
@@ -68,6 +69,12 @@ def _view(experiment: Experiment) -> Json:
         "decoding": metrics["decoding"],
         "samples": metrics["samples"],
         "cards": _cards(models["teacher"], models["student"]),
+        "profiles": _profiles(models),
+        "measures": list(_measures(metrics["models"])),
+        "own_text": metrics.get("own_text"),
+        "sizes": size_plot((name, (model["bytes"] or 0) / 1e6, _percent(model["top1"])) for name, model in models.items()),
+        "views": [_view_of_tokens(view) for view in metrics["views"]],
+        "examples": metrics["examples"],
         "intervals": interval_plot((name, model["kl"]) for name, model in models.items() if name != "teacher"),
         "findings": _findings(metrics["differences"]),
         "cautions": _cautions(metrics, models),
@@ -107,6 +114,71 @@ def _cards(teacher: Json, student: Json) -> list[Json]:
             "note": f"95% CI {low} to {high}",
         },
     ]
+
+
+def _profiles(models: dict[str, Json]) -> Json:
+    """The KL by position and by the teacher's entropy, of every model but the teacher, as figures."""
+    found = {}
+    for by, unit in (("position", ""), ("entropy", "")):
+        begins = sorted({group["from"] for model in models.values() for group in model[f"kl_by_{by}"]})
+        names = [f"{begin:g}{unit}–" for begin in begins]
+        curves = {
+            name: [{"group": begins.index(group["from"]), **group} for group in model[f"kl_by_{by}"]]
+            for name, model in models.items()
+            if name != "teacher"
+        }
+        found[by] = group_plot(curves, names) if begins else None
+    return found
+
+
+# What a model is measured by besides the three of the first table: the key, its name, its unit, and the factor to that unit.
+_MEASURES = (
+    (("reverse_kl",), "KL(model ‖ teacher)", "nats a token ↓", 1),
+    (("top5",), "shared among the five most likely tokens", "% ↑", 100),
+    (("bits_per_byte",), "bits per byte of the teacher’s text", "bits ↓", 1),
+    (("calibration_error",), "calibration error against the teacher", "% ↓", 100),
+    (("end",), "probability of the end where the teacher ended", "%", 100),
+    (("early_end",), "probability of an end where it went on", "%", 100),
+    (("own_text", "reverse_kl"), "KL(model ‖ teacher) on its own text", "nats a token ↓", 1),
+    (("own_text", "teacher_nll"), "the teacher’s NLL of the model’s own text", "nats a token ↓", 1),
+    (("own_text", "length"), "length of its own answers", "tokens", 1),
+    (("own_text", "ended"), "own answers that ended by themselves", "%", 100),
+)
+
+
+def _measures(models: list[Json]) -> Iterator[Json]:
+    """A row a measure, with each model's interval, where any has it."""
+    for keys, name, unit, factor in _MEASURES:
+        values = []
+        for model in models:
+            value: Any = model
+            for key in keys:
+                value = value.get(key) if value else None
+            values.append(value)
+        if any(values):
+            yield {"name": name, "unit": unit, "factor": factor, "values": values}
+
+
+def _percent(interval: Json) -> Json:
+    return {key: 100 * interval[key] for key in ("mean", "low", "high")}
+
+
+# A token's KL in nats from which on it is shown in the next darker shade.
+_SHADES = (0.05, 0.2, 0.5, 1.0, 2.0)
+
+
+def _view_of_tokens(view: Json) -> Json:
+    """A text token by token, each with its shade and what both models expected there."""
+    tokens = [
+        {**token, "shade": sum(token["kl"] >= least for least in _SHADES), "breaks": "\n" in token["text"]}
+        for token in view["tokens"]
+    ]
+    return {"prompt": view["prompt"], "tokens": tokens, "kl": sum(token["kl"] for token in tokens) / max(len(tokens), 1)}
+
+
+def visible(token: str) -> str:
+    """A token with its white space as signs."""
+    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"
 
 
 def _findings(differences: list[Json]) -> list[Json]:
@@ -249,7 +321,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        filter.__name__: filter for filter in (cell, estimate, fenced, label, megabytes, moment, parameters, tokens_per_second)
+        filter.__name__: filter
+        for filter in (cell, estimate, fenced, label, megabytes, moment, parameters, tokens_per_second, visible)
     }
     return environment
 

@@ -31,13 +31,26 @@ def model(name: str, parameters: int, rate: float, kl: Any, top1: Any, nll: Any,
         "kl": interval(*kl),
         "top1": interval(*top1),
         "nll": interval(*nll),
+        "reverse_kl": interval(*kl),
+        "top5": interval(*top1),
+        "bits_per_byte": interval(*nll),
+        "calibration_error": interval(0.02, 0.01, 0.03),
+        "early_end": interval(0.004, 0.003, 0.005),
+        "kl_by_position": [{"from": begin, "tokens": 100, **interval(*kl)} for begin in (0, 4, 8)],
+        "kl_by_entropy": [{"from": begin, "tokens": 100, **interval(*kl)} for begin in (0.0, 0.05, 2.0)],
+        "own_text": {"tokens": 900, "reverse_kl": interval(*kl), "length": interval(40.2, 30.1, 50.7)},
     }
+
+
+def hostile_token() -> dict[str, Any]:
+    guesses = [(HOSTILE, 0.5), ("\n", 0.25), (" the", 0.125), ("", 0.0625), ("<b>", 0.03)]
+    return {"text": HOSTILE, "kl": 1.25, "teacher": guesses, "student": guesses}
 
 
 def metrics() -> dict[str, Any]:
     names = ["teacher", "student before", "student", "student, text only"]
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "headline": HEADLINE,
         "held_out": {"rows": 48, "tokens": 3903, "prompts": 48, "resamples": 2000},
         "models": [
@@ -50,6 +63,14 @@ def metrics() -> dict[str, Any]:
             {"better": "student", "worse": "student, text only", "metric": "kl", "mean": -0.41, "low": -0.47, "high": -0.35}
         ],
         "decoding": {"engine": "transformers", "batch": 8, "new_tokens": 64, "rounds": 3},
+        "own_text": {"prompts": 24, "max_tokens": 64},
+        "views": [{"prompt": HOSTILE, "tokens": [hostile_token(), {**hostile_token(), "text": " sea", "kl": 0.01}]}],
+        "examples": {
+            "rival": "student, text only",
+            "better": 0.75,
+            "won": [{"prompt": HOSTILE, "text": HOSTILE, "student": 0.5, "rival": 1.5}],
+            "lost": [{"prompt": "p", "text": "t", "student": 2.5, "rival": 1.25}],
+        },
         "samples": [{"prompt": HOSTILE, "answers": dict.fromkeys(names, HOSTILE)}],
     }
 
@@ -59,20 +80,19 @@ def write(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content))
 
 
-@pytest.fixture
-def experiment(tmp_path: Path) -> Experiment:
+def write_run(directory: Path) -> None:
     """A finished run, with the teacher's text and file names as hostile as they can be."""
-    write(tmp_path / "eval/metrics.json", metrics())
+    write(directory / "eval/metrics.json", metrics())
     history = [{"step": step, "kl": 10 / step + 2, "ce": 10 / step + 3, "loss": 1.0} for step in range(1, 61)]
     for name in ("student", "student-text-only"):
-        write(tmp_path / name / "trainer_state.json", {"log_history": [*history, {"step": 60, "train_runtime": 9.0}]})
+        write(directory / name / "trainer_state.json", {"log_history": [*history, {"step": 60, "train_runtime": 9.0}]})
     for name, stage in {"data": "generate", "curated": "curate", "student": "train", "eval": "eval"}.items():
         run = {"stage": stage, "status": "done", "started": "2026-11-23T18:28:49Z", "finished": "2026-11-23T18:30:04Z"}
         run |= {"seed": 7, "git": None, "versions": {"torch": "2.13.0"}, "inputs": {"a|<script>b": "feed" * 16}}
-        write(tmp_path / name / "run.json", run)
+        write(directory / name / "run.json", run)
     shards = [("train", 120, 9000), ("train", 63, 5900), ("test", 48, 3903)]
     write(
-        tmp_path / "curated/dataset.json",
+        directory / "curated/dataset.json",
         {
             "rows_in": 240,
             "steps": [
@@ -86,6 +106,12 @@ def experiment(tmp_path: Path) -> Experiment:
             "shards": [{"split": split, "rows": rows, "tokens": tokens} for split, rows, tokens in shards],
         },
     )
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    """That run in a directory of the test's own."""
+    write_run(tmp_path)
     return Experiment.model_validate({"output": str(tmp_path), "teacher": {"model": "m"}})
 
 
@@ -124,8 +150,8 @@ def test_hostile_text_stays_text_in_html(experiment: Experiment) -> None:
     assert not {"script", "img", "link", "iframe", "teacher"} & set(parsed.tags)
     assert not [name for name, _ in parsed.attributes if name.startswith("on")]
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert page.count("{{ 7*7 }}") == 5
-    assert parsed.text.count(HOSTILE) == 5
+    assert page.count("{{ 7*7 }}") == 9
+    assert parsed.text.count(HOSTILE) == 9
 
 
 def test_html_loads_nothing(experiment: Experiment) -> None:
@@ -175,8 +201,22 @@ def test_markdown_has_headline_table_and_safe_text(experiment: Experiment) -> No
     assert not re.search(r"(?<!\\)<", outside)
     tables = [line for line in outside.splitlines() if line.startswith("| ")]
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
-    assert set(widths) == {8, 4, 3, 5}
+    assert set(widths) == {8, 6, 4, 3, 5}
     assert "`````text\n" + HOSTILE + "\n`````" in text
+
+
+def test_the_page_shows_where_the_student_differs(experiment: Experiment) -> None:
+    """Figures by position and entropy, the other measures, tokens in shades with both guesses, and examples."""
+    page, text = pages(experiment)
+    shown = " ".join(Page(page).text.split())
+    for words in ("KL by position", "KL by the teacher’s entropy", "Size against quality", "Token by token", "Won and lost"):
+        assert words in shown, words
+    assert "calibration error against the teacher % ↓ 21–3 21–3" in shown
+    assert "length of its own answers tokens 40.2030.10–50.70" in shown
+    assert "probability of the end where the teacher ended" not in shown, "nobody measured it"
+    assert re.findall(r'class="token (s\d)" tabindex', page) == ["s4", "s0"]
+    assert "On 75% of the held-out answers the student is closer" in shown
+    assert "| calibration error against the teacher, % ↓ | 2 (1–3) |" in text
 
 
 def test_prints_where_it_is_and_the_headline(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,13 +237,13 @@ def test_names_the_missing_metrics(tmp_path: Path) -> None:
 
 
 def test_refuses_another_schema(experiment: Experiment) -> None:
-    change(experiment, schema_version=2)
-    with pytest.raises(InputError, match=r"metrics\.json: schema_version is 2, this version reads 1"):
+    change(experiment, schema_version=1)
+    with pytest.raises(InputError, match=r"metrics\.json: schema_version is 1, this version reads 2"):
         report(experiment)
 
 
 def test_without_a_text_only_student(experiment: Experiment) -> None:
-    change(experiment, models=metrics()["models"][:3], differences=[], samples=[])
+    change(experiment, models=metrics()["models"][:3], differences=[], samples=[], examples={"won": [], "lost": []})
     (experiment.directory("student-text-only") / "trainer_state.json").unlink()
     page, text = pages(experiment)
     assert "text only" not in page + text
