@@ -211,8 +211,8 @@ def test_the_page_shows_where_the_student_differs(experiment: Experiment) -> Non
     shown = " ".join(Page(page).text.split())
     for words in ("KL by position", "KL by the teacher’s entropy", "Size against quality", "Token by token", "Won and lost"):
         assert words in shown, words
-    assert "calibration error against the teacher % ↓ 21–3 21–3" in shown
-    assert "length of its own answers tokens 40.2030.10–50.70" in shown
+    assert "calibration error against the teacher% ↓ 21–321–3" in shown
+    assert "length of its own answerstokens 40.2030.10–50.70" in shown
     assert "probability of the end where the teacher ended" not in shown, "nobody measured it"
     assert re.findall(r'class="token (s\d)" tabindex', page) == ["s4", "s0"]
     assert "On 75% of the held-out answers the student is closer" in shown
