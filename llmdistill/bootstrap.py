@@ -5,7 +5,8 @@ Efron & Tibshirani 1993, chapter 8) and the mean is a ratio of sums. All models 
 makes differences between them paired.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,3 +39,22 @@ def mean_interval(sums: Array, tokens: Array, draws: Array) -> Interval:
     """
     low, high = np.percentile((draws @ sums) / (draws @ tokens), [2.5, 97.5])
     return Interval(float(sums.sum() / tokens.sum()), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Bootstrap resamples of the conversations that rows belong to, the same for everything that is measured on those rows."""
+
+    cluster: Array
+    draws: Array
+
+    @classmethod
+    def of(cls, conversations: Sequence[str], resamples: int, seed: int) -> "Draws":
+        """For rows of these conversations."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(conversations))}
+        cluster = np.array([numbers[name] for name in conversations])
+        return cls(cluster, draw_clusters(len(numbers), resamples, seed))
+
+    def interval(self, sums: Array, counts: Array) -> dict[str, float]:
+        """The ratio of two sums over rows, with its interval."""
+        return asdict(mean_interval(np.bincount(self.cluster, sums), np.bincount(self.cluster, counts), self.draws))

@@ -1,5 +1,6 @@
 """`llmdistill eval`: how far the student is from the teacher on held-out text, with intervals, and what it costs."""
 
+import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import stage
-from llmdistill.bootstrap import draw_clusters, mean_interval
+from llmdistill.bootstrap import Draws
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
@@ -83,30 +84,12 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         rival = next(subject.name for subject in reversed(subjects) if subject.name != "student")
         metrics["examples"] = won_and_lost(measured, rows, rival)
     flat = {name: values for name, values in measured.items() if values.ndim == 1}
-    table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], **flat})
+    names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts]
+    table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], "conversation": names, **flat})
     pq.write_table(table, directory / "rows.parquet")
     stage.write_json(directory / "metrics.json", metrics)
     stage.finish(directory, {"headline": metrics["headline"]})
     say("eval", _summary(metrics))
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Bootstrap resamples of the conversations that rows belong to, the same for everything that is measured on those rows."""
-
-    cluster: Array
-    draws: Array
-
-    @classmethod
-    def of(cls, conversations: Sequence[str], resamples: int, seed: int) -> "Draws":
-        """For rows of these conversations."""
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(conversations))}
-        cluster = np.array([numbers[name] for name in conversations])
-        return cls(cluster, draw_clusters(len(numbers), resamples, seed))
-
-    def interval(self, sums: Array, counts: Array) -> dict[str, float]:
-        """The ratio of two sums over rows, with its interval."""
-        return asdict(mean_interval(np.bincount(self.cluster, sums), np.bincount(self.cluster, counts), self.draws))
 
 
 def _metrics(

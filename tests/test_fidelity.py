@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.evaluate import Draws, _calibration
+from llmdistill.bootstrap import Draws
+from llmdistill.evaluate import _calibration
 from llmdistill.fidelity import CONFIDENCES, ENTROPIES, POSITIONS, fidelity, own_text, token_view
 from llmdistill.models import load_model, load_tokenizer
 
