@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import stage
-from llmdistill.bootstrap import Interval, draw_clusters, mean_interval
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.importance import effective_sample_size, importance, log_importance
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
+from llmdistill.statistics import Interval, check_clusters, draw_clusters, mean_interval
 from llmdistill.student import before
 
 METRICS_VERSION = 1
@@ -64,12 +64,12 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         teacher = experiment.teacher
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         prompts = [str(prompt) for prompt in rows.with_format(None)["prompt"]]
-    if len(set(prompts)) < 2:
-        raise InputError("eval: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
+    warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
 
     stage.begin(directory, "eval", settings, inputs, experiment.seed)
     measured = fidelity(models, rows, experiment.eval.batch_size)
     metrics = _metrics(experiment, subjects, models, measured, prompts)
+    metrics["warnings"] = [warning] if warning else []
     _add_sequence_kl(metrics, measured, rows, prompts, experiment.seed)
     with console.status("writing samples"):
         metrics["samples"] = _samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
