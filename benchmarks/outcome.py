@@ -22,12 +22,12 @@ import torch
 from transformers.utils import logging
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset, pps, targets
-from llmdistill.bootstrap import draw_clusters, mean_interval
 from llmdistill.collator import DistillCollator, completion_logits
 from llmdistill.config import Targets, load_experiment
 from llmdistill.dataset import Row, rows_to_table, write_shard
 from llmdistill.fidelity import fidelity
 from llmdistill.models import load_model
+from llmdistill.statistics import draw_clusters, mean_interval
 
 DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/student-before"
 KINDS = {

@@ -3,8 +3,8 @@
 import hashlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import stage
-from llmdistill.bootstrap import Draws
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
@@ -21,6 +20,7 @@ from llmdistill.fidelity import ENTROPIES, MEASURES, POSITIONS, Array, fidelity,
 from llmdistill.importance import effective_sample_size, importance, log_importance
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
+from llmdistill.statistics import Draws, check_clusters
 from llmdistill.student import before
 
 METRICS_VERSION = 2
@@ -66,8 +66,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         teacher = experiment.teacher
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
-    if len(set(prompts)) < 2:
-        raise InputError("eval: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
+    warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
 
     stage.begin(directory, "eval", settings, inputs, experiment.seed)
     end_ids = manifest["tokenizer"]["end_token_ids"]
@@ -75,6 +74,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         measured = fidelity(models, rows, experiment.eval.batch_size, end_ids, lambda n, t: bar.advance(n, t * len(models)))
     draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
     metrics = _metrics(experiment, subjects, models, measured, _text_bytes(rows), draws)
+    metrics["warnings"] = [warning] if warning else []
     _add_sequence_kl(metrics, measured, rows, draws)
     if experiment.eval.own_prompts:
         _add_own_text(metrics, models, rows, experiment, end_ids)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.bootstrap import Draws
 from llmdistill.evaluate import _calibration
 from llmdistill.fidelity import CONFIDENCES, ENTROPIES, POSITIONS, fidelity, own_text, token_view
 from llmdistill.models import load_model, load_tokenizer
+from llmdistill.statistics import Draws
 
 END = 7
 
