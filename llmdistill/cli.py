@@ -34,11 +34,12 @@ STAGES = {
     "prune": ("cut the student out of the teacher, and say what went and why", ("teacher", "student.prune")),
     "train": ("train the student on the dataset", ("student", "train")),
     "eval": ("measure the student against the teacher on held-out rows", ("eval",)),
-    "report": ("write report.html and report.md", ()),
+    "report": ("write report.html and report.md, or one page on several runs", ()),
     "run": ("all stages in order; a finished stage is skipped", ("",)),
 }
 _PATIENCE = 30  # seconds
 _SHARED = ("prompts", "generate", "score")  # several workers may do it together
+_USAGE = dict.fromkeys(_SHARED, " [--shards I/N]") | {"report": "\n       llmdistill report RUN RUN ... [--out FILE.html]"}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MODULES = {"eval": ("llmdistill.evaluate", "evaluate")}  # the others are named as their command
 
@@ -54,9 +55,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         if arguments.command in ("inspect", "push", "convert"):
             _call_on_directory(arguments, rest)
+        elif arguments.command == "report" and (len(arguments.config) > 1 or Path(arguments.config[0]).is_dir()):
+            _compare(arguments, rest)
         else:
             overrides = _overrides(rest)
-            experiment = load_experiment(Path(arguments.config), overrides)
+            config = arguments.config[0] if arguments.command == "report" else arguments.config
+            if getattr(arguments, "out", None):
+                raise InputError("--out is for the report of several runs; that of one goes into its output")
+            experiment = load_experiment(Path(config), overrides)
             _call_stage(arguments, experiment, rest)
     except InputError as error:
         _leave_it_to_the_first()
@@ -90,6 +96,18 @@ def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
         from llmdistill.hub import push
 
         push(directory, arguments.repo_id, arguments.private, arguments.revision, arguments.dry_run)
+
+
+def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
+    if rest:
+        raise InputError(f"report of several runs takes no {rest[0]}")
+    from llmdistill.compare import compare
+
+    directories = [Path(name) for name in arguments.config]
+    for directory in directories:
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such directory; to compare runs, name the `output` of each")
+    compare(directories, Path(arguments.out or "comparison.html"))
 
 
 def _convert(source: Path, arguments: argparse.Namespace) -> None:
@@ -144,12 +162,16 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=help_text,
             description=help_text[0].upper() + help_text[1:] + ".",
-            usage=f"llmdistill {name} CONFIG.yaml [--KEY VALUE ...] [--dry-run]" + (" [--shards I/N]" if name in _SHARED else ""),
+            usage=f"llmdistill {name} CONFIG.yaml [--KEY VALUE ...] [--dry-run]" + _USAGE.get(name, ""),
             epilog=_keys_help(sections),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
+        if name == "report":
+            command.add_argument("config", nargs="+", metavar="CONFIG.yaml", help="the experiment, or the outputs of several")
+            command.add_argument("--out", metavar="FILE.html", help="of several: where the page goes (default comparison.html)")
+        else:
+            command.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
         command.add_argument(
             "--dry-run", action="store_true", help="show the resolved configuration and what would be done; load no model"
         )

@@ -47,7 +47,7 @@ def report(experiment: Experiment, dry_run: bool = False) -> None:
     if dry_run:
         return say("report", f"would write {page} and {text}")
     view = _view(experiment)
-    environment = _environment()
+    environment = template_environment()
     for file in (page, text):
         write_text(file, environment.get_template(f"{file.name}.j2").render(view))
     say("report", str(page))
@@ -57,7 +57,7 @@ def report(experiment: Experiment, dry_run: bool = False) -> None:
 
 def _view(experiment: Experiment) -> Json:
     """Everything that the templates show."""
-    metrics = _read_metrics(experiment.directory("eval") / "metrics.json")
+    metrics = read_metrics(experiment.directory("eval") / "metrics.json")
     models: dict[str, Json] = {model["name"]: model for model in metrics["models"]}
     return {
         "headline": metrics["headline"],
@@ -72,7 +72,7 @@ def _view(experiment: Experiment) -> Json:
         "profiles": _profiles(models),
         "measures": list(_measures(metrics["models"])),
         "own_text": metrics.get("own_text"),
-        "sizes": size_plot((name, (model["bytes"] or 0) / 1e6, _percent(model["top1"])) for name, model in models.items()),
+        "sizes": size_plot((name, (model["bytes"] or 0) / 1e6, percent(model["top1"])) for name, model in models.items()),
         "views": [_view_of_tokens(view) for view in metrics["views"]],
         "examples": metrics["examples"],
         "intervals": interval_plot((name, model["kl"]) for name, model in models.items() if name != "teacher"),
@@ -84,7 +84,12 @@ def _view(experiment: Experiment) -> Json:
     }
 
 
-def _read_metrics(file: Path) -> Json:
+def read_metrics(file: Path) -> Json:
+    """The content of a `metrics.json`.
+
+    Raises:
+        InputError: it is not there, or of another schema.
+    """
     metrics: Json | None = read_json(file)
     if metrics is None:
         raise InputError(f"{file} is not there; run `eval` first")
@@ -159,7 +164,8 @@ def _measures(models: list[Json]) -> Iterator[Json]:
             yield {"name": name, "unit": unit, "factor": factor, "values": values}
 
 
-def _percent(interval: Json) -> Json:
+def percent(interval: Json) -> Json:
+    """An interval of a share, in percent."""
     return {key: 100 * interval[key] for key in ("mean", "low", "high")}
 
 
@@ -311,7 +317,7 @@ def _lineage(experiment: Experiment) -> Json:
     return {"stages": stages, "versions": versions}
 
 
-def _environment() -> jinja2.Environment:
+def template_environment() -> jinja2.Environment:
     """Templates with escaping on, but for Markdown, whose templates use the filters `cell` and `fenced`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llmdistill"),

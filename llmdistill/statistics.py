@@ -112,6 +112,12 @@ def mcnemar(first: Array, second: Array) -> McNemar:
     return McNemar(b, c, math.erfc(math.sqrt(chi_squared / 2)), "chi-squared")
 
 
+def two_sided_p(resampled: Array) -> float:
+    """How likely a difference so far from zero is, from its resamples (Efron & Tibshirani 1993, chapter 15); never 0."""
+    below, above = int((resampled <= 0).sum()), int((resampled >= 0).sum())
+    return min(1.0, 2 * (min(below, above) + 1) / (len(resampled) + 1))
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """p-values adjusted for having asked several questions (Holm 1979), in the order given."""
     adjusted, worst = [0.0] * len(p), 0.0
@@ -150,3 +156,7 @@ class Draws:
     def interval(self, sums: Array, counts: Array) -> dict[str, float]:
         """The ratio of two sums over rows, with its interval."""
         return asdict(mean_interval(np.bincount(self.cluster, sums), np.bincount(self.cluster, counts), self.draws))
+
+    def resampled(self, sums: Array, counts: Array) -> Array:
+        """The ratio of two sums over rows in every resample."""
+        return resampled_means(np.bincount(self.cluster, sums), np.bincount(self.cluster, counts), self.draws)
