@@ -7,6 +7,9 @@ import yaml
 
 from llmdistill.config import Experiment
 from llmdistill.config_student import Prune, Student
+from llmdistill.licence import sentence
+
+_RESULTS = "## Results"
 
 
 def describe_targets(targets: dict[str, Any]) -> str:
@@ -26,6 +29,7 @@ def dataset_card(manifest: dict[str, Any]) -> str:
     head = {
         "task_categories": ["text-generation"],
         "tags": ["llmdistill", "distillation", "synthetic"],
+        **manifest["teacher"].get("licence", {}),
         "configs": [{"config_name": "default", "data_files": files}],
     }
     teacher, sampling = manifest["teacher"], manifest["sampling"]
@@ -53,7 +57,7 @@ Made with llmdistill.
 
 {_table(facts)}
 
-The licence of the teacher, and of the prompts, may bind what is made from them; it was not read by the tool.
+{sentence(teacher.get("licence", {}))}
 
 The columns, the splits and everything needed to make it again are in `dataset.json`.
 """
@@ -112,6 +116,7 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
         # The Hub takes only names of its own, and a fresh student has no base.
         **({} if Path(base).is_dir() or student.config is not None else {"base_model": base}),
         "tags": ["llmdistill", "distillation"],
+        **manifest["teacher"].get("licence", {}),
     }
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
     rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
@@ -143,7 +148,7 @@ A student of `{experiment.teacher.model}`, made with llmdistill.
 
 {_table(facts)}
 
-The licence of the teacher, and of the prompts, may bind what is made from them; it was not read by the tool.
+{sentence(manifest["teacher"].get("licence", {}))}
 
 ## Configuration
 
@@ -153,3 +158,37 @@ The licence of the teacher, and of the prompts, may bind what is made from them;
 
 Versions, seeds and hashes of all inputs are in `run.json`.
 """
+
+
+def with_results(card: str, metrics: dict[str, Any]) -> str:
+    """A student's card with what `eval` has found, in the place of what an earlier one had.
+
+    Args:
+        card: the README.md of the student.
+        metrics: the content of `metrics.json`.
+    """
+    student = next(model for model in metrics["models"] if model["name"] == "student")
+
+    def shown(key: str, factor: float = 1) -> str:
+        mean, low, high = (factor * student[key][end] for end in ("mean", "low", "high"))
+        return f"{mean:.3g} (95% CI {low:.3g} to {high:.3g})"
+
+    facts = {
+        "KL(teacher ‖ student), nats a token": shown("kl"),
+        "same most likely token, %": shown("top1", 100),
+        "NLL of the teacher's text, nats a token": shown("nll"),
+        "parameters": f"{student['parameters']:,}",
+    }
+    held_out = metrics["held_out"]
+    results = f"""{_RESULTS}
+
+**{metrics["headline"]}**
+
+{_table(facts)}
+
+On {held_out["tokens"]:,} tokens that the teacher wrote for {held_out["prompts"]:,} prompts held out of training; intervals by
+bootstrap over the prompts.
+
+"""
+    before, found, after = card.partition("## Configuration")
+    return before.partition(_RESULTS)[0] + results + found + after

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import stage
+from llmdistill.card import with_results
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
@@ -25,6 +26,7 @@ from llmdistill.student import before
 
 METRICS_VERSION = 2
 _COMPARED = ("kl", "top1", "nll")  # between the student and its rivals
+_FEWEST = 5  # conversations that a group of positions must be in
 _ROUNDS = 3  # of interleaved decoding; the median counts
 
 
@@ -88,6 +90,9 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], "conversation": names, **flat})
     pq.write_table(table, directory / "rows.parquet")
     stage.write_json(directory / "metrics.json", metrics)
+    card = experiment.directory("student") / "README.md"
+    if card.is_file():
+        stage.write_text(card, with_results(card.read_text(encoding="utf-8"), metrics))
     stage.finish(directory, {"headline": metrics["headline"]})
     say("eval", _summary(metrics))
 
@@ -151,10 +156,10 @@ def _groups(name: str, measured: dict[str, Array], draws: Draws) -> dict[str, An
         found[f"kl_by_{by}"] = [
             {"from": begin, "tokens": int(tokens.sum()), **draws.interval(sums, tokens)}
             for begin, sums, tokens in zip(begins, sums_RG.T, tokens_RG.T, strict=True)
-            if np.count_nonzero(tokens) > 1
+            if np.count_nonzero(np.bincount(draws.cluster, tokens)) >= _FEWEST
         ]
     ended, tokens = measured["ended"], measured["tokens"]
-    if np.count_nonzero(ended) > 1:
+    if np.count_nonzero(np.bincount(draws.cluster, ended)) >= _FEWEST:
         found["end"] = draws.interval(measured[f"{name} end"], ended)
     found["early_end"] = draws.interval(measured[f"{name} early"], tokens - ended)
     found["calibration_error"] = _calibration(measured[f"{name} confidence"], measured[f"{name} truth"], tokens, draws)

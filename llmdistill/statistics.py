@@ -53,12 +53,13 @@ def resampled_means(sums: Array, sizes: Array, draws: Array) -> Array:
         sizes: how many tokens or items each cluster has, or their weight.
         draws: from `draw_clusters`.
     """
-    return (draws @ sums) / (draws @ sizes)
+    with np.errstate(invalid="ignore"):  # where a resample has none of a rare kind, its mean is not a number
+        return np.asarray((draws @ sums) / (draws @ sizes))
 
 
 def percentile_interval(value: float, resampled: Array) -> Interval:
     """What was measured, with the middle 95% of what the resamples gave."""
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
     return Interval(float(value), float(low), float(high))
 
 

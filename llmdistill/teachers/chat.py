@@ -6,6 +6,7 @@ from typing import Any
 from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
+from llmdistill.licence import licence_of
 from llmdistill.models import context_length, end_token_ids, load_config, load_tokenizer, special_token_ids, vocabulary_hash
 from llmdistill.teachers import check_engine
 from llmdistill.template import Messages
@@ -105,6 +106,7 @@ class Chat:
                 "commit": getattr(self.config, "_commit_hash", None),
                 "fingerprint": self.fingerprint,
                 "engine": teacher.engine,
+                "licence": licence_of(teacher.model, teacher.revision),
                 **({"system": teacher.system} if teacher.system else {}),
                 **({"weight": teacher.weight} if teacher.ensemble else {}),
                 **({"ensemble": [more.model_dump() for more in teacher.ensemble]} if teacher.ensemble else {}),

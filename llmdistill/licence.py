@@ -1,0 +1,67 @@
+"""The licence of a model, as its card says it, and what licences say of training on a model's output."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# By the name that the Hub gives a licence. Facts as their texts had them; a summary is no legal advice.
+_OTHERS = "forbids improving other language models than its own kind with its output"
+_NAMED = "wants a model that learned from its output to have a name that begins with “Llama”, and the licence with it"
+_BINDS_OUTPUT = {
+    "llama2": f"the Llama 2 licence {_OTHERS}",
+    "llama3": f"the Llama 3 licence {_OTHERS}",
+    "llama3.1": f"the Llama 3.1 licence {_NAMED}",
+    "llama3.2": f"the Llama 3.2 licence {_NAMED}",
+    "llama3.3": f"the Llama 3.3 licence {_NAMED}",
+    "llama4": f"the Llama 4 licence {_NAMED}",
+    "gemma": "the Gemma terms count a model that learned from its output or distributions as a derivative, which they bind too",
+}
+
+
+def licence_of(model: str, revision: str | None = None) -> dict[str, str]:
+    """What the card in a model's directory, or in its repository on the Hub, says of its licence; nothing if it cannot be read.
+
+    Returns:
+        `license`, and `license_name` and `license_link` where that is `other`.
+    """
+    card = Path(model) / "README.md"
+    if not Path(model).is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            card = Path(hf_hub_download(model, "README.md", revision=revision))
+        except (HfHubHTTPError, HFValidationError, OSError, ValueError):  # no such file, no such repository, no network
+            return {}
+    return _head(card)
+
+
+def _head(card: Path) -> dict[str, str]:
+    try:
+        parts = card.read_text(encoding="utf-8").split("---", 2)
+        head: Any = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: str(head[name]) for name in names if name in head} if isinstance(head, dict) else {}
+
+
+def restriction(licence: dict[str, str]) -> str | None:
+    """What a licence says of models that learn from the output, where it is known to say something."""
+    name = (licence.get("license_name") or licence.get("license") or "").lower()
+    if "-nc" in name:
+        return f"the licence {name} allows no commercial use"
+    return _BINDS_OUTPUT.get(name) or _BINDS_OUTPUT.get(licence.get("license", ""))
+
+
+def sentence(licence: dict[str, str]) -> str:
+    """The licence and what it binds, for a card."""
+    if not licence:
+        return (
+            "The licence of the teacher is not known to the tool; it, and that of the prompts, may bind what is made from them."
+        )
+    name = licence.get("license_name") or licence["license"]
+    bound = restriction(licence)
+    warning = f" **Mind: {bound}.**" if bound else ""
+    return f"The teacher has the licence `{name}`, which may bind what is made from it, as may that of the prompts.{warning}"
