@@ -112,7 +112,8 @@ def size_plot(points: Iterable[tuple[str, float, dict[str, float]]]) -> dict[str
         return None
     bottom = _LOSS_HEIGHT - _LOSS_BOTTOM
     across = fit_axis_linear([size for _, size, _ in drawn], _LOSS_LEFT, WIDTH - 30)
-    up = fit_axis([value for _, _, estimate in drawn for value in estimate.values()], bottom, 10)
+    highest = max(value for _, _, estimate in drawn for value in estimate.values())
+    up = Axis(0.0, highest * 1.05, bottom, 10)
     dots = [
         {"name": name, "x": across.place(size), **{key: up.place(estimate[key]) for key in ("mean", "low", "high")}}
         for name, size, estimate in drawn

@@ -19,7 +19,7 @@ from tests.test_report import HEADLINE, metrics
         (
             "license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
             {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"},
-            "named beginning with “Llama”",
+            "a name that begins with “Llama”",
         ),
         ("license: cc-by-nc-4.0", {"license": "cc-by-nc-4.0"}, "no commercial use"),
         ("tags: [a]", {}, None),
