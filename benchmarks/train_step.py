@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of up to 256 tokens in a step")
     parser.add_argument("--quick", action="store_true", help="one setting, two lengths, three rounds")
     parser.add_argument("--only", choices=("steps", "layer"))
+    parser.add_argument("--heads", nargs="*", default=list(HEADS), choices=list(HEADS), help="of the second table")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -69,7 +70,7 @@ def main() -> None:
     if arguments.only != "layer":
         found["steps"] = steps(rounds, arguments.batch, list(SETTINGS)[: 1 if arguments.quick else None])
     if arguments.only != "steps":
-        found["layer"] = layer(arguments.quick)
+        found["layer"] = layer(arguments.heads, arguments.quick)
     found["aims"] = aims(found)
     for name, value in found["aims"].items():
         print(f"aim {name} {value:.4g}")
@@ -112,9 +113,9 @@ def steps(rounds: int, batch: int, settings: list[str]) -> list[dict[str, Any]]:
     return table
 
 
-def layer(quick: bool) -> list[dict[str, Any]]:
+def layer(heads: list[str], quick: bool) -> list[dict[str, Any]]:
     """A row for each size of the loss layer; K is nothing to a cross-entropy, which is measured once for all K."""
-    cells = [(head, length, k) for head in HEADS for length in LENGTHS for k in SIZES_K if k == SIZES_K[0] or length == 2048]
+    cells = [(head, length, k) for head in heads for length in LENGTHS for k in SIZES_K if k == SIZES_K[0] or length == 2048]
     if quick:
         cells = [cell for cell in cells if cell[0] == "SmolLM2-135M" and cell[1] < 8192]
     table: list[dict[str, Any]] = []

@@ -120,6 +120,7 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         for log in sorted((scratch / "logs").iterdir()):
             shutil.move(log, directory / log.name)
         description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
+        description |= {"prompts": manifest.get("prompts", [])}
         description |= {"source": inputs, "versions": stage.versions(), "rows_in": len(verdicts)}
         write_manifest(directory, shards, description | {"steps": [account.described() for account in accounts]})
         stage.finish(directory, _results(manifest, accounts, len(verdicts), train + test, time.monotonic() - started))

@@ -286,7 +286,8 @@ def _data(experiment: Experiment) -> Json:
         "sampling": manifest["sampling"],
         "targets": describe_targets(manifest["targets"]),
     }
-    return {"missing": None, "steps": steps, **described}
+    made = manifest.get("prompts", [])
+    return {"missing": None, "steps": steps, "prompts": made if len(made) > 1 else [], **described}
 
 
 def _lineage(experiment: Experiment) -> Json:

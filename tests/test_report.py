@@ -100,6 +100,10 @@ def write_run(directory: Path) -> None:
                 {"name": "near_duplicates", "rows_in": 234, "kept": 234, "rejected": 0, "failed": 0},
                 {"name": "math", "rows_in": 234, "kept": 231, "rejected": 1, "failed": 2},
             ],
+            "prompts": [
+                {"name": "source", "rows_in": 24, "kept": 24, "rejected": 0, "failed": 0},
+                {"name": "1 ask", "rows_in": 260, "kept": 240, "rejected": 15, "failed": 5},
+            ],
             "teacher": {"model": "models/<Teacher>|x", "engine": "vllm"},
             "targets": {"kind": "topk", "k": 32},
             "sampling": {"samples": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 96},
@@ -187,6 +191,7 @@ def test_html_is_well_formed_and_shows_the_numbers(experiment: Experiment) -> No
     assert [tuple(map(float, bar)) for bar in bars] == [(97.5, 2.5), (97.08, 0.42), (96.25, 0.83)]  # of 240
     assert "14,900" in text
     assert "feed" * 16 in text
+    assert "1 ask260155240" in text
     for tag in ("svg", "table", "section", "div", "ul", "details"):
         assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>")
     assert not list(Path(experiment.output).glob(".report*"))
