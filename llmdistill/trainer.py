@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -160,6 +160,8 @@ class DistillTrainer(trl.SFTTrainer):
         with patch.object(trl.trainer.sft_trainer, "BaseTunerLayer", (), create=True):
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         args.packing, args.padding_free = wanted
+        if self.is_fsdp_enabled:
+            add_up_in_float32(self.accelerator.state.fsdp_plugin)
         if self.aux_loss_enabled:
             raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
@@ -361,6 +363,16 @@ class _ByLength(LengthGroupedSampler):
     def __iter__(self) -> Any:
         self.generator.manual_seed(self.seed + self.epoch())
         return super().__iter__()
+
+
+def add_up_in_float32(plugin: Any) -> None:
+    """Have FSDP2 add up gradients over processes in float32, as DDP does, and not in the precision of the products.
+
+    Args:
+        plugin: accelerate's settings of FSDP, before the model is sharded.
+    """
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
 def check_adapters(model: Any, peft_config: Any) -> None:

@@ -1,12 +1,14 @@
 """The configurations for `accelerate launch`: read by accelerate itself, with every key known, and what they set."""
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+from llmdistill.trainer import add_up_in_float32
 from tests.conftest import ROOT
 
 PATHS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
@@ -79,3 +81,16 @@ def test_ddp_is_neither():
     assert arguments.multi_gpu
     assert "ACCELERATE_USE_FSDP" not in environment
     assert "ACCELERATE_USE_DEEPSPEED" not in environment
+
+
+def test_fsdp2_adds_up_gradients_in_float32():
+    """Accelerate would add them up in bfloat16; what the weights and the products are in stays."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    before = plugin.mixed_precision_policy
+    add_up_in_float32(plugin)
+    assert (before.reduce_dtype, plugin.mixed_precision_policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert plugin.mixed_precision_policy.param_dtype == before.param_dtype == torch.bfloat16
+    assert plugin.mixed_precision_policy.output_dtype == before.output_dtype
+    none = FullyShardedDataParallelPlugin(fsdp_version=2)
+    add_up_in_float32(none)
+    assert none.mixed_precision_policy is None
