@@ -64,7 +64,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         _check_vocabulary(subject, manifest)
     with console.status("loading the models"):
         rows = load_dataset(experiment.dataset_directory, "test")
-        models = {s.name: load_model(s.path, s.revision, "auto", s.trust_remote_code) for s in subjects}
+        models = {s.name: load_model(s.path, s.revision, "auto", s.trust_remote_code, f"the model `{s.name}`") for s in subjects}
         teacher = experiment.teacher
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])

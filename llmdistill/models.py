@@ -63,7 +63,7 @@ def load_model(
     """The model in evaluation mode, on the accelerator if there is one and no device is given.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or its weights do not fit into the memory that is free.
     """
     check_model_exists(model, key)
     import torch
@@ -73,6 +73,8 @@ def load_model(
     logging.disable_progress_bar()
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    if quantization_config is None:
+        check_fits(model, key, device)
     how: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         how["attn_implementation"] = attn_implementation
@@ -81,6 +83,26 @@ def load_model(
         how |= {"quantization_config": quantization_config, "device_map": {"": place}}
     loaded = _found(model, key, lambda: AutoModelForCausalLM.from_pretrained(model, **how))
     return (loaded if quantization_config is not None else loaded.to(device)).eval()
+
+
+def check_fits(model: str, key: str, device: str) -> None:
+    """Refuse a model in a directory whose weights are larger than the memory that is free.
+
+    Raises:
+        InputError: naming both.
+    """
+    size, free = model_bytes(model), free_memory(device)
+    if size is not None and size > free:
+        raise InputError(f"{key}: the weights of {model} are {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}")
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device."""
+    import psutil
+    import torch
+
+    kind = torch.device(device).type
+    return int(psutil.virtual_memory().available if kind in ("cpu", "mps") else torch.accelerator.get_memory_info(device)[0])
 
 
 @contextmanager

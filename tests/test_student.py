@@ -9,6 +9,7 @@ import transformers
 from llmdistill.config import Experiment
 from llmdistill.config_student import Student
 from llmdistill.errors import InputError
+from llmdistill.models import load_model
 from llmdistill.student import default_learning_rate, fresh, pair_layers
 from tests.test_cut import FAMILIES, SMALL
 
@@ -110,3 +111,9 @@ def test_a_projector_is_not_sharded(way, width, refused, monkeypatch):
     else:
         pair_layers(experiment, arguments, student, teacher)
         assert arguments.hidden["layers"] == [(0, 1), (1, 3)]
+
+
+def test_a_model_that_does_not_fit_is_refused_with_both_sizes(tiny, monkeypatch):
+    monkeypatch.setattr("llmdistill.models.free_memory", lambda device: 5_000_000)
+    with pytest.raises(InputError, match=r"the model `student`: the weights of .*tiny are 0.0 GB, and 0.0 GB are free on cpu"):
+        load_model(str(tiny), key="the model `student`")
