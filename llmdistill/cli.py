@@ -36,6 +36,7 @@ STAGES = {
     "eval": ("measure the student against the teacher on held-out rows", ("eval",)),
     "report": ("write report.html and report.md, or one page on several runs", ()),
     "run": ("all stages in order; a finished stage is skipped", ("",)),
+    "submit": ("the same as scheduled jobs, each after those that it needs", ("jobs",)),
 }
 _PATIENCE = 30  # seconds
 _SHARED = ("prompts", "generate", "score")  # several workers may do it together
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         parser.print_help()
         sys.exit(2)
     try:
-        if arguments.command in ("inspect", "push", "convert"):
+        if arguments.command in ("inspect", "push", "convert", "status", "cancel"):
             _call_on_directory(arguments, rest)
         elif arguments.command == "report" and (len(arguments.config) > 1 or Path(arguments.config[0]).is_dir()):
             _compare(arguments, rest)
@@ -88,6 +89,10 @@ def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
     directory = Path(arguments.directory)
     if arguments.command == "convert":
         _convert(directory, arguments)
+    elif arguments.command in ("status", "cancel"):
+        from llmdistill import jobs
+
+        getattr(jobs, arguments.command)(directory)
     elif arguments.command == "inspect":
         from llmdistill.inspect import inspect
 
@@ -137,6 +142,10 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
         print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     elif arguments.command == "run":
         return run_pipeline(experiment, [arguments.config, *rest])
+    if arguments.command == "submit":
+        from llmdistill.jobs import submit
+
+        return submit(experiment, [arguments.config, *rest], arguments.dry_run)
     options: dict[str, Any] = {"dry_run": arguments.dry_run}
     if getattr(arguments, "shards", None):
         from llmdistill.shards import Share
@@ -180,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
     inspect.add_argument("directory", metavar="DIR", help="the dataset's directory")
     inspect.add_argument("--verify", action="store_true", help="also read every shard and check it against its checksum")
+    for name, text in (("status", "show how submitted jobs go"), ("cancel", "end submitted jobs; what is finished stays")):
+        of_jobs = commands.add_parser(name, help=text, allow_abbrev=False)
+        of_jobs.add_argument("directory", metavar="RUN", help="the output of the experiment that was submitted")
     help_text = "upload a finished dataset or student to the Hugging Face Hub"
     push = commands.add_parser(
         "push",

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmdistill.config_curate import CurateStep
+from llmdistill.config_jobs import Jobs
 from llmdistill.config_prompts import Prompts as Prompts
 from llmdistill.config_prompts import Sampling
 from llmdistill.config_student import ORIGINS, Student
@@ -246,6 +247,7 @@ class Experiment(Section):
     student: Student = Student()
     train: Train = Train()
     eval: Eval = Eval()
+    jobs: Jobs | None = None
 
     @model_validator(mode="after")
     def _loss_fits_the_targets(self) -> "Experiment":
@@ -350,6 +352,8 @@ def _with_default(field: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
+    if hasattr(annotation, "__metadata__"):  # what else is asked of the value is not its type
+        return _type_name(annotation.__origin__)
     values = [v for v in get_args(annotation) if v is not type(None)]
     if getattr(annotation, "__origin__", None) is Literal:
         return "|".join(str(v) for v in values)

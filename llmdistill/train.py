@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,11 @@ def _train_one(
     _show_progress(trainer, "text only" if text_only else "train")
     # What one process finds counts for all: another may still see a shared disk as it was.
     (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
+    stop = _stop_with_a_checkpoint(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.asked:
+        print(f"terminated; the same command goes on from step {trainer.state.global_step:,}", file=sys.stderr)
+        sys.exit(143)
 
     trained = _trained(experiment, trainer)
     if trained is not None:
@@ -342,6 +348,35 @@ def _trained(experiment: Experiment, trainer: Any) -> Any:
     trained = {name: weights[name] for name, parameter in student.named_parameters() if parameter.requires_grad}
     student.load_state_dict(trained, strict=False)
     return student
+
+
+def _stop_with_a_checkpoint(trainer: Any) -> Any:
+    """From now on SIGTERM ends the training of one process with a checkpoint after the step; a second one ends it at once.
+
+    Of several processes each would stop at a step of its own: those end at once, and go on from their last checkpoint.
+    """
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        asked = False
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.world_size == 1:
+                at_once = signal.getsignal(signal.SIGTERM)
+
+                def ask(signum: int, frame: Any) -> None:
+                    self.asked = True
+                    signal.signal(signal.SIGTERM, at_once)
+
+                signal.signal(signal.SIGTERM, ask)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.asked:
+                control.should_save = control.should_training_stop = True
+
+    stop = Stop()
+    trainer.add_callback(stop)
+    return stop
 
 
 def _show_progress(trainer: Any, label: str) -> None:

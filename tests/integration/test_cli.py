@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -395,10 +396,9 @@ def test_dry_run_writes_nothing_and_needs_no_torch(experiment_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def start(*arguments: object) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "llmdistill", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def start(*arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "llmdistill", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition, process, seconds=120):
@@ -433,7 +433,8 @@ def test_generate_killed_at_random_moments_ends_in_the_same_bytes(experiment_fil
         assert kept.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "a finished shard was made again"
 
 
-def test_train_killed_midway_goes_on_with_the_same_losses(experiment_file):
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_train_killed_midway_goes_on_with_the_same_losses(experiment_file, by):
     longer = ["--train.args.max_steps", "40", "--train.args.save_steps", "5"]
     for stage in ("generate", "curate"):
         assert run_cli(stage, experiment_file).returncode == 0
@@ -443,17 +444,22 @@ def test_train_killed_midway_goes_on_with_the_same_losses(experiment_file):
     student = experiment_file.parent / "run/student"
     process = start("train", experiment_file, *longer, *dataset)
     wait_for(lambda: (student / "checkpoints/checkpoint-10/trainer_state.json").exists(), process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(by)
+    _, said = process.communicate()
+    if by == signal.SIGTERM:  # the step is finished, and kept whatever its number
+        assert process.returncode == 143
+        step = int(re.search(r"the same command goes on from step (\d+)", said)[1])
+        assert (student / f"checkpoints/checkpoint-{step}/trainer_state.json").exists()
     assert json.loads((student / "run.json").read_text())["status"] == "unfinished"
     assert run_cli("train", experiment_file, *longer, *dataset).returncode == 0
     curves = []
     for directory in (undisturbed / "student", student):
         history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
-        curves.append({entry["step"]: (entry["kl"], entry["ce"]) for entry in history if "kl" in entry})
+        names = ("kl", "ce", "num_completion_tokens")
+        curves.append({entry["step"]: [entry[name] for name in names] for entry in history if "kl" in entry})
     assert curves[0].keys() == curves[1].keys() == set(range(1, 41))
-    for step, (kl, ce) in curves[0].items():
-        assert curves[1][step] == pytest.approx((kl, ce), rel=1e-5)
+    for step, values in curves[0].items():
+        assert curves[1][step] == pytest.approx(values, rel=1e-5)
 
 
 def test_sigterm_ends_with_status_143_and_keeps_what_is_finished(experiment_file):

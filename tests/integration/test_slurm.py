@@ -1,0 +1,184 @@
+"""A real Slurm on this machine: the pipeline as its jobs gives what a local run gives, whatever happens to them on the way."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llmdistill.dataset import read_manifest
+from llmdistill.stage import read_json
+from tests.conftest import ROOT, run_cli, write_experiment
+
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+PATH = f"{ROOT}/.venv/bin:{os.environ['PATH']}:/usr/sbin:/sbin"
+missing = [name for name in DAEMONS if shutil.which(name, path=PATH) is None]
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"there is no Slurm here: {', '.join(missing)}"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons need root"),
+]
+
+# A requeued job waits until the credential of its last run has expired.
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={directory}/munge.socket,cred_expire=3
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=2,batch_sched_delay=0
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd.log
+KillWait=5
+ReturnToService=2
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=2
+PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """One node with two cores; the environment of those who use it."""
+    directory = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "spool"):
+        (directory / name).mkdir()
+    conf = directory / "slurm.conf"
+    conf.write_text(CONF.format(directory=directory, host=socket.gethostname(), ports=[free_port(), free_port()]))
+    key = directory / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    environment = {"SLURM_CONF": str(conf), "PATH": PATH, "OMP_NUM_THREADS": "1"}
+    files = {"key-file": key, "socket": directory / "munge.socket", "pid-file": directory / "munge.pid"}
+    files |= {"log-file": directory / "munge.log", "seed-file": directory / "munge.seed"}
+    munged = ["munged", "--foreground", "--force", *(f"--{name}={file}" for name, file in files.items())]
+    daemons = []
+    try:
+        for command in (munged, ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", "localhost"]):
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            daemons.append(subprocess.Popen(command, env={**os.environ, **environment}, **quiet))
+            time.sleep(1)
+        wait_for(lambda: "idle" in ask(environment, "sinfo", "--noheader", "--format=%T"), 30)
+        yield environment
+    finally:
+        subprocess.run(["scancel", "--user=root"], env={**os.environ, **environment}, timeout=30)
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(20)
+
+
+def ask(environment, *command):
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=30).stdout
+
+
+def wait_for(done, seconds):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.3)
+
+
+def is_over(environment, output):
+    """Whether none of the jobs waits or runs."""
+    jobs = ",".join(entry["job"] for entry in read_json(output / "jobs/jobs.json")["jobs"])
+    return not ask(environment, "squeue", "--noheader", f"--jobs={jobs}").strip()
+
+
+def logs(output):
+    return "\n".join(f"{file.name}: {file.read_text()}" for file in sorted((output / "jobs").glob("*.log")))
+
+
+def settings(workers=2):
+    return ["--jobs.slurm.workers", workers, "--jobs.slurm.cpus", 1, "--jobs.slurm.environment", f"[export PATH={PATH}]"]
+
+
+def worker_of(output, share):
+    """The process that makes a share of the shards, once it has made one."""
+    wait_for(lambda: list((output / "data").glob("train-*.parquet")), 120)
+    found = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"] and share in process.info["cmdline"] and str(output) in process.info["cmdline"]
+    ]
+    return found[0] if found else None
+
+
+def test_the_pipeline_as_jobs_makes_what_a_local_run_makes(cluster, tiny, tmp_path):
+    """One worker is killed, another is told that its time is nearly over; both are queued again, alone, and go on."""
+    file = write_experiment(tiny, tmp_path)
+    slow = ["--generate.rows_per_shard", 2, "--generate.max_tokens", 60]
+    local, output = tmp_path / "local", tmp_path / "it's a run; $(touch hacked)"
+    assert run_cli("generate", file, *slow, "--output", local).returncode == 0
+    submitted = run_cli("submit", file, *slow, "--output", output, *settings(), **cluster)
+    assert submitted.returncode == 0, submitted.stderr
+    again = run_cli("submit", file, *slow, "--output", output, *settings(), **cluster)
+    assert again.returncode == 2
+    assert "of an earlier submission still wait or run" in again.stderr
+    generate = read_json(output / "jobs/jobs.json")["jobs"][0]["job"]
+    victim = worker_of(output, "1/2")
+    assert victim is not None
+    victim.send_signal(signal.SIGKILL)
+    ask(cluster, "scancel", "--batch", "--signal=USR1", f"{generate}_1")
+    shown = run_cli("status", output, **cluster)
+    assert shown.returncode == 0, shown.stderr
+    assert f"generate  job {generate}: " in shown.stdout
+    wait_for(lambda: is_over(cluster, output), 300)
+    said = logs(output)
+    assert "failed with status 137: queued again" in said, said
+    assert "stopped before the end of its time: queued again" in said, said
+    mine, theirs = (
+        [(entry["file"], entry["rows"]) for entry in read_manifest(directory / "data")["shards"]] for directory in (output, local)
+    )
+    assert mine == theirs, "names hold checksums"
+    assert (output / "report.html").is_file(), said
+    assert not list(ROOT.glob("hacked")) + list(tmp_path.glob("**/hacked"))
+    done = run_cli("status", output, **cluster).stdout
+    assert done.count("done") == 6
+    assert "not done" not in done
+
+
+def test_wrong_input_ends_the_pipeline_and_keeps_what_is_there(cluster, tiny, tmp_path):
+    """Status 2 is not tried again, and what would come after it is not run."""
+    file = write_experiment(tiny, tmp_path)
+    output = tmp_path / "run"
+    submitted = run_cli("submit", file, "--output", output, "--train.args.no_such", 1, *settings(1), **cluster)
+    assert submitted.returncode == 0, submitted.stderr
+    wait_for(lambda: is_over(cluster, output), 240)
+    said = run_cli("status", output, **cluster).stdout
+    assert [line.split()[-1] for line in said.splitlines()] == ["done"] * 3 + ["done"] * 3
+    assert [("not done" in line) for line in said.splitlines()] == [False] * 3 + [True] * 3
+    assert "no_such" in logs(output)
+    assert "queued again" not in logs(output)
+
+
+def test_cancelling_ends_all_of_it(cluster, tiny, tmp_path):
+    file = write_experiment(tiny, tmp_path)
+    output = tmp_path / "run"
+    assert run_cli("submit", file, "--output", output, *settings(1), **cluster).returncode == 0
+    cancelled = run_cli("cancel", output, **cluster)
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert "generate (" in cancelled.stdout
+    wait_for(lambda: is_over(cluster, output), 60)
+    assert "nothing, all jobs are over" in run_cli("cancel", output, **cluster).stdout
+    assert Path(output / "jobs/generate.sh").is_file()

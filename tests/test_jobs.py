@@ -1,0 +1,119 @@
+"""The scripts of scheduled jobs, as text; tests/integration/test_slurm.py runs them."""
+
+import shlex
+import subprocess
+
+import pytest
+
+from llmdistill.config import load_experiment
+from llmdistill.errors import InputError
+from llmdistill.jobs.slurm import script
+from tests.conftest import run_cli
+
+
+def rendered(file, directory, stage, slurm, arguments=(), **more):
+    experiment = load_experiment(file, [("jobs.slurm", slurm), *more.items()])
+    text = script(experiment, experiment.jobs.slurm, stage, [str(file), *arguments], directory)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+    return text
+
+
+def test_what_a_stage_asks_for_is_in_its_script(experiment_file, tmp_path):
+    slurm = (
+        "{partition: gpu, account: me, gpus: 4, time: '08:00:00', workers: 3, options: {qos: high}, "
+        "environment: [module load cuda], stages: {train: {nodes: 2, gpus: 8, time: 1-00:00:00}}}"
+    )
+    text = rendered(experiment_file, tmp_path, "generate", slurm)
+    for option in ("partition=gpu", "account=me", "gpus-per-node=4", "time=08:00:00", "array=0-2", "qos=high", "nodes=1"):
+        assert f"\n#SBATCH --{option}\n" in text
+    assert "\nmodule load cuda\n" in text
+    assert f'\nllmdistill generate {experiment_file} --shards "$((SLURM_ARRAY_TASK_ID + 1))/3" &\n' in text
+    assert "gpus" not in rendered(experiment_file, tmp_path, "curate", slurm)
+    assert "array" not in rendered(experiment_file, tmp_path, "eval", slurm).lower().split("near_the_limit")[0]
+    train = rendered(experiment_file, tmp_path, "train", slurm)
+    for option in ("partition=gpu", "gpus-per-node=8", "time=1-00:00:00", "nodes=2"):
+        assert f"\n#SBATCH --{option}\n" in train
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            "",
+            "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-id 7 --rdzv-backend c10d --rdzv-endpoint first:29500 -m llmdistill",
+        ),
+        (
+            ", accelerate: configs/accelerate/fsdp2.yaml",
+            "accelerate launch --config_file configs/accelerate/fsdp2.yaml --num_machines 2 --num_processes 16 --machine_rank 1 "
+            "--main_process_ip first --main_process_port 29500 -m llmdistill",
+        ),
+    ],
+)
+def test_training_on_two_nodes_starts_a_launcher_on_each(experiment_file, tmp_path, more, words):
+    """What a node would run, with srun, scontrol and the launchers replaced by doubles that say what they were told."""
+    text = rendered(experiment_file, tmp_path, "train", "{gpus: 8, nodes: 2" + more + "}", ["--output", "a 'b' $c"])
+    doubles = tmp_path / "bin"
+    doubles.mkdir()
+    for name, body in {
+        "srun": 'while [ "$1" != bash ]; do shift; done; exec "$@"',
+        "scontrol": "printf 'first\\nsecond\\n'",
+        "torchrun": 'printf "%s|" torchrun "$@"',
+        "accelerate": 'printf "%s|" accelerate "$@"',
+    }.items():
+        (doubles / name).write_text(f"#!/bin/bash\n{body}\n")
+        (doubles / name).chmod(0o755)
+    environment = {
+        "PATH": f"{doubles}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NODEID": "1",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+    }
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=environment)
+    assert done.stdout.strip("|").split("|") == [*words.split(), "train", str(experiment_file), "--output", "a 'b' $c"]
+    assert done.returncode == 0
+
+
+HOSTILE = "x; touch hacked; $(touch hacked) `touch hacked` 'q' \"d\" \\ %j"
+
+
+def test_hostile_names_stay_names(experiment_file, tmp_path):
+    """The words of the command are those that were typed; nothing else is run."""
+    text = rendered(experiment_file, tmp_path, "curate", "{}", ["--output", HOSTILE], output=HOSTILE)
+    assert shlex.split(next(line for line in text.splitlines() if line.startswith("llmdistill")))[:-1] == [
+        "llmdistill", "curate", str(experiment_file), "--output", HOSTILE,
+    ]  # fmt: skip
+    (tmp_path / "llmdistill").write_text("#!/bin/bash\n")
+    (tmp_path / "llmdistill").chmod(0o755)
+    subprocess.run(["bash"], input=text, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path, check=True)
+    assert not (tmp_path / "hacked").exists()
+    assert "\n#SBATCH --job-name=x_touch_hacked_" in text
+
+
+@pytest.mark.parametrize(
+    ("slurm", "message"),
+    [
+        ("{partition: 'a b'}", "jobs.slurm.partition"),
+        ("{options: {qos: '$(x)'}}", "has signs that no option of a scheduler has"),
+        ("{stages: {generate: {nodes: 2}}}", "generate runs on one node; workers makes more of it"),
+        ("{stages: {trian: {nodes: 2}}}", "trian"),
+    ],
+)
+def test_bad_input_is_named(experiment_file, slurm, message):
+    with pytest.raises(InputError, match=message):
+        load_experiment(experiment_file, [("jobs.slurm", slurm)])
+
+
+def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_path):
+    done = run_cli("submit", experiment_file, "--jobs.slurm", "{partition: gpu}", "--dry-run", PATH="/nothing")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") == 6
+    assert not (tmp_path / "run").exists()
+    without = run_cli("submit", experiment_file)
+    assert (without.returncode, without.stderr) == (2, "the key jobs.slurm is missing: `submit` needs to know where\n")
+    nowhere = run_cli("submit", experiment_file, "--jobs.slurm", "{partition: gpu}", PATH="/nothing")
+    assert (nowhere.returncode, nowhere.stderr) == (
+        2, "squeue is not there: this is no machine from which Slurm takes jobs\n"
+    ) or nowhere.stderr.startswith("sbatch is not there")  # fmt: skip
+    status = run_cli("status", tmp_path)
+    assert status.returncode == 2
+    assert "nothing was submitted from this output" in status.stderr
