@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmdistill.config_curate import CurateStep
+from llmdistill.config_export import Export
 from llmdistill.config_prompts import Prompts as Prompts
 from llmdistill.config_prompts import Sampling
 from llmdistill.config_student import ORIGINS, Student
@@ -246,6 +247,7 @@ class Experiment(Section):
     student: Student = Student()
     train: Train = Train()
     eval: Eval = Eval()
+    export: Export | None = None
 
     @model_validator(mode="after")
     def _loss_fits_the_targets(self) -> "Experiment":
@@ -277,7 +279,8 @@ class Experiment(Section):
         return self
 
     def directory(
-        self, name: Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "judge"]
+        self,
+        name: Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"],
     ) -> Path:
         """Where a stage writes."""
         return Path(self.output) / name
