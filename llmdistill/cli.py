@@ -36,6 +36,7 @@ STAGES = {
     "eval": ("measure the student against the teacher on held-out rows", ("eval",)),
     "export": ("write the student whole or quantised, ready to serve, and measure what that costs", ("export", "eval.speed")),
     "report": ("write report.html and report.md, or one page on several runs", ()),
+    "chat": ("talk to the teacher and the student side by side in the terminal", ("teacher", "generate")),
     "run": ("all stages in order; a finished stage is skipped", ("",)),
 }
 _PATIENCE = 30  # seconds

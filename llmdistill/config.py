@@ -226,6 +226,9 @@ class Eval(Section):
     """Held-out prompts that every model answers by sampling, to be measured on its own text; 0 leaves it out."""
     own_tokens: int = Field(default=64, ge=1)
     """Where such an answer is cut."""
+    speed: Literal["transformers", "vllm"] = "transformers"
+    """The engine in which models are timed, here and by `export`: `vllm` as they will be served, reading and memory included, for
+    a start of vLLM each."""
 
 
 class Experiment(Section):

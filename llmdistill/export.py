@@ -5,21 +5,18 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llmdistill import stage
-from llmdistill.bootstrap import Interval, draw_clusters, mean_interval
+from llmdistill import serving, stage
 from llmdistill.config import Experiment
 from llmdistill.config_export import Export, Form
-from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
+from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.evaluate import fidelity
+from llmdistill.evaluate import Draws
+from llmdistill.fidelity import fidelity
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
-from llmdistill.progress import console, say
+from llmdistill.progress import StageBar, console, say
 from llmdistill.quantise import base_of, check_form, fitting_group_size, load_form, merge_adapters, write_form
 
 EXPORT_VERSION = 1
@@ -41,6 +38,8 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
     claimed, inputs = _claim(experiment, settings, source)
     for form in settings.formats:
         check_form(form, settings)
+    if experiment.eval.speed == "vllm":
+        serving.check_vllm("eval.speed")
     state = stage.claim(directory, "export", claimed, inputs)
     results = _results(directory)
     missing = [form for form in settings.formats if form not in {made["name"] for made in results["formats"]}]
@@ -49,7 +48,7 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
         return
     _check_fit(source, settings, manifest)
     rows = load_dataset(experiment.dataset_directory, "test")
-    if len({str(prompt) for prompt in rows.with_format(None)["prompt"]}) < 2:
+    if len(set(conversations(rows))) < 2:
         raise InputError("export: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
 
     stage.begin(directory, "export", claimed, inputs, experiment.seed)
@@ -60,6 +59,9 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
             results["formats"] = [*results["formats"], made]
             stage.write_json(directory / RESULTS, results)
             say("export", _summary(made, results["bytes"]))
+        if experiment.eval.speed == "vllm":
+            results["serving"] = _serve(experiment, model, results["formats"])
+            stage.write_json(directory / RESULTS, results)
     stage.finish(directory, {made["name"]: made["bytes"] for made in results["formats"]})
 
 
@@ -76,7 +78,7 @@ def _claim(experiment: Experiment, settings: Export, source: Path) -> tuple[dict
     inputs |= {str(source): stage.model_fingerprint(str(source), None), str(manifest): stage.sha256(manifest)}
     claimed = {
         "seed": experiment.seed,
-        "eval": {"resamples": experiment.eval.resamples},
+        "eval": experiment.eval.model_dump(mode="json", include={"resamples", "speed"}),
         "export": settings.model_dump(mode="json", exclude={"formats"}),
     }
     return claimed, inputs
@@ -145,25 +147,28 @@ def _export_one(experiment: Experiment, settings: Export, form: Form, model: str
         stage.write_text(unfinished / "README.md", _card(Path(model), form, how))
     with console.status(f"loading {form}"):
         models = {"teacher": load_model(model), form: load_form(str(path))}
-    measured = fidelity(models, rows, experiment.eval.batch_size)
-    prompts = [str(prompt) for prompt in rows.with_format(None)["prompt"]]
-    _, cluster = np.unique(prompts, return_inverse=True)
-    draws = draw_clusters(int(cluster.max()) + 1, experiment.eval.resamples, experiment.seed)
-    tokens = np.bincount(cluster, measured["tokens"])
-
-    def interval(name: str) -> Interval:
-        return mean_interval(np.bincount(cluster, measured[f"{form} {name}"]), tokens, draws)
-
+    with StageBar(form, len(rows)) as bar:
+        measured = fidelity(models, rows, experiment.eval.batch_size, report=bar.advance)
+    draws = Draws.of(conversations(rows), experiment.eval.resamples, experiment.seed)
     return {
         "name": form,
         "path": str(path),
         "how": how,
         "bytes": model_bytes(str(path)),
         "engine": f"transformers {importlib.metadata.version('transformers')}",
-        "kl": asdict(interval("kl")),
-        "top1": asdict(interval("top1")),
-        "held_out": {"rows": len(rows), "tokens": int(tokens.sum()), "prompts": len(tokens)},
+        "kl": draws.interval(measured[f"{form} kl"], measured["tokens"]),
+        "top1": draws.interval(measured[f"{form} top1"], measured["tokens"]),
+        "held_out": {"rows": len(rows), "tokens": int(measured["tokens"].sum()), "prompts": len(set(conversations(rows)))},
     }
+
+
+def _serve(experiment: Experiment, model: str, formats: list[dict[str, Any]]) -> dict[str, Any]:
+    """The student and every form of it in vLLM, side by side."""
+    models = [serving.Served("student", model), *(serving.Served(made["name"], made["path"]) for made in formats)]
+    served = serving.by_vllm(models, experiment.eval.batch_size, experiment.eval.sample_tokens)
+    for entry in served["models"]:
+        say("export", _speed_summary(entry))
+    return served
 
 
 def _calibration(experiment: Experiment, settings: Export, form: Form) -> list[list[int]]:
@@ -189,3 +194,12 @@ def _summary(made: dict[str, Any], whole: int | None) -> str:
         f"{made['name']:<11} {made['bytes'] / 1e6:,.0f} MB{share} · {kl['mean']:.3f} nats from the student "
         f"({kl['low']:.3f} to {kl['high']:.3f}) · same next token {top1['mean']:.1%} ({top1['low']:.1%} to {top1['high']:.1%})"
     )
+
+
+def _speed_summary(entry: dict[str, Any]) -> str:
+    if "failed" in entry:
+        return f"{entry['name']:<11} is not for this vLLM: {entry['failed']}"
+    decode, ratio = entry["decode"], entry.get("decode_ratio", {"median": 1, "low": 1, "high": 1})
+    writes = f"{decode['median']:,.0f} tok/s, {ratio['median']:.2f} × the student ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    reads = f"{entry['prefill']['median']:,.0f} tok/s, takes {entry['peak_bytes'] / 1e9:.1f} GB"
+    return f"{entry['name']:<11} in vLLM writes {writes}, reads {reads}"
