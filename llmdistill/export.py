@@ -48,13 +48,16 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
         return
     _check_fit(source, settings, manifest)
     rows = load_dataset(experiment.dataset_directory, "test")
-    if len(set(conversations(rows))) < 2:
+    prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
+    if len(set(prompts)) < 2:
         raise InputError("export: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
+
+    draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
 
     stage.begin(directory, "export", claimed, inputs, experiment.seed)
     with _whole(source, settings, directory, manifest["tokenizer"]) as model:
         for form in missing:
-            made = _export_one(experiment, settings, form, model, rows)
+            made = _export_one(experiment, settings, form, model, rows, draws)
             results = _results(directory) | {"source": str(source), "bytes": model_bytes(model)}
             results["formats"] = [*results["formats"], made]
             stage.write_json(directory / RESULTS, results)
@@ -136,7 +139,7 @@ def _whole(source: Path, settings: Export, directory: Path, talks: dict[str, Any
         shutil.rmtree(merged, ignore_errors=True)
 
 
-def _export_one(experiment: Experiment, settings: Export, form: Form, model: str, rows: Any) -> dict[str, Any]:
+def _export_one(experiment: Experiment, settings: Export, form: Form, model: str, rows: Any, draws: Draws) -> dict[str, Any]:
     """Write one form, load it again and measure it; what `export.json` says of it."""
     path = experiment.directory("export") / form
     if path.exists():  # its measurement was interrupted
@@ -149,7 +152,6 @@ def _export_one(experiment: Experiment, settings: Export, form: Form, model: str
         models = {"teacher": load_model(model), form: load_form(str(path))}
     with StageBar(form, len(rows)) as bar:
         measured = fidelity(models, rows, experiment.eval.batch_size, report=bar.advance)
-    draws = Draws.of(conversations(rows), experiment.eval.resamples, experiment.seed)
     return {
         "name": form,
         "path": str(path),
@@ -158,7 +160,7 @@ def _export_one(experiment: Experiment, settings: Export, form: Form, model: str
         "engine": f"transformers {importlib.metadata.version('transformers')}",
         "kl": draws.interval(measured[f"{form} kl"], measured["tokens"]),
         "top1": draws.interval(measured[f"{form} top1"], measured["tokens"]),
-        "held_out": {"rows": len(rows), "tokens": int(measured["tokens"].sum()), "prompts": len(set(conversations(rows)))},
+        "held_out": {"rows": len(rows), "tokens": int(measured["tokens"].sum()), "prompts": draws.draws.shape[1]},
     }
 
 
