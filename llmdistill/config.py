@@ -170,6 +170,9 @@ class Train(Section):
     """Also learn from the teacher's hidden states."""
     attention: Attention | None = None
     """Also learn from the teacher's attention maps."""
+    fake_quantize: Literal["w4a16"] | None = None
+    """Train through weights rounded as `export` will round them in this form, with `export.rounding: nearest`, so that it costs
+    less (quantisation-aware training, torchao)."""
     compare_text_only: bool = False
     """Train a second student for the same steps on the text alone (alpha 0), so that `eval` shows the difference."""
     args: PassedOn = {}
@@ -277,6 +280,8 @@ class Experiment(Section):
         for name in ("hidden", "attention"):
             if getattr(self.train, name) is not None and self.targets.kind != "online":
                 raise ValueError(f"train.{name} needs the teacher beside the student; set targets.kind to online")
+        if self.train.fake_quantize and self.student.lora:
+            raise ValueError("train.fake_quantize rounds the weights that train, and lora trains others; remove one of them")
         if self.train.attention and self.student.attn_implementation not in (None, "eager"):
             raise ValueError("train.attention needs eager attention, which is set for it; remove student.attn_implementation")
         return self

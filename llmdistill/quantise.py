@@ -129,6 +129,36 @@ def load_form(directory: str) -> Any:
     return model
 
 
+def fake_quantise(model: Any, group_size: int | None) -> None:
+    """Have every layer that w4a16 quantises work with its weights rounded to the nearest; gradients pass the rounding by.
+
+    That is the straight-through estimator of Bengio et al. 2013, arXiv 1308.3432; for language models, with a teacher, see
+    LLM-QAT (Liu et al. 2023, arXiv 2305.17888). The weights themselves stay as they are and train.
+
+    Raises:
+        InputError: torchao is not installed, or the layers do not divide into groups.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise InputError("train.fake_quantize needs torchao: install the extra `export`")
+    import torch
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    head = model.get_output_embeddings()
+    how = IntxFakeQuantizeConfig(torch.int4, group_size=fitting_group_size(model, group_size), is_symmetric=True)
+    layers = lambda module, name: isinstance(module, torch.nn.Linear) and module is not head  # noqa: E731
+    quantize_(model, QATConfig(weight_config=how, step="prepare"), filter_fn=layers)
+
+
+def unfake(model: Any) -> None:
+    """Undo `fake_quantise`: the same weights in plain layers."""
+    if any(hasattr(module, "weight_fake_quantizer") for module in model.modules()):
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import QATConfig
+
+        quantize_(model, QATConfig(step="convert"), filter_fn=lambda module, name: hasattr(module, "weight_fake_quantizer"))
+
+
 def fitting_group_size(model: Any, wanted: int | None) -> int:
     """How many weights of a row share a scale, so that every row of a quantised layer is whole groups.
 
@@ -153,6 +183,7 @@ def _quiet() -> Iterator[None]:
     """Without llm-compressor's and compressed-tensors' lines and bars: a failure speaks by its exception."""
     from loguru import logger
 
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
     for package in ("llmcompressor", "compressed_tensors"):
         logger.disable(package)
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), warnings.catch_warnings(action="ignore"):

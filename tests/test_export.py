@@ -15,7 +15,7 @@ from llmdistill.errors import InputError
 from llmdistill.export import export
 from llmdistill.generate import generate
 from llmdistill.models import load_model, load_tokenizer
-from llmdistill.quantise import load_form
+from llmdistill.quantise import fake_quantise, load_form, unfake
 from llmdistill.train import train
 from tests.conftest import run_cli, write_experiment
 
@@ -200,3 +200,39 @@ def test_a_dry_run_says_what_would_be_written(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"would write {tmp_path}/out/export/safetensors, {tmp_path}/out/export/w8a8" in result.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_training_sees_the_weights_that_export_writes(tiny):
+    """A layer works with its weights rounded by hand; the gradient is that of the weights themselves."""
+    pytest.importorskip("torchao")
+    model = load_model(str(tiny), device="cpu")
+    fake_quantise(model, 16)
+    layers = [(name, module) for name, module in model.named_modules() if name.endswith(QUANTISED)]
+    assert len(layers) == 4 * 7
+    assert type(model.lm_head) is torch.nn.Linear
+    for _, module in layers:
+        seen = module(torch.eye(module.in_features)).T  # of unit vectors a layer makes its weights
+        by_hand, scale = rounded(module.weight.detach(), 4, 16)
+        steps = module.weight.detach().double().numpy() / scale
+        clear = torch.from_numpy((np.abs(steps % 1 - 0.5) > 1e-4) & (np.abs(steps) < 7.4))  # neither a tie nor cut off
+        torch.testing.assert_close(seen[clear], torch.from_numpy(by_hand).float()[clear])
+        assert clear.double().mean() > 0.85
+        given = torch.randn(module.out_features, module.in_features, generator=torch.Generator().manual_seed(0))
+        seen.backward(given)
+        torch.testing.assert_close(module.weight.grad[clear], given[clear])
+    unfake(model)
+    assert all(type(model.get_submodule(name)) is torch.nn.Linear for name, _ in layers)
+    assert all(
+        torch.equal(found, weight) for found, weight in zip(model.state_dict().values(), weights(tiny).values(), strict=True)
+    )
+
+
+def test_a_student_trained_with_rounded_weights(tiny, tmp_path):
+    pytest.importorskip("torchao")
+    file = write_experiment(tiny, tmp_path)
+    experiment = load_experiment(file, [("train.fake_quantize", "w4a16"), ("export", "{formats: [w4a16], rounding: nearest}")])
+    for step in (generate, curate, train, export):
+        step(experiment)
+    assert "weight_fake_quantizer" not in " ".join(weights(tmp_path / "run/student"))
+    with pytest.raises(InputError, match=r"train\.fake_quantize rounds the weights that train, and lora trains others"):
+        load_experiment(file, [("train.fake_quantize", "w4a16"), ("student.lora", "{}")])

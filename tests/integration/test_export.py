@@ -1,11 +1,17 @@
 """A quantised copy of the real small teacher in the real vLLM, and GPTQ by the real llm-compressor."""
 
+import json
+import os
+import subprocess
 import sys
 
 import pytest
 
+from llmdistill.config import load_experiment
+from llmdistill.serving import Served, by_vllm
 from tests.conftest import ROOT, run_cli, write_experiment
 
+GPTQ = ROOT / ".llmcompressor"
 ASK = """
 import sys
 from llmdistill.config import Generate, Targets, Teacher
@@ -36,17 +42,62 @@ def experiment(tiny, tmp_path_factory):
 
 @pytest.mark.engine
 def test_a_quantised_model_answers_in_vllm(experiment, smollm2, tmp_path):
-    import subprocess
-
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    settings = ["--export.formats", "[w8a8, w4a16]", "--export.rounding", "nearest", "--export.model", smollm2]
-    result = run_cli("export", experiment, *settings)
+    output = ["--output", tmp_path / "out", "--train.dataset", experiment.parent / "run/curated"]
+    settings = ["--export.formats", "[w8a8]", "--export.rounding", "nearest", "--export.model", smollm2]
+    result = run_cli("export", experiment, *output, *settings)
     assert result.returncode == 0, result.stderr
     script = tmp_path / "ask.py"
     script.write_text(ASK)
-    exported = experiment.parent / "run/export/w8a8"
+    ask = [sys.executable, script, tmp_path / "out/export/w8a8"]
     result = subprocess.run(
-        [sys.executable, script, exported], capture_output=True, text=True, cwd=ROOT, env=None, timeout=600, check=False
+        ask, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600
     )
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout.split("ANSWER")[1]
+
+
+@pytest.mark.engine
+def test_what_a_model_costs_in_vllm(smollm2, tmp_path):
+    """A real model is timed; one that vLLM does not load is told apart, with its reason."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in smollm2.iterdir():
+        if file.suffix != ".safetensors":
+            (broken / file.name).write_bytes(file.read_bytes())
+    found = by_vllm([Served("model", str(smollm2)), Served("broken", str(broken))], 2, 8)
+    model, failed = found["models"]
+    assert 0 < model["decode"]["low"] <= model["decode"]["median"] <= model["decode"]["high"]
+    assert model["prefill"]["median"] > model["decode"]["median"]  # many tokens in one pass against one
+    assert (smollm2 / "model.safetensors").stat().st_size < model["peak_bytes"] < 8 << 30
+    assert set(failed) == {"name", "failed"}
+    assert found["version"]
+
+
+@pytest.mark.skipif(not GPTQ.exists(), reason="`make test-gptq` installs llm-compressor")
+@pytest.mark.parametrize("form", ["w4a16", "w8a8"])
+def test_gptq_is_nearer_than_rounding_to_the_nearest(experiment, form, tmp_path):
+    """On the layer inputs that it was calibrated on, as the paper has it; both are in the same format."""
+    trained = load_experiment(experiment)
+    costs = {}
+    for rounding in ("gptq", "nearest"):
+        where = [
+            "--output",
+            tmp_path / rounding,
+            "--train.dataset",
+            trained.dataset_directory,
+            "--export.model",
+            trained.teacher.model,
+        ]
+        result = run_cli(
+            "export", experiment, *where, "--export.formats", f"[{form}]", "--export.rounding", rounding, PYTHONPATH=str(GPTQ)
+        )
+        assert result.returncode == 0, result.stderr
+        (made,) = json.loads((tmp_path / rounding / "export/export.json").read_text())["formats"]
+        assert "GPTQ" not in result.stderr + result.stdout.replace("rounded by GPTQ", "")
+        config = json.loads((tmp_path / rounding / f"export/{form}/config.json").read_text())["quantization_config"]
+        costs[rounding] = (made["kl"]["mean"], config["format"], config["ignore"])
+    assert costs["gptq"][1:] == costs["nearest"][1:]
+    if form == "w4a16":
+        assert costs["gptq"][0] < costs["nearest"][0]
