@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llmdistill.bootstrap import draw_clusters, mean_interval
 
 from llmdistill import load_dataset
-from llmdistill.bootstrap import draw_clusters, mean_interval
 from llmdistill.config import Experiment, load_experiment
 from llmdistill.config_export import Export
 from llmdistill.fidelity import fidelity

@@ -13,11 +13,11 @@ from llmdistill.config import Experiment
 from llmdistill.config_export import Export, Form
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.evaluate import Draws
 from llmdistill.fidelity import fidelity
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
 from llmdistill.quantise import base_of, check_form, fitting_group_size, load_form, merge_adapters, write_form
+from llmdistill.statistics import Draws, check_clusters
 
 EXPORT_VERSION = 1
 RESULTS = "export.json"
@@ -49,9 +49,7 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
     _check_fit(source, settings, manifest)
     rows = load_dataset(experiment.dataset_directory, "test")
     prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
-    if len(set(prompts)) < 2:
-        raise InputError("export: the held-out rows have one prompt only; an interval needs more, raise eval.held_out")
-
+    check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
 
     stage.begin(directory, "export", claimed, inputs, experiment.seed)
