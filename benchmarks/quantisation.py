@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llmdistill.bootstrap import draw_clusters, mean_interval
 
 from llmdistill import load_dataset
 from llmdistill.config import Experiment, load_experiment
@@ -24,6 +23,7 @@ from llmdistill.config_export import Export
 from llmdistill.fidelity import fidelity
 from llmdistill.models import load_model, load_tokenizer
 from llmdistill.quantise import load_form, write_form
+from llmdistill.statistics import Draws
 from llmdistill.train import train
 
 USUAL, ROUNDED = "trained as usual", "trained through rounded weights"
@@ -98,12 +98,11 @@ def measure(experiment: Experiment, student: Any, rows: Any) -> Array:
 
 def summary(found: dict[str, list[Array]], prompts: list[str]) -> dict[str, tuple[float, float, float]]:
     """Means over seeds with their intervals, and the difference between both ways to a quantised student."""
-    _, cluster = np.unique(prompts, return_inverse=True)
-    draws = draw_clusters(int(cluster.max()) + 1, 2000, 0)
+    draws = Draws.of(prompts, 2000, 0)
 
     def interval(kl: Array, tokens: Array) -> tuple[float, float, float]:
-        made = mean_interval(np.bincount(cluster, kl), np.bincount(cluster, tokens), draws)
-        return made.mean, made.low, made.high
+        made = draws.interval(kl, tokens)
+        return made["mean"], made["low"], made["high"]
 
     mean = {name: np.mean(measured, axis=0) for name, measured in found.items()}
     figures = {name: interval(*measured) for name, measured in mean.items()}
