@@ -36,7 +36,7 @@ def main() -> None:
         llm = _load(settings)
         _round(llm, settings, 0)  # the first is slower than all others
     except Exception as error:  # vLLM refuses a model in many ways
-        answers.write(json.dumps({"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}) + "\n")
+        answers.write(json.dumps({"failed": " ".join(str(error).split())[:300] or type(error).__name__}) + "\n")
         sys.exit(1)
     answers.write(json.dumps({"version": importlib.import_module("vllm").__version__}) + "\n")
     answers.flush()
