@@ -93,8 +93,10 @@ def _by_gptq(model: Any, groups: dict[str, Any], directory: Path, calibration: l
     import torch
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
+    from loguru import logger
     from torch.utils.data import DataLoader
 
+    logger.disable("llmcompressor")  # which turns its log on when it is imported
     batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()} for ids in calibration]
     rows: Any = DataLoader(batches, batch_size=None)
     oneshot(model=model, recipe=GPTQModifier(**groups), dataset=rows, num_calibration_samples=len(rows), processor=tokenizer)
@@ -183,9 +185,7 @@ def _quiet() -> Iterator[None]:
     """Without llm-compressor's and compressed-tensors' lines and bars: a failure speaks by its exception."""
     from loguru import logger
 
-    os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
-    for package in ("llmcompressor", "compressed_tensors"):
-        logger.disable(package)
+    logger.disable("compressed_tensors")
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), warnings.catch_warnings(action="ignore"):
         yield
 
