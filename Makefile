@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TEACHER := models/SmolLM2-135M-Instruct
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-fast test-deepspeed check clean
+.PHONY: setup demo test test-fast test-deepspeed test-gptq check clean
 
 setup: .venv/.ready
 
@@ -39,10 +39,17 @@ test-fast: $(TEACHER)
 test-deepspeed: .deepspeed $(TEACHER)
 	$(BIN)/python -m pytest tests/integration/test_deepspeed.py
 
+# Beside the environment, too: it needs another version of compressed-tensors than vLLM does.
+.llmcompressor: .venv/.ready
+	$(PIP) --target $@ llmcompressor==0.14.0.1 compressed-tensors==0.19.0
+
+test-gptq: .llmcompressor $(TEACHER)
+	$(BIN)/python -m pytest tests/integration/test_export.py
+
 check: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .deepspeed models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .deepspeed .llmcompressor models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -34,7 +34,9 @@ STAGES = {
     "prune": ("cut the student out of the teacher, and say what went and why", ("teacher", "student.prune")),
     "train": ("train the student on the dataset", ("student", "train")),
     "eval": ("measure the student against the teacher on held-out rows", ("eval",)),
+    "export": ("write the student whole or quantised, ready to serve, and measure what that costs", ("export", "eval.speed")),
     "report": ("write report.html and report.md, or one page on several runs", ()),
+    "chat": ("talk to the teacher and the student side by side in the terminal", ("teacher", "generate")),
     "run": ("all stages in order; a finished stage is skipped", ("",)),
     "submit": ("the same as scheduled jobs, each after those that it needs", ("jobs",)),
 }

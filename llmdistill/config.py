@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmdistill.config_curate import CurateStep
+from llmdistill.config_export import Export
 from llmdistill.config_jobs import Jobs
 from llmdistill.config_prompts import Prompts as Prompts
 from llmdistill.config_prompts import Sampling
@@ -170,6 +171,9 @@ class Train(Section):
     """Also learn from the teacher's hidden states."""
     attention: Attention | None = None
     """Also learn from the teacher's attention maps."""
+    fake_quantize: Literal["w4a16"] | None = None
+    """Train through weights rounded as `export` will round them in this form, with `export.rounding: nearest`, so that it costs
+    less (quantisation-aware training, torchao)."""
     compare_text_only: bool = False
     """Train a second student for the same steps on the text alone (alpha 0), so that `eval` shows the difference."""
     args: PassedOn = {}
@@ -226,6 +230,9 @@ class Eval(Section):
     """Held-out prompts that every model answers by sampling, to be measured on its own text; 0 leaves it out."""
     own_tokens: int = Field(default=64, ge=1)
     """Where such an answer is cut."""
+    speed: Literal["transformers", "vllm"] = "transformers"
+    """The engine in which models are timed, here and by `export`: `vllm` as they will be served, reading and memory included, for
+    a start of vLLM each."""
 
 
 class Experiment(Section):
@@ -247,6 +254,7 @@ class Experiment(Section):
     student: Student = Student()
     train: Train = Train()
     eval: Eval = Eval()
+    export: Export | None = None
     jobs: Jobs | None = None
 
     @model_validator(mode="after")
@@ -274,12 +282,15 @@ class Experiment(Section):
         for name in ("hidden", "attention"):
             if getattr(self.train, name) is not None and self.targets.kind != "online":
                 raise ValueError(f"train.{name} needs the teacher beside the student; set targets.kind to online")
+        if self.train.fake_quantize and self.student.lora:
+            raise ValueError("train.fake_quantize rounds the weights that train, and lora trains others; remove one of them")
         if self.train.attention and self.student.attn_implementation not in (None, "eager"):
             raise ValueError("train.attention needs eager attention, which is set for it; remove student.attn_implementation")
         return self
 
     def directory(
-        self, name: Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "judge"]
+        self,
+        name: Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"],
     ) -> Path:
         """Where a stage writes."""
         return Path(self.output) / name

@@ -1,8 +1,6 @@
 """`llmdistill eval`: how far the student is from the teacher on held-out text, with intervals, and what it costs."""
 
 import hashlib
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmdistill import stage
+from llmdistill import serving, stage
 from llmdistill.card import with_results
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
@@ -27,7 +25,6 @@ from llmdistill.student import before
 METRICS_VERSION = 2
 _COMPARED = ("kl", "top1", "nll")  # between the student and its rivals
 _FEWEST = 5  # conversations that a group of positions must be in
-_ROUNDS = 3  # of interleaved decoding; the median counts
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,8 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     """
     directory = experiment.directory("eval")
     subjects = _subjects(experiment)
+    if experiment.eval.speed == "vllm":
+        serving.check_vllm("eval.speed")
     if dry_run:
         say("eval", f"would compare {', '.join(subject.name for subject in subjects)} and write {directory}")
         return
@@ -62,6 +61,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         return
     for subject in subjects:
         _check_vocabulary(subject, manifest)
+    served = _served_by_vllm(experiment, subjects) if experiment.eval.speed == "vllm" else None
     with console.status("loading the models"):
         rows = load_dataset(experiment.dataset_directory, "test")
         models = {s.name: load_model(s.path, s.revision, "auto", s.trust_remote_code, f"the model `{s.name}`") for s in subjects}
@@ -75,7 +75,8 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     with StageBar("eval", len(rows)) as bar:
         measured = fidelity(models, rows, experiment.eval.batch_size, end_ids, lambda n, t: bar.advance(n, t * len(models)))
     draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
-    metrics = _metrics(experiment, subjects, models, measured, _text_bytes(rows), draws)
+    served = served or serving.by_transformers(models, experiment.eval.batch_size, experiment.eval.sample_tokens)
+    metrics = _metrics(experiment, subjects, models, measured, _text_bytes(rows), draws, served)
     metrics["warnings"] = [warning] if warning else []
     _add_sequence_kl(metrics, measured, rows, draws)
     if experiment.eval.own_prompts:
@@ -104,10 +105,11 @@ def _metrics(
     measured: dict[str, Array],
     text_bytes: Array,
     draws: Draws,
+    served: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `metrics.json`, but for what needs more of the models than their distributions on held-out text."""
     settings = experiment.eval
-    speeds = _decoding_speed(models, settings.batch_size, settings.sample_tokens)
+    speeds = {entry["name"]: entry for entry in served["models"]}
     tokens = measured["tokens"]
     described = [
         {
@@ -115,7 +117,8 @@ def _metrics(
             "path": subject.path,
             "parameters": sum(parameter.numel() for parameter in models[subject.name].parameters()),
             "bytes": model_bytes(subject.path),
-            "decode_tokens_per_s": speeds[subject.name],
+            "decode_tokens_per_s": speeds[subject.name]["decode"]["median"],
+            **speeds[subject.name],
             **{name: draws.interval(measured[f"{subject.name} {name}"], tokens) for name in MEASURES},
             "bits_per_byte": draws.interval(measured[f"{subject.name} nll"] / np.log(2), text_bytes),
             **_groups(subject.name, measured, draws),
@@ -124,7 +127,7 @@ def _metrics(
     ]
     return {
         "schema_version": METRICS_VERSION,
-        "headline": headline(described),
+        "headline": headline(described, served["engine"]),
         "held_out": {
             "rows": len(tokens),
             "tokens": int(tokens.sum()),
@@ -133,12 +136,7 @@ def _metrics(
         },
         "models": described,
         "differences": list(_differences(subjects, measured, draws)),
-        "decoding": {
-            "engine": "transformers",
-            "batch": settings.batch_size,
-            "new_tokens": settings.sample_tokens,
-            "rounds": _ROUNDS,
-        },
+        "decoding": {name: value for name, value in served.items() if name != "models"},
     }
 
 
@@ -209,16 +207,17 @@ def _add_sequence_kl(metrics: dict[str, Any], measured: dict[str, Array], rows: 
         model["sequence_kl"] = draws.interval(weights * nats, weights)
 
 
-def headline(models: list[dict[str, Any]]) -> str:
+def headline(models: list[dict[str, Any]], engine: str) -> str:
     """The one line: how much smaller and faster the student is, and what it keeps."""
     by_name = {model["name"]: model for model in models}
     teacher, student = by_name["teacher"], by_name["student"]
     smaller = 1 - student["parameters"] / teacher["parameters"]
     faster = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
+    where = " in vLLM" if engine == "vllm" else ""
     kept = student["top1"]
     size = f"{smaller:.0%} smaller" if smaller > 0 else f"{-smaller:.0%} larger" if smaller < 0 else "same size"
     return (
-        f"{size} · {faster:.1f}× {'faster' if faster >= 1 else 'the speed'} · keeps {kept['mean']:.0%} of the teacher's "
+        f"{size} · {faster:.1f}× {'faster' if faster >= 1 else 'the speed'}{where} · keeps {kept['mean']:.0%} of the teacher's "
         f"next-token choices (95% CI {100 * kept['low']:.0f} to {100 * kept['high']:.0f})"
     )
 
@@ -233,6 +232,22 @@ def _subjects(experiment: Experiment) -> list[Subject]:
     if experiment.train.compare_text_only:
         found.append(Subject("student, text only", str(experiment.directory("student-text-only"))))
     return found
+
+
+def _served_by_vllm(experiment: Experiment, subjects: list[Subject]) -> dict[str, Any]:
+    """The cost of every model in vLLM, before it is loaded here: they might not fit into the memory together."""
+    wide = experiment.teacher.tensor_parallel_size
+    models = [
+        serving.Served(s.name, s.path, s.revision, s.trust_remote_code, wide if s.name == "teacher" else 1) for s in subjects
+    ]
+    served = serving.by_vllm(models, experiment.eval.batch_size, experiment.eval.sample_tokens)
+    for entry in served["models"]:
+        if "failed" in entry:
+            raise InputError(
+                f"eval.speed is vllm, which does not run the model `{entry['name']}`: {entry['failed']}; "
+                "set eval.speed to transformers"
+            )
+    return served
 
 
 def _check_vocabulary(subject: Subject, manifest: dict[str, Any]) -> None:
@@ -256,28 +271,6 @@ def _differences(subjects: list[Subject], measured: dict[str, Array], draws: Dra
                     "metric": metric,
                     **draws.interval(sums, measured["tokens"]),
                 }
-
-
-def _decoding_speed(models: dict[str, Any], batch: int, new_tokens: int) -> dict[str, float]:
-    """Tokens a second of greedy decoding with transformers; the models take turns, the median of the rounds counts."""
-    import torch
-
-    speeds: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode(), console.status("timing"):
-        for _ in range(_ROUNDS):
-            for name, model in models.items():
-                ids = torch.full((batch, 16), 3, device=model.device)
-                start = time.perf_counter()
-                model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    min_new_tokens=new_tokens,
-                    max_new_tokens=new_tokens,
-                    pad_token_id=0,
-                )
-                speeds[name].append(batch * new_tokens / (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def _summary(metrics: dict[str, Any]) -> str:

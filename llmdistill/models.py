@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,10 @@ from typing import Any
 
 from llmdistill.errors import InputError
 from llmdistill.stage import read_json
+
+# Where it is installed transformers imports it, and it warns: of kernels for other machines, of torch's next version.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def check_model_exists(model: str, key: str) -> None:
@@ -68,9 +73,9 @@ def load_model(
     check_model_exists(model, key)
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     if quantization_config is None:

@@ -10,7 +10,8 @@ def stages(experiment: Experiment) -> list[str]:
     """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it."""
     made = [] if experiment.prompts is None or not experiment.prompts.steps else ["prompts"]
     first = ["score"] if experiment.score else [*made, "generate"]
-    return [*first, "curate", *(["prune"] if experiment.student.prune else []), "train", "eval", "report"]
+    cut, exported = ["prune"] if experiment.student.prune else [], ["export"] if experiment.export else []
+    return [*first, "curate", *cut, "train", "eval", *exported, "report"]
 
 
 def run_pipeline(experiment: Experiment, arguments: list[str]) -> None:

@@ -23,6 +23,7 @@ from llmdistill.models import (
     whole_on_every_process,
 )
 from llmdistill.progress import StageBar, console, say
+from llmdistill.quantise import fake_quantise, unfake
 from llmdistill.student import (
     begin_student,
     default_learning_rate,
@@ -106,6 +107,8 @@ def _train_one(
         if not same_vocabulary:
             dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
         student = load_student(experiment)
+        if experiment.train.fake_quantize:
+            fake_quantise(student, experiment.export.group_size if experiment.export else None)
         teacher = None if text_only else _online_teacher(experiment, arguments)
         pair_layers(experiment, arguments, student, teacher)
         _check_fit(arguments, dataset, student, teacher)
@@ -135,6 +138,7 @@ def _train_one(
 
     trained = _trained(experiment, trainer)
     if trained is not None:
+        unfake(trained)
         end = manifest["tokenizer"]["end_token_ids"] if same_vocabulary else None
         save_student(trained, tokenizer, experiment, directory, end)
         trainer.state.save_to_json(str(directory / "trainer_state.json"))

@@ -19,7 +19,7 @@ _QUEUE = 2048
 _READ_BYTES = 1 << 30  # of float32 log-probabilities at a time, when finished text is read; some copies come on top
 _SEQUENCES = 256  # read at a time
 # The engine runs in a process of its own, which these reach; what the user has set stays.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
@@ -42,7 +42,7 @@ class VllmEngine:
         seed: int,
         reads_with: int | None = None,
     ) -> None:
-        for name, value in _ENVIRONMENT.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             import vllm

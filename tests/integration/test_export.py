@@ -1,0 +1,103 @@
+"""A quantised copy of the real small teacher in the real vLLM, and GPTQ by the real llm-compressor."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llmdistill.config import load_experiment
+from llmdistill.serving import Served, by_vllm
+from tests.conftest import ROOT, run_cli, write_experiment
+
+GPTQ = ROOT / ".llmcompressor"
+ASK = """
+import sys
+from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.models import end_token_ids, load_config, load_tokenizer
+from llmdistill.teachers import Request
+from llmdistill.teachers.vllm import VllmEngine
+
+if __name__ == "__main__":
+    model = sys.argv[1]
+    tokenizer = load_tokenizer(model, None)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ends = end_token_ids(model, None, load_config(model, None), tokenizer)
+    engine = VllmEngine(Teacher(model=model), Generate(temperature=0, max_tokens=16), Targets(kind="none"), 256, ends, 0)
+    (answer,) = engine.generate([[Request(0, ids, 0)]])
+    print("ANSWER", tokenizer.decode(answer.ids))
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny, tmp_path_factory):
+    """Up to the dataset; the tiny teacher has the tokenizer of the real one."""
+    file = write_experiment(tiny, tmp_path_factory.mktemp("export"))
+    for stage in ("generate", "curate"):
+        assert run_cli(stage, file).returncode == 0
+    return file
+
+
+@pytest.mark.engine
+def test_a_quantised_model_answers_in_vllm(experiment, smollm2, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    output = ["--output", tmp_path / "out", "--train.dataset", experiment.parent / "run/curated"]
+    settings = ["--export.formats", "[w8a8]", "--export.rounding", "nearest", "--export.model", smollm2]
+    result = run_cli("export", experiment, *output, *settings)
+    assert result.returncode == 0, result.stderr
+    script = tmp_path / "ask.py"
+    script.write_text(ASK)
+    ask = [sys.executable, script, tmp_path / "out/export/w8a8"]
+    result = subprocess.run(
+        ask, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout.split("ANSWER")[1]
+
+
+@pytest.mark.engine
+def test_what_a_model_costs_in_vllm(smollm2, tmp_path):
+    """A real model is timed; one that vLLM does not load is told apart, with its reason."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in smollm2.iterdir():
+        if file.suffix != ".safetensors":
+            (broken / file.name).write_bytes(file.read_bytes())
+    found = by_vllm([Served("model", str(smollm2)), Served("broken", str(broken))], 2, 8)
+    model, failed = found["models"]
+    assert 0 < model["decode"]["low"] <= model["decode"]["median"] <= model["decode"]["high"]
+    assert model["prefill"]["median"] > model["decode"]["median"]  # many tokens in one pass against one
+    assert (smollm2 / "model.safetensors").stat().st_size < model["peak_bytes"] < 8 << 30
+    assert set(failed) == {"name", "failed"}
+    assert found["version"]
+
+
+@pytest.mark.skipif(not GPTQ.exists(), reason="`make test-gptq` installs llm-compressor")
+@pytest.mark.parametrize("form", ["w4a16", "w8a8"])
+def test_gptq_is_nearer_than_rounding_to_the_nearest(experiment, form, tmp_path):
+    """On the layer inputs that it was calibrated on, as the paper has it; both are in the same format."""
+    trained = load_experiment(experiment)
+    costs = {}
+    for rounding in ("gptq", "nearest"):
+        where = [
+            "--output",
+            tmp_path / rounding,
+            "--train.dataset",
+            trained.dataset_directory,
+            "--export.model",
+            trained.teacher.model,
+        ]
+        result = run_cli(
+            "export", experiment, *where, "--export.formats", f"[{form}]", "--export.rounding", rounding, PYTHONPATH=str(GPTQ)
+        )
+        assert result.returncode == 0, result.stderr
+        (made,) = json.loads((tmp_path / rounding / "export/export.json").read_text())["formats"]
+        assert "GPTQ" not in result.stderr + result.stdout.replace("rounded by GPTQ", "")
+        config = json.loads((tmp_path / rounding / f"export/{form}/config.json").read_text())["quantization_config"]
+        costs[rounding] = (made["kl"]["mean"], config["format"], config["ignore"])
+    assert costs["gptq"][1:] == costs["nearest"][1:]
+    if form == "w4a16":
+        assert costs["gptq"][0] < costs["nearest"][0]
