@@ -192,6 +192,11 @@ class Eval(Section):
     """Held-out prompts that every model answers for the report."""
     sample_tokens: int = Field(default=64, ge=1)
     """Length of those answers, and of the decoding that is timed."""
+    tasks: list[str] = []
+    """Tasks for every model: YAML files in lm-eval's format, as in configs/tasks, or names of lm-eval's own, whose data is on the
+    Hub."""
+    task_limit: int | None = Field(default=None, ge=2)
+    """The first items of each task only."""
 
 
 class Experiment(Section):

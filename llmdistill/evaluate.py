@@ -19,6 +19,8 @@ from llmdistill.models import check_model_exists, load_config, load_model, load_
 from llmdistill.progress import StageBar, console, say
 from llmdistill.statistics import Interval, check_clusters, draw_clusters, mean_interval
 from llmdistill.student import before
+from llmdistill.task_scores import measure_tasks
+from llmdistill.tasks import files_of, load_tasks, read_tasks
 
 METRICS_VERSION = 1
 _MEASURES = ("kl", "top1", "nll")
@@ -44,6 +46,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     """
     directory = experiment.directory("eval")
     subjects = _subjects(experiment)
+    task_files = read_tasks(experiment.eval.tasks)
     if dry_run:
         say("eval", f"would compare {', '.join(subject.name for subject in subjects)} and write {directory}")
         return
@@ -53,9 +56,11 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
     inputs = {subject.path: stage.model_fingerprint(subject.path, subject.revision) for subject in subjects}
     inputs[str(experiment.dataset_directory / MANIFEST)] = stage.sha256(experiment.dataset_directory / MANIFEST)
+    inputs |= {str(file): stage.sha256(file) for file in files_of(task_files)}
     if stage.claim(directory, "eval", settings, inputs) == "done":
         say("eval", f"{directory} is finished")
         return
+    tasks = load_tasks(task_files, experiment.eval.task_limit)
     for subject in subjects:
         _check_vocabulary(subject, manifest)
     with console.status("loading the models"):
@@ -71,6 +76,8 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     metrics = _metrics(experiment, subjects, models, measured, prompts)
     metrics["warnings"] = [warning] if warning else []
     _add_sequence_kl(metrics, measured, rows, prompts, experiment.seed)
+    if tasks:
+        metrics |= measure_tasks(tasks, models, tokenizer, experiment, directory)
     with console.status("writing samples"):
         metrics["samples"] = _samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
     table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], **measured})
