@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmdistill.config_curate import CurateStep
+from llmdistill.config_eval import WinRate
 from llmdistill.config_prompts import Prompts as Prompts
 from llmdistill.config_prompts import Sampling
 from llmdistill.config_student import ORIGINS, Student
@@ -197,6 +198,8 @@ class Eval(Section):
     Hub."""
     task_limit: int | None = Field(default=None, ge=2)
     """The first items of each task only."""
+    win_rate: WinRate | None = None
+    """Let a judge compare the student's answers with another model's."""
 
 
 class Experiment(Section):

@@ -21,6 +21,7 @@ from llmdistill.statistics import Interval, check_clusters, draw_clusters, mean_
 from llmdistill.student import before
 from llmdistill.task_scores import measure_tasks
 from llmdistill.tasks import files_of, load_tasks, read_tasks
+from llmdistill.win_rate import Comparison
 
 METRICS_VERSION = 1
 _MEASURES = ("kl", "top1", "nll")
@@ -57,6 +58,8 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     inputs = {subject.path: stage.model_fingerprint(subject.path, subject.revision) for subject in subjects}
     inputs[str(experiment.dataset_directory / MANIFEST)] = stage.sha256(experiment.dataset_directory / MANIFEST)
     inputs |= {str(file): stage.sha256(file) for file in files_of(task_files)}
+    comparison = Comparison(experiment, experiment.eval.win_rate) if experiment.eval.win_rate else None
+    inputs |= comparison.inputs() if comparison else {}
     if stage.claim(directory, "eval", settings, inputs) == "done":
         say("eval", f"{directory} is finished")
         return
@@ -80,6 +83,9 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         metrics |= measure_tasks(tasks, models, tokenizer, experiment, directory)
     with console.status("writing samples"):
         metrics["samples"] = _samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
+    if comparison:
+        end_ids = manifest["tokenizer"]["end_token_ids"]
+        metrics["win_rate"] = comparison.measure(models, rows, tokenizer, end_ids, directory)
     table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], **measured})
     pq.write_table(table, directory / "rows.parquet")
     stage.write_json(directory / "metrics.json", metrics)

@@ -18,6 +18,7 @@ import pyarrow as pa
 from llmdistill.config import read_yaml
 from llmdistill.errors import InputError
 from llmdistill.progress import StageBar
+from llmdistill.statistics import check_clusters
 
 _LOCAL = {"json", "csv", "parquet", "text"}  # dataset_path of the builders of `datasets` that read files
 _FEW = 8  # items of a task of lm-eval that are looked at before a model is loaded; of a file all are
@@ -148,6 +149,15 @@ def _check(task: Any, source: str, limit: int | None) -> None:
         raise InputError(f"eval.tasks: {source}: needs more than text")
     task.set_fewshot_seed(seed=_SEED)
     task.build_all_requests(limit=limit)
+    docs = {instance.doc_id: instance.doc for instance in task.instances}
+    check_clusters(
+        len({_cluster(doc, str(number)) for number, doc in docs.items()}), f"items of the task {source}", "give it more"
+    )
+
+
+def _cluster(doc: Any, item: str) -> str:
+    """What is drawn together: the item alone if it does not say with which others it belongs."""
+    return str(doc["cluster"]) if isinstance(doc, dict) and "cluster" in doc else item
 
 
 def _reason(error: Exception, task: TaskFile | str) -> str:
@@ -196,6 +206,7 @@ def run_tasks(
                 if cut:
                     warnings.append(f"{name}: {cut} requests were too long for {model_name} and were cut at their beginning")
                 bar.advance(1)
+        bar.advance(0, facts=["models on tasks"])
     return pa.Table.from_pylist(rows, SCHEMA), about, warnings
 
 
@@ -246,7 +257,7 @@ def _row(task_name: str, model: str, metric: str, sample: dict[str, Any], task: 
     return {
         "task": task_name,
         "item": item,
-        "cluster": str(doc["cluster"]) if isinstance(doc, dict) and "cluster" in doc else item,
+        "cluster": _cluster(doc, item),
         "model": model,
         "score": float(sample[metric]),
         "answer": str(answer),

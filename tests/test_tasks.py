@@ -97,10 +97,20 @@ def test_written_answers_are_kept_as_text(files, tiny):
 
 
 def test_too_long_requests_are_told(files, tiny):
-    (files / "echo.jsonl").write_text(json.dumps({"word": "long " * 400}) + "\n")
+    (files / "echo.jsonl").write_text('{"word": "short"}\n' + json.dumps({"word": "long " * 400}) + "\n")
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
     _, _, warnings = run([files / "echo.yaml"], {"a": model}, tokenizer)
     assert warnings == ["echo: 1 requests were too long for a and were cut at their beginning"]
+
+
+def test_too_few_items_are_refused_before_a_model_is_loaded(files):
+    (files / "echo.jsonl").write_text('{"word": "sun"}\n')
+    with pytest.raises(InputError, match=r"1 items of the task .*echo.yaml, but an interval needs at least 2"):
+        load_tasks(read_tasks([str(files / "echo.yaml")]), None)
+    colours = [json.dumps({"question": "?", "choices": ["a", "b"], "answer": 0, "cluster": "one"}) + "\n"] * 5
+    (files / "colours.jsonl").write_text("".join(colours))
+    with pytest.raises(InputError, match=r"1 items of the task .*colours.yaml"):
+        load_tasks(read_tasks([str(files / "colours.yaml")]), None)
 
 
 def test_files_of(files):
