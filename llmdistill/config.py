@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmdistill.config_curate import CurateStep
+from llmdistill.config_eval import WinRate
 from llmdistill.config_export import Export
 from llmdistill.config_jobs import Jobs
 from llmdistill.config_prompts import Prompts as Prompts
@@ -233,6 +234,13 @@ class Eval(Section):
     speed: Literal["transformers", "vllm"] = "transformers"
     """The engine in which models are timed, here and by `export`: `vllm` as they will be served, reading and memory included, for
     a start of vLLM each."""
+    tasks: list[str] = []
+    """Tasks for every model: YAML files in lm-eval's format, as in configs/tasks, or names of lm-eval's own, whose data is on the
+    Hub."""
+    task_limit: int | None = Field(default=None, ge=2)
+    """The first items of each task only."""
+    win_rate: WinRate | None = None
+    """Let a judge compare the student's answers with another model's."""
 
 
 class Experiment(Section):

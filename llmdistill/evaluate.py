@@ -21,6 +21,9 @@ from llmdistill.models import check_model_exists, load_config, load_model, load_
 from llmdistill.progress import StageBar, console, say
 from llmdistill.statistics import Draws, check_clusters
 from llmdistill.student import before
+from llmdistill.task_scores import measure_tasks
+from llmdistill.tasks import files_of, load_tasks, read_tasks
+from llmdistill.win_rate import Comparison
 
 METRICS_VERSION = 2
 _COMPARED = ("kl", "top1", "nll")  # between the student and its rivals
@@ -47,6 +50,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     subjects = _subjects(experiment)
     if experiment.eval.speed == "vllm":
         serving.check_vllm("eval.speed")
+    task_files = read_tasks(experiment.eval.tasks)
     if dry_run:
         say("eval", f"would compare {', '.join(subject.name for subject in subjects)} and write {directory}")
         return
@@ -56,9 +60,13 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
     inputs = {subject.path: stage.model_fingerprint(subject.path, subject.revision) for subject in subjects}
     inputs[str(experiment.dataset_directory / MANIFEST)] = stage.sha256(experiment.dataset_directory / MANIFEST)
+    inputs |= {str(file): stage.sha256(file) for file in files_of(task_files)}
+    comparison = Comparison(experiment, experiment.eval.win_rate) if experiment.eval.win_rate else None
+    inputs |= comparison.inputs() if comparison else {}
     if stage.claim(directory, "eval", settings, inputs) == "done":
         say("eval", f"{directory} is finished")
         return
+    tasks = load_tasks(task_files, experiment.eval.task_limit)
     for subject in subjects:
         _check_vocabulary(subject, manifest)
     served = _served_by_vllm(experiment, subjects) if experiment.eval.speed == "vllm" else None
@@ -79,6 +87,8 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     metrics = _metrics(experiment, subjects, models, measured, _text_bytes(rows), draws, served)
     metrics["warnings"] = [warning] if warning else []
     _add_sequence_kl(metrics, measured, rows, draws)
+    if tasks:
+        metrics |= measure_tasks(tasks, models, tokenizer, experiment, directory)
     if experiment.eval.own_prompts:
         _add_own_text(metrics, models, rows, experiment, end_ids)
     with console.status("writing samples"):
@@ -86,6 +96,8 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         metrics["views"] = views(models, rows, tokenizer)
         rival = next(subject.name for subject in reversed(subjects) if subject.name != "student")
         metrics["examples"] = won_and_lost(measured, rows, rival)
+    if comparison:
+        metrics["win_rate"] = comparison.measure(models, rows, tokenizer, end_ids, directory)
     flat = {name: values for name, values in measured.items() if values.ndim == 1}
     names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts]
     table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], "conversation": names, **flat})

@@ -5,7 +5,7 @@ is one number for a row whatever was drawn, and costs one prefill. Scores are ke
 after an interruption or with another `min_score`, does not pay for them twice.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill import stage
-from llmdistill.config import Generate, Targets
+from llmdistill.config import Experiment, Generate, Targets, Teacher
 from llmdistill.config_curate import Judge
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, context_length
@@ -68,29 +68,56 @@ def scores_of(settings: Judge, work: Work) -> Callable[[pa.Table], Iterator[floa
     return scores
 
 
+class DigitReader:
+    """Asks a teacher for one digit of a scale, and reads its distribution over them at the first token.
+
+    Raises:
+        InputError: there is no such teacher, or a digit is no token of it.
+    """
+
+    def __init__(self, experiment: Experiment, teacher: Teacher, scale: list[int]) -> None:
+        check_model_exists(teacher.model, "teacher.model")
+        self.fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
+        self.kept = Targets(kind="topk", k=_K)
+        self.chat = Chat(experiment.model_copy(update={"teacher": teacher, "targets": self.kept}), self.fingerprint)
+        self.digits = digit_ids(self.chat.tokenizer, scale)
+        self.context = teacher.max_model_len or min(context_length(self.chat.config) or _CONTEXT, _CONTEXT)
+        self._engine: Engine | None = None
+
+    def ask(self, requests: list[Request]) -> Iterable[Completion]:
+        """The first token of every answer, in any order."""
+        if self._engine is None:
+            teacher, end_ids, seed = self.chat.experiment.teacher, self.chat.end_ids, self.chat.experiment.seed
+            with console.status("starting the judge"):
+                sampling = Generate(temperature=0, max_tokens=1)
+                self._engine = open_engine(teacher, sampling, self.kept, self.context, end_ids, seed)
+        return self._engine.generate([requests])
+
+    def probabilities(self, completion: Completion) -> dict[int, float]:
+        """Of each digit, all its tokens together."""
+        assert isinstance(completion.targets, TopK)
+        found = dict.fromkeys(sorted(set(self.digits.values())), 0.0)
+        p = np.exp(completion.targets.logprobs_NK[0].astype(np.float64))
+        for token, value in zip(completion.targets.ids_NK[0].tolist(), p.tolist(), strict=True):
+            if token in self.digits:
+                found[self.digits[token]] += value
+        return found
+
+
 class _Asked:
     """Asks the judge what it was not asked before."""
 
     def __init__(self, settings: Judge, work: Work) -> None:
         teacher = settings.teacher
-        check_model_exists(teacher.model, "teacher.model")
-        self.template = PromptTemplate(Path(settings.template))
-        unknown = [name for name in self.template.head.variables if name not in ("prompt", "answer")]
-        if unknown:
-            raise InputError(f"{settings.template}: needs the field {unknown[0]}, a judge's template gets prompt and answer")
-        fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
-        self.kept = Targets(kind="topk", k=_K)
-        self.chat = Chat(work.experiment.model_copy(update={"teacher": teacher, "targets": self.kept}), fingerprint)
-        self.digits = digit_ids(self.chat.tokenizer, settings.scale)
-        self.context = teacher.max_model_len or min(context_length(self.chat.config) or _CONTEXT, _CONTEXT)
+        self.template = read_template(settings.template, ("prompt", "answer"))
+        self.reader = DigitReader(work.experiment, teacher, settings.scale)
         self.directory = work.experiment.directory("judge") / stable_id(
-            fingerprint, teacher.engine, teacher.dtype, settings.scale
+            self.reader.fingerprint, teacher.engine, teacher.dtype, settings.scale
         )
         self.known: dict[str, Score] = {}
         for file in sorted(self.directory.glob("*.parquet")):
             found = pq.read_table(file).to_pydict()
             self.known |= dict(zip(found["question"], zip(found["score"], found["mass"], strict=True), strict=True))
-        self.engine: Engine | None = None
 
     def scores(self, rows: pa.Table) -> Iterator[Score | Failed]:
         """The score of every row."""
@@ -101,27 +128,18 @@ class _Asked:
         ]
         keys = [stable_id(question) for question in questions]
         new = {key: number for number, key in enumerate(keys) if key not in self.known}
-        prompt_ids = {key: self.chat.told_ids(questions[number], f"row {ids[number]}") for key, number in new.items()}
-        too_long = {key: len(tokens) for key, tokens in prompt_ids.items() if len(tokens) >= self.context}
+        prompt_ids = {key: self.reader.chat.told_ids(questions[number], f"row {ids[number]}") for key, number in new.items()}
+        too_long = {key: len(tokens) for key, tokens in prompt_ids.items() if len(tokens) >= self.reader.context}
         requests = [Request(new[key], tokens, 0) for key, tokens in prompt_ids.items() if key not in too_long]
         if requests:
-            self._store({keys[done.index]: (ids[done.index], self._score(done)) for done in self._ask(requests)})
+            self._store({keys[done.index]: (ids[done.index], self._score(done)) for done in self.reader.ask(requests)})
         for key in keys:
             yield Failed(f"{too_long[key]:,} tokens are too long for the judge") if key in too_long else self.known[key]
 
-    def _ask(self, requests: list[Request]) -> Iterable[Completion]:
-        if self.engine is None:
-            teacher, end_ids, seed = self.chat.experiment.teacher, self.chat.end_ids, self.chat.experiment.seed
-            with console.status("starting the judge"):
-                self.engine = open_engine(teacher, Generate(temperature=0, max_tokens=1), self.kept, self.context, end_ids, seed)
-        return self.engine.generate([requests])
-
     def _score(self, completion: Completion) -> Score:
-        assert isinstance(completion.targets, TopK)
-        digits = np.array([self.digits.get(token, -1) for token in completion.targets.ids_NK[0].tolist()])
-        p = np.exp(completion.targets.logprobs_NK[0].astype(np.float64)) * (digits >= 0)
-        mass = float(p.sum())
-        return (float(p @ digits) / mass if mass else 0.0), mass
+        p = self.reader.probabilities(completion)
+        mass = sum(p.values())
+        return (sum(digit * value for digit, value in p.items()) / mass if mass else 0.0), mass
 
     def _store(self, found: dict[str, tuple[str, Score]]) -> None:
         """Keep the scores of a group, and put them on the disk as one file."""
@@ -132,6 +150,20 @@ class _Asked:
         unfinished = self.directory / f".{name}.{stage.writer_name()}.unfinished"
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), unfinished)
         unfinished.replace(self.directory / name)
+
+
+def read_template(file: str, variables: Sequence[str]) -> PromptTemplate:
+    """A judge's template.
+
+    Raises:
+        InputError: it needs other fields than a judge's gets.
+    """
+    template = PromptTemplate(Path(file))
+    unknown = [name for name in template.head.variables if name not in variables]
+    if unknown:
+        gets = f"{', '.join(variables[:-1])} and {variables[-1]}"
+        raise InputError(f"{file}: needs the field {unknown[0]}, a judge's template gets {gets}")
+    return template
 
 
 def as_text(prompt: Messages) -> str:

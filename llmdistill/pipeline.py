@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from llmdistill.config import Experiment
+from llmdistill.tasks import read_tasks
 
 
 def stages(experiment: Experiment) -> list[str]:
@@ -20,7 +21,11 @@ def run_pipeline(experiment: Experiment, arguments: list[str]) -> None:
     Args:
         experiment: the configuration.
         arguments: the configuration file and the overrides, as they were typed.
+
+    Raises:
+        InputError: the tasks of the last stages are not usable, which is better known before the first.
     """
+    read_tasks(experiment.eval.tasks)
     for stage in stages(experiment):
         with subprocess.Popen([sys.executable, "-m", "llmdistill", stage, *arguments]) as process:
             try:

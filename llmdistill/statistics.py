@@ -89,7 +89,7 @@ def check_clusters(clusters: int, what: str, remedy: str) -> str | None:
         InputError: there are fewer than two.
     """
     if clusters < 2:
-        raise InputError(f"eval: there is {clusters} of the {what}, an interval needs at least 2 of them; {remedy}")
+        raise InputError(f"eval: {clusters} {what}, but an interval needs at least 2; {remedy}")
     if clusters < FEW:
         return f"only {clusters} {what}: with fewer than {FEW} a 95% interval is too narrow, read it as a hint"
     return None

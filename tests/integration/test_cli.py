@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -36,7 +37,9 @@ student: {{prune: {{layers: 2}}}}
 train:
   compare_text_only: true
   args: {{max_steps: 4, save_steps: 2, per_device_train_batch_size: 4, learning_rate: 1.0e-3, gradient_checkpointing: false}}
-eval: {{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4}}
+eval:
+  {{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4,
+    tasks: [configs/tasks/facts.yaml, configs/tasks/copying.yaml], task_limit: 4}}
 """
     )
     result = run_cli("run", file)
@@ -68,6 +71,26 @@ def test_run_does_it_all(finished_run):
         assert record["status"] == "done"
         assert record["inputs"]
         assert record["versions"]["llmdistill"]
+
+
+def test_tasks_are_measured(finished_run):
+    run = output(finished_run[0])
+    measured = json.loads((run / "eval/metrics.json").read_text())["tasks"]
+    assert [(task["name"], task["items"], task["chance"]) for task in measured["tasks"]] == [
+        ("facts", 4, 0.25),
+        ("copying", 4, None),
+    ]
+    assert measured["chat_template"]
+    rows = pq.read_table(run / "eval/tasks.parquet").to_pylist()
+    assert len(rows) == 2 * 4 * 4
+    names = {row["model"] for row in rows}
+    assert names == {"teacher", "student before", "student", "student, text only"}
+    for task in measured["tasks"]:
+        for name in names:
+            scores = [row["score"] for row in rows if (row["task"], row["model"]) == (task["name"], name)]
+            assert task["models"][name]["mean"] == sum(scores) / 4
+    inputs = json.loads((run / "eval/run.json").read_text())["inputs"]
+    assert {"configs/tasks/facts.yaml", "configs/tasks/facts.jsonl"} <= set(inputs)
 
 
 def test_rows_in_are_rows_out(finished_run):
@@ -283,6 +306,7 @@ WRONG = [
     (["curate", "FILE"], "run/data: no such dataset"),
     (["train", "FILE"], "run/curated: no such dataset"),
     (["eval", "FILE"], "run/curated: no such dataset"),
+    (["eval", "FILE", "--eval.tasks", "[nowhere.yaml]"], "nowhere.yaml: no such file"),
     (["report", "FILE"], "metrics.json"),
     (["inspect", "{d}"], "it has no dataset.json"),
     (["generate", "FILE", "extra"], "unexpected argument extra"),
