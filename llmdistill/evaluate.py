@@ -89,6 +89,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     _add_sequence_kl(metrics, measured, rows, draws)
     if tasks:
         metrics |= measure_tasks(tasks, models, tokenizer, experiment, directory)
+        metrics["headline"] = headline(metrics["models"], served["engine"], metrics["tasks"])
     if experiment.eval.own_prompts:
         _add_own_text(metrics, models, rows, experiment, end_ids)
     with console.status("writing samples"):
@@ -219,19 +220,22 @@ def _add_sequence_kl(metrics: dict[str, Any], measured: dict[str, Array], rows: 
         model["sequence_kl"] = draws.interval(weights * nats, weights)
 
 
-def headline(models: list[dict[str, Any]], engine: str) -> str:
+def headline(models: list[dict[str, Any]], engine: str, tasks: dict[str, Any] | None = None) -> str:
     """The one line: how much smaller and faster the student is, and what it keeps."""
     by_name = {model["name"]: model for model in models}
     teacher, student = by_name["teacher"], by_name["student"]
     smaller = 1 - student["parameters"] / teacher["parameters"]
     faster = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
     where = " in vLLM" if engine == "vllm" else ""
-    kept = student["top1"]
     size = f"{smaller:.0%} smaller" if smaller > 0 else f"{-smaller:.0%} larger" if smaller < 0 else "same size"
-    return (
-        f"{size} · {faster:.1f}× {'faster' if faster >= 1 else 'the speed'}{where} · keeps {kept['mean']:.0%} of the teacher's "
-        f"next-token choices (95% CI {100 * kept['low']:.0f} to {100 * kept['high']:.0f})"
-    )
+    keeps = "keeps " + _share(student["top1"], "the teacher's next-token choices")
+    if tasks and tasks["together"]["kept"]:
+        keeps += f" and {_share(tasks['together']['kept'], 'its task score')}"
+    return f"{size} · {faster:.1f}× {'faster' if faster >= 1 else 'the speed'}{where} · {keeps}"
+
+
+def _share(kept: dict[str, float], of: str) -> str:
+    return f"{kept['mean']:.0%} of {of} (95% CI {100 * kept['low']:.0f} to {100 * kept['high']:.0f})"
 
 
 def _subjects(experiment: Experiment) -> list[Subject]:

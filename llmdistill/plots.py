@@ -15,6 +15,7 @@ _LOSS_BOTTOM = 44
 _ROW = 58
 _LOG_FROM_RATIO = 3.0
 _MOST_POINTS = 200
+_ENDS = ("mean", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,17 @@ def fit_axis(values: Sequence[float], start: float, end: float, margin: float = 
     return Axis(low - room, high + room, start, end)
 
 
-def interval_plot(rows: Iterable[tuple[str, dict[str, float]]]) -> dict[str, Any] | None:
-    """A dot with 95% whiskers a row; None if no row has finite numbers."""
-    drawn = [(name, estimate) for name, estimate in rows if all(math.isfinite(v) for v in estimate.values())]
+def interval_plot(rows: Iterable[tuple[str, dict[str, float]]], with_zero: bool = False) -> dict[str, Any] | None:
+    """A dot with 95% whiskers a row; None if no row has finite numbers.
+
+    Args:
+        rows: names and estimates.
+        with_zero: they are differences, and where there is none belongs into the figure.
+    """
+    drawn = [(name, estimate) for name, estimate in rows if all(math.isfinite(estimate[key]) for key in _ENDS)]
     if not drawn:
         return None
-    axis = fit_axis([v for _, estimate in drawn for v in estimate.values()], 2, WIDTH - 2)
+    axis = fit_axis([estimate[key] for _, estimate in drawn for key in _ENDS] + [0.0] * with_zero, 2, WIDTH - 2)
     rows_xy = [
         {
             "name": name,
@@ -64,7 +70,15 @@ def interval_plot(rows: Iterable[tuple[str, dict[str, float]]]) -> dict[str, Any
         for number, (name, estimate) in enumerate(drawn)
     ]
     bottom = _ROW * len(drawn) + 2
-    return {"width": WIDTH, "height": bottom + 46, "bottom": bottom, "rows": rows_xy, "ticks": axis.ticks(), "log": axis.log}
+    return {
+        "width": WIDTH,
+        "height": bottom + 46,
+        "bottom": bottom,
+        "rows": rows_xy,
+        "ticks": axis.ticks(),
+        "log": axis.log,
+        "zero": axis.place(0.0) if with_zero else None,
+    }
 
 
 def group_plot(curves: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> dict[str, Any] | None:

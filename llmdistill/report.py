@@ -67,12 +67,17 @@ def _view(experiment: Experiment) -> Json:
         "teacher_name": Path(models["teacher"]["path"]).name,
         "held_out": metrics["held_out"],
         "decoding": metrics["decoding"],
+        "warnings": metrics.get("warnings", []),
         "samples": metrics["samples"],
         "cards": _cards(models["teacher"], models["student"]),
+        "tasks": metrics.get("tasks"),
+        "kept_plot": _kept_plot(metrics.get("tasks")),
+        "judged": metrics.get("win_rate"),
+        "exports": _exports(experiment),
         "profiles": _profiles(models),
         "measures": list(_measures(metrics["models"])),
         "own_text": metrics.get("own_text"),
-        "sizes": size_plot((name, (model["bytes"] or 0) / 1e6, percent(model["top1"])) for name, model in models.items()),
+        "sizes": size_plot([(name, (model["bytes"] or 0) / 1e6, percent(model["top1"])) for name, model in models.items()]),
         "views": [_view_of_tokens(view) for view in metrics["views"]],
         "examples": metrics["examples"],
         "intervals": interval_plot((name, model["kl"]) for name, model in models.items() if name != "teacher"),
@@ -119,6 +124,26 @@ def _cards(teacher: Json, student: Json) -> list[Json]:
             "note": f"95% CI {low} to {high}",
         },
     ]
+
+
+def _kept_plot(tasks: Json | None) -> Json | None:
+    """The student's differences to the teacher on every task, in percentage points, as a figure."""
+    if not tasks:
+        return None
+    rows = []
+    for entry in [*tasks["tasks"], {"name": "all together", **tasks["together"]}]:
+        difference = next(d for d in entry["differences"] if d["against"] == "teacher")
+        rows.append((entry["name"], percent(difference)))
+    return interval_plot(rows, with_zero=True)
+
+
+def _exports(experiment: Experiment) -> list[Json]:
+    """What `export` has written, each with what it lost and, where it was served, what it costs there."""
+    found = read_json(experiment.directory("export") / "export.json")
+    if not found:
+        return []
+    served = {entry["name"]: entry for entry in (found.get("serving") or {}).get("models", [])}
+    return [{**made, "served": served.get(made["name"])} for made in found["formats"]]
 
 
 def _profiles(models: dict[str, Json]) -> Json:
@@ -301,10 +326,11 @@ def _lineage(experiment: Experiment) -> Json:
             experiment.directory("student"),
             experiment.directory("student-text-only"),
             experiment.directory("eval"),
+            experiment.directory("export"),
         )
     ):
         run = read_json(directory / RUN_FILE)
-        if run is not None or directory.name not in ("prompts", "student-text-only"):
+        if run is not None or directory.name not in ("prompts", "student-text-only", "export"):
             stages.append({"directory": str(directory), "name": directory.name, "run": run})
     found = sorted(
         (package, version, stage["name"])

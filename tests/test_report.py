@@ -47,6 +47,25 @@ def hostile_token() -> dict[str, Any]:
     return {"text": HOSTILE, "kl": 1.25, "teacher": guesses, "student": guesses}
 
 
+def tasks(names: list[str]) -> dict[str, Any]:
+    """As `task_scores.summarise` gives it."""
+    means = {name: interval(0.5, 0.4, 0.6) for name in names}
+    against = {"of": "student", "against": "teacher", **interval(-0.1, -0.2, 0.05)}
+    test = {"only_first": 3, "only_second": 9, "p": 0.02, "p_holm": 0.04, "test": "exact binomial"}
+    entry = {"name": "<b>|facts", "chance": 0.25, "items": 120, "models": means, "kept": interval(0.9, 0.8, 1.0)}
+    kept = {"kept": interval(0.925, 0.85, 0.99), "kept_above_chance": None}
+    together = {"tasks": 1, "items": 120, "models": means, "differences": [against], **kept}
+    described = [{**entry, "differences": [{**against, "mcnemar": test}]}]
+    return {"limit": 120, "warnings": [], "tasks": described, "together": together}
+
+
+def judged() -> dict[str, Any]:
+    """As `win_rate.Comparison` gives it."""
+    counts = {"prompts": 20, "wins": 3, "ties": 10, "losses": 7, "orders_agree": 0.6}
+    rates = {"win_rate": interval(0.4, 0.3, 0.5), "length_controlled": interval(0.45, 0.33, 0.57)}
+    return {"against": "teacher", "judge": {"model": "<judge>"}, "warnings": ["the judge is <small>"], **counts, **rates}
+
+
 def metrics() -> dict[str, Any]:
     names = ["teacher", "student before", "student", "student, text only"]
     return {
@@ -64,6 +83,8 @@ def metrics() -> dict[str, Any]:
         ],
         "decoding": {"engine": "transformers", "batch": 8, "new_tokens": 64, "rounds": 3},
         "own_text": {"prompts": 24, "max_tokens": 64},
+        "tasks": tasks(names),
+        "win_rate": judged(),
         "views": [{"prompt": HOSTILE, "tokens": [hostile_token(), {**hostile_token(), "text": " sea", "kl": 0.01}]}],
         "examples": {
             "rival": "student, text only",
@@ -90,6 +111,10 @@ def write_run(directory: Path) -> None:
         run = {"stage": stage, "status": "done", "started": "2026-11-23T18:28:49Z", "finished": "2026-11-23T18:30:04Z"}
         run |= {"seed": 7, "git": None, "versions": {"torch": "2.13.0"}, "inputs": {"a|<script>b": "feed" * 16}}
         write(directory / name / "run.json", run)
+    served = {"name": "w8a8", "decode": {"median": 321.0, "low": 300.0, "high": 345.0}, "peak_bytes": 1_500_000_000}
+    made = {"name": "w8a8", "path": "x/<export>|/w8a8", "bytes": 110_000_000}
+    made |= {"kl": interval(0.017, 0.015, 0.018), "top1": interval(0.92, 0.91, 0.93)}
+    write(directory / "export/export.json", {"formats": [made], "serving": {"models": [served]}})
     shards = [("train", 120, 9000), ("train", 63, 5900), ("test", 48, 3903)]
     write(
         directory / "curated/dataset.json",
@@ -206,7 +231,7 @@ def test_markdown_has_headline_table_and_safe_text(experiment: Experiment) -> No
     assert not re.search(r"(?<!\\)<", outside)
     tables = [line for line in outside.splitlines() if line.startswith("| ")]
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
-    assert set(widths) == {8, 6, 4, 3, 5}
+    assert set(widths) == {8, 7, 6, 4, 3, 5}
     assert "`````text\n" + HOSTILE + "\n`````" in text
 
 
@@ -220,6 +245,10 @@ def test_the_page_shows_where_the_student_differs(experiment: Experiment) -> Non
     assert "length of its own answerstokens 40.2030.10–50.70" in shown
     assert "probability of the end where the teacher ended" not in shown, "nobody measured it"
     assert re.findall(r'class="token (s\d)" tabindex', page) == ["s4", "s0"]
+    assert "Over 1 tasks of 120 items the student keeps 92% of the teacher’s score (95% interval 85–99)." in shown
+    assert "<b>|facts12025 5040–60" in shown
+    assert "Against the teacher the student wins 40% (95% interval 30–50); at equal length 45% (33–57)." in shown
+    assert "x/<export>|/w8a8110 MB0.0170.015–0.0189291–93 321300–3451.5 GB" in shown
     assert "On 75% of the held-out answers the student is closer" in shown
     assert "| calibration error against the teacher, % ↓ | 2 (1–3) |" in text
 
