@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmdistill import stage
@@ -191,15 +192,11 @@ def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:
     n = int(judged.sum())
     counted = {"prompts": n, "without_verdict": len(judged) - n}
     try:
-        warning = check_clusters(
-            n, "prompts with a verdict in both orders", "choose another judge, or more eval.win_rate.prompts"
-        )
+        warning = check_clusters(n, "prompts with two verdicts", "choose another judge, or raise eval.win_rate.prompts")
     except InputError as error:  # found out at the very end: what else was measured is not thrown away
         return {**counted, "win_rate": None, "length_controlled": None, "warning": str(error)}
     outcome = ((first + second) / 2)[judged]
-    lengths = [
-        np.array([len(text) for text in table[name].to_pylist()], dtype=np.float64)[judged] for name in ("student", "rival")
-    ]
+    lengths = [pc.utf8_length(table[name]).to_numpy()[judged].astype(np.float64) for name in ("student", "rival")]
     draws = draw_clusters(n, resamples, seed)
     whole = np.ones((1, n))
     longer = lengths[0] - lengths[1]
