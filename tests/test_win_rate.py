@@ -118,7 +118,8 @@ def test_the_teacher_as_its_own_judge_is_told(tiny, tmp_path, monkeypatch):
 
 
 def test_only_the_first_of_a_prompts_rows_counts(tiny, tmp_path):
-    rows = [{"id": str(n), "prompt": [{"role": "user", "content": text}]} for n, text in enumerate("aabcd")]
+    prompts = [np.array([{"role": np.str_("user"), "content": np.str_(text)}]) for text in "aabcd"]  # as a dataset may give them
+    rows = [{"id": str(n), "prompt": prompt} for n, prompt in enumerate(prompts)]
     assert [row["id"] for row in win_rate._distinct(rows, 3)] == ["0", "2", "3"]
 
 

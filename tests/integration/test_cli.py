@@ -39,7 +39,8 @@ train:
   args: {{max_steps: 4, save_steps: 2, per_device_train_batch_size: 4, learning_rate: 1.0e-3, gradient_checkpointing: false}}
 eval:
   {{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4,
-    tasks: [configs/tasks/facts.yaml, configs/tasks/copying.yaml], task_limit: 4}}
+    tasks: [configs/tasks/facts.yaml, configs/tasks/copying.yaml], task_limit: 4,
+    win_rate: {{judge: {{model: {tiny}, engine: transformers}}, prompts: 3, max_tokens: 2}}}}
 """
     )
     result = run_cli("run", file)
@@ -91,6 +92,14 @@ def test_tasks_are_measured(finished_run):
             assert task["models"][name]["mean"] == sum(scores) / 4
     inputs = json.loads((run / "eval/run.json").read_text())["inputs"]
     assert {"configs/tasks/facts.yaml", "configs/tasks/facts.jsonl"} <= set(inputs)
+
+
+def test_a_judge_that_is_no_judge_is_told(finished_run):
+    run = output(finished_run[0])
+    measured = json.loads((run / "eval/metrics.json").read_text())["win_rate"]
+    assert measured["prompts"] + measured["without_verdict"] == 3
+    assert measured["warnings"][0].startswith("the judge is the teacher itself")
+    assert len(pq.read_table(run / "eval/verdicts.parquet")) == 3
 
 
 def test_rows_in_are_rows_out(finished_run):
