@@ -26,11 +26,15 @@ $(TEACHER): .venv/.ready
 demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml
 
-test: check $(TEACHER)
-	$(BIN)/python -m pytest
+test: check $(TEACHER) .torchao
+	PYTHONPATH=.torchao $(BIN)/python -m pytest
 
-test-fast: $(TEACHER)
-	$(BIN)/python -m pytest --ignore=tests/integration
+test-fast: $(TEACHER) .torchao
+	PYTHONPATH=.torchao $(BIN)/python -m pytest --ignore=tests/integration
+
+# Beside the environment, not in it: transformers imports it wherever it finds it, and on a CPU it complains of its GPU parts.
+.torchao: .venv/.ready
+	$(PIP) --target $@ torchao==0.18.0
 
 # Beside the environment, not in it: accelerate imports DeepSpeed wherever it finds it. Needs a C++ compiler.
 .deepspeed: .venv/.ready
@@ -52,4 +56,4 @@ check: .venv/.ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .deepspeed .llmcompressor models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .deepspeed .llmcompressor .torchao models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

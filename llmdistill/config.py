@@ -49,6 +49,13 @@ class Generate(Sampling):
         return whole and self.temperature > 0 and self.top_p == 1 and self.top_k == 0
 
     @property
+    def unused(self) -> set[str]:
+        """Fields of what is not asked for, which need not be said of a dataset."""
+        fields = ("min_tokens", "json_schema", "thinking")
+        left = {name for name in fields if getattr(self, name) == type(self).model_fields[name].default}
+        return left | ({"thinking_end"} if self.thinking == "kept" else set())
+
+    @property
     def rereads(self) -> bool:
         """Whether what is stored has to be read again, because the teacher wrote it seeing something else."""
         return self.json_schema is not None or self.thinking == "removed"

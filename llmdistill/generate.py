@@ -145,7 +145,8 @@ class _Prompts:
         )
 
     def description(self) -> dict[str, Any]:
-        return {"sampling": self.sampling.model_dump(exclude={"rows_per_shard"}), "prompts": self.steps}
+        sampling = self.sampling.model_dump(exclude={"rows_per_shard"} | self.sampling.unused)
+        return {"sampling": sampling, "prompts": self.steps}
 
 
 class _Requests(Sequence[Request]):

@@ -381,11 +381,12 @@ def tokens_per_second(model: Json) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
-def estimate(interval: Json, factor: float = 1) -> tuple[str, str]:
+def estimate(interval: Json, factor: float = 1, least: int | None = None) -> tuple[str, str]:
     """The mean, and `low–high` with the digits that the interval's width warrants; no interval where it has no width."""
     mean, low, high = (factor * interval[key] for key in ("mean", "low", "high"))
-    digits = _digits(low, high, 2 if factor == 1 else 0)
-    return f"{mean:.{digits}f}", "" if low == high else f"{low:.{digits}f}–{high:.{digits}f}"
+    digits = _digits(low, high, (2 if factor == 1 else 0) if least is None else least)
+    mean_text, low_text, high_text = (f"{value:.{digits}f}".replace("-", "−") for value in (mean, low, high))
+    return mean_text, "" if low == high else low_text + (" to " if low < 0 else "–") + high_text
 
 
 def moment(stamp: str | None) -> str:

@@ -245,7 +245,7 @@ def test_the_page_shows_where_the_student_differs(experiment: Experiment) -> Non
     assert "length of its own answerstokens 40.2030.10–50.70" in shown
     assert "probability of the end where the teacher ended" not in shown, "nobody measured it"
     assert re.findall(r'class="token (s\d)" tabindex', page) == ["s4", "s0"]
-    assert "Over 1 tasks of 120 items the student keeps 92% of the teacher’s score (95% interval 85–99)." in shown
+    assert "Over 1 tasks with 120 items the student keeps 92% of the teacher’s score (95% interval 85–99)." in shown
     assert "<b>|facts12025 5040–60" in shown
     assert "Against the teacher the student wins 40% (95% interval 30–50); at equal length 45% (33–57)." in shown
     assert "x/<export>|/w8a8110 MB0.0170.015–0.0189291–93 321300–3451.5 GB" in shown
