@@ -53,7 +53,7 @@ class Slurm(Resources):
     """More options of sbatch, without their dashes: {qos: high}."""
     accelerate: str | None = None
     """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU or node is asked for."""
-    stages: dict[Literal["prompts", "generate", "score", "curate", "prune", "train", "eval", "report"], Resources] = {}
+    stages: dict[Literal["prompts", "generate", "score", "curate", "prune", "train", "eval", "export", "report"], Resources] = {}
     """What a stage asks for where it is not the same: {train: {nodes: 2}}."""
 
     def of(self, stage: str) -> Resources:
