@@ -129,7 +129,7 @@ def test_the_pipeline_as_jobs_makes_what_a_local_run_makes(cluster, tiny, tmp_pa
     file = write_experiment(tiny, tmp_path)
     slow = ["--generate.rows_per_shard", 2, "--generate.max_tokens", 60]
     local, output = tmp_path / "local", tmp_path / "it's a run; $(touch hacked)"
-    assert run_cli("generate", file, *slow, "--output", local).returncode == 0
+    assert run_cli("generate", file, *slow, "--output", local, OMP_NUM_THREADS="1").returncode == 0
     submitted = run_cli("submit", file, *slow, "--output", output, *settings(), **cluster)
     assert submitted.returncode == 0, submitted.stderr
     again = run_cli("submit", file, *slow, "--output", output, *settings(), **cluster)
