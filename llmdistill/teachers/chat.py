@@ -12,7 +12,7 @@ from llmdistill.teachers import check_engine
 from llmdistill.template import Messages
 
 _DETERMINISM = {
-    "transformers": "bit-exact: the same configuration on the same machine, with the same versions and threads, gives the same bytes",
+    "transformers": "bit-exact: the same configuration, machine, versions and number of threads give the same bytes",
     "server": "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched",
     "vllm": "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched",
 }
