@@ -37,7 +37,7 @@ def compare(directories: list[Path], out: Path) -> None:
     metrics = [read_metrics(directory / "eval" / "metrics.json") for directory in directories]
     students = [next(model for model in found["models"] if model["name"] == "student") for found in metrics]
     sums, draws = _same_rows(directories)
-    differences = _differences(names, sums, draws)
+    differences = _differences(sums, draws)
     view = {
         "runs": [
             {"name": name, "directory": str(directory), "student": student, "difference": difference}
@@ -97,7 +97,7 @@ def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:
     ], draws
 
 
-def _differences(names: list[str], sums: list[Json], draws: Draws) -> list[Json]:
+def _differences(sums: list[Json], draws: Draws) -> list[Json]:
     """Each run but the first, minus the first: paired intervals, and p of the KL by the bootstrap, adjusted by Holm."""
     tokens = sums[0]["tokens"]
     found: list[Json] = [

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from llmdistill.fidelity import ENTROPIES, MEASURES, POSITIONS, Array, fidelity,
 from llmdistill.importance import effective_sample_size, importance, log_importance
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
-from llmdistill.statistics import Draws, check_clusters
+from llmdistill.serving import Served
+from llmdistill.statistics import Draws, check_clusters, percentile_interval
 from llmdistill.student import before
 from llmdistill.task_scores import measure_tasks
 from llmdistill.tasks import files_of, load_tasks, read_tasks
@@ -28,16 +29,6 @@ from llmdistill.win_rate import Comparison
 METRICS_VERSION = 2
 _COMPARED = ("kl", "top1", "nll")  # between the student and its rivals
 _FEWEST = 5  # conversations that a group of positions must be in
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model under measurement."""
-
-    name: str
-    path: str
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
@@ -69,14 +60,14 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     tasks = load_tasks(task_files, experiment.eval.task_limit)
     for subject in subjects:
         _check_vocabulary(subject, manifest)
+    rows = load_dataset(experiment.dataset_directory, "test")
+    prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
+    warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     served = _served_by_vllm(experiment, subjects) if experiment.eval.speed == "vllm" else None
     with console.status("loading the models"):
-        rows = load_dataset(experiment.dataset_directory, "test")
         models = {s.name: load_model(s.path, s.revision, "auto", s.trust_remote_code, f"the model `{s.name}`") for s in subjects}
         teacher = experiment.teacher
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
-        prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
-    warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
 
     stage.begin(directory, "eval", settings, inputs, experiment.seed)
     end_ids = manifest["tokenizer"]["end_token_ids"]
@@ -113,7 +104,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
 
 def _metrics(
     experiment: Experiment,
-    subjects: list[Subject],
+    subjects: list[Served],
     models: dict[str, Any],
     measured: dict[str, Array],
     text_bytes: Array,
@@ -167,10 +158,10 @@ def _groups(name: str, measured: dict[str, Array], draws: Draws) -> dict[str, An
         found[f"kl_by_{by}"] = [
             {"from": begin, "tokens": int(tokens.sum()), **draws.interval(sums, tokens)}
             for begin, sums, tokens in zip(begins, sums_RG.T, tokens_RG.T, strict=True)
-            if np.count_nonzero(np.bincount(draws.cluster, tokens)) >= _FEWEST
+            if np.count_nonzero(draws.sums(tokens)) >= _FEWEST
         ]
     ended, tokens = measured["ended"], measured["tokens"]
-    if np.count_nonzero(np.bincount(draws.cluster, ended)) >= _FEWEST:
+    if np.count_nonzero(draws.sums(ended)) >= _FEWEST:
         found["end"] = draws.interval(measured[f"{name} end"], ended)
     found["early_end"] = draws.interval(measured[f"{name} early"], tokens - ended)
     found["calibration_error"] = _calibration(measured[f"{name} confidence"], measured[f"{name} truth"], tokens, draws)
@@ -179,11 +170,9 @@ def _groups(name: str, measured: dict[str, Array], draws: Draws) -> dict[str, An
 
 def _calibration(confidence_RG: Array, truth_RG: Array, tokens: Array, draws: Draws) -> dict[str, float]:
     """How far q of the model's choice is from p of it: Σ |confidence − truth| over groups of positions by that q."""
-    gap_CG = np.stack([np.bincount(draws.cluster, gap) for gap in (confidence_RG - truth_RG).T], axis=1)
-    tokens_C = np.bincount(draws.cluster, tokens)
-    resampled = np.abs(draws.draws @ gap_CG).sum(1) / (draws.draws @ tokens_C)
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return {"mean": float(np.abs(gap_CG.sum(0)).sum() / tokens.sum()), "low": float(low), "high": float(high)}
+    gap_CG = np.stack([draws.sums(gap) for gap in (confidence_RG - truth_RG).T], axis=1)
+    resampled = np.abs(draws.draws @ gap_CG).sum(1) / (draws.draws @ draws.sums(tokens))
+    return asdict(percentile_interval(np.abs(gap_CG.sum(0)).sum() / tokens.sum(), resampled))
 
 
 def _add_own_text(metrics: dict[str, Any], models: dict[str, Any], rows: Any, experiment: Experiment, end_ids: list[int]) -> None:
@@ -238,25 +227,21 @@ def _share(kept: dict[str, float], of: str) -> str:
     return f"{kept['mean']:.0%} of {of} (95% CI {100 * kept['low']:.0f} to {100 * kept['high']:.0f})"
 
 
-def _subjects(experiment: Experiment) -> list[Subject]:
+def _subjects(experiment: Experiment) -> list[Served]:
     teacher = experiment.teacher
     found = [
-        Subject("teacher", teacher.model, teacher.revision, teacher.trust_remote_code),
-        Subject("student before", *before(experiment)),
-        Subject("student", str(experiment.directory("student"))),
+        Served("teacher", teacher.model, teacher.revision, teacher.trust_remote_code, teacher.tensor_parallel_size),
+        Served("student before", *before(experiment)),
+        Served("student", str(experiment.directory("student"))),
     ]
     if experiment.train.compare_text_only:
-        found.append(Subject("student, text only", str(experiment.directory("student-text-only"))))
+        found.append(Served("student, text only", str(experiment.directory("student-text-only"))))
     return found
 
 
-def _served_by_vllm(experiment: Experiment, subjects: list[Subject]) -> dict[str, Any]:
+def _served_by_vllm(experiment: Experiment, subjects: list[Served]) -> dict[str, Any]:
     """The cost of every model in vLLM, before it is loaded here: they might not fit into the memory together."""
-    wide = experiment.teacher.tensor_parallel_size
-    models = [
-        serving.Served(s.name, s.path, s.revision, s.trust_remote_code, wide if s.name == "teacher" else 1) for s in subjects
-    ]
-    served = serving.by_vllm(models, experiment.eval.batch_size, experiment.eval.sample_tokens)
+    served = serving.by_vllm(subjects, experiment.eval.batch_size, experiment.eval.sample_tokens)
     for entry in served["models"]:
         if "failed" in entry:
             raise InputError(
@@ -266,7 +251,7 @@ def _served_by_vllm(experiment: Experiment, subjects: list[Subject]) -> dict[str
     return served
 
 
-def _check_vocabulary(subject: Subject, manifest: dict[str, Any]) -> None:
+def _check_vocabulary(subject: Served, manifest: dict[str, Any]) -> None:
     size = load_config(subject.path, subject.revision, subject.trust_remote_code, subject.name).get_text_config().vocab_size
     if size != manifest["tokenizer"]["vocab_size"]:
         raise InputError(
@@ -275,7 +260,7 @@ def _check_vocabulary(subject: Subject, manifest: dict[str, Any]) -> None:
         )
 
 
-def _differences(subjects: list[Subject], measured: dict[str, Array], draws: Draws) -> Iterator[dict[str, Any]]:
+def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draws) -> Iterator[dict[str, Any]]:
     """The student minus each of its rivals, on the same rows and draws."""
     for rival in subjects:
         if rival.name.startswith("student") and rival.name != "student":

@@ -11,7 +11,7 @@ _VIEWED, _VIEWED_TOKENS = 3, 96  # texts shown token by token, and how much of e
 _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 600
 
 
-def as_text(prompt: list[dict[str, str]]) -> str:
+def _question(prompt: list[dict[str, str]]) -> str:
     """A prompt without its system message."""
     return "\n".join(message["content"] for message in prompt if message["role"] != "system")
 
@@ -24,7 +24,7 @@ def samples(models: dict[str, Any], rows: Any, tokenizer: Any, count: int, new_t
     seen: set[str] = set()
     for row in rows:
         prompt_ids = np.asarray(row["input_ids"])[: int(row["completion_start"])]
-        question = as_text(row["prompt"])
+        question = _question(row["prompt"])
         if len(found) == count or question in seen:
             continue
         seen.add(question)
@@ -46,7 +46,7 @@ def views(models: dict[str, Any], rows: Any, tokenizer: Any) -> list[dict[str, A
     chosen = [order[(2 * number + 1) * len(order) // (2 * _VIEWED)] for number in range(min(_VIEWED, len(order)))]
     return [
         {
-            "prompt": as_text(rows[number]["prompt"]),
+            "prompt": _question(rows[number]["prompt"]),
             "tokens": [
                 asdict(t) for t in token_view(models["teacher"], models["student"], rows[number], tokenizer, _VIEWED_TOKENS)
             ],
@@ -64,7 +64,7 @@ def won_and_lost(measured: dict[str, Array], rows: Any, rival: str) -> dict[str,
     def shown(numbers: Array) -> list[dict[str, Any]]:
         return [
             {
-                "prompt": as_text(rows[int(number)]["prompt"])[:_EXAMPLE_CHARACTERS],
+                "prompt": _question(rows[int(number)]["prompt"])[:_EXAMPLE_CHARACTERS],
                 "text": rows[int(number)]["completion"][0]["content"][:_EXAMPLE_CHARACTERS],
                 "student": float(mine[number]),
                 "rival": float(theirs[number]),

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from llmdistill.models import continue_prompts
+
 Array = np.ndarray[Any, Any]
 Report = Callable[[int, int], None]
 
@@ -112,15 +114,8 @@ def own_text(model: Any, rows: Any, count: int, new_tokens: int, end_ids: Sequen
     torch.manual_seed(seed)
     for first in range(0, len(prompts), 32):
         batch = prompts[first : first + 32]
-        width = max(map(len, batch))
-        ids_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in batch], device=model.device)
-        mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
-        with torch.inference_mode():
-            output_BT = model.generate(
-                ids_BT, attention_mask=mask_BT, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=new_tokens, eos_token_id=list(end_ids), pad_token_id=end_ids[0],
-            ).cpu()  # fmt: skip
-        for ids, answer in zip(batch, output_BT[:, width:].numpy(), strict=True):
+        answers_BT = continue_prompts(model, batch, new_tokens, end_ids, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        for ids, answer in zip(batch, answers_BT.numpy(), strict=True):
             ends = np.flatnonzero(np.isin(answer, end_ids))
             answer = answer[: ends[0] + 1] if len(ends) else answer
             found.append({"input_ids": np.array([*ids, *answer]), "completion_start": len(ids), "ended": len(ends) > 0})

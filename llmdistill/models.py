@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,29 @@ def load_model(
         how |= {"quantization_config": quantization_config, "device_map": {"": place}}
     loaded = _found(model, key, lambda: AutoModelForCausalLM.from_pretrained(model, **how))
     return (loaded if quantization_config is not None else loaded.to(device)).eval()
+
+
+def continue_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int], **how: Any
+) -> Any:
+    """What a model writes after prompts of any lengths, in one batch; shape (B, T), on the CPU, padded behind the end tokens.
+
+    Args:
+        model: as `load_model` gives it.
+        prompts: token ids.
+        max_new_tokens: where an answer is cut.
+        end_ids: the tokens that end one; those of the model's own generation configuration if there are none.
+        how: more arguments of `generate`.
+    """
+    import torch
+
+    width = max(map(len, prompts))
+    ids_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    ends: dict[str, Any] = {"eos_token_id": list(end_ids) or None, "pad_token_id": end_ids[0] if end_ids else 0}
+    with torch.inference_mode():
+        output_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, **ends, **how)
+    return output_BT[:, width:].cpu()
 
 
 def check_fits(model: str, key: str, device: str) -> None:

@@ -94,7 +94,6 @@ def group_plot(curves: dict[str, list[dict[str, Any]]], names: Sequence[str]) ->
         return None
     bottom = _LOSS_HEIGHT - _LOSS_BOTTOM
     up = fit_axis([max(value, 1e-6) for value in values], bottom, 10)
-    low = up.low if up.log else min(up.low, 0)
     wide = (WIDTH - 10 - _LOSS_LEFT) / len(names)
     lines = []
     for number, (name, groups) in enumerate(drawn.items()):
@@ -102,21 +101,13 @@ def group_plot(curves: dict[str, list[dict[str, Any]]], names: Sequence[str]) ->
         points = [
             {
                 "x": round(_LOSS_LEFT + wide * (group["group"] + 0.5) + aside, 1),
-                **{key: up.place(max(group[key], low, 1e-6)) for key in ("mean", "low", "high")},
+                **{key: up.place(max(group[key], 1e-6)) for key in ("mean", "low", "high")},
             }
             for group in groups
         ]
         lines.append({"name": name, "points": points, "line": "M" + "L".join(f"{p['x']} {p['mean']}" for p in points)})
-    return {
-        "width": WIDTH,
-        "height": _LOSS_HEIGHT,
-        "left": _LOSS_LEFT,
-        "bottom": bottom,
-        "lines": lines,
-        "x_ticks": [(round(_LOSS_LEFT + wide * (number + 0.5), 1), name) for number, name in enumerate(names)],
-        "y_ticks": up.ticks(),
-        "log": up.log,
-    }
+    middles = [(round(_LOSS_LEFT + wide * (number + 0.5), 1), name) for number, name in enumerate(names)]
+    return {"lines": lines, **_frame(middles, up)}
 
 
 def size_plot(points: Iterable[tuple[str, float, dict[str, float]]]) -> dict[str, Any] | None:
@@ -132,15 +123,7 @@ def size_plot(points: Iterable[tuple[str, float, dict[str, float]]]) -> dict[str
         {"name": name, "x": across.place(size), **{key: up.place(estimate[key]) for key in ("mean", "low", "high")}}
         for name, size, estimate in drawn
     ]
-    return {
-        "width": WIDTH,
-        "height": _LOSS_HEIGHT,
-        "left": _LOSS_LEFT,
-        "bottom": bottom,
-        "dots": dots,
-        "x_ticks": across.ticks(),
-        "y_ticks": up.ticks(),
-    }
+    return {"dots": dots, **_frame(across.ticks(), up)}
 
 
 def loss_plot(curves: dict[str, list[Point]]) -> dict[str, Any] | None:
@@ -160,16 +143,13 @@ def loss_plot(curves: dict[str, list[Point]]) -> dict[str, Any] | None:
         }
         for name, points in drawn.items()
     ]
-    return {
-        "width": WIDTH,
-        "height": _LOSS_HEIGHT,
-        "left": _LOSS_LEFT,
-        "bottom": bottom,
-        "lines": lines,
-        "x_ticks": across.ticks(),
-        "y_ticks": up.ticks(),
-        "log": up.log,
-    }
+    return {"lines": lines, **_frame(across.ticks(), up)}
+
+
+def _frame(x_ticks: list[tuple[float, str]], up: Axis) -> dict[str, Any]:
+    """What every figure with two axes is drawn in."""
+    size = {"width": WIDTH, "height": _LOSS_HEIGHT, "left": _LOSS_LEFT, "bottom": up.start}
+    return {**size, "x_ticks": x_ticks, "y_ticks": up.ticks(), "log": up.log}
 
 
 def fit_axis_linear(values: Sequence[float], start: float, end: float) -> Axis:

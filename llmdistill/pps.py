@@ -10,6 +10,7 @@ weigh 1/n each, is arXiv 2503.16870.)
 import torch
 from torch import Tensor
 
+_ROWS = 256  # at a time: their probabilities are held once more, 0.6 MB a row of 150,000 tokens
 _BLOCK = 64  # tokens, of which only the sum or the largest is looked at first
 
 
@@ -50,7 +51,8 @@ def most_likely(logprobs_NV: Tensor, k: int) -> Tensor:
 
 def sample_with_replacement(logprobs_NV: Tensor, uniform_Nn: Tensor) -> Tensor:
     """N independent draws at each position, one for each random number; shape (N, n), a token as often as it was drawn."""
-    return _search(logprobs_NV.exp(), uniform_Nn)
+    parts = zip(logprobs_NV.split(_ROWS), uniform_Nn.split(_ROWS), strict=True)
+    return torch.cat([_search(logprobs.exp(), uniform) for logprobs, uniform in parts])
 
 
 def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
@@ -64,6 +66,11 @@ def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
     Returns:
         Their ids, shape (N, n); those with p ≥ τ first, most likely first.
     """
+    parts = zip(logprobs_NV.split(_ROWS), uniform_N.split(_ROWS), strict=True)
+    return torch.cat([_sample(logprobs, n, uniform) for logprobs, uniform in parts])
+
+
+def _sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
     top_Nn = most_likely(logprobs_NV, n)
     p_NV = logprobs_NV.exp()
     p_Nn = p_NV.gather(1, top_Nn)

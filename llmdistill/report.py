@@ -149,9 +149,9 @@ def _exports(experiment: Experiment) -> list[Json]:
 def _profiles(models: dict[str, Json]) -> Json:
     """The KL by position and by the teacher's entropy, of every model but the teacher, as figures."""
     found = {}
-    for by, unit in (("position", ""), ("entropy", "")):
+    for by in ("position", "entropy"):
         begins = sorted({group["from"] for model in models.values() for group in model[f"kl_by_{by}"]})
-        names = [f"{begin:g}{unit}–" for begin in begins]
+        names = [f"{begin:g}–" for begin in begins]
         curves = {
             name: [{"group": begins.index(group["from"]), **group} for group in model[f"kl_by_{by}"]]
             for name, model in models.items()

@@ -24,7 +24,7 @@ _ENGINE_BYTES = 3 << 30  # that vLLM takes beside twice the weights, generously
 
 @dataclass(frozen=True)
 class Served:
-    """A model to serve."""
+    """A model whose cost is measured; `revision` is of the Hub."""
 
     name: str
     path: str

@@ -154,10 +154,14 @@ class Draws:
         cluster = cluster_numbers(conversations)
         return cls(cluster, draw_clusters(int(cluster.max()) + 1, resamples, seed))
 
+    def sums(self, values: Array) -> Array:
+        """Of the rows of each conversation."""
+        return np.bincount(self.cluster, values)
+
     def interval(self, sums: Array, counts: Array) -> dict[str, float]:
         """The ratio of two sums over rows, with its interval."""
-        return asdict(mean_interval(np.bincount(self.cluster, sums), np.bincount(self.cluster, counts), self.draws))
+        return asdict(mean_interval(self.sums(sums), self.sums(counts), self.draws))
 
     def resampled(self, sums: Array, counts: Array) -> Array:
         """The ratio of two sums over rows in every resample."""
-        return resampled_means(np.bincount(self.cluster, sums), np.bincount(self.cluster, counts), self.draws)
+        return resampled_means(self.sums(sums), self.sums(counts), self.draws)

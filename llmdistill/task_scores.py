@@ -14,15 +14,12 @@ import pyarrow.parquet as pq
 from llmdistill.config import Experiment
 from llmdistill.statistics import (
     Array,
+    Draws,
     check_clusters,
-    cluster_numbers,
     clusters_needed,
-    draw_clusters,
     holm,
     mcnemar,
-    mean_interval,
     percentile_interval,
-    resampled_means,
 )
 from llmdistill.tasks import About, run_tasks
 
@@ -76,18 +73,14 @@ class _Task:
         first = next(iter(by_model.values()))
         assert all(rows["item"].equals(first["item"]) for rows in by_model.values())
         self.scores: dict[str, Array] = {model: rows["score"].to_numpy() for model, rows in by_model.items()}
-        self.cluster = cluster_numbers(first["cluster"].to_pylist())
-        self.sizes = np.bincount(self.cluster)
+        self.draws = Draws.of(first["cluster"].to_pylist(), resamples, seed)
+        self.items = np.ones(len(first))
+        self.sizes = self.draws.sums(self.items)
         self.warning = check_clusters(len(self.sizes), f"items of the task {name}", "raise eval.task_limit")
-        self.draws = draw_clusters(len(self.sizes), resamples, seed)
-
-    def sums(self, scores: Array) -> Array:
-        """Over each cluster."""
-        return np.bincount(self.cluster, scores)
 
     def resampled(self, model: str) -> Array:
         """A model's mean in every resample."""
-        return resampled_means(self.sums(self.scores[model]), self.sizes, self.draws)
+        return self.draws.resampled(self.scores[model], self.items)
 
     def described(self, about: About, models: Sequence[str], rivals: Sequence[str]) -> dict[str, Any]:
         """Its entry in `metrics.json`."""
@@ -96,10 +89,10 @@ class _Task:
             "source": about.source,
             "metric": about.metric,
             "chance": about.chance,
-            "items": len(self.cluster),
+            "items": len(self.items),
             "clusters": len(self.sizes),
             "warning": self.warning,
-            "models": {model: asdict(mean_interval(self.sums(self.scores[model]), self.sizes, self.draws)) for model in models},
+            "models": {model: self.draws.interval(self.scores[model], self.items) for model in models},
             "differences": [self._difference(rival) for rival in rivals],
             "kept": _kept([self], 0),
             "kept_above_chance": _kept([self], about.chance or 0),
@@ -107,13 +100,12 @@ class _Task:
 
     def _difference(self, rival: str) -> dict[str, Any]:
         ours, theirs = self.scores[STUDENT], self.scores[rival]
-        sums = self.sums(ours - theirs)
-        needed = clusters_needed(sums, self.sizes)
+        needed = clusters_needed(self.draws.sums(ours - theirs), self.sizes)
         binary = all(np.isin(scores, (0, 1)).all() for scores in (ours, theirs))
         return {
             "of": STUDENT,
             "against": rival,
-            **asdict(mean_interval(sums, self.sizes, self.draws)),
+            **self.draws.interval(ours - theirs, self.items),
             "mcnemar": asdict(mcnemar(ours == 1, theirs == 1)) if binary else None,
             "items_needed": None if needed is None else math.ceil(needed * self.sizes.mean()),
         }
@@ -130,7 +122,7 @@ def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str]
 
     return {
         "tasks": len(tasks),
-        "items": sum(len(task.cluster) for task in tasks),
+        "items": sum(len(task.items) for task in tasks),
         "models": {model: asdict(percentile_interval(mean(model), resampled(model))) for model in models},
         "differences": [
             {

@@ -19,7 +19,7 @@ from llmdistill.config import Experiment
 from llmdistill.config_eval import WinRate
 from llmdistill.errors import InputError
 from llmdistill.judge import DigitReader, as_text, read_template
-from llmdistill.models import vocabulary_hash
+from llmdistill.models import continue_prompts, vocabulary_hash
 from llmdistill.progress import StageBar, console
 from llmdistill.statistics import Array, check_clusters, draw_clusters, mean_interval, percentile_interval
 from llmdistill.teachers import Request, stable_id
@@ -150,29 +150,13 @@ def write_answers(
     bar: StageBar,
 ) -> list[str]:
     """A model's greedy answer to each row's prompt, without special tokens."""
-    import torch
-
     answers: dict[int, str] = {}
     prompts = [np.asarray(row["input_ids"])[: int(row["completion_start"])] for row in rows]
     order = sorted(range(len(rows)), key=lambda number: len(prompts[number]))  # alike in length, so that little is padded
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        longest = max(len(prompts[number]) for number in chunk)
-        ids = torch.zeros((len(chunk), longest), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, number in enumerate(chunk):
-            ids[place, longest - len(prompts[number]) :] = torch.from_numpy(prompts[number].astype(np.int64))
-            mask[place, longest - len(prompts[number]) :] = 1
-        with torch.inference_mode():
-            output = model.generate(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                do_sample=False,
-                max_new_tokens=max_tokens,
-                eos_token_id=list(end_ids) or None,
-                pad_token_id=end_ids[0] if end_ids else 0,
-            )
-        for number, written in zip(chunk, tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True), strict=True):
+        written_BT = continue_prompts(model, [prompts[n].tolist() for n in chunk], max_tokens, end_ids, do_sample=False)
+        for number, written in zip(chunk, tokenizer.batch_decode(written_BT, skip_special_tokens=True), strict=True):
             answers[number] = written.strip()
         bar.advance(len(chunk))
     return [answers[number] for number in range(len(rows))]
