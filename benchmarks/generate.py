@@ -5,6 +5,7 @@
 One engine, one after the other in turn, the same prompts with the same seeds:
 writing, `generate`'s own loop with targets encoded and shards on the disk, against `LLM.generate` without log-probabilities;
 reading, `score`'s own loop over what was written, against bare requests with as many `prompt_logprobs`.
+More prompts wait than run at once, as in any long run, so that shards are encoded while the engine goes on.
 Figures are tokens a second (of completions in writing, of whole texts in reading); the median round counts.
 """
 
@@ -30,14 +31,16 @@ def main() -> None:
     """Print a row for each kind of targets, and the aims from top-k."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=72)
+    parser.add_argument("--at-once", type=int, default=24, help="sequences that vLLM runs at a time")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     print("| targets | | bare | ours | ratio |\n| --- | --- | ---: | ---: | ---: |")
     table = []
     for kind in KINDS:
         overrides = [("targets.kind", kind), ("prompts.limit", str(arguments.prompts)), ("generate.rows_per_shard", "12")]
+        overrides += [("teacher.engine_args.max_num_seqs", str(arguments.at_once))]
         for row in measure(load_experiment(Path(arguments.config), overrides), arguments.rounds):
             table.append({"targets": kind, **row})
             print(f"| {kind} | {row['what']} | {row['bare']:.0f} | {row['ours']:.0f} | {row['ratio']:.3f} |", flush=True)
@@ -75,12 +78,15 @@ def measure(experiment, rounds):
     def stored(made):
         """The loop of `shards`, into a directory that is thrown away."""
         size, tokens = sampling.rows_per_shard, 0
-        rows_of = {index: min(size, len(requests) - index * size) for index in range(-(-len(requests) // size))}
+
+        def rows_of(index):
+            return min(size, len(requests) - index * size)
+
         with tempfile.TemporaryDirectory() as directory:
 
             def store(index, completions):
                 table = rows_to_table([source.row(completion) for completion in completions], chat.vocab_size)
-                write_shard(Path(directory), "train", index, len(rows_of), table)
+                write_shard(Path(directory), "train", index, -(-len(requests) // size), table)
 
             for completion in shards._by_shard(made, size, rows_of, store):
                 tokens += len(completion.ids)

@@ -15,7 +15,7 @@ from llmdistill.errors import InputError
 from llmdistill.items import storable
 from llmdistill.models import context_length
 from llmdistill.progress import StageBar, console
-from llmdistill.shards import Share, missing_shards
+from llmdistill.shards import Share
 from llmdistill.targets import Array
 from llmdistill.teachers import Engine, Request, open_engine, row_seed
 from llmdistill.teachers.chat import Chat
@@ -114,7 +114,7 @@ class Asker:
         size = self.experiment.generate.rows_per_shard
         shards = -(-count // size)
         directory.mkdir(parents=True, exist_ok=True)
-        missing = missing_shards(label, directory, shards, self.share)
+        missing = self.share.shards(label, directory, shards)
         if missing:
             rows = sum(min(size, count - shard * size) for shard in missing)
             self._make(label, directory, set(missing), rows, shards, questions(), way)

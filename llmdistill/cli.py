@@ -38,6 +38,10 @@ STAGES = {
     "report": ("write report.html and report.md, or one page on several runs", ()),
     "chat": ("talk to the teacher and the student side by side in the terminal", ("teacher", "generate")),
     "run": ("all stages in order; a finished stage is skipped", ("",)),
+    "refresh": (
+        "a run that comes back: what is new is added, and the new student is promoted if it is not worse",
+        ("refresh",),
+    ),
     "submit": ("the same as scheduled jobs, each after those that it needs", ("jobs",)),
 }
 _PATIENCE = 30  # seconds
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         elif arguments.command == "report" and (len(arguments.config) > 1 or Path(arguments.config[0]).is_dir()):
             _compare(arguments, rest)
         else:
-            overrides = _overrides(rest)
+            overrides = overrides_of(rest)
             config = arguments.config[0] if arguments.command == "report" else arguments.config
             if getattr(arguments, "out", None):
                 raise InputError("--out is for the report of several runs; that of one goes into its output")
@@ -138,12 +142,16 @@ def _convert(source: Path, arguments: argparse.Namespace) -> None:
 
 
 def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: list[str]) -> None:
-    from llmdistill.pipeline import run_pipeline, stages
+    from llmdistill.pipeline import Stage, run_pipeline, stages
 
     if arguments.dry_run:
         print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     elif arguments.command == "run":
         return run_pipeline(experiment, [arguments.config, *rest])
+    if arguments.command == "refresh":
+        from llmdistill.refresh import refresh
+
+        return refresh(experiment, [arguments.config, *rest], arguments.dry_run)
     if arguments.command == "submit":
         from llmdistill.jobs import submit
 
@@ -152,10 +160,12 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
     if getattr(arguments, "shards", None):
         from llmdistill.shards import Share
 
-        options["share"] = Share.parse(arguments.shards)
-    for stage in stages(experiment) if arguments.command == "run" else [arguments.command]:
-        module, function = _MODULES.get(stage, (f"llmdistill.{stage}", stage))
-        getattr(importlib.import_module(module), function)(experiment, **options)
+        options["worker"] = Share.parse(arguments.shards)
+    for stage in stages(experiment) if arguments.command == "run" else [Stage(arguments.command)]:
+        module, function = _MODULES.get(stage.command, (f"llmdistill.{stage.command}", stage.command))
+        overrides = [*overrides_of(rest), *stage.overrides.items()]
+        here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
+        getattr(importlib.import_module(module), function)(here, **options)
     return None
 
 
@@ -245,7 +255,7 @@ def _keys_help(sections: tuple[str, ...]) -> str:
     return "every key of the configuration, in the file or as an override:\n" + "\n".join(lines)
 
 
-def _overrides(rest: list[str]) -> list[tuple[str, str]]:
+def overrides_of(rest: list[str]) -> list[tuple[str, str]]:
     """Pairs of dotted key and value from `--key value` and `--key=value`."""
     pairs = []
     words = iter(rest)

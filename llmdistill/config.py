@@ -7,10 +7,10 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from llmdistill.config_curate import CurateStep
 from llmdistill.config_eval import WinRate
@@ -18,9 +18,11 @@ from llmdistill.config_export import Export
 from llmdistill.config_jobs import Jobs
 from llmdistill.config_prompts import Prompts as Prompts
 from llmdistill.config_prompts import Sampling
+from llmdistill.config_refresh import Refresh
+from llmdistill.config_rounds import Rounds, as_section
 from llmdistill.config_student import ORIGINS, Student
 from llmdistill.errors import InputError
-from llmdistill.section import PassedOn, Step, check_schema
+from llmdistill.section import Divergence, PassedOn, Step, check_schema
 from llmdistill.section import Section as Section
 from llmdistill.section import Teacher as Teacher
 
@@ -145,14 +147,23 @@ class EarlyStopping(Section):
     """How much lower counts as better, in nats a token."""
 
 
+class Mix(Section):
+    """Rows of other datasets among those of `train.dataset`."""
+
+    datasets: list[str] = Field(min_length=1)
+    """Their directories; their targets are of the same kind."""
+    share: float = Field(gt=0, lt=1)
+    """Share of all training rows that are theirs, or less where they have not so many."""
+
+
 class Train(Section):
     """How the student learns."""
 
     dataset: str | None = None
     """The dataset's directory; what `curate` wrote if not given."""
-    loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"] = (
-        "forward_kl"
-    )
+    mix: Mix | None = None
+    """Other datasets to train on, too."""
+    loss: Divergence = "forward_kl"
     """The divergence between teacher and student at each completion token."""
     alpha: float = Field(default=0.9, ge=0, le=1)
     """Weight of the soft targets; what is left to 1 is cross-entropy on the teacher's text."""
@@ -224,8 +235,8 @@ class Train(Section):
 class Eval(Section):
     """How the student is measured against the teacher, on rows held out of training."""
 
-    held_out: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the prompts that `curate` keeps out of training."""
+    held_out: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the prompts that `curate` keeps out of training; with 0 there is nothing for `eval` to measure on."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences in one forward pass."""
     resamples: int = Field(default=2000, ge=100)
@@ -268,6 +279,8 @@ class Experiment(Section):
     """Steps, applied in this order; docs/curation.md shows each."""
     student: Student = Student()
     train: Train = Train()
+    rounds: Annotated[Rounds | None, BeforeValidator(as_section)] = None
+    refresh: Refresh | None = None
     eval: Eval = Eval()
     export: Export | None = None
     jobs: Jobs | None = None
@@ -281,6 +294,15 @@ class Experiment(Section):
             raise ValueError("a server names each token once, so it cannot give targets.kind multinomial; use sampled or topk")
         if self.teacher.engine == "transformers" and self.generate.json_schema is not None:
             raise ValueError("generate.json_schema needs a grammar, which teacher.engine vllm and server have")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_have_targets(self) -> "Experiment":
+        if self.rounds and self.targets.kind in ("none", "online"):
+            raise ValueError(f"rounds needs stored targets, and targets.kind is {self.targets.kind}")
+        loss = self.rounds and self.rounds.loss
+        if loss and (reason := self.train.model_copy(update={"loss": loss}).against(self.targets.kind)):
+            raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; set targets.kind to topk")
         return self
 
     @model_validator(mode="after")
@@ -307,8 +329,18 @@ class Experiment(Section):
         self,
         name: Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"],
     ) -> Path:
-        """Where a stage writes."""
-        return Path(self.output) / name
+        """Where a stage writes; the student is that of the last round."""
+        return Path(self.output) / (f"rounds/{self.rounds.n}/{name}" if self.rounds and name == "student" else name)
+
+    @property
+    def first_student(self) -> Path:
+        """The student that has learned from the teacher's text alone, where rounds follow."""
+        return Path(self.output) / "student"
+
+    @property
+    def mixed_datasets(self) -> list[Path]:
+        """The directories of `train.mix`."""
+        return [Path(directory) for directory in self.train.mix.datasets] if self.train.mix else []
 
     @property
     def dataset_directory(self) -> Path:

@@ -15,6 +15,7 @@ def _one_word(value: str) -> str:
 
 
 Word = Annotated[str, AfterValidator(_one_word)]
+StageName = Literal["prompts", "generate", "score", "curate", "prune", "train", "eval", "export", "report"]
 
 
 class Resources(Section):
@@ -53,7 +54,7 @@ class Slurm(Resources):
     """More options of sbatch, without their dashes: {qos: high}."""
     accelerate: str | None = None
     """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU or node is asked for."""
-    stages: dict[Literal["prompts", "generate", "score", "curate", "prune", "train", "eval", "export", "report"], Resources] = {}
+    stages: dict[StageName, Resources] = {}
     """What a stage asks for where it is not the same: {train: {nodes: 2}}."""
 
     def of(self, stage: str) -> Resources:
@@ -71,8 +72,33 @@ class Slurm(Resources):
         return self
 
 
+class RayResources(Section):
+    """What a stage asks of Ray."""
+
+    gpus: int | None = Field(default=None, ge=0)
+    """GPUs on one node."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores on one node."""
+
+
+class Ray(RayResources):
+    """The pipeline as one job of a Ray cluster whose nodes share a file system."""
+
+    address: str | None = None
+    """Where the cluster takes jobs, such as http://head:8265; RAY_API_SERVER_ADDRESS if not given."""
+    workers: int = Field(default=1, ge=1)
+    """Actors that `generate` or `score`, each with one engine; they are handed shards one by one."""
+    retries: int = Field(default=2, ge=0)
+    """How often a shard, or a stage, that failed is tried again."""
+    stages: dict[StageName, RayResources] = {}
+    """What a stage asks for where it is not the same. Without `gpus`, `generate` and `score` ask for
+    `teacher.tensor_parallel_size` a worker, `curate` and `report` for none, and the others for one."""
+
+
 class Jobs(Section):
     """Scheduled jobs, for `llmdistill submit`."""
 
     slurm: Slurm | None = None
     """Jobs of Slurm."""
+    ray: Ray | None = None
+    """A job of Ray."""

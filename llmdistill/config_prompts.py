@@ -145,11 +145,13 @@ class Prompts(Section):
 
     source: str | None = None
     """A JSONL, CSV, TSV or Parquet file, whose rows hold `messages`, or `prompt`, or the variables of the template; or text
-    and Markdown files, cut into passages; a folder or a glob of either."""
+    and Markdown files, cut into passages; a folder or a glob of either; or a dataset's directory, for its training prompts."""
     dataset: HubDataset | None = None
     passages: Passages | None = None
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many rows or passages of the source."""
+    known: list[str] = []
+    """Directories of datasets whose prompts are left out."""
     steps: list[PromptStep] = []
     """Ways to make prompts out of prompts, applied in this order."""
     sampling: Sampling = Sampling()

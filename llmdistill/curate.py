@@ -108,7 +108,7 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         verdicts, accounts = _decide(experiment, manifest, files, scratch, bar)
         train, test = (int((verdicts == 2 * len(accounts) + side).sum()) for side in (0, 1))
         _check_accounts(accounts, len(verdicts), train + test)
-        if not train or not test:
+        if not train or (not test and experiment.eval.held_out):
             raise InputError(
                 f"{source}: {_sum(accounts, train, test)}; both train and held out need at least one row: "
                 "more prompts, weaker steps or another eval.held_out"

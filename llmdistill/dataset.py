@@ -337,13 +337,18 @@ def conversations(rows: pa.Table) -> list[str]:
     It is the prompt, whose case, white space and system message do not matter; of text without a prompt, the text; and where
     several turns of one conversation are rows, that conversation.
     """
-    keys = []
+    keys: list[str] = []
     columns = (rows[name].to_pylist() for name in ("prompt", "completion", "metadata"))
     for prompt, completion, metadata in zip(*columns, strict=True):
         whole = json.loads(metadata).get("conversation") if '"conversation"' in metadata else None
-        turns = [turn for turn in prompt if turn["role"] != "system"] or prompt or completion
-        keys.append(json.dumps(whole or [[turn["role"], normalised(turn["content"])] for turn in turns]))
+        keys.append(json.dumps(whole) if whole else conversation_of(prompt or completion))
     return keys
+
+
+def conversation_of(prompt: Sequence[Mapping[str, str]]) -> str:
+    """What `conversations` says of a prompt."""
+    turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
+    return json.dumps([[turn["role"], normalised(turn["content"])] for turn in turns])
 
 
 def is_held_out(conversation: str, salt: Any, share: float) -> bool:

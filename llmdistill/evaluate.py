@@ -52,6 +52,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     inputs = {subject.path: stage.model_fingerprint(subject.path, subject.revision) for subject in subjects}
     inputs[str(experiment.dataset_directory / MANIFEST)] = stage.sha256(experiment.dataset_directory / MANIFEST)
     inputs |= {str(file): stage.sha256(file) for file in files_of(task_files)}
+    inputs |= {str(mixed / MANIFEST): stage.sha256(mixed / MANIFEST) for mixed in experiment.mixed_datasets}
     comparison = Comparison(experiment, experiment.eval.win_rate) if experiment.eval.win_rate else None
     inputs |= comparison.inputs() if comparison else {}
     if stage.claim(directory, "eval", settings, inputs) == "done":
@@ -60,7 +61,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     tasks = load_tasks(task_files, experiment.eval.task_limit)
     for subject in subjects:
         _check_vocabulary(subject, manifest)
-    rows = load_dataset(experiment.dataset_directory, "test")
+    rows = held_out_rows(experiment)
     prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     served = _served_by_vllm(experiment, subjects) if experiment.eval.speed == "vllm" else None
@@ -100,6 +101,15 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         stage.write_text(card, with_results(card.read_text(encoding="utf-8"), metrics))
     stage.finish(directory, {"headline": metrics["headline"]})
     say("eval", _summary(metrics))
+
+
+def held_out_rows(experiment: Experiment) -> Any:
+    """The held-out rows of the dataset, and of those that are mixed in."""
+    import datasets
+
+    parts = [load_dataset(directory, "test") for directory in (experiment.dataset_directory, *experiment.mixed_datasets)]
+    columns = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+    return datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
 
 
 def _metrics(
@@ -234,6 +244,8 @@ def _subjects(experiment: Experiment) -> list[Served]:
         Served("student before", *before(experiment)),
         Served("student", str(experiment.directory("student"))),
     ]
+    if experiment.rounds:
+        found.append(Served("student, first round", str(experiment.first_student)))
     if experiment.train.compare_text_only:
         found.append(Served("student, text only", str(experiment.directory("student-text-only"))))
     return found

@@ -12,7 +12,7 @@ from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists
 from llmdistill.progress import console, say
 from llmdistill.prompts import Prepared, prepared_prompts
-from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
+from llmdistill.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
 from llmdistill.targets import Array
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_id, row_seed
 from llmdistill.teachers.chat import Chat
@@ -23,13 +23,13 @@ NO_ANSWER = "no_answer"  # the finish reason of a reasoning trace that has not e
 _BYTES_PER_ENTRY = {"sampled": 2.2, "multinomial": 0.8, "topk": 2.6, "none": 0}
 
 
-def generate(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHING) -> None:
+def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING) -> None:
     """Write the dataset `OUTPUT/data`, going on where an interrupted run stopped.
 
     Args:
         experiment: the configuration.
         dry_run: only say what would be done.
-        share: the part of the shards that this worker makes.
+        worker: knows which shards are its own to make.
 
     Raises:
         InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
@@ -52,7 +52,7 @@ def generate(experiment: Experiment, dry_run: bool = False, share: Share = EVERY
     elif state == "done" and count_finished(directory) == count_shards(experiment, rows):
         say("generate", f"{directory} is finished ({rows:,} rows)")
     else:
-        make_dataset("generate", directory, _Prompts(Chat(experiment, fingerprint), prepared), settings, inputs, share)
+        make_dataset("generate", directory, _Prompts(Chat(experiment, fingerprint), prepared), settings, inputs, worker)
     return None
 
 

@@ -85,11 +85,11 @@ def _sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
 
 
 def _search(mass_NV: Tensor, points_Nn: Tensor) -> Tensor:
-    """The tokens at points of the cumulative mass, given as shares of it: first the block, then the token in it, in float64."""
+    """The tokens at points of the cumulative mass, given as shares of it: first the block, then the token in it; cumulated in float64."""
     if short := -mass_NV.shape[1] % _BLOCK:
         mass_NV = torch.nn.functional.pad(mass_NV, (0, short))
     blocks_NMB = mass_NV.unflatten(1, (-1, _BLOCK))
-    ends_NM = blocks_NMB.sum(2, dtype=torch.float64).cumsum(1)
+    ends_NM = blocks_NMB.sum(2).cumsum(1, dtype=torch.float64)  # to sum in float64 would copy all of it
     points_Nn = points_Nn.to(ends_NM) * ends_NM[:, -1:]
     block_Nn = _place(ends_NM, points_Nn)
     inside_NnB = blocks_NMB.gather(1, block_Nn[:, :, None].expand(-1, -1, _BLOCK)).double().cumsum(2)

@@ -13,7 +13,16 @@ from llmdistill import stage
 from llmdistill.asking import Asker, WaitingForOthersError
 from llmdistill.config import Experiment
 from llmdistill.config_prompts import Combine, Magpie, Prompts
-from llmdistill.dataset import MESSAGES, ROW_GROUP, read_batches, remove_leftovers
+from llmdistill.dataset import (
+    MANIFEST,
+    MESSAGES,
+    ROW_GROUP,
+    conversation_of,
+    conversations,
+    read_batches,
+    read_manifest,
+    remove_leftovers,
+)
 from llmdistill.errors import InputError
 from llmdistill.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file, to_json
 from llmdistill.magpie import ByPreQuery
@@ -70,13 +79,13 @@ class PromptTable(Sequence[Prompt]):
         return Prompt(row["prompt"], row["origin"], json.loads(row["metadata"]), json.loads(row["lineage"]))
 
 
-def prompts(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHING) -> None:
+def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERYTHING) -> None:
     """Write `OUTPUT/prompts`, going on where an interrupted run stopped.
 
     Args:
         experiment: the configuration.
         dry_run: only say what would be done.
-        share: the part of every step's questions that this worker asks.
+        worker: its share of every step's questions.
 
     Raises:
         InputError: source, templates, teacher or output directory are not usable; nothing was written.
@@ -109,7 +118,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, share: Share = EVERYT
     chat = Chat(experiment, fingerprint)
     if any(isinstance(step.settings, Magpie) for step in section.steps):
         ByPreQuery(chat)
-    workshop = Workshop(Asker(experiment, chat, share), plan.templates, experiment.seed)
+    workshop = Workshop(Asker(experiment, chat, worker), plan.templates, experiment.seed)
     stage.begin(directory, "prompts", _settings(experiment), inputs, experiment.seed)
     remove_leftovers(directory)
     try:
@@ -217,12 +226,43 @@ class Prepared:
     steps: list[dict[str, Any]]
 
 
-def prepared_prompts(experiment: Experiment) -> Prepared | None:
+def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | None:
     """What `prompts` has made, or where there are no steps, the source itself; None if `prompts` has not been run.
+
+    Args:
+        experiment: the configuration.
+        empty: whether there may be no prompt that is not known.
 
     Raises:
         InputError: the source or a template is not usable, or what is there was made with other settings.
     """
+    prepared = _prepared(experiment)
+    known = experiment.prompts.known if experiment.prompts else []
+    if prepared is None or not known:
+        return prepared
+    there: set[str] = set()
+    for directory in map(Path, known):
+        manifest = read_manifest(directory)
+        files = [directory / entry["file"] for entry in manifest["shards"]]
+        for rows in read_batches(files, ["prompt", "completion", "metadata"]):
+            there.update(conversations(rows))
+    counts = Counts()
+
+    def unknown() -> Iterator[Prompt]:
+        for prompt in prepared.prompts:
+            reason = "known" if conversation_of(prompt.messages) in there else None
+            counts.add(reason)
+            if reason is None:
+                yield prompt
+
+    left = PromptTable(unknown())
+    if not left and not empty:
+        raise InputError(f"prompts.known: all {len(prepared.prompts):,} prompts are in {', '.join(known)}")
+    inputs = {str(Path(directory) / MANIFEST): stage.sha256(Path(directory) / MANIFEST) for directory in known}
+    return Prepared(left, prepared.inputs | inputs, [*prepared.steps, {"name": "known", **counts.described()}])
+
+
+def _prepared(experiment: Experiment) -> Prepared | None:
     section = experiment.prompts
     if section is None:
         raise InputError("the key prompts is missing: `generate` needs prompts.source")

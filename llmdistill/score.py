@@ -14,7 +14,7 @@ from llmdistill.dataset import MANIFEST, SPLITS, Row, load_dataset, read_manifes
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, vocabulary_hash
 from llmdistill.progress import say
-from llmdistill.shards import EVERYTHING, Share, count_finished, count_shards, make_dataset
+from llmdistill.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
 from llmdistill.sources import metadata, read_jsonl
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_seed, stable_id
 from llmdistill.teachers.chat import Chat
@@ -22,13 +22,13 @@ from llmdistill.template import Messages
 from llmdistill.turns import Turn, as_columns, learned_turns
 
 
-def score(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHING) -> None:
+def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING) -> None:
     """Write the dataset `OUTPUT/data`, going on where an interrupted run stopped.
 
     Args:
         experiment: the configuration.
         dry_run: only say what would be done.
-        share: the part of the shards that this worker makes.
+        worker: knows which shards are its own to make.
 
     Raises:
         InputError: the text, the teacher or the output directory are not usable; nothing was written.
@@ -51,7 +51,7 @@ def score(experiment: Experiment, dry_run: bool = False, share: Share = EVERYTHI
     elif state == "done" and count_finished(directory) == count:
         say("score", f"{directory} is finished ({len(texts):,} rows)")
     else:
-        make_dataset("score", directory, _Texts(Chat(experiment, fingerprint), texts), settings, inputs, share)
+        make_dataset("score", directory, _Texts(Chat(experiment, fingerprint), texts), settings, inputs, worker)
 
 
 @dataclass(frozen=True)

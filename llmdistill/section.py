@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"]
 
 
 def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,24 @@ from llmdistill.teachers import Completion, Engine, Request, open_engine
 from llmdistill.teachers.chat import Chat
 
 
+class Worker(Protocol):
+    """Knows which shards are for it to make."""
+
+    def part(self, count: int) -> range:
+        """The numbers of the shards, of so many, that may be its own."""
+        ...
+
+    def shards(self, name: str, directory: Path, count: int) -> Iterable[int]:
+        """The numbers of missing shards, which may be decided only when they are asked for.
+
+        Args:
+            name: of the stage.
+            directory: of the shards.
+            count: how many there are to be.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Share:
     """Every `of`-th shard, from number `index` on, counted from 0."""
@@ -49,6 +68,21 @@ class Share:
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise InputError(f"--shards {text}: must be like 2/8, the second of eight workers")
         return cls(int(match[1]) - 1, int(match[2]))
+
+    def part(self, count: int) -> range:
+        """Its share."""
+        return range(self.index, count, self.of)
+
+    def shards(self, name: str, directory: Path, count: int) -> list[int]:
+        """Those of its share that are missing; damaged ones and what killed writers left are removed first."""
+        remove_leftovers(directory)
+        mine = self.part(count)
+        for shard in finished_shards(directory, "train"):
+            if shard.index in mine and is_damaged(shard):
+                say(name, f"{shard.file} is damaged; it is made again")
+                shard.file.unlink()
+        done = {shard.index for shard in finished_shards(directory, "train")}
+        return [index for index in mine if index not in done]
 
 
 EVERYTHING = Share(0, 1)
@@ -89,27 +123,8 @@ def count_finished(directory: Path) -> int:
     return len(finished_shards(directory, "train")) if directory.is_dir() else 0
 
 
-def missing_shards(name: str, directory: Path, count: int, share: Share) -> list[int]:
-    """The shards that this worker is to make; damaged ones and what killed writers left are removed first.
-
-    Args:
-        name: of the stage.
-        directory: of the shards.
-        count: how many there are to be.
-        share: this worker's part of them.
-    """
-    remove_leftovers(directory)
-    mine = range(share.index, count, share.of)
-    for shard in finished_shards(directory, "train"):
-        if shard.index in mine and is_damaged(shard):
-            say(name, f"{shard.file} is damaged; it is made again")
-            shard.file.unlink()
-    done = {shard.index for shard in finished_shards(directory, "train")}
-    return [index for index in mine if index not in done]
-
-
 def make_dataset(
-    name: str, directory: Path, source: Source, settings: dict[str, Any], inputs: dict[str, str], share: Share
+    name: str, directory: Path, source: Source, settings: dict[str, Any], inputs: dict[str, str], worker: Worker
 ) -> None:
     """Make this worker's missing shards; then, if all are there, complete the dataset.
 
@@ -119,16 +134,16 @@ def make_dataset(
         source: its rows.
         settings: the resolved configuration that they depend on.
         inputs: path and hash of what is read.
-        share: this worker's part of the shards.
+        worker: knows which shards are its own.
     """
     experiment = source.chat.experiment
     count = count_shards(experiment, len(source.requests))
     stage.begin(directory, name, settings, inputs, experiment.seed)
-    missing = missing_shards(name, directory, count, share)
-    if missing:
+    missing = iter(worker.shards(name, directory, count))
+    made = {}
+    if (first := next(missing, None)) is not None:
         (directory / MANIFEST).unlink(missing_ok=True)
-    mine = len(range(share.index, count, share.of))
-    made = _make(name, directory, source, missing, mine, count) if missing else {}
+        made = _make(name, directory, source, chain([first], missing), worker, count)
     there = finished_shards(directory, "train")
     if len(there) < count:
         say(name, f"{len(there):,} of {count:,} shards are there, the others are for other workers to make")
@@ -137,13 +152,15 @@ def make_dataset(
     stage.finish(directory, {"rows": len(source.requests), **made})
 
 
-def _make(name: str, directory: Path, source: Source, missing: list[int], mine: int, count: int) -> dict[str, Any]:
+def _make(name: str, directory: Path, source: Source, missing: Iterable[int], worker: Worker, count: int) -> dict[str, Any]:
     """Run the engine over the missing shards; each is stored as soon as its last row is there. How fast it was."""
     chat, experiment = source.chat, source.chat.experiment
     size, everything = experiment.generate.rows_per_shard, len(source.requests)
-    rows_of = {index: min(size, everything - index * size) for index in missing}
-    shards = (source.requests[index * size : (index + 1) * size] for index in missing)
 
+    def rows_of(index: int) -> int:
+        return min(size, everything - index * size)
+
+    shards = (source.requests[index * size : (index + 1) * size] for index in missing)
     made: list[dict[str, Any]] = []
 
     def store(index: int, completions: list[Completion]) -> None:
@@ -160,10 +177,10 @@ def _make(name: str, directory: Path, source: Source, missing: list[int], mine: 
             experiment.seed,
             chat.vocab_size if source.reads else None,
         )
-    rows = sum(rows_of.values())
-    total = rows if mine < count else everything
+    part = worker.part(count)
+    done = sum(rows_of(shard.index) for shard in finished_shards(directory, "train") if shard.index in part)
     started = time.monotonic()
-    with StageBar(name, total, total - rows) as bar:
+    with StageBar(name, sum(map(rows_of, part)), done) as bar:
         tokens = 0
         for completion in _by_shard(source.run(engine, shards), size, rows_of, store):
             tokens += len(completion.ids)
@@ -174,7 +191,10 @@ def _make(name: str, directory: Path, source: Source, missing: list[int], mine: 
 
 
 def _by_shard(
-    completions: Iterator[Completion], size: int, rows_of: dict[int, int], store: Callable[[int, list[Completion]], None]
+    completions: Iterator[Completion],
+    size: int,
+    rows_of: Callable[[int], int],
+    store: Callable[[int, list[Completion]], None],
 ) -> Iterator[Completion]:
     """Pass completions on; store a shard as soon as its last row is there, in the order of its requests."""
     pending: dict[int, list[Completion]] = {}
@@ -182,6 +202,6 @@ def _by_shard(
         index = completion.index // size
         rows = pending.setdefault(index, [])
         rows.append(completion)
-        if len(rows) == rows_of[index]:
+        if len(rows) == rows_of(index):
             store(index, sorted(pending.pop(index), key=lambda row: row.index))
         yield completion

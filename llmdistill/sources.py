@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from llmdistill.config_prompts import HubDataset, Passages, Prompts
-from llmdistill.dataset import read_batches
+from llmdistill.dataset import MANIFEST, read_batches, shard_files
 from llmdistill.errors import InputError
 from llmdistill.passages import Starts, cut
 from llmdistill.stage import sha256
@@ -84,6 +84,10 @@ def read_files(source: str, key: str, passages: Passages | None = None, token_st
     Raises:
         InputError: naming the file and the line, or the key.
     """
+    if (Path(source) / MANIFEST).is_file():
+        rows = _dataset_rows(Path(source))
+        yield from _cut_rows(rows, passages, token_starts) if passages else rows
+        return
     files = find_files(source, key)
     if files[0].suffix.lower() in _DOCUMENTS:
         if passages and passages.field is not None:
@@ -136,7 +140,9 @@ def source_hash(section: Prompts) -> dict[str, str]:
 
 
 def files_hash(source: str, key: str) -> dict[str, str]:
-    """Path and hash of a file, or a folder's or glob's name and the hash of all its files."""
+    """Path and hash of a file, or a folder's or glob's name and the hash of all its files; of a dataset, that of its manifest."""
+    if (Path(source) / MANIFEST).is_file():
+        return {str(Path(source) / MANIFEST): sha256(Path(source) / MANIFEST)}
     files = find_files(source, key)
     return {source: sha256(files[0]) if files == [Path(source)] else _hash_of(files)}
 
@@ -209,6 +215,16 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[Entry]:
         raise InputError(f"{file} line {begin}: not valid CSV: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
+
+
+def _dataset_rows(directory: Path) -> Iterator[Entry]:
+    """The prompts of a dataset's training rows, with what else was known of them."""
+    number = 0
+    for batch in read_batches(shard_files(directory, "train"), ["prompt", "metadata"]):
+        for row in batch.to_pylist():
+            number += 1
+            other = {name: value for name, value in json.loads(row["metadata"]).items() if name != "lineage"}
+            yield Entry({**other, "prompt": row["prompt"]}, {"dataset": str(directory), "row": number})
 
 
 def _parquet_rows(file: Path) -> Iterator[Entry]:

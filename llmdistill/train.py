@@ -59,6 +59,7 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         return
     manifest = read_manifest(experiment.dataset_directory)
     _check_loss(experiment, manifest)
+    _check_mix(experiment, manifest)
     model, revision, _ = origin(experiment)
     settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
     online = experiment.targets.kind == "online"
@@ -70,6 +71,7 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         str(experiment.dataset_directory / MANIFEST): stage.sha256(experiment.dataset_directory / MANIFEST),
         model: stage.model_fingerprint(model, revision),
     }
+    inputs |= {str(mixed / MANIFEST): stage.sha256(mixed / MANIFEST) for mixed in experiment.mixed_datasets}
     if online:
         inputs[experiment.teacher.model] = stage.model_fingerprint(experiment.teacher.model, experiment.teacher.revision)
     claims = [
@@ -102,7 +104,7 @@ def _train_one(
 
         arguments = _arguments(experiment, directory, text_only)
         tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
-        rows = load_dataset(experiment.dataset_directory, "train")
+        rows = _mixed(experiment, load_dataset(experiment.dataset_directory, "train"))
         dataset, validation = _split(experiment, rows)
         if not same_vocabulary:
             dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
@@ -169,6 +171,34 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
         )
     if reason := experiment.train.against(manifest["targets"]["kind"]):
         raise InputError(f"{reason}, and {experiment.dataset_directory} has sampled ones; use targets.kind topk")
+
+
+def _check_mix(experiment: Experiment, manifest: dict[str, Any]) -> None:
+    """Refuse to mix what is not of one vocabulary and one kind of targets."""
+    for directory in experiment.mixed_datasets:
+        other = read_manifest(directory)
+        for what, mine, theirs in (
+            ("targets", manifest["targets"], other["targets"]),
+            ("vocabulary", manifest["tokenizer"]["vocabulary_hash"], other["tokenizer"]["vocabulary_hash"]),
+        ):
+            if mine != theirs:
+                raise InputError(f"train.mix.datasets: {directory} has other {what} than {experiment.dataset_directory}")
+
+
+def _mixed(experiment: Experiment, rows: Any) -> Any:
+    """The rows with those of other datasets among them, as many as make up their share, drawn without repeats."""
+    mix = experiment.train.mix
+    if mix is None:
+        return rows
+    import datasets
+    import numpy as np
+
+    others = datasets.concatenate_datasets([load_dataset(directory, "train") for directory in mix.datasets])
+    wanted = min(round(len(rows) * mix.share / (1 - mix.share)), len(others))
+    drawn = np.sort(np.random.default_rng(experiment.seed).permutation(len(others))[:wanted])
+    say("train", f"{len(rows):,} rows, and {wanted:,} of the {len(others):,} of other datasets")
+    columns = [name for name in rows.column_names if name in others.column_names]
+    return datasets.concatenate_datasets([rows.select_columns(columns), others.select_columns(columns).select(drawn)])
 
 
 def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:

@@ -8,12 +8,13 @@ import pytest
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.jobs.slurm import script
+from llmdistill.pipeline import Stage
 from tests.conftest import run_cli
 
 
 def rendered(file, directory, stage, slurm, arguments=(), **more):
     experiment = load_experiment(file, [("jobs.slurm", slurm), *more.items()])
-    text = script(experiment, experiment.jobs.slurm, stage, [str(file), *arguments], directory)
+    text = script(experiment, experiment.jobs.slurm, Stage(stage), [str(file), *arguments], directory)
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
     return text
 

@@ -394,13 +394,13 @@ def test_an_interrupted_run_asks_only_what_is_missing(experiment, teach):
 def test_workers_share_the_questions_of_a_step(experiment, teach, capsys):
     teacher = teach(lambda seen, _: f"Is it {seen}?")
     chosen = experiment([{"ask": {"template": "@question.yaml"}}], [{"text": f"thing {n}"} for n in range(7)])
-    prompts(chosen, share=Share(0, 2))
+    prompts(chosen, worker=Share(0, 2))
     assert "2 of 4 shards are there" in capsys.readouterr().out
     assert len(teacher.asked) == 4
-    prompts(chosen, share=Share(1, 2))
+    prompts(chosen, worker=Share(1, 2))
     assert len(teacher.asked) == 7
     assert len(outcome(chosen)[0]) == 7
-    prompts(chosen, share=Share(0, 2))
+    prompts(chosen, worker=Share(0, 2))
     assert "is finished (7 prompts)" in capsys.readouterr().out
 
 

@@ -29,23 +29,23 @@ def undisturbed(experiment_file):
 def test_workers_make_together_what_one_makes_alone(experiment, undisturbed, capsys):
     directory = experiment.directory("data")
     for number in (2, 0):
-        generate(experiment, share=Share(number, 3))
+        generate(experiment, worker=Share(number, 3))
         with pytest.raises(InputError, match="not finished"):
             load_dataset(directory)
     assert "3 of 4 shards are there" in capsys.readouterr().out
-    generate(experiment, share=Share(1, 3))
+    generate(experiment, worker=Share(1, 3))
     assert files(directory) == undisturbed
     assert len(load_dataset(directory)) == 24
 
 
 def test_a_worker_with_nothing_to_do_says_so(experiment, capsys):
-    generate(experiment, share=Share(4, 5))
+    generate(experiment, worker=Share(4, 5))
     assert "0 of 4 shards are there" in capsys.readouterr().out
 
 
 def test_a_damaged_shard_is_named_and_made_again_when_work_goes_on(experiment, undisturbed, capsys):
     directory = experiment.directory("data")
-    generate(experiment, share=Share(0, 2))
+    generate(experiment, worker=Share(0, 2))
     file = finished_shards(directory, "train")[1].file
     file.write_bytes(file.read_bytes()[:-7])
     generate(experiment)

@@ -1,5 +1,6 @@
 """Stages as scheduled jobs: `llmdistill submit`, `status` and `cancel`."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def submit(experiment: Experiment, arguments: list[str], dry_run: bool = False) 
     if experiment.jobs is None or experiment.jobs.slurm is None:
         raise InputError("the key jobs.slurm is missing: `submit` needs to know where")
     settings, directory = experiment.jobs.slurm, Path(experiment.output) / "jobs"
-    scripts = {name: slurm.script(experiment, settings, name, arguments, Path.cwd()) for name in stages(experiment)}
+    scripts = {stage.name: slurm.script(experiment, settings, stage, arguments, Path.cwd()) for stage in stages(experiment)}
     if dry_run:
         for name, text in scripts.items():
             console.print(f"── {directory / name}.sh", markup=False)
@@ -98,6 +99,10 @@ def _alive(directory: Path) -> list[dict[str, str]]:
 
 def _describe(output: Path, name: str, states: list[str]) -> str:
     """What Slurm says of its parts, else what the stage has left behind."""
+    if round_of := re.fullmatch(r"round-(\d+)-(\w+)", name):
+        number, name = round_of.groups()
+        written = "/written" if name == "generate" else ""
+        output = output / f"rounds/{number}{written}"
     directory = output / _DIRECTORIES.get(name, name)
     run = stage.read_json(directory / stage.RUN_FILE)
     counts = ", ".join(f"{number} {state.lower()}" for state, number in sorted(Counter(states).items()))

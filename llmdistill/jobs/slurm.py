@@ -9,6 +9,7 @@ from pathlib import Path
 from llmdistill.config import Experiment
 from llmdistill.config_jobs import Resources, Slurm
 from llmdistill.errors import InputError, RemoteError
+from llmdistill.pipeline import Stage
 
 _ARRAYS = ("generate", "score")
 _WITHOUT_MODELS = ("curate", "report")  # they get GPUs only where `stages` says so
@@ -16,7 +17,7 @@ _OPTIONS = {"partition": "partition", "gpus": "gpus-per-node", "cpus": "cpus-per
 _PORT = 29500
 
 
-def script(experiment: Experiment, settings: Slurm, stage: str, arguments: Sequence[str], directory: Path) -> str:
+def script(experiment: Experiment, settings: Slurm, stage: Stage, arguments: Sequence[str], directory: Path) -> str:
     """The batch script of a stage.
 
     Args:
@@ -26,17 +27,17 @@ def script(experiment: Experiment, settings: Slurm, stage: str, arguments: Seque
         arguments: the configuration file and the overrides, as they were typed.
         directory: where the command is run, and where the logs are relative to.
     """
-    resources = settings.of(stage)
-    if stage in _WITHOUT_MODELS and stage not in settings.stages:
+    resources = settings.of(stage.command)
+    if stage.command in _WITHOUT_MODELS and stage.command not in settings.stages:
         resources = resources.model_copy(update={"gpus": None})
-    array = settings.workers > 1 and stage in _ARRAYS
-    logs = f"{experiment.output}/jobs/{stage}-{'%A_%a' if array else '%j'}.log"
+    array = settings.workers > 1 and stage.command in _ARRAYS
+    logs = f"{experiment.output}/jobs/{stage.name}-{'%A_%a' if array else '%j'}.log"
     options = {
-        "job-name": f"{_plain(Path(experiment.output).name)}-{stage}",
+        "job-name": f"{_plain(Path(experiment.output).name)}-{stage.name}",
         "output": f'"{logs}"',
         "open-mode": "append",
         "signal": f"B:USR1@{settings.grace}",
-        "nodes": str((resources.nodes or 1) if stage == "train" else 1),
+        "nodes": str((resources.nodes or 1) if stage.command == "train" else 1),
         "ntasks-per-node": "1",
         **({"array": f"0-{settings.workers - 1}"} if array else {}),
         **({"account": settings.account} if settings.account else {}),
@@ -44,7 +45,7 @@ def script(experiment: Experiment, settings: Slurm, stage: str, arguments: Seque
         **settings.options,
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items()]
-    command = _command(settings, stage, resources, arguments, array)
+    command = _command(settings, stage.command, resources, [*arguments, *stage.arguments], array)
     return "\n".join([
         "#!/bin/bash", *lines, "#SBATCH --requeue", "",
         f"cd {shlex.quote(str(directory))} || exit 1", *settings.environment, "",

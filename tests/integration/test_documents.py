@@ -108,10 +108,10 @@ def test_every_row_knows_the_passage_that_it_comes_from(made):
 
 
 def test_run_begins_with_the_prompts_where_there_are_steps(made):
-    assert stages(load_experiment(made / "experiment.yaml"))[:3] == ["prompts", "generate", "curate"]
+    assert [stage.name for stage in stages(load_experiment(made / "experiment.yaml"))[:3]] == ["prompts", "generate", "curate"]
     again = run_cli("prompts", made / "experiment.yaml")
     assert "is finished" in again.stdout
-    assert stages(load_experiment(ROOT / "configs/demo.yaml"))[0] == "generate"
+    assert stages(load_experiment(ROOT / "configs/demo.yaml"))[0].name == "generate"
 
 
 def test_the_shipped_example_reads_its_documents_without_a_teacher(tmp_path):

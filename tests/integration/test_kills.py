@@ -53,7 +53,7 @@ def start(command):
 def work(stage, file, overrides, share):
     """What a worker process does."""
     run = {"generate": generate, "score": score}[stage]
-    run(load_experiment(file, overrides), share=Share(share, WORKERS))
+    run(load_experiment(file, overrides), worker=Share(share, WORKERS))
 
 
 def wait_for_a_moment(worker, data, chance, number):
