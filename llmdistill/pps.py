@@ -85,7 +85,7 @@ def _sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
 
 
 def _search(mass_NV: Tensor, points_Nn: Tensor) -> Tensor:
-    """The tokens at points of the cumulative mass, given as shares of it: first the block, then the token in it; cumulated in float64."""
+    """The tokens at points of the cumulative mass, given as shares of it: first the block, then the token in it."""
     if short := -mass_NV.shape[1] % _BLOCK:
         mass_NV = torch.nn.functional.pad(mass_NV, (0, short))
     blocks_NMB = mass_NV.unflatten(1, (-1, _BLOCK))

@@ -135,7 +135,8 @@ def _train_one(
     stop = _stop_with_a_checkpoint(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
-        print(f"terminated; the same command goes on from step {trainer.state.global_step:,}", file=sys.stderr)
+        if trainer.is_world_process_zero():
+            print(f"terminated; the same command goes on from step {trainer.state.global_step:,}", file=sys.stderr)
         sys.exit(143)
 
     trained = _trained(experiment, trainer)
@@ -385,26 +386,29 @@ def _trained(experiment: Experiment, trainer: Any) -> Any:
 
 
 def _stop_with_a_checkpoint(trainer: Any) -> Any:
-    """From now on SIGTERM ends the training of one process with a checkpoint after the step; a second one ends it at once.
+    """From now on SIGTERM ends the training with a checkpoint after the step; a second one ends it at once.
 
-    Of several processes each would stop at a step of its own: those end at once, and go on from their last checkpoint.
+    Of several processes each is told at a moment of its own, so they agree after every step: all stop behind the same one.
     """
+    import torch
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):
         asked = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if args.world_size == 1:
-                at_once = signal.getsignal(signal.SIGTERM)
+            at_once = signal.getsignal(signal.SIGTERM)
 
-                def ask(signum: int, frame: Any) -> None:
-                    self.asked = True
-                    signal.signal(signal.SIGTERM, at_once)
+            def ask(signum: int, frame: Any) -> None:
+                self.asked = True
+                signal.signal(signal.SIGTERM, at_once)
 
-                signal.signal(signal.SIGTERM, ask)
+            signal.signal(signal.SIGTERM, ask)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.world_size > 1:
+                asked = torch.tensor(float(self.asked), device=args.device)
+                self.asked = bool(trainer.accelerator.reduce(asked, reduction="sum") > 0)
             if self.asked:
                 control.should_save = control.should_training_stop = True
 

@@ -53,14 +53,14 @@ def script(experiment: Experiment, settings: Slurm, stage: Stage, arguments: Seq
     ])  # fmt: skip
 
 
-# The command runs beside the shell, which waits and passes signals on. 143 is what it ends with when it was told to stop;
-# one element of an array is named by both numbers: with the first alone Slurm would queue all of them again.
+# The command runs beside the shell, which waits and passes signals on. It ends with 143 when it was told to stop, torchrun in
+# its place with 1. One element of an array is named by both numbers: with the first alone Slurm would queue all of them again.
 _RUN = """\
 {command} &
 child=$!
-near_the_limit=
+near_the_limit= told=
 trap 'near_the_limit=yes; kill -TERM "$child" 2>/dev/null' USR1
-trap 'kill -TERM "$child" 2>/dev/null' TERM
+trap 'told=yes; kill -TERM "$child" 2>/dev/null' TERM
 while :; do
   wait "$child"
   status=$?
@@ -68,9 +68,11 @@ while :; do
 done
 me=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}}}
 again() {{ echo "$1: queued again"; scontrol requeue "${{me:-$SLURM_JOB_ID}}" && sleep 60; }}
-if [ "$status" = 143 ] && [ -n "$near_the_limit" ]; then
+if [ "$status" = 0 ] || [ "$status" = 2 ] || [ -n "$told" ]; then
+  exit "$status"
+elif [ -n "$near_the_limit" ]; then
   again "stopped before the end of its time"
-elif [ "$status" != 0 ] && [ "$status" != 2 ] && [ "$status" != 143 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ]; then
+elif [ "$status" != 143 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ]; then
   again "failed with status $status"
 fi
 exit "$status"

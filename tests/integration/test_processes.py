@@ -1,10 +1,18 @@
 """Training by two processes is training by one: the same losses, step by step, and the same student."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
-from tests.conftest import run_cli, write_experiment
-from tests.integration.processes import files, losses, rewind, start, weights
+from llmdistill.train import last_checkpoint
+from tests.conftest import ROOT, run_cli, write_experiment
+from tests.integration.processes import LAUNCHES, files, losses, rewind, start, weights
 
 # 24 rows in batches of 10: the last has rows for one process alone, and each of them fewer than asked for.
 WHOLE = {
@@ -44,6 +52,7 @@ def trained(tiny, tmp_path_factory):
             done[key] = student, result.stdout
         return done[key]
 
+    run.experiment = file, directory / "run/data"
     return run
 
 
@@ -81,3 +90,30 @@ def test_bad_input_ends_both_processes_with_one_message(tiny, tmp_path):
     assert result.returncode != 0
     assert "exitcode  : 2" in result.stderr, "torchrun says with which status each ended"
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_that_are_told_to_stop_keep_the_same_step(trained, tmp_path):
+    """SIGTERM to torchrun, as from a scheduler: a checkpoint of the step at which both have heard of it, and on from there."""
+    output = tmp_path / "run"
+    settings = {**WHOLE, "train.args.max_steps": 40, "train.args.save_steps": 4, "train.args.save_total_limit": 50}
+    overrides = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    experiment, dataset = trained.experiment
+    command = [str(experiment), "--train.dataset", str(dataset), "--output", str(output), *overrides]
+    words = [sys.executable, *LAUNCHES["torchrun"], "train", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    checkpoints = output / "student/checkpoints"
+    end = time.monotonic() + 200
+    while not (checkpoints / "checkpoint-4/trainer_state.json").exists():
+        assert time.monotonic() < end
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+    step = int(re.search(r"terminated; the same command goes on from step (\d+)", said)[1])
+    assert 4 <= step < 40
+    assert last_checkpoint(checkpoints) == str(checkpoints / f"checkpoint-{step}")
+    result = start("torchrun", *command)
+    assert result.returncode == 0, result.stderr
+    assert len(losses(output / "student")) == 40

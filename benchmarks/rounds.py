@@ -1,0 +1,79 @@
+"""Whether rounds on the student's own text bring it nearer to the teacher there than as many steps on the teacher's text.
+
+    python benchmarks/rounds.py
+
+The demo with top-64 targets, three times from the same rows and the same pruned student: all steps on the teacher's text; two
+thirds of them, and the last third on the student's own text with reverse KL; the same with half of those rows the teacher's.
+Prints the KL on held-out teacher text and, on text that each student samples itself, KL(student ‖ teacher) and the teacher's
+negative log-likelihood, in nats a token with 95% intervals.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from llmdistill.stage import read_json
+
+WAYS = {
+    "teacher's text alone": None,
+    "then own text": {"teacher_share": 0.0},
+    "then own text and teacher's": {"teacher_share": 0.5},
+}
+
+
+def main() -> None:
+    """Print the table and the aims."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--output", type=Path, default=Path("runs/rounds"))
+    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    common = ["--targets", "{kind: topk, k: 64}", "--train.compare_text_only", "false", "--eval.tasks", "[]"]
+    common += ["--eval.own_prompts", "34", "--eval.own_tokens", "96", "--generate.temperature", "1.0", "--eval.samples", "0"]
+    table, first = [], None
+    for number, (name, rounds) in enumerate(WAYS.items()):
+        output = arguments.output / str(number)
+        if first and not output.exists():
+            for part in ("data", "curated", "student-before"):
+                shutil.copytree(first / part, output / part)
+            relink(output, first)
+        words = [*common, "--output", str(output)]
+        last = arguments.steps // 3
+        steps = arguments.steps - last if rounds else arguments.steps
+        words += ["--train.args.max_steps", str(steps)]
+        if rounds:
+            settings = {"n": 1, "loss": "reverse_kl", "args": {"max_steps": last, "warmup_steps": 2, "learning_rate": 5e-4}}
+            words += ["--rounds", json.dumps(settings | rounds)]
+        subprocess.run([sys.executable, "-m", "llmdistill", "run", arguments.config, *words], check=True)
+        model = next(m for m in read_json(output / "eval/metrics.json")["models"] if m["name"] == "student")
+        table.append({"trained on": name, "held out": model["kl"], **model["own_text"]})
+        first = first or output
+    print("| trained on | KL, held out | reverse KL, own text | teacher's NLL, own text |\n| --- | ---: | ---: | ---: |")
+    for row in table:
+        print(
+            f"| {row['trained on']} | " + " | ".join(shown(row[key]) for key in ("held out", "reverse_kl", "teacher_nll")) + " |"
+        )
+    aims = {f"own_text_reverse_kl_{number}": row["reverse_kl"]["mean"] for number, row in enumerate(table)}
+    print()
+    for name, value in aims.items():
+        print(f"aim {name} {value:.4g}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"table": table, "aims": aims}, indent=2) + "\n")
+
+
+def relink(output, first):
+    """Copied stages name the first run's directories as their inputs: let them name their own."""
+    for file in output.glob("*/run.json"):
+        file.write_text(file.read_text().replace(f'"{first}/', f'"{output}/'))
+
+
+def shown(found):
+    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""What many shards and many workers cost: coordination on a disk and on a slow file system, and a simulated cluster.
+
+    python benchmarks/scale.py
+
+Coordination is measured with the package's own functions on directories of many small shards. The slow file system is this
+disk with a delay before every operation on it that Python or Arrow begins (opening, listing, renaming, removing).
+The cluster is simulated: the times of shards are drawn from the completion lengths of a real dataset, what else is assumed is
+printed. Utilisation is the time in which workers make shards that are kept, as a share of the time for which they hold their
+machines: actors until the end, a task of an array until its share is made.
+"""
+
+import argparse
+import heapq
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from llmdistill import dataset
+from llmdistill.dataset import Row, describe_shard, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.shards import Share
+from llmdistill.targets import SoftTargets, from_logprobs
+
+WORKERS = 1000
+SHARDS = 100_000
+ROWS = 1024  # a shard
+SPEED = 2500.0  # tokens a second of a worker
+START = 180.0  # seconds until an engine writes
+MTBF = 24 * 3600.0  # seconds between failures of a worker
+SLOW = (0.02, 3.0)  # share of the workers, and how much slower they are
+DELAY = 0.005  # seconds of an operation on the slow file system
+
+
+def main() -> None:
+    """Print the tables and the aims."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=int, nargs="+", default=[1, 10, 1000, 100_000])
+    parser.add_argument("--lengths", type=Path, help="a dataset from whose completion lengths the times are drawn")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    found = {"store": store(), "coordination": [], "cluster": []}
+    tokens, seconds = found["store"]["tokens"], found["store"]["seconds"]
+    print(f"a shard of {ROWS:,} rows, {tokens:,} tokens: encoded and stored in {seconds:.2f} s,")
+    print(f"beside {tokens / SPEED:,.0f} s of an engine with {SPEED:,.0f} tokens/s\n")
+    print("| shards | | a worker finds its own (1 of 10) | all are listed | the dataset is completed | memory |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: |")
+    for count in arguments.shards:
+        for where, delay in (("disk", 0.0), (f"{1000 * DELAY:.0f} ms an operation", DELAY)):
+            row = {"shards": count, "where": where, **coordination(count, delay)}
+            found["coordination"].append(row)
+            print(f"| {count:,} | {where} | {clock(row['own'])} | {clock(row['list'])} | {clock(row['complete'])} | "
+                  f"{row['memory'] / 2**20:,.0f} MiB |", flush=True)  # fmt: skip
+    lengths = completion_lengths(arguments.lengths)
+    print(
+        f"\n{WORKERS:,} workers, {SHARDS:,} shards of {ROWS:,} rows; {SPEED:,.0f} tokens/s, {START:.0f} s to start an engine, "
+        f"{SLOW[0]:.0%} of the workers {SLOW[1]:g}× slower, a failure every {MTBF / 3600:.0f} h of a worker\n"
+    )
+    print("| how shards come to workers | utilisation | shards lost a failure | end after |\n| --- | ---: | ---: | ---: |")
+    for name, tasks in (
+        ("handed out one by one (Ray)", None),
+        ("an array of 1,000", WORKERS),
+        ("an array of 10,000", 10 * WORKERS),
+    ):
+        row = {"way": name, **cluster(lengths, tasks)}
+        found["cluster"].append(row)
+        print(f"| {name} | {row['utilisation']:.1%} | {row['lost']:.2f} | {row['hours']:.1f} h |", flush=True)
+    best = found["cluster"][0]
+    aims = {"utilisation": best["utilisation"], "lost_shards_a_failure": best["lost"]}
+    aims["store_share"] = found["store"]["seconds"] / (found["store"]["tokens"] / SPEED)
+    print()
+    for name, value in aims.items():
+        print(f"aim {name} {value:.4g}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**found, "aims": aims}, indent=2) + "\n")
+
+
+def clock(seconds):
+    return f"{1000 * seconds:,.1f} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def rows(count, length):
+    """Rows with sampled targets of a vocabulary of 49,152 tokens."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        ids = generator.integers(0, 49_152, (length, 16))
+        logprobs = np.log(generator.dirichlet(np.ones(16), length)).astype(np.float32)
+        text = [{"role": "assistant", "content": "word " * length}]
+        targets: SoftTargets | None = from_logprobs("sampled", ids, logprobs)
+        yield Row(f"{number:032x}", text, text, ids[:8, 0], ids[:, 0], "stop", logprobs[:, 0], targets)
+
+
+def store():
+    """Seconds to encode and store one shard, median of three."""
+    made, seconds = list(rows(ROWS, 200)), []
+    for turn in range(3):
+        with tempfile.TemporaryDirectory() as directory:
+            start = time.perf_counter()
+            write_shard(Path(directory), "train", turn, 3, rows_to_table(made, 49_152))
+            seconds.append(time.perf_counter() - start)
+    return {"tokens": ROWS * 200, "seconds": statistics.median(seconds)}
+
+
+DELAYED = {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "glob.glob"}
+delays = {"seconds": 0.0}
+
+
+def wait(event, _):
+    if delays["seconds"] and event in DELAYED:
+        time.sleep(delays["seconds"])
+
+
+sys.addaudithook(wait)
+
+
+def coordination(count, delay):
+    """Seconds of what a worker does beside its shards."""
+    directory = Path(tempfile.mkdtemp(prefix="scale-"))
+    read = pq.read_metadata
+
+    def slowly(file, *arguments, **named):
+        time.sleep(delays["seconds"])
+        return read(file, *arguments, **named)
+
+    try:
+        dataset.pq.read_metadata = slowly
+        first = write_shard(directory, "train", 0, count, rows_to_table(list(rows(2, 4)), 49_152))
+        for index in range(1, count):
+            os.link(first.file, directory / first.file.name.replace("-00000-of", f"-{index:05d}-of", 1))
+        delays["seconds"] = delay
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        def timed(work):
+            start = time.perf_counter()
+            result = work()
+            return time.perf_counter() - start, result
+
+        own, missing = timed(lambda: Share(0, min(10, count)).shards("scale", directory, count))
+        listed, there = timed(lambda: finished_shards(directory, "train"))
+        assert not missing
+        assert len(there) == count
+        if count > 10_000 and delay:  # a footer of each is read: as many as need not be waited for
+            sample = there[:1000]
+            complete = timed(lambda: [describe_shard(shard) for shard in sample])[0] * count / len(sample)
+        else:
+            complete, _ = timed(lambda: write_manifest(directory, there, description()))
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        return {"own": own, "list": listed, "complete": complete, "memory": memory}
+    finally:
+        delays["seconds"] = 0.0
+        dataset.pq.read_metadata = read
+        shutil.rmtree(directory)
+
+
+def description():
+    """What the manifest of a dataset says beside its shards."""
+    return {
+        "teacher": {"model": "teacher", "engine": "vllm"},
+        "targets": {"kind": "sampled", "n": 16},
+        "sampling": {},
+        "tokenizer": {"vocab_size": 49_152},
+        "seed": 0,
+        "determinism": "none",
+        "source": {},
+    }
+
+
+def completion_lengths(directory):
+    """Of a real dataset; without one, those of the demo's first 240 answers cut at 512 tokens: log-normal around 180."""
+    if directory:
+        files = sorted(directory.glob("*.parquet"))
+        tables = [pq.read_table(file, columns=["token_logprobs"]) for file in files]
+        return np.concatenate([[len(row) for row in table["token_logprobs"].to_pylist()] for table in tables])
+    generator = np.random.default_rng(0)
+    return np.clip(generator.lognormal(np.log(180), 0.7, 10_000), 1, 512)
+
+
+def cluster(lengths, tasks):
+    """Simulate until every shard is there; with tasks, each has a fixed share of the shards and starts its own engine."""
+    generator = np.random.default_rng(0)
+    work = generator.choice(lengths, (SHARDS, ROWS)).sum(1) / SPEED
+    slowness = np.where(generator.random(WORKERS) < SLOW[0], SLOW[1], 1.0)
+    shares = [list(range(SHARDS))[::-1]] if tasks is None else [list(range(task, SHARDS, tasks))[::-1] for task in range(tasks)]
+    waiting = list(range(len(shares)))[::-1]
+    events = [(0.0, worker) for worker in range(WORKERS)]  # when a worker is free
+    heapq.heapify(events)
+    fails_at = generator.exponential(MTBF, WORKERS)
+    task_of = dict.fromkeys(range(WORKERS))
+    useful = held = lost = failures = 0.0
+    end = 0.0
+    started = set()
+    while events:
+        now, worker = heapq.heappop(events)
+        if tasks is None:
+            share, begin = shares[0], 0.0 if worker in started else START
+        else:
+            begin = 0.0
+            if task_of[worker] is None or not shares[task_of[worker]]:
+                task_of[worker] = waiting.pop() if waiting else None
+                begin = START
+            if task_of[worker] is None:
+                continue
+            share = shares[task_of[worker]]
+        if not share:
+            continue
+        started.add(worker)
+        shard = share.pop()
+        seconds = begin + work[shard] * slowness[worker]
+        held += min(seconds, fails_at[worker] - now)
+        if now + seconds > fails_at[worker]:
+            share.append(shard)
+            failures += 1
+            lost += max(fails_at[worker] - now - begin, 0) / (work[shard] * slowness[worker])
+            started.discard(worker)
+            back = fails_at[worker] + START  # the machine comes back, or another does
+            fails_at[worker] = back + generator.exponential(MTBF)
+            heapq.heappush(events, (back, worker))
+            continue
+        useful += work[shard] * slowness[worker]
+        end = max(end, now + seconds)
+        heapq.heappush(events, (now + seconds, worker))
+    held = WORKERS * end if tasks is None else held
+    return {"utilisation": useful / held, "lost": lost / max(failures, 1), "hours": end / 3600}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What a Ray job runs: all stages in order; the teacher's shards by actors, each of which holds one engine.
+
+    python -m llmdistill.jobs.ray_driver CONFIG.yaml [--KEY VALUE ...]
+
+Shards are handed out one by one, so a slow worker makes fewer of them. What a worker that died had in hand goes to another.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+
+from llmdistill.config import Experiment, load_experiment
+from llmdistill.config_jobs import Ray
+from llmdistill.dataset import finished_shards
+from llmdistill.errors import InputError, RemoteError
+from llmdistill.jobs import ray as backend
+from llmdistill.pipeline import Stage, stages
+from llmdistill.progress import say
+from llmdistill.shards import Worker
+
+
+class Queue:
+    """Hands out the missing shards of one stage, in one process of the cluster."""
+
+    def __init__(self, directory: Path, missing: list[int], retries: int) -> None:
+        self.directory = directory
+        self.retries = retries
+        self._waiting = deque(missing)
+        self._in_hand: dict[int, set[int]] = {}
+        self._failures: Counter[int] = Counter()
+
+    def take(self, worker: int) -> int | None:
+        """The next shard to make; None if there is none left."""
+        if not self._waiting:
+            return None
+        self._in_hand.setdefault(worker, set()).add(self._waiting[0])
+        return self._waiting.popleft()
+
+    def give_back(self, worker: int) -> tuple[int, int]:
+        """A worker has failed: what it has not finished waits again, unless it has failed too often.
+
+        Returns:
+            How many shards that were, and how many wait now.
+        """
+        there = {shard.index for shard in finished_shards(self.directory, "train")}
+        lost = self._in_hand.pop(worker, set()) - there
+        self._failures.update(lost)
+        self._waiting.extendleft(sorted(lost - set(self.failed()), reverse=True))
+        return len(lost), len(self._waiting)
+
+    def failed(self) -> list[int]:
+        """The shards that are not tried again."""
+        return sorted(index for index, failures in self._failures.items() if failures > self.retries)
+
+
+class Plan:
+    """Makes no shard, but finds out which are missing."""
+
+    missing: list[int] = []
+
+    def part(self, count: int) -> range:
+        """None of them."""
+        return range(0)
+
+    def shards(self, name: str, directory: Path, count: int) -> list[int]:
+        """None of them."""
+        # Not read and hashed, as a worker does with its share: one process would read what a whole cluster has written.
+        there = {shard.index for shard in finished_shards(directory, "train")}
+        self.missing = [index for index in range(count) if index not in there]
+        return []
+
+
+class Handed:
+    """The shards that a worker is handed by the queue, each when it has room for more."""
+
+    def __init__(self, queue: Any, worker: int) -> None:
+        self.queue = queue
+        self.worker = worker
+
+    def part(self, count: int) -> range:
+        """Any of them."""
+        return range(count)
+
+    def shards(self, name: str, directory: Path, count: int) -> Iterator[int]:
+        """Ask the queue for one after the other."""
+        while (index := ray.get(self.queue.take.remote(self.worker))) is not None:
+            yield index
+
+
+class Actor:
+    """One engine on some node: writes or reads the shards that it is handed."""
+
+    def make(self, command: str, experiment: Experiment, queue: Any, number: int) -> None:
+        """Run `generate` or `score` until no shard is left."""
+        _make(command, experiment, Handed(queue, number))
+
+
+def _make(command: str, experiment: Experiment, worker: Worker) -> None:
+    if command == "generate":
+        from llmdistill.generate import generate
+
+        generate(experiment, worker=worker)
+    else:
+        from llmdistill.score import score
+
+        score(experiment, worker=worker)
+
+
+def command_of(words: list[str]) -> int:
+    """Run a command on whatever machine this is; its exit status."""
+    return subprocess.run(words).returncode
+
+
+def drive(file: str, rest: list[str]) -> None:
+    """Run all stages on the cluster that this process belongs to.
+
+    Raises:
+        InputError: the configuration has no `jobs.ray`, or a stage finds its input wrong.
+        RemoteError: a stage failed, or shards did, as often as is tried.
+    """
+    from llmdistill.cli import overrides_of
+
+    experiment = load_experiment(Path(file), overrides_of(rest))
+    settings = experiment.jobs and experiment.jobs.ray
+    if not settings:
+        raise InputError(f"{file}: the key jobs.ray is missing")
+    ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True, configure_logging=False)
+    for stage in stages(experiment):
+        if stage.command in ("generate", "score"):
+            here = load_experiment(Path(file), overrides_of([*rest, *stage.arguments]))
+            _make_shards(here, settings, stage)
+        else:
+            _run_on_one_node(settings, stage, [file, *rest, *stage.arguments])
+
+
+def _make_shards(experiment: Experiment, settings: Ray, stage: Stage) -> None:
+    """Keep as many actors at it as are asked for, until every shard is there or has failed too often."""
+    plan, directory = Plan(), experiment.directory("data")
+    _make(stage.command, experiment, plan)  # what is wrong with the input is found out here
+    if not plan.missing:
+        return
+    queue: Any = ray.remote(Queue).options(num_cpus=0).remote(directory, plan.missing, settings.retries)
+    actor: Any = ray.remote(Actor).options(**backend.resources(settings, stage.command, experiment))
+    numbers, running = count(), dict[Any, tuple[int, Any]]()
+
+    def start() -> None:
+        worker, number = actor.remote(), next(numbers)
+        running[worker.make.remote(stage.command, experiment, queue, number)] = (number, worker)
+
+    for _ in range(min(settings.workers, len(plan.missing))):
+        start()
+    empty_handed = 0
+    while running:
+        (done,), _ = ray.wait(list(running))
+        number, worker = running.pop(done)
+        try:
+            ray.get(done)
+        except InputError as error:
+            raise InputError(str(getattr(error, "cause", error))) from None
+        except ray.exceptions.RayError as error:
+            lost, waiting = ray.get(queue.give_back.remote(number))
+            said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            say(stage.command, f"worker {number} failed: {said}; {lost:,} shards of it are not done, {waiting:,} wait")
+            empty_handed += not lost
+            if waiting and empty_handed <= settings.retries:
+                start()
+        ray.kill(worker)
+    failed = ray.get(queue.failed.remote())
+    _make(stage.command, experiment, again := Plan())
+    if again.missing:
+        named = f": shards {', '.join(map(str, failed))} failed {settings.retries + 1} times" if failed else ""
+        raise RemoteError(
+            f"{directory} lacks {len(again.missing):,} shards{named}; the others are kept, submit it again to go on"
+        )
+
+
+def _run_on_one_node(settings: Ray, stage: Stage, words: list[str]) -> None:
+    """A stage as one command on one node."""
+    command = [*backend.launcher(settings, stage.command), stage.command, *words]
+    options = backend.resources(settings, stage.command, None)
+    task = ray.remote(command_of).options(max_retries=settings.retries, **options)
+    for _ in range(settings.retries + 1):
+        status = ray.get(task.remote(command))
+        if status in (0, 2):
+            break
+    if status:
+        raise (InputError if status == 2 else RemoteError)(f"{stage.name} ended with status {status}")
+
+
+def main() -> NoReturn:
+    """Take the configuration and the overrides from the command line."""
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))  # the actors end with this process
+    try:
+        drive(sys.argv[1], sys.argv[2:])
+    except (InputError, RemoteError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
