@@ -26,11 +26,14 @@ $(TEACHER): .venv/.ready
 demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml
 
+# Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other.
+PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=.torchao $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: check $(TEACHER) .torchao
-	PYTHONPATH=.torchao $(BIN)/python -m pytest
+	$(PYTEST) --durations 15
 
 test-fast: $(TEACHER) .torchao
-	PYTHONPATH=.torchao $(BIN)/python -m pytest --ignore=tests/integration
+	$(PYTEST) --ignore=tests/integration
 
 # Beside the environment, not in it: transformers imports it wherever it finds it, and on a CPU it complains of its GPU parts.
 .torchao: .venv/.ready

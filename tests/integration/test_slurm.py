@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmdistill.dataset import read_manifest
+from llmdistill.dataset import load_dataset, read_manifest
 from llmdistill.stage import read_json
 from tests.conftest import ROOT, run_cli, write_experiment
 
@@ -186,3 +186,25 @@ def test_cancelling_ends_all_of_it(cluster, tiny, tmp_path):
     wait_for(lambda: is_over(cluster, output), 60)
     assert "nothing, all jobs are over" in run_cli("cancel", output, **cluster).stdout
     assert Path(output / "jobs/generate.sh").is_file()
+
+
+@pytest.mark.engine
+def test_jobs_with_a_real_vllm(cluster, smollm2, tmp_path):
+    """The rows are those that the exact engine makes, by their ids; the text is vLLM's."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    file = tmp_path / "experiment.yaml"
+    file.write_text(f"""
+output: {tmp_path}/run
+teacher: {{model: {smollm2}, engine: vllm}}
+prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 6}}
+generate: {{max_tokens: 4, rows_per_shard: 2}}
+curate: [{{finish_reason: }}]
+""")
+    assert run_cli("generate", file, "--teacher.engine", "transformers", "--output", tmp_path / "exact").returncode == 0
+    submitted = run_cli("submit", file, *settings(1), **cluster)
+    assert submitted.returncode == 0, submitted.stderr
+    wait_for(lambda: is_over(cluster, tmp_path / "run"), 300)
+    # All rows are cut, so nothing is left to train on, and what depends on it is not run.
+    assert "both train and held out need at least one row" in logs(tmp_path / "run")
+    ids = [list(load_dataset(directory / "data")["id"]) for directory in (tmp_path / "run", tmp_path / "exact")]
+    assert ids[0] == ids[1]
