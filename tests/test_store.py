@@ -3,15 +3,19 @@
 import builtins
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from llmdistill import stage
+from llmdistill import copies, stage
 from llmdistill.config import load_experiment
 from llmdistill.copies import SEAL, Copy, bring, keep_checkpoints
 from llmdistill.dataset import Row, finished_shards, load_dataset, rows_to_table, write_manifest, write_shard
 from llmdistill.errors import InputError
+from llmdistill.pipeline import stages
+from llmdistill.refresh import refresh
 from llmdistill.shared_shards import SharedShards
 from llmdistill.store import DamagedError, Store
 
@@ -144,6 +148,49 @@ def test_a_copy_that_would_lie_outside_is_refused(store, tmp_path):
     seal.write_text(json.dumps({"run": None, "files": {"../../outside": "0" * 64}}))
     with pytest.raises(InputError, match=r"\.\./\.\./outside would lie outside of it"):
         Copy(store, tmp_path / "other", "student").fetch()
+
+
+@pytest.mark.parametrize(
+    ("directory", "url"),
+    [
+        ("runs/b/curated", "s3://bucket/x/runs/b/curated"),
+        ("runs/a/curated", "s3://bucket/x/runs/a/curated"),
+        ("runs/b/rounds/1/student", "s3://bucket/x/runs/b/rounds/1/student"),
+        ("elsewhere", "s3://bucket/x/elsewhere"),
+        ("../elsewhere", None),
+        ("/models/teacher", None),
+        ("runs", None),
+    ],
+)
+def test_what_lies_beside_the_output_is_looked_for_beside_its_copy(experiment_file, tmp_path, monkeypatch, directory, url):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(copies, "Store", lambda url: SimpleNamespace(url=url))
+    experiment = load_experiment(experiment_file, [("output", "runs/b"), ("store", "s3://bucket/x/runs/b/")])
+    found = copies._copy(experiment, Path(directory))
+    assert (found and found.url) == url
+    assert found is None or found.directory == Path(directory)
+
+
+def test_where_output_and_store_are_named_apart_nothing_is_looked_for_beside_them(experiment_file, monkeypatch):
+    monkeypatch.setattr(copies, "Store", lambda url: SimpleNamespace(url=url))
+    experiment = load_experiment(experiment_file, [("output", "runs/b"), ("store", "s3://bucket/b2")])
+    assert copies._copy(experiment, Path("runs/b/data")).url == "s3://bucket/b2/data"
+    assert copies._copy(experiment, Path("runs/a/data")) is None
+
+
+def test_each_round_has_its_place_in_the_store(experiment_file):
+    experiment = load_experiment(experiment_file, [("output", "runs/b"), ("store", "s3://bucket/b"), ("rounds", "2")])
+    written, scored, *_ = (stage for stage in stages(experiment) if stage.round == 2)
+    assert written.overrides["store"] == "s3://bucket/b/rounds/2/written"
+    assert scored.overrides["store"] == "s3://bucket/b/rounds/2"
+    for stage_of in (written, scored):
+        assert stage_of.overrides["output"].removeprefix("runs/b") == stage_of.overrides["store"].removeprefix("s3://bucket/b")
+
+
+def test_refresh_refuses_a_store(experiment_file):
+    experiment = load_experiment(experiment_file, [("store", "s3://bucket/b"), ("refresh", "{}")])
+    with pytest.raises(InputError, match=r"refresh keeps its versions, .* on one machine"):
+        refresh(experiment, [])
 
 
 def shard(directory, index, text):
