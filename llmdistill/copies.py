@@ -56,7 +56,7 @@ class Copy:
         self.store = store
         self.name = name_there or name
         self.directory = output / name
-        self.url = f"{store.url}/{name}"
+        self.url = f"{store.url}/{self.name}"
 
     def part(self, name: str) -> "Copy":
         """A directory in it that is whole by itself."""
