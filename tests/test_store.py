@@ -84,10 +84,15 @@ def test_a_copy_is_fetched_as_it_was_uploaded(store, tmp_path):
         assert (other.directory / name).read_bytes() == (tmp_path / "one/student" / name).read_bytes()
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("moment", range(5))
-def test_an_upload_that_ends_at_any_moment_leaves_nothing_that_looks_finished(store, tmp_path, monkeypatch, moment):
-    stage_directory(tmp_path / "one/student", {"a": "1", "b": "2", "README.md": "3"})
+def test_an_upload_that_ends_at_any_moment_leaves_nothing_that_looks_finished(store, tmp_path, monkeypatch, moment, again):
     copy, put, calls = Copy(store, tmp_path / "one", "student"), store.put, []
+    if again:  # over what was whole
+        stage_directory(copy.directory, {"a": "0", "b": "0", "README.md": "0"})
+        copy.upload_if_done()
+    stage_directory(copy.directory, {"a": "1", "b": "2", "README.md": "3"})
+    stage.finish(copy.directory, {"more": 1})
 
     def killed(file, name):
         calls.append(name)

@@ -363,6 +363,16 @@ def test_a_store_that_cannot_be_used_is_said_at_the_start(prepared, server, tmp_
     assert not Path("run/data").exists()
 
 
+def test_of_two_that_decide_the_first_does(bucket, tmp_path):
+    one, other = Store(bucket.url), Store(bucket.url)
+    for content in ("first", "second"):
+        (tmp_path / content).write_text(content)
+    assert one.decide(tmp_path / "first", "data/dataset.json") == b"first"
+    assert other.decide(tmp_path / "second", "data/dataset.json") == b"first"
+    one.remove("data/dataset.json")
+    assert other.decide(tmp_path / "second", "data/dataset.json") == b"second"
+
+
 def test_a_large_file_appears_whole_or_not_at_all(bucket, environment, server, tmp_path):
     """Of more than 100 MB it is uploaded in parts; the process is killed in the middle of the second one."""
     large = tmp_path / "large"
