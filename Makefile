@@ -38,7 +38,7 @@ test-fast: $(TEACHER) .torchao .s3
 
 # Beside the environment, being large: s3fs, and moto, whose S3 server the tests talk to.
 .s3: .venv/.ready
-	$(PIP) --target $@ s3fs==2026.9.0 aiobotocore==3.10.0 aioitertools==0.13.0 boto3==1.43.117 botocore==1.43.117 s3transfer==0.19.3 wrapt==2.5.2 \
+	$(PIP) --target $@ s3fs==2026.9.0 aiobotocore==3.10.0 aioitertools==0.13.0 boto3==1.43.117 botocore==1.43.117 s3transfer==0.19.3 \
 		moto==5.2.5 blinker==1.9.0 flask==3.1.3 flask-cors==6.0.5 itsdangerous==2.2.0 py-partiql-parser==0.6.3 responses==0.26.3 \
 		werkzeug==3.1.9 xmltodict==1.0.4
 

@@ -143,6 +143,7 @@ def make_dataset(
     shared.join(name, settings, inputs)
     stage.begin(directory, name, settings, inputs, experiment.seed)
     made: dict[str, Any] = {}
+    shared.gather(count)  # who only asks what is missing sees what others have finished
     gathered = False
     while not gathered:
         shared.put_lacking()

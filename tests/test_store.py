@@ -14,6 +14,7 @@ from llmdistill.config import load_experiment
 from llmdistill.copies import SEAL, Copy, bring, keep_checkpoints
 from llmdistill.dataset import Row, finished_shards, load_dataset, rows_to_table, write_manifest, write_shard
 from llmdistill.errors import InputError
+from llmdistill.generate import generate
 from llmdistill.pipeline import stages
 from llmdistill.refresh import refresh
 from llmdistill.shared_shards import SharedShards
@@ -307,6 +308,22 @@ def test_checkpoints_are_found_again_by_the_newest_whole_one(experiment_file, tm
     keep_checkpoints(experiment, student, limit)
     whole = {path.parent.name for path in (tmp_path / "store/student/checkpoints").glob(f"*/{SEAL}")}
     assert whole == {f"checkpoint-{step}" for step in left}
+
+
+def test_who_only_asks_what_is_missing_has_what_others_have_finished(experiment_file, tmp_path):
+    class Plan:
+        def part(self, count):
+            return range(0)
+
+        def shards(self, name, directory, count):
+            self.there = {shard.index for shard in finished_shards(directory, "train")}
+            return []
+
+    changes, plan = [("store", f"file://{tmp_path}/store"), ("generate.max_tokens", "2")], Plan()
+    generate(load_experiment(experiment_file, changes))
+    generate(load_experiment(experiment_file, [*changes, ("output", str(tmp_path / "other"))]), worker=plan)
+    assert plan.there == {0, 1, 2, 3}
+    assert (tmp_path / "other/data/dataset.json").read_bytes() == (tmp_path / "run/data/dataset.json").read_bytes()
 
 
 def test_without_a_store_there_is_nothing_to_share(experiment_file, tmp_path):
