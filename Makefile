@@ -27,17 +27,23 @@ demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml
 
 # Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other.
-PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=.torchao $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=.torchao:.s3 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test: check $(TEACHER) .torchao
+test: check $(TEACHER) .torchao .s3
 	$(PYTEST) --durations 15
 
-test-fast: $(TEACHER) .torchao
+test-fast: $(TEACHER) .torchao .s3
 	$(PYTEST) --ignore=tests/integration
 
 # Beside the environment, not in it: transformers imports it wherever it finds it, and on a CPU it complains of its GPU parts.
 .torchao: .venv/.ready
 	$(PIP) --target $@ torchao==0.18.0
+
+# Beside the environment, being large: s3fs, and moto, whose S3 server the tests talk to.
+.s3: .venv/.ready
+	$(PIP) --target $@ s3fs==2026.9.0 aiobotocore==3.10.0 aioitertools==0.13.0 boto3==1.43.117 botocore==1.43.117 s3transfer==0.19.3 \
+		moto==5.2.5 blinker==1.9.0 flask==3.1.3 flask-cors==6.0.5 itsdangerous==2.2.0 py-partiql-parser==0.6.3 responses==0.26.3 \
+		werkzeug==3.1.9 xmltodict==1.0.4
 
 # Beside the environment, not in it: accelerate imports DeepSpeed wherever it finds it. Needs a C++ compiler.
 .deepspeed: .venv/.ready
@@ -59,4 +65,4 @@ check: .venv/.ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .deepspeed .llmcompressor .torchao models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .deepspeed .llmcompressor .torchao .s3 models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -161,11 +161,18 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
         from llmdistill.shards import Share
 
         options["worker"] = Share.parse(arguments.shards)
+    stored = experiment.store is not None and not arguments.dry_run
+    if stored:
+        from llmdistill.copies import bring, keep
+
+        bring(experiment, arguments.command)
     for stage in stages(experiment) if arguments.command == "run" else [Stage(arguments.command)]:
         module, function = _MODULES.get(stage.command, (f"llmdistill.{stage.command}", stage.command))
         overrides = [*overrides_of(rest), *stage.overrides.items()]
         here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
         getattr(importlib.import_module(module), function)(here, **options)
+    if stored:
+        keep(experiment, arguments.command)
     return None
 
 

@@ -22,7 +22,7 @@ from llmdistill.config_refresh import Refresh
 from llmdistill.config_rounds import Rounds, as_section
 from llmdistill.config_student import ORIGINS, Student
 from llmdistill.errors import InputError
-from llmdistill.section import Divergence, PassedOn, Step, check_schema
+from llmdistill.section import Divergence, PassedOn, Step, StoreUrl, check_schema
 from llmdistill.section import Section as Section
 from llmdistill.section import Teacher as Teacher
 
@@ -261,11 +261,16 @@ class Eval(Section):
     """Let a judge compare the student's answers with another model's."""
 
 
+Directory = Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"]
+
+
 class Experiment(Section):
     """One experiment: one YAML file with a section a stage."""
 
     output: str
     """Directory that receives what every stage writes."""
+    store: StoreUrl | None = None
+    """A copy of `output` that outlives the machine, at s3://BUCKET/PREFIX, gs://… or file:///…; docs/stores.md."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampling, splitting, training and bootstrap."""
     shard_mb: float = Field(default=256, gt=0)
@@ -325,10 +330,7 @@ class Experiment(Section):
             raise ValueError("train.attention needs eager attention, which is set for it; remove student.attn_implementation")
         return self
 
-    def directory(
-        self,
-        name: Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"],
-    ) -> Path:
+    def directory(self, name: Directory) -> Path:
         """Where a stage writes; the student is that of the last round."""
         return Path(self.output) / (f"rounds/{self.rounds.n}/{name}" if self.rounds and name == "student" else name)
 

@@ -33,7 +33,7 @@ ROW_GROUP = 1000  # rows; what a reader has to hold at a time
 MANIFEST = "dataset.json"
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
-_SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5})-of-(?P<count>\d{5})-(?P<checksum>[0-9a-f]{16})\.parquet")
+SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5})-of-(?P<count>\d{5})-(?P<checksum>[0-9a-f]{16})\.parquet")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
@@ -176,7 +176,7 @@ def finished_shards(directory: Path, split: Split) -> list[Shard]:
     """The shards that are there, one an index; where two workers made the same one, the first by name counts."""
     found: dict[int, Shard] = {}
     for file in sorted(directory.glob(f"{split}-*.parquet")):
-        match = _SHARD_NAME.fullmatch(file.name)
+        match = SHARD_NAME.fullmatch(file.name)
         if match is None:
             raise InputError(f"{file}: not a shard of this dataset")
         shard = Shard(file, split, int(match["index"]), int(match["count"]), match["checksum"])
@@ -290,7 +290,7 @@ def shard_files(directory: Path, split: Split) -> list[Path]:
     """
     files = [directory / entry["file"] for entry in read_manifest(directory)["shards"] if entry["split"] == split]
     for file in files:
-        match = _SHARD_NAME.fullmatch(file.name)
+        match = SHARD_NAME.fullmatch(file.name)
         if match is None or sha256(file)[:16] != match["checksum"]:
             raise InputError(
                 f"{file}: the checksum does not match; the file was damaged or changed. Delete it and generate it again"

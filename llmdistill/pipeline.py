@@ -55,12 +55,15 @@ def _rounds(experiment: Experiment) -> Iterator[Stage]:
     for number in range(1, settings.n + 1):
         here = output / "rounds" / str(number)
         common = {"rounds": "0", "output": str(here), "seed": str(experiment.seed + number)}
+        if experiment.store:
+            common["store"] = f"{experiment.store.rstrip('/')}/rounds/{number}"
         writer = {"model": str(student), "engine": engine, "dtype": teacher.dtype, "batch_size": teacher.batch_size}
         yield Stage(
             "generate",
             {
                 **common,
                 "output": str(here / "written"),
+                **({"store": f"{common['store']}/written"} if experiment.store else {}),
                 "teacher": json.dumps(writer),
                 "prompts": json.dumps(prompts),
                 "generate.samples": "1",

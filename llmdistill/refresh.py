@@ -43,6 +43,8 @@ def refresh(experiment: Experiment, arguments: list[str], dry_run: bool = False)
         raise InputError("the key refresh is missing: `refresh: {}` is enough")
     if experiment.prompts is None:
         raise InputError("the key prompts is missing: `refresh` adds what is new in prompts.source")
+    if experiment.store:
+        raise InputError("refresh keeps its versions, and which of them is promoted, on one machine; leave out store")
     if experiment.rounds:
         raise InputError("refresh and rounds do not go together: every version is trained once")
     output = Path(experiment.output)

@@ -2,6 +2,7 @@
 
 import re
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +27,24 @@ def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def _check_store(url: str) -> str:
+    # What is wrong with it is said without the URL, which may hold a secret.
+    parts = urlsplit(url)
+    if parts.scheme == "hf":
+        raise ValueError("the Hub makes a commit of every file; upload what is finished with `llmdistill push`")
+    if parts.scheme not in ("s3", "gs", "file"):
+        raise ValueError("must begin with s3://, gs:// or file:///, where a file is there whole or not at all")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            "a URL with a user, a key or options in it; credentials come from the environment or the cloud's own files"
+        )
+    if bool(parts.netloc) != (parts.scheme != "file") or (parts.scheme == "file" and parts.path.strip("/") == ""):
+        raise ValueError("must name a bucket, as s3://BUCKET/PREFIX, or after file:// a path that begins with /")
+    return url
+
+
 PassedOn = Annotated[dict[str, Any], AfterValidator(_refuse_secrets)]
+StoreUrl = Annotated[str, AfterValidator(_check_store)]
 
 
 class Section(BaseModel):

@@ -28,6 +28,7 @@ from llmdistill.dataset import (
 )
 from llmdistill.errors import InputError
 from llmdistill.progress import StageBar, console, say
+from llmdistill.shared_shards import SharedShards
 from llmdistill.teachers import Completion, Engine, Request, open_engine
 from llmdistill.teachers.chat import Chat
 
@@ -138,21 +139,33 @@ def make_dataset(
     """
     experiment = source.chat.experiment
     count = count_shards(experiment, len(source.requests))
+    shared = SharedShards(experiment, directory)
+    shared.join(name, settings, inputs)
     stage.begin(directory, name, settings, inputs, experiment.seed)
-    missing = iter(worker.shards(name, directory, count))
-    made = {}
-    if (first := next(missing, None)) is not None:
-        (directory / MANIFEST).unlink(missing_ok=True)
-        made = _make(name, directory, source, chain([first], missing), worker, count)
+    made: dict[str, Any] = {}
+    shared.gather(count)  # who only asks what is missing sees what others have finished
+    gathered = False
+    while not gathered:
+        shared.put_lacking()
+        missing = shared.lacking(worker.shards(name, directory, count))
+        if (first := next(missing, None)) is not None:
+            (directory / MANIFEST).unlink(missing_ok=True)
+            made = _make(name, directory, source, chain([first], missing), worker, count, shared)
+        gathered = shared.gather(count)
     there = finished_shards(directory, "train")
     if len(there) < count:
-        say(name, f"{len(there):,} of {count:,} shards are there, the others are for other workers to make")
+        known = len({shard.index for shard in there} | shared.indices())
+        say(name, f"{known:,} of {count:,} shards are there, the others are for other workers to make")
         return
     write_manifest(directory, there, source.chat.description() | source.description() | {"source": inputs})
+    shared.decide()
     stage.finish(directory, {"rows": len(source.requests), **made})
+    shared.finish()
 
 
-def _make(name: str, directory: Path, source: Source, missing: Iterable[int], worker: Worker, count: int) -> dict[str, Any]:
+def _make(
+    name: str, directory: Path, source: Source, missing: Iterable[int], worker: Worker, count: int, shared: SharedShards
+) -> dict[str, Any]:
     """Run the engine over the missing shards; each is stored as soon as its last row is there. How fast it was."""
     chat, experiment = source.chat, source.chat.experiment
     size, everything = experiment.generate.rows_per_shard, len(source.requests)
@@ -165,7 +178,9 @@ def _make(name: str, directory: Path, source: Source, missing: Iterable[int], wo
 
     def store(index: int, completions: list[Completion]) -> None:
         table = rows_to_table([source.row(completion) for completion in completions], chat.vocab_size)
-        made.append(describe_shard(write_shard(directory, "train", index, count, table)))
+        shard = write_shard(directory, "train", index, count, table)
+        made.append(describe_shard(shard))
+        shared.put(shard)
 
     with console.status("starting the teacher"):
         engine = open_engine(
@@ -178,7 +193,8 @@ def _make(name: str, directory: Path, source: Source, missing: Iterable[int], wo
             chat.vocab_size if source.reads else None,
         )
     part = worker.part(count)
-    done = sum(rows_of(shard.index) for shard in finished_shards(directory, "train") if shard.index in part)
+    there = {shard.index for shard in finished_shards(directory, "train")} | shared.indices()
+    done = sum(rows_of(index) for index in there if index in part)
     started = time.monotonic()
     with StageBar(name, sum(map(rows_of, part)), done) as bar:
         tokens = 0

@@ -45,17 +45,21 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
         raise InputError(f"{directory} holds something else than the work of `{stage}`; choose another `output`, or move it away")
     if run["status"] != "done" and there == {RUN_FILE}:
         return "new"  # it stopped before anything was finished: nothing to lose to other settings
-    differences = [
+    if found := differences(run, settings, inputs):
+        raise InputError(
+            f"{directory} was made with other settings: {'; '.join(found)}. "
+            "Choose another `output`, or remove the directory to make it again"
+        )
+    return "done" if run["status"] == "done" else "resume"
+
+
+def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:
+    """In what the settings and inputs of `run.json` are others than these, where what comes out depends on it; for people."""
+    return [
         f"{key} was {_short(old)}, is {_short(new)}"
         for key, old, new in _differences({**run["settings"], "input": run["inputs"]}, {**settings, "input": inputs})
         if not any(key == free or key.startswith(f"{free}.") for free in _FREE_SETTINGS)
     ]
-    if differences:
-        raise InputError(
-            f"{directory} was made with other settings: {'; '.join(differences)}. "
-            "Choose another `output`, or remove the directory to make it again"
-        )
-    return "done" if run["status"] == "done" else "resume"
 
 
 def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from llmdistill import stage
 from llmdistill.card import model_card
 from llmdistill.config import Experiment
+from llmdistill.copies import upload_checkpoints
 from llmdistill.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import (
@@ -132,6 +133,7 @@ def _train_one(
     _show_progress(trainer, "text only" if text_only else "train")
     # What one process finds counts for all: another may still see a shared disk as it was.
     (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
+    upload_checkpoints(experiment, trainer, directory)
     stop = _stop_with_a_checkpoint(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
