@@ -26,10 +26,10 @@ $(TEACHER): .venv/.ready
 demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml
 
-test: check $(TEACHER) .torchao
+test: check $(TEACHER) .torchao .schemas
 	PYTHONPATH=.torchao $(BIN)/python -m pytest
 
-test-fast: $(TEACHER) .torchao
+test-fast: $(TEACHER) .torchao .schemas
 	PYTHONPATH=.torchao $(BIN)/python -m pytest --ignore=tests/integration
 
 # Beside the environment, not in it: transformers imports it wherever it finds it, and on a CPU it complains of its GPU parts.
@@ -50,10 +50,14 @@ test-deepspeed: .deepspeed $(TEACHER)
 test-gptq: .llmcompressor $(TEACHER)
 	$(BIN)/python -m pytest tests/integration/test_export.py
 
+# The schemas of SkyPilot and Kubernetes, which jobs are checked against.
+.schemas: .venv/.ready
+	$(PIP) --target $@ skypilot==0.14.1 kubernetes-validate==1.37.0 importlib_resources==7.1.0
+
 check: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .deepspeed .llmcompressor .torchao models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .deepspeed .llmcompressor .schemas .torchao models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

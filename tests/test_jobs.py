@@ -110,7 +110,9 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
     assert done.stdout.count("#!/bin/bash") == 6
     assert not (tmp_path / "run").exists()
     without = run_cli("submit", experiment_file)
-    assert (without.returncode, without.stderr) == (2, "the key jobs.slurm is missing: `submit` needs to know where\n")
+    assert (without.returncode, without.stderr) == (
+        2, "the key jobs.slurm or jobs.skypilot or jobs.kubernetes is missing: `submit` needs to know where\n"
+    )  # fmt: skip
     nowhere = run_cli("submit", experiment_file, "--jobs.slurm", "{partition: gpu}", PATH="/nothing")
     assert (nowhere.returncode, nowhere.stderr) == (
         2, "squeue is not there: this is no machine from which Slurm takes jobs\n"
@@ -118,3 +120,21 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
     status = run_cli("status", tmp_path)
     assert status.returncode == 2
     assert "nothing was submitted from this output" in status.stderr
+
+
+@pytest.mark.parametrize("name", ["node-8gpu", "slurm-16-nodes"])
+def test_the_shipped_configurations_of_clusters_show_what_they_would_do(name):
+    for command in ("run", "submit"):
+        done = run_cli(command, f"configs/{name}.yaml", "--dry-run", PATH="/nothing")
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") == 5
+    (train,) = [line for line in done.stdout.splitlines() if " train configs" in line]
+    nodes, launcher = {"node-8gpu": (1, "torchrun"), "slurm-16-nodes": (4, "accelerate launch")}[name]
+    assert launcher in train
+    assert f"#SBATCH --nodes={nodes}\n" in done.stdout
+
+
+def test_what_needs_no_model_gets_no_gpu_unless_its_entry_says_so(experiment_file, tmp_path):
+    entry = "{gpus: 8, stages: {curate: {cpus: 4}}}"
+    assert "gpus" not in rendered(experiment_file, tmp_path, "curate", entry)
+    assert "gpus-per-node=1\n" in rendered(experiment_file, tmp_path, "curate", entry.replace("cpus: 4", "gpus: 1"))
