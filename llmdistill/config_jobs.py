@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from llmdistill.section import PassedOn, Section
 
@@ -180,6 +180,14 @@ class Kubernetes(KubernetesResources):
     """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU is asked for."""
     stages: Annotated[dict[StageName, KubernetesResources], AfterValidator(_one_node)] = {}
     """What a stage asks for where it is not the same: {train: {gpus: 8}}."""
+
+    @field_validator("pod")
+    @classmethod
+    def _what_is_set_for_every_pod(cls, pod: dict[str, Any]) -> dict[str, Any]:
+        for name in ("containers", "restartPolicy", "terminationGracePeriodSeconds", "automountServiceAccountToken", "volumes"):
+            if name in pod:
+                raise ValueError(f"{name} is set by the other keys of jobs.kubernetes")
+        return pod
 
     @model_validator(mode="after")
     def _one_pod_trains(self) -> "Kubernetes":

@@ -1,7 +1,9 @@
 """The scripts of scheduled jobs, as text; tests/integration/test_slurm.py runs them."""
 
+import json
 import shlex
 import subprocess
+import time
 
 import pytest
 
@@ -10,6 +12,7 @@ from llmdistill.errors import InputError
 from llmdistill.jobs.slurm import script
 from llmdistill.pipeline import Stage
 from tests.conftest import run_cli
+from tests.doubles import double
 
 
 def rendered(file, directory, stage, slurm, arguments=(), **more):
@@ -138,3 +141,21 @@ def test_what_needs_no_model_gets_no_gpu_unless_its_entry_says_so(experiment_fil
     entry = "{gpus: 8, stages: {curate: {cpus: 4}}}"
     assert "gpus" not in rendered(experiment_file, tmp_path, "curate", entry)
     assert "gpus-per-node=1\n" in rendered(experiment_file, tmp_path, "curate", entry.replace("cpus: 4", "gpus: 1"))
+
+
+def test_status_says_how_far_a_running_job_is(tmp_path):
+    """Two elements of an array run, one waits; of the two one has said how far it is."""
+    output, there = tmp_path / "run", tmp_path / "bin"
+    for directory in (there, output / "jobs", output / ".progress"):
+        directory.mkdir(parents=True)
+    submitted = [{"stage": "generate", "job": "7"}, {"stage": "curate", "job": "8"}]
+    (output / "jobs/jobs.json").write_text(json.dumps({"backend": "slurm", "jobs": submitted}))
+    look = {"stage": "generate", "step": "generate", "done": 50, "total": 200, "tokens": 9, "tokens_per_s": 300.0}
+    look |= {"seconds_left": 90.0, "time": time.time(), "host": "node1", "pid": 1, "share": "1/3"}
+    (output / ".progress/generate.node1-1.json").write_text(json.dumps(look))
+    double(there, "squeue", "echo 9 7 RUNNING; echo 10 7 RUNNING; echo 7 7 PENDING; echo 8 8 PENDING")
+    said = run_cli("status", output, PATH=f"{there}:/usr/bin:/bin")
+    assert said.stdout.splitlines() == [
+        "generate  job 7: 1 pending, 2 running; running 50/200 · 300 tok/s · 1:30 left",
+        "curate    job 8: 1 pending; not done",
+    ], said.stderr

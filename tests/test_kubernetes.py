@@ -213,6 +213,7 @@ def test_kubectl_is_asked_and_understood(experiment_file, tmp_path):
         ("{image: i, kubectl_image: k, claim: c, mount: '/a/../b'}", "no absolute path"),
         ("{image: i, kubectl_image: k, claim: c, time: 8h}", "no time such as HH:MM:SS"),
         ("{image: i, kubectl_image: k, claim: c, pod: {password: x}}", "would be written"),
+        ("{image: i, kubectl_image: k, claim: c, pod: {volumes: []}}", "jobs.kubernetes.pod: volumes is set by"),
     ],
 )
 def test_bad_input_is_named(experiment_file, settings, message):
