@@ -4,9 +4,11 @@ import json
 import shlex
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from llmdistill import jobs
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.jobs.slurm import script
@@ -159,3 +161,14 @@ def test_status_says_how_far_a_running_job_is(tmp_path):
         "generate  job 7: 1 pending, 2 running; running 50/200 · 300 tok/s · 1:30 left",
         "curate    job 8: 1 pending; not done",
     ], said.stderr
+
+
+def test_status_of_a_job_that_is_the_whole_run_shows_its_stages(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/run.json").write_text('{"stage": "generate", "status": "done"}')
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/jobs.json").write_text('{"backend": "double", "jobs": [{"stage": "run", "job": "5"}]}')
+    backend = SimpleNamespace(states=lambda jobs: [["RUNNING"]], SAME_FILES=True)
+    monkeypatch.setitem(jobs.BACKENDS, "double", backend)
+    jobs.status(tmp_path)
+    assert capsys.readouterr().out == "run       job 5: 1 running\ngenerate  done\n"

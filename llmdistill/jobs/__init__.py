@@ -19,6 +19,7 @@ from llmdistill.progress import console, say
 from llmdistill.status import begun, how_far
 
 BACKENDS: dict[str, ModuleType] = {"slurm": slurm, "skypilot": skypilot, "kubernetes": kubernetes}
+WHOLE = "run"  # the `stage` of a job that is all of them
 _FILE = "jobs.json"
 
 
@@ -70,14 +71,23 @@ def status(output: Path) -> None:
         InputError: nothing was submitted there, and nothing has begun.
     """
     if not (output / "jobs" / _FILE).exists() and (names := begun(output)):
-        for name in names:
-            say(name, how_far(output, name))
-        return
+        return _say_stages(output, names)
     backend, jobs = _jobs(output / "jobs")
     for job, states in zip(jobs, backend.states(jobs), strict=True):
         counts = ", ".join(f"{number} {state.lower()}" for state, number in sorted(Counter(states).items()))
-        left = how_far(output, job["stage"]) if backend.SAME_FILES else "" if counts else "not known any more"
+        if backend.SAME_FILES:
+            left = how_far(output, job["stage"]) if job["stage"] != WHOLE else ""
+        else:
+            left = "" if counts else "not known any more"
         say(job["stage"], f"job {job['job']}: {'; '.join(part for part in (counts, left) if part)}")
+    if any(job["stage"] == WHOLE for job in jobs) and backend.SAME_FILES:
+        _say_stages(output, begun(output))
+    return None
+
+
+def _say_stages(output: Path, names: list[str]) -> None:
+    for name in names:
+        say(name, how_far(output, name))
 
 
 def cancel(output: Path) -> None:
