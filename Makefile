@@ -29,10 +29,10 @@ demo: $(TEACHER)
 # Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other.
 PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=.torchao:.s3 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test: check $(TEACHER) .torchao .s3
+test: check $(TEACHER) .torchao .s3 .schemas
 	$(PYTEST) --durations 15
 
-test-fast: $(TEACHER) .torchao .s3
+test-fast: $(TEACHER) .torchao .s3 .schemas
 	$(PYTEST) --ignore=tests/integration
 
 # Beside the environment, not in it: transformers imports it wherever it finds it, and on a CPU it complains of its GPU parts.
@@ -59,10 +59,14 @@ test-deepspeed: .deepspeed $(TEACHER)
 test-gptq: .llmcompressor $(TEACHER)
 	$(BIN)/python -m pytest tests/integration/test_export.py
 
+# The schemas of SkyPilot and Kubernetes, which jobs are checked against.
+.schemas: .venv/.ready
+	$(PIP) --target $@ skypilot==0.14.1 kubernetes-validate==1.37.0 importlib_resources==7.1.0
+
 check: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .deepspeed .llmcompressor .torchao .s3 models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .deepspeed .llmcompressor .schemas .torchao .s3 models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

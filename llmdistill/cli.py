@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,20 +74,30 @@ def main(argv: list[str] | None = None) -> NoReturn:
             _call_stage(arguments, experiment, rest)
     except InputError as error:
         _leave_it_to_the_first()
-        print(error, file=sys.stderr)
+        _complain(arguments, error)
         sys.exit(2)
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
-        print(f"{error.filename}: {error.strerror}; finished work is kept, the same command goes on from there", file=sys.stderr)
+        _complain(arguments, f"{error.filename}: {error.strerror}; finished work is kept, the same command goes on from there")
         sys.exit(1)
     except RemoteError as error:
-        print(error, file=sys.stderr)
+        _complain(arguments, error)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; finished work is kept, the same command goes on from there", file=sys.stderr)
+        _complain(arguments, "interrupted; finished work is kept, the same command goes on from there")
         sys.exit(1)
     sys.exit(0)
+
+
+def _complain(arguments: argparse.Namespace, text: object) -> None:
+    """What went wrong, on the standard error stream."""
+    from llmdistill import watch
+
+    if watch.current.as_json:
+        watch.event(arguments.command, "message", level="error", error=True, text=str(text))
+    else:
+        print(text, file=sys.stderr)
 
 
 def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -161,19 +172,31 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
         from llmdistill.shards import Share
 
         options["worker"] = Share.parse(arguments.shards)
-    stored = experiment.store is not None and not arguments.dry_run
-    if stored:
-        from llmdistill.copies import bring, keep
+    if arguments.dry_run:
+        for stage in stages(experiment) if arguments.command == "run" else [Stage(arguments.command)]:
+            overrides = [*overrides_of(rest), *stage.overrides.items()]
+            here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
+            _function(stage.command)(here, **options)
+        return None
+    from llmdistill.copies import bring, keep
+    from llmdistill.progress import console
+    from llmdistill.watch import watched
 
-        bring(experiment, arguments.command)
-    for stage in stages(experiment) if arguments.command == "run" else [Stage(arguments.command)]:
-        module, function = _MODULES.get(stage.command, (f"llmdistill.{stage.command}", stage.command))
-        overrides = [*overrides_of(rest), *stage.overrides.items()]
-        here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
-        getattr(importlib.import_module(module), function)(here, **options)
-    if stored:
-        keep(experiment, arguments.command)
+    talks = arguments.command == "chat"
+    console.quiet = console.quiet or (experiment.watch.log == "json" and not talks)  # what is not a line of a stage
+    watching = watched(arguments.command, experiment.output, experiment.watch, getattr(arguments, "shards", None))
+    with nullcontext() if talks else watching:
+        if experiment.store is not None:
+            bring(experiment, arguments.command)
+        _function(arguments.command)(experiment, **options)
+        if experiment.store is not None:
+            keep(experiment, arguments.command)
     return None
+
+
+def _function(command: str) -> Any:
+    module, function = _MODULES.get(command, (f"llmdistill.{command}", command))
+    return getattr(importlib.import_module(module), function)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,9 +231,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
     inspect.add_argument("directory", metavar="DIR", help="the dataset's directory")
     inspect.add_argument("--verify", action="store_true", help="also read every shard and check it against its checksum")
-    for name, text in (("status", "show how submitted jobs go"), ("cancel", "end submitted jobs; what is finished stays")):
+    for name, text in (
+        ("status", "show how far a run is"),
+        ("cancel", "end submitted jobs; what is finished stays"),
+    ):
         of_jobs = commands.add_parser(name, help=text, allow_abbrev=False)
-        of_jobs.add_argument("directory", metavar="RUN", help="the output of the experiment that was submitted")
+        of_jobs.add_argument("directory", metavar="RUN", help="the output of the experiment")
     help_text = "upload a finished dataset or student to the Hugging Face Hub"
     push = commands.add_parser(
         "push",
@@ -255,7 +281,7 @@ def _keys_help(sections: tuple[str, ...]) -> str:
     rows = [
         (f"--{key}", kind, text)
         for key, kind, text in keys()
-        if key in ("output", "seed")
+        if key in ("output", "seed", "watch.log", "watch.metrics")
         or any(not section or key == section or key.startswith(f"{section}.") for section in sections)
     ]
     lines = [f"  {key} {kind}\n      {text}" for key, kind, text in rows]

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from llmdistill.config_curate import CurateStep
 from llmdistill.config_eval import WinRate
 from llmdistill.config_export import Export
-from llmdistill.config_jobs import Jobs
+from llmdistill.config_jobs import Jobs, Watch
 from llmdistill.config_prompts import Prompts as Prompts
 from llmdistill.config_prompts import Sampling
 from llmdistill.config_refresh import Refresh
@@ -289,6 +289,7 @@ class Experiment(Section):
     eval: Eval = Eval()
     export: Export | None = None
     jobs: Jobs | None = None
+    watch: Watch = Watch()
 
     @model_validator(mode="after")
     def _loss_fits_the_targets(self) -> "Experiment":

@@ -40,6 +40,7 @@ from llmdistill.traps import traps
 # Set by keys of their own; given under train.args they would contradict them.
 _LOSS = ["loss", "alpha", "alpha_end", "temperature", "beta", "beta_end", "sequence_alpha", "position_weights", "reduction"]
 _LOSS += ["hidden", "attention"]
+_WATCHED = ("loss", "kl", "ce", "agreement", "hidden", "attention", "grad_norm", "learning_rate")
 _RESERVED = {"output_dir": "output"} | {name: f"train.{name}" for name in _LOSS}
 # The second student's: cross-entropy on the text, and nothing of the soft targets.
 _TEXT_ONLY: dict[str, Any] = {"alpha": 0.0, "alpha_end": None, "beta": None, "beta_end": None, "sequence_alpha": 0.0}
@@ -438,9 +439,11 @@ def _show_progress(trainer: Any, label: str) -> None:
             if "eval_ce" in logs:
                 name = "kl" if "eval_kl" in logs else "ce"
                 self.held_out = [f"held out {name} {logs[f'eval_{name}']:.2f}"]
+                self.bar.losses |= {f"held_out_{part}": logs[f"eval_{part}"] for part in _WATCHED if f"eval_{part}" in logs}
                 self.bar.advance(0, 0, self.facts + self.held_out)
             if "ce" in logs:
                 self.facts = [f"{name} {logs[name]:.2f}" for name in ("kl", "ce") if name in logs]
+                self.bar.losses |= {part: logs[part] for part in _WATCHED if part in logs}
                 new = logs["num_completion_tokens"] - self.tokens
                 self.tokens += new
                 self.bar.advance(0, new, self.facts + self.held_out)

@@ -1,10 +1,14 @@
-"""The command among the processes of one training run."""
+"""The command's exit statuses, and the command among the processes of one training run."""
 
+import errno
 import signal
+import sys
 
 import pytest
 
-from llmdistill import cli
+from llmdistill import cli, pipeline
+from llmdistill.config import load_experiment
+from llmdistill.errors import InputError, RemoteError
 
 
 def test_what_another_than_the_first_process_finds_alone_it_says_after_a_while(monkeypatch, capsys, tmp_path):
@@ -20,3 +24,55 @@ def test_what_another_than_the_first_process_finds_alone_it_says_after_a_while(m
     assert stopped.value.code == 2
     assert waited == [cli._PATIENCE]
     assert "none.yaml: no such file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sigterm():
+    """What SIGTERM did before."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def raising(error):
+    def stage(*arguments):
+        if error is not None:
+            raise error
+
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (None, 0, ""),
+        (InputError("file: key"), 2, "file: key\n"),
+        (RemoteError("server: no answer"), 1, "server: no answer\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "finished work is kept"),
+        (KeyboardInterrupt(), 1, "finished work is kept"),
+    ],
+)
+def test_exit_statuses(monkeypatch, capsys, experiment_file, sigterm, error, status, said):
+    monkeypatch.setattr(cli, "_call_stage", raising(error))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", str(experiment_file)])
+    assert stopped.value.code == status
+    assert said in capsys.readouterr().err
+
+
+def test_sigterm_is_143(monkeypatch, experiment_file, sigterm):
+    monkeypatch.setattr(cli, "_call_stage", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", str(experiment_file)])
+    assert stopped.value.code == 143
+
+
+@pytest.mark.parametrize(("body", "status"), [("exit 143", 143), ("exit 2", 2), ("exit 7", 7), ("kill -9 $$", 1)])
+def test_a_run_ends_as_its_stage_does(monkeypatch, tmp_path, experiment_file, body, status):
+    stage = tmp_path / "stage"
+    stage.write_text(f"#!/bin/bash\n{body}\n")
+    stage.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stage))
+    with pytest.raises(SystemExit) as stopped:
+        pipeline.run_pipeline(load_experiment(experiment_file), [str(experiment_file)])
+    assert stopped.value.code == status

@@ -1,15 +1,20 @@
 """The scripts of scheduled jobs, as text; tests/integration/test_slurm.py runs them."""
 
+import json
 import shlex
 import subprocess
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from llmdistill import jobs
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.jobs.slurm import script
 from llmdistill.pipeline import Stage
 from tests.conftest import run_cli
+from tests.doubles import double
 
 
 def rendered(file, directory, stage, slurm, arguments=(), **more):
@@ -110,7 +115,9 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
     assert done.stdout.count("#!/bin/bash") == 6
     assert not (tmp_path / "run").exists()
     without = run_cli("submit", experiment_file)
-    assert (without.returncode, without.stderr) == (2, "the key jobs.slurm is missing: `submit` needs to know where\n")
+    assert (without.returncode, without.stderr) == (
+        2, "the key jobs.slurm or jobs.skypilot or jobs.kubernetes is missing: `submit` needs to know where\n"
+    )  # fmt: skip
     nowhere = run_cli("submit", experiment_file, "--jobs.slurm", "{partition: gpu}", PATH="/nothing")
     assert (nowhere.returncode, nowhere.stderr) == (
         2, "squeue is not there: this is no machine from which Slurm takes jobs\n"
@@ -118,3 +125,50 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
     status = run_cli("status", tmp_path)
     assert status.returncode == 2
     assert "nothing was submitted from this output" in status.stderr
+
+
+@pytest.mark.parametrize("name", ["node-8gpu", "slurm-16-nodes"])
+def test_the_shipped_configurations_of_clusters_show_what_they_would_do(name):
+    for command in ("run", "submit"):
+        done = run_cli(command, f"configs/{name}.yaml", "--dry-run", PATH="/nothing")
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") == 5
+    (train,) = [line for line in done.stdout.splitlines() if " train configs" in line]
+    nodes, launcher = {"node-8gpu": (1, "torchrun"), "slurm-16-nodes": (4, "accelerate launch")}[name]
+    assert launcher in train
+    assert f"#SBATCH --nodes={nodes}\n" in done.stdout
+
+
+def test_what_needs_no_model_gets_no_gpu_unless_its_entry_says_so(experiment_file, tmp_path):
+    entry = "{gpus: 8, stages: {curate: {cpus: 4}}}"
+    assert "gpus" not in rendered(experiment_file, tmp_path, "curate", entry)
+    assert "gpus-per-node=1\n" in rendered(experiment_file, tmp_path, "curate", entry.replace("cpus: 4", "gpus: 1"))
+
+
+def test_status_says_how_far_a_running_job_is(tmp_path):
+    """Two elements of an array run, one waits; of the two one has said how far it is."""
+    output, there = tmp_path / "run", tmp_path / "bin"
+    for directory in (there, output / "jobs", output / ".progress"):
+        directory.mkdir(parents=True)
+    submitted = [{"stage": "generate", "job": "7"}, {"stage": "curate", "job": "8"}]
+    (output / "jobs/jobs.json").write_text(json.dumps({"backend": "slurm", "jobs": submitted}))
+    look = {"stage": "generate", "step": "generate", "done": 50, "total": 200, "tokens": 9, "tokens_per_s": 300.0}
+    look |= {"seconds_left": 90.0, "time": time.time(), "host": "node1", "pid": 1, "share": "1/3"}
+    (output / ".progress/generate.node1-1.json").write_text(json.dumps(look))
+    double(there, "squeue", "echo 9 7 RUNNING; echo 10 7 RUNNING; echo 7 7 PENDING; echo 8 8 PENDING")
+    said = run_cli("status", output, PATH=f"{there}:/usr/bin:/bin")
+    assert said.stdout.splitlines() == [
+        "generate  job 7: 1 pending, 2 running; running 50/200 · 300 tok/s · 1:30 left",
+        "curate    job 8: 1 pending; not done",
+    ], said.stderr
+
+
+def test_status_of_a_job_that_is_the_whole_run_shows_its_stages(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/run.json").write_text('{"stage": "generate", "status": "done"}')
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/jobs.json").write_text('{"backend": "double", "jobs": [{"stage": "run", "job": "5"}]}')
+    backend = SimpleNamespace(states=lambda jobs: [["RUNNING"]], SAME_FILES=True)
+    monkeypatch.setitem(jobs.BACKENDS, "double", backend)
+    jobs.status(tmp_path)
+    assert capsys.readouterr().out == "run       job 5: 1 running\ngenerate  done\n"

@@ -151,3 +151,12 @@ def test_one_process_uses_one_gpu_and_says_so(experiment_file, tmp_path, monkeyp
     monkeypatch.setattr(DistillConfig, "n_gpu", property(lambda arguments: getattr(arguments, "_n_gpu", None) or 4))
     assert _arguments(load_experiment(experiment_file), tmp_path, False).n_gpu == 1
     assert "uses one of 4 GPUs; docs/distributed.md" in capsys.readouterr().out
+
+
+def test_report_to_reaches_the_trainer(experiment_file, tmp_path):
+    from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
+
+    assert _arguments(load_experiment(experiment_file), tmp_path, False).report_to == []
+    experiment = load_experiment(experiment_file, [("train.args.report_to", "[wandb]")])
+    passed = _arguments(experiment, tmp_path, False).report_to
+    assert get_reporting_integration_callbacks(passed) == [WandbCallback]

@@ -1,71 +1,93 @@
-"""Stages as scheduled jobs: `llmdistill submit`, `status` and `cancel`."""
+"""Stages as scheduled jobs: `llmdistill submit`, `status` and `cancel`.
 
-import re
+A backend is a module with `render`, which gives the files that a person would have written, by name; `submit`, which hands
+them on and says of each job which stage it is; `states` and `cancel` of such jobs; the states that are `OVER`; and
+`SAME_FILES`, whether jobs write where `submit` was called.
+"""
+
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
-from llmdistill.jobs import slurm
-from llmdistill.pipeline import stages
+from llmdistill.jobs import kubernetes, ray, skypilot, slurm
+from llmdistill.jobs.commands import Job
 from llmdistill.progress import console, say
+from llmdistill.status import begun, how_far
 
+BACKENDS: dict[str, ModuleType] = {"slurm": slurm, "ray": ray, "skypilot": skypilot, "kubernetes": kubernetes}
+WHOLE = "run"  # the `stage` of a job that is all of them
 _FILE = "jobs.json"
-_OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-_DIRECTORIES = {"generate": "data", "score": "data", "curate": "curated", "prune": "student-before", "train": "student"}
 
 
 def submit(experiment: Experiment, arguments: list[str], dry_run: bool = False) -> None:
-    """Submit all stages that are not done, each to run after the one before it.
+    """Submit all stages, each to run after the one before it; what is done by then ends at once.
 
     Args:
         experiment: the configuration.
         arguments: the configuration file and the overrides, as they were typed.
-        dry_run: print the scripts and submit nothing.
+        dry_run: print the files and submit nothing.
 
     Raises:
         InputError: there is no section `jobs`, or jobs of an earlier submission still wait or run.
     """
-    if experiment.jobs is None or experiment.jobs.slurm is None:
-        raise InputError("the key jobs.slurm is missing: `submit` needs to know where")
-    settings, directory = experiment.jobs.slurm, Path(experiment.output) / "jobs"
-    scripts = {stage.name: slurm.script(experiment, settings, stage, arguments, Path.cwd()) for stage in stages(experiment)}
+    names = [name for name in BACKENDS if experiment.jobs and getattr(experiment.jobs, name)]
+    if not names:
+        raise InputError(f"the key jobs.{' or jobs.'.join(BACKENDS)} is missing: `submit` needs to know where")
+    (name,) = names
+    backend, settings = BACKENDS[name], getattr(experiment.jobs, name)
+    directory = Path(experiment.output) / "jobs"
+    texts: dict[str, str] = backend.render(experiment, settings, arguments)
     if dry_run:
-        for name, text in scripts.items():
-            console.print(f"── {directory / name}.sh", markup=False)
+        for file, text in texts.items():
+            console.print(f"── {directory / file}", markup=False)
             print(text)
         return
-    if alive := [entry["stage"] for entry in _alive(directory)]:
+    if alive := [job["stage"] for job in _alive(directory)]:
         raise InputError(f"{directory}: {', '.join(alive)} of an earlier submission still wait or run; `cancel` them first")
     directory.mkdir(parents=True, exist_ok=True)
-    submitted: list[dict[str, str]] = []
-    for name, text in scripts.items():
-        file = directory / f"{name}.sh"
-        stage.write_text(file, text)
-        try:
-            job = slurm.submit(file, [entry["job"] for entry in submitted[-1:]])
-        except InputError:
-            if submitted:
-                slurm.cancel([entry["job"] for entry in submitted])  # half a pipeline is of no use
-            raise
-        submitted.append({"stage": name, "job": job})
-        stage.write_json(directory / _FILE, {"backend": "slurm", "jobs": submitted})
-        say("submit", f"{name} is job {job}")
-    say("submit", f"scripts and logs are in {directory}; `llmdistill status {experiment.output}` says how it goes")
+    for file, text in texts.items():
+        stage.write_text(directory / file, text)
+    submitted: list[Job] = []
+    try:
+        for job in backend.submit(experiment, settings, {file: directory / file for file in texts}):
+            submitted.append(job)
+            stage.write_json(directory / _FILE, {"backend": name, "jobs": submitted})
+            say("submit", f"{job['stage']} is job {job['job']}")
+    except InputError:
+        if submitted:
+            backend.cancel(submitted)  # half a pipeline is of no use
+        raise
+    say("submit", f"what was submitted is in {directory}; `llmdistill status {experiment.output}` says how it goes")
 
 
 def status(output: Path) -> None:
-    """Print for each stage what is done, waiting, running or failed.
+    """Print for each stage what is done, waiting, running or failed, also where stages were started by hand.
 
     Raises:
-        InputError: nothing was submitted there.
+        InputError: nothing was submitted there, and nothing has begun.
     """
-    jobs = _jobs(output / "jobs")
-    states = slurm.states([entry["job"] for entry in jobs])
-    for entry in jobs:
-        say(entry["stage"], f"job {entry['job']}: {_describe(output, entry['stage'], states[entry['job']])}")
+    if not (output / "jobs" / _FILE).exists() and (names := begun(output)):
+        return _say_stages(output, names)
+    backend, jobs = _jobs(output / "jobs")
+    for job, states in zip(jobs, backend.states(jobs), strict=True):
+        counts = ", ".join(f"{number} {state.lower()}" for state, number in sorted(Counter(states).items()))
+        if backend.SAME_FILES:
+            left = how_far(output, job["stage"]) if job["stage"] != WHOLE else ""
+        else:
+            left = "" if counts else "not known any more"
+        say(job["stage"], f"job {job['job']}: {'; '.join(part for part in (counts, left) if part)}")
+    if any(job["stage"] == WHOLE for job in jobs) and backend.SAME_FILES:
+        _say_stages(output, begun(output))
+    return None
+
+
+def _say_stages(output: Path, names: list[str]) -> None:
+    for name in names:
+        say(name, how_far(output, name))
 
 
 def cancel(output: Path) -> None:
@@ -74,39 +96,27 @@ def cancel(output: Path) -> None:
     Raises:
         InputError: nothing was submitted there.
     """
-    _jobs(output / "jobs")
+    backend, _ = _jobs(output / "jobs")
     alive = _alive(output / "jobs")
     if alive:
-        slurm.cancel([entry["job"] for entry in alive])
-    said = ", ".join(f"{entry['stage']} ({entry['job']})" for entry in alive) or "nothing, all jobs are over"
+        backend.cancel(alive)
+    said = ", ".join(f"{job['stage']} ({job['job']})" for job in alive) or "nothing, all jobs are over"
     say("cancel", said)
 
 
-def _jobs(directory: Path) -> list[dict[str, str]]:
+def _jobs(directory: Path) -> tuple[ModuleType, list[Job]]:
     found: dict[str, Any] | None = stage.read_json(directory / _FILE)
     if found is None:
-        raise InputError(f"{directory / _FILE} is not there: nothing was submitted from this output")
-    return list(found["jobs"])
+        raise InputError(
+            f"{directory / _FILE} is not there: nothing was submitted from this output, and no stage has begun in it"
+        )
+    return BACKENDS[found["backend"]], list(found["jobs"])
 
 
-def _alive(directory: Path) -> list[dict[str, str]]:
+def _alive(directory: Path) -> list[Job]:
     if not (directory / _FILE).exists():
         return []
-    jobs = _jobs(directory)
-    states = slurm.states([entry["job"] for entry in jobs])
-    return [entry for entry in jobs if any(state not in _OVER for state in states[entry["job"]])]
-
-
-def _describe(output: Path, name: str, states: list[str]) -> str:
-    """What Slurm says of its parts, else what the stage has left behind."""
-    if round_of := re.fullmatch(r"round-(\d+)-(\w+)", name):
-        number, name = round_of.groups()
-        written = "/written" if name == "generate" else ""
-        output = output / f"rounds/{number}{written}"
-    directory = output / _DIRECTORIES.get(name, name)
-    run = stage.read_json(directory / stage.RUN_FILE)
-    counts = ", ".join(f"{number} {state.lower()}" for state, number in sorted(Counter(states).items()))
-    left = "done" if run and run["status"] == "done" else "not done"
-    if name == "report":
-        left = "done" if (output / "report.html").exists() else "not done"
-    return f"{counts}; {left}" if counts else left
+    backend, jobs = _jobs(directory)
+    return [
+        job for job, states in zip(jobs, backend.states(jobs), strict=True) if any(state not in backend.OVER for state in states)
+    ]

@@ -7,26 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.config_jobs import Ray
+from llmdistill.config_jobs import WITHOUT_MODELS, Ray, of_stage
 from llmdistill.errors import InputError, RemoteError
-
-Job = dict[str, str]
+from llmdistill.jobs.commands import Job
 
 OVER = {"STOPPED", "SUCCEEDED", "FAILED"}
-_WITHOUT_MODELS = ("curate", "report")
+SAME_FILES = True
 _SHARED = ("generate", "score")
 
 
 def resources(settings: Ray, command: str, experiment: Experiment | None) -> dict[str, float]:
     """What an actor or a task of a stage asks for, as options of Ray."""
-    own = next((asked for name, asked in settings.stages.items() if name == command), None)
-    gpus = own.gpus if own and own.gpus is not None else settings.gpus
-    if command in _WITHOUT_MODELS and not own:
-        gpus = 0
-    elif gpus is None:
-        gpus = experiment.teacher.tensor_parallel_size if experiment and command in _SHARED else 1
-    cpus = own.cpus if own and own.cpus is not None else settings.cpus
-    return {"num_gpus": gpus, "num_cpus": 1 if cpus is None else cpus}
+    asked = of_stage(settings, command)
+    gpus = asked.gpus
+    if gpus is None:
+        shared = experiment and command in _SHARED
+        gpus = 0 if command in WITHOUT_MODELS else experiment.teacher.tensor_parallel_size if experiment and shared else 1
+    return {"num_gpus": gpus, "num_cpus": 1 if asked.cpus is None else asked.cpus}
 
 
 def launcher(settings: Ray, command: str) -> list[str]:

@@ -2,19 +2,30 @@
 
 import re
 import shlex
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmdistill.config import Experiment
-from llmdistill.config_jobs import Resources, Slurm
-from llmdistill.errors import InputError, RemoteError
-from llmdistill.pipeline import Stage
+from llmdistill.config_jobs import Slurm, of_stage
+from llmdistill.errors import InputError
+from llmdistill.jobs.commands import Job, ask, launched
+from llmdistill.pipeline import Stage, stages
 
 _ARRAYS = ("generate", "score")
-_WITHOUT_MODELS = ("curate", "report")  # they get GPUs only where `stages` says so
 _OPTIONS = {"partition": "partition", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time"}
-_PORT = 29500
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+SAME_FILES = True  # the jobs see the output directory that `submit` sees
+
+
+def render(experiment: Experiment, settings: Slurm, arguments: Sequence[str]) -> dict[str, str]:
+    """The batch script of every stage.
+
+    Args:
+        experiment: the configuration.
+        settings: its `jobs.slurm`.
+        arguments: the configuration file and the overrides, as they were typed.
+    """
+    return {f"{stage.name}.sh": script(experiment, settings, stage, arguments, Path.cwd()) for stage in stages(experiment)}
 
 
 def script(experiment: Experiment, settings: Slurm, stage: Stage, arguments: Sequence[str], directory: Path) -> str:
@@ -27,9 +38,7 @@ def script(experiment: Experiment, settings: Slurm, stage: Stage, arguments: Seq
         arguments: the configuration file and the overrides, as they were typed.
         directory: where the command is run, and where the logs are relative to.
     """
-    resources = settings.of(stage.command)
-    if stage.command in _WITHOUT_MODELS and stage.command not in settings.stages:
-        resources = resources.model_copy(update={"gpus": None})
+    resources = of_stage(settings, stage.command)
     array = settings.workers > 1 and stage.command in _ARRAYS
     logs = f"{experiment.output}/jobs/{stage.name}-{'%A_%a' if array else '%j'}.log"
     options = {
@@ -79,7 +88,7 @@ exit "$status"
 """
 
 
-def _command(settings: Slurm, stage: str, resources: Resources, arguments: Sequence[str], array: bool) -> str:
+def _command(settings: Slurm, stage: str, resources: Slurm, arguments: Sequence[str], array: bool) -> str:
     """The command of a stage, with its launcher."""
     words = shlex.join([stage, *arguments])
     nodes, gpus = resources.nodes or 1, resources.gpus or 0
@@ -93,55 +102,37 @@ def _command(settings: Slurm, stage: str, resources: Resources, arguments: Seque
 def _launched(settings: Slurm, words: str, nodes: int, gpus: int, container: list[str]) -> str:
     """Training on several processes: one launcher a node, which meet at the first node."""
     host = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-    if settings.accelerate:
-        launcher = (
-            f"accelerate launch --config_file {shlex.quote(settings.accelerate)} --num_machines {nodes} "
-            f'--num_processes {nodes * max(gpus, 1)} --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER" '
-            f"--main_process_port {_PORT} -m llmdistill {words}"
-        )
-    else:
-        launcher = (
-            f'torchrun --nnodes {nodes} --nproc-per-node {max(gpus, 1)} --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d '
-            f'--rdzv-endpoint "$MASTER:{_PORT}" -m llmdistill {words}'
-        )
+    launcher = launched(settings.accelerate, nodes, gpus, "$SLURM_NODEID", "$MASTER", "$SLURM_JOB_ID", words)
     srun = shlex.join([*(container or ["srun"]), "--kill-on-bad-exit=1", "--ntasks-per-node=1", "bash", "-c"])
     return f"MASTER={host} {srun} {shlex.quote(launcher)}"
 
 
-def submit(file: Path, after: Sequence[str]) -> str:
-    """Hand a script to sbatch, to run when other jobs have ended well; the number of the job.
+def submit(experiment: Experiment, settings: Slurm, files: dict[str, Path]) -> Iterator[Job]:
+    """Hand the scripts to sbatch, each to run when the one before it has ended well.
 
     Raises:
         InputError: there is no sbatch, or it refuses.
     """
-    dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    return _ask(["sbatch", "--parsable", *dependency, str(file)]).strip().split(";")[0]
+    after: list[str] = []
+    for name, file in files.items():
+        number = ask(["sbatch", "--parsable", *after, str(file)], "Slurm", InputError).strip().split(";")[0]
+        after = [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
+        yield {"stage": Path(name).stem, "job": number}
 
 
-def states(jobs: Sequence[str]) -> dict[str, list[str]]:
+def states(jobs: Sequence[Job]) -> list[list[str]]:
     """For each job the states of its parts that Slurm still knows, such as PENDING or RUNNING; none for one that is over."""
-    found: dict[str, list[str]] = {job: [] for job in jobs}
-    for line in _ask(["squeue", "--noheader", "--array", "--states=all", "--format=%A %F %T"]).splitlines():
+    found: dict[str, list[str]] = {job["job"]: [] for job in jobs}
+    for line in ask(["squeue", "--noheader", "--array", "--states=all", "--format=%A %F %T"], "Slurm").splitlines():
         number, array, state = line.split()
         for job in {number, array} & found.keys():
             found[job].append(state)
-    return found
+    return list(found.values())
 
 
-def cancel(jobs: Sequence[str]) -> None:
+def cancel(jobs: Sequence[Job]) -> None:
     """End jobs that wait or run; what they have finished stays."""
-    _ask(["scancel", *jobs])
-
-
-def _ask(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise InputError(f"{command[0]} is not there: this is no machine from which Slurm takes jobs") from None
-    if done.returncode:
-        said = done.stderr.strip() or f"status {done.returncode}"
-        raise (InputError if command[0] == "sbatch" else RemoteError)(f"{command[0]}: {said}")
-    return done.stdout
+    ask(["scancel", *(job["job"] for job in jobs)], "Slurm")
 
 
 def _plain(name: str) -> str:

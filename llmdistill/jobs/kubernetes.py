@@ -1,0 +1,224 @@
+"""Stages as Jobs of Kubernetes: the objects, as one would have written them by hand, and what kubectl says of them."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config import Experiment
+from llmdistill.config_jobs import Kubernetes, of_stage
+from llmdistill.errors import InputError, RemoteError
+from llmdistill.jobs.commands import SHARED, Job, ask, completed, documents, run_name, stages_elsewhere
+from llmdistill.pipeline import Stage, stages
+
+OVER = {"COMPLETE", "FAILED"}
+SAME_FILES = False
+_LABEL = "llmdistill/run"
+_Object = dict[str, Any]
+
+# Kubernetes knows no order of Jobs. A pod that waits for the stage before would hold its GPUs meanwhile, and maybe those that
+# this stage needs to end; so later Jobs are there suspended, without pods, and a small pod without GPUs starts each in its turn.
+_NEXT = """\
+set -eu
+previous=$1; shift
+for job; do
+  while :; do
+    state=$(kubectl get job "$previous" -o 'jsonpath={.status.conditions[?(@.status=="True")].type}')
+    case " $state " in
+      *" Complete "*) break ;;
+      *" Failed "*) echo "$previous failed; $job is not started"; exit 2 ;;
+    esac
+    sleep 15
+  done
+  echo "$previous is complete; $job starts"
+  kubectl patch job "$job" --type merge --patch '{"spec": {"suspend": false}}'
+  previous=$job
+done
+"""
+
+
+def render(experiment: Experiment, settings: Kubernetes, arguments: Sequence[str]) -> dict[str, str]:
+    """A Job a stage, and one that starts them in their order with the right to do so.
+
+    Args:
+        experiment: the configuration.
+        settings: its `jobs.kubernetes`.
+        arguments: the configuration file and the overrides, as they were typed.
+    """
+    run, todo = run_name(experiment.output), stages_elsewhere(experiment, settings.mount, arguments)
+    jobs = [_job(settings, run, todo, number) for number in range(len(todo))]
+    return {"kubernetes.yaml": documents([*jobs, *_order(settings, run, [f"{run}-{stage.name}" for stage, _ in todo])])}
+
+
+def _job(settings: Kubernetes, run: str, todo: list[tuple[Stage, list[str]]], number: int) -> _Object:
+    stage, words = todo[number]
+    asked = of_stage(settings, stage.command)
+    many = settings.workers > 1 and stage.command in SHARED
+    command = _command(settings, asked.gpus or 0, stage.command, words)
+    if before := completed(todo, number, settings.workers):
+        command = ["sh", "-c", f'{before}exec "$@"', "llmdistill", *command]
+    spec: _Object = {
+        **({"completionMode": "Indexed", "completions": settings.workers, "parallelism": settings.workers} if many else {}),
+        "backoffLimitPerIndex" if many else "backoffLimit": settings.retries,
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {"action": "FailJob", "onExitCodes": {"containerName": "llmdistill", "operator": "In", "values": [2]}},
+                {"action": "Ignore", "onExitCodes": {"containerName": "llmdistill", "operator": "In", "values": [143]}},
+            ]
+        },
+        **({"activeDeadlineSeconds": _seconds(asked.time)} if asked.time else {}),
+        **({"suspend": True} if number else {}),
+        "template": {
+            "metadata": {"labels": {_LABEL: run}},
+            "spec": _pod(settings, asked, command),
+        },
+    }
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": _named(settings, run, stage.name), "spec": spec}
+
+
+def _pod(settings: Kubernetes, asked: Kubernetes, command: list[str]) -> _Object:
+    limits = {
+        "nvidia.com/gpu": asked.gpus or None,
+        "cpu": asked.cpus,
+        "memory": asked.memory,
+    }
+    limits = {name: str(value) for name, value in limits.items() if value is not None}
+    container = {
+        "name": "llmdistill",
+        "image": settings.image,
+        "command": [_unexpanded(word) for word in command],
+        "workingDir": settings.workdir,
+        **({"envFrom": [{"secretRef": {"name": name}} for name in settings.secrets]} if settings.secrets else {}),
+        **({"resources": {"limits": limits}} if limits else {}),
+        "volumeMounts": [{"name": "output", "mountPath": settings.mount}, {"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108
+    }
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": settings.grace,
+        "automountServiceAccountToken": False,
+        "containers": [container],
+        "volumes": [
+            {"name": "output", "persistentVolumeClaim": {"claimName": settings.claim}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},  # processes hand tensors to each other through it
+        ],
+        **settings.pod,
+    }
+
+
+def _command(settings: Kubernetes, gpus: int, stage: str, words: list[str]) -> list[str]:
+    """What a pod runs: words and no shell, but where it has to reckon; the words are its arguments then."""
+    if stage == "train" and settings.accelerate:
+        launcher = ["accelerate", "launch", "--config_file", settings.accelerate, "--num_machines", "1"]
+        return [*launcher, "--num_processes", str(max(gpus, 1)), "-m", "llmdistill", stage, *words]
+    if stage == "train" and gpus > 1:
+        return ["torchrun", "--standalone", "--nproc-per-node", str(gpus), "-m", "llmdistill", stage, *words]
+    if stage in SHARED and settings.workers > 1:
+        share = f'exec llmdistill {stage} "$@" --shards "$((JOB_COMPLETION_INDEX + 1))/{settings.workers}"'
+        return ["sh", "-c", share, "llmdistill", *words]
+    return ["llmdistill", stage, *words]
+
+
+def _unexpanded(word: str) -> str:
+    """A word of a command as Kubernetes has to be told it, which puts variables in the place of $(NAME), and $ in that of $$."""
+    return word.replace("$", "$$")
+
+
+def _order(settings: Kubernetes, run: str, jobs: list[str]) -> list[_Object]:
+    """What starts the Jobs that are suspended, and may do nothing else."""
+    about = _named(settings, run, "order")
+    pod = {
+        "restartPolicy": "Never",
+        "serviceAccountName": about["name"],
+        "containers": [
+            {
+                "name": "kubectl",
+                "image": settings.kubectl_image,
+                "command": ["sh", "-c", _unexpanded(_NEXT), "order", *jobs],
+                "resources": {"limits": {"cpu": "100m", "memory": "128Mi"}},
+            }
+        ],
+    }
+    failed = {"action": "FailJob", "onExitCodes": {"containerName": "kubectl", "operator": "In", "values": [2]}}
+    lost = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    group = "rbac.authorization.k8s.io"
+    rights = {"apiGroups": ["batch"], "resources": ["jobs"], "resourceNames": jobs, "verbs": ["get", "patch"]}
+    return [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": about},
+        {"apiVersion": f"{group}/v1", "kind": "Role", "metadata": about, "rules": [rights]},
+        {
+            "apiVersion": f"{group}/v1",
+            "kind": "RoleBinding",
+            "metadata": about,
+            "roleRef": {"apiGroup": group, "kind": "Role", "name": about["name"]},
+            "subjects": [{"kind": "ServiceAccount", "name": about["name"], "namespace": settings.namespace}],
+        },
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": about,
+            "spec": {
+                "podFailurePolicy": {"rules": [lost, failed]},
+                "template": {"metadata": {"labels": {_LABEL: run}}, "spec": pod},
+            },
+        },
+    ]
+
+
+def _named(settings: Kubernetes, run: str, part: str) -> _Object:
+    return {"name": f"{run}-{part}", "namespace": settings.namespace, "labels": {_LABEL: run}}
+
+
+def _seconds(clock: str) -> int:
+    days, _, rest = clock.rpartition("-")
+    hours, minutes, seconds = map(int, rest.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def submit(experiment: Experiment, settings: Kubernetes, files: dict[str, Path]) -> Iterator[Job]:
+    """Hand the objects to `kubectl apply`; those of an earlier submission, which are over, are removed before.
+
+    Raises:
+        InputError: there is no kubectl, or it refuses.
+    """
+    run, (file,) = run_name(experiment.output), files.values()
+    jobs = [
+        {"stage": stage, "job": f"{run}-{stage}", "run": run, "namespace": settings.namespace}
+        for stage in [*(stage.name for stage in stages(experiment)), "order"]
+    ]
+    _delete(jobs[0])
+    try:
+        ask(["kubectl", "apply", "-f", str(file)], "Kubernetes", InputError)
+    except InputError:
+        with suppress(RemoteError):
+            _delete(jobs[0])
+        raise
+    yield from jobs
+
+
+def states(jobs: Sequence[Job]) -> list[list[str]]:
+    """For each Job the states of its pods, or that it is complete, failed or suspended; none for one that is not there."""
+    where = ["--namespace", jobs[0]["namespace"], "--selector", f"{_LABEL}={jobs[0]['run']}"]
+    found = json.loads(ask(["kubectl", "get", "jobs", *where, "--output", "json"], "Kubernetes"))["items"]
+    state_of = {job["metadata"]["name"]: _states(job.get("status", {})) for job in found}
+    return [state_of.get(job["job"], []) for job in jobs]
+
+
+def _states(status: _Object) -> list[str]:
+    true = {condition["type"] for condition in status.get("conditions", []) if condition["status"] == "True"}
+    for condition in ("Complete", "Failed", "Suspended"):
+        if condition in true:
+            return [condition.upper()]
+    active, ready = status.get("active", 0), status.get("ready", 0)
+    return ["COMPLETE"] * status.get("succeeded", 0) + ["RUNNING"] * ready + ["PENDING"] * max(active - ready, 0) or ["PENDING"]
+
+
+def cancel(jobs: Sequence[Job]) -> None:
+    """Remove the Jobs of a run and what starts them; what is on the volume stays."""
+    _delete(jobs[0])
+
+
+def _delete(job: Job) -> None:
+    where = ["--namespace", job["namespace"], "--selector", f"{_LABEL}={job['run']}", "--ignore-not-found"]
+    ask(["kubectl", "delete", "job,rolebinding,role,serviceaccount", *where], "Kubernetes")

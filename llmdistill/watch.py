@@ -1,0 +1,189 @@
+"""A stage as it is seen from outside: lines of JSON, metrics for Prometheus, and a file of progress for `status`."""
+
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config_jobs import Watch
+from llmdistill.errors import InputError
+
+PROGRESS = ".progress"
+STATES = ("running", "done", "failed", "stopped")
+_EVERY = 5  # seconds between two looks at a stage
+_SPEAKS = os.environ.get("RANK", "0") == "0"  # one of many processes
+
+
+@dataclass
+class Look:
+    """How far a stage is."""
+
+    step: str
+    done: int
+    total: int
+    tokens: int = 0
+    tokens_per_s: float | None = None
+    seconds_left: float | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+class Watcher:
+    """Who watches one stage of one process."""
+
+    def __init__(self, stage: str, output: str, settings: Watch, share: str | None) -> None:
+        self.stage, self.output, self.settings, self.share = stage, output, settings, share
+        self.look: Look | None = None
+        self._looked = float("-inf")
+        remote = "://" in output
+        self._file = None if remote else Path(output) / PROGRESS / f"{stage}.{platform.node()}-{os.getpid()}.json"
+        self._metrics = Metrics(settings.metrics, stage, output, share) if settings.metrics else None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for another look."""
+        return time.monotonic() - self._looked >= _EVERY
+
+    def see(self, look: Look) -> None:
+        """Keep how far the stage is where others see it."""
+        self.look, self._looked = look, time.monotonic()
+        record = {"stage": self.stage, **asdict(look), "time": time.time(), **_who(self.share)}
+        with suppress(OSError):  # a stage does not end because nobody can watch it
+            if self._file:
+                self._file.parent.mkdir(exist_ok=True)
+                unfinished = self._file.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(record), encoding="utf-8")
+                unfinished.replace(self._file)
+            if self._metrics:
+                self._metrics.write("running", look)
+
+    def end(self, state: str) -> None:
+        """The stage is over: the file of its progress goes, its metrics stay with the last numbers."""
+        with suppress(OSError):
+            if self._metrics:
+                self._metrics.write(state, self.look)
+            if self._file:
+                self._file.unlink(missing_ok=True)
+                self._file.parent.rmdir()
+
+
+class Metrics:
+    """One process's file for the textfile collector of node_exporter.
+
+    Raises:
+        InputError: prometheus_client is not installed, or the directory cannot be made.
+    """
+
+    def __init__(self, directory: str, stage: str, output: str, share: str | None) -> None:
+        try:
+            from prometheus_client import CollectorRegistry, Gauge
+        except ImportError:
+            raise InputError('watch.metrics needs prometheus_client: pip install "llmdistill[watch]"') from None
+        run, worker = without_secrets(output), share or "1/1"
+        name = re.sub(r"[^\w.-]+", "_", f"llmdistill-{run[-100:]}-{stage}-{worker.replace('/', '-of-')}")
+        self.file = Path(directory) / f"{name}.prom"
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"watch.metrics: {directory}: {error.strerror}") from None
+        self._registry = CollectorRegistry()
+        self._labels = {"run": run, "stage": stage, "worker": worker}
+
+        def gauge(name: str, text: str, *labels: str) -> Any:
+            return Gauge(f"llmdistill_{name}", text, [*self._labels, *labels], registry=self._registry)
+
+        self._numbers = {
+            "done": gauge("done", "Rows, steps or other units that are done.", "step"),
+            "total": gauge("total", "Rows, steps or other units of all the work.", "step"),
+            "tokens": gauge("tokens", "Tokens since the process began with this step.", "step"),
+            "tokens_per_s": gauge("tokens_per_second", "Tokens a second since the process began with this step.", "step"),
+            "seconds_left": gauge("seconds_left", "Seconds until the step is done, at this speed.", "step"),
+        }
+        self._losses = gauge("loss", "The last value of each part of the loss, and of what else is measured.", "step", "part")
+        self._state = gauge("stage_state", "1 for the state that the stage is in.", "state")
+        self._updated = gauge("last_update_timestamp_seconds", "When this file was written.")
+        self.write("running", None)
+
+    def write(self, state: str, look: Look | None) -> None:
+        """Write the file as a whole."""
+        from prometheus_client import write_to_textfile
+
+        for name in STATES:
+            self._state.labels(**self._labels, state=name).set(name == state)
+        self._updated.labels(**self._labels).set_to_current_time()
+        if look:
+            for name, gauge in self._numbers.items():
+                if (value := getattr(look, name)) is not None:
+                    gauge.labels(**self._labels, step=look.step).set(value)
+            for part, value in look.losses.items():
+                self._losses.labels(**self._labels, step=look.step, part=part).set(value)
+        write_to_textfile(str(self.file), self._registry)
+
+
+class _Current:
+    """What is watched in this process, and whether its lines are JSON."""
+
+    watcher: Watcher | None = None
+    as_json = False
+
+
+current = _Current()
+
+
+@contextmanager
+def watched(stage: str, output: str, settings: Watch, share: str | None = None) -> Iterator[None]:
+    """Watch what is done inside, which is a stage; only the first of many processes is watched.
+
+    Raises:
+        InputError: the metrics have nowhere to go.
+    """
+    current.as_json = settings.log == "json"  # also of what is said after the stage
+    current.watcher = Watcher(stage, output, settings, share) if _SPEAKS else None
+    event(stage, "start")
+    state = "failed"
+    try:
+        yield
+        state = "done"
+    except SystemExit as end:
+        state = {0: "done", 143: "stopped"}.get(end.code if isinstance(end.code, int) else 1, "failed")
+        raise
+    except KeyboardInterrupt:
+        state = "stopped"
+        raise
+    finally:
+        if current.watcher:
+            current.watcher.end(state)
+        event(stage, "end", level="error" if state == "failed" else "info", state=state)
+        current.watcher = None
+
+
+def event(stage: str, name: str, level: str = "info", error: bool = False, **fields: Any) -> None:
+    """One line of JSON, if that is what lines are; numbers that are not known are left out."""
+    if not current.as_json or not _SPEAKS:
+        return
+    share = current.watcher.share if current.watcher else None
+    known = {key: value for key, value in fields.items() if value not in (None, {}, [])}
+    record = {"time": _now(), "level": level, "stage": stage, "event": name, **known, **_who(share)}
+    print(without_secrets(json.dumps(record, ensure_ascii=False)), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def without_secrets(text: str) -> str:
+    """The text without passwords in addresses, and without what the environment calls a token, a key, a secret or a password."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and re.search(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)$", name.upper()):
+            text = text.replace(value, "***")
+    return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)
+
+
+def _who(share: str | None) -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid(), "share": share}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
