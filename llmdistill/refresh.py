@@ -79,7 +79,7 @@ def refresh(experiment: Experiment, arguments: list[str], dry_run: bool = False)
 def _made_from(experiment: Experiment) -> str:
     """What a version follows from: the configuration, the prompts, the teacher."""
     assert experiment.prompts is not None
-    settings = experiment.model_dump(mode="json", exclude={"output", "jobs", "refresh"})
+    settings = experiment.model_dump(mode="json", exclude={"output", "jobs", "refresh", "watch"})
     return stable_id(settings, source_hash(experiment.prompts), fingerprints(experiment.teacher)[0])
 
 

@@ -116,7 +116,7 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
     assert not (tmp_path / "run").exists()
     without = run_cli("submit", experiment_file)
     assert (without.returncode, without.stderr) == (
-        2, "the key jobs.slurm or jobs.skypilot or jobs.kubernetes is missing: `submit` needs to know where\n"
+        2, "the key jobs.slurm or jobs.ray or jobs.skypilot or jobs.kubernetes is missing: `submit` needs to know where\n"
     )  # fmt: skip
     nowhere = run_cli("submit", experiment_file, "--jobs.slurm", "{partition: gpu}", PATH="/nothing")
     assert (nowhere.returncode, nowhere.stderr) == (

@@ -38,7 +38,7 @@ def cluster():
     """Three nodes; the address that takes jobs."""
     port = free_port()
     path = f"{ROOT}/.venv/bin:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER, str(port)],
         stdin=subprocess.PIPE,
@@ -100,7 +100,7 @@ def test_the_pipeline_as_a_job_makes_what_a_local_run_makes(cluster, tiny, tmp_p
     victims = actors()
     assert victims, "no actor is at it"
     victims[0].send_signal(signal.SIGKILL)
-    wait_for(lambda: is_over(cluster, output), 300)
+    wait_for(lambda: is_over(cluster, output), 500)
     said = logs(cluster, output)
     assert "failed: " in said, said
     mine, theirs = (

@@ -147,7 +147,7 @@ def test_the_pipeline_as_jobs_makes_what_a_local_run_makes(cluster, tiny, tmp_pa
     shown = run_cli("status", output, **cluster)
     assert shown.returncode == 0, shown.stderr
     assert f"generate  job {generate}: " in shown.stdout
-    wait_for(lambda: is_over(cluster, output), 300)
+    wait_for(lambda: is_over(cluster, output), 500)
     said = logs(output)
     assert "failed with status 137: queued again" in said, said
     assert "stopped before the end of its time: queued again" in said, said
