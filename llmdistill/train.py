@@ -4,12 +4,12 @@ import dataclasses
 import difflib
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from llmdistill import stage
+from llmdistill.callbacks import show_progress, stop_with_a_checkpoint
 from llmdistill.card import model_card
 from llmdistill.config import Experiment
 from llmdistill.copies import upload_checkpoints
@@ -23,7 +23,7 @@ from llmdistill.models import (
     vocabulary_hash,
     whole_on_every_process,
 )
-from llmdistill.progress import StageBar, console, say
+from llmdistill.progress import console, say
 from llmdistill.quantise import fake_quantise, unfake
 from llmdistill.student import (
     begin_student,
@@ -40,7 +40,6 @@ from llmdistill.traps import traps
 # Set by keys of their own; given under train.args they would contradict them.
 _LOSS = ["loss", "alpha", "alpha_end", "temperature", "beta", "beta_end", "sequence_alpha", "position_weights", "reduction"]
 _LOSS += ["hidden", "attention"]
-_WATCHED = ("loss", "kl", "ce", "agreement", "hidden", "attention", "grad_norm", "learning_rate")
 _RESERVED = {"output_dir": "output"} | {name: f"train.{name}" for name in _LOSS}
 # The second student's: cross-entropy on the text, and nothing of the soft targets.
 _TEXT_ONLY: dict[str, Any] = {"alpha": 0.0, "alpha_end": None, "beta": None, "beta_end": None, "sequence_alpha": 0.0}
@@ -131,11 +130,11 @@ def _train_one(
     )
     if early := experiment.train.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(early.patience, early.min_delta))
-    _show_progress(trainer, "text only" if text_only else "train")
+    show_progress(trainer, "text only" if text_only else "train")
     # What one process finds counts for all: another may still see a shared disk as it was.
     (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
     upload_checkpoints(experiment, trainer, directory)
-    stop = _stop_with_a_checkpoint(trainer)
+    stop = stop_with_a_checkpoint(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
         if trainer.is_world_process_zero():
@@ -386,79 +385,6 @@ def _trained(experiment: Experiment, trainer: Any) -> Any:
     trained = {name: weights[name] for name, parameter in student.named_parameters() if parameter.requires_grad}
     student.load_state_dict(trained, strict=False)
     return student
-
-
-def _stop_with_a_checkpoint(trainer: Any) -> Any:
-    """From now on SIGTERM ends the training with a checkpoint after the step; a second one ends it at once.
-
-    Of several processes each is told at a moment of its own, so they agree after every step: all stop behind the same one.
-    """
-    import torch
-    from transformers import TrainerCallback
-
-    class Stop(TrainerCallback):
-        asked = False
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            at_once = signal.getsignal(signal.SIGTERM)
-
-            def ask(signum: int, frame: Any) -> None:
-                self.asked = True
-                signal.signal(signal.SIGTERM, at_once)
-
-            signal.signal(signal.SIGTERM, ask)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if args.world_size > 1:
-                asked = torch.tensor(float(self.asked), device=args.device)
-                self.asked = bool(trainer.accelerator.reduce(asked, reduction="sum") > 0)
-            if self.asked:
-                control.should_save = control.should_training_stop = True
-
-    stop = Stop()
-    trainer.add_callback(stop)
-    return stop
-
-
-def _show_progress(trainer: Any, label: str) -> None:
-    """Replace the trainer's own progress bars and prints by one line."""
-    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-
-    from llmdistill.trainer import trained_tokens
-
-    class Bar(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.tokens = trained_tokens(state.log_history)
-            self.facts: list[str] = []
-            self.held_out: list[str] = []
-            self.bar = StageBar(label, state.max_steps, state.global_step).__enter__() if state.is_world_process_zero else None
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if not self.bar:
-                return
-            if "eval_ce" in logs:
-                name = "kl" if "eval_kl" in logs else "ce"
-                self.held_out = [f"held out {name} {logs[f'eval_{name}']:.2f}"]
-                self.bar.losses |= {f"held_out_{part}": logs[f"eval_{part}"] for part in _WATCHED if f"eval_{part}" in logs}
-                self.bar.advance(0, 0, self.facts + self.held_out)
-            if "ce" in logs:
-                self.facts = [f"{name} {logs[name]:.2f}" for name in ("kl", "ce") if name in logs]
-                self.bar.losses |= {part: logs[part] for part in _WATCHED if part in logs}
-                new = logs["num_completion_tokens"] - self.tokens
-                self.tokens += new
-                self.bar.advance(0, new, self.facts + self.held_out)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.bar:
-                self.bar.advance(1)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.bar:
-                self.bar.__exit__(None, None, None)
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Bar())
 
 
 def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,0 +1,81 @@
+"""What happens while the trainer trains: progress is shown, and SIGTERM ends it with a checkpoint."""
+
+import signal
+from typing import Any
+
+from llmdistill.progress import StageBar
+
+_WATCHED = ("loss", "kl", "ce", "agreement", "hidden", "attention", "grad_norm", "learning_rate")
+
+
+def stop_with_a_checkpoint(trainer: Any) -> Any:
+    """From now on SIGTERM ends the training with a checkpoint after the step; a second one ends it at once.
+
+    Of several processes each is told at a moment of its own, so they agree after every step: all stop behind the same one.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        asked = False
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            at_once = signal.getsignal(signal.SIGTERM)
+
+            def ask(signum: int, frame: Any) -> None:
+                self.asked = True
+                signal.signal(signal.SIGTERM, at_once)
+
+            signal.signal(signal.SIGTERM, ask)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.world_size > 1:
+                asked = torch.tensor(float(self.asked), device=args.device)
+                self.asked = bool(trainer.accelerator.reduce(asked, reduction="sum") > 0)
+            if self.asked:
+                control.should_save = control.should_training_stop = True
+
+    stop = Stop()
+    trainer.add_callback(stop)
+    return stop
+
+
+def show_progress(trainer: Any, label: str) -> None:
+    """Replace the trainer's own progress bars and prints by one line."""
+    from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+    from llmdistill.trainer import trained_tokens
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.tokens = trained_tokens(state.log_history)
+            self.facts: list[str] = []
+            self.held_out: list[str] = []
+            self.bar = StageBar(label, state.max_steps, state.global_step).__enter__() if state.is_world_process_zero else None
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if not self.bar:
+                return
+            if "eval_ce" in logs:
+                name = "kl" if "eval_kl" in logs else "ce"
+                self.held_out = [f"held out {name} {logs[f'eval_{name}']:.2f}"]
+                self.bar.losses |= {f"held_out_{part}": logs[f"eval_{part}"] for part in _WATCHED if f"eval_{part}" in logs}
+                self.bar.advance(0, 0, self.facts + self.held_out)
+            if "ce" in logs:
+                self.facts = [f"{name} {logs[name]:.2f}" for name in ("kl", "ce") if name in logs]
+                self.bar.losses |= {part: logs[part] for part in _WATCHED if part in logs}
+                new = logs["num_completion_tokens"] - self.tokens
+                self.tokens += new
+                self.bar.advance(0, new, self.facts + self.held_out)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.bar:
+                self.bar.advance(1)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.bar:
+                self.bar.__exit__(None, None, None)
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar())
