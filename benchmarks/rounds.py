@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    common = ["--targets", "{kind: topk, k: 64}", "--train.compare_text_only", "false", "--eval.tasks", "[]"]
+    common = ["--targets", "{kind: topk, k: 64}", "--train.compare_text_only", "false", "--eval.tasks", "[]", "--export", "null"]
     common += ["--eval.own_prompts", "34", "--eval.own_tokens", "96", "--generate.temperature", "1.0", "--eval.samples", "0"]
     table, first = [], None
     for number, (name, rounds) in enumerate(WAYS.items()):
