@@ -2,8 +2,8 @@
 
     python benchmarks/rounds.py
 
-The demo with top-64 targets, three times from the same rows and the same pruned student: all steps on the teacher's text; two
-thirds of them, and the last third on the student's own text with reverse KL; the same with half of those rows the teacher's.
+The demo with top-64 targets, twice from the same rows and the same pruned student: all steps on the teacher's text; and two
+thirds of them, then the last third on the student's own text with reverse KL.
 Prints the KL on held-out teacher text and, on text that each student samples itself, KL(student ‖ teacher) and the teacher's
 negative log-likelihood, in nats a token with 95% intervals.
 """
@@ -20,7 +20,6 @@ from llmdistill.stage import read_json
 WAYS = {
     "teacher's text alone": None,
     "then own text": {"teacher_share": 0.0},
-    "then own text and teacher's": {"teacher_share": 0.5},
 }
 
 

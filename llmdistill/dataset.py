@@ -33,7 +33,7 @@ ROW_GROUP = 1000  # rows; what a reader has to hold at a time
 MANIFEST = "dataset.json"
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
-SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5})-of-(?P<count>\d{5})-(?P<checksum>[0-9a-f]{16})\.parquet")
+SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5,})-of-(?P<count>\d{5,})-(?P<checksum>[0-9a-f]{16})\.parquet")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 
 import datasets
@@ -205,3 +206,11 @@ def test_text_only_rows(tmp_path):
     assert not [name for name in table.column_names if name.startswith("target")]
     shard = write_shard(tmp_path, "train", 0, 1, table)
     assert pq.read_table(shard.file).num_rows == 2
+
+
+def test_there_may_be_more_than_99_999_shards(directory, tmp_path):
+    """The name is as long as the numbers are."""
+    first = finished_shards(directory, "train")[0]
+    for index in (7, 100_000):
+        shutil.copy(first.file, tmp_path / f"train-{index:05d}-of-100001-{first.checksum}.parquet")
+    assert [(shard.index, shard.count) for shard in finished_shards(tmp_path, "train")] == [(7, 100_001), (100_000, 100_001)]
