@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from llmdistill import __version__
-from llmdistill.config import Experiment, keys, load_experiment
+from llmdistill.config import Experiment, keys, load_experiment, overrides_of
 from llmdistill.errors import InputError, RemoteError
 
 # What each command does, and the sections of the configuration it reads.
@@ -286,23 +286,6 @@ def _keys_help(sections: tuple[str, ...]) -> str:
     ]
     lines = [f"  {key} {kind}\n      {text}" for key, kind, text in rows]
     return "every key of the configuration, in the file or as an override:\n" + "\n".join(lines)
-
-
-def overrides_of(rest: list[str]) -> list[tuple[str, str]]:
-    """Pairs of dotted key and value from `--key value` and `--key=value`."""
-    pairs = []
-    words = iter(rest)
-    for word in words:
-        if not word.startswith("--") or len(word) == 2:
-            raise InputError(f"unexpected argument {word}; an override is --KEY VALUE")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            following = next(words, None)
-            if following is None:
-                raise InputError(f"--{key} needs a value")
-            value = following
-        pairs.append((key, value))
-    return pairs
 
 
 def _is_first() -> bool:

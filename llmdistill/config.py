@@ -238,6 +238,23 @@ class Experiment(Section):
         return Path(self.train.dataset) if self.train.dataset else self.directory("curated")
 
 
+def overrides_of(rest: list[str]) -> list[tuple[str, str]]:
+    """Pairs of dotted key and value from `--key value` and `--key=value`."""
+    pairs = []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--") or len(word) == 2:
+            raise InputError(f"unexpected argument {word}; an override is --KEY VALUE")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise InputError(f"--{key} needs a value")
+            value = following
+        pairs.append((key, value))
+    return pairs
+
+
 def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Experiment:
     """The experiment in `file` with dotted overrides applied: `("train.alpha", "0.5")`, the value read as YAML.
 

@@ -29,7 +29,12 @@ class Stage:
     @property
     def arguments(self) -> list[str]:
         """The overrides as words of the command line."""
-        return [word for key, value in self.overrides.items() for word in (f"--{key}", value)]
+        return as_words(self.overrides)
+
+
+def as_words(overrides: dict[str, str]) -> list[str]:
+    """Overrides as words of the command line."""
+    return [word for key, value in overrides.items() for word in (f"--{key}", value)]
 
 
 def stages(experiment: Experiment) -> list[Stage]:

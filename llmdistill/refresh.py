@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill import stage
-from llmdistill.config import Experiment
+from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.pipeline import run_stages, stages
+from llmdistill.pipeline import as_words, run_stages, stages
 from llmdistill.progress import say
 from llmdistill.prompts import prepared_prompts
 from llmdistill.sources import source_hash
@@ -56,7 +56,8 @@ def refresh(experiment: Experiment, arguments: list[str], dry_run: bool = False)
     resumed = last is not None and "promoted" not in last and last["made_from"] == made_from
     number = last["version"] if last and resumed else len(versions) + 1
     overrides = _overrides(experiment, versions, number)
-    new = _count_new(experiment, overrides)
+    here = load_experiment(Path(arguments[0]), [*overrides_of(arguments[1:]), *overrides.items()])
+    new = _count_new(here)
     if new == 0:
         return say("refresh", "prompts.source holds no prompt that an earlier version has not")
     if dry_run:
@@ -67,8 +68,7 @@ def refresh(experiment: Experiment, arguments: list[str], dry_run: bool = False)
             versions.append({"version": number, "made_from": made_from})
             _write(output, versions)
         say("refresh", f"version {number}{_of(new)}" + (", going on" if resumed else ""))
-        words = [word for key, value in overrides.items() for word in (f"--{key}", value)]
-        run_stages(stages(_with(experiment, overrides)), [*arguments, *words])
+        run_stages(stages(here), [*arguments, *as_words(overrides)])
         versions[-1] |= _decide(experiment, output, number)
         if versions[-1]["promoted"]:
             _promote(output, number)
@@ -111,22 +111,11 @@ def _overrides(experiment: Experiment, versions: list[dict[str, Any]], number: i
     return overrides
 
 
-def _with(experiment: Experiment, overrides: dict[str, str]) -> Experiment:
-    """The experiment as its stages will see it, as far as their order goes."""
-    update: dict[str, Any] = {"output": overrides["output"]}
-    if "student.model" in overrides:
-        fresh = {"model": overrides["student.model"], "prune": None, "config": None, "revision": None}
-        update["student"] = experiment.student.model_copy(update=fresh)
-    if "prompts.known" in overrides and experiment.prompts:
-        update["prompts"] = experiment.prompts.model_copy(update={"known": json.loads(overrides["prompts.known"])})
-    return experiment.model_copy(update=update)
-
-
-def _count_new(experiment: Experiment, overrides: dict[str, str]) -> int | None:
+def _count_new(experiment: Experiment) -> int | None:
     """How many prompts a version adds; None where the teacher has still to make them."""
     if experiment.prompts is None or experiment.prompts.steps:
         return None
-    prepared = prepared_prompts(_with(experiment, overrides), empty=True)
+    prepared = prepared_prompts(experiment, empty=True)
     return len(prepared.prompts) if prepared else None
 
 

@@ -105,3 +105,16 @@ eval: {{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4}}
 def experiment_file(tiny: Path, tmp_path: Path) -> Path:
     """The small experiment in a directory of the test's own."""
     return write_experiment(tiny, tmp_path)
+
+
+def write_cut_experiment(smollm2: Path, directory: Path) -> Path:
+    """Six prompts for the real vLLM, whose answers are all cut, so that `curate` finds nothing to train on and ends the run."""
+    file = directory / "experiment.yaml"
+    file.write_text(f"""
+output: {directory}/run
+teacher: {{model: {smollm2}, engine: vllm}}
+prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 6}}
+generate: {{max_tokens: 4, rows_per_shard: 2}}
+curate: [{{finish_reason: }}]
+""")
+    return file

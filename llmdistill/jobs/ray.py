@@ -9,11 +9,10 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config_jobs import WITHOUT_MODELS, Ray, of_stage
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.jobs.commands import Job
+from llmdistill.jobs.commands import SHARED, Job
 
 OVER = {"STOPPED", "SUCCEEDED", "FAILED"}
 SAME_FILES = True
-_SHARED = ("generate", "score")
 
 
 def resources(settings: Ray, command: str, experiment: Experiment | None) -> dict[str, float]:
@@ -21,7 +20,7 @@ def resources(settings: Ray, command: str, experiment: Experiment | None) -> dic
     asked = of_stage(settings, command)
     gpus = asked.gpus
     if gpus is None:
-        shared = experiment and command in _SHARED
+        shared = experiment and command in SHARED
         gpus = 0 if command in WITHOUT_MODELS else experiment.teacher.tensor_parallel_size if experiment and shared else 1
     return {"num_gpus": gpus, "num_cpus": 1 if asked.cpus is None else asked.cpus}
 

@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 
 import ray
 
-from llmdistill.config import Experiment, load_experiment
+from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.config_jobs import Ray
 from llmdistill.dataset import finished_shards
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs import ray as backend
+from llmdistill.jobs.commands import SHARED
 from llmdistill.pipeline import Stage, stages
 from llmdistill.progress import say
 from llmdistill.shards import Worker
@@ -126,15 +127,13 @@ def drive(file: str, rest: list[str]) -> None:
         InputError: the configuration has no `jobs.ray`, or a stage finds its input wrong.
         RemoteError: a stage failed, or shards did, as often as is tried.
     """
-    from llmdistill.cli import overrides_of
-
     experiment = load_experiment(Path(file), overrides_of(rest))
     settings = experiment.jobs and experiment.jobs.ray
     if not settings:
         raise InputError(f"{file}: the key jobs.ray is missing")
     ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True, configure_logging=False)
     for stage in stages(experiment):
-        if stage.command in ("generate", "score"):
+        if stage.command in SHARED:
             here = load_experiment(Path(file), overrides_of([*rest, *stage.arguments]))
             _make_shards(here, settings, stage)
         else:

@@ -8,10 +8,9 @@ from pathlib import Path
 from llmdistill.config import Experiment
 from llmdistill.config_jobs import Slurm, of_stage
 from llmdistill.errors import InputError
-from llmdistill.jobs.commands import Job, ask, launched
+from llmdistill.jobs.commands import SHARED, Job, ask, launched
 from llmdistill.pipeline import Stage, stages
 
-_ARRAYS = ("generate", "score")
 _OPTIONS = {"partition": "partition", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time"}
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 SAME_FILES = True  # the jobs see the output directory that `submit` sees
@@ -39,7 +38,7 @@ def script(experiment: Experiment, settings: Slurm, stage: Stage, arguments: Seq
         directory: where the command is run, and where the logs are relative to.
     """
     resources = of_stage(settings, stage.command)
-    array = settings.workers > 1 and stage.command in _ARRAYS
+    array = settings.workers > 1 and stage.command in SHARED
     logs = f"{experiment.output}/jobs/{stage.name}-{'%A_%a' if array else '%j'}.log"
     options = {
         "job-name": f"{_plain(Path(experiment.output).name)}-{stage.name}",

@@ -13,7 +13,7 @@ import pytest
 
 from llmdistill.dataset import load_dataset, read_manifest
 from llmdistill.stage import read_json
-from tests.conftest import ROOT, run_cli, write_experiment
+from tests.conftest import ROOT, run_cli, write_cut_experiment, write_experiment
 from tests.integration.test_slurm import free_port, wait_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -142,14 +142,7 @@ def test_cancelling_keeps_what_is_there(cluster, tiny, tmp_path):
 def test_actors_hold_a_real_vllm(cluster, smollm2, tmp_path):
     """The rows are those that the exact engine makes, by their ids; the text is vLLM's."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    file = tmp_path / "experiment.yaml"
-    file.write_text(f"""
-output: {tmp_path}/run
-teacher: {{model: {smollm2}, engine: vllm}}
-prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 6}}
-generate: {{max_tokens: 4, rows_per_shard: 2}}
-curate: [{{finish_reason: }}]
-""")
+    file = write_cut_experiment(smollm2, tmp_path)
     exact = ["--teacher.engine", "transformers", "--output", tmp_path / "exact"]
     assert run_cli("generate", file, *exact).returncode == 0
     submitted = run_cli("submit", file, *settings(cluster, workers=1))

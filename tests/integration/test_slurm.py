@@ -13,7 +13,7 @@ import pytest
 
 from llmdistill.dataset import load_dataset, read_manifest
 from llmdistill.stage import read_json
-from tests.conftest import ROOT, run_cli, write_experiment
+from tests.conftest import ROOT, run_cli, write_cut_experiment, write_experiment
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 PATH = f"{ROOT}/.venv/bin:{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -192,14 +192,7 @@ def test_cancelling_ends_all_of_it(cluster, tiny, tmp_path):
 def test_jobs_with_a_real_vllm(cluster, smollm2, tmp_path):
     """The rows are those that the exact engine makes, by their ids; the text is vLLM's."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    file = tmp_path / "experiment.yaml"
-    file.write_text(f"""
-output: {tmp_path}/run
-teacher: {{model: {smollm2}, engine: vllm}}
-prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 6}}
-generate: {{max_tokens: 4, rows_per_shard: 2}}
-curate: [{{finish_reason: }}]
-""")
+    file = write_cut_experiment(smollm2, tmp_path)
     assert run_cli("generate", file, "--teacher.engine", "transformers", "--output", tmp_path / "exact").returncode == 0
     submitted = run_cli("submit", file, *settings(1), **cluster)
     assert submitted.returncode == 0, submitted.stderr
