@@ -25,9 +25,9 @@ from llmdistill import DistillConfig, DistillTrainer, load_dataset, pps, targets
 from llmdistill.collator import DistillCollator, completion_logits
 from llmdistill.config import Targets, load_experiment
 from llmdistill.dataset import Row, rows_to_table, write_shard
-from llmdistill.fidelity import fidelity
+from llmdistill.evaluation.fidelity import fidelity
+from llmdistill.evaluation.statistics import draw_clusters, mean_interval
 from llmdistill.models import load_model
-from llmdistill.statistics import draw_clusters, mean_interval
 
 DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/student-before"
 KINDS = {

@@ -19,12 +19,12 @@ import numpy as np
 
 from llmdistill import load_dataset
 from llmdistill.config import Experiment, load_experiment
-from llmdistill.config_export import Export
-from llmdistill.fidelity import fidelity
+from llmdistill.config.export import Export
+from llmdistill.evaluation.fidelity import fidelity
+from llmdistill.evaluation.statistics import Draws
 from llmdistill.models import load_model, load_tokenizer
-from llmdistill.quantise import load_form, write_form
-from llmdistill.statistics import Draws
 from llmdistill.train import train
+from llmdistill.training.quantise import load_form, write_form
 
 USUAL, ROUNDED = "trained as usual", "trained through rounded weights"
 Array = np.ndarray[Any, Any]

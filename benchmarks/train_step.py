@@ -376,7 +376,8 @@ def layer_losses(head: Any, hidden: Any, labels: Any, k: int) -> dict[str, Calla
     import torch
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    from llmdistill import fused, losses
+    from llmdistill import losses
+    from llmdistill.training import fused
 
     ids = torch.randint(0, head.out_features - k, (len(labels), 1), device=labels.device) + torch.arange(k, device=labels.device)
     logprobs = torch.full(ids.shape, -1.0, device=labels.device).log_softmax(-1) - 0.1

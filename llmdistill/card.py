@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from llmdistill.config import Experiment
-from llmdistill.config_student import Prune, Student
+from llmdistill.config.student import Prune, Student
 from llmdistill.licence import sentence
 
 _RESULTS = "## Results"

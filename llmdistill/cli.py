@@ -123,7 +123,7 @@ def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         raise InputError(f"report of several runs takes no {rest[0]}")
-    from llmdistill.compare import compare
+    from llmdistill.evaluation.compare import compare
 
     directories = [Path(name) for name in arguments.config]
     for directory in directories:
@@ -138,7 +138,7 @@ def _convert(source: Path, arguments: argparse.Namespace) -> None:
         for flag in ("teacher", "k"):
             if getattr(arguments, flag) is not None:
                 raise InputError(f"--{flag} is for --from; a dataset of ours says that itself")
-        from llmdistill.formats import export_dataset
+        from llmdistill.conversion.exports import export_dataset
 
         return export_dataset(source, out, arguments.to, arguments.exact_k)
     if arguments.exact_k is not None:
@@ -147,7 +147,7 @@ def _convert(source: Path, arguments: argparse.Namespace) -> None:
         raise InputError(
             f"--teacher is missing: --from {arguments.form} needs the model whose tokenizer the files were made with"
         )
-    from llmdistill.imports import import_dataset
+    from llmdistill.conversion.imports import import_dataset
 
     return import_dataset(source, out, arguments.form, arguments.teacher, arguments.k)
 
@@ -178,8 +178,8 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
             here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
             _function(stage.command)(here, **options)
         return None
-    from llmdistill.copies import bring, keep
     from llmdistill.progress import console
+    from llmdistill.storage.copies import bring, keep
     from llmdistill.watch import watched
 
     talks = arguments.command == "chat"

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llmdistill import best_of, contamination, duplicates, filters, judge, personal_data, stage, verify, wording
+from llmdistill import judge, stage
 from llmdistill.config import Experiment
-from llmdistill.config_curate import Contamination, JsonSchema, Judge
+from llmdistill.config.curate import Contamination, JsonSchema, Judge
+from llmdistill.curation import best_of, contamination, duplicates, filters, personal_data, verify, wording
+from llmdistill.curation.steps import COLUMNS, Array, Check, Failed, Work
 from llmdistill.dataset import (
     MANIFEST,
     SPLITS,
@@ -35,7 +37,6 @@ from llmdistill.dataset import (
 )
 from llmdistill.errors import InputError
 from llmdistill.progress import StageBar, say
-from llmdistill.steps import COLUMNS, Array, Check, Failed, Work
 
 STEPS: dict[str, Callable[[Any, Work], Check]] = {
     "finish_reason": filters.finish_reason,

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from llmdistill import targets
 from llmdistill.card import dataset_card
+from llmdistill.curation.ngrams import normalised
 from llmdistill.errors import InputError
-from llmdistill.ngrams import normalised
 from llmdistill.stage import fsync_directory, read_json, sha256, write_json, write_text, writer_name
 
 if TYPE_CHECKING:

@@ -9,22 +9,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmdistill import serving, stage
+from llmdistill import stage
 from llmdistill.card import with_results
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.examples import samples, views, won_and_lost
-from llmdistill.fidelity import ENTROPIES, MEASURES, POSITIONS, Array, fidelity, own_text
-from llmdistill.importance import effective_sample_size, importance, log_importance
+from llmdistill.evaluation import serving
+from llmdistill.evaluation.examples import samples, views, won_and_lost
+from llmdistill.evaluation.fidelity import ENTROPIES, MEASURES, POSITIONS, Array, fidelity, own_text
+from llmdistill.evaluation.serving import Served
+from llmdistill.evaluation.statistics import Draws, check_clusters, percentile_interval
+from llmdistill.evaluation.task_scores import measure_tasks
+from llmdistill.evaluation.tasks import files_of, load_tasks, read_tasks
+from llmdistill.evaluation.win_rate import Comparison
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
-from llmdistill.serving import Served
-from llmdistill.statistics import Draws, check_clusters, percentile_interval
 from llmdistill.student import before
-from llmdistill.task_scores import measure_tasks
-from llmdistill.tasks import files_of, load_tasks, read_tasks
-from llmdistill.win_rate import Comparison
+from llmdistill.training.importance import effective_sample_size, importance, log_importance
 
 METRICS_VERSION = 2
 _COMPARED = ("kl", "top1", "nll")  # between the student and its rivals

@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmdistill import serving, stage
+from llmdistill import stage
 from llmdistill.config import Experiment
-from llmdistill.config_export import Export, Form
+from llmdistill.config.export import Export, Form
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.fidelity import fidelity
+from llmdistill.evaluation import serving
+from llmdistill.evaluation.fidelity import fidelity
+from llmdistill.evaluation.statistics import Draws, check_clusters
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.progress import StageBar, console, say
-from llmdistill.quantise import base_of, check_form, fitting_group_size, load_form, merge_adapters, write_form
-from llmdistill.statistics import Draws, check_clusters
+from llmdistill.training.quantise import base_of, check_form, fitting_group_size, load_form, merge_adapters, write_form
 
 EXPORT_VERSION = 1
 RESULTS = "export.json"

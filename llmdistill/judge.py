@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 
 from llmdistill import stage
 from llmdistill.config import Experiment, Generate, Targets, Teacher
-from llmdistill.config_curate import Judge
+from llmdistill.config.curate import Judge
+from llmdistill.curation.steps import Check, Failed, Work, answers
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, context_length
 from llmdistill.progress import console
-from llmdistill.steps import Check, Failed, Work, answers
+from llmdistill.prompting.template import Messages, PromptTemplate
 from llmdistill.targets import TopK
 from llmdistill.teachers import Completion, Engine, Request, open_engine, stable_id
 from llmdistill.teachers.chat import Chat
-from llmdistill.template import Messages, PromptTemplate
 
 _K = 64  # of the judge's most likely first tokens; the digits are among them, or it has not answered
 _CONTEXT = 8192  # tokens reserved for a question if teacher.max_model_len does not say

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
+from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.progress import say
-from llmdistill.tasks import read_tasks
 
 
 @dataclass(frozen=True)

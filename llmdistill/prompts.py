@@ -10,9 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from llmdistill import stage
-from llmdistill.asking import Asker, WaitingForOthersError
 from llmdistill.config import Experiment
-from llmdistill.config_prompts import Combine, Magpie, Prompts
+from llmdistill.config.prompts import Combine, Magpie, Prompts
 from llmdistill.dataset import (
     MANIFEST,
     MESSAGES,
@@ -24,18 +23,19 @@ from llmdistill.dataset import (
     remove_leftovers,
 )
 from llmdistill.errors import InputError
-from llmdistill.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file, to_json
-from llmdistill.magpie import ByPreQuery
 from llmdistill.models import check_model_exists, load_tokenizer
-from llmdistill.passages import Starts
 from llmdistill.progress import say
-from llmdistill.prompt_plan import Plan, describe_steps
-from llmdistill.prompt_steps import Files, Workshop, run_step
+from llmdistill.prompting.asking import Asker, WaitingForOthersError
+from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file, to_json
+from llmdistill.prompting.magpie import ByPreQuery
+from llmdistill.prompting.passages import Starts
+from llmdistill.prompting.plan import Plan, describe_steps
+from llmdistill.prompting.sources import files_hash, given_prompt, metadata, read_source, source_hash
+from llmdistill.prompting.steps import Files, Workshop, run_step
+from llmdistill.prompting.template import Fields, Messages, PromptTemplate
 from llmdistill.shards import EVERYTHING, Share
-from llmdistill.sources import files_hash, given_prompt, metadata, read_source, source_hash
 from llmdistill.teachers import stable_id
 from llmdistill.teachers.chat import Chat
-from llmdistill.template import Fields, Messages, PromptTemplate
 
 PROMPTS_FILE = "prompts.parquet"
 REJECTED_FILE = "rejected.parquet"

@@ -6,7 +6,7 @@ import numpy as np
 
 from llmdistill import stage
 from llmdistill.config import Experiment
-from llmdistill.config_student import Prune
+from llmdistill.config.student import Prune
 from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, load_model, load_tokenizer
@@ -30,7 +30,7 @@ def prune(experiment: Experiment, dry_run: bool = False) -> None:
 
 def ensure_pruned(experiment: Experiment) -> bool:
     """Make the pruned teacher if it is not there; whether it had to be made."""
-    from llmdistill.cut import choose, cut, measure
+    from llmdistill.training.cut import choose, cut, measure
 
     settings, teacher = experiment.student.prune, experiment.teacher
     assert settings is not None

@@ -19,8 +19,8 @@ from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.pipeline import as_words, run_stages, stages
 from llmdistill.progress import say
+from llmdistill.prompting.sources import source_hash
 from llmdistill.prompts import prepared_prompts
-from llmdistill.sources import source_hash
 from llmdistill.teachers import fingerprints, stable_id
 
 _FILE = "refresh.json"

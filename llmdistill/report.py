@@ -14,7 +14,7 @@ from llmdistill.card import describe_targets
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST
 from llmdistill.errors import InputError
-from llmdistill.plots import Point, group_plot, interval_plot, loss_plot, size_plot
+from llmdistill.evaluation.plots import Point, group_plot, interval_plot, loss_plot, size_plot
 from llmdistill.progress import console, say
 from llmdistill.stage import RUN_FILE, read_json, write_text
 

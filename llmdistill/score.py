@@ -14,12 +14,12 @@ from llmdistill.dataset import MANIFEST, SPLITS, Row, load_dataset, read_manifes
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, vocabulary_hash
 from llmdistill.progress import say
+from llmdistill.prompting.sources import metadata, read_jsonl
+from llmdistill.prompting.template import Messages
+from llmdistill.prompting.turns import Turn, as_columns, learned_turns
 from llmdistill.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
-from llmdistill.sources import metadata, read_jsonl
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_seed, stable_id
 from llmdistill.teachers.chat import Chat
-from llmdistill.template import Messages
-from llmdistill.turns import Turn, as_columns, learned_turns
 
 
 def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING) -> None:

@@ -28,7 +28,7 @@ from llmdistill.dataset import (
 )
 from llmdistill.errors import InputError
 from llmdistill.progress import StageBar, console, say
-from llmdistill.shared_shards import SharedShards
+from llmdistill.storage.shared_shards import SharedShards
 from llmdistill.teachers import Completion, Engine, Request, open_engine
 from llmdistill.teachers.chat import Chat
 

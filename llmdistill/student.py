@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llmdistill import adapters, stage
+from llmdistill import stage
 from llmdistill.config import Experiment
-from llmdistill.config_student import ORIGINS, Student
+from llmdistill.config.student import ORIGINS, Student
 from llmdistill.errors import InputError
 from llmdistill.models import (
     check_model_exists,
@@ -19,6 +19,7 @@ from llmdistill.models import (
 )
 from llmdistill.progress import console, say
 from llmdistill.prune import ensure_pruned
+from llmdistill.training import adapters
 
 # Where the user gives none. A model that can do the task is changed gently; what was cut out of the teacher, or starts from
 # nothing, has more to learn. Adapters take ten times the rate of training all weights (docs/training.md has the reasons).
@@ -196,7 +197,7 @@ def pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: A
     Raises:
         InputError: the configuration names layers that are not there, or asks for what cannot be trained.
     """
-    from llmdistill.hidden import decoder_layers, of_pruned, resolve
+    from llmdistill.training.hidden import decoder_layers, of_pruned, resolve
 
     kept = None
     if experiment.student.prune:

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill import stage
-from llmdistill.callbacks import show_progress, stop_with_a_checkpoint
 from llmdistill.card import model_card
 from llmdistill.config import Experiment
-from llmdistill.copies import upload_checkpoints
 from llmdistill.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import (
@@ -24,7 +22,7 @@ from llmdistill.models import (
     whole_on_every_process,
 )
 from llmdistill.progress import console, say
-from llmdistill.quantise import fake_quantise, unfake
+from llmdistill.storage.copies import upload_checkpoints
 from llmdistill.student import (
     begin_student,
     default_learning_rate,
@@ -35,7 +33,9 @@ from llmdistill.student import (
     pair_layers,
     save_student,
 )
-from llmdistill.traps import traps
+from llmdistill.training.callbacks import show_progress, stop_with_a_checkpoint
+from llmdistill.training.quantise import fake_quantise, unfake
+from llmdistill.training.traps import traps
 
 # Set by keys of their own; given under train.args they would contradict them.
 _LOSS = ["loss", "alpha", "alpha_end", "temperature", "beta", "beta_end", "sequence_alpha", "position_weights", "reduction"]
@@ -231,9 +231,9 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     Raises:
         InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows or with these adapters.
     """
-    from llmdistill.importance import effective_sample_size, importance, log_importance
-    from llmdistill.packing import check_apart
     from llmdistill.trainer import DistillTrainer, check_adapters
+    from llmdistill.training.importance import effective_sample_size, importance, log_importance
+    from llmdistill.training.packing import check_apart
 
     try:
         DistillTrainer.check_dataset(arguments, dataset, teacher)

@@ -13,7 +13,7 @@ import torch
 import trl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from llmdistill import fused, losses
+from llmdistill import losses
 from llmdistill.collator import (
     POSITION_WEIGHTS,
     TARGET_COLUMNS,
@@ -22,11 +22,12 @@ from llmdistill.collator import (
     first_items,
     in_place_of_logits,
 )
-from llmdistill.flops import peak_flops, training_flops
-from llmdistill.hidden import Attention, Hidden, LayerMatch
-from llmdistill.importance import importance, log_importance
-from llmdistill.packing import Packs, check_apart, row_lengths
 from llmdistill.targets import kind_of
+from llmdistill.training import fused
+from llmdistill.training.flops import peak_flops, training_flops
+from llmdistill.training.hidden import Attention, Hidden, LayerMatch
+from llmdistill.training.importance import importance, log_importance
+from llmdistill.training.packing import Packs, check_apart, row_lengths
 
 # What would change the loss without being part of it, or would not be done, is refused and not ignored.
 _ALLOWED: dict[str, tuple[Any, ...]] = {

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmdistill.config_jobs import Watch
+from llmdistill.config.jobs import Watch
 from llmdistill.errors import InputError
 
 PROGRESS = ".progress"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdistill import judge, targets
-from llmdistill.config_curate import CurateStep
+from llmdistill.config.curate import CurateStep
 from llmdistill.curate import STEPS, curate
 from llmdistill.dataset import (
     SPLITS,
@@ -28,7 +28,7 @@ from llmdistill.dataset import (
 )
 from llmdistill.errors import InputError
 from tests.conftest import ROOT
-from tests.curating import make_experiment
+from tests.curation.steps import make_experiment
 
 VOCAB = 40
 SENTENCE = "The tide rises and falls because the moon pulls at the sea and the earth turns under that pull every day, they say."

@@ -11,10 +11,10 @@ import yaml
 from llmdistill import pps, targets
 from llmdistill.cli import STAGES
 from llmdistill.config import keys
-from llmdistill.config_prompts import Prompts, PromptStep
+from llmdistill.config.prompts import Prompts, PromptStep
 from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.losses import DIVERGENCES
-from llmdistill.prompt_plan import Plan
+from llmdistill.prompting.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]

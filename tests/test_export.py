@@ -15,8 +15,8 @@ from llmdistill.errors import InputError
 from llmdistill.export import export
 from llmdistill.generate import generate
 from llmdistill.models import load_model, load_tokenizer
-from llmdistill.quantise import fake_quantise, load_form, unfake
 from llmdistill.train import train
+from llmdistill.training.quantise import fake_quantise, load_form, unfake
 from tests.conftest import run_cli, write_experiment
 
 QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from llmdistill import judge as module
+from llmdistill.curation.steps import Failed
 from llmdistill.errors import InputError
 from llmdistill.judge import as_text, digit_ids
 from llmdistill.models import load_model, load_tokenizer
-from llmdistill.steps import Failed
-from llmdistill.template import PromptTemplate
-from tests.curating import apply_step, table
+from llmdistill.prompting.template import PromptTemplate
+from tests.curation.steps import apply_step, table
 
 ROWS = table(["It is 4.", "It is a fish.", "Four"], prompts=["What is 2 + 2?", "What is 2 + 2?", "And 1 + 3?"])
 

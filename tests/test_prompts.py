@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from llmdistill import asking
 from llmdistill.config import load_experiment
-from llmdistill.config_prompts import Prompts
+from llmdistill.config.prompts import Prompts
 from llmdistill.errors import InputError
 from llmdistill.generate import generate
 from llmdistill.models import load_tokenizer
+from llmdistill.prompting import asking
 from llmdistill.prompts import load_prompts, prepared_prompts, prompts
 from llmdistill.shards import Share
 from llmdistill.teachers import Completion, chat

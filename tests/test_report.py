@@ -10,7 +10,7 @@ import pytest
 
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
-from llmdistill.plots import fit_axis, interval_plot, loss_plot, smooth, thin
+from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, smooth, thin
 from llmdistill.report import cell, fenced, report
 
 HEADLINE = "40% smaller · 1.9× faster · keeps 61% of the teacher's next-token choices (95% CI 59 to 63)"

@@ -7,11 +7,11 @@ import torch
 import transformers
 
 from llmdistill.config import Experiment
-from llmdistill.config_student import Student
+from llmdistill.config.student import Student
 from llmdistill.errors import InputError
 from llmdistill.models import load_model
 from llmdistill.student import default_learning_rate, fresh, pair_layers
-from tests.test_cut import FAMILIES, SMALL
+from tests.training.test_cut import FAMILIES, SMALL
 
 
 def config_of(family, **changes):

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmdistill import status, watch
-from llmdistill.config_jobs import Watch
+from llmdistill.config.jobs import Watch
 from llmdistill.errors import InputError
 from llmdistill.progress import StageBar, say
 from llmdistill.stage import read_json

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.config_jobs import Kubernetes, of_stage
+from llmdistill.config.jobs import Kubernetes, of_stage
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.commands import SHARED, Job, ask, completed, documents, run_name, stages_elsewhere
 from llmdistill.pipeline import Stage, stages

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.config_jobs import WITHOUT_MODELS, Ray, of_stage
+from llmdistill.config.jobs import WITHOUT_MODELS, Ray, of_stage
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.commands import SHARED, Job
 

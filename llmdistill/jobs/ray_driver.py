@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import ray
 
 from llmdistill.config import Experiment, load_experiment, overrides_of
-from llmdistill.config_jobs import Ray
+from llmdistill.config.jobs import Ray
 from llmdistill.dataset import finished_shards
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs import ray as backend

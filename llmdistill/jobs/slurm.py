@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmdistill.config import Experiment
-from llmdistill.config_jobs import Slurm, of_stage
+from llmdistill.config.jobs import Slurm, of_stage
 from llmdistill.errors import InputError
 from llmdistill.jobs.commands import SHARED, Job, ask, launched
 from llmdistill.pipeline import Stage, stages

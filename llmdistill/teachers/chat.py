@@ -8,8 +8,8 @@ from llmdistill.config import Experiment
 from llmdistill.errors import InputError
 from llmdistill.licence import licence_of
 from llmdistill.models import context_length, end_token_ids, load_config, load_tokenizer, special_token_ids, vocabulary_hash
+from llmdistill.prompting.template import Messages
 from llmdistill.teachers import check_engine
-from llmdistill.template import Messages
 
 _DETERMINISM = {
     "transformers": "bit-exact: the same configuration, machine, versions and number of threads give the same bytes",

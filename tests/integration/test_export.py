@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from llmdistill.config import load_experiment
-from llmdistill.serving import Served, by_vllm
+from llmdistill.evaluation.serving import Served, by_vllm
 from tests.conftest import ROOT, run_cli, write_experiment
 
 GPTQ = ROOT / ".llmcompressor"

@@ -21,10 +21,11 @@ pytest.importorskip("moto.server", reason="moto is not installed; `make test` pu
 
 import s3fs
 
-from llmdistill import cli, store
+from llmdistill import cli
 from llmdistill.config import load_experiment
-from llmdistill.copies import SEAL, bring
-from llmdistill.store import Store
+from llmdistill.storage import store
+from llmdistill.storage.copies import SEAL, bring
+from llmdistill.storage.store import Store
 from tests.integration.processes import losses, weights
 
 MODULES = [

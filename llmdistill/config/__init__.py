@@ -1,0 +1,31 @@
+"""The configuration: a module a section, the experiment that they make up, and how it is read from YAML.
+
+Nothing here imports torch, transformers or vLLM, so that a configuration can be read and shown on any machine.
+"""
+
+from llmdistill.config.experiment import Directory, Experiment
+from llmdistill.config.generate import Generate, Score
+from llmdistill.config.prompts import Prompts
+from llmdistill.config.reading import explain, keys, load_experiment, overrides_of, read_yaml
+from llmdistill.config.section import Section, Teacher
+from llmdistill.config.student import Prune
+from llmdistill.config.targets import Targets
+from llmdistill.config.train import Train
+
+__all__ = [
+    "Directory",
+    "Experiment",
+    "Generate",
+    "Prompts",
+    "Prune",
+    "Score",
+    "Section",
+    "Targets",
+    "Teacher",
+    "Train",
+    "explain",
+    "keys",
+    "load_experiment",
+    "overrides_of",
+    "read_yaml",
+]

@@ -1,0 +1,108 @@
+"""The experiment: one YAML file, a section a stage, checked strictly before anything runs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from llmdistill.config.curate import CurateStep
+from llmdistill.config.eval import Eval
+from llmdistill.config.export import Export
+from llmdistill.config.generate import Generate, Score
+from llmdistill.config.jobs import Jobs, Watch
+from llmdistill.config.prompts import Prompts
+from llmdistill.config.refresh import Refresh
+from llmdistill.config.rounds import Rounds, as_section
+from llmdistill.config.section import Section, StoreUrl, Teacher
+from llmdistill.config.student import Student
+from llmdistill.config.targets import Targets
+from llmdistill.config.train import Train
+
+Directory = Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"]
+
+
+class Experiment(Section):
+    """One experiment: one YAML file with a section a stage."""
+
+    output: str
+    """Directory that receives what every stage writes."""
+    store: StoreUrl | None = None
+    """A copy of `output` that outlives the machine, at s3://BUCKET/PREFIX, gs://… or file:///…; docs/stores.md."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of sampling, splitting, training and bootstrap."""
+    shard_mb: float = Field(default=256, gt=0)
+    """Size of the shards that `curate` writes, in megabytes."""
+    teacher: Teacher
+    prompts: Prompts | None = None
+    generate: Generate = Generate()
+    score: Score | None = None
+    targets: Targets = Targets()
+    curate: list[CurateStep] = Field(default=[], max_length=100)
+    """Steps, applied in this order; docs/curation.md shows each."""
+    student: Student = Student()
+    train: Train = Train()
+    rounds: Annotated[Rounds | None, BeforeValidator(as_section)] = None
+    refresh: Refresh | None = None
+    eval: Eval = Eval()
+    export: Export | None = None
+    jobs: Jobs | None = None
+    watch: Watch = Watch()
+
+    @model_validator(mode="after")
+    def _loss_fits_the_targets(self) -> "Experiment":
+        reason = self.train.against(self.targets.kind)
+        if reason and self.train.dataset is None:
+            raise ValueError(f"{reason}; set targets.kind to topk")
+        if self.teacher.engine == "server" and self.targets.kind == "multinomial":
+            raise ValueError("a server names each token once, so it cannot give targets.kind multinomial; use sampled or topk")
+        if self.teacher.engine == "transformers" and self.generate.json_schema is not None:
+            raise ValueError("generate.json_schema needs a grammar, which teacher.engine vllm and server have")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_have_targets(self) -> "Experiment":
+        if self.rounds and self.targets.kind in ("none", "online"):
+            raise ValueError(f"rounds needs stored targets, and targets.kind is {self.targets.kind}")
+        loss = self.rounds and self.rounds.loss
+        if loss and (reason := self.train.model_copy(update={"loss": loss}).against(self.targets.kind)):
+            raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; set targets.kind to topk")
+        return self
+
+    @model_validator(mode="after")
+    def _traces_without_an_answer_go(self) -> "Experiment":
+        if self.generate.thinking != "kept" and not any(step.finish_reason for step in self.curate):
+            raise ValueError(
+                f"generate.thinking is {self.generate.thinking}: a trace that does not end leaves no answer, and only "
+                "the step finish_reason in curate takes such rows away"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_need_a_teacher(self) -> "Experiment":
+        for name in ("hidden", "attention"):
+            if getattr(self.train, name) is not None and self.targets.kind != "online":
+                raise ValueError(f"train.{name} needs the teacher beside the student; set targets.kind to online")
+        if self.train.fake_quantize and self.student.lora:
+            raise ValueError("train.fake_quantize rounds the weights that train, and lora trains others; remove one of them")
+        if self.train.attention and self.student.attn_implementation not in (None, "eager"):
+            raise ValueError("train.attention needs eager attention, which is set for it; remove student.attn_implementation")
+        return self
+
+    def directory(self, name: Directory) -> Path:
+        """Where a stage writes; the student is that of the last round."""
+        return Path(self.output) / (f"rounds/{self.rounds.n}/{name}" if self.rounds and name == "student" else name)
+
+    @property
+    def first_student(self) -> Path:
+        """The student that has learned from the teacher's text alone, where rounds follow."""
+        return Path(self.output) / "student"
+
+    @property
+    def mixed_datasets(self) -> list[Path]:
+        """The directories of `train.mix`."""
+        return [Path(directory) for directory in self.train.mix.datasets] if self.train.mix else []
+
+    @property
+    def dataset_directory(self) -> Path:
+        """Where `train` and `eval` read."""
+        return Path(self.train.dataset) if self.train.dataset else self.directory("curated")

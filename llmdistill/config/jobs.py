@@ -1,0 +1,260 @@
+"""The configuration's sections `jobs` and `watch`: where stages run as scheduled jobs, with what, and how they are watched."""
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from llmdistill.config.section import PassedOn, Section
+
+WITHOUT_MODELS = ("curate", "report")  # they get GPUs only where `stages` says so
+
+
+def _one_word(value: str) -> str:
+    if not re.fullmatch(r"[\w.,:@%+=/\[\]-]+", value):
+        raise ValueError(f"{value!r} has signs that no option of a scheduler has")
+    return value
+
+
+def _clock(value: str) -> str:
+    if not re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", value):
+        raise ValueError(f"{value!r} is no time such as HH:MM:SS or D-HH:MM:SS")
+    return value
+
+
+def _whole_path(value: str) -> str:
+    if not re.fullmatch(r"(/[\w.-]+)+", value) or "/.." in value:
+        raise ValueError(f"{value!r} is no absolute path of plain names")
+    return value
+
+
+def _variable(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*", value):
+        raise ValueError(f"{value!r} is no name of a variable; the secret itself stays in the environment")
+    return value
+
+
+def _object_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
+        raise ValueError(f"{value!r} is no name of an object of Kubernetes")
+    return value
+
+
+Word = Annotated[str, AfterValidator(_one_word)]
+StageName = Literal["prompts", "generate", "score", "curate", "prune", "train", "eval", "export", "report"]
+Clock = Annotated[str, AfterValidator(_clock)]
+WholePath = Annotated[str, AfterValidator(_whole_path)]
+ObjectName = Annotated[str, AfterValidator(_object_name)]
+
+
+class Resources(Section):
+    """What a job asks for."""
+
+    gpus: int | None = Field(default=None, ge=0)
+    """GPUs of each node; `curate` and `report` get none unless `stages` says so."""
+    nodes: int | None = Field(default=None, ge=1)
+    """Nodes; `train` alone uses more than one."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores of each node."""
+    memory: Word | None = None
+    """Memory of each node, such as 64G."""
+
+
+def _one_node(stages: Any) -> Any:
+    for name, resources in stages.items():
+        if name != "train" and (resources.nodes or 1) > 1:
+            raise ValueError(f"{name} runs on one node; workers makes more of it")
+    return stages
+
+
+class SlurmResources(Resources):
+    """What a job of Slurm asks for."""
+
+    partition: Word | None = None
+    """Where it may run."""
+    time: Word | None = None
+    """Longest run, as HH:MM:SS or D-HH:MM:SS."""
+
+
+class Slurm(SlurmResources):
+    """Stages as jobs of Slurm, each after those that it needs."""
+
+    account: Word | None = None
+    """Who pays."""
+    workers: int = Field(default=1, ge=1)
+    """Tasks of the array that `generate` and `score` are, each with its share of the shards."""
+    environment: list[str] = []
+    """Lines of shell before the command: modules, virtual environments, variables."""
+    container: Word | None = None
+    """Image in which the command runs (by srun's --container-image, of the pyxis plugin)."""
+    grace: int = Field(default=120, ge=10)
+    """Seconds before the end of its time at which a job stops, keeps what it has, and queues itself again."""
+    retries: int = Field(default=2, ge=0)
+    """How often a job that failed is queued again before the pipeline stops there."""
+    options: dict[Word, Word] = {}
+    """More options of sbatch, without their dashes: {qos: high}."""
+    accelerate: str | None = None
+    """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU or node is asked for."""
+    stages: Annotated[dict[StageName, SlurmResources], AfterValidator(_one_node)] = {}
+    """What a stage asks for where it is not the same: {train: {nodes: 2}}."""
+
+
+class SkyPilotResources(Resources):
+    """What a task of SkyPilot asks for."""
+
+    accelerator: Word | None = None
+    """The kind of GPU, such as A100 or H100; `gpus` says how many."""
+    infra: Word | None = None
+    """Where it may run: a cloud, with its region and zone if need be, such as aws/us-east-1; the cheapest if not given."""
+    spot: bool | None = None
+    """Whether on machines that may be taken away, and are looked for again."""
+
+
+class SkyPilot(SkyPilotResources):
+    """Stages as the tasks of one managed job of SkyPilot, one after the other."""
+
+    bucket: str = Field(pattern=r"^[a-z0-9]+://[\w./-]+$")
+    """The bucket that is mounted as the place of all output, such as s3://name: machines come and go, what lies there stays."""
+    mount: WholePath = "/outputs"
+    """Where it is mounted; what `output` names lies below."""
+    setup: list[str] = []
+    """Lines of shell that set up a new machine."""
+    environment: list[str] = []
+    """Lines of shell before the command."""
+    secrets: list[Annotated[str, AfterValidator(_variable)]] = []
+    """Names of variables, such as HF_TOKEN, that are passed on from the environment of `submit`."""
+    image: Word | None = None
+    """Image of the machine, such as docker:USER/IMAGE."""
+    workers: int = Field(default=1, ge=1)
+    """Machines on which `generate` and `score` run, each with its share of the shards."""
+    retries: int = Field(default=2, ge=0)
+    """How often a task that failed is started again; one whose machines were taken away always is."""
+    accelerate: str | None = None
+    """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU or node is asked for."""
+    stages: Annotated[dict[StageName, SkyPilotResources], AfterValidator(_one_node)] = {}
+    """What a stage asks for where it is not the same: {train: {nodes: 2}}."""
+
+    @model_validator(mode="after")
+    def _gpus_have_a_kind(self) -> "SkyPilot":
+        for resources in (self, *self.stages.values()):
+            if resources.gpus and not (resources.accelerator or self.accelerator):
+                raise ValueError("gpus needs accelerator, the kind of GPU, such as A100")
+            if resources.memory and not re.fullmatch(r"\d+G?", resources.memory):
+                raise ValueError(f"memory {resources.memory}: SkyPilot counts in gigabytes, such as 64G")
+        return self
+
+
+class KubernetesResources(Resources):
+    """What a pod asks for."""
+
+    time: Clock | None = None
+    """Longest run of all its tries together, as HH:MM:SS or D-HH:MM:SS."""
+
+
+class Kubernetes(KubernetesResources):
+    """Stages as Jobs of Kubernetes."""
+
+    image: Word
+    """Image in which the command runs."""
+    kubectl_image: Word
+    """Image with a shell and kubectl, for the small pod that starts each stage when the one before it is complete."""
+    claim: ObjectName
+    """PersistentVolumeClaim for all output; with more than one pod it has to be one that many may write (ReadWriteMany)."""
+    mount: WholePath = "/outputs"
+    """Where it is mounted; what `output` names lies below."""
+    workdir: WholePath = "/workspace"
+    """Directory in the image or below `mount` in which the command runs: that of the configuration and of what it names."""
+    namespace: ObjectName = "default"
+    """Namespace of all of it."""
+    secrets: list[ObjectName] = []
+    """Names of Secrets whose entries become variables, such as HF_TOKEN."""
+    pod: PassedOn = {}
+    """More of the pods, as Kubernetes writes it: {nodeSelector: {…}, tolerations: […]}."""
+    workers: int = Field(default=1, ge=1)
+    """Pods of the Indexed Job that `generate` and `score` are, each with its share of the shards."""
+    grace: int = Field(default=120, ge=10)
+    """Seconds from SIGTERM to SIGKILL, in which a stage keeps what it has."""
+    retries: int = Field(default=2, ge=0)
+    """How often a pod that failed is made again; one that was preempted always is."""
+    accelerate: str | None = None
+    """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU is asked for."""
+    stages: Annotated[dict[StageName, KubernetesResources], AfterValidator(_one_node)] = {}
+    """What a stage asks for where it is not the same: {train: {gpus: 8}}."""
+
+    @field_validator("pod")
+    @classmethod
+    def _what_is_set_for_every_pod(cls, pod: dict[str, Any]) -> dict[str, Any]:
+        for name in ("containers", "restartPolicy", "terminationGracePeriodSeconds", "automountServiceAccountToken", "volumes"):
+            if name in pod:
+                raise ValueError(f"{name} is set by the other keys of jobs.kubernetes")
+        return pod
+
+    @model_validator(mode="after")
+    def _one_pod_trains(self) -> "Kubernetes":
+        if (of_stage(self, "train").nodes or 1) > 1:
+            raise ValueError("nodes: a Job of Kubernetes trains in one pod; for more nodes use slurm or skypilot")
+        return self
+
+
+class RayResources(Section):
+    """What a stage asks of Ray."""
+
+    gpus: int | None = Field(default=None, ge=0)
+    """GPUs on one node."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores on one node."""
+
+
+class Ray(RayResources):
+    """The pipeline as one job of a Ray cluster whose nodes share a file system."""
+
+    address: str | None = None
+    """Where the cluster takes jobs, such as http://head:8265; RAY_API_SERVER_ADDRESS if not given."""
+    workers: int = Field(default=1, ge=1)
+    """Actors that `generate` or `score`, each with one engine; they are handed shards one by one."""
+    retries: int = Field(default=2, ge=0)
+    """How often a shard, or a stage, that failed is tried again."""
+    stages: dict[StageName, RayResources] = {}
+    """What a stage asks for where it is not the same. Without `gpus`, `generate` and `score` ask for
+    `teacher.tensor_parallel_size` a worker, `curate` and `report` for none, and the others for one."""
+
+
+Backend = TypeVar("Backend", Slurm, Ray, SkyPilot, Kubernetes)
+
+
+def of_stage(settings: Backend, stage: Any) -> Backend:
+    """The settings with what a stage asks for in the place of what is asked for in general."""
+    own = settings.stages.get(stage)
+    asked = own.model_dump(exclude_none=True) if own else {}
+    if stage in WITHOUT_MODELS:
+        asked.setdefault("gpus", None)
+    return settings.model_copy(update=asked)
+
+
+class Jobs(Section):
+    """Scheduled jobs, for `llmdistill submit`: one of these."""
+
+    slurm: Slurm | None = None
+    """Jobs of Slurm."""
+    ray: Ray | None = None
+    """A job of Ray."""
+    skypilot: SkyPilot | None = None
+    """A managed job of SkyPilot."""
+    kubernetes: Kubernetes | None = None
+    """Jobs of Kubernetes."""
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> "Jobs":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"either {' or '.join(given)}, not more than one")
+        return self
+
+
+class Watch(Section):
+    """How a run is watched while it goes on; may be changed between two tries."""
+
+    log: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line for programs."""
+    metrics: str | None = None
+    """Directory in which every process keeps a file of its progress in Prometheus' text format, for node_exporter."""

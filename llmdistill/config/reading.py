@@ -1,0 +1,170 @@
+"""From a YAML file and overrides to an experiment, and what is said where they do not fit it."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from llmdistill.config.experiment import Experiment
+from llmdistill.config.section import Section, Step
+from llmdistill.config.student import ORIGINS
+from llmdistill.errors import InputError
+
+
+def overrides_of(rest: list[str]) -> list[tuple[str, str]]:
+    """Pairs of dotted key and value from `--key value` and `--key=value`."""
+    pairs = []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--") or len(word) == 2:
+            raise InputError(f"unexpected argument {word}; an override is --KEY VALUE")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise InputError(f"--{key} needs a value")
+            value = following
+        pairs.append((key, value))
+    return pairs
+
+
+def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Experiment:
+    """The experiment in `file` with dotted overrides applied: `("train.alpha", "0.5")`, the value read as YAML.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    tree = read_yaml(file)
+    for key, value in overrides:
+        try:
+            _set(tree, key.split("."), yaml.load(value, Loader=_Loader))
+            origin = key.split(".")[1] if key.startswith("student.") else None
+            if origin in ORIGINS:  # they are alternatives: one on the command line replaces another in the file
+                tree["student"] = {name: kept for name, kept in tree["student"].items() if name == origin or name not in ORIGINS}
+        except (yaml.YAMLError, LookupError, TypeError, ValueError):
+            raise InputError(f"{file}: cannot set {key} to {value!r}") from None
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            tree = yaml.load(stream, Loader=_Loader)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: must hold a mapping of keys to values")
+    return tree
+
+
+def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of the configuration with its type and its help, in the order of the file."""
+    for name, field in section.model_fields.items():
+        inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, Section)]
+        if inner and issubclass(inner[0], Step):
+            yield f"{prefix}{name}", "LIST", field.description or ""
+            for step, settings in inner[0].step_types().items():
+                yield from keys(settings, f"{prefix}{name}.N.{step}.")
+        elif inner and get_origin(field.annotation) is list:
+            yield f"{prefix}{name}", "LIST", field.description or ""
+            yield from keys(inner[0], f"{prefix}{name}.N.")
+        elif inner:
+            yield from keys(inner[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _type_name(field.annotation), _with_default(field)
+
+
+def _with_default(field: Any) -> str:
+    description = (field.description or "").replace("\n", " ")
+    if field.is_required():
+        return f"{description} (required)"
+    return description if field.default in (None, {}, []) else f"{description} (default {field.default})"
+
+
+def _type_name(annotation: Any) -> str:
+    if hasattr(annotation, "__metadata__"):  # what else is asked of the value is not its type
+        return _type_name(annotation.__origin__)
+    values = [v for v in get_args(annotation) if v is not type(None)]
+    if getattr(annotation, "__origin__", None) is Literal:
+        return "|".join(str(v) for v in values)
+    if getattr(annotation, "__origin__", None) in (list, dict):
+        return str(annotation.__origin__.__name__).upper()
+    return "|".join(_type_name(v) for v in values) if values else str(annotation.__name__).upper()
+
+
+def _set(tree: Any, path: list[str], value: Any) -> None:
+    """Set a dotted key; sections that are not there yet are made, list items are addressed by number."""
+    *parents, last = path
+    for part in parents:
+        if isinstance(tree, list):
+            tree = tree[int(part)]
+        else:
+            if tree.get(part) is None:
+                tree[part] = {}
+            tree = tree[part]
+    if isinstance(tree, list):
+        tree[int(last)] = value
+    else:
+        tree[last] = value
+
+
+def explain(detail: Any) -> str:
+    """One validation error as a sentence that names the key."""
+    key = ".".join(str(part) for part in detail["loc"] if not _is_type_label(part))
+    if detail["type"] == "extra_forbidden":
+        known = [name for name, _, _ in keys()]
+        known += sorted({prefix for name in known for prefix in _prefixes(name)})
+        near = difflib.get_close_matches(re.sub(r"\.\d+\.", ".N.", key), known, n=1, cutoff=0.75)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if not near and key.startswith("train."):
+            hint = f"; arguments of trl.SFTConfig go under train.args (train.args.{key.removeprefix('train.')})"
+        return f"no such key {key}{hint}"
+    if detail["type"] == "missing":
+        return f"the key {key} is missing"
+    if detail["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{detail['ctx']['error']}"
+    message = detail["msg"].removeprefix("Input ")
+    return f"{key} {message}, got {detail['input']!r}"
+
+
+def _is_type_label(part: Any) -> bool:
+    """Pydantic puts the branch of a union into the location (`int`, `list[int]`); that is no key of ours."""
+    return isinstance(part, str) and bool(re.fullmatch(r"(int|str|float|bool|none|(list|literal)\[.*\])", part))
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    parts = key.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts)))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader; `1e-4` is a number, as in YAML 1.2, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is there twice: the later one would win in silence."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)

@@ -1,0 +1,1 @@
+"""Datasets in other projects' formats, written and read."""

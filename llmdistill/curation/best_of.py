@@ -1,0 +1,47 @@
+"""The step of `curate` that keeps the best of the answers to a prompt; the others are its losers, each with its scores.
+
+A prompt's answers are those that stand one after the other in the dataset, as `generate.samples` writes them.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from llmdistill.config.curate import BestOf
+from llmdistill.curation.steps import Check, Failed, Work
+from llmdistill.judge import scores_of
+
+
+def best_of(settings: BestOf, work: Work) -> Check:
+    """By rank among the answers to the same prompt; the first of equals counts as better."""
+    scored = _likelihoods if settings.judge is None else scores_of(settings.judge, work)
+    log = work.closing.enter_context(work.log.open("w", encoding="utf-8"))
+
+    def check(rows: pa.Table) -> Iterator[str | None]:
+        scores, ids = list(scored(rows)), rows["id"].to_pylist()
+        prompts = rows["prompt"].to_pylist()
+        for _, group in itertools.groupby(range(len(rows)), key=lambda place: prompts[place] or place):
+            places = list(group)
+            known = [(-score, place) for place in places if not isinstance(score := scores[place], Failed)]
+            ranked = [place for _, place in sorted(known)]
+            for place in places:
+                score = scores[place]
+                if isinstance(score, Failed) or place in ranked[: settings.keep]:
+                    yield score if isinstance(score, Failed) else None
+                    continue
+                best = ranked[0]
+                pair = {"chosen": ids[best], "rejected": ids[place], "chosen_score": scores[best], "rejected_score": score}
+                log.write(json.dumps(pair) + "\n")
+                yield f"score {score:.3f}, row {ids[best]} has {scores[best]:.3f}"
+
+    return check
+
+
+def _likelihoods(rows: pa.Table) -> Iterator[float | Failed]:
+    """The mean log-probability that the teacher gave to the answer's tokens, at temperature 1."""
+    for logprobs in rows["token_logprobs"]:
+        mean = float(np.mean(logprobs.values.to_numpy())) if len(logprobs) else float("nan")
+        yield mean if np.isfinite(mean) else Failed("no log-probabilities of its tokens are known")

@@ -1,0 +1,135 @@
+"""The step of `curate` that keeps the texts of tests out of the training data."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from llmdistill.config.curate import Contamination
+from llmdistill.curation.ngrams import ngram_hashes, normalised, words
+from llmdistill.curation.steps import Array, Check, Work, answers
+from llmdistill.errors import InputError
+from llmdistill.prompting.sources import read_jsonl
+
+_SHORTEST = 8  # words of a string that is looked for inside other text; with fewer, it could be anything's
+_COMMON = 10  # strings that share an n-gram; in more, it is the wording of the tasks, not one of them
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A string of a test, by the place where it stands."""
+
+    origin: str
+    text: str
+    words: list[str]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The n-grams of all test strings of one length, sorted; for each, whose it is and where it stands there."""
+
+    n: int
+    hashes: Array
+    texts: Array
+    places: Array
+
+
+def contamination(settings: Contamination, work: Work) -> Check:
+    """By n-grams of words that stand in the files too; every pair of a row and a string that share one is logged."""
+    texts = [text for file in settings.against for text in _read(Path(file), f"{work.key}.against")]
+    if not texts:
+        raise InputError(f"{work.key}.against: {', '.join(settings.against)}: hold no text")
+    searched = [text for text in texts if len(text.words) >= min(_SHORTEST, settings.ngram)]
+    short = {normalised(text.text): text.origin for text in texts if len(text.words) < min(_SHORTEST, settings.ngram)}
+    indices, common = _indices(searched, settings.ngram)
+    work.facts |= {"strings": len(searched), "short_strings": len(short), "common_ngrams": common}
+    log = work.closing.enter_context(work.log.open("w", encoding="utf-8", errors="replace"))
+
+    def check(rows: pa.Table) -> Iterator[str | None]:
+        for identity, prompt, answer in zip(rows["id"].to_pylist(), rows["prompt"].to_pylist(), answers(rows), strict=True):
+            found = []
+            for message in prompt:
+                text = message["content"]
+                found += [("prompt", *match) for match in _matches(words(text), indices, searched)]
+                if normalised(text) in short:
+                    found.append(("prompt", short[normalised(text)], normalised(text), 1))
+            found += [("completion", *match) for match in _matches(words(answer), indices, searched)]
+            for where, item, ngram, count in found:
+                entry = {"id": identity, "in": where, "item": item, "ngram": ngram, "shared_ngrams": count}
+                log.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            yield f"{found[0][1]}: {found[0][2]}" if found else None
+
+    return check
+
+
+def _indices(texts: list[_Text], longest: int) -> tuple[list[_Index], int]:
+    """The n-grams to look for, by their length, and how many were left out as too common."""
+    indices, left_out = [], 0
+    for n in sorted({min(longest, len(text.words)) for text in texts}):
+        numbers = [number for number, text in enumerate(texts) if min(longest, len(text.words)) == n]
+        found = [ngram_hashes(texts[number].words, n) for number in numbers]
+        hashes = np.concatenate(found)
+        owners = np.repeat(numbers, [len(part) for part in found])
+        places = np.concatenate([np.arange(len(part)) for part in found])
+        pairs = np.unique(np.stack([hashes, owners.astype(np.uint64)]), axis=1)[0]
+        values, owned = np.unique(pairs, return_counts=True)
+        common = values[owned > _COMMON]
+        left_out += len(common)
+        kept = ~np.isin(hashes, common)
+        order = np.argsort(hashes[kept], kind="stable")
+        indices.append(_Index(n, hashes[kept][order], owners[kept][order], places[kept][order]))
+    return indices, left_out
+
+
+def _matches(found: list[str], indices: list[_Index], texts: list[_Text]) -> Iterator[tuple[str, str, int]]:
+    """The test strings that share an n-gram with some words: where it stands, the first n-gram, and how many."""
+    for index in indices:
+        hashes = ngram_hashes(found, index.n)
+        first = np.searchsorted(index.hashes, hashes, side="left")
+        last = np.searchsorted(index.hashes, hashes, side="right")
+        shared: dict[int, list[str]] = {}
+        for place in np.flatnonzero(last > first):
+            ngram = found[place : place + index.n]
+            for entry in range(first[place], last[place]):
+                text, start = texts[index.texts[entry]], index.places[entry]
+                if text.words[start : start + index.n] == ngram:
+                    shared.setdefault(int(index.texts[entry]), []).append(" ".join(ngram))
+        for number, ngrams in shared.items():
+            yield texts[number].origin, ngrams[0], len(ngrams)
+
+
+def _read(file: Path, key: str) -> Iterator[_Text]:
+    """Every string of a file, with its place in it."""
+    if file.suffix == ".jsonl":
+        for number, fields in read_jsonl(file, key):
+            yield from _strings(fields, f"{file} line {number}")
+        return
+    try:
+        content = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            tree = json.loads(content)
+        elif file.suffix in (".yaml", ".yml"):
+            tree = yaml.safe_load(content)
+        else:
+            tree = content
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file ({key})") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{file}: cannot be read ({key}): {' '.join(str(error).split())}") from None
+    yield from _strings(tree, str(file))
+
+
+def _strings(tree: Any, origin: str) -> Iterator[_Text]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _strings(value, f"{origin} {name}")
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from _strings(value, f"{origin} {number}")
+    elif isinstance(tree, str):
+        yield _Text(origin, tree, words(tree))

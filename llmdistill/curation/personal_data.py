@@ -1,0 +1,74 @@
+"""The step of `curate` that rejects rows with personal data, by the patterns and checksums of presidio.
+
+Its recognisers of names and places need language models of spaCy; they are not used. Nor is the network.
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from llmdistill.config.curate import PersonalData
+from llmdistill.curation.steps import Check, Work, conversations
+
+_SURE = 0.4  # presidio's score from which a match counts; bare digits in the form of a social security number have 0.05
+_NUMBER_BEFORE = re.compile(r"\d[.,]?\Z")
+_EXAMPLE_DOMAIN = re.compile(r"(?:^|[@.])(?:example(?:\.(?:com|net|org|edu))?|test|invalid|localhost)$", re.IGNORECASE)
+_EXAMPLE_PHONE = re.compile(r"55501\d\d$")  # 555-0100 to 555-0199 of any area in North America
+
+
+def personal_data(settings: PersonalData, work: Work) -> Check:
+    """By e-mail addresses, numbers of phones, cards, accounts and people, and addresses on the internet."""
+    recognisers = _recognisers()
+
+    def check(rows: pa.Table) -> Iterator[str | None]:
+        for text in conversations(rows):
+            found = ((kind, place) for kind in settings.kinds for place in _places(recognisers[kind], kind, text))
+            kind, place = next(found, ("", 0))
+            yield f"{kind.replace('_', ' ')} at character {place:,}" if kind else None  # not what it is
+
+    return check
+
+
+def _places(recogniser: Any, kind: str, text: str) -> Iterator[int]:
+    """Where in the text something of a kind stands that is no example, and no part of a longer number."""
+    for result in recogniser.analyze(text, recogniser.supported_entities):
+        is_part = _NUMBER_BEFORE.search(text, 0, result.start) or text[result.end : result.end + 1].isdigit()
+        if result.score >= _SURE and not is_part and not is_example(kind, text[result.start : result.end]):
+            yield int(result.start)
+
+
+def is_example(kind: str, found: str) -> bool:
+    """Whether it is reserved for examples, or reaches nobody."""
+    if kind == "email":
+        return bool(_EXAMPLE_DOMAIN.search(found))
+    if kind == "phone":
+        return bool(_EXAMPLE_PHONE.search(re.sub(r"\D", "", found)))
+    if kind == "ip_address":
+        try:
+            return not ipaddress.ip_interface(found).ip.is_global
+        except ValueError:
+            return True
+    return False
+
+
+def _recognisers() -> dict[str, Any]:
+    import tldextract
+    from presidio_analyzer import predefined_recognizers as presidio
+
+    suffixes = tldextract.TLDExtract(cache_dir=None, suffix_list_urls=())  # those that came with it: no download
+
+    class EmailRecognizer(presidio.EmailRecognizer):
+        def validate_result(self, pattern_text: str) -> bool:
+            return bool(suffixes(pattern_text).suffix)
+
+    return {
+        "email": EmailRecognizer(),
+        "phone": presidio.PhoneRecognizer(),
+        "credit_card": presidio.CreditCardRecognizer(),
+        "iban": presidio.IbanRecognizer(),
+        "ip_address": presidio.IpRecognizer(),
+        "us_ssn": presidio.UsSsnRecognizer(),
+    }

@@ -1,0 +1,145 @@
+"""Steps of `curate` that check an answer by a program: mathematics against what is expected, Python for its syntax.
+
+What a model wrote can keep such a program busy for ever, fill the memory or crash it. It runs in processes of its own,
+which get no part of the environment, and are killed when a row takes too long; that row has failed, no other.
+"""
+
+import json
+import math as mathematics
+import os
+import re
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pyarrow as pa
+
+from llmdistill.config.curate import Math, Python
+from llmdistill.curation.steps import Check, Failed, Work, answers, excerpt, metadata
+
+_FENCED_PYTHON = re.compile(
+    r"^([ \t]*)(```+|~~~+)[ \t]*(?:python3?|py)\b[^\n]*\n(.*?)^[ \t]*\2", re.DOTALL | re.MULTILINE | re.IGNORECASE
+)
+_START_SECONDS = 60.0  # for a process to be there and to have done its imports
+Request = dict[str, Any]
+
+
+def math(settings: Math, work: Work) -> Check:
+    """By whether the last formula or number of the answer equals the expected one."""
+    workers = _Workers(settings.timeout_s, {"check": "math", "expected": "1", "text": "1"}, work)
+    missing = Failed(f"has no {settings.answer}") if settings.without == "fail" else None
+
+    def check(rows: pa.Table) -> Iterator[str | None]:
+        expected = [fields.get(settings.answer) for fields in metadata(rows)]
+        verdicts = workers.ask(
+            {"check": "math", "expected": str(value), "text": answer}
+            for value, answer in zip(expected, answers(rows), strict=True)
+            if value is not None
+        )
+        return (missing if value is None else next(verdicts) for value in expected)
+
+    return check
+
+
+def python(settings: Python, work: Work) -> Check:
+    """By whether every block of Python in the answer parses."""
+    workers = _Workers(settings.timeout_s, {"check": "python", "code": ""}, work)
+
+    def check(rows: pa.Table) -> Iterator[str | None]:
+        blocks = [python_blocks(answer) or ([answer] if settings.unfenced == "parse" else []) for answer in answers(rows)]
+        verdicts = workers.ask({"check": "python", "code": code} for row in blocks for code in row)
+        for row in blocks:
+            of_row = [next(verdicts) for _ in row]
+            yield next((verdict for verdict in of_row if verdict is not None), None)
+
+    return check
+
+
+def python_blocks(answer: str) -> list[str]:
+    """The code in the fenced blocks that say they are Python, without the fence's own indentation."""
+    return [
+        "".join(line.removeprefix(indent) for line in code.splitlines(keepends=True))
+        for indent, _, code in _FENCED_PYTHON.findall(answer)
+    ]
+
+
+class _Workers:
+    """As many processes as there are cores for us, each with one request at a time."""
+
+    def __init__(self, timeout_s: float, first: Request, work: Work) -> None:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._free: SimpleQueue[_Worker] = SimpleQueue()
+        for _ in range(count):
+            worker = _Worker(timeout_s, first)
+            work.closing.callback(worker.kill)
+            self._free.put(worker)
+        self._threads = ThreadPoolExecutor(count)
+        work.closing.callback(self._threads.shutdown, wait=False, cancel_futures=True)  # before the processes are killed
+
+    def ask(self, requests: Iterator[Request]) -> Iterator[str | None]:
+        """The verdicts, in the order of the requests."""
+        return self._threads.map(self._ask, requests)
+
+    def _ask(self, request: Request) -> str | None:
+        worker = self._free.get()
+        try:
+            return worker.ask(request)
+        finally:
+            self._free.put(worker)
+
+
+class _Worker:
+    """One process, started when it is needed; `first` is a request on which nothing depends, to do the imports."""
+
+    def __init__(self, timeout_s: float, first: Request) -> None:
+        self.timeout_s = timeout_s
+        self.first = first
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: Request) -> str | None:
+        """The verdict, or that there is none."""
+        if self._process is None:
+            seconds = mathematics.ceil(self.timeout_s + _START_SECONDS)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "llmdistill.curation.verify_worker", str(seconds)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=Path(__file__).parents[2],
+                env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
+            )
+            if self._exchange(self._process, self.first, _START_SECONDS) != b"null\n":
+                raise RuntimeError("the process that verifies, llmdistill.curation.verify_worker, does not start")
+        line = self._exchange(self._process, request, self.timeout_s)
+        if not line:
+            self.kill()
+            return Failed(f"killed after {self.timeout_s:g} s" if line is None else "the process that verifies has crashed")
+        verdict = json.loads(line) or {}
+        if "failed" in verdict:
+            return Failed(excerpt(verdict["failed"], 200))
+        return excerpt(verdict["rejected"], 200) if "rejected" in verdict else None
+
+    def kill(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    @staticmethod
+    def _exchange(process: "subprocess.Popen[bytes]", request: Request, timeout_s: float) -> bytes | None:
+        """The line that answers; empty if the process has ended, None if time is up."""
+        assert process.stdin
+        assert process.stdout
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            return b""
+        ready, _, _ = select.select([process.stdout], [], [], timeout_s)
+        return process.stdout.readline() if ready else None

@@ -1,0 +1,80 @@
+"""Single held-out rows for people to look at: what the models write, token by token, and where the student won and lost."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from llmdistill.evaluation.fidelity import Array, token_view
+
+_VIEWED, _VIEWED_TOKENS = 3, 96  # texts shown token by token, and how much of each
+_EXAMPLES, _EXAMPLE_CHARACTERS = 3, 600
+
+
+def _question(prompt: list[dict[str, str]]) -> str:
+    """A prompt without its system message."""
+    return "\n".join(message["content"] for message in prompt if message["role"] != "system")
+
+
+def samples(models: dict[str, Any], rows: Any, tokenizer: Any, count: int, new_tokens: int) -> list[dict[str, Any]]:
+    """The models' greedy answers to the first held-out prompts."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for row in rows:
+        prompt_ids = np.asarray(row["input_ids"])[: int(row["completion_start"])]
+        question = _question(row["prompt"])
+        if len(found) == count or question in seen:
+            continue
+        seen.add(question)
+        answers = {}
+        for name, model in models.items():
+            ids = torch.tensor(prompt_ids, dtype=torch.long, device=model.device)[None]
+            with torch.inference_mode():
+                output = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
+                )
+            answers[name] = tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
+        found.append({"prompt": question, "answers": answers})
+    return found
+
+
+def views(models: dict[str, Any], rows: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """A few held-out texts, token by token: of prompts that differ, those of middling length."""
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]) - int(rows[number]["completion_start"]))
+    chosen = [order[(2 * number + 1) * len(order) // (2 * _VIEWED)] for number in range(min(_VIEWED, len(order)))]
+    return [
+        {
+            "prompt": _question(rows[number]["prompt"]),
+            "tokens": [
+                asdict(t) for t in token_view(models["teacher"], models["student"], rows[number], tokenizer, _VIEWED_TOKENS)
+            ],
+        }
+        for number in dict.fromkeys(chosen)
+    ]
+
+
+def won_and_lost(measured: dict[str, Array], rows: Any, rival: str) -> dict[str, Any]:
+    """The rows where the student is nearest to the teacher beside a rival, and where it is farthest; KL in nats a token."""
+    mine, theirs = (measured[f"{name} kl"] / np.maximum(measured["tokens"], 1) for name in ("student", rival))
+    order = np.argsort(mine - theirs, kind="stable")
+    count = min(_EXAMPLES, len(order) // 2)
+
+    def shown(numbers: Array) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": _question(rows[int(number)]["prompt"])[:_EXAMPLE_CHARACTERS],
+                "text": rows[int(number)]["completion"][0]["content"][:_EXAMPLE_CHARACTERS],
+                "student": float(mine[number]),
+                "rival": float(theirs[number]),
+            }
+            for number in numbers
+        ]
+
+    return {
+        "rival": rival,
+        "won": shown(order[:count]),
+        "lost": shown(order[::-1][:count]),
+        "better": float((mine < theirs).mean()),
+    }

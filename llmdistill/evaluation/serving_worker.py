@@ -1,0 +1,100 @@
+"""A process of its own that serves one model with vLLM and times it, a round whenever it is told: see serving.py.
+
+It reads its settings as one line of JSON and answers with a line once the model is loaded; then every line that it reads is
+answered by the figures of a round.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+KV_CACHE_BYTES = 1 << 30
+
+
+class PeakMemory:
+    """Mixed into vLLM's worker class."""
+
+    def peak_bytes(self) -> int:
+        """The most memory that this worker has held: of the accelerator, where there is one, else its resident set."""
+        import torch
+
+        if torch.accelerator.is_available():
+            return int(torch.accelerator.max_memory_reserved())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever vLLM prints is no answer
+    settings = json.loads(sys.stdin.readline())
+    try:
+        llm = _load(settings)
+        _round(llm, settings, 0)  # the first is slower than all others
+    except Exception as error:  # vLLM refuses a model in many ways
+        answers.write(json.dumps({"failed": " ".join(str(error).split())[:300] or type(error).__name__}) + "\n")
+        sys.exit(1)
+    answers.write(json.dumps({"version": importlib.import_module("vllm").__version__}) + "\n")
+    answers.flush()
+    for number, _ in enumerate(sys.stdin, start=1):
+        answers.write(json.dumps(_round(llm, settings, number)) + "\n")
+        answers.flush()
+
+
+def _load(settings: dict[str, Any]) -> Any:
+    from llmdistill.teachers.vllm import ENVIRONMENT
+
+    for name, value in {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_BYTES >> 30)}.items():
+        os.environ.setdefault(name, value)
+    import vllm
+    from vllm.platforms import current_platform
+
+    batch, length = settings["batch"], settings["prompt_tokens"] + settings["new_tokens"]
+    return vllm.LLM(
+        **settings["model"],
+        max_model_len=length,
+        max_num_seqs=batch,
+        max_num_batched_tokens=max(batch * length, 2048),  # all prompts are read in one step
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        gpu_memory_utilization=0.01,  # what is not asked for otherwise is not kept from the other engines
+        enforce_eager=current_platform.is_cpu(),
+        worker_extension_cls="llmdistill.evaluation.serving_worker.PeakMemory",
+        use_tqdm_on_load=False,
+        seed=0,
+    )
+
+
+def _round(llm: Any, settings: dict[str, Any], number: int) -> dict[str, float]:
+    """Reading the prompts, and writing the tokens after the first of each."""
+    import numpy as np
+    import vllm
+
+    batch, prompt_tokens, new_tokens = (settings[name] for name in ("batch", "prompt_tokens", "new_tokens"))
+    generator = np.random.default_rng(number)
+    prompts = [
+        {"prompt_token_ids": ids.tolist()} for ids in generator.integers(3, settings["vocabulary"], (batch, prompt_tokens))
+    ]
+
+    def seconds(tokens: int) -> float:
+        params = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    reading = seconds(1)
+    writing = max(seconds(new_tokens) - reading, 1e-9)
+    peak = sum(llm.collective_rpc("peak_bytes"))
+    return {
+        "prefill_tokens_per_s": batch * prompt_tokens / reading,
+        "decode_tokens_per_s": batch * (new_tokens - 1) / writing,
+        "peak_bytes": peak,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What the scores of single items say of the models: means, paired differences, and the share of the teacher's that is kept."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llmdistill.config import Experiment
+from llmdistill.evaluation.statistics import (
+    Array,
+    Draws,
+    check_clusters,
+    clusters_needed,
+    holm,
+    mcnemar,
+    percentile_interval,
+)
+from llmdistill.evaluation.tasks import About, run_tasks
+
+STUDENT, TEACHER = "student", "teacher"
+
+
+def measure_tasks(
+    tasks: dict[str, tuple[str, Any]], models: dict[str, Any], tokenizer: Any, experiment: Experiment, directory: Path
+) -> dict[str, Any]:
+    """Run the tasks, write `tasks.parquet`, and give what belongs into `metrics.json` under `tasks`."""
+    settings = experiment.eval
+    table, about, warnings = run_tasks(tasks, models, tokenizer, settings.batch_size, settings.task_limit)
+    pq.write_table(table, directory / "tasks.parquet")
+    how = {"chat_template": tokenizer.chat_template is not None, "limit": settings.task_limit, "warnings": warnings}
+    return {"tasks": {**how, **summarise(table, about, settings.resamples, experiment.seed)}}
+
+
+def summarise(table: pa.Table, about: dict[str, About], resamples: int, seed: int) -> dict[str, Any]:
+    """The content of `metrics.json` under `tasks`: `tasks` and `together`.
+
+    Args:
+        table: a row for every item and model, from `tasks.run_tasks`.
+        about: what the tasks are.
+        resamples: of the bootstrap, over clusters of items.
+        seed: of its draws.
+
+    Raises:
+        InputError: a task has too few items for an interval.
+    """
+    models = pc.unique(table["model"]).to_pylist()
+    rivals = [name for name in models if name != STUDENT]
+    tasks = [_Task(name, table.filter(pc.equal(table["task"], name)), resamples, seed + n) for n, name in enumerate(about)]
+    described = [task.described(about[task.name], models, rivals) for task in tasks]
+    for rival in rivals:
+        tested = [next(d for d in entry["differences"] if d["against"] == rival) for entry in described]
+        tested = [difference for difference in tested if difference["mcnemar"]]
+        for difference, p in zip(tested, holm([d["mcnemar"]["p"] for d in tested]), strict=True):
+            difference["mcnemar"]["p_holm"] = p
+    return {"tasks": described, "together": _together(tasks, about, models, rivals)}
+
+
+class _Task:
+    """One task's scores, every model's in the same order of items."""
+
+    def __init__(self, name: str, table: pa.Table, resamples: int, seed: int) -> None:
+        self.name = name
+        by_model = {
+            model: table.filter(pc.equal(table["model"], model)).sort_by("item")
+            for model in pc.unique(table["model"]).to_pylist()
+        }
+        first = next(iter(by_model.values()))
+        assert all(rows["item"].equals(first["item"]) for rows in by_model.values())
+        self.scores: dict[str, Array] = {model: rows["score"].to_numpy() for model, rows in by_model.items()}
+        self.draws = Draws.of(first["cluster"].to_pylist(), resamples, seed)
+        self.items = np.ones(len(first))
+        self.sizes = self.draws.sums(self.items)
+        self.warning = check_clusters(len(self.sizes), f"items of the task {name}", "raise eval.task_limit")
+
+    def resampled(self, model: str) -> Array:
+        """A model's mean in every resample."""
+        return self.draws.resampled(self.scores[model], self.items)
+
+    def described(self, about: About, models: Sequence[str], rivals: Sequence[str]) -> dict[str, Any]:
+        """Its entry in `metrics.json`."""
+        return {
+            "name": self.name,
+            "source": about.source,
+            "metric": about.metric,
+            "chance": about.chance,
+            "items": len(self.items),
+            "clusters": len(self.sizes),
+            "warning": self.warning,
+            "models": {model: self.draws.interval(self.scores[model], self.items) for model in models},
+            "differences": [self._difference(rival) for rival in rivals],
+            "kept": _kept([self], 0),
+            "kept_above_chance": _kept([self], about.chance or 0),
+        }
+
+    def _difference(self, rival: str) -> dict[str, Any]:
+        ours, theirs = self.scores[STUDENT], self.scores[rival]
+        needed = clusters_needed(self.draws.sums(ours - theirs), self.sizes)
+        binary = all(np.isin(scores, (0, 1)).all() for scores in (ours, theirs))
+        return {
+            "of": STUDENT,
+            "against": rival,
+            **self.draws.interval(ours - theirs, self.items),
+            "mcnemar": asdict(mcnemar(ours == 1, theirs == 1)) if binary else None,
+            "items_needed": None if needed is None else math.ceil(needed * self.sizes.mean()),
+        }
+
+
+def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str], rivals: Sequence[str]) -> dict[str, Any]:
+    """Over all tasks: the mean of their means, each task counting alike, its items drawn apart from the others'."""
+
+    def mean(model: str) -> float:
+        return float(np.mean([task.scores[model].mean() for task in tasks]))
+
+    def resampled(model: str) -> Array:
+        return np.mean([task.resampled(model) for task in tasks], axis=0)
+
+    return {
+        "tasks": len(tasks),
+        "items": sum(len(task.items) for task in tasks),
+        "models": {model: asdict(percentile_interval(mean(model), resampled(model))) for model in models},
+        "differences": [
+            {
+                "of": STUDENT,
+                "against": rival,
+                **asdict(percentile_interval(mean(STUDENT) - mean(rival), resampled(STUDENT) - resampled(rival))),
+            }
+            for rival in rivals
+        ],
+        "kept": _kept(tasks, 0),
+        "kept_above_chance": _kept(tasks, float(np.mean([about[task.name].chance or 0 for task in tasks]))),
+    }
+
+
+def _kept(tasks: list[_Task], floor: float) -> dict[str, float] | None:
+    """The student's score above a floor as a share of the teacher's, both from the same items.
+
+    None where the teacher is not above the floor in every resample: the share has no meaning then.
+    """
+    student, teacher = (np.mean([task.resampled(model) for task in tasks], axis=0) - floor for model in (STUDENT, TEACHER))
+    if teacher.min() <= 1e-9:
+        return None
+    ours, theirs = (np.mean([task.scores[model].mean() for task in tasks]) - floor for model in (STUDENT, TEACHER))
+    return asdict(percentile_interval(ours / theirs, student / teacher))

@@ -1,0 +1,285 @@
+"""Tasks with right answers, by lm-eval: read, checked and run on models that are loaded already.
+
+A task is a YAML file in lm-eval's own format with its data beside it, or the name of one of lm-eval's tasks.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmdistill.config import read_yaml
+from llmdistill.errors import InputError
+from llmdistill.evaluation.statistics import check_clusters
+from llmdistill.progress import StageBar
+
+_LOCAL = {"json", "csv", "parquet", "text"}  # dataset_path of the builders of `datasets` that read files
+_FEW = 8  # items of a task of lm-eval that are looked at before a model is loaded; of a file all are
+_SEED = 1234  # of lm-eval's choice of examples; the same for every model
+SCHEMA = pa.schema(
+    {
+        "task": pa.string(),
+        "item": pa.string(),
+        "cluster": pa.string(),
+        "model": pa.string(),
+        "score": pa.float64(),
+        "answer": pa.string(),
+        "target": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task's YAML file as read, with its data beside it."""
+
+    file: Path
+    config: dict[str, Any]
+    data: list[Path]
+
+
+@dataclass(frozen=True)
+class About:
+    """What is said of a task once: its metric, and what guessing gives (None if that is not known)."""
+
+    source: str
+    metric: str
+    chance: float | None
+
+
+def read_tasks(names: Sequence[str]) -> list[TaskFile | str]:
+    """The entries of `eval.tasks`: files read and checked, names of lm-eval's own tasks as they are.
+
+    Raises:
+        InputError: lm-eval is not installed, or a file or its data is not usable.
+    """
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise InputError("eval.tasks needs lm-eval, which is not installed: install the extra `tasks`")
+    found = [_read(Path(name)) if name.endswith((".yaml", ".yml")) or "/" in name else name for name in names]
+    seen: dict[str, str] = {}
+    for name, task in zip(names, found, strict=True):
+        called = task if isinstance(task, str) else task.config["task"]
+        if called in seen:
+            raise InputError(f"eval.tasks: {name} and {seen[called]} are both called {called}")
+        seen[called] = name
+    return found
+
+
+def _read(file: Path) -> TaskFile:
+    """One file, without what would run code: `!function` is no tag of safe YAML."""
+    config = read_yaml(file)
+    for key in ("include", "class", "group"):
+        if key in config:
+            raise InputError(f"{file}: {key} is not supported; write the whole task in this file")
+    for key in ("task", "dataset_path", "test_split", "output_type"):
+        if not isinstance(config.get(key), str):
+            raise InputError(f"{file}: the key {key} is missing" if key not in config else f"{file}: {key} must be a name")
+    data: list[Path] = []
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: resolved(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [resolved(entry) for entry in value]
+        path = file.parent / str(value)
+        if not path.is_file():
+            raise InputError(f"{file}: dataset_kwargs.data_files: {value} is not there beside it")
+        data.append(path)
+        return str(path)
+
+    if config["dataset_path"] in _LOCAL:
+        kwargs = config.get("dataset_kwargs")
+        if not isinstance(kwargs, dict) or not kwargs.get("data_files"):
+            raise InputError(f"{file}: the key dataset_kwargs.data_files is missing")
+        config = {**config, "dataset_kwargs": {**kwargs, "data_files": resolved(kwargs["data_files"])}}
+    return TaskFile(file, config, data)
+
+
+def files_of(tasks: Sequence[TaskFile | str]) -> list[Path]:
+    """All files that the tasks are read from."""
+    return [file for task in tasks if isinstance(task, TaskFile) for file in (task.file, *task.data)]
+
+
+def load_tasks(tasks: Sequence[TaskFile | str], limit: int | None) -> dict[str, tuple[str, Any]]:
+    """Every task by its name: where it comes from, and lm-eval's object with its items.
+
+    Raises:
+        InputError: there is no such task, its data cannot be read or reached, or it runs code that the model writes.
+    """
+    if not tasks:
+        return {}
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    loaded: dict[str, tuple[str, Any]] = {}
+    with _quiet():
+        manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))  # reads 14,000 files if it does
+        for task in tasks:
+            source = task if isinstance(task, str) else str(task.file)
+            if isinstance(task, str) and task not in manager.all_tasks:
+                raise InputError(f"eval.tasks: {task} is no task of lm-eval, and no file; a file's name ends in .yaml")
+            try:
+                found = manager.load([task if isinstance(task, str) else task.config])["tasks"]
+                for part in found.values():
+                    _check(part, source, limit if isinstance(task, TaskFile) else min(limit or _FEW, _FEW))
+            except InputError:
+                raise
+            except Exception as error:  # whatever lm-eval, datasets, jinja or the task itself raise
+                raise InputError(f"eval.tasks: {source}: cannot be loaded: {_reason(error, task)}") from None
+            for name, part in found.items():
+                if name in loaded:
+                    raise InputError(f"eval.tasks: {name} is part of {loaded[name][0]} and of {source}")
+                loaded[name] = (source, part)
+    return loaded
+
+
+def _check(task: Any, source: str, limit: int | None) -> None:
+    """Refuse what lm-eval would only refuse, or stumble over, with the model loaded."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise InputError(f"eval.tasks: {source}: runs code that the model writes, which is not supported")
+    if getattr(task, "MULTIMODAL", False):
+        raise InputError(f"eval.tasks: {source}: needs more than text")
+    task.set_fewshot_seed(seed=_SEED)
+    task.build_all_requests(limit=limit)
+    docs = {instance.doc_id: instance.doc for instance in task.instances}
+    check_clusters(
+        len({_cluster(doc, str(number)) for number, doc in docs.items()}), f"items of the task {source}", "give it more"
+    )
+
+
+def _cluster(doc: Any, item: str) -> str:
+    """What is drawn together: the item alone if it does not say with which others it belongs."""
+    return str(doc["cluster"]) if isinstance(doc, dict) and "cluster" in doc else item
+
+
+def _reason(error: Exception, task: TaskFile | str) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    cause = error.__cause__
+    if cause is not None and str(cause):
+        text += f" ({' '.join(str(cause).split())})"
+    if isinstance(task, str):
+        text = f"its data is on the Hub: {text}"
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+            text = f"HF_HUB_OFFLINE is set, and {text}"
+    return text[:400]
+
+
+def run_tasks(
+    tasks: dict[str, tuple[str, Any]], models: dict[str, Any], tokenizer: Any, batch_size: int, limit: int | None
+) -> tuple[pa.Table, dict[str, About], list[str]]:
+    """Every model on the same items: the score of each, what the tasks are, and what lm-eval warned of.
+
+    Args:
+        tasks: from `load_tasks`.
+        models: by name; all take the tokenizer's ids.
+        tokenizer: with its chat template, which is applied if there is one.
+        batch_size: sequences in one forward pass.
+        limit: the first items of each task only.
+
+    Raises:
+        InputError: a task has no score of single items.
+    """
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    rows: list[dict[str, Any]] = []
+    about: dict[str, About] = {}
+    warnings: list[str] = []
+    with StageBar("eval", len(tasks) * len(models)) as bar, torch.inference_mode():
+        for model_name, model in models.items():
+            with _quiet():
+                # Log-probabilities in float32: in bfloat16 many choices would tie.
+                runner = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+            for name, (source, task) in tasks.items():
+                bar.advance(0, facts=[f"{model_name} on {name}"])
+                samples, cut = _run(runner, name, task, tokenizer.chat_template is not None, limit)
+                metric, about[name] = _about(source, task, samples)
+                rows += [_row(name, model_name, metric, sample, task) for sample in samples]
+                if cut:
+                    warnings.append(f"{name}: {cut} requests were too long for {model_name} and were cut at their beginning")
+                bar.advance(1)
+        bar.advance(0, facts=["models on tasks"])
+    return pa.Table.from_pylist(rows, SCHEMA), about, warnings
+
+
+def _run(runner: Any, name: str, task: Any, chat: bool, limit: int | None) -> tuple[list[dict[str, Any]], int]:
+    """One model on one task: lm-eval's record of every item by the task's first filter, and how many requests were cut."""
+    from lm_eval.evaluator import evaluate
+
+    task.set_fewshot_seed(seed=_SEED)
+    with _quiet() as log:
+        found = evaluate(
+            runner,
+            {"tasks": {name: task}},
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=True,
+        )
+    samples: list[dict[str, Any]] = found["samples"][name]
+    first = samples[0]["filter"]
+    return [sample for sample in samples if sample["filter"] == first], sum("runcating" in line for line in log)
+
+
+def _about(source: str, task: Any, samples: list[dict[str, Any]]) -> tuple[str, About]:
+    """The task's first metric that is a number for a single item, where higher is better."""
+    higher = task.higher_is_better()
+    for metric in samples[0]["metrics"]:
+        if isinstance(samples[0][metric], (int, float, np.number, np.bool_)) and higher.get(metric, True):
+            chance = None
+            if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_target:
+                chance = float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
+            return metric, About(source, metric, chance)
+    raise InputError(f"eval.tasks: {source}: none of its metrics scores single items: {', '.join(samples[0]['metrics'])}")
+
+
+def _row(task_name: str, model: str, metric: str, sample: dict[str, Any], task: Any) -> dict[str, Any]:
+    doc = sample["doc"]
+    item = str(doc["id"]) if isinstance(doc, dict) and "id" in doc else str(sample["doc_id"])
+    answer: Any = sample["filtered_resps"][0]
+    target: Any = sample["target"]
+    if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:
+        choices = task.doc_to_choice(doc)
+        likelihood = np.array([pair[0] for pair in sample["filtered_resps"][: len(choices)]])
+        lengths = np.array([len(choice) for choice in choices]) if metric == "acc_norm" else 1
+        answer = choices[int(np.argmax(likelihood / lengths))]
+        target = choices[target] if isinstance(target, int) else target
+    elif isinstance(answer, list) and answer and isinstance(answer[0], str):
+        answer = answer[0]
+    return {
+        "task": task_name,
+        "item": item,
+        "cluster": _cluster(doc, item),
+        "model": model,
+        "score": float(sample[metric]),
+        "answer": str(answer),
+        "target": str(target),
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Without lm-eval's bars and log lines; the lines are collected, since some of them matter."""
+    lines: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("lm_eval"), Collect(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+            yield lines
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)

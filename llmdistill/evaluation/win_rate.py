@@ -1,0 +1,229 @@
+"""How often a judge prefers the student's answers: both orders, ties, and with the lengths of the answers held equal.
+
+Every pair is shown twice, each answer once in the first place, since judges favour a place (Zheng et al. 2023, arXiv
+2306.05685). The verdict is the digit to which the judge gives the most probability at its first token: it writes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llmdistill import stage
+from llmdistill.config import Experiment
+from llmdistill.config.eval import WinRate
+from llmdistill.errors import InputError
+from llmdistill.evaluation.statistics import Array, check_clusters, draw_clusters, mean_interval, percentile_interval
+from llmdistill.judge import DigitReader, as_text, read_template
+from llmdistill.models import continue_prompts, vocabulary_hash
+from llmdistill.progress import StageBar, console
+from llmdistill.teachers import Request, stable_id
+
+_TIE, _FIRST, _SECOND = 0, 1, 2
+_RIDGE = 0.01  # on both coefficients: without it there is no fit where one model, or the longer answer, always wins
+_STEPS = 30  # of Newton's method, which needs about ten
+STUDENT = "student"
+
+
+class Comparison:
+    """A judge that is ready to be asked.
+
+    Raises:
+        InputError: there is no such judge, or it cannot be asked with this template.
+    """
+
+    def __init__(self, experiment: Experiment, settings: WinRate) -> None:
+        self.experiment = experiment
+        self.settings = settings
+        if settings.against == "student, text only" and not experiment.train.compare_text_only:
+            raise InputError("eval.win_rate.against is student, text only; that one is trained by train.compare_text_only")
+        try:
+            self.template = read_template(settings.template, ("prompt", "answer_1", "answer_2"))
+            self.reader = DigitReader(experiment, settings.judge, [_TIE, _SECOND])
+        except InputError as error:
+            raise InputError(f"eval.win_rate.judge: {error}") from None
+
+    def inputs(self) -> dict[str, str]:
+        """Path and hash of what the verdicts depend on."""
+        template = Path(self.settings.template)
+        return {self.settings.judge.model: self.reader.fingerprint, str(template): stage.sha256(template)}
+
+    def measure(
+        self, models: dict[str, Any], rows: Any, tokenizer: Any, end_ids: Sequence[int], directory: Path
+    ) -> dict[str, Any]:
+        """Let both models answer and the judge compare; write `verdicts.parquet`, and give what belongs into `metrics.json`.
+
+        Args:
+            models: by name; **emptied**, so that the judge has the memory.
+            rows: held out, with `id`, `prompt`, `input_ids` and `completion_start`.
+            tokenizer: the teacher's, which is the student's too.
+            end_ids: the tokens that end an answer.
+            directory: of the stage.
+        """
+        asked = _distinct(rows, self.settings.prompts)
+        names = (STUDENT, self.settings.against)
+        size, longest = self.experiment.eval.batch_size, self.settings.max_tokens
+        with StageBar("eval", 2 * len(asked)) as bar:
+            answers = {name: write_answers(models[name], asked, tokenizer, end_ids, size, longest, bar) for name in names}
+        models.clear()
+        prompts = [as_text(row["prompt"]) for row in asked]
+        table = self._verdicts([str(row["id"]) for row in asked], prompts, *(answers[name] for name in names))
+        pq.write_table(table, directory / "verdicts.parquet")
+        settings, eval_ = self.settings, self.experiment.eval
+        result = win_rate(table, eval_.resamples, self.experiment.seed)
+        warnings = [self._family_warning(tokenizer), result.pop("warning")]
+        return {
+            "against": settings.against,
+            "judge": {"model": settings.judge.model, "engine": settings.judge.engine},
+            "template": settings.template,
+            "max_tokens": settings.max_tokens,
+            **result,
+            "warnings": [text for text in warnings if text],
+        }
+
+    def _family_warning(self, tokenizer: Any) -> str | None:
+        """A judge favours text like its own (Panickssery et al. 2024, arXiv 2404.13076)."""
+        teacher = self.experiment.teacher
+        if stage.model_fingerprint(teacher.model, teacher.revision) == self.reader.fingerprint:
+            return "the judge is the teacher itself, and favours what it would have written; choose one of another family"
+        if vocabulary_hash(tokenizer) == vocabulary_hash(self.reader.chat.tokenizer):
+            return "the judge has the teacher's tokenizer, so it is of the same family and may favour it; choose one of another"
+        return None
+
+    def _verdicts(self, ids: list[str], prompts: list[str], ours: list[str], theirs: list[str]) -> pa.Table:
+        """One row a prompt, with both orders."""
+        shown = [*zip(prompts, ours, theirs, strict=True), *zip(prompts, theirs, ours, strict=True)]
+        requests = []
+        for number, (prompt, first, second) in enumerate(shown):
+            origin = f"held-out row {ids[number % len(ids)]}"
+            question = self.template.render({"prompt": prompt, "answer_1": first, "answer_2": second}, origin)
+            tokens = self.reader.chat.told_ids(question, origin)
+            if len(tokens) < self.reader.context:
+                requests.append(Request(number, tokens, 0))
+        values: list[float | None] = [None] * len(shown)
+        texts = ["(too long for the judge)"] * len(shown)
+        digits: list[list[float] | None] = [None] * len(shown)
+        with console.status("judging"):
+            for done in self.reader.ask(requests):
+                p = self.reader.probabilities(done)
+                digits[done.index] = list(p.values())
+                texts[done.index] = self.reader.chat.tokenizer.decode(done.ids)
+                if sum(p.values()) >= self.settings.min_mass:
+                    values[done.index] = _value(max(p, key=lambda digit: p[digit]), student_first=done.index < len(ids))
+        half = len(ids)
+        columns: dict[str, Any] = {"id": ids, "prompt": prompts, "student": ours, "rival": theirs}
+        for name, part in (("student_first", slice(half)), ("student_second", slice(half, None))):
+            columns[f"verdict_{name}"] = pa.array(values[part], pa.float64())
+            columns[f"judge_{name}"] = texts[part]
+            columns[f"digits_{name}"] = pa.array(digits[part], pa.list_(pa.float64()))
+        return pa.table(columns)
+
+
+def _value(digit: int, student_first: bool) -> float:
+    """1 if the student's answer is preferred, 0 if the other's, one half if they are equally good."""
+    return 0.5 if digit == _TIE else float((digit == _FIRST) == student_first)
+
+
+def _distinct(rows: Any, count: int) -> list[dict[str, Any]]:
+    """The first row of each of the first prompts."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if len(found) == count:
+            break
+        prompt = [{name: str(message[name]) for name in ("role", "content")} for message in row["prompt"]]
+        found.setdefault(stable_id(prompt), {**row, "prompt": prompt})
+    return list(found.values())
+
+
+def write_answers(
+    model: Any,
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    end_ids: Sequence[int],
+    batch_size: int,
+    max_tokens: int,
+    bar: StageBar,
+) -> list[str]:
+    """A model's greedy answer to each row's prompt, without special tokens."""
+    answers: dict[int, str] = {}
+    prompts = [np.asarray(row["input_ids"])[: int(row["completion_start"])] for row in rows]
+    order = sorted(range(len(rows)), key=lambda number: len(prompts[number]))  # alike in length, so that little is padded
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        written_BT = continue_prompts(model, [prompts[n].tolist() for n in chunk], max_tokens, end_ids, do_sample=False)
+        for number, written in zip(chunk, tokenizer.batch_decode(written_BT, skip_special_tokens=True), strict=True):
+            answers[number] = written.strip()
+        bar.advance(len(chunk))
+    return [answers[number] for number in range(len(rows))]
+
+
+def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:
+    """Win rates with their intervals over prompts, from the verdicts of both orders.
+
+    Args:
+        table: a row a prompt, as in `verdicts.parquet`; a verdict is null where the judge gave none.
+        resamples: of the bootstrap.
+        seed: of its draws.
+
+    The rates are None where there are verdicts on fewer than two prompts.
+    """
+    first, second = (table[f"verdict_{name}"].to_numpy() for name in ("student_first", "student_second"))
+    judged = ~(np.isnan(first) | np.isnan(second))
+    n = int(judged.sum())
+    counted = {"prompts": n, "without_verdict": len(judged) - n}
+    try:
+        warning = check_clusters(n, "prompts with two verdicts", "choose another judge, or raise eval.win_rate.prompts")
+    except InputError as error:  # found out at the very end: what else was measured is not thrown away
+        return {**counted, "win_rate": None, "length_controlled": None, "warning": str(error)}
+    outcome = ((first + second) / 2)[judged]
+    lengths = [pc.utf8_length(table[name]).to_numpy()[judged].astype(np.float64) for name in ("student", "rival")]
+    draws = draw_clusters(n, resamples, seed)
+    whole = np.ones((1, n))
+    longer = lengths[0] - lengths[1]
+    controlled = percentile_interval(length_controlled(outcome, longer, whole)[0], length_controlled(outcome, longer, draws))
+    return {
+        **counted,
+        "wins": int((outcome > 0.5).sum()),
+        "ties": int((outcome == 0.5).sum()),
+        "losses": int((outcome < 0.5).sum()),
+        "win_rate": asdict(mean_interval(outcome, np.ones(n), draws)),
+        "length_controlled": asdict(controlled),
+        "characters": {"student": float(lengths[0].mean()), "rival": float(lengths[1].mean())},
+        "orders_agree": float((first == second)[judged].mean()),
+        "first_place_wins": float(((first + 1 - second) / 2)[judged].mean()),
+        "warning": warning,
+    }
+
+
+def length_controlled(outcome: Array, longer: Array, weights: Array) -> Array:
+    """The win rate that a logistic regression gives for answers of equal length (Dubois et al. 2024, arXiv 2404.04475).
+
+    P(win) = sigmoid(a + b·tanh(Δ/σ)) with Δ the difference in length and σ its standard deviation, as in AlpacaEval 2 but for
+    the terms of each instruction's difficulty, which only many models' verdicts can tell. At Δ = 0 it is sigmoid(a). A weak
+    ridge keeps the fit finite where one model or the longer answer always wins.
+
+    Args:
+        outcome: between 0 (lost) and 1 (won), of each prompt; shape (N,).
+        longer: by how much the first model's answer is longer.
+        weights: how often each prompt counts, in each of R fits; shape (R, N).
+
+    Returns:
+        The controlled win rates; shape (R,).
+    """
+    spread = longer.std()
+    x = np.tanh(longer / spread) if spread > 0 else np.zeros(len(longer))
+    a, b = np.zeros(len(weights)), np.zeros(len(weights))
+    for _ in range(_STEPS):
+        p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
+        slope, curvature = weights * (outcome - p), weights * p * (1 - p)
+        g_a, g_b = slope.sum(1) - _RIDGE * a, slope @ x - _RIDGE * b
+        h_aa, h_ab, h_bb = curvature.sum(1) + _RIDGE, curvature @ x, curvature @ x**2 + _RIDGE
+        determinant = h_aa * h_bb - h_ab**2
+        step_a, step_b = (h_bb * g_a - h_ab * g_b) / determinant, (h_aa * g_b - h_ab * g_a) / determinant
+        a, b = a + np.clip(step_a, -2, 2), b + np.clip(step_b, -2, 2)  # far from the optimum a whole step would overshoot
+    return 1 / (1 + np.exp(-a))

@@ -1,0 +1,202 @@
+"""The teacher asked while prompts are made: answers in shards that a later try, or another worker, finds and keeps."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+
+from llmdistill.config import Experiment, Generate, Targets
+from llmdistill.dataset import finished_shards, read_batches, write_shard
+from llmdistill.errors import InputError
+from llmdistill.models import context_length
+from llmdistill.progress import StageBar, console
+from llmdistill.prompting.items import storable
+from llmdistill.prompting.template import Messages
+from llmdistill.shards import Share
+from llmdistill.targets import Array
+from llmdistill.teachers import Engine, Request, open_engine, row_seed
+from llmdistill.teachers.chat import Chat
+
+# Tokens reserved for a question and its answer where `teacher.max_model_len` does not say: how long the questions of a
+# later step are is not known before the first one is done, and the teacher is loaded once.
+_CONTEXT = 4096
+TOO_LONG = "context"  # in the place of a finish reason: it was not asked, since it does not fit
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the teacher is asked, under a name that stays the same; `origin` is for messages."""
+
+    id: str
+    messages: Messages
+    origin: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What it answered."""
+
+    text: str
+    finish_reason: str
+
+
+class WaitingForOthersError(Exception):
+    """Other workers have not made all shards of a step; the same command goes on when they have."""
+
+
+class Way(Protocol):
+    """How messages become the token ids that the teacher continues, and what it wrote becomes an answer."""
+
+    def ids(self, messages: Messages, origin: str) -> Sequence[int]:
+        """What the teacher sees."""
+        ...
+
+    def answer(self, ids: Array, finish_reason: str) -> Answer:
+        """What it wrote."""
+        ...
+
+
+class ByChat:
+    """The teacher's turn in a conversation."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+
+    def ids(self, messages: Messages, origin: str) -> Sequence[int]:
+        """Through its chat template, up to where its turn begins."""
+        return self.chat.prompt_ids(messages, origin)
+
+    def answer(self, ids: Array, finish_reason: str) -> Answer:
+        """Without special tokens."""
+        return Answer(self.chat.tokenizer.decode(ids, skip_special_tokens=True), finish_reason)
+
+
+class Asker:
+    """One teacher for all steps; it is loaded at the first question that has no answer yet.
+
+    Raises:
+        InputError: the answers alone would fill its context.
+    """
+
+    def __init__(self, experiment: Experiment, chat: Chat, share: Share) -> None:
+        assert experiment.prompts is not None
+        self.experiment = experiment
+        self.chat = chat
+        self.share = share
+        self.sampling = Generate(**experiment.prompts.sampling.model_dump())
+        longest = self.sampling.max_tokens
+        chat.check_length(longest + 1, "the shortest question and the longest answer", "prompts.sampling.max_tokens")
+        limit = context_length(chat.config)
+        self.context = experiment.teacher.max_model_len or min(max(_CONTEXT, 2 * longest), limit or 2 * longest + _CONTEXT)
+        self.tokens = 0
+        self.seconds = 0.0
+        self._engine: Engine | None = None
+
+    def ask(
+        self, label: str, directory: Path, count: int, questions: Callable[[], Iterable[Question]], way: Way
+    ) -> Iterator[tuple[Question, Answer]]:
+        """Every question with its answer, in order.
+
+        Args:
+            label: the step's name, for the progress.
+            directory: where the answers are, or will be.
+            count: how many questions there are.
+            questions: gives them, as often as it is called.
+            way: how messages become token ids, and token ids an answer.
+
+        Raises:
+            WaitingForOthersError: this worker's shards are made, and some of the others are not.
+        """
+        size = self.experiment.generate.rows_per_shard
+        shards = -(-count // size)
+        directory.mkdir(parents=True, exist_ok=True)
+        missing = self.share.shards(label, directory, shards)
+        if missing:
+            rows = sum(min(size, count - shard * size) for shard in missing)
+            self._make(label, directory, set(missing), rows, shards, questions(), way)
+        there = len(finished_shards(directory, "train"))
+        if there < shards:
+            raise WaitingForOthersError(f"{there:,} of {shards:,} shards are there, the others are for other workers to make")
+        return _read(directory, questions())
+
+    def _make(
+        self,
+        label: str,
+        directory: Path,
+        missing: set[int],
+        rows: int,
+        shards: int,
+        questions: Iterable[Question],
+        way: Way,
+    ) -> None:
+        """Ask what the missing shards hold; each is stored as soon as its last answer is there."""
+        engine, size = self._open(), self.experiment.generate.rows_per_shard
+        asked: dict[int, list[Question]] = {}
+        answers: dict[int, dict[int, Answer]] = {}  # by shard, then by index
+
+        def batches() -> Iterator[list[Request]]:
+            waiting = iter(questions)
+            for shard in range(shards):
+                chunk = list(islice(waiting, size))
+                if shard in missing:
+                    asked[shard], answers[shard] = chunk, {}
+                    yield list(requests(shard, chunk))
+
+        def requests(shard: int, chunk: list[Question]) -> Iterator[Request]:
+            for index, question in enumerate(chunk, start=shard * size):
+                ids = way.ids(question.messages, question.origin)
+                if len(ids) + self.sampling.max_tokens > self.context:
+                    answers[shard][index] = Answer("", TOO_LONG)
+                    bar.advance()
+                else:
+                    yield Request(index, ids, row_seed(question.id, self.experiment.seed))
+
+        def store(shard: int) -> None:
+            given = [answer for _, answer in sorted(answers.pop(shard).items())]
+            write_shard(directory, "train", shard, shards, _table(asked.pop(shard), given))
+
+        started, tokens = time.monotonic(), 0
+        with StageBar(label, rows) as bar:
+            for completion in engine.generate(batches()):
+                shard = completion.index // size
+                answers[shard][completion.index] = way.answer(completion.ids, completion.finish_reason)
+                tokens += len(completion.ids)
+                bar.advance(tokens=len(completion.ids), facts=[f"{tokens:,} tokens"])
+                if len(answers[shard]) == len(asked[shard]):
+                    store(shard)
+            for shard in list(asked):  # those of which nothing had to be asked
+                store(shard)
+        self.tokens += tokens
+        self.seconds += time.monotonic() - started
+
+    def _open(self) -> Engine:
+        if self._engine is None:
+            teacher, text_only = self.experiment.teacher, Targets(kind="none")
+            with console.status("starting the teacher"):
+                self._engine = open_engine(
+                    teacher, self.sampling, text_only, self.context, self.chat.end_ids, self.experiment.seed
+                )
+        return self._engine
+
+
+def _table(questions: list[Question], answers: list[Answer]) -> pa.Table:
+    return pa.table(
+        {
+            "id": pa.array([question.id for question in questions], pa.string()),
+            "text": pa.array([storable(answer.text) for answer in answers], pa.string()),
+            "finish_reason": pa.array([answer.finish_reason for answer in answers], pa.string()),
+        }
+    )
+
+
+def _read(directory: Path, questions: Iterable[Question]) -> Iterator[tuple[Question, Answer]]:
+    files = [shard.file for shard in finished_shards(directory, "train")]
+    rows = (row for batch in read_batches(files) for row in batch.to_pylist())
+    for question, row in zip(questions, rows, strict=True):
+        if question.id != row["id"]:
+            raise InputError(f"{directory}: holds answers to other questions; remove it to ask again")
+        yield question, Answer(row["text"], row["finish_reason"])

@@ -1,0 +1,125 @@
+"""What `prompts.steps` will need, known before the teacher is loaded: templates, and the fields that they use."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, Prompts, SelfInstruct
+from llmdistill.config.section import Section
+from llmdistill.errors import InputError
+from llmdistill.prompting.sources import Entry, read_files
+from llmdistill.prompting.template import PromptTemplate, check_field, compile_text
+
+
+@dataclass
+class Plan:
+    """The templates by their paths, and what each row of the source must have or must not have.
+
+    Raises:
+        InputError: a template is missing or wrong, or a step needs a field that there cannot be.
+    """
+
+    section: Prompts
+    templates: dict[str, PromptTemplate] = field(default_factory=dict)
+    needed: dict[str, str] = field(default_factory=dict)  # field of the source, and what needs it
+    taken: dict[str, str] = field(default_factory=dict)  # field that it may not have, and who brings it
+
+    def __post_init__(self) -> None:
+        self._made: set[str] = set()
+        self._source_is_there = self.section.from_where is not None
+        for number, step in enumerate(self.section.steps):
+            self._follow(step.settings, f"prompts.steps.{number}.{step.name}")
+        self.final = self._load(self.section.template) if self.section.template else None
+        for name in self.final.head.variables if self.final else ("prompt",) if self.section.steps else ():
+            self._need(name, "prompts.template")
+
+    def check(self, entry: Entry) -> None:
+        """Refuse a row of the source that lacks a field, or has one that a list brings too.
+
+        Raises:
+            InputError: naming its place and the field.
+        """
+        for name, what in self.needed.items():
+            check_field(entry.fields, name, entry.origin, what)
+        for name, what in self.taken.items():
+            if name in entry.fields:
+                raise InputError(f"{entry.origin}: has the field {name}, which {what} brings too; choose others by its `fields`")
+
+    def _follow(self, settings: Section, key: str) -> None:
+        """What a step needs, and the fields that there are after it."""
+        if isinstance(settings, Ask | Evolve):
+            files = [settings.template] if isinstance(settings, Ask) else settings.templates
+            for template in map(self._load, files):
+                for name in template.head.variables:
+                    self._need(name, f"the template {template.head.name}")
+            self._made |= {self._load(file).answer.field for file in files}
+        elif isinstance(settings, SelfInstruct):
+            template = self._load(settings.template)
+            if template.head.variables != ["examples"]:
+                raise InputError(f"{key}.template: {settings.template} must have the variable examples and no other")
+            self._need(template.answer.field, key)
+            self._made, self._source_is_there = {template.answer.field}, False
+        elif isinstance(settings, Magpie):
+            for name in sorted(compile_text(settings.system or "", f"{key}.system").variables):
+                self._need(name, f"{key}.system")
+            self._made.add(settings.field)
+        elif isinstance(settings, Combine):
+            self._combine(settings, key)
+        elif isinstance(settings, Novelty):
+            self._need(settings.field, key)
+
+    def _combine(self, settings: Combine, key: str) -> None:
+        names = settings.fields or list(next(read_files(settings.source, f"{key}.source")).fields)
+        for name in names:
+            if name in self._made:
+                raise InputError(
+                    f"{key}: {settings.source} has the field {name}, which a step before makes; choose others by `fields`"
+                )
+            if self._source_is_there:
+                self.taken[name] = key
+        self._made |= set(names)
+
+    def _need(self, name: str, what: str) -> None:
+        if name in self._made:
+            return
+        if not self._source_is_there:
+            there = ", ".join(sorted(self._made)) or "none"
+            raise InputError(f"{what} needs the field {name}; what the steps before it make has {there}")
+        self.needed.setdefault(name, what)
+
+    def _load(self, file: str) -> PromptTemplate:
+        if file not in self.templates:
+            self.templates[file] = PromptTemplate(Path(file))
+        return self.templates[file]
+
+
+def describe_steps(section: Prompts, items: int) -> Iterator[tuple[str, str]]:
+    """What each step asks of the teacher, as far as that is known before the teacher has answered.
+
+    Args:
+        section: the configuration.
+        items: how many the source gives.
+    """
+    known: int | None = items
+    for step in section.steps:
+        settings = step.settings
+        if isinstance(settings, Novelty):
+            yield step.name, f"rejects what overlaps by more than {settings.max_overlap:g}"
+            known = None
+        elif isinstance(settings, Combine):
+            known = known and known * settings.samples
+            yield step.name, f"{known:,} items" if known else f"{settings.samples} items of each"
+        else:
+            yield step.name, _questions(settings, known, section.sampling.max_tokens)
+            known = None
+
+
+def _questions(settings: Section, items: int | None, max_tokens: int) -> str:
+    if isinstance(settings, SelfInstruct):
+        items, each = 1, settings.rounds * settings.samples
+    else:
+        each = settings.rounds if isinstance(settings, Evolve) else settings.samples if isinstance(settings, Ask | Magpie) else 1
+    at_most = "at most " if isinstance(settings, Evolve) else ""  # a round has no more items than the one before
+    if items is None:
+        return f"{at_most}{each} questions about every item that is left, up to {max_tokens:,} tokens each"
+    return f"{at_most}{items * each:,} questions, up to {items * each * max_tokens:,} tokens"

@@ -1,0 +1,325 @@
+"""Where prompts come from: tables (JSONL, CSV, Parquet, a dataset of the Hub) and documents (text, Markdown)."""
+
+import csv
+import glob
+import hashlib
+import json
+import re
+import sys
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from llmdistill.config.prompts import HubDataset, Passages, Prompts
+from llmdistill.dataset import MANIFEST, read_batches, shard_files
+from llmdistill.errors import InputError
+from llmdistill.prompting.passages import Starts, cut
+from llmdistill.prompting.template import Fields, Message, Messages
+from llmdistill.stage import sha256
+
+_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
+_MARKDOWN = (".md", ".markdown")
+_DOCUMENTS = (*_MARKDOWN, ".txt")
+_KNOWN = ", ".join((*_TABLES, *_DOCUMENTS))
+_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[Message])
+csv.field_size_limit(sys.maxsize)  # a cell may be a whole document
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a table or a passage of a document; `refused` says why it cannot be used."""
+
+    fields: Fields
+    place: dict[str, Any]
+    refused: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """Its place in words."""
+        return describe_place(self.place)
+
+
+def describe_place(place: dict[str, Any]) -> str:
+    """A place in words: `a.jsonl line 3`, `a.md lines 3–9`."""
+    where = place.get("file") or place.get("dataset")
+    if "lines" in place:
+        return f"{where} lines {place['lines'][0]}–{place['lines'][1]}"
+    return f"{where} line {place['line']}" if "line" in place else f"{where} row {place['row']}"
+
+
+def read_source(section: Prompts, token_starts: Starts | None = None) -> Iterator[Entry]:
+    """The rows or passages of `prompts.source` or `prompts.dataset`, one by one; none if there is neither.
+
+    Args:
+        section: the configuration.
+        token_starts: where tokens begin in a text; needed where passages are measured in tokens.
+
+    Raises:
+        InputError: naming the file and the line or key.
+    """
+    if section.dataset is not None:
+        entries = _hub_rows(section.dataset)
+    elif section.source is not None:
+        entries = read_files(section.source, "prompts.source", section.passages, token_starts)
+    else:
+        return
+    if section.dataset is not None and section.passages:
+        entries = _cut_rows(entries, section.passages, token_starts)
+    found = False
+    for entry in islice(entries, section.limit):
+        found = True
+        yield entry
+    if not found:
+        raise InputError(f"{section.from_where}: holds no prompts")
+
+
+def read_files(source: str, key: str, passages: Passages | None = None, token_starts: Starts | None = None) -> Iterator[Entry]:
+    """The rows or passages of a file, of the files of a folder, or of those that a glob matches, in the order of their names.
+
+    Raises:
+        InputError: naming the file and the line, or the key.
+    """
+    if (Path(source) / MANIFEST).is_file():
+        rows = _dataset_rows(Path(source))
+        yield from _cut_rows(rows, passages, token_starts) if passages else rows
+        return
+    files = find_files(source, key)
+    if files[0].suffix.lower() in _DOCUMENTS:
+        if passages and passages.field is not None:
+            raise InputError(f"prompts.passages.field is {passages.field}, but {source} holds documents, which are cut anyway")
+        for file in files:
+            yield from _document(file, passages or Passages(), token_starts)
+        return
+    rows = (row for file in files for row in _rows(file, key))
+    yield from _cut_rows(rows, passages, token_starts) if passages else rows
+
+
+def find_files(source: str, key: str) -> list[Path]:
+    """The files that a source means: all tables, or all documents.
+
+    Raises:
+        InputError: there are none, or both.
+    """
+    path = Path(source)
+    if not path.exists() and not glob.has_magic(source):
+        raise InputError(f"{source}: no such file ({key})")
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
+    elif path.exists():
+        found = [path]
+    else:
+        found = [Path(name) for name in sorted(glob.iglob(source, recursive=True))]  # noqa: PTH207 - absolute ones too
+        if not found:
+            raise InputError(f"{key}: {source} matches no file")
+    known = [file for file in found if file.suffix.lower() in (*_TABLES, *_DOCUMENTS) and not file.is_dir()]
+    if not known:
+        what = "is no file" if found == [path] else "holds no file"
+        raise InputError(f"{key}: {source} {what} that ends in one of {_KNOWN}")
+    endings = sorted({file.suffix.lower() for file in known})
+    if len({ending in _DOCUMENTS for ending in endings}) > 1:
+        raise InputError(
+            f"{key}: {source} holds both tables and documents ({', '.join(endings)}); use a glob such as *{endings[0]}"
+        )
+    return known
+
+
+def source_hash(section: Prompts) -> dict[str, str]:
+    """What identifies the source: its path, or its name on the Hub, and a hash of the content."""
+    if section.dataset is None:
+        return files_hash(section.source, "prompts.source") if section.source else {}
+    path, revision = Path(section.dataset.path), section.dataset.revision
+    if not path.is_dir():
+        return {section.dataset.path: f"{section.dataset.path}@{revision or 'main'}"}
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file.relative_to(path))]
+    return {section.dataset.path: _hash_of(files)}
+
+
+def files_hash(source: str, key: str) -> dict[str, str]:
+    """Path and hash of a file, or a folder's or glob's name and the hash of all its files; of a dataset, that of its manifest."""
+    if (Path(source) / MANIFEST).is_file():
+        return {str(Path(source) / MANIFEST): sha256(Path(source) / MANIFEST)}
+    files = find_files(source, key)
+    return {source: sha256(files[0]) if files == [Path(source)] else _hash_of(files)}
+
+
+def _hash_of(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file} {sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _rows(file: Path, key: str) -> Iterator[Entry]:
+    ending = file.suffix.lower()
+    if ending == ".jsonl":
+        return (Entry(fields, {"file": str(file), "line": number}) for number, fields in read_jsonl(file, key))
+    if ending == ".parquet":
+        return _parquet_rows(file)
+    return _csv_rows(file, "\t" if ending == ".tsv" else ",")
+
+
+def read_jsonl(file: Path, key: str = "prompts.source") -> Iterator[tuple[int, Fields]]:
+    """The objects of a JSONL file one by one, each with its line number, counted from 1; blank lines are passed over.
+
+    Raises:
+        InputError: naming the file and the line.
+    """
+    try:
+        # A line ends at a line feed only: the other separators that Python knows may stand inside a string.
+        with file.open(encoding="utf-8", newline="\n") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, _parse(line, f"{file} line {number}")
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file ({key})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+
+
+def _parse(line: str, origin: str) -> Fields:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{origin}: not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f'{origin}: must be a JSON object, such as {{"prompt": "…"}}')
+    return fields
+
+
+def _csv_rows(file: Path, delimiter: str) -> Iterator[Entry]:
+    """The rows below the header; a row is named by the line on which it begins."""
+    begin = 1
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter=delimiter, strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise InputError(f"{file} line 1: the header has a column twice")
+            begin = reader.line_num + 1
+            for row in reader:
+                if len(row) not in (0, len(header)):
+                    raise InputError(f"{file} line {begin}: has {len(row)} cells, the header has {len(header)}")
+                if row:
+                    yield Entry(dict(zip(header, row, strict=True)), {"file": str(file), "line": begin})
+                begin = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{file} line {begin}: not valid CSV: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+
+
+def _dataset_rows(directory: Path) -> Iterator[Entry]:
+    """The prompts of a dataset's training rows, with what else was known of them."""
+    number = 0
+    for batch in read_batches(shard_files(directory, "train"), ["prompt", "metadata"]):
+        for row in batch.to_pylist():
+            number += 1
+            other = {name: value for name, value in json.loads(row["metadata"]).items() if name != "lineage"}
+            yield Entry({**other, "prompt": row["prompt"]}, {"dataset": str(directory), "row": number})
+
+
+def _parquet_rows(file: Path) -> Iterator[Entry]:
+    number = 0
+    for batch in read_batches([file]):
+        for fields in batch.to_pylist():
+            number += 1
+            yield Entry(fields, {"file": str(file), "row": number})
+
+
+def _hub_rows(section: HubDataset) -> Iterator[Entry]:
+    import datasets
+
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        rows = datasets.load_dataset(section.path, section.name, split=section.split, revision=section.revision)
+    except Exception as error:  # whatever the dataset, the network or the cache raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"prompts.dataset: cannot load {section.path}: {reason[0]}") from None
+    name = " ".join(part for part in (section.path, section.name, section.split) if part)
+    for number, fields in enumerate(rows, start=1):
+        yield Entry(fields, {"dataset": name, "row": number})
+
+
+def _document(file: Path, settings: Passages, token_starts: Starts | None) -> Iterator[Entry]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    yield from _cut(text, file.suffix.lower() in _MARKDOWN, {"document": str(file)}, {"file": str(file)}, settings, token_starts)
+
+
+def _cut_rows(rows: Iterator[Entry], settings: Passages, token_starts: Starts | None) -> Iterator[Entry]:
+    if settings.field is None:
+        raise InputError("prompts.passages.field is missing: which column of the table holds the text to cut?")
+    for row in rows:
+        text = row.fields.get(settings.field)
+        if not isinstance(text, str):
+            raise InputError(
+                f"{row.origin}: has no text in {settings.field} (prompts.passages.field), only {', '.join(row.fields)}"
+            )
+        rest = {name: value for name, value in row.fields.items() if name != settings.field}
+        yield from _cut(text, True, rest, row.place, settings, token_starts)
+
+
+def _cut(
+    text: str, markdown: bool, fields: Fields, place: dict[str, Any], settings: Passages, token_starts: Starts | None
+) -> Iterator[Entry]:
+    ends = [match.start() for match in re.finditer("\n", text)]
+    passages = cut(text, markdown, settings, token_starts)
+    reason = f"shorter than {settings.min_size} {settings.unit}"
+    for passage in passages:
+        lines = [1 + bisect_left(ends, offset) for offset in (passage.start, passage.end - 1)]
+        here = {"lines": lines, "characters": [passage.start, passage.end]}
+        found = {"passage": text[passage.start : passage.end], "heading": passage.heading}
+        yield Entry({**fields, **found}, {**place, **here}, reason if passage.too_short else None)
+    if not passages:
+        empty = {"lines": [1, 1 + len(ends)], "characters": [0, len(text)]}
+        yield Entry({**fields, "passage": "", "heading": ""}, {**place, **empty}, "empty")
+
+
+def given_prompt(fields: Fields, origin: str) -> Messages:
+    """The conversation of a row, from `prompt` or `messages`.
+
+    Raises:
+        InputError: there is none, or it does not end before the assistant's turn.
+    """
+    if isinstance(fields.get("prompt"), str):
+        return [{"role": "user", "content": fields["prompt"]}]
+    for key in ("messages", "prompt"):
+        if key in fields:
+            try:
+                messages = _MESSAGES.validate_python(fields[key])
+            except ValidationError:
+                messages = []
+            if messages and messages[-1].role != "assistant":
+                return [message.model_dump() for message in messages]
+            raise InputError(f"{origin}: {key} must be a list of {{role, content}} that ends before the assistant's turn")
+    raise InputError(
+        f"{origin}: has neither `messages` nor `prompt`; set prompts.template to use {', '.join(fields) or 'its fields'}"
+    )
+
+
+def metadata(fields: Fields, used: Iterable[str] = ()) -> Fields:
+    """What a line says beside its conversation: an expected answer, a topic; kept with the row.
+
+    Args:
+        fields: of the line.
+        used: those that a template has put into the conversation.
+    """
+    return {name: value for name, value in fields.items() if name not in ("messages", "prompt", "completion", *used)}
+
+
+def _as_messages(value: Any, role: str) -> Messages:
+    """A string is one message of the role."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [message.model_dump() for message in _MESSAGES.validate_python(value)]

@@ -1,0 +1,259 @@
+"""The steps of `prompts.steps`: each reads the items of the one before and writes a file with what became of every one."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, SelfInstruct
+from llmdistill.config.section import Section
+from llmdistill.errors import InputError
+from llmdistill.prompting.asking import TOO_LONG, Answer, Asker, ByChat, Question, Way
+from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items
+from llmdistill.prompting.magpie import ByPreQuery
+from llmdistill.prompting.novelty import Pool
+from llmdistill.prompting.sources import Entry, read_files
+from llmdistill.prompting.template import Messages, PromptTemplate, compile_text, read_answer, render_text
+from llmdistill.teachers import row_id, row_seed, stable_id
+
+_OWN_EXAMPLES = 0.25  # of the examples of a later round, as in the paper: 2 of 8
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What the steps need: the teacher, the templates by their paths, and the experiment's seed."""
+
+    asker: Asker
+    templates: dict[str, PromptTemplate]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a step reads and writes; the teacher's answers lie in a directory beside what is written."""
+
+    source: Path
+    out: Path
+
+    def round(self, number: int) -> Path:
+        """What belongs to one round of several."""
+        return self.out.with_suffix("") / f"round-{number}"
+
+
+def run_step(workshop: Workshop, settings: Section, files: Files) -> None:
+    """Write what a step makes of its items, with what became of each.
+
+    Raises:
+        InputError: an item, a template or a list does not fit.
+        WaitingForOthersError: other workers have not asked all of their questions yet.
+    """
+    with items_file(files.out) as writer:
+        _STEPS[type(settings)](workshop, settings, files, writer)
+
+
+def _ask(workshop: Workshop, settings: Ask, files: Files, writer: ItemWriter) -> None:
+    template = workshop.templates[settings.template]
+    about = _Questions(workshop, settings.samples, lambda item: template.render(item.fields, item.where))
+    for item, question, answer in about.answered("ask", files.source, files.out.with_suffix("")):
+        for child in _children(writer, template, item, question, answer, {"step": "ask"}):
+            writer.keep(child)
+
+
+def _evolve(workshop: Workshop, settings: Evolve, files: Files, writer: ItemWriter) -> None:
+    templates = [workshop.templates[file] for file in settings.templates]
+
+    def drawn(item: Item) -> PromptTemplate:
+        return templates[row_seed(item.id, workshop.seed) % len(templates)]
+
+    about = _Questions(workshop, 1, lambda item: drawn(item).render(item.fields, item.where))
+    if settings.keep_parents:
+        for item in read_items(files.source):
+            writer.keep(item)
+    parents = files.source
+    for number in range(1, settings.rounds + 1):
+        directory = files.round(number)
+        made = directory.with_suffix(".parquet")
+        directory.mkdir(parents=True, exist_ok=True)
+        with items_file(made) as evolved:
+            for item, question, answer in about.answered("evolve", parents, directory):
+                template = drawn(item)
+                for child in _children(evolved, template, item, question, answer, {"step": "evolve", "round": number}):
+                    old, new = (str(one.fields[template.answer.field]) for one in (item, child))
+                    if " ".join(old.lower().split()) == " ".join(new.lower().split()):
+                        evolved.refuse("rejected", child, "unchanged", new)
+                    else:
+                        evolved.keep(child)
+        writer.rows.copy(made)
+        parents = made
+
+
+def _magpie(workshop: Workshop, settings: Magpie, files: Files, writer: ItemWriter) -> None:
+    system = compile_text(settings.system, "prompts.steps: magpie.system") if settings.system is not None else None
+
+    def messages_of(item: Item) -> Messages:
+        where = f"{item.where}: the system message of magpie"
+        return [{"role": "system", "content": render_text(system, item.fields, where)}] if system else []
+
+    about = _Questions(workshop, settings.samples, messages_of, ByPreQuery(workshop.asker.chat))
+    for item, question, answer in about.answered("magpie", files.source, files.out.with_suffix("")):
+        made = {settings.field: answer.text}
+        child = item.child(stable_id(item.id, question.id), made, {"step": "magpie", "answer": question.id, "gave": made})
+        if answer.finish_reason == "stop" and answer.text:
+            writer.keep(child)
+        else:
+            writer.refuse("failed", child, "empty" if answer.finish_reason == "stop" else _why_cut(answer), answer.text)
+
+
+def _self_instruct(workshop: Workshop, settings: SelfInstruct, files: Files, writer: ItemWriter) -> None:
+    template = workshop.templates[settings.template]
+    name, seeds, pool = template.answer.field, list(read_items(files.source)), Pool()
+    if len(seeds) < settings.examples:
+        raise InputError(f"prompts.steps: self_instruct shows {settings.examples} examples, but there are {len(seeds)} items")
+    for item in seeds:
+        pool.add(str(item.fields[name]), item.id)
+        if settings.keep_parents:
+            writer.keep(item)
+    about = _Questions(workshop, 1, lambda item: template.render(item.fields, item.where))
+    made: list[Item] = []
+    for number in range(1, settings.rounds + 1):
+        chance = random.Random(row_seed(f"round {number}", workshop.seed))  # noqa: S311
+        shown = [_examples(chance, settings.examples, seeds, made) for _ in range(settings.samples)]
+        items = [Item("", {"examples": [item.fields[name] for item in examples]}, {}) for examples in shown]
+        answered = about.answered_in_memory("self_instruct", items, files.round(number))
+        for examples, (item, question, answer) in zip(shown, answered, strict=True):
+            seen = [{"id": example.id, **example.lineage.get("source", {})} for example in examples]
+            record = {"step": "self_instruct", "round": number, "examples": seen}
+            for child in _children(writer, template, item, question, answer, record):
+                new = Item(child.id, {name: child.fields[name]}, child.lineage)
+                if _is_new(writer, pool, new, name, settings.max_overlap):
+                    made.append(new)
+
+
+def _examples(chance: random.Random, count: int, seeds: list[Item], made: list[Item]) -> list[Item]:
+    """Some of the seeds and, once there are any, some of what the teacher has made; in any order."""
+    own = min(len(made), int(count * _OWN_EXAMPLES))
+    examples = [*chance.sample(seeds, count - own), *chance.sample(made, own)]
+    chance.shuffle(examples)
+    return examples
+
+
+def _combine(workshop: Workshop, settings: Combine, files: Files, writer: ItemWriter) -> None:
+    entries = list(read_list(settings))
+    if settings.samples > len(entries):
+        raise InputError(
+            f"prompts.steps: combine.samples is {settings.samples:,}, but {settings.source} has {len(entries):,} entries"
+        )
+    for item in read_items(files.source):
+        chance = random.Random(row_seed(item.id, workshop.seed))  # noqa: S311
+        for entry in chance.sample(entries, settings.samples):
+            both = entry.fields.keys() & item.fields.keys()
+            if both:
+                raise InputError(f"{entry.origin}: has the field {min(both)}, and so has {item.where}; choose by combine.fields")
+            writer.keep(item.child(stable_id(item.id, entry.place), entry.fields, {"step": "combine", **entry.place}))
+
+
+def read_list(settings: Combine) -> Iterator[Entry]:
+    """The entries of the list that items are combined with.
+
+    Raises:
+        InputError: the list, or one of its entries, lacks what is asked for.
+    """
+    for entry in read_files(settings.source, "prompts.steps: combine.source"):
+        names = settings.fields if settings.fields is not None else list(entry.fields)
+        missing = [name for name in names if name not in entry.fields]
+        if missing:
+            raise InputError(
+                f"{entry.origin}: has no field {missing[0]} (prompts.steps: combine.fields), only {', '.join(entry.fields)}"
+            )
+        yield Entry({name: entry.fields[name] for name in names}, entry.place)
+
+
+def _novelty(workshop: Workshop, settings: Novelty, files: Files, writer: ItemWriter) -> None:
+    pool = Pool()
+    for item in read_items(files.source):
+        _is_new(writer, pool, item, settings.field, settings.max_overlap)
+
+
+def _is_new(writer: ItemWriter, pool: Pool, item: Item, name: str, most: float) -> bool:
+    """Keep an item that is unlike those of the pool, and add it to them."""
+    text = str(item.fields[name])
+    near = pool.nearest(text, most)
+    if near is None:
+        pool.add(text, item.id)
+        writer.keep(item)
+        return True
+    overlap, other = near
+    writer.refuse(
+        "rejected", item.child(item.id, {}, {"step": "novelty", "overlap": round(overlap, 3), "with": other}), "overlap", text
+    )
+    return False
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """Questions about items; where the same messages come again, they are the next sample, not the same question."""
+
+    workshop: Workshop
+    samples: int
+    messages_of: Callable[[Item], Messages]
+    way: Way | None = None
+
+    def answered(self, label: str, source: Path, directory: Path) -> Iterator[tuple[Item, Question, Answer]]:
+        """The items that were kept in a file, each as often as it was asked about, with question and answer."""
+        return self._answered(label, lambda: read_items(source), count_items(source).kept, directory)
+
+    def answered_in_memory(self, label: str, items: list[Item], directory: Path) -> Iterator[tuple[Item, Question, Answer]]:
+        """The same for some items."""
+        return self._answered(label, lambda: items, len(items), directory)
+
+    def _answered(
+        self, label: str, items: Callable[[], Iterable[Item]], count: int, directory: Path
+    ) -> Iterator[tuple[Item, Question, Answer]]:
+        asker = self.workshop.asker
+
+        def questions() -> Iterator[Question]:
+            asked: Counter[str] = Counter()
+            for item in items():
+                messages = self.messages_of(item)
+                key = stable_id(messages)
+                for _ in range(self.samples):
+                    identity = row_id(messages, asker.chat.fingerprint, asker.sampling, asked[key])
+                    yield Question(identity, messages, item.where)
+                    asked[key] += 1
+
+        answers = asker.ask(label, directory, count * self.samples, questions, self.way or ByChat(asker.chat))
+        about = (item for item in items() for _ in range(self.samples))
+        return ((item, *pair) for item, pair in zip(about, answers, strict=True))
+
+
+def _children(
+    writer: ItemWriter, template: PromptTemplate, item: Item, question: Question, answer: Answer, record: dict[str, Any]
+) -> Iterator[Item]:
+    """What an answer holds, as items that the caller keeps or refuses; what cannot be used is refused here."""
+    record = {**record, "template": str(template.file), "answer": question.id}
+    if answer.finish_reason == TOO_LONG:
+        writer.refuse("failed", item.child(stable_id(question.id), {}, record), _why_cut(answer), "")
+        return
+    reading = read_answer(template.answer, answer.text, answer.finish_reason == "stop")
+    for number, fields in enumerate(reading.items):
+        yield item.child(stable_id(item.id, question.id, number), fields, {**record, "entry": number, "gave": fields})
+    for text, reason in reading.rejected:
+        writer.refuse("rejected", item.child(stable_id(question.id), {}, record), reason, text)
+    for text, reason in reading.failed:
+        writer.refuse("failed", item.child(stable_id(question.id), {}, record), reason, text)
+
+
+def _why_cut(answer: Answer) -> str:
+    return "longer than the context" if answer.finish_reason == TOO_LONG else "cut at max_tokens"
+
+
+_STEPS: dict[type[Section], Callable[[Workshop, Any, Files, ItemWriter], None]] = {
+    Ask: _ask,
+    Evolve: _evolve,
+    SelfInstruct: _self_instruct,
+    Magpie: _magpie,
+    Combine: _combine,
+    Novelty: _novelty,
+}

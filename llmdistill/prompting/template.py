@@ -1,0 +1,304 @@
+"""Prompt templates: a YAML file with a head and Jinja messages; what goes in, and how what comes back is read."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import ValidationError, model_validator
+
+from llmdistill.config import explain, read_yaml
+from llmdistill.config.section import Section, check_schema
+from llmdistill.errors import InputError
+
+Messages = list[dict[str, str]]
+Fields = dict[str, Any]
+
+# Values are inserted as they are: braces in them are text, not template code.
+_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_ITEM = re.compile(r"\s*(?:[-*+•]|\(?\d{1,3}[.):]|(?:Q|Question|Task)\s*\d*\s*[.:])\s+(?=\S)", re.IGNORECASE)
+_QUOTES = {'"': '"', "“": "”", "'": "'", "`": "`", "**": "**"}
+
+
+class Message(Section):
+    """One turn of a conversation."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+    """The text; in a template, with Jinja expressions."""
+
+
+class Answer(Section):
+    """How a step of `prompts.steps` reads what the teacher answers."""
+
+    field: str
+    """The field that what was read becomes."""
+    form: Literal["text", "lines", "json"] = "text"
+    """`text`: the whole answer. `lines`: a list, each entry an item of its own. `json`: an object, whose keys become fields
+    too, or a list of such."""
+    pattern: str | None = None
+    """A regular expression, tried on the text or on each line: its first group, where it matches last, is what is read."""
+    stop: list[str] = []
+    """The answer ends before the first of these."""
+    without: list[str] = []
+    """What holds one of these words or phrases, in whatever case, is rejected: those of the template itself, for instance."""
+    json_schema: dict[str, Any] | None = None
+    """What an object must be like (form json)."""
+
+    @model_validator(mode="after")
+    def _is_usable(self) -> "Answer":
+        try:
+            groups = re.compile(self.pattern or "()").groups
+        except re.error as error:
+            raise ValueError(f"pattern is no regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"pattern must have one group, it has {groups}")
+        if (self.json_schema is not None or self.pattern is not None) and (self.form == "json") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to form json, pattern to the others")
+        check_schema(self.json_schema)
+        return self
+
+
+class Head(Section):
+    """A template file."""
+
+    name: str
+    """Short name."""
+    description: str
+    """What it is for."""
+    variables: list[str]
+    """Fields that an item must have."""
+    defaults: dict[str, Any] = {}
+    """Fields that an item may have, with their values where it has not."""
+    answer: Answer | None = None
+    """How a step reads what the teacher answers."""
+    messages: list[Message]
+    """The conversation up to the turn that the teacher writes."""
+
+    @model_validator(mode="after")
+    def _ends_before_the_teacher(self) -> "Head":
+        if not self.messages or self.messages[-1].role == "assistant":
+            raise ValueError("messages must hold a turn, and end before the assistant's")
+        return self
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer holds: fields of new items; what was read and is not wanted, and what could not be read, with reasons."""
+
+    items: list[Fields]
+    rejected: list[tuple[str, str]]
+    failed: list[tuple[str, str]]
+
+
+class PromptTemplate:
+    """A template file, compiled.
+
+    Raises:
+        InputError: naming the file and the key, or the variable that its head does not declare.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self.head = Head.model_validate(read_yaml(file))
+        except ValidationError as error:
+            raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
+        self.file = file
+        declared = {*self.head.variables, *self.head.defaults}
+        self._messages: list[tuple[str, Text]] = []
+        for number, message in enumerate(self.head.messages):
+            text = compile_text(message.content, f"{file}: messages.{number}.content")
+            for name in sorted(text.variables - declared):
+                raise InputError(
+                    f"{file}: messages.{number}.content uses {name}, which is among neither `variables` nor `defaults`"
+                )
+            self._messages.append((message.role, text))
+
+    @property
+    def answer(self) -> Answer:
+        """How to read what is answered.
+
+        Raises:
+            InputError: the file does not say.
+        """
+        if self.head.answer is None:
+            raise InputError(f"{self.file}: the key answer is missing; a step needs to know what to read in the teacher's answer")
+        return self.head.answer
+
+    def check(self, fields: Fields, origin: str) -> None:
+        """Refuse an item that lacks a variable.
+
+        Raises:
+            InputError: naming the item's origin and the variable.
+        """
+        for name in self.head.variables:
+            check_field(fields, name, origin, f"the template {self.head.name}")
+
+    def render(self, fields: Fields, origin: str) -> Messages:
+        """The conversation about an item.
+
+        Raises:
+            InputError: naming the item's origin, and what is missing or wrong.
+        """
+        self.check(fields, origin)
+        values = {**self.head.defaults, **fields}
+        where = f"{origin}: the template {self.head.name}"
+        return [{"role": role, "content": render_text(text, values, where)} for role, text in self._messages]
+
+
+def check_field(fields: Fields, name: str, origin: str, what: str) -> None:
+    """Refuse fields that lack one, or in which it is null.
+
+    Raises:
+        InputError: naming their origin, and what needs it.
+    """
+    if fields.get(name) is None:
+        there = f"is empty in {name}" if name in fields else f"has {', '.join(fields) or 'nothing'}"
+        raise InputError(f"{origin}: {what} needs the field {name}; the line {there}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Jinja, compiled, and the variables that it uses."""
+
+    jinja: Template
+    variables: frozenset[str]
+
+
+def compile_text(text: str, where: str) -> Text:
+    """Jinja in its sandbox.
+
+    Raises:
+        InputError: it is none, beginning with `where`.
+    """
+    try:
+        return Text(_JINJA.from_string(text), frozenset(meta.find_undeclared_variables(_JINJA.parse(text)) - set(_JINJA.globals)))
+    except TemplateSyntaxError as error:
+        raise InputError(f"{where}: line {error.lineno} is not valid Jinja: {error.message}") from None
+
+
+def render_text(text: Text, fields: Fields, where: str) -> str:
+    """The text with the fields in their places.
+
+    Raises:
+        InputError: it cannot be rendered, beginning with `where`.
+    """
+    try:
+        return text.jinja.render(fields).strip()
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # a filter raises what it likes
+        raise InputError(f"{where} cannot be rendered: {error}") from None
+
+
+def read_answer(answer: Answer, text: str, ended: bool) -> Reading:
+    """What an answer holds.
+
+    Args:
+        answer: how to read it.
+        text: what the teacher wrote.
+        ended: whether it ended by itself; of what was cut, the last part is not whole.
+    """
+    stops = [place for place in (text.find(stop) for stop in answer.stop) if place >= 0]
+    text, ended = (text[: min(stops)], True) if stops else (text, ended)
+    if answer.form == "json":
+        reading = _read_json(answer, text)
+    elif answer.form == "lines":
+        reading = _read_parts(answer, *list_entries(text, ended))
+    else:
+        reading = _read_parts(answer, [text] if ended else [], "" if ended else text)
+    if not (reading.items or reading.rejected or reading.failed):
+        reading.failed.append((text, "empty"))
+    items = []
+    for fields in reading.items:
+        plain = "\n".join(str(value) for value in fields.values())
+        repeated = next((words for words in answer.without if _holds(plain, words)), None)
+        if repeated is None:
+            items.append(fields)
+        else:
+            reading.rejected.append((plain, f"holds “{repeated}”"))
+    return Reading(items, reading.rejected, reading.failed)
+
+
+def _holds(text: str, words: str) -> bool:
+    return bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE))
+
+
+def list_entries(text: str, ended: bool) -> tuple[list[str], str]:
+    """The entries of a list, numbered or with bullets, or without either its lines; and what was cut off in its last one.
+
+    What stands before, between and after the entries of a marked list is no entry; a line right below one goes on with it.
+    """
+    lines = text.strip().splitlines()
+    marked = any(_ITEM.match(line) for line in lines)
+    entries: list[str] = []
+    inside = False  # right below an entry
+    for line in lines:
+        marker = _ITEM.match(line) if marked else re.match(r"\s*(?=\S)", line)
+        if marker:
+            entries.append(line[marker.end() :].strip())
+        elif inside and line.strip():
+            entries[-1] += f" {line.strip()}"
+        inside = marked and (bool(marker) or (inside and bool(line.strip())))
+    was_cut = not ended and entries and (inside or not marked)
+    return (entries[:-1], entries[-1]) if was_cut else (entries, "")
+
+
+def _read_parts(answer: Answer, parts: list[str], cut_off: str) -> Reading:
+    values = [(part, _value(answer, part)) for part in parts]
+    return Reading(
+        [{answer.field: value} for _, value in values if value],
+        [(part, "no match") for part, value in values if not value and part.strip()],
+        [(cut_off, "cut at max_tokens")] if cut_off else [],
+    )
+
+
+def _value(answer: Answer, text: str) -> str:
+    """What counts of a text or a line; empty where nothing does."""
+    if answer.pattern is not None:
+        matches = [match for match in re.findall(answer.pattern, text) if match.strip()]
+        text = matches[-1] if matches else ""
+    text = text.strip()
+    for opening, closing in _QUOTES.items():
+        inner = text[len(opening) : -len(closing)]
+        if text.startswith(opening) and text.endswith(closing) and len(text) > 2 * len(opening) and opening not in inner:
+            text = inner.strip()
+    return text
+
+
+def _read_json(answer: Answer, text: str) -> Reading:
+    """The first JSON object, or list of some, in a text that may say more around it."""
+    for place in _openings(text):
+        try:
+            value, _ = json.JSONDecoder().raw_decode(text, place)
+        except (ValueError, RecursionError):
+            continue
+        reading = Reading([], [], [])
+        for entry in value if isinstance(value, list) else [value]:
+            reason = _against(answer, entry)
+            if reason:
+                reading.rejected.append((json.dumps(entry, ensure_ascii=False), reason))
+            else:
+                reading.items.append(entry if isinstance(entry, dict) else {answer.field: entry})
+        if reading.items or reading.rejected:
+            return reading
+    return Reading([], [], [(text, "no JSON")])
+
+
+def _openings(text: str) -> Iterator[int]:
+    return (match.start() for match in re.finditer(r"[\[{]", text))
+
+
+def _against(answer: Answer, entry: Any) -> str | None:
+    """Why an entry is not what was asked for."""
+    if answer.json_schema is not None:
+        error = next(jsonschema.Draft202012Validator(answer.json_schema).iter_errors(entry), None)
+        if error:
+            return f"against the schema: {error.json_path} {error.validator}"
+    if isinstance(entry, dict):
+        return None if answer.field in entry else f"has no {answer.field}"
+    return None if isinstance(entry, str) and entry.strip() else "no object"

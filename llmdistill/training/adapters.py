@@ -1,0 +1,160 @@
+"""Low-rank adapters (peft) on a student, on quantised weights if asked for, and the whole student they become."""
+
+import dataclasses
+import difflib
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config.student import Lora
+from llmdistill.errors import InputError
+
+# Where it is installed peft imports it, and it warns: of a kernel for CPUs that it would fetch, of 8 bits at every layer.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Set by keys of their own, or by this package.
+_RESERVED = {
+    "r": "student.lora.r",
+    "lora_alpha": "student.lora.alpha",
+    "lora_dropout": "student.lora.dropout",
+    "target_modules": "student.lora.target_modules",
+    **dict.fromkeys(("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"), "the training itself"),
+    **dict.fromkeys(("base_model_name_or_path", "revision"), "student.model"),
+}
+_NOT_MERGED = "the saved student is whole, and peft does not merge it into the weights"
+_UNSUPPORTED = {
+    **dict.fromkeys(("alora_invocation_tokens", "lora_bias", "layer_replication", "arrow_config"), _NOT_MERGED),
+    **dict.fromkeys(("megatron_config", "megatron_core", "use_bdlora"), "it is for another engine"),
+    **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "loftq_config"), "it needs data or passes of its own"),
+    "monteclora_config": "it needs a loss of its own",
+    "kasa_config": "it changes the weights that the adapter is for",
+    "runtime_config": "it is for inference",
+}
+_REWRITING = ("pissa", "olora")  # they take a part of the base's weights into the adapters
+_INITS = (True, False, "gaussian", "orthogonal", "mica", "pissa", "olora")
+
+
+def lora_config(lora: Lora) -> Any:
+    """The `peft.LoraConfig`, with errors that name the key.
+
+    Raises:
+        InputError: an argument that peft does not have or does not take, or that cannot end in a whole student.
+    """
+    from peft import LoraConfig
+
+    names = [field.name for field in dataclasses.fields(LoraConfig)]
+    for name in lora.args:
+        if name in _RESERVED:
+            raise InputError(f"student.lora.args.{name} is set by {_RESERVED[name]}")
+        if name in _UNSUPPORTED:
+            raise InputError(f"student.lora.args.{name} is not supported: {_UNSUPPORTED[name]}")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean student.lora.args.{near[0]}?" if near else ""
+            raise InputError(f"no such key student.lora.args.{name}: peft.LoraConfig has no such argument{hint}")
+    init = lora.args.get("init_lora_weights", True)
+    if init not in _INITS and not str(init).startswith("pissa_niter_"):
+        known = ", ".join(str(name).lower() if isinstance(name, bool) else name for name in _INITS)
+        raise InputError(f"student.lora.args.init_lora_weights is {init}, must be one of {known}")
+    if lora.args.get("use_dora") and str(init).startswith(_REWRITING):
+        raise InputError(f"student.lora.args: use_dora and init_lora_weights {init} do not end in an adapter for the base")
+    try:
+        return LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+            **lora.args,
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"student.lora.args: {error}") from None
+
+
+def attach(model: Any, config: Any, seed: int) -> Any:
+    """The model with adapters, everything else frozen.
+
+    Args:
+        model: as it was loaded.
+        config: from `lora_config`.
+        seed: of the adapters' random numbers.
+
+    Raises:
+        InputError: they do not fit the model.
+    """
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    modules = [name for name, _ in model.named_modules()]
+    for wanted in config.modules_to_save or []:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+            raise InputError(f"student.lora.args.modules_to_save: {type(model).__name__} has no module {wanted}")
+    set_seed(seed)
+    try:
+        return get_peft_model(model, config)
+    except Exception as error:  # peft refuses in many ways, each with its reason
+        raise InputError(f"student.lora: {str(error).strip() or type(error).__name__}") from None
+
+
+def quantization_config(kind: str, dtype: Any) -> Any:
+    """How bitsandbytes is to hold the frozen weights, for `from_pretrained`.
+
+    Args:
+        kind: `nf4`, 4-bit NormalFloat with doubly quantised constants (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), or
+            `int8`, 8 bits with the outliers apart (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339).
+        dtype: of the matrix products, the checkpoint's own.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"student.quantize is {kind}, which needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def keep_gradients(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU.
+
+    It packs them at the first forward pass in evaluation mode, and from then on no gradient goes through them, in silence.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def rewrites_base(model: Any) -> bool:
+    """Whether the adapters took a part of the base's weights with them, so that as they are they do not fit the base."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return config is not None and str(config.init_lora_weights).startswith(_REWRITING)
+
+
+def save_start(model: Any, directory: Path) -> None:
+    """Keep the adapters before training: what they took out of the base is subtracted from them in the end."""
+    config = model.peft_config["default"]
+    init, config.init_lora_weights = config.init_lora_weights, True  # else loading them would take it out again
+    model.save_pretrained(directory)
+    config.init_lora_weights = init
+
+
+def save_adapter(model: Any, directory: Path, start: Path | None) -> None:
+    """The trained adapters as peft and vLLM load them beside the base."""
+    model.save_pretrained(directory, path_initial_model_for_weight_conversion=str(start) if start else None)
+
+
+def merged(model: Any, adapter: Path, base: Any = None) -> Any:
+    """The whole student: the base with the adapters merged into it.
+
+    Args:
+        model: the trained one.
+        adapter: where they were saved.
+        base: the base in its own precision, where the trained model's is quantised: nothing is merged into 4 bits.
+    """
+    from peft import PeftModel
+
+    return (model if base is None else PeftModel.from_pretrained(base, adapter)).merge_and_unload()

@@ -1,0 +1,101 @@
+"""Well-known traps of a training run, said before it starts: what is off, by which key, and what would be better."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.compute as pc
+
+from llmdistill.config.student import Student
+from llmdistill.models import end_token_ids, load_config, load_tokenizer, vocabulary_hash
+from llmdistill.student import default_learning_rate
+
+_LOOKED_AT = 4096  # rows of the dataset; so that a large one takes no longer
+# On the demo's data the 64 most likely tokens leave 4.7% of the mass outside and cost a student 1.8% of its distance, which
+# an unbiased sample of 16 costs too, in a fifth of the bytes; the 16 most likely leave 9.9% and cost 4.8% (docs/targets.md).
+_MASS_OUTSIDE = 0.05
+_ROWS_WITHOUT_END = 0.8
+_RATE_FACTOR = 5  # a learning rate so many times off the usual one is the other way of training's
+_LARGE = 1e9  # parameters; smaller models take large steps well
+
+
+def traps(student: Student, arguments: Any, manifest: dict[str, Any], rows: Any, parameters: int) -> Iterator[str]:
+    """A sentence for every trap that this run is in.
+
+    Args:
+        student: the section of the configuration.
+        arguments: the `DistillConfig`.
+        manifest: the dataset's.
+        rows: the training rows, as stored.
+        parameters: of the student.
+    """
+    found = [
+        end_token(student, manifest),
+        mass_outside(rows) if arguments.uses_targets else None,
+        learning_rate(student, arguments.learning_rate, parameters),
+        rows_without_end(rows, arguments.max_length),
+    ]
+    return (text for text in found if text)
+
+
+def end_token(student: Student, manifest: dict[str, Any]) -> str | None:
+    """A student that ends its text with another token than the rows: a base model after an instruction-tuned teacher."""
+    if student.model is None:
+        return None
+    config = load_config(student.model, student.revision, student.trust_remote_code, "student.model")
+    tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code, "student.model")
+    if vocabulary_hash(tokenizer) != manifest["tokenizer"]["vocabulary_hash"]:
+        return None  # it learns from the text alone, with its own end token
+    own, theirs = end_token_ids(student.model, student.revision, config, tokenizer), manifest["tokenizer"]["end_token_ids"]
+    new = sorted(set(theirs) - set(own))
+    if not own or not new:
+        return None
+    names = [" or ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (own, new)]
+    text = f"student.model ends its text with {names[0]}, the rows also with {names[1]}, which it has to learn from them"
+    if student.lora is None:
+        return f"{text}; it is saved with them, but an instruction-tuned student.model would know them already"
+    if {"modules_to_save", "trainable_token_indices"} & student.lora.args.keys():
+        return None
+    trained = new if config.get_text_config().tie_word_embeddings else {"embed_tokens": new, "lm_head": new}
+    return f"{text} while the weights of that token are frozen; set student.lora.args.trainable_token_indices to {trained}"
+
+
+def mass_outside(rows: Any) -> str | None:
+    """Top-k targets that leave out too much of what the teacher might say."""
+    if "target_tail" not in rows.column_names:
+        return None
+    table = rows.select_columns(["target_ids", "target_tail"]).with_format("arrow")[:_LOOKED_AT]
+    tail, ids = (table.column(name).combine_chunks().flatten() for name in ("target_tail", "target_ids"))
+    mean = pc.mean(tail).as_py()
+    if mean is None or mean <= _MASS_OUTSIDE:
+        return None
+    k = len(ids) // len(tail)
+    return (
+        f"targets.k is {k}, which leaves {mean:.0%} of the teacher's mass outside: what it would say there is lost; "
+        "raise targets.k, or set targets.kind to sampled, whose 16 tokens leave nothing out"
+    )
+
+
+def learning_rate(student: Student, rate: float, parameters: int) -> str | None:
+    """The learning rate of training all weights with adapters, or of adapters with all weights of a large model."""
+    usual = default_learning_rate(student)
+    said = f"train.args.learning_rate is {rate:g}"
+    if student.lora and rate <= usual / _RATE_FACTOR:
+        return f"{said}, as for training all weights; adapters (student.lora) learn best at about ten times that, {usual:g}"
+    if not student.lora and parameters > _LARGE and rate >= usual * _RATE_FACTOR:
+        return f"{said}, as for adapters; all weights of a model of {parameters / 1e9:.1f}B parameters take about {usual:g}"
+    return None
+
+
+def rows_without_end(rows: Any, max_length: int | None) -> str | None:
+    """Rows that were cut before they ended: a student that seldom sees an end token does not learn to stop."""
+    table = rows.select_columns(["finish_reason", "input_ids"]).with_format("arrow")[:_LOOKED_AT]
+    by_teacher = pc.equal(table["finish_reason"], "length")
+    by_training = pc.greater(pc.list_value_length(table["input_ids"]), max_length or 2**31 - 1)
+    share = pc.mean(pc.or_(by_teacher, by_training)).as_py()
+    if share is None or share <= _ROWS_WITHOUT_END:
+        return None
+    longer = "generate.max_tokens" if pc.sum(by_teacher).as_py() > pc.sum(by_training).as_py() else "train.args.max_length"
+    return (
+        f"{share:.0%} of the rows are cut before they end, so the student seldom sees an end token and may not stop; "
+        f"raise {longer}, or keep those that end: curate: [{{finish_reason: {{keep: [stop]}}}}]"
+    )

@@ -1,0 +1,120 @@
+import subprocess
+import sys
+
+import pytest
+
+from llmdistill.config import Experiment, keys, load_experiment
+from llmdistill.errors import InputError
+from tests.conftest import ROOT
+
+MINIMAL = "output: out\nteacher: {model: some/teacher}\nstudent: {prune: {layers: 4}}\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_is_valid(path):
+    load_experiment(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "attribute", "expected"),
+    [
+        ("train.alpha", "0.5", "train.alpha", 0.5),
+        ("train.args.learning_rate", "1e-5", "train.args", {"learning_rate": 1e-5}),
+        ("train.args.report_to", "[wandb]", "train.args", {"report_to": ["wandb"]}),
+        ("student.lora.r", "8", "student.lora.r", 8),
+        ("student.model", "x", "student.prune", None),
+        ("student.config", "{num_hidden_layers: 2}", "student.prune", None),
+        ("student.config.hidden_size", "8", "student.config", {"hidden_size": 8}),
+        ("student.prune.layers", "[0, 3]", "student.prune.layers", [0, 3]),
+        ("teacher.max_model_len", "null", "teacher.max_model_len", None),
+    ],
+)
+def test_overrides(file, key, value, attribute, expected):
+    found = load_experiment(file, [(key, value)])
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.aplha", "0.5", "no such key train.aplha; did you mean train.alpha?"),
+        ("teecher.model", "x", "no such key teecher; did you mean teacher?"),
+        ("train.learning_rate", "1e-5", "go under train.args (train.args.learning_rate)"),
+        ("train.alpha", "lots", "train.alpha should be a valid number"),
+        ("train.alpha", "1.5", "train.alpha should be less than or equal to 1, got 1.5"),
+        ("targets.kind", "top", "targets.kind should be 'sampled', 'multinomial', 'topk', 'none' or 'online', got 'top'"),
+        ("student", "{model: x, prune: {layers: 2}}", "either student.model or student.prune"),
+        ("curate", "[{repetition: {}, length: {}}]", "exactly one key"),
+        ("curate", "[{repetiton: {}}]", "did you mean curate.N.repetition?"),
+        ("output.x", "1", "cannot set output.x"),
+        ("train.loss", "mse", "train.loss should be 'forward_kl', 'reverse_kl', 'jsd'"),
+        ("train.loss", "jsd", "train.loss is jsd, but of sampled targets only forward_kl has an unbiased estimate"),
+        ("train.hidden", "{}", "train.hidden needs the teacher beside the student; set targets.kind to online"),
+        ("train.attention.weight", "0", "train.attention.weight should be greater than 0"),
+        ("student", "{model: x, quantize: nf4}", "quantize is nf4, but quantised weights do not train; add lora"),
+        ("train.temperature", "2", "sampled targets are unbiased at temperature 1 only; set targets.kind to topk"),
+        ("train.beta", "0.5", "beta is 0.5, but forward_kl has no such parameter"),
+        ("train", "{loss: jsd, beta: 1}", "train.beta should be less than 1"),
+        ("train.args.hub_token", "hf_abc", "hub_token would be written into run.json"),
+        ("teacher.engine_args.hf_token", "hf_abc", "hf_token would be written into run.json"),
+        ("train.args.model_init_kwargs", "{token: hf_abc}", "token would be written into run.json"),
+    ],
+)
+def test_a_wrong_override_names_file_and_key(file, key, value, message):
+    with pytest.raises(InputError) as error:
+        load_experiment(file, [(key, value)])
+    assert str(error.value).startswith(str(file))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "must hold a mapping"),
+        (MINIMAL + "output: again\n", "the key output is there twice"),
+        ("output: out\n", "the key teacher is missing"),
+        (MINIMAL + "train: {args: !!python/object/apply:os.system [true]}\n", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file(file, text, message):
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_experiment(file)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere.yaml: no such file"):
+        load_experiment(tmp_path / "nowhere.yaml")
+
+
+def test_numbers_with_an_exponent_are_numbers(file):
+    file.write_text(MINIMAL + "train: {args: {learning_rate: 1e-4, weight_decay: 1E-2, run_name: 1e}}\n")
+    assert load_experiment(file).train.args == {"learning_rate": 1e-4, "weight_decay": 1e-2, "run_name": "1e"}
+
+
+def test_a_step_without_settings_has_its_defaults(file):
+    file.write_text(MINIMAL + "curate:\n  - duplicates:\n  - repetition: {max_share: 0.1}\n")
+    steps = load_experiment(file).curate
+    assert [step.name for step in steps] == ["duplicates", "repetition"]
+    assert steps[1].settings.max_share == 0.1
+
+
+def test_every_key_has_a_description():
+    assert all(text for _, _, text in keys())
+    assert {name.split(".")[0] for name, _, _ in keys()} == set(Experiment.model_fields)
+
+
+def test_configuration_needs_no_torch_and_imports_fast():
+    code = "import sys, llmdistill.cli; print([m for m in ('torch', 'transformers', 'vllm', 'trl') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

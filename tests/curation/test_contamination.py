@@ -1,0 +1,104 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmdistill.curation.ngrams import words
+from llmdistill.errors import InputError
+from tests.curation.steps import apply_step, table
+
+QUESTION = "A farmer has seventeen sheep, and all but nine of them run away in the night; how many sheep are left?"
+
+
+def write(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_text(content)
+    return str(file)
+
+
+def log(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+
+
+def test_shared_ngrams_are_found_wherever_they_stand_and_logged(tmp_path):
+    file = write(tmp_path, "tasks.jsonl", json.dumps({"question": QUESTION, "answer": "9"}) + "\n")
+    other = write(tmp_path, "other.yaml", f'items:\n  - {{text: "{QUESTION} Explain."}}\n  - {{text: "Short one."}}\n')
+    copied = QUESTION.upper().replace(",", " –")
+    rows = table(
+        ["nine", f"So: {copied}", QUESTION[:40], "fine"], prompts=[f"Solve this. {QUESTION} Thanks!", "x", "y", "short  ONE."]
+    )
+    reasons, facts = apply_step(tmp_path, {"contamination": {"against": [file, other], "ngram": 13}}, rows)
+    ngram = " ".join(words(QUESTION)[:13])
+    assert reasons == [f"{file} line 1 question: {ngram}"] * 2 + [None, f"{other} items 1 text: short one."]
+    assert facts == {"strings": 2, "short_strings": 2, "common_ngrams": 0}
+    entries = log(tmp_path)
+    assert [(entry["id"], entry["in"], entry["item"]) for entry in entries] == [
+        ("row0", "prompt", f"{file} line 1 question"),
+        ("row0", "prompt", f"{other} items 0 text"),
+        ("row1", "completion", f"{file} line 1 question"),
+        ("row1", "completion", f"{other} items 0 text"),
+        ("row3", "prompt", f"{other} items 1 text"),
+    ]
+    assert {(entry["ngram"], entry["shared_ngrams"]) for entry in entries[:4]} == {(ngram, len(words(QUESTION)) - 12)}
+
+
+def test_a_string_of_a_few_words_is_looked_for_as_a_whole(tmp_path):
+    file = write(
+        tmp_path, "tasks.json", json.dumps([{"q": "Which river flows through Vienna, Budapest and Belgrade?"}, ["the Danube"]])
+    )
+    rows = table(
+        ["Which river flows through Vienna, Budapest and Belgrade, I asked.", "Which river flows through Vienna?", "the Danube"]
+    )
+    reasons, _ = apply_step(tmp_path, {"contamination": {"against": [file]}}, rows)
+    assert [reason is None for reason in reasons] == [False, True, True]
+
+
+def test_what_many_items_share_is_the_wording_of_the_task(tmp_path):
+    wording = "Answer the following question with exactly one word and do not explain your answer in any way"
+    items = [{"q": f"{wording}: {' '.join(f'{n}x{k}' for k in range(13))}"} for n in range(11)]
+    file = write(tmp_path, "tasks.jsonl", "".join(json.dumps(item) + "\n" for item in items))
+    rows = table(["a", "b"], prompts=[f"{wording}: a new one", " ".join(f"3x{k}" for k in range(13))])
+    reasons, facts = apply_step(tmp_path, {"contamination": {"against": [file]}}, rows)
+    assert reasons[0] is None
+    assert reasons[1].startswith(f"{file} line 4 q: 3x0 3x1")
+    assert facts["common_ngrams"] == len(wording.split()) - 12
+
+
+@given(st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=30), min_size=1, max_size=6), st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_against_brute_force(tmp_path_factory, items, chance):
+    """A row is rejected exactly if one of the strings shares n words in a row with it, or all of its words, at least eight."""
+    directory = tmp_path_factory.mktemp("rows")
+    file = write(directory, "tasks.json", json.dumps([" ".join(item) for item in items]))
+    texts = [" ".join(chance.choices("abcd", k=chance.randint(0, 40))) for _ in range(8)]
+    texts += [f"d {' '.join(item[:10])} d" for item in items]
+    reasons, _ = apply_step(
+        directory, {"contamination": {"against": [file], "ngram": 10}}, table(texts, prompts=["p"] * len(texts))
+    )
+    for text, reason in zip(texts, reasons, strict=True):
+        want = False
+        for item in items:
+            n = min(10, len(item))
+            parts = {" ".join(item[place : place + n]) for place in range(len(item) - n + 1)}
+            want |= n >= 8 and any(f" {part} " in f" {text} " for part in parts)
+        assert (reason is not None) == want
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.json", "{", "cannot be read"),
+        ("t.yaml", "a: [", "cannot be read"),
+        ("t.jsonl", "{}\nx\n", "line 2: not valid JSON"),
+        ("t.json", "[1, 2]", "hold no text"),
+        ("t.txt", "\xff", None),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=message or "cannot be read"):
+        apply_step(tmp_path, {"contamination": {"against": [str(file)]}}, table(["a"]))
+    with pytest.raises(InputError, match="no such file"):
+        apply_step(tmp_path, {"contamination": {"against": [str(tmp_path / "nowhere.json")]}}, table(["a"]))

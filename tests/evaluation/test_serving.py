@@ -1,0 +1,94 @@
+"""The figures that come out of rounds; the engine itself is under test in tests/integration/test_export.py."""
+
+import pytest
+
+from llmdistill.errors import InputError
+from llmdistill.evaluation import serving
+
+WRITES = {"teacher": [100, 50, 100, 100, 100], "student": [200, 150, 300, 200, 200], "broken": []}
+
+
+class Worker:
+    """In the place of a process with vLLM in it."""
+
+    asked: list[str] = []
+
+    def __init__(self, model, settings):
+        self.name, self.rounds, self.running = model.name, iter(WRITES[model.name]), False
+
+    def start(self):
+        self.asked.append(f"start {self.name}")
+        self.running = True
+        return {"failed": "no such format"} if self.name == "broken" else {"version": "9.9"}
+
+    def ask(self):
+        assert self.running
+        self.asked.append(self.name)
+        speed = next(self.rounds)
+        return {"prefill_tokens_per_s": 10 * speed, "decode_tokens_per_s": speed, "peak_bytes": 1000 + speed}
+
+    def stop(self):
+        self.running = False
+        self.asked.append(f"stop {self.name}")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    def measure(together):
+        monkeypatch.setattr(serving, "_Engine", Worker)
+        monkeypatch.setattr(serving, "_fit_together", lambda models: together)
+        monkeypatch.setattr(Worker, "asked", [])
+        return serving.by_vllm([serving.Served(name, "x") for name in WRITES], 8, 32)
+
+    return measure
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_figures_of_rounds(measured, together):
+    teacher, student, broken = (found := measured(together))["models"]
+    assert student["decode"] == {"median": 200, "low": 150, "high": 300}
+    assert student["prefill"] == {"median": 2000, "low": 1500, "high": 3000}
+    assert student["decode_ratio"] == {"median": 2, "low": 2, "high": 3}  # 150 and 50 tokens/s were one slow moment
+    assert teacher["decode_ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert student["peak_bytes"] == 1300
+    assert broken == {"name": "broken", "failed": "no such format"}
+    assert (found["version"], found["in_turns"], found["rounds"]) == ("9.9", together, 5)
+    turns = [name for name in Worker.asked if " " not in name]
+    assert turns == (["teacher", "student"] * 5 if together else ["teacher"] * 5 + ["student"] * 5)
+    first_stop = next(n for n, what in enumerate(Worker.asked) if what.startswith("stop"))
+    assert (first_stop > Worker.asked.index("start student")) == together
+    assert sum(what.startswith("stop") for what in Worker.asked) == 3
+
+
+def test_engines_are_stopped_when_one_dies(measured, monkeypatch):
+    monkeypatch.setitem(WRITES, "student", [200])
+    with pytest.raises(StopIteration):
+        measured(True)
+    assert Worker.asked[-3:] == ["stop teacher", "stop student", "stop broken"]
+
+
+def test_they_run_together_only_where_they_fit(monkeypatch, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    small, hub = serving.Served("a", str(tmp_path)), serving.Served("b", "name/on-the-hub")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 7 << 30}))
+    assert serving._fit_together([small, small])
+    assert not serving._fit_together([small, small, small])
+    assert not serving._fit_together([small, hub])
+
+
+def test_a_missing_vllm_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="speed is vllm, which is not installed"):
+        serving.check_vllm("eval.speed")
+
+
+def test_transformers_models_take_turns(tiny):
+    from llmdistill.models import load_model
+
+    models = {name: load_model(str(tiny), device="cpu") for name in ("teacher", "student")}
+    found = serving.by_transformers(models, 2, 3)
+    assert found["engine"] == "transformers"
+    for entry in found["models"]:
+        assert 0 < entry["decode"]["low"] <= entry["decode"]["median"] <= entry["decode"]["high"]
+    assert found["models"][0]["decode_ratio"]["low"] == 1

@@ -1,0 +1,187 @@
+import json
+
+import numpy as np
+import pytest
+
+from llmdistill.errors import InputError
+from llmdistill.evaluation.tasks import TaskFile, files_of, load_tasks, read_tasks, run_tasks
+from llmdistill.models import load_model, load_tokenizer
+
+CHOICES = """
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {test: colours.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+WRITTEN = """
+task: echo
+dataset_path: json
+dataset_kwargs: {data_files: {test: [echo.jsonl]}}
+test_split: test
+output_type: generate_until
+doc_to_text: "Write {{word}}"
+doc_to_target: "{{word}}"
+generation_kwargs: {until: ["\\n"], do_sample: false, max_gen_toks: 4}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "colours.yaml").write_text(CHOICES)
+    (tmp_path / "echo.yaml").write_text(WRITTEN)
+    colours = [
+        {"id": f"c{n}", "question": f"Item {n}?", "choices": ["red", "dark green", "blue"][: 2 + n % 2], "answer": n % 2}
+        | ({"cluster": "first"} if n < 2 else {"cluster": f"c{n}"})
+        for n in range(6)
+    ]
+    (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in colours))
+    (tmp_path / "echo.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in ("sun", "moon", "star")))
+    return tmp_path
+
+
+def run(names, models, tokenizer, limit=None):
+    return run_tasks(load_tasks(read_tasks([str(name) for name in names]), limit), models, tokenizer, 2, limit)
+
+
+def test_scores_are_those_of_the_likelihood_worked_out_here(files, tiny):
+    """Every choice alone through the model, with the teacher's chat template, in float64."""
+    import torch
+
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    table, about, warnings = run([files / "colours.yaml"], {"a": model}, tokenizer)
+    assert about["colours"].metric == "acc"
+    assert about["colours"].chance == pytest.approx((3 * 1 / 2 + 3 * 1 / 3) / 6)
+    assert warnings == []
+    for number, row in enumerate(map(json.loads, (files / "colours.jsonl").read_text().splitlines())):
+        message = [{"role": "user", "content": row["question"]}]
+        head = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        likelihood = []
+        for choice in row["choices"]:
+            start, whole = (tokenizer.encode(text, add_special_tokens=False) for text in (head, head + choice))
+            with torch.inference_mode():
+                logprobs = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+            positions = range(len(start), len(whole))
+            likelihood.append(sum(logprobs[place - 1, whole[place]].item() for place in positions))
+        got = {name: table[name][number].as_py() for name in table.column_names}
+        best = int(np.argmax(likelihood))
+        assert got == {
+            "task": "colours",
+            "item": row["id"],
+            "cluster": row["cluster"],
+            "model": "a",
+            "score": float(best == row["answer"]),
+            "answer": row["choices"][best],
+            "target": row["choices"][row["answer"]],
+        }
+
+
+def test_written_answers_are_kept_as_text(files, tiny):
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    table, about, _ = run([files / "echo.yaml"], {"a": model, "b": model}, tokenizer, limit=2)
+    assert about["echo"].chance is None
+    assert table["model"].to_pylist() == ["a", "a", "b", "b"]
+    assert table["item"].to_pylist() == ["0", "1", "0", "1"]
+    assert table["target"].to_pylist() == ["sun", "moon"] * 2
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Write sun"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    written = model.generate(**ids, do_sample=False, max_new_tokens=4, pad_token_id=2)[0, ids["input_ids"].shape[1] :]
+    expected = tokenizer.decode(written, skip_special_tokens=True).split("\n")[0]
+    assert table["answer"][0].as_py() == expected
+
+
+def test_too_long_requests_are_told(files, tiny):
+    (files / "echo.jsonl").write_text('{"word": "short"}\n' + json.dumps({"word": "long " * 400}) + "\n")
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    _, _, warnings = run([files / "echo.yaml"], {"a": model}, tokenizer)
+    assert warnings == ["echo: 1 requests were too long for a and were cut at their beginning"]
+
+
+def test_too_few_items_are_refused_before_a_model_is_loaded(files):
+    (files / "echo.jsonl").write_text('{"word": "sun"}\n')
+    with pytest.raises(InputError, match=r"1 items of the task .*echo.yaml, but an interval needs at least 2"):
+        load_tasks(read_tasks([str(files / "echo.yaml")]), None)
+    colours = [json.dumps({"question": "?", "choices": ["a", "b"], "answer": 0, "cluster": "one"}) + "\n"] * 5
+    (files / "colours.jsonl").write_text("".join(colours))
+    with pytest.raises(InputError, match=r"1 items of the task .*colours.yaml"):
+        load_tasks(read_tasks([str(files / "colours.yaml")]), None)
+
+
+def test_files_of(files):
+    (task,) = read_tasks([str(files / "echo.yaml")])
+    assert isinstance(task, TaskFile)
+    assert files_of([task, "hellaswag"]) == [files / "echo.yaml", files / "echo.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("task: colours", "task: colours\ninclude: other.yaml"), "colours.yaml: include is not supported"),
+        (("task: colours\n", ""), "colours.yaml: the key task is missing"),
+        (("colours.jsonl", "nowhere.jsonl"), "colours.yaml: dataset_kwargs.data_files: nowhere.jsonl is not there beside it"),
+        (("dataset_kwargs: {data_files: {test: colours.jsonl}}", ""), "the key dataset_kwargs.data_files is missing"),
+        (("doc_to_target: answer", "doc_to_target: !function utils.target"), "colours.yaml: not valid YAML"),
+        (("doc_to_target: answer", "doc_to_target: ["), "colours.yaml: not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_refused(files, change, message):
+    file = files / "colours.yaml"
+    file.write_text(CHOICES.replace(*change))
+    with pytest.raises(InputError, match=message):
+        read_tasks([str(file)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("{{question}}", "{{question"), "colours.yaml: cannot be loaded: "),
+        (("test_split: test", "test_split: train"), "colours.yaml: cannot be loaded: "),
+        (("multiple_choice", "essay"), "colours.yaml: cannot be loaded: .*essay"),
+        (("metric: acc", "metric: beauty"), "colours.yaml: cannot be loaded: "),
+        (("doc_to_target", "unsafe_code: true\ndoc_to_target"), "colours.yaml: runs code that the model writes"),
+        (("doc_to_target", "colour: red\ndoc_to_target"), "colours.yaml: cannot be loaded: .*colour"),
+    ],
+)
+def test_a_task_that_cannot_run_is_refused_before_a_model_is_loaded(files, change, message):
+    file = files / "colours.yaml"
+    file.write_text(CHOICES.replace(*change))
+    with pytest.raises(InputError, match=message):
+        load_tasks(read_tasks([str(file)]), None)
+
+
+def test_broken_data_is_refused(files):
+    (files / "colours.jsonl").write_text('{"question": "a"\n')
+    with pytest.raises(InputError, match=r"colours.yaml: cannot be loaded: "):
+        load_tasks(read_tasks([str(files / "colours.yaml")]), None)
+
+
+def test_unknown_tasks_and_tasks_without_a_network(monkeypatch):
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager()  # once: it reads the index of all of lm-eval's tasks
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: manager)
+    with pytest.raises(InputError, match=r"eval.tasks: nonsense is no task of lm-eval, and no file"):
+        load_tasks(read_tasks(["nonsense"]), None)
+    with pytest.raises(InputError, match=r"sciq: cannot be loaded: HF_HUB_OFFLINE is set, and its data is on the Hub"):
+        load_tasks(read_tasks(["sciq"]), None)
+
+
+def test_two_tasks_of_one_name_and_a_missing_file(files):
+    file = str(files / "echo.yaml")
+    with pytest.raises(InputError, match="are both called echo"):
+        read_tasks([file, file])
+    with pytest.raises(InputError, match=r"nowhere.yaml: no such file"):
+        read_tasks(["nowhere.yaml"])
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="install the extra `tasks`"):
+        read_tasks(["configs/tasks/facts.yaml"])
+    assert read_tasks([]) == []

@@ -1,0 +1,231 @@
+"""Jobs of Kubernetes: against its own schemas, word by word as a container gets them, and handed on to a double of kubectl."""
+
+import json
+import re
+import subprocess
+
+import pytest
+import yaml
+
+from llmdistill.config import load_experiment
+from llmdistill.errors import InputError
+from llmdistill.jobs.kubernetes import render
+from llmdistill.stage import read_json
+from tests.conftest import ROOT, run_cli
+from tests.doubles import double
+from tests.jobs.test_jobs import HOSTILE
+
+SETTINGS = (
+    "{image: team/llmdistill, kubectl_image: tools/kubectl, claim: runs, namespace: ml, secrets: [hf-token], workers: 16, "
+    "gpus: 1, memory: 64G, time: '1-02:03:04', pod: {nodeSelector: {gpu: a100}}, "
+    "stages: {train: {gpus: 8, time: '00:10:00'}, curate: {cpus: 4}}}"
+)
+
+
+def objects(file, settings=SETTINGS, arguments=(), **more):
+    experiment = load_experiment(file, [("jobs.kubernetes", settings), *more.items()])
+    (text,) = render(experiment, experiment.jobs.kubernetes, [str(file), *arguments]).values()
+    return list(yaml.safe_load_all(text))
+
+
+def jobs(found):
+    """The Jobs by what comes after the run in their names."""
+    return {each["metadata"]["name"].rsplit("-", 1)[1]: each for each in found if each["kind"] == "Job"}
+
+
+def container(job):
+    (only,) = job["spec"]["template"]["spec"]["containers"]
+    return only
+
+
+def expanded(word, variables):
+    """What Kubernetes makes of a word of a command: $$ is $, $(NAME) is the variable, and stays where there is none."""
+    return re.sub(r"\$(\$|\(([^)]*)\))", lambda found: "$" if found[1] == "$" else variables.get(found[2], found[0]), word)
+
+
+def run_container(job, directory, **variables):
+    """What a container would run, with the commands in it replaced by doubles: their words."""
+    for name in ("llmdistill", "torchrun", "accelerate"):
+        double(directory, name, f'printf "%s\\n" {name} "$@"')
+    command = [expanded(word, variables) for word in container(job)["command"]]
+    environment = {"PATH": f"{directory}:/usr/bin:/bin", **variables}
+    done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, check=True)
+    assert not (directory / "hacked").exists()
+    return done.stdout.splitlines()
+
+
+def test_every_object_is_one_of_kubernetes(experiment_file):
+    schemas = ROOT / ".schemas"
+    if not (schemas / "kubernetes_validate").is_dir():
+        pytest.skip("the schemas of Kubernetes are not there: `make .schemas`")
+    from tests.doubles import imported_from
+
+    validate = imported_from(schemas, "kubernetes_validate").validate
+    found = objects(experiment_file)
+    for each in found:
+        for version in ("1.33", "1.37"):
+            validate(each, version, strict=True)
+    assert sorted(each["kind"] for each in found) == ["Job"] * 7 + ["Role", "RoleBinding", "ServiceAccount"]
+    found[0]["spec"]["template"]["spec"]["restartPolicies"] = "Never"
+    with pytest.raises(Exception, match="restartPolicies"):
+        validate(found[0], "1.37", strict=True)
+
+
+def test_a_stage_is_a_job_with_what_it_asks_for(experiment_file):
+    found = jobs(objects(experiment_file))
+    assert list(found) == ["generate", "curate", "prune", "train", "eval", "report", "order"]
+    generate, train = found["generate"]["spec"], found["train"]["spec"]
+    assert [generate[key] for key in ("completionMode", "completions", "parallelism")] == ["Indexed", 16, 16]
+    assert (generate["backoffLimitPerIndex"], "backoffLimit" in generate, train["backoffLimit"]) == (2, False, 2)
+    assert generate["activeDeadlineSeconds"] == ((24 + 2) * 60 + 3) * 60 + 4
+    assert train["activeDeadlineSeconds"] == 600
+    assert container(found["generate"])["resources"] == {"limits": {"nvidia.com/gpu": "1", "memory": "64G"}}
+    assert container(found["train"])["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert container(found["curate"])["resources"] == {"limits": {"cpu": "4", "memory": "64G"}}
+    for name, job in found.items():
+        pod = job["spec"]["template"]["spec"]
+        assert pod["restartPolicy"] == "Never"
+        assert job["metadata"]["namespace"] == "ml"
+        if name == "order":
+            continue
+        assert pod["terminationGracePeriodSeconds"] == 120
+        assert pod["nodeSelector"] == {"gpu": "a100"}
+        assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "runs"}
+        assert container(job)["envFrom"] == [{"secretRef": {"name": "hf-token"}}]
+        assert job["spec"].get("suspend", False) == (name != "generate")
+        wrong, stopped = (rule for rule in job["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
+        assert (wrong["action"], wrong["onExitCodes"]["values"]) == ("FailJob", [2])
+        assert (stopped["action"], stopped["onExitCodes"]["values"]) == ("Ignore", [143])
+
+
+def test_hostile_names_stay_names(experiment_file, tmp_path):
+    """A name with quotes, with what a shell would run, and with what Kubernetes would put a variable in the place of."""
+    name = f"{HOSTILE} $(HF_TOKEN) $$HOME $(JOB_COMPLETION_INDEX)"
+    found = jobs(objects(experiment_file, arguments=["--seed", "1"], output=name))
+    where = ["--output", f"/outputs/{name}"]
+    words = [str(experiment_file), "--seed", "1", *where]
+    secret = {"HF_TOKEN": "secret", "JOB_COMPLETION_INDEX": "3"}
+    assert run_container(found["generate"], tmp_path, **secret) == ["llmdistill", "generate", *words, "--shards", "4/16"]
+    assert run_container(found["curate"], tmp_path, **secret) == [
+        "llmdistill", "generate", *words, "llmdistill", "curate", *words,
+    ]  # fmt: skip
+    assert run_container(found["eval"], tmp_path, **secret) == ["llmdistill", "eval", *words]
+    train = run_container(found["train"], tmp_path, **secret)
+    assert train == ["torchrun", "--standalone", "--nproc-per-node", "8", "-m", "llmdistill", "train", *words]
+    for each in found.values():
+        assert re.fullmatch(r"[a-z0-9-]{1,63}", each["metadata"]["name"])
+
+
+def test_rounds_stay_on_the_volume(experiment_file, tmp_path):
+    """Their stages name each other's outputs, which are not where they were on this machine; each completes what it reads."""
+    made = objects(experiment_file, rounds="{n: 1}", output="a b")
+    found = {each["metadata"]["name"].split("-", 3)[3]: each for each in made}
+    assert [name for name in found if name.startswith("round")] == [
+        f"round-1-{stage}" for stage in ("generate", "score", "curate", "train")
+    ]
+    written = run_container(found["round-1-generate"], tmp_path, JOB_COMPLETION_INDEX="0")
+    assert written[-4:] == ["--targets", '{"kind": "none"}', "--shards", "1/16"]
+    assert "/outputs/a b/rounds/1/written" in written
+    read = run_container(found["round-1-score"], tmp_path, JOB_COMPLETION_INDEX="0")
+    assert read[: len(written) - 2] == written[:-2]
+    assert read[len(written) - 2 : len(written)] == ["llmdistill", "score"]
+    assert '{"source": "/outputs/a b/rounds/1/written/data"}' in read
+    assert str(tmp_path / "run") not in yaml.dump([found[name] for name in found])
+
+
+def run_order(job, directory, states):
+    """Run what starts the stages, with a kubectl that answers with the states in turn."""
+    double(directory, "sleep", "exit 0")
+    answers = directory / "answers"
+    answers.write_text("".join(f"{state}\n" for state in states))
+    double(
+        directory,
+        "kubectl",
+        f'echo "$1 $3" >> "{directory}/asked"; [ "$1" = patch ] || {{ head -n 1 "{answers}"; sed -i 1d "{answers}"; }}',
+    )
+    command = [expanded(word, {}) for word in container(job)["command"]]
+    done = subprocess.run(command, env={"PATH": f"{directory}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=60)
+    asked = [line.rsplit("-", 1) for line in (directory / "asked").read_text().splitlines()]
+    return done, [(first.split()[0], stage) for first, stage in asked]
+
+
+def test_a_stage_starts_when_the_one_before_it_is_complete(experiment_file, tmp_path):
+    order = jobs(objects(experiment_file))["order"]
+    done, asked = run_order(order, tmp_path, ["", "", *["SuccessCriteriaMet Complete"] * 2, "Suspended", *["Complete"] * 3])
+    assert done.returncode == 0, done.stderr
+    assert asked[:4] == [("get", "generate")] * 3 + [("patch", "curate")]
+    assert [stage for verb, stage in asked if verb == "patch"] == ["curate", "prune", "train", "eval", "report"]
+
+
+def test_nothing_starts_after_a_stage_that_failed(experiment_file, tmp_path):
+    order = jobs(objects(experiment_file))["order"]
+    done, asked = run_order(order, tmp_path, ["Complete", "FailureTarget Failed"])
+    assert done.returncode == 2
+    assert [stage for verb, stage in asked if verb == "patch"] == ["curate"]
+    rules = order["spec"]["podFailurePolicy"]["rules"]
+    assert {"action": "FailJob", "onExitCodes": {"containerName": "kubectl", "operator": "In", "values": [2]}} in rules
+
+
+def test_kubectl_is_asked_and_understood(experiment_file, tmp_path):
+    output = tmp_path / "my run"
+    arguments = ["--output", output, "--jobs.kubernetes", SETTINGS]
+    there = tmp_path / "bin"
+    there.mkdir()
+    double(there, "kubectl", f'echo "$@" >> "{tmp_path}/asked"; [ "$1" != get ] || cat "{tmp_path}/jobs.json"')
+    path = {"PATH": f"{there}:/usr/bin:/bin"}
+    submitted = run_cli("submit", experiment_file, *arguments, **path)
+    assert submitted.returncode == 0, submitted.stderr
+    deleted, applied = (tmp_path / "asked").read_text().splitlines()
+    run = read_json(output / "jobs/jobs.json")["jobs"][0]["run"]
+    assert re.fullmatch(r"my-run-[0-9a-f]{6}", run)
+    where = f"--namespace ml --selector llmdistill/run={run}"
+    assert deleted == f"delete job,rolebinding,role,serviceaccount {where} --ignore-not-found"
+    assert applied == f"apply -f {output}/jobs/kubernetes.yaml"
+
+    def items(**states):
+        found = [{"metadata": {"name": f"{run}-{stage}"}, "status": status} for stage, status in states.items()]
+        (tmp_path / "jobs.json").write_text(json.dumps({"items": found}))
+
+    complete, suspended = ({"conditions": [{"type": kind, "status": "True"}]} for kind in ("Complete", "Suspended"))
+    items(generate={"active": 13, "ready": 12, "succeeded": 3, "failed": 1}, curate=suspended, order={"active": 1})
+    said = run_cli("status", output, **path)
+    assert said.returncode == 0, said.stderr
+    assert f"generate  job {run}-generate: 3 complete, 1 pending, 12 running\n" in said.stdout
+    assert f"curate    job {run}-curate: 1 suspended\n" in said.stdout
+    assert f"train     job {run}-train: not known any more\n" in said.stdout
+    again = run_cli("submit", experiment_file, *arguments, **path)
+    assert (again.returncode, "generate, curate, order of an earlier" in again.stderr) == (2, True)
+    cancelled = run_cli("cancel", output, **path)
+    assert cancelled.stdout.startswith(f"cancel    generate ({run}-generate), curate")
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == deleted
+    items(generate=complete, order=complete)
+    assert "nothing, all jobs are over" in run_cli("cancel", output, **path).stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{kubectl_image: k, claim: c}", "jobs.kubernetes.image is missing"),
+        ("{image: i, kubectl_image: k}", "jobs.kubernetes.claim is missing"),
+        ("{image: i, kubectl_image: k, claim: c, stages: {train: {nodes: 2}}}", "trains in one pod"),
+        ("{image: i, kubectl_image: k, claim: c, nodes: 2}", "trains in one pod"),
+        ("{image: i, kubectl_image: k, claim: 'C c'}", "no name of an object of Kubernetes"),
+        ("{image: i, kubectl_image: k, claim: c, mount: '/a/../b'}", "no absolute path"),
+        ("{image: i, kubectl_image: k, claim: c, time: 8h}", "no time such as HH:MM:SS"),
+        ("{image: i, kubectl_image: k, claim: c, pod: {password: x}}", "would be written"),
+        ("{image: i, kubectl_image: k, claim: c, pod: {volumes: []}}", "jobs.kubernetes.pod: volumes is set by"),
+    ],
+)
+def test_bad_input_is_named(experiment_file, settings, message):
+    with pytest.raises(InputError, match=message):
+        load_experiment(experiment_file, [("jobs.kubernetes", settings)])
+
+
+def test_one_backend_only(experiment_file):
+    with pytest.raises(InputError, match="either slurm or kubernetes, not more than one"):
+        load_experiment(experiment_file, [("jobs.kubernetes", SETTINGS), ("jobs.slurm", "{}")])
+
+
+def test_an_output_does_not_leave_the_volume(experiment_file):
+    with pytest.raises(InputError, match="would leave /outputs"):
+        objects(experiment_file, output="../x")

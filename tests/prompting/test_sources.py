@@ -1,0 +1,150 @@
+"""Every kind of source gives its rows with their place, and what is wrong is named with file and line."""
+
+import datetime
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmdistill.config.prompts import Prompts
+from llmdistill.errors import InputError
+from llmdistill.prompting.sources import read_source, source_hash
+
+
+@pytest.fixture
+def put(tmp_path, monkeypatch):
+    """Write a file in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def put(name, content):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+        return name
+
+    return put
+
+
+def read(**section):
+    return [(entry.fields, entry.origin) for entry in read_source(Prompts(**section))]
+
+
+def test_jsonl_lines_are_counted_with_the_blank_ones(put):
+    put("a.jsonl", '{"q": 1}\n\n{"q": "two\u2028lines"}\n')
+    assert read(source="a.jsonl") == [({"q": 1}, "a.jsonl line 1"), ({"q": "two\u2028lines"}, "a.jsonl line 3")]
+
+
+@pytest.mark.parametrize(("name", "between"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_csv_with_cells_over_several_lines(put, name, between):
+    rows = ["q,topic", '"one, {{ }}\nmore",x', "", 'two,"says ""y"""']
+    put(name, "\ufeff" + "\r\n".join(rows).replace(",", between))
+    assert read(source=name) == [
+        ({"q": f"one{between} {{{{ }}}}\nmore", "topic": "x"}, f"{name} line 2"),
+        ({"q": "two", "topic": 'says "y"'}, f"{name} line 5"),
+    ]
+
+
+def test_parquet(put, tmp_path):
+    table = pa.table({"q": ["one", None], "day": [datetime.date(2031, 4, 9)] * 2, "of": [{"a": [1]}, {"a": []}]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    put("x", "")
+    first, second = read(source="a.parquet")
+    assert first == ({"q": "one", "day": datetime.date(2031, 4, 9), "of": {"a": [1]}}, "a.parquet row 1")
+    assert second[0]["q"] is None
+
+
+def test_a_dataset_as_the_hub_has_it(put, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    put("set/data/train.jsonl", '{"q": "one"}\n{"q": "two"}\n{"q": "three"}\n')
+    put("set/data/test.jsonl", '{"q": "four"}\n')
+    put("set/README.md", "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: data/train.jsonl}\n---\n")
+    found = read(dataset={"path": "set", "name": "main", "split": "train[1:]"})
+    assert found == [({"q": "two"}, "set main train[1:] row 1"), ({"q": "three"}, "set main train[1:] row 2")]
+    with pytest.raises(InputError, match=r"prompts\.dataset: cannot load set"):
+        read(dataset={"path": "set", "name": "main", "split": "validation"})
+
+
+def test_documents_know_their_place(put):
+    put("docs/b.md", "# B\n\nSecond.\n\n## Part\n\nMore of it.\n")
+    put("docs/sub/a.txt", "Plain text.\n")
+    put("docs/.hidden.md", "not this one")
+    put("docs/picture.png", "nor this")
+    entries = list(read_source(Prompts(source="docs", passages={"size": 16, "min_size": 4})))
+    assert [(entry.fields["passage"], entry.fields["heading"], entry.origin) for entry in entries] == [
+        ("# B\n\nSecond.", "B", "docs/b.md lines 1–3"),
+        ("## Part", "B › Part", "docs/b.md lines 5–5"),
+        ("More of it.", "B › Part", "docs/b.md lines 7–7"),
+        ("Plain text.", "", "docs/sub/a.txt lines 1–1"),
+    ]
+    assert entries[1].place == {"file": "docs/b.md", "lines": [5, 5], "characters": [14, 21]}
+    assert entries[0].fields["document"] == "docs/b.md"
+    assert [entry.refused for entry in entries] == [None] * 4
+    (again, *_) = read_source(Prompts(source="docs/**/*.md", passages={"size": 16, "min_size": 4}))
+    assert again.origin == "docs/b.md lines 1–3"
+
+
+def test_what_is_too_short_or_empty_is_refused_with_the_reason(put):
+    put("a.md", "Hi.")
+    put("b.md", "\n")
+    put("c.md", "long enough to stay")
+    entries = list(read_source(Prompts(source="*.md", passages={"min_size": 10})))
+    assert [entry.refused for entry in entries] == ["shorter than 10 characters", "empty", None]
+
+
+def test_a_column_of_documents_is_cut_too(put):
+    put("a.jsonl", json.dumps({"text": "# One\n\nfirst\n\n# Two\n\nsecond", "topic": "x"}))
+    entries = list(read_source(Prompts(source="a.jsonl", passages={"field": "text", "size": 15, "min_size": 0})))
+    assert [entry.fields for entry in entries] == [
+        {"topic": "x", "passage": "# One\n\nfirst", "heading": "One"},
+        {"topic": "x", "passage": "# Two\n\nsecond", "heading": "Two"},
+    ]
+    assert entries[1].place == {"file": "a.jsonl", "line": 1, "lines": [5, 7], "characters": [14, 27]}
+
+
+def test_a_limit_stops_reading(put):
+    put("a.jsonl", '{"q": 1}\n{"q": 2}\nnot JSON')
+    assert len(read(source="a.jsonl", limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "section", "message"),
+    [
+        ({}, {"source": "a.jsonl"}, "a.jsonl: no such file (prompts.source)"),
+        ({}, {"source": "*.md"}, "prompts.source: *.md matches no file"),
+        ({"d/a.png": ""}, {"source": "d"}, "prompts.source: d holds no file that ends in one of .jsonl, .csv"),
+        ({"a.xlsx": ""}, {"source": "a.xlsx"}, "prompts.source: a.xlsx is no file that ends in one of"),
+        ({"d/a.md": "x", "d/b.csv": "x"}, {"source": "d"}, "both tables and documents (.csv, .md); use a glob such as *.csv"),
+        ({"a.jsonl": "\n"}, {"source": "a.jsonl"}, "a.jsonl: holds no prompts"),
+        ({"a.csv": "q,r\n"}, {"source": "a.csv"}, "a.csv: holds no prompts"),
+        ({"a.csv": ""}, {"source": "a.csv"}, "a.csv: holds no prompts"),
+        ({"a.csv": "q,r\n1,2\n3\n"}, {"source": "a.csv"}, "a.csv line 3: has 1 cells, the header has 2"),
+        ({"a.csv": "q,q\n1,2\n"}, {"source": "a.csv"}, "a.csv line 1: the header has a column twice"),
+        ({"a.csv": 'q\n"1\n2\n'}, {"source": "a.csv"}, "a.csv line 2: not valid CSV"),
+        ({"a.csv": b"q\n\xff\n"}, {"source": "a.csv"}, "a.csv: cannot be read"),
+        ({"a.md": b"\xff"}, {"source": "a.md"}, "a.md: cannot be read"),
+        ({"a.parquet": "PAR1"}, {"source": "a.parquet"}, "a.parquet: cannot be read"),
+        ({"a.jsonl": "[1]"}, {"source": "a.jsonl"}, "a.jsonl line 1: must be a JSON object"),
+        ({"a.jsonl": "{}"}, {"source": "a.jsonl", "passages": {}}, "prompts.passages.field is missing"),
+        ({"a.jsonl": '{"t": 1}'}, {"source": "a.jsonl", "passages": {"field": "t"}}, "a.jsonl line 1: has no text in t"),
+        ({"a.md": "x"}, {"source": "a.md", "passages": {"field": "t"}}, "prompts.passages.field is t, but a.md holds documents"),
+    ],
+)
+def test_a_wrong_source_is_named(put, files, section, message):
+    for name, content in files.items():
+        put(name, content)
+    with pytest.raises(InputError) as error:
+        read(**section)
+    assert message in str(error.value)
+
+
+def test_a_source_is_known_by_the_content_of_its_files(put):
+    put("docs/a.md", "one")
+    first = source_hash(Prompts(source="docs"))
+    assert list(first) == ["docs"]
+    put("docs/notes.png", "no document")
+    assert source_hash(Prompts(source="docs")) == first
+    put("docs/b.md", "two")
+    assert source_hash(Prompts(source="docs")) != first
+    assert source_hash(Prompts(dataset={"path": "some/where", "revision": "v1"})) == {"some/where": "some/where@v1"}
