@@ -123,7 +123,7 @@ def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         raise InputError(f"report of several runs takes no {rest[0]}")
-    from llmdistill.evaluation.compare import compare
+    from llmdistill.compare import compare
 
     directories = [Path(name) for name in arguments.config]
     for directory in directories:

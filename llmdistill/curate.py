@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llmdistill import judge, stage
+from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.config.curate import Contamination, JsonSchema, Judge
-from llmdistill.curation import best_of, contamination, duplicates, filters, personal_data, verify, wording
+from llmdistill.curation import best_of, contamination, duplicates, filters, judge, personal_data, verify, wording
 from llmdistill.curation.steps import COLUMNS, Array, Check, Failed, Work
 from llmdistill.dataset import (
     MANIFEST,

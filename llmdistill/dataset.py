@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from llmdistill import targets
 from llmdistill.card import dataset_card
-from llmdistill.curation.ngrams import normalised
 from llmdistill.errors import InputError
+from llmdistill.ngrams import normalised
 from llmdistill.stage import fsync_directory, read_json, sha256, write_json, write_text, writer_name
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ MANIFEST = "dataset.json"
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5,})-of-(?P<count>\d{5,})-(?P<checksum>[0-9a-f]{16})\.parquet")
+Messages = list[dict[str, str]]  # role and content of each turn
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
@@ -42,8 +43,8 @@ class Row:
     """One sequence before it is stored; `targets` has one row a completion token, or is None for text only."""
 
     id: str
-    prompt: list[dict[str, str]]
-    completion: list[dict[str, str]]
+    prompt: Messages
+    completion: Messages
     prompt_ids: Sequence[int] | targets.Array
     completion_ids: targets.Array
     finish_reason: str

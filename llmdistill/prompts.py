@@ -16,6 +16,7 @@ from llmdistill.dataset import (
     MANIFEST,
     MESSAGES,
     ROW_GROUP,
+    Messages,
     conversation_of,
     conversations,
     read_batches,
@@ -32,7 +33,7 @@ from llmdistill.prompting.passages import Starts
 from llmdistill.prompting.plan import Plan, describe_steps
 from llmdistill.prompting.sources import files_hash, given_prompt, metadata, read_source, source_hash
 from llmdistill.prompting.steps import Files, Workshop, run_step
-from llmdistill.prompting.template import Fields, Messages, PromptTemplate
+from llmdistill.prompting.template import Fields, PromptTemplate
 from llmdistill.shards import EVERYTHING, Share
 from llmdistill.teachers import stable_id
 from llmdistill.teachers.chat import Chat

@@ -10,12 +10,11 @@ import pyarrow.parquet as pq
 
 from llmdistill import stage
 from llmdistill.config import Experiment, Score
-from llmdistill.dataset import MANIFEST, SPLITS, Row, load_dataset, read_manifest
+from llmdistill.dataset import MANIFEST, SPLITS, Messages, Row, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, vocabulary_hash
 from llmdistill.progress import say
 from llmdistill.prompting.sources import metadata, read_jsonl
-from llmdistill.prompting.template import Messages
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns
 from llmdistill.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_seed, stable_id

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmdistill import stage
 from llmdistill.config import Experiment
-from llmdistill.config.student import ORIGINS, Student
+from llmdistill.config.student import ORIGINS
 from llmdistill.errors import InputError
 from llmdistill.models import (
     check_model_exists,
@@ -21,10 +21,6 @@ from llmdistill.progress import console, say
 from llmdistill.prune import ensure_pruned
 from llmdistill.training import adapters
 
-# Where the user gives none. A model that can do the task is changed gently; what was cut out of the teacher, or starts from
-# nothing, has more to learn. Adapters take ten times the rate of training all weights (docs/training.md has the reasons).
-_LEARNING_RATES = {"model": 2e-5, "prune": 1e-4, "config": 5e-4}
-_ADAPTERS_TAKE = 10
 Source = tuple[str, str | None, bool]  # model, revision, trust_remote_code
 _START = "checkpoints/adapter-start"
 # They follow from the tokenizer, which is the teacher's.
@@ -134,12 +130,6 @@ def fresh(config: Any, changes: dict[str, Any], seed: int, trust_remote_code: bo
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise InputError(f"student.config: {type(config).__name__} cannot have {given}: {reason}") from None
     return student
-
-
-def default_learning_rate(student: Student) -> float:
-    """The peak learning rate where the configuration gives none."""
-    (rate,) = (rate for name, rate in _LEARNING_RATES.items() if getattr(student, name) is not None)
-    return rate * _ADAPTERS_TAKE if student.lora else rate
 
 
 def load_student(experiment: Experiment) -> Any:

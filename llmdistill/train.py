@@ -25,7 +25,6 @@ from llmdistill.progress import console, say
 from llmdistill.storage.copies import upload_checkpoints
 from llmdistill.student import (
     begin_student,
-    default_learning_rate,
     is_sharded,
     load_student,
     make_student,
@@ -284,7 +283,7 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
             raise InputError(f"no such key train.args.{name}: trl.SFTConfig has no such argument{hint}")
     defaults = {
         "seed": experiment.seed,
-        "learning_rate": default_learning_rate(experiment.student),
+        "learning_rate": experiment.student.default_learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,  # below 1 it is a share of all steps
         "report_to": "none",

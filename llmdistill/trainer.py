@@ -24,6 +24,7 @@ from llmdistill.collator import (
 )
 from llmdistill.targets import kind_of
 from llmdistill.training import fused
+from llmdistill.training.callbacks import trained_tokens
 from llmdistill.training.flops import peak_flops, training_flops
 from llmdistill.training.hidden import Attention, Hidden, LayerMatch
 from llmdistill.training.importance import importance, log_importance
@@ -391,11 +392,6 @@ def check_adapters(model: Any, peft_config: Any) -> None:
         raise ValueError(
             f"an adapter on {name}, which shares its matrix with the embeddings, could not be merged: it would change both"
         )
-
-
-def trained_tokens(history: list[dict[str, Any]]) -> int:
-    """Completion tokens trained on until the last log, those before a resume included."""
-    return next((entry["num_completion_tokens"] for entry in reversed(history) if "num_completion_tokens" in entry), 0)
 
 
 def _with_importance(dataset: Any) -> Any:

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmdistill import judge, targets
+from llmdistill import targets
 from llmdistill.config.curate import CurateStep
 from llmdistill.curate import STEPS, curate
+from llmdistill.curation import judge
 from llmdistill.dataset import (
     SPLITS,
     Row,

@@ -10,7 +10,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.student import Student
 from llmdistill.errors import InputError
 from llmdistill.models import load_model
-from llmdistill.student import default_learning_rate, fresh, pair_layers
+from llmdistill.student import fresh, pair_layers
 from tests.training.test_cut import FAMILIES, SMALL
 
 
@@ -90,10 +90,10 @@ def test_keys_and_sizes_that_there_are_not(changes, message):
 
 def test_default_learning_rates():
     """Adapters take ten times the rate of all weights."""
-    rates = [default_learning_rate(Student(**origin)) for origin in ({"model": "m"}, {"prune": {"layers": 2}}, {"config": {}})]
+    rates = [Student(**origin).default_learning_rate for origin in ({"model": "m"}, {"prune": {"layers": 2}}, {"config": {}})]
     assert rates == sorted(rates)
     for origin in ({"model": "m"}, {"prune": {"layers": 2}}):
-        assert default_learning_rate(Student(**origin, lora={})) == 10 * default_learning_rate(Student(**origin))
+        assert Student(**origin, lora={}).default_learning_rate == 10 * Student(**origin).default_learning_rate
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from llmdistill.config.section import PassedOn, Section
 
 ORIGINS = ("model", "prune", "config")  # where a student comes from: exactly one of these keys
+# A model that can do the task is changed gently; what was cut out of the teacher, or starts from nothing, has more to learn.
+# Adapters take ten times the rate of training all weights (docs/training.md has the reasons).
+_LEARNING_RATES = {"model": 2e-5, "prune": 1e-4, "config": 5e-4}
+_ADAPTERS_TAKE = 10
 
 
 class Prune(Section):
@@ -71,6 +75,12 @@ class Student(Section):
     """How attention is computed: sdpa, flash_attention_2, a kernel on the Hub; transformers' own choice if not given."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The peak learning rate where `train.args` gives none."""
+        (rate,) = (rate for name, rate in _LEARNING_RATES.items() if getattr(self, name) is not None)
+        return rate * _ADAPTERS_TAKE if self.lora else rate
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Student":

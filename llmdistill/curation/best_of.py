@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config.curate import BestOf
+from llmdistill.curation.judge import scores_of
 from llmdistill.curation.steps import Check, Failed, Work
-from llmdistill.judge import scores_of
 
 
 def best_of(settings: BestOf, work: Work) -> Check:

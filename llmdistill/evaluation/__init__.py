@@ -1,1 +1,1 @@
-"""What `eval` and `report` are made of: fidelity, tasks, the judge's verdicts, cost in vLLM, statistics, plots."""
+"""What `eval`, `export` and `report` are made of: fidelity, tasks, win rate, cost in vLLM, statistics, plots."""

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.config.eval import WinRate
+from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import Array, check_clusters, draw_clusters, mean_interval, percentile_interval
-from llmdistill.judge import DigitReader, as_text, read_template
 from llmdistill.models import continue_prompts, vocabulary_hash
 from llmdistill.progress import StageBar, console
 from llmdistill.teachers import Request, stable_id

@@ -10,12 +10,11 @@ from typing import Protocol
 import pyarrow as pa
 
 from llmdistill.config import Experiment, Generate, Targets
-from llmdistill.dataset import finished_shards, read_batches, write_shard
+from llmdistill.dataset import Messages, finished_shards, read_batches, write_shard
 from llmdistill.errors import InputError
 from llmdistill.models import context_length
 from llmdistill.progress import StageBar, console
 from llmdistill.prompting.items import storable
-from llmdistill.prompting.template import Messages
 from llmdistill.shards import Share
 from llmdistill.targets import Array
 from llmdistill.teachers import Engine, Request, open_engine, row_seed

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
+from llmdistill.dataset import Messages
 from llmdistill.errors import InputError
 from llmdistill.prompting.asking import Answer
-from llmdistill.prompting.template import Messages
 from llmdistill.targets import Array
 from llmdistill.teachers.chat import Chat
 

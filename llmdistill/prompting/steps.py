@@ -9,13 +9,14 @@ from typing import Any
 
 from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, SelfInstruct
 from llmdistill.config.section import Section
+from llmdistill.dataset import Messages
 from llmdistill.errors import InputError
 from llmdistill.prompting.asking import TOO_LONG, Answer, Asker, ByChat, Question, Way
 from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items
 from llmdistill.prompting.magpie import ByPreQuery
 from llmdistill.prompting.novelty import Pool
 from llmdistill.prompting.sources import Entry, read_files
-from llmdistill.prompting.template import Messages, PromptTemplate, compile_text, read_answer, render_text
+from llmdistill.prompting.template import PromptTemplate, compile_text, read_answer, render_text
 from llmdistill.teachers import row_id, row_seed, stable_id
 
 _OWN_EXAMPLES = 0.25  # of the examples of a later round, as in the paper: 2 of 8

@@ -14,9 +14,9 @@ from pydantic import ValidationError, model_validator
 
 from llmdistill.config import explain, read_yaml
 from llmdistill.config.section import Section, check_schema
+from llmdistill.dataset import Messages
 from llmdistill.errors import InputError
 
-Messages = list[dict[str, str]]
 Fields = dict[str, Any]
 
 # Values are inserted as they are: braces in them are text, not template code.

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from llmdistill.dataset import Messages
 from llmdistill.errors import InputError
-from llmdistill.prompting.template import Fields, Messages
+from llmdistill.prompting.template import Fields
 
 _ROLES = ("system", "user", "assistant", "tool")
 

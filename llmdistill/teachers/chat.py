@@ -5,10 +5,10 @@ from typing import Any
 
 from llmdistill import stage
 from llmdistill.config import Experiment
+from llmdistill.dataset import Messages
 from llmdistill.errors import InputError
 from llmdistill.licence import licence_of
 from llmdistill.models import context_length, end_token_ids, load_config, load_tokenizer, special_token_ids, vocabulary_hash
-from llmdistill.prompting.template import Messages
 from llmdistill.teachers import check_engine
 
 _DETERMINISM = {

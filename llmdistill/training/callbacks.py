@@ -40,11 +40,14 @@ def stop_with_a_checkpoint(trainer: Any) -> Any:
     return stop
 
 
+def trained_tokens(history: list[dict[str, Any]]) -> int:
+    """Completion tokens trained on until the last log, those before a resume included."""
+    return next((entry["num_completion_tokens"] for entry in reversed(history) if "num_completion_tokens" in entry), 0)
+
+
 def show_progress(trainer: Any, label: str) -> None:
     """Replace the trainer's own progress bars and prints by one line."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-
-    from llmdistill.trainer import trained_tokens
 
     class Bar(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -7,7 +7,6 @@ import pyarrow.compute as pc
 
 from llmdistill.config.student import Student
 from llmdistill.models import end_token_ids, load_config, load_tokenizer, vocabulary_hash
-from llmdistill.student import default_learning_rate
 
 _LOOKED_AT = 4096  # rows of the dataset; so that a large one takes no longer
 # On the demo's data the 64 most likely tokens leave 4.7% of the mass outside and cost a student 1.8% of its distance, which
@@ -77,7 +76,7 @@ def mass_outside(rows: Any) -> str | None:
 
 def learning_rate(student: Student, rate: float, parameters: int) -> str | None:
     """The learning rate of training all weights with adapters, or of adapters with all weights of a large model."""
-    usual = default_learning_rate(student)
+    usual = student.default_learning_rate
     said = f"train.args.learning_rate is {rate:g}"
     if student.lora and rate <= usual / _RATE_FACTOR:
         return f"{said}, as for training all weights; adapters (student.lora) learn best at about ten times that, {usual:g}"

@@ -6,8 +6,8 @@ import pytest
 import scipy.optimize
 import torch
 
-from llmdistill import judge
 from llmdistill.config import Experiment
+from llmdistill.curation import judge
 from llmdistill.errors import InputError
 from llmdistill.evaluation import win_rate
 from llmdistill.evaluation.win_rate import Comparison, length_controlled, write_answers

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llmdistill.compare import compare
 from llmdistill.errors import InputError
-from llmdistill.evaluation.compare import compare
 from llmdistill.evaluation.statistics import two_sided_p
 from tests.conftest import run_cli
 from tests.test_report import Page, metrics, write

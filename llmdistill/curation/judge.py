@@ -17,10 +17,11 @@ from llmdistill import stage
 from llmdistill.config import Experiment, Generate, Targets, Teacher
 from llmdistill.config.curate import Judge
 from llmdistill.curation.steps import Check, Failed, Work, answers
+from llmdistill.dataset import Messages
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, context_length
 from llmdistill.progress import console
-from llmdistill.prompting.template import Messages, PromptTemplate
+from llmdistill.prompting.template import PromptTemplate
 from llmdistill.targets import TopK
 from llmdistill.teachers import Completion, Engine, Request, open_engine, stable_id
 from llmdistill.teachers.chat import Chat
