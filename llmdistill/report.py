@@ -69,7 +69,7 @@ def _view(experiment: Experiment) -> Json:
         "decoding": metrics["decoding"],
         "warnings": metrics.get("warnings", []),
         "samples": metrics["samples"],
-        "cards": _cards(models["teacher"], models["student"]),
+        "cards": _cards(models["teacher"], models["student"], metrics.get("tasks")),
         "tasks": metrics.get("tasks"),
         "kept_plot": _kept_plot(metrics.get("tasks")),
         "judged": metrics.get("win_rate"),
@@ -103,12 +103,11 @@ def read_metrics(file: Path) -> Json:
     return metrics
 
 
-def _cards(teacher: Json, student: Json) -> list[Json]:
-    """The headline as three figures, each with what it comes from."""
+def _cards(teacher: Json, student: Json, tasks: Json | None) -> list[Json]:
+    """The headline as figures, each with what it comes from."""
     saved = 1 - student["parameters"] / teacher["parameters"]
     speed = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
     times = f"{speed:.1f}×"
-    low, high = (f"{100 * student['top1'][key]:.0f}" for key in ("low", "high"))
     size = f"{parameters(teacher['parameters'])} → {parameters(student['parameters'])} parameters"
     rate = f"{tokens_per_second(teacher)} → {tokens_per_second(student)} tokens/s"
     return [
@@ -118,12 +117,14 @@ def _cards(teacher: Json, student: Json) -> list[Json]:
             "label": "as fast" if times == "1.0×" else "faster" if speed > 1 else "the teacher’s speed",
             "note": rate,
         },
-        {
-            "figure": f"{student['top1']['mean']:.0%}",
-            "label": "of the teacher’s next-token choices kept",
-            "note": f"95% CI {low} to {high}",
-        },
+        _kept_card(student["top1"], "of the teacher’s next-token choices kept"),
+        *([_kept_card(tasks["together"]["kept"], "of its task score kept")] if tasks and tasks["together"]["kept"] else []),
     ]
+
+
+def _kept_card(share: Json, label: str) -> Json:
+    note = f"95% CI {100 * share['low']:.0f} to {100 * share['high']:.0f}"
+    return {"figure": f"{share['mean']:.0%}", "label": label, "note": note}
 
 
 def _kept_plot(tasks: Json | None) -> Json | None:

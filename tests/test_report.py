@@ -207,6 +207,7 @@ def test_html_is_well_formed_and_shows_the_numbers(experiment: Experiment) -> No
     text = " ".join(Page(page).text.split())
     for number in ("40% smaller", "1.9× faster", "61% of", "134.5M", "80.7M", "269 MB", "161 MB", "2.13", "2.08–2.18", "3,903"):
         assert number in text, number
+    assert "92% of its task score kept 95% CI 85 to 99" in text
     assert "Student against student trained on text only" in text
     assert "It is 0.41 nats a token closer to the teacher (95% interval 0.35 to 0.47)." in text
     assert "240" in text
