@@ -102,6 +102,10 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         stage.write_text(card, with_results(card.read_text(encoding="utf-8"), metrics))
     stage.finish(directory, {"headline": metrics["headline"]})
     say("eval", _summary(metrics))
+    if comparison and (wins := metrics["win_rate"]["win_rate"]):
+        say("eval", f"student wins {_share(wins, 'prompts')} against the {comparison.settings.against}, says the judge")
+    for text in _warnings(metrics):
+        say("warning", text)
 
 
 def held_out_rows(experiment: Experiment) -> Any:
@@ -285,6 +289,15 @@ def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draw
                     "metric": metric,
                     **draws.interval(sums, measured["tokens"]),
                 }
+
+
+def _warnings(metrics: dict[str, Any]) -> Iterator[str]:
+    """What the reader of the figures has to know of them; the report has it, too."""
+    yield from metrics["warnings"]
+    tasks = metrics.get("tasks", {"tasks": [], "warnings": []})
+    yield from tasks["warnings"]
+    yield from (f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task["warning"])
+    yield from metrics.get("win_rate", {"warnings": []})["warnings"]
 
 
 def _summary(metrics: dict[str, Any]) -> str:

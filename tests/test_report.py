@@ -202,6 +202,15 @@ def test_text_that_the_teacher_only_read_is_not_said_to_be_its_own(experiment: E
     assert "written by the teacher" not in page + text
 
 
+def test_a_judge_without_a_verdict_is_not_passed_over(experiment: Experiment) -> None:
+    file = Path(experiment.output) / "eval/metrics.json"
+    none = {"prompts": 0, "without_verdict": 12, "win_rate": None, "length_controlled": None, "warnings": ["choose another"]}
+    write(file, json.loads(file.read_text()) | {"win_rate": {**judged(), **none}})
+    page, text = pages(experiment)
+    for shown in (" ".join(Page(page).text.split()), text):
+        assert "gave no verdict on 12 of 12 held-out prompts. Choose another." in shown
+
+
 def test_html_is_well_formed_and_shows_the_numbers(experiment: Experiment) -> None:
     page, _ = pages(experiment)
     text = " ".join(Page(page).text.split())
