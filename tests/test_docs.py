@@ -33,7 +33,7 @@ def test_links_and_paths_lead_somewhere(page):
     text = page.read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / target).exists(), target
-    for path in re.findall(r"`((?:configs|prompts|docs|examples|benchmarks|llmdistill)/[\w./-]+\.\w+)`", text):
+    for path in re.findall(r"`((?:configs|prompts|docs|examples|benchmarks|llmdistill|tests)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
 
 
