@@ -1,6 +1,5 @@
 """Where the student comes from: an existing model, the teacher cut down, or its architecture with random weights."""
 
-import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.config.student import ORIGINS
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, no_such_key
 from llmdistill.models import (
     check_model_exists,
     generation_config,
@@ -109,9 +108,7 @@ def fresh(config: Any, changes: dict[str, Any], seed: int, trust_remote_code: bo
         if name in _THE_TOKENIZERS:
             raise InputError(f"student.config.{name} cannot be changed: the student has the teacher's tokenizer")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean student.config.{near[0]}?" if near else ""
-            raise InputError(f"no such key student.config.{name}: {type(config).__name__} has no such key{hint}")
+            raise no_such_key("student.config", name, known, f"{type(config).__name__} has no such key")
     old, new = fields["num_hidden_layers"], changes.get("num_hidden_layers", fields["num_hidden_layers"])
     try:
         if new < 1:

@@ -1,7 +1,6 @@
 """`llmdistill train`: the student learns from the dataset; the result is a directory that any engine loads."""
 
 import dataclasses
-import difflib
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from llmdistill import stage
 from llmdistill.card import model_card
 from llmdistill.config import Experiment
 from llmdistill.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, no_such_key
 from llmdistill.models import (
     load_config,
     load_model,
@@ -278,9 +277,7 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
         if name in _RESERVED:
             raise InputError(f"train.args.{name} is set by the key {_RESERVED[name]}")
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean train.args.{near[0]}?" if near else ""
-            raise InputError(f"no such key train.args.{name}: trl.SFTConfig has no such argument{hint}")
+            raise no_such_key("train.args", name, names, "trl.SFTConfig has no such argument")
     defaults = {
         "seed": experiment.seed,
         "learning_rate": experiment.student.default_learning_rate,

@@ -10,41 +10,23 @@ from llmdistill.config.section import PassedOn, Section
 WITHOUT_MODELS = ("curate", "report")  # they get GPUs only where `stages` says so
 
 
-def _one_word(value: str) -> str:
-    if not re.fullmatch(r"[\w.,:@%+=/\[\]-]+", value):
-        raise ValueError(f"{value!r} has signs that no option of a scheduler has")
-    return value
+def _matching(pattern: str, problem: str) -> AfterValidator:
+    """Values match the pattern as a whole."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"{value!r} {problem}")
+        return value
+
+    return AfterValidator(check)
 
 
-def _clock(value: str) -> str:
-    if not re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", value):
-        raise ValueError(f"{value!r} is no time such as HH:MM:SS or D-HH:MM:SS")
-    return value
-
-
-def _whole_path(value: str) -> str:
-    if not re.fullmatch(r"(/[\w.-]+)+", value) or "/.." in value:
-        raise ValueError(f"{value!r} is no absolute path of plain names")
-    return value
-
-
-def _variable(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_]\w*", value):
-        raise ValueError(f"{value!r} is no name of a variable; the secret itself stays in the environment")
-    return value
-
-
-def _object_name(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
-        raise ValueError(f"{value!r} is no name of an object of Kubernetes")
-    return value
-
-
-Word = Annotated[str, AfterValidator(_one_word)]
 StageName = Literal["prompts", "generate", "score", "curate", "prune", "train", "eval", "export", "report"]
-Clock = Annotated[str, AfterValidator(_clock)]
-WholePath = Annotated[str, AfterValidator(_whole_path)]
-ObjectName = Annotated[str, AfterValidator(_object_name)]
+Word = Annotated[str, _matching(r"[\w.,:@%+=/\[\]-]+", "has signs that no option of a scheduler has")]
+Clock = Annotated[str, _matching(r"(\d+-)?\d+:\d\d:\d\d", "is no time such as HH:MM:SS or D-HH:MM:SS")]
+WholePath = Annotated[str, _matching(r"(/(?!\.\.)[\w.-]+)+", "is no absolute path of plain names")]
+Variable = Annotated[str, _matching(r"[A-Za-z_]\w*", "is no name of a variable; the secret itself stays in the environment")]
+ObjectName = Annotated[str, _matching(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "is no name of an object of Kubernetes")]
 
 
 class Resources(Section):
@@ -121,7 +103,7 @@ class SkyPilot(SkyPilotResources):
     """Lines of shell that set up a new machine."""
     environment: list[str] = []
     """Lines of shell before the command."""
-    secrets: list[Annotated[str, AfterValidator(_variable)]] = []
+    secrets: list[Variable] = []
     """Names of variables, such as HF_TOKEN, that are passed on from the environment of `submit`."""
     image: Word | None = None
     """Image of the machine, such as docker:USER/IMAGE."""

@@ -1,14 +1,13 @@
 """Low-rank adapters (peft) on a student, on quantised weights if asked for, and the whole student they become."""
 
 import dataclasses
-import difflib
 import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
 
 from llmdistill.config.student import Lora
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, no_such_key
 
 # Where it is installed peft imports it, and it warns: of a kernel for CPUs that it would fetch, of 8 bits at every layer.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -49,9 +48,7 @@ def lora_config(lora: Lora) -> Any:
         if name in _UNSUPPORTED:
             raise InputError(f"student.lora.args.{name} is not supported: {_UNSUPPORTED[name]}")
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean student.lora.args.{near[0]}?" if near else ""
-            raise InputError(f"no such key student.lora.args.{name}: peft.LoraConfig has no such argument{hint}")
+            raise no_such_key("student.lora.args", name, names, "peft.LoraConfig has no such argument")
     init = lora.args.get("init_lora_weights", True)
     if init not in _INITS and not str(init).startswith("pissa_niter_"):
         known = ", ".join(str(name).lower() if isinstance(name, bool) else name for name in _INITS)
