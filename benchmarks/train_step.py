@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py            # everything
     python benchmarks/train_step.py --quick    # one setting and a corner of the second table, in minutes
+    python benchmarks/train_step.py --smoke    # tiny random models and no figure that means anything: does it run?
 
 **Steps.** The same 15-layer student (81M parameters, V = 49,152), rows, order, optimiser and precision for all, completions
 only; every trainer in a process of its own, and one step of each in turn. A step is everything from one end of
@@ -25,18 +26,14 @@ highest resident set of the process, for the layer what that rises by; on a GPU 
 
 import argparse
 import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import synthetic
+from race import Turns, peak_gb, race, train_in_turns
 
 TEACHER = "models/SmolLM2-135M-Instruct"
 OURS, SFT, PLAIN = "llmdistill", "TRL SFT", "transformers SFT"
@@ -47,6 +44,7 @@ SETTINGS = {
     "bfloat16, gradient checkpointing": {"bf16": True, "gradient_checkpointing": True},
 }
 HEADS = {"SmolLM2-135M": (49_152, 576), "Qwen3-0.6B": (151_936, 1024), "Gemma-3-270m": (262_144, 640)}
+TINY = "tiny"
 LENGTHS, SIZES_K = (512, 2048, 8192), (16, 64, 128)
 LAYER = ("fused, top-k", "TRL cross-entropy")
 
@@ -57,6 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="steps of each trainer")
     parser.add_argument("--batch", type=int, default=4, help="rows of up to 256 tokens in a step")
     parser.add_argument("--quick", action="store_true", help="one setting, two lengths, three rounds")
+    parser.add_argument("--smoke", action="store_true", help="one turn of everything, with tiny models")
     parser.add_argument("--only", choices=("steps", "layer"))
     parser.add_argument("--heads", nargs="*", default=list(HEADS), choices=list(HEADS), help="of the second table")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -65,12 +64,13 @@ def main() -> None:
     if arguments.one:
         work(arguments.one)
         return
-    rounds = 3 if arguments.quick else arguments.rounds
+    quick, smoke = arguments.quick or arguments.smoke, arguments.smoke
+    rounds = 1 if smoke else 3 if quick else arguments.rounds
     found: dict[str, Any] = {}
     if arguments.only != "layer":
-        found["steps"] = steps(rounds, arguments.batch, list(SETTINGS)[: 1 if arguments.quick else None])
+        found["steps"] = steps(rounds, arguments.batch, list(SETTINGS)[: 1 if quick else None], smoke)
     if arguments.only != "steps":
-        found["layer"] = layer(arguments.heads, arguments.quick)
+        found["layer"] = layer([TINY] if smoke else arguments.heads, arguments.quick)
     found["aims"] = aims(found)
     for name, value in found["aims"].items():
         print(f"aim {name} {value:.4g}")
@@ -92,18 +92,16 @@ def aims(found: dict[str, Any]) -> dict[str, float]:
     return named
 
 
-def steps(rounds: int, batch: int, settings: list[str]) -> list[dict[str, Any]]:
+def steps(rounds: int, batch: int, settings: list[str], smoke: bool) -> list[dict[str, Any]]:
     """A row a setting."""
     table = []
     with tempfile.TemporaryDirectory() as directory:
-        print(f"{prepare(Path(directory))}, {batch} in a batch\n")
+        teacher = make_tiny(Path(directory)) if smoke else TEACHER
+        print(f"{prepare(Path(directory), teacher)}, {batch} in a batch\n")
         print("| setting | trainer | s a step | ratio | peak GB | ratio | first loss |\n|" + " --- |" * 2 + " ---: |" * 5)
         for setting in settings:
-            specs = {
-                trainer: {"what": "step", "trainer": trainer, "setting": setting, "batch": batch, "data": directory}
-                for trainer in TRAINERS
-            }
-            row = race(specs, rounds)
+            spec = {"what": "step", "setting": setting, "batch": batch, "data": directory, "teacher": teacher}
+            row = race(__file__, {trainer: {**spec, "trainer": trainer} for trainer in TRAINERS}, rounds)
             table.append({"setting": setting, **row})
             for trainer in TRAINERS:
                 one, base = row[trainer], row[SFT]
@@ -116,16 +114,18 @@ def steps(rounds: int, batch: int, settings: list[str]) -> list[dict[str, Any]]:
 def layer(heads: list[str], quick: bool) -> list[dict[str, Any]]:
     """A row for each size of the loss layer; K is nothing to a cross-entropy, which is measured once for all K."""
     cells = [(head, length, k) for head in heads for length in LENGTHS for k in SIZES_K if k == SIZES_K[0] or length == 2048]
+    if heads == [TINY]:
+        cells = [(TINY, 64, 16)]
     if quick:
         cells = [cell for cell in cells if cell[0] == "SmolLM2-135M" and cell[1] < 8192]
     table: list[dict[str, Any]] = []
     print("| head | V | D | T | K | fused s | TRL s | ratio | fused GB | TRL GB | ratio |\n| --- |" + " ---: |" * 10)
     for head, length, k in cells:
-        vocab, hidden = HEADS[head]
+        vocab, hidden = (512, 32) if head == TINY else HEADS[head]
         spec = {"what": "layer", "vocab": vocab, "hidden": hidden, "tokens": length, "k": k}
         rounds = 3 if length < 8192 else 1  # by then a minute each
         once = {LAYER[1]: table[-1][LAYER[1]]} if k != SIZES_K[0] else {}
-        row = race({name: {**spec, "loss": name} for name in LAYER if name not in once}, rounds) | once
+        row = race(__file__, {name: {**spec, "loss": name} for name in LAYER if name not in once}, rounds) | once
         table.append({"head": head, **{name: spec[name] for name in ("vocab", "hidden", "tokens", "k")}, **row})
         pairs = [[row[name][kind] for name in LAYER] for kind in ("seconds", "memory")]
         figures = " | ".join(f"{a:.2f} | {b:.2f} | {a / b:.2f}" for a, b in pairs)
@@ -134,106 +134,25 @@ def layer(heads: list[str], quick: bool) -> list[dict[str, Any]]:
     return table
 
 
-def race(specs: dict[str, dict[str, Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each, and what it says of itself at its end, memory in GB. They take turns."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    workers = {
-        name: subprocess.Popen(
-            [sys.executable, __file__, "--one", json.dumps({**spec, "turns": rounds})],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )
-        for name, spec in specs.items()
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in specs}
-    for worker in workers.values():
-        answer(worker)  # they are set up one beside the other, and measured one by one
-    for _ in range(rounds):
-        for name, worker in workers.items():
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            seconds[name].append(answer(worker))
-    found = {}
-    for name, worker in workers.items():
-        worker.stdin.write("go\n")  # the last turn is waited for too
-        worker.stdin.flush()
-        found[name] = {"seconds": statistics.median(seconds[name]), **answer(worker)}
-        worker.wait()
-    return found
-
-
-def answer(worker: "subprocess.Popen[str]") -> Any:
-    line = worker.stdout.readline() if worker.stdout else ""
-    if not line:
-        raise SystemExit(f"a process ended: {worker.args}")
-    return json.loads(line)
-
-
-class Turns:
-    """In a worker: waits to be told to go, and tells how long it took."""
-
-    def __init__(self) -> None:
-        self.out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever libraries print goes to the other stream
-        self.say(None)
-
-    def say(self, what: Any) -> None:
-        print(json.dumps(what), file=self.out, flush=True)
-
-    def wait(self) -> None:
-        if not sys.stdin.readline():
-            os._exit(1)  # nobody listens any more
-        self.start = clock()
-
-    def done(self) -> None:
-        self.say(clock() - self.start)
-
-
-def clock() -> float:
-    """Seconds."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_gb() -> float:
-    """Of this process so far."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def work(spec: dict[str, Any]) -> None:
     """One process of a race."""
     if spec["what"] == "layer":
         layer_work(spec)
         return
-    from transformers import TrainerCallback
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    trainer = make_trainer(spec)
-    turns = Turns()
-
-    class Wait(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            turns.wait()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            turns.done()
-            turns.wait()
-
-    trainer.add_callback(Wait())
-    trainer.train()
-    history = trainer.state.log_history
-    turns.say({"memory": peak_gb(), "loss": history[0]["loss"], "parts": {k: history[0].get(k) for k in ("ce", "kl")}})
+    train_in_turns(make_trainer(spec))
 
 
-def prepare(directory: Path) -> str:
+def make_tiny(directory: Path) -> str:
+    """A teacher with random weights in the place of the real one."""
+    synthetic.llama("tiny", 512).save_pretrained(directory / "teacher")
+    synthetic.tokenizer().save_pretrained(directory / "teacher")
+    return str(directory / "teacher")
+
+
+def prepare(directory: Path, teacher_directory: str) -> str:
     """Rows of this repository's documentation with the teacher's targets, and the student."""
     import torch
 
@@ -242,13 +161,17 @@ def prepare(directory: Path) -> str:
     from llmdistill.config import Prune
     from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
     from llmdistill.models import load_model, load_tokenizer
-    from llmdistill.student import choose, cut
+    from llmdistill.training.cut import choose, cut
 
-    teacher, tokenizer = load_model(TEACHER), load_tokenizer(TEACHER, None)
-    text = "\n".join(page.read_text() for page in sorted(Path("docs").glob("*.md")))
-    ids = np.array(tokenizer(text)["input_ids"])
-    generator = np.random.default_rng(0)
-    rows, at = [], 0
+    teacher, tokenizer = load_model(teacher_directory), load_tokenizer(teacher_directory, None)
+    vocab, generator = teacher.config.vocab_size, np.random.default_rng(0)
+    if teacher_directory == TEACHER:
+        text = "\n".join(page.read_text() for page in sorted(Path("docs").glob("*.md")))
+        ids = np.array(tokenizer(text)["input_ids"])
+    else:
+        ids = generator.integers(3, vocab, 2_000)
+    rows: list[Row] = []
+    at = 0
     while at + 256 < len(ids) and len(rows) < 96:
         start, length = int(generator.integers(32, 96)), int(generator.integers(160, 257))
         row = ids[at : at + length]
@@ -262,10 +185,15 @@ def prepare(directory: Path) -> str:
         message = [{"role": "user", "content": ""}]
         rows.append(Row(str(len(rows)), message, message, row[:start].tolist(), row[start:], "stop", written, soft))
     data = directory / "data"
-    write_shard(data, "train", 0, 1, rows_to_table(rows, len(tokenizer)))
-    description = {"teacher": {"model": TEACHER, "engine": "transformers"}, "sampling": {}, "targets": {"kind": "sampled"}}
+    write_shard(data, "train", 0, 1, rows_to_table(rows, vocab))
+    description = {
+        "teacher": {"model": teacher_directory, "engine": "transformers"},
+        "sampling": {},
+        "targets": {"kind": "sampled"},
+    }
     write_manifest(data, finished_shards(data, "train"), description)
-    cut(teacher, choose(Prune(layers=15), teacher.config, None)).save_pretrained(directory / "student")
+    layers = teacher.config.num_hidden_layers // 2
+    cut(teacher, choose(Prune(layers=layers), teacher.config, None)).save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     completion = sum(len(row.completion_ids) for row in rows) / len(rows)
     return f"{len(rows)} rows of {at / len(rows):.0f} tokens, {completion:.0f} of them completion"
@@ -289,7 +217,7 @@ def make_trainer(spec: dict[str, Any]) -> Any:
     student, tokenizer = load_model(str(data / "student"), dtype="float32"), load_tokenizer(str(data / "student"), None)
     rows, name = load_dataset(data / "data"), spec["trainer"]
     if "distill" in name:
-        teacher = load_model(TEACHER).requires_grad_(False) if name == "TRL distillation" else None
+        teacher = load_model(spec["teacher"]).requires_grad_(False) if name == "TRL distillation" else None
         kind = {OURS: lambda base: base, "dense distillation": dense, "TRL distillation": beside}[name](DistillTrainer)
         trainer = kind(model=student, args=DistillConfig(**arguments), train_dataset=rows, processing_class=tokenizer)
         trainer.beside = teacher
