@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TEACHER := models/SmolLM2-135M-Instruct
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-fast test-deepspeed test-gptq check clean
+.PHONY: setup demo test test-fast test-deepspeed test-gptq check gpu-check clean
 
 setup: .venv/.ready
 
@@ -67,6 +67,13 @@ check: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls benchmarks examples
+
+# In the environment of GPU_PYTHON, which needs a build of torch for the GPU: `make setup` installs that for the CPU.
+GPU_PYTHON ?= python3
+GPU_JSON ?= benchmarks/gpu.json
+gpu-check:
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_JSON)
 
 clean:
 	rm -rf .venv .deepspeed .llmcompressor .schemas .torchao .s3 models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -138,8 +138,8 @@ def synthetic_rows(generator: np.random.Generator, positions: int, number: int) 
     exact_N = generator.integers(1, 9, total)
     logprobs_NK = np.sort(-3 - 2 * generator.random((total, N)), axis=1)[:, ::-1].astype(np.float32)
     is_exact_NK = np.arange(N) < exact_N[:, None]
-    for part in (is_exact_NK, ~is_exact_NK):
-        ids_NK[part] = np.sort(np.where(part, ids_NK, VOCAB), axis=1)[np.sort(part, axis=1)[:, ::-1]]
+    for mask in (is_exact_NK, ~is_exact_NK):
+        ids_NK[mask] = np.sort(np.where(mask, ids_NK, VOCAB), axis=1)[np.sort(mask, axis=1)[:, ::-1]]
     kept = targets.Sampled(ids_NK, logprobs_NK, exact_N, generator.random(total).astype(np.float32))
     rows, start = [], 0
     for length in lengths:

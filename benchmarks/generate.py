@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from llmdistill import shards
 from llmdistill.config import load_experiment
@@ -52,14 +53,15 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"table": table, "aims": aims}, indent=2) + "\n")
 
 
-def measure(experiment, rounds):
+def measure(experiment: Any, rounds: int) -> Any:
     """Writing and reading with one engine: each a dictionary of medians."""
     import vllm
 
     prepared = prepared_prompts(experiment)
+    assert prepared is not None
     source = _Prompts(Chat(experiment, fingerprints(experiment.teacher)[1]), prepared)
     chat, requests = source.chat, list(source.requests)
-    engine = open_engine(
+    engine: Any = open_engine(
         experiment.teacher, experiment.generate, experiment.targets, source.max_model_len + 1, chat.end_ids, experiment.seed
     )
     sampling = experiment.generate
@@ -93,7 +95,7 @@ def measure(experiment, rounds):
                 texts[completion.index] = completion.ids
         return tokens
 
-    texts = {}
+    texts: dict[int, Any] = {}
 
     def our_writing():
         return stored(engine.generate([requests]))
@@ -114,7 +116,7 @@ def measure(experiment, rounds):
         return sum(len(request.prompt_ids) + len(request.completion_ids) for request in whole())
 
     for what, bare, ours in (("write", bare_writing, our_writing), ("read", bare_reading, our_reading)):
-        speeds = {bare: [], ours: []}
+        speeds: dict[Any, list[float]] = {bare: [], ours: []}
         for turn in range(rounds + 1):  # the first warms up
             for way in (bare, ours) if turn % 2 else (ours, bare):
                 start = time.perf_counter()

@@ -33,7 +33,7 @@ def loss(small: bool, found: Found) -> None:
                     worst = max(worst, ours / (theirs + slack))
                     if ours > 1.5 * theirs + slack:
                         found.failed(f"loss: {dtype}, {head}, {kind}: {name} is off by {ours:.2g}, plain by {theirs:.2g}")
-            errors = {}
+            errors: dict[str, float] = {}
             for name, pairs in off.items():
                 errors |= {f"fused {name}": max(pair[0] for pair in pairs), f"plain {name}": max(pair[1] for pair in pairs)}
             found.row("loss", dtype=dtype, head=head, **errors)
@@ -109,11 +109,12 @@ def soft_targets(kind: str, teacher_NV: Any, kept: int) -> dict[str, Any]:
 
 def adapted(layer: Any, dtype: Any) -> Any:
     """The layer, frozen, under a LoRA of rank 8, in its own precision."""
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=8, lora_alpha=16, init_lora_weights=False)
-    return Linear(layer.requires_grad_(False), "default", config=config, r=8, lora_alpha=16).to(layer.weight.device, dtype)
+    holder = torch.nn.ModuleDict({"head": layer.requires_grad_(False)})
+    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=["head"], init_lora_weights=False), holder)
+    return holder["head"].to(layer.weight.device, dtype)
 
 
 def layer(small: bool, found: Found) -> None:
@@ -130,7 +131,9 @@ def layer(small: bool, found: Found) -> None:
         hidden_TD = torch.randn(tokens, width, device=device).requires_grad_()
         labels_T = torch.randint(0, vocab, (tokens,), device=device)
         forms = layer_losses(head, hidden_TD, labels_T, 16 if small else 64)
-        works = {name: partial(forward_and_backward, form, head, hidden_TD) for name, form in forms.items()}
+        works: dict[str, Callable[[], None]] = {}
+        for name, form in forms.items():
+            works[name] = partial(forward_and_backward, form, head, hidden_TD)
         works["three products"] = partial(three_products, hidden_TD.detach().bfloat16(), head.weight.detach().bfloat16())
         took = in_turns(works, 1 if small else 10)
         figures = {f"{name} ms": seconds * 1e3 for name, seconds in took.items()}

@@ -1,5 +1,6 @@
 """The sections of gpu.py that train: `step`, `compile`, `showcase` and `packing`."""
 
+import gc
 import importlib.util
 import statistics
 import tempfile
@@ -123,6 +124,7 @@ def showcase(small: bool, found: Found) -> None:
     if small:
         arguments |= {"per_device_train_batch_size": 2}
     for name, changes in list(WAYS.items())[: 1 if small else None]:
+        gc.collect()  # the trainer before this one
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -147,11 +149,12 @@ def trained(arguments: dict[str, Any], rows: Any, vocab: int, small: bool) -> di
     seconds, first = (0.0, 0) if small else (10.0, 4)  # the first steps do not count
 
     class Stop(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = time.monotonic()
+        start = float("inf")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = time.monotonic() - self.start > seconds and state.global_step > first
+            if state.global_step == max(first, 1):
+                self.start = time.monotonic()
+            control.should_training_stop = time.monotonic() - self.start >= seconds and state.global_step > first
 
     model = synthetic.llama("tiny" if small else "showcase", vocab, attn_implementation=attention)
     how = DistillConfig(**settings(max_steps=10_000, **arguments))

@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from llmdistill.models import load_model, load_tokenizer
 from llmdistill.train import train
 from llmdistill.training.quantise import load_form, write_form
 
+ROUNDINGS: tuple[Literal["nearest"], Literal["gptq"]] = ("nearest", "gptq")
 USUAL, ROUNDED = "trained as usual", "trained through rounded weights"
 Array = np.ndarray[Any, Any]
 
@@ -65,7 +66,7 @@ def students(arguments: argparse.Namespace, seed: int, rows: Any) -> Iterator[tu
             train(experiment)
             source = str(experiment.directory("student"))
             yield name, measure(experiment, load_model(source), rows)
-            for rounding in ("nearest", *(["gptq"] if arguments.gptq and how is None else [])):
+            for rounding in ROUNDINGS[: 2 if arguments.gptq and how is None else 1]:
                 out = Path(directory) / f"{name}-{rounding}".replace(" ", "-")
                 out.mkdir()
                 settings = Export(formats=["w4a16"], rounding=rounding)

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from llmdistill import dataset
 from llmdistill.dataset import Row, describe_shard, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.shards import Share
 from llmdistill.targets import SoftTargets, from_logprobs
@@ -130,7 +129,7 @@ def coordination(count, delay):
         return read(file, *arguments, **named)
 
     try:
-        dataset.pq.read_metadata = slowly
+        pq.read_metadata = slowly
         first = write_shard(directory, "train", 0, count, rows_to_table(list(rows(2, 4)), 49_152))
         source = first.file
         for index in range(1, count):
@@ -160,7 +159,7 @@ def coordination(count, delay):
         return {"own": own, "list": listed, "complete": complete, "memory": memory}
     finally:
         delays["seconds"] = 0.0
-        dataset.pq.read_metadata = read
+        pq.read_metadata = read
         shutil.rmtree(directory)
 
 
@@ -197,7 +196,7 @@ def cluster(lengths, tasks):
     events = [(0.0, worker) for worker in range(WORKERS)]  # when a worker is free
     heapq.heapify(events)
     fails_at = generator.exponential(MTBF, WORKERS)
-    task_of = dict.fromkeys(range(WORKERS))
+    task_of: dict[int, int | None] = dict.fromkeys(range(WORKERS))
     useful = held = lost = failures = 0.0
     end = 0.0
     started = set()
@@ -207,12 +206,13 @@ def cluster(lengths, tasks):
             share, begin = shares[0], 0.0 if worker in started else START
         else:
             begin = 0.0
-            if task_of[worker] is None or not shares[task_of[worker]]:
-                task_of[worker] = waiting.pop() if waiting else None
+            task = task_of[worker]
+            if task is None or not shares[task]:
+                task = task_of[worker] = waiting.pop() if waiting else None
                 begin = START
-            if task_of[worker] is None:
+            if task is None:
                 continue
-            share = shares[task_of[worker]]
+            share = shares[task]
         if not share:
             continue
         started.add(worker)

@@ -115,13 +115,13 @@ def measure(temperature: float, positions: int, student: str | None) -> dict[str
     table = {}
     for name, group_means in sums.items():
         deltas = [mean - exact for mean, exact in zip(group_means, exact_sums, strict=True)]
-        relative = [np.linalg.norm(d) / np.linalg.norm(e) for d, e in zip(deltas, exact_sums, strict=True)]
+        relative = [float(np.linalg.norm(d) / np.linalg.norm(e)) for d, e in zip(deltas, exact_sums, strict=True)]
         noise = np.mean(np.concatenate(errors[name]) ** 2) / (GROUP * len(deltas))  # what independent errors would leave
         left = np.linalg.norm(np.mean(deltas, axis=0)) ** 2
         table[name] = {
             "bytes": size_of(name, kept[name]),
             "one": float(np.concatenate(errors[name]).mean() / scale),
-            "mean": float(statistics.median(relative)),
+            "mean": statistics.median(relative),
             "bias": float(np.sqrt(max(left - noise, 0)) / np.linalg.norm(total_exact)),
         }
     return table
@@ -205,8 +205,9 @@ def distributions(temperature: float, positions: int, student_path: str | None) 
         Targets(kind="none"),
         [tokenizer.eos_token_id],
     )
-    half = choose(Prune(layers=15), engine.model.config, None)
-    student = load_model(student_path) if student_path else cut(engine.model, half)
+    (teacher,) = engine.models
+    half = choose(Prune(layers=15), teacher.config, None)
+    student = load_model(student_path) if student_path else cut(teacher, half)
     requests = [Request(index, prompt_ids, seed=index) for index, prompt_ids in enumerate(ids)]
     left = positions
     for start in range(0, len(requests), 16):
@@ -215,7 +216,7 @@ def distributions(temperature: float, positions: int, student_path: str | None) 
             row = {"input_ids": [*request.prompt_ids, *completion.ids], "completion_start": len(request.prompt_ids)}
             with torch.inference_mode():
                 collated = DistillCollator(0)([row])
-                both = [completion_logits(model, collated)[:left].float().log_softmax(-1) for model in (engine.model, student)]
+                both = [completion_logits(model, collated)[:left].float().log_softmax(-1) for model in (teacher, student)]
             left -= len(both[0])
             yield both[0].clone(), both[1].clone()
             if not left:
