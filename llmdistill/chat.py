@@ -15,7 +15,7 @@ from rich.text import Text
 from llmdistill.config import Experiment, Generate
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, context_length, load_model, load_tokenizer
-from llmdistill.progress import console, say
+from llmdistill.progress import console, say, working
 
 _HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 _SIDE_BY_SIDE = 80  # columns of a terminal from which on two answers stand beside each other
@@ -34,7 +34,7 @@ def chat(experiment: Experiment, dry_run: bool = False) -> None:
         return
     check_model_exists(teacher.model, "teacher.model")
     check_model_exists(student, "the student, which `train` writes")
-    with console.status("loading the models"):
+    with working("chat", "loading the models"):
         how = (teacher.revision, teacher.dtype, teacher.trust_remote_code)
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         speakers = [

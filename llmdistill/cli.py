@@ -178,14 +178,14 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
             here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
             _function(stage.command)(here, **options)
         return None
-    from llmdistill.progress import console
+    from llmdistill.progress import console, working
     from llmdistill.storage.copies import bring, keep
     from llmdistill.watch import watched
 
     talks = arguments.command == "chat"
     console.quiet = console.quiet or (experiment.watch.log == "json" and not talks)  # what is not a line of a stage
     watching = watched(arguments.command, experiment.output, experiment.watch, getattr(arguments, "shards", None))
-    with nullcontext() if talks else watching:
+    with nullcontext() if talks else watching, nullcontext() if talks else working(arguments.command, "starting"):
         if experiment.store is not None:
             bring(experiment, arguments.command)
         _function(arguments.command)(experiment, **options)

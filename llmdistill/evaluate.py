@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from llmdistill import stage
 from llmdistill.card import with_results
 from llmdistill.config import Experiment
+from llmdistill.config.machine import inference_precision
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
@@ -23,7 +24,7 @@ from llmdistill.evaluation.task_scores import measure_tasks
 from llmdistill.evaluation.tasks import files_of, load_tasks, read_tasks
 from llmdistill.evaluation.win_rate import Comparison
 from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
-from llmdistill.progress import StageBar, console, say
+from llmdistill.progress import StageBar, say, working
 from llmdistill.student import before
 from llmdistill.training.importance import effective_sample_size, importance, log_importance
 
@@ -66,12 +67,16 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     served = _served_by_vllm(experiment, subjects) if experiment.eval.speed == "vllm" else None
-    with console.status("loading the models"):
-        models = {s.name: load_model(s.path, s.revision, "auto", s.trust_remote_code, f"the model `{s.name}`") for s in subjects}
+    with working("eval", "loading the models"):
+        models = {
+            s.name: load_model(s.path, s.revision, experiment.eval.dtype, s.trust_remote_code, f"the model `{s.name}`")
+            for s in subjects
+        }
         teacher = experiment.teacher
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
 
-    stage.begin(directory, "eval", settings, inputs, experiment.seed)
+    precision = inference_precision(experiment.eval.dtype)
+    stage.begin_computing(directory, "eval", settings, inputs, experiment.seed, precision)
     end_ids = manifest["tokenizer"]["end_token_ids"]
     with StageBar("eval", len(rows)) as bar:
         measured = fidelity(models, rows, experiment.eval.batch_size, end_ids, lambda n, t: bar.advance(n, t * len(models)))
@@ -85,7 +90,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         metrics["headline"] = headline(metrics["models"], served["engine"], metrics["tasks"])
     if experiment.eval.own_prompts:
         _add_own_text(metrics, models, rows, experiment, end_ids)
-    with console.status("writing samples"):
+    with working("eval", "writing samples"):
         metrics["samples"] = samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
         metrics["views"] = views(models, rows, tokenizer)
         rival = next(subject.name for subject in reversed(subjects) if subject.name != "student")

@@ -11,14 +11,23 @@ from typing import Any
 from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.config.export import Export, Form
+from llmdistill.config.machine import inference_precision
 from llmdistill.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import Draws, check_clusters
-from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
-from llmdistill.progress import StageBar, console, say
-from llmdistill.training.quantise import base_of, check_form, fitting_group_size, load_form, merge_adapters, write_form
+from llmdistill.models import check_model_exists, load_config, load_model, load_tokenizer, model_bytes, model_precision
+from llmdistill.progress import StageBar, say, working
+from llmdistill.training.quantise import (
+    base_of,
+    check_form,
+    fitting_group_size,
+    load_form,
+    merge_adapters,
+    stored_dtype,
+    write_form,
+)
 
 EXPORT_VERSION = 1
 RESULTS = "export.json"
@@ -52,8 +61,8 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
     prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
-
-    stage.begin(directory, "export", claimed, inputs, experiment.seed)
+    precision = inference_precision(experiment.eval.dtype)
+    stage.begin_computing(directory, "export", claimed, inputs, experiment.seed, precision)
     with _whole(source, settings, directory, manifest["tokenizer"]) as model:
         for form in missing:
             made = _export_one(experiment, settings, form, model, rows, draws)
@@ -131,7 +140,7 @@ def _whole(source: Path, settings: Export, directory: Path, talks: dict[str, Any
     try:
         tokenizer = load_tokenizer(base_of(source), None, key="export.model")
         tokenizer.chat_template = talks["chat_template"]
-        merge_adapters(source, settings.dtype, talks["end_token_ids"], merged)
+        merge_adapters(source, stored_dtype(settings), talks["end_token_ids"], merged)
         tokenizer.save_pretrained(merged)
         yield str(merged)
     finally:
@@ -143,12 +152,13 @@ def _export_one(experiment: Experiment, settings: Export, form: Form, model: str
     path = experiment.directory("export") / form
     if path.exists():  # its measurement was interrupted
         shutil.rmtree(path)
-    with console.status(f"writing {form}"), stage.new_directory(path) as unfinished:
+    with working("export", f"writing {form}"), stage.new_directory(path) as unfinished:
         tokenizer = load_tokenizer(model, None, key="export.model")
         how = write_form(form, model, unfinished, settings, _calibration(experiment, settings, form), tokenizer)
         stage.write_text(unfinished / "README.md", _card(Path(model), form, how))
-    with console.status(f"loading {form}"):
-        models = {"teacher": load_model(model), form: load_form(str(path))}
+    with working("export", f"loading {form}"):
+        dtype = model_precision(model, asked=experiment.eval.dtype, key="export.model").dtype
+        models = {"teacher": load_model(model, dtype=dtype), form: load_form(str(path), dtype)}
     with StageBar(form, len(rows)) as bar:
         measured = fidelity(models, rows, experiment.eval.batch_size, report=bar.advance)
     return {

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmdistill.config.machine import Precision, inference_precision
 from llmdistill.errors import InputError
 from llmdistill.stage import read_json
 
@@ -67,6 +68,16 @@ def load_model(
 ) -> Any:
     """The model in evaluation mode, on the accelerator if there is one and no device is given.
 
+    Args:
+        model: directory or name on the Hub.
+        revision: on the Hub.
+        dtype: of the weights; `auto` is what this machine computes in, `checkpoint` as they are stored.
+        trust_remote_code: whether code of the model's repository runs.
+        key: of the configuration, for errors.
+        device: where it goes.
+        quantization_config: transformers' own, to quantise it while it loads.
+        attn_implementation: how attention is computed.
+
     Raises:
         InputError: there is no such model, or its weights do not fit into the memory that is free.
     """
@@ -80,6 +91,7 @@ def load_model(
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     if quantization_config is None:
         check_fits(model, key, device)
+    dtype = model_precision(model, revision, dtype, trust_remote_code, key).dtype
     how: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         how["attn_implementation"] = attn_implementation
@@ -88,6 +100,33 @@ def load_model(
         how |= {"quantization_config": quantization_config, "device_map": {"": place}}
     loaded = _found(model, key, lambda: AutoModelForCausalLM.from_pretrained(model, **how))
     return (loaded if quantization_config is not None else loaded.to(device)).eval()
+
+
+def model_precision(
+    model: str,
+    revision: str | None = None,
+    asked: str = "auto",
+    trust_remote_code: bool = False,
+    key: str = "teacher.model",
+    engine: str = "transformers",
+) -> Precision:
+    """What a model computes in; its `dtype` is what transformers and vLLM take, whose own `auto` is that of the checkpoint.
+
+    Quantised checkpoints are left as they are, being made for the precision that they name.
+
+    Args:
+        model: directory or name on the Hub.
+        revision: on the Hub.
+        asked: a precision, `auto` for what this machine is good at, or `checkpoint`.
+        trust_remote_code: whether code of the model's repository runs.
+        key: of the configuration, for errors.
+        engine: `vllm` or `transformers`.
+    """
+    if asked == "checkpoint":
+        return Precision("auto", "in what the checkpoint is stored in")
+    if asked == "auto" and getattr(load_config(model, revision, trust_remote_code, key), "quantization_config", None):
+        return Precision("auto", "in what the quantised checkpoint was made for")
+    return inference_precision(asked, engine)
 
 
 def continue_prompts(

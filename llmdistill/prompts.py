@@ -35,7 +35,7 @@ from llmdistill.prompting.sources import files_hash, given_prompt, metadata, rea
 from llmdistill.prompting.steps import Files, Workshop, run_step
 from llmdistill.prompting.template import Fields, PromptTemplate
 from llmdistill.shards import EVERYTHING, Share
-from llmdistill.teachers import stable_id
+from llmdistill.teachers import stable_id, teacher_precision
 from llmdistill.teachers.chat import Chat
 
 PROMPTS_FILE = "prompts.parquet"
@@ -119,8 +119,9 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     chat = Chat(experiment, fingerprint)
     if any(isinstance(step.settings, Magpie) for step in section.steps):
         ByPreQuery(chat)
-    workshop = Workshop(Asker(experiment, chat, worker), plan.templates, experiment.seed)
-    stage.begin(directory, "prompts", _settings(experiment), inputs, experiment.seed)
+    settings = _settings(experiment)
+    precision = stage.begin_computing(directory, "prompts", settings, inputs, experiment.seed, teacher_precision(teacher))
+    workshop = Workshop(Asker(experiment, chat, worker, precision), plan.templates, experiment.seed)
     remove_leftovers(directory)
     try:
         _make(plan, workshop, starts, directory)

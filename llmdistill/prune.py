@@ -10,7 +10,7 @@ from llmdistill.config.student import Prune
 from llmdistill.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, load_model, load_tokenizer
-from llmdistill.progress import console, say
+from llmdistill.progress import say, working
 
 
 def prune(experiment: Experiment, dry_run: bool = False) -> None:
@@ -46,7 +46,7 @@ def ensure_pruned(experiment: Experiment) -> bool:
     }
     if stage.claim(directory, "prune", claimed, inputs) == "done":
         return False
-    with console.status("measuring the teacher"):
+    with working("prune", "measuring the teacher"):
         model = load_model(teacher.model, teacher.revision, "auto", teacher.trust_remote_code)
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         importance = None

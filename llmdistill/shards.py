@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from llmdistill import stage
 from llmdistill.config import Experiment
+from llmdistill.config.machine import Precision
 from llmdistill.dataset import (
     MANIFEST,
     Row,
@@ -27,9 +28,9 @@ from llmdistill.dataset import (
     write_shard,
 )
 from llmdistill.errors import InputError
-from llmdistill.progress import StageBar, console, say
+from llmdistill.progress import StageBar, say, working
 from llmdistill.storage.shared_shards import SharedShards
-from llmdistill.teachers import Completion, Engine, Request, open_engine
+from llmdistill.teachers import Completion, Engine, Request, open_engine, teacher_precision
 from llmdistill.teachers.chat import Chat
 
 
@@ -141,7 +142,8 @@ def make_dataset(
     count = count_shards(experiment, len(source.requests))
     shared = SharedShards(experiment, directory)
     shared.join(name, settings, inputs)
-    stage.begin(directory, name, settings, inputs, experiment.seed)
+    precision = shared.precision(teacher_precision(experiment.teacher))
+    precision = stage.begin_computing(directory, name, settings, inputs, experiment.seed, precision)
     made: dict[str, Any] = {}
     shared.gather(count)  # who only asks what is missing sees what others have finished
     gathered = False
@@ -150,21 +152,29 @@ def make_dataset(
         missing = shared.lacking(worker.shards(name, directory, count))
         if (first := next(missing, None)) is not None:
             (directory / MANIFEST).unlink(missing_ok=True)
-            made = _make(name, directory, source, chain([first], missing), worker, count, shared)
+            made = _make(name, directory, source, chain([first], missing), worker, count, shared, precision)
         gathered = shared.gather(count)
     there = finished_shards(directory, "train")
     if len(there) < count:
         known = len({shard.index for shard in there} | shared.indices())
         say(name, f"{known:,} of {count:,} shards are there, the others are for other workers to make")
         return
-    write_manifest(directory, there, source.chat.description() | source.description() | {"source": inputs})
+    described = source.chat.description() | {"precision": precision.recorded} | source.description()
+    write_manifest(directory, there, described | {"source": inputs})
     shared.decide()
     stage.finish(directory, {"rows": len(source.requests), **made})
     shared.finish()
 
 
 def _make(
-    name: str, directory: Path, source: Source, missing: Iterable[int], worker: Worker, count: int, shared: SharedShards
+    name: str,
+    directory: Path,
+    source: Source,
+    missing: Iterable[int],
+    worker: Worker,
+    count: int,
+    shared: SharedShards,
+    precision: Precision,
 ) -> dict[str, Any]:
     """Run the engine over the missing shards; each is stored as soon as its last row is there. How fast it was."""
     chat, experiment = source.chat, source.chat.experiment
@@ -182,9 +192,9 @@ def _make(
         made.append(describe_shard(shard))
         shared.put(shard)
 
-    with console.status("starting the teacher"):
+    with working(name, "starting the teacher"):
         engine = open_engine(
-            experiment.teacher,
+            experiment.teacher.model_copy(update={"dtype": precision.dtype}),
             experiment.generate,
             experiment.targets,
             source.max_model_len,
@@ -196,13 +206,16 @@ def _make(
     there = {shard.index for shard in finished_shards(directory, "train")} | shared.indices()
     done = sum(rows_of(index) for index in there if index in part)
     started = time.monotonic()
-    with StageBar(name, sum(map(rows_of, part)), done) as bar:
-        tokens = 0
+    # What is written is counted token by token, what is read a row at a time.
+    bar = StageBar(name, sum(map(rows_of, part)), done)
+    if not source.reads:
+        bar.count_tokens(lambda: engine.tokens, experiment.generate.max_tokens)
+    with bar:
         for completion in _by_shard(source.run(engine, shards), size, rows_of, store):
-            tokens += len(completion.ids)
-            bar.advance(tokens=len(completion.ids), facts=[f"{tokens:,} tokens"])
+            bar.advance(tokens=len(completion.ids))
         stored = bytes_per_position(made)
-        bar.advance(0, facts=[f"{tokens:,} tokens"] + ([f"{stored:.0f} B/position"] if stored else []))
+        bar.advance(0, facts=[f"{stored:.0f} B/position"] if stored else [])
+        tokens = bar.tokens
     return stage.speed(tokens, time.monotonic() - started)
 
 

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from llmdistill.config.machine import Precision
 from llmdistill.errors import InputError
+from llmdistill.progress import say
 
 RUN_FILE = "run.json"
 _PACKAGES = ["llmdistill", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow"]
@@ -62,8 +64,8 @@ def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str,
     ]
 
 
-def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int) -> None:
-    """Write `run.json` with status `unfinished`."""
+def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, **more: Any) -> None:
+    """Write `run.json` with status `unfinished`; `more` are further keys of it."""
     directory.mkdir(parents=True, exist_ok=True)
     old = read_json(directory / RUN_FILE) or {}
     run = {
@@ -73,10 +75,46 @@ def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
         "settings": settings,
         "inputs": inputs,
         "seed": seed,
+        **more,
         "versions": versions(),
         "git": _git_revision(),
     }
     write_json(directory / RUN_FILE, run)
+
+
+def begin_computing(
+    directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, precision: Precision
+) -> Precision:
+    """`begin`, and say what models compute in; the precision that counts.
+
+    Whoever begins a directory decides for all who work on it: later ones, on whatever machine, compute in the same.
+
+    Args:
+        directory: the stage's output directory.
+        stage: its name.
+        settings: the resolved configuration that the result depends on.
+        inputs: path and hash of what the stage reads.
+        seed: of the experiment.
+        precision: what this machine would choose.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    run = {"stage": stage, "status": "unfinished", "started": _now(), "settings": settings, "inputs": inputs}
+    first = _create_json(directory / RUN_FILE, {**run, "precision": precision.recorded})
+    counts = precision if first else settled_precision(directory, settings, inputs, precision)
+    begin(directory, stage, settings, inputs, seed, precision=counts.recorded)
+    say(stage, f"computes in {counts}")
+    return counts
+
+
+def settled_precision(directory: Path, settings: dict[str, Any], inputs: dict[str, str], wanted: Precision) -> Precision:
+    """What models compute in for the work in a directory: as it was begun, or as wanted if it was not."""
+    run = read_json(directory / RUN_FILE)
+    recorded = (run or {}).get("precision")
+    if not recorded or differences(run, settings, inputs):
+        return wanted
+    if recorded["dtype"] == wanted.dtype:
+        return Precision(**recorded)
+    return Precision(recorded["dtype"], f"as {directory} was begun; here it would be {wanted}")
 
 
 def finish(directory: Path, results: dict[str, Any]) -> None:
@@ -126,6 +164,23 @@ def read_json(file: Path) -> Any:
         return None
     except (ValueError, OSError) as error:
         raise InputError(f"{file}: cannot be read as JSON: {error}") from None
+
+
+def _create_json(file: Path, content: Any) -> bool:
+    """Write the file as a whole unless it is there; whether it was not."""
+    unfinished = file.with_name(f".{file.name}.{writer_name()}.new.unfinished")
+    write_json(unfinished, content)
+    try:
+        os.link(unfinished, file)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if file.exists():
+            return False
+        write_json(file, content)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return True
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -48,10 +48,14 @@ def how_far(output: Path, name: str) -> str:
 
 def _sum(looks: list[dict[str, Any]], silent: float) -> str:
     """One line for all workers: those at the same step are added up."""
-    step = max(looks, key=lambda look: look["time"])["step"]
+    newest = max(looks, key=lambda look: look["time"])
+    step = newest["step"]
     here = [look for look in looks if look["step"] == step]
     speed = sum(look["tokens_per_s"] or 0 for look in here)
     left = [look["seconds_left"] for look in here if look["seconds_left"] is not None]
+    if all(look.get("activity") for look in here):
+        late = f" · last news {clock(silent)} ago" if silent >= _OLD else ""
+        return f"running · {newest['activity']}{late}"
     parts = [
         f"{sum(look['done'] for look in here):,}/{sum(look['total'] for look in here):,}",
         f"{speed:,.0f} tok/s" if speed else "",

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmdistill import stage
 from llmdistill.config import Experiment
+from llmdistill.config.machine import inference_precision
 from llmdistill.config.student import ORIGINS
 from llmdistill.errors import InputError, no_such_key
 from llmdistill.models import (
@@ -16,7 +17,7 @@ from llmdistill.models import (
     load_tokenizer,
     whole_on_every_process,
 )
-from llmdistill.progress import console, say
+from llmdistill.progress import say, working
 from llmdistill.prune import ensure_pruned
 from llmdistill.training import adapters
 
@@ -72,7 +73,7 @@ def _ensure_fresh(experiment: Experiment) -> None:
     }
     if stage.claim(directory, "fresh", claimed, inputs) == "done":
         return
-    with console.status("making the student"):
+    with working("student", "making the student"):
         config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code).get_text_config()
         student = fresh(config, experiment.student.config or {}, experiment.seed, teacher.trust_remote_code)
         student.generation_config = generation_config(teacher.model, teacher.revision) or student.generation_config
@@ -150,7 +151,9 @@ def make_student(experiment: Experiment) -> Any:
     """
     student = experiment.student
     config, quantised = _adapters(experiment)
-    dtype, device = "auto" if config else "float32", None if quantised else "cpu"
+    # Frozen weights stay as they are stored, unless this machine computes in float32 alone.
+    frozen = "float32" if inference_precision().dtype == "float32" and not quantised else "checkpoint"
+    dtype, device = frozen if config else "float32", None if quantised else "cpu"
     how = {"quantization_config": quantised, "attn_implementation": student.attn_implementation}
     model = _load_before(experiment, dtype=dtype, device=device, **how)
     adapters.keep_gradients(model)
@@ -225,7 +228,7 @@ def save_student(model: Any, tokenizer: Any, experiment: Experiment, directory: 
     if experiment.student.lora:
         adapters.save_adapter(model, directory / "adapter", directory / _START if adapters.rewrites_base(model) else None)
         # On the CPU: a base that was quantised to fit the accelerator may not fit it whole.
-        base = _load_before(experiment, dtype="auto", device="cpu") if experiment.student.quantize else None
+        base = _load_before(experiment, dtype="checkpoint", device="cpu") if experiment.student.quantize else None
         model = adapters.merged(model, directory / "adapter", base)
     if end_token_ids:
         model.generation_config.eos_token_id = end_token_ids

@@ -10,6 +10,7 @@ from typing import Any
 from llmdistill import stage
 from llmdistill.card import model_card
 from llmdistill.config import Experiment
+from llmdistill.config.machine import Precision, training_precision
 from llmdistill.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError, no_such_key
 from llmdistill.models import (
@@ -20,7 +21,7 @@ from llmdistill.models import (
     vocabulary_hash,
     whole_on_every_process,
 )
-from llmdistill.progress import console, say
+from llmdistill.progress import say, working
 from llmdistill.storage.copies import upload_checkpoints
 from llmdistill.student import (
     begin_student,
@@ -95,13 +96,13 @@ def _train_one(
     settings: dict[str, Any],
     inputs: dict[str, str],
 ) -> None:
-    with console.status("loading the student"):
+    with working("train", "loading the student"):
         from accelerate.utils import broadcast_object_list
         from transformers import EarlyStoppingCallback
 
         from llmdistill.trainer import DistillTrainer
 
-        arguments = _arguments(experiment, directory, text_only)
+        arguments, precision = _arguments(experiment, directory, text_only, settings, inputs)
         tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
         rows = _mixed(experiment, load_dataset(experiment.dataset_directory, "train"))
         dataset, validation = _split(experiment, rows)
@@ -114,7 +115,7 @@ def _train_one(
         pair_layers(experiment, arguments, student, teacher)
         _check_fit(arguments, dataset, student, teacher)
     if arguments.process_index == 0:
-        stage.begin(directory, "train", settings, inputs, experiment.seed)
+        stage.begin_computing(directory, "train", settings, inputs, experiment.seed, precision)
         begin_student(student, directory)
         for text in [] if text_only else traps(experiment.student, arguments, manifest, rows, student.num_parameters()):
             say("warning", text)
@@ -260,8 +261,10 @@ def _evaluation(experiment: Experiment) -> dict[str, Any]:
     return found
 
 
-def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
-    """The `DistillConfig`, with errors that name the key.
+def _arguments(
+    experiment: Experiment, directory: Path, text_only: bool, settings: dict[str, Any], inputs: dict[str, str]
+) -> tuple[Any, Precision]:
+    """The `DistillConfig`, with errors that name the key, and the precision of the products.
 
     Raises:
         InputError: an argument that TRL does not have, or does not take.
@@ -278,15 +281,20 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
             raise InputError(f"train.args.{name} is set by the key {_RESERVED[name]}")
         if name not in names:
             raise no_such_key("train.args", name, names, "trl.SFTConfig has no such argument")
+    asked, use_cpu = experiment.train.args, not torch.accelerator.is_available()
+    precision = training_precision(asked.get("use_cpu", use_cpu), asked.get("bf16"), asked.get("fp16", False))
+    precision = stage.settled_precision(directory, settings, inputs, precision)
     defaults = {
         "seed": experiment.seed,
+        "bf16": precision.dtype == "bfloat16",
+        "fp16": precision.dtype == "float16",
         "learning_rate": experiment.student.default_learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,  # below 1 it is a share of all steps
         "report_to": "none",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": use_cpu,
         **_evaluation(experiment),
     }
     ours = {"output_dir": str(directory / "checkpoints")} | experiment.train.model_dump(include=set(_LOSS))
@@ -300,7 +308,7 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool) -> Any:
     if arguments.n_gpu > 1:  # the trainer would cut a batch apart from its targets (DataParallel)
         say("train", f"uses one of {arguments.n_gpu} GPUs; docs/distributed.md says how to start a process on each")
         arguments._n_gpu = 1
-    return arguments
+    return arguments, precision
 
 
 def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:

@@ -22,6 +22,7 @@ from llmdistill.collator import (
     first_items,
     in_place_of_logits,
 )
+from llmdistill.config.machine import training_precision
 from llmdistill.targets import kind_of
 from llmdistill.training import fused
 from llmdistill.training.callbacks import trained_tokens
@@ -96,6 +97,9 @@ class DistillConfig(trl.SFTConfig):
         if self.packing and (self.max_length is None or self.train_sampling_strategy not in ("random", "sequential")):
             raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy by length")
         self.dataset_kwargs = {"skip_prepare_dataset": True}
+        asked: dict[str, Any] = {name: getattr(self, name) for name in ("use_cpu", "bf16", "fp16")}
+        precision = training_precision(**asked)  # where TRL takes bfloat16 on every machine
+        self.bf16, self.fp16 = precision.dtype == "bfloat16", precision.dtype == "float16"
         super().__post_init__()
         self.layers()
 

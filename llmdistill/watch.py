@@ -22,8 +22,8 @@ _SPEAKS = os.environ.get("RANK", "0") == "0"  # one of many processes
 
 
 @dataclass
-class Look:
-    """How far a stage is."""
+class StageProgress:
+    """How far a stage is, or where nothing can be counted, what it is doing."""
 
     step: str
     done: int
@@ -32,6 +32,7 @@ class Look:
     tokens_per_s: float | None = None
     seconds_left: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    activity: str | None = None
 
 
 class Watcher:
@@ -39,7 +40,7 @@ class Watcher:
 
     def __init__(self, stage: str, output: str, settings: Watch, share: str | None) -> None:
         self.stage, self.output, self.settings, self.share = stage, output, settings, share
-        self.look: Look | None = None
+        self.last: StageProgress | None = None
         self._looked = float("-inf")
         remote = "://" in output
         self._file = None if remote else Path(output) / PROGRESS / f"{stage}.{platform.node()}-{os.getpid()}.json"
@@ -50,10 +51,10 @@ class Watcher:
         """Whether it is time for another look."""
         return time.monotonic() - self._looked >= _EVERY
 
-    def see(self, look: Look) -> None:
+    def see(self, progress: StageProgress) -> None:
         """Keep how far the stage is where others see it."""
-        self.look, self._looked = look, time.monotonic()
-        record = {"stage": self.stage, **asdict(look), "time": time.time(), **_who(self.share)}
+        self.last, self._looked = progress, time.monotonic()
+        record = {"stage": self.stage, **asdict(progress), "time": time.time(), **_who(self.share)}
         with suppress(OSError):  # a stage does not end because nobody can watch it
             if self._file:
                 self._file.parent.mkdir(exist_ok=True)
@@ -61,13 +62,13 @@ class Watcher:
                 unfinished.write_text(json.dumps(record), encoding="utf-8")
                 unfinished.replace(self._file)
             if self._metrics:
-                self._metrics.write("running", look)
+                self._metrics.write("running", progress)
 
     def end(self, state: str) -> None:
         """The stage is over: the file of its progress goes, its metrics stay with the last numbers."""
         with suppress(OSError):
             if self._metrics:
-                self._metrics.write(state, self.look)
+                self._metrics.write(state, self.last)
             if self._file:
                 self._file.unlink(missing_ok=True)
                 self._file.parent.rmdir()
@@ -102,7 +103,7 @@ class Metrics:
             "done": gauge("done", "Rows, steps or other units that are done.", "step"),
             "total": gauge("total", "Rows, steps or other units of all the work.", "step"),
             "tokens": gauge("tokens", "Tokens since the process began with this step.", "step"),
-            "tokens_per_s": gauge("tokens_per_second", "Tokens a second since the process began with this step.", "step"),
+            "tokens_per_s": gauge("tokens_per_second", "Tokens a second over the last half minute.", "step"),
             "seconds_left": gauge("seconds_left", "Seconds until the step is done, at this speed.", "step"),
         }
         self._losses = gauge("loss", "The last value of each part of the loss, and of what else is measured.", "step", "part")
@@ -110,19 +111,19 @@ class Metrics:
         self._updated = gauge("last_update_timestamp_seconds", "When this file was written.")
         self.write("running", None)
 
-    def write(self, state: str, look: Look | None) -> None:
+    def write(self, state: str, progress: StageProgress | None) -> None:
         """Write the file as a whole."""
         from prometheus_client import write_to_textfile
 
         for name in STATES:
             self._state.labels(**self._labels, state=name).set(name == state)
         self._updated.labels(**self._labels).set_to_current_time()
-        if look:
+        if progress and not progress.activity:
             for name, gauge in self._numbers.items():
-                if (value := getattr(look, name)) is not None:
-                    gauge.labels(**self._labels, step=look.step).set(value)
-            for part, value in look.losses.items():
-                self._losses.labels(**self._labels, step=look.step, part=part).set(value)
+                if (value := getattr(progress, name)) is not None:
+                    gauge.labels(**self._labels, step=progress.step).set(value)
+            for part, value in progress.losses.items():
+                self._losses.labels(**self._labels, step=progress.step, part=part).set(value)
         write_to_textfile(str(self.file), self._registry)
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmdistill.config.section import Section, Teacher
+from llmdistill.config.section import Dtype, Section, Teacher
 
 
 class WinRate(Section):
@@ -31,6 +31,8 @@ class Eval(Section):
     """Share of the prompts that `curate` keeps out of training; with 0 there is nothing for `eval` to measure on."""
     batch_size: int = Field(default=8, ge=1)
     """Sequences in one forward pass."""
+    dtype: Dtype = "auto"
+    """Precision in which all models are measured, here and by `export`; `auto` is what this machine is good at."""
     resamples: int = Field(default=2000, ge=100)
     """Bootstrap resamples behind every interval."""
     samples: int = Field(default=4, ge=0)

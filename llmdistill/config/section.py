@@ -134,7 +134,8 @@ class Teacher(Section):
     timeout: float = Field(default=600, gt=0)
     """Seconds without an answer after which a request is sent again (engine server)."""
     dtype: Dtype = "auto"
-    """Precision of the weights; `auto` is the checkpoint's own."""
+    """What it computes in; `auto`: bfloat16 where this machine is good at it, else float16 (GPU) or float32. Workers of one
+    dataset compute in what the first of them chose."""
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest context in tokens, prompt and completion together; the model's own limit if not given."""
     tensor_parallel_size: int = Field(default=1, ge=1)

@@ -20,7 +20,7 @@ from llmdistill.curation.steps import Check, Failed, Work, answers
 from llmdistill.dataset import Messages
 from llmdistill.errors import InputError
 from llmdistill.models import check_model_exists, context_length
-from llmdistill.progress import console
+from llmdistill.progress import working
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.targets import TopK
 from llmdistill.teachers import Completion, Engine, Request, open_engine, stable_id
@@ -89,7 +89,7 @@ class DigitReader:
         """The first token of every answer, in any order."""
         if self._engine is None:
             teacher, end_ids, seed = self.chat.experiment.teacher, self.chat.end_ids, self.chat.experiment.seed
-            with console.status("starting the judge"):
+            with working("judge", "starting the judge"):
                 sampling = Generate(temperature=0, max_tokens=1)
                 self._engine = open_engine(teacher, sampling, self.kept, self.context, end_ids, seed)
         return self._engine.generate([requests])

@@ -15,7 +15,7 @@ import psutil
 from llmdistill.errors import InputError
 from llmdistill.evaluation.serving_worker import KV_CACHE_BYTES
 from llmdistill.models import load_config, model_bytes
-from llmdistill.progress import StageBar, console
+from llmdistill.progress import StageBar, working
 
 _ROUNDS = {"vllm": 5, "transformers": 3}
 _PROMPT_TOKENS = {"vllm": 128, "transformers": 16}
@@ -69,7 +69,7 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int) -> dict[str, Any]
             engines = {model.name: _Engine(model, settings) for model in group}
             try:
                 for name, engine in engines.items():
-                    with console.status(f"starting vLLM for {name}"):
+                    with working("speed", f"starting vLLM for {name}"):
                         started = engine.start()
                     version = started.get("version", version)
                     failed |= {name: started["failed"]} if "failed" in started else {}
@@ -103,7 +103,7 @@ def by_transformers(models: dict[str, Any], batch: int, new_tokens: int) -> dict
 
     prompt_tokens, rounds = _PROMPT_TOKENS["transformers"], _ROUNDS["transformers"]
     speeds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-    with torch.inference_mode(), console.status("timing"):
+    with torch.inference_mode(), working("speed", "timing"):
         for _ in range(rounds):
             for name, model in models.items():
                 ids = torch.full((batch, prompt_tokens), 3, device=model.device)

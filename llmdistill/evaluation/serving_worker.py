@@ -46,16 +46,21 @@ def main() -> None:
 
 
 def _load(settings: dict[str, Any]) -> Any:
-    from llmdistill.teachers.vllm import ENVIRONMENT
+    from llmdistill.models import model_precision
+    from llmdistill.teachers.vllm import prepare_environment
 
-    for name, value in {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_BYTES >> 30)}.items():
-        os.environ.setdefault(name, value)
+    prepare_environment(kv_cache_gib=KV_CACHE_BYTES >> 30)
     import vllm
     from vllm.platforms import current_platform
 
+    model = settings["model"]
+    precision = model_precision(
+        model["model"], model["revision"], trust_remote_code=model["trust_remote_code"], key="the model", engine="vllm"
+    )
     batch, length = settings["batch"], settings["prompt_tokens"] + settings["new_tokens"]
     return vllm.LLM(
-        **settings["model"],
+        **model,
+        dtype=precision.dtype,
         max_model_len=length,
         max_num_seqs=batch,
         max_num_batched_tokens=max(batch * length, 2048),  # all prompts are read in one step

@@ -21,7 +21,7 @@ from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import Array, check_clusters, draw_clusters, mean_interval, percentile_interval
 from llmdistill.models import continue_prompts, vocabulary_hash
-from llmdistill.progress import StageBar, console
+from llmdistill.progress import StageBar, working
 from llmdistill.teachers import Request, stable_id
 
 _TIE, _FIRST, _SECOND = 0, 1, 2
@@ -108,7 +108,7 @@ class Comparison:
         values: list[float | None] = [None] * len(shown)
         texts = ["(too long for the judge)"] * len(shown)
         digits: list[list[float] | None] = [None] * len(shown)
-        with console.status("judging"):
+        with working("eval", "judging"):
             for done in self.reader.ask(requests):
                 p = self.reader.probabilities(done)
                 digits[done.index] = list(p.values())

@@ -10,10 +10,11 @@ from typing import Protocol
 import pyarrow as pa
 
 from llmdistill.config import Experiment, Generate, Targets
+from llmdistill.config.machine import Precision
 from llmdistill.dataset import Messages, finished_shards, read_batches, write_shard
 from llmdistill.errors import InputError
 from llmdistill.models import context_length
-from llmdistill.progress import StageBar, console
+from llmdistill.progress import StageBar, working
 from llmdistill.prompting.items import storable
 from llmdistill.shards import Share
 from llmdistill.targets import Array
@@ -75,14 +76,15 @@ class ByChat:
 
 
 class Asker:
-    """One teacher for all steps; it is loaded at the first question that has no answer yet.
+    """One teacher for all steps; it is loaded, in that precision, at the first question that has no answer yet.
 
     Raises:
         InputError: the answers alone would fill its context.
     """
 
-    def __init__(self, experiment: Experiment, chat: Chat, share: Share) -> None:
+    def __init__(self, experiment: Experiment, chat: Chat, share: Share, precision: Precision) -> None:
         assert experiment.prompts is not None
+        self.precision = precision
         self.experiment = experiment
         self.chat = chat
         self.share = share
@@ -158,24 +160,26 @@ class Asker:
             given = [answer for _, answer in sorted(answers.pop(shard).items())]
             write_shard(directory, "train", shard, shards, _table(asked.pop(shard), given))
 
-        started, tokens = time.monotonic(), 0
-        with StageBar(label, rows) as bar:
+        started, before = time.monotonic(), engine.tokens
+        bar = StageBar(label, rows)
+        bar.count_tokens(lambda: engine.tokens - before, self.sampling.max_tokens)
+        with bar:
             for completion in engine.generate(batches()):
                 shard = completion.index // size
                 answers[shard][completion.index] = way.answer(completion.ids, completion.finish_reason)
-                tokens += len(completion.ids)
-                bar.advance(tokens=len(completion.ids), facts=[f"{tokens:,} tokens"])
+                bar.advance(tokens=len(completion.ids))
                 if len(answers[shard]) == len(asked[shard]):
                     store(shard)
             for shard in list(asked):  # those of which nothing had to be asked
                 store(shard)
-        self.tokens += tokens
+        self.tokens += engine.tokens - before
         self.seconds += time.monotonic() - started
 
     def _open(self) -> Engine:
         if self._engine is None:
-            teacher, text_only = self.experiment.teacher, Targets(kind="none")
-            with console.status("starting the teacher"):
+            teacher = self.experiment.teacher.model_copy(update={"dtype": self.precision.dtype})
+            text_only = Targets(kind="none")
+            with working("prompts", "starting the teacher"):
                 self._engine = open_engine(
                     teacher, self.sampling, text_only, self.context, self.chat.end_ids, self.experiment.seed
                 )

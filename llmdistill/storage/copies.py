@@ -199,6 +199,9 @@ class Copy:
         if there is None:
             return
         found = stage.differences(there, here["settings"], here["inputs"])
+        dtypes = [run["precision"]["dtype"] for run in (there, here) if run.get("precision")]
+        if len(set(dtypes)) == 2:
+            found.append(f"its teacher computes in {dtypes[0]}, that of {self.directory} in {dtypes[1]}")
         if there["stage"] != here["stage"]:
             found = [f"it is the work of `{there['stage']}`"]
         if found:

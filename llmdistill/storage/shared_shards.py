@@ -13,6 +13,7 @@ from typing import Any
 from llmdistill import stage
 from llmdistill.card import dataset_card
 from llmdistill.config import Experiment
+from llmdistill.config.machine import Precision
 from llmdistill.dataset import MANIFEST, SHARD_NAME, Shard, finished_shards, is_damaged
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.progress import say
@@ -44,6 +45,14 @@ class SharedShards:
         """
         if self.copy:
             self.copy.check(name, settings, inputs)
+
+    def precision(self, wanted: Precision) -> Precision:
+        """What the teacher computes in: as the work in the store was begun, or as wanted."""
+        run = self.copy.store.read(f"{self.copy.name}/{stage.RUN_FILE}") if self.copy else None
+        recorded = (run or {}).get("precision")
+        if not recorded or recorded["dtype"] == wanted.dtype:
+            return wanted
+        return Precision(recorded["dtype"], f"as the work in the store was begun; here it would be {wanted}")
 
     def indices(self) -> set[int]:
         """Which shards are in the store."""

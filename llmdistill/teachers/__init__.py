@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.config.machine import Precision
 from llmdistill.errors import InputError
+from llmdistill.models import model_precision
 from llmdistill.stage import model_fingerprint
 from llmdistill.targets import Array, SoftTargets, after
 
@@ -51,6 +53,9 @@ class Completion:
 class Engine(Protocol):
     """A loaded teacher."""
 
+    tokens: int
+    """Completion tokens that it has written or read so far, those of unfinished completions included where it knows them."""
+
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request; completions come in any order, each as soon as it is there."""
         ...
@@ -80,6 +85,15 @@ def fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
     return found, found[teacher.model] if alone else stable_id(whole, teacher.system)
 
 
+def teacher_precision(teacher: Teacher) -> Precision:
+    """What a teacher computes in."""
+    if teacher.engine == "server":
+        return Precision("auto", "in what the server was started with")
+    return model_precision(
+        teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, "teacher.model", teacher.engine
+    )
+
+
 def open_engine(
     teacher: Teacher,
     sampling: Generate,
@@ -100,6 +114,7 @@ def open_engine(
         seed: of draws that are not seeded by the row.
         reads_with: the size of its vocabulary, if it is to read finished text.
     """
+    teacher = teacher.model_copy(update={"dtype": teacher_precision(teacher).dtype})
     if teacher.engine == "vllm":
         from llmdistill.teachers.vllm import VllmEngine
 

@@ -40,6 +40,7 @@ class ServerEngine:
             timeout=httpx.Timeout(teacher.timeout, connect=_CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=teacher.concurrency, max_keepalive_connections=teacher.concurrency),
         )
+        self.tokens = 0
         self.model = self._served_model()
         self._set_targets(seed)
 
@@ -62,7 +63,10 @@ class ServerEngine:
                     if not running:
                         return
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
+                    for future in done:
+                        completion = future.result()
+                        self.tokens += len(completion.ids)
+                        yield completion
             finally:
                 for future in running:
                     future.cancel()

@@ -34,6 +34,7 @@ class TransformersEngine:
         self.kept = kept
         self.end_ids = end_ids
         self.end_tensor = torch.tensor(end_ids, device=self.device)
+        self.tokens = 0
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request, `teacher.batch_size` at a time."""
@@ -59,6 +60,7 @@ class TransformersEngine:
         for request, *logits_TV in zip(requests, *logits, strict=True):
             logprobs_TV = self._logprobs(logits_TV)
             ids_T = torch.tensor(request.completion_ids, device=logprobs_TV.device)
+            self.tokens += len(ids_T)
             kept_ids, kept_logprobs = self._keep(logprobs_TV, self._uniforms(request, len(ids_T)))
             yield Completion(
                 request.index,
@@ -120,6 +122,7 @@ class TransformersEngine:
                 sampled.append(tempered_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy())
             kept.append(self._keep(logprobs_BV, uniforms_BTU[:, step]))
             lengths_B += alive_B
+            self.tokens += int(alive_B.sum())
             alive_B &= ~np.isin(tokens[-1], self.end_ids)
             if not alive_B.any():
                 break

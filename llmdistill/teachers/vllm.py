@@ -18,15 +18,7 @@ from llmdistill.teachers import Completion, Request
 _QUEUE = 2048
 _READ_BYTES = 1 << 30  # of float32 log-probabilities at a time, when finished text is read; some copies come on top
 _SEQUENCES = 256  # read at a time
-# The engine runs in a process of its own, which these reach; what the user has set stays.
-ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "TORCH_LOGS": "-torch._library.triton",  # it warns that there is no Triton on a CPU
-    "PYTHONWARNINGS": "ignore::FutureWarning",
-}
+_FEW_CORES = 4  # of so many or fewer vLLM's products get all; of more it leaves one to the rest of vLLM, as is its default
 
 
 class VllmEngine:
@@ -42,8 +34,7 @@ class VllmEngine:
         seed: int,
         reads_with: int | None = None,
     ) -> None:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        prepare_environment()
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             import vllm
         from vllm.platforms import current_platform
@@ -52,6 +43,7 @@ class VllmEngine:
         self.kept = kept
         self.end_ids = end_ids
         self.sampling = sampling
+        self.tokens = 0
         # How much a temperature takes off a log-probability at a position comes as one more of the position's numbers.
         self.tempered = sampling.shows_everything and sampling.temperature != 1
         arguments: dict[str, Any] = {
@@ -118,14 +110,17 @@ class VllmEngine:
             starts[str(request.index)] = len(request.prompt_ids)
             return params
 
-        for output in self._outputs(batches, remember):
+        for output in self._outputs(batches, remember, reads=True):
             start = starts.pop(output.request_id)
+            self.tokens += len(output.prompt_token_ids) - start
             ids = np.asarray(output.prompt_token_ids[start:], dtype=np.int64)
             reason = "stop" if ids[-1] in self.end_ids else "length"
             # The first token of a prompt has no distribution: entry 1 is that of the second token.
             yield self._completion(output.request_id, ids, reason, output.prompt_logprobs[start:])
 
-    def _outputs(self, batches: Iterable[Sequence[Request]], params_of: Callable[[Request], Any]) -> Iterator[Any]:
+    def _outputs(
+        self, batches: Iterable[Sequence[Request]], params_of: Callable[[Request], Any], reads: bool = False
+    ) -> Iterator[Any]:
         """The finished outputs, as they come."""
         engine = self.llm.llm_engine
         waiting = (request for batch in batches for request in batch)
@@ -138,7 +133,9 @@ class VllmEngine:
                 else:
                     ids = [*request.prompt_ids, *request.completion_ids]
                     engine.add_request(str(request.index), {"prompt_token_ids": ids}, params_of(request))
-            yield from (output for output in engine.step() if output.finished)
+            outputs = engine.step()
+            self.tokens += 0 if reads else len(outputs)  # a step writes a token for each
+            yield from (output for output in outputs if output.finished)
 
     def _sampling_logprob(self, completion: Completion, flat: Any) -> float | None:
         if not self.sampling.shows_everything:
@@ -154,6 +151,26 @@ class VllmEngine:
         if len(ids) != len(token_logprobs):
             raise RuntimeError(f"vLLM returned {len(ids)} tokens with {len(token_logprobs)} distributions")
         return Completion(int(request_id), ids, finish_reason, token_logprobs, targets)
+
+
+def prepare_environment(kv_cache_gib: int = 2) -> None:
+    """Set what vLLM's processes take from the environment; what the user has set stays.
+
+    Args:
+        kv_cache_gib: memory for keys and values on a CPU, in GiB.
+    """
+    found = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCH_LOGS": "-torch._library.triton",  # it warns that there is no Triton on a CPU
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    if (os.cpu_count() or 1) <= _FEW_CORES:
+        found["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+    for name, value in found.items():
+        os.environ.setdefault(name, value)
 
 
 def _end_with_this_process() -> "subprocess.Popen[bytes]":

@@ -48,7 +48,7 @@ def write_form(form: Form, source: str, directory: Path, settings: Export, calib
         InputError: the form does not fit the model.
     """
     if form == "safetensors":
-        load_model(source, dtype=settings.dtype, key="export.model", device="cpu").save_pretrained(directory)
+        load_model(source, dtype=stored_dtype(settings), key="export.model", device="cpu").save_pretrained(directory)
         how = "whole"
     elif form == "int8":
         how = _write_int8(source, directory, settings)
@@ -58,12 +58,17 @@ def write_form(form: Form, source: str, directory: Path, settings: Export, calib
     return how
 
 
+def stored_dtype(settings: Export) -> str:
+    """The `dtype` of what is written, which has nothing to do with what this machine computes in."""
+    return "checkpoint" if settings.dtype == "auto" else settings.dtype
+
+
 def _write_int8(source: str, directory: Path, settings: Export) -> str:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
     how = TorchAoConfig(Int8WeightOnlyConfig(version=2))
-    model = load_model(source, dtype=settings.dtype, key="export.model", device="cpu", quantization_config=how)
+    model = load_model(source, dtype=stored_dtype(settings), key="export.model", device="cpu", quantization_config=how)
     model.save_pretrained(directory)
     return "8-bit weights, a scale a row, rounded to the nearest"
 
@@ -73,7 +78,7 @@ def _write_compressed(
 ) -> str:
     """In the format of compressed-tensors: every linear layer but the output layer."""
     by_gptq = settings.rounding == "gptq"
-    model = load_model(source, dtype=settings.dtype, key="export.model", device=None if by_gptq else "cpu")
+    model = load_model(source, dtype=stored_dtype(settings), key="export.model", device=None if by_gptq else "cpu")
     group = fitting_group_size(model, settings.group_size) if form == "w4a16" else None
     head = model.get_output_embeddings()
     apart = [name for name, module in model.named_modules() if module is head]
@@ -121,12 +126,12 @@ def _to_nearest(model: Any, groups: dict[str, Any], directory: Path, calibration
     compressor.update_config(str(directory))
 
 
-def load_form(directory: str) -> Any:
+def load_form(directory: str, dtype: str) -> Any:
     """A model that `write_form` wrote, by transformers: weights are unpacked, the rounding of activations is kept."""
     import torch
 
     with _quiet(), torch.inference_mode():
-        model = load_model(directory, key="export")
+        model = load_model(directory, dtype=dtype, key="export")
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # compressed-tensors unpacks at the first pass
     return model
 
