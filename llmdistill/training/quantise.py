@@ -126,7 +126,7 @@ def _to_nearest(model: Any, groups: dict[str, Any], directory: Path, calibration
     compressor.update_config(str(directory))
 
 
-def load_form(directory: str, dtype: str) -> Any:
+def load_form(directory: str, dtype: str = "auto") -> Any:
     """A model that `write_form` wrote, by transformers: weights are unpacked, the rounding of activations is kept."""
     import torch
 
