@@ -13,6 +13,9 @@ setup: .venv/.ready
 
 # PyTorch's CPU build comes from its own index; where that cannot be reached, the default index may have one.
 .venv/.ready: requirements-cpu.txt pyproject.toml
+	@case "$$(uname -sm)" in "Linux x86_64" | "Linux aarch64") ;; *) \
+		echo "make setup: vLLM's CPU build is there for Linux on x86-64 and Arm only, not for $$(uname -sm); see docs/install.md"; exit 1;; esac
+	@command -v $(PYTHON) >/dev/null || { echo "make setup: $(PYTHON) is not installed; set PYTHON to a Python 3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) --retries 0 --timeout 10 --index-url $(TORCH_CPU_INDEX) $(TORCH) || $(PIP) $(TORCH)
 	$(PIP) -r requirements-cpu.txt
@@ -26,8 +29,9 @@ $(TEACHER): .venv/.ready
 demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml
 
-# Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other.
-PYTEST := OMP_NUM_THREADS=1 PYTHONPATH=.torchao:.s3 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Two files of tests at a time, each with one thread that may run on any core: a vLLM and a training fit into 16 GB beside each
+# other. vLLM alone would bind the threads of both to the same cores.
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: check $(TEACHER) .torchao .s3 .schemas
 	$(PYTEST) --durations 15

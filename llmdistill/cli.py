@@ -153,7 +153,7 @@ def _convert(source: Path, arguments: argparse.Namespace) -> None:
 
 
 def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: list[str]) -> None:
-    from llmdistill.pipeline import Stage, run_pipeline, stages
+    from llmdistill.pipeline import Stage, run_pipeline, say_estimate, stages
 
     if arguments.dry_run:
         print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -177,6 +177,8 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
             overrides = [*overrides_of(rest), *stage.overrides.items()]
             here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
             _function(stage.command)(here, **options)
+        if arguments.command == "run":
+            say_estimate(experiment)
         return None
     from llmdistill.progress import console, working
     from llmdistill.storage.copies import bring, keep

