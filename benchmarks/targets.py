@@ -205,7 +205,7 @@ def distributions(temperature: float, positions: int, student_path: str | None) 
         Targets(kind="none"),
         [tokenizer.eos_token_id],
     )
-    half = choose(Prune(layers=15), engine.model.config, None)
+    half = choose(Prune(layers=15, by="even"), engine.model.config, None)
     student = load_model(student_path) if student_path else cut(engine.model, half)
     requests = [Request(index, prompt_ids, seed=index) for index, prompt_ids in enumerate(ids)]
     left = positions

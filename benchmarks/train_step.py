@@ -242,7 +242,7 @@ def prepare(directory: Path) -> str:
     from llmdistill.config import Prune
     from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
     from llmdistill.models import load_model, load_tokenizer
-    from llmdistill.student import choose, cut
+    from llmdistill.training.cut import choose, cut
 
     teacher, tokenizer = load_model(TEACHER), load_tokenizer(TEACHER, None)
     text = "\n".join(page.read_text() for page in sorted(Path("docs").glob("*.md")))
@@ -265,7 +265,7 @@ def prepare(directory: Path) -> str:
     write_shard(data, "train", 0, 1, rows_to_table(rows, len(tokenizer)))
     description = {"teacher": {"model": TEACHER, "engine": "transformers"}, "sampling": {}, "targets": {"kind": "sampled"}}
     write_manifest(data, finished_shards(data, "train"), description)
-    cut(teacher, choose(Prune(layers=15), teacher.config, None)).save_pretrained(directory / "student")
+    cut(teacher, choose(Prune(layers=15, by="even"), teacher.config, None)).save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     completion = sum(len(row.completion_ids) for row in rows) / len(rows)
     return f"{len(rows)} rows of {at / len(rows):.0f} tokens, {completion:.0f} of them completion"
