@@ -48,7 +48,7 @@ def ensure_pruned(experiment: Experiment) -> bool:
     }
     if stage.claim(directory, "prune", claimed, inputs) == "done":
         return False
-    with console.status("measuring the teacher"):
+    with console.status("measuring the teacher, cutting the student"):
         student, results, lines = _make(experiment, settings)
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
     stage.begin(directory, "prune", claimed, inputs, experiment.seed)
@@ -85,8 +85,8 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
 
     teacher = experiment.teacher
     model = load_model(teacher.model, teacher.revision, "float32", teacher.trust_remote_code)
-    calibration, others = _rows(experiment, settings.calibration_rows) if settings.measured else ([], [])
-    decoder_of(model)
+    calibration, others = calibration_and_others(experiment, settings.calibration_rows) if settings.measured else ([], [])
+    decoder_of(model)  # another architecture is refused before anything of it is looked for
     no_refit = _no_refit(settings, model, calibration)
     importance = measure(model, calibration) if settings.measured else None
     config = model.config.get_text_config()
@@ -96,14 +96,14 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
     results = {"parameters_before": sizes[0], "parameters": sizes[1], **_indices(kept, config)}
     lines = _what_went(settings, config, kept, importance)
     dtype = _stored_dtype(experiment)
-    near = {"cut": _kl_from_teacher(model, student, others, dtype)} if others else {}
+    near = {"cut": kl_from_teacher(model, student, others, dtype)} if others else {}
     if settings.refit and no_refit is None:
         from llmdistill.training.refit import refit
 
         errors = refit(student, model, kept, calibration, settings.ridge)
         results["refit"] = [{"layer": layer, "before": a, "after": b} for layer, (a, b) in zip(kept.layers, errors, strict=True)]
         if others:
-            near["refitted"] = _kl_from_teacher(model, student, others, dtype)
+            near["refitted"] = kl_from_teacher(model, student, others, dtype)
     elif settings.refit:
         lines.append(f"no refit: {no_refit}")
     if others:
@@ -130,7 +130,7 @@ def _no_refit(settings: Prune, model: Any, rows: list[dict[str, Any]]) -> str | 
     return found if isinstance(found, str) else None
 
 
-def _rows(experiment: Experiment, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def calibration_and_others(experiment: Experiment, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of calibration, and others from held-out prompts, or where there are none from the rest of the training rows."""
     directory = experiment.dataset_directory
     rows = load_dataset(directory, "train")
@@ -158,8 +158,8 @@ def _stored_dtype(experiment: Experiment) -> Any:
     return load_config(teacher.model, teacher.revision, teacher.trust_remote_code).dtype or torch.float32
 
 
-def _kl_from_teacher(model: Any, student: Any, rows: list[dict[str, Any]], dtype: Any) -> float:
-    """KL(teacher ‖ student) in nats a token, in float32, of the student as it is saved: its weights are rounded to `dtype`."""
+def kl_from_teacher(model: Any, student: Any, rows: list[dict[str, Any]], dtype: Any) -> float:
+    """KL(teacher ‖ student) in nats a token, in float32, of the student as it is saved: with its weights, in place, rounded to `dtype`."""
     from llmdistill.evaluation.fidelity import fidelity
 
     for parameter in student.parameters():
