@@ -159,7 +159,10 @@ def _stored_dtype(experiment: Experiment) -> Any:
 
 
 def kl_from_teacher(model: Any, student: Any, rows: list[dict[str, Any]], dtype: Any) -> float:
-    """KL(teacher ‖ student) in nats a token, in float32, of the student as it is saved: with its weights, in place, rounded to `dtype`."""
+    """KL(teacher ‖ student) in nats a token, in float32, of the student as it is saved.
+
+    Its weights are rounded to `dtype` for that, in place.
+    """
     from llmdistill.evaluation.fidelity import fidelity
 
     for parameter in student.parameters():
