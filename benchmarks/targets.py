@@ -206,7 +206,7 @@ def distributions(temperature: float, positions: int, student_path: str | None) 
         [tokenizer.eos_token_id],
     )
     (teacher,) = engine.models
-    half = choose(Prune(layers=15), teacher.config, None)
+    half = choose(Prune(layers=15, by="even"), teacher.config, None)
     student = load_model(student_path) if student_path else cut(teacher, half)
     requests = [Request(index, prompt_ids, seed=index) for index, prompt_ids in enumerate(ids)]
     left = positions

@@ -193,7 +193,7 @@ def prepare(directory: Path, teacher_directory: str) -> str:
     }
     write_manifest(data, finished_shards(data, "train"), description)
     layers = teacher.config.num_hidden_layers // 2
-    cut(teacher, choose(Prune(layers=layers), teacher.config, None)).save_pretrained(directory / "student")
+    cut(teacher, choose(Prune(layers=layers, by="even"), teacher.config, None)).save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     completion = sum(len(row.completion_ids) for row in rows) / len(rows)
     return f"{len(rows)} rows of {at / len(rows):.0f} tokens, {completion:.0f} of them completion"

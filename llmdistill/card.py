@@ -68,8 +68,8 @@ def _table(facts: dict[str, str]) -> str:
 
 
 def _pruned_to(prune: Prune) -> str:
-    given = prune.model_dump(exclude_none=True, exclude={"by", "calibration_rows"})
-    chosen = f" (by {prune.by})" if "layers" in given else ""
+    given = prune.model_dump(exclude_none=True, exclude={"by", "calibration_rows", "refit", "ridge"})
+    chosen = f" (by {prune.by})" if isinstance(prune.layers, int) else ""
     return ", ".join(f"{name} {value}" for name, value in given.items()) + chosen
 
 

@@ -18,8 +18,8 @@ class Prune(Section):
 
     layers: int | list[int] | None = None
     """How many layers stay, or which ones (counted from 0)."""
-    by: Literal["even", "block_influence"] = "even"
-    """How the layers that stay are chosen: evenly spaced, or those that change their input most on the dataset."""
+    by: Literal["block_influence", "even"] = "block_influence"
+    """How the layers that stay are chosen: those that change their input most on the dataset, or evenly spaced."""
     intermediate_size: int | None = Field(default=None, ge=1)
     """Feed-forward neurons that stay in every layer, those with the largest activation on the dataset."""
     key_value_heads: int | None = Field(default=None, ge=1)
@@ -27,7 +27,12 @@ class Prune(Section):
     hidden_size: int | None = Field(default=None, ge=1)
     """Channels that stay between the layers, those with the largest activation after the norms on the dataset."""
     calibration_rows: int = Field(default=64, ge=1)
-    """Rows of the dataset on which all of this is measured."""
+    """Rows of the dataset on which all of this is measured, and the refit solved."""
+    refit: bool = True
+    """Solve every layer's down_proj again, by ridge regression, so that the student's hidden states come near the teacher's.
+    Not for models with a norm behind it (gemma): there it is left out, and refused if it is set to true."""
+    ridge: float = Field(default=1.0, ge=0.01)
+    """Strength of the ridge that keeps refitted weights near the old ones, relative to the mean of the squared activations."""
 
     @model_validator(mode="after")
     def _something(self) -> "Prune":
@@ -37,8 +42,9 @@ class Prune(Section):
 
     @property
     def measured(self) -> bool:
-        """Whether rows of the dataset are needed to choose what stays."""
-        return self.by == "block_influence" or any((self.intermediate_size, self.key_value_heads, self.hidden_size))
+        """Whether rows of the dataset are needed, for the refit or to choose what stays."""
+        by_influence = self.by == "block_influence" and isinstance(self.layers, int)
+        return self.refit or by_influence or any((self.intermediate_size, self.key_value_heads, self.hidden_size))
 
 
 class Lora(Section):

@@ -38,6 +38,8 @@ _AXES = {
     "pre_feedforward_layernorm": ("hidden",),
     "post_feedforward_layernorm": ("hidden",),
 }
+# Keys of a configuration that are lists with an entry a layer.
+_BY_LAYER = ("layer_types", "no_rope_layers")
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ def cut(teacher: Any, kept: Kept) -> Any:
             name = f"{match[1]}{place}{match[3]}"
         state[name] = _select(name, tensor, indices)
     config.num_hidden_layers = len(kept.layers)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[number] for number in kept.layers]
+    for name in _BY_LAYER:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, [getattr(config, name)[number] for number in kept.layers])
     config.head_dim = head_dim
     config.num_key_value_heads = len(kept.heads[0])
     config.num_attention_heads = len(kept.heads[0]) * queries
@@ -187,7 +190,7 @@ def measure(teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 8) -
     Raises:
         InputError: the architecture's layers are not where they are known to be.
     """
-    decoder = _decoder(teacher)
+    decoder = decoder_of(teacher)
     config = teacher.config.get_text_config()
     sums: dict[tuple[str, int], Any] = {}
     tokens = 0
@@ -238,7 +241,12 @@ def measure(teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 8) -
     return Importance(**parts, hidden=sums["hidden", 0] / tokens)
 
 
-def _decoder(model: Any) -> Any:
+def decoder_of(model: Any) -> Any:
+    """The part of a model that holds its layers.
+
+    Raises:
+        InputError: the layers are not built so that they can be cut.
+    """
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers") or not all(
         hasattr(layer, "input_layernorm") and hasattr(layer.self_attn, "o_proj") and hasattr(layer.mlp, "down_proj")

@@ -172,10 +172,11 @@ def test_a_narrower_student(finished_run, tmp_path):
     pruned = run_cli("prune", file, *overrides)
     assert pruned.returncode == 0, pruned.stderr
     for part in (
-        "keeps layers 0, 2, 3 of 4, evenly spaced; block influence: up to ",
+        " of 4, by block influence: up to ",
         "keeps 40 of 64 feed-forward neurons",
         "1 of 2 key-value heads",
         "24 of 32 channels",
+        "nats a token, ",
     ):
         assert part in pruned.stdout
     assert "is finished" in run_cli("prune", file, *overrides).stdout
@@ -193,7 +194,7 @@ def test_a_narrower_student(finished_run, tmp_path):
 
 STUDENTS = {
     "DoRA": "prune: {layers: [0, 2]}\n  lora: {r: 4, args: {use_dora: true}}",
-    "QLoRA": "prune: {layers: 2, by: block_influence}\n  lora: {}\n  quantize: nf4",
+    "QLoRA": "prune: {layers: 2, by: even}\n  lora: {}\n  quantize: nf4",
 }
 
 

@@ -18,8 +18,9 @@ SMALL = {
     "num_key_value_heads": 3,
     "head_dim": 8,
     "max_position_embeddings": 64,
+    "pad_token_id": 0,
 }
-FAMILIES = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text"]
+FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Granite", "SmolLM3"]
 
 
 def small_model(family):
