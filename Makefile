@@ -29,8 +29,8 @@ $(TEACHER): .venv/.ready
 demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml
 
-# Two files of tests at a time, each with one thread that may run on any core: a vLLM and a training fit into 16 GB beside each
-# other. vLLM alone would bind the threads of both to the same cores.
+# Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other. Threads of vLLM
+# servers are not bound to cores, of which they would all take the same.
 PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: check $(TEACHER) .torchao .s3 .schemas

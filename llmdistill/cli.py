@@ -16,6 +16,7 @@ import yaml
 from llmdistill import __version__
 from llmdistill.config import Experiment, keys, load_experiment, overrides_of
 from llmdistill.errors import InputError, RemoteError
+from llmdistill.quiet import quiet_libraries
 
 # What each command does, and the sections of the configuration it reads.
 STAGES = {
@@ -55,6 +56,7 @@ _MODULES = {"eval": ("llmdistill.evaluate", "evaluate")}  # the others are named
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of the `llmdistill` command."""
     signal.signal(signal.SIGTERM, _preempted)
+    quiet_libraries()
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command is None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +11,6 @@ from typing import Any
 from llmdistill.config.machine import Precision, inference_precision
 from llmdistill.errors import InputError
 from llmdistill.stage import read_json
-
-# Where it is installed transformers imports it, and it warns: of kernels for other machines, of torch's next version.
-for _name in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def check_model_exists(model: str, key: str) -> None:

@@ -168,7 +168,7 @@ def read_json(file: Path) -> Any:
 
 def _create_json(file: Path, content: Any) -> bool:
     """Write the file as a whole unless it is there; whether it was not."""
-    unfinished = file.with_name(f".{file.name}.{writer_name()}.new.unfinished")
+    unfinished = file.with_name(f".{file.name}.new.{writer_name()}.unfinished")
     write_json(unfinished, content)
     try:
         os.link(unfinished, file)

@@ -1,8 +1,11 @@
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from llmdistill import stage
+from llmdistill.config.machine import Precision
 from llmdistill.errors import InputError
 
 SETTINGS = {"generate": {"temperature": 1.0, "samples": 1}, "teacher": {"engine_args": {"a": 1}}}
@@ -96,3 +99,38 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
         write(tmp_path / "a/b/file", fails=False)
     with pytest.raises(InputError, match="inside: cannot be written"):
         write(tmp_path / "a/b/file/inside", fails=False)
+
+
+BFLOAT16 = Precision("bfloat16", "this processor has bfloat16 instructions (AMX)")
+FLOAT32 = Precision("float32", "this processor has no bfloat16 instructions")
+
+
+def test_who_begins_decides_on_the_precision(tmp_path, capsys):
+    """Another machine follows, and says so; other settings are other work."""
+    first = stage.begin_computing(tmp_path, "generate", {"seed": 1}, {}, 1, BFLOAT16)
+    assert first == BFLOAT16
+    assert stage.read_json(tmp_path / "run.json")["precision"] == {"dtype": "bfloat16", "reason": BFLOAT16.reason}
+    second = stage.begin_computing(tmp_path, "generate", {"seed": 1}, {}, 1, FLOAT32)
+    assert second.dtype == "bfloat16"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"generate  computes in {BFLOAT16}"
+    assert said[1] == f"generate  computes in bfloat16: as {tmp_path} was begun; here it would be {FLOAT32}"
+    assert stage.begin_computing(tmp_path, "generate", {"seed": 2}, {}, 1, FLOAT32) == FLOAT32
+
+
+def test_a_finished_directory_can_be_moved(tmp_path):
+    stage.begin_computing(tmp_path, "generate", {"teacher": {"dtype": "auto"}}, {}, 1, BFLOAT16)
+    stage.finish(tmp_path, {})
+    assert stage.claim(tmp_path, "generate", {"teacher": {"dtype": "auto"}}, {}) == "done"
+
+
+def _begin(directory, precision):
+    return stage.begin_computing(directory, "score", {}, {}, 1, precision)
+
+
+def test_one_of_many_that_begin_at_once_decides(tmp_path):
+    """Each of them thinks that it is the first."""
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(_begin, [tmp_path] * 8, [BFLOAT16, FLOAT32] * 4))
+    (dtype,) = {precision.dtype for precision in found}
+    assert stage.read_json(tmp_path / "run.json")["precision"]["dtype"] == dtype

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import psutil
 
 from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.quiet import quiet_libraries
 from llmdistill.targets import Array, SoftTargets, from_logprobs
 from llmdistill.teachers import Completion, Request
 
@@ -18,7 +18,9 @@ from llmdistill.teachers import Completion, Request
 _QUEUE = 2048
 _READ_BYTES = 1 << 30  # of float32 log-probabilities at a time, when finished text is read; some copies come on top
 _SEQUENCES = 256  # read at a time
-_FEW_CORES = 4  # of so many or fewer vLLM's products get all; of more it leaves one to the rest of vLLM, as is its default
+# Where a CPU has so many cores or fewer, vLLM runs in this process: the processes that it else starts wait for each other in
+# loops that keep a core busy, and each takes its time to start. On two cores that doubles the speed (docs/teachers.md).
+_FEW_CORES = 8
 
 
 class VllmEngine:
@@ -35,8 +37,7 @@ class VllmEngine:
         reads_with: int | None = None,
     ) -> None:
         prepare_environment()
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            import vllm
+        import vllm
         from vllm.platforms import current_platform
         from vllm.sampling_params import StructuredOutputsParams
 
@@ -159,18 +160,13 @@ def prepare_environment(kv_cache_gib: int = 2) -> None:
     Args:
         kv_cache_gib: memory for keys and values on a CPU, in GiB.
     """
-    found = {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TORCH_LOGS": "-torch._library.triton",  # it warns that there is no Triton on a CPU
-        "PYTHONWARNINGS": "ignore::FutureWarning",
-    }
-    if (os.cpu_count() or 1) <= _FEW_CORES:
-        found["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
-    for name, value in found.items():
-        os.environ.setdefault(name, value)
+    quiet_libraries()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib))
+    from vllm.platforms import current_platform
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if current_platform.is_cpu() and cores <= _FEW_CORES:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 def _end_with_this_process() -> "subprocess.Popen[bytes]":
