@@ -67,7 +67,7 @@ def measure(positions: int) -> dict[str, float]:
 def write(data: Path, positions: int) -> dict[str, float]:
     """Stream rows into shards of the default size, and write the manifest."""
     from llmdistill.config import Experiment
-    from llmdistill.dataset import SplitWriter, rows_to_table, write_manifest
+    from llmdistill.data.dataset import SplitWriter, rows_to_table, write_manifest
 
     default = Experiment.model_fields["shard_mb"].default
     writer = SplitWriter(data, "train", int(default * 1e6))
@@ -99,9 +99,9 @@ def read(data: Path, positions: int) -> dict[str, float]:
     import torch
 
     from llmdistill import load_dataset
-    from llmdistill.collator import DistillCollator
-    from llmdistill.dataset import shard_files
-    from llmdistill.inspect import inspect
+    from llmdistill.data.collator import DistillCollator
+    from llmdistill.data.dataset import shard_files
+    from llmdistill.data.inspect import inspect
 
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -125,8 +125,8 @@ def read(data: Path, positions: int) -> dict[str, float]:
 
 def synthetic_rows(generator: np.random.Generator, positions: int, number: int) -> list[Any]:
     """Rows with so many positions together, or a few more."""
-    from llmdistill import targets
-    from llmdistill.dataset import Row
+    from llmdistill.data import targets
+    from llmdistill.data.dataset import Row
 
     lengths: list[int] = []
     while sum(lengths) < positions:

@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmdistill import shards
 from llmdistill.config import load_experiment
-from llmdistill.dataset import rows_to_table, write_shard
-from llmdistill.generate import _Prompts
-from llmdistill.prompts import prepared_prompts
+from llmdistill.data import shards
+from llmdistill.data.dataset import rows_to_table, write_shard
+from llmdistill.stages.generate import _Prompts
+from llmdistill.stages.prompts import prepared_prompts
 from llmdistill.teachers import Request, fingerprints, open_engine
-from llmdistill.teachers.chat import Chat
+from llmdistill.teachers.prompt_encoding import Chat
 
 KINDS = ("topk", "sampled")
 

@@ -89,8 +89,8 @@ def soft_targets(kind: str, teacher_NV: Any, kept: int) -> dict[str, Any]:
     """The targets of a batch, from the teacher's logits, as the engines make them."""
     import torch
 
-    from llmdistill import pps, targets
-    from llmdistill.targets import TopK
+    from llmdistill.data import pps, targets
+    from llmdistill.data.targets import TopK
 
     if kind == "none":
         return {}
@@ -159,7 +159,7 @@ def three_products(x_TD: Any, weight_VD: Any) -> None:
 
 def collating(small: bool, found: Found) -> None:
     """Of one batch of 8,192 positions, on the CPU, where training does it between two steps."""
-    from llmdistill.collator import DistillCollator
+    from llmdistill.data.collator import DistillCollator
 
     vocab, length = (512, 64) if small else (151_936, 2048)
     for kind, kept in OURS.values():

@@ -211,7 +211,7 @@ def flat_gradient(model: Any, rows: list[Any], in_a_line: bool, half: bool) -> A
     """Of the loss as the trainer computes it, with respect to all weights."""
     import torch
 
-    from llmdistill.collator import DistillCollator, in_place_of_logits
+    from llmdistill.data.collator import DistillCollator, in_place_of_logits
     from llmdistill.losses import Objective
     from llmdistill.training import fused
 

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from llmdistill import DistillConfig, DistillTrainer, load_dataset, pps, targets
-from llmdistill.collator import DistillCollator, completion_logits
+from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import Targets, load_experiment
-from llmdistill.dataset import Row, rows_to_table, write_shard
+from llmdistill.data import pps, targets
+from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.dataset import Row, rows_to_table, write_shard
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import draw_clusters, mean_interval
-from llmdistill.models import load_model
+from llmdistill.models.loading import load_model
 
 DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/student-before"
 KINDS = {

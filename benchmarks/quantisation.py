@@ -22,9 +22,9 @@ from llmdistill.config import Experiment, load_experiment
 from llmdistill.config.export import Export
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import Draws
-from llmdistill.models import load_model, load_tokenizer
-from llmdistill.train import train
-from llmdistill.training.quantise import load_form, write_form
+from llmdistill.models.loading import load_model, load_tokenizer
+from llmdistill.stages.train import train
+from llmdistill.students.quantization import load_form, write_form
 
 ROUNDINGS: tuple[Literal["nearest"], Literal["gptq"]] = ("nearest", "gptq")
 USUAL, ROUNDED = "trained as usual", "trained through rounded weights"

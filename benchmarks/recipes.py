@@ -23,9 +23,9 @@ from transformers.utils import logging
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.evaluation.fidelity import fidelity
-from llmdistill.models import load_model
-from llmdistill.stage import read_json
-from llmdistill.training.hidden import of_pruned
+from llmdistill.losses.hidden_states import of_pruned
+from llmdistill.models.loading import load_model
+from llmdistill.runs.record import read_json
 
 DATA, BEFORE = Path("runs/demo/curated"), Path("runs/demo/student-before")
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {

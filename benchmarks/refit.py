@@ -18,10 +18,10 @@ import torch
 
 from llmdistill.config import load_experiment
 from llmdistill.config.student import Prune
-from llmdistill.models import load_model
-from llmdistill.prune import calibration_and_others, kl_from_teacher
-from llmdistill.training.cut import choose, cut, measure
-from llmdistill.training.refit import refit
+from llmdistill.models.loading import load_model
+from llmdistill.stages.prune import calibration_and_others, kl_from_teacher
+from llmdistill.students.pruning import choose, cut, measure
+from llmdistill.students.refit import refit
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "15 of 30 layers, by block influence": {"layers": 15},

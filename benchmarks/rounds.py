@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llmdistill.stage import read_json
+from llmdistill.runs.record import read_json
 
 WAYS = {
     "teacher's text alone": None,

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from llmdistill.dataset import Row, describe_shard, finished_shards, rows_to_table, write_manifest, write_shard
-from llmdistill.shards import Share
-from llmdistill.targets import SoftTargets, from_logprobs
+from llmdistill.data.dataset import Row, describe_shard, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.data.shards import Share
+from llmdistill.data.targets import SoftTargets, from_logprobs
 
 WORKERS = 1000
 SHARDS = 100_000

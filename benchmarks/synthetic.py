@@ -49,8 +49,8 @@ def rows(vocab: int, lengths: Sequence[tuple[int, int]], kind: str, kept: int, s
         kept: tokens a position.
         seed: of the random numbers.
     """
-    from llmdistill.dataset import Row
-    from llmdistill.targets import from_logprobs
+    from llmdistill.data.dataset import Row
+    from llmdistill.data.targets import from_logprobs
 
     generator, made = np.random.default_rng(seed), []
     for number, (prompt, completion) in enumerate(lengths):
@@ -71,7 +71,7 @@ def dataset(made: Sequence[Any], vocab: int) -> Any:
     """The rows as `load_dataset` would give them, from memory."""
     import datasets
 
-    from llmdistill.dataset import rows_to_table
+    from llmdistill.data.dataset import rows_to_table
 
     return datasets.Dataset(rows_to_table(list(made), vocab)).with_format("numpy")
 

@@ -32,16 +32,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from llmdistill import pps, targets
-from llmdistill.collator import DistillCollator, completion_logits
 from llmdistill.config import Generate, Prompts, Targets, Teacher
 from llmdistill.config.student import Prune
-from llmdistill.dataset import parquet_encoding
-from llmdistill.models import load_model, load_tokenizer
-from llmdistill.prompts import load_prompts
+from llmdistill.data import pps, targets
+from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.dataset import parquet_encoding
+from llmdistill.models.loading import load_model, load_tokenizer
+from llmdistill.stages.prompts import load_prompts
+from llmdistill.students.pruning import choose, cut
 from llmdistill.teachers import Request
 from llmdistill.teachers.transformers import TransformersEngine
-from llmdistill.training.cut import choose, cut
 
 TEACHER = "models/SmolLM2-135M-Instruct"
 GROUP = 1500

@@ -156,12 +156,12 @@ def prepare(directory: Path, teacher_directory: str) -> str:
     """Rows of this repository's documentation with the teacher's targets, and the student."""
     import torch
 
-    from llmdistill import pps, targets
-    from llmdistill.collator import DistillCollator, completion_logits
     from llmdistill.config import Prune
-    from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
-    from llmdistill.models import load_model, load_tokenizer
-    from llmdistill.training.cut import choose, cut
+    from llmdistill.data import pps, targets
+    from llmdistill.data.collator import DistillCollator, completion_logits
+    from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+    from llmdistill.models.loading import load_model, load_tokenizer
+    from llmdistill.students.pruning import choose, cut
 
     teacher, tokenizer = load_model(teacher_directory), load_tokenizer(teacher_directory, None)
     vocab, generator = teacher.config.vocab_size, np.random.default_rng(0)
@@ -206,7 +206,7 @@ def make_trainer(spec: dict[str, Any]) -> Any:
     import trl
 
     from llmdistill import DistillConfig, DistillTrainer, load_dataset
-    from llmdistill.models import load_model, load_tokenizer
+    from llmdistill.models.loading import load_model, load_tokenizer
 
     data = Path(spec["data"])
     arguments = {

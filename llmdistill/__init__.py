@@ -6,10 +6,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "DistillConfig": "llmdistill.trainer",
-    "DistillTrainer": "llmdistill.trainer",
-    "load_dataset": "llmdistill.dataset",
-    "push_to_hub": "llmdistill.hub",
+    "DistillConfig": "llmdistill.training.trainer",
+    "DistillTrainer": "llmdistill.training.trainer",
+    "load_dataset": "llmdistill.data.dataset",
+    "push_to_hub": "llmdistill.data.hub",
 }
 __all__ = ["DistillConfig", "DistillTrainer", "load_dataset", "push_to_hub"]
 

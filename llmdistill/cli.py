@@ -16,7 +16,7 @@ import yaml
 from llmdistill import __version__
 from llmdistill.config import Experiment, keys, load_experiment, overrides_of
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.quiet import quiet_libraries
+from llmdistill.runs.quiet import quiet_libraries
 
 # What each command does, and the sections of the configuration it reads.
 STAGES = {
@@ -50,7 +50,7 @@ _PATIENCE = 30  # seconds
 _SHARED = ("prompts", "generate", "score")  # several workers may do it together
 _USAGE = dict.fromkeys(_SHARED, " [--shards I/N]") | {"report": "\n       llmdistill report RUN RUN ... [--out FILE.html]"}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MODULES = {"eval": ("llmdistill.evaluate", "evaluate")}  # the others are named as their command
+_MODULES = {"eval": ("llmdistill.stages.evaluate", "evaluate")}  # the others are named as their command
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _complain(arguments: argparse.Namespace, text: object) -> None:
     """What went wrong, on the standard error stream."""
-    from llmdistill import watch
+    from llmdistill.runs import watch
 
     if watch.current.as_json:
         watch.event(arguments.command, "message", level="error", error=True, text=str(text))
@@ -113,11 +113,11 @@ def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
 
         getattr(jobs, arguments.command)(directory)
     elif arguments.command == "inspect":
-        from llmdistill.inspect import inspect
+        from llmdistill.data.inspect import inspect
 
         inspect(directory, arguments.verify)
     else:
-        from llmdistill.hub import push
+        from llmdistill.data.hub import push
 
         push(directory, arguments.repo_id, arguments.private, arguments.revision, arguments.dry_run)
 
@@ -125,7 +125,7 @@ def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         raise InputError(f"report of several runs takes no {rest[0]}")
-    from llmdistill.compare import compare
+    from llmdistill.runs.compare import compare
 
     directories = [Path(name) for name in arguments.config]
     for directory in directories:
@@ -140,7 +140,7 @@ def _convert(source: Path, arguments: argparse.Namespace) -> None:
         for flag in ("teacher", "k"):
             if getattr(arguments, flag) is not None:
                 raise InputError(f"--{flag} is for --from; a dataset of ours says that itself")
-        from llmdistill.conversion.exports import export_dataset
+        from llmdistill.data.convert.exports import export_dataset
 
         return export_dataset(source, out, arguments.to, arguments.exact_k)
     if arguments.exact_k is not None:
@@ -149,20 +149,20 @@ def _convert(source: Path, arguments: argparse.Namespace) -> None:
         raise InputError(
             f"--teacher is missing: --from {arguments.form} needs the model whose tokenizer the files were made with"
         )
-    from llmdistill.conversion.imports import import_dataset
+    from llmdistill.data.convert.imports import import_dataset
 
     return import_dataset(source, out, arguments.form, arguments.teacher, arguments.k)
 
 
 def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: list[str]) -> None:
-    from llmdistill.pipeline import Stage, run_pipeline, say_estimate, stages
+    from llmdistill.runs.pipeline import Stage, run_pipeline, say_estimate, stages
 
     if arguments.dry_run:
         print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     elif arguments.command == "run":
         return run_pipeline(experiment, [arguments.config, *rest])
     if arguments.command == "refresh":
-        from llmdistill.refresh import refresh
+        from llmdistill.runs.refresh import refresh
 
         return refresh(experiment, [arguments.config, *rest], arguments.dry_run)
     if arguments.command == "submit":
@@ -171,7 +171,7 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
         return submit(experiment, [arguments.config, *rest], arguments.dry_run)
     options: dict[str, Any] = {"dry_run": arguments.dry_run}
     if getattr(arguments, "shards", None):
-        from llmdistill.shards import Share
+        from llmdistill.data.shards import Share
 
         options["worker"] = Share.parse(arguments.shards)
     if arguments.dry_run:
@@ -182,9 +182,9 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
         if arguments.command == "run":
             say_estimate(experiment)
         return None
-    from llmdistill.progress import console, working
-    from llmdistill.storage.copies import bring, keep
-    from llmdistill.watch import watched
+    from llmdistill.objectstore.copies import bring, keep
+    from llmdistill.runs.progress import console, working
+    from llmdistill.runs.watch import watched
 
     talks = arguments.command == "chat"
     console.quiet = console.quiet or (experiment.watch.log == "json" and not talks)  # what is not a line of a stage
@@ -199,7 +199,7 @@ def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: lis
 
 
 def _function(command: str) -> Any:
-    module, function = _MODULES.get(command, (f"llmdistill.{command}", command))
+    module, function = _MODULES.get(command, (f"llmdistill.stages.{command}", command))
     return getattr(importlib.import_module(module), function)
 
 

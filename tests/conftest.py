@@ -55,7 +55,7 @@ def text_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of eight rows of uneven length without soft targets."""
     import numpy as np
 
-    from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+    from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 
     directory = tmp_path_factory.mktemp("text")
     generator = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from llmdistill.trainer import add_up_in_float32
+from llmdistill.training.trainer import add_up_in_float32
 from tests.conftest import ROOT
 
 PATHS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from llmdistill import cli, pipeline
+from llmdistill import cli
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError, RemoteError
+from llmdistill.runs import pipeline
 
 
 def test_what_another_than_the_first_process_finds_alone_it_says_after_a_while(monkeypatch, capsys, tmp_path):

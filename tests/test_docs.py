@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
-from llmdistill import pps, targets
 from llmdistill.cli import STAGES
 from llmdistill.config import keys
 from llmdistill.config.prompts import Prompts, PromptStep
-from llmdistill.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.data import pps, targets
+from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.losses import DIVERGENCES
 from llmdistill.prompting.plan import Plan
 

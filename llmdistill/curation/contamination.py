@@ -11,9 +11,9 @@ import pyarrow as pa
 import yaml
 
 from llmdistill.config.curate import Contamination
+from llmdistill.curation.ngrams import ngram_hashes, normalised, words
 from llmdistill.curation.steps import Array, Check, Work, answers
 from llmdistill.errors import InputError
-from llmdistill.ngrams import ngram_hashes, normalised, words
 from llmdistill.prompting.sources import read_jsonl
 
 _SHORTEST = 8  # words of a string that is looked for inside other text; with fewer, it could be anything's

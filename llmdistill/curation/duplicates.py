@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config.curate import Duplicates, NearDuplicates
+from llmdistill.curation.ngrams import jaccard, ngram_hashes, normalised, words
 from llmdistill.curation.steps import Array, Check, Work, all_rows, compared
-from llmdistill.ngrams import jaccard, ngram_hashes, normalised, words
 
 _PERMUTATIONS = 128
 _MISSED = 0.05  # of the pairs that are just as similar as the threshold

@@ -15,7 +15,7 @@ import regex
 from llmdistill.config.curate import Balance, FinishReason, JsonSchema, Language, Length, Regex, Repetition
 from llmdistill.curation.steps import Array, Check, Failed, Work, answers, completion_ids, excerpt, metadata, questions
 from llmdistill.errors import InputError
-from llmdistill.stage import read_json
+from llmdistill.runs.record import read_json
 
 _TELLING = 120  # letters from which lingua looks at trigrams alone, and is sure
 _SECONDS = 1.0  # for one regular expression on one row

@@ -13,18 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmdistill import stage
 from llmdistill.config import Experiment, Generate, Targets, Teacher
 from llmdistill.config.curate import Judge
 from llmdistill.curation.steps import Check, Failed, Work, answers
-from llmdistill.dataset import Messages
+from llmdistill.data.dataset import Messages
+from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
-from llmdistill.models import check_model_exists, context_length
-from llmdistill.progress import working
+from llmdistill.models.loading import check_model_exists, context_length
 from llmdistill.prompting.template import PromptTemplate
-from llmdistill.targets import TopK
+from llmdistill.runs import record
+from llmdistill.runs.progress import working
 from llmdistill.teachers import Completion, Engine, Request, open_engine, stable_id
-from llmdistill.teachers.chat import Chat
+from llmdistill.teachers.prompt_encoding import Chat
 
 _K = 64  # of the judge's most likely first tokens; the digits are among them, or it has not answered
 _CONTEXT = 8192  # tokens reserved for a question if teacher.max_model_len does not say
@@ -78,7 +78,7 @@ class DigitReader:
 
     def __init__(self, experiment: Experiment, teacher: Teacher, scale: list[int]) -> None:
         check_model_exists(teacher.model, "teacher.model")
-        self.fingerprint = stage.model_fingerprint(teacher.model, teacher.revision)
+        self.fingerprint = record.model_fingerprint(teacher.model, teacher.revision)
         self.kept = Targets(kind="topk", k=_K)
         self.chat = Chat(experiment.model_copy(update={"teacher": teacher, "targets": self.kept}), self.fingerprint)
         self.digits = digit_ids(self.chat.tokenizer, scale)
@@ -148,7 +148,7 @@ class _Asked:
         rows = [{"question": key, "id": row, "score": score, "mass": mass} for key, (row, (score, mass)) in sorted(found.items())]
         self.directory.mkdir(parents=True, exist_ok=True)
         name = f"{stable_id(sorted(found))}.parquet"
-        unfinished = self.directory / f".{name}.{stage.writer_name()}.unfinished"
+        unfinished = self.directory / f".{name}.{record.writer_name()}.unfinished"
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), unfinished)
         unfinished.replace(self.directory / name)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config import Experiment
-from llmdistill.dataset import read_batches
+from llmdistill.data.dataset import read_batches
 
 Array = np.ndarray[Any, Any]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmdistill.models import continue_prompts
+from llmdistill.models.loading import continue_prompts
 
 Array = np.ndarray[Any, Any]
 Report = Callable[[int, int], None]
@@ -80,7 +80,7 @@ def token_view(teacher: Any, student: Any, row: Any, tokenizer: Any, most: int) 
     """The first `most` completion tokens of a row, each with what both models thought of its place."""
     import torch
 
-    from llmdistill.collator import DistillCollator, completion_logits
+    from llmdistill.data.collator import DistillCollator, completion_logits
 
     start = int(row["completion_start"])
     cut: dict[str, Any] = {"input_ids": np.asarray(row["input_ids"])[: start + most], "completion_start": start}
@@ -128,7 +128,7 @@ def _batches(
     """For each batch: values at every completion position, the row of each, and how many rows there are."""
     import torch
 
-    from llmdistill.collator import DistillCollator, completion_logits
+    from llmdistill.data.collator import DistillCollator, completion_logits
 
     collate = DistillCollator(pad_token_id=0)
     for first in range(0, len(rows), batch_size):

@@ -14,8 +14,8 @@ import psutil
 
 from llmdistill.errors import InputError
 from llmdistill.evaluation.serving_worker import KV_CACHE_BYTES
-from llmdistill.models import load_config, model_bytes
-from llmdistill.progress import StageBar, working
+from llmdistill.models.loading import load_config, model_bytes
+from llmdistill.runs.progress import StageBar, working
 
 _ROUNDS = {"vllm": 5, "transformers": 3}
 _PROMPT_TOKENS = {"vllm": 128, "transformers": 16}

@@ -18,7 +18,7 @@ import pyarrow as pa
 from llmdistill.config import read_yaml
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import check_clusters
-from llmdistill.progress import StageBar
+from llmdistill.runs.progress import StageBar
 
 _LOCAL = {"json", "csv", "parquet", "text"}  # dataset_path of the builders of `datasets` that read files
 _FEW = 8  # items of a task of lm-eval that are looked at before a model is loaded; of a file all are

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.config.eval import WinRate
 from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import Array, check_clusters, draw_clusters, mean_interval, percentile_interval
-from llmdistill.models import continue_prompts, vocabulary_hash
-from llmdistill.progress import StageBar, working
+from llmdistill.models.loading import continue_prompts, vocabulary_hash
+from llmdistill.runs import record
+from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import Request, stable_id
 
 _TIE, _FIRST, _SECOND = 0, 1, 2
@@ -51,7 +51,7 @@ class Comparison:
     def inputs(self) -> dict[str, str]:
         """Path and hash of what the verdicts depend on."""
         template = Path(self.settings.template)
-        return {self.settings.judge.model: self.reader.fingerprint, str(template): stage.sha256(template)}
+        return {self.settings.judge.model: self.reader.fingerprint, str(template): record.sha256(template)}
 
     def measure(
         self, models: dict[str, Any], rows: Any, tokenizer: Any, end_ids: Sequence[int], directory: Path
@@ -89,7 +89,7 @@ class Comparison:
     def _family_warning(self, tokenizer: Any) -> str | None:
         """A judge favours text like its own (Panickssery et al. 2024, arXiv 2404.13076)."""
         teacher = self.experiment.teacher
-        if stage.model_fingerprint(teacher.model, teacher.revision) == self.reader.fingerprint:
+        if record.model_fingerprint(teacher.model, teacher.revision) == self.reader.fingerprint:
             return "the judge is the teacher itself, and favours what it would have written; choose one of another family"
         if vocabulary_hash(tokenizer) == vocabulary_hash(self.reader.chat.tokenizer):
             return "the judge has the teacher's tokenizer, so it is of the same family and may favour it; choose one of another"

@@ -10,13 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llmdistill import stage
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
 from llmdistill.jobs import kubernetes, ray, skypilot, slurm
 from llmdistill.jobs.commands import Job
-from llmdistill.progress import console, say
-from llmdistill.status import begun, how_far
+from llmdistill.runs import record
+from llmdistill.runs.progress import console, say
+from llmdistill.runs.status import begun, how_far
 
 BACKENDS: dict[str, ModuleType] = {"slurm": slurm, "ray": ray, "skypilot": skypilot, "kubernetes": kubernetes}
 WHOLE = "run"  # the `stage` of a job that is all of them
@@ -50,12 +50,12 @@ def submit(experiment: Experiment, arguments: list[str], dry_run: bool = False) 
         raise InputError(f"{directory}: {', '.join(alive)} of an earlier submission still wait or run; `cancel` them first")
     directory.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
-        stage.write_text(directory / file, text)
+        record.write_text(directory / file, text)
     submitted: list[Job] = []
     try:
         for job in backend.submit(experiment, settings, {file: directory / file for file in texts}):
             submitted.append(job)
-            stage.write_json(directory / _FILE, {"backend": name, "jobs": submitted})
+            record.write_json(directory / _FILE, {"backend": name, "jobs": submitted})
             say("submit", f"{job['stage']} is job {job['job']}")
     except InputError:
         if submitted:
@@ -105,7 +105,7 @@ def cancel(output: Path) -> None:
 
 
 def _jobs(directory: Path) -> tuple[ModuleType, list[Job]]:
-    found: dict[str, Any] | None = stage.read_json(directory / _FILE)
+    found: dict[str, Any] | None = record.read_json(directory / _FILE)
     if found is None:
         raise InputError(
             f"{directory / _FILE} is not there: nothing was submitted from this output, and no stage has begun in it"

@@ -11,7 +11,7 @@ import yaml
 
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.pipeline import Stage, stages
+from llmdistill.runs.pipeline import Stage, stages
 
 PORT = 29500
 SHARED = ("generate", "score")  # several workers do it together

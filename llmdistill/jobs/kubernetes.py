@@ -10,7 +10,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.jobs import Kubernetes, of_stage
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.commands import SHARED, Job, ask, completed, documents, run_name, stages_elsewhere
-from llmdistill.pipeline import Stage, stages
+from llmdistill.runs.pipeline import Stage, stages
 
 OVER = {"COMPLETE", "FAILED"}
 SAME_FILES = False

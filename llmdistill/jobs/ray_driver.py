@@ -19,13 +19,13 @@ import ray
 
 from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.config.jobs import Ray
-from llmdistill.dataset import finished_shards
+from llmdistill.data.dataset import finished_shards
+from llmdistill.data.shards import Worker
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs import ray as backend
 from llmdistill.jobs.commands import SHARED
-from llmdistill.pipeline import Stage, stages
-from llmdistill.progress import say
-from llmdistill.shards import Worker
+from llmdistill.runs.pipeline import Stage, stages
+from llmdistill.runs.progress import say
 
 
 class Queue:
@@ -106,11 +106,11 @@ class Actor:
 
 def _make(command: str, experiment: Experiment, worker: Worker) -> None:
     if command == "generate":
-        from llmdistill.generate import generate
+        from llmdistill.stages.generate import generate
 
         generate(experiment, worker=worker)
     else:
-        from llmdistill.score import score
+        from llmdistill.stages.score import score
 
         score(experiment, worker=worker)
 

@@ -10,7 +10,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.jobs import SkyPilot, of_stage
 from llmdistill.errors import InputError
 from llmdistill.jobs.commands import SHARED, Job, ask, below, completed, documents, launched, run_name, stages_elsewhere
-from llmdistill.pipeline import Stage, stages
+from llmdistill.runs.pipeline import Stage, stages
 
 OVER = {"SUCCEEDED", "CANCELLED", "FAILED", "FAILED_SETUP", "FAILED_PRECHECKS", "FAILED_NO_RESOURCE", "FAILED_CONTROLLER"}
 SAME_FILES = False

@@ -9,7 +9,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.jobs import Slurm, of_stage
 from llmdistill.errors import InputError
 from llmdistill.jobs.commands import SHARED, Job, ask, launched
-from llmdistill.pipeline import Stage, stages
+from llmdistill.runs.pipeline import Stage, stages
 
 _OPTIONS = {"partition": "partition", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time"}
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}

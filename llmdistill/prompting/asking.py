@@ -11,15 +11,15 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment, Generate, Targets
 from llmdistill.config.machine import Precision
-from llmdistill.dataset import Messages, finished_shards, read_batches, write_shard
+from llmdistill.data.dataset import Messages, finished_shards, read_batches, write_shard
+from llmdistill.data.shards import Share
+from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
-from llmdistill.models import context_length
-from llmdistill.progress import StageBar, working
+from llmdistill.models.loading import context_length
 from llmdistill.prompting.items import storable
-from llmdistill.shards import Share
-from llmdistill.targets import Array
+from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import Engine, Request, open_engine, row_seed
-from llmdistill.teachers.chat import Chat
+from llmdistill.teachers.prompt_encoding import Chat
 
 # Tokens reserved for a question and its answer where `teacher.max_model_len` does not say: how long the questions of a
 # later step are is not known before the first one is done, and the teacher is loaded once.

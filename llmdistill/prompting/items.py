@@ -12,10 +12,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmdistill.dataset import ROW_GROUP, read_batches
+from llmdistill.data.dataset import ROW_GROUP, read_batches
 from llmdistill.prompting.sources import describe_place
 from llmdistill.prompting.template import Fields
-from llmdistill.stage import fsync_directory, writer_name
+from llmdistill.runs.record import fsync_directory, writer_name
 
 Verdict = Literal["kept", "rejected", "failed"]
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "fields", "lineage", "verdict", "reason", "text")])

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from llmdistill.dataset import Messages
+from llmdistill.data.dataset import Messages
+from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 from llmdistill.prompting.asking import Answer
-from llmdistill.targets import Array
-from llmdistill.teachers.chat import Chat
+from llmdistill.teachers.prompt_encoding import Chat
 
 _SENTINEL = "MAGPIE0PIE0TURN"  # what no template holds, and none trims or escapes
 

@@ -16,11 +16,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from llmdistill.config.prompts import HubDataset, Passages, Prompts
-from llmdistill.dataset import MANIFEST, Messages, read_batches, shard_files
+from llmdistill.data.dataset import MANIFEST, Messages, read_batches, shard_files
 from llmdistill.errors import InputError
 from llmdistill.prompting.passages import Starts, cut
 from llmdistill.prompting.template import Fields, Message
-from llmdistill.stage import sha256
+from llmdistill.runs.record import sha256
 
 _TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 _MARKDOWN = (".md", ".markdown")

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, SelfInstruct
 from llmdistill.config.section import Section
-from llmdistill.dataset import Messages
+from llmdistill.data.dataset import Messages
 from llmdistill.errors import InputError
 from llmdistill.prompting.asking import TOO_LONG, Answer, Asker, ByChat, Question, Way
 from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items

@@ -14,7 +14,7 @@ from pydantic import ValidationError, model_validator
 
 from llmdistill.config import explain, read_yaml
 from llmdistill.config.section import Section, check_schema
-from llmdistill.dataset import Messages
+from llmdistill.data.dataset import Messages
 from llmdistill.errors import InputError
 
 Fields = dict[str, Any]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmdistill.dataset import Messages
+from llmdistill.data.dataset import Messages
 from llmdistill.errors import InputError
 from llmdistill.prompting.template import Fields
 

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.config.machine import Precision
+from llmdistill.data.targets import Array, SoftTargets, after
 from llmdistill.errors import InputError
-from llmdistill.models import model_precision
-from llmdistill.stage import model_fingerprint
-from llmdistill.targets import Array, SoftTargets, after
+from llmdistill.models.loading import model_precision
+from llmdistill.runs.record import model_fingerprint
 
 
 @dataclass(frozen=True)

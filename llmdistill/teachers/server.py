@@ -16,8 +16,8 @@ import httpx
 import numpy as np
 
 from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.data.targets import Array, SoftTargets, from_logprobs
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.targets import Array, SoftTargets, from_logprobs
 from llmdistill.teachers import Completion, Request
 
 _TRIES = 9

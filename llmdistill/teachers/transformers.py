@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from llmdistill import pps
-from llmdistill.collator import DistillCollator, completion_logits
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.models import load_model
-from llmdistill.targets import Array, from_logprobs
+from llmdistill.data import pps
+from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.targets import Array, from_logprobs
+from llmdistill.models.loading import load_model
 from llmdistill.teachers import Completion, Request
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import psutil
 
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.quiet import quiet_libraries
-from llmdistill.targets import Array, SoftTargets, from_logprobs
+from llmdistill.data.targets import Array, SoftTargets, from_logprobs
+from llmdistill.runs.quiet import quiet_libraries
 from llmdistill.teachers import Completion, Request
 
 # Requests inside the engine at a time: more than it runs at once, so that it is never idle while a shard is written.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmdistill import pps
+from llmdistill.data import pps
 
 
 class SampleTargets:

@@ -3,7 +3,7 @@
 import signal
 from typing import Any
 
-from llmdistill.progress import StageBar
+from llmdistill.runs.progress import StageBar
 
 _WATCHED = ("loss", "kl", "ce", "agreement", "hidden", "attention", "grad_norm", "learning_rate")
 

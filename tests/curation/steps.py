@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
-from llmdistill.curate import STEPS
 from llmdistill.curation.steps import Work
+from llmdistill.stages.curate import STEPS
 
 
 def table(texts, prompts=None, ids=None, reasons=None, fields=None, logprobs=None):

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdistill.config import load_experiment
-from llmdistill.conversion.exports import export_dataset
-from llmdistill.curate import _whole_prompts, curate
-from llmdistill.dataset import load_dataset
+from llmdistill.data.convert.exports import export_dataset
+from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
-from llmdistill.generate import generate
+from llmdistill.stages.curate import _whole_prompts, curate
+from llmdistill.stages.generate import generate
 from tests.curation.steps import apply_step, table
 
 LOGPROBS = [[-1.0, -3.0], [-1.5], [-0.5, -0.5], [-4.0], [-4.0], [float("nan")]]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmdistill.curation.ngrams import words
 from llmdistill.errors import InputError
-from llmdistill.ngrams import words
 from tests.curation.steps import apply_step, table
 
 QUESTION = "A farmer has seventeen sheep, and all but nine of them run away in the night; how many sheep are left?"

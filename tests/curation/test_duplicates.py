@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdistill.curation.duplicates import best_bands
-from llmdistill.ngrams import words
+from llmdistill.curation.ngrams import words
 from tests.curation.steps import apply_step, table
 
 WORDS = [f"w{n}" for n in range(400)]

@@ -11,7 +11,7 @@ from llmdistill.curation import judge as module
 from llmdistill.curation.judge import as_text, digit_ids
 from llmdistill.curation.steps import Failed
 from llmdistill.errors import InputError
-from llmdistill.models import load_model, load_tokenizer
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.prompting.template import PromptTemplate
 from tests.curation.steps import apply_step, table
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.evaluate import _calibration
 from llmdistill.evaluation.fidelity import CONFIDENCES, ENTROPIES, POSITIONS, fidelity, own_text, token_view
 from llmdistill.evaluation.statistics import Draws
-from llmdistill.models import load_model, load_tokenizer
+from llmdistill.models.loading import load_model, load_tokenizer
+from llmdistill.stages.evaluate import _calibration
 
 END = 7
 

@@ -5,7 +5,7 @@ import pytest
 
 from llmdistill.errors import InputError
 from llmdistill.evaluation.tasks import TaskFile, files_of, load_tasks, read_tasks, run_tasks
-from llmdistill.models import load_model, load_tokenizer
+from llmdistill.models.loading import load_model, load_tokenizer
 
 CHOICES = """
 task: colours

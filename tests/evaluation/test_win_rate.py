@@ -8,12 +8,12 @@ import torch
 
 from llmdistill.config import Experiment
 from llmdistill.curation import judge
+from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
 from llmdistill.evaluation import win_rate
 from llmdistill.evaluation.win_rate import Comparison, length_controlled, write_answers
-from llmdistill.models import load_model, load_tokenizer
-from llmdistill.progress import StageBar
-from llmdistill.targets import TopK
+from llmdistill.models.loading import load_model, load_tokenizer
+from llmdistill.runs.progress import StageBar
 from llmdistill.teachers import Completion
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmdistill.config import Experiment
-from llmdistill.report import report
+from llmdistill.stages.report import report
 from tests.test_report import HOSTILE, write_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

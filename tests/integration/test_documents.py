@@ -10,7 +10,7 @@ import pytest
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
-from llmdistill.pipeline import stages
+from llmdistill.runs.pipeline import stages
 from tests.conftest import ROOT, run_cli
 
 # The tiny teacher writes no sentences: what it writes up to the first e is taken for a question, long or short.

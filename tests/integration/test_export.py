@@ -10,7 +10,7 @@ import torch
 
 from llmdistill.config import load_experiment
 from llmdistill.evaluation.serving import Served, by_vllm
-from llmdistill.training.quantise import load_form
+from llmdistill.students.quantization import load_form
 from tests.conftest import ROOT, run_cli, write_experiment
 
 GPTQ = ROOT / ".llmcompressor"
@@ -18,7 +18,7 @@ ASK = """
 import json
 import sys
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.models import end_token_ids, load_config, load_tokenizer
+from llmdistill.models.loading import end_token_ids, load_config, load_tokenizer
 from llmdistill.teachers import Request
 from llmdistill.teachers.vllm import VllmEngine
 

@@ -12,10 +12,10 @@ import pytest
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
-from llmdistill.dataset import read_manifest
-from llmdistill.generate import generate
-from llmdistill.score import score
-from llmdistill.shards import Share
+from llmdistill.data.dataset import read_manifest
+from llmdistill.data.shards import Share
+from llmdistill.stages.generate import generate
+from llmdistill.stages.score import score
 from tests.conftest import ROOT, run_cli
 
 WORKERS = 3
@@ -75,7 +75,7 @@ def test_kills_at_random_moments_lose_nothing(prepared, stage):
     """
     file, directory = prepared
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmdistill.generate", "llmdistill.score", "llmdistill.teachers.transformers"])
+    context.set_forkserver_preload(["llmdistill.stages.generate", "llmdistill.stages.score", "llmdistill.teachers.transformers"])
     undisturbed = directory / ("undisturbed/data" if stage == "generate" else "undisturbed-score/data")
     chance, kills, begun = random.Random(stage), 0, 0
     while kills < KILLS // 2:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from llmdistill.train import last_checkpoint
+from llmdistill.stages.train import last_checkpoint
 from tests.conftest import ROOT, run_cli, write_experiment
 from tests.integration.processes import LAUNCHES, files, losses, rewind, start, weights
 

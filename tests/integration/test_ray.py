@@ -11,8 +11,8 @@ import time
 import psutil
 import pytest
 
-from llmdistill.dataset import load_dataset, read_manifest
-from llmdistill.stage import read_json
+from llmdistill.data.dataset import load_dataset, read_manifest
+from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli, write_cut_experiment, write_experiment
 from tests.integration.test_slurm import free_port, wait_for
 

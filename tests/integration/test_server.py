@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from llmdistill import load_dataset
-from llmdistill.collator import DistillCollator, completion_logits
 from llmdistill.config.machine import inference_precision
-from llmdistill.models import load_model
+from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.models.loading import load_model
 from tests.conftest import ROOT, run_cli
 
 pytest.importorskip("vllm", reason="vLLM is not installed")

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmdistill.dataset import load_dataset, read_manifest
-from llmdistill.stage import read_json
+from llmdistill.data.dataset import load_dataset, read_manifest
+from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli, write_cut_experiment, write_experiment
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")

@@ -23,16 +23,16 @@ import s3fs
 
 from llmdistill import cli
 from llmdistill.config import load_experiment
-from llmdistill.storage import store
-from llmdistill.storage.copies import SEAL, bring
-from llmdistill.storage.store import Store
+from llmdistill.objectstore import store
+from llmdistill.objectstore.copies import SEAL, bring
+from llmdistill.objectstore.store import Store
 from tests.integration.processes import losses, weights
 
 MODULES = [
-    "llmdistill.generate",
-    "llmdistill.curate",
-    "llmdistill.train",
-    "llmdistill.trainer",
+    "llmdistill.stages.generate",
+    "llmdistill.stages.curate",
+    "llmdistill.stages.train",
+    "llmdistill.training.trainer",
     "llmdistill.teachers.transformers",
 ]
 

@@ -12,7 +12,7 @@ from llmdistill import jobs
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.jobs.slurm import script
-from llmdistill.pipeline import Stage
+from llmdistill.runs.pipeline import Stage
 from tests.conftest import run_cli
 from tests.doubles import double
 

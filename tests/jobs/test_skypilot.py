@@ -11,7 +11,7 @@ import yaml
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.jobs.skypilot import render
-from llmdistill.stage import read_json
+from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli
 from tests.doubles import double
 from tests.jobs.test_jobs import HOSTILE

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmdistill.models import load_model
+from llmdistill.models.loading import load_model
 from llmdistill.training.packing import check_apart, pack
 
 

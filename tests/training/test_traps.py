@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
-from llmdistill.collator import DistillCollator
 from llmdistill.config.student import Student
-from llmdistill.models import load_config, load_tokenizer, vocabulary_hash
+from llmdistill.data.collator import DistillCollator
+from llmdistill.models.loading import load_config, load_tokenizer, vocabulary_hash
 from llmdistill.training.traps import end_token, learning_rate, mass_outside, rows_without_end, traps
 
 

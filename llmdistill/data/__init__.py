@@ -1,0 +1,1 @@
+"""Datasets: rows, shards, soft targets, batches, cards, and the formats of other projects."""

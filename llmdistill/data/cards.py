@@ -1,0 +1,194 @@
+"""Cards in the Hub's format: what a model or dataset is, what it was made from, and how."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmdistill.config import Experiment
+from llmdistill.config.student import Prune, Student
+from llmdistill.models.licence import sentence
+
+_RESULTS = "## Results"
+
+
+def describe_targets(targets: dict[str, Any]) -> str:
+    """A dataset's soft targets in words."""
+    return {
+        "sampled": f"an unbiased sample of {targets.get('n')} tokens at every position",
+        "multinomial": f"{targets.get('n')} independent draws at every position",
+        "topk": f"the {targets.get('k')} most likely tokens at every position and the mass outside them",
+        "none": "none, the text only",
+    }[targets["kind"]]
+
+
+def dataset_card(manifest: dict[str, Any]) -> str:
+    """The README.md of a dataset, from its `dataset.json`."""
+    splits = list(dict.fromkeys(shard["split"] for shard in manifest["shards"]))
+    files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
+    head = {
+        "task_categories": ["text-generation"],
+        "tags": ["llmdistill", "distillation", "synthetic"],
+        **manifest["teacher"].get("licence", {}),
+        "configs": [{"config_name": "default", "data_files": files}],
+    }
+    teacher, sampling = manifest["teacher"], manifest["sampling"]
+    facts = {
+        "written by": f"`{teacher['model']}`" + (f" at `{teacher['commit']}`" if teacher.get("commit") else ""),
+        "engine": teacher["engine"],
+        "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown",
+        "soft targets": describe_targets(manifest["targets"]),
+        "rows": f"{manifest['rows']:,}",
+        "completion tokens": f"{manifest['completion_tokens']:,}",
+        "rejected": ", ".join(
+            f"{step['rejected'] + step['failed']:,} {step['name']}"
+            for step in manifest.get("steps", [])
+            if step["kept"] < step["rows_in"]
+        )
+        or "none",
+    }
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# Text and soft targets of {teacher["model"].rstrip("/").split("/")[-1]}
+
+Made with llmdistill.
+
+{_table(facts)}
+
+{sentence(teacher.get("licence", {}))}
+
+The columns, the splits and everything needed to make it again are in `dataset.json`.
+"""
+
+
+def _table(facts: dict[str, str]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())])
+
+
+def _pruned_to(prune: Prune) -> str:
+    given = prune.model_dump(exclude_none=True, exclude={"by", "calibration_rows", "refit", "ridge"})
+    chosen = f" (by {prune.by})" if isinstance(prune.layers, int) else ""
+    return ", ".join(f"{name} {value}" for name, value in given.items()) + chosen
+
+
+def _starts_from(student: Student, base: str) -> str:
+    if student.prune:
+        return f"`{base}`, pruned to {_pruned_to(student.prune)}"
+    if student.config is None:
+        return f"`{base}`"
+    changes = ", ".join(f"{name} {value}" for name, value in student.config.items())
+    return f"random weights in the architecture of `{base}`" + (f" with {changes}" if changes else "")
+
+
+def _describe_loss(arguments: Any) -> str:
+    """From a `DistillConfig`: its terms with their weights, and how tokens are weighted if not all alike."""
+
+    def number(start: float | None, end: float | None) -> str:
+        return f"{start:.2g}" if end is None else f"{start:.2g} to {end:.2g}"
+
+    ends = (arguments.alpha, arguments.alpha if arguments.alpha_end is None else arguments.alpha_end)
+    rest = [1 - alpha - arguments.sequence_alpha for alpha in ends]
+    terms = [f"{number(rest[0], None if rest[0] == rest[1] else rest[1])} × cross-entropy on the teacher's text"]
+    if any(ends):
+        beta = "" if arguments.beta is None else f" (beta {number(arguments.beta, arguments.beta_end)})"
+        terms.append(f"{number(arguments.alpha, arguments.alpha_end)} × {arguments.loss}{beta}")
+    if arguments.sequence_alpha:
+        terms.append(f"{arguments.sequence_alpha:.2g} × sequence-level KL")
+    if arguments.hidden:
+        terms.append(f"{arguments.hidden['weight']:g} × hidden states ({arguments.hidden['loss']})")
+    if arguments.attention:
+        terms.append(f"{arguments.attention['weight']:g} × attention maps")
+    weighted = (
+        "" if arguments.position_weights == "uniform" else f", tokens weighted by the teacher's {arguments.position_weights}"
+    )
+    return " + ".join(terms) + weighted + (", every sequence counting alike" if arguments.reduction == "sequence" else "")
+
+
+def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, arguments: Any, results: dict[str, float]) -> str:
+    """The README.md of a trained student; `arguments` are its `DistillConfig`."""
+    student = experiment.student
+    base = student.model or experiment.teacher.model
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        # The Hub takes only names of its own, and a fresh student has no base.
+        **({} if Path(base).is_dir() or student.config is not None else {"base_model": base}),
+        "tags": ["llmdistill", "distillation"],
+        **manifest["teacher"].get("licence", {}),
+    }
+    shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
+    rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
+    targets = (
+        "none stored, the teacher ran beside the student"
+        if experiment.targets.kind == "online"
+        else describe_targets(manifest["targets"])
+    )
+    facts = {
+        "starts from": _starts_from(student, base),
+        "loss": _describe_loss(arguments),
+        "temperature": f"{arguments.temperature:g}",
+        "data": f"{rows:,} rows, {tokens:,} completion tokens, written by `{manifest['teacher']['model']}`",
+        "soft targets": targets,
+        "steps": f"{results['steps']:,.0f}",
+        "last logged": ", ".join(f"{key} {results[key]:.3f} nats a token" for key in ("kl", "ce") if key in results),
+    }
+    if "eval_ce" in results:
+        parts = (f"{key} {results[f'eval_{key}']:.3f} nats a token" for key in ("kl", "ce") if f"eval_{key}" in results)
+        facts["on validation rows"] = ", ".join(parts)
+    settings = yaml.safe_dump(experiment.model_dump(mode="json", include={"seed", "student", "train"}), sort_keys=False)
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# {name}
+
+A student of `{experiment.teacher.model}`, made with llmdistill.
+
+{_table(facts)}
+
+{sentence(manifest["teacher"].get("licence", {}))}
+
+## Configuration
+
+```yaml
+{settings.strip()}
+```
+
+Versions, seeds and hashes of all inputs are in `run.json`.
+"""
+
+
+def with_results(card: str, metrics: dict[str, Any]) -> str:
+    """A student's card with what `eval` has found, in the place of what an earlier one had.
+
+    Args:
+        card: the README.md of the student.
+        metrics: the content of `metrics.json`.
+    """
+    student = next(model for model in metrics["models"] if model["name"] == "student")
+
+    def shown(key: str, factor: float = 1) -> str:
+        mean, low, high = (factor * student[key][end] for end in ("mean", "low", "high"))
+        return f"{mean:.3g} (95% CI {low:.3g} to {high:.3g})"
+
+    facts = {
+        "KL(teacher ‖ student), nats a token": shown("kl"),
+        "same most likely token, %": shown("top1", 100),
+        "NLL of the teacher's text, nats a token": shown("nll"),
+        "parameters": f"{student['parameters']:,}",
+    }
+    held_out = metrics["held_out"]
+    results = f"""{_RESULTS}
+
+**{metrics["headline"]}**
+
+{_table(facts)}
+
+On {held_out["tokens"]:,} tokens that the teacher wrote for {held_out["prompts"]:,} prompts held out of training; intervals by
+bootstrap over the prompts.
+
+"""
+    before, found, after = card.partition("## Configuration")
+    return before.partition(_RESULTS)[0] + results + found + after

@@ -1,0 +1,172 @@
+"""Rows to batches, and the one place where targets meet the logits that predict them.
+
+Soft-target row t of a sequence is the teacher's distribution for `input_ids[completion_start + t]` given everything
+before it. The student's logits for it stand at position `completion_start + t − 1`. No other module shifts anything.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmdistill.data import targets
+
+TARGET_COLUMNS = sorted({name for names in targets.COLUMNS.values() for name in names})
+# A token's weight in the loss, from how undecided the teacher was there, in nats.
+POSITION_WEIGHTS: dict[str, Callable[[targets.Array], targets.Array]] = {
+    "uniform": np.ones_like,
+    "entropy": lambda entropy_N: entropy_N,
+    "certainty": lambda entropy_N: np.exp(-entropy_N),
+}
+
+
+@dataclass
+class DistillCollator:
+    """Pads rows of a dataset to a batch and gathers their soft targets in one flat run of N completion tokens.
+
+    The batch holds `input_ids`, `attention_mask` and `labels` (B, T), the labels −100 outside the completions;
+    `lengths` (rows,), in tokens; `pack_sizes` (items,), in rows, all 1 without packs; `positions` (N,), where in the
+    flattened (B × T) the logits stand that predict each completion token; `token_weights` (N,), what each counts in the
+    loss; and the soft targets that the rows have: `target_ids` (N, K) with `target_logprobs` (N, K) and `target_tail` (N,)
+    for topk, or with `target_logweights` (N, K) and `target_entropy` (N,) for sampled and multinomial ones. Rows with an
+    `importance` give `token_importance` (N,) and `token_logprobs` (N,) too.
+
+    Padding-free, all rows stand one behind the other in a batch of one (B = 1, T the sum of lengths), with `position_ids`
+    (1, T) that begin again at every row, and without a mask; so does every row of a pack, a list of rows.
+
+    Args:
+        pad_token_id: fills `input_ids`; masked in attention and labels, so any id will do.
+        max_length: sequences are cut to so many tokens, their targets with them; None keeps them whole.
+        padding_free: whether rows stand behind instead of below each other.
+        position_weights: one of `POSITION_WEIGHTS`.
+        by_sequence: scale the weights so that they add up to one in every row with a completion, else they are as they are.
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    padding_free: bool = False
+    position_weights: str = "uniform"
+    by_sequence: bool = False
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """One batch from rows as `load_dataset` gives them, or from packs of such rows."""
+        packs = [pack if isinstance(pack, list) else [pack] for pack in rows]
+        rows = [row for pack in packs for row in pack]
+        ids = [np.asarray(row["input_ids"])[: self.max_length] for row in rows]
+        starts = np.array([int(row["completion_start"]) for row in rows])
+        lengths = np.array([len(sequence) for sequence in ids])
+        counts = np.maximum(lengths - starts, 0)
+        batch = self._in_a_line(ids, starts, lengths) if self.padding_free else self._below_each_other(ids, starts, lengths)
+        batch |= {"lengths": lengths, "pack_sizes": np.array([len(pack) for pack in packs])}
+        batch |= {"positions": np.flatnonzero(batch["labels"] != -100) - 1}  # the shift
+        kind = targets.kind_of(list(rows[0]))
+        entropy_N = np.zeros(counts.sum())
+        if kind != "none":
+            cut = [targets.cut(row, kind, count) for row, count in zip(rows, counts, strict=True)]
+            decoded = targets.decode({name: np.concatenate([row[name] for row in cut]) for name in cut[0]})
+            batch |= _tensors(decoded)
+            if self.position_weights != "uniform":
+                entropy_N = targets.entropies(decoded)
+        batch["token_weights"] = self._weights(entropy_N, counts)
+        if "importance" in rows[0]:
+            batch["token_importance"] = np.repeat(np.array([row["importance"] for row in rows], dtype=np.float32), counts)
+            written = [np.asarray(row["token_logprobs"])[:count] for row, count in zip(rows, counts, strict=True)]
+            batch["token_logprobs"] = np.concatenate(written).astype(np.float32)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def _below_each_other(self, ids: list[targets.Array], starts: targets.Array, lengths: targets.Array) -> dict[str, Any]:
+        columns_T = np.arange(lengths.max())
+        real_BT = columns_T < lengths[:, None]
+        input_ids_BT = np.full(real_BT.shape, self.pad_token_id, dtype=np.int64)
+        input_ids_BT[real_BT] = np.concatenate(ids)
+        labels_BT = np.where(real_BT & (columns_T >= starts[:, None]), input_ids_BT, -100)
+        return {"input_ids": input_ids_BT, "attention_mask": real_BT.astype(np.int64), "labels": labels_BT}
+
+    def _in_a_line(self, ids: list[targets.Array], starts: targets.Array, lengths: targets.Array) -> dict[str, Any]:
+        input_ids_T = np.concatenate(ids).astype(np.int64)
+        place_T = np.arange(len(input_ids_T)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        labels_T = np.where(place_T >= np.repeat(starts, lengths), input_ids_T, -100)
+        return {"input_ids": input_ids_T[None], "position_ids": place_T[None], "labels": labels_T[None]}
+
+    def _weights(self, entropy_N: targets.Array, counts: targets.Array) -> targets.Array:
+        weights_N = POSITION_WEIGHTS[self.position_weights](entropy_N)
+        if self.by_sequence:
+            row_N = np.repeat(np.arange(len(counts)), counts)
+            weights_N = weights_N / np.maximum(np.bincount(row_N, weights_N, len(counts)), 1e-12)[row_N]
+        return weights_N.astype(np.float32)
+
+
+def _tensors(decoded: targets.SoftTargets) -> dict[str, targets.Array]:
+    if isinstance(decoded, targets.TopK):
+        return {"target_ids": decoded.ids_NK, "target_logprobs": decoded.logprobs_NK, "target_tail": decoded.tail_N}
+    return {"target_ids": decoded.ids_NK, "target_logweights": decoded.logweights_NK, "target_entropy": decoded.entropy_N}
+
+
+def first_items(batch: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """The batch with the completions of its first items alone, rows or packs: from the others nothing is learnt or counted."""
+    lengths = batch["lengths"][: batch["pack_sizes"][:count].sum()]
+    labels_BT = batch["labels"].clone()
+    if "position_ids" in batch:
+        labels_BT[:, lengths.sum() :] = -100
+    else:
+        labels_BT[len(lengths) :] = -100
+    tokens = (labels_BT != -100).sum()
+    flat = {name: values[:tokens] for name, values in batch.items() if name.startswith(("positions", "target_", "token_"))}
+    return {**batch, **flat, "labels": labels_BT, "lengths": lengths}
+
+
+def output_layer(model: Any) -> torch.nn.Module:
+    """The model's output layer, however DDP or peft wrap the model."""
+    layer: torch.nn.Module = getattr(model, "module", model).get_output_embeddings()
+    return layer
+
+
+def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The model's logits that predict each completion token, shape (N, V); nothing else goes through the output layer.
+
+    The selection happens in front of the output layer, so whatever the model does there (scale, soft-cap, adapter)
+    and whatever wraps the model (DDP, peft) stays as it is.
+    """
+    layer, text = output_layer(model), ("input_ids", "attention_mask", "position_ids")
+    project = layer.forward
+    with replaced_forward(layer, lambda hidden_BTD: project(hidden_BTD.flatten(0, 1)[batch["positions"]])):
+        logits_NV: torch.Tensor = model(**{name: batch[name] for name in text if name in batch}, use_cache=False).logits
+    return logits_NV
+
+
+def in_place_of_logits(
+    model: Any, batch: Mapping[str, torch.Tensor], compute: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+) -> tuple[torch.Tensor, Any]:
+    """What `compute` makes of the hidden states (N, D) whose logits predict each completion token: a tensor and more.
+
+    It runs inside the model's forward in the output layer's place, so whatever wraps the model (DDP, FSDP, peft, autocast)
+    holds for it too. Zero times the tensor stands for the logits in the model's output and is added to what is returned:
+    there DDP looks for what takes part, and FSDP gathers weights when a gradient comes back through it.
+    """
+    made = []
+
+    def forward(hidden_ND: torch.Tensor) -> torch.Tensor:
+        made.append(compute(hidden_ND))
+        return made[0][0].reshape(1, 1, 1) * 0
+
+    with replaced_forward(output_layer(model), forward):
+        zero = completion_logits(model, batch).sum()
+    value, more = made[0]
+    return value + zero, more
+
+
+@contextmanager
+def replaced_forward(layer: Any, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Another forward for a layer, while this lasts. A hook would not do: `torch.compile` looks for none after the first call."""
+    own = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own

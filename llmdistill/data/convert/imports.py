@@ -1,0 +1,378 @@
+"""`llmdistill convert --from`: a dataset of ours from other projects' files. See docs/formats.md.
+
+Entry j of a foreign row is the teacher's distribution for `input_ids[j + 1]`. Every run of entries that count becomes one
+sequence: the tokens they predict are its completion, all before them its prompt.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llmdistill.data import targets
+from llmdistill.data.convert import distillkit
+from llmdistill.data.convert.exports import KIND_KEY, ROWS_AT_ONCE, read_parts, rows_at_once
+from llmdistill.data.dataset import Row, Shard, Split, rows_to_table, write_manifest, write_shard
+from llmdistill.data.targets import Array
+from llmdistill.errors import InputError
+from llmdistill.models.loading import (
+    end_token_ids,
+    load_config,
+    load_tokenizer,
+    special_token_ids,
+    tokenise_chat,
+    vocabulary_hash,
+)
+from llmdistill.prompting.sources import metadata, read_jsonl
+from llmdistill.prompting.turns import learned_turns
+from llmdistill.runs import record
+from llmdistill.runs.progress import StageBar, console
+
+_IMPOSSIBLE = -1e4  # a probability of zero that float16 can hold
+_FEW = 50  # written tokens that must have been looked for before their absence says anything
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Foreign rows: their T tokens one after the other, and the targets of the N entries that count."""
+
+    ids_T: Array
+    begins_B: Array  # where each row begins in ids_T
+    texts_T: Array  # a number that changes where another text begins
+    counted_T: Array  # bool: the entry at this token counts
+    ids_NK: Array
+    logprobs_NK: Array  # −∞: no target
+
+
+class _Teacher:
+    """Whose ids the files are written in: what its tokenizer and configuration say, without its weights."""
+
+    def __init__(self, model: str) -> None:
+        config = load_config(model, None, key="--teacher")
+        self.model = model
+        self.tokenizer = load_tokenizer(model, None, key="--teacher")
+        self.vocab_size: int = config.get_text_config().vocab_size
+        self.end_token_ids = end_token_ids(model, None, config, self.tokenizer)
+        self.described = {
+            "teacher": {
+                "model": model,
+                "revision": None,
+                "commit": getattr(config, "_commit_hash", None),
+                "fingerprint": record.model_fingerprint(model, None),
+                "engine": "unknown",
+            },
+            "tokenizer": {
+                "vocab_size": self.vocab_size,
+                "vocabulary_hash": vocabulary_hash(self.tokenizer),
+                "end_token_ids": self.end_token_ids,
+                "special_token_ids": special_token_ids(self.tokenizer),
+                "chat_template": self.tokenizer.chat_template,
+            },
+        }
+
+
+def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | None = None) -> None:
+    """Make a dataset of ours from other projects' files.
+
+    Args:
+        source: a file, or a directory of them; a name that begins with `test`, `validation` or `eval` makes a held-out one.
+        out: the directory to make.
+        form: `distillkit`, `axolotl` or `jsonl`.
+        teacher: the model that the targets, or the text, are from; its tokenizer must be the one of the files.
+        k: keep the so many most likely targets of each position; None is all, which must then be as many everywhere.
+
+    Raises:
+        InputError: naming the file and the row or line that cannot be used, or `out` is not empty.
+    """
+    if k is not None and (form == "jsonl" or k < 1):
+        raise InputError("--k: text has no targets" if form == "jsonl" else f"--k {k}: must be at least 1")
+    files = _files(source, ".jsonl" if form == "jsonl" else ".parquet")
+    model = _Teacher(teacher)
+    with_targets = _TargetsReader(model, k)
+    read: Callable[[Path, str], Iterator[list[Row]]]
+    if form == "jsonl":
+        read = partial(_read_text, teacher=model)
+    elif form == "axolotl":
+        read = partial(with_targets.read, entries_of=_axolotl_entries)
+    else:
+        config = distillkit.read_compression((source if source.is_dir() else source.parent) / distillkit.CONFIG_FILE)
+        read = partial(with_targets.read, entries_of=partial(_distillkit_entries, config=config))
+    sources = {file: record.sha256(file) for members in files.values() for file in members}
+    with record.new_directory(out) as unfinished:
+        shards = _write_shards(unfinished, files, lambda file: read(file, sources[file]), model.vocab_size)
+        if not shards:
+            raise InputError(f"{source}: holds no completions" + ("" if form == "jsonl" else " with targets"))
+        description = {
+            **model.described,
+            "sampling": {},
+            "targets": {"kind": "none"} if form == "jsonl" else {"kind": "topk", "k": with_targets.k},
+            "seed": None,
+            "determinism": f"imported from {form}: the same files and tokenizer give the same rows",
+            "source": {str(file): digest for file, digest in sources.items()},
+            "versions": record.versions(),
+        }
+        write_manifest(unfinished, shards, description)
+    console.print(f"{out} is a dataset; `llmdistill inspect` shows what is in it", markup=False)
+
+
+def _files(source: Path, ending: str) -> dict[Split, list[Path]]:
+    """The files to read, those of each split in the order of their names."""
+    if not source.exists():
+        raise InputError(f"{source}: no such file or directory")
+    found = [source] if source.suffix == ending else sorted(source.rglob(f"*{ending}"))
+    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(source).parts)]
+    if not found:
+        raise InputError(f"{source}: holds no {ending} files")
+    test = [file for file in found if file.name.startswith(("test", "validation", "eval"))]
+    return {"train": [file for file in found if file not in test], "test": test}
+
+
+def _write_shards(
+    directory: Path, files: dict[Split, list[Path]], read: Callable[[Path], Iterator[list[Row]]], vocab_size: int
+) -> list[Shard]:
+    """A shard for every part that a file is read in; a part without rows has none."""
+    parts = {file: _count_parts(file) for members in files.values() for file in members}
+    shards = []
+    with StageBar("convert", sum(parts.values())) as bar:
+        for split, members in files.items():
+            count = sum(parts[file] for file in members)
+            for index, rows in enumerate(rows for file in members for rows in read(file)):
+                if rows:
+                    shards.append(write_shard(directory, split, index, count, rows_to_table(rows, vocab_size)))
+                bar.advance(tokens=sum(len(row.completion_ids) for row in rows))
+    return shards
+
+
+def _count_parts(file: Path) -> int:
+    if file.suffix == ".jsonl":
+        return -(-sum(1 for _ in read_jsonl(file, "SRC")) // ROWS_AT_ONCE)
+    try:
+        return -(-pq.read_metadata(file).num_rows // rows_at_once(file))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{file}: cannot be read as Parquet: {error}") from None
+
+
+def _read_text(file: Path, digest: str, teacher: _Teacher) -> Iterator[list[Row]]:
+    """Text, in the ids of the teacher's chat template; the log-probabilities of its tokens are not known."""
+    if teacher.tokenizer.chat_template is None:
+        raise InputError(f"--teacher: the tokenizer of {teacher.model} has no chat template; use an instruction-tuned teacher")
+    rows = []
+    for number, fields in read_jsonl(file, "SRC"):
+        rows.append(_text_row(fields, f"{file} line {number}", _row_id(digest, number), teacher))
+        if len(rows) == ROWS_AT_ONCE:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _text_row(fields: dict[str, Any], origin: str, identity: str, teacher: _Teacher) -> Row:
+    turn = next(learned_turns(fields, origin, every=False, tool_calls=True))
+    if turn.plain or turn.uses_tools:
+        held = "text alone" if turn.plain else "tools, or more of a message than role and content"
+        raise InputError(f"{origin}: holds {held}, which `score` reads and `convert` does not")
+    prompt, completion = turn.prompt, turn.completion
+    try:
+        whole, start = tokenise_chat(teacher.tokenizer, prompt, completion)
+    except Exception as error:  # templates raise whatever they like
+        raise InputError(f"{origin}: the teacher's chat template refuses it: {error}") from None
+    completion_ids = np.array(whole[start:], dtype=np.int64)
+    ends = np.flatnonzero(np.isin(completion_ids, teacher.end_token_ids))
+    if len(ends):  # a template may go on after the end token, a teacher does not
+        completion_ids = completion_ids[: ends[-1] + 1]
+    if not len(completion_ids):
+        raise InputError(f"{origin}: nothing of the completion is left in the teacher's chat template")
+    unknown = np.full(len(completion_ids), np.nan, dtype=np.float32)
+    reason = "stop" if len(ends) else "length"
+    return Row(identity, prompt, completion, whole[:start], completion_ids, reason, unknown, None, metadata=metadata(fields))
+
+
+class _TargetsReader:
+    """Reads rows with targets; knows how many targets a position has, and whether they fit the tokens they stand for."""
+
+    def __init__(self, teacher: _Teacher, k: int | None) -> None:
+        self.teacher = teacher
+        self.asked = k
+        self.k = k or 0
+        self.looked = self.found = self.found_late = 0
+
+    def read(self, file: Path, digest: str, entries_of: Callable[[pa.RecordBatch, str], _Entries]) -> Iterator[list[Row]]:
+        """The rows of a file in parts, in its order."""
+        if (pq.read_schema(file).metadata or {}).get(KIND_KEY) == b"sampled":
+            raise InputError(
+                f"{file}: holds an unbiased sample, not the most likely tokens; use the dataset it was exported from"
+            )
+        first = 0
+        for batch in read_parts([file]):
+            origin = f"{file} rows {first:,} to {first + batch.num_rows - 1:,}"
+            entries = entries_of(batch, origin)
+            yield self._rows(entries, origin, digest, first)
+            first += batch.num_rows
+
+    def _rows(self, entries: _Entries, origin: str, digest: str, first: int) -> list[Row]:
+        """One row for every run of entries that count within one text."""
+        ids_T, texts_T = entries.ids_T, entries.texts_T
+        if not len(entries.ids_NK):
+            return []
+        ids_NK, logprobs_NK = self._most_likely(entries, origin)
+        at_N = np.flatnonzero(entries.counted_T)
+        written_N = ids_T[at_N + 1]
+        is_written_NK = ids_NK == written_N[:, None]
+        self._check_alignment(is_written_NK, ids_NK == ids_T[at_N][:, None], origin)
+        token_logprobs_N = np.where(is_written_NK, logprobs_NK, -np.inf).max(axis=1)
+        token_logprobs_N = np.where(is_written_NK.any(axis=1), token_logprobs_N, np.nan)
+
+        starts = np.flatnonzero(np.diff(at_N, prepend=at_N[0] - 2) > 1)
+        ends = np.append(starts[1:], len(at_N))
+        begins = np.searchsorted(texts_T, texts_T[at_N[starts]])
+        numbers = np.searchsorted(entries.begins_B, at_N[starts], side="right") - 1
+        prompts = [ids_T[begin : at_N[start] + 1] for begin, start in zip(begins, starts, strict=True)]
+        decode = self.teacher.tokenizer.batch_decode
+        completions = [written_N[start:end] for start, end in zip(starts, ends, strict=True)]
+        texts = zip(decode(prompts), decode(completions, skip_special_tokens=True), strict=True)
+        return [
+            Row(
+                _row_id(digest, first + int(numbers[run]), int(at_N[start] - entries.begins_B[numbers[run]])),
+                [{"role": "user", "content": prompt}],
+                [{"role": "assistant", "content": completion}],
+                prompts[run],
+                completions[run],
+                "stop" if written_N[end - 1] in self.teacher.end_token_ids else "length",
+                token_logprobs_N[start:end],
+                targets.topk_from_logprobs(ids_NK[start:end], logprobs_NK[start:end]),
+            )
+            for run, (start, end, (prompt, completion)) in enumerate(zip(starts, ends, texts, strict=True))
+        ]
+
+    def _most_likely(self, entries: _Entries, origin: str) -> tuple[Array, Array]:
+        """The k most likely targets of each entry, most likely first; k is fixed by the first one."""
+        ids_NK, logprobs_NK = entries.ids_NK, entries.logprobs_NK
+        # A curve through log-probabilities may rise above zero here and there, logits do almost everywhere.
+        if np.isnan(logprobs_NK).any() or np.median(logprobs_NK.max(axis=1)) > 0.1:
+            raise InputError(f"{origin}: holds values that are no log-probabilities (NaN, or above zero)")
+        there_N = (logprobs_NK > -np.inf).sum(axis=1)
+        fewest, most = int(there_N.min()), int(there_N.max())
+        self.k = self.k or most
+        if fewest < self.k or (self.asked is None and most > self.k):
+            raise InputError(
+                f"{origin}: has from {fewest} to {most} targets a position, not {self.k}; --k {fewest} keeps as many"
+            )
+        highest = int(max(ids_NK.max(), entries.ids_T.max()))
+        if highest >= self.teacher.vocab_size:
+            raise InputError(
+                f"{origin}: holds the token {highest:,}, but {self.teacher.model} has {self.teacher.vocab_size:,}; "
+                "--teacher must be the model whose tokenizer the file was made with"
+            )
+        order_NK = np.argsort(-logprobs_NK, axis=1, kind="stable")[:, : self.k]
+        logprobs_NK = np.take_along_axis(logprobs_NK, order_NK, axis=1)
+        return np.take_along_axis(ids_NK, order_NK, axis=1), np.clip(logprobs_NK, _IMPOSSIBLE, 0)
+
+    def _check_alignment(self, is_written_NK: Array, is_current_NK: Array, origin: str) -> None:
+        """Refuse targets that fit the tokens they stand at, not those after them: the error that everybody makes."""
+        self.looked += len(is_written_NK)
+        self.found += int(is_written_NK.any(axis=1).sum())
+        self.found_late += int(is_current_NK.any(axis=1).sum())
+        if self.looked >= _FEW and self.found_late > max(2 * self.found, self.looked / 4):
+            raise InputError(
+                f"{origin}: the targets are one position late: {self.found_late / self.looked:.0%} of them have the token that "
+                f"they stand at, {self.found / self.looked:.0%} the one after it, which they should predict"
+            )
+
+
+def _axolotl_entries(batch: pa.RecordBatch, origin: str) -> _Entries:
+    """The columns that axolotl's trainer takes: one entry a token, `target_mask` 1 where it counts."""
+    _need(batch, ("input_ids", "target_token_ids", "target_logprobs", "target_mask"), origin)
+    ids_T, lengths_B = _flat(batch["input_ids"])
+    ids, outer_B, inner_T = _flat_twice(batch["target_token_ids"])
+    logprobs, *shape = _flat_twice(batch["target_logprobs"])
+    mask, *mask_shape = _flat_twice(batch["target_mask"])
+    same = all(np.array_equal(a, b) for a, b in zip([outer_B, inner_T] * 2, [*shape, *mask_shape], strict=True))
+    if not same or not np.array_equal(outer_B, lengths_B):
+        raise InputError(f"{origin}: the target columns do not have one entry a token, each as long as the others")
+    width = int(inner_T.max(initial=0))
+    is_there_TK = np.arange(width) < inner_T[:, None]
+    ids_TK = np.zeros(is_there_TK.shape, dtype=np.int64)
+    logprobs_TK = np.full(is_there_TK.shape, -np.inf, dtype=np.float32)
+    ids_TK[is_there_TK] = ids
+    logprobs_TK[is_there_TK] = np.where(mask != 0, logprobs, -np.inf)
+    begins_B, texts_T, last_T = _texts(batch, lengths_B, origin)
+    counted_T = ~last_T & (logprobs_TK != -np.inf).any(axis=1)
+    return _Entries(ids_T, begins_B, texts_T, counted_T, ids_TK[counted_T], logprobs_TK[counted_T])
+
+
+def _distillkit_entries(batch: pa.RecordBatch, origin: str, config: distillkit.Compression) -> _Entries:
+    """A capture, packed or not: an entry counts where its own label is set, as in DistillKit's trainer."""
+    _need(batch, ("input_ids", "compressed_logprobs", "bytepacked_indices"), origin)
+    ids_T, lengths_B = _flat(batch["input_ids"])
+    stored, entries_B, width_E = _flat_twice(batch["compressed_logprobs"])
+    packed, same_B, packed_width_E = _flat_twice(batch["bytepacked_indices"])
+    if not np.array_equal(entries_B, same_B) or (entries_B > lengths_B).any():
+        raise InputError(f"{origin}: the two columns of targets do not have as many entries, or more than there are tokens")
+    if (width_E != config.logprob_bytes).any() or (packed_width_E != config.index_bytes).any():
+        raise InputError(
+            f"{origin}: entries of {width_E.max()} and {packed_width_E.max()} bytes, but {distillkit.CONFIG_FILE} means "
+            f"{config.logprob_bytes} and {config.index_bytes}; it must be the configuration of the capture"
+        )
+    # A capture that ended with the prompt's log-probabilities has no entry for its last token.
+    place_T = np.arange(len(ids_T)) - np.repeat(lengths_B.cumsum() - lengths_B, lengths_B)
+    kept_T = place_T < np.repeat(entries_B, lengths_B)
+    begins_B, texts_T, last_T = _texts(batch, lengths_B, origin, kept_T)
+    counted_T = ~last_T
+    if "labels" in batch.schema.names:
+        counted_T &= _one_a_token(batch, "labels", lengths_B, origin)[kept_T] >= 0
+    logprob_bytes = stored.astype(np.uint8).reshape(len(counted_T), config.logprob_bytes)[counted_T]
+    index_bytes = packed.astype(np.uint8).reshape(len(counted_T), config.index_bytes)[counted_T]
+    ids_NK, logprobs_NK = distillkit.decode(logprob_bytes, index_bytes, config)
+    return _Entries(ids_T[kept_T], begins_B, texts_T, counted_T, ids_NK, logprobs_NK)
+
+
+def _texts(batch: pa.RecordBatch, lengths_B: Array, origin: str, kept_T: Array | None = None) -> tuple[Array, Array, Array]:
+    """Where rows begin, a number for each text in them, and which tokens are the last of one.
+
+    Packed rows number their texts in `attention_mask`; 0 is padding.
+    """
+    rows_T = np.repeat(np.arange(len(lengths_B)), lengths_B)
+    mask_T = np.ones(len(rows_T), dtype=np.int64)
+    if "attention_mask" in batch.schema.names:
+        mask_T = _one_a_token(batch, "attention_mask", lengths_B, origin)
+    if kept_T is not None:
+        rows_T, mask_T = rows_T[kept_T], mask_T[kept_T]
+    other_T = np.ones(len(rows_T) + 1, dtype=bool)
+    other_T[1:-1] = (np.diff(rows_T) != 0) | (np.diff(mask_T) != 0)
+    return np.searchsorted(rows_T, np.arange(len(lengths_B))), other_T[:-1].cumsum(), other_T[1:] | (mask_T == 0)
+
+
+def _one_a_token(batch: pa.RecordBatch, name: str, lengths_B: Array, origin: str) -> Array:
+    values_T, its_lengths_B = _flat(batch[name])
+    if not np.array_equal(its_lengths_B, lengths_B):
+        raise InputError(f"{origin}: `{name}` does not have one value a token of `input_ids`")
+    return values_T.astype(np.int64)
+
+
+def _need(batch: pa.RecordBatch, columns: tuple[str, ...], origin: str) -> None:
+    missing = [name for name in columns if name not in batch.schema.names]
+    if missing:
+        raise InputError(f"{origin}: has no column `{missing[0]}`, only {', '.join(batch.schema.names)}; see docs/formats.md")
+
+
+def _flat(column: pa.Array) -> tuple[Array, Array]:
+    """The values of a column of lists, one list after the other, and the length of each."""
+    return column.flatten().to_numpy(zero_copy_only=False), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+
+
+def _flat_twice(column: pa.Array) -> tuple[Array, Array, Array]:
+    """The same for lists of lists: the values, the lengths of the outer lists, those of the inner ones."""
+    values, inner = _flat(column.flatten())
+    return values, pc.fill_null(pc.list_value_length(column), 0).to_numpy(), inner
+
+
+def _row_id(digest: str, number: int, place: int = 0) -> str:
+    """Stable name of an imported row: where in which file, by the file's content."""
+    return hashlib.sha256(f"{digest} {number} {place}".encode()).hexdigest()[:32]

@@ -1,0 +1,378 @@
+"""A dataset: a directory of Parquet shards and one `dataset.json`. The format is described in docs/dataset.md.
+
+A shard is named `SPLIT-INDEX-of-COUNT-CHECKSUM.parquet`. It is written under a hidden name and renamed when it is
+whole, so a shard that is there is done and says itself what its bytes must hash to.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmdistill.curation.ngrams import normalised
+from llmdistill.data import targets
+from llmdistill.data.cards import dataset_card
+from llmdistill.errors import InputError
+from llmdistill.runs.record import fsync_directory, read_json, sha256, write_json, write_text, writer_name
+
+if TYPE_CHECKING:
+    import datasets
+
+SCHEMA_VERSION = 1
+ROW_GROUP = 1000  # rows; what a reader has to hold at a time
+MANIFEST = "dataset.json"
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5,})-of-(?P<count>\d{5,})-(?P<checksum>[0-9a-f]{16})\.parquet")
+Messages = list[dict[str, str]]  # role and content of each turn
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence before it is stored; `targets` has one row a completion token, or is None for text only."""
+
+    id: str
+    prompt: Messages
+    completion: Messages
+    prompt_ids: Sequence[int] | targets.Array
+    completion_ids: targets.Array
+    finish_reason: str
+    token_logprobs: targets.Array
+    targets: targets.SoftTargets | None
+    sampling_logprob: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard, as its file name tells it."""
+
+    file: Path
+    split: str
+    index: int
+    count: int
+    checksum: str
+
+
+def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
+    """The rows as columns; see docs/dataset.md for each."""
+    starts = np.array([len(row.prompt_ids) for row in rows])
+    lengths = np.array([len(row.completion_ids) for row in rows])
+    ids = [np.concatenate([np.asarray(row.prompt_ids), row.completion_ids]) for row in rows]
+    mask = [np.arange(len(sequence)) >= start for sequence, start in zip(ids, starts, strict=True)]
+    columns: dict[str, pa.Array] = {
+        "id": pa.array([row.id for row in rows], pa.string()),
+        "prompt": pa.array([row.prompt for row in rows], MESSAGES),
+        "completion": pa.array([row.completion for row in rows], MESSAGES),
+        "input_ids": targets.list_array(np.concatenate(ids).astype(np.int32), starts + lengths),
+        "completion_start": pa.array(starts.astype(np.int32)),
+        # TRL's SFTTrainer reads this one: without it, it would train on the prompt as well.
+        "completion_mask": targets.list_array(np.concatenate(mask).astype(np.int8), starts + lengths),
+        "finish_reason": pa.array([row.finish_reason for row in rows], pa.string()),
+        "metadata": pa.array([json.dumps(row.metadata, ensure_ascii=False) for row in rows], pa.string()),
+        "token_logprobs": targets.list_array(np.concatenate([row.token_logprobs for row in rows]).astype(np.float32), lengths),
+    }
+    if rows[0].sampling_logprob is not None:
+        columns["sampling_logprob"] = pa.array([row.sampling_logprob for row in rows], pa.float32())
+    soft = [row.targets for row in rows if row.targets is not None]
+    if soft:
+        columns |= targets.encode(soft, vocab_size)
+    return pa.table(columns)
+
+
+class ShardWriter:
+    """Streams one shard to disk; it appears by an atomic rename, under a name that holds its checksum.
+
+    What has been written goes away again if the writing fails, for instance on a full disk.
+    """
+
+    def __init__(self, directory: Path, split: Split, index: int, schema: pa.Schema) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self.split, self.index = directory, split, index
+        self.unfinished = directory / f".{split}-{index:05d}.{writer_name()}.unfinished"
+        self.rows = 0
+        self._stream = pa.OSFile(str(self.unfinished), "wb")
+        with self._removed_on_error():
+            self._writer = pq.ParquetWriter(self._stream, schema, write_page_checksum=True, **parquet_encoding(schema.names))
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows, in groups of at most `ROW_GROUP`."""
+        with self._removed_on_error():
+            self._writer.write_table(table, row_group_size=ROW_GROUP)
+        self.rows += len(table)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        """Write the footer and wait for the disk; the shard is whole, but not there yet."""
+        with self._removed_on_error():
+            self._writer.close()
+            self._stream.close()
+            with self.unfinished.open("rb+") as stream:
+                os.fsync(stream.fileno())
+
+    def publish(self, count: int) -> Shard:
+        """Let the shard appear as one of `count`; if another worker made it meanwhile, that one stays."""
+        checksum = sha256(self.unfinished)[:16]
+        there = next((shard for shard in finished_shards(self.directory, self.split) if shard.index == self.index), None)
+        if there:
+            self.unfinished.unlink()
+            return there
+        file = self.directory / f"{self.split}-{self.index:05d}-of-{count:05d}-{checksum}.parquet"
+        self.unfinished.replace(file)
+        fsync_directory(self.directory)
+        return Shard(file, self.split, self.index, count, checksum)
+
+    @contextmanager
+    def _removed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):
+                self._stream.close()
+            self.unfinished.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(self.unfinished)) from None
+            raise
+
+
+def write_shard(directory: Path, split: Split, index: int, count: int, table: pa.Table) -> Shard:
+    """Write one shard as a whole."""
+    writer = ShardWriter(directory, split, index, table.schema)
+    writer.write(table)
+    writer.close()
+    return writer.publish(count)
+
+
+def parquet_encoding(columns: Sequence[str]) -> dict[str, Any]:
+    """How a shard's columns are encoded: options of `pyarrow.parquet.write_table`.
+
+    The high bytes of ids and log-probabilities repeat more than the low ones; stored apart, they compress by a tenth more.
+    """
+    split = [name for name in ("target_ids", "target_logprobs", "target_tail", "token_logprobs") if name in columns]
+    return {
+        "compression": "zstd",
+        "compression_level": 15,
+        "use_dictionary": ["finish_reason"],
+        "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split},
+        "write_statistics": False,
+    }
+
+
+def finished_shards(directory: Path, split: Split) -> list[Shard]:
+    """The shards that are there, one an index; where two workers made the same one, the first by name counts."""
+    found: dict[int, Shard] = {}
+    for file in sorted(directory.glob(f"{split}-*.parquet")):
+        match = SHARD_NAME.fullmatch(file.name)
+        if match is None:
+            raise InputError(f"{file}: not a shard of this dataset")
+        shard = Shard(file, split, int(match["index"]), int(match["count"]), match["checksum"])
+        found.setdefault(shard.index, shard)
+    return [found[index] for index in sorted(found)]
+
+
+class SplitWriter:
+    """Streams a split into shards of about so many bytes; none is there before all are whole."""
+
+    def __init__(self, directory: Path, split: Split, shard_bytes: int) -> None:
+        self.directory, self.split, self.shard_bytes = directory, split, shard_bytes
+        self.rows = 0
+        self._shards: list[ShardWriter] = []
+        self._open: ShardWriter | None = None
+        self._waiting: list[pa.Table] = []
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows; they are written once there are enough for a row group."""
+        self.rows += len(table)
+        self._waiting.append(table)
+        if sum(map(len, self._waiting)) >= ROW_GROUP:
+            self._flush()
+
+    def publish(self) -> list[Shard]:
+        """Finish the last shard, and let all of them appear."""
+        self._flush()
+        self._close()
+        return [writer.publish(len(self._shards)) for writer in self._shards]
+
+    def _flush(self) -> None:
+        table = pa.concat_tables(self._waiting) if self._waiting else None
+        self._waiting = []
+        if table is None or not len(table):
+            return
+        if self._open is None:
+            self._open = ShardWriter(self.directory, self.split, len(self._shards), table.schema)
+            self._shards.append(self._open)
+        self._open.write(table)
+        if self._open.bytes >= self.shard_bytes:
+            self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            self._open.close()
+            self._open = None
+
+
+def is_damaged(shard: Shard) -> bool:
+    """Whether its bytes are not those that its name tells."""
+    return sha256(shard.file)[:16] != shard.checksum
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what killed writers on this machine left behind; those of living ones, and of other machines, stay."""
+    host, _, _ = writer_name().rpartition("-")
+    for file in directory.glob(f".*.{host}-*.unfinished"):
+        if not psutil.pid_exists(int(file.name.removesuffix(".unfinished").rpartition("-")[2])):
+            file.unlink(missing_ok=True)
+
+
+def write_manifest(directory: Path, shards: list[Shard], description: dict[str, Any]) -> None:
+    """Write the card and `dataset.json`: the description, and every shard with its counts. Then the dataset is complete."""
+    for split in SPLITS:  # two workers that made the same shard at the same moment: the first by name stays
+        kept = {shard.file for shard in shards}
+        for file in set(directory.glob(f"{split}-*.parquet")) - kept:
+            file.unlink(missing_ok=True)
+    entries = [describe_shard(shard) for shard in shards]
+    manifest = {
+        "format": "llmdistill",
+        "schema_version": SCHEMA_VERSION,
+        **description,
+        "rows": sum(entry["rows"] for entry in entries),
+        "completion_tokens": sum(entry["tokens"] for entry in entries),
+        "shards": entries,
+    }
+    write_text(directory / "README.md", dataset_card(manifest))
+    write_json(directory / MANIFEST, manifest)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """`dataset.json`, once its schema is known to be ours and its shards are there.
+
+    Raises:
+        InputError: there is no complete dataset, or it is of another schema.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such dataset")
+    manifest: dict[str, Any] | None = read_json(directory / MANIFEST)
+    if manifest is None:
+        unfinished = read_json(directory / "run.json")
+        reason = (
+            f"not finished; run `{unfinished['stage']}` again to go on" if unfinished else f"not a dataset, it has no {MANIFEST}"
+        )
+        raise InputError(f"{directory}: {reason}")
+    if manifest.get("format") != "llmdistill" or manifest.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{directory / MANIFEST}: schema_version is {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
+        )
+    for entry in manifest["shards"]:
+        if not (directory / entry["file"]).is_file():
+            raise InputError(f"{directory / entry['file']}: the shard is missing")
+    return manifest
+
+
+def shard_files(directory: Path, split: Split) -> list[Path]:
+    """The shards of one split, each checked against the checksum in its name.
+
+    Raises:
+        InputError: naming the file whose bytes are not what they were.
+    """
+    files = [directory / entry["file"] for entry in read_manifest(directory)["shards"] if entry["split"] == split]
+    for file in files:
+        match = SHARD_NAME.fullmatch(file.name)
+        if match is None or sha256(file)[:16] != match["checksum"]:
+            raise InputError(
+                f"{file}: the checksum does not match; the file was damaged or changed. Delete it and generate it again"
+            )
+    return files
+
+
+def load_dataset(directory: str | Path, split: Split = "train") -> "datasets.Dataset":
+    """A split as a `datasets.Dataset` whose rows are dictionaries of numpy arrays; shards are memory-mapped.
+
+    Raises:
+        InputError: no complete dataset of this schema is there, or a shard is damaged.
+    """
+    import datasets
+
+    directory = Path(directory)
+    files = shard_files(directory, split)
+    if not files:
+        raise InputError(f"{directory}: has no rows in the split {split}")
+    datasets.utils.logging.disable_progress_bar()
+    dataset = datasets.Dataset.from_parquet([str(file) for file in files])
+    return dataset.with_format("numpy")
+
+
+def read_batches(files: Sequence[Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of some shards, at most `ROW_GROUP` at a time.
+
+    Raises:
+        InputError: naming the file that is no Parquet, or of which a page does not match its own checksum.
+    """
+    for file in files:
+        try:
+            # Without pre_buffer=False it would hold what it has read up to the end of the file.
+            with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as parquet:
+                for batch in parquet.iter_batches(batch_size=ROW_GROUP, columns=columns):
+                    yield pa.Table.from_batches([batch])
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{file}: cannot be read, the file was damaged or changed: {error}") from None
+
+
+def conversations(rows: pa.Table) -> list[str]:
+    """What each row is about, from `prompt`, `completion` and `metadata`: rows with the same are not independent.
+
+    It is the prompt, whose case, white space and system message do not matter; of text without a prompt, the text; and where
+    several turns of one conversation are rows, that conversation.
+    """
+    keys: list[str] = []
+    columns = (rows[name].to_pylist() for name in ("prompt", "completion", "metadata"))
+    for prompt, completion, metadata in zip(*columns, strict=True):
+        whole = json.loads(metadata).get("conversation") if '"conversation"' in metadata else None
+        keys.append(json.dumps(whole) if whole else conversation_of(prompt or completion))
+    return keys
+
+
+def conversation_of(prompt: Sequence[Mapping[str, str]]) -> str:
+    """What `conversations` says of a prompt."""
+    turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
+    return json.dumps([[turn["role"], normalised(turn["content"])] for turn in turns])
+
+
+def is_held_out(conversation: str, salt: Any, share: float) -> bool:
+    """Whether one of `conversations` is among the share to hold out, by its hash: on the same side at any size of the dataset."""
+    digest = hashlib.sha256(f"{salt} {conversation}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64 < share
+
+
+def bytes_per_position(shards: Sequence[dict[str, Any]]) -> float:
+    """Compressed bytes of the target columns for each completion token, from the entries of `dataset.json`."""
+    return sum(entry["target_bytes"] for entry in shards) / max(sum(entry["tokens"] for entry in shards), 1)
+
+
+def describe_shard(shard: Shard) -> dict[str, Any]:
+    """What `dataset.json` says of a shard, from its footer."""
+    metadata = pq.read_metadata(shard.file)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(metadata.num_columns)]
+    return {
+        "file": shard.file.name,
+        "split": shard.split,
+        "rows": metadata.num_rows,
+        "tokens": sum(column.num_values for column in columns if column.path_in_schema.startswith("token_logprobs")),
+        "bytes": shard.file.stat().st_size,
+        "target_bytes": sum(column.total_compressed_size for column in columns if column.path_in_schema.startswith("target_")),
+    }

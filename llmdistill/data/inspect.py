@@ -1,0 +1,100 @@
+"""`llmdistill inspect`: what is in a dataset, at a glance."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from llmdistill.data import targets
+from llmdistill.data.dataset import SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
+from llmdistill.runs.progress import console
+
+_BAR = 24  # characters for all rows
+_LOOKED_AT = 8  # shards, of which the first rows tell about the targets; so that a large dataset takes no longer
+
+
+def inspect(directory: Path, verify: bool = False) -> None:
+    """Print counts, bytes a position, kept mass and a sample, from `dataset.json` and a few rows.
+
+    Args:
+        directory: the dataset's.
+        verify: read every shard and check it against the checksum in its name.
+
+    Raises:
+        InputError: there is no complete dataset of this schema, or a shard is damaged.
+    """
+    manifest = read_manifest(directory)
+    everything = [directory / entry["file"] for entry in manifest["shards"]]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _facts(manifest, everything):
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    console.print(table, soft_wrap=False)
+    if "steps" in manifest:
+        console.print(_waterfall(manifest), soft_wrap=False)
+    for split in SPLITS:
+        entries = [entry for entry in manifest["shards"] if entry["split"] == split]
+        if entries:
+            rows, tokens, size = (sum(entry[key] for entry in entries) for key in ("rows", "tokens", "bytes"))
+            text = f"{rows:,} rows · {tokens:,} completion tokens · {size / 1e6:,.1f} MB in {len(entries):,} shards"
+            console.print(f"[bold]{split:<6}[/bold] {text}")
+    if verify:
+        checked = sum(len(shard_files(directory, split)) for split in SPLITS)
+        console.print(f"[bold]intact[/bold] {checked:,} shards match their checksums")
+    _print_sample(everything[0])
+
+
+def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]:
+    teacher, sampling, kept = manifest["teacher"], manifest["sampling"], manifest["targets"]
+    facts = [
+        ("teacher", f"{teacher['model']} by {teacher['engine']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"),
+        ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown"),
+        ("targets", ", ".join([kept["kind"], *(f"{key} = {kept[key]}" for key in ("n", "k") if key in kept)])),
+    ]
+    if kept["kind"] != "none":
+        facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes a position"))
+    if kept["kind"] == "sampled":
+        exact = _some(files, "target_exact")
+        facts.append(("kept exactly", f"{exact.mean():.1f} of {kept['n']} tokens a position, the others by an unbiased draw"))
+    if kept["kind"] == "multinomial":
+        facts.append(("distinct", f"{_some(files, 'target_distinct').mean():.1f} of {kept['n']} draws a position"))
+    if kept["kind"] == "topk":
+        tail = _some(files, "target_tail")
+        facts.append(("kept mass", f"{1 - tail.mean():.2%} on average, {1 - np.percentile(tail, 95):.2%} at the 5th percentile"))
+    facts.append(("repeats", manifest["determinism"]))
+    return facts
+
+
+def _waterfall(manifest: dict[str, Any]) -> Table:
+    """What each step of `curate` kept of the rows that came to it: █, and what it rejected or could not judge: ░."""
+    rows = manifest["rows_in"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("step", "in", "rejected", "failed", "kept"):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    table.add_column("")
+    for number, step in enumerate(manifest["steps"], start=1):
+        counts = (step["rows_in"], step["rejected"], step["failed"], step["kept"])
+        before, after = (round(_BAR * step[key] / rows) for key in ("rows_in", "kept"))
+        bar = "█" * after + "░" * max(before - after, int(step["kept"] < step["rows_in"]))
+        table.add_row(f"{number} {escape(step['name'])}", *(f"{count:,}" for count in counts), bar)
+    return table
+
+
+def _some(files: list[Path], name: str) -> targets.Array:
+    """A column's values in the first rows of a few shards, evenly spaced."""
+    chosen = [files[number] for number in np.unique(np.linspace(0, len(files) - 1, _LOOKED_AT).round().astype(int))]
+    columns = [next(read_batches([file], [name]))[name].combine_chunks() for file in chosen]
+    values: targets.Array = np.concatenate([column.flatten().to_numpy() for column in columns])
+    return values
+
+
+def _print_sample(file: Path) -> None:
+    row = next(read_batches([file])).slice(0, 1).to_pylist()[0]
+    for message in [*row["prompt"], *row["completion"]]:
+        console.print(Panel(escape(message["content"]), title=escape(message["role"]), title_align="left"), soft_wrap=False)
+    length = len(row["input_ids"]) - row["completion_start"]
+    console.print(
+        f"row {row['id']} · {row['completion_start']} prompt tokens, {length} completion tokens, ended by {row['finish_reason']}"
+    )

@@ -1,0 +1,236 @@
+"""Making a dataset shard by shard: which are missing, which are this worker's, and what completes it.
+
+Which rows a shard holds follows from the configuration alone, and a shard appears whole or not at all. So any number of
+workers may make one dataset, none knows of the others, and whichever sees the last shard writes `dataset.json`.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmdistill.config import Experiment
+from llmdistill.config.machine import Precision
+from llmdistill.data.dataset import (
+    MANIFEST,
+    Row,
+    bytes_per_position,
+    describe_shard,
+    finished_shards,
+    is_damaged,
+    remove_leftovers,
+    rows_to_table,
+    write_manifest,
+    write_shard,
+)
+from llmdistill.errors import InputError
+from llmdistill.objectstore.shared_shards import SharedShards
+from llmdistill.runs import record
+from llmdistill.runs.progress import StageBar, say, working
+from llmdistill.teachers import Completion, Engine, Request, open_engine, teacher_precision
+from llmdistill.teachers.prompt_encoding import Chat
+
+
+class Worker(Protocol):
+    """Knows which shards are for it to make."""
+
+    def part(self, count: int) -> range:
+        """The numbers of the shards, of so many, that may be its own."""
+        ...
+
+    def shards(self, name: str, directory: Path, count: int) -> Iterable[int]:
+        """The numbers of missing shards, which may be decided only when they are asked for.
+
+        Args:
+            name: of the stage.
+            directory: of the shards.
+            count: how many there are to be.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every `of`-th shard, from number `index` on, counted from 0."""
+
+    index: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """From `2/8`, the second of eight workers.
+
+        Raises:
+            InputError: it is not of that form.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise InputError(f"--shards {text}: must be like 2/8, the second of eight workers")
+        return cls(int(match[1]) - 1, int(match[2]))
+
+    def part(self, count: int) -> range:
+        """Its share."""
+        return range(self.index, count, self.of)
+
+    def shards(self, name: str, directory: Path, count: int) -> list[int]:
+        """Those of its share that are missing; damaged ones and what killed writers left are removed first."""
+        remove_leftovers(directory)
+        mine = self.part(count)
+        for shard in finished_shards(directory, "train"):
+            if shard.index in mine and is_damaged(shard):
+                say(name, f"{shard.file} is damaged; it is made again")
+                shard.file.unlink()
+        done = {shard.index for shard in finished_shards(directory, "train")}
+        return [index for index in mine if index not in done]
+
+
+EVERYTHING = Share(0, 1)
+
+
+class Source(Protocol):
+    """The rows of a dataset before the teacher has seen them."""
+
+    chat: Chat
+    max_model_len: int
+    reads: bool  # whether the text is there already
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """What the engine is to write or read, a row each."""
+        ...
+
+    def row(self, completion: Completion) -> Row:
+        """What is stored of a request's completion."""
+        ...
+
+    def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Let the engine write or read the requests of some shards."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """What `dataset.json` says of them."""
+        ...
+
+
+def count_shards(experiment: Experiment, rows: int) -> int:
+    """How many shards so many rows make."""
+    return -(-rows // experiment.generate.rows_per_shard)
+
+
+def count_finished(directory: Path) -> int:
+    """How many shards are there."""
+    return len(finished_shards(directory, "train")) if directory.is_dir() else 0
+
+
+def make_dataset(
+    name: str, directory: Path, source: Source, settings: dict[str, Any], inputs: dict[str, str], worker: Worker
+) -> None:
+    """Make this worker's missing shards; then, if all are there, complete the dataset.
+
+    Args:
+        name: of the stage.
+        directory: of the dataset.
+        source: its rows.
+        settings: the resolved configuration that they depend on.
+        inputs: path and hash of what is read.
+        worker: knows which shards are its own.
+    """
+    experiment = source.chat.experiment
+    count = count_shards(experiment, len(source.requests))
+    shared = SharedShards(experiment, directory)
+    shared.join(name, settings, inputs)
+    precision = shared.precision(teacher_precision(experiment.teacher))
+    precision = record.begin_computing(directory, name, settings, inputs, experiment.seed, precision)
+    made: dict[str, Any] = {}
+    shared.gather(count)  # who only asks what is missing sees what others have finished
+    gathered = False
+    while not gathered:
+        shared.put_lacking()
+        missing = shared.lacking(worker.shards(name, directory, count))
+        if (first := next(missing, None)) is not None:
+            (directory / MANIFEST).unlink(missing_ok=True)
+            made = _make(name, directory, source, chain([first], missing), worker, count, shared, precision)
+        gathered = shared.gather(count)
+    there = finished_shards(directory, "train")
+    if len(there) < count:
+        known = len({shard.index for shard in there} | shared.indices())
+        say(name, f"{known:,} of {count:,} shards are there, the others are for other workers to make")
+        return
+    described = source.chat.description() | {"precision": precision.recorded} | source.description()
+    write_manifest(directory, there, described | {"source": inputs})
+    shared.decide()
+    record.finish(directory, {"rows": len(source.requests), **made})
+    shared.finish()
+
+
+def _make(
+    name: str,
+    directory: Path,
+    source: Source,
+    missing: Iterable[int],
+    worker: Worker,
+    count: int,
+    shared: SharedShards,
+    precision: Precision,
+) -> dict[str, Any]:
+    """Run the engine over the missing shards; each is stored as soon as its last row is there. How fast it was."""
+    chat, experiment = source.chat, source.chat.experiment
+    size, everything = experiment.generate.rows_per_shard, len(source.requests)
+
+    def rows_of(index: int) -> int:
+        return min(size, everything - index * size)
+
+    shards = (source.requests[index * size : (index + 1) * size] for index in missing)
+    made: list[dict[str, Any]] = []
+
+    def store(index: int, completions: list[Completion]) -> None:
+        table = rows_to_table([source.row(completion) for completion in completions], chat.vocab_size)
+        shard = write_shard(directory, "train", index, count, table)
+        made.append(describe_shard(shard))
+        shared.put(shard)
+
+    with working(name, "starting the teacher"):
+        engine = open_engine(
+            experiment.teacher.model_copy(update={"dtype": precision.dtype}),
+            experiment.generate,
+            experiment.targets,
+            source.max_model_len,
+            chat.end_ids,
+            experiment.seed,
+            chat.vocab_size if source.reads else None,
+        )
+    part = worker.part(count)
+    there = {shard.index for shard in finished_shards(directory, "train")} | shared.indices()
+    done = sum(rows_of(index) for index in there if index in part)
+    started = time.monotonic()
+    # What is written is counted token by token, what is read a row at a time.
+    bar = StageBar(name, sum(map(rows_of, part)), done)
+    if not source.reads:
+        bar.count_tokens(lambda: engine.tokens, experiment.generate.max_tokens)
+    with bar:
+        for completion in _by_shard(source.run(engine, shards), size, rows_of, store):
+            bar.advance(tokens=len(completion.ids))
+        stored = bytes_per_position(made)
+        bar.advance(0, facts=[f"{stored:.0f} B/position"] if stored else [])
+        tokens = bar.tokens
+    return record.speed(tokens, time.monotonic() - started)
+
+
+def _by_shard(
+    completions: Iterator[Completion],
+    size: int,
+    rows_of: Callable[[int], int],
+    store: Callable[[int, list[Completion]], None],
+) -> Iterator[Completion]:
+    """Pass completions on; store a shard as soon as its last row is there, in the order of its requests."""
+    pending: dict[int, list[Completion]] = {}
+    for completion in completions:
+        index = completion.index // size
+        rows = pending.setdefault(index, [])
+        rows.append(completion)
+        if len(rows) == rows_of(index):
+            store(index, sorted(pending.pop(index), key=lambda row: row.index))
+        yield completion

@@ -1,0 +1,309 @@
+"""The fused form of the loss: from hidden states and the output matrix to the loss and its gradients, in chunks of rows.
+
+Every loss here depends on a row of logits through a few of them, which are picked, and through the log-sum-exp of the
+others. So a chunk of logits is computed, turned in place into the loss's gradient with respect to itself, multiplied into
+the gradients of the hidden states and of the output matrix, and overwritten by the next: one matrix product forward and
+two backward, as for plain cross-entropy, and never N × V numbers in memory. In suffixes, n and C count a chunk's rows and
+the picked logits of a row.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from llmdistill import losses
+from llmdistill.data.collator import output_layer, replaced_forward
+
+CHUNK_BYTES = 1 << 27  # of float32 logits: enough rows for matrix products at full speed
+_CACHED = 1 << 20  # numbers
+
+# From the rows' place among N, their picked logits (n, C), the log-sum-exp of their others (n, 1) and the largest of those
+# (n, 1): the loss, and the sums of its parts.
+RowLoss = Callable[[slice, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+# An adapter of low rank: from the hidden states (N, D) to (N, R), the linear layer from R to V, and a factor.
+Adapter = tuple[Callable[[Tensor], Tensor], torch.nn.Linear, float]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear output layer, and what the model does to its output.
+
+    logits = bend(scale · (hidden · weightᵀ + bias)), where bend(x) = softcap · tanh(x / softcap) if there is a softcap. The
+    layer may be one that peft trains whole (`modules_to_save`) or adapts by LoRA, which adds to the weight without being
+    added: hidden · (W + s · B · A)ᵀ = hidden · Wᵀ + (s · hidden · Aᵀ) · Bᵀ, two terms and no matrix of the size of W.
+    """
+
+    layer: torch.nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def is_in(self, model: Any) -> bool:
+        """Whether it is the model's output layer still, neither replaced nor wrapped since it was found."""
+        return output_layer(model) is self.layer and _is_untouched(self.layer) and _opened(self.layer) is not None
+
+    def terms(self, hidden_ND: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Pairs x (N, R), W (V, R), flat, the first of the hidden states and the layer's own weight, and the bias (V,).
+
+        The logits before the soft-cap are the sum of the products x · Wᵀ and the bias. The weights are those of this
+        moment, for FSDP has them whole only while the layer is at work.
+        """
+        opened = _opened(self.layer)
+        assert opened is not None
+        linear, adapters = opened
+        flat, bias_V = [hidden_ND, linear.weight], linear.bias
+        for down, up, factor in adapters:
+            flat += [down(hidden_ND) * factor, up.weight]
+        if self.scale != 1:  # (scale · x) · Wᵀ + scale · bias: cheaper than on the logits
+            flat[::2] = [x_NR * self.scale for x_NR in flat[::2]]
+            bias_V = None if bias_V is None else bias_V * self.scale
+        return flat, bias_V
+
+
+@torch.no_grad()
+def find_head(model: Any) -> Head | None:
+    """The model's output layer, or None where the fused form would not compute the model's own logits.
+
+    What a model does between this layer and its logits is measured, by putting known numbers in the layer's place. It is
+    not read from the configuration, where every family has its own names for it. A factor (Cohere, Granite) and a soft-cap
+    (Gemma) are recognised; whatever else is done makes it None.
+    """
+    layer = output_layer(model)
+    opened = _opened(layer)
+    if (
+        opened is None or not _is_untouched(layer) or hasattr(opened[0].weight, "ds_id")
+    ):  # ZeRO-3 has it whole in no other forward
+        return None
+    device = opened[0].weight.device
+    given_V = torch.linspace(-300, 300, opened[0].out_features, device=device)
+    given_V[0], given_V[1] = 2.0**-10, 1e9  # they show the slope at zero, and the bound if there is one
+    with replaced_forward(layer, lambda *_: given_V.view(1, 1, -1)):
+        made = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
+    if made.numel() != given_V.numel():
+        return None
+    made_V = made.flatten().float()
+    scale, bound = float(made_V[0] / given_V[0]), float(made_V[1])
+    softcap = bound if 0 < bound < scale * 1e8 else None
+    expected_V = given_V * scale if softcap is None else softcap * torch.tanh(given_V * scale / softcap)
+    return Head(layer, scale, softcap) if torch.allclose(made_V, expected_V, rtol=1e-5, atol=1e-5) else None
+
+
+@torch.compiler.disable  # in a compiled model it is left as it is: it has matrix products of its own, and writes in place
+def distillation_loss(
+    hidden_ND: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    targets: Mapping[str, Tensor],
+    objective: losses.Objective,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`losses.distillation_loss` of the logits that the head makes of the hidden states, without holding the logits.
+
+    The matrix products are in the type that autocast asks for, everything else is in float32. Gradients reach the hidden
+    states and, where they are trained, the head's weight and bias.
+
+    Args:
+        hidden_ND: what enters the output layer at the positions that predict completion tokens.
+        head: the output layer.
+        labels_N: the completion tokens.
+        targets: a batch of the collator.
+        objective: what to compute.
+        chunk_bytes: of float32 logits in memory at a time.
+    """
+    is_topk = "target_tail" in targets
+    columns = [labels_N[:, None]]
+    if "target_ids" in targets:
+        columns = [targets["target_ids"], *columns]
+
+    def row_loss(rows: slice, picked_nC: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        here = {name: values[rows] for name, values in targets.items() if name.startswith(("target_", "token_"))}
+        if is_topk:
+            parts = _topk_parts(picked_nC, others_n1, labels_N[rows], here, objective)
+        else:
+            parts = _sampled_parts(picked_nC, others_n1, here)
+        if "target_ids" in here:
+            best_n = torch.maximum(picked_nC.detach().amax(dim=1), top_n1[:, 0])
+            parts["agreement"] = (picked_nC.detach().gather(1, losses.stored_choice(here))[:, 0] >= best_n).float()
+        return objective.total(parts, here)
+
+    flat, bias_V = head.terms(hidden_ND)
+    rows = max(min(chunk_bytes // (4 * len(flat[1])), len(hidden_ND)), 1)
+    loss, sums, gradients = _in_chunks(flat, bias_V, head.softcap, torch.cat(columns, dim=1), is_topk, row_loss, rows)
+    return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
+
+
+def _topk_parts(
+    picked_nC: Tensor, others_n1: Tensor, labels_n: Tensor, targets: Mapping[str, Tensor], objective: losses.Objective
+) -> dict[str, Tensor]:
+    """Picked are the support and, last, the label, neither of them among the others; the label may be in both."""
+    label_n1 = picked_nC[:, -1:]
+    in_support_n1 = (targets["target_ids"] == labels_n[:, None]).any(dim=1, keepdim=True)
+    outside_n1 = torch.where(in_support_n1, others_n1, torch.logaddexp(others_n1, label_n1))
+    student_nJ = torch.cat([picked_nC[:, :-1], outside_n1], dim=1)
+    teacher_nJ = losses.teacher_outcomes(targets["target_logprobs"], targets["target_tail"])
+    return {"ce": student_nJ.logsumexp(dim=1) - label_n1[:, 0], **objective.divergences(teacher_nJ, student_nJ)}
+
+
+def _sampled_parts(picked_nC: Tensor, all_n1: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Picked are the sample, if there is one, and last the label; the log-sum-exp is of all logits."""
+    log_q_nC = picked_nC - all_n1
+    parts = {"ce": -log_q_nC[:, -1]}
+    if "target_logweights" in targets:
+        weights_nK = targets["target_logweights"].to(picked_nC.dtype).exp()
+        parts["kl"] = -(weights_nK * log_q_nC[:, :-1]).sum(dim=1) - targets["target_entropy"]
+    return parts
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> Tensor:
+        """The value; the gradients are those with respect to the inputs."""
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_value: Tensor) -> Any:
+        """In place, for the weight's gradient is large; autograd itself refuses a second call after that."""
+        return None, None, *(None if gradient is None else gradient.mul_(grad_value) for gradient in ctx.saved_tensors)
+
+
+def _in_chunks(
+    flat: list[Tensor],
+    bias_V: Tensor | None,
+    softcap: float | None,
+    columns_NC: Tensor,
+    picked_apart: bool,
+    row_loss: RowLoss,
+    rows: int,
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+    """The loss and its parts, summed over N, and the gradients of a head's terms and bias where they are wanted."""
+    device, count = flat[0].device, len(flat[0])
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else flat[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (*flat, bias_V)]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        gradients = [
+            None if not want or tensor is None else torch.zeros_like(tensor, dtype=None if tensor is flat[0] else wide)
+            for tensor, want in zip((*flat, bias_V), wanted, strict=True)
+        ]
+        x_ND, weight_VD = flat[0], flat[1].to(dtype)
+        low = [tensor.to(wide) for tensor in flat[2:]]  # of low rank: float32 costs nothing there
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+        buffer_nV = torch.empty(rows, len(weight_VD), dtype=dtype, device=device)
+        wide_buffer_nV = buffer_nV if dtype == wide else torch.empty_like(buffer_nV, dtype=wide)
+        total, sums = torch.zeros((), dtype=wide, device=device), defaultdict[str, Any](int)
+        # Once where there are no rows at all, so that every part has its sum.
+        for start in range(0, max(count, 1), rows):
+            here = slice(start, min(start + rows, count))
+            x_nD = x_ND[here].to(dtype)
+            product_nV = torch.mm(x_nD, weight_VD.t(), out=buffer_nV[: len(x_nD)])
+            if bias_V is not None:
+                product_nV.add_(bias_V)
+            logits_nV = product_nV if dtype == wide else wide_buffer_nV[: len(x_nD)].copy_(product_nV)
+            for x_NR, weight_VR in zip(low[::2], low[1::2], strict=True):
+                logits_nV.addmm_(x_NR[here], weight_VR.t())
+            loss, parts = _to_gradient(logits_nV, columns_NC[here], picked_apart, softcap, partial(row_loss, here))
+            total += loss
+            for name, value in parts.items():
+                sums[name] += value
+            if any(wanted):
+                product_nV = product_nV if dtype == wide else product_nV.copy_(logits_nV)
+                _add_gradients(gradients[:2], here, product_nV, x_nD, weight_VD)
+                for number in range(0, len(low), 2):
+                    _add_gradients(gradients[number + 2 :], here, logits_nV, low[number][here], low[number + 1])
+                if gradients[-1] is not None:
+                    gradients[-1].add_(logits_nV.sum(dim=0))
+    return total, dict(sums), gradients
+
+
+def _add_gradients(gradients: Sequence[Tensor | None], here: slice, grad_nV: Tensor, x_nR: Tensor, weight_VR: Tensor) -> None:
+    """To those of one term, x · Wᵀ, from the gradient with respect to a chunk of logits, in the type of the product."""
+    grad_x_NR, grad_weight_VR = gradients[:2]
+    if grad_x_NR is not None:
+        grad_x_NR[here] = grad_nV @ weight_VR
+    if grad_weight_VR is not None and grad_weight_VR.dtype == grad_nV.dtype:
+        grad_weight_VR.addmm_(grad_nV.t(), x_nR)
+    elif grad_weight_VR is not None:
+        # On a CPU in parts that stay in its cache: adding bfloat16 to float32 would else cost as much as the product.
+        block = max(_CACHED // x_nR.shape[1], 1) if x_nR.device.type == "cpu" else len(grad_weight_VR)
+        for part, grad_nv in zip(grad_weight_VR.split(block), grad_nV.split(block, dim=1), strict=True):
+            part.add_(grad_nv.t() @ x_nR)
+
+
+def _to_gradient(
+    logits_nV: Tensor,
+    columns_nC: Tensor,
+    picked_apart: bool,
+    softcap: float | None,
+    row_loss: Callable[[Tensor, Tensor, Tensor], Any],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Turn logits, in place, into the gradient of the summed loss with respect to them; return the loss and its parts.
+
+    Of an unpicked logit z the loss's derivative is that with respect to the log-sum-exp, times exp(z − log-sum-exp).
+    """
+    slope_nV = None
+    if softcap is not None:
+        logits_nV.div_(softcap).tanh_()
+        slope_nV = torch.addcmul(torch.ones_like(logits_nV[:1]), logits_nV, logits_nV, value=-1)
+        logits_nV.mul_(softcap)
+    with torch.enable_grad():
+        picked_nC = logits_nV.gather(1, columns_nC).requires_grad_()
+    if picked_apart:
+        logits_nV.scatter_(1, columns_nC, losses.SMALLEST)
+    top_n1 = logits_nV.amax(dim=1, keepdim=True)
+    sum_n1 = logits_nV.sub_(top_n1).exp_().sum(dim=1, keepdim=True)
+    with torch.enable_grad():
+        others_n1 = (top_n1 + sum_n1.log()).requires_grad_()
+        loss, parts = row_loss(picked_nC, others_n1, top_n1)
+        grad_picked_nC, grad_others_n1 = torch.autograd.grad(loss, (picked_nC, others_n1))
+    logits_nV.mul_(grad_others_n1 / sum_n1).scatter_add_(1, columns_nC, grad_picked_nC)
+    if slope_nV is not None:
+        logits_nV.mul_(slope_nV)
+    return loss.detach(), parts
+
+
+def _opened(layer: Any) -> tuple[torch.nn.Linear, list[Adapter]] | None:
+    """The linear layer inside what peft may have wrapped around it, and the adapters; None if there is more to it."""
+    if _is_linear(layer):
+        return layer, []
+    if not type(layer).__module__.startswith("peft."):
+        return None
+    from peft.tuners.lora import Linear
+    from peft.utils import ModulesToSaveWrapper
+
+    if layer.disable_adapters:
+        return None
+    if type(layer) is ModulesToSaveWrapper:
+        inner = layer.modules_to_save[layer.active_adapters[0]] if layer.active_adapters else None
+        return (inner, []) if _is_linear(inner) and _is_untouched(inner) else None
+    names = [name for name in layer.active_adapters if name in layer.lora_A] if type(layer) is Linear else []
+    if not names or layer.merged or any(name in layer.lora_variant or layer.lora_bias[name] for name in names):
+        return None
+    if not all(_is_linear(part) and _is_untouched(part) for part in (layer.base_layer, *(layer.lora_B[name] for name in names))):
+        return None
+
+    def down(name: str, hidden_ND: Tensor) -> Tensor:
+        into = layer.lora_A[name]
+        return into(layer.lora_dropout[name](hidden_ND.to(into.weight.dtype)))
+
+    return layer.base_layer, [(partial(down, name), layer.lora_B[name], layer.scaling[name]) for name in names]
+
+
+def _is_linear(layer: Any) -> bool:
+    """A linear layer and no subclass, as for quantised weights; but under FSDP2 its class is a subclass made for it."""
+    kind = type(layer)
+    return (kind.__mro__[2] if issubclass(kind, FSDPModule) else kind) is torch.nn.Linear
+
+
+def _is_untouched(layer: Any) -> bool:
+    """Nobody replaced its forward, nor gets at its output by a hook, but FSDP, to free the gathered weight."""
+    hooks = [hook for hook in layer._forward_hooks.values() if not hook.__module__.startswith("torch.distributed.fsdp.")]
+    return "forward" not in vars(layer) and not hooks

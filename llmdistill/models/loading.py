@@ -1,0 +1,245 @@
+"""Models and tokenizers by the Hugging Face names, with errors for people."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config.machine import Precision, inference_precision
+from llmdistill.errors import InputError
+from llmdistill.runs.record import read_json
+
+
+def check_model_exists(model: str, key: str) -> None:
+    """Refuse, before anything is loaded, a path that is no model directory.
+
+    Raises:
+        InputError: naming the key.
+    """
+    directory = Path(model)
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if (directory.is_dir() or looks_like_path) and not (directory / "config.json").is_file():
+        raise InputError(f"{key}: {model} is no model directory (it has no config.json) and no name on the Hub")
+
+
+def load_config(model: str, revision: str | None, trust_remote_code: bool = False, key: str = "teacher.model") -> Any:
+    """The model's configuration.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    check_model_exists(model, key)
+    from transformers import AutoConfig
+
+    return _found(model, key, lambda: AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code))
+
+
+def load_tokenizer(model: str, revision: str | None, trust_remote_code: bool = False, key: str = "teacher.model") -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: there is no such model, or it has no tokenizer.
+    """
+    check_model_exists(model, key)
+    from transformers import AutoTokenizer
+
+    return _found(
+        model, key, lambda: AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    )
+
+
+def load_model(
+    model: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    key: str = "teacher.model",
+    device: str | None = None,
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
+) -> Any:
+    """The model in evaluation mode, on the accelerator if there is one and no device is given.
+
+    Args:
+        model: directory or name on the Hub.
+        revision: on the Hub.
+        dtype: of the weights; `auto` is what this machine computes in, `checkpoint` as they are stored.
+        trust_remote_code: whether code of the model's repository runs.
+        key: of the configuration, for errors.
+        device: where it goes.
+        quantization_config: transformers' own, to quantise it while it loads.
+        attn_implementation: how attention is computed.
+
+    Raises:
+        InputError: there is no such model, or its weights do not fit into the memory that is free.
+    """
+    check_model_exists(model, key)
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if device is None:
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    if quantization_config is None:
+        check_fits(model, key, device)
+    dtype = model_precision(model, revision, dtype, trust_remote_code, key).dtype
+    how: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        how["attn_implementation"] = attn_implementation
+    if quantization_config is not None:  # such a model is made where it stays
+        place = device if device == "cpu" else torch.accelerator.current_device_index()
+        how |= {"quantization_config": quantization_config, "device_map": {"": place}}
+    loaded = _found(model, key, lambda: AutoModelForCausalLM.from_pretrained(model, **how))
+    return (loaded if quantization_config is not None else loaded.to(device)).eval()
+
+
+def model_precision(
+    model: str,
+    revision: str | None = None,
+    asked: str = "auto",
+    trust_remote_code: bool = False,
+    key: str = "teacher.model",
+    engine: str = "transformers",
+) -> Precision:
+    """What a model computes in; its `dtype` is what transformers and vLLM take, whose own `auto` is that of the checkpoint.
+
+    Quantised checkpoints are left as they are, being made for the precision that they name.
+
+    Args:
+        model: directory or name on the Hub.
+        revision: on the Hub.
+        asked: a precision, `auto` for what this machine is good at, or `checkpoint`.
+        trust_remote_code: whether code of the model's repository runs.
+        key: of the configuration, for errors.
+        engine: `vllm` or `transformers`.
+    """
+    if asked == "checkpoint":
+        return Precision("auto", "in what the checkpoint is stored in")
+    if asked == "auto" and getattr(load_config(model, revision, trust_remote_code, key), "quantization_config", None):
+        return Precision("auto", "in what the quantised checkpoint was made for")
+    return inference_precision(asked, engine)
+
+
+def continue_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int], **how: Any
+) -> Any:
+    """What a model writes after prompts of any lengths, in one batch; shape (B, T), on the CPU, padded behind the end tokens.
+
+    Args:
+        model: as `load_model` gives it.
+        prompts: token ids.
+        max_new_tokens: where an answer is cut.
+        end_ids: the tokens that end one; those of the model's own generation configuration if there are none.
+        how: more arguments of `generate`.
+    """
+    import torch
+
+    width = max(map(len, prompts))
+    ids_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    ends: dict[str, Any] = {"eos_token_id": list(end_ids) or None, "pad_token_id": end_ids[0] if end_ids else 0}
+    with torch.inference_mode():
+        output_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, **ends, **how)
+    return output_BT[:, width:].cpu()
+
+
+def check_fits(model: str, key: str, device: str) -> None:
+    """Refuse a model in a directory whose weights are larger than the memory that is free.
+
+    Raises:
+        InputError: naming both.
+    """
+    size, free = model_bytes(model), free_memory(device)
+    if size is not None and size > free:
+        raise InputError(f"{key}: the weights of {model} are {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}")
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a device."""
+    import psutil
+    import torch
+
+    kind = torch.device(device).type
+    return int(psutil.virtual_memory().available if kind in ("cpu", "mps") else torch.accelerator.get_memory_info(device)[0])
+
+
+@contextmanager
+def whole_on_every_process() -> Iterator[None]:
+    """Inside, a process that is about to train under FSDP or DeepSpeed loads a model as it would by itself.
+
+    For a model to be trained transformers would else load weights in one process alone (FSDP) or spread them (ZeRO-3).
+    """
+    from transformers.integrations import deepspeed
+
+    key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    asked, zero = os.environ.pop(key, None), deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = zero
+        if asked is not None:
+            os.environ[key] = asked
+
+
+def generation_config(model: str, revision: str | None) -> Any:
+    """The model's generation configuration; None if it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model, revision=revision)
+    except OSError:
+        return None
+
+
+def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion, from the generation configuration; loads no weights."""
+    generation = generation_config(model, revision)
+    known = [generation.eos_token_id] if generation else [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+    end = next((value for value in known if value is not None), None)
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def special_token_ids(tokenizer: Any) -> list[int]:
+    """The tokens that mark turns and ends, and are no text."""
+    return sorted(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """Identifies which token has which id; models of one family agree here even when their matrices are padded apart."""
+    content = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def tokenise_chat(tokenizer: Any, prompt: list[dict[str, str]], completion: list[dict[str, str]]) -> tuple[list[int], int]:
+    """A conversation in a tokenizer's ids, through its own chat template, and the index of the first completion token."""
+    start: list[int] = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    whole: list[int] = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+    return whole, next((n for n, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start))
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence that the model was made for, in tokens."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
+def model_bytes(directory: str) -> int | None:
+    """Bytes of the weight files in a model directory; None for a model on the Hub."""
+    path = Path(directory)
+    if not path.is_dir():
+        return None
+    index = read_json(path / "model.safetensors.index.json")
+    names = set(index["weight_map"].values()) if index else {file.name for file in path.glob("*.safetensors")}
+    return sum((path / name).stat().st_size for name in names)
+
+
+def _found(model: str, key: str, load: Any) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{key}: cannot load {model}: {str(error).splitlines()[0]}") from None

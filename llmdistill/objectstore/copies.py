@@ -1,0 +1,392 @@
+"""The copy of a run in an object store: it outlives the machine, and another one goes on from it.
+
+Under the URL lie the same names as under `output`. One object appears whole or not at all, but nothing can be renamed there,
+so a directory says itself that it is whole: its `.finished.json` holds the SHA-256 of every file and what `run.json` says.
+It is uploaded after them and taken away before any of them changes. What is worth something before that are checkpoints,
+each a directory of its own, and the shards of a dataset that is being made (see `shared_shards`).
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llmdistill.config import Directory, Experiment
+from llmdistill.data.dataset import MANIFEST
+from llmdistill.errors import InputError
+from llmdistill.objectstore.store import DamagedError, Store
+from llmdistill.runs import record
+from llmdistill.runs.progress import say
+
+SEAL = ".finished.json"
+CARD = "README.md"
+_CHECKPOINTS = "checkpoints"
+_STATE = "trainer_state.json"  # the trainer writes it last: a checkpoint that has it is whole
+# What a stage reads of the others' directories, and what it writes.
+_READS: dict[str, tuple[Directory, ...]] = {
+    "generate": ("prompts",),
+    "curate": ("data",),
+    "prune": ("curated",),
+    "train": ("curated",),
+    "eval": ("curated", "student-before", "student", "student-text-only"),
+    "export": ("curated", "student"),
+    "report": ("prompts", "data", "curated", "student", "student-text-only", "eval", "export"),
+    "chat": ("student",),
+}
+_WRITES: dict[str, tuple[Directory, ...]] = {
+    "prompts": ("prompts",),
+    "generate": ("data",),
+    "score": ("data",),
+    "curate": ("curated",),
+    "prune": ("student-before",),
+    "train": ("student-before", "student", "student-text-only"),
+    "eval": ("eval",),
+    "export": ("export",),
+}
+
+
+class Copy:
+    """A directory under `output`, and its copy in the store."""
+
+    def __init__(self, store: Store, output: Path, name: str, name_there: str | None = None) -> None:
+        self.store = store
+        self.name = name_there or name
+        self.directory = output / name
+        self.url = f"{store.url}/{self.name}"
+
+    def part(self, name: str) -> "Copy":
+        """A directory in it that is whole by itself."""
+        return Copy(self.store, self.directory, name, f"{self.name}/{name}")
+
+    def seal(self) -> dict[str, Any] | None:
+        """What the store says of the whole directory; None if it is not whole there."""
+        found: dict[str, Any] | None = None
+        with suppress(DamagedError):
+            found = self.store.read(f"{self.name}/{SEAL}")
+        if found is None or not ("run" in found and "files" in found):
+            return None
+        for name in found["files"]:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise InputError(f"{self.url}/{SEAL}: {name} would lie outside of it")
+        return found
+
+    def break_seal(self, damaged: str | None = None) -> None:
+        """From now on it is not whole there, and what decides on the shards of a dataset goes with the seal.
+
+        Args:
+            damaged: an object that goes, too.
+        """
+        self.store.remove(f"{self.name}/{SEAL}")
+        self.store.remove(f"{self.name}/{MANIFEST}")
+        if damaged is not None:
+            self.store.remove(damaged)
+
+    def is_here(self) -> bool:
+        """Whether it need not be fetched: it is done, or was not made by a stage."""
+        return self.directory.exists() and (self.is_done_here() or not (self.directory / record.RUN_FILE).exists())
+
+    def is_done_here(self) -> bool:
+        """Whether its stage is done."""
+        run = record.read_json(self.directory / record.RUN_FILE)
+        return bool(run and run["status"] == "done")
+
+    def upload_if_done(self) -> None:
+        """Upload a finished directory, unless the store has it already.
+
+        Raises:
+            InputError: the store has the work of other settings.
+        """
+        if not self.is_done_here():
+            return
+        run, seal = record.read_json(self.directory / record.RUN_FILE), self.seal()
+        if seal and seal["run"] != run:
+            self.check(run["stage"], run["settings"], run["inputs"])
+        # Where another run has done the same, its result stays; where it is this one, it has been gone on with.
+        if not seal or (seal["run"] != run and seal["run"]["started"] == run["started"]):
+            say("store", f"uploading {self.directory} to {self.url}")
+            self.upload()
+
+    def upload(self) -> None:
+        """Make the copy what is here, with what says so at the very end."""
+        files = sorted(self.directory.rglob("*"))
+        here = {path.relative_to(self.directory).as_posix(): path for path in files if path.is_file()}
+        here = {name: path for name, path in here.items() if not _is_apart(name)}
+        sums = {name: record.sha256(path) for name, path in here.items() if name not in (record.RUN_FILE, CARD)}
+        there, seal = self.store.names(self.name), self.seal() or {"files": {}}
+        self.store.remove(f"{self.name}/{SEAL}")
+        for name in sorted(here, key=_order):
+            same = name in sums and (seal["files"].get(name) == sums[name] or f"-{sums[name][:16]}." in name)
+            if same and there.get(name) == here[name].stat().st_size:
+                continue
+            if name == MANIFEST and self.directory.name == "data":
+                self._decide(here[name])
+            else:
+                self.store.put(here[name], f"{self.name}/{name}")
+        for name in there.keys() - here.keys():
+            if not _is_apart(name):
+                self.store.remove(f"{self.name}/{name}")
+        self._seal({"run": record.read_json(self.directory / record.RUN_FILE), "files": sums})
+
+    def _decide(self, file: Path) -> None:
+        if self.store.decide(file, f"{self.name}/{file.name}") != file.read_bytes():
+            raise InputError(
+                f"{self.url} holds another dataset of the same settings; remove it there, or {self.directory} to fetch that"
+            )
+
+    def _seal(self, content: dict[str, Any]) -> None:
+        file = self.directory / f".seal.{record.writer_name()}.unfinished"
+        record.write_json(file, content)
+        try:
+            self.store.put(file, f"{self.name}/{SEAL}")
+        finally:
+            file.unlink()
+
+    def fetch(self) -> None:
+        """Make this directory the copy, `run.json` with its status at the very end.
+
+        Raises:
+            DamagedError: an object is not what was uploaded, or is not there.
+        """
+        seal = self.seal()
+        assert seal is not None
+        say("store", f"fetching {self.directory} from {self.url}")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        run_file = self.directory / record.RUN_FILE
+        if seal["run"] and not run_file.exists():
+            record.write_json(run_file, {**seal["run"], "status": "unfinished"})
+        for name in sorted(seal["files"], key=_order):
+            file = self.directory / name
+            if not file.is_file() or record.sha256(file) != seal["files"][name]:
+                self.store.get(f"{self.name}/{name}", file, seal["files"][name])
+        with suppress(DamagedError):  # `eval` writes on a card after the seal; a checkpoint has none
+            self.store.get(f"{self.name}/{CARD}", self.directory / CARD)
+        for file in self.directory.glob("*.parquet"):
+            if file.name not in seal["files"]:
+                file.unlink()
+        if seal["run"]:
+            record.write_json(run_file, seal["run"])
+
+    def check(self, name: str, settings: dict[str, Any], inputs: dict[str, str]) -> None:
+        """Refuse to mix the work of two settings.
+
+        Args:
+            name: of the stage.
+            settings: the resolved configuration that its result depends on.
+            inputs: path and hash of what it reads.
+
+        Raises:
+            InputError: the store has work of another stage, or of other settings.
+        """
+        seal = self.seal()
+        run = seal["run"] if seal else self.store.read(f"{self.name}/{record.RUN_FILE}")
+        self._compare(run, {"stage": name, "settings": settings, "inputs": inputs})
+
+    def begin(self) -> None:
+        """Before the first part of the work is uploaded: let the store know whose it is, or see that it is the same.
+
+        Raises:
+            InputError: the store has work of another stage, or of other settings.
+        """
+        file = self.directory / record.RUN_FILE
+        self._compare(json.loads(self.store.decide(file, f"{self.name}/{file.name}")), record.read_json(file))
+
+    def _compare(self, there: dict[str, Any] | None, here: dict[str, Any]) -> None:
+        if there is None:
+            return
+        found = record.differences(there, here["settings"], here["inputs"])
+        dtypes = [run["precision"]["dtype"] for run in (there, here) if run.get("precision")]
+        if len(set(dtypes)) == 2:
+            found.append(f"its teacher computes in {dtypes[0]}, that of {self.directory} in {dtypes[1]}")
+        if there["stage"] != here["stage"]:
+            found = [f"it is the work of `{there['stage']}`"]
+        if found:
+            raise InputError(
+                f"{self.url} was made with other settings: {'; '.join(found)}. "
+                "Choose another `store`, or remove that directory there to make it again"
+            )
+
+
+def _is_apart(name: str) -> bool:
+    """What is no part of a stage's result: hidden files, and checkpoints, each of which is whole by itself."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") for part in parts) or parts[0] == _CHECKPOINTS
+
+
+def _order(name: str) -> tuple[bool, bool, bool, str]:
+    """What says of others that they are there comes after them."""
+    return name == record.RUN_FILE, name == MANIFEST, name == _STATE, name
+
+
+def bring(experiment: Experiment, name: str) -> None:
+    """Before a stage: fetch what it reads, and what of its own work was finished elsewhere, where it is not here.
+
+    Raises:
+        InputError: the store cannot be used, holds the work of other settings, or what the stage reads is damaged there.
+    """
+    assert experiment.store is not None
+    Store(experiment.store).check()
+    with _one_at_a_time(Path(experiment.output)):
+        for directory in _reads(experiment, name):
+            copy = _copy(experiment, directory)
+            try:
+                if copy and not copy.is_here() and copy.seal():
+                    copy.fetch()
+            except DamagedError as error:
+                raise InputError(f"{error}; run the stage that makes {directory} on this machine, and it is made again") from None
+        for copy in _own(experiment, name):
+            _bring_own(copy)
+
+
+def _own(experiment: Experiment, name: str) -> list[Copy]:
+    """What a stage writes."""
+    copies = [_copy(experiment, experiment.directory(part)) for part in _WRITES.get(name, ())]
+    return [copy for copy in copies if copy]
+
+
+def _reads(experiment: Experiment, name: str) -> list[Path]:
+    """What a stage reads that another one may have made: of this experiment, or of one that the configuration names."""
+    prompts, score, train, export = experiment.prompts, experiment.score, experiment.train, experiment.export
+    learned = [train.dataset, *experiment.mixed_datasets]
+    student = [experiment.student.model, experiment.first_student if experiment.rounds else None]
+    named: dict[str, list[str | Path | None]] = {
+        "generate": [experiment.teacher.model, *((prompts.source, *prompts.known) if prompts else ())],
+        "score": [score.source if score else None],
+        "prune": [train.dataset],
+        "train": [*learned, *student],
+        "eval": [*learned, *student],
+        "export": [train.dataset, export.model if export else None],
+    }
+    found = [experiment.directory(part) for part in _READS.get(name, ())]
+    return [*found, *(Path(path) for path in named.get(name, ()) if path)]
+
+
+def _copy(experiment: Experiment, directory: Path) -> Copy | None:
+    """A directory under `output`, or beside it as far up as `output` and the URL end in the same names; else None."""
+    assert experiment.store is not None
+    output, url = Path(os.path.normpath(experiment.output)), experiment.store.rstrip("/")
+    parts = PurePosixPath(os.path.relpath(directory, output)).parts
+    up = parts.count("..")
+    there = url.split("/")[3:]
+    if up == len(parts) or (up and list(output.parts[-up:]) != there[-up:]):
+        return None
+    for _ in range(up):
+        output, url = output.parent, url.rpartition("/")[0]
+    return Copy(Store(url), output, "/".join(parts[up:]))
+
+
+def _bring_own(copy: Copy) -> None:
+    """What was done elsewhere of what this stage is to do; what is damaged is made again."""
+    try:
+        if here := record.read_json(copy.directory / record.RUN_FILE):
+            copy.check(here["stage"], here["settings"], here["inputs"])
+        if copy.is_done_here():
+            return
+        if copy.seal():
+            copy.fetch()
+        elif copy.directory.name in ("student", "student-text-only"):
+            _bring_checkpoints(copy)
+    except DamagedError as error:
+        say("store", f"{error}; it is made again")
+        copy.break_seal(error.name)
+        _bring_own(copy)
+
+
+def keep(experiment: Experiment, name: str) -> None:
+    """After a stage: upload what it has finished.
+
+    Raises:
+        InputError: the store holds the work of other settings, or refuses.
+    """
+    assert experiment.store is not None
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for copy in _own(experiment, name):
+        copy.upload_if_done()
+    # A page is no directory, and on the student's card `eval` has written its results.
+    output = Path(experiment.output)
+    pages = {"report": [output / "report.html", output / "report.md"], "eval": [experiment.directory("student") / CARD]}
+    for page in pages.get(name, ()):
+        if page.is_file():
+            Store(experiment.store).put(page, page.relative_to(output).as_posix())
+
+
+@contextmanager
+def _one_at_a_time(output: Path) -> Iterator[None]:
+    """Of several processes in one directory the first fetches, the others find it there."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".store.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _checkpoints(names: Sequence[str], last: str) -> list[str]:
+    """The whole checkpoints, by the file that is written last, from the oldest to the newest."""
+    found = [match for name in names if (match := re.fullmatch(rf"(checkpoint-(\d+))/{re.escape(last)}", name))]
+    return [match[1] for match in sorted(found, key=lambda match: int(match[2]))]
+
+
+def _checkpoints_here(student: Copy) -> list[str]:
+    directory = student.directory / _CHECKPOINTS
+    return _checkpoints([file.relative_to(directory).as_posix() for file in directory.glob(f"*/{_STATE}")], _STATE)
+
+
+def _bring_checkpoints(student: Copy) -> None:
+    """The newest whole checkpoint, and the best before it if that is another, where none as new is here."""
+    there, here = _checkpoints(list(student.store.names(f"{student.name}/{_CHECKPOINTS}")), SEAL), _checkpoints_here(student)
+    if not there:
+        return
+    if not (student.directory / record.RUN_FILE).exists():
+        student.store.get(f"{student.name}/{record.RUN_FILE}", student.directory / record.RUN_FILE)
+    newest = there[-1]
+    if here and int(here[-1].split("-")[1]) >= int(newest.split("-")[1]):
+        return
+    wanted = newest
+    try:
+        state = student.store.read(f"{student.name}/{_CHECKPOINTS}/{newest}/{_STATE}") or {}
+        best = PurePosixPath(state.get("best_model_checkpoint") or newest).name
+        for wanted in [checkpoint for checkpoint in there if checkpoint in (best, newest) and checkpoint not in here]:
+            student.part(f"{_CHECKPOINTS}/{wanted}").fetch()
+    except DamagedError as error:
+        say("store", f"{error}; the checkpoint before it is tried")
+        student.part(f"{_CHECKPOINTS}/{wanted}").break_seal()
+        _bring_checkpoints(student)
+
+
+def keep_checkpoints(experiment: Experiment, directory: Path, limit: int | None) -> None:
+    """Upload the whole checkpoints that the store lacks; under a limit those go there that are gone here.
+
+    Args:
+        experiment: the configuration.
+        directory: the student's.
+        limit: `save_total_limit`.
+    """
+    student = _copy(experiment, directory)
+    assert student is not None
+    name = f"{student.name}/{_CHECKPOINTS}"
+    here, there = _checkpoints_here(student), list(student.store.names(name))
+    student.begin()
+    for checkpoint in here:
+        if f"{checkpoint}/{SEAL}" not in there:
+            student.part(f"{_CHECKPOINTS}/{checkpoint}").upload()
+    old = [file for file in there if PurePosixPath(file).parts[0] not in here] if limit is not None else []
+    for file in sorted(old, key=lambda file: not file.endswith(SEAL)):  # the seals first
+        student.store.remove(f"{name}/{file}")
+
+
+def upload_checkpoints(experiment: Experiment, trainer: Any, directory: Path) -> None:
+    """From now on each checkpoint is uploaded when all processes have written it; training waits for that."""
+    from transformers import TrainerCallback
+
+    class Upload(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.accelerator.wait_for_everyone()
+            if state.is_world_process_zero:
+                keep_checkpoints(experiment, directory, args.save_total_limit)
+
+    if experiment.store is not None:
+        trainer.add_callback(Upload())

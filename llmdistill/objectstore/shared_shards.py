@@ -1,0 +1,168 @@
+"""The shards of a dataset that workers make without a common disk: they meet in the store.
+
+A shard is uploaded as soon as it is there, and its name holds its checksum. Whoever finds all of them there fetches what it
+lacks and writes `dataset.json`, which only the first can upload: where two made the same shard with other bytes, that file
+says which one counts, and the others take it over.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config import Experiment
+from llmdistill.config.machine import Precision
+from llmdistill.data.cards import dataset_card
+from llmdistill.data.dataset import MANIFEST, SHARD_NAME, Shard, finished_shards, is_damaged
+from llmdistill.errors import InputError, RemoteError
+from llmdistill.objectstore.copies import CARD, Copy
+from llmdistill.objectstore.store import DamagedError, Store
+from llmdistill.runs import record
+from llmdistill.runs.progress import say
+
+_TRIES = 5  # at fetching shards while others decide or damaged ones are made again
+
+
+class SharedShards:
+    """The training shards in the store of one dataset; without a store there are none, and nothing is to be done."""
+
+    def __init__(self, experiment: Experiment, directory: Path) -> None:
+        self.directory = directory
+        self._tries = _TRIES
+        self._begun = False
+        self.copy = Copy(Store(experiment.store), directory.parent, directory.name) if experiment.store else None
+
+    def join(self, name: str, settings: dict[str, Any], inputs: dict[str, str]) -> None:
+        """See that this worker's settings are those of the others.
+
+        Args:
+            name: of the stage.
+            settings: the resolved configuration that the rows depend on.
+            inputs: path and hash of what is read.
+
+        Raises:
+            InputError: the store has the work of other settings.
+        """
+        if self.copy:
+            self.copy.check(name, settings, inputs)
+
+    def precision(self, wanted: Precision) -> Precision:
+        """What the teacher computes in: as the work in the store was begun, or as wanted."""
+        run = self.copy.store.read(f"{self.copy.name}/{record.RUN_FILE}") if self.copy else None
+        recorded = (run or {}).get("precision")
+        if not recorded or recorded["dtype"] == wanted.dtype:
+            return wanted
+        return Precision(recorded["dtype"], f"as the work in the store was begun; here it would be {wanted}")
+
+    def indices(self) -> set[int]:
+        """Which shards are in the store."""
+        return set(self._names()) if self.copy else set()
+
+    def lacking(self, wanted: Iterable[int]) -> Iterator[int]:
+        """Those of the wanted shards that are not in the store, which is asked again just before each is made."""
+        there = self.indices()
+        for index in wanted:
+            if index not in there and not (self.copy and self._names(_prefix(index))):
+                yield index
+
+    def put(self, shard: Shard) -> None:
+        """Upload a shard, unless another worker did; then that one counts, and this one goes."""
+        if not self.copy:
+            return
+        there = self._names(_prefix(shard.index)).get(shard.index)
+        if not self._begun:
+            self.copy.begin()
+            self._begun = True
+        if there is None:
+            self.copy.store.put(shard.file, f"{self.copy.name}/{shard.file.name}")
+        elif there != shard.file.name:
+            shard.file.unlink()
+
+    def put_lacking(self) -> None:
+        """Upload what a killed worker had finished here."""
+        there = self.indices()
+        for shard in finished_shards(self.directory, "train") if self.copy else ():
+            if shard.index not in there and not is_damaged(shard):
+                self.put(shard)
+
+    def gather(self, count: int) -> bool:
+        """Once all shards are in the store, have them here; False if one is damaged there: it goes, and has to be made again.
+
+        Raises:
+            RemoteError: they are damaged again and again.
+        """
+        if not self.copy:
+            return True
+        try:
+            names = self._decided() or list(self._names().values())
+            if len(names) == count:
+                self._fetch(names)
+            return True
+        except DamagedError as error:
+            self._tries -= 1
+            if not self._tries:
+                raise RemoteError(f"{error}, again and again") from None
+            say("store", f"{error}; it is made again, unless another one is there")
+            self.copy.break_seal(error.name)
+            return False
+
+    def decide(self) -> None:
+        """Upload `dataset.json`, or take over the one that is there."""
+        if not self.copy:
+            return
+        file = self.directory / MANIFEST
+        content = self.copy.store.decide(file, f"{self.copy.name}/{MANIFEST}")
+        if content != file.read_bytes():
+            manifest = json.loads(content)
+            self._fetch(_shards_of(manifest))
+            record.write_text(self.directory / CARD, dataset_card(manifest))
+            record.write_text(file, content.decode())
+
+    def finish(self) -> None:
+        """Upload the rest of the finished dataset."""
+        if self.copy:
+            self.copy.upload_if_done()
+
+    def _names(self, prefix: str = "train-") -> dict[int, str]:
+        """The shards in the store by their index; where two workers made the same one, the first by name."""
+        assert self.copy is not None
+        names: dict[int, str] = {}
+        for name in sorted(self.copy.store.names(self.copy.name, prefix)):
+            if match := SHARD_NAME.fullmatch(name):
+                names.setdefault(int(match["index"]), name)
+        return names
+
+    def _decided(self) -> list[str]:
+        """The shards that count, if a worker has decided on them; what has gone since is to be made again."""
+        assert self.copy is not None
+        manifest = self.copy.store.read(f"{self.copy.name}/{MANIFEST}")
+        if manifest is None:
+            return []
+        names, there = _shards_of(manifest), self.copy.store.names(self.copy.name)
+        if any(name not in there for name in names):
+            self.copy.break_seal()
+            return []
+        return names
+
+    def _fetch(self, names: Collection[str]) -> None:
+        """Have these shards here, and no others."""
+        assert self.copy is not None
+        for name in names:
+            file, checksum = self.directory / name, name.removesuffix(".parquet").rpartition("-")[2]
+            if not file.is_file() or not record.sha256(file).startswith(checksum):
+                self.copy.store.get(f"{self.copy.name}/{name}", file, checksum)
+        for file in self.directory.glob("train-*.parquet"):
+            if file.name not in names:
+                file.unlink(missing_ok=True)
+
+
+def _prefix(index: int) -> str:
+    return f"train-{index:05d}-"
+
+
+def _shards_of(manifest: dict[str, Any]) -> list[str]:
+    """The names in a `dataset.json`."""
+    names = [str(entry["file"]) for entry in manifest["shards"]]
+    if not all(SHARD_NAME.fullmatch(name) for name in names):
+        raise InputError(f"{MANIFEST} of the store names files that are no shards")
+    return names

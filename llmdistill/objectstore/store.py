@@ -1,0 +1,210 @@
+"""An object store as files under a URL: whole or not there, tried again when it fails, by fsspec."""
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from llmdistill.errors import InputError, RemoteError
+from llmdistill.runs import record
+from llmdistill.runs.progress import say
+
+_DELAYS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds between tries, about five minutes
+_LIBRARIES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "file": ("fsspec", "s3")}  # package and extra
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}},  # it is us who try again, and say so
+    "gs": {},
+    "file": {"auto_mkdir": True},
+}
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError", "RefreshError")
+_TRANSIENT = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "ConditionalRequestConflict")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T = TypeVar("T")
+
+
+class DamagedError(InputError):
+    """An object is not what was uploaded, or is gone, though it is said to be there; `name` is its name."""
+
+    def __init__(self, url: str, name: str) -> None:
+        super().__init__(f"{url}/{name} is damaged or gone")
+        self.name = name
+
+
+class Store:
+    """Files by name under a URL; every call is tried again for some minutes.
+
+    Raises:
+        InputError: a library is missing, there are no credentials, no such bucket, or the store refuses.
+        RemoteError: from any call: it cannot be reached, or fails.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        protocol = self.url.partition("://")[0]
+        package, extra = _LIBRARIES[protocol]
+        try:
+            import fsspec
+
+            self._files = fsspec.filesystem(protocol, use_listings_cache=False, **_OPTIONS[protocol])
+        except ImportError:
+            raise InputError(f"store: {url} needs {package}, which is not installed: pip install 'llmdistill[{extra}]'") from None
+        self._root = str(self._files._strip_protocol(self.url))
+        self._renames = protocol == "file"
+        self._no_bucket = f"store: {self.url}: there is no such bucket"
+
+    def check(self) -> None:
+        """See that there is such a store, before work is begun that it is to receive."""
+        if not self._renames:
+            try:
+                self._ask("", lambda: self._files.find(self._root, prefix="."))  # as good as nothing begins with that
+            except FileNotFoundError:
+                raise InputError(self._no_bucket) from None
+
+    def names(self, under: str, prefix: str = "") -> dict[str, int]:
+        """The files in a directory and below, by their path in it, with their sizes in bytes.
+
+        Args:
+            under: the directory's name.
+            prefix: how the paths begin.
+        """
+        root = f"{self._root}/{under}"
+        try:
+            found = self._ask(under, lambda: self._files.find(root, detail=True, prefix=prefix))
+        except FileNotFoundError:
+            raise InputError(self._no_bucket) from None
+        names = {path.removeprefix(f"{root}/"): int(info["size"]) for path, info in found.items()}
+        return {name: size for name, size in names.items() if name.startswith(prefix) and not name.endswith(".unfinished")}
+
+    def put(self, file: Path, name: str) -> None:
+        """Upload a file; it is there whole or not at all."""
+        try:
+            if self._renames:
+                self._ask(name, lambda: self._put_beside(file, name).replace(f"{self._root}/{name}"))
+            else:
+                self._ask(name, lambda: self._files.put_file(str(file), f"{self._root}/{name}"))
+        except FileNotFoundError:
+            if not file.exists():
+                raise
+            raise InputError(self._no_bucket) from None
+
+    def decide(self, file: Path, name: str) -> bytes:
+        """Upload a file unless there is one already; the content of what is there then, which many may ask for at once."""
+        while True:
+            with suppress(FileExistsError):
+                self._create(file, name)
+            with suppress(FileNotFoundError):  # gone again already
+                return self._ask(name, lambda: bytes(self._files.cat_file(f"{self._root}/{name}")))
+
+    def get(self, name: str, file: Path, checksum: str | None = None) -> None:
+        """Download a file; here, too, it appears whole or not at all.
+
+        Args:
+            name: in the store.
+            file: where it goes.
+            checksum: how its SHA-256 begins.
+
+        Raises:
+            DamagedError: it has another one, or is not there.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{file.name}.{record.writer_name()}.unfinished")
+        try:
+            self._ask(name, lambda: self._files.get_file(f"{self._root}/{name}", str(unfinished)))
+            if checksum is not None and not record.sha256(unfinished).startswith(checksum):
+                raise DamagedError(self.url, name)
+            unfinished.replace(file)
+        except FileNotFoundError:
+            raise DamagedError(self.url, name) from None
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def read(self, name: str) -> Any:
+        """A JSON file; None if it is not there.
+
+        Raises:
+            DamagedError: it is no JSON.
+        """
+        try:
+            return json.loads(self._ask(name, lambda: bytes(self._files.cat_file(f"{self._root}/{name}"))))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise DamagedError(self.url, name) from None
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self._ask(name, lambda: self._files.rm_file(f"{self._root}/{name}"))
+
+    def _create(self, file: Path, name: str) -> None:
+        if not self._renames:
+            content = file.read_bytes()
+            self._ask(name, lambda: self._files.pipe_file(f"{self._root}/{name}", content, mode="create"))
+            return
+        beside = self._put_beside(file, name)
+        try:
+            Path(f"{self._root}/{name}").hardlink_to(beside)
+        finally:
+            beside.unlink()
+
+    def _put_beside(self, file: Path, name: str) -> Path:
+        """In a directory, which unlike a store shows a file while it is written: under a hidden name first."""
+        target = PurePosixPath(self._root, name)
+        beside = target.with_name(f".{target.name}.{record.writer_name()}.unfinished")
+        self._files.put_file(str(file), str(beside))
+        return Path(beside)
+
+    def _ask(self, name: str, what: Callable[[], T]) -> T:
+        """Call until it works.
+
+        Raises:
+            FileNotFoundError, FileExistsError: as the store says.
+            OSError: the local disk is full.
+        """
+        for number, delay in enumerate([*_DELAYS, None]):
+            try:
+                return what()
+            except (FileNotFoundError, FileExistsError):
+                raise
+            except Exception as error:  # every library raises its own, with no common base
+                reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+                if _code(error)[0] == "PreconditionFailed":
+                    raise FileExistsError(name) from None
+                if isinstance(error, OSError) and error.errno in _NO_SPACE:
+                    raise
+                if type(error).__name__ in _NO_CREDENTIALS:
+                    raise InputError(
+                        f"store: {self.url}: no credentials ({reason}); they come from the environment (AWS_ACCESS_KEY_ID, "
+                        "GOOGLE_APPLICATION_CREDENTIALS, …) or the files of the cloud's own tools"
+                    ) from None
+                if _is_refusal(error):
+                    raise InputError(f"store: {self.url}/{name}: refused: {reason}") from None
+                if delay is None:
+                    raise RemoteError(
+                        f"{self.url}/{name}: {reason}; what is finished is kept here, the same command goes on from there"
+                    ) from error
+                if number == 0:
+                    say("store", f"{self.url}/{name}: {reason}; trying again for {sum(_DELAYS) / 60:.0f} minutes")
+                time.sleep(delay)
+        raise AssertionError
+
+
+def _code(error: BaseException) -> tuple[str, int]:
+    """What S3 calls an error, and its HTTP status; empty and 0 where it was another."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if not isinstance(response, dict):
+        return "", 0
+    return str(response.get("Error", {}).get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the same call would fail again."""
+    code, status = _code(error)
+    refused = (400 <= status < 500 and status not in (408, 409, 429) and code not in _TRANSIENT) or status == 501
+    return refused or isinstance(error, PermissionError) or type(error).__name__ == "ParamValidationError"

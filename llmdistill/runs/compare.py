@@ -1,0 +1,155 @@
+"""Several finished runs on one page: what they differ in, and which student is nearer to the teacher, on the same rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from llmdistill.errors import InputError
+from llmdistill.evaluation.plots import interval_plot, size_plot
+from llmdistill.evaluation.statistics import Draws, holm, two_sided_p
+from llmdistill.runs.progress import console, say
+from llmdistill.runs.record import RUN_FILE, read_json, write_text
+from llmdistill.stages.report import percent, read_metrics, template_environment
+
+Json = dict[str, Any]
+
+_STAGES = ("data", "curated", "student", "eval")
+_RESAMPLES = 2000
+_MOST_KEYS = 12  # that are shown of what runs differ in
+
+
+def compare(directories: list[Path], out: Path) -> None:
+    """Write a page, and the same in Markdown beside it.
+
+    Args:
+        directories: the `output` of each run; the first is what the others are compared with.
+        out: the page, which ends in `.html`.
+
+    Raises:
+        InputError: there are fewer than two, one has no evaluation, or they were not measured on the same rows.
+    """
+    if len(directories) < 2:
+        raise InputError(f"{directories[0]}: one run alone is nothing to compare; name two directories, or its configuration")
+    if out.suffix != ".html":
+        raise InputError(f"--out {out}: must end in .html")
+    names = _names(directories)
+    metrics = [read_metrics(directory / "eval" / "metrics.json") for directory in directories]
+    students = [next(model for model in found["models"] if model["name"] == "student") for found in metrics]
+    sums, draws = _same_rows(directories)
+    differences = _differences(sums, draws)
+    view = {
+        "runs": [
+            {"name": name, "directory": str(directory), "student": student, "difference": difference}
+            for name, directory, student, difference in zip(names, directories, students, [None, *differences], strict=True)
+        ],
+        "keys": _what_differs(directories),
+        "held_out": {**metrics[0]["held_out"], "resamples": _RESAMPLES},
+        "teacher": next(model for model in metrics[0]["models"] if model["name"] == "teacher"),
+        "intervals": interval_plot((name, student["kl"]) for name, student in zip(names, students, strict=True)),
+        "sizes": size_plot(
+            (name, (student["bytes"] or 0) / 1e6, percent(student["top1"])) for name, student in zip(names, students, strict=True)
+        ),
+        "verdict": _verdict(names, differences),
+    }
+    environment = template_environment()
+    for file in (out, out.with_suffix(".md")):
+        write_text(file, environment.get_template(f"compare{file.suffix}.j2").render(view))
+    say("report", str(out))
+    console.print()
+    console.print(view["verdict"], markup=False)
+
+
+def _names(directories: list[Path]) -> list[str]:
+    """The last parts of their paths that tell them apart."""
+    parts = [directory.resolve().parts for directory in directories]
+    if len(set(parts)) < len(parts):
+        raise InputError("a run is named twice")
+    depth = next(depth for depth in range(1, 99) if len({part[-depth:] for part in parts}) == len(parts))
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:
+    """The student's sums over every held-out row of each run, in one order.
+
+    Raises:
+        InputError: a run has other rows than the first.
+    """
+    tables = []
+    for directory in directories:
+        file = directory / "eval" / "rows.parquet"
+        if not file.is_file():
+            raise InputError(f"{file} is not there; run `eval` again")
+        tables.append(pq.read_table(file).sort_by("id"))
+    first = tables[0]
+    for directory, table in zip(directories, tables, strict=True):
+        if table["id"] != first["id"]:
+            common = len(set(table["id"].to_pylist()) & set(first["id"].to_pylist()))
+            raise InputError(
+                f"{directory}: its held-out rows are not those of {directories[0]}: {common:,} of {len(table):,} and "
+                f"{len(first):,} are the same; evaluate all runs on one dataset (train.dataset)"
+            )
+    draws = Draws.of(first["conversation"].to_pylist(), _RESAMPLES, 0)
+    columns = ("kl", "top1", "nll")
+    return [
+        {"tokens": table["tokens"].to_numpy()} | {name: table[f"student {name}"].to_numpy() for name in columns}
+        for table in tables
+    ], draws
+
+
+def _differences(sums: list[Json], draws: Draws) -> list[Json]:
+    """Each run but the first, minus the first: paired intervals, and p of the KL by the bootstrap, adjusted by Holm."""
+    tokens = sums[0]["tokens"]
+    found: list[Json] = [
+        {key: draws.interval(mine[key] - sums[0][key], tokens) for key in ("kl", "top1", "nll")}
+        | {"p": two_sided_p(draws.resampled(mine["kl"] - sums[0]["kl"], tokens))}
+        for mine in sums[1:]
+    ]
+    for difference, adjusted in zip(found, holm([difference["p"] for difference in found]), strict=True):
+        difference["p"] = adjusted
+    return found
+
+
+def _verdict(names: list[str], differences: list[Json]) -> str:
+    """In one sentence, which are nearer to the teacher than the first, and which are farther."""
+    nearer = [name for name, d in zip(names[1:], differences, strict=True) if d["kl"]["high"] < 0 and d["p"] < 0.05]
+    farther = [name for name, d in zip(names[1:], differences, strict=True) if d["kl"]["low"] > 0 and d["p"] < 0.05]
+    open_ones = [name for name in names[1:] if name not in (*nearer, *farther)]
+    said = [
+        f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} {what}"
+        for found, what in (
+            (nearer, f"closer to the teacher than {names[0]}"),
+            (farther, f"farther from the teacher than {names[0]}"),
+            (open_ones, f"not shown to differ from {names[0]}"),
+        )
+        if found
+    ]
+    return "; ".join(said) + "."
+
+
+def _what_differs(directories: list[Path]) -> list[Json]:
+    """Keys of the configuration that are not the same in all runs, with each run's value; seeds and paths of outputs left out."""
+    settings = []
+    for directory in directories:
+        found: Json = {}
+        for stage in _STAGES:
+            run = read_json(directory / stage / RUN_FILE)
+            if run:
+                found |= _flat(run["settings"])
+        settings.append(found)
+    keys = sorted({key for found in settings for key in found})
+    rows = [{"key": key, "values": [_shown(found.get(key)) for found in settings]} for key in keys]
+    return [row for row in rows if len(set(row["values"])) > 1][:_MOST_KEYS]
+
+
+def _flat(tree: Any, prefix: str = "") -> Json:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    found: Json = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}{name}.")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

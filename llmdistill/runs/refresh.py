@@ -1,0 +1,169 @@
+"""`llmdistill refresh`: a run that comes back.
+
+Each version adds what is new, goes on from the promoted student, and is promoted only if it is not worse.
+
+    OUTPUT/versions/1, 2, …     the output of each version, as `run` writes it
+    OUTPUT/refresh.json         every version: what it was made from, whether it was promoted, and why
+    OUTPUT/promoted             a link to the student to use
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config import Experiment, load_experiment, overrides_of
+from llmdistill.errors import InputError, RemoteError
+from llmdistill.prompting.sources import source_hash
+from llmdistill.runs import record
+from llmdistill.runs.pipeline import as_words, run_stages, stages
+from llmdistill.runs.progress import say
+from llmdistill.stages.prompts import prepared_prompts
+from llmdistill.teachers import fingerprints, stable_id
+
+_FILE = "refresh.json"
+_LINK = "promoted"
+
+
+def refresh(experiment: Experiment, arguments: list[str], dry_run: bool = False) -> None:
+    """Make the next version, or go on with one that was interrupted, and decide about it; twice in a night is once.
+
+    Args:
+        experiment: the configuration.
+        arguments: the configuration file and the overrides, as they were typed.
+        dry_run: only say what would be done.
+
+    Raises:
+        InputError: there is no section `refresh`, or what it needs.
+        RemoteError: another process is at it.
+    """
+    if experiment.refresh is None:
+        raise InputError("the key refresh is missing: `refresh: {}` is enough")
+    if experiment.prompts is None:
+        raise InputError("the key prompts is missing: `refresh` adds what is new in prompts.source")
+    if experiment.store:
+        raise InputError("refresh keeps its versions, and which of them is promoted, on one machine; leave out store")
+    if experiment.rounds:
+        raise InputError("refresh and rounds do not go together: every version is trained once")
+    output = Path(experiment.output)
+    made_from = _made_from(experiment)
+    versions = _versions(output)
+    last = versions[-1] if versions else None
+    if last and last["made_from"] == made_from and "promoted" in last:
+        return say("refresh", f"nothing is new since version {last['version']}, which was {_verdict(last)}")
+    resumed = last is not None and "promoted" not in last and last["made_from"] == made_from
+    number = last["version"] if last and resumed else len(versions) + 1
+    overrides = _overrides(experiment, versions, number)
+    here = load_experiment(Path(arguments[0]), [*overrides_of(arguments[1:]), *overrides.items()])
+    new = _count_new(here)
+    if new == 0:
+        return say("refresh", "prompts.source holds no prompt that an earlier version has not")
+    if dry_run:
+        return say("refresh", f"would make version {number} in {output / 'versions' / str(number)}" + _of(new))
+    output.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        if not resumed:
+            versions.append({"version": number, "made_from": made_from})
+            _write(output, versions)
+        say("refresh", f"version {number}{_of(new)}" + (", going on" if resumed else ""))
+        run_stages(stages(here), [*arguments, *as_words(overrides)])
+        versions[-1] |= _decide(experiment, output, number)
+        if versions[-1]["promoted"]:
+            _promote(output, number)
+        _write(output, versions)
+    return say("refresh", f"version {number} is {_verdict(versions[-1])}")
+
+
+def _made_from(experiment: Experiment) -> str:
+    """What a version follows from: the configuration, the prompts, the teacher."""
+    assert experiment.prompts is not None
+    settings = experiment.model_dump(mode="json", exclude={"output", "jobs", "refresh", "watch"})
+    return stable_id(settings, source_hash(experiment.prompts), fingerprints(experiment.teacher)[0])
+
+
+def _versions(output: Path) -> list[dict[str, Any]]:
+    return list((record.read_json(output / _FILE) or {"versions": []})["versions"])
+
+
+def _write(output: Path, versions: list[dict[str, Any]]) -> None:
+    record.write_json(output / _FILE, {"versions": versions})
+
+
+def _overrides(experiment: Experiment, versions: list[dict[str, Any]], number: int) -> dict[str, str]:
+    """What makes a version of the experiment: earlier prompts are left out, earlier rows mixed in."""
+    assert experiment.refresh is not None
+    output = Path(experiment.output)
+    earlier = [output / "versions" / str(entry["version"]) for entry in versions if "promoted" in entry]
+    overrides = {"output": str(output / "versions" / str(number))}
+    if earlier:
+        overrides["prompts.known"] = json.dumps([str(directory / "data") for directory in earlier])
+        if experiment.refresh.replay:
+            datasets = [str(directory / "curated") for directory in earlier]
+            overrides["train.mix"] = json.dumps({"datasets": datasets, "share": experiment.refresh.replay})
+    promoted = [entry["version"] for entry in versions if entry.get("promoted")]
+    if promoted:
+        overrides |= {
+            "student.model": str(output / "versions" / str(promoted[-1]) / "student"),
+            "student.revision": "null",
+        }
+    return overrides
+
+
+def _count_new(experiment: Experiment) -> int | None:
+    """How many prompts a version adds; None where the teacher has still to make them."""
+    if experiment.prompts is None or experiment.prompts.steps:
+        return None
+    prepared = prepared_prompts(experiment, empty=True)
+    return len(prepared.prompts) if prepared else None
+
+
+def _of(new: int | None) -> str:
+    return "" if new is None else f", of {new:,} new prompts"
+
+
+def _decide(experiment: Experiment, output: Path, number: int) -> dict[str, Any]:
+    """Whether the student of a version is promoted, and why."""
+    assert experiment.refresh is not None
+    if not (output / _LINK).exists():
+        return {"promoted": True, "reason": "it is the first"}
+    metrics = record.read_json(output / "versions" / str(number) / "eval" / "metrics.json")
+    found = next(d for d in metrics["differences"] if d["worse"] == "student before" and d["metric"] == "kl")
+    margin = experiment.refresh.margin
+    reason = f"its KL from the teacher is {_interval(found)} nats a token from that of the one before"
+    worse = found["high"] > margin
+    if worse:
+        reason += f", and it may not be worse by more than {margin:g}"
+    if metrics.get("tasks"):
+        tasks = next(d for d in metrics["tasks"]["together"]["differences"] if d["against"] == "student before")
+        reason += f"; on the tasks it scores {_interval(tasks)} from it"
+        worse = worse or tasks["high"] < 0
+    return {"promoted": not worse, "reason": reason}
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
+def _verdict(entry: dict[str, Any]) -> str:
+    return ("promoted: " if entry["promoted"] else "not promoted: ") + entry["reason"]
+
+
+def _promote(output: Path, number: int) -> None:
+    """Let the link point to another student, from one moment to the next."""
+    new = output / f".{_LINK}.{record.writer_name()}"
+    new.unlink(missing_ok=True)
+    new.symlink_to(Path("versions") / str(number) / "student")
+    new.replace(output / _LINK)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold the lock of the output; it goes with the process."""
+    with (output / "refresh.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RemoteError(f"{output}: another `refresh` is at it") from None
+        yield

@@ -1,0 +1,103 @@
+"""What `llmdistill status` says of the stages in an output directory: done, running and how far, or not done."""
+
+import platform
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmdistill.errors import InputError
+from llmdistill.runs import record
+from llmdistill.runs.progress import clock
+from llmdistill.runs.watch import PROGRESS
+
+_DIRECTORIES = {"generate": "data", "score": "data", "curate": "curated", "prune": "student-before", "train": "student"}
+_STAGES = ("prompts", "generate", "score", "curate", "prune", "train", "eval", "export", "report")
+_LAST = ("eval", "export", "report")  # they come after all rounds
+_OLD = 120  # seconds without news that are worth a word
+
+
+def begun(output: Path) -> list[str]:
+    """The stages that have begun there, in their order."""
+    names = [name for name in _STAGES if _has_begun(output, name)]
+    rounds = sorted(int(path.name) for path in (output / "rounds").glob("[0-9]*"))
+    later = [
+        f"round-{number}-{name}"
+        for number in rounds
+        for name in _STAGES
+        if _has_begun(output / "rounds" / str(number) / ("written" if name == "generate" else ""), name)
+    ]
+    last = [name for name in names if name in _LAST]
+    return [*(name for name in names if name not in last), *later, *last]
+
+
+def how_far(output: Path, name: str) -> str:
+    """Whether a stage is done, how far it is, or that it is not done; one of a round is named as `round-1-train`."""
+    if round_of := re.fullmatch(r"round-(\d+)-(\w+)", name):
+        number, name = round_of.groups()
+        output = output / "rounds" / number / ("written" if name == "generate" else "")
+    looks = [look for look in _looks(output) if look["stage"] == name]
+    silent = time.time() - max((look["time"] for look in looks), default=0)
+    if looks and (silent < _OLD or not _is_done(output, name)):
+        return _sum(looks, silent)
+    return "done" if _is_done(output, name) else "not done"
+
+
+def _sum(looks: list[dict[str, Any]], silent: float) -> str:
+    """One line for all workers: those at the same step are added up."""
+    newest = max(looks, key=lambda look: look["time"])
+    step = newest["step"]
+    here = [look for look in looks if look["step"] == step]
+    speed = sum(look["tokens_per_s"] or 0 for look in here)
+    left = [look["seconds_left"] for look in here if look["seconds_left"] is not None]
+    if all(look.get("activity") for look in here):
+        late = f" · last news {clock(silent)} ago" if silent >= _OLD else ""
+        return f"running · {newest['activity']}{late}"
+    parts = [
+        f"{sum(look['done'] for look in here):,}/{sum(look['total'] for look in here):,}",
+        f"{speed:,.0f} tok/s" if speed else "",
+        f"{clock(max(left))} left" if left else "",
+        f"{len(here)} workers" if len(here) > 1 else "",
+        f"last news {clock(silent)} ago" if silent >= _OLD else "",
+    ]
+    name = "" if step == looks[0]["stage"] else f" {step}"
+    return f"running{name} " + " · ".join(part for part in parts if part)
+
+
+def _looks(output: Path) -> Iterator[dict[str, Any]]:
+    """What the processes that run have left there last; of several with the same share the newest."""
+    newest: dict[Any, dict[str, Any]] = {}
+    for file in (output / PROGRESS).glob("*.json"):
+        try:
+            look = record.read_json(file)
+        except InputError:
+            continue
+        if look is None or (look["host"] == platform.node() and not psutil.pid_exists(look["pid"])):
+            continue  # it has just ended, or was killed
+        key = (look["stage"], look["share"])
+        if key not in newest or newest[key]["time"] < look["time"]:
+            newest[key] = look
+    yield from newest.values()
+
+
+def _has_begun(output: Path, name: str) -> bool:
+    if any(look["stage"] == name for look in _looks(output)):
+        return True
+    if name == "report":
+        return (output / "report.html").exists()
+    run = _run(output, name)
+    return run is not None and run["stage"] == name
+
+
+def _is_done(output: Path, name: str) -> bool:
+    if name == "report":
+        return (output / "report.html").exists()
+    run = _run(output, name)
+    return run is not None and run["status"] == "done"
+
+
+def _run(output: Path, name: str) -> Any:
+    return record.read_json(output / _DIRECTORIES.get(name, name) / record.RUN_FILE)

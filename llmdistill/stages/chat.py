@@ -1,0 +1,175 @@
+"""`llmdistill chat`: talk to the teacher and the student side by side in the terminal, each with a history of its own."""
+
+import signal
+import sys
+import threading
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from llmdistill.config import Experiment, Generate
+from llmdistill.errors import InputError
+from llmdistill.models.loading import check_model_exists, context_length, load_model, load_tokenizer
+from llmdistill.runs.progress import console, say, working
+
+_HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+_SIDE_BY_SIDE = 80  # columns of a terminal from which on two answers stand beside each other
+_TURNS_TEXT = set(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]))  # its direction
+
+
+def chat(experiment: Experiment, dry_run: bool = False) -> None:
+    """Answer what is typed, or what comes in a pipe line by line, until it ends.
+
+    Raises:
+        InputError: a model is not there, or has no chat template.
+    """
+    teacher, student = experiment.teacher, str(experiment.directory("student"))
+    if dry_run:
+        say("chat", f"would load {teacher.model} and {student}")
+        return
+    check_model_exists(teacher.model, "teacher.model")
+    check_model_exists(student, "the student, which `train` writes")
+    with working("chat", "loading the models"):
+        how = (teacher.revision, teacher.dtype, teacher.trust_remote_code)
+        tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+        speakers = [
+            Speaker("teacher", load_model(teacher.model, *how), tokenizer, teacher.system),
+            Speaker("student", load_model(student), load_tokenizer(student, None)),
+        ]
+    if sys.stdin.isatty():
+        console.print(_HELP, style="dim", markup=False)
+    for line in _lines():
+        command, _, rest = line.strip().partition(" ")
+        if command == "/quit":
+            break
+        if command == "/reset":
+            for speaker in speakers:
+                speaker.history.clear()
+        elif command == "/system":
+            for speaker in speakers:
+                speaker.system = rest.strip() or None
+        elif command.startswith("/"):
+            console.print(_HELP, markup=False)
+        elif line.strip():
+            _answer(speakers, line.strip(), experiment.generate)
+
+
+class Speaker:
+    """A model with its side of the conversation."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, system: str | None = None) -> None:
+        if tokenizer.chat_template is None:
+            raise InputError(f"the {name} has no chat template: it cannot be talked to")
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.system = system
+        self.history: list[dict[str, str]] = []
+        self.text = ""
+        """Of the answer at work."""
+
+    def answer(self, question: str, sampling: Generate, stop: threading.Event) -> None:
+        """Write `text`, and put question and answer into the history; until `stop` is set, then with what is there."""
+        import torch
+        from jinja2 import TemplateError
+        from transformers import StoppingCriteriaList, TextStreamer
+
+        speaker, told = self, [{"role": "system", "content": self.system}] if self.system else []
+        told += [*self.history, {"role": "user", "content": question}]
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                speaker.text += text
+
+        self.text = ""
+        try:
+            ids = self.tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        except TemplateError as error:
+            self.text = f"[the {self.name}'s chat template refuses this conversation: {error}]"
+            return
+        limit, length = context_length(self.model.config), ids["input_ids"].shape[1]
+        if limit and length + sampling.max_tokens > limit:
+            self.text = f"[{length:,} tokens and an answer do not fit into the {self.name}'s {limit:,}; /reset begins anew]"
+            return
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        with torch.inference_mode():
+            self.model.generate(
+                **ids.to(self.model.device),
+                **({"do_sample": True, **drawn} if sampling.temperature > 0 else {"do_sample": False}),
+                max_new_tokens=sampling.max_tokens,
+                pad_token_id=self.tokenizer.pad_token_id or 0,
+                streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                stopping_criteria=StoppingCriteriaList([lambda ids, scores: torch.full((len(ids),), stop.is_set())]),
+            )
+        self.history += [told[-1], {"role": "assistant", "content": self.text}]
+
+
+def printable(text: str) -> str:
+    """A model's text without what a terminal would obey: control characters, escape sequences, turns of direction."""
+    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNS_TEXT))
+
+
+def _lines() -> Iterator[str]:
+    """What is typed; an interrupt at the prompt begins a new line."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  # input() then edits and remembers lines
+
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return
+
+
+def _answer(speakers: list[Speaker], question: str, sampling: Generate) -> None:
+    """All speakers at once, shown while they write where there is a terminal."""
+    stop, failures = threading.Event(), list[BaseException]()
+
+    def work(speaker: Speaker) -> None:
+        try:
+            speaker.answer(question, sampling, stop)
+        except BaseException as error:
+            failures.append(error)
+
+    for speaker in speakers:
+        speaker.text = ""
+    threads = [threading.Thread(target=work, args=(speaker,), daemon=True) for speaker in speakers]
+    interrupted = signal.signal(signal.SIGINT, lambda signum, frame: stop.set())
+    try:
+        with Live(console=console, transient=True, auto_refresh=False) as live:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                for thread in threads:
+                    thread.join(0.05)
+                if console.is_terminal:
+                    live.update(_beside(speakers, console.height - 2), refresh=True)
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
+    if failures:
+        raise failures[0]
+    console.print(_beside(speakers))
+
+
+def _beside(speakers: list[Speaker], lines: int | None = None) -> RenderableType:
+    """The answers side by side where the terminal is wide, else one below the other; only so many of their last lines."""
+    wide = console.is_terminal and console.width >= _SIDE_BY_SIDE
+    width = console.width // len(speakers) - 2 if wide else console.width
+    room = lines if lines is None or wide else lines // len(speakers)
+    texts = [Text(printable(speaker.text).strip()) for speaker in speakers]
+    if room is not None:
+        texts = [Text("\n").join(text.wrap(console, width)[-max(room - 1, 1) :]) for text in texts]
+    if not wide:
+        return Group(*(Group(Text(speaker.name, style="bold"), text) for speaker, text in zip(speakers, texts, strict=True)))
+    table = Table(*(speaker.name for speaker in speakers), box=None, expand=True, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_row(*texts)
+    return table

@@ -1,0 +1,195 @@
+"""`llmdistill generate`: the teacher continues the prompts; text and soft targets are stored in one pass."""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llmdistill.config import Experiment
+from llmdistill.data.dataset import Row
+from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
+from llmdistill.data.targets import Array
+from llmdistill.errors import InputError
+from llmdistill.models.loading import check_model_exists
+from llmdistill.runs import record
+from llmdistill.runs.progress import console, say
+from llmdistill.stages.prompts import Prepared, prepared_prompts
+from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_id, row_seed
+from llmdistill.teachers.prompt_encoding import Chat
+from llmdistill.teachers.thinking import answer_start
+
+NO_ANSWER = "no_answer"  # the finish reason of a reasoning trace that has not ended, or with nothing behind it
+# Bytes that one kept token takes in Parquet with zstd, for estimates.
+_BYTES_PER_ENTRY = {"sampled": 2.2, "multinomial": 0.8, "topk": 2.6, "none": 0}
+
+
+def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING) -> None:
+    """Write the dataset `OUTPUT/data`, going on where an interrupted run stopped.
+
+    Args:
+        experiment: the configuration.
+        dry_run: only say what would be done.
+        worker: knows which shards are its own to make.
+
+    Raises:
+        InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
+    """
+    directory, teacher = experiment.directory("data"), experiment.teacher
+    check_model_exists(teacher.model, "teacher.model")
+    prepared = prepared_prompts(experiment)
+    if prepared is None:
+        if dry_run:
+            return say("generate", "answers as many prompts as `prompts` makes")
+        raise InputError(f"{experiment.directory('prompts')}: not there; run `prompts` first, or `run` for all stages")
+    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
+    models, fingerprint = fingerprints(teacher)
+    inputs = {**prepared.inputs, **models}
+    state = record.claim(directory, "generate", settings, inputs)
+
+    rows = len(prepared.prompts) * experiment.generate.samples
+    if dry_run:
+        _say_plan(experiment, len(prepared.prompts), rows)
+    elif state == "done" and count_finished(directory) == count_shards(experiment, rows):
+        say("generate", f"{directory} is finished ({rows:,} rows)")
+    else:
+        make_dataset("generate", directory, _Prompts(Chat(experiment, fingerprint), prepared), settings, inputs, worker)
+    return None
+
+
+class _Prompts:
+    """The rows to make: prompts as the teacher's token ids, as often as they are to be answered."""
+
+    def __init__(self, chat: Chat, prepared: Prepared) -> None:
+        self.chat = chat
+        self.reads = chat.experiment.generate.rereads
+        self._traces: dict[int, Array] = {}  # of rows that are read and not yet stored
+        self.prompts = prepared.prompts
+        self.steps = prepared.steps
+        self.sampling = chat.experiment.generate
+        self._ids = array("i")  # of all prompts as the teacher sees them, one after the other
+        self._starts = array("q", [0])
+        longest, origin = 0, ""
+        for prompt in self.prompts:
+            ids = chat.told_ids(prompt.messages, prompt.origin)
+            self._ids.extend(ids)
+            self._starts.append(len(self._ids))
+            if len(ids) > longest:
+                longest, origin = len(ids), prompt.origin
+        what = f"{longest:,} prompt tokens and generate.max_tokens {self.sampling.max_tokens:,}"
+        self.max_model_len = chat.check_length(longest + self.sampling.max_tokens, what, origin)
+        self.requests = _Requests(self)
+
+    def told_ids(self, number: int) -> Sequence[int]:
+        """The token ids of a prompt as the teacher sees it."""
+        return self._ids[self._starts[number] : self._starts[number + 1]]
+
+    def prompt_ids(self, number: int) -> Sequence[int]:
+        """The token ids of a prompt as it is stored."""
+        if self.chat.experiment.teacher.system is None:
+            return self.told_ids(number)
+        return self.chat.prompt_ids(self.prompts[number].messages, self.prompts[number].origin)
+
+    def id(self, index: int) -> str:
+        """The stable name of a row."""
+        number, sample = divmod(index, self.sampling.samples)
+        return row_id(self.prompts[number].messages, self.chat.fingerprint, self.sampling, sample)
+
+    def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        return self._write_and_read(engine, shards) if self.reads else engine.generate(shards)
+
+    def _write_and_read(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Every shard is written, then read as it is stored.
+
+        Log-probabilities that come with the text have a grammar's mask in them, or follow a trace that is no longer there.
+        """
+        for requests in shards:
+            request_of = {request.index: request for request in requests}
+            texts, reason_of = [], {}
+            for completion in engine.generate([requests]):
+                start, reason_of[completion.index] = self._answer(completion)
+                self._traces[completion.index] = completion.ids[:start]
+                texts.append(replace(request_of[completion.index], completion_ids=completion.ids[start:].tolist()))
+            for read in engine.score([texts]):
+                yield replace(read, finish_reason=reason_of[read.index])
+
+    def _answer(self, completion: Completion) -> tuple[int, str]:
+        """Where the answer begins and how it ends; a trace without one leaves its last token, and says `no_answer`."""
+        if self.sampling.thinking == "kept":
+            return 0, completion.finish_reason
+        start = answer_start(self.chat.tokenizer, completion.ids, self.sampling.thinking_end)
+        return (len(completion.ids) - 1, NO_ANSWER) if start is None else (start, completion.finish_reason)
+
+    def row(self, completion: Completion) -> Row:
+        number = completion.index // self.sampling.samples
+        prompt, prompt_ids = self.prompts[number], self.prompt_ids(number)
+        metadata = {**prompt.metadata, "lineage": prompt.lineage}
+        trace = self._traces.pop(completion.index, None)
+        if self.sampling.thinking == "masked":
+            start, reason = self._answer(completion)
+            trace = completion.ids[:start]
+            prompt_ids, completion = [*prompt_ids, *trace.tolist()], replace(completion.behind(start), finish_reason=reason)
+        if self.sampling.thinking != "kept":
+            metadata["thinking"] = self.chat.tokenizer.decode(trace, skip_special_tokens=True)
+        text = self.chat.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        return Row(
+            self.id(completion.index),
+            prompt.messages,
+            [{"role": "assistant", "content": text}],
+            prompt_ids,
+            completion.ids,
+            completion.finish_reason,
+            completion.token_logprobs,
+            completion.targets,
+            completion.sampling_logprob,
+            metadata,
+        )
+
+    def description(self) -> dict[str, Any]:
+        sampling = self.sampling.model_dump(exclude={"rows_per_shard"} | self.sampling.unused)
+        return {"sampling": sampling, "prompts": self.steps}
+
+
+class _Requests(Sequence[Request]):
+    """Requests for all rows, made when they are asked for."""
+
+    def __init__(self, prompts: _Prompts) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts.prompts) * self.prompts.sampling.samples
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = index // self.prompts.sampling.samples
+        seed = row_seed(self.prompts.id(index), self.prompts.chat.experiment.seed)
+        return Request(index, self.prompts.told_ids(number), seed)
+
+
+def _say_plan(experiment: Experiment, prompts: int, rows: int) -> None:
+    count, there = count_shards(experiment, rows), count_finished(experiment.directory("data"))
+    tokens = rows * experiment.generate.max_tokens
+    per_position = _BYTES_PER_ENTRY[experiment.targets.stored] * experiment.targets.kept
+    size = tokens * (per_position + 3)
+    directory = experiment.directory("data")
+    samples = f" × {experiment.generate.samples} samples" if experiment.generate.samples > 1 else ""
+    console.print(
+        f"{prompts:,} prompts{samples} = {rows:,} rows, up to {_human(tokens)} tokens, "
+        f"at most about {_human_bytes(size)} ({per_position:.0f} B/position) in {count:,} shards\n"
+        f"would write {directory}  ({there:,} of {count:,} shards are there)",
+        markup=False,
+    )
+
+
+def _human(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:,.0f}"
+
+
+def _human_bytes(number: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 1e3:.0f} kB"

@@ -1,0 +1,355 @@
+"""`llmdistill prompts`: the teacher makes prompts out of prompts. And where `generate` gets its prompts from."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from llmdistill.config import Experiment
+from llmdistill.config.prompts import Combine, Magpie, Prompts
+from llmdistill.data.dataset import (
+    MANIFEST,
+    MESSAGES,
+    ROW_GROUP,
+    Messages,
+    conversation_of,
+    conversations,
+    read_batches,
+    read_manifest,
+    remove_leftovers,
+)
+from llmdistill.data.shards import EVERYTHING, Share
+from llmdistill.errors import InputError
+from llmdistill.models.loading import check_model_exists, load_tokenizer
+from llmdistill.prompting.asking import Asker, WaitingForOthersError
+from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file, to_json
+from llmdistill.prompting.magpie import ByPreQuery
+from llmdistill.prompting.passages import Starts
+from llmdistill.prompting.plan import Plan, describe_steps
+from llmdistill.prompting.sources import files_hash, given_prompt, metadata, read_source, source_hash
+from llmdistill.prompting.steps import Files, Workshop, run_step
+from llmdistill.prompting.template import Fields, PromptTemplate
+from llmdistill.runs import record
+from llmdistill.runs.progress import say
+from llmdistill.teachers import stable_id, teacher_precision
+from llmdistill.teachers.prompt_encoding import Chat
+
+PROMPTS_FILE = "prompts.parquet"
+REJECTED_FILE = "rejected.parquet"
+_PROMPTS_SCHEMA = pa.schema([("prompt", MESSAGES), ("metadata", pa.string()), ("lineage", pa.string())])
+_REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("step", "verdict", "reason", "text", "lineage")])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that the teacher is to continue, what else its line says, and its ancestors.
+
+    `origin` is where it comes from in words, for messages.
+    """
+
+    messages: Messages
+    origin: str
+    metadata: Fields
+    lineage: dict[str, Any]
+
+
+class PromptTable(Sequence[Prompt]):
+    """Prompts in Arrow's memory: little more than their text."""
+
+    def __init__(self, prompts: Iterable[Prompt]) -> None:
+        schema = _PROMPTS_SCHEMA.append(pa.field("origin", pa.string()))
+        batches, rows = [], []
+        for prompt in prompts:
+            rows.append({**_stored(prompt), "origin": prompt.origin})
+            if len(rows) == ROW_GROUP:
+                batches.append(pa.Table.from_pylist(rows, schema))
+                rows = []
+        self._table = pa.concat_tables([*batches, pa.Table.from_pylist(rows, schema)]).combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        row = {name: self._table[name][index].as_py() for name in self._table.schema.names}
+        return Prompt(row["prompt"], row["origin"], json.loads(row["metadata"]), json.loads(row["lineage"]))
+
+
+def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERYTHING) -> None:
+    """Write `OUTPUT/prompts`, going on where an interrupted run stopped.
+
+    Args:
+        experiment: the configuration.
+        dry_run: only say what would be done.
+        worker: its share of every step's questions.
+
+    Raises:
+        InputError: source, templates, teacher or output directory are not usable; nothing was written.
+    """
+    section, teacher = experiment.prompts, experiment.teacher
+    if section is None or not section.steps:
+        raise InputError(
+            "the key prompts.steps is missing: `prompts` makes prompts out of prompts; `generate` reads a source itself"
+        )
+    directory = experiment.directory("prompts")
+    check_model_exists(teacher.model, "teacher.model")
+    plan, starts = Plan(section), token_starts(experiment)
+    counts = Counts()
+    for entry in read_source(section, starts):
+        plan.check(entry)
+        counts.add(entry.refused)
+    if section.from_where and not counts.kept:
+        raise InputError(f"prompts.source: nothing of it can be used: {counts}")
+    if dry_run:
+        return _say_plan(experiment, counts)
+    fingerprint = record.model_fingerprint(teacher.model, teacher.revision)
+    inputs = {**source_hash(section), **_template_hashes(plan.templates), teacher.model: fingerprint}
+    for step in section.steps:
+        if isinstance(step.settings, Combine):
+            inputs |= files_hash(step.settings.source, "combine.source")
+    if record.claim(directory, "prompts", _settings(experiment), inputs) == "done":
+        return say(
+            "prompts",
+            f"{directory} is finished ({record.read_json(directory / record.RUN_FILE)['results']['prompts']:,} prompts)",
+        )
+    chat = Chat(experiment, fingerprint)
+    if any(isinstance(step.settings, Magpie) for step in section.steps):
+        ByPreQuery(chat)
+    settings = _settings(experiment)
+    precision = record.begin_computing(directory, "prompts", settings, inputs, experiment.seed, teacher_precision(teacher))
+    workshop = Workshop(Asker(experiment, chat, worker, precision), plan.templates, experiment.seed)
+    remove_leftovers(directory)
+    try:
+        _make(plan, workshop, starts, directory)
+    except WaitingForOthersError as error:
+        say("prompts", f"{error}; run it again then")
+    return None
+
+
+def _make(plan: Plan, workshop: Workshop, starts: Starts | None, directory: Path) -> None:
+    """Take the source through the steps that are not done yet, and the last one's items through the template."""
+    last = directory / "0-source.parquet"
+    if not last.exists():
+        _write_source(plan, starts, last)
+    made = [("source", last)] if plan.section.from_where else []
+    for number, step in enumerate(plan.section.steps, start=1):
+        files = Files(last, directory / f"{number}-{step.name}.parquet")
+        if not files.out.exists():
+            run_step(workshop, step.settings, files)
+            say(step.name, str(count_items(files.out)))
+        made.append((f"{number} {step.name}", files.out))
+        last = files.out
+    counts = [(name, count_items(file)) for name, file in made]
+    counts.append(("template", _write_prompts(plan, made, directory)))
+    kept = counts[-1][1].kept
+    if not kept:
+        raise InputError(f"{directory}: no prompts are left; {REJECTED_FILE} says why")
+    asker = workshop.asker
+    steps = [{"name": name, **count.described()} for name, count in counts]
+    record.finish(directory, {"prompts": kept, **record.speed(asker.tokens, asker.seconds), "steps": steps})
+    say("prompts", f"{kept:,} prompts in {directory / PROMPTS_FILE}")
+
+
+def _write_source(plan: Plan, starts: Starts | None, file: Path) -> None:
+    with items_file(file) as writer:
+        for entry in read_source(plan.section, starts):
+            item = Item(stable_id(to_json(entry.fields)), entry.fields, {"source": entry.place})
+            if entry.refused is None:
+                writer.keep(item)
+            else:
+                writer.refuse("rejected", item, entry.refused, str(entry.fields.get("passage", "")))
+        if plan.section.from_where is None:
+            writer.keep(Item(stable_id("no source"), {}, {}))  # for magpie, which needs none
+
+
+def _write_prompts(plan: Plan, made: list[tuple[str, Path]], directory: Path) -> Counts:
+    """Write `prompts.parquet`, and `rejected.parquet` with all that was left on the way."""
+    counts, seen = Counts(), _Seen()
+    with (
+        rows_file(directory / PROMPTS_FILE, _PROMPTS_SCHEMA) as kept,
+        rows_file(directory / REJECTED_FILE, _REJECTED_SCHEMA) as rejected,
+    ):
+        for name, file in made:
+            for row in read_refused(file):
+                rejected.add({"step": name, **{key: row[key] for key in ("verdict", "reason", "text", "lineage")}})
+        for item in read_items(made[-1][1]):
+            prompt = _render(plan.section, plan.final, item.fields, item.lineage, item.where)
+            reason = seen.refuses(prompt.messages)
+            counts.add(reason)
+            if reason is None:
+                kept.add(_stored(prompt))
+            else:
+                text = prompt.messages[-1]["content"]
+                refused = {"step": "template", "verdict": "rejected", "reason": reason, "text": text}
+                rejected.add({**refused, "lineage": to_json(prompt.lineage)})
+    return counts
+
+
+def load_prompts(section: Prompts, starts: Starts | None = None, counts: Counts | None = None) -> PromptTable:
+    """Read and render every row of the source; a conversation that is there twice is kept once.
+
+    Args:
+        section: the configuration; its steps play no part.
+        starts: where tokens begin in a text; needed where passages are measured in tokens.
+        counts: receives what became of the rows.
+
+    Raises:
+        InputError: naming the file and the line or key.
+    """
+    counts = Counts() if counts is None else counts
+
+    def rendered() -> Iterator[Prompt]:
+        template, seen = PromptTemplate(Path(section.template)) if section.template else None, _Seen()
+        for entry in read_source(section, starts):
+            reason = entry.refused
+            if reason is None:
+                prompt = _render(section, template, entry.fields, {"source": entry.place}, entry.origin)
+                reason = seen.refuses(prompt.messages)
+            counts.add(reason)
+            if reason is None:
+                yield prompt
+
+    table = PromptTable(rendered())
+    if not table:
+        raise InputError(f"prompts.source: nothing of it can be used: {counts}")
+    return table
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The prompts that `generate` is to answer, what they were read from, and how many became of how many."""
+
+    prompts: PromptTable
+    inputs: dict[str, str]
+    steps: list[dict[str, Any]]
+
+
+def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | None:
+    """What `prompts` has made, or where there are no steps, the source itself; None if `prompts` has not been run.
+
+    Args:
+        experiment: the configuration.
+        empty: whether there may be no prompt that is not known.
+
+    Raises:
+        InputError: the source or a template is not usable, or what is there was made with other settings.
+    """
+    prepared = _prepared(experiment)
+    known = experiment.prompts.known if experiment.prompts else []
+    if prepared is None or not known:
+        return prepared
+    there: set[str] = set()
+    for directory in map(Path, known):
+        manifest = read_manifest(directory)
+        files = [directory / entry["file"] for entry in manifest["shards"]]
+        for rows in read_batches(files, ["prompt", "completion", "metadata"]):
+            there.update(conversations(rows))
+    counts = Counts()
+
+    def unknown() -> Iterator[Prompt]:
+        for prompt in prepared.prompts:
+            reason = "known" if conversation_of(prompt.messages) in there else None
+            counts.add(reason)
+            if reason is None:
+                yield prompt
+
+    left = PromptTable(unknown())
+    if not left and not empty:
+        raise InputError(f"prompts.known: all {len(prepared.prompts):,} prompts are in {', '.join(known)}")
+    inputs = {str(Path(directory) / MANIFEST): record.sha256(Path(directory) / MANIFEST) for directory in known}
+    return Prepared(left, prepared.inputs | inputs, [*prepared.steps, {"name": "known", **counts.described()}])
+
+
+def _prepared(experiment: Experiment) -> Prepared | None:
+    section = experiment.prompts
+    if section is None:
+        raise InputError("the key prompts is missing: `generate` needs prompts.source")
+    if section.steps:
+        return _made_prompts(experiment)
+    counts = Counts()
+    table = load_prompts(section, token_starts(experiment), counts)
+    return Prepared(
+        table, {**source_hash(section), **_template_hashes([section.template])}, [{"name": "source", **counts.described()}]
+    )
+
+
+def _made_prompts(experiment: Experiment) -> Prepared | None:
+    directory = experiment.directory("prompts")
+    run = record.read_json(directory / record.RUN_FILE)
+    if run is None:
+        return None
+    # The source need not be there any more, nor be what it was: what was made of it counts.
+    if record.claim(directory, "prompts", _settings(experiment), run.get("inputs", {})) != "done":
+        raise InputError(f"{directory}: not finished; run `prompts` again to go on")
+    file = directory / PROMPTS_FILE
+    rows = (row for batch in read_batches([file]) for row in batch.to_pylist())
+    table = PromptTable(
+        Prompt(row["prompt"], f"{file} row {number}", json.loads(row["metadata"]), json.loads(row["lineage"]))
+        for number, row in enumerate(rows, start=1)
+    )
+    return Prepared(table, {str(file): record.sha256(file)}, run["results"]["steps"])
+
+
+def token_starts(experiment: Experiment) -> Starts | None:
+    """Where the teacher's tokens begin in a text, if passages are measured in them."""
+    section, teacher = experiment.prompts, experiment.teacher
+    if section is None or section.passages is None or section.passages.unit != "tokens":
+        return None
+    tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+
+    def starts(text: str) -> list[int]:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [start for start, _ in offsets]
+
+    return starts
+
+
+class _Seen:
+    """Conversations that were there before."""
+
+    def __init__(self) -> None:
+        self._digests: set[bytes] = set()
+
+    def refuses(self, messages: Messages) -> str | None:
+        digest = hashlib.sha256(to_json(messages).encode()).digest()[:16]
+        if digest in self._digests:
+            return "duplicate"
+        self._digests.add(digest)
+        return None
+
+
+def _render(section: Prompts, template: PromptTemplate | None, fields: Fields, lineage: dict[str, Any], origin: str) -> Prompt:
+    messages = template.render(fields, origin) if template else given_prompt(fields, origin)
+    if section.system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": section.system}, *messages]
+    used = template.head.variables if template else ()
+    return Prompt(messages, origin, metadata(fields, used), {**lineage, "template": section.template})
+
+
+def _stored(prompt: Prompt) -> dict[str, Any]:
+    return {"prompt": prompt.messages, "metadata": to_json(prompt.metadata), "lineage": to_json(prompt.lineage)}
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """What the prompts depend on."""
+    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts"})
+    return settings | {"generate": {"rows_per_shard": experiment.generate.rows_per_shard}}
+
+
+def _template_hashes(files: Iterable[str | None]) -> dict[str, str]:
+    return {file: record.sha256(Path(file)) for file in files if file}
+
+
+def _say_plan(experiment: Experiment, counts: Counts) -> None:
+    section = experiment.prompts
+    assert section is not None
+    if section.from_where:
+        say("source", str(counts))
+    for name, text in describe_steps(section, counts.kept if section.from_where else 1):
+        say(name, text)
+    say("prompts", f"would write {experiment.directory('prompts')}")

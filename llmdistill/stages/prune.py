@@ -1,0 +1,213 @@
+"""`llmdistill prune`: the student is cut out of the teacher and refitted; what goes, why, and how near the rest is."""
+
+from typing import Any
+
+import numpy as np
+
+from llmdistill.config import Experiment
+from llmdistill.config.student import Prune
+from llmdistill.data.dataset import MANIFEST, load_dataset, read_manifest
+from llmdistill.errors import InputError
+from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer
+from llmdistill.runs import record
+from llmdistill.runs.progress import say, working
+
+# The KL from the teacher is a first look, not an evaluation: so many rows, and so many of the first tokens of each.
+_LOOKED_AT = 12
+_TOKENS = 83
+
+
+def prune(experiment: Experiment, dry_run: bool = False) -> None:
+    """Write `OUTPUT/student-before`, the student before training.
+
+    Raises:
+        InputError: there is nothing to prune, the teacher or the dataset are not usable, or more is to stay than there is.
+    """
+    if experiment.student.prune is None:
+        raise InputError("the key student.prune is missing: `prune` needs to know what is to stay")
+    directory = experiment.directory("student-before")
+    if dry_run:
+        rows = f" by rows of {experiment.dataset_directory}" if experiment.student.prune.measured else ""
+        say("prune", f"would write {directory}{rows}")
+    elif not ensure_pruned(experiment):
+        say("prune", f"{directory} is finished")
+
+
+def ensure_pruned(experiment: Experiment) -> bool:
+    """Make the pruned teacher if it is not there; whether it had to be made."""
+    settings, teacher = experiment.student.prune, experiment.teacher
+    assert settings is not None
+    directory = experiment.directory("student-before")
+    check_model_exists(teacher.model, "teacher.model")
+    inputs = {teacher.model: record.model_fingerprint(teacher.model, teacher.revision)}
+    if settings.measured:
+        inputs[str(experiment.dataset_directory / MANIFEST)] = _dataset_hash(experiment)
+    claimed = {
+        "teacher": teacher.model_dump(mode="json", include={"model", "revision"}),
+        "student": {"prune": settings.model_dump(mode="json")},
+    }
+    if record.claim(directory, "prune", claimed, inputs) == "done":
+        return False
+    with working("prune", "measuring the teacher, cutting the student"):
+        student, results, lines = _make(experiment, settings)
+        tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+    record.begin(directory, "prune", claimed, inputs, experiment.seed)
+    student.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    record.finish(directory, results)
+    for line in lines:
+        say("prune", line)
+    near = results.get("kl_from_teacher", {})
+    if near.get("refitted", 0) > near.get("cut", 0):
+        say("warning", "the refit is no gain here; raise student.prune.calibration_rows, or set student.prune.refit to false")
+    before, after = results["parameters_before"], results["parameters"]
+    smaller = f"{1 - after / before:.0%} smaller"
+    say("prune", f"{before / 1e6:,.1f}M parameters become {after / 1e6:,.1f}M ({smaller}) in {directory}")
+    return True
+
+
+def _dataset_hash(experiment: Experiment) -> str:
+    try:
+        read_manifest(experiment.dataset_directory)
+    except InputError as error:
+        raise InputError(
+            f"{error}; student.prune needs its rows (only listed or evenly spaced layers with student.prune.refit false do not)"
+        ) from None
+    return record.sha256(experiment.dataset_directory / MANIFEST)
+
+
+def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any], list[str]]:
+    """The student in the precision of the teacher's checkpoint, the results for `run.json`, and what is said of it.
+
+    Everything is measured and solved in float32.
+    """
+    from llmdistill.students.pruning import choose, cut, decoder_of, measure
+
+    teacher = experiment.teacher
+    model = load_model(teacher.model, teacher.revision, "float32", teacher.trust_remote_code)
+    calibration, others = calibration_and_others(experiment, settings.calibration_rows) if settings.measured else ([], [])
+    decoder_of(model)  # another architecture is refused before anything of it is looked for
+    no_refit = _no_refit(settings, model, calibration)
+    importance = measure(model, calibration) if settings.measured else None
+    config = model.config.get_text_config()
+    kept = choose(settings, config, importance)
+    student = cut(model, kept)
+    sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in (model, student)]
+    results = {"parameters_before": sizes[0], "parameters": sizes[1], **_indices(kept, config)}
+    lines = _what_went(settings, config, kept, importance)
+    dtype = _stored_dtype(experiment)
+    near = {"cut": kl_from_teacher(model, student, others, dtype)} if others else {}
+    if settings.refit and no_refit is None:
+        from llmdistill.students.refit import refit
+
+        errors = refit(student, model, kept, calibration, settings.ridge)
+        results["refit"] = [{"layer": layer, "before": a, "after": b} for layer, (a, b) in zip(kept.layers, errors, strict=True)]
+        if others:
+            near["refitted"] = kl_from_teacher(model, student, others, dtype)
+    elif settings.refit:
+        lines.append(f"no refit: {no_refit}")
+    if others:
+        results["kl_from_teacher"] = {**near, "rows": len(others)}
+        lines.append(_how_near(near, len(others)))
+    elif settings.measured:
+        lines.append(f"all rows of {experiment.dataset_directory} were measured; none is left for the KL from the teacher")
+    return student.to(dtype), results, lines
+
+
+def _no_refit(settings: Prune, model: Any, rows: list[dict[str, Any]]) -> str | None:
+    """Why this model is not refitted though it should be by default.
+
+    Raises:
+        InputError: the refit is asked for.
+    """
+    if not settings.refit:
+        return None
+    from llmdistill.students.refit import residual_scales
+
+    found = residual_scales(model, rows)
+    if isinstance(found, str) and "refit" in settings.model_fields_set:
+        raise InputError(f"student.prune.refit is true, but {found}; set it to false")
+    return found if isinstance(found, str) else None
+
+
+def calibration_and_others(experiment: Experiment, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of calibration, and others from held-out prompts, or where there are none from the rest of the training rows."""
+    directory = experiment.dataset_directory
+    rows = load_dataset(directory, "train")
+    count = min(count, len(rows))
+    calibration = [rows[number] for number in range(count)]
+    calibration.sort(key=lambda row: len(row["input_ids"]))  # for little padding; no result depends on the order
+    left = range(count, len(rows))
+    if any(shard["split"] == "test" for shard in read_manifest(directory)["shards"]):
+        rows = load_dataset(directory, "test")
+        left = range(len(rows))
+    # Evenly over all of them: rows of the same prompt stand side by side.
+    places = sorted({int(place) for place in np.linspace(0, len(left) - 1, _LOOKED_AT).round()}) if left else []
+    others = []
+    for row in (rows[left[place]] for place in places):
+        start = int(row["completion_start"])
+        others.append({"input_ids": row["input_ids"][: start + _TOKENS], "completion_start": start})
+    return calibration, others
+
+
+def _stored_dtype(experiment: Experiment) -> Any:
+    """The precision that the teacher's `config.json` names; float32 if it names none."""
+    import torch
+
+    teacher = experiment.teacher
+    return load_config(teacher.model, teacher.revision, teacher.trust_remote_code).dtype or torch.float32
+
+
+def kl_from_teacher(model: Any, student: Any, rows: list[dict[str, Any]], dtype: Any) -> float:
+    """KL(teacher ‖ student) in nats a token, in float32, of the student as it is saved.
+
+    Its weights are rounded to `dtype` for that, in place.
+    """
+    from llmdistill.evaluation.fidelity import fidelity
+
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    found = fidelity({"teacher": model, "student": student}, rows, batch_size=4)
+    return float(found["student kl"].sum() / found["tokens"].sum())
+
+
+def _how_near(near: dict[str, float], rows: int) -> str:
+    after = f", {near['refitted']:.2f} after the refit" if "refitted" in near else ""
+    return f"KL from the teacher {near['cut']:.2f} nats a token{after} ({rows} rows)"
+
+
+def _indices(kept: Any, config: Any) -> dict[str, Any]:
+    """What stays where something went, for `run.json`."""
+    found: dict[str, Any] = {"layers": kept.layers}
+    for name, size, chosen in (
+        ("neurons", config.intermediate_size, kept.neurons),
+        ("key_value_heads", config.num_key_value_heads, kept.heads),
+        ("hidden", config.hidden_size, [kept.hidden]),
+    ):
+        if len(chosen[0]) < size:
+            found[name] = [part.tolist() for part in chosen]
+    return found
+
+
+def _what_went(settings: Prune, config: Any, kept: Any, importance: Any) -> list[str]:
+    """A line for every kind of part that lost some, with what the removed ones did."""
+    lines = []
+    if len(kept.layers) < config.num_hidden_layers:
+        gone = np.setdiff1d(np.arange(config.num_hidden_layers), kept.layers)
+        why = "as listed" if isinstance(settings.layers, list) else "evenly spaced" if settings.by == "even" else ""
+        if importance is not None:
+            most, least = importance.layers[gone].max(), importance.layers[kept.layers].min()
+            influence = f"block influence: up to {most:.3f} in those that go, from {least:.3f} in those that stay"
+            why = f"{why}; {influence}" if why else f"by {influence}"
+        lines.append(f"keeps layers {', '.join(map(str, kept.layers))} of {config.num_hidden_layers}, {why}")
+    for what, size, chosen, scores in (
+        ("feed-forward neurons", config.intermediate_size, kept.neurons, "neurons"),
+        ("key-value heads", config.num_key_value_heads, kept.heads, "heads"),
+        ("channels", config.hidden_size, [kept.hidden], "hidden"),
+    ):
+        if len(chosen[0]) < size:
+            values = np.asarray(getattr(importance, scores))
+            values = values[None] if scores == "hidden" else values[kept.layers]
+            share = sum(row[stay].sum() for row, stay in zip(values, chosen, strict=True)) / values.sum()
+            lines.append(f"keeps {len(chosen[0]):,} of {size:,} {what}, with {share:.0%} of their activation")
+    return lines

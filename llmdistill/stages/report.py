@@ -1,0 +1,420 @@
+"""`llmdistill report`: one page that says what was made, from what, and how well it does, for people."""
+
+import math
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from llmdistill.config import Experiment
+from llmdistill.data.cards import describe_targets
+from llmdistill.data.dataset import MANIFEST
+from llmdistill.errors import InputError
+from llmdistill.evaluation.plots import Point, group_plot, interval_plot, loss_plot, size_plot
+from llmdistill.runs.progress import console, say
+from llmdistill.runs.record import RUN_FILE, read_json, write_text
+
+SCHEMA_VERSION = 2
+Json = dict[str, Any]
+
+_LABELS = {"student before": "student before training", "student, text only": "student trained on text only"}
+# What a metric is called, its unit, the factor to that unit, and a gain and a loss in words.
+_WORDS = {
+    "kl": ("KL", "nats a token", 1, "It is {} closer to the teacher", "It is {} farther from the teacher"),
+    "top1": (
+        "next-token choices",
+        "percentage points",
+        100,
+        "It makes the teacher’s choice {} more often",
+        "It makes the teacher’s choice {} less often",
+    ),
+    "nll": ("NLL", "nats a token", 1, "It expects the teacher’s text better by {}", "It expects the teacher’s text worse by {}"),
+}
+_FEW_PROMPTS = 30
+
+
+def report(experiment: Experiment, dry_run: bool = False) -> None:
+    """Write `OUTPUT/report.html` and `OUTPUT/report.md`, always anew: it takes no time and no model.
+
+    Raises:
+        InputError: there is no evaluation, or it is of another schema.
+    """
+    page, text = (Path(experiment.output) / name for name in ("report.html", "report.md"))
+    if dry_run:
+        return say("report", f"would write {page} and {text}")
+    view = _view(experiment)
+    environment = template_environment()
+    for file in (page, text):
+        write_text(file, environment.get_template(f"{file.name}.j2").render(view))
+    say("report", str(page))
+    console.print()
+    return console.print(view["headline"], markup=False)
+
+
+def _view(experiment: Experiment) -> Json:
+    """Everything that the templates show."""
+    metrics = read_metrics(experiment.directory("eval") / "metrics.json")
+    models: dict[str, Json] = {model["name"]: model for model in metrics["models"]}
+    return {
+        "headline": metrics["headline"],
+        "output": experiment.output,
+        "models": list(models.values()),
+        "teacher": models["teacher"],
+        "teacher_name": Path(models["teacher"]["path"]).name,
+        "held_out": metrics["held_out"],
+        "decoding": metrics["decoding"],
+        "warnings": metrics.get("warnings", []),
+        "samples": metrics["samples"],
+        "cards": _cards(models["teacher"], models["student"], metrics.get("tasks")),
+        "tasks": metrics.get("tasks"),
+        "kept_plot": _kept_plot(metrics.get("tasks")),
+        "judged": metrics.get("win_rate"),
+        "exports": _exports(experiment),
+        "profiles": _profiles(models),
+        "measures": list(_measures(metrics["models"])),
+        "own_text": metrics.get("own_text"),
+        "sizes": size_plot([(name, (model["bytes"] or 0) / 1e6, percent(model["top1"])) for name, model in models.items()]),
+        "views": [_view_of_tokens(view) for view in metrics["views"]],
+        "examples": metrics["examples"],
+        "intervals": interval_plot((name, model["kl"]) for name, model in models.items() if name != "teacher"),
+        "findings": _findings(metrics["differences"]),
+        "cautions": _cautions(metrics, models),
+        "training": _training(experiment),
+        "data": _data(experiment),
+        "lineage": _lineage(experiment),
+    }
+
+
+def read_metrics(file: Path) -> Json:
+    """The content of a `metrics.json`.
+
+    Raises:
+        InputError: it is not there, or of another schema.
+    """
+    metrics: Json | None = read_json(file)
+    if metrics is None:
+        raise InputError(f"{file} is not there; run `eval` first")
+    if metrics.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(f"{file}: schema_version is {metrics.get('schema_version')!r}, this version reads {SCHEMA_VERSION}")
+    return metrics
+
+
+def _cards(teacher: Json, student: Json, tasks: Json | None) -> list[Json]:
+    """The headline as figures, each with what it comes from."""
+    saved = 1 - student["parameters"] / teacher["parameters"]
+    speed = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
+    times = f"{speed:.1f}×"
+    size = f"{parameters(teacher['parameters'])} → {parameters(student['parameters'])} parameters"
+    rate = f"{tokens_per_second(teacher)} → {tokens_per_second(student)} tokens/s"
+    return [
+        {"figure": f"{abs(saved):.0%}", "label": "smaller" if saved >= 0 else "larger", "note": size},
+        {
+            "figure": times,
+            "label": "as fast" if times == "1.0×" else "faster" if speed > 1 else "the teacher’s speed",
+            "note": rate,
+        },
+        _kept_card(student["top1"], "of the teacher’s next-token choices kept"),
+        *([_kept_card(tasks["together"]["kept"], "of its task score kept")] if tasks and tasks["together"]["kept"] else []),
+    ]
+
+
+def _kept_card(share: Json, label: str) -> Json:
+    note = f"95% CI {100 * share['low']:.0f} to {100 * share['high']:.0f}"
+    return {"figure": f"{share['mean']:.0%}", "label": label, "note": note}
+
+
+def _kept_plot(tasks: Json | None) -> Json | None:
+    """The student's differences to the teacher on every task, in percentage points, as a figure."""
+    if not tasks:
+        return None
+    rows = []
+    for entry in [*tasks["tasks"], {"name": "all together", **tasks["together"]}]:
+        difference = next(d for d in entry["differences"] if d["against"] == "teacher")
+        rows.append((entry["name"], percent(difference)))
+    return interval_plot(rows, with_zero=True)
+
+
+def _exports(experiment: Experiment) -> list[Json]:
+    """What `export` has written, each with what it lost and, where it was served, what it costs there."""
+    found = read_json(experiment.directory("export") / "export.json")
+    if not found:
+        return []
+    served = {entry["name"]: entry for entry in (found.get("serving") or {}).get("models", [])}
+    return [{**made, "served": served.get(made["name"])} for made in found["formats"]]
+
+
+def _profiles(models: dict[str, Json]) -> Json:
+    """The KL by position and by the teacher's entropy, of every model but the teacher, as figures."""
+    found = {}
+    for by in ("position", "entropy"):
+        begins = sorted({group["from"] for model in models.values() for group in model[f"kl_by_{by}"]})
+        names = [f"{begin:g}–" for begin in begins]
+        curves = {
+            name: [{"group": begins.index(group["from"]), **group} for group in model[f"kl_by_{by}"]]
+            for name, model in models.items()
+            if name != "teacher"
+        }
+        found[by] = group_plot(curves, names) if begins else None
+    return found
+
+
+# What a model is measured by besides the three of the first table: the key, its name, its unit, and the factor to that unit.
+_MEASURES = (
+    (("reverse_kl",), "KL(model ‖ teacher)", "nats a token ↓", 1),
+    (("top5",), "shared among the five most likely tokens", "% ↑", 100),
+    (("bits_per_byte",), "bits per byte of the teacher’s text", "bits ↓", 1),
+    (("calibration_error",), "calibration error against the teacher", "% ↓", 100),
+    (("end",), "probability of the end where the teacher ended", "%", 100),
+    (("early_end",), "probability of an end where it went on", "%", 100),
+    (("own_text", "reverse_kl"), "KL(model ‖ teacher) on its own text", "nats a token ↓", 1),
+    (("own_text", "teacher_nll"), "the teacher’s NLL of the model’s own text", "nats a token ↓", 1),
+    (("own_text", "length"), "length of its own answers", "tokens", 1),
+    (("own_text", "ended"), "own answers that ended by themselves", "%", 100),
+)
+
+
+def _measures(models: list[Json]) -> Iterator[Json]:
+    """A row a measure, with each model's interval, where any has it."""
+    for keys, name, unit, factor in _MEASURES:
+        values = []
+        for model in models:
+            value: Any = model
+            for key in keys:
+                value = value.get(key) if value else None
+            values.append(value)
+        if any(values):
+            yield {"name": name, "unit": unit, "factor": factor, "values": values}
+
+
+def percent(interval: Json) -> Json:
+    """An interval of a share, in percent."""
+    return {key: 100 * interval[key] for key in ("mean", "low", "high")}
+
+
+# A token's KL in nats from which on it is shown in the next darker shade.
+_SHADES = (0.05, 0.2, 0.5, 1.0, 2.0)
+
+
+def _view_of_tokens(view: Json) -> Json:
+    """A text token by token, each with its shade and what both models expected there."""
+    tokens = [
+        {**token, "shade": sum(token["kl"] >= least for least in _SHADES), "breaks": "\n" in token["text"]}
+        for token in view["tokens"]
+    ]
+    return {"prompt": view["prompt"], "tokens": tokens, "kl": sum(token["kl"] for token in tokens) / max(len(tokens), 1)}
+
+
+def visible(token: str) -> str:
+    """A token with its white space as signs."""
+    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"
+
+
+def _findings(differences: list[Json]) -> list[Json]:
+    """The paired differences in words, one group for each pair of models, the two trained students first."""
+    groups: dict[tuple[str, str], list[Json]] = {}
+    for difference in sorted(differences, key=lambda difference: bool(difference["worse"] == "student before")):
+        groups.setdefault((difference["better"], difference["worse"]), []).append(_finding(difference))
+    return [{"better": better, "worse": worse, "items": items} for (better, worse), items in groups.items()]
+
+
+def _finding(difference: Json) -> Json:
+    """A paired difference as it is: shown, not shown, or the wrong way round."""
+    name, unit, factor, gain, loss = _WORDS[difference["metric"]]
+    sign = 1 if difference["metric"] == "top1" else -1  # of nats, fewer are better
+    mean, low, high = (sign * factor * difference[key] for key in ("mean", "low", "high"))
+    low, high = min(low, high), max(low, high)
+    digits = _digits(low, high, 2 if factor == 1 else 1)
+    if low <= 0 <= high:
+        ends = f"{low:.{digits}f} to {high:.{digits}f} {unit}".replace("-", "−")
+        return {
+            "verdict": "open",
+            "text": f"No difference in {name} was shown: the 95% interval of the gain, {ends}, includes 0.",
+        }
+    near, far = sorted((abs(low), abs(high)))
+    words = (gain if low > 0 else loss).format(f"{abs(mean):.{digits}f} {unit}")
+    text = f"{words} (95% interval {near:.{digits}f} to {far:.{digits}f})."
+    return {"verdict": "shown" if low > 0 else "reversed", "text": text}
+
+
+def _cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
+    """What a reader should know before trusting the figures."""
+    said = []
+    before, prompts = models.get("student before"), metrics["held_out"]["prompts"]
+    if before and not models["student"]["kl"]["mean"] < before["kl"]["mean"]:
+        said.append("Training did not bring the student closer to the teacher.")
+    if prompts < _FEW_PROMPTS:
+        said.append(f"With {prompts} held-out prompts the intervals themselves are rough.")
+    said.append(
+        "Differences are between the same rows. The intervals cover the choice of held-out prompts, "
+        "not the luck of a training run: each student was trained once."
+    )
+    return said
+
+
+def _training(experiment: Experiment) -> Json:
+    """Loss curves of the students that were trained, and which logs are not there."""
+    curves: dict[str, list[Json]] = {}
+    for name, directory in (
+        ("student", experiment.directory("student")),
+        ("student, text only", experiment.directory("student-text-only")),
+    ):
+        state = read_json(directory / "trainer_state.json")
+        if state is not None:
+            curves[name] = [entry for entry in state["log_history"] if "step" in entry and "ce" in entry]
+    return {
+        "missing": None if "student" in curves else str(experiment.directory("student") / "trainer_state.json"),
+        "steps": {name: int(entries[-1]["step"]) for name, entries in curves.items() if entries},
+        "last": {name: {key: entries[-1].get(key) for key in ("kl", "ce")} for name, entries in curves.items() if entries},
+        "plots": {key: loss_plot({name: _points(entries, key) for name, entries in curves.items()}) for key in ("kl", "ce")},
+        "not_finite": sum(
+            not math.isfinite(entry[key])
+            for entries in curves.values()
+            for entry in entries
+            for key in ("kl", "ce")
+            if key in entry
+        ),
+    }
+
+
+def _points(entries: list[Json], key: str) -> list[Point]:
+    return [(entry["step"], entry[key]) for entry in entries if key in entry and math.isfinite(entry[key])]
+
+
+def _data(experiment: Experiment) -> Json:
+    """From the rows that the teacher wrote to those trained on, as steps of a waterfall."""
+    file = experiment.dataset_directory / MANIFEST
+    manifest = read_json(file)
+    if manifest is None:
+        return {"missing": str(file)}
+    splits = {
+        split: {key: sum(shard[key] for shard in manifest["shards"] if shard["split"] == split) for key in ("rows", "tokens")}
+        for split in ("train", "test")
+    }
+    rows_in = manifest.get("rows_in", splits["train"]["rows"] + splits["test"]["rows"])
+    by = "written" if manifest["sampling"] else "read"
+    steps = [{"label": f"{by} by the teacher", "kind": "in", "rows": rows_in, "from": 0}]
+    for step in manifest.get("steps", []):
+        name, rejected, failed = step["name"].replace("_", " "), step["rejected"], step["failed"]
+        steps.append({"label": f"rejected by {name}", "kind": "out", "rows": rejected, "from": step["kept"] + failed})
+        if failed:
+            steps.append({"label": f"failed in {name}", "kind": "out", "rows": failed, "from": step["kept"]})
+    steps.append({"label": "trained on", "kind": "train", "from": 0, **splits["train"]})
+    steps.append({"label": "held out", "kind": "test", "from": splits["train"]["rows"], **splits["test"]})
+    for step in steps:
+        step["left_percent"], step["width_percent"] = (round(100 * step[key] / (rows_in or 1), 2) for key in ("from", "rows"))
+        step["rest_percent"] = step["left_percent"] if step["kind"] == "out" else 0
+    described = {
+        "teacher": manifest["teacher"],
+        "sampling": manifest["sampling"],
+        "targets": describe_targets(manifest["targets"]),
+    }
+    made = manifest.get("prompts", [])
+    return {"missing": None, "steps": steps, "prompts": made if len(made) > 1 else [], **described}
+
+
+def _lineage(experiment: Experiment) -> Json:
+    """Each stage's `run.json`, and the versions, said once where all stages agree."""
+    stages = []
+    for directory in dict.fromkeys(
+        (
+            experiment.directory("prompts"),
+            experiment.directory("data"),
+            experiment.dataset_directory,
+            experiment.directory("student"),
+            experiment.directory("student-text-only"),
+            experiment.directory("eval"),
+            experiment.directory("export"),
+        )
+    ):
+        run = read_json(directory / RUN_FILE)
+        if run is not None or directory.name not in ("prompts", "student-text-only", "export"):
+            stages.append({"directory": str(directory), "name": directory.name, "run": run})
+    found = sorted(
+        (package, version, stage["name"])
+        for stage in stages
+        if stage["run"]
+        for package, version in stage["run"]["versions"].items()
+    )
+    versions: dict[str, Json] = {}
+    for (package, version), uses in groupby(found, key=lambda use: use[:2]):
+        versions.setdefault(package, {})[version] = [directory for _, _, directory in uses]
+    return {"stages": stages, "versions": versions}
+
+
+def template_environment() -> jinja2.Environment:
+    """Templates with escaping on, but for Markdown, whose templates use the filters `cell` and `fenced`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("llmdistill.evaluation"),
+        autoescape=jinja2.select_autoescape(default=True, disabled_extensions=("md.j2",)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        filter.__name__: filter
+        for filter in (cell, estimate, fenced, label, megabytes, moment, parameters, tokens_per_second, visible)
+    }
+    return environment
+
+
+def parameters(count: int) -> str:
+    """134515008 as 134.5M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def megabytes(size: int | None) -> str:
+    """269060552 as 269 MB."""
+    if size is None:
+        return "–"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
+
+
+def tokens_per_second(model: Json) -> str:
+    """Three digits, or as many as there are before the point."""
+    rate = model["decode_tokens_per_s"]
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def estimate(interval: Json, factor: float = 1, least: int | None = None) -> tuple[str, str]:
+    """The mean, and `low–high` with the digits that the interval's width warrants; no interval where it has no width."""
+    mean, low, high = (factor * interval[key] for key in ("mean", "low", "high"))
+    digits = _digits(low, high, (2 if factor == 1 else 0) if least is None else least)
+    mean_text, low_text, high_text = (f"{value:.{digits}f}".replace("-", "−") for value in (mean, low, high))
+    return mean_text, "" if low == high else low_text + (" to " if low < 0 else "–") + high_text
+
+
+def moment(stamp: str | None) -> str:
+    """2026-11-23T18:28:49Z as 23 Nov 2026, 18:28."""
+    if not stamp:
+        return "–"
+    when = datetime.fromisoformat(stamp)
+    return f"{when.day} {when:%b %Y, %H:%M}"
+
+
+def label(name: str) -> str:
+    """A model's name in the evaluation, as the page says it."""
+    return _LABELS.get(name, name)
+
+
+def cell(text: object) -> str:
+    """Text in Markdown that stays text: one line, no HTML, no mark-up, no end of a table cell."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", " ".join(str(text).split()))
+
+
+def fenced(text: str) -> str:
+    """Text as a block of code whose fence is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _digits(low: float, high: float, least: int) -> int:
+    """Decimals that show an interval's half-width, at least `least` and at most five."""
+    half = (high - low) / 2
+    return min(5, max(least, -math.floor(math.log10(half)))) if half > 0 and math.isfinite(half) else least

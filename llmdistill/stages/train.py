@@ -1,0 +1,410 @@
+"""`llmdistill train`: the student learns from the dataset; the result is a directory that any engine loads."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config import Experiment
+from llmdistill.config.machine import Precision, training_precision
+from llmdistill.data.cards import model_card
+from llmdistill.data.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
+from llmdistill.errors import InputError, no_such_key
+from llmdistill.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    tokenise_chat,
+    vocabulary_hash,
+    whole_on_every_process,
+)
+from llmdistill.objectstore.copies import upload_checkpoints
+from llmdistill.runs import record
+from llmdistill.runs.progress import say, working
+from llmdistill.students.origins import (
+    begin_student,
+    is_sharded,
+    load_student,
+    make_student,
+    origin,
+    pair_layers,
+    save_student,
+)
+from llmdistill.students.quantization import fake_quantise, unfake
+from llmdistill.training.callbacks import show_progress, stop_with_a_checkpoint
+from llmdistill.training.traps import traps
+
+# Set by keys of their own; given under train.args they would contradict them.
+_LOSS = ["loss", "alpha", "alpha_end", "temperature", "beta", "beta_end", "sequence_alpha", "position_weights", "reduction"]
+_LOSS += ["hidden", "attention"]
+_RESERVED = {"output_dir": "output"} | {name: f"train.{name}" for name in _LOSS}
+# The second student's: cross-entropy on the text, and nothing of the soft targets.
+_TEXT_ONLY: dict[str, Any] = {"alpha": 0.0, "alpha_end": None, "beta": None, "beta_end": None, "sequence_alpha": 0.0}
+_TEXT_ONLY |= {"loss": "forward_kl", "temperature": 1.0, "position_weights": "uniform", "hidden": None, "attention": None}
+
+
+def train(experiment: Experiment, dry_run: bool = False) -> None:
+    """Write `OUTPUT/student`, and `OUTPUT/student-text-only` if asked for, going on from the last checkpoint.
+
+    Raises:
+        InputError: the dataset, the student or the output directory are not usable; nothing was written.
+    """
+    directories = {experiment.directory("student"): False}
+    if experiment.train.compare_text_only:
+        directories[experiment.directory("student-text-only")] = True
+    if dry_run and not (experiment.dataset_directory / MANIFEST).is_file():
+        _say_plan(experiment, None)
+        return
+    manifest = read_manifest(experiment.dataset_directory)
+    _check_loss(experiment, manifest)
+    _check_mix(experiment, manifest)
+    model, revision, _ = origin(experiment)
+    settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
+    online = experiment.targets.kind == "online"
+    if online:
+        settings["targets"] = {"kind": "online"}
+    if experiment.student.model is None or online:
+        settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
+    inputs = {
+        str(experiment.dataset_directory / MANIFEST): record.sha256(experiment.dataset_directory / MANIFEST),
+        model: record.model_fingerprint(model, revision),
+    }
+    inputs |= {str(mixed / MANIFEST): record.sha256(mixed / MANIFEST) for mixed in experiment.mixed_datasets}
+    if online:
+        inputs[experiment.teacher.model] = record.model_fingerprint(experiment.teacher.model, experiment.teacher.revision)
+    claims = [
+        (directory, text_only, record.claim(directory, "train", {**settings, "text_only": text_only}, inputs))
+        for directory, text_only in directories.items()
+    ]
+    if dry_run:
+        _say_plan(experiment, manifest)
+        return
+    for directory, text_only, state in claims:
+        if state == "done":
+            say("train", f"{directory} is finished")
+        else:
+            _train_one(experiment, manifest, directory, text_only, {**settings, "text_only": text_only}, inputs)
+
+
+def _train_one(
+    experiment: Experiment,
+    manifest: dict[str, Any],
+    directory: Path,
+    text_only: bool,
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+) -> None:
+    with working("train", "loading the student"):
+        from accelerate.utils import broadcast_object_list
+        from transformers import EarlyStoppingCallback
+
+        from llmdistill.training.trainer import DistillTrainer
+
+        arguments, precision = _arguments(experiment, directory, text_only, settings, inputs)
+        tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
+        rows = _mixed(experiment, load_dataset(experiment.dataset_directory, "train"))
+        dataset, validation = _split(experiment, rows)
+        if not same_vocabulary:
+            dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
+        student = load_student(experiment)
+        if experiment.train.fake_quantize:
+            fake_quantise(student, experiment.export.group_size if experiment.export else None)
+        teacher = None if text_only else _online_teacher(experiment, arguments)
+        pair_layers(experiment, arguments, student, teacher)
+        _check_fit(arguments, dataset, student, teacher)
+    if arguments.process_index == 0:
+        record.begin_computing(directory, "train", settings, inputs, experiment.seed, precision)
+        begin_student(student, directory)
+        for text in [] if text_only else traps(experiment.student, arguments, manifest, rows, student.num_parameters()):
+            say("warning", text)
+    trainer = DistillTrainer(
+        model=student,
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=validation,
+        teacher=teacher,
+        processing_class=tokenizer,
+    )
+    if early := experiment.train.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(early.patience, early.min_delta))
+    show_progress(trainer, "text only" if text_only else "train")
+    # What one process finds counts for all: another may still see a shared disk as it was.
+    (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
+    upload_checkpoints(experiment, trainer, directory)
+    stop = stop_with_a_checkpoint(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.asked:
+        if trainer.is_world_process_zero():
+            print(f"terminated; the same command goes on from step {trainer.state.global_step:,}", file=sys.stderr)
+        sys.exit(143)
+
+    trained = _trained(experiment, trainer)
+    if trained is not None:
+        unfake(trained)
+        end = manifest["tokenizer"]["end_token_ids"] if same_vocabulary else None
+        save_student(trained, tokenizer, experiment, directory, end)
+        trainer.state.save_to_json(str(directory / "trainer_state.json"))
+        results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
+        record.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, arguments, results))
+        record.finish(directory, results)
+    trainer.accelerator.wait_for_everyone()
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that was written to its end; the trainer writes its state last."""
+    finished = []
+    for candidate in directory.glob("checkpoint-*"):
+        try:
+            finished.append((int(json.loads((candidate / "trainer_state.json").read_text())["global_step"]), str(candidate)))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(finished)[1] if finished else None
+
+
+def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
+    if experiment.targets.kind == "online":
+        return
+    if manifest["targets"]["kind"] == "none" and (experiment.train.uses_targets or experiment.train.compare_text_only):
+        raise InputError(
+            f"train.alpha is {experiment.train.alpha}, but {experiment.dataset_directory} has no soft targets "
+            "(targets.kind: none); set train.alpha to 0 and train.compare_text_only to false, or targets.kind to online"
+        )
+    if reason := experiment.train.against(manifest["targets"]["kind"]):
+        raise InputError(f"{reason}, and {experiment.dataset_directory} has sampled ones; use targets.kind topk")
+
+
+def _check_mix(experiment: Experiment, manifest: dict[str, Any]) -> None:
+    """Refuse to mix what is not of one vocabulary and one kind of targets."""
+    for directory in experiment.mixed_datasets:
+        other = read_manifest(directory)
+        for what, mine, theirs in (
+            ("targets", manifest["targets"], other["targets"]),
+            ("vocabulary", manifest["tokenizer"]["vocabulary_hash"], other["tokenizer"]["vocabulary_hash"]),
+        ):
+            if mine != theirs:
+                raise InputError(f"train.mix.datasets: {directory} has other {what} than {experiment.dataset_directory}")
+
+
+def _mixed(experiment: Experiment, rows: Any) -> Any:
+    """The rows with those of other datasets among them, as many as make up their share, drawn without repeats."""
+    mix = experiment.train.mix
+    if mix is None:
+        return rows
+    import datasets
+    import numpy as np
+
+    others = datasets.concatenate_datasets([load_dataset(directory, "train") for directory in mix.datasets])
+    wanted = min(round(len(rows) * mix.share / (1 - mix.share)), len(others))
+    drawn = np.sort(np.random.default_rng(experiment.seed).permutation(len(others))[:wanted])
+    say("train", f"{len(rows):,} rows, and {wanted:,} of the {len(others):,} of other datasets")
+    columns = [name for name in rows.column_names if name in others.column_names]
+    return datasets.concatenate_datasets([rows.select_columns(columns), others.select_columns(columns).select(drawn)])
+
+
+def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
+    """The rows to train on and those to validate on, None if there are to be none; all rows of a prompt on one side.
+
+    Raises:
+        InputError: one side is empty.
+    """
+    share = experiment.train.validation
+    if not share:
+        return dataset, None
+    sides = []
+    for table in dataset.select_columns(["prompt", "completion", "metadata"]).with_format("arrow").iter(batch_size=ROW_GROUP):
+        sides += [is_held_out(key, f"{experiment.seed} validation", share) for key in conversations(table)]
+    rows = [[row for row, side in enumerate(sides) if side == wanted] for wanted in (False, True)]
+    if not all(rows):
+        raise InputError(
+            f"train.validation is {share:g}: of {len(sides):,} rows {len(rows[1]):,} would be for validation and "
+            f"{len(rows[0]):,} for training; both need at least one"
+        )
+    return dataset.select(rows[0]), dataset.select(rows[1])
+
+
+def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None:
+    """What the trainer would refuse, before anything is written.
+
+    Raises:
+        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows or with these adapters.
+    """
+    from llmdistill.losses.importance import effective_sample_size, importance, log_importance
+    from llmdistill.training.packing import check_apart
+    from llmdistill.training.trainer import DistillTrainer, check_adapters
+
+    try:
+        DistillTrainer.check_dataset(arguments, dataset, teacher)
+        if arguments.packing or arguments.padding_free:
+            check_apart(student)
+        for config in getattr(student, "peft_config", {}).values():
+            check_adapters(student.get_base_model(), config)
+        if arguments.sequence_alpha:
+            rows = effective_sample_size(importance(log_importance(dataset)))
+            say("train", f"the sequence-level KL is as exact as from {rows:,.0f} equally important rows, of {len(dataset):,}")
+    except ValueError as error:
+        raise InputError(f"train: {error}") from None
+
+
+def _evaluation(experiment: Experiment) -> dict[str, Any]:
+    """Defaults of the arguments that measure the student while it trains."""
+    train = experiment.train
+    if not train.validation:
+        if train.args.get("eval_strategy", "no") != "no":
+            raise InputError("train.args.eval_strategy needs train.validation, a share of the training prompts to measure on")
+        return {}
+    found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": train.args.get("save_steps", 500)}
+    if train.early_stopping:
+        metric = "kl" if train.uses_targets else "ce"
+        found |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+    return found
+
+
+def _arguments(
+    experiment: Experiment, directory: Path, text_only: bool, settings: dict[str, Any], inputs: dict[str, str]
+) -> tuple[Any, Precision]:
+    """The `DistillConfig`, with errors that name the key, and the precision of the products.
+
+    Raises:
+        InputError: an argument that TRL does not have, or does not take.
+    """
+    import torch
+
+    from llmdistill.training.trainer import DistillConfig
+
+    names = [field.name for field in dataclasses.fields(DistillConfig)]
+    for name in experiment.train.args:
+        if name == "push_to_hub" or name.startswith("hub_"):
+            raise InputError(f"train.args.{name} would upload the checkpoints; push the trained student with `llmdistill push`")
+        if name in _RESERVED:
+            raise InputError(f"train.args.{name} is set by the key {_RESERVED[name]}")
+        if name not in names:
+            raise no_such_key("train.args", name, names, "trl.SFTConfig has no such argument")
+    asked, use_cpu = experiment.train.args, not torch.accelerator.is_available()
+    precision = training_precision(asked.get("use_cpu", use_cpu), asked.get("bf16"), asked.get("fp16", False))
+    precision = record.settled_precision(directory, settings, inputs, precision)
+    defaults = {
+        "seed": experiment.seed,
+        "bf16": precision.dtype == "bfloat16",
+        "fp16": precision.dtype == "float16",
+        "learning_rate": experiment.student.default_learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # below 1 it is a share of all steps
+        "report_to": "none",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": use_cpu,
+        **_evaluation(experiment),
+    }
+    ours = {"output_dir": str(directory / "checkpoints")} | experiment.train.model_dump(include=set(_LOSS))
+    try:
+        arguments = DistillConfig(**{**defaults, **experiment.train.args, **ours, **(_TEXT_ONLY if text_only else {})})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"train.args: {error}") from None
+    _check_checkpointing(arguments, experiment)
+    if experiment.student.quantize and is_sharded(arguments):
+        raise InputError("student.quantize: quantised weights are not sharded; use one device, or DDP, or leave it out")
+    if arguments.n_gpu > 1:  # the trainer would cut a batch apart from its targets (DataParallel)
+        say("train", f"uses one of {arguments.n_gpu} GPUs; docs/distributed.md says how to start a process on each")
+        arguments._n_gpu = 1
+    return arguments, precision
+
+
+def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:
+    """Refuse what accelerate's FSDP does in the place of `gradient_checkpointing` where it does not work."""
+    key = "fsdp_activation_checkpointing"
+    if arguments.fsdp:
+        asked = arguments.fsdp_plugin_args.get("activation_checkpointing")
+    else:
+        asked = os.environ.get("ACCELERATE_USE_FSDP") == os.environ.get(key.upper()) == "true"
+    if asked and experiment.student.lora:
+        raise InputError(
+            f"student.lora with {key}: a checkpoint of it loses the adapter; use train.args.gradient_checkpointing in its place"
+        )
+    if asked and arguments.gradient_checkpointing:
+        raise InputError(f"train.args.gradient_checkpointing is true (which it is unless set) and so is {key}; use one of them")
+
+
+def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> tuple[Any, bool]:
+    """The tokenizer to save with the student, and whether it is the teacher's.
+
+    With one vocabulary it is the teacher's: the student learns exactly those ids, its chat template and its end token
+    among them, also where the student was a base model that knew another end token.
+
+    Raises:
+        InputError: token-level targets for a student with another vocabulary.
+    """
+    teacher = manifest["tokenizer"]
+    model, revision, trust = origin(experiment)
+    tokenizer = load_tokenizer(model, revision, trust, "student.model")
+    student_size = load_config(model, revision, trust, "student.model").get_text_config().vocab_size
+    if vocabulary_hash(tokenizer) == teacher["vocabulary_hash"]:
+        tokenizer.chat_template = teacher["chat_template"]
+        return tokenizer, True
+    if manifest["targets"]["kind"] == "none" and experiment.targets.kind != "online":
+        return tokenizer, False
+    name, size = Path(manifest["teacher"]["model"]).name, teacher["vocab_size"]
+    student_has = f"{student_size:,}" if student_size != size else f"{student_size:,} others"
+    raise InputError(
+        f"teacher and student do not share a vocabulary: {name} has {size:,} tokens, {model} has {student_has}.\n"
+        "Token-level targets need one tokenizer. Use targets.kind: none (text only), or a student of the same family."
+    )
+
+
+def _tokenise_again(dataset: Any, tokenizer: Any) -> Any:
+    """Text-only rows in the ids of another tokenizer, through its own chat template."""
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        whole, start = tokenise_chat(tokenizer, row["prompt"], row["completion"])
+        return {"input_ids": whole, "completion_start": start}
+
+    kept = ["input_ids", "completion_start"]
+    plain = dataset.with_format(None)
+    return plain.map(convert, remove_columns=[name for name in plain.column_names if name not in kept]).with_format("numpy")
+
+
+def _online_teacher(experiment: Experiment, arguments: Any) -> Any:
+    """The teacher to run beside the student, if the targets are not to be stored ones and the loss needs it."""
+    teacher = experiment.teacher
+    if experiment.targets.kind != "online" or not (arguments.uses_targets or any(arguments.layers())):
+        return None
+    with whole_on_every_process():
+        return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, device="cpu")
+
+
+def _trained(experiment: Experiment, trainer: Any) -> Any:
+    """The trained student in the main process, None in the others; all have to call this.
+
+    Where each process holds a part of the weights, they are gathered and put into the student as it was before.
+    """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else {}
+    if not trainer.is_world_process_zero():
+        return None
+    if not sharded:
+        return trainer.accelerator.unwrap_model(trainer.model)
+    with whole_on_every_process():
+        student = make_student(experiment)
+    trained = {name: weights[name] for name, parameter in student.named_parameters() if parameter.requires_grad}
+    student.load_state_dict(trained, strict=False)
+    return student
+
+
+def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The parts of the loss at the last step, and on the validation rows at the last evaluation."""
+    last: dict[str, Any] = {}
+    for entry in history:
+        last |= entry
+    names = ("kl", "ce", "agreement", "num_completion_tokens", "eval_kl", "eval_ce", "eval_agreement")
+    return {name: last[name] for name in names if name in last}
+
+
+def _say_plan(experiment: Experiment, manifest: dict[str, Any] | None) -> None:
+    if manifest is None:
+        say("train", f"{experiment.dataset_directory} is not there yet")
+    else:
+        rows = sum(entry["rows"] for entry in manifest["shards"] if entry["split"] == "train")
+        tokens = sum(entry["tokens"] for entry in manifest["shards"] if entry["split"] == "train")
+        say("train", f"{rows:,} rows, {tokens:,} completion tokens in {experiment.dataset_directory}")
+    say("train", f"would write {experiment.directory('student')}")

@@ -1,0 +1,1 @@
+"""Students: where they come from, how they are made smaller, adapted, quantised and saved."""

@@ -1,0 +1,241 @@
+"""Where the student comes from: an existing model, the teacher cut down, or its architecture with random weights."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config import Experiment
+from llmdistill.config.machine import inference_precision
+from llmdistill.config.student import ORIGINS
+from llmdistill.errors import InputError, no_such_key
+from llmdistill.models.loading import (
+    check_model_exists,
+    generation_config,
+    load_config,
+    load_model,
+    load_tokenizer,
+    whole_on_every_process,
+)
+from llmdistill.runs import record
+from llmdistill.runs.progress import say, working
+from llmdistill.stages.prune import ensure_pruned
+from llmdistill.students import adapters
+
+Source = tuple[str, str | None, bool]  # model, revision, trust_remote_code
+_START = "checkpoints/adapter-start"
+# They follow from the tokenizer, which is the teacher's.
+_THE_TOKENIZERS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def origin(experiment: Experiment) -> Source:
+    """The model that the student is made from: its own, or the teacher.
+
+    Raises:
+        InputError: the configuration does not say, or there is no such model.
+    """
+    student, teacher = experiment.student, experiment.teacher
+    if all(getattr(student, name) is None for name in ORIGINS):
+        raise InputError("student needs one of the keys student.model, student.prune and student.config")
+    found = (student.model, student.revision, student.trust_remote_code)
+    model, revision, trust = found if student.model else (teacher.model, teacher.revision, teacher.trust_remote_code)
+    assert model is not None
+    check_model_exists(model, "student.model" if student.model else "teacher.model")
+    return model, revision, trust
+
+
+def before(experiment: Experiment) -> Source:
+    """The student before training: the existing model, or what `ensure_before` makes."""
+    student = experiment.student
+    if student.model:
+        return student.model, student.revision, student.trust_remote_code
+    return str(experiment.directory("student-before")), None, False
+
+
+def ensure_before(experiment: Experiment) -> None:
+    """Make `OUTPUT/student-before` if the student is no existing model and it is not there.
+
+    Raises:
+        InputError: the teacher cannot be cut, or its architecture built, as asked for.
+    """
+    if experiment.student.prune:
+        ensure_pruned(experiment)
+    elif experiment.student.config is not None:
+        _ensure_fresh(experiment)
+
+
+def _ensure_fresh(experiment: Experiment) -> None:
+    teacher, directory = experiment.teacher, experiment.directory("student-before")
+    inputs = {teacher.model: record.model_fingerprint(teacher.model, teacher.revision)}
+    claimed = {
+        "teacher": teacher.model_dump(mode="json", include={"model", "revision"}),
+        "student": {"config": experiment.student.config},
+        "seed": experiment.seed,
+    }
+    if record.claim(directory, "fresh", claimed, inputs) == "done":
+        return
+    with working("student", "making the student"):
+        config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code).get_text_config()
+        student = fresh(config, experiment.student.config or {}, experiment.seed, teacher.trust_remote_code)
+        student.generation_config = generation_config(teacher.model, teacher.revision) or student.generation_config
+        tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+    record.begin(directory, "fresh", claimed, inputs, experiment.seed)
+    student.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    record.finish(directory, {"parameters": parameters})
+    say("student", f"{parameters / 1e6:,.1f}M parameters with random weights in {directory}")
+
+
+def fresh(config: Any, changes: dict[str, Any], seed: int, trust_remote_code: bool = False) -> Any:
+    """A model of the same architecture with some sizes changed and random weights.
+
+    A list with an entry a layer (`layer_types`) is cut, or repeated, to the new number of layers unless it is given.
+
+    Args:
+        config: the teacher's, of its text part.
+        changes: keys of it and their values.
+        seed: of the weights, which depend on nothing else.
+        trust_remote_code: as for the teacher.
+
+    Raises:
+        InputError: a key that this architecture does not have, or sizes that it cannot have.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    fields = config.to_dict()
+    known = fields.keys() - PreTrainedConfig().to_dict().keys()
+    for name in changes:
+        if name in _THE_TOKENIZERS:
+            raise InputError(f"student.config.{name} cannot be changed: the student has the teacher's tokenizer")
+        if name not in known:
+            raise no_such_key("student.config", name, known, f"{type(config).__name__} has no such key")
+    old, new = fields["num_hidden_layers"], changes.get("num_hidden_layers", fields["num_hidden_layers"])
+    try:
+        if new < 1:
+            raise ValueError("there must be at least one layer")
+        for name, values in fields.items():
+            if isinstance(values, list) and len(values) == old and name in known:
+                fields[name] = [values[layer % old] for layer in range(new)]
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            student = AutoModelForCausalLM.from_config(
+                type(config).from_dict({**fields, **changes}), dtype=config.dtype, trust_remote_code=trust_remote_code
+            ).eval()
+            student(torch.zeros(1, 2, dtype=torch.long))  # what the configuration does not check itself shows here
+    except Exception as error:  # every configuration and model refuses in its own way
+        given = ", ".join(f"{name} {value}" for name, value in changes.items())
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise InputError(f"student.config: {type(config).__name__} cannot have {given}: {reason}") from None
+    return student
+
+
+def load_student(experiment: Experiment) -> Any:
+    """The model before training; all processes have to call this, the first of them makes what is not there yet.
+
+    Raises:
+        InputError: there is no such model, or it cannot be made, quantised or given adapters as asked for.
+    """
+    from accelerate import PartialState
+
+    _adapters(experiment)  # what is wrong with them is said before anything is written
+    with PartialState().main_process_first(), whole_on_every_process():
+        ensure_before(experiment)
+    return make_student(experiment)
+
+
+def make_student(experiment: Experiment) -> Any:
+    """The model before training: float32 where all weights train; under adapters, in its own precision or quantised.
+
+    It is on the CPU, if it is not quantised; the trainer moves it, or the part of it that this process is to hold.
+    """
+    student = experiment.student
+    config, quantised = _adapters(experiment)
+    # Frozen weights stay as they are stored, unless this machine computes in float32 alone.
+    frozen = "float32" if inference_precision().dtype == "float32" and not quantised else "checkpoint"
+    dtype, device = frozen if config else "float32", None if quantised else "cpu"
+    how = {"quantization_config": quantised, "attn_implementation": student.attn_implementation}
+    model = _load_before(experiment, dtype=dtype, device=device, **how)
+    adapters.keep_gradients(model)
+    return adapters.attach(model, config, experiment.seed) if config else model
+
+
+def _adapters(experiment: Experiment) -> tuple[Any, Any]:
+    """The configurations of peft and of the quantisation, None where there is none."""
+    student = experiment.student
+    config = adapters.lora_config(student.lora) if student.lora else None
+    return config, adapters.quantization_config(student.quantize, saved_dtype(experiment)) if student.quantize else None
+
+
+def saved_dtype(experiment: Experiment) -> Any:
+    """The precision of the checkpoint that the student comes from, in which it is saved again."""
+    import torch
+
+    dtype = load_config(*origin(experiment)).dtype or "float32"
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: Any) -> None:
+    """Decide which layers are compared where the configuration does not say: of a pruned student, by where they were.
+
+    Args:
+        experiment: the configuration.
+        arguments: the `DistillConfig`, in which the pairs are written down.
+        student: the model before training.
+        teacher: the one beside it, if there is one.
+
+    Raises:
+        InputError: the configuration names layers that are not there, or asks for what cannot be trained.
+    """
+    from llmdistill.losses.hidden_states import decoder_layers, of_pruned, resolve
+
+    kept = None
+    if experiment.student.prune:
+        kept = record.read_json(experiment.directory("student-before") / record.RUN_FILE)["results"]["layers"]
+    for name in ("hidden", "attention"):
+        part = getattr(arguments, name)
+        if part is None:
+            continue
+        layers = [len(decoder_layers(model)) for model in (student, teacher)]
+        if part["layers"] is None and kept:
+            part["layers"] = of_pruned(kept, layers[1]) if name == "hidden" else list(enumerate(kept))
+        try:
+            part["layers"] = resolve(part["layers"], *layers)
+        except ValueError as error:
+            raise InputError(f"train.{name}.{error}") from None
+    sizes = {model.config.get_text_config().hidden_size for model in (student, teacher) if model is not None}
+    if arguments.hidden and len(sizes) > 1 and is_sharded(arguments):
+        raise InputError("train.hidden: sizes that differ need a projector, which FSDP and DeepSpeed do not train; use DDP")
+
+
+def is_sharded(arguments: Any) -> bool:
+    """Whether each process will hold a part of the weights, as accelerate was told or the arguments say."""
+    told = any(os.environ.get(f"ACCELERATE_USE_{way}") == "true" for way in ("FSDP", "DEEPSPEED"))
+    return told or bool(arguments.fsdp or arguments.deepspeed)
+
+
+def begin_student(model: Any, directory: Path) -> None:
+    """Keep what is needed to make the student from the trained model, before it is trained."""
+    if adapters.rewrites_base(model):
+        adapters.save_start(model, directory / _START)
+
+
+def save_student(model: Any, tokenizer: Any, experiment: Experiment, directory: Path, end_token_ids: list[int] | None) -> None:
+    """The trained model as a directory that any engine loads: whole, in the precision of the checkpoint it comes from.
+
+    Adapters are kept beside it, in `adapter`, and merged into the base in its own precision, never into quantised weights.
+    """
+    if experiment.student.lora:
+        adapters.save_adapter(model, directory / "adapter", directory / _START if adapters.rewrites_base(model) else None)
+        # On the CPU: a base that was quantised to fit the accelerator may not fit it whole.
+        base = _load_before(experiment, dtype="checkpoint", device="cpu") if experiment.student.quantize else None
+        model = adapters.merged(model, directory / "adapter", base)
+    if end_token_ids:
+        model.generation_config.eos_token_id = end_token_ids
+    model.to(saved_dtype(experiment)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _load_before(experiment: Experiment, **how: Any) -> Any:
+    model, revision, trust = before(experiment)
+    return load_model(model, revision, trust_remote_code=trust, key="student.model", **how)

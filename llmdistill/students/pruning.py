@@ -1,0 +1,256 @@
+"""Students cut out of the teacher: what each part of it does on some text, what stays, and the smaller model.
+
+For models whose layers are built as those of llama, qwen and gemma. Importance is that of Minitron (Muralidharan et al.
+2024, arXiv 2407.14679), measured by activations in one pass over a calibration set, and block influence for layers.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmdistill.config.student import Prune
+from llmdistill.data.collator import DistillCollator
+from llmdistill.data.targets import Array
+from llmdistill.errors import InputError
+
+# The axes of every parameter of a layer: which of the kept indices select along them.
+_AXES = {
+    "q_proj": ("heads", "hidden"),
+    "k_proj": ("key_values", "hidden"),
+    "v_proj": ("key_values", "hidden"),
+    "o_proj": ("hidden", "heads"),
+    "gate_proj": ("neurons", "hidden"),
+    "up_proj": ("neurons", "hidden"),
+    "down_proj": ("hidden", "neurons"),
+    "embed_tokens": ("all", "hidden"),
+    "lm_head": ("all", "hidden"),
+    "q_norm": ("all",),  # over the head's own dimension
+    "k_norm": ("all",),
+    "norm": ("hidden",),
+    "input_layernorm": ("hidden",),
+    "post_attention_layernorm": ("hidden",),
+    "pre_feedforward_layernorm": ("hidden",),
+    "post_feedforward_layernorm": ("hidden",),
+}
+# Keys of a configuration that are lists with an entry a layer.
+_BY_LAYER = ("layer_types", "no_rope_layers")
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much every part of a model does, in one pass over some text; L layers.
+
+    Attributes:
+        layers: block influence, 1 − mean cosine between a layer's input and output (ShortGPT, Men et al. 2024,
+            arXiv 2403.03853); shape (L,).
+        neurons: mean |activation| of every feed-forward neuron; shape (L, intermediate size).
+        heads: mean Euclidean norm of what each key-value head's group of query heads gives out; shape (L, groups).
+        hidden: mean |activation| of every channel after the norms, summed over them; shape (hidden size,).
+    """
+
+    layers: Array
+    neurons: Array
+    heads: Array
+    hidden: Array
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The indices of what stays, ascending: layers, and in each of those neurons and key-value heads; and channels."""
+
+    layers: list[int]
+    neurons: list[Array]
+    heads: list[Array]
+    hidden: Array
+
+
+def evenly_spaced(layers: int, keep: int) -> list[int]:
+    """`keep` of `layers` layer numbers, the first and the last among them, the others evenly between."""
+    return [int(number) for number in np.linspace(0, layers - 1, keep).round()]
+
+
+def choose(prune: Prune, config: Any, importance: Importance | None) -> Kept:
+    """What stays of a model.
+
+    Args:
+        prune: the configuration.
+        config: the model's, of its text part.
+        importance: on the calibration set; None if nothing is chosen by it.
+
+    Raises:
+        InputError: the configuration asks for more than the teacher has.
+    """
+    layers = _choose_layers(prune, config.num_hidden_layers, importance.layers if importance else None)
+
+    def best(key: str, size: int, scores: Array | None) -> Array:
+        asked = getattr(prune, key)
+        if asked is None:
+            return np.arange(size)
+        if asked > size:
+            raise InputError(f"student.prune.{key} is {asked:,}, but the teacher has {size:,}")
+        assert scores is not None
+        return np.sort(np.argsort(-scores, kind="stable")[:asked])
+
+    def score(field: str, *index: int) -> Array | None:
+        return None if importance is None else np.asarray(getattr(importance, field))[index]
+
+    return Kept(
+        layers,
+        [best("intermediate_size", config.intermediate_size, score("neurons", layer)) for layer in layers],
+        [best("key_value_heads", config.num_key_value_heads, score("heads", layer)) for layer in layers],
+        best("hidden_size", config.hidden_size, score("hidden")),
+    )
+
+
+def _choose_layers(prune: Prune, layers: int, influence: Array | None) -> list[int]:
+    if prune.layers is None:
+        return list(range(layers))
+    if isinstance(prune.layers, list):
+        if not prune.layers or sorted(set(prune.layers)) != prune.layers or not 0 <= prune.layers[0] <= prune.layers[-1] < layers:
+            raise InputError(f"student.prune.layers must be ascending layer numbers from 0 to {layers - 1}, got {prune.layers}")
+        return prune.layers
+    if not 1 <= prune.layers <= layers:
+        raise InputError(f"student.prune.layers is {prune.layers}, but the teacher has {layers} layers")
+    if prune.by == "even":
+        return evenly_spaced(layers, prune.layers)
+    assert influence is not None
+    return sorted(int(number) for number in np.argsort(-influence, kind="stable")[: prune.layers])
+
+
+def cut(teacher: Any, kept: Kept) -> Any:
+    """A new model with what stays of the teacher; the teacher is not changed.
+
+    Raises:
+        InputError: the architecture has parameters that are not known to be cut.
+    """
+    config = copy.deepcopy(teacher.config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads // config.num_key_value_heads
+    state = {}
+    for name, tensor in teacher.state_dict().items():
+        match = re.fullmatch(r"(.*\.layers\.)(\d+)(\..*)", name)
+        place = kept.layers.index(int(match[2])) if match and int(match[2]) in kept.layers else None
+        if match and place is None:
+            continue
+        indices = {"hidden": kept.hidden}
+        if match and place is not None:
+            indices["neurons"] = kept.neurons[place]
+            indices["key_values"] = _expanded(kept.heads[place], head_dim)
+            indices["heads"] = _expanded(kept.heads[place], queries * head_dim)
+            name = f"{match[1]}{place}{match[3]}"
+        state[name] = _select(name, tensor, indices)
+    config.num_hidden_layers = len(kept.layers)
+    for name in _BY_LAYER:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, [getattr(config, name)[number] for number in kept.layers])
+    config.head_dim = head_dim
+    config.num_key_value_heads = len(kept.heads[0])
+    config.num_attention_heads = len(kept.heads[0]) * queries
+    config.intermediate_size = len(kept.neurons[0])
+    config.hidden_size = len(kept.hidden)
+    try:
+        config.validate()
+        student = type(teacher)._from_config(config, dtype=teacher.dtype).to(teacher.device)
+    except Exception as error:  # configurations check themselves, each in its own way
+        raise InputError(
+            f"student.prune: {type(teacher).__name__} cannot have these sizes: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    student.load_state_dict(state)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval()
+
+
+def _select(name: str, tensor: Tensor, indices: dict[str, Array]) -> Tensor:
+    *_, module, kind = name.split(".")
+    axes = _AXES.get(module)
+    if axes is None or kind not in ("weight", "bias"):
+        raise InputError(f"student.prune: cannot cut the parameter {name}; llama, qwen and gemma models can be pruned")
+    for number, axis in enumerate(axes[: tensor.ndim]):
+        if axis != "all":
+            tensor = tensor.index_select(number, torch.as_tensor(indices[axis], device=tensor.device))
+    return tensor
+
+
+def _expanded(groups: Array, size: int) -> Array:
+    """The indices of groups of so many neighbours."""
+    expanded: Array = (groups[:, None] * size + np.arange(size)).ravel()
+    return expanded
+
+
+@torch.inference_mode()
+def measure(teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 8) -> Importance:
+    """How much every part of the teacher does on the calibration rows, prompts included.
+
+    Raises:
+        InputError: the architecture's layers are not where they are known to be.
+    """
+    decoder = decoder_of(teacher)
+    config = teacher.config.get_text_config()
+    sums: dict[tuple[str, int], Any] = {}
+    tokens = 0
+
+    def add(part: str, layer: int, values: Tensor) -> None:
+        """Sum over the tokens that are not padding; values has their shape first."""
+        sums[part, layer] = sums.get((part, layer), 0) + values[mask_BT].double().sum(0).cpu().numpy()
+
+    def watch_layer(number: int) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            add("layers", number, 1 - torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1))
+
+        return hook
+
+    def watch_heads(number: int) -> Any:
+        groups = config.num_key_value_heads
+        return lambda module, args: add("heads", number, args[0].float().unflatten(-1, (groups, -1)).norm(dim=-1))
+
+    def watch_neurons(number: int) -> Any:
+        return lambda module, args: add("neurons", number, args[0].float().abs())
+
+    def watch_norm(module: Any, args: Any, output: Tensor) -> None:
+        add("hidden", 0, output.float().abs())
+
+    handles = [decoder.norm.register_forward_hook(watch_norm)]
+    for number, layer in enumerate(decoder.layers):
+        handles += [
+            layer.register_forward_hook(watch_layer(number), with_kwargs=True),
+            layer.self_attn.o_proj.register_forward_pre_hook(watch_heads(number)),
+            layer.mlp.down_proj.register_forward_pre_hook(watch_neurons(number)),
+            layer.input_layernorm.register_forward_hook(watch_norm),
+            layer.post_attention_layernorm.register_forward_hook(watch_norm),
+        ]
+    collate = DistillCollator(pad_token_id=0)
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = {name: values.to(teacher.device) for name, values in collate(rows[start : start + batch_size]).items()}
+            mask_BT = batch["attention_mask"].bool()
+            tokens += int(mask_BT.sum())
+            teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = range(len(decoder.layers))
+    parts = {part: np.stack([sums[part, number] for number in layers]) / tokens for part in ("layers", "neurons", "heads")}
+    return Importance(**parts, hidden=sums["hidden", 0] / tokens)
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a model that holds its layers.
+
+    Raises:
+        InputError: the layers are not built so that they can be cut.
+    """
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers") or not all(
+        hasattr(layer, "input_layernorm") and hasattr(layer.self_attn, "o_proj") and hasattr(layer.mlp, "down_proj")
+        for layer in decoder.layers
+    ):
+        raise InputError(f"student.prune: {type(model).__name__} is not built as llama, qwen and gemma models are")
+    return decoder

@@ -1,0 +1,407 @@
+"""`DistillTrainer`: TRL's `SFTTrainer` with the distillation loss on stored soft targets."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+import trl
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from llmdistill import losses
+from llmdistill.config.machine import training_precision
+from llmdistill.data.collator import (
+    POSITION_WEIGHTS,
+    TARGET_COLUMNS,
+    DistillCollator,
+    completion_logits,
+    first_items,
+    in_place_of_logits,
+)
+from llmdistill.data.targets import kind_of
+from llmdistill.losses import fused
+from llmdistill.losses.hidden_states import Attention, Hidden, LayerMatch
+from llmdistill.losses.importance import importance, log_importance
+from llmdistill.training.callbacks import trained_tokens
+from llmdistill.training.flops import peak_flops, training_flops
+from llmdistill.training.packing import Packs, check_apart, row_lengths
+
+# What would change the loss without being part of it, or would not be done, is refused and not ignored.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "assistant_only_loss": (False,),
+    "average_tokens_across_devices": (True,),
+    "completion_only_loss": (None, True),
+    "eval_packing": (None,),
+    "label_smoothing_factor": (0.0,),
+    "loss_type": ("nll",),
+    "packing_strategy": ("bfd",),
+    "pad_to_multiple_of": ("auto", None),
+    "truncation_mode": ("keep_start",),
+}
+_REDUCTIONS = ("token", "sequence")
+
+
+@dataclass
+class DistillConfig(trl.SFTConfig):
+    """A `trl.SFTConfig` with the fields of the distillation loss.
+
+    Args:
+        loss: the divergence between teacher and student, one of `losses.DIVERGENCES`.
+        alpha: weight of the divergence; the rest to 1 is cross-entropy on the teacher's text.
+        alpha_end: alpha at the last step, if it is to change, linearly from step to step.
+        temperature: of both distributions inside the divergence, which is multiplied by its square.
+        beta: of the mixture inside `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's if not given.
+        beta_end: beta at the last step, if it is to change.
+        sequence_alpha: weight of the sequence-level KL (`losses.sequence_kl`).
+        position_weights: what a token counts: `uniform`, `entropy` (of the teacher there) or `certainty`, exp(−entropy).
+        reduction: whether every `token` of the global batch counts alike, or every `sequence`.
+        hidden: arguments of `hidden.Hidden`: the student's hidden states are to resemble the teacher's.
+        attention: arguments of `hidden.Attention`: its attention maps are.
+        packing: put several whole rows of at most `max_length` tokens into one, none of which sees another.
+        padding_free: put the rows of a batch one behind the other instead of padding them.
+    """
+
+    loss: str = field(default="forward_kl", metadata={"help": "Divergence between teacher and student."})
+    alpha: float = field(default=0.9, metadata={"help": "Weight of the divergence; the rest is cross-entropy."})
+    alpha_end: float | None = field(default=None, metadata={"help": "alpha at the last step, if it is to change."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature inside the divergence."})
+    beta: float | None = field(default=None, metadata={"help": "Of the mixture inside jsd, skew_kl and skew_reverse_kl."})
+    beta_end: float | None = field(default=None, metadata={"help": "beta at the last step, if it is to change."})
+    sequence_alpha: float = field(default=0.0, metadata={"help": "Weight of the sequence-level KL."})
+    position_weights: str = field(default="uniform", metadata={"help": "What a token counts: uniform, entropy or certainty."})
+    reduction: str = field(default="token", metadata={"help": "What counts alike: every token, or every sequence."})
+    hidden: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Hidden."})
+    attention: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Attention."})
+    max_length: int | None = field(default=None, metadata={"help": "Sequences are cut to so many tokens; whole by default."})
+
+    # Dictionaries, which a command line gives as JSON.
+    _VALID_DICT_FIELDS = [*trl.SFTConfig._VALID_DICT_FIELDS, "hidden", "attention"]
+
+    def __post_init__(self) -> None:
+        self.objective(0)
+        self.objective(1)
+        if self.beta_end is not None and self.beta is None:
+            raise ValueError(f"beta_end is {self.beta_end}, but there is no beta to begin with")
+        if self.position_weights not in POSITION_WEIGHTS:
+            raise ValueError(f"position_weights is {self.position_weights!r}, must be one of {', '.join(POSITION_WEIGHTS)}")
+        if self.reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction is {self.reduction!r}, must be one of {', '.join(_REDUCTIONS)}")
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)} is not supported by DistillTrainer")
+        if self.packing and (self.max_length is None or self.train_sampling_strategy not in ("random", "sequential")):
+            raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy by length")
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
+        asked: dict[str, Any] = {name: getattr(self, name) for name in ("use_cpu", "bf16", "fp16")}
+        precision = training_precision(**asked)  # where TRL takes bfloat16 on every machine
+        self.bf16, self.fp16 = precision.dtype == "bfloat16", precision.dtype == "float16"
+        super().__post_init__()
+        self.layers()
+
+    def layers(self) -> tuple[Hidden | None, Attention | None]:
+        """What of the layers is compared with the teacher's."""
+        hidden: Any = self.hidden
+        attention: Any = self.attention
+        return None if hidden is None else Hidden(**hidden), None if attention is None else Attention(**attention)
+
+    def objective(self, progress: float) -> losses.Objective:
+        """The loss that these fields describe, at a share of the training between 0 and 1."""
+        alpha, beta = (
+            start if end is None or start is None else start + (end - start) * progress
+            for start, end in ((self.alpha, self.alpha_end), (self.beta, self.beta_end))
+        )
+        assert alpha is not None
+        return losses.Objective(self.loss, alpha, self.temperature, beta, self.sequence_alpha)
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether soft targets have a weight in the loss, at some step."""
+        return self.alpha > 0 or (self.alpha_end or 0) > 0
+
+
+class DistillTrainer(trl.SFTTrainer):
+    """Trains on a dataset of `llmdistill.load_dataset`: exact token ids, completion tokens only, soft targets.
+
+    loss = Σ w · ((1 − alpha − sequence_alpha) · cross-entropy + alpha · divergence + sequence_alpha · sequence-level KL) / Σ w
+    over the completion tokens of the whole global batch: of every gradient-accumulation step on every process. So it does
+    not depend on how the global batch is cut up. w is 1 but for `position_weights` and `reduction`.
+
+    In the logs are the parts, in nats a token whatever w is: `ce`, the divergence under its name, always `kl`, the forward
+    KL on the same targets, and `agreement`, the share of tokens where teacher and student find the same token most likely;
+    and `tokens_per_s`, `tflops` of a device, and `mfu`, their share of what the device can do, where that is known. With
+    an `eval_dataset` the same parts are logged of it, as `eval_kl` and so on.
+
+    With a `teacher`, a model, the divergence is from its full distribution, computed beside the student at every step; the
+    dataset's soft targets are not looked at. Its hidden states and attention maps, with `hidden` and `attention`, are then
+    parts of the loss beside the others, with their own weights.
+
+    Raises:
+        ValueError: the arguments do not fit each other, the dataset or the model.
+    """
+
+    _tag_names = ["trl", "llmdistill"]
+    _name = "Distillation"
+
+    def __init__(
+        self, model: Any, args: DistillConfig, train_dataset: Any, teacher: Any = None, eval_dataset: Any = None, **kwargs: Any
+    ) -> None:
+        if "compute_metrics" in kwargs:
+            raise ValueError("compute_metrics is not supported: the logits of a batch are never there as a whole")
+        self.check_dataset(args, train_dataset, teacher)
+        if args.sequence_alpha:
+            train_dataset, eval_dataset = _with_importance(train_dataset), eval_dataset and _with_importance(eval_dataset)
+        in_a_line = args.packing or args.padding_free
+        collator = DistillCollator(0, args.max_length, in_a_line, args.position_weights, args.reduction == "sequence")
+        kwargs.setdefault("data_collator", collator)
+        if args.hidden and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, a projector is used after it
+        wanted = args.packing, args.padding_free
+        args.packing = args.padding_free = False  # they are ours: TRL would want its own collator for them
+        # TRL refuses adapters on the output layer, which its own loss would pass by.
+        with patch.object(trl.trainer.sft_trainer, "BaseTunerLayer", (), create=True):
+            super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        args.packing, args.padding_free = wanted
+        if self.is_fsdp_enabled:
+            add_up_in_float32(self.accelerator.state.fsdp_plugin)
+        if self.aux_loss_enabled:
+            raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
+        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
+            raise ValueError("context and sequence parallelism are not supported: they would cut sequences from their targets")
+        for config in getattr(self.model, "peft_config", {}).values():
+            check_adapters(self.model.get_base_model(), config)
+        self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        self.match = self._match(args)
+        if in_a_line:
+            check_apart(self.model)
+            if self.teacher is not None:
+                check_apart(self.teacher)
+        if args.packing:
+            self._set_signature_columns_if_needed()
+            columns = [name for name in self._signature_columns if name in train_dataset.column_names]
+            self.train_dataset = Packs(train_dataset.select_columns(columns), args.max_length or 0)
+        # A teacher's whole distribution is no smaller than the student's logits: with one, they are held.
+        self._head = fused.find_head(self.model) if teacher is None else None
+        self._flops = training_flops(self.model, self.model.get_output_embeddings())
+        self._since: float | None = None
+        self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
+        self._sums: dict[str, dict[str, torch.Tensor]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
+
+    @staticmethod
+    def check_dataset(args: DistillConfig, dataset: Any, teacher: Any = None) -> None:
+        """Refuse a dataset that the loss cannot learn from.
+
+        Raises:
+            ValueError: it has no soft targets, or not of the kind that the loss needs.
+        """
+        kind = kind_of(dataset.column_names)
+        if args.uses_targets and teacher is None and kind == "none":
+            raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
+        if args.position_weights != "uniform" and (teacher is not None or kind == "none"):
+            raise ValueError(f"position_weights is {args.position_weights}, which needs stored soft targets")
+        if teacher is None:
+            args.objective(0).check_targets(kind)
+            if any(args.layers()):
+                raise ValueError("hidden states and attention maps are compared with those of a teacher, and there is none")
+
+    def _match(self, args: DistillConfig) -> LayerMatch | None:
+        if not any(args.layers()):
+            return None
+        match = LayerMatch(self.model, self.teacher, *args.layers(), args.seed)
+        if match.projector and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("hidden states of different sizes need a projector, which FSDP and DeepSpeed do not train here")
+        return match
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "completion_start", *TARGET_COLUMNS]
+        if self.args.sequence_alpha:
+            self._signature_columns += ["importance", "token_logprobs"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As `Trainer` does, but for lengths that are read from the offsets of a column instead of row after row."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return _ByLength(size, row_lengths(rows).tolist(), self.args.seed, lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one optimiser step, and what the loss is divided by."""
+        return super().get_batch_samples(map(self._without_filler, epoch_iterator), num_batches, device)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """One batch of an evaluation."""
+        return super().prediction_step(model, self._without_filler(inputs), *args, **kwargs)
+
+    def _without_filler(self, batch: Any) -> Any:
+        """Accelerate fills the last batch up from the first, so that every process has as many rows; they count once."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder < 1:
+            return batch
+        return first_items(batch, max(state.remainder - self.args.process_index * len(batch["pack_sizes"]), 0))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch; the clock of `tokens_per_s` starts with the first."""
+        if self._since is None:
+            self._since = time.perf_counter()
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The distillation loss of one micro-batch, divided by the weight of the tokens of the global batch."""
+        if return_outputs:
+            raise ValueError("the logits of a batch are never there as a whole")
+        objective, head = self.args.objective(self._progress()), self._head
+        labels_N = inputs["labels"][inputs["labels"] != -100]
+        if self.teacher is not None:
+            with torch.no_grad(), self._watched(self.teacher, "teacher") as theirs:
+                inputs = {**inputs, "teacher_logits": completion_logits(self.teacher, inputs)}
+        with self._watched(model, "student") as mine:
+            if head is None or not head.is_in(model):
+                logits_NV = completion_logits(model, inputs)
+                loss, sums = losses.distillation_loss(logits_NV, labels_N, inputs, objective)
+            else:
+                loss, sums = in_place_of_logits(
+                    model, inputs, lambda hidden_ND: fused.distillation_loss(hidden_ND, head, labels_N, inputs, objective)
+                )
+        if self.match:
+            more, parts = self.match.loss(mine, theirs, inputs)
+            loss, sums = loss + more, {**sums, **parts}
+        weight = inputs["token_weights"].sum()
+        self._count(inputs, {**sums, "loss": loss.detach(), "weight": weight})
+        loss = loss / torch.as_tensor(weight if num_items_in_batch is None else num_items_in_batch).clamp(min=1e-12)
+        if num_items_in_batch is not None:
+            # DDP, FSDP and DeepSpeed average gradients over processes; the divisor counts the tokens of all of them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return loss
+
+    def _watched(self, model: Any, side: Literal["student", "teacher"]) -> Any:
+        return self.match.watch(model, side) if self.match else nullcontext()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student, and beside a checkpoint what else has learned."""
+        # Every process makes the directory before the barrier after which each looks whether the best checkpoint is there.
+        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().save_model(output_dir, _internal_call)
+        if self.match and _internal_call and self.args.should_save:
+            self.match.save(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for (
+            name,
+            parameter,
+        ) in self.model.named_parameters():  # peft widens adapters that it loads, also where they train in bfloat16
+            parameter.data = parameter.data.to(dtypes[name])
+        if self.match:
+            self.match.load(resume_from_checkpoint)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, exact means over the tokens since the last log, and the speed."""
+        mode = "train" if self.model.training else "eval"
+        counted = self._sums[mode]
+        if counted:
+            reduced = self.accelerator.reduce(torch.stack([counted[name] for name in sorted(counted)]), "sum").tolist()
+            sums = dict(zip(sorted(counted), reduced, strict=True))
+            counted.clear()
+            tokens, inputs, squares, loss, weight = (
+                sums.pop(name) for name in ("tokens", "input_tokens", "squares", "loss", "weight")
+            )
+            prefix = "" if mode == "train" else next((name[:-4] for name in logs if name.endswith("_loss")), "eval_")
+            logs |= {f"{prefix}{name}": value / max(tokens, 1) for name, value in sums.items()}
+            if mode == "eval":
+                logs[f"{prefix}loss"] = loss / max(weight, 1e-12)
+            else:
+                logs["num_completion_tokens"] = trained_tokens(self.state.log_history) + int(tokens)
+                logs |= self._speed(inputs, self._flops.of(inputs, tokens, squares)) | self._scheduled()
+        if self._since is not None:
+            self._since = time.perf_counter()
+        super().log(logs, start_time)
+
+    def _progress(self) -> float:
+        """The share of the training that is behind: 0 in the first step, 1 in the last."""
+        return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """What the loss is divided by: the weight of all completion tokens of the global batch."""
+        if not batch_samples:
+            return None
+        weight = torch.stack([batch["token_weights"].sum() for batch in batch_samples]).sum().to(device)
+        if self.args.world_size > 1:
+            weight = self.accelerator.gather(weight.reshape(1)).sum()
+        return weight / self.get_tp_size()
+
+    def _count(self, inputs: dict[str, torch.Tensor], sums: dict[str, torch.Tensor]) -> None:
+        lengths = inputs["lengths"].double()
+        sums |= {"tokens": torch.tensor(float(len(inputs["positions"])), device=lengths.device)}
+        sums |= {"input_tokens": lengths.sum(), "squares": lengths.square().sum()}
+        mine = self._sums["train" if self.model.training else "eval"]
+        for name, value in sums.items():
+            mine[name] = mine[name].to(value.device) + value.double()
+
+    def _speed(self, tokens: float, flops: float) -> dict[str, float]:
+        if self._since is None:
+            return {}
+        seconds = time.perf_counter() - self._since
+        per_device = flops / seconds / self.accelerator.num_processes
+        peak = peak_flops(self.accelerator.device)
+        return {"tokens_per_s": tokens / seconds, "tflops": per_device / 1e12, **({"mfu": per_device / peak} if peak else {})}
+
+    def _scheduled(self) -> dict[str, float]:
+        """What changes from step to step, as it was in the last one."""
+        last = (self.state.global_step - 1) / max(self.state.max_steps - 1, 1)
+        objective = self.args.objective(min(max(last, 0.0), 1.0))
+        ends = {"alpha": self.args.alpha_end, "beta": self.args.beta_end}
+        return {name: getattr(objective, name) for name, end in ends.items() if end is not None}
+
+
+class _ByLength(LengthGroupedSampler):
+    """In an order that follows from the seed and the epoch: the same on all processes, and again after a resume."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, epoch
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
+
+
+def add_up_in_float32(plugin: Any) -> None:
+    """Have FSDP2 add up gradients over processes in float32, as DDP does, and not in the precision of the products.
+
+    Args:
+        plugin: accelerate's settings of FSDP, before the model is sharded.
+    """
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+
+def check_adapters(model: Any, peft_config: Any) -> None:
+    """Refuse an adapter that could not be merged into the model.
+
+    Raises:
+        ValueError: it is on an output layer that shares its matrix with the embeddings: merged, it would change both.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    is_tied = head.weight is model.get_input_embeddings().weight
+    if is_tied and getattr(peft_config, "target_modules", None) and check_target_module_exists(peft_config, name):
+        raise ValueError(
+            f"an adapter on {name}, which shares its matrix with the embeddings, could not be merged: it would change both"
+        )
+
+
+def _with_importance(dataset: Any) -> Any:
+    """The rows with their importance as one more column."""
+    return dataset.add_column("importance", importance(log_importance(dataset))).with_format("numpy")
+
+
+def _zero() -> torch.Tensor:
+    return torch.zeros((), dtype=torch.float64)

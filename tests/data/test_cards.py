@@ -1,0 +1,59 @@
+"""Cards: whose licence is carried over, and the results of an evaluation."""
+
+import re
+
+import pytest
+import yaml
+
+from llmdistill.data.cards import dataset_card, with_results
+from llmdistill.models.licence import licence_of, restriction, sentence
+from tests.test_report import HEADLINE, metrics
+
+
+@pytest.mark.parametrize(
+    ("head", "licence", "bound"),
+    [
+        ("license: apache-2.0", {"license": "apache-2.0"}, None),
+        ("license: llama3", {"license": "llama3"}, "forbids improving other language models"),
+        ("license: gemma", {"license": "gemma"}, "counts? a model that learned"),
+        (
+            "license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
+            {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"},
+            "a name that begins with “Llama”",
+        ),
+        ("license: cc-by-nc-4.0", {"license": "cc-by-nc-4.0"}, "no commercial use"),
+        ("tags: [a]", {}, None),
+        ("license: [unclosed", {}, None),
+    ],
+)
+def test_the_licence_is_that_of_the_card(tmp_path, head, licence, bound):
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# A model\n")
+    assert licence_of(str(tmp_path)) == licence
+    found = restriction(licence)
+    assert (found is None) == (bound is None)
+    if bound:
+        assert found in sentence(licence)
+        assert re.search(bound, found)
+
+
+def test_a_model_without_a_card_has_no_known_licence(tmp_path):
+    assert licence_of(str(tmp_path)) == {}
+    assert licence_of("nobody/nothing-of-this-name") == {}
+    assert "not known to the tool" in sentence({})
+
+
+def test_a_dataset_carries_the_licence_of_its_teacher():
+    teacher = {"model": "big", "engine": "vllm", "licence": {"license": "llama3"}}
+    manifest = {"teacher": teacher, "sampling": {}, "targets": {"kind": "none"}, "shards": [], "rows": 0, "completion_tokens": 0}
+    card = dataset_card(manifest)
+    assert yaml.safe_load(card.split("---")[1])["license"] == "llama3"
+    assert "**Mind: the Llama 3 licence forbids" in card
+
+
+def test_results_stand_before_the_configuration_once():
+    card = "---\ntags: []\n---\n\n# student\n\n## Configuration\n\nseed: 0\n"
+    once = with_results(card, metrics())
+    assert once == with_results(once, metrics())
+    assert once.index(HEADLINE) < once.index("## Configuration")
+    assert "| KL(teacher ‖ student), nats a token | 2.13 (95% CI 2.08 to 2.18) |" in once
+    assert once.endswith("## Configuration\n\nseed: 0\n")

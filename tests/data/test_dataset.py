@@ -1,0 +1,217 @@
+"""The shard contract: atomic, checksummed, readable without this package, refused when it is not what it was."""
+
+import json
+import resource
+import shutil
+import subprocess
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from llmdistill import load_dataset
+from llmdistill.data import targets
+from llmdistill.data.dataset import (
+    Row,
+    SplitWriter,
+    finished_shards,
+    read_batches,
+    read_manifest,
+    remove_leftovers,
+    rows_to_table,
+    write_manifest,
+    write_shard,
+)
+from llmdistill.errors import InputError
+from llmdistill.runs.record import writer_name
+
+VOCAB = 100
+DESCRIPTION = {
+    "teacher": {"model": "org/some-teacher", "commit": "abc", "engine": "vllm"},
+    "sampling": {"temperature": 0.7},
+    "targets": {"kind": "topk", "k": 4},
+}
+
+
+def make_row(number, length=3):
+    generator = np.random.default_rng(number)
+    logits = generator.normal(size=(length, VOCAB))
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    ids = generator.integers(0, VOCAB, size=length)
+    return Row(
+        id=f"row{number}",
+        prompt=[{"role": "user", "content": f"question {number}"}],
+        completion=[{"role": "assistant", "content": f"answer {number}"}],
+        prompt_ids=[1, 2, 3 + number],
+        completion_ids=ids,
+        finish_reason="stop",
+        token_logprobs=logprobs[np.arange(length), ids].astype(np.float32),
+        targets=targets.topk_from_dense(logprobs, 4),
+    )
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Two training shards of three and two rows, and a held-out one."""
+    path = tmp_path / "data"
+    rows = [make_row(number, 2 + number) for number in range(6)]
+    for split, index, count, part in (("train", 0, 2, rows[:3]), ("train", 1, 2, rows[3:5]), ("test", 0, 1, rows[5:])):
+        write_shard(path, split, index, count, rows_to_table(part, VOCAB))
+    write_manifest(path, finished_shards(path, "train") + finished_shards(path, "test"), DESCRIPTION)
+    return path
+
+
+def test_columns_as_the_format_says(directory):
+    row = load_dataset(directory)[1]
+    want = make_row(1, 3)
+    assert row["id"] == "row1"
+    assert row["input_ids"].tolist() == [1, 2, 4, *want.completion_ids]
+    assert row["completion_start"] == 3
+    assert row["completion_mask"].tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(row["token_logprobs"], want.token_logprobs)
+    assert row["target_ids"].reshape(3, 4).tolist() == want.targets.ids_NK.tolist()
+    np.testing.assert_array_equal(row["target_tail"], want.targets.tail_N)
+    assert read_manifest(directory)["completion_tokens"] == 2 + 3 + 4 + 5 + 6 + 7
+
+
+def test_datasets_opens_it_without_this_package(directory):
+    found = datasets.load_dataset("parquet", data_dir=str(directory), cache_dir=str(directory / "cache"))
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 5, "test": 1}
+    assert found["train"][0]["prompt"] == [{"role": "user", "content": "question 0"}]
+
+
+def test_the_card_says_what_it_is_and_leads_the_hub_to_the_splits(directory):
+    card = (directory / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert [entry["split"] for entry in head["configs"][0]["data_files"]] == ["train", "test"]
+    for fact in ("`org/some-teacher` at `abc`", "temperature 0.7", "the 4 most likely tokens", "| rows | 6 |"):
+        assert fact in card
+    found = datasets.load_dataset(str(directory), cache_dir=str(directory / "cache"))
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 5, "test": 1}
+
+
+def test_the_same_rows_give_the_same_bytes(directory, tmp_path):
+    again = write_shard(tmp_path / "again", "train", 0, 2, rows_to_table([make_row(n, 2 + n) for n in range(3)], VOCAB))
+    assert again.file.name == finished_shards(directory, "train")[0].file.name
+
+
+def test_a_flipped_bit_is_found_and_named(directory):
+    file = finished_shards(directory, "train")[1].file
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{file.name}: the checksum does not match"):
+        load_dataset(directory)
+
+
+def test_a_flipped_bit_is_found_by_reading_too(directory):
+    """Every page has a checksum of its own: what was not verified as a whole is not read in silence either."""
+    shard = finished_shards(directory, "train")[1]
+    content = bytearray(shard.file.read_bytes())
+    content[200] ^= 1
+    shard.file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{shard.file.name}: cannot be read"):
+        list(read_batches([shard.file]))
+
+
+def test_a_truncated_and_a_missing_shard(directory):
+    file = finished_shards(directory, "train")[0].file
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputError, match=f"{file.name}: the checksum does not match"):
+        load_dataset(directory)
+    file.unlink()
+    with pytest.raises(InputError, match=f"{file.name}: the shard is missing"):
+        load_dataset(directory)
+
+
+@pytest.mark.parametrize("change", [{"schema_version": 99}, {"format": "other"}])
+def test_another_schema_is_refused(directory, change):
+    manifest = json.loads((directory / "dataset.json").read_text())
+    (directory / "dataset.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(InputError, match=r"dataset.json: schema_version is"):
+        load_dataset(directory)
+
+
+def test_no_dataset_and_an_unfinished_one(tmp_path):
+    with pytest.raises(InputError, match="no such dataset"):
+        load_dataset(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"has no dataset.json"):
+        load_dataset(tmp_path)
+    (tmp_path / "run.json").write_text('{"stage": "generate"}')
+    with pytest.raises(InputError, match="not finished; run `generate` again"):
+        load_dataset(tmp_path)
+
+
+def test_of_two_workers_at_the_same_shard_the_first_stays(directory):
+    before = {shard.file: shard.file.stat().st_mtime_ns for shard in finished_shards(directory, "train")}
+    write_shard(directory, "train", 0, 2, rows_to_table([make_row(99)], VOCAB))
+    assert {file: file.stat().st_mtime_ns for file in directory.glob("train-*")} == before
+    assert not list(directory.glob(".*unfinished"))
+
+
+def test_doubles_that_appeared_at_the_same_moment_are_removed_by_the_manifest(directory):
+    shards = finished_shards(directory, "train") + finished_shards(directory, "test")
+    double = directory / f"train-00000-of-00002-{'f' * 16}.parquet"
+    double.write_bytes(shards[0].file.read_bytes())
+    assert finished_shards(directory, "train") == shards[:2]
+    write_manifest(directory, shards, DESCRIPTION)
+    assert not double.exists()
+    assert len(load_dataset(directory)) == 5
+
+
+def test_only_leftovers_of_dead_writers_on_this_machine_are_removed(directory):
+    host, _, alive = writer_name().rpartition("-")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    files = {name: directory / f".train-00001.{name}.unfinished" for name in (f"{host}-{dead.pid}", f"{host}-{alive}", "else-1")}
+    for file in files.values():
+        file.write_bytes(b"half a shard")
+    remove_leftovers(directory)
+    assert [name for name, file in files.items() if file.exists()] == [f"{host}-{alive}", "else-1"]
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing_and_names_the_file(tmp_path):
+    """A limit on file sizes fails as a full disk does: in the middle of a write."""
+    table = rows_to_table([make_row(number, 60) for number in range(200)], VOCAB)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_shard(tmp_path, "train", 0, 1, table)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error.value.filename).startswith(f"{tmp_path}/.train-00000")
+    assert not list(tmp_path.iterdir())
+    assert write_shard(tmp_path, "train", 0, 1, table).file.exists()
+
+
+def test_a_split_is_streamed_into_shards_of_a_size(tmp_path):
+    tables = [rows_to_table([make_row(10 * part + n, 40) for n in range(10)], VOCAB) for part in range(300)]
+    writer = SplitWriter(tmp_path, "train", shard_bytes=200_000)
+    for table in tables:
+        writer.write(table)
+    assert not list(tmp_path.glob("train-*")), "a shard is there before all are whole"
+    shards = writer.publish()
+    assert [shard.index for shard in shards] == list(range(len(shards)))
+    assert {shard.count for shard in shards} == {len(shards)}
+    assert len(shards) > 2
+    ids = [row for batch in read_batches([shard.file for shard in shards], ["id"]) for row in batch["id"].to_pylist()]
+    assert ids == [f"row{number}" for number in range(3000)]
+
+
+def test_text_only_rows(tmp_path):
+    rows = [Row(**{**vars(make_row(number)), "targets": None}) for number in range(2)]
+    table = rows_to_table(rows, VOCAB)
+    assert not [name for name in table.column_names if name.startswith("target")]
+    shard = write_shard(tmp_path, "train", 0, 1, table)
+    assert pq.read_table(shard.file).num_rows == 2
+
+
+def test_there_may_be_more_than_99_999_shards(directory, tmp_path):
+    """The name is as long as the numbers are."""
+    first = finished_shards(directory, "train")[0]
+    for index in (7, 100_000):
+        shutil.copy(first.file, tmp_path / f"train-{index:05d}-of-100001-{first.checksum}.parquet")
+    assert [(shard.index, shard.count) for shard in finished_shards(tmp_path, "train")] == [(7, 100_001), (100_000, 100_001)]

@@ -1,0 +1,136 @@
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from llmdistill.config.machine import Precision
+from llmdistill.errors import InputError
+from llmdistill.runs import record
+
+SETTINGS = {"generate": {"temperature": 1.0, "samples": 1}, "teacher": {"engine_args": {"a": 1}}}
+INPUTS = {"prompts.jsonl": "hash"}
+
+
+def changed(**generate):
+    return SETTINGS | {"generate": SETTINGS["generate"] | generate}
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A directory with an unfinished stage and one thing that it has finished."""
+    assert record.claim(tmp_path / "data", "generate", SETTINGS, INPUTS) == "new"
+    record.begin(tmp_path / "data", "generate", SETTINGS, INPUTS, seed=3)
+    (tmp_path / "data/shard").write_text("work")
+    return tmp_path / "data"
+
+
+def test_the_life_of_a_stage(started):
+    assert record.claim(started, "generate", SETTINGS, INPUTS) == "resume"
+    record.finish(started, {"rows": 5})
+    assert record.claim(started, "generate", SETTINGS, INPUTS) == "done"
+    run = record.read_json(started / "run.json")
+    assert (run["status"], run["seed"], run["results"]) == ("done", 3, {"rows": 5})
+    assert run["versions"]["python"]
+
+
+def test_other_settings_and_other_inputs_are_refused_with_the_difference(started):
+    with pytest.raises(InputError, match=r"generate.temperature was 1.0, is 0.5"):
+        record.claim(started, "generate", changed(temperature=0.5), INPUTS)
+    with pytest.raises(InputError, match=r'input.prompts.jsonl was "hash", is "other"'):
+        record.claim(started, "generate", SETTINGS, {"prompts.jsonl": "other"})
+
+
+def test_how_fast_it_runs_may_change(started):
+    assert record.claim(started, "generate", SETTINGS | {"teacher": {"engine_args": {"a": 2}}}, INPUTS) == "resume"
+
+
+def test_other_work_is_never_touched(started, tmp_path):
+    with pytest.raises(InputError, match="holds something else than the work of `train`"):
+        record.claim(started, "train", SETTINGS, INPUTS)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("x")
+    with pytest.raises(InputError, match="holds something else"):
+        record.claim(tmp_path / "thesis", "generate", SETTINGS, INPUTS)
+
+
+def test_a_stage_that_stopped_with_nothing_finished_does_not_bind(started):
+    (started / "shard").unlink()
+    assert record.claim(started, "generate", changed(temperature=0.5), INPUTS) == "new"
+
+
+def test_a_model_is_known_by_its_content(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"x" * (20 << 20))
+    first = record.model_fingerprint(str(tmp_path / "a"), None)
+    assert first == record.model_fingerprint(str(tmp_path / "b"), None)
+    (tmp_path / "b/run.json").write_text("{}")
+    assert first == record.model_fingerprint(str(tmp_path / "b"), None)
+    (tmp_path / "b/config.json").write_text('{"a": 1}')
+    assert first != record.model_fingerprint(str(tmp_path / "b"), None)
+    assert record.model_fingerprint("org/name", "v1") == "org/name@v1"
+
+
+def test_a_stage_that_was_killed_while_it_claimed_its_directory_can_begin(tmp_path):
+    (tmp_path / ".run.json.host-1.unfinished").write_text('{"stage": "gen')
+    assert record.claim(tmp_path, "generate", SETTINGS, INPUTS) == "new"
+
+
+def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
+    def write(path, fails):
+        with record.new_directory(path) as unfinished:
+            (unfinished / "file").touch()
+            assert not (path / "file").exists()
+            if fails:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a/b", fails=True)
+    assert not list((tmp_path / "a").iterdir())
+    (tmp_path / "a/.b.unfinished").mkdir()  # of a killed process
+    (tmp_path / "a/b").mkdir()  # empty: as good as not there
+    write(tmp_path / "a/b", fails=False)
+    assert [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*")] == [Path("b"), Path("b/file")]
+    with pytest.raises(InputError, match="b: exists and is not empty"):
+        write(tmp_path / "a/b", fails=False)
+    with pytest.raises(InputError, match="file: exists and is not empty"):
+        write(tmp_path / "a/b/file", fails=False)
+    with pytest.raises(InputError, match="inside: cannot be written"):
+        write(tmp_path / "a/b/file/inside", fails=False)
+
+
+BFLOAT16 = Precision("bfloat16", "this processor has bfloat16 instructions (AMX)")
+FLOAT32 = Precision("float32", "this processor has no bfloat16 instructions")
+
+
+def test_who_begins_decides_on_the_precision(tmp_path, capsys):
+    """Another machine follows, and says so; other settings are other work."""
+    first = record.begin_computing(tmp_path, "generate", {"seed": 1}, {}, 1, BFLOAT16)
+    assert first == BFLOAT16
+    assert record.read_json(tmp_path / "run.json")["precision"] == {"dtype": "bfloat16", "reason": BFLOAT16.reason}
+    second = record.begin_computing(tmp_path, "generate", {"seed": 1}, {}, 1, FLOAT32)
+    assert second.dtype == "bfloat16"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"generate  computes in {BFLOAT16}"
+    assert said[1] == f"generate  computes in bfloat16: as {tmp_path} was begun; here it would be {FLOAT32}"
+    assert record.begin_computing(tmp_path, "generate", {"seed": 2}, {}, 1, FLOAT32) == FLOAT32
+
+
+def test_a_finished_directory_can_be_moved(tmp_path):
+    record.begin_computing(tmp_path, "generate", {"teacher": {"dtype": "auto"}}, {}, 1, BFLOAT16)
+    record.finish(tmp_path, {})
+    assert record.claim(tmp_path, "generate", {"teacher": {"dtype": "auto"}}, {}) == "done"
+
+
+def _begin(directory, precision):
+    return record.begin_computing(directory, "score", {}, {}, 1, precision)
+
+
+def test_one_of_many_that_begin_at_once_decides(tmp_path):
+    """Each of them thinks that it is the first."""
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(_begin, [tmp_path] * 8, [BFLOAT16, FLOAT32] * 4))
+    (dtype,) = {precision.dtype for precision in found}
+    assert record.read_json(tmp_path / "run.json")["precision"]["dtype"] == dtype

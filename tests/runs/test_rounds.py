@@ -1,0 +1,115 @@
+"""Rounds: the student writes, the teacher reads, the student learns from that."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from llmdistill import load_dataset
+from llmdistill.config import load_experiment
+from llmdistill.data.dataset import read_manifest
+from llmdistill.errors import InputError
+from llmdistill.runs.pipeline import stages
+from llmdistill.runs.record import model_fingerprint, read_json
+from tests.conftest import run_cli, write_experiment
+
+
+def test_a_number_is_short_for_a_section(tiny, tmp_path):
+    file = write_experiment(tiny, tmp_path)
+    assert load_experiment(file, [("rounds", "2")]) == load_experiment(file, [("rounds", "{n: 2}")])
+    assert load_experiment(file, [("rounds", "0")]).rounds is None
+    assert [stage.name for stage in stages(load_experiment(file))] == [
+        "generate", "curate", "prune", "train", "eval", "report",
+    ]  # fmt: skip
+    names = [stage.name for stage in stages(load_experiment(file, [("rounds", "2")]))]
+    assert names[3:9] == ["train", *(f"round-1-{name}" for name in ("generate", "score", "curate", "train")), "round-2-generate"]
+    assert names[-3:] == ["round-2-train", "eval", "report"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([("rounds", "1"), ("targets", "{kind: none}"), ("train.alpha", "0")], "rounds needs stored targets"),
+        ([("rounds", "{loss: reverse_kl}"), ("targets", "{kind: sampled}")], "rounds.loss is reverse_kl"),
+        ([("rounds", "{n: 0}")], "rounds.n should be greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny, tmp_path, overrides, said):
+    with pytest.raises(InputError, match=said):
+        load_experiment(write_experiment(tiny, tmp_path), overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """A run with one round, half of whose rows are the teacher's text."""
+    directory = tmp_path_factory.mktemp("rounds")
+    file = write_experiment(tiny, directory)
+    rounds = "{n: 1, teacher_share: 0.5, loss: reverse_kl, limit: 12, args: {max_steps: 2}}"
+    arguments = ["run", file, "--rounds", rounds, "--generate.temperature", 1]
+    result = run_cli(*arguments, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    return directory / "run", result.stdout, arguments
+
+
+def test_the_student_writes_what_the_teacher_reads(trained, tiny):
+    """The round's text is the first student's, its log-probabilities are the teacher's."""
+    output, _, _ = trained
+    here = output / "rounds/1"
+    written, read = load_dataset(here / "written/data"), load_dataset(here / "data")
+    assert read_manifest(here / "written/data")["teacher"]["model"] == str(output / "student")
+    assert read_manifest(here / "data")["teacher"]["model"] == str(tiny)
+    assert len(written) == len(read) == 12
+    assert list(written["id"]) == list(read["id"])
+    asked = {json.dumps(prompt) for prompt in load_dataset(output / "curated").with_format(None)["prompt"]}
+    for mine, theirs in zip(written, read, strict=True):
+        assert mine["input_ids"].tolist() == theirs["input_ids"].tolist()
+        assert json.dumps([dict(turn) for turn in mine["prompt"]]) in asked
+    from llmdistill.models.loading import load_model
+
+    of_the_teacher, of_the_student = [], []
+    models = {name: load_model(str(path), dtype="float32") for name, path in (("t", tiny), ("s", output / "student"))}
+    for mine in written:
+        ids, start = torch.from_numpy(mine["input_ids"]).long(), int(mine["completion_start"])
+        with torch.inference_mode():
+            for name, found in (("t", of_the_teacher), ("s", of_the_student)):
+                logits = models[name](ids[None]).logits[0, start - 1 : -1]
+                found.append(logits.log_softmax(-1).gather(1, ids[start:, None])[:, 0].numpy())
+    stored = np.concatenate([row["token_logprobs"] for row in read])
+    np.testing.assert_allclose(stored, np.concatenate(of_the_teacher), atol=1e-4)
+    by_writer = np.concatenate([row["token_logprobs"] for row in written])
+    np.testing.assert_allclose(by_writer, np.concatenate(of_the_student), atol=0.05)  # its weights are stored in bfloat16
+
+
+def test_the_round_goes_on_from_the_first_student(trained):
+    output, said, _ = trained
+    run = read_json(output / "rounds/1/student/run.json")
+    assert run["inputs"][str(output / "student")] == model_fingerprint(str(output / "student"), None)
+    assert run["settings"]["train"]["loss"] == "reverse_kl"
+    assert run["results"]["steps"] == 2
+    assert read_json(output / "student/run.json")["results"]["steps"] == 3
+    assert "12 rows, and 12 of the" in said
+    names = {model["name"]: model["path"] for model in read_json(output / "eval/metrics.json")["models"]}
+    assert names["student"] == str(output / "rounds/1/student")
+    assert names["student, first round"] == str(output / "student")
+
+
+def test_a_finished_run_with_rounds_does_nothing(trained):
+    output, _, arguments = trained
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()}
+    again = run_cli(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is finished") == 9
+    after = {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()}
+    changed = {file.name for file in before if after[file] != before[file]}
+    assert changed <= {"report.html", "report.md", "figures.json"}
+
+
+def test_other_targets_are_not_mixed_in(trained, tiny):
+    output, _, (_, file, *_) = trained
+    mix = json.dumps({"datasets": [str(output / "rounds/1/written/data")], "share": 0.5})
+    result = run_cli(
+        "train", file, "--train.mix", mix, "--output", output.parent / "other", "--train.dataset", output / "curated"
+    )
+    assert result.returncode == 2
+    assert "has other targets than" in result.stderr

@@ -1,0 +1,517 @@
+"""Prompts as `generate` gets them, and the steps by which the teacher makes them: what goes in comes out or has a reason."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from llmdistill.config import load_experiment
+from llmdistill.config.prompts import Prompts
+from llmdistill.data.shards import Share
+from llmdistill.errors import InputError
+from llmdistill.models.loading import load_tokenizer
+from llmdistill.prompting import asking
+from llmdistill.stages.generate import generate
+from llmdistill.stages.prompts import load_prompts, prepared_prompts, prompts
+from llmdistill.teachers import Completion, chat
+
+TEMPLATE = """
+name: capital
+description: Ask for a capital.
+variables: [country]
+messages:
+  - {role: system, content: Be short.}
+  - {role: user, content: "What is the capital of {{ country }}?"}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, text):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_prompts_messages_and_repeats(write):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    lines = [{"prompt": "one"}, {"messages": turns}, {"prompt": "one"}, {"prompt": [{"role": "user", "content": "two"}]}]
+    source = write("p.jsonl", "\n".join(map(json.dumps, lines)) + "\n\n")
+    prompts = load_prompts(Prompts(source=source, system="S"))
+    system = {"role": "system", "content": "S"}
+    assert [prompt.messages for prompt in prompts] == [
+        [system, {"role": "user", "content": "one"}],
+        [system, *turns],
+        [system, {"role": "user", "content": "two"}],
+    ]
+    assert prompts[1].origin.endswith("p.jsonl line 2")
+    assert prompts[1].lineage == {"source": {"file": source, "line": 2}, "template": None}
+    assert len(load_prompts(Prompts(source=source, limit=2))) == 2
+
+
+def test_what_a_line_says_beside_the_conversation_is_kept(write):
+    source = write("p.jsonl", json.dumps({"country": "Peru", "answer": "Lima", "topic": {"of": ["geography"]}}))
+    (prompt,) = load_prompts(Prompts(source=source, template=write("t.yaml", TEMPLATE)))
+    assert prompt.metadata == {"answer": "Lima", "topic": {"of": ["geography"]}}
+    (prompt,) = load_prompts(Prompts(source=write("q.jsonl", '{"prompt": "a", "answer": 1}')))
+    assert prompt.metadata == {"answer": 1}
+
+
+def test_a_table_and_a_folder_of_documents_become_prompts(write, tmp_path):
+    template = write("t.yaml", TEMPLATE)
+    source = write("p.csv", "country,topic\nPeru,x\nChad,y\nPeru,z\n")
+    assert [prompt.messages[1]["content"][-5:] for prompt in load_prompts(Prompts(source=source, template=template))] == [
+        "Peru?",
+        "Chad?",
+    ]
+    (tmp_path / "docs").mkdir()
+    write("docs/a.md", "# A\n\n" + "Some text. " * 30)
+    (prompt,) = load_prompts(Prompts(source=str(tmp_path / "docs"), template="prompts/summarise.yaml"))
+    assert prompt.lineage["source"]["lines"] == [1, 3]
+    assert prompt.metadata == {"document": f"{tmp_path}/docs/a.md", "heading": "A"}
+
+
+@pytest.mark.parametrize(
+    ("source", "template", "message"),
+    [
+        ("", None, "holds no prompts"),
+        ("\n\n", None, "holds no prompts"),
+        ('{"prompt": "a"}\n{"prompt": \n', None, "p.jsonl line 2: not valid JSON"),
+        ('{"prompt": "a"}\n[1]\n', None, "p.jsonl line 2: must be a JSON object"),
+        ('{"instruction": "a"}', None, "line 1: has neither `messages` nor `prompt`"),
+        ('{"messages": []}', None, "messages must be a list"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', None, "ends before the assistant"),
+        ('{"country": "x"}\n{"city": "y"}', TEMPLATE, "line 2: the template capital needs the field country"),
+        ('{"country": "x"}', TEMPLATE.replace("country }}", "land }}"), r"t\.yaml: messages\.1\.content uses land"),
+        ('{"country": "x"}', TEMPLATE.replace("country }}", "country.__class__.__mro__ }}"), "cannot be rendered"),
+        ('{"country": "x"}', TEMPLATE.replace("variables", "variable"), "no such key variable"),
+    ],
+)
+def test_bad_input_names_file_and_line(write, source, template, message):
+    section = Prompts(source=write("p.jsonl", source), template=template and write("t.yaml", template))
+    with pytest.raises(InputError, match=message):
+        load_prompts(section)
+
+
+def test_a_csv_without_the_column(write):
+    with pytest.raises(InputError, match=r"p\.csv line 2: the template capital needs the field country; the line has city"):
+        load_prompts(Prompts(source=write("p.csv", "city\nLima\n"), template=write("t.yaml", TEMPLATE)))
+
+
+def test_the_seed_lists_are_what_they_say(write):
+    tasks = load_prompts(Prompts(source="prompts/seeds/general.jsonl", template="prompts/instruct.yaml"))
+    assert len(tasks) == 240
+    assert set(Counter(task.metadata["topic"] for task in tasks).values()) == {12}
+    persona = TEMPLATE.replace("country", "persona")
+    assert len(load_prompts(Prompts(source="prompts/seeds/personas.jsonl", template=write("t.yaml", persona)))) == 100
+
+
+QUESTION = """
+name: question
+description: Ask about a text.
+variables: [text]
+answer: {field: instruction, form: lines, pattern: '(.*[?])', without: [the text]}
+messages: [{role: user, content: "Ask about {{ text }}."}]
+"""
+HARDER = """
+name: harder
+description: Harder.
+variables: [instruction]
+answer: {field: instruction}
+messages: [{role: user, content: "Make harder: {{ instruction }}"}]
+"""
+OTHER = HARDER.replace("arder", "ther").replace("Make", "Turn")
+MORE = """
+name: more
+description: More.
+variables: [examples]
+answer: {field: instruction, form: lines}
+messages: [{role: user, content: "More like {{ examples | join(' / ') }}"}]
+"""
+
+
+class Scripted:
+    """A teacher whose answers are known: `reply` makes them of what it sees. One that ends in … was cut."""
+
+    def __init__(self, tokenizer, reply):
+        self.tokenizer, self.reply, self.asked = tokenizer, reply, []
+
+    def generate(self, batches):
+        for batch in batches:
+            for request in reversed(batch):  # engines give completions in any order
+                seen = self.tokenizer.decode(request.prompt_ids)
+                text = self.reply(re.search(r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n|$", seen, re.DOTALL)[1] or seen, request)
+                self.asked.append(seen)
+                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [2] * (not text.endswith("…"))
+                yield Completion(
+                    request.index, np.array(ids), "stop" if ids[-1] == 2 else "length", np.zeros(len(ids), np.float32), None
+                )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(str(tiny), None)
+
+
+@pytest.fixture
+def teach(tokenizer, monkeypatch):
+    """Put a scripted teacher in the place of the engine."""
+
+    def teach(reply):
+        teacher = Scripted(tokenizer, reply)
+        monkeypatch.setattr(asking, "open_engine", lambda *_: teacher)
+        monkeypatch.setattr(chat, "load_tokenizer", lambda *_: tokenizer)
+        return teacher
+
+    return teach
+
+
+@pytest.fixture
+def experiment(tiny, tmp_path, write):
+    """An experiment with some steps, over a source of some fields."""
+    for name, text in (("question", QUESTION), ("harder", HARDER), ("other", OTHER), ("more", MORE)):
+        write(f"{name}.yaml", text)
+
+    def experiment(steps, rows=None, **changes):
+        section = {"steps": steps, "template": "prompts/instruct.yaml", "sampling": {"max_tokens": 32}, **changes}
+        if rows is not None:
+            section["source"] = write("source.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        tree = {
+            "output": f"{tmp_path}/run",
+            "teacher": {"model": str(tiny), "engine": "transformers", "dtype": "float32"},
+            "prompts": section,
+            "generate": {"max_tokens": 8, "rows_per_shard": 2},
+            "targets": {"kind": "topk", "k": 4},
+        }
+        return load_experiment(Path(write("experiment.yaml", json.dumps(tree).replace("@", f"{tmp_path}/"))))
+
+    return experiment
+
+
+def outcome(experiment):
+    """The prompts' last messages, the lineage of each, the counts of the steps, and what was left with its reason."""
+    directory = experiment.directory("prompts")
+    made = pq.read_table(directory / "prompts.parquet").to_pylist()
+    results = json.loads((directory / "run.json").read_text())["results"]
+    left = pq.read_table(directory / "rejected.parquet").to_pylist()
+    for step in results["steps"]:
+        assert step["rows_in"] == step["kept"] + step["rejected"] + step["failed"]
+        assert sum(step["reasons"].values()) == step["rejected"] + step["failed"]
+    assert len(left) == sum(step["rejected"] + step["failed"] for step in results["steps"])
+    assert results["prompts"] == len(made) == results["steps"][-1]["kept"]
+    return (
+        [row["prompt"][-1]["content"] for row in made],
+        [json.loads(row["lineage"]) for row in made],
+        {step.pop("name"): step for step in results["steps"]},
+        [(row["step"], row["verdict"], row["reason"], row["text"]) for row in left],
+    )
+
+
+def test_questions_about_texts_are_asked_read_and_counted(experiment, teach):
+    answers = {
+        "Ask about water.": ["1. Is it wet?\n2. No question\n3. What is the text?", "1. Is it wet?\n2. Is it blue…"],
+        "Ask about fire.": ["Is it hot?", ""],
+    }
+    teacher = teach(lambda seen, _: answers[seen].pop())
+    chosen = experiment(
+        [{"ask": {"template": "@question.yaml", "samples": 2}}], [{"text": "water", "topic": "x"}, {"text": "fire"}]
+    )
+    prompts(chosen)
+    made, lineages, steps, left = outcome(chosen)
+    assert len(teacher.asked) == 4
+    assert sorted(made) == ["Is it hot?", "Is it wet?"]
+    assert steps["source"] == {"rows_in": 2, "kept": 2, "rejected": 0, "failed": 0, "reasons": {}}
+    assert steps["1 ask"] == {
+        "rows_in": 7,
+        "kept": 3,
+        "rejected": 2,
+        "failed": 2,
+        "reasons": {"cut at max_tokens": 1, "empty": 1, "holds “the text”": 1, "no match": 1},
+    }
+    assert steps["template"]["reasons"] == {"duplicate": 1}
+    assert sorted(left) == [
+        ("1 ask", "failed", "cut at max_tokens", "Is it blue…"),
+        ("1 ask", "failed", "empty", ""),
+        ("1 ask", "rejected", "holds “the text”", "What is the text?"),
+        ("1 ask", "rejected", "no match", "No question"),
+        ("template", "rejected", "duplicate", "Is it wet?"),
+    ]
+    water = lineages[made.index("Is it wet?")]
+    assert water["source"] == {"file": chosen.prompts.source, "line": 1}
+    assert water["template"] == "prompts/instruct.yaml"
+    (step,) = water["steps"]
+    assert step["template"].endswith("question.yaml")
+    assert (step["step"], step["entry"], step["gave"]) == ("ask", 0, {"instruction": "Is it wet?"})
+    asked = pq.read_table(chosen.directory("prompts") / "1-ask").to_pylist()
+    assert "Is it wet?" in next(row["text"] for row in asked if row["id"] == step["answer"])
+
+
+def test_the_same_question_twice_is_two_samples_of_it(experiment, teach):
+    seeds = []
+    teach(lambda seen, request: seeds.append(request.seed) or f"Is it number {len(seeds)}?")
+    chosen = experiment([{"ask": {"template": "@question.yaml"}}], [{"text": "water", "n": 1}, {"text": "water", "n": 2}])
+    prompts(chosen)
+    assert len(outcome(chosen)[0]) == 2
+    assert len(set(seeds)) == 2
+
+
+def test_novelty_keeps_the_first_of_what_is_alike(experiment, teach):
+    rows = [
+        {"instruction": text} for text in ("Name three red birds.", "name three RED birds", "Name three blue birds.", "Sing.")
+    ]
+    chosen = experiment([{"novelty": {"max_overlap": 0.7}}], rows)
+    prompts(chosen)
+    made, _, steps, left = outcome(chosen)
+    assert made == ["Name three red birds.", "Sing."]  # the third overlaps by 2 · 3 / (4 + 4) = 0.75
+    assert steps["1 novelty"]["reasons"] == {"overlap": 2}
+    assert [text for *_, text in left] == ["name three RED birds", "Name three blue birds."]
+
+
+def test_evolving_rewrites_what_the_round_before_has_made(experiment, teach):
+    def reply(seen, _):
+        verb, text = seen.split(": ")
+        return text if text == "Stay." else f"{text} {'more' if verb.startswith('Make') else 'other'}"
+
+    teach(reply)
+    chosen = experiment(
+        [{"evolve": {"templates": ["@harder.yaml", "@other.yaml"], "rounds": 2}}],
+        [{"instruction": text} for text in ("Stay.", *(f"Go {n}" for n in range(8)))],
+    )
+    prompts(chosen)
+    made, lineages, steps, left = outcome(chosen)
+    assert made[:9] == ["Stay.", *(f"Go {n}" for n in range(8))]
+    assert steps["1 evolve"] == {"rows_in": 9 + 9 + 8, "kept": 25, "rejected": 1, "failed": 0, "reasons": {"unchanged": 1}}
+    assert [text for *_, text in left] == ["Stay."]
+    assert [len(text.split()) for text in made[9:]] == [3] * 8 + [4] * 8
+    assert {text.split()[-1] for text in made[9:]} == {"more", "other"}, "both templates were drawn"
+    last = lineages[-1]
+    assert [step["round"] for step in last["steps"]] == [1, 2]
+    assert last["steps"][0]["gave"]["instruction"] == " ".join(made[-1].split()[:3])
+
+
+def test_self_instruct_shows_examples_and_keeps_what_is_new(experiment, teach):
+    number = iter(range(100))
+
+    def reply(seen, _):
+        n = next(number)
+        return f"1. Write about {n} things {n}a {n}b.\n2. Task number zero of the seeds"
+
+    teacher = teach(reply)
+    chosen = experiment(
+        [{"self_instruct": {"template": "@more.yaml", "rounds": 2, "samples": 3, "examples": 4}}],
+        [{"instruction": f"Task number {word} of the seeds", "topic": "x"} for word in ("zero", "six", "ten", "two", "red")],
+    )
+    prompts(chosen)
+    made, lineages, steps, _ = outcome(chosen)
+    assert len(made) == 5 + 6
+    assert steps["1 self_instruct"]["rows_in"] == 5 + 2 * 3 * 2
+    assert steps["1 self_instruct"]["reasons"] == {"overlap": 6}
+    shown = [seen.split("More like ")[1].split("<|im_end|>")[0].split(" / ") for seen in teacher.asked]
+    own = [sum(example.startswith("Write") for example in examples) for examples in shown]
+    assert [len(set(examples)) for examples in shown] == [4] * 6
+    assert sorted(own) == [0, 0, 0, 1, 1, 1], "a quarter of the second round's are the teacher's own"
+    record = lineages[-1]["steps"][0]
+    assert (record["round"], len(record["examples"])) == (2, 4)
+    assert sum("line" in example for example in record["examples"]) == 3
+
+
+def test_tasks_are_combined_with_personas(experiment, teach, write):
+    personas = write("personas.jsonl", "".join(json.dumps({"persona": f"p{n}", "id": n}) + "\n" for n in range(5)))
+    teach(lambda seen, _: f"As {seen.split('You are ')[1].split('.')[0]}, help.")
+    combine = {"source": personas, "fields": ["persona"], "samples": 3}
+    steps = [{"combine": combine}, {"ask": {"template": "prompts/persona.yaml"}}]
+    chosen = experiment(steps, [{"instruction": f"Do {n}", "id": n} for n in range(10)])
+    prompts(chosen)
+    made, lineages, steps, _ = outcome(chosen)
+    assert steps["1 combine"]["rows_in"] == 30
+    drawn = [(lineage["source"]["line"], lineage["steps"][0]["line"]) for lineage in lineages]
+    assert all(lineage["steps"][0]["file"] == personas for lineage in lineages)
+    assert len(set(drawn)) == len(drawn)
+    assert set(made) <= {f"As p{n}, help." for n in range(5)}
+
+
+def test_magpie_needs_no_source(experiment, teach):
+    number = iter(range(100))
+    teacher = teach(lambda *_: ["What now?", "", "And then…"][next(number)])
+    chosen = experiment([{"magpie": {"samples": 3, "system": "Be {{ 'kind' }}."}}])
+    prompts(chosen)
+    made, lineages, steps, _ = outcome(chosen)
+    assert made == ["What now?"]
+    assert set(teacher.asked) == {"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"}
+    assert list(steps) == ["1 magpie", "template"]
+    assert steps["1 magpie"]["reasons"] == {"cut at max_tokens": 1, "empty": 1}
+    assert lineages[0]["steps"][0]["gave"] == {"instruction": "What now?"}
+
+
+def test_what_does_not_fit_into_the_context_is_not_asked(experiment, teach):
+    teacher = teach(lambda *_: "Why?")
+    rows = [{"text": "word " * 300}, {"text": "word"}, {"text": "other " * 300}]
+    chosen = experiment([{"ask": {"template": "@question.yaml"}}], rows, sampling={"max_tokens": 32})
+    prompts(chosen)
+    _, _, steps, left = outcome(chosen)
+    assert len(teacher.asked) == 1
+    assert steps["1 ask"]["reasons"] == {"longer than the context": 2}
+    assert len(left) == 2
+
+
+def test_an_interrupted_run_asks_only_what_is_missing(experiment, teach):
+    rows = [{"text": f"thing {n}"} for n in range(8)]
+    steps = [{"ask": {"template": "@question.yaml"}}, {"evolve": {"templates": ["@harder.yaml"]}}]
+
+    def reply(seen, _):
+        if len(teacher.asked) == limit:
+            raise KeyboardInterrupt
+        return f"Is it {seen}?" if seen.startswith("Ask") else f"{seen} Really?"
+
+    limit = 5
+    teacher = teach(reply)
+    chosen = experiment(steps, rows)
+    with pytest.raises(KeyboardInterrupt):
+        prompts(chosen)
+    assert len(list((chosen.directory("prompts") / "1-ask").glob("train-*.parquet"))) == 2
+    limit = 9
+    teacher = teach(reply)
+    with pytest.raises(KeyboardInterrupt):
+        prompts(chosen)
+    limit = None
+    teacher = teach(reply)
+    prompts(chosen)
+    assert len(teacher.asked) == 8 - 4
+    resumed = {file.name: file.read_bytes() for file in chosen.directory("prompts").rglob("*.parquet")}
+    teacher = teach(reply)
+    again = chosen.model_copy(update={"output": f"{chosen.output}-again"})
+    prompts(again)
+    assert {file.name: file.read_bytes() for file in again.directory("prompts").rglob("*.parquet")} == resumed
+    assert not list(chosen.directory("prompts").rglob(".*"))
+
+
+def test_workers_share_the_questions_of_a_step(experiment, teach, capsys):
+    teacher = teach(lambda seen, _: f"Is it {seen}?")
+    chosen = experiment([{"ask": {"template": "@question.yaml"}}], [{"text": f"thing {n}"} for n in range(7)])
+    prompts(chosen, worker=Share(0, 2))
+    assert "2 of 4 shards are there" in capsys.readouterr().out
+    assert len(teacher.asked) == 4
+    prompts(chosen, worker=Share(1, 2))
+    assert len(teacher.asked) == 7
+    assert len(outcome(chosen)[0]) == 7
+    prompts(chosen, worker=Share(0, 2))
+    assert "is finished (7 prompts)" in capsys.readouterr().out
+
+
+def test_other_settings_or_another_template_are_refused_with_the_difference(experiment, teach, write):
+    teach(lambda *_: "Why?")
+    steps, rows = [{"ask": {"template": "@question.yaml"}}], [{"text": "x"}]
+    prompts(experiment(steps, rows))
+    with pytest.raises(InputError, match=r"prompts.sampling.temperature was 1.0, is 0.5"):
+        prompts(experiment(steps, rows, sampling={"temperature": 0.5, "max_tokens": 32}))
+    with pytest.raises(InputError, match=r"prompts.sampling.temperature was 1.0, is 0.5"):
+        generate(experiment(steps, rows, sampling={"temperature": 0.5, "max_tokens": 32}))
+    chosen = experiment(steps, rows)
+    write("question.yaml", QUESTION.replace("Ask about", "Say about"))
+    with pytest.raises(InputError, match=r"input\..*question\.yaml was"):
+        prompts(chosen)
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "changes", "message"),
+    [
+        ([], [{"prompt": "x"}], {}, "the key prompts.steps is missing"),
+        ([{"ask": {"template": "@none.yaml"}}], [{"text": "x"}], {}, "none.yaml: no such file"),
+        ([{"ask": {"template": "prompts/grounded.yaml"}}], [{"text": "x"}], {}, "grounded.yaml: the key answer is missing"),
+        (
+            [{"ask": {"template": "@question.yaml"}}],
+            [{"text": "x"}, {"txt": "y"}],
+            {},
+            "line 2: the template question needs the field",
+        ),
+        ([{"ask": {"template": "@question.yaml"}}], [{"text": None}], {}, "line 1: .* the line is empty in text"),
+        ([{"novelty": {"field": "instruktion"}}], [{"instruction": "x"}], {}, "line 1: prompts.steps.0.novelty needs the field"),
+        ([{"novelty": {}}], [{"instruction": "x"}], {"template": None}, "line 1: prompts.template needs the field prompt"),
+        ([{"magpie": {"field": "turn"}}], None, {}, "prompts.template needs the field instruction; .* has turn"),
+        ([{"magpie": {"system": "You are {{ persona }}"}}], None, {}, "magpie.system needs the field persona"),
+        ([{"magpie": {"system": "{{"}}], None, {}, "prompts.steps.0.magpie.system: line 1 is not valid Jinja"),
+        (
+            [{"self_instruct": {"template": "@question.yaml"}}],
+            [{"instruction": "x"}],
+            {},
+            "must have the variable examples and no",
+        ),
+        (
+            [{"self_instruct": {"template": "@more.yaml"}}, {"novelty": {"field": "topic"}}],
+            [{"instruction": "x", "topic": "y"}],
+            {},
+            "prompts.steps.1.novelty needs the field topic; what the steps before it make has instruction",
+        ),
+        (
+            [{"combine": {"source": "prompts/seeds/general.jsonl"}}],
+            [{"instruction": "x", "topic": "y"}],
+            {},
+            "has the field topic, which prompts.steps.0.combine brings too",
+        ),
+        ([{"combine": {"source": "nowhere.jsonl"}}], [{"instruction": "x"}], {}, "nowhere.jsonl: no such file"),
+        ([{"novelty": {}}], [], {}, "holds no prompts"),
+        (
+            [{"magpie": {}}],
+            None,
+            {"sampling": {"max_tokens": 256}},
+            "prompts.sampling.max_tokens: the shortest question and the longest answer are 257",
+        ),
+    ],
+)
+def test_bad_input_is_named_before_the_teacher_is_loaded(experiment, steps, rows, changes, message):
+    chosen = experiment(steps, rows, **changes)
+    with pytest.raises(InputError, match=message):
+        prompts(chosen)
+    assert not chosen.directory("prompts").exists()
+
+
+def test_a_dry_run_counts_and_writes_nothing(experiment, capsys):
+    steps = [{"ask": {"template": "@question.yaml", "samples": 2}}, {"evolve": {"templates": ["@harder.yaml"], "rounds": 3}}]
+    chosen = experiment(steps, [{"text": "x"}, {"text": "y"}], sampling={"max_tokens": 10})
+    prompts(chosen, dry_run=True)
+    said = capsys.readouterr().out
+    assert "source    2 in = 2 kept" in said
+    assert "ask       4 questions, up to 40 tokens" in said
+    assert "evolve    at most 3 questions about every item that is left, up to 10 tokens each" in said
+    generate(chosen, dry_run=True)
+    assert "as many prompts as `prompts` makes" in capsys.readouterr().out
+    assert not chosen.directory("prompts").exists()
+    with pytest.raises(InputError, match="run/prompts: not there; run `prompts` first"):
+        generate(chosen)
+
+
+def test_nothing_left_is_an_error_that_says_where_to_look(experiment, teach):
+    teach(lambda *_: "nothing to ask")
+    with pytest.raises(InputError, match=r"no prompts are left; rejected.parquet says why"):
+        prompts(experiment([{"ask": {"template": "@question.yaml"}}], [{"text": "x"}]))
+
+
+def test_every_row_of_the_dataset_knows_its_ancestors(experiment, teach):
+    teach(lambda seen, _: f"Is it {seen}?")
+    chosen = experiment([{"ask": {"template": "@question.yaml"}}], [{"text": "x", "topic": "t"}, {"text": "y"}])
+    prompts(chosen)
+    generate(chosen)
+    table = pq.read_table(sorted(chosen.directory("data").glob("train-*.parquet")))
+    metadata = [json.loads(text) for text in table["metadata"].to_pylist()]
+    assert [(row["lineage"]["source"]["line"], row["lineage"]["steps"][0]["step"]) for row in metadata] == [
+        (1, "ask"),
+        (2, "ask"),
+    ]
+    assert (metadata[0]["topic"], metadata[0]["text"]) == ("t", "x")
+    manifest = json.loads((chosen.directory("data") / "dataset.json").read_text())
+    assert [step["name"] for step in manifest["prompts"]] == ["source", "1 ask", "template"]
+    assert list(manifest["source"]) == [str(chosen.directory("prompts") / "prompts.parquet"), chosen.teacher.model]
+
+
+def test_made_prompts_are_a_source_for_another_experiment(experiment, teach):
+    teach(lambda seen, _: f"Is it {seen}?")
+    chosen = experiment([{"ask": {"template": "@question.yaml"}}], [{"text": "x"}])
+    prompts(chosen)
+    (other,) = load_prompts(Prompts(source=str(chosen.directory("prompts") / "prompts.parquet")))
+    assert other.messages == prepared_prompts(chosen).prompts[0].messages

@@ -1,0 +1,383 @@
+"""The report: every number is there, hostile text stays text, and what is missing is said."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmdistill.config import Experiment
+from llmdistill.errors import InputError
+from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, smooth, thin
+from llmdistill.stages.report import cell, fenced, report
+
+HEADLINE = "40% smaller · 1.9× faster · keeps 61% of the teacher's next-token choices (95% CI 59 to 63)"
+HOSTILE = "<script>alert(1)</script>\n{{ 7*7 }} | a | b |\n````\n<img src=x onerror=alert(1)> https://example.org/x.png\n```"
+
+
+def interval(mean: float, low: float, high: float) -> dict[str, float]:
+    return {"mean": mean, "low": low, "high": high}
+
+
+def model(name: str, parameters: int, rate: float, kl: Any, top1: Any, nll: Any, size: int | None = None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "path": "models/<Teacher>|x",
+        "parameters": parameters,
+        "bytes": size,
+        "decode_tokens_per_s": rate,
+        "kl": interval(*kl),
+        "top1": interval(*top1),
+        "nll": interval(*nll),
+        "reverse_kl": interval(*kl),
+        "top5": interval(*top1),
+        "bits_per_byte": interval(*nll),
+        "calibration_error": interval(0.02, 0.01, 0.03),
+        "early_end": interval(0.004, 0.003, 0.005),
+        "kl_by_position": [{"from": begin, "tokens": 100, **interval(*kl)} for begin in (0, 4, 8)],
+        "kl_by_entropy": [{"from": begin, "tokens": 100, **interval(*kl)} for begin in (0.0, 0.05, 2.0)],
+        "own_text": {"tokens": 900, "reverse_kl": interval(*kl), "length": interval(40.2, 30.1, 50.7)},
+    }
+
+
+def hostile_token() -> dict[str, Any]:
+    guesses = [(HOSTILE, 0.5), ("\n", 0.25), (" the", 0.125), ("", 0.0625), ("<b>", 0.03)]
+    return {"text": HOSTILE, "kl": 1.25, "teacher": guesses, "student": guesses}
+
+
+def tasks(names: list[str]) -> dict[str, Any]:
+    """As `task_scores.summarise` gives it."""
+    means = {name: interval(0.5, 0.4, 0.6) for name in names}
+    against = {"of": "student", "against": "teacher", **interval(-0.1, -0.2, 0.05)}
+    test = {"only_first": 3, "only_second": 9, "p": 0.02, "p_holm": 0.04, "test": "exact binomial"}
+    entry = {"name": "<b>|facts", "chance": 0.25, "items": 120, "models": means, "kept": interval(0.9, 0.8, 1.0)}
+    kept = {"kept": interval(0.925, 0.85, 0.99), "kept_above_chance": None}
+    together = {"tasks": 1, "items": 120, "models": means, "differences": [against], **kept}
+    described = [{**entry, "differences": [{**against, "mcnemar": test}]}]
+    return {"limit": 120, "warnings": [], "tasks": described, "together": together}
+
+
+def judged() -> dict[str, Any]:
+    """As `win_rate.Comparison` gives it."""
+    counts = {"prompts": 20, "wins": 3, "ties": 10, "losses": 7, "orders_agree": 0.6}
+    rates = {"win_rate": interval(0.4, 0.3, 0.5), "length_controlled": interval(0.45, 0.33, 0.57)}
+    return {"against": "teacher", "judge": {"model": "<judge>"}, "warnings": ["the judge is <small>"], **counts, **rates}
+
+
+def metrics() -> dict[str, Any]:
+    names = ["teacher", "student before", "student", "student, text only"]
+    return {
+        "schema_version": 2,
+        "headline": HEADLINE,
+        "held_out": {"rows": 48, "tokens": 3903, "prompts": 48, "resamples": 2000},
+        "models": [
+            model("teacher", 134_515_008, 105.2, (0, 0, 0), (1, 1, 1), (1.35, 1.28, 1.43), 269_060_552),
+            model("student before", 80_709_005, 201.0, (10.15, 9.84, 10.46), (0.032, 0.026, 0.039), (11.4, 11.1, 11.7)),
+            model("student", 80_709_005, 199.9, (2.13, 2.08, 2.18), (0.612, 0.593, 0.631), (2.98, 2.89, 3.08), 161_418_010),
+            model("student, text only", 80_709_005, 200.4, (2.54, 2.48, 2.61), (0.566, 0.546, 0.586), (3.31, 3.21, 3.42)),
+        ],
+        "differences": [
+            {"better": "student", "worse": "student, text only", "metric": "kl", "mean": -0.41, "low": -0.47, "high": -0.35}
+        ],
+        "decoding": {"engine": "transformers", "batch": 8, "new_tokens": 64, "rounds": 3},
+        "own_text": {"prompts": 24, "max_tokens": 64},
+        "tasks": tasks(names),
+        "win_rate": judged(),
+        "views": [{"prompt": HOSTILE, "tokens": [hostile_token(), {**hostile_token(), "text": " sea", "kl": 0.01}]}],
+        "examples": {
+            "rival": "student, text only",
+            "better": 0.75,
+            "won": [{"prompt": HOSTILE, "text": HOSTILE, "student": 0.5, "rival": 1.5}],
+            "lost": [{"prompt": "p", "text": "t", "student": 2.5, "rival": 1.25}],
+        },
+        "samples": [{"prompt": HOSTILE, "answers": dict.fromkeys(names, HOSTILE)}],
+    }
+
+
+def write(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+def write_run(directory: Path) -> None:
+    """A finished run, with the teacher's text and file names as hostile as they can be."""
+    write(directory / "eval/metrics.json", metrics())
+    history = [{"step": step, "kl": 10 / step + 2, "ce": 10 / step + 3, "loss": 1.0} for step in range(1, 61)]
+    for name in ("student", "student-text-only"):
+        write(directory / name / "trainer_state.json", {"log_history": [*history, {"step": 60, "train_runtime": 9.0}]})
+    for name, stage in {"data": "generate", "curated": "curate", "student": "train", "eval": "eval"}.items():
+        run = {"stage": stage, "status": "done", "started": "2026-11-23T18:28:49Z", "finished": "2026-11-23T18:30:04Z"}
+        run |= {"seed": 7, "git": None, "versions": {"torch": "2.13.0"}, "inputs": {"a|<script>b": "feed" * 16}}
+        write(directory / name / "run.json", run)
+    served = {"name": "w8a8", "decode": {"median": 321.0, "low": 300.0, "high": 345.0}, "peak_bytes": 1_500_000_000}
+    made = {"name": "w8a8", "path": "x/<export>|/w8a8", "bytes": 110_000_000}
+    made |= {"kl": interval(0.017, 0.015, 0.018), "top1": interval(0.92, 0.91, 0.93)}
+    write(directory / "export/export.json", {"formats": [made], "serving": {"models": [served]}})
+    shards = [("train", 120, 9000), ("train", 63, 5900), ("test", 48, 3903)]
+    write(
+        directory / "curated/dataset.json",
+        {
+            "rows_in": 240,
+            "steps": [
+                {"name": "repetition", "rows_in": 240, "kept": 234, "rejected": 6, "failed": 0},
+                {"name": "near_duplicates", "rows_in": 234, "kept": 234, "rejected": 0, "failed": 0},
+                {"name": "math", "rows_in": 234, "kept": 231, "rejected": 1, "failed": 2},
+            ],
+            "prompts": [
+                {"name": "source", "rows_in": 24, "kept": 24, "rejected": 0, "failed": 0},
+                {"name": "1 ask", "rows_in": 260, "kept": 240, "rejected": 15, "failed": 5},
+            ],
+            "teacher": {"model": "models/<Teacher>|x", "engine": "vllm"},
+            "targets": {"kind": "topk", "k": 32},
+            "sampling": {"samples": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 96},
+            "shards": [{"split": split, "rows": rows, "tokens": tokens} for split, rows, tokens in shards],
+        },
+    )
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    """That run in a directory of the test's own."""
+    write_run(tmp_path)
+    return Experiment.model_validate({"output": str(tmp_path), "teacher": {"model": "m"}})
+
+
+def pages(experiment: Experiment) -> tuple[str, str]:
+    report(experiment)
+    page, text = (Path(experiment.output, name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    return page, text
+
+
+def change(experiment: Experiment, **changes: Any) -> None:
+    write(experiment.directory("eval") / "metrics.json", {**metrics(), **changes})
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text, as a browser would take them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_hostile_text_stays_text_in_html(experiment: Experiment) -> None:
+    page, _ = pages(experiment)
+    parsed = Page(page)
+    assert "<script" not in page
+    assert not {"script", "img", "link", "iframe", "teacher"} & set(parsed.tags)
+    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert page.count("{{ 7*7 }}") == 9
+    assert parsed.text.count(HOSTILE) == 9
+
+
+def test_html_loads_nothing(experiment: Experiment) -> None:
+    page, _ = pages(experiment)
+    assert not [value for name, value in Page(page).attributes if name in ("src", "href", "srcset", "xlink:href", "action")]
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "@import" not in style
+    assert "url(" not in style
+    assert "http" not in page.replace("https://example.org/x.png", "").replace("http-equiv", "")
+    assert "default-src 'none'" in page
+
+
+def test_text_that_the_teacher_only_read_is_not_said_to_be_its_own(experiment: Experiment) -> None:
+    file = Path(experiment.output) / "curated/dataset.json"
+    write(file, json.loads(file.read_text()) | {"sampling": {}})
+    page, text = pages(experiment)
+    assert "Text from elsewhere, read by" in page
+    assert "| read by the teacher | 240 |" in text
+    assert "written by the teacher" not in page + text
+
+
+def test_a_judge_without_a_verdict_is_not_passed_over(experiment: Experiment) -> None:
+    file = Path(experiment.output) / "eval/metrics.json"
+    none = {"prompts": 0, "without_verdict": 12, "win_rate": None, "length_controlled": None, "warnings": ["choose another"]}
+    write(file, json.loads(file.read_text()) | {"win_rate": {**judged(), **none}})
+    page, text = pages(experiment)
+    for shown in (" ".join(Page(page).text.split()), text):
+        assert "gave no verdict on 12 of 12 held-out prompts. Choose another." in shown
+
+
+def test_html_is_well_formed_and_shows_the_numbers(experiment: Experiment) -> None:
+    page, _ = pages(experiment)
+    text = " ".join(Page(page).text.split())
+    for number in ("40% smaller", "1.9× faster", "61% of", "134.5M", "80.7M", "269 MB", "161 MB", "2.13", "2.08–2.18", "3,903"):
+        assert number in text, number
+    assert "92% of its task score kept 95% CI 85 to 99" in text
+    assert "Student against student trained on text only" in text
+    assert "It is 0.41 nats a token closer to the teacher (95% interval 0.35 to 0.47)." in text
+    assert "240" in text
+    for step in ("rejected by repetition −6", "rejected by near duplicates 0", "rejected by math −1", "failed in math −2"):
+        assert step in text, step
+    bars = re.findall(r'class="out" style="left: ([\d.]+)%; width: ([\d.]+)%"', page)
+    assert [tuple(map(float, bar)) for bar in bars] == [(97.5, 2.5), (97.08, 0.42), (96.25, 0.83)]  # of 240
+    assert "14,900" in text
+    assert "feed" * 16 in text
+    assert "1 ask260155240" in text
+    for tag in ("svg", "table", "section", "div", "ul", "details"):
+        assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>")
+    assert not list(Path(experiment.output).glob(".report*"))
+
+
+def test_markdown_has_headline_table_and_safe_text(experiment: Experiment) -> None:
+    _, text = pages(experiment)
+    assert HEADLINE in text
+    assert "| **student** | **2.13** (2.08–2.18) | **61** (59–63) | **2.98** (2.89–3.08) |" in text
+    outside = re.sub(r"^(`{3,})text\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert outside.count("alert(1)") == 0
+    assert not re.search(r"(?<!\\)<", outside)
+    tables = [line for line in outside.splitlines() if line.startswith("| ")]
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
+    assert set(widths) == {8, 7, 6, 4, 3, 5}
+    assert "`````text\n" + HOSTILE + "\n`````" in text
+
+
+def test_the_page_shows_where_the_student_differs(experiment: Experiment) -> None:
+    """Figures by position and entropy, the other measures, tokens in shades with both guesses, and examples."""
+    page, text = pages(experiment)
+    shown = " ".join(Page(page).text.split())
+    for words in ("KL by position", "KL by the teacher’s entropy", "Size against quality", "Token by token", "Won and lost"):
+        assert words in shown, words
+    assert "calibration error against the teacher% ↓ 21–321–3" in shown
+    assert "length of its own answerstokens 40.2030.10–50.70" in shown
+    assert "probability of the end where the teacher ended" not in shown, "nobody measured it"
+    assert re.findall(r'class="token (s\d)" tabindex', page) == ["s4", "s0"]
+    assert "Over 1 tasks with 120 items the student keeps 92% of the teacher’s score (95% interval 85–99)." in shown
+    assert "<b>|facts12025 5040–60" in shown
+    assert "Against the teacher the student wins 40% (95% interval 30–50); at equal length 45% (33–57)." in shown
+    assert "x/<export>|/w8a8110 MB0.0170.015–0.0189291–93 321300–3451.5 GB" in shown
+    assert "On 75% of the held-out answers the student is closer" in shown
+    assert "| calibration error against the teacher, % ↓ | 2 (1–3) |" in text
+
+
+def test_prints_where_it_is_and_the_headline(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    report(experiment)
+    assert capsys.readouterr().out == f"report    {experiment.output}/report.html\n\n{HEADLINE}\n"
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(Experiment.model_validate({"output": str(tmp_path), "teacher": {"model": "m"}}), dry_run=True)
+    assert f"would write {tmp_path}/report.html" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_the_missing_metrics(tmp_path: Path) -> None:
+    experiment = Experiment.model_validate({"output": str(tmp_path), "teacher": {"model": "m"}})
+    with pytest.raises(InputError, match=r"eval/metrics\.json is not there; run `eval` first"):
+        report(experiment)
+
+
+def test_refuses_another_schema(experiment: Experiment) -> None:
+    change(experiment, schema_version=1)
+    with pytest.raises(InputError, match=r"metrics\.json: schema_version is 1, this version reads 2"):
+        report(experiment)
+
+
+def test_without_a_text_only_student(experiment: Experiment) -> None:
+    change(experiment, models=metrics()["models"][:3], differences=[], samples=[], examples={"won": [], "lost": []})
+    (experiment.directory("student-text-only") / "trainer_state.json").unlink()
+    page, text = pages(experiment)
+    assert "text only" not in page + text
+    assert "2.13" in page
+
+
+def test_says_what_is_missing(experiment: Experiment) -> None:
+    for file in ("student/trainer_state.json", "student-text-only/trainer_state.json", "curated/dataset.json", "data/run.json"):
+        Path(experiment.output, file).unlink()
+    for document in pages(experiment):
+        assert "student/trainer_state.json".replace("_", r"\_" if document.startswith("#") else "_") in document
+        assert "so the student’s training is not shown" in document.replace("'", "’")
+        assert "so the data are not shown" in document
+        assert "run.json is not there" in document
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "mean", "high", "words"),
+    [
+        ("kl", -0.47, -0.41, -0.35, "It is 0.41 nats a token closer to the teacher (95% interval 0.35 to 0.47)."),
+        ("kl", 0.1, 0.2, 0.3, "It is 0.20 nats a token farther from the teacher (95% interval 0.10 to 0.30)."),
+        ("kl", -0.1, 0.02, 0.14, "the 95% interval of the gain, −0.14 to 0.10 nats a token, includes 0."),
+        ("nll", -0.4, -0.3, -0.2, "It expects the teacher’s text better by 0.30 nats a token (95% interval 0.20 to 0.40)."),
+        ("top1", 0.02, 0.046, 0.07, "the teacher’s choice 4.6 percentage points more often (95% interval 2.0 to 7.0)."),
+        ("top1", -0.07, -0.046, -0.02, "the teacher’s choice 4.6 percentage points less often (95% interval 2.0 to 7.0)."),
+    ],
+)
+def test_says_differences_as_they_are(
+    experiment: Experiment, metric: str, low: float, mean: float, high: float, words: str
+) -> None:
+    pair = {"better": "student", "worse": "student before", "metric": metric, "low": low, "mean": mean, "high": high}
+    change(experiment, differences=[pair])
+    for document in pages(experiment):
+        assert words in document
+        assert ("The other way round" in document) == ("farther" in words or "less often" in words)
+
+
+def test_says_when_training_did_not_help_and_prompts_are_few(experiment: Experiment) -> None:
+    models = metrics()["models"]
+    models[2]["kl"] = interval(10.2, 9.9, 10.5)
+    change(experiment, models=models, held_out={"rows": 9, "tokens": 300, "prompts": 9, "resamples": 2000})
+    page, _ = pages(experiment)
+    assert "Training did not bring the student closer to the teacher." in page
+    assert "With 9 held-out prompts the intervals themselves are rough." in page
+
+
+def test_values_that_are_not_finite_are_left_out_and_said(experiment: Experiment) -> None:
+    history = [{"step": 1, "ce": 3.0, "kl": 2.0}, {"step": 2, "ce": float("nan"), "kl": float("nan")}]
+    write(experiment.directory("student") / "trainer_state.json", {"log_history": history})
+    page, _ = pages(experiment)
+    assert "2 logged values are not finite" in page
+    assert not re.search(r'd="[^"]*nan', page)
+
+
+def test_axis_is_logarithmic_only_where_values_are_far_apart() -> None:
+    far, near = fit_axis([2, 10], 0, 100), fit_axis([2, 2.5], 0, 100)
+    assert (far.log, near.log, fit_axis([0, 10], 0, 100).log) == (True, False, False)
+    assert far.place(20**0.5) == pytest.approx(50, abs=0.1)
+    assert near.place(2.25) == pytest.approx(50, abs=0.1)
+    assert [text for _, text in far.ticks()] == ["2", "3", "5", "7", "10"]
+    for low, high in ((1e-4, 3e3), (0.5, 0.52), (-3, 5), (4, 4), (1, 4), (1e-5, 1e5)):
+        axis = fit_axis([low, high], 0, 100)
+        assert 1 <= len(axis.ticks()) <= 20
+        assert all(0 <= x <= 100 for x, _ in axis.ticks())
+
+
+def test_plots_of_nothing_are_none() -> None:
+    assert interval_plot([]) is None
+    assert interval_plot([("student", interval(float("nan"), 1, 2))]) is None
+    assert loss_plot({"student": []}) is None
+    assert loss_plot({"student": [(1, 2.0)]}) is not None
+
+
+def test_smoothing_and_thinning_keep_a_straight_line() -> None:
+    line = [(float(x), 3.0 * x) for x in range(1000)]
+    assert [x for x, _ in smooth(line)] == [x for x, _ in line]
+    assert [y for _, y in smooth(line)] == pytest.approx([y for _, y in line])
+    thinned = thin(line)
+    assert len(thinned) == 200
+    assert thinned[0] == (2.0, 6.0)
+    assert thin(line[:7]) == line[:7]
+
+
+def test_half_a_surrogate_pair_is_no_crash(experiment: Experiment) -> None:
+    change(experiment, samples=[{"prompt": "half \ud83d of it", "answers": {"teacher": "\x00 \u202e back"}}])
+    page, text = pages(experiment)
+    assert "half ? of it" in page
+    assert "half ? of it" in text
+
+
+def test_cells_and_fences() -> None:
+    assert cell("a|b\n<i>*c*") == r"a\|b \<i\>\*c\*"
+    assert fenced("a\n`````\nb") == "``````text\na\n`````\nb\n``````"

@@ -1,0 +1,162 @@
+"""`train` on what its configuration says: validation, early stopping, packing, schedules, the sequence-level KL."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llmdistill.config import load_experiment
+from llmdistill.data.dataset import load_dataset
+from llmdistill.errors import InputError
+from llmdistill.stages.curate import curate
+from llmdistill.stages.generate import generate
+from llmdistill.stages.train import _arguments, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture
+def trained(experiment_file, tmp_path):
+    """Train with overrides on the data of the small experiment; the log and the results."""
+    made = load_experiment(experiment_file)
+    generate(made)
+    curate(made)
+
+    def run(**overrides):
+        experiment = load_experiment(experiment_file, [(f"train.{key}", json.dumps(value)) for key, value in overrides.items()])
+        train(experiment)
+        directory = tmp_path / "run/student"
+        history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+        return history, json.loads((directory / "run.json").read_text())["results"], (directory / "README.md").read_text()
+
+    return run
+
+
+def test_validation_rows_are_measured_and_not_trained_on(trained, tmp_path):
+    arguments = {"eval_steps": 2, "max_steps": 4, "num_train_epochs": 1, "per_device_train_batch_size": 1}
+    history, results, card = trained(validation=0.3, **{f"args.{key}": value for key, value in arguments.items()})
+    measured = [entry for entry in history if "eval_kl" in entry]
+    assert [entry["step"] for entry in measured] == [2, 4]
+    assert results["eval_kl"] == measured[-1]["eval_kl"]
+    assert 0 <= results["eval_agreement"] <= 1
+    assert "on validation rows" in card
+
+
+def test_training_stops_where_validation_stops_falling(trained):
+    """A learning rate of zero never gets better, so it ends after the first evaluation and `patience` more."""
+    _, results, _ = trained(
+        validation=0.3, early_stopping={"patience": 2},
+        **{"args.eval_steps": 1, "args.save_steps": 1, "args.max_steps": 20, "args.learning_rate": 0.0},
+    )  # fmt: skip
+    assert results["steps"] == 3
+
+
+def test_the_best_checkpoint_is_the_one_that_is_kept(trained, tmp_path):
+    """A learning rate that ruins the student: of all evaluations, the saved weights have the lowest KL."""
+    arguments = {"eval_steps": 1, "save_steps": 1, "max_steps": 4, "learning_rate": 3.0, "warmup_steps": 1}
+    arguments["lr_scheduler_type"] = "constant_with_warmup"  # a first step of nothing, then ruin
+    arguments = {f"args.{name}": value for name, value in arguments.items()}
+    history, _, _ = trained(validation=0.3, early_stopping={"patience": 9}, **arguments)
+    kls = [entry["eval_kl"] for entry in history if "eval_kl" in entry]
+    assert kls[-1] > min(kls)
+    state = json.loads((tmp_path / "run/student/trainer_state.json").read_text())
+    assert state["best_metric"] == pytest.approx(min(kls))
+    assert state["best_model_checkpoint"].endswith(f"checkpoint-{1 + int(np.argmin(kls))}")
+
+
+def test_everything_at_once_from_yaml(trained):
+    history, _, card = trained(
+        alpha=0.2, alpha_end=0.6, sequence_alpha=0.3, position_weights="entropy", reduction="sequence", loss="jsd", beta=0.5,
+        beta_end=0.1, **{"args.packing": True, "args.max_length": 64},
+    )  # fmt: skip
+    logged = [entry for entry in history if "ce" in entry]
+    assert [entry["alpha"] for entry in logged] == pytest.approx([0.2, 0.4, 0.6])
+    assert [entry["beta"] for entry in logged] == pytest.approx([0.5, 0.3, 0.1])
+    assert all(np.isfinite([entry[name] for name in ("loss", "jsd", "kl", "sequence_kl")]).all() for entry in logged)
+    assert (
+        "0.5 to 0.1 × cross-entropy on the teacher's text + 0.2 to 0.6 × jsd (beta 0.5 to 0.1) + 0.3 × sequence-level KL, "
+        "tokens weighted by the teacher's entropy, every sequence counting alike" in card
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"alpha": 0.8, "sequence_alpha": 0.3}, "train: alpha 0.8 and sequence_alpha 0.3 must add up to 1 at most"),
+        ({"alpha_end": 0.8, "sequence_alpha": 0.3, "alpha": 0.1}, "alpha_end 0.8 and sequence_alpha 0.3"),
+        ({"early_stopping": {"patience": 2}}, "early_stopping needs validation"),
+        (
+            {"early_stopping": {"patience": 2}, "validation": 0.1, "compare_text_only": True},
+            "not known before",
+        ),
+        ({"args.eval_strategy": "steps"}, "train.args.eval_strategy needs train.validation"),
+        ({"validation": 0.001}, "both need at least one"),
+        ({"args.packing": True}, "packing needs max_length"),
+        ({"args.beta_end": 0.2}, "train.args.beta_end is set by the key train.beta_end"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message):
+        trained(**overrides)
+    assert not (tmp_path / "run/student").exists()
+
+
+def test_the_sequence_level_kl_needs_text_that_could_have_been_any(experiment_file, tmp_path):
+    made = load_experiment(experiment_file, [("generate.top_p", "0.9"), ("train.sequence_alpha", "0.1")])
+    generate(made)
+    curate(made)
+    assert "sampling_logprob" not in load_dataset(tmp_path / "run/curated").column_names
+    with pytest.raises(InputError, match="whose sampling probability is known"):
+        train(made)
+    assert not (tmp_path / "run/student").exists()
+
+
+def test_an_adapter_that_could_not_be_merged_is_refused(experiment_file, tmp_path):
+    made = load_experiment(experiment_file, [("student.lora.target_modules", '["q_proj", "lm_head"]')])
+    generate(made)
+    curate(made)
+    with pytest.raises(InputError, match="train: an adapter on lm_head, which shares its matrix with the embeddings"):
+        train(made)
+    assert not (tmp_path / "run/student").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "gradient_checkpointing is true .* and so is fsdp_activation_checkpointing"),
+        ([("student.lora.r", "4")], "student.lora with fsdp_activation_checkpointing: a checkpoint of it loses the adapter"),
+        ([("train.args.gradient_checkpointing", "false")], None),
+    ],
+)
+@pytest.mark.parametrize("by", ["accelerate", "train.args"])
+def test_checkpointing_by_fsdp_where_it_does_not_work(experiment_file, tmp_path, monkeypatch, overrides, message, by):
+    overrides = [("train.args.gradient_checkpointing", "true"), *overrides]
+    if by == "accelerate":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    else:
+        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it, and it is to be as it was
+        overrides += [("train.args.fsdp", "true"), ("train.args.fsdp_config", "{activation_checkpointing: true}")]
+    experiment = load_experiment(experiment_file, overrides)
+    if message is None:
+        assert _arguments(experiment, tmp_path, False).gradient_checkpointing is False
+        return
+    with pytest.raises(InputError, match=message):
+        _arguments(experiment, tmp_path, False)
+
+
+def test_one_process_uses_one_gpu_and_says_so(experiment_file, tmp_path, monkeypatch, capsys):
+    from llmdistill.training.trainer import DistillConfig
+
+    monkeypatch.setattr(DistillConfig, "n_gpu", property(lambda arguments: getattr(arguments, "_n_gpu", None) or 4))
+    assert _arguments(load_experiment(experiment_file), tmp_path, False).n_gpu == 1
+    assert "uses one of 4 GPUs; docs/distributed.md" in capsys.readouterr().out
+
+
+def test_report_to_reaches_the_trainer(experiment_file, tmp_path):
+    from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
+
+    assert _arguments(load_experiment(experiment_file), tmp_path, False).report_to == []
+    experiment = load_experiment(experiment_file, [("train.args.report_to", "[wandb]")])
+    passed = _arguments(experiment, tmp_path, False).report_to
+    assert get_reporting_integration_callbacks(passed) == [WandbCallback]

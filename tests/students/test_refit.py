@@ -1,0 +1,202 @@
+"""The refit of a pruned student, against a float64 solution of its own and what it must never do."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llmdistill.config.student import Prune
+from llmdistill.errors import InputError
+from llmdistill.losses.hidden_states import of_pruned
+from llmdistill.students.pruning import choose, cut, measure
+from llmdistill.students.refit import refit, residual_scales, ridge_solution
+from tests.training.test_cut import SMALL
+
+_GENERATOR = np.random.default_rng(0)
+ROWS = [{"input_ids": _GENERATOR.integers(0, 64, n), "completion_start": 2} for n in (24, 9, 31, 17, 12)]
+LINEAR = ["Llama", "Qwen2", "Qwen3", "Mistral", "Olmo", "Granite", "SmolLM3"]
+WITH_A_NORM_BEHIND = ["Gemma2", "Gemma3Text"]
+
+
+def random_model(family="Llama", **changes):
+    """With weights large enough that layers do something, and that no scale or bias of an architecture is trivial."""
+    torch.manual_seed(0)
+    sizes = SMALL if family != "Olmo" else {name: value for name, value in SMALL.items() if name != "head_dim"}
+    sizes = {**sizes, "initializer_range": 0.3, **changes}
+    if family == "Granite":
+        sizes |= {"residual_multiplier": 0.22, "embedding_multiplier": 3.0}
+    if family == "SmolLM3":
+        sizes |= {"no_rope_layers": [1, 0, 1, 0]}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, f"{'Gemma3' if family == 'Gemma3Text' else family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def cut_of(teacher, **prune):
+    """A student by this configuration, and what of the teacher it holds."""
+    prune = Prune(**prune)
+    kept = choose(prune, teacher.config, measure(teacher, ROWS))
+    return cut(teacher, kept), kept
+
+
+def logits(model, rows=ROWS):
+    with torch.no_grad():
+        return torch.cat([model(torch.from_numpy(row["input_ids"])[None]).logits[0] for row in rows])
+
+
+def divergence(teacher, student):
+    p, q = (logits(model).double().log_softmax(-1) for model in (teacher, student))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def seen(model, layer, rows=ROWS):
+    """Row by row, without padding: the input of the layer's `down_proj` and the layer's output, in float64."""
+    inputs, outputs = [], []
+    module = model.model.layers[layer]
+    handles = [
+        module.mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0])),
+        module.register_forward_hook(lambda module, args, output: outputs.append(output[0])),
+    ]
+    logits(model, rows)
+    for handle in handles:
+        handle.remove()
+    return torch.cat(inputs).double().numpy(), torch.cat(outputs).double().numpy()
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_an_uncut_model_stays_as_it_is(family):
+    teacher = random_model(family)
+    student, kept = cut_of(teacher, layers=4)
+    assert refit(student, teacher, kept, ROWS, 1.0) == [(0, 0)] * 4
+    torch.testing.assert_close(logits(student), logits(teacher), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", LINEAR)
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"layers": [0, 2]},
+        {"layers": [1, 3], "intermediate_size": 20},
+        {"key_value_heads": 2},
+        {"layers": [0, 1, 3], "hidden_size": 18},
+    ],
+    ids=["layers", "neurons", "heads", "channels"],
+)
+def test_every_layer_has_the_weights_of_an_independent_ridge_regression(family, prune):
+    """Solved again in numpy and float64 from the finished student, whose layers before the one in question are refitted."""
+    teacher = random_model(family)
+    student, kept = cut_of(teacher, **prune)
+    before = copy.deepcopy(student)
+    ridge = 0.3
+    errors = refit(student, teacher, kept, ROWS, ridge, batch_size=2)
+    scale = 0.22 if family == "Granite" else 1
+    assert residual_scales(teacher, ROWS) == pytest.approx([scale] * 4, rel=1e-5)
+    for (layer, source), (old_error, new_error) in zip(of_pruned(kept.layers, 4), errors, strict=True):
+        target = seen(teacher, source)[1][:, kept.hidden]
+        down, old = student.model.layers[layer].mlp.down_proj, before.model.layers[layer].mlp.down_proj
+        a, out = seen(student, layer)
+        a = a * scale
+        delta = (down.weight - old.weight).detach().double().numpy()
+        rest = target - (out - a @ delta.T)
+        want = np.linalg.solve(a.T @ a + ridge * np.mean(a**2) * len(a) * np.eye(a.shape[1]), a.T @ rest).T
+        np.testing.assert_allclose(delta, want, rtol=0, atol=1e-4 * np.abs(want).max())
+        if down.bias is not None:
+            assert torch.equal(down.bias, old.bias)
+        assert old_error == pytest.approx(np.sum(rest**2) / np.sum(target**2), rel=1e-3)
+        assert new_error == pytest.approx(np.sum((target - out) ** 2) / np.sum(target**2), rel=1e-3)
+        assert new_error <= old_error
+    changed = {name for name, weight in student.state_dict().items() if not torch.equal(weight, before.state_dict()[name])}
+    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(len(kept.layers))}
+    assert divergence(teacher, student) < divergence(teacher, before)
+
+
+def test_a_bias_is_left_alone():
+    teacher = random_model(mlp_bias=True)
+    student, kept = cut_of(teacher, layers=[0, 3])
+    before = copy.deepcopy(student)
+    refit(student, teacher, kept, ROWS, 1.0)
+    assert divergence(teacher, student) < divergence(teacher, before)
+    for old, new in zip(before.model.layers, student.model.layers, strict=True):
+        assert torch.equal(old.mlp.down_proj.bias, new.mlp.down_proj.bias)
+        assert not torch.equal(old.mlp.down_proj.weight, new.mlp.down_proj.weight)
+
+
+def test_a_strong_ridge_keeps_the_old_weights():
+    teacher = random_model()
+    student, kept = cut_of(teacher, layers=[0, 3])
+    before = copy.deepcopy(student)
+    refit(student, teacher, kept, ROWS, 1e9)
+    torch.testing.assert_close(student.state_dict(), before.state_dict(), rtol=0, atol=1e-6)
+
+
+def test_enough_freedom_hits_the_teacher_exactly():
+    """Fewer positions than neurons and hardly any ridge: every state is hit, so the logits are the teacher's."""
+    rows = [{"input_ids": np.arange(5, 20), "completion_start": 2}]
+    teacher = random_model()
+    student, kept = cut_of(teacher, layers=[0, 3])
+    errors = refit(student, teacher, kept, rows, 1e-4)
+    assert errors[-1][1] < 1e-5
+    assert errors[0][0] > 0.1
+    torch.testing.assert_close(logits(student, rows), logits(teacher, rows), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_batches_padding_and_the_order_of_rows_do_not_matter(batch_size):
+    teacher = random_model()
+    want, kept = cut_of(teacher, layers=[1, 3], hidden_size=18)
+    student = copy.deepcopy(want)
+    refit(want, teacher, kept, ROWS, 1.0, batch_size=3)
+    refit(student, teacher, kept, ROWS[::-1], 1.0, batch_size=batch_size)
+    torch.testing.assert_close(student.state_dict(), want.state_dict(), rtol=0, atol=2e-5)
+
+
+def test_sliding_windows_and_kinds_of_layers_are_those_of_the_model():
+    """Layers that see two tokens and layers that see all: the sweep gives every one its own mask."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    teacher = random_model("Qwen2", layer_types=kinds, sliding_window=2, use_sliding_window=True)
+    student, kept = cut_of(teacher, layers=4)
+    assert refit(student, teacher, kept, ROWS, 1.0, batch_size=2)[-1] == (0, 0)
+    student, kept = cut_of(teacher, layers=[1, 2])
+    refit(student, teacher, kept, ROWS, 1.0, batch_size=2)
+    target, (_, out) = seen(teacher, 3)[1], seen(student, 1)
+    again = refit(copy.deepcopy(student), teacher, kept, ROWS, 1e9, batch_size=2)
+    assert again[-1][0] == pytest.approx(np.sum((target - out) ** 2) / np.sum(target**2), rel=1e-3)
+
+
+def test_a_refitted_student_loads_again_with_the_same_logits(tmp_path):
+    teacher = random_model()
+    student, kept = cut_of(teacher, layers=2, intermediate_size=32)
+    refit(student, teacher, kept, ROWS, 1.0)
+    student.save_pretrained(tmp_path)
+    assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), logits(student))
+
+
+@pytest.mark.parametrize("family", WITH_A_NORM_BEHIND)
+def test_a_norm_behind_the_mlp_is_refused(family):
+    teacher = random_model(family)
+    student, kept = cut_of(teacher, layers=[0, 3])
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(InputError, match=r"student.prune.refit: layer 0 of Gemma.* is not linear in down_proj"):
+        refit(student, teacher, kept, ROWS, 1.0)
+    torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
+
+
+def test_what_is_always_zero_stays_and_what_is_not_finite_is_refused():
+    zero, one = torch.zeros(3, 3, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+    assert torch.equal(ridge_solution(zero, zero[:, :2], 1.0), zero[:, :2])
+    with pytest.raises(InputError, match="not finite"):
+        ridge_solution(zero + torch.inf, one, 1.0)
+    with pytest.raises(InputError, match="not finite"):
+        ridge_solution(torch.eye(3, dtype=torch.float64), one * torch.nan, 1.0)
+
+
+def test_the_ridge_is_relative_to_the_activations():
+    gram, cross = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)), torch.eye(2, dtype=torch.float64)
+    want = torch.diag(torch.tensor([1 / (1 + 0.5 * 2), 1 / (3 + 0.5 * 2)], dtype=torch.float64))
+    torch.testing.assert_close(ridge_solution(gram, cross, 0.5), want)
