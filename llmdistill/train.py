@@ -230,6 +230,8 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     Raises:
         InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows or with these adapters.
     """
+    import torch
+
     from llmdistill.trainer import DistillTrainer, check_adapters
     from llmdistill.training.importance import effective_sample_size, importance, log_importance
     from llmdistill.training.packing import check_apart
@@ -237,7 +239,9 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     try:
         DistillTrainer.check_dataset(arguments, dataset, teacher)
         if arguments.packing or arguments.padding_free:
-            check_apart(student)
+            half = torch.bfloat16 if arguments.bf16 else torch.float16
+            with torch.autocast(student.device.type, half, enabled=arguments.bf16 or arguments.fp16):
+                check_apart(student)
         for config in getattr(student, "peft_config", {}).values():
             check_adapters(student.get_base_model(), config)
         if arguments.sequence_alpha:
