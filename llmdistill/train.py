@@ -102,7 +102,8 @@ def _train_one(
 
         from llmdistill.trainer import DistillTrainer
 
-        arguments, precision = _arguments(experiment, directory, text_only, settings, inputs)
+        precision = _precision(experiment, directory, settings, inputs)
+        arguments = _arguments(experiment, directory, text_only, precision)
         tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
         rows = _mixed(experiment, load_dataset(experiment.dataset_directory, "train"))
         dataset, validation = _split(experiment, rows)
@@ -265,10 +266,15 @@ def _evaluation(experiment: Experiment) -> dict[str, Any]:
     return found
 
 
-def _arguments(
-    experiment: Experiment, directory: Path, text_only: bool, settings: dict[str, Any], inputs: dict[str, str]
-) -> tuple[Any, Precision]:
-    """The `DistillConfig`, with errors that name the key, and the precision of the products.
+def _precision(experiment: Experiment, directory: Path, settings: dict[str, Any], inputs: dict[str, str]) -> Precision:
+    """What the products are computed in: as the training was begun, as configured, or as this machine is good at."""
+    asked = experiment.train.args
+    found = training_precision(asked.get("use_cpu", False), asked.get("bf16"), asked.get("fp16", False))
+    return stage.settled_precision(directory, settings, inputs, found)
+
+
+def _arguments(experiment: Experiment, directory: Path, text_only: bool, precision: Precision) -> Any:
+    """The `DistillConfig`, with errors that name the key.
 
     Raises:
         InputError: an argument that TRL does not have, or does not take.
@@ -285,9 +291,6 @@ def _arguments(
             raise InputError(f"train.args.{name} is set by the key {_RESERVED[name]}")
         if name not in names:
             raise no_such_key("train.args", name, names, "trl.SFTConfig has no such argument")
-    asked, use_cpu = experiment.train.args, not torch.accelerator.is_available()
-    precision = training_precision(asked.get("use_cpu", use_cpu), asked.get("bf16"), asked.get("fp16", False))
-    precision = stage.settled_precision(directory, settings, inputs, precision)
     defaults = {
         "seed": experiment.seed,
         "bf16": precision.dtype == "bfloat16",
@@ -298,7 +301,7 @@ def _arguments(
         "report_to": "none",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "use_cpu": use_cpu,
+        "use_cpu": not torch.accelerator.is_available(),
         **_evaluation(experiment),
     }
     ours = {"output_dir": str(directory / "checkpoints")} | experiment.train.model_dump(include=set(_LOSS))
@@ -312,7 +315,7 @@ def _arguments(
     if arguments.n_gpu > 1:  # the trainer would cut a batch apart from its targets (DataParallel)
         say("train", f"uses one of {arguments.n_gpu} GPUs; docs/distributed.md says how to start a process on each")
         arguments._n_gpu = 1
-    return arguments, precision
+    return arguments
 
 
 def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:
