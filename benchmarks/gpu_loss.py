@@ -45,7 +45,7 @@ def compare(kind: str, head: str, dtype: Any, small: bool) -> dict[str, tuple[fl
     import torch
 
     from llmdistill import losses
-    from llmdistill.training import fused
+    from llmdistill.losses import fused
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

@@ -15,13 +15,11 @@ from race import peak_gb, quiet, race
 
 ROOT = Path(__file__).resolve().parent.parent
 SFT, LIGER = "TRL SFT", "TRL SFT, Liger"
-BY_LENGTH = {"padding_free": False, "train_sampling_strategy": "group_by_length"}
 WAYS: dict[str, dict[str, Any]] = {  # of batching in the showcase
     "as it is": {},
-    "padded": {"padding_free": False},
-    "padded, by length": BY_LENGTH,
-    "padded, by length, compiled": {**BY_LENGTH, "torch_compile": True},
-    "flex attention": {"attention": "flex_attention"},
+    "by length": {"train_sampling_strategy": "group_by_length"},
+    "padding-free": {"padding_free": True},
+    "padding-free, flex attention": {"padding_free": True, "attention": "flex_attention"},
 }
 
 
@@ -194,7 +192,8 @@ def packing(small: bool, found: Found) -> None:
             model = synthetic.llama("tiny" if small else "showcase", vocab, attn_implementation=attention)
             model = model.to("cuda" if gpu else "cpu")
             half = attention.startswith("flash")  # which has no float32
-            check_apart(model)
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
+                check_apart(model)
             padded, line = (flat_gradient(model, rows, in_a_line, half) for in_a_line in (False, True))
             off = float((line - padded).norm() / padded.norm())
             found.row("packing", attention=attention, precision="bfloat16" if half else "float32", **{"gradient off by": off})
@@ -211,13 +210,13 @@ def flat_gradient(model: Any, rows: list[Any], in_a_line: bool, half: bool) -> A
     """Of the loss as the trainer computes it, with respect to all weights."""
     import torch
 
-    from llmdistill.data.collator import DistillCollator, in_place_of_logits
-    from llmdistill.losses import Objective
-    from llmdistill.training import fused
+    from llmdistill.data.collator import DistillCollator, completion_labels, in_place_of_logits
+    from llmdistill.losses import Objective, fused
 
     batch = {name: values.to(model.device) for name, values in DistillCollator(0, padding_free=in_a_line)(rows).items()}
-    labels_N = batch["labels"][batch["labels"] != -100]
-    head = fused.find_head(model)
+    labels_N = completion_labels(batch)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
+        head = fused.find_head(model)
     assert head is not None
     model.train().zero_grad()
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):

@@ -19,7 +19,7 @@ import torch
 from llmdistill.config import load_experiment
 from llmdistill.config.student import Prune
 from llmdistill.models.loading import load_model
-from llmdistill.stages.prune import calibration_and_others, kl_from_teacher
+from llmdistill.stages.prune import Nearness, calibration_and_others
 from llmdistill.students.pruning import choose, cut, measure
 from llmdistill.students.refit import refit
 
@@ -44,18 +44,18 @@ def main() -> None:
     teacher = load_model(experiment.teacher.model, experiment.teacher.revision, "float32")
     calibration, others = calibration_and_others(experiment, arguments.rows)
     tokens = sum(len(row["input_ids"]) for row in calibration)
-    importance = measure(teacher, calibration)
+    importance, nearness = measure(teacher, calibration), Nearness(teacher, others)
     found = {}
     print(f"| {len(calibration)} rows, {tokens:,} tokens | cut | refitted | seconds |\n| --- | ---: | ---: | ---: |")
     for name, section in STUDENTS.items():
         settings = Prune(**section)
         kept = choose(settings, teacher.config, importance)
         student = cut(teacher, kept)
-        before = kl_from_teacher(teacher, student, others, torch.bfloat16)
+        before = nearness.kl(student, torch.bfloat16)
         start = time.process_time()
         refit(student, teacher, kept, calibration, settings.ridge)
         seconds = time.process_time() - start
-        found[name] = [before, kl_from_teacher(teacher, student, others, torch.bfloat16), seconds]
+        found[name] = [before, nearness.kl(student, torch.bfloat16), seconds]
         print(f"| {name} | {before:.2f} | {found[name][1]:.2f} | {seconds:.0f} |", flush=True)
     first, second, _ = found["15 of 30 layers, by block influence"]
     print(f"\naim refitted_kl_over_cut_kl {second / first:.4g}")

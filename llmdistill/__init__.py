@@ -1,21 +1,35 @@
 """llmdistill: distil a large language model into a small one with synthetic data."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmdistill import losses
+    from llmdistill.data.dataset import load_dataset
+    from llmdistill.data.hub import push_to_hub
+    from llmdistill.errors import InputError
+    from llmdistill.training.trainer import DistillConfig, DistillTrainer
 
 __version__ = "0.1.0"
+__all__ = ["DistillConfig", "DistillTrainer", "InputError", "load_dataset", "losses", "push_to_hub"]
 
-_EXPORTS = {
+_MODULES = {
     "DistillConfig": "llmdistill.training.trainer",
     "DistillTrainer": "llmdistill.training.trainer",
+    "InputError": "llmdistill.errors",
     "load_dataset": "llmdistill.data.dataset",
     "push_to_hub": "llmdistill.data.hub",
 }
-__all__ = ["DistillConfig", "DistillTrainer", "load_dataset", "push_to_hub"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and TRL only when a class that needs them is asked for."""
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    """Import torch and TRL only when something that needs them is asked for."""
+    if name == "losses":
+        return importlib.import_module("llmdistill.losses")
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

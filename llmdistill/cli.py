@@ -2,12 +2,11 @@
 
 import argparse
 import errno
-import importlib
 import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,40 +16,28 @@ from llmdistill import __version__
 from llmdistill.config import Experiment, keys, load_experiment, overrides_of
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs.quiet import quiet_libraries
+from llmdistill.stages.table import STAGES, Stage
 
-# What each command does, and the sections of the configuration it reads.
-STAGES = {
-    "prompts": (
-        "the teacher makes prompts out of prompts, by the steps of the configuration",
-        ("teacher", "prompts", "generate.rows_per_shard"),
+
+@dataclass(frozen=True)
+class Command:
+    """A command that takes a configuration and is no stage: what it does, and the sections that it reads."""
+
+    help: str
+    sections: tuple[str, ...]
+
+
+COMMANDS: dict[str, Stage | Command] = {
+    **STAGES,
+    "chat": Command("talk to the teacher and the student side by side in the terminal", ("teacher", "generate")),
+    "run": Command("all stages in order; a finished stage is skipped", ("",)),
+    "refresh": Command(
+        "a run that comes back: what is new is added, and the new student is promoted if it is not worse", ("refresh",)
     ),
-    "generate": (
-        "the teacher writes a dataset: text and soft targets in one pass",
-        ("teacher", "prompts", "generate", "targets"),
-    ),
-    "score": (
-        "the teacher reads finished text; it is stored with soft targets, as by generate",
-        ("teacher", "score", "generate.rows_per_shard", "targets"),
-    ),
-    "curate": ("filter the dataset and hold rows out for evaluation, counting every rejected row", ("curate", "eval.held_out")),
-    "prune": ("cut the student out of the teacher, and say what went and why", ("teacher", "student.prune")),
-    "train": ("train the student on the dataset", ("student", "train")),
-    "eval": ("measure the student against the teacher on held-out rows", ("eval",)),
-    "export": ("write the student whole or quantised, ready to serve, and measure what that costs", ("export", "eval.speed")),
-    "report": ("write report.html and report.md, or one page on several runs", ()),
-    "chat": ("talk to the teacher and the student side by side in the terminal", ("teacher", "generate")),
-    "run": ("all stages in order; a finished stage is skipped", ("",)),
-    "refresh": (
-        "a run that comes back: what is new is added, and the new student is promoted if it is not worse",
-        ("refresh",),
-    ),
-    "submit": ("the same as scheduled jobs, each after those that it needs", ("jobs",)),
+    "submit": Command("the same as scheduled jobs, each after those that it needs", ("jobs",)),
 }
 _PATIENCE = 30  # seconds
-_SHARED = ("prompts", "generate", "score")  # several workers may do it together
-_USAGE = dict.fromkeys(_SHARED, " [--shards I/N]") | {"report": "\n       llmdistill report RUN RUN ... [--out FILE.html]"}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MODULES = {"eval": ("llmdistill.stages.evaluate", "evaluate")}  # the others are named as their command
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -63,17 +50,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         parser.print_help()
         sys.exit(2)
     try:
-        if arguments.command in ("inspect", "push", "convert", "status", "cancel"):
-            _call_on_directory(arguments, rest)
-        elif arguments.command == "report" and (len(arguments.config) > 1 or Path(arguments.config[0]).is_dir()):
-            _compare(arguments, rest)
-        else:
-            overrides = overrides_of(rest)
-            config = arguments.config[0] if arguments.command == "report" else arguments.config
-            if getattr(arguments, "out", None):
-                raise InputError("--out is for the report of several runs; that of one goes into its output")
-            experiment = load_experiment(Path(config), overrides)
-            _call_stage(arguments, experiment, rest)
+        arguments.call(arguments, rest)
     except InputError as error:
         _leave_it_to_the_first()
         _complain(arguments, error)
@@ -102,24 +79,38 @@ def _complain(arguments: argparse.Namespace, text: object) -> None:
         print(text, file=sys.stderr)
 
 
-def _call_on_directory(arguments: argparse.Namespace, rest: list[str]) -> None:
+def _no_more(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Refuse words that a command without a configuration cannot take."""
     if rest:
         raise InputError(f"{arguments.command} takes no {rest[0]}")
-    directory = Path(arguments.directory)
-    if arguments.command == "convert":
-        _convert(directory, arguments)
-    elif arguments.command in ("status", "cancel"):
-        from llmdistill import jobs
 
-        getattr(jobs, arguments.command)(directory)
-    elif arguments.command == "inspect":
-        from llmdistill.data.inspect import inspect
 
-        inspect(directory, arguments.verify)
-    else:
-        from llmdistill.data.hub import push
+def _status(arguments: argparse.Namespace, rest: list[str]) -> None:
+    _no_more(arguments, rest)
+    from llmdistill import jobs
 
-        push(directory, arguments.repo_id, arguments.private, arguments.revision, arguments.dry_run)
+    jobs.status(Path(arguments.directory))
+
+
+def _cancel(arguments: argparse.Namespace, rest: list[str]) -> None:
+    _no_more(arguments, rest)
+    from llmdistill import jobs
+
+    jobs.cancel(Path(arguments.directory))
+
+
+def _inspect(arguments: argparse.Namespace, rest: list[str]) -> None:
+    _no_more(arguments, rest)
+    from llmdistill.data.inspect import inspect
+
+    inspect(Path(arguments.directory), arguments.verify)
+
+
+def _push(arguments: argparse.Namespace, rest: list[str]) -> None:
+    _no_more(arguments, rest)
+    from llmdistill.data.hub import push
+
+    push(Path(arguments.directory), arguments.repo_id, arguments.private, arguments.revision, arguments.dry_run)
 
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -134,8 +125,9 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     compare(directories, Path(arguments.out or "comparison.html"))
 
 
-def _convert(source: Path, arguments: argparse.Namespace) -> None:
-    out = Path(arguments.out)
+def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:
+    _no_more(arguments, rest)
+    source, out = Path(arguments.directory), Path(arguments.out)
     if arguments.to:
         for flag in ("teacher", "k"):
             if getattr(arguments, flag) is not None:
@@ -154,53 +146,82 @@ def _convert(source: Path, arguments: argparse.Namespace) -> None:
     return import_dataset(source, out, arguments.form, arguments.teacher, arguments.k)
 
 
-def _call_stage(arguments: argparse.Namespace, experiment: Experiment, rest: list[str]) -> None:
-    from llmdistill.runs.pipeline import Stage, run_pipeline, say_estimate, stages
+def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
+    if len(arguments.config) > 1 or Path(arguments.config[0]).is_dir():
+        return _compare(arguments, rest)
+    if arguments.out:
+        raise InputError("--out is for the report of several runs; that of one goes into its output")
+    arguments.config = arguments.config[0]
+    return _stage(arguments, rest)
 
+
+def _experiment(arguments: argparse.Namespace, rest: list[str]) -> Experiment:
+    """The configuration with the overrides; a dry run shows it."""
+    experiment = load_experiment(Path(arguments.config), overrides_of(rest))
     if arguments.dry_run:
         print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    elif arguments.command == "run":
+    return experiment
+
+
+def _run(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from llmdistill.runs.pipeline import run_pipeline, say_estimate, stages
+
+    experiment = _experiment(arguments, rest)
+    if not arguments.dry_run:
         return run_pipeline(experiment, [arguments.config, *rest])
-    if arguments.command == "refresh":
-        from llmdistill.runs.refresh import refresh
+    for stage in stages(experiment):
+        overrides = [*overrides_of(rest), *stage.overrides.items()]
+        here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
+        STAGES[stage.command].function(here, dry_run=True)
+    return say_estimate(experiment)
 
-        return refresh(experiment, [arguments.config, *rest], arguments.dry_run)
-    if arguments.command == "submit":
-        from llmdistill.jobs import submit
 
-        return submit(experiment, [arguments.config, *rest], arguments.dry_run)
-    options: dict[str, Any] = {"dry_run": arguments.dry_run}
+def _refresh(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from llmdistill.runs.refresh import refresh
+
+    refresh(_experiment(arguments, rest), [arguments.config, *rest], arguments.dry_run)
+
+
+def _submit(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from llmdistill.jobs import submit
+
+    submit(_experiment(arguments, rest), [arguments.config, *rest], arguments.dry_run)
+
+
+def _chat(arguments: argparse.Namespace, rest: list[str]) -> None:
+    from llmdistill.objectstore.copies import bring
+    from llmdistill.stages.chat import chat
+
+    experiment = _experiment(arguments, rest)
+    if experiment.store is not None and not arguments.dry_run:
+        bring(experiment, "chat")
+    chat(experiment, arguments.dry_run)
+
+
+def _stage(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """One stage, watched, with what it reads and writes in the object store if there is one."""
+    experiment = _experiment(arguments, rest)
+    function = STAGES[arguments.command].function
+    options: dict[str, Any] = {}
     if getattr(arguments, "shards", None):
         from llmdistill.data.shards import Share
 
         options["worker"] = Share.parse(arguments.shards)
     if arguments.dry_run:
-        for stage in stages(experiment) if arguments.command == "run" else [Stage(arguments.command)]:
-            overrides = [*overrides_of(rest), *stage.overrides.items()]
-            here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
-            _function(stage.command)(here, **options)
-        if arguments.command == "run":
-            say_estimate(experiment)
-        return None
+        return function(experiment, dry_run=True, **options)
     from llmdistill.objectstore.copies import bring, keep
     from llmdistill.runs.progress import console, working
     from llmdistill.runs.watch import watched
 
-    talks = arguments.command == "chat"
-    console.quiet = console.quiet or (experiment.watch.log == "json" and not talks)  # what is not a line of a stage
-    watching = watched(arguments.command, experiment.output, experiment.watch, getattr(arguments, "shards", None))
-    with nullcontext() if talks else watching, nullcontext() if talks else working(arguments.command, "starting"):
+    console.quiet = console.quiet or experiment.watch.log == "json"  # what is not a line of a stage
+    share = getattr(arguments, "shards", None)
+    with watched(arguments.command, experiment.output, experiment.watch, share), working(arguments.command, "starting"):
         if experiment.store is not None:
             bring(experiment, arguments.command)
-        _function(arguments.command)(experiment, **options)
+        function(experiment, **options)
         if experiment.store is not None:
             keep(experiment, arguments.command)
     return None
-
-
-def _function(command: str) -> Any:
-    module, function = _MODULES.get(command, (f"llmdistill.stages.{command}", command))
-    return getattr(importlib.import_module(module), function)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,35 +233,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llmdistill {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, (help_text, sections) in STAGES.items():
-        command = commands.add_parser(
-            name,
-            help=help_text,
-            description=help_text[0].upper() + help_text[1:] + ".",
-            usage=f"llmdistill {name} CONFIG.yaml [--KEY VALUE ...] [--dry-run]" + _USAGE.get(name, ""),
-            epilog=_keys_help(sections),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        if name == "report":
-            command.add_argument("config", nargs="+", metavar="CONFIG.yaml", help="the experiment, or the outputs of several")
-            command.add_argument("--out", metavar="FILE.html", help="of several: where the page goes (default comparison.html)")
-        else:
-            command.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
-        command.add_argument(
-            "--dry-run", action="store_true", help="show the resolved configuration and what would be done; load no model"
-        )
-        if name in _SHARED:
-            command.add_argument("--shards", metavar="I/N", help="make only the shards of the I-th of N workers")
+    for name, described in COMMANDS.items():
+        _add_command(commands, name, described)
     inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
     inspect.add_argument("directory", metavar="DIR", help="the dataset's directory")
     inspect.add_argument("--verify", action="store_true", help="also read every shard and check it against its checksum")
-    for name, text in (
-        ("status", "show how far a run is"),
-        ("cancel", "end submitted jobs; what is finished stays"),
+    inspect.set_defaults(call=_inspect)
+    for name, text, call in (
+        ("status", "show how far a run is", _status),
+        ("cancel", "end submitted jobs; what is finished stays", _cancel),
     ):
         of_jobs = commands.add_parser(name, help=text, allow_abbrev=False)
         of_jobs.add_argument("directory", metavar="RUN", help="the output of the experiment")
+        of_jobs.set_defaults(call=call)
     help_text = "upload a finished dataset or student to the Hugging Face Hub"
     push = commands.add_parser(
         "push",
@@ -254,8 +259,38 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="create it as private; an existing public one is refused")
     push.add_argument("--revision", metavar="BRANCH", help="another branch than main; created if it is not there")
     push.add_argument("--dry-run", action="store_true", help="check the directory and list what would be uploaded; no network")
+    push.set_defaults(call=_push)
     _add_convert(commands)
     return parser
+
+
+def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
+    """A command that takes a configuration."""
+    shared = isinstance(described, Stage) and described.shared
+    usage = f"llmdistill {name} CONFIG.yaml [--KEY VALUE ...] [--dry-run]" + (" [--shards I/N]" if shared else "")
+    if name == "report":
+        usage += "\n       llmdistill report RUN RUN ... [--out FILE.html]"
+    command = commands.add_parser(
+        name,
+        help=described.help,
+        description=described.help[0].upper() + described.help[1:] + ".",
+        usage=usage,
+        epilog=_keys_help(described.sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    calls = {"chat": _chat, "run": _run, "refresh": _refresh, "submit": _submit, "report": _report}
+    command.set_defaults(call=calls.get(name, _stage))
+    if name == "report":
+        command.add_argument("config", nargs="+", metavar="CONFIG.yaml", help="the experiment, or the outputs of several")
+        command.add_argument("--out", metavar="FILE.html", help="of several: where the page goes (default comparison.html)")
+    else:
+        command.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
+    command.add_argument(
+        "--dry-run", action="store_true", help="show the resolved configuration and what would be done; load no model"
+    )
+    if shared:
+        command.add_argument("--shards", metavar="I/N", help="make only the shards of the I-th of N workers")
 
 
 def _add_convert(commands: Any) -> None:
@@ -279,6 +314,7 @@ def _add_convert(commands: Any) -> None:
         metavar="N",
         help="with --to distillkit: keep N log-probabilities a position as they are and the others as a curve; all if not given",
     )
+    convert.set_defaults(call=_convert)
 
 
 def _keys_help(sections: tuple[str, ...]) -> str:

@@ -1,13 +1,11 @@
 """The configuration's sections `jobs` and `watch`: where stages run as scheduled jobs, with what, and how they are watched."""
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from llmdistill.config.section import PassedOn, Section
-
-WITHOUT_MODELS = ("curate", "report")  # they get GPUs only where `stages` says so
 
 
 def _matching(pattern: str, problem: str) -> AfterValidator:
@@ -173,7 +171,8 @@ class Kubernetes(KubernetesResources):
 
     @model_validator(mode="after")
     def _one_pod_trains(self) -> "Kubernetes":
-        if (of_stage(self, "train").nodes or 1) > 1:
+        own = self.stages.get("train")
+        if ((own and own.nodes) or self.nodes or 1) > 1:
             raise ValueError("nodes: a Job of Kubernetes trains in one pod; for more nodes use slurm or skypilot")
         return self
 
@@ -199,18 +198,6 @@ class Ray(RayResources):
     stages: dict[StageName, RayResources] = {}
     """What a stage asks for where it is not the same. Without `gpus`, `generate` and `score` ask for
     `teacher.tensor_parallel_size` a worker, `curate` and `report` for none, and the others for one."""
-
-
-Backend = TypeVar("Backend", Slurm, Ray, SkyPilot, Kubernetes)
-
-
-def of_stage(settings: Backend, stage: Any) -> Backend:
-    """The settings with what a stage asks for in the place of what is asked for in general."""
-    own = settings.stages.get(stage)
-    asked = own.model_dump(exclude_none=True) if own else {}
-    if stage in WITHOUT_MODELS:
-        asked.setdefault("gpus", None)
-    return settings.model_copy(update=asked)
 
 
 class Jobs(Section):

@@ -118,6 +118,11 @@ def first_items(batch: Mapping[str, torch.Tensor], count: int) -> dict[str, torc
     return {**batch, **flat, "labels": labels_BT, "lengths": lengths}
 
 
+def completion_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The completion tokens, shape (N,): without a search for them in `labels`, which a GPU would have to be waited for."""
+    return batch["labels"].flatten()[batch["positions"] + 1]
+
+
 def output_layer(model: Any) -> torch.nn.Module:
     """The model's output layer, however DDP or peft wrap the model."""
     layer: torch.nn.Module = getattr(model, "module", model).get_output_embeddings()

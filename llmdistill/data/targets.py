@@ -195,14 +195,14 @@ def decode(columns: Mapping[str, Array]) -> SoftTargets:
     """The targets of any run of positions from their flat columns, as `cut` gives them; weights add up to one."""
     if "target_tail" in columns:
         tail_N = np.asarray(columns["target_tail"], dtype=np.float32)
-        logprobs_NK = _positions(columns["target_logprobs"].astype(np.float32), len(tail_N))
+        logprobs_NK = _positions(columns["target_logprobs"].astype(np.float32, copy=False), len(tail_N))
         total_N1 = np.exp(logprobs_NK).sum(axis=1, keepdims=True) + tail_N[:, None]
-        ids_NK = _positions(columns["target_ids"].astype(np.int64), len(tail_N))
+        ids_NK = _positions(columns["target_ids"].astype(np.int64, copy=False), len(tail_N))
         return TopK(ids_NK, logprobs_NK - np.log(total_N1), tail_N / total_N1[:, 0])
     if "target_counts" in columns:
         return _decode_multinomial(columns)
     exact_N = columns["target_exact"].astype(np.int64)
-    gaps_NK = _positions(columns["target_ids"].astype(np.int64), len(exact_N))
+    gaps_NK = _positions(columns["target_ids"].astype(np.int64, copy=False), len(exact_N))
     is_exact_NK = np.arange(gaps_NK.shape[1]) < exact_N[:, None]
     sums_NK = gaps_NK.cumsum(axis=1)
     # The second part counts from zero again: what the first part has summed up to is taken off.

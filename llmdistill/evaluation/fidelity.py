@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmdistill.models.loading import continue_prompts
+from llmdistill.models.loading.loading import continue_prompts
 
 Array = np.ndarray[Any, Any]
 Report = Callable[[int, int], None]

@@ -6,16 +6,29 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import yaml
 
 from llmdistill.config import Experiment
+from llmdistill.config.jobs import Kubernetes, Ray, SkyPilot, Slurm
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.runs.pipeline import Stage, stages
+from llmdistill.runs.pipeline import StageRun, stages
+from llmdistill.stages.table import STAGES
 
 PORT = 29500
-SHARED = ("generate", "score")  # several workers do it together
+SHARED = tuple(name for name, stage in STAGES.items() if stage.array)  # a job for each of several workers
+Backend = TypeVar("Backend", Slurm, Ray, SkyPilot, Kubernetes)
 Job = dict[str, str]  # its `stage`, what it is called as `job`, and what else its backend finds it by
+
+
+def of_stage(settings: Backend, name: str) -> Backend:
+    """The settings with what a stage asks for in the place of what is asked for in general."""
+    own = settings.stages.get(name)  # type: ignore[call-overload]
+    asked = own.model_dump(exclude_none=True) if own else {}
+    if name in STAGES and not STAGES[name].uses_model:
+        asked.setdefault("gpus", None)
+    return settings.model_copy(update=asked)
 
 
 def launched(accelerate: str | None, nodes: int, gpus: int, rank: str, first: str, identity: str, words: str) -> str:
@@ -60,7 +73,7 @@ def elsewhere(output: str, mount: str) -> str:
     return str(PurePosixPath(mount) / path)
 
 
-def stages_elsewhere(experiment: Experiment, mount: str, arguments: Sequence[str]) -> list[tuple[Stage, list[str]]]:
+def stages_elsewhere(experiment: Experiment, mount: str, arguments: Sequence[str]) -> list[tuple[StageRun, list[str]]]:
     """The stages with the words of each, where all output lies below a mount.
 
     Raises:
@@ -70,7 +83,7 @@ def stages_elsewhere(experiment: Experiment, mount: str, arguments: Sequence[str
     return [(stage, [*arguments, "--output", there.output, *stage.arguments]) for stage in stages(there)]
 
 
-def completed(todo: list[tuple[Stage, list[str]]], number: int, workers: int) -> str:
+def completed(todo: list[tuple[StageRun, list[str]]], number: int, workers: int) -> str:
     """What a stage's shell command begins with where many workers made the dataset before it.
 
     Those that saw each other's last shards late have left it incomplete; the same command without a share completes it.

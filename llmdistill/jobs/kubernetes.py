@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.config.jobs import Kubernetes, of_stage
+from llmdistill.config.jobs import Kubernetes
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.jobs.commands import SHARED, Job, ask, completed, documents, run_name, stages_elsewhere
-from llmdistill.runs.pipeline import Stage, stages
+from llmdistill.jobs.commands import SHARED, Job, ask, completed, documents, of_stage, run_name, stages_elsewhere
+from llmdistill.runs.pipeline import StageRun, stages
 
 OVER = {"COMPLETE", "FAILED"}
 SAME_FILES = False
@@ -51,7 +51,7 @@ def render(experiment: Experiment, settings: Kubernetes, arguments: Sequence[str
     return {"kubernetes.yaml": documents([*jobs, *_order(settings, run, [f"{run}-{stage.name}" for stage, _ in todo])])}
 
 
-def _job(settings: Kubernetes, run: str, todo: list[tuple[Stage, list[str]]], number: int) -> _Object:
+def _job(settings: Kubernetes, run: str, todo: list[tuple[StageRun, list[str]]], number: int) -> _Object:
     stage, words = todo[number]
     asked = of_stage(settings, stage.command)
     many = settings.workers > 1 and stage.command in SHARED

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.config.jobs import WITHOUT_MODELS, Ray, of_stage
+from llmdistill.config.jobs import Ray
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.jobs.commands import SHARED, Job
+from llmdistill.jobs.commands import SHARED, Job, of_stage
+from llmdistill.stages.table import STAGES
 
 OVER = {"STOPPED", "SUCCEEDED", "FAILED"}
 SAME_FILES = True
@@ -20,8 +21,9 @@ def resources(settings: Ray, command: str, experiment: Experiment | None) -> dic
     asked = of_stage(settings, command)
     gpus = asked.gpus
     if gpus is None:
-        shared = experiment and command in SHARED
-        gpus = 0 if command in WITHOUT_MODELS else experiment.teacher.tensor_parallel_size if experiment and shared else 1
+        gpus = experiment.teacher.tensor_parallel_size if experiment and command in SHARED else 1
+        if command in STAGES and not STAGES[command].uses_model:
+            gpus = 0
     return {"num_gpus": gpus, "num_cpus": 1 if asked.cpus is None else asked.cpus}
 
 

@@ -24,7 +24,7 @@ from llmdistill.data.shards import Worker
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs import ray as backend
 from llmdistill.jobs.commands import SHARED
-from llmdistill.runs.pipeline import Stage, stages
+from llmdistill.runs.pipeline import StageRun, stages
 from llmdistill.runs.progress import say
 
 
@@ -140,7 +140,7 @@ def drive(file: str, rest: list[str]) -> None:
             _run_on_one_node(settings, stage, [file, *rest, *stage.arguments])
 
 
-def _make_shards(experiment: Experiment, settings: Ray, stage: Stage) -> None:
+def _make_shards(experiment: Experiment, settings: Ray, stage: StageRun) -> None:
     """Keep as many actors at it as are asked for, until every shard is there or has failed too often."""
     plan, directory = Plan(), experiment.directory("data")
     _make(stage.command, experiment, plan)  # what is wrong with the input is found out here
@@ -181,7 +181,7 @@ def _make_shards(experiment: Experiment, settings: Ray, stage: Stage) -> None:
         )
 
 
-def _run_on_one_node(settings: Ray, stage: Stage, words: list[str]) -> None:
+def _run_on_one_node(settings: Ray, stage: StageRun, words: list[str]) -> None:
     """A stage as one command on one node."""
     command = [*backend.launcher(settings, stage.command), stage.command, *words]
     options = backend.resources(settings, stage.command, None)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.config.jobs import SkyPilot, of_stage
+from llmdistill.config.jobs import SkyPilot
 from llmdistill.errors import InputError
-from llmdistill.jobs.commands import SHARED, Job, ask, below, completed, documents, launched, run_name, stages_elsewhere
-from llmdistill.runs.pipeline import Stage, stages
+from llmdistill.jobs.commands import SHARED, Job, ask, below, completed, documents, launched, of_stage, run_name, stages_elsewhere
+from llmdistill.runs.pipeline import StageRun, stages
 
 OVER = {"SUCCEEDED", "CANCELLED", "FAILED", "FAILED_SETUP", "FAILED_PRECHECKS", "FAILED_NO_RESOURCE", "FAILED_CONTROLLER"}
 SAME_FILES = False
@@ -34,7 +34,7 @@ def render(experiment: Experiment, settings: SkyPilot, arguments: Sequence[str])
     return {"skypilot.yaml": documents([{"name": run_name(experiment.output)}, *tasks])}
 
 
-def _task(settings: SkyPilot, todo: list[tuple[Stage, list[str]]], number: int, there: Path) -> dict[str, Any]:
+def _task(settings: SkyPilot, todo: list[tuple[StageRun, list[str]]], number: int, there: Path) -> dict[str, Any]:
     stage = todo[number][0]
     asked = of_stage(settings, stage.command)
     nodes = settings.workers if stage.command in SHARED else (asked.nodes or 1) if stage.command == "train" else 1
@@ -65,7 +65,7 @@ def _task(settings: SkyPilot, todo: list[tuple[Stage, list[str]]], number: int, 
     return task
 
 
-def _command(settings: SkyPilot, stage: Stage, words: list[str], nodes: int) -> str:
+def _command(settings: SkyPilot, stage: StageRun, words: list[str], nodes: int) -> str:
     """What every machine of a task runs."""
     quoted, gpus = shlex.join([stage.command, *words]), of_stage(settings, stage.command).gpus or 0
     if stage.command == "train" and (nodes > 1 or gpus > 1 or settings.accelerate):

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llmdistill.config import Experiment
-from llmdistill.config.jobs import Slurm, of_stage
+from llmdistill.config.jobs import Slurm
 from llmdistill.errors import InputError
-from llmdistill.jobs.commands import SHARED, Job, ask, launched
-from llmdistill.runs.pipeline import Stage, stages
+from llmdistill.jobs.commands import SHARED, Job, ask, launched, of_stage
+from llmdistill.runs.pipeline import StageRun, stages
 
 _OPTIONS = {"partition": "partition", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time"}
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
@@ -27,7 +27,7 @@ def render(experiment: Experiment, settings: Slurm, arguments: Sequence[str]) ->
     return {f"{stage.name}.sh": script(experiment, settings, stage, arguments, Path.cwd()) for stage in stages(experiment)}
 
 
-def script(experiment: Experiment, settings: Slurm, stage: Stage, arguments: Sequence[str], directory: Path) -> str:
+def script(experiment: Experiment, settings: Slurm, stage: StageRun, arguments: Sequence[str], directory: Path) -> str:
     """The batch script of a stage.
 
     Args:

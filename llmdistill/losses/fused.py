@@ -5,12 +5,19 @@ others. So a chunk of logits is computed, turned in place into the loss's gradie
 the gradients of the hidden states and of the output matrix, and overwritten by the next: one matrix product forward and
 two backward, as for plain cross-entropy, and never N × V numbers in memory. In suffixes, n and C count a chunk's rows and
 the picked logits of a row.
+
+On a GPU with Triton a chunk stays in the type of the products and is read once and rewritten once (`fused_triton`); all
+arithmetic is in float32 either way.
 """
 
+import functools
+import importlib.util
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,8 +26,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from llmdistill import losses
 from llmdistill.data.collator import output_layer, replaced_forward
+from llmdistill.training.probe import working
 
-CHUNK_BYTES = 1 << 27  # of float32 logits: enough rows for matrix products at full speed
+# Of float32 logits: enough rows for matrix products at full speed. On a GPU every chunk also reads and writes the whole gradient
+# of the output matrix, which fewer chunks do less often.
+CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 3 << 29}
 _CACHED = 1 << 20  # numbers
 
 # From the rows' place among N, their picked logits (n, C), the log-sum-exp of their others (n, 1) and the largest of those
@@ -71,7 +81,8 @@ def find_head(model: Any) -> Head | None:
 
     What a model does between this layer and its logits is measured, by putting known numbers in the layer's place. It is
     not read from the configuration, where every family has its own names for it. A factor (Cohere, Granite) and a soft-cap
-    (Gemma) are recognised; whatever else is done makes it None.
+    (Gemma) are recognised; whatever else is done makes it None. To be called under the autocast of the training: FlashAttention
+    has no float32.
     """
     layer = output_layer(model)
     opened = _opened(layer)
@@ -82,7 +93,7 @@ def find_head(model: Any) -> Head | None:
     device = opened[0].weight.device
     given_V = torch.linspace(-300, 300, opened[0].out_features, device=device)
     given_V[0], given_V[1] = 2.0**-10, 1e9  # they show the slope at zero, and the bound if there is one
-    with replaced_forward(layer, lambda *_: given_V.view(1, 1, -1)):
+    with working(model), replaced_forward(layer, lambda *_: given_V.view(1, 1, -1)):
         made = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
     if made.numel() != given_V.numel():
         return None
@@ -100,7 +111,7 @@ def distillation_loss(
     labels_N: Tensor,
     targets: Mapping[str, Tensor],
     objective: losses.Objective,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`losses.distillation_loss` of the logits that the head makes of the hidden states, without holding the logits.
 
@@ -113,7 +124,7 @@ def distillation_loss(
         labels_N: the completion tokens.
         targets: a batch of the collator.
         objective: what to compute.
-        chunk_bytes: of float32 logits in memory at a time.
+        chunk_bytes: of float32 logits in memory at a time; by the kind of device if not given.
     """
     is_topk = "target_tail" in targets
     columns = [labels_N[:, None]]
@@ -132,7 +143,11 @@ def distillation_loss(
         return objective.total(parts, here)
 
     flat, bias_V = head.terms(hidden_ND)
-    rows = max(min(chunk_bytes // (4 * len(flat[1])), len(hidden_ND)), 1)
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cpu"])
+    count = max(len(hidden_ND), 1)
+    chunks = math.ceil(count / max(chunk_bytes // (4 * len(flat[1])), 1))
+    rows = math.ceil(count / chunks)  # about as many in the last chunk as in the others
     loss, sums, gradients = _in_chunks(flat, bias_V, head.softcap, torch.cat(columns, dim=1), is_topk, row_loss, rows)
     return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
 
@@ -198,7 +213,9 @@ def _in_chunks(
         low = [tensor.to(wide) for tensor in flat[2:]]  # of low rank: float32 costs nothing there
         bias_V = None if bias_V is None else bias_V.to(dtype)
         buffer_nV = torch.empty(rows, len(weight_VD), dtype=dtype, device=device)
-        wide_buffer_nV = buffer_nV if dtype == wide else torch.empty_like(buffer_nV, dtype=wide)
+        # What is added to the logits or bends them is not to be rounded, and without kernels nothing is.
+        stays = dtype == wide or (kernels_for(device) is not None and not low and softcap is None)
+        wide_buffer_nV = buffer_nV if stays else torch.empty_like(buffer_nV, dtype=wide)
         total, sums = torch.zeros((), dtype=wide, device=device), defaultdict[str, Any](int)
         # Once where there are no rows at all, so that every part has its sum.
         for start in range(0, max(count, 1), rows):
@@ -207,7 +224,7 @@ def _in_chunks(
             product_nV = torch.mm(x_nD, weight_VD.t(), out=buffer_nV[: len(x_nD)])
             if bias_V is not None:
                 product_nV.add_(bias_V)
-            logits_nV = product_nV if dtype == wide else wide_buffer_nV[: len(x_nD)].copy_(product_nV)
+            logits_nV = product_nV if stays else wide_buffer_nV[: len(x_nD)].copy_(product_nV)
             for x_NR, weight_VR in zip(low[::2], low[1::2], strict=True):
                 logits_nV.addmm_(x_NR[here], weight_VR.t())
             loss, parts = _to_gradient(logits_nV, columns_NC[here], picked_apart, softcap, partial(row_loss, here))
@@ -215,12 +232,12 @@ def _in_chunks(
             for name, value in parts.items():
                 sums[name] += value
             if any(wanted):
-                product_nV = product_nV if dtype == wide else product_nV.copy_(logits_nV)
+                product_nV = product_nV if stays else product_nV.copy_(logits_nV)
                 _add_gradients(gradients[:2], here, product_nV, x_nD, weight_VD)
                 for number in range(0, len(low), 2):
                     _add_gradients(gradients[number + 2 :], here, logits_nV, low[number][here], low[number + 1])
                 if gradients[-1] is not None:
-                    gradients[-1].add_(logits_nV.sum(dim=0))
+                    gradients[-1].add_(logits_nV.sum(dim=0, dtype=wide))
     return total, dict(sums), gradients
 
 
@@ -231,6 +248,8 @@ def _add_gradients(gradients: Sequence[Tensor | None], here: slice, grad_nV: Ten
         grad_x_NR[here] = grad_nV @ weight_VR
     if grad_weight_VR is not None and grad_weight_VR.dtype == grad_nV.dtype:
         grad_weight_VR.addmm_(grad_nV.t(), x_nR)
+    elif grad_weight_VR is not None and grad_nV.is_cuda and torch.version.hip is None:  # adds in float32 what it does not round
+        torch.addmm(grad_weight_VR, grad_nV.t(), x_nR, out_dtype=grad_weight_VR.dtype, out=grad_weight_VR)
     elif grad_weight_VR is not None:
         # On a CPU in parts that stay in its cache: adding bfloat16 to float32 would else cost as much as the product.
         block = max(_CACHED // x_nR.shape[1], 1) if x_nR.device.type == "cpu" else len(grad_weight_VR)
@@ -254,20 +273,37 @@ def _to_gradient(
         logits_nV.div_(softcap).tanh_()
         slope_nV = torch.addcmul(torch.ones_like(logits_nV[:1]), logits_nV, logits_nV, value=-1)
         logits_nV.mul_(softcap)
-    with torch.enable_grad():
-        picked_nC = logits_nV.gather(1, columns_nC).requires_grad_()
+    kernels = kernels_for(logits_nV.device)
+    picked_nC = logits_nV.gather(1, columns_nC).to(torch.promote_types(logits_nV.dtype, torch.float32)).requires_grad_()
     if picked_apart:
-        logits_nV.scatter_(1, columns_nC, losses.SMALLEST)
-    top_n1 = logits_nV.amax(dim=1, keepdim=True)
-    sum_n1 = logits_nV.sub_(top_n1).exp_().sum(dim=1, keepdim=True)
+        logits_nV.scatter_(1, columns_nC, max(losses.SMALLEST, torch.finfo(logits_nV.dtype).min))
+    if kernels is not None:
+        top_n1, others_n1 = kernels.log_sum_exp(logits_nV)
+    else:
+        top_n1 = logits_nV.amax(dim=1, keepdim=True)
+        sum_n1 = logits_nV.sub_(top_n1).exp_().sum(dim=1, keepdim=True)
+        others_n1 = top_n1 + sum_n1.log()
     with torch.enable_grad():
-        others_n1 = (top_n1 + sum_n1.log()).requires_grad_()
-        loss, parts = row_loss(picked_nC, others_n1, top_n1)
+        loss, parts = row_loss(picked_nC, others_n1.requires_grad_(), top_n1)
         grad_picked_nC, grad_others_n1 = torch.autograd.grad(loss, (picked_nC, others_n1))
-    logits_nV.mul_(grad_others_n1 / sum_n1).scatter_add_(1, columns_nC, grad_picked_nC)
+    if kernels is not None:
+        kernels.scaled_exp_(logits_nV, others_n1.detach(), grad_others_n1)
+    else:
+        logits_nV.mul_(grad_others_n1 / sum_n1)
+    logits_nV.scatter_add_(1, columns_nC, grad_picked_nC.to(logits_nV.dtype))
     if slope_nV is not None:
         logits_nV.mul_(slope_nV)
     return loss.detach(), parts
+
+
+@functools.cache
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """`fused_triton` for a GPU that it works on."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from llmdistill.losses import fused_triton
+
+    return fused_triton
 
 
 def _opened(layer: Any) -> tuple[torch.nn.Linear, list[Adapter]] | None:

@@ -21,32 +21,14 @@ from llmdistill.errors import InputError
 from llmdistill.objectstore.store import DamagedError, Store
 from llmdistill.runs import record
 from llmdistill.runs.progress import say
+from llmdistill.stages.table import STAGES
 
 SEAL = ".finished.json"
 CARD = "README.md"
 _CHECKPOINTS = "checkpoints"
 _STATE = "trainer_state.json"  # the trainer writes it last: a checkpoint that has it is whole
-# What a stage reads of the others' directories, and what it writes.
-_READS: dict[str, tuple[Directory, ...]] = {
-    "generate": ("prompts",),
-    "curate": ("data",),
-    "prune": ("curated",),
-    "train": ("curated",),
-    "eval": ("curated", "student-before", "student", "student-text-only"),
-    "export": ("curated", "student"),
-    "report": ("prompts", "data", "curated", "student", "student-text-only", "eval", "export"),
-    "chat": ("student",),
-}
-_WRITES: dict[str, tuple[Directory, ...]] = {
-    "prompts": ("prompts",),
-    "generate": ("data",),
-    "score": ("data",),
-    "curate": ("curated",),
-    "prune": ("student-before",),
-    "train": ("student-before", "student", "student-text-only"),
-    "eval": ("eval",),
-    "export": ("export",),
-}
+# Not a stage, but it reads what one has made.
+_OTHER_READERS: dict[str, tuple[Directory, ...]] = {"chat": ("student",)}
 
 
 class Copy:
@@ -244,7 +226,7 @@ def bring(experiment: Experiment, name: str) -> None:
 
 def _own(experiment: Experiment, name: str) -> list[Copy]:
     """What a stage writes."""
-    copies = [_copy(experiment, experiment.directory(part)) for part in _WRITES.get(name, ())]
+    copies = [_copy(experiment, experiment.directory(part)) for part in (STAGES[name].writes if name in STAGES else ())]
     return [copy for copy in copies if copy]
 
 
@@ -261,7 +243,8 @@ def _reads(experiment: Experiment, name: str) -> list[Path]:
         "eval": [*learned, *student],
         "export": [train.dataset, export.model if export else None],
     }
-    found = [experiment.directory(part) for part in _READS.get(name, ())]
+    parts = STAGES[name].reads if name in STAGES else _OTHER_READERS.get(name, ())
+    found = [experiment.directory(part) for part in parts]
     return [*found, *(Path(path) for path in named.get(name, ()) if path)]
 
 

@@ -15,7 +15,7 @@ from llmdistill.data.dataset import Messages, finished_shards, read_batches, wri
 from llmdistill.data.shards import Share
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
-from llmdistill.models.loading import context_length
+from llmdistill.models.loading.loading import context_length
 from llmdistill.prompting.items import storable
 from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import Engine, Request, open_engine, row_seed

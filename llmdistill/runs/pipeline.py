@@ -17,7 +17,7 @@ from llmdistill.stages.prompts import prepared_prompts
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRun:
     """A command of the pipeline, and what it overrides in the experiment."""
 
     command: str
@@ -40,18 +40,18 @@ def as_words(overrides: dict[str, str]) -> list[str]:
     return [word for key, value in overrides.items() for word in (f"--{key}", value)]
 
 
-def stages(experiment: Experiment) -> list[Stage]:
+def stages(experiment: Experiment) -> list[StageRun]:
     """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it."""
     made = [] if experiment.prompts is None or not experiment.prompts.steps else ["prompts"]
     first = ["score"] if experiment.score else [*made, "generate"]
     cut, exported = ["prune"] if experiment.student.prune else [], ["export"] if experiment.export else []
-    begin = [Stage(command) for command in [*first, "curate", *cut]]
+    begin = [StageRun(command) for command in [*first, "curate", *cut]]
     # The first student is that of no rounds; everything after it is about the last one.
-    begin.append(Stage("train", {"rounds": "0"} if experiment.rounds else {}))
-    return [*begin, *_rounds(experiment), *map(Stage, ["eval", *exported, "report"])]
+    begin.append(StageRun("train", {"rounds": "0"} if experiment.rounds else {}))
+    return [*begin, *_rounds(experiment), *map(StageRun, ["eval", *exported, "report"])]
 
 
-def _rounds(experiment: Experiment) -> Iterator[Stage]:
+def _rounds(experiment: Experiment) -> Iterator[StageRun]:
     """What each round adds: the student writes, the teacher reads it, the rows are filtered as ever, the student learns."""
     settings = experiment.rounds
     if settings is None:
@@ -66,7 +66,7 @@ def _rounds(experiment: Experiment) -> Iterator[Stage]:
         if experiment.store:
             common["store"] = f"{experiment.store.rstrip('/')}/rounds/{number}"
         writer = {"model": str(student), "engine": engine, "dtype": teacher.dtype, "batch_size": teacher.batch_size}
-        yield Stage(
+        yield StageRun(
             "generate",
             {
                 **common,
@@ -79,8 +79,8 @@ def _rounds(experiment: Experiment) -> Iterator[Stage]:
             },
             number,
         )
-        yield Stage("score", {**common, "score": json.dumps({"source": str(here / "written" / "data")})}, number)
-        yield Stage("curate", {**common, "eval.held_out": "0"}, number)
+        yield StageRun("score", {**common, "score": json.dumps({"source": str(here / "written" / "data")})}, number)
+        yield StageRun("curate", {**common, "eval.held_out": "0"}, number)
         learned = {**common, "student.model": str(student), "student.revision": "null", "train.compare_text_only": "false"}
         if settings.teacher_share:
             mix = {"datasets": [str(experiment.directory("curated"))], "share": settings.teacher_share}
@@ -88,7 +88,7 @@ def _rounds(experiment: Experiment) -> Iterator[Stage]:
         if settings.loss:
             learned["train.loss"] = settings.loss
         learned |= {f"train.args.{name}": json.dumps(value) for name, value in settings.args.items()}
-        yield Stage("train", learned, number)
+        yield StageRun("train", learned, number)
         student = here / "student"
 
 
@@ -126,7 +126,7 @@ def say_estimate(experiment: Experiment) -> None:
     return None
 
 
-def run_stages(stages: list[Stage], arguments: list[str]) -> None:
+def run_stages(stages: list[StageRun], arguments: list[str]) -> None:
     """Run stages one after the other; the first that fails ends this process with its exit status."""
     for stage in stages:
         if stage.round and stage.command == "generate":

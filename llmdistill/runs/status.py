@@ -13,24 +13,22 @@ from llmdistill.errors import InputError
 from llmdistill.runs import record
 from llmdistill.runs.progress import clock
 from llmdistill.runs.watch import PROGRESS
+from llmdistill.stages.table import STAGES
 
-_DIRECTORIES = {"generate": "data", "score": "data", "curate": "curated", "prune": "student-before", "train": "student"}
-_STAGES = ("prompts", "generate", "score", "curate", "prune", "train", "eval", "export", "report")
-_LAST = ("eval", "export", "report")  # they come after all rounds
 _OLD = 120  # seconds without news that are worth a word
 
 
 def begun(output: Path) -> list[str]:
     """The stages that have begun there, in their order."""
-    names = [name for name in _STAGES if _has_begun(output, name)]
+    names = [name for name in STAGES if _has_begun(output, name)]
     rounds = sorted(int(path.name) for path in (output / "rounds").glob("[0-9]*"))
     later = [
         f"round-{number}-{name}"
         for number in rounds
-        for name in _STAGES
+        for name in STAGES
         if _has_begun(output / "rounds" / str(number) / ("written" if name == "generate" else ""), name)
     ]
-    last = [name for name in names if name in _LAST]
+    last = [name for name in names if STAGES[name].after_rounds]
     return [*(name for name in names if name not in last), *later, *last]
 
 
@@ -86,18 +84,18 @@ def _looks(output: Path) -> Iterator[dict[str, Any]]:
 def _has_begun(output: Path, name: str) -> bool:
     if any(look["stage"] == name for look in _looks(output)):
         return True
-    if name == "report":
+    if STAGES[name].record is None:
         return (output / "report.html").exists()
     run = _run(output, name)
     return run is not None and run["stage"] == name
 
 
 def _is_done(output: Path, name: str) -> bool:
-    if name == "report":
+    if STAGES[name].record is None:
         return (output / "report.html").exists()
     run = _run(output, name)
     return run is not None and run["status"] == "done"
 
 
 def _run(output: Path, name: str) -> Any:
-    return record.read_json(output / _DIRECTORIES.get(name, name) / record.RUN_FILE)
+    return record.read_json(output / str(STAGES[name].record) / record.RUN_FILE)

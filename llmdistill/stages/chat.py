@@ -14,7 +14,7 @@ from rich.text import Text
 
 from llmdistill.config import Experiment, Generate
 from llmdistill.errors import InputError
-from llmdistill.models.loading import check_model_exists, context_length, load_model, load_tokenizer
+from llmdistill.models.loading.loading import check_model_exists, context_length, load_model, load_tokenizer
 from llmdistill.runs.progress import console, say, working
 
 _HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit or Ctrl-D ends, Ctrl-C stops an answer"

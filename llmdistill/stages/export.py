@@ -16,7 +16,14 @@ from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import Draws, check_clusters
-from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer, model_bytes, model_precision
+from llmdistill.models.loading.loading import (
+    check_model_exists,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_bytes,
+    model_precision,
+)
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
 from llmdistill.students.quantization import (

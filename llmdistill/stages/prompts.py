@@ -24,7 +24,7 @@ from llmdistill.data.dataset import (
 )
 from llmdistill.data.shards import EVERYTHING, Share
 from llmdistill.errors import InputError
-from llmdistill.models.loading import check_model_exists, load_tokenizer
+from llmdistill.models.loading.loading import check_model_exists, load_tokenizer
 from llmdistill.prompting.asking import Asker, WaitingForOthersError
 from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file, to_json
 from llmdistill.prompting.magpie import ByPreQuery

@@ -8,13 +8,14 @@ from llmdistill.config import Experiment
 from llmdistill.config.student import Prune
 from llmdistill.data.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer
+from llmdistill.models.loading.loading import check_model_exists, load_config, load_model, load_tokenizer
 from llmdistill.runs import record
 from llmdistill.runs.progress import say, working
 
 # The KL from the teacher is a first look, not an evaluation: so many rows, and so many of the first tokens of each.
 _LOOKED_AT = 12
 _TOKENS = 83
+_BATCH = 4
 
 
 def prune(experiment: Experiment, dry_run: bool = False) -> None:
@@ -96,14 +97,15 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
     results = {"parameters_before": sizes[0], "parameters": sizes[1], **_indices(kept, config)}
     lines = _what_went(settings, config, kept, importance)
     dtype = _stored_dtype(experiment)
-    near = {"cut": kl_from_teacher(model, student, others, dtype)} if others else {}
+    nearness = Nearness(model, others) if others else None
+    near = {"cut": nearness.kl(student, dtype)} if nearness else {}
     if settings.refit and no_refit is None:
         from llmdistill.students.refit import refit
 
         errors = refit(student, model, kept, calibration, settings.ridge)
         results["refit"] = [{"layer": layer, "before": a, "after": b} for layer, (a, b) in zip(kept.layers, errors, strict=True)]
-        if others:
-            near["refitted"] = kl_from_teacher(model, student, others, dtype)
+        if nearness:
+            near["refitted"] = nearness.kl(student, dtype)
     elif settings.refit:
         lines.append(f"no refit: {no_refit}")
     if others:
@@ -158,17 +160,34 @@ def _stored_dtype(experiment: Experiment) -> Any:
     return load_config(teacher.model, teacher.revision, teacher.trust_remote_code).dtype or torch.float32
 
 
-def kl_from_teacher(model: Any, student: Any, rows: list[dict[str, Any]], dtype: Any) -> float:
-    """KL(teacher ‖ student) in nats a token, in float32, of the student as it is saved.
+class Nearness:
+    """How far a student is from the teacher on some rows, whose teacher's distributions are computed once; in float32."""
 
-    Its weights are rounded to `dtype` for that, in place.
-    """
-    from llmdistill.evaluation.fidelity import fidelity
+    def __init__(self, teacher: Any, rows: list[dict[str, Any]]) -> None:
+        import torch
 
-    for parameter in student.parameters():
-        parameter.data = parameter.data.to(dtype).float()
-    found = fidelity({"teacher": model, "student": student}, rows, batch_size=4)
-    return float(found["student kl"].sum() / found["tokens"].sum())
+        from llmdistill.data.collator import DistillCollator, completion_logits
+
+        text = [{name: row[name] for name in ("input_ids", "completion_start")} for row in rows]
+        self._logits = completion_logits
+        self._batches = [DistillCollator(0)(text[start : start + _BATCH]) for start in range(0, len(text), _BATCH)]
+        self._batches = [{name: values.to(teacher.device) for name, values in batch.items()} for batch in self._batches]
+        with torch.inference_mode():
+            self._logprobs = [completion_logits(teacher, batch).float().log_softmax(-1) for batch in self._batches]
+
+    def kl(self, student: Any, dtype: Any) -> float:
+        """KL(teacher ‖ student) in nats a token, of the student as it is saved: its weights are rounded to `dtype`, in place."""
+        import torch
+
+        for parameter in student.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+        total, tokens = 0.0, 0
+        with torch.inference_mode():
+            for batch, theirs_NV in zip(self._batches, self._logprobs, strict=True):
+                ours_NV = self._logits(student, batch).float().log_softmax(-1)
+                total += float(torch.nn.functional.kl_div(ours_NV, theirs_NV, reduction="sum", log_target=True))
+                tokens += len(theirs_NV)
+        return total / tokens
 
 
 def _how_near(near: dict[str, float], rows: int) -> str:

@@ -12,7 +12,7 @@ from llmdistill.config.machine import Precision, training_precision
 from llmdistill.data.cards import model_card
 from llmdistill.data.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError, no_such_key
-from llmdistill.models.loading import (
+from llmdistill.models.loading.loading import (
     load_config,
     load_model,
     load_tokenizer,
@@ -102,7 +102,8 @@ def _train_one(
 
         from llmdistill.training.trainer import DistillTrainer
 
-        arguments, precision = _arguments(experiment, directory, text_only, settings, inputs)
+        precision = _precision(experiment, directory, settings, inputs)
+        arguments = _arguments(experiment, directory, text_only, precision)
         tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
         rows = _mixed(experiment, load_dataset(experiment.dataset_directory, "train"))
         dataset, validation = _split(experiment, rows)
@@ -230,6 +231,8 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     Raises:
         InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows or with these adapters.
     """
+    import torch
+
     from llmdistill.losses.importance import effective_sample_size, importance, log_importance
     from llmdistill.training.packing import check_apart
     from llmdistill.training.trainer import DistillTrainer, check_adapters
@@ -237,7 +240,9 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     try:
         DistillTrainer.check_dataset(arguments, dataset, teacher)
         if arguments.packing or arguments.padding_free:
-            check_apart(student)
+            half = torch.bfloat16 if arguments.bf16 else torch.float16
+            with torch.autocast(student.device.type, half, enabled=arguments.bf16 or arguments.fp16):
+                check_apart(student)
         for config in getattr(student, "peft_config", {}).values():
             check_adapters(student.get_base_model(), config)
         if arguments.sequence_alpha:
@@ -261,10 +266,15 @@ def _evaluation(experiment: Experiment) -> dict[str, Any]:
     return found
 
 
-def _arguments(
-    experiment: Experiment, directory: Path, text_only: bool, settings: dict[str, Any], inputs: dict[str, str]
-) -> tuple[Any, Precision]:
-    """The `DistillConfig`, with errors that name the key, and the precision of the products.
+def _precision(experiment: Experiment, directory: Path, settings: dict[str, Any], inputs: dict[str, str]) -> Precision:
+    """What the products are computed in: as the training was begun, as configured, or as this machine is good at."""
+    asked = experiment.train.args
+    found = training_precision(asked.get("use_cpu", False), asked.get("bf16"), asked.get("fp16", False))
+    return record.settled_precision(directory, settings, inputs, found)
+
+
+def _arguments(experiment: Experiment, directory: Path, text_only: bool, precision: Precision) -> Any:
+    """The `DistillConfig`, with errors that name the key.
 
     Raises:
         InputError: an argument that TRL does not have, or does not take.
@@ -281,9 +291,6 @@ def _arguments(
             raise InputError(f"train.args.{name} is set by the key {_RESERVED[name]}")
         if name not in names:
             raise no_such_key("train.args", name, names, "trl.SFTConfig has no such argument")
-    asked, use_cpu = experiment.train.args, not torch.accelerator.is_available()
-    precision = training_precision(asked.get("use_cpu", use_cpu), asked.get("bf16"), asked.get("fp16", False))
-    precision = record.settled_precision(directory, settings, inputs, precision)
     defaults = {
         "seed": experiment.seed,
         "bf16": precision.dtype == "bfloat16",
@@ -294,7 +301,7 @@ def _arguments(
         "report_to": "none",
         "logging_steps": 1,
         "disable_tqdm": True,
-        "use_cpu": use_cpu,
+        "use_cpu": not torch.accelerator.is_available(),
         **_evaluation(experiment),
     }
     ours = {"output_dir": str(directory / "checkpoints")} | experiment.train.model_dump(include=set(_LOSS))
@@ -308,7 +315,7 @@ def _arguments(
     if arguments.n_gpu > 1:  # the trainer would cut a batch apart from its targets (DataParallel)
         say("train", f"uses one of {arguments.n_gpu} GPUs; docs/distributed.md says how to start a process on each")
         arguments._n_gpu = 1
-    return arguments, precision
+    return arguments
 
 
 def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:

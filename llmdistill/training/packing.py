@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from llmdistill.training.probe import working
+
 Array = np.ndarray[Any, Any]
 
 
@@ -61,7 +63,8 @@ class Packs(torch.utils.data.Dataset[list[Any]]):
 def check_apart(model: Any) -> None:
     """Refuse a model in which rows that stand one behind the other see each other.
 
-    It is tried, by whoever has the weights: two short rows one behind the other must have the logits that they have alone.
+    It is tried, by whoever has the weights: two short rows one behind the other must have the logits that they have alone. To
+    be called under the autocast of the training: FlashAttention has no float32.
 
     Raises:
         ValueError: they have not.
@@ -72,16 +75,9 @@ def check_apart(model: Any) -> None:
     ids_T = torch.arange(3, 15, device=device)
     parts = (ids_T[:7], ids_T[7:])
     position_ids = torch.cat([torch.arange(len(part), device=device) for part in parts])
-    was_training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    if device.type == "cpu" and attention not in ("eager", "sdpa"):
-        model.set_attn_implementation("sdpa")  # the others work on the accelerator only, where it is not yet
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+    with working(model):
         together = model(input_ids=ids_T[None], position_ids=position_ids[None], use_cache=False).logits[0].float()
         alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0].float() for part in parts])
-    model.train(was_training)
-    if model.config._attn_implementation != attention:
-        model.set_attn_implementation(attention)
     if not alone.any():  # FSDP gives this process its weights later; the first has them
         return
     off = (together - alone).norm() / alone.norm()

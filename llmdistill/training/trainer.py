@@ -19,6 +19,7 @@ from llmdistill.data.collator import (
     POSITION_WEIGHTS,
     TARGET_COLUMNS,
     DistillCollator,
+    completion_labels,
     completion_logits,
     first_items,
     in_place_of_logits,
@@ -176,16 +177,17 @@ class DistillTrainer(trl.SFTTrainer):
             check_adapters(self.model.get_base_model(), config)
         self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
         self.match = self._match(args)
-        if in_a_line:
-            check_apart(self.model)
-            if self.teacher is not None:
-                check_apart(self.teacher)
+        with self.accelerator.autocast():
+            if in_a_line:
+                check_apart(self.model)
+                if self.teacher is not None:
+                    check_apart(self.teacher)
+            # A teacher's whole distribution is no smaller than the student's logits: with one, they are held.
+            self._head = fused.find_head(self.model) if teacher is None else None
         if args.packing:
             self._set_signature_columns_if_needed()
             columns = [name for name in self._signature_columns if name in train_dataset.column_names]
             self.train_dataset = Packs(train_dataset.select_columns(columns), args.max_length or 0)
-        # A teacher's whole distribution is no smaller than the student's logits: with one, they are held.
-        self._head = fused.find_head(self.model) if teacher is None else None
         self._flops = training_flops(self.model, self.model.get_output_embeddings())
         self._since: float | None = None
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
@@ -255,7 +257,7 @@ class DistillTrainer(trl.SFTTrainer):
         if return_outputs:
             raise ValueError("the logits of a batch are never there as a whole")
         objective, head = self.args.objective(self._progress()), self._head
-        labels_N = inputs["labels"][inputs["labels"] != -100]
+        labels_N = completion_labels(inputs)
         if self.teacher is not None:
             with torch.no_grad(), self._watched(self.teacher, "teacher") as theirs:
                 inputs = {**inputs, "teacher_logits": completion_logits(self.teacher, inputs)}
@@ -337,11 +339,11 @@ class DistillTrainer(trl.SFTTrainer):
 
     def _count(self, inputs: dict[str, torch.Tensor], sums: dict[str, torch.Tensor]) -> None:
         lengths = inputs["lengths"].double()
-        sums |= {"tokens": torch.tensor(float(len(inputs["positions"])), device=lengths.device)}
+        sums |= {"tokens": lengths.new_full((), len(inputs["positions"]))}
         sums |= {"input_tokens": lengths.sum(), "squares": lengths.square().sum()}
         mine = self._sums["train" if self.model.training else "eval"]
         for name, value in sums.items():
-            mine[name] = mine[name].to(value.device) + value.double()
+            mine[name] = mine[name] + value.double() if name in mine else value.double()
 
     def _speed(self, tokens: float, flops: float) -> dict[str, float]:
         if self._since is None:

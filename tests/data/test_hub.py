@@ -22,7 +22,7 @@ from llmdistill.data.dataset import finished_shards, read_manifest, rows_to_tabl
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs import record
 from tests.conftest import run_cli
-from tests.test_dataset import DESCRIPTION, VOCAB, make_row
+from tests.data.test_dataset import DESCRIPTION, VOCAB, make_row
 
 TOKEN = "hf_thisIsNoSecretButATestOfOne"
 

@@ -8,7 +8,7 @@ import pytest
 
 from llmdistill.config import Experiment
 from llmdistill.stages.report import report
-from tests.test_report import HOSTILE, write_run
+from tests.stages.test_report import HOSTILE, write_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")

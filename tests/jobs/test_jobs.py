@@ -12,14 +12,14 @@ from llmdistill import jobs
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.jobs.slurm import script
-from llmdistill.runs.pipeline import Stage
+from llmdistill.runs.pipeline import StageRun
 from tests.conftest import run_cli
 from tests.doubles import double
 
 
 def rendered(file, directory, stage, slurm, arguments=(), **more):
     experiment = load_experiment(file, [("jobs.slurm", slurm), *more.items()])
-    text = script(experiment, experiment.jobs.slurm, Stage(stage), [str(file), *arguments], directory)
+    text = script(experiment, experiment.jobs.slurm, StageRun(stage), [str(file), *arguments], directory)
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
     return text
 

@@ -10,9 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmdistill import losses
 from llmdistill.data.collator import DistillCollator, completion_logits, in_place_of_logits
-from llmdistill.losses import DIVERGENCES, Objective
-from llmdistill.training import fused
-from tests.test_losses import bucketed, pps_targets, topk
+from llmdistill.losses import DIVERGENCES, Objective, fused
+from tests.losses.test_divergences import bucketed, pps_targets, topk
 
 N, D, V, K = 13, 8, 40, 5
 KINDS = [*DIVERGENCES, "sampled", "none"]

@@ -6,10 +6,9 @@ import torch.multiprocessing
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from llmdistill.data.collator import DistillCollator, in_place_of_logits
-from llmdistill.losses import Objective
-from llmdistill.training import fused
-from tests.test_losses import topk
-from tests.training.test_fused import SMALL, K, build
+from llmdistill.losses import Objective, fused
+from tests.losses.test_divergences import topk
+from tests.losses.test_fused import SMALL, K, build
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16)
 # Of each: the model; which modules are sharded, with what, before the root; whether layers are computed again; and adapters.

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmdistill.models.loading.loading import load_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmdistill import load_dataset
@@ -21,9 +22,8 @@ from llmdistill.losses.hidden_states import (
     of_pruned,
     resolve,
 )
-from llmdistill.models.loading import load_model
 from llmdistill.students.pruning import choose, cut
-from tests.test_trainer import gradients_of_one_step, make_trainer
+from tests.training.test_trainer import gradients_of_one_step, make_trainer
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

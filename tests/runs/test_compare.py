@@ -11,7 +11,7 @@ from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import two_sided_p
 from llmdistill.runs.compare import compare
 from tests.conftest import run_cli
-from tests.test_report import Page, metrics, write
+from tests.stages.test_report import Page, metrics, write
 
 
 def make_run(directory, worse=0.0, rows=80, shift=0, alpha=0.9):

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from llmdistill.models.loading.loading import load_tokenizer
 
 from llmdistill.config import load_experiment
 from llmdistill.config.prompts import Prompts
 from llmdistill.data.shards import Share
 from llmdistill.errors import InputError
-from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting import asking
 from llmdistill.stages.generate import generate
 from llmdistill.stages.prompts import load_prompts, prepared_prompts, prompts

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmdistill.config import load_experiment
+from llmdistill.config.machine import Precision
 from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
 from llmdistill.stages.curate import curate
@@ -13,6 +14,9 @@ from llmdistill.stages.generate import generate
 from llmdistill.stages.train import _arguments, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+FLOAT32 = Precision("float32", "as configured")
 
 
 @pytest.fixture
@@ -139,24 +143,24 @@ def test_checkpointing_by_fsdp_where_it_does_not_work(experiment_file, tmp_path,
         overrides += [("train.args.fsdp", "true"), ("train.args.fsdp_config", "{activation_checkpointing: true}")]
     experiment = load_experiment(experiment_file, overrides)
     if message is None:
-        assert _arguments(experiment, tmp_path, False).gradient_checkpointing is False
+        assert _arguments(experiment, tmp_path, False, FLOAT32).gradient_checkpointing is False
         return
     with pytest.raises(InputError, match=message):
-        _arguments(experiment, tmp_path, False)
+        _arguments(experiment, tmp_path, False, FLOAT32)
 
 
 def test_one_process_uses_one_gpu_and_says_so(experiment_file, tmp_path, monkeypatch, capsys):
     from llmdistill.training.trainer import DistillConfig
 
     monkeypatch.setattr(DistillConfig, "n_gpu", property(lambda arguments: getattr(arguments, "_n_gpu", None) or 4))
-    assert _arguments(load_experiment(experiment_file), tmp_path, False).n_gpu == 1
+    assert _arguments(load_experiment(experiment_file), tmp_path, False, FLOAT32).n_gpu == 1
     assert "uses one of 4 GPUs; docs/distributed.md" in capsys.readouterr().out
 
 
 def test_report_to_reaches_the_trainer(experiment_file, tmp_path):
     from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
-    assert _arguments(load_experiment(experiment_file), tmp_path, False).report_to == []
+    assert _arguments(load_experiment(experiment_file), tmp_path, False, FLOAT32).report_to == []
     experiment = load_experiment(experiment_file, [("train.args.report_to", "[wandb]")])
-    passed = _arguments(experiment, tmp_path, False).report_to
+    passed = _arguments(experiment, tmp_path, False, FLOAT32).report_to
     assert get_reporting_integration_callbacks(passed) == [WandbCallback]

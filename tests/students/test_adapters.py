@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
+from llmdistill.models.loading.loading import load_model
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmdistill.config import Experiment
 from llmdistill.config.student import Lora, Student
 from llmdistill.errors import InputError
-from llmdistill.models.loading import load_model
 from llmdistill.students.adapters import attach, lora_config
 from llmdistill.students.origins import begin_student, load_student, save_student
-from tests.test_trainer import make_trainer
+from tests.training.test_trainer import make_trainer
 
 IDS = torch.arange(5, 25).view(2, 10)
 

@@ -12,7 +12,7 @@ from llmdistill.errors import InputError
 from llmdistill.losses.hidden_states import of_pruned
 from llmdistill.students.pruning import choose, cut, measure
 from llmdistill.students.refit import refit, residual_scales, ridge_solution
-from tests.training.test_cut import SMALL
+from tests.students.test_pruning import SMALL
 
 _GENERATOR = np.random.default_rng(0)
 ROWS = [{"input_ids": _GENERATOR.integers(0, 64, n), "completion_start": 2} for n in (24, 9, 31, 17, 12)]

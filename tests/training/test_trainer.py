@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import trl
+from llmdistill.models.loading.loading import load_model
 from transformers import AutoTokenizer
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
@@ -13,7 +14,6 @@ from llmdistill.data import pps, targets
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.losses import Objective, distillation_loss
-from llmdistill.models.loading import load_model
 
 K = 6
 LOSSES = ("loss", "ce", "kl", "eval_loss", "eval_ce", "eval_kl")
@@ -24,7 +24,7 @@ def dataset_directory(request, tiny, tmp_path_factory):
     """Eight rows of uneven length, with the tiny model's own distribution as their soft targets, of either kind."""
     directory = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
-    model = load_model(str(tiny))
+    model = load_model(str(tiny), dtype="float32")
     rows = []
     for number in range(8):
         prompt, completion = generator.integers(3, 2000, 3 + number % 3), generator.integers(3, 2000, 1 + 2 * number)
@@ -68,7 +68,7 @@ def make_trainer(tiny, dataset_directory, output, model=None, teacher=None, rows
         "alpha": 0.7,
     }
     return DistillTrainer(
-        model=model or load_model(str(tiny)),
+        model=model or load_model(str(tiny), dtype="float32"),
         args=DistillConfig(**{**defaults, **arguments}),
         train_dataset=rows or load_dataset(dataset_directory),
         teacher=teacher,
@@ -95,7 +95,7 @@ def gradients_of_one_step(trainer):
 
 
 def different_student(tiny, by=0.05):
-    model = load_model(str(tiny))
+    model = load_model(str(tiny), dtype="float32")
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -157,11 +157,11 @@ def test_batches_of_similar_length(tiny, dataset_directory, tmp_path):
 
 
 def test_a_model_that_lets_rows_see_each_other_is_refused(tiny, dataset_directory, tmp_path):
-    class Mixing(type(load_model(str(tiny)))):
+    class Mixing(type(load_model(str(tiny), dtype="float32"))):
         def forward(self, input_ids=None, position_ids=None, **kwargs):
             return super().forward(input_ids=input_ids, **kwargs)  # what stands in a line is one text to it
 
-    model = load_model(str(tiny))
+    model = load_model(str(tiny), dtype="float32")
     model.__class__ = Mixing
     with pytest.raises(ValueError, match="see each other"):
         make_trainer(tiny, dataset_directory, tmp_path, model, padding_free=True)
@@ -389,7 +389,7 @@ def test_a_teacher_that_is_its_own_student_has_nothing_to_learn(tiny, dataset_di
     trainer.train()
     assert abs(trainer.state.log_history[0]["kl"]) < 5e-4
     batch = trainer.data_collator([trainer.train_dataset[n] for n in range(8)])
-    off = completion_logits(load_model(str(tiny)), {**batch, "positions": batch["positions"] - 1})
+    off = completion_logits(load_model(str(tiny), dtype="float32"), {**batch, "positions": batch["positions"] - 1})
     _, sums = distillation_loss(off, batch["labels"][batch["labels"] != -100], batch, Objective())
     assert sums["kl"] / len(off) > 0.1
 
@@ -433,7 +433,7 @@ def test_what_would_change_the_loss_in_silence_is_refused(tmp_path, arguments, m
 @pytest.mark.parametrize(("loss", "temperature"), [("forward_kl", 1.0), ("forward_kl", 2.0), ("reverse_kl", 1.0)])
 def test_a_teacher_beside_the_student_gives_its_whole_distribution(tiny, dataset_directory, tmp_path, loss, temperature):
     """The gradient of the dense loss, written down in float64 over the full vocabulary; the store is not looked at."""
-    student, teacher = different_student(tiny), load_model(str(tiny))
+    student, teacher = different_student(tiny), load_model(str(tiny), dtype="float32")
     rows, total, tokens = load_dataset(dataset_directory), 0.0, 0
     reference = different_student(tiny).double()
     for row in rows:
@@ -446,7 +446,7 @@ def test_a_teacher_beside_the_student_gives_its_whole_distribution(tiny, dataset
         tokens += len(log_p)
     (total / tokens).backward()
     arguments = {"alpha": 1.0, "loss": loss, "temperature": temperature, "per_device_train_batch_size": 8}
-    trainer = make_trainer(tiny, dataset_directory, tmp_path, student, load_model(str(tiny)), **arguments)
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, student, load_model(str(tiny), dtype="float32"), **arguments)
     got = gradients_of_one_step(trainer)
     for name, parameter in reference.named_parameters():
         assert (got[name] - parameter.grad).norm() <= 1e-3 * parameter.grad.norm() + 1e-7, name
@@ -458,7 +458,7 @@ def test_no_soft_targets_and_no_silent_fallback(tiny, dataset_directory, tmp_pat
     text = rows.remove_columns([name for name in rows.column_names if name.startswith("target_")])
     arguments = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     with pytest.raises(ValueError, match="has no soft targets"):
-        DistillTrainer(model=load_model(str(tiny)), args=DistillConfig(**arguments), train_dataset=text)
+        DistillTrainer(model=load_model(str(tiny), dtype="float32"), args=DistillConfig(**arguments), train_dataset=text)
 
 
 def test_trls_own_sft_trainer_trains_on_it_completions_only(tiny, dataset_directory, tmp_path):
@@ -467,7 +467,7 @@ def test_trls_own_sft_trainer_trains_on_it_completions_only(tiny, dataset_direct
 
     rows = datasets.load_dataset("parquet", data_dir=str(dataset_directory), cache_dir=str(tmp_path / "cache"))["train"]
     trainer = trl.SFTTrainer(
-        model=load_model(str(tiny)),
+        model=load_model(str(tiny), dtype="float32"),
         args=trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, report_to="none", save_strategy="no"),
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(tiny),

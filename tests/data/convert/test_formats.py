@@ -26,7 +26,7 @@ from llmdistill.errors import InputError
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from tests.conftest import run_cli
-from tests.conversion.test_distillkit import bits_of, curve
+from tests.data.convert.test_distillkit import bits_of, curve
 
 K = 8
 

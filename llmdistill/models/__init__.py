@@ -1,0 +1,1 @@
+"""Models and tokenizers of Hugging Face, with errors for people."""
