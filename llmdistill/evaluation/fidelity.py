@@ -141,20 +141,24 @@ def _batches(
             labels_N = batch["labels"][batch["labels"] != -100]
             end_N = torch.isin(labels_N, torch.tensor(end_ids, device=labels_N.device))
             p_NV = completion_logits(models["teacher"], batch).float().log_softmax(-1)
-            found = {"entropy": -(p_NV.exp() * p_NV).sum(-1), "ended": end_N}
+            truth_NV, p_top = p_NV.exp(), p_NV.topk(5).indices
+            found = {"entropy": -(truth_NV * p_NV).sum(-1), "ended": end_N}
             for name, model in models.items():
                 q_NV = p_NV if name == "teacher" else completion_logits(model, batch).float().log_softmax(-1)
-                found |= {f"{name} {measure}": value for measure, value in _compare(p_NV, q_NV, labels_N, end_N, end_ids).items()}
+                measured = _compare(p_NV, truth_NV, p_top, q_NV, labels_N, end_N, end_ids)
+                found |= {f"{name} {measure}": value for measure, value in measured.items()}
         yield {name: value.double().cpu().numpy() for name, value in found.items()} | {"position": position_N}, row_N, len(chunk)
 
 
-def _compare(p_NV: Any, q_NV: Any, labels_N: Any, end_N: Any, end_ids: list[int]) -> dict[str, Any]:
-    """What is measured at each position, from the log-probabilities of teacher and model."""
-    p_top, q_top = p_NV.topk(5).indices, q_NV.topk(5)
+def _compare(
+    p_NV: Any, truth_NV: Any, p_top: Any, q_NV: Any, labels_N: Any, end_N: Any, end_ids: list[int]
+) -> dict[str, Any]:
+    """What is measured at each position, from the log-probabilities of teacher and model; `truth_NV` is exp(p_NV)."""
+    q_top = q_NV.topk(5)
     difference_NV = p_NV - q_NV
     ends_N = q_NV[:, end_ids].exp().sum(-1)
     return {
-        "kl": (p_NV.exp() * difference_NV).sum(-1),
+        "kl": (truth_NV * difference_NV).sum(-1),
         "reverse_kl": -(q_NV.exp() * difference_NV).sum(-1),
         "top1": p_top[:, 0] == q_top.indices[:, 0],
         "top5": (p_top[:, :, None] == q_top.indices[:, None, :]).any(2).double().mean(1),
