@@ -19,7 +19,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from llmdistill.models.loading.loading import load_model
 from transformers.utils import logging
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
@@ -29,6 +28,7 @@ from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, rows_to_table, write_shard
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import draw_clusters, mean_interval
+from llmdistill.models.loading import load_model
 
 DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/student-before"
 KINDS = {

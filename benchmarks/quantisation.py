@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill import load_dataset
 from llmdistill.config import Experiment, load_experiment
 from llmdistill.config.export import Export
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import Draws
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.train import train
 from llmdistill.students.quantization import load_form, write_form
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmdistill.models.loading.loading import load_model
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 from transformers.utils import logging
@@ -25,6 +24,7 @@ from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.losses.hidden_states import of_pruned
+from llmdistill.models.loading import load_model
 from llmdistill.runs.record import read_json
 
 DATA, BEFORE = Path("runs/demo/curated"), Path("runs/demo/student-before")

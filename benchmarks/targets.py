@@ -31,13 +31,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill.config import Generate, Prompts, Targets, Teacher
 from llmdistill.config.student import Prune
 from llmdistill.data import pps, targets
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import parquet_encoding
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.prompts import load_prompts
 from llmdistill.students.pruning import choose, cut
 from llmdistill.teachers import Request

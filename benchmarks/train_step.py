@@ -155,12 +155,12 @@ def make_tiny(directory: Path) -> str:
 def prepare(directory: Path, teacher_directory: str) -> str:
     """Rows of this repository's documentation with the teacher's targets, and the student."""
     import torch
-    from llmdistill.models.loading.loading import load_model, load_tokenizer
 
     from llmdistill.config import Prune
     from llmdistill.data import pps, targets
     from llmdistill.data.collator import DistillCollator, completion_logits
     from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+    from llmdistill.models.loading import load_model, load_tokenizer
     from llmdistill.students.pruning import choose, cut
 
     teacher, tokenizer = load_model(teacher_directory), load_tokenizer(teacher_directory, None)
@@ -204,9 +204,9 @@ def make_trainer(spec: dict[str, Any]) -> Any:
     import torch
     import transformers
     import trl
-    from llmdistill.models.loading.loading import load_model, load_tokenizer
 
     from llmdistill import DistillConfig, DistillTrainer, load_dataset
+    from llmdistill.models.loading import load_model, load_tokenizer
 
     data = Path(spec["data"])
     arguments = {

@@ -12,6 +12,17 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _float32():
+    """What is computed in this process is compared with references in float32, on whatever machine the tests run."""
+    from llmdistill.config import machine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "_torch_precision", lambda: machine.Precision("float32", "as the tests want it"))
+        patch.setattr(machine, "cpu_precision", lambda: machine.Precision("float32", "as the tests want it"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The demo teacher: a real language model of 135M parameters."""

@@ -54,7 +54,7 @@ def raising(error):
     ],
 )
 def test_exit_statuses(monkeypatch, capsys, experiment_file, sigterm, error, status, said):
-    monkeypatch.setattr(cli, "_call_stage", raising(error))
+    monkeypatch.setattr(cli, "_stage", raising(error))
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", str(experiment_file)])
     assert stopped.value.code == status
@@ -62,7 +62,7 @@ def test_exit_statuses(monkeypatch, capsys, experiment_file, sigterm, error, sta
 
 
 def test_sigterm_is_143(monkeypatch, experiment_file, sigterm):
-    monkeypatch.setattr(cli, "_call_stage", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(cli, "_stage", lambda *arguments: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", str(experiment_file)])
     assert stopped.value.code == 143

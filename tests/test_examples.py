@@ -8,12 +8,12 @@ import runpy
 import numpy as np
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill.data import pps, targets
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.losses import Objective, distillation_loss
+from llmdistill.models.loading import load_model, load_tokenizer
 from tests.conftest import ROOT
 
 spec = importlib.util.spec_from_file_location("distill_loop", ROOT / "examples/distill_loop.py")

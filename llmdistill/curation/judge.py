@@ -19,7 +19,7 @@ from llmdistill.curation.steps import Check, Failed, Work, answers
 from llmdistill.data.dataset import Messages
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import check_model_exists, context_length
+from llmdistill.models.loading import check_model_exists, context_length
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.runs import record
 from llmdistill.runs.progress import working

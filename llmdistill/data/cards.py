@@ -7,7 +7,7 @@ import yaml
 
 from llmdistill.config import Experiment
 from llmdistill.config.student import Prune, Student
-from llmdistill.models.loading.licence import sentence
+from llmdistill.models.licence import sentence
 
 _RESULTS = "## Results"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmdistill.models.loading.loading import continue_prompts
+from llmdistill.models.loading import continue_prompts
 
 Array = np.ndarray[Any, Any]
 Report = Callable[[int, int], None]
@@ -150,9 +150,7 @@ def _batches(
         yield {name: value.double().cpu().numpy() for name, value in found.items()} | {"position": position_N}, row_N, len(chunk)
 
 
-def _compare(
-    p_NV: Any, truth_NV: Any, p_top: Any, q_NV: Any, labels_N: Any, end_N: Any, end_ids: list[int]
-) -> dict[str, Any]:
+def _compare(p_NV: Any, truth_NV: Any, p_top: Any, q_NV: Any, labels_N: Any, end_N: Any, end_ids: list[int]) -> dict[str, Any]:
     """What is measured at each position, from the log-probabilities of teacher and model; `truth_NV` is exp(p_NV)."""
     q_top = q_NV.topk(5)
     difference_NV = p_NV - q_NV

@@ -14,7 +14,7 @@ import psutil
 
 from llmdistill.errors import InputError
 from llmdistill.evaluation.serving_worker import KV_CACHE_BYTES
-from llmdistill.models.loading.loading import load_config, model_bytes
+from llmdistill.models.loading import load_config, model_bytes
 from llmdistill.runs.progress import StageBar, working
 
 _ROUNDS = {"vllm": 5, "transformers": 3}

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _load(settings: dict[str, Any]) -> Any:
-    from llmdistill.models.loading.loading import model_precision
+    from llmdistill.models.loading import model_precision
     from llmdistill.teachers.vllm import prepare_environment
 
     prepare_environment(kv_cache_gib=KV_CACHE_BYTES >> 30)

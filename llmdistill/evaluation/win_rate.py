@@ -19,7 +19,7 @@ from llmdistill.config.eval import WinRate
 from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import Array, check_clusters, draw_clusters, mean_interval, percentile_interval
-from llmdistill.models.loading.loading import continue_prompts, vocabulary_hash
+from llmdistill.models.loading import continue_prompts, vocabulary_hash
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import Request, stable_id

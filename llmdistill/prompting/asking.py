@@ -15,7 +15,7 @@ from llmdistill.data.dataset import Messages, finished_shards, read_batches, wri
 from llmdistill.data.shards import Share
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import context_length
+from llmdistill.models.loading import context_length
 from llmdistill.prompting.items import storable
 from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import Engine, Request, open_engine, row_seed
@@ -76,15 +76,15 @@ class ByChat:
 
 
 class Asker:
-    """One teacher for all steps; it is loaded, in that precision, at the first question that has no answer yet.
+    """One teacher for all steps; it is loaded, in its `precision`, at the first question that has no answer yet.
 
     Raises:
         InputError: the answers alone would fill its context.
     """
 
-    def __init__(self, experiment: Experiment, chat: Chat, share: Share, precision: Precision) -> None:
+    def __init__(self, experiment: Experiment, chat: Chat, share: Share) -> None:
         assert experiment.prompts is not None
-        self.precision = precision
+        self.precision: Precision | None = None
         self.experiment = experiment
         self.chat = chat
         self.share = share
@@ -177,7 +177,9 @@ class Asker:
 
     def _open(self) -> Engine:
         if self._engine is None:
-            teacher = self.experiment.teacher.model_copy(update={"dtype": self.precision.dtype})
+            teacher = self.experiment.teacher
+            if self.precision is not None:
+                teacher = teacher.model_copy(update={"dtype": self.precision.dtype})
             text_only = Targets(kind="none")
             with working("prompts", "starting the teacher"):
                 self._engine = open_engine(

@@ -5,6 +5,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from llmdistill.config import Experiment, Generate
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import check_model_exists, context_length, load_model, load_tokenizer
+from llmdistill.models.loading import check_model_exists, context_length, load_model, load_tokenizer
 from llmdistill.runs.progress import console, say, working
 
 _HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -34,7 +35,7 @@ def chat(experiment: Experiment, dry_run: bool = False) -> None:
         return
     check_model_exists(teacher.model, "teacher.model")
     check_model_exists(student, "the student, which `train` writes")
-    with working("chat", "loading the models"):
+    with working("chat", "loading the models") if sys.stdout.isatty() else nullcontext():
         how = (teacher.revision, teacher.dtype, teacher.trust_remote_code)
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         speakers = [

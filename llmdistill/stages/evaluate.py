@@ -23,7 +23,7 @@ from llmdistill.evaluation.task_scores import measure_tasks
 from llmdistill.evaluation.tasks import files_of, load_tasks, read_tasks
 from llmdistill.evaluation.win_rate import Comparison
 from llmdistill.losses.importance import effective_sample_size, importance, log_importance
-from llmdistill.models.loading.loading import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
+from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
 from llmdistill.students.origins import before

@@ -16,7 +16,7 @@ from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import Draws, check_clusters
-from llmdistill.models.loading.loading import (
+from llmdistill.models.loading import (
     check_model_exists,
     load_config,
     load_model,

@@ -10,7 +10,7 @@ from llmdistill.data.dataset import Row
 from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import check_model_exists
+from llmdistill.models.loading import check_model_exists
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, say
 from llmdistill.stages.prompts import Prepared, prepared_prompts

@@ -24,7 +24,7 @@ from llmdistill.data.dataset import (
 )
 from llmdistill.data.shards import EVERYTHING, Share
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import check_model_exists, load_tokenizer
+from llmdistill.models.loading import check_model_exists, load_tokenizer
 from llmdistill.prompting.asking import Asker, WaitingForOthersError
 from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file, to_json
 from llmdistill.prompting.magpie import ByPreQuery
@@ -120,9 +120,9 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     chat = Chat(experiment, fingerprint)
     if any(isinstance(step.settings, Magpie) for step in section.steps):
         ByPreQuery(chat)
-    settings = _settings(experiment)
-    precision = record.begin_computing(directory, "prompts", settings, inputs, experiment.seed, teacher_precision(teacher))
-    workshop = Workshop(Asker(experiment, chat, worker, precision), plan.templates, experiment.seed)
+    asker, settings = Asker(experiment, chat, worker), _settings(experiment)
+    workshop = Workshop(asker, plan.templates, experiment.seed)
+    asker.precision = record.begin_computing(directory, "prompts", settings, inputs, experiment.seed, teacher_precision(teacher))
     remove_leftovers(directory)
     try:
         _make(plan, workshop, starts, directory)

@@ -8,7 +8,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.student import Prune
 from llmdistill.data.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import check_model_exists, load_config, load_model, load_tokenizer
+from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer
 from llmdistill.runs import record
 from llmdistill.runs.progress import say, working
 

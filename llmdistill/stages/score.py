@@ -12,7 +12,7 @@ from llmdistill.config import Experiment, Score
 from llmdistill.data.dataset import MANIFEST, SPLITS, Messages, Row, load_dataset, read_manifest
 from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import check_model_exists, vocabulary_hash
+from llmdistill.models.loading import check_model_exists, vocabulary_hash
 from llmdistill.prompting.sources import metadata, read_jsonl
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns
 from llmdistill.runs import record

@@ -12,7 +12,7 @@ from llmdistill.config.machine import Precision, training_precision
 from llmdistill.data.cards import model_card
 from llmdistill.data.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
 from llmdistill.errors import InputError, no_such_key
-from llmdistill.models.loading.loading import (
+from llmdistill.models.loading import (
     load_config,
     load_model,
     load_tokenizer,

@@ -8,7 +8,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.machine import inference_precision
 from llmdistill.config.student import ORIGINS
 from llmdistill.errors import InputError, no_such_key
-from llmdistill.models.loading.loading import (
+from llmdistill.models.loading import (
     check_model_exists,
     generation_config,
     load_config,

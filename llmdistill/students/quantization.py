@@ -10,7 +10,7 @@ from typing import Any
 
 from llmdistill.config.export import Export, Form
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import load_model
+from llmdistill.models.loading import load_model
 from llmdistill.runs.record import read_json
 
 _GROUP_SIZES = (128, 64, 32)

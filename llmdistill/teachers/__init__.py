@@ -16,7 +16,7 @@ from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.config.machine import Precision
 from llmdistill.data.targets import Array, SoftTargets, after
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import model_precision
+from llmdistill.models.loading import model_precision
 from llmdistill.runs.record import model_fingerprint
 
 

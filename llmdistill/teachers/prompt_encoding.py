@@ -6,8 +6,8 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.data.dataset import Messages
 from llmdistill.errors import InputError
-from llmdistill.models.loading.licence import licence_of
-from llmdistill.models.loading.loading import (
+from llmdistill.models.licence import licence_of
+from llmdistill.models.loading import (
     context_length,
     end_token_ids,
     load_config,

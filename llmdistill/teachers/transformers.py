@@ -11,7 +11,7 @@ from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.data import pps
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.targets import Array, from_logprobs
-from llmdistill.models.loading.loading import load_model
+from llmdistill.models.loading import load_model
 from llmdistill.teachers import Completion, Request
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from llmdistill.config.student import Student
-from llmdistill.models.loading.loading import end_token_ids, load_config, load_tokenizer, vocabulary_hash
+from llmdistill.models.loading import end_token_ids, load_config, load_tokenizer, vocabulary_hash
 
 _LOOKED_AT = 4096  # rows of the dataset; so that a large one takes no longer
 # On the demo's data the 64 most likely tokens leave 4.7% of the mass outside and cost a student 1.8% of its distance, which

@@ -6,12 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill.curation import judge as module
 from llmdistill.curation.judge import as_text, digit_ids
 from llmdistill.curation.steps import Failed
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.prompting.template import PromptTemplate
 from tests.curation.steps import apply_step, table
 

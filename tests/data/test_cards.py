@@ -4,9 +4,9 @@ import re
 
 import pytest
 import yaml
-from llmdistill.models.loading.licence import licence_of, restriction, sentence
 
 from llmdistill.data.cards import dataset_card, with_results
+from llmdistill.models.licence import licence_of, restriction, sentence
 from tests.stages.test_report import HEADLINE, metrics
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill.evaluation.fidelity import CONFIDENCES, ENTROPIES, POSITIONS, fidelity, own_text, token_view
 from llmdistill.evaluation.statistics import Draws
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.evaluate import _calibration
 
 END = 7

@@ -84,7 +84,7 @@ def test_a_missing_vllm_is_named(monkeypatch):
 
 
 def test_transformers_models_take_turns(tiny):
-    from llmdistill.models.loading.loading import load_model
+    from llmdistill.models.loading import load_model
 
     models = {name: load_model(str(tiny), device="cpu") for name in ("teacher", "student")}
     found = serving.by_transformers(models, 2, 3)

@@ -2,10 +2,10 @@ import json
 
 import numpy as np
 import pytest
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill.errors import InputError
 from llmdistill.evaluation.tasks import TaskFile, files_of, load_tasks, read_tasks, run_tasks
+from llmdistill.models.loading import load_model, load_tokenizer
 
 CHOICES = """
 task: colours

@@ -5,7 +5,6 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.optimize
 import torch
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill.config import Experiment
 from llmdistill.curation import judge
@@ -13,6 +12,7 @@ from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
 from llmdistill.evaluation import win_rate
 from llmdistill.evaluation.win_rate import Comparison, length_controlled, write_answers
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.runs.progress import StageBar
 from llmdistill.teachers import Completion
 

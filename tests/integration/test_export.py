@@ -18,7 +18,7 @@ ASK = """
 import json
 import sys
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.models.loading.loading import end_token_ids, load_config, load_tokenizer
+from llmdistill.models.loading import end_token_ids, load_config, load_tokenizer
 from llmdistill.teachers import Request
 from llmdistill.teachers.vllm import VllmEngine
 

@@ -15,11 +15,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model
 
 from llmdistill import load_dataset
 from llmdistill.config.machine import inference_precision
 from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.models.loading import load_model
 from tests.conftest import ROOT, run_cli
 
 pytest.importorskip("vllm", reason="vLLM is not installed")

@@ -122,7 +122,11 @@ def test_gradients_are_those_of_one_process(sharded, name):
     family, _, options, again, adapters = CASES[name]
     model, head = model_of(family, again, adapters)
     exact = gradients(model, head)
-    errors = {key: 1e-5 * gradient.norm() for key, gradient in exact.items()}
+    # Float32 rounds by the shapes of the products, differently on every processor: as far from float64 as one process is, but
+    # for chance.
+    wide = model_of(family, again, adapters)[0].double()
+    truth = gradients(wide, fused.find_head(wide))
+    errors = {key: 1e-5 * gradient.norm() + 5 * (truth[key] - gradient).norm() for key, gradient in exact.items()}
     if "mp_policy" in options:  # no farther from the exact ones than a process of its own in bfloat16, but for chance
         rounded = gradients(model.bfloat16(), head)
         errors = {key: 1.5 * (rounded[key] - gradient).norm() for key, gradient in exact.items()}

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmdistill.models.loading.loading import load_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmdistill import load_dataset
@@ -22,6 +21,7 @@ from llmdistill.losses.hidden_states import (
     of_pruned,
     resolve,
 )
+from llmdistill.models.loading import load_model
 from llmdistill.students.pruning import choose, cut
 from tests.training.test_trainer import gradients_of_one_step, make_trainer
 

@@ -8,11 +8,11 @@ import threading
 
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 from rich.console import Console
 
 from llmdistill.config import Generate, load_experiment
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages import chat as module
 from llmdistill.stages.chat import Speaker, chat, printable
 

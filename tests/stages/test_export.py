@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill.config import load_experiment
 from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.curate import curate
 from llmdistill.stages.export import export
 from llmdistill.stages.generate import generate

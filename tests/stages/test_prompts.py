@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from llmdistill.models.loading.loading import load_tokenizer
 
 from llmdistill.config import load_experiment
 from llmdistill.config.prompts import Prompts
 from llmdistill.data.shards import Share
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting import asking
 from llmdistill.stages.generate import generate
 from llmdistill.stages.prompts import load_prompts, prepared_prompts, prompts
-from llmdistill.teachers import Completion, chat
+from llmdistill.teachers import Completion, prompt_encoding
 
 TEMPLATE = """
 name: capital
@@ -140,7 +140,7 @@ class Scripted:
     """A teacher whose answers are known: `reply` makes them of what it sees. One that ends in … was cut."""
 
     def __init__(self, tokenizer, reply):
-        self.tokenizer, self.reply, self.asked = tokenizer, reply, []
+        self.tokenizer, self.reply, self.asked, self.tokens = tokenizer, reply, [], 0
 
     def generate(self, batches):
         for batch in batches:
@@ -149,6 +149,7 @@ class Scripted:
                 text = self.reply(re.search(r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n|$", seen, re.DOTALL)[1] or seen, request)
                 self.asked.append(seen)
                 ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [2] * (not text.endswith("…"))
+                self.tokens += len(ids)
                 yield Completion(
                     request.index, np.array(ids), "stop" if ids[-1] == 2 else "length", np.zeros(len(ids), np.float32), None
                 )
@@ -166,7 +167,7 @@ def teach(tokenizer, monkeypatch):
     def teach(reply):
         teacher = Scripted(tokenizer, reply)
         monkeypatch.setattr(asking, "open_engine", lambda *_: teacher)
-        monkeypatch.setattr(chat, "load_tokenizer", lambda *_: tokenizer)
+        monkeypatch.setattr(prompt_encoding, "load_tokenizer", lambda *_: tokenizer)
         return teacher
 
     return teach

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from llmdistill import load_dataset
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model
 from llmdistill.stages.prune import ensure_pruned, prune
 
 

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.data import targets
 from llmdistill.data.dataset import read_manifest
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.score import score

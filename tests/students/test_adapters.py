@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmdistill.config import Experiment
 from llmdistill.config.student import Lora, Student
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model
 from llmdistill.students.adapters import attach, lora_config
 from llmdistill.students.origins import begin_student, load_student, save_student
 from tests.training.test_trainer import make_trainer
@@ -99,7 +99,7 @@ def test_a_quantised_base_is_saved_unquantised_with_the_adapter_merged(kind, bas
     learn(model)
     save_student(model, bases["tokenizer"], experiment, tmp_path, None)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    before, after = (load_model(str(path)).state_dict() for path in (bases["half"], tmp_path))
+    before, after = (load_model(str(path), dtype="checkpoint").state_dict() for path in (bases["half"], tmp_path))
     trained = dict(model.named_parameters())
     assert before.keys() == after.keys()
     for name, weight in after.items():

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from llmdistill.models.loading.loading import load_model
 
 from llmdistill.config.student import Prune
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model
 from llmdistill.students.pruning import choose, cut, evenly_spaced, measure
 
 ROWS = [{"input_ids": np.arange(5, 5 + n), "completion_start": 2} for n in (4, 9, 6)]

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from llmdistill.models.loading.loading import load_model
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.config.section import Member
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model
 from llmdistill.teachers import Request, check_engine, row_id, row_seed
 from llmdistill.teachers.transformers import TransformersEngine, sample
 from llmdistill.teachers.vllm import flat_logprobs

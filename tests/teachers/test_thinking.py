@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llmdistill.models.loading.loading import load_model, load_tokenizer
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.data import targets
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.generate import generate
 from llmdistill.teachers.thinking import answer_start
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmdistill.models.loading.loading import load_model
 
+from llmdistill.models.loading import load_model
 from llmdistill.training.packing import check_apart, pack
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import trl
-from llmdistill.models.loading.loading import load_model
 from transformers import AutoTokenizer
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
@@ -14,6 +13,7 @@ from llmdistill.data import pps, targets
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.losses import Objective, distillation_loss
+from llmdistill.models.loading import load_model
 
 K = 6
 LOSSES = ("loss", "ce", "kl", "eval_loss", "eval_ce", "eval_kl")

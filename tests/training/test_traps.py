@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset
-from llmdistill.models.loading.loading import load_config, load_tokenizer, vocabulary_hash
 from transformers import AutoConfig, AutoTokenizer
 
 from llmdistill.config.student import Student
 from llmdistill.data.collator import DistillCollator
+from llmdistill.models.loading import load_config, load_tokenizer, vocabulary_hash
 from llmdistill.training.traps import end_token, learning_rate, mass_outside, rows_without_end, traps
 
 

@@ -22,7 +22,7 @@ from llmdistill.data.convert.exports import KIND_KEY, ROWS_AT_ONCE, read_parts, 
 from llmdistill.data.dataset import Row, Shard, Split, rows_to_table, write_manifest, write_shard
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
-from llmdistill.models.loading.loading import (
+from llmdistill.models.loading import (
     end_token_ids,
     load_config,
     load_tokenizer,

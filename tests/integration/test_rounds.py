@@ -65,7 +65,7 @@ def test_the_student_writes_what_the_teacher_reads(trained, tiny):
     for mine, theirs in zip(written, read, strict=True):
         assert mine["input_ids"].tolist() == theirs["input_ids"].tolist()
         assert json.dumps([dict(turn) for turn in mine["prompt"]]) in asked
-    from llmdistill.models.loading.loading import load_model
+    from llmdistill.models.loading import load_model
 
     of_the_teacher, of_the_student = [], []
     models = {name: load_model(str(path), dtype="float32") for name, path in (("t", tiny), ("s", output / "student"))}
