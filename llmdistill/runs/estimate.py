@@ -15,13 +15,14 @@ from typing import Any
 from llmdistill.config import Experiment
 
 # Seconds of a whole stage for each second of what is timed here: norms, attention, caches, Python.
-_DECODING, _READING, _TRAINING = 1.6, 1.5, 1.4
+_DECODING, _READING, _TRAINING = 1.4, 1.3, 0.95
 # Starts of processes, in times that of importing torch here.
 _STAGE_START, _VLLM_START = 4.0, 14.0
 _SEQUENCES = 256  # that vLLM decodes together
 _READ_ROWS = 1024  # tokens in one pass of reading and training
 _SMALL_BATCH = 8
-_ROW_TOKENS = 300  # read for one item of a task, its choices together
+_PROMPT_TOKENS = 64
+_ITEM_TOKENS = 140  # read for one item of a task, its choices together
 _TIMED_ROUNDS = 3  # of decoding in `eval`
 _OPTIMISER_BYTES = 28  # a parameter: gradient, weight and two moments, read and written
 
@@ -68,15 +69,17 @@ def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[st
     tokens = rows * experiment.generate.max_tokens
     start = _STAGE_START * speed.start
     share = _student_share(experiment, speed)
-    row = experiment.generate.max_tokens + 64  # with its prompt
+    row = experiment.generate.max_tokens + _PROMPT_TOKENS
     held_out = max(rows * experiment.eval.held_out, 1)
     students = 1 + experiment.train.compare_text_only
     models = 1 + share * (1 + students)  # the teacher, the student before, and those trained, in times of the teacher
     found = {
-        "generate": _VLLM_START * speed.start + _DECODING * tokens / speed.batch * speed.decode,
+        "generate": _VLLM_START * speed.start
+        + _DECODING * tokens / speed.batch * speed.decode
+        + rows * _PROMPT_TOKENS * speed.read,
         "score": _VLLM_START * speed.start + _READING * tokens * speed.read,
         "curate": start,
-        "prune": start + _READING * 3 * row * 64 * speed.read,
+        "prune": start + _READING * row * _pruning_rows(experiment, rows) * speed.read,
         "train": start + students * _training(experiment, speed, rows, row, share),
         "eval": start + models * _evaluation(experiment, speed, held_out * row),
         "export": start
@@ -97,6 +100,14 @@ def _student_share(experiment: Experiment, speed: Speed) -> float:
     return (prune.layers if isinstance(prune.layers, int) else len(prune.layers)) / max(speed.layers, 1)
 
 
+def _pruning_rows(experiment: Experiment, rows: int) -> float:
+    """Rows that go through a model of the teacher's size: of calibration, and those on which the student is looked at."""
+    prune = experiment.student.prune
+    if prune is None or not prune.measured:
+        return 0.0
+    return 3 * min(prune.calibration_rows, rows) + 4 * 12
+
+
 def _training(experiment: Experiment, speed: Speed, rows: int, row_tokens: int, share: float) -> float:
     """Seconds of one training."""
     arguments = experiment.train.args
@@ -113,7 +124,7 @@ def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float) ->
     """Seconds for one model of the teacher's size."""
     settings = experiment.eval
     items = len(settings.tasks) * (settings.task_limit or 100)
-    read = held_out_tokens + items * _ROW_TOKENS + 2 * settings.own_prompts * settings.own_tokens
+    read = held_out_tokens + items * _ITEM_TOKENS + 2 * settings.own_prompts * settings.own_tokens
     steps = _TIMED_ROUNDS * settings.sample_tokens + settings.samples * settings.sample_tokens / 4 + 3 * settings.own_tokens
     return _READING * read * speed.read + _DECODING * steps * speed.small
 
