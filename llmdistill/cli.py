@@ -1,6 +1,7 @@
 """The command line: one command a stage, dotted overrides, exit statuses that schedulers understand."""
 
 import argparse
+import difflib
 import errno
 import os
 import signal
@@ -13,7 +14,8 @@ from typing import Any, NoReturn
 import yaml
 
 from llmdistill import __version__
-from llmdistill.config import Experiment, keys, load_experiment, overrides_of
+from llmdistill.config import Experiment, load_experiment, overrides_of
+from llmdistill.config.help import keys_help
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs.quiet import quiet_libraries
 from llmdistill.stages.table import STAGES, Stage
@@ -36,6 +38,7 @@ COMMANDS: dict[str, Stage | Command] = {
     ),
     "submit": Command("the same as scheduled jobs, each after those that it needs", ("jobs",)),
 }
+_OTHERS = ("inspect", "status", "cancel", "push", "convert")  # commands that take a directory
 _PATIENCE = 30  # seconds
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of the `llmdistill` command."""
     signal.signal(signal.SIGTERM, _preempted)
     quiet_libraries()
+    _refuse_unknown(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command is None:
@@ -215,7 +219,7 @@ def _stage(arguments: argparse.Namespace, rest: list[str]) -> None:
 
     console.quiet = console.quiet or experiment.watch.log == "json"  # what is not a line of a stage
     share = getattr(arguments, "shards", None)
-    with watched(arguments.command, experiment.output, experiment.watch, share), working(arguments.command, "starting"):
+    with watched(arguments.command, experiment.output, experiment.watch, share), working(arguments.command, "working"):
         if experiment.store is not None:
             bring(experiment, arguments.command)
         function(experiment, **options)
@@ -224,15 +228,43 @@ def _stage(arguments: argparse.Namespace, rest: list[str]) -> None:
     return None
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help ends in the keys of the configuration that its command reads."""
+
+    sections: tuple[str, ...] | None = None
+    shows_all_keys = False
+
+    def format_help(self) -> str:
+        """The usual help, and the keys."""
+        return super().format_help() + (keys_help(self.sections, self.shows_all_keys) if self.sections is not None else "")
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        parser.shows_all_keys = True
+        parser.print_help()
+        parser.exit()
+
+
+def _refuse_unknown(words: list[str]) -> None:
+    """Say which command may be meant by one that is not known."""
+    known = [*COMMANDS, *_OTHERS]
+    if words and not words[0].startswith("-") and words[0] not in known:
+        near = difflib.get_close_matches(words[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`llmdistill --help` lists them"
+        print(f"llmdistill: no such command {words[0]}; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmdistill",
         description="Distil a large language model into a small one with synthetic data.",
-        epilog="`llmdistill COMMAND --help` lists every key of the configuration that the command reads.",
+        epilog="`llmdistill COMMAND --help` lists the keys of the configuration that the command reads.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"llmdistill {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
     for name, described in COMMANDS.items():
         _add_command(commands, name, described)
     inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
@@ -275,12 +307,13 @@ def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
         help=described.help,
         description=described.help[0].upper() + described.help[1:] + ".",
         usage=usage,
-        epilog=_keys_help(described.sections),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     calls = {"chat": _chat, "run": _run, "refresh": _refresh, "submit": _submit, "report": _report}
     command.set_defaults(call=calls.get(name, _stage))
+    command.sections = described.sections
+    command.add_argument("--help-all", action=_HelpAll, nargs=0, help="show this help message with all keys and exit")
     if name == "report":
         command.add_argument("config", nargs="+", metavar="CONFIG.yaml", help="the experiment, or the outputs of several")
         command.add_argument("--out", metavar="FILE.html", help="of several: where the page goes (default comparison.html)")
@@ -315,17 +348,6 @@ def _add_convert(commands: Any) -> None:
         help="with --to distillkit: keep N log-probabilities a position as they are and the others as a curve; all if not given",
     )
     convert.set_defaults(call=_convert)
-
-
-def _keys_help(sections: tuple[str, ...]) -> str:
-    rows = [
-        (f"--{key}", kind, text)
-        for key, kind, text in keys()
-        if key in ("output", "seed", "watch.log", "watch.metrics")
-        or any(not section or key == section or key.startswith(f"{section}.") for section in sections)
-    ]
-    lines = [f"  {key} {kind}\n      {text}" for key, kind, text in rows]
-    return "every key of the configuration, in the file or as an override:\n" + "\n".join(lines)
 
 
 def _is_first() -> bool:

@@ -1,13 +1,15 @@
 """The command's exit statuses, and the command among the processes of one training run."""
 
 import errno
+import re
 import signal
 import sys
 
 import pytest
 
 from llmdistill import cli
-from llmdistill.config import load_experiment
+from llmdistill.config import keys, load_experiment
+from llmdistill.config.help import COMMON
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs import pipeline
 
@@ -77,3 +79,27 @@ def test_a_run_ends_as_its_stage_does(monkeypatch, tmp_path, experiment_file, bo
     with pytest.raises(SystemExit) as stopped:
         pipeline.run_pipeline(load_experiment(experiment_file), [str(experiment_file)])
     assert stopped.value.code == status
+
+
+def test_an_unknown_command_is_refused_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["trian", "x.yaml"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "llmdistill: no such command trian; did you mean train?\n"
+
+
+def test_help_shows_the_common_keys_and_all_of_them_when_asked(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train", flag])
+        assert ended.value.code == 0
+        texts.append(capsys.readouterr().out)
+    some, everything = texts
+    assert "--train.loss" in some
+    assert "--train.position_weights" not in some
+    assert "--train.position_weights" in everything
+    assert re.search(r"\d+ more keys: --help-all", some)
+    assert all(len(line) <= 80 for line in everything.splitlines() if not line.lstrip().startswith(("--", "usage", "llmdistill")))
+    assert {key for key, _, _ in keys()} >= COMMON
