@@ -24,6 +24,7 @@ FIRST_LINE_SECONDS = 3  # until the first line on an activity in a log
 LINE_SECONDS = 9  # between two lines of a log
 _REFRESH_SECONDS = 0.2  # of a terminal
 _RATE_SECONDS = 30  # over which a rate is measured
+_TOLD_FROM = 0.1  # share of the most tokens that there can be, from which on the time left is told
 _STEADY_ROWS = 1024  # rows after which their mean length is taken for that of the others
 console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one of many processes speaks
 
@@ -222,6 +223,8 @@ class StageBar:
         if not rate:
             return None, False
         unfinished = self.tokens - self._told  # `advance` is told the tokens of whole rows
+        if self.tokens < _TOLD_FROM * (self.total - self._started_at) * self._row_tokens:
+            return None, False  # the rate is still that of reading the first prompts
         known = new >= min(_STEADY_ROWS, max(self.total - self._started_at, 1) / 2)
         each = self._told / new if known else self._row_tokens
         return max(rows * each - unfinished, 0.0) / rate, not known

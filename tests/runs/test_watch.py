@@ -234,10 +234,14 @@ def test_tokens_count_before_their_rows_are_whole(clock, capsys):
     bar = StageBar("generate", 4)
     bar.count_tokens(lambda: written[0], 100)
     with bar:
-        for _ in range(10):
+        for _ in range(9):
             clock[0] += 1
             written[0] += 4
             bar.advance(0)
+        assert bar._text(end=False) == " · 36 tokens · 4 tok/s", "too early to tell"
+        clock[0] += 1
+        written[0] += 4
+        bar.advance(0)
         assert bar.progress().tokens == 40
         assert bar.progress().tokens_per_s == pytest.approx(4)
         assert bar._text(end=False) == " · 40 tokens · 4 tok/s · at most 1:30 left"
