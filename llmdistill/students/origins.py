@@ -164,7 +164,13 @@ def _adapters(experiment: Experiment) -> tuple[Any, Any]:
     """The configurations of peft and of the quantisation, None where there is none."""
     student = experiment.student
     config = adapters.lora_config(student.lora) if student.lora else None
-    return config, adapters.quantization_config(student.quantize, saved_dtype(experiment)) if student.quantize else None
+    if student.quantize is None:
+        return config, None
+    import torch
+
+    # The products are in the checkpoint's precision, unless this machine computes in float32 alone.
+    dtype = torch.float32 if inference_precision().dtype == "float32" else saved_dtype(experiment)
+    return config, adapters.quantization_config(student.quantize, dtype)
 
 
 def saved_dtype(experiment: Experiment) -> Any:
