@@ -1,6 +1,7 @@
 """The real vLLM with the real small teacher."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -123,7 +124,8 @@ def test_a_kill_leaves_no_process_and_loses_no_row(generated, smollm2):
         "--teacher.engine_args",
         "{max_num_seqs: 2}",
     ]
-    process = subprocess.Popen([sys.executable, "-m", "llmdistill", *map(str, arguments)], cwd=ROOT)
+    apart = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # on few cores it would have no processes
+    process = subprocess.Popen([sys.executable, "-m", "llmdistill", *map(str, arguments)], cwd=ROOT, env=apart)
     deadline = time.monotonic() + 240
     while not list(output.glob("data/train-*.parquet")):
         assert process.poll() is None
