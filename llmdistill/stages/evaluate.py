@@ -76,7 +76,9 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
 
     precision = inference_precision(experiment.eval.dtype)
-    record.begin_computing(directory, "eval", settings, inputs, experiment.seed, precision)
+    # It starts over where it was interrupted, so what an earlier try computed in does not bind this one.
+    record.begin(directory, "eval", settings, inputs, experiment.seed, precision=precision.recorded)
+    say("eval", f"computes in {precision}")
     end_ids = manifest["tokenizer"]["end_token_ids"]
     with StageBar("eval", len(rows)) as bar:
         measured = fidelity(models, rows, experiment.eval.batch_size, end_ids, lambda n, t: bar.advance(n, t * len(models)))

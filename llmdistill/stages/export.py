@@ -22,7 +22,6 @@ from llmdistill.models.loading import (
     load_model,
     load_tokenizer,
     model_bytes,
-    model_precision,
 )
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
@@ -69,10 +68,10 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
     check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
     precision = inference_precision(experiment.eval.dtype)
-    record.begin_computing(directory, "export", claimed, inputs, experiment.seed, precision)
+    precision = record.begin_computing(directory, "export", claimed, inputs, experiment.seed, precision)
     with _whole(source, settings, directory, manifest["tokenizer"]) as model:
         for form in missing:
-            made = _export_one(experiment, settings, form, model, rows, draws)
+            made = _export_one(experiment, settings, form, model, precision.dtype, rows, draws)
             results = _results(directory) | {"source": str(source), "bytes": model_bytes(model)}
             results["formats"] = [*results["formats"], made]
             record.write_json(directory / RESULTS, results)
@@ -154,7 +153,9 @@ def _whole(source: Path, settings: Export, directory: Path, talks: dict[str, Any
         shutil.rmtree(merged, ignore_errors=True)
 
 
-def _export_one(experiment: Experiment, settings: Export, form: Form, model: str, rows: Any, draws: Draws) -> dict[str, Any]:
+def _export_one(
+    experiment: Experiment, settings: Export, form: Form, model: str, dtype: str, rows: Any, draws: Draws
+) -> dict[str, Any]:
     """Write one form, load it again and measure it; what `export.json` says of it."""
     path = experiment.directory("export") / form
     if path.exists():  # its measurement was interrupted
@@ -164,7 +165,6 @@ def _export_one(experiment: Experiment, settings: Export, form: Form, model: str
         how = write_form(form, model, unfinished, settings, _calibration(experiment, settings, form), tokenizer)
         record.write_text(unfinished / "README.md", _card(Path(model), form, how))
     with working("export", f"loading {form}"):
-        dtype = model_precision(model, asked=experiment.eval.dtype, key="export.model").dtype
         models = {"teacher": load_model(model, dtype=dtype), form: load_form(str(path), dtype)}
     with StageBar(form, len(rows)) as bar:
         measured = fidelity(models, rows, experiment.eval.batch_size, report=bar.advance)
