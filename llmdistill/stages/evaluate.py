@@ -13,6 +13,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.machine import inference_precision
 from llmdistill.data.cards import with_results
 from llmdistill.data.dataset import MANIFEST, conversations, load_dataset, read_manifest
+from llmdistill.data.importance import effective_sample_size, importance, log_importance
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
@@ -22,7 +23,6 @@ from llmdistill.evaluation.statistics import Draws, check_clusters, percentile_i
 from llmdistill.evaluation.task_scores import measure_tasks
 from llmdistill.evaluation.tasks import files_of, load_tasks, read_tasks
 from llmdistill.evaluation.win_rate import Comparison
-from llmdistill.losses.importance import effective_sample_size, importance, log_importance
 from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working

@@ -233,7 +233,7 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     """
     import torch
 
-    from llmdistill.losses.importance import effective_sample_size, importance, log_importance
+    from llmdistill.data.importance import effective_sample_size, importance, log_importance
     from llmdistill.training.packing import check_apart
     from llmdistill.training.trainer import DistillTrainer, check_adapters
 

@@ -24,10 +24,10 @@ from llmdistill.data.collator import (
     first_items,
     in_place_of_logits,
 )
+from llmdistill.data.importance import importance, log_importance
 from llmdistill.data.targets import kind_of
 from llmdistill.losses import fused
 from llmdistill.losses.hidden_states import Attention, Hidden, LayerMatch
-from llmdistill.losses.importance import importance, log_importance
 from llmdistill.training.callbacks import trained_tokens
 from llmdistill.training.flops import peak_flops, training_flops
 from llmdistill.training.packing import Packs, check_apart, row_lengths

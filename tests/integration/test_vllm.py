@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -94,8 +95,9 @@ def test_the_probability_of_having_sampled_a_text_is_that_at_the_temperature(gen
         assert off < 1 if near else off > 5, (temperature, off)
 
 
-def test_resuming_makes_only_the_missing_shard(generated, smollm2):
-    directory, rows = generated
+def test_resuming_makes_only_the_missing_shard(generated, tmp_path):
+    original, rows = generated
+    directory = shutil.copytree(original, tmp_path / "data", copy_function=shutil.copy2)
     kept = sorted(directory.glob("train-*.parquet"))
     lost = kept.pop(1)
     times = {path: path.stat().st_mtime_ns for path in kept}
@@ -103,7 +105,7 @@ def test_resuming_makes_only_the_missing_shard(generated, smollm2):
     (directory / "dataset.json").unlink()
     run = directory / "run.json"
     run.write_text(run.read_text().replace('"status": "done"', '"status": "unfinished"'))
-    result = run_cli("generate", directory.parent.parent / "experiment.yaml")
+    result = run_cli("generate", original.parent.parent / "experiment.yaml", "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     again = load_dataset(directory)
     assert list(again["id"]) == list(rows["id"])

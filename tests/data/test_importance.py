@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmdistill.losses.importance import effective_sample_size, importance
+from llmdistill.data.importance import effective_sample_size, importance
 
 
 def test_a_mean_under_another_distribution():
