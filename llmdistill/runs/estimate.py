@@ -125,7 +125,8 @@ def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float) ->
     settings = experiment.eval
     items = len(settings.tasks) * (settings.task_limit or 100)
     read = held_out_tokens + items * _ITEM_TOKENS + 2 * settings.own_prompts * settings.own_tokens
-    steps = _TIMED_ROUNDS * settings.sample_tokens + settings.samples * settings.sample_tokens / 4 + 3 * settings.own_tokens
+    steps = _TIMED_ROUNDS * settings.sample_tokens + settings.samples * settings.sample_tokens / 4
+    steps += 3 * settings.own_tokens if settings.own_prompts else 0
     return _READING * read * speed.read + _DECODING * steps * speed.small
 
 
