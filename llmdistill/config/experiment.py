@@ -50,7 +50,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _loss_fits_the_targets(self) -> "Experiment":
-        reason = self.train.against(self.targets.kind)
+        reason = self.train.against(self.targets.stored)
         if reason and self.train.dataset is None:
             raise ValueError(f"{reason}; set targets.kind to topk")
         if self.teacher.engine == "server" and self.targets.kind == "multinomial":
@@ -61,10 +61,10 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _rounds_have_targets(self) -> "Experiment":
-        if self.rounds and self.targets.kind in ("none", "online"):
+        if self.rounds and not self.targets.stored.columns:
             raise ValueError(f"rounds needs stored targets, and targets.kind is {self.targets.kind}")
         loss = self.rounds and self.rounds.loss
-        if loss and (reason := self.train.model_copy(update={"loss": loss}).against(self.targets.kind)):
+        if loss and (reason := self.train.model_copy(update={"loss": loss}).against(self.targets.stored)):
             raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; set targets.kind to topk")
         return self
 
@@ -80,7 +80,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _layers_need_a_teacher(self) -> "Experiment":
         for name in ("hidden", "attention"):
-            if getattr(self.train, name) is not None and self.targets.kind != "online":
+            if getattr(self.train, name) is not None and not self.targets.online:
                 raise ValueError(f"train.{name} needs the teacher beside the student; set targets.kind to online")
         if self.train.fake_quantize and self.student.lora:
             raise ValueError("train.fake_quantize rounds the weights that train, and lora trains others; remove one of them")

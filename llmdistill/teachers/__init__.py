@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.config.machine import Precision
-from llmdistill.data.targets import Array, SoftTargets, after
+from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
 from llmdistill.models.loading import model_precision
 from llmdistill.runs.record import model_fingerprint
@@ -46,7 +46,7 @@ class Completion:
 
     def behind(self, start: int) -> "Completion":
         """The same without its first `start` tokens."""
-        kept = self.targets and after(self.targets, start)
+        kept = self.targets and self.targets.after(start)
         return replace(self, ids=self.ids[start:], token_logprobs=self.token_logprobs[start:], targets=kept)
 
 

@@ -46,10 +46,10 @@ class Chat:
             theirs = load_tokenizer(more.model, more.revision, teacher.trust_remote_code, key)
             if vocabulary_hash(theirs) != vocabulary_hash(self.tokenizer):
                 raise InputError(f"{key}: {more.model} has another tokenizer than {teacher.model}; their mean is not defined")
-        if kept.kind != "multinomial" and kept.kept > self.vocab_size:
-            key = "n" if kept.kind == "sampled" else "k"
+        if kept.stored.distinct and kept.kept > self.vocab_size:
             raise InputError(
-                f"targets.{key} is {kept.kept:,}, but the vocabulary of {teacher.model} has {self.vocab_size:,} tokens"
+                f"targets.{kept.stored.size} is {kept.kept:,}, "
+                f"but the vocabulary of {teacher.model} has {self.vocab_size:,} tokens"
             )
 
     def prompt_ids(self, messages: Messages, origin: str, tools: list[Any] | None = None) -> list[int]:
@@ -125,7 +125,7 @@ class Chat:
                 "special_token_ids": special_token_ids(self.tokenizer),
                 "chat_template": self.tokenizer.chat_template,
             },
-            "targets": self.experiment.targets.described,
+            "targets": self.experiment.targets.stored.describe(self.experiment.targets.kept),
             "seed": self.experiment.seed,
             "determinism": _DETERMINISM[teacher.engine],
             "versions": record.versions(),

@@ -48,7 +48,7 @@ def make_row(number, length=3):
         completion_ids=ids,
         finish_reason="stop",
         token_logprobs=logprobs[np.arange(length), ids].astype(np.float32),
-        targets=targets.topk_from_dense(logprobs, 4),
+        targets=targets.TopK.from_dense(logprobs, 4),
     )
 
 
