@@ -13,9 +13,10 @@ from llmdistill.config.jobs import Jobs, Watch
 from llmdistill.config.prompts import Prompts
 from llmdistill.config.refresh import Refresh
 from llmdistill.config.rounds import Rounds, as_section
-from llmdistill.config.section import Section, StoreUrl, Teacher
+from llmdistill.config.section import Section, StoreUrl
 from llmdistill.config.student import Student
 from llmdistill.config.targets import Targets
+from llmdistill.config.teacher import Teacher, engines_with
 from llmdistill.config.train import Train
 
 Directory = Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"]
@@ -53,10 +54,17 @@ class Experiment(Section):
         reason = self.train.against(self.targets.stored)
         if reason and self.train.dataset is None:
             raise ValueError(f"{reason}; set targets.kind to topk")
-        if self.teacher.engine == "server" and self.targets.kind == "multinomial":
-            raise ValueError("a server names each token once, so it cannot give targets.kind multinomial; use sampled or topk")
-        if self.teacher.engine == "transformers" and self.generate.json_schema is not None:
-            raise ValueError("generate.json_schema needs a grammar, which teacher.engine vllm and server have")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can_do_it(self) -> "Experiment":
+        engine, can = self.teacher.engine, self.teacher.abilities
+        if not self.targets.stored.distinct and not can.repeats:
+            raise ValueError(
+                f"a {engine} names each token once, so it cannot give targets.kind {self.targets.kind}; use sampled or topk"
+            )
+        if self.generate.json_schema is not None and not can.grammar:
+            raise ValueError(f"generate.json_schema needs a grammar, which teacher.engine {engines_with('grammar')} have")
         return self
 
     @model_validator(mode="after")

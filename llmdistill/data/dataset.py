@@ -278,6 +278,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise InputError(
             f"{directory / MANIFEST}: schema_version is {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
         )
+    if (kind := manifest["targets"]["kind"]) not in targets.KINDS:
+        raise InputError(f"{directory / MANIFEST}: targets.kind is {kind!r}, this version reads {', '.join(targets.KINDS)}")
     for entry in manifest["shards"]:
         if not (directory / entry["file"]).is_file():
             raise InputError(f"{directory / entry['file']}: the shard is missing")

@@ -18,12 +18,6 @@ from llmdistill.models.loading import (
 from llmdistill.runs import record
 from llmdistill.teachers import check_engine
 
-_DETERMINISM = {
-    "transformers": "bit-exact: the same configuration, machine, versions and number of threads give the same bytes",
-    "server": "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched",
-    "vllm": "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched",
-}
-
 
 class Chat:
     """Turns conversations into the token ids that the teacher sees.
@@ -127,7 +121,7 @@ class Chat:
             },
             "targets": self.experiment.targets.stored.describe(self.experiment.targets.kept),
             "seed": self.experiment.seed,
-            "determinism": _DETERMINISM[teacher.engine],
+            "determinism": teacher.abilities.determinism,
             "versions": record.versions(),
         }
 

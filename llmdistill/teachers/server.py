@@ -18,7 +18,7 @@ import numpy as np
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.teachers import Completion, Request
+from llmdistill.teachers import Completion, Engine, Request
 
 _TRIES = 9
 _LONGEST_PAUSE = 60.0  # seconds; the pauses double from half a second, so that a server may take two minutes to come back
@@ -27,10 +27,19 @@ _CONNECT_SECONDS = 10.0
 _EXTENSION = "llmdistill.teachers.vllm_worker.SampleTargets"
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """Sends `teacher.concurrency` requests at a time; every request has its own answer, so they come back in any order."""
 
-    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, end_ids: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        sampling: Generate,
+        kept: Targets,
+        end_ids: Sequence[int],
+        seed: int,
+        max_model_len: int = 0,
+        reads_with: int | None = None,
+    ) -> None:
         self.teacher, self.sampling, self.kept, self.end_ids = teacher, sampling, kept, end_ids
         assert teacher.url is not None
         key = os.environ.get("VLLM_API_KEY")

@@ -11,13 +11,22 @@ from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.targets import Array, draw
 from llmdistill.models.loading import load_model
-from llmdistill.teachers import Completion, Request
+from llmdistill.teachers import Completion, Engine, Request
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Decodes batches in order; a batch's composition is fixed by the configuration, so results repeat exactly."""
 
-    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, end_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        sampling: Generate,
+        kept: Targets,
+        end_ids: Sequence[int],
+        seed: int = 0,
+        max_model_len: int = 0,
+        reads_with: int | None = None,
+    ) -> None:
         members = [(teacher.model, teacher.revision, teacher.weight, "teacher.model")]
         members += [
             (more.model, more.revision, more.weight, f"teacher.ensemble.{number}.model")

@@ -12,7 +12,7 @@ import psutil
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.runs.quiet import quiet_libraries
-from llmdistill.teachers import Completion, Request
+from llmdistill.teachers import Completion, Engine, Request
 
 # Requests inside the engine at a time: more than it runs at once, so that it is never idle while a shard is written.
 _QUEUE = 2048
@@ -23,7 +23,7 @@ _SEQUENCES = 256  # read at a time
 _FEW_CORES = 8
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """Streams requests through one `vllm.LLM`; log-probabilities are the model's own, before temperature and penalties."""
 
     def __init__(
@@ -31,9 +31,9 @@ class VllmEngine:
         teacher: Teacher,
         sampling: Generate,
         kept: Targets,
-        max_model_len: int,
         end_ids: Sequence[int],
         seed: int,
+        max_model_len: int,
         reads_with: int | None = None,
     ) -> None:
         prepare_environment()
