@@ -125,8 +125,8 @@ def read(data: Path, positions: int) -> dict[str, float]:
 
 def synthetic_rows(generator: np.random.Generator, positions: int, number: int) -> list[Any]:
     """Rows with so many positions together, or a few more."""
-    from llmdistill.data import targets
     from llmdistill.data.dataset import Row
+    from llmdistill.data.targets import Sampled
 
     lengths: list[int] = []
     while sum(lengths) < positions:
@@ -140,11 +140,11 @@ def synthetic_rows(generator: np.random.Generator, positions: int, number: int) 
     is_exact_NK = np.arange(N) < exact_N[:, None]
     for mask in (is_exact_NK, ~is_exact_NK):
         ids_NK[mask] = np.sort(np.where(mask, ids_NK, VOCAB), axis=1)[np.sort(mask, axis=1)[:, ::-1]]
-    kept = targets.Sampled(ids_NK, logprobs_NK, exact_N, generator.random(total).astype(np.float32))
+    kept = Sampled(ids_NK, logprobs_NK, exact_N, generator.random(total).astype(np.float32))
     rows, start = [], 0
     for length in lengths:
         part = slice(start, start + length)
-        row = targets.Sampled(*(getattr(kept, field)[part] for field in ("ids_NK", "logweights_NK", "exact_N", "entropy_N")))
+        row = Sampled(*(getattr(kept, field)[part] for field in ("ids_NK", "logweights_NK", "exact_N", "entropy_N")))
         text = " ".join(map(str, ids_NK[part, 0]))
         messages = [{"role": "user", "content": "a question"}], [{"role": "assistant", "content": text}]
         prompt = generator.integers(0, VOCAB, 50).tolist()

@@ -68,7 +68,7 @@ def compare(kind: str, head: str, dtype: Any, small: bool) -> dict[str, tuple[fl
         entering_ND = states_ND
         if head == "tied":  # so that a gradient reaches the matrix from both sides
             entering_ND = states_ND + torch.nn.functional.embedding(labels_N.flip(0), mine.weight)
-        given = {name: values.double() if wide and values.is_floating_point() else values for name, values in batch.items()}
+        given = {k: v.double() if wide and torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
         if form == "fused":
             value, _ = fused.distillation_loss(entering_ND, fused.Head(mine, 1.0, softcap), labels_N, given, objective, 1 << 24)
         else:
@@ -89,22 +89,18 @@ def soft_targets(kind: str, teacher_NV: Any, kept: int) -> dict[str, Any]:
     """The targets of a batch, from the teacher's logits, as the engines make them."""
     import torch
 
-    from llmdistill.data import pps, targets
-    from llmdistill.data.targets import TopK
+    from llmdistill.data.targets import KINDS, TopK
 
     if kind == "none":
         return {}
-    stored, device = kind if kind in ("sampled", "multinomial") else "topk", teacher_NV.device
+    stored, device = KINDS.get(kind, TopK), teacher_NV.device
     logprobs_NV = teacher_NV.log_softmax(-1)
-    uniform_NU = torch.rand(len(teacher_NV), pps.uniforms(stored, kept), dtype=torch.float64, device=device)
-    ids_NK = pps.keep(stored, logprobs_NV, kept, uniform_NU)
-    soft = targets.from_logprobs(stored, ids_NK.cpu().numpy(), logprobs_NV.gather(1, ids_NK).cpu().numpy())
+    uniform_NU = torch.rand(len(teacher_NV), stored.uniforms(kept), dtype=torch.float64, device=device)
+    ids_NK = stored.keep(logprobs_NV, kept, uniform_NU)
+    soft = stored.from_kept(ids_NK.cpu().numpy(), logprobs_NV.gather(1, ids_NK).cpu().numpy())
     assert soft is not None
-    if isinstance(soft, TopK):
-        arrays = {"target_logprobs": soft.logprobs_NK, "target_tail": soft.tail_N}
-    else:
-        arrays = {"target_logweights": soft.logweights_NK, "target_entropy": soft.entropy_N}
-    return {name: torch.from_numpy(values).to(device) for name, values in {"target_ids": soft.ids_NK, **arrays}.items()}
+    tensors = {name: torch.from_numpy(values).to(device) for name, values in soft.batch().items()}
+    return {"target_kind": stored.name, **tensors}
 
 
 def adapted(layer: Any, dtype: Any) -> Any:

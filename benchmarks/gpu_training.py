@@ -209,11 +209,12 @@ def packing(small: bool, found: Found) -> None:
 def flat_gradient(model: Any, rows: list[Any], in_a_line: bool, half: bool) -> Any:
     """Of the loss as the trainer computes it, with respect to all weights."""
     import torch
+    from accelerate.utils import send_to_device
 
     from llmdistill.data.collator import DistillCollator, completion_labels, in_place_of_logits
     from llmdistill.losses import Objective, fused
 
-    batch = {name: values.to(model.device) for name, values in DistillCollator(0, padding_free=in_a_line)(rows).items()}
+    batch = send_to_device(DistillCollator(0, padding_free=in_a_line)(rows), model.device)
     labels_N = completion_labels(batch)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
         head = fused.find_head(model)

@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import Targets, load_experiment
-from llmdistill.data import pps, targets
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, rows_to_table, write_shard
+from llmdistill.data.targets import TopK
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import draw_clusters, mean_interval
 from llmdistill.models.loading import load_model
@@ -81,11 +81,11 @@ def datasets_of(seed: int, teacher: Any) -> Iterator[tuple[str, Any]]:
         with torch.inference_mode():
             log_p = completion_logits(teacher, DistillCollator(pad_token_id=0)([row])).float().log_softmax(-1)
         for name, kept in KINDS.items():
-            uniform = torch.rand(len(log_p), pps.uniforms(kept.stored, kept.kept), generator=generator, dtype=torch.float64)
-            ids = pps.keep(kept.stored, log_p, kept.kept, uniform)
-            soft = targets.from_logprobs(kept.stored, ids.numpy(), log_p.gather(1, ids).numpy())
-            if name.endswith("renormalised") and isinstance(soft, targets.TopK):
-                soft = targets.TopK(soft.ids_NK, soft.logprobs_NK, np.zeros_like(soft.tail_N))  # the reader divides by the sum
+            uniform = torch.rand(len(log_p), kept.stored.uniforms(kept.kept), generator=generator, dtype=torch.float64)
+            ids = kept.stored.keep(log_p, kept.kept, uniform)
+            soft = kept.stored.from_kept(ids.numpy(), log_p.gather(1, ids).numpy())
+            if name.endswith("renormalised") and isinstance(soft, TopK):
+                soft = TopK(soft.ids_NK, soft.logprobs_NK, np.zeros_like(soft.tail_N))  # the reader divides by the sum
             ids_T, start = row["input_ids"], int(row["completion_start"])
             made[name].append(Row(str(row["id"]), [], [], ids_T[:start], ids_T[start:], "stop", row["token_logprobs"], soft))
     for name, stored in made.items():

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from llmdistill.data.dataset import Row, describe_shard, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.data.shards import Share
-from llmdistill.data.targets import SoftTargets, from_logprobs
+from llmdistill.data.targets import Sampled
 
 WORKERS = 1000
 SHARDS = 100_000
@@ -92,7 +92,7 @@ def rows(count, length):
         ids = generator.integers(0, 49_152, (length, 16))
         logprobs = np.log(generator.dirichlet(np.ones(16), length)).astype(np.float32)
         text = [{"role": "assistant", "content": "word " * length}]
-        targets: SoftTargets | None = from_logprobs("sampled", ids, logprobs)
+        targets = Sampled.from_kept(ids, logprobs)
         yield Row(f"{number:032x}", text, text, ids[:8, 0], ids[:, 0], "stop", logprobs[:, 0], targets)
 
 

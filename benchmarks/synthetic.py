@@ -50,7 +50,7 @@ def rows(vocab: int, lengths: Sequence[tuple[int, int]], kind: str, kept: int, s
         seed: of the random numbers.
     """
     from llmdistill.data.dataset import Row
-    from llmdistill.data.targets import from_logprobs
+    from llmdistill.data.targets import KINDS
 
     generator, made = np.random.default_rng(seed), []
     for number, (prompt, completion) in enumerate(lengths):
@@ -58,7 +58,7 @@ def rows(vocab: int, lengths: Sequence[tuple[int, int]], kind: str, kept: int, s
         ids_NK = generator.integers(0, step, (completion, kept)) + step * np.arange(kept)
         scores_NK = generator.normal(size=(completion, kept)) * 2
         logprobs_NK = scores_NK - np.log(np.exp(scores_NK).sum(1, keepdims=True)) - 0.2
-        soft = from_logprobs(kind, ids_NK, logprobs_NK.astype(np.float32))
+        soft = KINDS[kind].from_kept(ids_NK, logprobs_NK.astype(np.float32))
         written = generator.integers(3, vocab, completion)
         message = [{"role": "user", "content": ""}]
         given = generator.integers(3, vocab, prompt)

@@ -34,9 +34,9 @@ import torch
 
 from llmdistill.config import Generate, Prompts, Targets, Teacher
 from llmdistill.config.student import Prune
-from llmdistill.data import pps, targets
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import parquet_encoding
+from llmdistill.data.targets import Multinomial, Sampled, TopK
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.prompts import load_prompts
 from llmdistill.students.pruning import choose, cut
@@ -142,7 +142,7 @@ def estimates(log_p: torch.Tensor, log_q: torch.Tensor, generator: torch.Generat
     found: dict[str, tuple[torch.Tensor, Any]] = {}
     for k in (16, 64):
         top = log_p.topk(k)
-        soft = targets.topk_from_logprobs(top.indices.numpy(), top.values.numpy())
+        soft = TopK.from_kept(top.indices.numpy(), top.values.numpy())
         found[f"top-{k}, with tail"] = (bucket_gradient(q, top.indices, top.values.exp()), soft)
         if k == 16:
             kept = torch.zeros_like(p).scatter(1, top.indices, top.values.exp())
@@ -153,18 +153,18 @@ def estimates(log_p: torch.Tensor, log_q: torch.Tensor, generator: torch.Generat
         packed, back = distillkit(top.indices.numpy(), top.values.numpy(), exact, terms)
         found[f"DistillKit {name}, with tail"] = (bucket_gradient(q, top.indices, torch.from_numpy(back).exp()), packed)
     for n in (8, 12, 16, 18, 20, 24, 32):
-        ids = pps.sample(log_p, n, torch.rand(len(log_p), generator=generator, dtype=torch.float64))
-        sample = targets.sampled_from_logprobs(ids.numpy(), log_p.gather(1, ids).numpy())
+        ids = Sampled.keep(log_p, n, torch.rand(len(log_p), 1, generator=generator, dtype=torch.float64))
+        sample = Sampled.from_kept(ids.numpy(), log_p.gather(1, ids).numpy())
         weights = torch.from_numpy(sample.logweights_NK).exp()
         found[f"sampled, n = {n}"] = (q.scatter_add(1, torch.from_numpy(sample.ids_NK), -weights), sample)
     for k in (64, 256):
         within = torch.full_like(log_p, -torch.inf).scatter(1, log_p.topk(k).indices, log_p.topk(k).values).log_softmax(-1)
-        ids = pps.sample(within, 16, torch.rand(len(log_p), generator=generator, dtype=torch.float64))
-        sample = targets.sampled_from_logprobs(ids.numpy(), within.gather(1, ids).numpy())
+        ids = Sampled.keep(within, 16, torch.rand(len(log_p), 1, generator=generator, dtype=torch.float64))
+        sample = Sampled.from_kept(ids.numpy(), within.gather(1, ids).numpy())
         weights = torch.from_numpy(sample.logweights_NK).exp()
         found[f"sampled, n = 16, from the top {k}"] = (q.scatter_add(1, torch.from_numpy(sample.ids_NK), -weights), sample)
-    draws = pps.keep("multinomial", log_p, 50, torch.rand(len(log_p), 50, generator=generator, dtype=torch.float64))
-    stored = targets.multinomial_from_logprobs(draws.numpy(), log_p.gather(1, draws).numpy())
+    draws = Multinomial.keep(log_p, 50, torch.rand(len(log_p), 50, generator=generator, dtype=torch.float64))
+    stored = Multinomial.from_kept(draws.numpy(), log_p.gather(1, draws).numpy())
     found["multinomial, 50 draws"] = (q.scatter_add(1, draws, torch.full(draws.shape, -1 / 50)), stored)
     return found
 
@@ -230,7 +230,7 @@ def size_of(name: str, kept: list[Any]) -> float:
     if name.startswith("DistillKit"):
         columns = {"packed": pa.array([row for rows in kept for row in rows], pa.binary())}
     else:
-        columns = targets.encode(kept, 49152)
+        columns = type(kept[0]).encode(kept, 49152)
     return parquet_size(columns) / positions
 
 
@@ -238,24 +238,22 @@ def parquet_size(columns: dict[str, Any]) -> int:
     """Compressed bytes of the columns, in the encodings of a shard."""
     stream = io.BytesIO()
     table = pa.table(columns)
-    pq.write_table(table, stream, **parquet_encoding(table.column_names) | {"use_dictionary": False})
+    pq.write_table(table, stream, **parquet_encoding(table.schema) | {"use_dictionary": False})
     metadata = pq.read_metadata(stream)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     return sum(group.column(number).total_compressed_size for group in groups for number in range(metadata.num_columns))
 
 
-def random_sample(vocab: int, positions: int, n: int) -> targets.Sampled:
+def random_sample(vocab: int, positions: int, n: int) -> Sampled:
     """Targets of Zipf-like distributions over a vocabulary, for speed and width."""
     generator = torch.Generator().manual_seed(0)
     shape = -1.1 * torch.log(torch.arange(1, vocab + 1))
     parts = []
     for _ in range(positions // 50):
         log_p = (shape[torch.randperm(vocab, generator=generator)] + torch.randn(50, vocab, generator=generator)).log_softmax(-1)
-        ids = pps.sample(log_p, n, torch.rand(50, generator=generator, dtype=torch.float64))
-        parts.append(targets.sampled_from_logprobs(ids.numpy(), log_p.gather(1, ids).numpy()))
-    return targets.Sampled(
-        *(np.concatenate([getattr(p, f) for p in parts]) for f in ("ids_NK", "logweights_NK", "exact_N", "entropy_N"))
-    )
+        ids = Sampled.keep(log_p, n, torch.rand(50, 1, generator=generator, dtype=torch.float64))
+        parts.append(Sampled.from_kept(ids.numpy(), log_p.gather(1, ids).numpy()))
+    return Sampled(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("ids_NK", "logweights_NK", "exact_N", "entropy_N")))
 
 
 def codec_speed() -> dict[str, float]:
@@ -267,18 +265,18 @@ def codec_speed() -> dict[str, float]:
     sequences = 20
     for _ in range(9):
         start = time.perf_counter()
-        stored = targets.encode([targets.sampled_from_logprobs(*raw) for _ in range(sequences)], 49152)
+        stored = Sampled.encode([Sampled.from_kept(*raw) for _ in range(sequences)], 49152)
         speeds["encode"].append(sequences * len(soft) / (time.perf_counter() - start))
         flat = {name: column.flatten().to_numpy() for name, column in stored.items() if name != "target_entropy"}
         start = time.perf_counter()
-        targets.decode(flat | {"target_entropy": np.zeros(sequences * len(soft), dtype=np.float32)})
+        Sampled.decode(flat | {"target_entropy": np.zeros(sequences * len(soft), dtype=np.float32)})
         speeds["decode"].append(sequences * len(soft) / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
 def wide_vocabulary() -> float:
     """Bytes of the same kind of distribution over 152,064 tokens, relative to 49,152."""
-    sizes = [parquet_size(targets.encode([random_sample(vocab, 2000, 18)], vocab)) for vocab in (152_064, 49_152)]
+    sizes = [parquet_size(Sampled.encode([random_sample(vocab, 2000, 18)], vocab)) for vocab in (152_064, 49_152)]
     return sizes[0] / sizes[1]
 
 

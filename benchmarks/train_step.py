@@ -157,9 +157,9 @@ def prepare(directory: Path, teacher_directory: str) -> str:
     import torch
 
     from llmdistill.config import Prune
-    from llmdistill.data import pps, targets
     from llmdistill.data.collator import DistillCollator, completion_logits
     from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+    from llmdistill.data.targets import Sampled
     from llmdistill.models.loading import load_model, load_tokenizer
     from llmdistill.students.pruning import choose, cut
 
@@ -179,8 +179,8 @@ def prepare(directory: Path, teacher_directory: str) -> str:
         with torch.inference_mode():
             batch = DistillCollator(0)([{"input_ids": row, "completion_start": start}])
             logprobs = completion_logits(teacher, batch).float().log_softmax(-1).cpu()
-        kept = pps.keep("sampled", logprobs, 16, torch.from_numpy(generator.random((len(logprobs), 1))))
-        soft = targets.from_logprobs("sampled", kept.numpy(), logprobs.gather(1, kept).numpy())
+        kept = Sampled.keep(logprobs, 16, torch.from_numpy(generator.random((len(logprobs), 1))))
+        soft = Sampled.from_kept(kept.numpy(), logprobs.gather(1, kept).numpy())
         written = logprobs.numpy()[np.arange(length - start), row[start:]]
         message = [{"role": "user", "content": ""}]
         rows.append(Row(str(len(rows)), message, message, row[:start].tolist(), row[start:], "stop", written, soft))
@@ -309,7 +309,8 @@ def layer_losses(head: Any, hidden: Any, labels: Any, k: int) -> dict[str, Calla
 
     ids = torch.randint(0, head.out_features - k, (len(labels), 1), device=labels.device) + torch.arange(k, device=labels.device)
     logprobs = torch.full(ids.shape, -1.0, device=labels.device).log_softmax(-1) - 0.1
-    batch = {"target_ids": ids, "target_logprobs": logprobs, "target_tail": 1 - logprobs.exp().sum(-1)}
+    tail = 1 - logprobs.exp().sum(-1)
+    batch = {"target_kind": "topk", "target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
     batch["token_weights"] = torch.ones(len(labels), device=labels.device)
 
     def fused_topk() -> Any:

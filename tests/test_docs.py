@@ -11,8 +11,8 @@ import yaml
 from llmdistill.cli import COMMANDS
 from llmdistill.config import keys
 from llmdistill.config.prompts import Prompts, PromptStep
-from llmdistill.data import pps, targets
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.data.targets import KINDS
 from llmdistill.losses import DIVERGENCES
 from llmdistill.prompting.plan import Plan
 
@@ -92,8 +92,8 @@ def test_a_reader_written_from_the_format_page_reads_it(kind, tmp_path, monkeypa
     generator = np.random.default_rng(0)
     logprobs = torch.from_numpy(generator.normal(size=(7, 300)) * 3).log_softmax(-1)
     kept = {"topk": 64, "sampled": 16, "multinomial": 50}[kind]
-    ids = pps.keep(kind, logprobs, kept, torch.rand(7, pps.uniforms(kind, kept)))
-    soft = targets.from_logprobs(kind, ids.numpy(), logprobs.gather(1, ids).numpy())
+    ids = KINDS[kind].keep(logprobs, kept, torch.rand(7, KINDS[kind].uniforms(kept)))
+    soft = KINDS[kind].from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
     message = [{"role": "user", "content": "x"}]
     row = Row("a", message, message, [1, 2], np.arange(7), "stop", np.zeros(7, dtype=np.float32), soft)
     directory = tmp_path / "runs/demo/data"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.data import pps, targets
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.data.targets import Sampled, TopK
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models.loading import load_model, load_tokenizer
 from tests.conftest import ROOT
@@ -31,8 +31,8 @@ def test_its_draw_keeps_the_same_tokens_with_the_same_weights():
     torch.manual_seed(1)
     ids, weights = loop.draw(log_p.exp(), 12)
     torch.manual_seed(1)
-    want = pps.sample(log_p, 12, torch.rand(200, 1, dtype=torch.float64)[:, 0])
-    soft = targets.sampled_from_logprobs(want.numpy(), log_p.gather(1, want).numpy())
+    want = Sampled.keep(log_p, 12, torch.rand(200, 1, dtype=torch.float64))
+    soft = Sampled.from_kept(want.numpy(), log_p.gather(1, want).numpy())
     order = ids.argsort(1)
     other = torch.from_numpy(soft.ids_NK).argsort(1)
     assert (ids.gather(1, order) == torch.from_numpy(soft.ids_NK).gather(1, other)).all()
@@ -46,8 +46,8 @@ def test_its_loss_is_that_of_the_package(tiny):
     torch.manual_seed(0)
     row = loop.write(teacher, tokenizer, "Say it.", 12, 8)
     student = loop.half(teacher, 2)
-    soft = targets.sampled_from_logprobs(row["targets"].numpy(), row["logprobs"].numpy())
-    columns = targets.encode([soft], 49152)
+    soft = Sampled.from_kept(row["targets"].numpy(), row["logprobs"].numpy())
+    columns = Sampled.encode([soft], 49152)
     stored = {
         name: column[0].as_py() if name == "target_entropy" else column[0].values.to_numpy() for name, column in columns.items()
     }
@@ -72,7 +72,7 @@ def test_trl_scripts_run(script, tiny, tmp_path, monkeypatch):
     for number in range(4):
         log_p = torch.randn(5, 49152, generator=generator).log_softmax(-1)
         ids = log_p.topk(4).indices
-        soft = targets.from_logprobs("topk", ids.numpy(), log_p.gather(1, ids).numpy())
+        soft = TopK.from_kept(ids.numpy(), log_p.gather(1, ids).numpy())
         asked, said = ([{"role": role, "content": str(number)}] for role in ("user", "assistant"))
         rows.append(Row(str(number), asked, said, [5, 6, 7], np.arange(8, 13), "stop", np.zeros(5), soft))
     write_shard(data, "train", 0, 1, rows_to_table(rows, 49152))

@@ -7,9 +7,10 @@ from llmdistill.config.experiment import Directory, Experiment
 from llmdistill.config.generate import Generate, Score
 from llmdistill.config.prompts import Prompts
 from llmdistill.config.reading import explain, keys, load_experiment, overrides_of, read_yaml
-from llmdistill.config.section import Section, Teacher
+from llmdistill.config.section import Section
 from llmdistill.config.student import Prune
 from llmdistill.config.targets import Targets
+from llmdistill.config.teacher import Teacher
 from llmdistill.config.train import Train
 
 __all__ = [

@@ -5,7 +5,8 @@ from typing import Literal
 import regex
 from pydantic import Field, field_validator, model_validator
 
-from llmdistill.config.section import Section, Step, Teacher
+from llmdistill.config.section import Section, Step
+from llmdistill.config.teacher import Teacher
 
 Of = Literal["completion", "conversation"]
 

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmdistill.config.section import Dtype, Section, Teacher
+from llmdistill.config.section import Dtype, Section
+from llmdistill.config.teacher import Teacher
 
 
 class WinRate(Section):

@@ -13,9 +13,10 @@ from llmdistill.config.jobs import Jobs, Watch
 from llmdistill.config.prompts import Prompts
 from llmdistill.config.refresh import Refresh
 from llmdistill.config.rounds import Rounds, as_section
-from llmdistill.config.section import Section, StoreUrl, Teacher
+from llmdistill.config.section import Section, StoreUrl
 from llmdistill.config.student import Student
 from llmdistill.config.targets import Targets
+from llmdistill.config.teacher import Teacher, engines_with
 from llmdistill.config.train import Train
 
 Directory = Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"]
@@ -50,21 +51,28 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _loss_fits_the_targets(self) -> "Experiment":
-        reason = self.train.against(self.targets.kind)
+        reason = self.train.against(self.targets.stored)
         if reason and self.train.dataset is None:
             raise ValueError(f"{reason}; set targets.kind to topk")
-        if self.teacher.engine == "server" and self.targets.kind == "multinomial":
-            raise ValueError("a server names each token once, so it cannot give targets.kind multinomial; use sampled or topk")
-        if self.teacher.engine == "transformers" and self.generate.json_schema is not None:
-            raise ValueError("generate.json_schema needs a grammar, which teacher.engine vllm and server have")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can_do_it(self) -> "Experiment":
+        engine, can = self.teacher.engine, self.teacher.abilities
+        if not self.targets.stored.distinct and not can.repeats:
+            raise ValueError(
+                f"a {engine} names each token once, so it cannot give targets.kind {self.targets.kind}; use sampled or topk"
+            )
+        if self.generate.json_schema is not None and not can.grammar:
+            raise ValueError(f"generate.json_schema needs a grammar, which teacher.engine {engines_with('grammar')} have")
         return self
 
     @model_validator(mode="after")
     def _rounds_have_targets(self) -> "Experiment":
-        if self.rounds and self.targets.kind in ("none", "online"):
+        if self.rounds and not self.targets.stored.columns:
             raise ValueError(f"rounds needs stored targets, and targets.kind is {self.targets.kind}")
         loss = self.rounds and self.rounds.loss
-        if loss and (reason := self.train.model_copy(update={"loss": loss}).against(self.targets.kind)):
+        if loss and (reason := self.train.model_copy(update={"loss": loss}).against(self.targets.stored)):
             raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; set targets.kind to topk")
         return self
 
@@ -80,7 +88,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _layers_need_a_teacher(self) -> "Experiment":
         for name in ("hidden", "attention"):
-            if getattr(self.train, name) is not None and self.targets.kind != "online":
+            if getattr(self.train, name) is not None and not self.targets.online:
                 raise ValueError(f"train.{name} needs the teacher beside the student; set targets.kind to online")
         if self.train.fake_quantize and self.student.lora:
             raise ValueError("train.fake_quantize rounds the weights that train, and lora trains others; remove one of them")

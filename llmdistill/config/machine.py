@@ -14,6 +14,8 @@ from typing import Literal
 
 ComputeDtype = Literal["bfloat16", "float16", "float32", "auto"]  # auto: somebody else decides, as the reason says
 
+Runtime = Literal["torch", "vllm"]
+
 # What makes a matrix product in bfloat16 faster than one in float32, by the names in /proc/cpuinfo. Without any of them
 # it is emulated, and 5 to 20 times slower.
 _BFLOAT16_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16", "svebf16": "Arm SVE BF16"}
@@ -37,16 +39,16 @@ class Precision:
         return asdict(self)
 
 
-def inference_precision(asked: str = "auto", engine: str = "transformers") -> Precision:
+def inference_precision(asked: str = "auto", runtime: Runtime = "torch") -> Precision:
     """What a model reads and writes in.
 
     Args:
         asked: the configuration's `dtype`; anything but `auto` decides.
-        engine: `vllm` or `transformers`; vLLM's own view of the device counts for it.
+        runtime: whose view of the device counts.
     """
     if asked != "auto":
         return _as_asked(asked)
-    return _vllm_precision() if engine == "vllm" else _torch_precision()
+    return _vllm_precision() if runtime == "vllm" else _torch_precision()
 
 
 def training_precision(use_cpu: bool = False, bf16: bool | None = None, fp16: bool = False) -> Precision:

@@ -1,4 +1,4 @@
-"""What the parts of the configuration have in common: they are strict, and more than one of them names a teacher."""
+"""What the parts of the configuration have in common: they are strict; and types that more than one of them has."""
 
 import re
 from typing import Annotated, Any, Literal, get_args
@@ -8,7 +8,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Field,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
@@ -103,67 +102,3 @@ class Step(Section):
         """What stands under that key."""
         settings: Section = getattr(self, self.name)
         return settings
-
-
-class Member(Section):
-    """One more teacher, with the same tokenizer."""
-
-    model: str
-    """Model directory or name on the Hugging Face Hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    weight: float = Field(default=1.0, gt=0)
-    """Its share of the mean, relative to those of the others."""
-
-
-class Teacher(Section):
-    """The model that writes the text and gives its distribution at every token."""
-
-    model: str
-    """Model directory or name on the Hugging Face Hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    engine: Literal["vllm", "server", "transformers"] = "vllm"
-    """`vllm` for speed; `server` for one that runs already, at `url`; `transformers` is the exact reference, without vLLM."""
-    url: str | None = None
-    """Where `vllm serve` listens, such as http://node7:8000 (engine server). Its key, if any, is that of VLLM_API_KEY."""
-    served_model_name: str | None = None
-    """The server's name for the model, if it is another than `model` (engine server)."""
-    concurrency: int = Field(default=64, ge=1)
-    """Requests on their way at a time (engine server)."""
-    timeout: float = Field(default=600, gt=0)
-    """Seconds without an answer after which a request is sent again (engine server)."""
-    dtype: Dtype = "auto"
-    """What it computes in; `auto`: bfloat16 where this machine is good at it, else float16 (GPU) or float32. Workers of one
-    dataset compute in what the first of them chose."""
-    max_model_len: int | None = Field(default=None, ge=1)
-    """Longest context in tokens, prompt and completion together; the model's own limit if not given."""
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that hold one copy of the model (engine vllm)."""
-    batch_size: int = Field(default=16, ge=1)
-    """Sequences decoded together (engine transformers); part of what makes its floating-point results repeatable."""
-    engine_args: PassedOn = {}
-    """Any argument of `vllm.LLM`, passed through (engine vllm)."""
-    trust_remote_code: bool = False
-    """Run Python code that the model's repository ships."""
-    system: str | None = None
-    """A system message that the teacher is given in the place of the conversation's own, and the student is not."""
-    ensemble: list[Member] = []
-    """More teachers with the same tokenizer: the mean of all their distributions is the teacher's (engine transformers)."""
-    weight: float = Field(default=1.0, gt=0)
-    """The share of `model` in that mean, relative to those of the others."""
-
-    @model_validator(mode="after")
-    def _only_one_engine_has_all_of_several_distributions(self) -> "Teacher":
-        if self.ensemble and self.engine != "transformers":
-            raise ValueError(
-                f"an ensemble needs the whole distribution of each teacher, which engine transformers has and {self.engine} has "
-                "not; to let one teacher write with vLLM, `generate` first and `score` its dataset with the ensemble"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _url_goes_with_the_server(self) -> "Teacher":
-        if (self.engine == "server") != (self.url is not None):
-            raise ValueError("engine server needs url, where `vllm serve` listens, and no other engine has one")
-        return self

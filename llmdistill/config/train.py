@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from llmdistill.config.section import Divergence, PassedOn, Section
+from llmdistill.data.targets import SoftTargets
 
 
 class Hidden(Section):
@@ -112,10 +113,7 @@ class Train(Section):
         """Whether soft targets have a weight in the loss, at some step."""
         return self.alpha > 0 or (self.alpha_end or 0) > 0
 
-    def against(self, kind: str) -> str | None:
+    def against(self, kind: type[SoftTargets]) -> str | None:
         """Why this loss cannot learn from targets of a kind; None if it can."""
-        if kind in ("sampled", "multinomial") and self.loss != "forward_kl":
-            return f"train.loss is {self.loss}, but of sampled targets only forward_kl has an unbiased estimate"
-        if kind in ("sampled", "multinomial") and self.temperature != 1:
-            return f"train.temperature is {self.temperature:g}, but sampled targets are unbiased at temperature 1 only"
-        return None
+        reason = kind.refuses(self.loss, self.temperature)
+        return reason and f"train.{reason}"

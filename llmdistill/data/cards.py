@@ -7,6 +7,7 @@ import yaml
 
 from llmdistill.config import Experiment
 from llmdistill.config.student import Prune, Student
+from llmdistill.data.targets import KINDS
 from llmdistill.models.licence import sentence
 
 _RESULTS = "## Results"
@@ -14,12 +15,7 @@ _RESULTS = "## Results"
 
 def describe_targets(targets: dict[str, Any]) -> str:
     """A dataset's soft targets in words."""
-    return {
-        "sampled": f"an unbiased sample of {targets.get('n')} tokens at every position",
-        "multinomial": f"{targets.get('n')} independent draws at every position",
-        "topk": f"the {targets.get('k')} most likely tokens at every position and the mass outside them",
-        "none": "none, the text only",
-    }[targets["kind"]]
+    return KINDS[targets["kind"]].sentence(targets)
 
 
 def dataset_card(manifest: dict[str, Any]) -> str:
@@ -121,9 +117,7 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
     rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
     targets = (
-        "none stored, the teacher ran beside the student"
-        if experiment.targets.kind == "online"
-        else describe_targets(manifest["targets"])
+        "none stored, the teacher ran beside the student" if experiment.targets.online else describe_targets(manifest["targets"])
     )
     facts = {
         "starts from": _starts_from(student, base),

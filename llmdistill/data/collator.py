@@ -14,7 +14,6 @@ import torch
 
 from llmdistill.data import targets
 
-TARGET_COLUMNS = sorted({name for names in targets.COLUMNS.values() for name in names})
 # A token's weight in the loss, from how undecided the teacher was there, in nats.
 POSITION_WEIGHTS: dict[str, Callable[[targets.Array], targets.Array]] = {
     "uniform": np.ones_like,
@@ -30,9 +29,9 @@ class DistillCollator:
     The batch holds `input_ids`, `attention_mask` and `labels` (B, T), the labels −100 outside the completions;
     `lengths` (rows,), in tokens; `pack_sizes` (items,), in rows, all 1 without packs; `positions` (N,), where in the
     flattened (B × T) the logits stand that predict each completion token; `token_weights` (N,), what each counts in the
-    loss; and the soft targets that the rows have: `target_ids` (N, K) with `target_logprobs` (N, K) and `target_tail` (N,)
-    for topk, or with `target_logweights` (N, K) and `target_entropy` (N,) for sampled and multinomial ones. Rows with an
-    `importance` give `token_importance` (N,) and `token_logprobs` (N,) too.
+    loss; and the soft targets that the rows have: the name of their kind as `target_kind`, a string, `target_ids` (N, K), and
+    what else `SoftTargets.batch` of that kind gives. Rows with an `importance` give `token_importance` (N,) and
+    `token_logprobs` (N,) too.
 
     Padding-free, all rows stand one behind the other in a batch of one (B = 1, T the sum of lengths), with `position_ids`
     (1, T) that begin again at every row, and without a mask; so does every row of a pack, a list of rows.
@@ -51,7 +50,7 @@ class DistillCollator:
     position_weights: str = "uniform"
     by_sequence: bool = False
 
-    def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """One batch from rows as `load_dataset` gives them, or from packs of such rows."""
         packs = [pack if isinstance(pack, list) else [pack] for pack in rows]
         rows = [row for pack in packs for row in pack]
@@ -64,18 +63,18 @@ class DistillCollator:
         batch |= {"positions": np.flatnonzero(batch["labels"] != -100) - 1}  # the shift
         kind = targets.kind_of(list(rows[0]))
         entropy_N = np.zeros(counts.sum())
-        if kind != "none":
-            cut = [targets.cut(row, kind, count) for row, count in zip(rows, counts, strict=True)]
-            decoded = targets.decode({name: np.concatenate([row[name] for row in cut]) for name in cut[0]})
-            batch |= _tensors(decoded)
+        if kind.columns:
+            soft = kind.of_rows(rows, counts)
+            batch |= soft.batch()
             if self.position_weights != "uniform":
-                entropy_N = targets.entropies(decoded)
+                entropy_N = soft.entropies()
         batch["token_weights"] = self._weights(entropy_N, counts)
         if "importance" in rows[0]:
             batch["token_importance"] = np.repeat(np.array([row["importance"] for row in rows], dtype=np.float32), counts)
             written = [np.asarray(row["token_logprobs"])[:count] for row, count in zip(rows, counts, strict=True)]
             batch["token_logprobs"] = np.concatenate(written).astype(np.float32)
-        return {name: torch.from_numpy(values) for name, values in batch.items()}
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        return {**tensors, "target_kind": kind.name} if kind.columns else tensors
 
     def _below_each_other(self, ids: list[targets.Array], starts: targets.Array, lengths: targets.Array) -> dict[str, Any]:
         columns_T = np.arange(lengths.max())
@@ -99,13 +98,18 @@ class DistillCollator:
         return weights_N.astype(np.float32)
 
 
-def _tensors(decoded: targets.SoftTargets) -> dict[str, targets.Array]:
-    if isinstance(decoded, targets.TopK):
-        return {"target_ids": decoded.ids_NK, "target_logprobs": decoded.logprobs_NK, "target_tail": decoded.tail_N}
-    return {"target_ids": decoded.ids_NK, "target_logweights": decoded.logweights_NK, "target_entropy": decoded.entropy_N}
+def text_only(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """The rows without their soft targets, for batches of which nothing is learnt."""
+    return [{name: row[name] for name in ("input_ids", "completion_start")} for row in rows]
 
 
-def first_items(batch: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+def some_tokens(batch: Mapping[str, Any], tokens: slice) -> dict[str, Any]:
+    """The entries of a batch that have a value for each completion token, of some of them; and the kind of targets."""
+    names = [name for name in batch if name.startswith(("positions", "target_", "token_"))]
+    return {name: batch[name] if name == "target_kind" else batch[name][tokens] for name in names}
+
+
+def first_items(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The batch with the completions of its first items alone, rows or packs: from the others nothing is learnt or counted."""
     lengths = batch["lengths"][: batch["pack_sizes"][:count].sum()]
     labels_BT = batch["labels"].clone()
@@ -113,12 +117,11 @@ def first_items(batch: Mapping[str, torch.Tensor], count: int) -> dict[str, torc
         labels_BT[:, lengths.sum() :] = -100
     else:
         labels_BT[len(lengths) :] = -100
-    tokens = (labels_BT != -100).sum()
-    flat = {name: values[:tokens] for name, values in batch.items() if name.startswith(("positions", "target_", "token_"))}
+    flat = some_tokens(batch, slice(int((labels_BT != -100).sum())))
     return {**batch, **flat, "labels": labels_BT, "lengths": lengths}
 
 
-def completion_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def completion_labels(batch: Mapping[str, Any]) -> torch.Tensor:
     """The completion tokens, shape (N,): without a search for them in `labels`, which a GPU would have to be waited for."""
     return batch["labels"].flatten()[batch["positions"] + 1]
 
@@ -129,7 +132,7 @@ def output_layer(model: Any) -> torch.nn.Module:
     return layer
 
 
-def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def completion_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """The model's logits that predict each completion token, shape (N, V); nothing else goes through the output layer.
 
     The selection happens in front of the output layer, so whatever the model does there (scale, soft-cap, adapter)
@@ -143,7 +146,7 @@ def completion_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Te
 
 
 def in_place_of_logits(
-    model: Any, batch: Mapping[str, torch.Tensor], compute: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+    model: Any, batch: Mapping[str, Any], compute: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
 ) -> tuple[torch.Tensor, Any]:
     """What `compute` makes of the hidden states (N, D) whose logits predict each completion token: a tensor and more.
 

@@ -87,7 +87,7 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
         columns["sampling_logprob"] = pa.array([row.sampling_logprob for row in rows], pa.float32())
     soft = [row.targets for row in rows if row.targets is not None]
     if soft:
-        columns |= targets.encode(soft, vocab_size)
+        columns |= type(soft[0]).encode(soft, vocab_size)
     return pa.table(columns)
 
 
@@ -104,7 +104,7 @@ class ShardWriter:
         self.rows = 0
         self._stream = pa.OSFile(str(self.unfinished), "wb")
         with self._removed_on_error():
-            self._writer = pq.ParquetWriter(self._stream, schema, write_page_checksum=True, **parquet_encoding(schema.names))
+            self._writer = pq.ParquetWriter(self._stream, schema, write_page_checksum=True, **parquet_encoding(schema))
 
     def write(self, table: pa.Table) -> None:
         """Add rows, in groups of at most `ROW_GROUP`."""
@@ -158,12 +158,13 @@ def write_shard(directory: Path, split: Split, index: int, count: int, table: pa
     return writer.publish(count)
 
 
-def parquet_encoding(columns: Sequence[str]) -> dict[str, Any]:
+def parquet_encoding(schema: pa.Schema) -> dict[str, Any]:
     """How a shard's columns are encoded: options of `pyarrow.parquet.write_table`.
 
     The high bytes of ids and log-probabilities repeat more than the low ones; stored apart, they compress by a tenth more.
     """
-    split = [name for name in ("target_ids", "target_logprobs", "target_tail", "token_logprobs") if name in columns]
+    lists = [column for column in schema if pa.types.is_list(column.type) and column.name.startswith(("target_", "token_"))]
+    split = [column.name for column in lists if column.type.value_type.bit_width > 8]
     return {
         "compression": "zstd",
         "compression_level": 15,
@@ -277,6 +278,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise InputError(
             f"{directory / MANIFEST}: schema_version is {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
         )
+    if (kind := manifest["targets"]["kind"]) not in targets.KINDS:
+        raise InputError(f"{directory / MANIFEST}: targets.kind is {kind!r}, this version reads {', '.join(targets.KINDS)}")
     for entry in manifest["shards"]:
         if not (directory / entry["file"]).is_file():
             raise InputError(f"{directory / entry['file']}: the shard is missing")

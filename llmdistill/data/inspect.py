@@ -1,5 +1,6 @@
 """`llmdistill inspect`: what is in a dataset, at a glance."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +49,15 @@ def inspect(directory: Path, verify: bool = False) -> None:
 
 def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]:
     teacher, sampling, kept = manifest["teacher"], manifest["sampling"], manifest["targets"]
+    kind = targets.KINDS[kept["kind"]]
     facts = [
         ("teacher", f"{teacher['model']} by {teacher['engine']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"),
         ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown"),
-        ("targets", ", ".join([kept["kind"], *(f"{key} = {kept[key]}" for key in ("n", "k") if key in kept)])),
+        ("targets", ", ".join([kind.name, *(f"{key} = {kept[key]}" for key in [kind.size] if key in kept)])),
     ]
-    if kept["kind"] != "none":
+    if kind.columns:
         facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes a position"))
-    if kept["kind"] == "sampled":
-        exact = _some(files, "target_exact")
-        facts.append(("kept exactly", f"{exact.mean():.1f} of {kept['n']} tokens a position, the others by an unbiased draw"))
-    if kept["kind"] == "multinomial":
-        facts.append(("distinct", f"{_some(files, 'target_distinct').mean():.1f} of {kept['n']} draws a position"))
-    if kept["kind"] == "topk":
-        tail = _some(files, "target_tail")
-        facts.append(("kept mass", f"{1 - tail.mean():.2%} on average, {1 - np.percentile(tail, 95):.2%} at the 5th percentile"))
-    facts.append(("repeats", manifest["determinism"]))
-    return facts
+    return [*facts, *kind.facts(kept, partial(_some, files)).items(), ("repeats", manifest["determinism"])]
 
 
 def _waterfall(manifest: dict[str, Any]) -> Table:

@@ -128,7 +128,7 @@ def _batches(
     """For each batch: values at every completion position, the row of each, and how many rows there are."""
     import torch
 
-    from llmdistill.data.collator import DistillCollator, completion_logits
+    from llmdistill.data.collator import DistillCollator, completion_logits, text_only
 
     collate = DistillCollator(pad_token_id=0)
     for first in range(0, len(rows), batch_size):
@@ -137,7 +137,7 @@ def _batches(
         row_N = np.repeat(np.arange(len(chunk)), lengths)
         position_N = np.arange(len(row_N)) - np.repeat(lengths.cumsum() - lengths, lengths)
         with torch.inference_mode():
-            batch = {name: values.to(models["teacher"].device) for name, values in collate(chunk).items()}
+            batch = {name: values.to(models["teacher"].device) for name, values in collate(text_only(chunk)).items()}
             labels_N = batch["labels"][batch["labels"] != -100]
             end_N = torch.isin(labels_N, torch.tensor(end_ids, device=labels_N.device))
             p_NV = completion_logits(models["teacher"], batch).float().log_softmax(-1)

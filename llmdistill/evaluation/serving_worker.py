@@ -55,7 +55,7 @@ def _load(settings: dict[str, Any]) -> Any:
 
     model = settings["model"]
     precision = model_precision(
-        model["model"], model["revision"], trust_remote_code=model["trust_remote_code"], key="the model", engine="vllm"
+        model["model"], model["revision"], trust_remote_code=model["trust_remote_code"], key="the model", runtime="vllm"
     )
     batch, length = settings["batch"], settings["prompt_tokens"] + settings["new_tokens"]
     return vllm.LLM(

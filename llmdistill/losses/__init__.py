@@ -15,12 +15,12 @@ from llmdistill.losses.divergences import (
     sequence_kl,
     skew_kl,
     skew_reverse_kl,
-    stored_choice,
     student_outcomes,
     teacher_choice,
     teacher_outcomes,
     topk_divergence,
     total_variation,
+    weighted_kl,
 )
 
 __all__ = [
@@ -38,10 +38,10 @@ __all__ = [
     "sequence_kl",
     "skew_kl",
     "skew_reverse_kl",
-    "stored_choice",
     "student_outcomes",
     "teacher_choice",
     "teacher_outcomes",
     "topk_divergence",
     "total_variation",
+    "weighted_kl",
 ]

@@ -4,16 +4,20 @@ Let p be the teacher, q the student's softmax, y the token that was written. A d
 log-probabilities of two distributions over the same J outcomes. For an online teacher the outcomes are the vocabulary
 (`divergence`); for stored top-k targets they are the K tokens of the support and, last, everything outside it
 (`topk_divergence`). Sampled targets allow forward KL alone (`sampled_kl`). Every function returns a tensor of shape (N,);
-the caller sums it and divides by the completion tokens of the whole global batch.
+the caller sums it and divides by the completion tokens of the whole global batch. Which of them a batch calls for, the kind
+of its targets says (`SoftTargets.loss_parts`).
 """
 
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from llmdistill.data.targets import KINDS
 
 SMALLEST = -1e30  # stands for log 0 where an infinite value would turn gradients into NaN
 # What reverse KL takes for the logarithm of a teacher's probability of zero, where it would be infinite: the mass outside
@@ -81,7 +85,7 @@ def topk_divergence(
 def sampled_kl(logits_NV: Tensor, ids_NK: Tensor, logweights_NK: Tensor, entropy_N: Tensor) -> Tensor:
     """An unbiased estimate of the dense KL(teacher ‖ student) from sampled targets: −Σ w log q − entropy.
 
-    Its gradient equals that of the dense KL in expectation over the sample (`pps`), so what it errs by is noise that
+    Its gradient equals that of the dense KL in expectation over the sample (`targets.draw`), so what it errs by is noise that
     averages out over tokens, not bias that stays. The entropy is a constant of the sample that makes the value an
     estimate of the KL: exactly zero, sample by sample, for a student that is the teacher. There is no temperature: what
     the teacher's distribution to the power 1/T is cannot be told without bias from a sample.
@@ -92,8 +96,12 @@ def sampled_kl(logits_NV: Tensor, ids_NK: Tensor, logweights_NK: Tensor, entropy
         logweights_NK: natural logarithms of their weights, which add up to one in a row.
         entropy_N: −Σ w log p of the same sample, nats.
     """
-    logits_NV = _wide(logits_NV)
-    log_q_NK = logits_NV.gather(1, ids_NK) - logits_NV.logsumexp(dim=1, keepdim=True)
+    picked_NK, all_N1 = picked_logits(logits_NV, ids_NK, apart=False)
+    return weighted_kl(picked_NK - all_N1, logweights_NK, entropy_N)
+
+
+def weighted_kl(log_q_NK: Tensor, logweights_NK: Tensor, entropy_N: Tensor) -> Tensor:
+    """`sampled_kl` from the student's log-probabilities of the sampled tokens."""
     return -(_wide(logweights_NK).exp() * log_q_NK).sum(dim=1) - _wide(entropy_N)
 
 
@@ -118,13 +126,18 @@ def teacher_outcomes(logprobs_NK: Tensor, tail_N: Tensor) -> Tensor:
 
 
 def student_outcomes(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """The student's log-probabilities, up to a constant, on the same outcomes; shape (N, K + 1).
+    """The student's log-probabilities, up to a constant, on the same outcomes; shape (N, K + 1)."""
+    return torch.cat(picked_logits(logits_NV, ids_NK, apart=True), dim=1)
 
-    The outside is summed over the other logits, not taken as 1 − Σ_S q, which has no digits left when q is sure.
+
+def picked_logits(logits_NV: Tensor, ids_NK: Tensor, apart: bool) -> tuple[Tensor, Tensor]:
+    """The logits of some tokens, (N, K), and the log-sum-exp, (N, 1), of the others if they are `apart`, else of all.
+
+    The others are summed over their own logits, not taken as 1 − Σ_S q, which has no digits left when q is sure.
     """
     logits_NV = _wide(logits_NV)
-    outside_N = logits_NV.scatter(1, ids_NK, SMALLEST).logsumexp(dim=1)
-    return torch.cat([logits_NV.gather(1, ids_NK), outside_N[:, None]], dim=1)
+    rest_NV = logits_NV.scatter(1, ids_NK, SMALLEST) if apart else logits_NV
+    return logits_NV.gather(1, ids_NK), rest_NV.logsumexp(dim=1, keepdim=True)
 
 
 def forward_kl(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
@@ -214,17 +227,6 @@ class Objective:
         if self.beta is not None and not 0 < self.beta < 1:
             raise ValueError(f"beta must be above 0 and below 1, got {self.beta}; forward_kl and reverse_kl are the ends of jsd")
 
-    def check_targets(self, kind: str) -> None:
-        """Refuse what sampled targets cannot give.
-
-        Raises:
-            ValueError: the divergence, or its temperature, has no unbiased estimate from a sample.
-        """
-        if kind in ("sampled", "multinomial") and self.loss != "forward_kl":
-            raise ValueError(f"loss is {self.loss}, but sampled targets give forward_kl alone: no other is linear in the teacher")
-        if kind in ("sampled", "multinomial") and self.temperature != 1:
-            raise ValueError(f"temperature is {self.temperature}, but sampled targets are unbiased at temperature 1 only")
-
     def divergences(self, teacher_NJ: Tensor, student_NJ: Tensor) -> dict[str, Tensor]:
         """The divergence under its name, and always forward KL, as `kl`, so that runs with different losses compare."""
         found = {"kl": divergence("forward_kl", teacher_NJ, student_NJ, self.temperature)}
@@ -232,7 +234,7 @@ class Objective:
             found[self.loss] = divergence(self.loss, teacher_NJ, student_NJ, self.temperature, self.beta)
         return found
 
-    def total(self, parts: dict[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def total(self, parts: dict[str, Tensor], batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, its tokens weighted and summed, and the detached sums of its parts, unweighted.
 
         Args:
@@ -254,14 +256,14 @@ class Objective:
 
 
 def distillation_loss(
-    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Tensor], objective: Objective
+    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, its tokens weighted and summed, and the detached sums of its parts, unweighted.
 
     Args:
         logits_NV: the student's logits, any float type.
         labels_N: the completion tokens.
-        targets: a batch of the collator; what it holds decides the form, and without soft targets it is cross-entropy.
+        targets: a batch of the collator; `target_kind` decides the form, and without soft targets it is cross-entropy.
             `teacher_logits` (N, V), of a teacher that runs beside the student, come before any stored ones.
         objective: what to compute.
     """
@@ -272,31 +274,23 @@ def distillation_loss(
         if "teacher_logits" in targets:
             teacher_NV = targets["teacher_logits"]
             parts |= objective.divergences(teacher_NV, logits_NV[:, : teacher_NV.shape[1]])
-        elif "target_logweights" in targets:
-            sample = (targets[name] for name in ("target_ids", "target_logweights", "target_entropy"))
-            parts["kl"] = sampled_kl(logits_NV, *sample)
-        elif "target_ids" in targets:
-            teacher_NJ = teacher_outcomes(targets["target_logprobs"], targets["target_tail"])
-            parts |= objective.divergences(teacher_NJ, student_outcomes(logits_NV, targets["target_ids"]))
+        elif "target_kind" in targets:
+            kind = KINDS[targets["target_kind"]]
+            picked_NK, rest_N1 = picked_logits(logits_NV, targets["target_ids"], kind.has_tail)
+            parts |= kind.loss_parts(picked_NK, rest_N1, targets, objective)
     if (choice_N1 := teacher_choice(targets)) is not None:
         with torch.no_grad():
             parts["agreement"] = (logits_NV.gather(1, choice_N1)[:, 0] >= logits_NV.amax(dim=1)).float()
     return objective.total(parts, targets)
 
 
-def teacher_choice(targets: Mapping[str, Tensor]) -> Tensor | None:
+def teacher_choice(targets: Mapping[str, Any]) -> Tensor | None:
     """The teacher's most likely token, shape (N, 1): of a sample the one with the largest weight; None for text only."""
     if "teacher_logits" in targets:
         return targets["teacher_logits"].argmax(dim=1, keepdim=True)
-    if "target_ids" not in targets:
+    if "target_kind" not in targets:
         return None
-    return targets["target_ids"].gather(1, stored_choice(targets))
-
-
-def stored_choice(targets: Mapping[str, Tensor]) -> Tensor:
-    """Its place among the stored ones, shape (N, 1)."""
-    name = "target_logweights" if "target_logweights" in targets else "target_logprobs"
-    return targets[name].argmax(dim=1, keepdim=True)
+    return targets["target_ids"].gather(1, KINDS[targets["target_kind"]].choice(targets))
 
 
 def _kl(log_a_NJ: Tensor, log_b_NJ: Tensor) -> Tensor:

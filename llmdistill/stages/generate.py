@@ -19,8 +19,6 @@ from llmdistill.teachers.prompt_encoding import Chat
 from llmdistill.teachers.thinking import answer_start
 
 NO_ANSWER = "no_answer"  # the finish reason of a reasoning trace that has not ended, or with nothing behind it
-# Bytes that one kept token takes in Parquet with zstd, for estimates.
-_BYTES_PER_ENTRY = {"sampled": 2.2, "multinomial": 0.8, "topk": 2.6, "none": 0}
 
 
 def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING) -> None:
@@ -169,7 +167,7 @@ class _Requests(Sequence[Request]):
 def _say_plan(experiment: Experiment, prompts: int, rows: int) -> None:
     count, there = count_shards(experiment, rows), count_finished(experiment.directory("data"))
     tokens = rows * experiment.generate.max_tokens
-    per_position = _BYTES_PER_ENTRY[experiment.targets.stored] * experiment.targets.kept
+    per_position = experiment.targets.stored.bytes_per_token * experiment.targets.kept
     size = tokens * (per_position + 3)
     directory = experiment.directory("data")
     samples = f" × {experiment.generate.samples} samples" if experiment.generate.samples > 1 else ""

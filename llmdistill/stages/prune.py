@@ -166,9 +166,9 @@ class Nearness:
     def __init__(self, teacher: Any, rows: list[dict[str, Any]]) -> None:
         import torch
 
-        from llmdistill.data.collator import DistillCollator, completion_logits
+        from llmdistill.data.collator import DistillCollator, completion_logits, text_only
 
-        text = [{name: row[name] for name in ("input_ids", "completion_start")} for row in rows]
+        text = text_only(rows)
         self._logits = completion_logits
         self._batches = [DistillCollator(0)(text[start : start + _BATCH]) for start in range(0, len(text), _BATCH)]
         self._batches = [{name: values.to(teacher.device) for name, values in batch.items()} for batch in self._batches]

@@ -11,6 +11,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision, training_precision
 from llmdistill.data.cards import model_card
 from llmdistill.data.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
+from llmdistill.data.targets import KINDS
 from llmdistill.errors import InputError, no_such_key
 from llmdistill.models.loading import (
     load_config,
@@ -62,9 +63,9 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
     _check_mix(experiment, manifest)
     model, revision, _ = origin(experiment)
     settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
-    online = experiment.targets.kind == "online"
+    online = experiment.targets.online
     if online:
-        settings["targets"] = {"kind": "online"}
+        settings["targets"] = {"kind": experiment.targets.kind}
     if experiment.student.model is None or online:
         settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
     inputs = {
@@ -165,15 +166,16 @@ def last_checkpoint(directory: Path) -> str | None:
 
 
 def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
-    if experiment.targets.kind == "online":
+    if experiment.targets.online:
         return
-    if manifest["targets"]["kind"] == "none" and (experiment.train.uses_targets or experiment.train.compare_text_only):
+    kind = KINDS[manifest["targets"]["kind"]]
+    if not kind.columns and (experiment.train.uses_targets or experiment.train.compare_text_only):
         raise InputError(
             f"train.alpha is {experiment.train.alpha}, but {experiment.dataset_directory} has no soft targets "
             "(targets.kind: none); set train.alpha to 0 and train.compare_text_only to false, or targets.kind to online"
         )
-    if reason := experiment.train.against(manifest["targets"]["kind"]):
-        raise InputError(f"{reason}, and {experiment.dataset_directory} has sampled ones; use targets.kind topk")
+    if reason := experiment.train.against(kind):
+        raise InputError(f"{reason}, and {experiment.dataset_directory} has {kind.name} ones; use targets.kind topk")
 
 
 def _check_mix(experiment: Experiment, manifest: dict[str, Any]) -> None:
@@ -349,7 +351,7 @@ def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> tuple[Any, b
     if vocabulary_hash(tokenizer) == teacher["vocabulary_hash"]:
         tokenizer.chat_template = teacher["chat_template"]
         return tokenizer, True
-    if manifest["targets"]["kind"] == "none" and experiment.targets.kind != "online":
+    if not KINDS[manifest["targets"]["kind"]].columns and not experiment.targets.online:
         return tokenizer, False
     name, size = Path(manifest["teacher"]["model"]).name, teacher["vocab_size"]
     student_has = f"{student_size:,}" if student_size != size else f"{student_size:,} others"
@@ -374,7 +376,7 @@ def _tokenise_again(dataset: Any, tokenizer: Any) -> Any:
 def _online_teacher(experiment: Experiment, arguments: Any) -> Any:
     """The teacher to run beside the student, if the targets are not to be stored ones and the loss needs it."""
     teacher = experiment.teacher
-    if experiment.targets.kind != "online" or not (arguments.uses_targets or any(arguments.layers())):
+    if not experiment.targets.online or not (arguments.uses_targets or any(arguments.layers())):
         return None
     with whole_on_every_process():
         return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, device="cpu")

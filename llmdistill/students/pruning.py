@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmdistill.config.student import Prune
-from llmdistill.data.collator import DistillCollator
+from llmdistill.data.collator import DistillCollator, text_only
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 
@@ -229,7 +229,8 @@ def measure(teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 8) -
     collate = DistillCollator(pad_token_id=0)
     try:
         for start in range(0, len(rows), batch_size):
-            batch = {name: values.to(teacher.device) for name, values in collate(rows[start : start + batch_size]).items()}
+            batch = collate(text_only(rows[start : start + batch_size]))
+            batch = {name: values.to(teacher.device) for name, values in batch.items()}
             mask_BT = batch["attention_mask"].bool()
             tokens += int(mask_BT.sum())
             teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=1)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmdistill.data.collator import DistillCollator, replaced_forward
+from llmdistill.data.collator import DistillCollator, replaced_forward, text_only
 from llmdistill.errors import InputError
 from llmdistill.losses.hidden_states import of_pruned
 from llmdistill.students.pruning import Kept
@@ -201,6 +201,6 @@ def _calls(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[Any, ...], dict
 def _batches(rows: Sequence[dict[str, Any]], batch_size: int, device: Any) -> list[Batch]:
     """The rows' ids and masks, padded."""
     collate = DistillCollator(pad_token_id=0)
-    text = [{name: row[name] for name in ("input_ids", "completion_start")} for row in rows]
+    text = text_only(rows)
     batches = [collate(text[start : start + batch_size]) for start in range(0, len(text), batch_size)]
     return [{name: batch[name].to(device) for name in ("input_ids", "attention_mask")} for batch in batches]

@@ -8,13 +8,14 @@ of the weights.
 import hashlib
 import importlib.util
 import json
+import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.config.machine import Precision
-from llmdistill.data.targets import Array, SoftTargets, after
+from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
 from llmdistill.models.loading import model_precision
 from llmdistill.runs.record import model_fingerprint
@@ -46,12 +47,23 @@ class Completion:
 
     def behind(self, start: int) -> "Completion":
         """The same without its first `start` tokens."""
-        kept = self.targets and after(self.targets, start)
+        kept = self.targets and self.targets.after(start)
         return replace(self, ids=self.ids[start:], token_logprobs=self.token_logprobs[start:], targets=kept)
 
 
 class Engine(Protocol):
-    """A loaded teacher."""
+    """A loaded teacher; what it is made from is described at `open_engine`."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        sampling: Generate,
+        kept: Targets,
+        end_ids: Sequence[int],
+        seed: int,
+        max_model_len: int,
+        reads_with: int | None = None,
+    ) -> None: ...
 
     tokens: int
     """Completion tokens that it has written or read so far, those of unfinished completions included where it knows them."""
@@ -71,8 +83,11 @@ def check_engine(teacher: Teacher) -> None:
     Raises:
         InputError: naming what to install.
     """
-    if teacher.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise InputError("teacher.engine is vllm, which is not installed: install the extra `generate`, or use transformers")
+    package = teacher.abilities.package
+    if package and importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"teacher.engine is {teacher.engine}, which is not installed: install the extra `generate`, or use transformers"
+        )
 
 
 def fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
@@ -87,10 +102,10 @@ def fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
 
 def teacher_precision(teacher: Teacher) -> Precision:
     """What a teacher computes in."""
-    if teacher.engine == "server":
+    if teacher.abilities.remote:
         return Precision("auto", "in what the server was started with")
     return model_precision(
-        teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, "teacher.model", teacher.engine
+        teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, "teacher.model", teacher.abilities.runtime
     )
 
 
@@ -115,17 +130,8 @@ def open_engine(
         reads_with: the size of its vocabulary, if it is to read finished text.
     """
     teacher = teacher.model_copy(update={"dtype": teacher_precision(teacher).dtype})
-    if teacher.engine == "vllm":
-        from llmdistill.teachers.vllm import VllmEngine
-
-        return VllmEngine(teacher, sampling, kept, max_model_len, end_ids, seed, reads_with)
-    if teacher.engine == "server":
-        from llmdistill.teachers.server import ServerEngine
-
-        return ServerEngine(teacher, sampling, kept, end_ids, seed)
-    from llmdistill.teachers.transformers import TransformersEngine
-
-    return TransformersEngine(teacher, sampling, kept, end_ids)
+    engine: type[Engine] = pkgutil.resolve_name(teacher.abilities.implementation)
+    return engine(teacher, sampling, kept, end_ids, seed, max_model_len, reads_with)
 
 
 def row_id(messages: list[dict[str, str]], teacher: str, sampling: Generate, sample: int) -> str:

@@ -18,12 +18,6 @@ from llmdistill.models.loading import (
 from llmdistill.runs import record
 from llmdistill.teachers import check_engine
 
-_DETERMINISM = {
-    "transformers": "bit-exact: the same configuration, machine, versions and number of threads give the same bytes",
-    "server": "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched",
-    "vllm": "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched",
-}
-
 
 class Chat:
     """Turns conversations into the token ids that the teacher sees.
@@ -46,10 +40,10 @@ class Chat:
             theirs = load_tokenizer(more.model, more.revision, teacher.trust_remote_code, key)
             if vocabulary_hash(theirs) != vocabulary_hash(self.tokenizer):
                 raise InputError(f"{key}: {more.model} has another tokenizer than {teacher.model}; their mean is not defined")
-        if kept.kind != "multinomial" and kept.kept > self.vocab_size:
-            key = "n" if kept.kind == "sampled" else "k"
+        if kept.stored.distinct and kept.kept > self.vocab_size:
             raise InputError(
-                f"targets.{key} is {kept.kept:,}, but the vocabulary of {teacher.model} has {self.vocab_size:,} tokens"
+                f"targets.{kept.stored.size} is {kept.kept:,}, "
+                f"but the vocabulary of {teacher.model} has {self.vocab_size:,} tokens"
             )
 
     def prompt_ids(self, messages: Messages, origin: str, tools: list[Any] | None = None) -> list[int]:
@@ -125,9 +119,9 @@ class Chat:
                 "special_token_ids": special_token_ids(self.tokenizer),
                 "chat_template": self.tokenizer.chat_template,
             },
-            "targets": self.experiment.targets.described,
+            "targets": self.experiment.targets.stored.describe(self.experiment.targets.kept),
             "seed": self.experiment.seed,
-            "determinism": _DETERMINISM[teacher.engine],
+            "determinism": teacher.abilities.determinism,
             "versions": record.versions(),
         }
 

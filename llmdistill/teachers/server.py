@@ -16,9 +16,9 @@ import httpx
 import numpy as np
 
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.data.targets import Array, SoftTargets, from_logprobs
+from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.teachers import Completion, Request
+from llmdistill.teachers import Completion, Engine, Request
 
 _TRIES = 9
 _LONGEST_PAUSE = 60.0  # seconds; the pauses double from half a second, so that a server may take two minutes to come back
@@ -27,10 +27,19 @@ _CONNECT_SECONDS = 10.0
 _EXTENSION = "llmdistill.teachers.vllm_worker.SampleTargets"
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """Sends `teacher.concurrency` requests at a time; every request has its own answer, so they come back in any order."""
 
-    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, end_ids: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        sampling: Generate,
+        kept: Targets,
+        end_ids: Sequence[int],
+        seed: int,
+        max_model_len: int = 0,
+        reads_with: int | None = None,
+    ) -> None:
         self.teacher, self.sampling, self.kept, self.end_ids = teacher, sampling, kept, end_ids
         assert teacher.url is not None
         key = os.environ.get("VLLM_API_KEY")
@@ -137,7 +146,7 @@ class ServerEngine:
             ordered = sorted(found.items(), key=lambda item: -item[1])
             ids_NK[position] = [other for other, _ in ordered]
             logprobs_NK[position] = [value for _, value in ordered]
-        return from_logprobs(self.kept.stored, ids_NK, logprobs_NK)
+        return self.kept.stored.from_kept(ids_NK, logprobs_NK)
 
     def _ask(self, body: dict[str, Any], read: Callable[[Any], Completion]) -> Completion:
         """What `read` makes of the one choice that the server returns."""
@@ -192,17 +201,17 @@ class ServerEngine:
         Raises:
             InputError: samples are wanted, and the server was not started for it.
         """
-        arguments = [self.kept.stored, str(self.kept.kept), str(seed)]
+        arguments = [self.kept.stored.name, str(self.kept.kept), str(seed)]
         body = {"method": "sample_targets", "args": arguments}
         try:
             self._call("POST", "/collective_rpc", lambda answer: answer["results"], body, tries=4)
         except (InputError, RemoteError):
-            if self.kept.stored != "sampled":
+            if self.kept.stored.most_likely:
                 return
             raise InputError(
-                f"targets.kind sampled: {self.teacher.url} cannot draw samples. Start it with `VLLM_SERVER_DEV_MODE=1 vllm serve "
-                f"{self.teacher.model} --max-logprobs {self.kept.kept} --worker-extension-cls {_EXTENSION}`, where nobody else "
-                "uses it, or set targets.kind to topk"
+                f"targets.kind {self.kept.kind}: {self.teacher.url} cannot draw samples. Start it with "
+                f"`VLLM_SERVER_DEV_MODE=1 vllm serve {self.teacher.model} --max-logprobs {self.kept.kept} "
+                f"--worker-extension-cls {_EXTENSION}`, where nobody else uses it, or set targets.kind to topk"
             ) from None
 
 

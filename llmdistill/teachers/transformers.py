@@ -8,17 +8,25 @@ import torch
 from transformers import PreTrainedModel
 
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.data import pps
 from llmdistill.data.collator import DistillCollator, completion_logits
-from llmdistill.data.targets import Array, from_logprobs
+from llmdistill.data.targets import Array, draw
 from llmdistill.models.loading import load_model
-from llmdistill.teachers import Completion, Request
+from llmdistill.teachers import Completion, Engine, Request
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Decodes batches in order; a batch's composition is fixed by the configuration, so results repeat exactly."""
 
-    def __init__(self, teacher: Teacher, sampling: Generate, kept: Targets, end_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        sampling: Generate,
+        kept: Targets,
+        end_ids: Sequence[int],
+        seed: int = 0,
+        max_model_len: int = 0,
+        reads_with: int | None = None,
+    ) -> None:
         members = [(teacher.model, teacher.revision, teacher.weight, "teacher.model")]
         members += [
             (more.model, more.revision, more.weight, f"teacher.ensemble.{number}.model")
@@ -67,13 +75,13 @@ class TransformersEngine:
                 np.asarray(request.completion_ids, dtype=np.int64),
                 "stop" if request.completion_ids[-1] in self.end_ids else "length",
                 logprobs_TV.gather(1, ids_T[:, None])[:, 0].cpu().numpy(),
-                from_logprobs(self.kept.stored, kept_ids, kept_logprobs),
+                self.kept.stored.from_kept(kept_ids, kept_logprobs),
             )
 
     def _uniforms(self, request: Request, positions: int) -> torch.Tensor:
         """The random numbers of a row's targets; a stream of its own, so that the kind of targets changes no text."""
         key = np.array([request.seed, 1], dtype=np.uint64)
-        shape = (positions, pps.uniforms(self.kept.stored, self.kept.kept))
+        shape = (positions, self.kept.stored.uniforms(self.kept.kept))
         return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(shape))
 
     @torch.inference_mode()
@@ -137,8 +145,7 @@ class TransformersEngine:
                 ids,
                 "stop" if ids[-1] in self.end_ids else "length",
                 np.array([step[row] for step in chosen[:length]], dtype=np.float32),
-                from_logprobs(
-                    self.kept.stored,
+                self.kept.stored.from_kept(
                     np.stack([ids[row] for ids, _ in kept[:length]]),
                     np.stack([lp[row] for _, lp in kept[:length]]),
                 ),
@@ -156,7 +163,7 @@ class TransformersEngine:
 
     def _keep(self, logprobs_NV: torch.Tensor, uniform_NU: torch.Tensor) -> tuple[Array, Array]:
         """The ids to keep at some positions, and their log-probabilities."""
-        ids_NK = pps.keep(self.kept.stored, logprobs_NV, self.kept.kept, uniform_NU.to(logprobs_NV.device))
+        ids_NK = self.kept.stored.keep(logprobs_NV, self.kept.kept, uniform_NU.to(logprobs_NV.device))
         return ids_NK.cpu().numpy(), logprobs_NV.gather(1, ids_NK).cpu().numpy()
 
 
@@ -177,4 +184,4 @@ def sample(logprobs_BV: torch.Tensor, sampling: Generate, uniform_B: torch.Tenso
             total_B1 = sorted_BV.sum(-1, keepdim=True)
             sorted_BV[sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p * total_B1] = 0
         p_BV = torch.zeros_like(p_BV).scatter(1, order_BV, sorted_BV)
-    return pps.sample_with_replacement(p_BV.log(), uniform_B[:, None])[:, 0]
+    return draw.sample_with_replacement(p_BV.log(), uniform_B[:, None])[:, 0]

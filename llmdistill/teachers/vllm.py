@@ -10,9 +10,9 @@ import numpy as np
 import psutil
 
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.data.targets import Array, SoftTargets, from_logprobs
+from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.runs.quiet import quiet_libraries
-from llmdistill.teachers import Completion, Request
+from llmdistill.teachers import Completion, Engine, Request
 
 # Requests inside the engine at a time: more than it runs at once, so that it is never idle while a shard is written.
 _QUEUE = 2048
@@ -23,7 +23,7 @@ _SEQUENCES = 256  # read at a time
 _FEW_CORES = 8
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """Streams requests through one `vllm.LLM`; log-probabilities are the model's own, before temperature and penalties."""
 
     def __init__(
@@ -31,9 +31,9 @@ class VllmEngine:
         teacher: Teacher,
         sampling: Generate,
         kept: Targets,
-        max_model_len: int,
         end_ids: Sequence[int],
         seed: int,
+        max_model_len: int,
         reads_with: int | None = None,
     ) -> None:
         prepare_environment()
@@ -69,14 +69,14 @@ class VllmEngine:
             # Seeded requests stop vLLM's CPU engine when a prompt is prefilled in pieces ("CPU Generator does not use
             # offset"), so every prompt has to fit into one.
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, 2048)}
-        drawn = kept.stored in ("sampled", "multinomial")
-        if drawn or self.tempered:
+        extended = self.tempered or not kept.stored.most_likely
+        if extended:
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
         self.llm = vllm.LLM(**{**arguments, **teacher.engine_args})
         self._guard = _end_with_this_process()
-        if drawn or self.tempered:
+        if extended:
             temperature = sampling.temperature if self.tempered else None
-            self.llm.collective_rpc("sample_targets", args=(kept.stored, kept.kept, seed, temperature))
+            self.llm.collective_rpc("sample_targets", args=(kept.stored.name, kept.kept, seed, temperature))
         self._params = vllm.SamplingParams
         self._sampling: dict[str, Any] = {
             "temperature": sampling.temperature,
@@ -194,4 +194,4 @@ def flat_logprobs(flat: Any, kept: Targets) -> tuple[Array, SoftTargets | None]:
     positions = len(flat.start_indices)
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, -1)[:, : kept.kept + 1]
     ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(positions, -1)[:, : kept.kept + 1]
-    return logprobs[:, 0], from_logprobs(kept.stored, ids[:, 1:], logprobs[:, 1:])
+    return logprobs[:, 0], kept.stored.from_kept(ids[:, 1:], logprobs[:, 1:])

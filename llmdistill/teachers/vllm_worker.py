@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmdistill.data import pps
+from llmdistill.data.targets import KINDS
 
 
 class SampleTargets:
@@ -22,7 +22,7 @@ class SampleTargets:
         """From now on, log-probabilities are returned of the tokens that a kind of targets keeps.
 
         Args:
-            kind: of targets.
+            kind: the name of the kind.
             kept: tokens kept a position.
             seed: of the draw.
             temperature: that of the sampling; where one more log-probability than `kept` is asked for, it is
@@ -40,8 +40,9 @@ class SampleTargets:
         kept, generator = int(kept), torch.Generator().manual_seed(int(seed))  # a server passes strings on
 
         def gather_logprobs(logprobs_NV: torch.Tensor, n: int, token_ids: torch.Tensor) -> Any:
-            uniform_NU = torch.rand(len(logprobs_NV), pps.uniforms(kind, kept), generator=generator, dtype=torch.float64)
-            kept_Nn = pps.keep(kind, logprobs_NV, kept, uniform_NU.to(logprobs_NV.device))
+            shape = (len(logprobs_NV), KINDS[kind].uniforms(kept))
+            uniform_NU = torch.rand(shape, generator=generator, dtype=torch.float64)
+            kept_Nn = KINDS[kind].keep(logprobs_NV, kept, uniform_NU.to(logprobs_NV.device))
             ids_NK = torch.cat([token_ids[:, None], kept_Nn], dim=1)
             kept_NK = logprobs_NV.gather(1, ids_NK)
             rank_N = torch.zeros_like(token_ids)  # nobody looks at it, and to count costs as much as to sample

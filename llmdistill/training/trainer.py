@@ -17,7 +17,6 @@ from llmdistill import losses
 from llmdistill.config.machine import training_precision
 from llmdistill.data.collator import (
     POSITION_WEIGHTS,
-    TARGET_COLUMNS,
     DistillCollator,
     completion_labels,
     completion_logits,
@@ -25,7 +24,7 @@ from llmdistill.data.collator import (
     in_place_of_logits,
 )
 from llmdistill.data.importance import importance, log_importance
-from llmdistill.data.targets import kind_of
+from llmdistill.data.targets import KINDS, kind_of
 from llmdistill.losses import fused
 from llmdistill.losses.hidden_states import Attention, Hidden, LayerMatch
 from llmdistill.training.callbacks import trained_tokens
@@ -201,12 +200,13 @@ class DistillTrainer(trl.SFTTrainer):
             ValueError: it has no soft targets, or not of the kind that the loss needs.
         """
         kind = kind_of(dataset.column_names)
-        if args.uses_targets and teacher is None and kind == "none":
+        if args.uses_targets and teacher is None and not kind.columns:
             raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
-        if args.position_weights != "uniform" and (teacher is not None or kind == "none"):
+        if args.position_weights != "uniform" and (teacher is not None or not kind.columns):
             raise ValueError(f"position_weights is {args.position_weights}, which needs stored soft targets")
         if teacher is None:
-            args.objective(0).check_targets(kind)
+            if reason := kind.refuses(args.loss, args.temperature):
+                raise ValueError(reason)
             if any(args.layers()):
                 raise ValueError("hidden states and attention maps are compared with those of a teacher, and there is none")
 
@@ -219,7 +219,8 @@ class DistillTrainer(trl.SFTTrainer):
         return match
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "completion_start", *TARGET_COLUMNS]
+        self._signature_columns = ["input_ids", "completion_start"]
+        self._signature_columns += sorted({name for kind in KINDS.values() for name in kind.columns})
         if self.args.sequence_alpha:
             self._signature_columns += ["importance", "token_logprobs"]
 

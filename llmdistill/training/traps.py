@@ -6,12 +6,10 @@ from typing import Any
 import pyarrow.compute as pc
 
 from llmdistill.config.student import Student
+from llmdistill.data.targets import kind_of
 from llmdistill.models.loading import end_token_ids, load_config, load_tokenizer, vocabulary_hash
 
 _LOOKED_AT = 4096  # rows of the dataset; so that a large one takes no longer
-# On the demo's data the 64 most likely tokens leave 4.7% of the mass outside and cost a student 1.8% of its distance, which
-# an unbiased sample of 16 costs too, in a fifth of the bytes; the 16 most likely leave 9.9% and cost 4.8% (docs/targets.md).
-_MASS_OUTSIDE = 0.05
 _ROWS_WITHOUT_END = 0.8
 _RATE_FACTOR = 5  # a learning rate so many times off the usual one is the other way of training's
 _LARGE = 1e9  # parameters; smaller models take large steps well
@@ -29,7 +27,7 @@ def traps(student: Student, arguments: Any, manifest: dict[str, Any], rows: Any,
     """
     found = [
         end_token(student, manifest),
-        mass_outside(rows) if arguments.uses_targets else None,
+        soft_targets(rows) if arguments.uses_targets else None,
         learning_rate(student, arguments.learning_rate, parameters),
         rows_without_end(rows, arguments.max_length),
     ]
@@ -58,20 +56,10 @@ def end_token(student: Student, manifest: dict[str, Any]) -> str | None:
     return f"{text} while the weights of that token are frozen; set student.lora.args.trainable_token_indices to {trained}"
 
 
-def mass_outside(rows: Any) -> str | None:
-    """Top-k targets that leave out too much of what the teacher might say."""
-    if "target_tail" not in rows.column_names:
-        return None
-    table = rows.select_columns(["target_ids", "target_tail"]).with_format("arrow")[:_LOOKED_AT]
-    tail, ids = (table.column(name).combine_chunks().flatten() for name in ("target_tail", "target_ids"))
-    mean = pc.mean(tail).as_py()
-    if mean is None or mean <= _MASS_OUTSIDE:
-        return None
-    k = len(ids) // len(tail)
-    return (
-        f"targets.k is {k}, which leaves {mean:.0%} of the teacher's mass outside: what it would say there is lost; "
-        "raise targets.k, or set targets.kind to sampled, whose 16 tokens leave nothing out"
-    )
+def soft_targets(rows: Any) -> str | None:
+    """What the kind of soft targets finds wrong with them."""
+    kind = kind_of(rows.column_names)
+    return kind.warning(rows.select_columns(list(kind.columns)).with_format("arrow")[:_LOOKED_AT]) if kind.columns else None
 
 
 def learning_rate(student: Student, rate: float, parameters: int) -> str | None:

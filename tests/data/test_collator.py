@@ -16,7 +16,7 @@ def row(ids, start, k=2):
         np.log(np.tile([0.75, 0.125], (length, 1))),
         np.full(length, 0.125, dtype=np.float32),
     )
-    columns = targets.encode([soft], 100)
+    columns = targets.TopK.encode([soft], 100)
     return {"input_ids": ids, "completion_start": start} | {name: column[0].values.to_numpy() for name, column in columns.items()}
 
 
@@ -79,6 +79,7 @@ def test_in_a_line_by_hand():
     for name in ("target_ids", "target_logprobs", "target_tail", "token_weights"):
         assert batch[name].tolist() == below[name].tolist()
     packed = DistillCollator(pad_token_id=0, padding_free=True)([rows[:1], rows[1:]])
+    assert packed.pop("target_kind") == batch.pop("target_kind") == "topk"
     assert all(packed[name].tolist() == values.tolist() for name, values in batch.items())
 
 
@@ -116,6 +117,7 @@ def test_items_that_fill_a_batch_up_teach_nothing(padding_free, packs, count):
     whole = collator(items)
     cut = first_items(whole, count)
     assert torch.equal(cut["input_ids"], whole["input_ids"])
+    assert cut["target_kind"] == "topk"
     learnt = cut["labels"][cut["labels"] != -100]
     assert torch.equal(cut["input_ids"].flatten()[cut["positions"] + 1], learnt)
     if count == 0:

@@ -48,7 +48,7 @@ def make_row(number, length=3):
         completion_ids=ids,
         finish_reason="stop",
         token_logprobs=logprobs[np.arange(length), ids].astype(np.float32),
-        targets=targets.topk_from_dense(logprobs, 4),
+        targets=targets.TopK.from_dense(logprobs, 4),
     )
 
 
@@ -126,11 +126,21 @@ def test_a_truncated_and_a_missing_shard(directory):
         load_dataset(directory)
 
 
-@pytest.mark.parametrize("change", [{"schema_version": 99}, {"format": "other"}])
-def test_another_schema_is_refused(directory, change):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 99}, "schema_version is 99"),
+        ({"format": "other"}, "schema_version is"),
+        (
+            {"targets": {"kind": "of tomorrow"}},
+            "targets.kind is 'of tomorrow', this version reads sampled, multinomial, topk, none",
+        ),
+    ],
+)
+def test_another_schema_is_refused(directory, change, message):
     manifest = json.loads((directory / "dataset.json").read_text())
     (directory / "dataset.json").write_text(json.dumps({**manifest, **change}))
-    with pytest.raises(InputError, match=r"dataset.json: schema_version is"):
+    with pytest.raises(InputError, match=f"dataset.json: {message}"):
         load_dataset(directory)
 
 

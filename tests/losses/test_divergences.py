@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmdistill import losses
 from llmdistill.config import Train
-from llmdistill.data import pps, targets
+from llmdistill.data.targets import Sampled
 from llmdistill.losses import DIVERGENCES, Objective
 
 F_DIVERGENCES = sorted(set(DIVERGENCES) - {"adaptive_kl"})
@@ -223,7 +223,7 @@ def test_the_objective_mixes_cross_entropy_and_divergence(name, alpha):
     teacher, student = pair(6, 20, 2.0)
     labels = torch.tensor([3, 1, 4, 1, 5])
     ids, logprobs, tail = topk(teacher, 4)
-    batch = {"target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
+    batch = {"target_kind": "topk", "target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
     student.requires_grad_()
     loss, sums = losses.distillation_loss(student, labels, batch, Objective(name, alpha, 2.0))
     loss.backward()
@@ -249,8 +249,8 @@ def test_weights_and_the_sequence_level_kl_enter_as_the_formula_says(seed, alpha
     labels, weights, importance = torch.tensor([3, 1, 4, 1, 5]), torch.rand(5), torch.rand(5) * 4
     ids, logprobs, tail = topk(teacher, 4)
     written = teacher.log_softmax(-1)[range(5), labels]
-    batch = {"target_ids": ids, "target_logprobs": logprobs, "target_tail": tail, "token_weights": weights}
-    batch |= {"token_importance": importance, "token_logprobs": written}
+    batch = {"target_kind": "topk", "target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
+    batch |= {"token_weights": weights, "token_importance": importance, "token_logprobs": written}
     loss, sums = losses.distillation_loss(student, labels, batch, Objective("jsd", alpha, sequence_alpha=sequence_alpha))
     log_q = student.double().log_softmax(-1)[range(5), labels]
     sequence = importance * (written - log_q)
@@ -300,23 +300,11 @@ def test_beta_is_taken_where_there_is_a_mixture_and_refused_elsewhere(name):
             Train(loss=name, beta=0.3)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_sampled_targets_are_refused_where_they_would_be_biased(name):
-    if name == "forward_kl":
-        Objective(name).check_targets("sampled")
-        with pytest.raises(ValueError, match="temperature"):
-            Objective(name, temperature=2.0).check_targets("sampled")
-    else:
-        with pytest.raises(ValueError, match="forward_kl alone"):
-            Objective(name).check_targets("sampled")
-    Objective(name, temperature=2.0).check_targets("topk")
-
-
 def pps_targets(teacher_NV, n, seed):
     logprobs = teacher_NV.double().log_softmax(-1)
     uniform = torch.rand(len(logprobs), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    ids = pps.sample(logprobs, n, uniform)
-    kept = targets.sampled_from_logprobs(ids.numpy(), logprobs.gather(1, ids).numpy())
+    ids = Sampled.keep(logprobs, n, uniform[:, None])
+    kept = Sampled.from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
     return tuple(torch.from_numpy(part) for part in (kept.ids_NK, kept.logweights_NK, kept.entropy_N))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmdistill import losses
-from llmdistill.data.collator import DistillCollator, completion_logits, in_place_of_logits
+from llmdistill.data.collator import DistillCollator, completion_logits, in_place_of_logits, some_tokens
 from llmdistill.losses import DIVERGENCES, Objective, fused
 from tests.losses.test_divergences import bucketed, pps_targets, topk
 
@@ -31,10 +31,11 @@ def problem(kind, dtype=torch.float32, bias=False, seed=0, size=1.0):
     if kind in DIVERGENCES:
         ids, logprobs, tail = topk(teacher, K)
         labels[::2] = ids[::2, 1]
-        batch = {"target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
+        batch = {"target_kind": "topk", "target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
     elif kind == "sampled":
         ids, logweights, entropy = pps_targets(teacher, K, 1)
-        batch = {"target_ids": ids, "target_logweights": logweights, "target_entropy": entropy.float()}
+        batch = {"target_kind": "sampled", "target_ids": ids, "target_logweights": logweights}
+        batch["target_entropy"] = entropy.float()
         labels[::2] = batch["target_ids"][::2, 1]
     batch["token_weights"] = torch.rand(N, generator=generator)
     batch["token_importance"] = torch.rand(N, generator=generator) * 3
@@ -223,7 +224,7 @@ def test_never_n_by_v_numbers_in_memory(kind, autocast):
 def test_no_tokens_at_all(kind):
     """A batch whose completions were all cut off: zero everywhere, and every parameter takes part (DDP waits for them)."""
     hidden, layer, labels, batch, _ = problem(kind)
-    nothing = {name: values[:0] for name, values in batch.items()}
+    nothing = some_tokens(batch, slice(0))
     loss, sums = fused.distillation_loss(hidden[:0], fused.Head(layer), labels[:0], nothing, objective_of(kind, 0.0))
     loss.backward()
     assert loss == 0
@@ -394,7 +395,7 @@ def rows_and_batch(vocab, seed=3):
     ]
     batch = DistillCollator(0)(rows)
     ids, logprobs, tail = topk(torch.randn(len(batch["positions"]), vocab, generator=generator), K)
-    return {**batch, "target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
+    return {**batch, "target_kind": "topk", "target_ids": ids, "target_logprobs": logprobs, "target_tail": tail}
 
 
 def both_losses(model, head, wrapped=None, seed=3):

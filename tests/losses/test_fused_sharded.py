@@ -43,7 +43,8 @@ def batch_of(rows):
     edges = [0, 5, 14, 15, 21]
     here = torch.cat([torch.arange(edges[row], edges[row + 1]) for row in rows])
     batch = DistillCollator(0)([whole[row] for row in rows])
-    return {**batch, "target_ids": ids[here], "target_logprobs": logprobs[here], "target_tail": tail[here]}
+    targets = {"target_ids": ids[here], "target_logprobs": logprobs[here], "target_tail": tail[here]}
+    return {**batch, **targets, "target_kind": "topk"}
 
 
 def loss_of(model, head, rows):

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from llmdistill.losses import fused
 from tests.losses.test_fused import V, by_the_formula, gradients, logits_of, objective_of, problem
@@ -47,7 +48,7 @@ def test_the_loss_with_them_is_that_of_the_formulas(kind, bias, softcap, monkeyp
     hidden, layer, labels, batch, teacher = problem(kind, bias=bias)
     exact, exact_hidden = copy.deepcopy(layer).double(), hidden.detach().double().requires_grad_()
     layer, hidden = layer.to(DEVICE), hidden.detach().to(DEVICE).requires_grad_()
-    batch_there = {name: values.to(DEVICE) for name, values in batch.items()}
+    batch_there = send_to_device(batch, DEVICE)
     head = fused.Head(layer, 1.0, softcap)
     objective = objective_of(kind, alpha)
     loss, sums = fused.distillation_loss(hidden, head, labels.to(DEVICE), batch_there, objective, chunk_bytes=5 * 4 * V)
@@ -65,7 +66,7 @@ def test_a_chunk_in_bfloat16_stays_in_it(monkeypatch):
     """Its gradients are as near to float64 as those of the form in float32 passes, which rounds at the same places."""
     hidden, layer, labels, batch, teacher = problem("forward_kl", torch.bfloat16)
     layer, hidden = layer.to(DEVICE), hidden.detach().to(DEVICE).requires_grad_()
-    batch_there = {name: values.to(DEVICE) for name, values in batch.items()}
+    batch_there = send_to_device(batch, DEVICE)
     found = []
     for kernels in (fused_triton, None):
         monkeypatch.setattr(fused, "kernels_for", lambda device, kernels=kernels: kernels)

@@ -48,7 +48,7 @@ def make_row(number, text, prompt=None, length=4, reason="stop", fields=None):
         ids,
         reason,
         logprobs[np.arange(length), ids].astype(np.float32),
-        targets.topk_from_dense(logprobs, 4),
+        targets.TopK.from_dense(logprobs, 4),
         metadata=fields or {},
     )
 

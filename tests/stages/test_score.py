@@ -39,7 +39,7 @@ def test_what_the_teacher_wrote_has_the_same_targets_when_it_reads_it(experiment
         assert mine["input_ids"].tolist() == theirs["input_ids"].tolist()
         assert mine["finish_reason"] == theirs["finish_reason"]
         np.testing.assert_allclose(mine["token_logprobs"], theirs["token_logprobs"], atol=2e-4)
-        got, want = (targets.decode(targets.cut(row, name, len(row["token_logprobs"]))).ids_NK for row in (mine, theirs))
+        got, want = (targets.KINDS[name].of_rows([row], [len(row["token_logprobs"])]).ids_NK for row in (mine, theirs))
         equal += [len(np.intersect1d(a, b)) / len(np.union1d(a, b)) for a, b in zip(got, want, strict=True)]
     assert np.mean(equal) > 0.98
     manifest = read_manifest(experiment_file.parent / "scored/data")
@@ -252,6 +252,6 @@ def test_what_the_teacher_alone_is_told_is_in_its_targets_and_not_in_the_student
             assert row["input_ids"][:start].tolist() == other["input_ids"][: int(other["completion_start"])].tolist()
             assert SYSTEM not in str(row["prompt"])
             np.testing.assert_allclose(row["token_logprobs"], logprobs[np.arange(len(answer)), answer], atol=2e-4)
-            soft = targets.decode(targets.cut(row, "topk", len(answer)))
+            soft = targets.TopK.of_rows([row], [len(answer)])
             np.testing.assert_allclose(soft.logprobs_NK, np.take_along_axis(logprobs, soft.ids_NK, 1), atol=5e-3)
     assert read_manifest(tmp_path / "scored/data")["teacher"]["system"] == SYSTEM

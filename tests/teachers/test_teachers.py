@@ -1,5 +1,7 @@
 """The exact engine, and how vLLM's log-probabilities are read."""
 
+import inspect
+import pkgutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +9,10 @@ import pytest
 import torch
 
 from llmdistill.config import Generate, Targets, Teacher
-from llmdistill.config.section import Member
+from llmdistill.config.teacher import ENGINES, Abilities, Member, engines_with
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
-from llmdistill.teachers import Request, check_engine, row_id, row_seed
+from llmdistill.teachers import Engine, Request, check_engine, open_engine, row_id, row_seed
 from llmdistill.teachers.transformers import TransformersEngine, sample
 from llmdistill.teachers.vllm import flat_logprobs
 
@@ -41,6 +43,32 @@ def test_sampling_follows_the_distribution_and_its_cuts():
     squares = torch.tensor([0.25, 0.01, 0.09, 0.01])
     torch.testing.assert_close(shares(temperature=0.5), squares / squares.sum(), atol=0.012, rtol=0)
     assert shares(temperature=0).tolist() == [1, 0, 0, 0]
+
+
+class Echo:
+    """An engine of this module, for the table."""
+
+    def __init__(self, teacher, sampling, kept, end_ids, seed, max_model_len, reads_with=None):
+        self.given = (teacher.model, sampling, kept, end_ids, seed, max_model_len, reads_with)
+
+
+def test_a_new_engine_is_an_entry_of_the_table(tiny, monkeypatch):
+    monkeypatch.setitem(ENGINES, "echo", Abilities(f"{__name__}:Echo", "it depends", grammar=True))
+    teacher = Teacher(model=str(tiny)).model_copy(update={"engine": "echo"})
+    assert engines_with("grammar") == "vllm and server and echo"
+    sampling, kept = Generate(), Targets()
+    made = open_engine(teacher, sampling, kept, 64, [2], 7, reads_with=100)
+    assert made.given == (str(tiny), sampling, kept, [2], 7, 64, 100)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_is_made_from_the_same(name):
+    """Mypy looks at the methods of a protocol, and not at how its classes are made."""
+    wanted, there = (
+        list(inspect.signature(engine.__init__).parameters)
+        for engine in (Engine, pkgutil.resolve_name(ENGINES[name].implementation))
+    )
+    assert there == wanted
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_a_trace_is_not_learned_and_the_targets_are_those_of_what_is_stored(expe
         with torch.inference_mode():
             logprobs = model(torch.tensor([ids])).logits[0, start - 1 : -1].double().log_softmax(-1).numpy()
         np.testing.assert_allclose(row["token_logprobs"], logprobs[np.arange(len(ids) - start), ids[start:]], atol=2e-4)
-        soft = targets.decode(targets.cut(row, "topk", len(ids) - start))
+        soft = targets.TopK.of_rows([row], [len(ids) - start])
         np.testing.assert_allclose(soft.logprobs_NK, np.take_along_axis(logprobs, soft.ids_NK, 1), atol=5e-3)
 
 

@@ -9,7 +9,7 @@ import trl
 from transformers import AutoTokenizer
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
-from llmdistill.data import pps, targets
+from llmdistill.data import targets
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.losses import Objective, distillation_loss
@@ -32,9 +32,9 @@ def dataset_directory(request, tiny, tmp_path_factory):
         batch = DistillCollator(0)([{"input_ids": ids, "completion_start": len(prompt)}])
         with torch.inference_mode():
             logprobs = completion_logits(model, batch).log_softmax(-1)
-        uniform = torch.from_numpy(generator.random((len(logprobs), pps.uniforms(request.param, K))))
-        ids = pps.keep(request.param, logprobs, K, uniform)
-        soft = targets.from_logprobs(request.param, ids.numpy(), logprobs.gather(1, ids).numpy())
+        kind = targets.KINDS[request.param]
+        ids = kind.keep(logprobs, K, torch.from_numpy(generator.random((len(logprobs), kind.uniforms(K)))))
+        soft = kind.from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
         logprobs = logprobs.numpy()
         message = [{"role": "user", "content": str(number)}]
         rows.append(
@@ -265,9 +265,8 @@ def test_the_logged_agreement_and_speed(tiny, dataset_directory, tmp_path):
         ids, start = torch.tensor(row["input_ids"])[None].long(), int(row["completion_start"])
         with torch.inference_mode():
             top = student(ids).logits[0, start - 1 : -1].argmax(-1).numpy()
-        soft = targets.decode(targets.cut(row, kind, len(top)))
-        weight = soft.logprobs_NK if kind == "topk" else soft.logweights_NK
-        agree += (soft.ids_NK[np.arange(len(top)), weight.argmax(1)] == top).sum()
+        soft = kind.of_rows([row], [len(top)])
+        agree += (soft.ids_NK[np.arange(len(top)), soft.logweights().argmax(1)] == top).sum()
         counts, inputs, squares = counts + len(top), inputs + ids.shape[1], squares + ids.shape[1] ** 2
     trainer = make_trainer(tiny, dataset_directory, tmp_path, student, per_device_train_batch_size=8)
     trainer.train()
@@ -293,13 +292,13 @@ def test_the_logged_loss_is_the_formula(tiny, dataset_directory, tmp_path):
         with torch.inference_mode():
             log_q = student.double()(ids).logits[0].log_softmax(-1).numpy()
         length = ids.shape[1] - start
-        soft = targets.decode(targets.cut(row, kind, length))
+        soft = kind.of_rows([row], [length])
         for t in range(length):
             here = log_q[start + t - 1]
             ce -= here[ids[0, start + t]]
             support = soft.ids_NK[t]
-            if kind != "topk":
-                kl += -(np.exp(soft.logweights_NK[t]) * here[support]).sum() - soft.entropy_N[t]
+            if kind.name != "topk":
+                kl += -(np.exp(soft.logweights()[t]) * here[support]).sum() - soft.entropy_N[t]
             else:
                 p, q, r = np.exp(soft.logprobs_NK[t]), np.exp(here[support]), soft.tail_N[t]
                 kl += (p * np.log(p / q)).sum() + r * np.log(r / (1 - q.sum()))
@@ -395,7 +394,7 @@ def test_a_teacher_that_is_its_own_student_has_nothing_to_learn(tiny, dataset_di
 
 
 def test_a_temperature_that_sampled_targets_do_not_have_is_refused(tiny, dataset_directory, tmp_path):
-    if targets.kind_of(load_dataset(dataset_directory).column_names) != "topk":
+    if targets.kind_of(load_dataset(dataset_directory).column_names).name != "topk":
         with pytest.raises(ValueError, match="unbiased at temperature 1 only"):
             make_trainer(tiny, dataset_directory, tmp_path, temperature=2.0)
     else:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from llmdistill.config.student import Student
 from llmdistill.data.collator import DistillCollator
 from llmdistill.models.loading import load_config, load_tokenizer, vocabulary_hash
-from llmdistill.training.traps import end_token, learning_rate, mass_outside, rows_without_end, traps
+from llmdistill.training.traps import end_token, learning_rate, rows_without_end, soft_targets, traps
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def stored(reasons=("stop",) * 4, tails=None, lengths=(6,) * 4, k=2):
     if tails is not None:
         columns["target_tail"] = tails
         columns["target_ids"] = [[1] * (k * len(row)) for row in tails]
+        columns["target_logprobs"] = [[-1.0] * (k * len(row)) for row in tails]
     return Dataset(pa.table(columns))
 
 
@@ -64,11 +65,11 @@ def test_a_student_with_a_vocabulary_of_its_own_learns_its_own_end_token(base):
 
 
 def test_too_few_targets_for_the_teachers_entropy():
-    text = mass_outside(stored(tails=[[0.0, 0.1], [0.1], [0.1, 0.1, 0.2], [0.0]]))
+    text = soft_targets(stored(tails=[[0.0, 0.1], [0.1], [0.1, 0.1, 0.2], [0.0]]))
     assert text.startswith("targets.k is 2, which leaves 9% of the teacher's mass outside")  # 0.6 / 7
     assert "raise targets.k, or set targets.kind to sampled" in text
-    assert mass_outside(stored(tails=[[0.0, 0.05], [0.05], [0.05], [0.05]])) is None
-    assert mass_outside(stored()) is None
+    assert soft_targets(stored(tails=[[0.0, 0.05], [0.05], [0.05], [0.05]])) is None
+    assert soft_targets(stored()) is None
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from llmdistill import __version__
 from llmdistill.data import targets
 from llmdistill.data.convert import distillkit
 from llmdistill.data.dataset import MANIFEST, SPLITS, Split, read_manifest, shard_files
-from llmdistill.data.targets import Array
+from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
 from llmdistill.runs.progress import StageBar, console
 from llmdistill.runs.record import new_directory, sha256, write_text
@@ -81,16 +81,16 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
         InputError: there is no complete dataset, it cannot be said in that format, or `out` is not empty.
     """
     manifest = read_manifest(directory)
-    kind = manifest["targets"]["kind"]
+    kind = targets.KINDS[manifest["targets"]["kind"]]
     if form == "preferences" and not list(directory.glob("best_of-*.jsonl")):
         raise InputError(f"{directory}: there are no losers; curate it with the step best_of, on several samples a prompt")
-    if kind not in ("topk", "sampled") and form not in ("jsonl", "preferences"):
-        raise InputError(f"{directory}: {form} has no form for targets of kind {kind}; use --to jsonl for the text alone")
-    if exact_k is not None and (form != "distillkit" or kind != "topk"):
+    if not (kind.columns and kind.distinct) and form not in ("jsonl", "preferences"):
+        raise InputError(f"{directory}: {form} has no form for targets of kind {kind.name}; use --to jsonl for the text alone")
+    if exact_k is not None and (form != "distillkit" or not kind.most_likely):
         raise InputError("--exact-k is for --to distillkit and targets of kind topk: only those lie on a curve over their rank")
     files = {split: found for split in SPLITS if (found := shard_files(directory, split))}
     if form == "distillkit":
-        k = manifest["targets"]["k" if kind == "topk" else "n"]
+        k = manifest["targets"][kind.size]
         compression = distillkit.our_compression(manifest["tokenizer"]["vocab_size"], k, k if exact_k is None else exact_k)
     with new_directory(out) as unfinished, StageBar("convert", manifest["rows"]) as bar:
         if form == "jsonl":
@@ -100,7 +100,7 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
         elif form == "axolotl":
             written = _write_axolotl(files, unfinished, out, kind, bar)
         else:
-            written = _write_distillkit(files, unfinished, out, manifest, compression, bar)
+            written = _write_distillkit(files, unfinished, out, kind, manifest, compression, bar)
         write_text(unfinished / "README.md", _readme(directory, manifest, form, list(files), written))
     console.print(f"{written.told}\n{out / 'README.md'} says how to read it", markup=False)
 
@@ -122,17 +122,16 @@ def read_parts(files: list[Path], columns: list[str] | None = None, rows: int | 
             yield from parquet.iter_batches(rows or rows_at_once(file), columns=columns)
 
 
-def _sequences(files: list[Path], kind: str, rows: int | None = None) -> Iterator[_Sequences]:
+def _sequences(files: list[Path], kind: type[SoftTargets], rows: int | None = None) -> Iterator[_Sequences]:
     """The rows of some shards with their targets as log-probabilities, in descending order at each position."""
-    for batch in read_parts(files, ["input_ids", "completion_start", *targets.COLUMNS[kind]], rows):
+    for batch in read_parts(files, ["input_ids", "completion_start", *kind.columns], rows):
         lengths_B = pc.list_value_length(batch["input_ids"]).to_numpy()
         starts_B = batch["completion_start"].to_numpy()
         place_T = np.arange(lengths_B.sum()) - np.repeat(lengths_B.cumsum() - lengths_B, lengths_B)
         from_start_T = place_T - np.repeat(starts_B, lengths_B)
         counts_B = lengths_B - starts_B
-        cut = [targets.cut(_row(batch, number, kind), kind, count) for number, count in enumerate(counts_B)]
-        soft = targets.decode({name: np.concatenate([row[name] for row in cut]) for name in cut[0]})
-        logprobs_NK = soft.logprobs_NK if isinstance(soft, targets.TopK) else soft.logweights_NK
+        soft = kind.of_rows([_row(batch, number, kind) for number in range(len(counts_B))], counts_B)
+        logprobs_NK = soft.logweights()
         order_NK = np.argsort(-logprobs_NK, axis=1, kind="stable")
         yield _Sequences(
             batch["input_ids"].flatten().to_numpy().astype(np.int64),
@@ -144,8 +143,8 @@ def _sequences(files: list[Path], kind: str, rows: int | None = None) -> Iterato
         )
 
 
-def _row(batch: pa.RecordBatch, number: int, kind: str) -> dict[str, Any]:
-    values = {name: batch[name][number] for name in targets.COLUMNS[kind]}
+def _row(batch: pa.RecordBatch, number: int, kind: type[SoftTargets]) -> dict[str, Any]:
+    values = {name: batch[name][number] for name in kind.columns}
     return {
         name: value.values.to_numpy() if isinstance(value, pa.ListScalar) else value.as_py() for name, value in values.items()
     }
@@ -190,7 +189,9 @@ def _write_preferences(source: Path, files: dict[Split, list[Path]], directory: 
     return _Written(f"{written:,} pairs of a better and a worse answer", None)
 
 
-def _write_axolotl(files: dict[Split, list[Path]], directory: Path, out: Path, kind: str, bar: StageBar) -> _Written:
+def _write_axolotl(
+    files: dict[Split, list[Path]], directory: Path, out: Path, kind: type[SoftTargets], bar: StageBar
+) -> _Written:
     nested = pa.list_(pa.list_(pa.int32()))
     schema = pa.schema(
         {
@@ -201,7 +202,7 @@ def _write_axolotl(files: dict[Split, list[Path]], directory: Path, out: Path, k
             "target_logprobs": pa.list_(pa.list_(pa.float32())),
             "target_mask": pa.list_(pa.list_(pa.int8())),
         },
-        {KIND_KEY: kind.encode()},
+        {KIND_KEY: kind.name.encode()},
     )
     tokens = longest = 0
     for split, shards in files.items():
@@ -229,7 +230,7 @@ def _write_axolotl(files: dict[Split, list[Path]], directory: Path, out: Path, k
         "kd_beta": 0.0,
         "kd_temperature": 1.0,
         # Renormalising the student over a sample would undo what makes the sample unbiased.
-        "kd_normalize_topk": kind == "topk",
+        "kd_normalize_topk": not kind.unbiased,
         "sequence_len": longest,
     }
     for split in files:
@@ -241,12 +242,13 @@ def _write_distillkit(
     files: dict[Split, list[Path]],
     directory: Path,
     out: Path,
+    kind: type[SoftTargets],
     manifest: dict[str, Any],
     compression: distillkit.Compression,
     bar: StageBar,
 ) -> _Written:
     """Rows of one length, since DistillKit's collator stacks them; what stands outside the completions is masked by labels."""
-    kind, end = manifest["targets"]["kind"], manifest["tokenizer"]["end_token_ids"]
+    end = manifest["tokenizer"]["end_token_ids"]
     schema = pa.schema(
         {
             "input_ids": pa.list_(pa.uint64()),
@@ -255,7 +257,7 @@ def _write_distillkit(
             "compressed_logprobs": pa.list_(pa.list_(pa.uint8())),
             "bytepacked_indices": pa.list_(pa.list_(pa.uint8())),
         },
-        {KIND_KEY: kind.encode()},
+        {KIND_KEY: kind.name.encode()},
     )
     length = max(pc.max(pc.list_value_length(batch[0])).as_py() for f in files.values() for batch in read_parts(f, ["input_ids"]))
     pad = end[0] if end else 0
@@ -270,7 +272,7 @@ def _write_distillkit(
     datasets = {"train": "train_dataset", "test": "eval_dataset"}
     kl = {"function": "kl", "weight": 0.5, "temperature": 1.0}
     # What is left of top-k targets enters as one bucket; a sample has nothing left.
-    kl["missing_probability_handling"] = "symmetric_uniform" if kind == "topk" else "zero"
+    kl["missing_probability_handling"] = "symmetric_uniform" if kind.has_tail else "zero"
     settings = {
         "sequence_length": length,
         "dataset": {datasets[split]: {"repo_id": str(out), "split": split} for split in files} | {"prepacked": True},

@@ -112,7 +112,7 @@ def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | No
         description = {
             **model.described,
             "sampling": {},
-            "targets": {"kind": "none"} if form == "jsonl" else {"kind": "topk", "k": with_targets.k},
+            "targets": {"kind": targets.TextOnly.name} if form == "jsonl" else {"kind": targets.TopK.name, "k": with_targets.k},
             "seed": None,
             "determinism": f"imported from {form}: the same files and tokenizer give the same rows",
             "source": {str(file): digest for file, digest in sources.items()},
@@ -205,7 +205,8 @@ class _TargetsReader:
 
     def read(self, file: Path, digest: str, entries_of: Callable[[pa.RecordBatch, str], _Entries]) -> Iterator[list[Row]]:
         """The rows of a file in parts, in its order."""
-        if (pq.read_schema(file).metadata or {}).get(KIND_KEY) == b"sampled":
+        kind = targets.KINDS.get((pq.read_schema(file).metadata or {}).get(KIND_KEY, b"").decode())
+        if kind is not None and not kind.most_likely:
             raise InputError(
                 f"{file}: holds an unbiased sample, not the most likely tokens; use the dataset it was exported from"
             )
@@ -246,7 +247,7 @@ class _TargetsReader:
                 completions[run],
                 "stop" if written_N[end - 1] in self.teacher.end_token_ids else "length",
                 token_logprobs_N[start:end],
-                targets.topk_from_logprobs(ids_NK[start:end], logprobs_NK[start:end]),
+                targets.TopK.from_kept(ids_NK[start:end], logprobs_NK[start:end]),
             )
             for run, (start, end, (prompt, completion)) in enumerate(zip(starts, ends, texts, strict=True))
         ]

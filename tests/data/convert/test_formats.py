@@ -74,8 +74,8 @@ def model_logprobs(tiny):
 
 def soft(directory, split="train"):
     rows = list(load_dataset(directory, split))
-    columns = targets.COLUMNS[read_manifest(directory)["targets"]["kind"]]
-    return rows, targets.decode({name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in columns})
+    kind = targets.KINDS[read_manifest(directory)["targets"]["kind"]]
+    return rows, kind.decode({name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in kind.columns})
 
 
 def opened(directory, split):
@@ -198,11 +198,9 @@ def test_the_same_file_gives_the_same_rows_and_an_unknown_number_breaks_nothing(
 @pytest.fixture
 def sampled(tmp_path):
     """A dataset of one row with an unbiased sample of 6 of 300 tokens at each of 9 positions."""
-    from llmdistill.data import pps
-
     logprobs = torch.from_numpy(np.random.default_rng(0).normal(size=(9, 300)) * 2).log_softmax(-1)
-    ids = pps.sample(logprobs, 6, torch.rand(9, generator=torch.Generator().manual_seed(0)))
-    drawn = targets.from_logprobs("sampled", ids.numpy(), logprobs.gather(1, ids).numpy())
+    ids = targets.Sampled.keep(logprobs, 6, torch.rand(9, 1, generator=torch.Generator().manual_seed(0)))
+    drawn = targets.Sampled.from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
     text = [{"role": "user", "content": "x"}]
     row = Row("a", text, text, [1, 2], np.arange(9), "stop", np.zeros(9, dtype=np.float32), drawn)
     shard = write_shard(tmp_path / "sampled", "train", 0, 1, rows_to_table([row], 300))

@@ -14,27 +14,6 @@ _ROWS = 256  # at a time: their probabilities are held once more, 0.6 MB a row o
 _BLOCK = 64  # tokens, of which only the sum or the largest is looked at first
 
 
-def keep(kind: str, logprobs_NV: Tensor, n: int, uniform_NU: Tensor) -> Tensor:
-    """The ids that a kind of targets keeps at each position, shape (N, n).
-
-    Args:
-        kind: `sampled`, `multinomial`, `topk`, or `none` with n = 0.
-        logprobs_NV: the full distributions, natural logarithms.
-        n: tokens kept or drawn.
-        uniform_NU: numbers in [0, 1), as many a position as `uniforms` says.
-    """
-    if kind in ("topk", "none"):
-        return most_likely(logprobs_NV, n)
-    if kind == "multinomial":
-        return sample_with_replacement(logprobs_NV, uniform_NU)
-    return sample(logprobs_NV, n, uniform_NU[:, 0])
-
-
-def uniforms(kind: str, n: int) -> int:
-    """How many random numbers `keep` needs a position."""
-    return {"sampled": 1, "multinomial": n}.get(kind, 0)
-
-
 def most_likely(logprobs_NV: Tensor, k: int) -> Tensor:
     """The ids of the k most likely tokens, most likely first; shape (N, k).
 

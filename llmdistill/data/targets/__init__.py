@@ -1,0 +1,26 @@
+"""Soft targets: what is kept of the teacher's distribution at each completion token; a class a kind.
+
+Shape suffixes used across the package: `B` batch, `T` tokens, `N` completion tokens, `K` targets a position,
+`V` vocabulary. Log-probabilities are natural logarithms (nats) of the teacher's own distribution at temperature 1.
+The columns are described in docs/dataset.md.
+"""
+
+from collections.abc import Sequence
+
+from llmdistill.data.targets.base import SoftTargets
+from llmdistill.data.targets.columns import Array, list_array
+from llmdistill.data.targets.multinomial import Multinomial
+from llmdistill.data.targets.sampled import Sampled
+from llmdistill.data.targets.text_only import TextOnly
+from llmdistill.data.targets.topk import TopK
+
+__all__ = ["KINDS", "Array", "Multinomial", "Sampled", "SoftTargets", "TextOnly", "TopK", "kind_of", "list_array"]
+
+KINDS: dict[str, type[SoftTargets]] = {kind.name: kind for kind in (Sampled, Multinomial, TopK, TextOnly)}
+"""By name. A new kind is a module of this package and its entry here."""
+
+
+def kind_of(columns: Sequence[str]) -> type[SoftTargets]:
+    """The kind of soft targets that a dataset with these columns has."""
+    there = [kind for kind in KINDS.values() if set(kind.columns) <= set(columns)]
+    return max(there, key=lambda kind: len(kind.columns))

@@ -1,0 +1,187 @@
+"""What a kind of soft targets is: which tokens it keeps, its form on disk and in a batch, and its part of the loss."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+
+from llmdistill.data.targets.columns import Array
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+    from llmdistill.losses import Objective
+
+
+@dataclass(frozen=True)
+class SoftTargets(ABC):
+    """Soft targets of one kind at N positions: arrays whose first dimension is N, of which every kind has `ids_NK`.
+
+    The class says what is particular to the kind; what asks for it is named at each attribute and method. It imports
+    torch inside of methods alone: reading a dataset and a dry run need none.
+    """
+
+    ids_NK: Array
+
+    name: ClassVar[str]
+    """The value of `targets.kind`, and what `dataset.json` and a batch call it."""
+    summary: ClassVar[str]
+    """For the help of `targets.kind`, in a few words."""
+    size: ClassVar[Literal["n", "k"] | None] = None
+    """The key of the section `targets` that says how many tokens are kept at a position; None where none are."""
+    columns: ClassVar[tuple[str, ...]]
+    """Of a shard; they begin with `target_`."""
+    most_likely: ClassVar[bool] = False
+    """Whether the kept tokens are the most likely ones, which every engine can name; others are chosen inside the engine."""
+    distinct: ClassVar[bool] = True
+    """Whether the kept tokens of a position all differ; where they do not, the number of stored ones varies."""
+    unbiased: ClassVar[bool] = False
+    """Whether weighted sums over the kept tokens equal those over the vocabulary in expectation."""
+    has_tail: ClassVar[bool] = False
+    """Whether what is outside the kept tokens is one more outcome of the loss; see `loss_parts`."""
+    relative_error: ClassVar[float] = 0
+    """The largest of a stored log-probability."""
+    bytes_per_token: ClassVar[float] = 0
+    """About what one kept token takes in Parquet with zstd, for estimates."""
+
+    def __len__(self) -> int:
+        return len(self.ids_NK)
+
+    # Keeping: what the engines ask.
+
+    @classmethod
+    def uniforms(cls, n: int) -> int:
+        """How many random numbers `keep` needs a position."""
+        return 0
+
+    @classmethod
+    @abstractmethod
+    def keep(cls, logprobs_NV: "Tensor", n: int, uniform_NU: "Tensor") -> "Tensor":
+        """The ids to keep at each position, shape (N, n).
+
+        Args:
+            logprobs_NV: the full distributions, natural logarithms.
+            n: tokens kept or drawn.
+            uniform_NU: numbers in [0, 1), as many a position as `uniforms` says.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> "SoftTargets | None":
+        """Targets from the tokens of `keep` and their log-probabilities; None where nothing is stored."""
+
+    # Storing: what shards, the collator and exports ask.
+
+    @classmethod
+    @abstractmethod
+    def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
+        """The `columns` of a shard, one list a sequence, from flat buffers."""
+
+    @classmethod
+    @abstractmethod
+    def truncate(cls, row: Mapping[str, Any], positions: int) -> dict[str, Array]:
+        """The flat `columns` of a stored row for its first so many positions."""
+
+    @classmethod
+    @abstractmethod
+    def decode(cls, columns: Mapping[str, Array]) -> Self:
+        """The targets of any run of positions from their flat columns, as `truncate` gives them; weights add up to one."""
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, Any]], positions: Sequence[int] | Array) -> Self:
+        """The targets of stored rows, one behind the other, of each its first so many positions."""
+        parts = [cls.truncate(row, count) for row, count in zip(rows, positions, strict=True)]
+        return cls.decode({name: np.concatenate([part[name] for part in parts]) for name in cls.columns})
+
+    def after(self, start: int) -> Self:
+        """The targets of all positions but the first `start`."""
+        return type(self)(*(getattr(self, field.name)[start:] for field in fields(self)))
+
+    @abstractmethod
+    def logweights(self) -> Array:
+        """Natural logarithms of what the tokens of `ids_NK` weigh, (N, K); −inf where there is no token."""
+
+    def outcomes(self) -> Array:
+        """The probabilities of all stored outcomes, (N, J): of the tokens and, if there is one, of the tail."""
+        return np.exp(self.logweights())
+
+    def entropies(self) -> Array:
+        """How undecided the teacher was at each position, in nats: the entropy of `outcomes`, at most log J.
+
+        Where it follows from the distribution alone, it is without the luck of a draw: of tokens that share a weight, it
+        counts each.
+        """
+        p_NJ = self.outcomes()
+        entropy_N: Array = -(p_NJ * np.log(np.maximum(p_NJ, 1e-30))).sum(axis=1)
+        return np.maximum(entropy_N, 0)
+
+    # Telling: what `dataset.json`, cards, `inspect` and `train` say.
+
+    @classmethod
+    def describe(cls, n: int) -> dict[str, Any]:
+        """What `dataset.json` says of the targets.
+
+        Args:
+            n: tokens kept at a position.
+        """
+        if cls.size is None:
+            return {"kind": cls.name}
+        return {"kind": cls.name, cls.size: n, "unbiased": cls.unbiased, "relative_error": cls.relative_error}
+
+    @classmethod
+    @abstractmethod
+    def sentence(cls, described: Mapping[str, Any]) -> str:
+        """What a card says, from what `describe` gave."""
+
+    @classmethod
+    def facts(cls, described: Mapping[str, Any], column: Callable[[str], Array]) -> dict[str, str]:
+        """What `inspect` says beside the size.
+
+        Args:
+            described: what `describe` gave.
+            column: the values of a column by its name, in some of the rows.
+        """
+        return {}
+
+    @classmethod
+    def warning(cls, table: "pa.Table") -> str | None:
+        """What is not well with the targets of some rows, and what would be better."""
+        return None
+
+    # Learning: what the configuration, the collator and the losses ask.
+
+    @classmethod
+    def refuses(cls, loss: str, temperature: float) -> str | None:
+        """Why a loss cannot learn from such targets, beginning with the name of the setting; None if it can.
+
+        Args:
+            loss: the divergence, one of `losses.DIVERGENCES`.
+            temperature: of both distributions inside it.
+        """
+        return None
+
+    @abstractmethod
+    def batch(self) -> dict[str, Array]:
+        """What the collator puts into a batch: `target_ids` (N, K), and more whose names begin with `target_`."""
+
+    @classmethod
+    @abstractmethod
+    def loss_parts(
+        cls, picked_NK: "Tensor", rest_N1: "Tensor", batch: Mapping[str, Any], objective: "Objective"
+    ) -> "dict[str, Tensor]":
+        """The parts of the loss, by name, of shape (N,): the divergence and always forward KL, as `kl`.
+
+        Args:
+            picked_NK: the student's logits of `target_ids`, in float32 or float64.
+            rest_N1: the log-sum-exp of its other logits if the kind has a tail, else that of all.
+            batch: of the collator.
+            objective: what to compute.
+        """
+
+    @classmethod
+    @abstractmethod
+    def choice(cls, batch: Mapping[str, Any]) -> "Tensor":
+        """The place in `target_ids` of the teacher's most likely token, shape (N, 1)."""

@@ -1,0 +1,104 @@
+"""Soft targets of kind `multinomial`: n independent draws with replacement, each of weight 1/n (arXiv 2503.16870)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from llmdistill.data.targets.columns import Array, id_type, list_array, mean_entropies
+from llmdistill.data.targets.unbiased import UnbiasedSample
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Multinomial(UnbiasedSample):
+    """The distinct tokens of n independent draws at each of N positions, in ascending order, and how often each came.
+
+    K is the most that any position has; where a position has fewer, the count is 0.
+    """
+
+    counts_NK: Array
+    entropy_N: Array
+
+    name = "multinomial"
+    summary = "n independent draws"
+    columns = ("target_ids", "target_counts", "target_distinct", "target_entropy")
+    distinct = False
+    bytes_per_token = 0.8
+
+    @classmethod
+    def uniforms(cls, n: int) -> int:
+        return n
+
+    @classmethod
+    def keep(cls, logprobs_NV: "Tensor", n: int, uniform_NU: "Tensor") -> "Tensor":
+        from llmdistill.data.targets import draw
+
+        return draw.sample_with_replacement(logprobs_NV, uniform_NU)
+
+    @classmethod
+    def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> Self:
+        """From the n draws of each position and the log-probability of each."""
+        positions, n = ids_NK.shape
+        sorted_Nn = np.sort(ids_NK, axis=1)
+        is_first_Nn = np.diff(sorted_Nn, axis=1, prepend=-1) != 0
+        place_Nn = is_first_Nn.cumsum(axis=1) - 1
+        distinct_N = place_Nn[:, -1] + 1
+        rows_Nn = np.broadcast_to(np.arange(positions)[:, None], (positions, n))
+        distinct_NK = np.zeros((positions, int(distinct_N.max(initial=0))), dtype=np.int64)
+        counts_NK = np.zeros_like(distinct_NK)
+        distinct_NK[rows_Nn, place_Nn] = sorted_Nn
+        np.add.at(counts_NK, (rows_Nn, place_Nn), 1)
+        return cls(distinct_NK, counts_NK, -logprobs_NK.mean(axis=1, dtype=np.float64).astype(np.float32))
+
+    @classmethod
+    def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
+        held = [sequence.counts_NK > 0 for sequence in sequences]
+        gaps = [np.diff(sequence.ids_NK, axis=1, prepend=0)[mask] for sequence, mask in zip(sequences, held, strict=True)]
+        counts = [sequence.counts_NK[mask] for sequence, mask in zip(sequences, held, strict=True)]
+        distinct = [mask.sum(axis=1) for mask in held]
+        sizes = np.array([mask.sum() for mask in held])
+        return {
+            "target_ids": list_array(np.concatenate(gaps).astype(id_type(vocab_size)), sizes),
+            "target_counts": list_array(np.concatenate(counts).astype(np.uint8), sizes),
+            "target_distinct": list_array(np.concatenate(distinct).astype(np.uint8), np.array([len(mask) for mask in held])),
+            "target_entropy": mean_entropies(sequences),
+        }
+
+    @classmethod
+    def truncate(cls, row: Mapping[str, Any], positions: int) -> dict[str, Array]:
+        distinct_N = np.asarray(row["target_distinct"])[:positions]
+        held = int(distinct_N.sum())
+        return {
+            "target_ids": np.asarray(row["target_ids"])[:held],
+            "target_counts": np.asarray(row["target_counts"])[:held],
+            "target_distinct": distinct_N,
+            "target_entropy": np.full(positions, row["target_entropy"], dtype=np.float32),
+        }
+
+    @classmethod
+    def decode(cls, columns: Mapping[str, Array]) -> Self:
+        distinct_N = columns["target_distinct"].astype(np.int64)
+        held_NK = np.arange(distinct_N.max(initial=0)) < distinct_N[:, None]
+        gaps_NK, counts_NK = np.zeros(held_NK.shape, dtype=np.int64), np.zeros(held_NK.shape, dtype=np.int64)
+        gaps_NK[held_NK] = columns["target_ids"]
+        counts_NK[held_NK] = columns["target_counts"]
+        return cls(gaps_NK.cumsum(axis=1) * held_NK, counts_NK, columns["target_entropy"])
+
+    def logweights(self) -> Array:
+        """log(count / n), float32."""
+        with np.errstate(divide="ignore"):
+            logweights_NK: Array = np.log(self.counts_NK / self.counts_NK.sum(1, keepdims=True), dtype=np.float32)
+        return logweights_NK
+
+    @classmethod
+    def sentence(cls, described: Mapping[str, Any]) -> str:
+        return f"{described.get('n')} independent draws at every position"
+
+    @classmethod
+    def facts(cls, described: Mapping[str, Any], column: Callable[[str], Array]) -> dict[str, str]:
+        return {"distinct": f"{column('target_distinct').mean():.1f} of {described['n']} draws a position"}

@@ -1,0 +1,124 @@
+"""Soft targets of kind `sampled`: n different tokens, drawn with probability proportional to size (see `draw`)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from llmdistill.data.targets.columns import Array, by_position, id_type, joined, list_array, mean_entropies
+from llmdistill.data.targets.unbiased import UnbiasedSample
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampled(UnbiasedSample):
+    """An unbiased sample of K tokens at each of N positions.
+
+    In a row the first `exact` tokens have their own probability as weight, the others share what is left equally;
+    each part is in ascending order of ids.
+    """
+
+    logweights_NK: Array
+    exact_N: Array
+    entropy_N: Array
+
+    name = "sampled"
+    summary = "an unbiased sample of n tokens"
+    columns = ("target_ids", "target_logprobs", "target_exact", "target_entropy")
+    relative_error = 2**-11  # float16
+    bytes_per_token = 2.2
+
+    @classmethod
+    def uniforms(cls, n: int) -> int:
+        return 1
+
+    @classmethod
+    def keep(cls, logprobs_NV: "Tensor", n: int, uniform_NU: "Tensor") -> "Tensor":
+        from llmdistill.data.targets import draw
+
+        return draw.sample(logprobs_NV, n, uniform_NU[:, 0])
+
+    @classmethod
+    def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> Self:
+        import torch
+
+        from llmdistill.data.targets import draw
+
+        k = ids_NK.shape[1]
+        p_NK = np.exp(logprobs_NK.astype(np.float64))
+        descending_NK = -np.sort(-p_NK, axis=1)
+        exact_N = draw.count_exact(torch.from_numpy(descending_NK)).numpy()
+        rank_NK = np.argsort(np.argsort(-p_NK, axis=1, kind="stable"), axis=1, kind="stable")
+        order_NK = np.lexsort((ids_NK, rank_NK >= exact_N[:, None]), axis=1)
+        ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1).astype(np.int64)
+        logprobs_NK = np.take_along_axis(logprobs_NK, order_NK, axis=1)
+        is_exact_NK = np.arange(k) < exact_N[:, None]
+        stored_NK = logprobs_NK.astype(np.float16).astype(np.float32)
+        logweights_NK = _share_the_rest(np.where(is_exact_NK, stored_NK, -np.inf), exact_N)
+        return cls(ids_NK, logweights_NK, exact_N, -(np.exp(logweights_NK) * logprobs_NK).sum(axis=1))
+
+    @classmethod
+    def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
+        lengths = np.array([len(sequence) for sequence in sequences])
+        k = sequences[0].ids_NK.shape[1]
+        exact_N = joined(sequences, "exact_N")
+        is_exact_NK = np.arange(k) < exact_N[:, None]
+        ids_NK = joined(sequences, "ids_NK")
+        gaps_NK = np.diff(ids_NK, axis=1, prepend=0)
+        np.put_along_axis(gaps_NK, exact_N[:, None], np.take_along_axis(ids_NK, exact_N[:, None], axis=1), axis=1)
+        logprobs = joined(sequences, "logweights_NK")[is_exact_NK].astype(np.float16)
+        stored = np.array([int(sequence.exact_N.sum()) for sequence in sequences])
+        return {
+            "target_ids": list_array(gaps_NK.ravel().astype(id_type(vocab_size)), lengths * k),
+            "target_logprobs": list_array(logprobs, stored),
+            "target_exact": list_array(exact_N.astype(np.uint8), lengths),
+            "target_entropy": mean_entropies(sequences),
+        }
+
+    @classmethod
+    def truncate(cls, row: Mapping[str, Any], positions: int) -> dict[str, Array]:
+        exact_N = np.asarray(row["target_exact"])
+        k = len(row["target_ids"]) // len(exact_N)
+        return {
+            "target_ids": np.asarray(row["target_ids"])[: positions * k],
+            "target_logprobs": np.asarray(row["target_logprobs"])[: int(exact_N[:positions].sum())],
+            "target_exact": exact_N[:positions],
+            "target_entropy": np.full(positions, row["target_entropy"], dtype=np.float32),
+        }
+
+    @classmethod
+    def decode(cls, columns: Mapping[str, Array]) -> Self:
+        exact_N = columns["target_exact"].astype(np.int64)
+        gaps_NK = by_position(columns["target_ids"].astype(np.int64, copy=False), len(exact_N))
+        is_exact_NK = np.arange(gaps_NK.shape[1]) < exact_N[:, None]
+        sums_NK = gaps_NK.cumsum(axis=1)
+        # The second part counts from zero again: what the first part has summed up to is taken off.
+        before_N = np.take_along_axis(sums_NK, np.maximum(exact_N - 1, 0)[:, None], axis=1)[:, 0] * (exact_N > 0)
+        ids_NK = sums_NK - np.where(is_exact_NK, 0, before_N[:, None])
+        logweights_NK = np.full(gaps_NK.shape, -np.inf, dtype=np.float32)
+        logweights_NK[is_exact_NK] = columns["target_logprobs"]
+        return cls(ids_NK, _share_the_rest(logweights_NK, exact_N), exact_N, columns["target_entropy"])
+
+    def logweights(self) -> Array:
+        return self.logweights_NK
+
+    @classmethod
+    def sentence(cls, described: Mapping[str, Any]) -> str:
+        return f"an unbiased sample of {described.get('n')} tokens at every position"
+
+    @classmethod
+    def facts(cls, described: Mapping[str, Any], column: Callable[[str], Array]) -> dict[str, str]:
+        exact = column("target_exact")
+        return {"kept exactly": f"{exact.mean():.1f} of {described['n']} tokens a position, the others by an unbiased draw"}
+
+
+def _share_the_rest(logweights_NK: Array, exact_N: Array) -> Array:
+    """Give the tokens that are not exact (−inf so far) the mass that is left, in equal parts."""
+    k = logweights_NK.shape[1]
+    left_N = np.maximum(1 - np.exp(logweights_NK).sum(axis=1, dtype=np.float64), 1e-12)
+    log_tau_N = np.log(left_N / (k - exact_N))
+    return np.where(np.arange(k) < exact_N[:, None], logweights_NK, log_tau_N[:, None]).astype(np.float32)

@@ -1,0 +1,33 @@
+"""Soft targets of kind `none`: there are none, the dataset holds the text only."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmdistill.data.targets.base import SoftTargets
+from llmdistill.data.targets.columns import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TextOnly(SoftTargets):
+    """Says of itself what a kind says; as nothing is kept, there is no object of it and nothing to encode or learn from."""
+
+    name = "none"
+    summary = "the text only"
+    columns = ()
+    most_likely = True
+
+    @classmethod
+    def keep(cls, logprobs_NV: "Tensor", n: int, uniform_NU: "Tensor") -> "Tensor":
+        from llmdistill.data.targets import draw
+
+        return draw.most_likely(logprobs_NV, n)
+
+    @classmethod
+    def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> None:
+        return None
+
+    @classmethod
+    def sentence(cls, described: Mapping[str, Any]) -> str:
+        return "none, the text only"

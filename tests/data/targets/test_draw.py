@@ -1,0 +1,29 @@
+"""The choice of tokens from a distribution."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmdistill.data.targets import draw
+
+
+@given(st.integers(1, 12), st.sampled_from([640, 1000, 1024, 4096]), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_looking_at_blocks_first_finds_the_same_tokens(n, vocabulary, seed):
+    """The most likely ones; and of a sample those above the threshold always, none twice, at the place of the random number."""
+    generator = torch.Generator().manual_seed(seed)
+    logprobs = (torch.randn(3, vocabulary, generator=generator) * 3).log_softmax(-1)
+    assert torch.equal(draw.most_likely(logprobs, n), logprobs.topk(n).indices)
+    uniform = torch.rand(3, generator=generator, dtype=torch.float64)
+    for row, ids in enumerate(draw.sample(logprobs, n, uniform)):
+        p = logprobs[row].double().exp()
+        order = p.argsort(descending=True)
+        tau = [((1 - p[order[:c]].sum()) / (n - c)).item() for c in range(n)]
+        exact = next(c for c in range(n) if p[order[c]] <= tau[c] + 1e-12 or c == n - 1)
+        assert ids.unique().numel() == n
+        assert set(order[:exact].tolist()) <= set(ids.tolist())
+        rest = p.clone()
+        rest[order[:exact]] = 0
+        points = (uniform[row] + torch.arange(n - exact)) / (n - exact)
+        want = torch.searchsorted(rest.cumsum(0) / rest.sum(), points, right=True)
+        assert (want == ids[exact:]).double().mean() > 0.99 or (n - exact < 100 and (want != ids[exact:]).sum() <= 1)
