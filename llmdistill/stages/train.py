@@ -229,13 +229,13 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     """What the trainer would refuse, before anything is written.
 
     Raises:
-        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows or with these adapters.
+        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows.
     """
     import torch
 
     from llmdistill.data.importance import effective_sample_size, importance, log_importance
     from llmdistill.training.packing import check_apart
-    from llmdistill.training.trainer import DistillTrainer, check_adapters
+    from llmdistill.training.trainer import DistillTrainer
 
     try:
         DistillTrainer.check_dataset(arguments, dataset, teacher)
@@ -243,8 +243,6 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
             half = torch.bfloat16 if arguments.bf16 else torch.float16
             with torch.autocast(student.device.type, half, enabled=arguments.bf16 or arguments.fp16):
                 check_apart(student)
-        for config in getattr(student, "peft_config", {}).values():
-            check_adapters(student.get_base_model(), config)
         if arguments.sequence_alpha:
             rows = effective_sample_size(importance(log_importance(dataset)))
             say("train", f"the sequence-level KL is as exact as from {rows:,.0f} equally important rows, of {len(dataset):,}")

@@ -11,6 +11,8 @@ from unittest.mock import patch
 
 import torch
 import trl
+from accelerate.data_loader import SkipBatchSampler
+from torch.utils.data import BatchSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llmdistill import losses
@@ -28,6 +30,7 @@ from llmdistill.data.importance import importance, log_importance
 from llmdistill.data.targets import kind_of
 from llmdistill.losses import fused
 from llmdistill.losses.hidden_states import Attention, Hidden, LayerMatch
+from llmdistill.students.adapters import check_mergeable
 from llmdistill.training.callbacks import trained_tokens
 from llmdistill.training.flops import peak_flops, training_flops
 from llmdistill.training.packing import Packs, check_apart, row_lengths
@@ -173,8 +176,8 @@ class DistillTrainer(trl.SFTTrainer):
             raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError("context and sequence parallelism are not supported: they would cut sequences from their targets")
-        for config in getattr(self.model, "peft_config", {}).values():
-            check_adapters(self.model.get_base_model(), config)
+        if getattr(self.model, "peft_config", {}):
+            check_mergeable(self.model)
         self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
         self.match = self._match(args)
         with self.accelerator.autocast():
@@ -242,9 +245,10 @@ class DistillTrainer(trl.SFTTrainer):
     def _without_filler(self, batch: Any) -> Any:
         """Accelerate fills the last batch up from the first, so that every process has as many rows; they count once."""
         state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder < 1:
+        rows = rows_in_last_batch(state.active_dataloader) if state.end_of_dataloader else 0
+        if not rows:
             return batch
-        return first_items(batch, max(state.remainder - self.args.process_index * len(batch["pack_sizes"]), 0))
+        return first_items(batch, max(rows - self.args.process_index * len(batch["pack_sizes"]), 0))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; the clock of `tokens_per_s` starts with the first."""
@@ -373,6 +377,23 @@ class _ByLength(LengthGroupedSampler):
         return super().__iter__()
 
 
+def rows_in_last_batch(loader: Any) -> int:
+    """How many rows of a dataset the last batch of all processes has together, where it has fewer than the others; else 0.
+
+    `GradientState.remainder` is not known where the first batches are skipped, as at a resume inside an epoch.
+
+    Args:
+        loader: as accelerate prepared it.
+    """
+    sampler = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+    while isinstance(sampler, SkipBatchSampler):
+        sampler = sampler.batch_sampler
+    if sampler is None or sampler.drop_last:
+        return 0
+    together = 1 if getattr(sampler, "split_batches", False) else getattr(sampler, "num_processes", 1)
+    return int(len(loader.dataset) % (sampler.batch_size * together))
+
+
 def add_up_in_float32(plugin: Any) -> None:
     """Have FSDP2 add up gradients over processes in float32, as DDP does, and not in the precision of the products.
 
@@ -381,23 +402,6 @@ def add_up_in_float32(plugin: Any) -> None:
     """
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
-
-
-def check_adapters(model: Any, peft_config: Any) -> None:
-    """Refuse an adapter that could not be merged into the model.
-
-    Raises:
-        ValueError: it is on an output layer that shares its matrix with the embeddings: merged, it would change both.
-    """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
-    is_tied = head.weight is model.get_input_embeddings().weight
-    if is_tied and getattr(peft_config, "target_modules", None) and check_target_module_exists(peft_config, name):
-        raise ValueError(
-            f"an adapter on {name}, which shares its matrix with the embeddings, could not be merged: it would change both"
-        )
 
 
 def _with_importance(dataset: Any) -> Any:
