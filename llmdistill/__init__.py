@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from llmdistill.data.dataset import load_dataset
     from llmdistill.data.hub import push_to_hub
     from llmdistill.errors import InputError
-    from llmdistill.training.trainer import DistillConfig, DistillTrainer
+    from llmdistill.training.arguments import DistillConfig
+    from llmdistill.training.trainer import DistillTrainer
 
 __version__ = "0.1.0"
 __all__ = ["DistillConfig", "DistillTrainer", "InputError", "load_dataset", "losses", "push_to_hub"]
 
 _MODULES = {
-    "DistillConfig": "llmdistill.training.trainer",
+    "DistillConfig": "llmdistill.training.arguments",
     "DistillTrainer": "llmdistill.training.trainer",
     "InputError": "llmdistill.errors",
     "load_dataset": "llmdistill.data.dataset",

@@ -40,7 +40,17 @@ from llmdistill.training.traps import traps
 # Set by keys of their own; given under train.args they would contradict them.
 _LOSS = ["loss", "alpha", "alpha_end", "temperature", "beta", "beta_end", "sequence_alpha", "position_weights", "reduction"]
 _LOSS += ["hidden", "attention"]
-_RESERVED = {"output_dir": "output"} | {name: f"train.{name}" for name in _LOSS}
+# Arguments of TRL and transformers that the stage sets itself, or that would break what it promises.
+_REFUSED = {"output_dir": "is set by the key output"} | {name: f"is set by the key train.{name}" for name in _LOSS}
+_REFUSED |= {
+    "model_init_kwargs": "is not read: the student is loaded as the section student says",
+    "trust_remote_code": "is set by the key student.trust_remote_code",
+    "resume_from_checkpoint": "is not needed: training goes on from its last checkpoint",
+    "enable_jit_checkpoint": "is not needed: a checkpoint is kept when training is terminated",
+    "save_only_model": "would leave nothing to go on from: a checkpoint needs the optimiser and the schedule",
+    "ignore_data_skip": "would train on the same rows again after a stop",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "is not read: the stages say what is done"),
+}
 # The second student's: cross-entropy on the text, and nothing of the soft targets.
 _TEXT_ONLY: dict[str, Any] = {"alpha": 0.0, "alpha_end": None, "beta": None, "beta_end": None, "sequence_alpha": 0.0}
 _TEXT_ONLY |= {"loss": "forward_kl", "temperature": 1.0, "position_weights": "uniform", "hidden": None, "attention": None}
@@ -231,13 +241,13 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     """What the trainer would refuse, before anything is written.
 
     Raises:
-        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows or with these adapters.
+        InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows.
     """
     import torch
 
     from llmdistill.data.importance import effective_sample_size, importance, log_importance
     from llmdistill.training.packing import check_apart
-    from llmdistill.training.trainer import DistillTrainer, check_adapters
+    from llmdistill.training.trainer import DistillTrainer
 
     try:
         DistillTrainer.check_dataset(arguments, dataset, teacher)
@@ -245,8 +255,6 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
             half = torch.bfloat16 if arguments.bf16 else torch.float16
             with torch.autocast(student.device.type, half, enabled=arguments.bf16 or arguments.fp16):
                 check_apart(student)
-        for config in getattr(student, "peft_config", {}).values():
-            check_adapters(student.get_base_model(), config)
         if arguments.sequence_alpha:
             rows = effective_sample_size(importance(log_importance(dataset)))
             say("train", f"the sequence-level KL is as exact as from {rows:,.0f} equally important rows, of {len(dataset):,}")
@@ -258,13 +266,17 @@ def _evaluation(experiment: Experiment) -> dict[str, Any]:
     """Defaults of the arguments that measure the student while it trains."""
     train = experiment.train
     if not train.validation:
-        if train.args.get("eval_strategy", "no") != "no":
-            raise InputError("train.args.eval_strategy needs train.validation, a share of the training prompts to measure on")
+        for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
+            if train.args.get(name, False) not in (False, "no"):
+                raise InputError(f"train.args.{name} needs train.validation, a share of the training prompts to measure on")
         return {}
     found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": train.args.get("save_steps", 500)}
     if train.early_stopping:
         metric = "kl" if train.uses_targets else "ce"
         found |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
+        found |= {"restore_callback_states_from_checkpoint": True}  # how long there was no improvement
+        if not train.args.get("restore_callback_states_from_checkpoint", True):
+            raise InputError("train.args.restore_callback_states_from_checkpoint is false: train.early_stopping would begin anew")
     return found
 
 
@@ -283,14 +295,14 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool, precisi
     """
     import torch
 
-    from llmdistill.training.trainer import DistillConfig
+    from llmdistill.training.arguments import DistillConfig
 
     names = [field.name for field in dataclasses.fields(DistillConfig)]
     for name in experiment.train.args:
         if name == "push_to_hub" or name.startswith("hub_"):
             raise InputError(f"train.args.{name} would upload the checkpoints; push the trained student with `llmdistill push`")
-        if name in _RESERVED:
-            raise InputError(f"train.args.{name} is set by the key {_RESERVED[name]}")
+        if name in _REFUSED:
+            raise InputError(f"train.args.{name} {_REFUSED[name]}")
         if name not in names:
             raise no_such_key("train.args", name, names, "trl.SFTConfig has no such argument")
     defaults = {

@@ -77,7 +77,7 @@ def attach(model: Any, config: Any, seed: int) -> Any:
         seed: of the adapters' random numbers.
 
     Raises:
-        InputError: they do not fit the model.
+        InputError: they do not fit the model, or could not be merged into it.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -88,9 +88,39 @@ def attach(model: Any, config: Any, seed: int) -> Any:
             raise InputError(f"student.lora.args.modules_to_save: {type(model).__name__} has no module {wanted}")
     set_seed(seed)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+        check_mergeable(adapted)
+        return adapted
     except Exception as error:  # peft refuses in many ways, each with its reason
         raise InputError(f"student.lora: {str(error).strip() or type(error).__name__}") from None
+
+
+def check_mergeable(model: Any) -> None:
+    """Refuse low-rank adapters that cannot be merged: those on a matrix that another module uses, too.
+
+    While it trains, the adapter changes one of them; merged, it would change both. Modules that are trained whole
+    (`modules_to_save`) and single tokens (`trainable_token_indices`) are copies and stay what they were trained to be.
+
+    Args:
+        model: with adapters, before anything shards it.
+
+    Raises:
+        ValueError: naming both modules.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name.removeprefix("base_model.model.").removesuffix(".base_layer"))
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for parameter in module.get_base_layer().parameters(recurse=False):
+                if len(places := users[id(parameter)]) > 1:
+                    raise ValueError(
+                        f"adapters on {places[0]}, whose matrix is also that of {', '.join(places[1:])}, cannot be merged: that "
+                        "would change both; leave it out of target_modules, or train it whole by modules_to_save"
+                    )
 
 
 def quantization_config(kind: str, dtype: Any) -> Any:

@@ -38,8 +38,8 @@ _AXES = {
     "pre_feedforward_layernorm": ("hidden",),
     "post_feedforward_layernorm": ("hidden",),
 }
-# Keys of a configuration that are lists with an entry a layer.
-_BY_LAYER = ("layer_types", "no_rope_layers")
+# Settings of a module that follow from the model's sizes, or from where the layer stands.
+_SIZES = re.compile("size|heads|features|dim|normalized_shape|layer_idx")
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,7 @@ def cut(teacher: Any, kept: Kept) -> Any:
             indices["heads"] = _expanded(kept.heads[place], queries * head_dim)
             name = f"{match[1]}{place}{match[3]}"
         state[name] = _select(name, tensor, indices)
-    config.num_hidden_layers = len(kept.layers)
-    for name in _BY_LAYER:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, [getattr(config, name)[number] for number in kept.layers])
+    _cut_lists(config, kept.layers)
     config.head_dim = head_dim
     config.num_key_value_heads = len(kept.heads[0])
     config.num_attention_heads = len(kept.heads[0]) * queries
@@ -163,7 +160,60 @@ def cut(teacher: Any, kept: Kept) -> Any:
         ) from None
     student.load_state_dict(state)
     student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.eval()
+    check_layers(teacher, student.eval(), kept)
+    return student
+
+
+def _cut_lists(config: Any, layers: list[int]) -> None:
+    """Keep those of the layers in every list that has an entry a layer, such as `layer_types` and `no_rope_layers`."""
+    count = config.num_hidden_layers
+    for name, values in config.to_dict().items():
+        if isinstance(values, (list, tuple)) and len(values) == count and not name.endswith(("token_id", "architectures")):
+            setattr(config, name, [getattr(config, name)[number] for number in layers])
+    config.num_hidden_layers = len(layers)
+
+
+@torch.inference_mode()
+def check_layers(teacher: Any, student: Any, kept: Kept) -> None:
+    """Refuse a student whose layers are not the teacher's: each with the settings that it had there.
+
+    Some configurations say by a layer's number what it does (rotary positions, a window, a scale), so a layer that moves up
+    would do something else. Compared are the settings of all modules and, where only layers are cut, the logits with those
+    of the teacher whose other layers let everything pass.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    layers = [
+        (decoder_of(teacher).layers[number], layer) for number, layer in zip(kept.layers, decoder_of(student).layers, strict=True)
+    ]
+    refused = f"student.prune: the layers of {type(teacher).__name__} cannot be cut: in the smaller model"
+    for (theirs, mine), number in zip(layers, kept.layers, strict=True):
+        for (name, before), (_, after) in zip(theirs.named_modules(), mine.named_modules(), strict=True):
+            for key, value in vars(before).items():
+                told = vars(after).get(key)
+                if isinstance(value, (bool, int, float, str, type(None))) and not _SIZES.search(key) and told != value:
+                    raise InputError(f"{refused} {name or 'layer'}.{key} of layer {number} is {told}, not {value}")
+    if student.config.hidden_size != teacher.config.hidden_size or any(
+        getattr(student.config, key) != getattr(teacher.config, key) for key in ("intermediate_size", "num_attention_heads")
+    ):
+        return
+    ids_1T = torch.arange(3, 15, device=teacher.device)[None]
+
+    def let_pass(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        before = args[0] if args else kwargs["hidden_states"]
+        return (before, *output[1:]) if isinstance(output, tuple) else before
+
+    gone = [layer for number, layer in enumerate(decoder_of(teacher).layers) if number not in kept.layers]
+    handles = [layer.register_forward_hook(let_pass, with_kwargs=True) for layer in gone]
+    try:
+        want = teacher(input_ids=ids_1T, use_cache=False).logits.float()
+    finally:
+        for handle in handles:
+            handle.remove()
+    off = (student(input_ids=ids_1T, use_cache=False).logits.float() - want).norm() / want.norm()
+    if not off < 0.02:
+        raise InputError(f"{refused} they give other logits than in the teacher (by {off:.0%})")
 
 
 def _select(name: str, tensor: Tensor, indices: dict[str, Array]) -> Tensor:

@@ -12,6 +12,7 @@ from llmdistill.config.export import Export, Form
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
 from llmdistill.runs.record import read_json
+from llmdistill.students.adapters import check_mergeable
 
 _GROUP_SIZES = (128, 64, 32)
 
@@ -199,12 +200,17 @@ def merge_adapters(adapters: Path, dtype: str, end_token_ids: list[int], directo
     """Write the base with the adapters merged into it as a whole model, which stops at the end tokens.
 
     Raises:
-        InputError: the base is not there.
+        InputError: the base is not there, or the adapters cannot be merged into it.
     """
     from peft import PeftModel
 
     model = load_model(base_of(adapters), dtype=dtype, key="export.model: the adapters' base", device="cpu")
-    merged = PeftModel.from_pretrained(model, adapters).merge_and_unload()
+    adapted = PeftModel.from_pretrained(model, adapters)
+    try:
+        check_mergeable(adapted)
+    except ValueError as error:
+        raise InputError(f"export.model: {adapters}: {error}") from None
+    merged = adapted.merge_and_unload()
     if end_token_ids:
         merged.generation_config.eos_token_id = end_token_ids
     merged.save_pretrained(directory)

@@ -59,30 +59,54 @@ class Packs(torch.utils.data.Dataset[list[Any]]):
         return [self.dataset[row] for row in self.packs[index]]
 
 
-@torch.inference_mode()
 def check_apart(model: Any) -> None:
     """Refuse a model in which rows that stand one behind the other see each other.
 
-    It is tried, by whoever has the weights: two short rows one behind the other must have the logits that they have alone. To
-    be called under the autocast of the training: FlashAttention has no float32.
+    It is tried, by whoever has the weights, with two short rows one behind the other. No gradient of one row's logits may
+    reach the other row's embeddings, whatever the size of the weights; and the logits must be those of each row alone, which
+    they are not where a model counts positions by itself. To be called under the autocast of the training: FlashAttention has
+    no float32.
 
     Raises:
-        ValueError: they have not.
+        ValueError: they see each other, or stand at other positions than alone.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("packing and padding_free cannot be tried on weights that ZeRO-3 has spread; use FSDP2 or ZeRO-2")
     device = model.get_input_embeddings().weight.device
     ids_T = torch.arange(3, 15, device=device)
-    parts = (ids_T[:7], ids_T[7:])
-    position_ids = torch.cat([torch.arange(len(part), device=device) for part in parts])
+    rows = (slice(0, 7), slice(7, 12))
+    position_ids = torch.cat([torch.arange(7, device=device), torch.arange(5, device=device)])
     with working(model):
-        together = model(input_ids=ids_T[None], position_ids=position_ids[None], use_cache=False).logits[0].float()
-        alone = torch.cat([model(input_ids=part[None], use_cache=False).logits[0].float() for part in parts])
-    if not alone.any():  # FSDP gives this process its weights later; the first has them
+        together_TV, leaks = _leaks(model, ids_T, position_ids, rows)
+        with torch.inference_mode():
+            alone_TV = torch.cat([model(input_ids=ids_T[row][None], use_cache=False).logits[0].float() for row in rows])
+    if not alone_TV.any():  # FSDP gives this process its weights later; the first has them
         return
-    off = (together - alone).norm() / alone.norm()
-    if not off < 0.02:  # bfloat16 rounds differently in another batch; seeing the other row changes the logits by their size
-        raise ValueError(
-            f"packing and padding_free: {type(model).__name__} lets rows that stand one behind the other see each other "
-            f"(their logits change by {off:.0%}); train without"
-        )
+    refused = f"packing and padding_free: {type(model).__name__}"
+    if leaks:
+        raise ValueError(f"{refused} lets rows that stand one behind the other see each other; train without")
+    off = (together_TV - alone_TV).norm() / alone_TV.norm()
+    if not off < 0.02:  # bfloat16 rounds differently in another batch
+        raise ValueError(f"{refused} gives rows that stand behind others other logits (by {off:.0%}); train without")
+
+
+def _leaks(model: Any, ids_T: Any, position_ids_T: Any, rows: Sequence[slice]) -> tuple[Any, bool]:
+    """The logits (T, V) of rows in one sequence, and whether one row's have a gradient at the embeddings of another."""
+    embedded: list[Any] = []
+
+    def keep(_module: Any, _inputs: Any, output: Any) -> Any:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logits_TV = model(input_ids=ids_T[None], position_ids=position_ids_T[None], use_cache=False).logits[0].float()
+            for row in rows:
+                (gradient_1TD,) = torch.autograd.grad(logits_TV[row].square().sum(), embedded[0], retain_graph=True)
+                gradient_1TD[:, row] = 0
+                if gradient_1TD.any():
+                    return logits_TV.detach(), True
+    finally:
+        hook.remove()
+    return logits_TV.detach(), False

@@ -4,19 +4,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 import trl
+from accelerate.data_loader import SkipBatchSampler
+from torch.utils.data import BatchSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llmdistill import losses
-from llmdistill.config.machine import training_precision
 from llmdistill.data.collator import (
-    POSITION_WEIGHTS,
     DistillCollator,
     completion_labels,
     completion_logits,
@@ -26,102 +26,12 @@ from llmdistill.data.collator import (
 from llmdistill.data.importance import importance, log_importance
 from llmdistill.data.targets import KINDS, kind_of
 from llmdistill.losses import fused
-from llmdistill.losses.hidden_states import Attention, Hidden, LayerMatch
+from llmdistill.losses.hidden_states import LayerMatch
+from llmdistill.students.adapters import check_mergeable
+from llmdistill.training.arguments import DistillConfig
 from llmdistill.training.callbacks import trained_tokens
 from llmdistill.training.flops import peak_flops, training_flops
 from llmdistill.training.packing import Packs, check_apart, row_lengths
-
-# What would change the loss without being part of it, or would not be done, is refused and not ignored.
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "assistant_only_loss": (False,),
-    "average_tokens_across_devices": (True,),
-    "completion_only_loss": (None, True),
-    "eval_packing": (None,),
-    "label_smoothing_factor": (0.0,),
-    "loss_type": ("nll",),
-    "packing_strategy": ("bfd",),
-    "pad_to_multiple_of": ("auto", None),
-    "truncation_mode": ("keep_start",),
-}
-_REDUCTIONS = ("token", "sequence")
-
-
-@dataclass
-class DistillConfig(trl.SFTConfig):
-    """A `trl.SFTConfig` with the fields of the distillation loss.
-
-    Args:
-        loss: the divergence between teacher and student, one of `losses.DIVERGENCES`.
-        alpha: weight of the divergence; the rest to 1 is cross-entropy on the teacher's text.
-        alpha_end: alpha at the last step, if it is to change, linearly from step to step.
-        temperature: of both distributions inside the divergence, which is multiplied by its square.
-        beta: of the mixture inside `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's if not given.
-        beta_end: beta at the last step, if it is to change.
-        sequence_alpha: weight of the sequence-level KL (`losses.sequence_kl`).
-        position_weights: what a token counts: `uniform`, `entropy` (of the teacher there) or `certainty`, exp(−entropy).
-        reduction: whether every `token` of the global batch counts alike, or every `sequence`.
-        hidden: arguments of `hidden.Hidden`: the student's hidden states are to resemble the teacher's.
-        attention: arguments of `hidden.Attention`: its attention maps are.
-        packing: put several whole rows of at most `max_length` tokens into one, none of which sees another.
-        padding_free: put the rows of a batch one behind the other instead of padding them.
-    """
-
-    loss: str = field(default="forward_kl", metadata={"help": "Divergence between teacher and student."})
-    alpha: float = field(default=0.9, metadata={"help": "Weight of the divergence; the rest is cross-entropy."})
-    alpha_end: float | None = field(default=None, metadata={"help": "alpha at the last step, if it is to change."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature inside the divergence."})
-    beta: float | None = field(default=None, metadata={"help": "Of the mixture inside jsd, skew_kl and skew_reverse_kl."})
-    beta_end: float | None = field(default=None, metadata={"help": "beta at the last step, if it is to change."})
-    sequence_alpha: float = field(default=0.0, metadata={"help": "Weight of the sequence-level KL."})
-    position_weights: str = field(default="uniform", metadata={"help": "What a token counts: uniform, entropy or certainty."})
-    reduction: str = field(default="token", metadata={"help": "What counts alike: every token, or every sequence."})
-    hidden: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Hidden."})
-    attention: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Attention."})
-    max_length: int | None = field(default=None, metadata={"help": "Sequences are cut to so many tokens; whole by default."})
-
-    # Dictionaries, which a command line gives as JSON.
-    _VALID_DICT_FIELDS = [*trl.SFTConfig._VALID_DICT_FIELDS, "hidden", "attention"]
-
-    def __post_init__(self) -> None:
-        self.objective(0)
-        self.objective(1)
-        if self.beta_end is not None and self.beta is None:
-            raise ValueError(f"beta_end is {self.beta_end}, but there is no beta to begin with")
-        if self.position_weights not in POSITION_WEIGHTS:
-            raise ValueError(f"position_weights is {self.position_weights!r}, must be one of {', '.join(POSITION_WEIGHTS)}")
-        if self.reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction is {self.reduction!r}, must be one of {', '.join(_REDUCTIONS)}")
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)} is not supported by DistillTrainer")
-        if self.packing and (self.max_length is None or self.train_sampling_strategy not in ("random", "sequential")):
-            raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy by length")
-        self.dataset_kwargs = {"skip_prepare_dataset": True}
-        asked: dict[str, Any] = {name: getattr(self, name) for name in ("use_cpu", "bf16", "fp16")}
-        precision = training_precision(**asked)  # where TRL takes bfloat16 on every machine
-        self.bf16, self.fp16 = precision.dtype == "bfloat16", precision.dtype == "float16"
-        super().__post_init__()
-        self.layers()
-
-    def layers(self) -> tuple[Hidden | None, Attention | None]:
-        """What of the layers is compared with the teacher's."""
-        hidden: Any = self.hidden
-        attention: Any = self.attention
-        return None if hidden is None else Hidden(**hidden), None if attention is None else Attention(**attention)
-
-    def objective(self, progress: float) -> losses.Objective:
-        """The loss that these fields describe, at a share of the training between 0 and 1."""
-        alpha, beta = (
-            start if end is None or start is None else start + (end - start) * progress
-            for start, end in ((self.alpha, self.alpha_end), (self.beta, self.beta_end))
-        )
-        assert alpha is not None
-        return losses.Objective(self.loss, alpha, self.temperature, beta, self.sequence_alpha)
-
-    @property
-    def uses_targets(self) -> bool:
-        """Whether soft targets have a weight in the loss, at some step."""
-        return self.alpha > 0 or (self.alpha_end or 0) > 0
 
 
 class DistillTrainer(trl.SFTTrainer):
@@ -172,8 +82,8 @@ class DistillTrainer(trl.SFTTrainer):
             raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError("context and sequence parallelism are not supported: they would cut sequences from their targets")
-        for config in getattr(self.model, "peft_config", {}).values():
-            check_adapters(self.model.get_base_model(), config)
+        if getattr(self.model, "peft_config", {}):
+            check_mergeable(self.model)
         self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
         self.match = self._match(args)
         with self.accelerator.autocast():
@@ -243,9 +153,10 @@ class DistillTrainer(trl.SFTTrainer):
     def _without_filler(self, batch: Any) -> Any:
         """Accelerate fills the last batch up from the first, so that every process has as many rows; they count once."""
         state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder < 1:
+        rows = rows_in_last_batch(state.active_dataloader) if state.end_of_dataloader else 0
+        if not rows:
             return batch
-        return first_items(batch, max(state.remainder - self.args.process_index * len(batch["pack_sizes"]), 0))
+        return first_items(batch, max(rows - self.args.process_index * len(batch["pack_sizes"]), 0))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; the clock of `tokens_per_s` starts with the first."""
@@ -374,6 +285,23 @@ class _ByLength(LengthGroupedSampler):
         return super().__iter__()
 
 
+def rows_in_last_batch(loader: Any) -> int:
+    """How many rows of a dataset the last batch of all processes has together, where it has fewer than the others; else 0.
+
+    `GradientState.remainder` is not known where the first batches are skipped, as at a resume inside an epoch.
+
+    Args:
+        loader: as accelerate prepared it.
+    """
+    sampler = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+    while isinstance(sampler, SkipBatchSampler):
+        sampler = sampler.batch_sampler
+    if sampler is None or sampler.drop_last:
+        return 0
+    together = 1 if getattr(sampler, "split_batches", False) else getattr(sampler, "num_processes", 1)
+    return int(len(loader.dataset) % (sampler.batch_size * together))
+
+
 def add_up_in_float32(plugin: Any) -> None:
     """Have FSDP2 add up gradients over processes in float32, as DDP does, and not in the precision of the products.
 
@@ -382,23 +310,6 @@ def add_up_in_float32(plugin: Any) -> None:
     """
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
-
-
-def check_adapters(model: Any, peft_config: Any) -> None:
-    """Refuse an adapter that could not be merged into the model.
-
-    Raises:
-        ValueError: it is on an output layer that shares its matrix with the embeddings: merged, it would change both.
-    """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
-    is_tied = head.weight is model.get_input_embeddings().weight
-    if is_tied and getattr(peft_config, "target_modules", None) and check_target_module_exists(peft_config, name):
-        raise ValueError(
-            f"an adapter on {name}, which shares its matrix with the embeddings, could not be merged: it would change both"
-        )
 
 
 def _with_importance(dataset: Any) -> Any:

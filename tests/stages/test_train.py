@@ -12,6 +12,7 @@ from llmdistill.errors import InputError
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.train import _arguments, train
+from tests.integration.processes import rewind
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -52,6 +53,18 @@ def test_training_stops_where_validation_stops_falling(trained):
         validation=0.3, early_stopping={"patience": 2},
         **{"args.eval_steps": 1, "args.save_steps": 1, "args.max_steps": 20, "args.learning_rate": 0.0},
     )  # fmt: skip
+    assert results["steps"] == 3
+
+
+def test_the_patience_counts_on_after_a_stop(trained, tmp_path):
+    """Stopped after the first of two evaluations without improvement, it ends after the second, as if it had not stopped."""
+    settings = {
+        "validation": 0.3, "early_stopping": {"patience": 2}, "args.eval_steps": 1, "args.save_steps": 1,
+        "args.max_steps": 20, "args.learning_rate": 0.0, "args.save_total_limit": 9,
+    }  # fmt: skip
+    trained(**settings)
+    rewind(tmp_path / "run/student", 2)
+    _, results, _ = trained(**settings)
     assert results["steps"] == 3
 
 
@@ -97,6 +110,19 @@ def test_everything_at_once_from_yaml(trained):
         ({"validation": 0.001}, "both need at least one"),
         ({"args.packing": True}, "packing needs max_length"),
         ({"args.beta_end": 0.2}, "train.args.beta_end is set by the key train.beta_end"),
+        ({"args.eval_on_start": True}, "train.args.eval_on_start needs train.validation"),
+        ({"args.save_only_model": True}, "train.args.save_only_model would leave nothing to go on from"),
+        ({"args.ignore_data_skip": True}, "train.args.ignore_data_skip would train on the same rows again"),
+        ({"args.model_init_kwargs": {}}, "train.args.model_init_kwargs is not read"),
+        ({"args.eos_token": "<x>"}, "train.args: eos_token='<x>' is not supported"),
+        (
+            {
+                "early_stopping": {"patience": 2},
+                "validation": 0.3,
+                "args.restore_callback_states_from_checkpoint": False,
+            },
+            "restore_callback_states_from_checkpoint is false: train.early_stopping would begin anew",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path, overrides, message):
@@ -119,7 +145,7 @@ def test_an_adapter_that_could_not_be_merged_is_refused(experiment_file, tmp_pat
     made = load_experiment(experiment_file, [("student.lora.target_modules", '["q_proj", "lm_head"]')])
     generate(made)
     curate(made)
-    with pytest.raises(InputError, match="train: an adapter on lm_head, which shares its matrix with the embeddings"):
+    with pytest.raises(InputError, match=r"student.lora: adapters on .*lm_head.*cannot be merged"):
         train(made)
     assert not (tmp_path / "run/student").exists()
 
@@ -150,7 +176,7 @@ def test_checkpointing_by_fsdp_where_it_does_not_work(experiment_file, tmp_path,
 
 
 def test_one_process_uses_one_gpu_and_says_so(experiment_file, tmp_path, monkeypatch, capsys):
-    from llmdistill.training.trainer import DistillConfig
+    from llmdistill.training.arguments import DistillConfig
 
     monkeypatch.setattr(DistillConfig, "n_gpu", property(lambda arguments: getattr(arguments, "_n_gpu", None) or 4))
     assert _arguments(load_experiment(experiment_file), tmp_path, False, FLOAT32).n_gpu == 1

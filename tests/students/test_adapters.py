@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmdistill.config import Experiment
@@ -13,6 +13,7 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
 from llmdistill.students.adapters import attach, lora_config
 from llmdistill.students.origins import begin_student, load_student, save_student
+from llmdistill.students.quantization import merge_adapters
 from tests.training.test_trainer import make_trainer
 
 IDS = torch.arange(5, 25).view(2, 10)
@@ -223,3 +224,32 @@ def test_without_bitsandbytes(tiny, tmp_path, monkeypatch):
 def test_students_that_make_no_sense(student, message):
     with pytest.raises(ValueError, match=message):
         Student(**student)
+
+
+TIED = [
+    {"target_modules": ["q_proj", "embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["q_proj", "embed_tokens"], "args": {"ensure_weight_tying": True}},
+    {"target_modules": ["q_proj"], "args": {"target_parameters": ["embed_tokens.weight"]}},
+]
+
+
+@pytest.mark.parametrize("lora", TIED, ids=str)
+def test_an_adapter_on_a_shared_matrix_is_refused_and_on_one_of_its_own_is_merged(lora, bases, tmp_path):
+    """Merged, it would change the embeddings and the output layer alike, of which it was trained on one."""
+    with pytest.raises(InputError, match=r"student.lora: adapters on .*(embed_tokens|lm_head).*cannot be merged"):
+        load_student(experiment_of(bases["tied"], tmp_path, lora={"r": 4, **lora}))
+    if "ensure_weight_tying" in lora.get("args", {}):
+        return
+    experiment = experiment_of(bases["untied"], tmp_path, lora={"r": 4, **lora})
+    trained = logits(learn(model := load_student(experiment)))
+    save_student(model, bases["tokenizer"], experiment, tmp_path, [2])
+    torch.testing.assert_close(logits(load_model(str(tmp_path))), trained, rtol=0, atol=1e-3)
+
+
+def test_export_merges_no_adapter_on_a_shared_matrix(bases, tmp_path):
+    config = LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    get_peft_model(load_model(str(bases["tied"])), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"export.model: .*adapter: adapters on model.embed_tokens.*cannot be merged"):
+        merge_adapters(tmp_path / "adapter", "float32", [2], tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import trl
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
@@ -14,6 +16,7 @@ from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models.loading import load_model
+from llmdistill.training.trainer import rows_in_last_batch
 
 K = 6
 LOSSES = ("loss", "ce", "kl", "eval_loss", "eval_ce", "eval_kl")
@@ -352,7 +355,7 @@ def test_lora_on_the_output_layer_trains_as_with_held_logits(tiny, dataset_direc
             trainer._head = None
         found.append(gradients_of_one_step(trainer))
     assert any("lm_head.lora_B" in name for name in found[0])
-    with pytest.raises(ValueError, match="lm_head, which shares its matrix with the embeddings"):
+    with pytest.raises(ValueError, match=r"adapters on lm_head, whose matrix is also that of model.embed_tokens"):
         make_trainer(tiny, dataset_directory, tmp_path, get_peft_model(different_student(tiny), lora))
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[1].items():
@@ -476,3 +479,23 @@ def test_trls_own_sft_trainer_trains_on_it_completions_only(tiny, dataset_direct
         assert prepared["input_ids"] == stored["input_ids"]
         assert prepared["labels"] == [-100] * start + stored["input_ids"][start:]
     trainer.train()
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_the_rows_in_the_last_batch_are_known_after_a_resume(processes, skipped, drop_last):
+    """Counted by going through the loaders that accelerate makes for all processes: what comes a second time is filler."""
+    for rows in (24, 25, 30):
+        seen, last = set(), []
+        loaders = []
+        for process in range(processes):
+            plain = DataLoader(range(rows), batch_size=5, drop_last=drop_last)
+            loader = prepare_data_loader(plain, num_processes=processes, process_index=process, put_on_device=False)
+            loaders.append(skip_first_batches(loader, skipped) if skipped else loader)
+        seen = set(range(5 * processes * skipped))
+        for batches in zip(*loaders, strict=True):
+            last = [row for batch in batches for row in batch.tolist() if row not in seen]
+            seen.update(last)
+        want = 0 if len(last) == 5 * processes else len(last)
+        assert rows_in_last_batch(loaders[0]) == want

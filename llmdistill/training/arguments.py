@@ -1,0 +1,131 @@
+"""`DistillConfig`: TRL's `SFTConfig` with the distillation loss, and what of it is refused."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import trl
+
+from llmdistill import losses
+from llmdistill.config.machine import training_precision
+from llmdistill.data.collator import POSITION_WEIGHTS
+from llmdistill.losses.hidden_states import Attention, Hidden
+
+# Of TRL's and transformers' arguments those that would change the loss without being part of it, or that nothing would come
+# of: what they may be, and why.
+_NEVER_TOKENISED = "the rows are trained on in the dataset's own token ids"
+_NO_PREDICTIONS = "a batch's logits are never there as a whole, so there are no predictions"
+_ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_only_loss": ((False,), "the loss is on the completion"),
+    "average_tokens_across_devices": ((True,), "the loss is a mean over the tokens of all processes"),
+    "completion_only_loss": ((None, True), "the loss is on the completion"),
+    "eval_packing": ((None,), "rows that are evaluated are not packed"),
+    "label_smoothing_factor": ((0.0,), "it changes the labels; alpha weighs the teacher's distribution against them"),
+    "loss_type": (("nll",), "the loss is set by loss and alpha"),
+    "packing_strategy": (("bfd",), "rows are packed whole, best fit first"),
+    "pad_to_multiple_of": (("auto", None), "batches are padded to their longest row"),
+    "truncation_mode": (("keep_start",), "targets are cut at the end"),
+    "chat_template_path": ((None,), _NEVER_TOKENISED),
+    "eos_token": ((None,), _NEVER_TOKENISED),
+    "pad_token": ((None,), "padding is masked, so that any token will do"),
+    "dataset_text_field": (("text",), _NEVER_TOKENISED),
+    "dataset_kwargs": ((None, {"skip_prepare_dataset": True}), _NEVER_TOKENISED),
+    "dataset_num_proc": ((None,), _NEVER_TOKENISED),
+    "shuffle_dataset": ((False,), "the order is set by train_sampling_strategy"),
+    "length_column_name": (("length",), "lengths are those of input_ids"),
+    "label_names": ((None,), "the labels are the collator's"),
+    "include_for_metrics": (([],), _NO_PREDICTIONS),
+    "batch_eval_metrics": ((False,), _NO_PREDICTIONS),
+    "eval_do_concat_batches": ((True,), _NO_PREDICTIONS),
+    "eval_use_gather_object": ((False,), _NO_PREDICTIONS),
+    "eval_accumulation_steps": ((None,), _NO_PREDICTIONS),
+    "bf16_full_eval": ((False,), "the student is evaluated as it is trained"),
+    "fp16_full_eval": ((False,), "the student is evaluated as it is trained"),
+}
+_REDUCTIONS = ("token", "sequence")
+
+
+@dataclass
+class DistillConfig(trl.SFTConfig):
+    """A `trl.SFTConfig` with the fields of the distillation loss.
+
+    Args:
+        loss: the divergence between teacher and student, one of `losses.DIVERGENCES`.
+        alpha: weight of the divergence; the rest to 1 is cross-entropy on the teacher's text.
+        alpha_end: alpha at the last step, if it is to change, linearly from step to step.
+        temperature: of both distributions inside the divergence, which is multiplied by its square.
+        beta: of the mixture inside `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's if not given.
+        beta_end: beta at the last step, if it is to change.
+        sequence_alpha: weight of the sequence-level KL (`losses.sequence_kl`).
+        position_weights: what a token counts: `uniform`, `entropy` (of the teacher there) or `certainty`, exp(−entropy).
+        reduction: whether every `token` of the global batch counts alike, or every `sequence`.
+        hidden: arguments of `hidden.Hidden`: the student's hidden states are to resemble the teacher's.
+        attention: arguments of `hidden.Attention`: its attention maps are.
+        packing: put several whole rows of at most `max_length` tokens into one, none of which sees another.
+        padding_free: put the rows of a batch one behind the other instead of padding them.
+    """
+
+    loss: str = field(default="forward_kl", metadata={"help": "Divergence between teacher and student."})
+    alpha: float = field(default=0.9, metadata={"help": "Weight of the divergence; the rest is cross-entropy."})
+    alpha_end: float | None = field(default=None, metadata={"help": "alpha at the last step, if it is to change."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature inside the divergence."})
+    beta: float | None = field(default=None, metadata={"help": "Of the mixture inside jsd, skew_kl and skew_reverse_kl."})
+    beta_end: float | None = field(default=None, metadata={"help": "beta at the last step, if it is to change."})
+    sequence_alpha: float = field(default=0.0, metadata={"help": "Weight of the sequence-level KL."})
+    position_weights: str = field(default="uniform", metadata={"help": "What a token counts: uniform, entropy or certainty."})
+    reduction: str = field(default="token", metadata={"help": "What counts alike: every token, or every sequence."})
+    hidden: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Hidden."})
+    attention: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Attention."})
+    max_length: int | None = field(default=None, metadata={"help": "Sequences are cut to so many tokens; whole by default."})
+
+    # Dictionaries, which a command line gives as JSON.
+    _VALID_DICT_FIELDS = [*trl.SFTConfig._VALID_DICT_FIELDS, "hidden", "attention"]
+
+    def __post_init__(self) -> None:
+        self.objective(0)
+        self.objective(1)
+        if self.beta_end is not None and self.beta is None:
+            raise ValueError(f"beta_end is {self.beta_end}, but there is no beta to begin with")
+        if self.position_weights not in POSITION_WEIGHTS:
+            raise ValueError(f"position_weights is {self.position_weights!r}, must be one of {', '.join(POSITION_WEIGHTS)}")
+        if self.reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction is {self.reduction!r}, must be one of {', '.join(_REDUCTIONS)}")
+        for name, (allowed, why) in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by DistillTrainer: {why}")
+        self._check_accelerator()
+        if self.packing and (self.max_length is None or self.train_sampling_strategy not in ("random", "sequential")):
+            raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy by length")
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
+        asked: dict[str, Any] = {name: getattr(self, name) for name in ("use_cpu", "bf16", "fp16")}
+        precision = training_precision(**asked)  # where TRL takes bfloat16 on every machine
+        self.bf16, self.fp16 = precision.dtype == "bfloat16", precision.dtype == "float16"
+        super().__post_init__()
+        self.layers()
+
+    def _check_accelerator(self) -> None:
+        """Refuse what would cut a batch apart from its targets, or give the processes unlike numbers of batches."""
+        asked = self.accelerator_config
+        for name, allowed in (("dispatch_batches", (None, False)), ("even_batches", (None, True))):
+            value = asked.get(name) if isinstance(asked, dict) else getattr(asked, name, None)
+            if value not in allowed:
+                raise ValueError(f"accelerator_config.{name}={value} is not supported by DistillTrainer")
+
+    def layers(self) -> tuple[Hidden | None, Attention | None]:
+        """What of the layers is compared with the teacher's."""
+        hidden: Any = self.hidden
+        attention: Any = self.attention
+        return None if hidden is None else Hidden(**hidden), None if attention is None else Attention(**attention)
+
+    def objective(self, progress: float) -> losses.Objective:
+        """The loss that these fields describe, at a share of the training between 0 and 1."""
+        alpha, beta = (
+            start if end is None or start is None else start + (end - start) * progress
+            for start, end in ((self.alpha, self.alpha_end), (self.beta, self.beta_end))
+        )
+        assert alpha is not None
+        return losses.Objective(self.loss, alpha, self.temperature, beta, self.sequence_alpha)
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether soft targets have a weight in the loss, at some step."""
+        return self.alpha > 0 or (self.alpha_end or 0) > 0
