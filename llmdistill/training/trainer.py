@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 import trl
@@ -30,6 +29,7 @@ from llmdistill.losses.hidden_states import LayerMatch
 from llmdistill.students.adapters import check_mergeable
 from llmdistill.training.arguments import DistillConfig
 from llmdistill.training.callbacks import trained_tokens
+from llmdistill.training.compat import adapters_on_the_output_layer
 from llmdistill.training.flops import peak_flops, training_flops
 from llmdistill.training.packing import Packs, check_apart, row_lengths
 
@@ -72,8 +72,7 @@ class DistillTrainer(trl.SFTTrainer):
             args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, a projector is used after it
         wanted = args.packing, args.padding_free
         args.packing = args.padding_free = False  # they are ours: TRL would want its own collator for them
-        # TRL refuses adapters on the output layer, which its own loss would pass by.
-        with patch.object(trl.trainer.sft_trainer, "BaseTunerLayer", (), create=True):
+        with adapters_on_the_output_layer():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         args.packing, args.padding_free = wanted
         if self.is_fsdp_enabled:
