@@ -20,7 +20,25 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.config.curate import Contamination, JsonSchema, Judge
-from llmdistill.curation import best_of, contamination, duplicates, filters, judge, personal_data, verify, wording
+from llmdistill.curation import (
+    balance,
+    best_of,
+    contamination,
+    duplicates,
+    finish_reason,
+    json_schema,
+    judge,
+    language,
+    length,
+    malformed,
+    math,
+    near_duplicates,
+    personal_data,
+    python,
+    refusals,
+    regex,
+    repetition,
+)
 from llmdistill.curation.steps import COLUMNS, Array, Check, Failed, Work
 from llmdistill.data.dataset import (
     MANIFEST,
@@ -39,23 +57,23 @@ from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say
 
 STEPS: dict[str, Callable[[Any, Work], Check]] = {
-    "finish_reason": filters.finish_reason,
-    "length": filters.length,
-    "language": filters.language,
-    "repetition": filters.repetition,
-    "refusals": wording.refusals,
-    "malformed": wording.malformed,
-    "math": verify.math,
-    "python": verify.python,
-    "json_schema": filters.json_schema,
-    "regex": filters.by_regex,
+    "finish_reason": finish_reason.finish_reason,
+    "length": length.length,
+    "language": language.language,
+    "repetition": repetition.repetition,
+    "refusals": refusals.refusals,
+    "malformed": malformed.malformed,
+    "math": math.math,
+    "python": python.python,
+    "json_schema": json_schema.json_schema,
+    "regex": regex.by_regex,
     "judge": judge.judge,
     "best_of": best_of.best_of,
     "duplicates": duplicates.duplicates,
-    "near_duplicates": duplicates.near_duplicates,
+    "near_duplicates": near_duplicates.near_duplicates,
     "contamination": contamination.contamination,
     "personal_data": personal_data.personal_data,
-    "balance": filters.balance,
+    "balance": balance.balance,
 }
 _LIBRARIES = {  # module and extra
     "language": {"lingua": "curate"},
