@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from llmdistill.config.curate import Balance
-from llmdistill.curation.steps import Check, Work, excerpt, metadata
+from llmdistill.curation.steps import Check, CurationStep, StepContext, excerpt, metadata
 
 
-def balance(settings: Balance, work: Work) -> Check:
+def balance(settings: Balance, context: StepContext) -> Check:
     """By how many rows with the same value there were before."""
     seen: Counter[str] = Counter()
 
@@ -24,3 +24,6 @@ def balance(settings: Balance, work: Work) -> Check:
                 yield f"{settings.by} is {excerpt(value)}, of which there are {settings.max_rows:,}"
 
     return check
+
+
+STEP = CurationStep(balance)

@@ -7,10 +7,10 @@ import pyarrow as pa
 
 from llmdistill.config.curate import Duplicates
 from llmdistill.curation.ngrams import normalised
-from llmdistill.curation.steps import Check, Work, compared
+from llmdistill.curation.steps import Check, CurationStep, StepContext, compared
 
 
-def duplicates(settings: Duplicates, work: Work) -> Check:
+def duplicates(settings: Duplicates, context: StepContext) -> Check:
     """By whether the same text was there before; remembers 16 bytes a text, and the number of the row."""
     seen: dict[bytes, str] = {}
 
@@ -21,3 +21,6 @@ def duplicates(settings: Duplicates, work: Work) -> Check:
             yield None if first is identity else f"as {first}"
 
     return check
+
+
+STEP = CurationStep(duplicates)

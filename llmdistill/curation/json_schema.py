@@ -9,28 +9,29 @@ from typing import Any
 import pyarrow as pa
 
 from llmdistill.config.curate import JsonSchema
-from llmdistill.curation.steps import Check, Work, answers, excerpt
+from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, excerpt
 from llmdistill.errors import InputError
-from llmdistill.runs.record import read_json
+from llmdistill.runs.record import file_input, read_json
 
 _FENCED = re.compile(r"^(```+|~~~+)[^\n]*\n(.*?)^\1[`~]*\s*$", re.DOTALL | re.MULTILINE)
 
 
-def json_schema(settings: JsonSchema, work: Work) -> Check:
+def inputs(settings: JsonSchema, key: str) -> dict[str, str]:
+    """The schema.
+
+    Raises:
+        InputError: it is missing, or no JSON schema.
+    """
+    found = file_input(settings.file, f"{key}.file")
+    _validator(settings.file)
+    return found
+
+
+def json_schema(settings: JsonSchema, context: StepContext) -> Check:
     """By a JSON schema; nothing that the schema refers to is fetched."""
-    import jsonschema
-    from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    schema = read_json(Path(settings.file))
-    if schema is None:
-        raise InputError(f"{settings.file}: no such file ({work.key}.file)")
-    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    try:
-        kind.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise InputError(f"{settings.file}: no JSON schema: {error.message}") from None
-    validator = kind(schema, registry=Registry())
+    validator = _validator(settings.file)
 
     def check(rows: pa.Table) -> Iterator[str | None]:
         for answer in answers(rows):
@@ -46,6 +47,22 @@ def json_schema(settings: JsonSchema, work: Work) -> Check:
     return check
 
 
+def _validator(file: str) -> Any:
+    """What checks JSON against the schema in a file."""
+    import jsonschema
+    from referencing import Registry
+
+    schema = read_json(Path(file))
+    if not isinstance(schema, dict | bool):
+        raise InputError(f"{file}: no JSON schema: it must be an object")
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise InputError(f"{file}: no JSON schema: {error.message}") from None
+    return kind(schema, registry=Registry())
+
+
 def _read_json(answer: str) -> Any:
     """The answer as JSON, or the content of its one fenced block."""
     blocks = _FENCED.findall(answer)
@@ -54,3 +71,6 @@ def _read_json(answer: str) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+STEP = CurationStep(json_schema, inputs)

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmdistill.config.curate import Length
-from llmdistill.curation.steps import Check, Work
+from llmdistill.curation.steps import Check, CurationStep, StepContext
 
 
-def length(settings: Length, work: Work) -> Check:
+def length(settings: Length, context: StepContext) -> Check:
     """By the number of completion tokens."""
     longest = settings.max_tokens or np.inf
 
@@ -20,3 +20,6 @@ def length(settings: Length, work: Work) -> Check:
             yield None if settings.min_tokens <= count <= longest else f"{count:,} tokens"
 
     return check
+
+
+STEP = CurationStep(length)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from llmdistill.config.curate import Malformed
-from llmdistill.curation.steps import Check, Work, answers, completion_ids, questions
+from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, completion_ids, questions
 
 # Shapes of the tokens that mark turns in chat templates, where they were written as text.
 _MARKERS = re.compile(
@@ -18,9 +18,9 @@ _ROLE = re.compile(r"^\s*\**(User|Human|Assistant)\**\s*:", re.MULTILINE)
 _FENCE = re.compile(r"^\s{0,3}(?:[-*+>] |\d+[.)] )*\s*(`{3,}|~{3,})(.*)$", re.MULTILINE)
 
 
-def malformed(settings: Malformed, work: Work) -> Check:
+def malformed(settings: Malformed, context: StepContext) -> Check:
     """By what a whole answer of one turn does not have."""
-    special = set(work.manifest["tokenizer"].get("special_token_ids", []))
+    special = set(context.manifest["tokenizer"].get("special_token_ids", []))
 
     def check(rows: pa.Table) -> Iterator[str | None]:
         for question, answer, ids in zip(questions(rows), answers(rows), completion_ids(rows), strict=True):
@@ -63,3 +63,6 @@ def _without_code(text: str) -> str | None:
         elif marks.startswith(fence) and not info.strip():
             fence, place = "", match.end()
     return None if fence else re.sub(r"`[^`\n]+`", "", "".join([*kept, text[place:]]))
+
+
+STEP = CurationStep(malformed)

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from llmdistill.config.curate import Math
-from llmdistill.curation.steps import Check, Failed, Work, answers, metadata
+from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, answers, metadata
 from llmdistill.curation.verify import Workers
 
 
-def math(settings: Math, work: Work) -> Check:
+def math(settings: Math, context: StepContext) -> Check:
     """By whether the last formula or number of the answer equals the expected one."""
-    workers = Workers(settings.timeout_s, {"check": "math", "expected": "1", "text": "1"}, work)
+    workers = Workers(settings.timeout_s, {"check": "math", "expected": "1", "text": "1"}, context)
     missing = Failed(f"has no {settings.answer}") if settings.without == "fail" else None
 
     def check(rows: pa.Table) -> Iterator[str | None]:
@@ -24,3 +24,6 @@ def math(settings: Math, work: Work) -> Check:
         return (missing if value is None else next(verdicts) for value in expected)
 
     return check
+
+
+STEP = CurationStep(math, libraries={"math_verify": "curate"})

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from llmdistill.config.curate import NearDuplicates
 from llmdistill.curation.ngrams import jaccard, ngram_hashes, words
-from llmdistill.curation.steps import Array, Check, Work, all_rows, compared
+from llmdistill.curation.steps import Array, Check, CurationStep, StepContext, all_rows, compared
 
 _PERMUTATIONS = 128
 _MISSED = 0.05  # of the pairs that are just as similar as the threshold
@@ -21,7 +21,7 @@ _FEW = 10  # rows that may share an n-gram, however few rows there are
 _SHOWN = 20  # clusters
 
 
-def near_duplicates(settings: NearDuplicates, work: Work) -> Check:
+def near_duplicates(settings: NearDuplicates, context: StepContext) -> Check:
     """By the similarity to a row that was kept before.
 
     A row is compared with kept rows only, so that likeness is never handed on: where A is like B and B like C, C is
@@ -29,11 +29,11 @@ def near_duplicates(settings: NearDuplicates, work: Work) -> Check:
     """
     from datasketch import MinHash, MinHashLSH
 
-    template = _boilerplate(settings, work)
+    template = _boilerplate(settings, context)
     bands = best_bands(settings.threshold)
     index = MinHashLSH(num_perm=_PERMUTATIONS, params=bands, hashfunc=lambda key: hashlib.sha256(key).digest()[:8])
     empty = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
-    kept = _Sets(work.scratch / f"{work.key}.ngrams", work)
+    kept = _Sets(context.scratch / f"{context.key}.ngrams", context)
     ids: list[str] = []
     clusters: Counter[int] = Counter()
     beyond: Counter[int] = Counter()
@@ -63,7 +63,7 @@ def near_duplicates(settings: NearDuplicates, work: Work) -> Check:
                 yield f"{alike[first]:.2f} like {ids[first]}"
 
     def tell() -> None:
-        work.facts |= {
+        context.facts |= {
             "clusters": len(clusters),
             "kept_beyond_max_cluster": beyond.total(),
             "largest": [
@@ -72,7 +72,7 @@ def near_duplicates(settings: NearDuplicates, work: Work) -> Check:
             ],
         }
 
-    work.closing.callback(tell)
+    context.closing.callback(tell)
     return check
 
 
@@ -95,7 +95,7 @@ def _ngrams(text: str, n: int) -> Array:
     return ngram_hashes(found, min(n, len(found))) if found else np.empty(0, dtype=np.uint64)
 
 
-def _boilerplate(settings: NearDuplicates, work: Work) -> Any:
+def _boilerplate(settings: NearDuplicates, context: StepContext) -> Any:
     """Tells which n-grams stand in so many rows that they are a template's, after a look at all rows.
 
     n-grams share a counter when the last bits of their numbers are equal; a text of a thousand n-grams adds one to a
@@ -103,20 +103,20 @@ def _boilerplate(settings: NearDuplicates, work: Work) -> Any:
     """
     counts = np.zeros(_BUCKETS, dtype=np.uint32)
     total = 0
-    for rows in all_rows(work):
+    for rows in all_rows(context):
         total += len(rows)
         for text in compared(rows, settings.of):
             counts[np.unique(_ngrams(text, settings.ngram) % np.uint64(_BUCKETS))] += 1
     limit = max(settings.boilerplate * total, _FEW)
-    work.facts["boilerplate_ngrams"] = int((counts > limit).sum())
+    context.facts["boilerplate_ngrams"] = int((counts > limit).sum())
     return lambda ngrams: counts[ngrams % np.uint64(_BUCKETS)] > limit
 
 
 class _Sets:
     """Arrays of numbers on the disk, one after the other."""
 
-    def __init__(self, file: Path, work: Work) -> None:
-        self._stream = work.closing.enter_context(file.open("w+b"))
+    def __init__(self, file: Path, context: StepContext) -> None:
+        self._stream = context.closing.enter_context(file.open("w+b"))
         self._ends = array("Q", [0])
 
     def append(self, numbers: Array) -> None:
@@ -128,3 +128,6 @@ class _Sets:
         start, end = self._ends[index], self._ends[index + 1]
         self._stream.seek(8 * start)
         return np.frombuffer(self._stream.read(8 * (end - start)), dtype=np.uint64)
+
+
+STEP = CurationStep(near_duplicates, libraries={"datasketch": "curate"})

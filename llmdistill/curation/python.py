@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from llmdistill.config.curate import Python
-from llmdistill.curation.steps import Check, Work, answers
+from llmdistill.curation.steps import Check, CurationStep, StepContext, answers
 from llmdistill.curation.verify import Workers
 
 _FENCED_PYTHON = re.compile(
@@ -14,9 +14,9 @@ _FENCED_PYTHON = re.compile(
 )
 
 
-def python(settings: Python, work: Work) -> Check:
+def python(settings: Python, context: StepContext) -> Check:
     """By whether every block of Python in the answer parses."""
-    workers = Workers(settings.timeout_s, {"check": "python", "code": ""}, work)
+    workers = Workers(settings.timeout_s, {"check": "python", "code": ""}, context)
 
     def check(rows: pa.Table) -> Iterator[str | None]:
         blocks = [python_blocks(answer) or ([answer] if settings.unfenced == "parse" else []) for answer in answers(rows)]
@@ -34,3 +34,6 @@ def python_blocks(answer: str) -> list[str]:
         "".join(line.removeprefix(indent) for line in code.splitlines(keepends=True))
         for indent, _, code in _FENCED_PYTHON.findall(answer)
     ]
+
+
+STEP = CurationStep(python)

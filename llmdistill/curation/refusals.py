@@ -7,7 +7,7 @@ import pyarrow as pa
 import regex
 
 from llmdistill.config.curate import Refusals
-from llmdistill.curation.steps import Check, Failed, Work, answers, excerpt
+from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, answers, excerpt
 
 _SECONDS = 1.0  # for one pattern of the user's on one row
 _CANNOT = r"(?:can(?:no|')t|can not|(?:am|'m) (?:not able|unable) to|won't|will not|must decline to)"
@@ -50,7 +50,7 @@ _SELF = [
 ]
 
 
-def refusals(settings: Refusals, work: Work) -> Check:
+def refusals(settings: Refusals, context: StepContext) -> Check:
     """By refusals at the beginning, self-identification anywhere, and the user's own patterns."""
     own = [regex.compile(pattern, regex.IGNORECASE) for pattern in settings.patterns]
     known = [re.compile(pattern, re.IGNORECASE) for pattern in [*_REFUSALS, *_SELF]]
@@ -69,3 +69,6 @@ def refusals(settings: Refusals, work: Work) -> Check:
             yield excerpt(match[0]) if match else None
 
     return check
+
+
+STEP = CurationStep(refusals)

@@ -6,12 +6,12 @@ import pyarrow as pa
 import regex
 
 from llmdistill.config.curate import Regex
-from llmdistill.curation.steps import Check, Failed, Work, answers, excerpt
+from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, answers, excerpt
 
 _SECONDS = 1.0  # for one regular expression on one row
 
 
-def by_regex(settings: Regex, work: Work) -> Check:
+def by_regex(settings: Regex, context: StepContext) -> Check:
     """By whether a regular expression is found in the answer; one that takes too long has failed."""
     pattern = regex.compile(settings.pattern)
 
@@ -28,3 +28,6 @@ def by_regex(settings: Regex, work: Work) -> Check:
                 yield excerpt(match[0]) or "matches" if match else None
 
     return check
+
+
+STEP = CurationStep(by_regex)

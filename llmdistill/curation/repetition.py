@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config.curate import Repetition
-from llmdistill.curation.steps import Array, Check, Work, answers, completion_ids
+from llmdistill.curation.steps import Array, Check, CurationStep, StepContext, answers, completion_ids
 
 _LIST_MARKER = re.compile(r"^\s*(?:[-*+•#>|]+|\(?\d+[.):])\s+")
 
 
-def repetition(settings: Repetition, work: Work) -> Check:
+def repetition(settings: Repetition, context: StepContext) -> Check:
     """By token n-grams and lines that stood earlier in the completion."""
 
     def check(rows: pa.Table) -> Iterator[str | None]:
@@ -46,3 +46,6 @@ def repeated_line_share(text: str) -> float:
         repeated += len(plain) if plain in seen else 0
         seen.add(plain)
     return repeated / total if total else 0.0
+
+
+STEP = CurationStep(repetition)

@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from llmdistill.curation.steps import Failed, Work, excerpt
+from llmdistill.curation.steps import Failed, StepContext, excerpt
 
 _START_SECONDS = 60.0  # for a process to be there and to have done its imports
 Request = dict[str, Any]
@@ -25,15 +25,15 @@ Request = dict[str, Any]
 class Workers:
     """As many processes as there are cores for us, each with one request at a time."""
 
-    def __init__(self, timeout_s: float, first: Request, work: Work) -> None:
+    def __init__(self, timeout_s: float, first: Request, context: StepContext) -> None:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._free: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(count):
             worker = _Worker(timeout_s, first)
-            work.closing.callback(worker.kill)
+            context.closing.callback(worker.kill)
             self._free.put(worker)
         self._threads = ThreadPoolExecutor(count)
-        work.closing.callback(self._threads.shutdown, wait=False, cancel_futures=True)  # before the processes are killed
+        context.closing.callback(self._threads.shutdown, wait=False, cancel_futures=True)  # before the processes are killed
 
     def ask(self, requests: Iterator[Request]) -> Iterator[str | None]:
         """The verdicts, in the order of the requests."""

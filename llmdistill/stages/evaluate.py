@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,22 +45,25 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     if experiment.eval.speed == "vllm":
         serving.check_vllm("eval.speed")
     task_files = read_tasks(experiment.eval.tasks)
+    comparison = Comparison(experiment, experiment.eval.win_rate) if experiment.eval.win_rate else None
+    for subject in subjects:
+        if not (dry_run and Path(subject.path).is_relative_to(experiment.output)):  # what the run has yet to make
+            check_model_exists(subject.path, f"the model `{subject.name}`")
     if dry_run:
         say("eval", f"would compare {', '.join(subject.name for subject in subjects)} and write {directory}")
         return
     manifest = read_manifest(experiment.dataset_directory)
-    for subject in subjects:
-        check_model_exists(subject.path, f"the model `{subject.name}`")
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
     inputs = {subject.path: record.model_fingerprint(subject.path, subject.revision) for subject in subjects}
     inputs[str(experiment.dataset_directory / MANIFEST)] = record.sha256(experiment.dataset_directory / MANIFEST)
     inputs |= {str(file): record.sha256(file) for file in files_of(task_files)}
     inputs |= {str(mixed / MANIFEST): record.sha256(mixed / MANIFEST) for mixed in experiment.mixed_datasets}
-    comparison = Comparison(experiment, experiment.eval.win_rate) if experiment.eval.win_rate else None
-    inputs |= comparison.inputs() if comparison else {}
+    inputs |= comparison.inputs if comparison else {}
     if record.claim(directory, "eval", settings, inputs) == "done":
         say("eval", f"{directory} is finished")
         return
+    if comparison:
+        _ = comparison.reader
     tasks = load_tasks(task_files, experiment.eval.task_limit)
     for subject in subjects:
         _check_vocabulary(subject, manifest)

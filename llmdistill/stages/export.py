@@ -48,6 +48,8 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
     settings, directory = experiment.export or Export(), experiment.directory("export")
     source = Path(settings.model or experiment.directory("student"))
     if dry_run:
+        if settings.model:
+            _check_source(settings, source)
         say("export", f"would write {', '.join(str(directory / form) for form in settings.formats)}")
         return
     manifest = read_manifest(experiment.dataset_directory)
@@ -84,13 +86,9 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
 
 def _claim(experiment: Experiment, settings: Export, source: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The settings on which what is written depends, and the inputs; more formats may be asked for later."""
-    if (source / "adapter_config.json").is_file():
-        base = base_of(source)
-        check_model_exists(base, "export.model: the adapters' base")
-        inputs = {base: record.model_fingerprint(base, None)}
-    else:
-        check_model_exists(str(source), "export.model" if settings.model else "the student")
-        inputs = {}
+    _check_source(settings, source)
+    base = [base_of(source)] if (source / "adapter_config.json").is_file() else []
+    inputs = {model: record.model_fingerprint(model, None) for model in base}
     manifest = experiment.dataset_directory / MANIFEST
     inputs |= {str(source): record.model_fingerprint(str(source), None), str(manifest): record.sha256(manifest)}
     claimed = {
@@ -99,6 +97,18 @@ def _claim(experiment: Experiment, settings: Export, source: Path) -> tuple[dict
         "export": settings.model_dump(mode="json", exclude={"formats"}),
     }
     return claimed, inputs
+
+
+def _check_source(settings: Export, source: Path) -> None:
+    """Refuse what is no model, or adapters without their base.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if (source / "adapter_config.json").is_file():
+        check_model_exists(base_of(source), "export.model: the adapters' base")
+    else:
+        check_model_exists(str(source), "export.model" if settings.model else "the student")
 
 
 def _results(directory: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.curate import curate
 from llmdistill.stages.export import export
 from llmdistill.stages.generate import generate
-from llmdistill.stages.train import train
+from llmdistill.stages.train import _settings, train
 from llmdistill.students.quantization import fake_quantise, load_form, unfake
 from tests.conftest import run_cli, write_experiment
 
@@ -225,6 +225,13 @@ def test_training_sees_the_weights_that_export_writes(tiny):
     assert all(
         torch.equal(found, weight) for found, weight in zip(model.state_dict().values(), weights(tiny).values(), strict=True)
     )
+
+
+def test_the_groups_that_training_rounds_in_are_a_setting_of_it(tiny, tmp_path):
+    rounded = [("train.fake_quantize", "w4a16"), ("export", "{formats: [w4a16], rounding: nearest, group_size: 16}")]
+    file = write_experiment(tiny, tmp_path)
+    assert _settings(load_experiment(file, rounded))["export"] == {"group_size": 16}
+    assert "export" not in _settings(load_experiment(file, rounded[1:]))
 
 
 def test_a_student_trained_with_rounded_weights(tiny, tmp_path):
