@@ -53,7 +53,7 @@ class Comparison:
 
     @cached_property
     def reader(self) -> DigitReader:
-        """The judge, ready to be asked.
+        """Asks the judge.
 
         Raises:
             InputError: its engine is not installed, or a digit is no token of it.
@@ -62,6 +62,14 @@ class Comparison:
             return DigitReader(self.experiment, self.settings.judge, [_TIE, _SECOND])
         except InputError as error:
             raise InputError(f"eval.win_rate.judge: {error}") from None
+
+    def check(self) -> None:
+        """Refuse a judge that cannot be asked; loads its tokenizer.
+
+        Raises:
+            InputError: as `reader`.
+        """
+        _ = self.reader
 
     def measure(
         self, models: dict[str, Any], rows: Any, tokenizer: Any, end_ids: Sequence[int], directory: Path

@@ -16,6 +16,7 @@ from typing import Any
 
 from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.errors import InputError, RemoteError
+from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs import record
 from llmdistill.runs.pipeline import as_words, run_stages, stages
 from llmdistill.runs.progress import say
@@ -142,7 +143,8 @@ def _decide(experiment: Experiment, output: Path, number: int) -> dict[str, Any]
 
 
 def _interval(found: dict[str, float]) -> str:
-    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    mean, ends = interval_text(found, "+.3f")
+    return f"{mean} ({ends})"
 
 
 def _verdict(entry: dict[str, Any]) -> str:
