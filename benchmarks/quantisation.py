@@ -24,7 +24,7 @@ from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import Draws
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.train import train
-from llmdistill.students.quantization import load_form, write_form
+from llmdistill.students.formats import FORMATS, Source
 
 ROUNDINGS: tuple[Literal["nearest"], Literal["gptq"]] = ("nearest", "gptq")
 USUAL, ROUNDED = "trained as usual", "trained through rounded weights"
@@ -72,8 +72,9 @@ def students(arguments: argparse.Namespace, seed: int, rows: Any) -> Iterator[tu
                 settings = Export(formats=["w4a16"], rounding=rounding)
                 taken = load_dataset(arguments.run / "curated", "train").select(range(settings.calibration_rows))
                 calibration = [[int(token) for token in row["input_ids"]] for row in taken] if rounding == "gptq" else []
-                write_form("w4a16", source, out, settings, calibration, load_tokenizer(source, None))
-                yield f"{name}, w4a16 by {rounding}", measure(experiment, load_form(str(out)), rows)
+                w4a16 = FORMATS["w4a16"]
+                w4a16.write(Source(source, load_tokenizer(source, None), settings, calibration), out)
+                yield f"{name}, w4a16 by {rounding}", measure(experiment, w4a16.load(str(out), "auto"), rows)
 
 
 def experiment_of(arguments: argparse.Namespace, seed: int, fake_quantize: str | None, output: Path) -> Experiment:

@@ -53,13 +53,17 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
         raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
+def read_yaml(file: Path, key: str | None = None) -> dict[str, Any]:
+    """A YAML file that holds a mapping; `key` is the one that names it, for the error if it is not there.
+
+    Raises:
+        InputError: it is not there, or no such file.
+    """
     try:
         with file.open(encoding="utf-8") as stream:
             tree = yaml.load(stream, Loader=_Loader)
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
+        raise InputError(f"{file}: no such file" + (f" ({key})" if key else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

@@ -11,14 +11,23 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config.curate import BestOf
-from llmdistill.curation.judge import scores_of
-from llmdistill.curation.steps import Check, Failed, Work
+from llmdistill.curation import judge
+from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext
 
 
-def best_of(settings: BestOf, work: Work) -> Check:
+def inputs(settings: BestOf, key: str) -> dict[str, str]:
+    """The judge's rubric and models, if there is a judge.
+
+    Raises:
+        InputError: one is missing, or the rubric cannot be used.
+    """
+    return judge.inputs(settings.judge, f"{key}.judge") if settings.judge else {}
+
+
+def best_of(settings: BestOf, context: StepContext) -> Check:
     """By rank among the answers to the same prompt; the first of equals counts as better."""
-    scored = _likelihoods if settings.judge is None else scores_of(settings.judge, work)
-    log = work.closing.enter_context(work.log.open("w", encoding="utf-8"))
+    scored = _likelihoods if settings.judge is None else judge.scores_of(settings.judge, context, f"{context.key}.judge")
+    log = context.closing.enter_context(context.log.open("w", encoding="utf-8"))
 
     def check(rows: pa.Table) -> Iterator[str | None]:
         scores, ids = list(scored(rows)), rows["id"].to_pylist()
@@ -45,3 +54,6 @@ def _likelihoods(rows: pa.Table) -> Iterator[float | Failed]:
     for logprobs in rows["token_logprobs"]:
         mean = float(np.mean(logprobs.values.to_numpy())) if len(logprobs) else float("nan")
         yield mean if np.isfinite(mean) else Failed("no log-probabilities of its tokens are known")
+
+
+STEP = CurationStep(best_of, inputs)

@@ -12,9 +12,10 @@ import yaml
 
 from llmdistill.config.curate import Contamination
 from llmdistill.curation.ngrams import ngram_hashes, normalised, words
-from llmdistill.curation.steps import Array, Check, Work, answers
+from llmdistill.curation.steps import Array, Check, CurationStep, StepContext, answers
 from llmdistill.errors import InputError
 from llmdistill.prompting.sources import read_jsonl
+from llmdistill.runs.record import file_input
 
 _SHORTEST = 8  # words of a string that is looked for inside other text; with fewer, it could be anything's
 _COMMON = 10  # strings that share an n-gram; in more, it is the wording of the tasks, not one of them
@@ -39,16 +40,31 @@ class _Index:
     places: Array
 
 
-def contamination(settings: Contamination, work: Work) -> Check:
+def inputs(settings: Contamination, key: str) -> dict[str, str]:
+    """The files with the texts of tests.
+
+    Raises:
+        InputError: one is missing, or cannot be read.
+    """
+    found: dict[str, str] = {}
+    for file in settings.against:
+        found |= file_input(file, f"{key}.against")
+        for _ in _read(Path(file), f"{key}.against"):
+            pass
+    return found
+
+
+def contamination(settings: Contamination, context: StepContext) -> Check:
     """By n-grams of words that stand in the files too; every pair of a row and a string that share one is logged."""
-    texts = [text for file in settings.against for text in _read(Path(file), f"{work.key}.against")]
+    trees = (tree for file in settings.against for tree in _read(Path(file), f"{context.key}.against"))
+    texts = [text for origin, tree in trees for text in _strings(tree, origin)]
     if not texts:
-        raise InputError(f"{work.key}.against: {', '.join(settings.against)}: hold no text")
+        raise InputError(f"{context.key}.against: {', '.join(settings.against)}: hold no text")
     searched = [text for text in texts if len(text.words) >= min(_SHORTEST, settings.ngram)]
     short = {normalised(text.text): text.origin for text in texts if len(text.words) < min(_SHORTEST, settings.ngram)}
     indices, common = _indices(searched, settings.ngram)
-    work.facts |= {"strings": len(searched), "short_strings": len(short), "common_ngrams": common}
-    log = work.closing.enter_context(work.log.open("w", encoding="utf-8", errors="replace"))
+    context.facts |= {"strings": len(searched), "short_strings": len(short), "common_ngrams": common}
+    log = context.closing.enter_context(context.log.open("w", encoding="utf-8", errors="replace"))
 
     def check(rows: pa.Table) -> Iterator[str | None]:
         for identity, prompt, answer in zip(rows["id"].to_pylist(), rows["prompt"].to_pylist(), answers(rows), strict=True):
@@ -103,11 +119,10 @@ def _matches(found: list[str], indices: list[_Index], texts: list[_Text]) -> Ite
             yield texts[number].origin, ngrams[0], len(ngrams)
 
 
-def _read(file: Path, key: str) -> Iterator[_Text]:
-    """Every string of a file, with its place in it."""
+def _read(file: Path, key: str) -> Iterator[tuple[str, Any]]:
+    """What a file holds, each part with its place: the lines of JSONL, of others the whole."""
     if file.suffix == ".jsonl":
-        for number, fields in read_jsonl(file, key):
-            yield from _strings(fields, f"{file} line {number}")
+        yield from ((f"{file} line {number}", fields) for number, fields in read_jsonl(file, key))
         return
     try:
         content = file.read_text(encoding="utf-8")
@@ -117,14 +132,13 @@ def _read(file: Path, key: str) -> Iterator[_Text]:
             tree = yaml.safe_load(content)
         else:
             tree = content
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file ({key})") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{file}: cannot be read ({key}): {' '.join(str(error).split())}") from None
-    yield from _strings(tree, str(file))
+    yield str(file), tree
 
 
 def _strings(tree: Any, origin: str) -> Iterator[_Text]:
+    """Every string of it, with its place."""
     if isinstance(tree, dict):
         for name, value in tree.items():
             yield from _strings(value, f"{origin} {name}")
@@ -133,3 +147,6 @@ def _strings(tree: Any, origin: str) -> Iterator[_Text]:
             yield from _strings(value, f"{origin} {number}")
     elif isinstance(tree, str):
         yield _Text(origin, tree, words(tree))
+
+
+STEP = CurationStep(contamination, inputs)

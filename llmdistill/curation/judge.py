@@ -15,26 +15,40 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment, Generate, Targets, Teacher
 from llmdistill.config.curate import Judge
-from llmdistill.curation.steps import Check, Failed, Work, answers
+from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, answers
 from llmdistill.data.dataset import Messages
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
-from llmdistill.models.loading import check_model_exists, context_length
+from llmdistill.models.loading import context_length
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.runs import record
 from llmdistill.runs.progress import working
-from llmdistill.teachers import Completion, Engine, Request, open_engine, stable_id
+from llmdistill.teachers import Completion, Engine, Request, fingerprints, open_engine, stable_id
 from llmdistill.teachers.prompt_encoding import Chat
 
+_VARIABLES = ("prompt", "answer")  # of the rubric
 _K = 64  # of the judge's most likely first tokens; the digits are among them, or it has not answered
 _CONTEXT = 8192  # tokens reserved for a question if teacher.max_model_len does not say
 _SCHEMA = pa.schema({"question": pa.string(), "id": pa.string(), "score": pa.float64(), "mass": pa.float64()})
 Score = tuple[float, float]  # the mean digit, and the probability of all digits together
 
 
-def judge(settings: Judge, work: Work) -> Check:
+def inputs(settings: Judge, key: str) -> dict[str, str]:
+    """The rubric, and the judge's models.
+
+    Raises:
+        InputError: one is missing, or the rubric cannot be used.
+    """
+    read_template(settings.template, _VARIABLES, f"{key}.template")
+    return {
+        **record.file_input(settings.template, f"{key}.template"),
+        **fingerprints(settings.teacher, f"{key}.teacher")[0],
+    }
+
+
+def judge(settings: Judge, context: StepContext) -> Check:
     """By the judge's mean score."""
-    scores = scores_of(settings, work)
+    scores = scores_of(settings, context, context.key)
 
     def check(rows: pa.Table) -> Iterator[str | None]:
         for score in scores(rows):
@@ -46,16 +60,21 @@ def judge(settings: Judge, work: Work) -> Check:
     return check
 
 
-def scores_of(settings: Judge, work: Work) -> Callable[[pa.Table], Iterator[float | Failed]]:
+def scores_of(settings: Judge, context: StepContext, key: str) -> Callable[[pa.Table], Iterator[float | Failed]]:
     """What gives the judge's mean score of every row.
+
+    Args:
+        settings: the judge.
+        context: of the step.
+        key: where the judge stands in the configuration, for errors.
 
     Raises:
         InputError: there is no such judge, or it cannot be asked with this template.
     """
     try:
-        asked = _Asked(settings, work)
+        asked = _Asked(settings, context.experiment, key)
     except InputError as error:
-        raise InputError(f"{work.key}: {error}") from None
+        raise InputError(f"{key}: {error}") from None
 
     def scores(rows: pa.Table) -> Iterator[float | Failed]:
         for score in asked.scores(rows):
@@ -77,8 +96,7 @@ class DigitReader:
     """
 
     def __init__(self, experiment: Experiment, teacher: Teacher, scale: list[int]) -> None:
-        check_model_exists(teacher.model, "teacher.model")
-        self.fingerprint = record.model_fingerprint(teacher.model, teacher.revision)
+        _, self.fingerprint = fingerprints(teacher)
         self.kept = Targets(kind="topk", k=_K)
         self.chat = Chat(experiment.model_copy(update={"teacher": teacher, "targets": self.kept}), self.fingerprint)
         self.digits = digit_ids(self.chat.tokenizer, scale)
@@ -108,11 +126,11 @@ class DigitReader:
 class _Asked:
     """Asks the judge what it was not asked before."""
 
-    def __init__(self, settings: Judge, work: Work) -> None:
+    def __init__(self, settings: Judge, experiment: Experiment, key: str) -> None:
         teacher = settings.teacher
-        self.template = read_template(settings.template, ("prompt", "answer"))
-        self.reader = DigitReader(work.experiment, teacher, settings.scale)
-        self.directory = work.experiment.directory("judge") / stable_id(
+        self.template = read_template(settings.template, _VARIABLES, f"{key}.template")
+        self.reader = DigitReader(experiment, teacher, settings.scale)
+        self.directory = experiment.directory("judge") / stable_id(
             self.reader.fingerprint, teacher.engine, teacher.dtype, settings.scale
         )
         self.known: dict[str, Score] = {}
@@ -153,13 +171,13 @@ class _Asked:
         unfinished.replace(self.directory / name)
 
 
-def read_template(file: str, variables: Sequence[str]) -> PromptTemplate:
-    """A judge's template.
+def read_template(file: str, variables: Sequence[str], key: str) -> PromptTemplate:
+    """A judge's template, which the key names.
 
     Raises:
-        InputError: it needs other fields than a judge's gets.
+        InputError: it is missing, cannot be used, or needs other fields than a judge's gets.
     """
-    template = PromptTemplate(Path(file))
+    template = PromptTemplate(Path(file), key)
     unknown = [name for name in template.head.variables if name not in variables]
     if unknown:
         gets = f"{', '.join(variables[:-1])} and {variables[-1]}"
@@ -190,3 +208,6 @@ def digit_ids(tokenizer: Any, scale: list[int]) -> dict[int, int]:
     if missing:
         raise InputError(f"scale: {missing[0]} is no token of the judge")
     return found
+
+
+STEP = CurationStep(judge, inputs)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmdistill.config.curate import PersonalData
-from llmdistill.curation.steps import Check, Work, conversations
+from llmdistill.curation.steps import Check, CurationStep, StepContext, conversations
 
 _SURE = 0.4  # presidio's score from which a match counts; bare digits in the form of a social security number have 0.05
 _NUMBER_BEFORE = re.compile(r"\d[.,]?\Z")
@@ -19,7 +19,7 @@ _EXAMPLE_DOMAIN = re.compile(r"(?:^|[@.])(?:example(?:\.(?:com|net|org|edu))?|te
 _EXAMPLE_PHONE = re.compile(r"55501\d\d$")  # 555-0100 to 555-0199 of any area in North America
 
 
-def personal_data(settings: PersonalData, work: Work) -> Check:
+def personal_data(settings: PersonalData, context: StepContext) -> Check:
     """By e-mail addresses, numbers of phones, cards, accounts and people, and addresses on the internet."""
     recognisers = _recognisers()
 
@@ -72,3 +72,6 @@ def _recognisers() -> dict[str, Any]:
         "ip_address": presidio.IpRecognizer(),
         "us_ssn": presidio.UsSsnRecognizer(),
     }
+
+
+STEP = CurationStep(personal_data, libraries={"presidio_analyzer": "personal-data"})

@@ -1,12 +1,15 @@
-"""What the steps of `curate` share: how they are called, what they may use, and the text of a row.
+"""What a step of `curate` is, what it may use, and the text of a row.
 
-A step is made once for a dataset and then called with its rows, group after group and in their order. For each row it
-says why the row does not stay, or None. No step changes a row: what stays is the row as the teacher wrote it, with its
-token ids and targets, so nothing has to be scored again.
+The step NAME is the object `STEP` of the module `curation/NAME.py`; its settings are in `config/curate.py`. It is started
+once for a dataset and then called with its rows, group after group and in their order. For each row it says why the row
+does not stay, or None. No step changes a row: what stays is the row as the teacher wrote it, with its token ids and
+targets, so nothing has to be scored again.
 """
 
+import importlib
+import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config import Experiment
+from llmdistill.config.curate import CurateStep
 from llmdistill.data.dataset import read_batches
+from llmdistill.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
@@ -30,7 +35,7 @@ COLUMNS = ["id", "prompt", "completion", "input_ids", "completion_start", "finis
 
 
 @dataclass
-class Work:
+class StepContext:
     """What a step may use beside its settings."""
 
     experiment: Experiment
@@ -48,6 +53,44 @@ class Work:
     """Closed when all verdicts are there."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Numbers of the step's own, for `dataset.json`."""
+
+
+@dataclass(frozen=True)
+class CurationStep:
+    """A step of `curate`.
+
+    Attributes:
+        start: makes what looks at the rows, from the step's settings.
+        inputs: path or name and hash of what the step reads beside the rows, from its settings and its place in the
+            configuration; refuses what is missing or cannot be used. A dry run calls it, too, so it loads no model.
+        libraries: that the step needs, each with the extra that installs it.
+    """
+
+    start: Callable[[Any, StepContext], Check]
+    inputs: Callable[[Any, str], dict[str, str]] = lambda settings, key: {}
+    libraries: Mapping[str, str] = field(default_factory=dict)
+
+
+def step_named(name: str) -> CurationStep:
+    """The step of that name in the configuration."""
+    step: CurationStep = importlib.import_module(f"llmdistill.curation.{name}").STEP
+    return step
+
+
+def step_inputs(steps: Sequence[CurateStep]) -> dict[str, str]:
+    """Path or name and hash of what the steps read beside the rows, once it is known that each can be done.
+
+    Raises:
+        InputError: a library, a file or a model is missing, or a file cannot be used; it names the key.
+    """
+    inputs: dict[str, str] = {}
+    for number, entry in enumerate(steps):
+        key, step = f"curate.{number}.{entry.name}", step_named(entry.name)
+        for library, extra in step.libraries.items():
+            if importlib.util.find_spec(library) is None:
+                raise InputError(f"{key} needs {library}, which is not installed: pip install 'llmdistill[{extra}]'")
+        inputs |= step.inputs(entry.settings, key)
+    return inputs
 
 
 def answers(rows: pa.Table) -> Iterator[str]:
@@ -81,9 +124,9 @@ def metadata(rows: pa.Table) -> Iterator[dict[str, Any]]:
     return (json.loads(text) for text in rows["metadata"].to_pylist())
 
 
-def all_rows(work: Work) -> Iterator[pa.Table]:
+def all_rows(context: StepContext) -> Iterator[pa.Table]:
     """All rows of the dataset, group by group."""
-    return read_batches(work.files, COLUMNS)
+    return read_batches(context.files, COLUMNS)
 
 
 def excerpt(text: str, length: int = 80) -> str:

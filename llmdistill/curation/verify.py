@@ -1,13 +1,12 @@
-"""Steps of `curate` that check an answer by a program: mathematics against what is expected, Python for its syntax.
+"""Processes that check answers by a program, for the steps `math` and `python`.
 
 What a model wrote can keep such a program busy for ever, fill the memory or crash it. It runs in processes of its own,
 which get no part of the environment, and are killed when a row takes too long; that row has failed, no other.
 """
 
 import json
-import math as mathematics
+import math
 import os
-import re
 import select
 import subprocess
 import sys
@@ -17,69 +16,24 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import pyarrow as pa
+from llmdistill.curation.steps import Failed, StepContext, excerpt
 
-from llmdistill.config.curate import Math, Python
-from llmdistill.curation.steps import Check, Failed, Work, answers, excerpt, metadata
-
-_FENCED_PYTHON = re.compile(
-    r"^([ \t]*)(```+|~~~+)[ \t]*(?:python3?|py)\b[^\n]*\n(.*?)^[ \t]*\2", re.DOTALL | re.MULTILINE | re.IGNORECASE
-)
 _START_SECONDS = 60.0  # for a process to be there and to have done its imports
 Request = dict[str, Any]
 
 
-def math(settings: Math, work: Work) -> Check:
-    """By whether the last formula or number of the answer equals the expected one."""
-    workers = _Workers(settings.timeout_s, {"check": "math", "expected": "1", "text": "1"}, work)
-    missing = Failed(f"has no {settings.answer}") if settings.without == "fail" else None
-
-    def check(rows: pa.Table) -> Iterator[str | None]:
-        expected = [fields.get(settings.answer) for fields in metadata(rows)]
-        verdicts = workers.ask(
-            {"check": "math", "expected": str(value), "text": answer}
-            for value, answer in zip(expected, answers(rows), strict=True)
-            if value is not None
-        )
-        return (missing if value is None else next(verdicts) for value in expected)
-
-    return check
-
-
-def python(settings: Python, work: Work) -> Check:
-    """By whether every block of Python in the answer parses."""
-    workers = _Workers(settings.timeout_s, {"check": "python", "code": ""}, work)
-
-    def check(rows: pa.Table) -> Iterator[str | None]:
-        blocks = [python_blocks(answer) or ([answer] if settings.unfenced == "parse" else []) for answer in answers(rows)]
-        verdicts = workers.ask({"check": "python", "code": code} for row in blocks for code in row)
-        for row in blocks:
-            of_row = [next(verdicts) for _ in row]
-            yield next((verdict for verdict in of_row if verdict is not None), None)
-
-    return check
-
-
-def python_blocks(answer: str) -> list[str]:
-    """The code in the fenced blocks that say they are Python, without the fence's own indentation."""
-    return [
-        "".join(line.removeprefix(indent) for line in code.splitlines(keepends=True))
-        for indent, _, code in _FENCED_PYTHON.findall(answer)
-    ]
-
-
-class _Workers:
+class Workers:
     """As many processes as there are cores for us, each with one request at a time."""
 
-    def __init__(self, timeout_s: float, first: Request, work: Work) -> None:
+    def __init__(self, timeout_s: float, first: Request, context: StepContext) -> None:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._free: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(count):
             worker = _Worker(timeout_s, first)
-            work.closing.callback(worker.kill)
+            context.closing.callback(worker.kill)
             self._free.put(worker)
         self._threads = ThreadPoolExecutor(count)
-        work.closing.callback(self._threads.shutdown, wait=False, cancel_futures=True)  # before the processes are killed
+        context.closing.callback(self._threads.shutdown, wait=False, cancel_futures=True)  # before the processes are killed
 
     def ask(self, requests: Iterator[Request]) -> Iterator[str | None]:
         """The verdicts, in the order of the requests."""
@@ -104,7 +58,7 @@ class _Worker:
     def ask(self, request: Request) -> str | None:
         """The verdict, or that there is none."""
         if self._process is None:
-            seconds = mathematics.ceil(self.timeout_s + _START_SECONDS)
+            seconds = math.ceil(self.timeout_s + _START_SECONDS)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "llmdistill.curation.verify_worker", str(seconds)],
                 stdin=subprocess.PIPE,

@@ -8,6 +8,8 @@ import yaml
 from llmdistill.config import Experiment
 from llmdistill.config.student import Prune, Student
 from llmdistill.data.targets import KINDS
+from llmdistill.evaluation.metrics import metrics_of
+from llmdistill.evaluation.statistics import interval_text
 from llmdistill.models.licence import sentence
 
 _RESULTS = "## Results"
@@ -162,17 +164,11 @@ def with_results(card: str, metrics: dict[str, Any]) -> str:
         metrics: the content of `metrics.json`.
     """
     student = next(model for model in metrics["models"] if model["name"] == "student")
-
-    def shown(key: str, factor: float = 1) -> str:
-        mean, low, high = (factor * student[key][end] for end in ("mean", "low", "high"))
-        return f"{mean:.3g} (95% CI {low:.3g} to {high:.3g})"
-
-    facts = {
-        "KL(teacher ‖ student), nats a token": shown("kl"),
-        "same most likely token, %": shown("top1", 100),
-        "NLL of the teacher's text, nats a token": shown("nll"),
-        "parameters": f"{student['parameters']:,}",
-    }
+    facts = {}
+    for metric in metrics_of("models"):
+        mean, ends = interval_text(student[metric.name], ".3g", metric.factor)
+        facts[f"{metric.definition}, {metric.unit}"] = f"{mean} (95% CI {ends})"
+    facts["parameters"] = f"{student['parameters']:,}"
     held_out = metrics["held_out"]
     results = f"""{_RESULTS}
 

@@ -259,21 +259,26 @@ def write_manifest(directory: Path, shards: list[Shard], description: dict[str, 
     write_json(directory / MANIFEST, manifest)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
     """`dataset.json`, once its schema is known to be ours and its shards are there.
+
+    Args:
+        directory: of the dataset.
+        key: of the configuration that names it, for the error.
 
     Raises:
         InputError: there is no complete dataset, or it is of another schema.
     """
+    named = f" ({key})" if key else ""
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such dataset")
+        raise InputError(f"{directory}: no such dataset{named}")
     manifest: dict[str, Any] | None = read_json(directory / MANIFEST)
     if manifest is None:
         unfinished = read_json(directory / "run.json")
         reason = (
             f"not finished; run `{unfinished['stage']}` again to go on" if unfinished else f"not a dataset, it has no {MANIFEST}"
         )
-        raise InputError(f"{directory}: {reason}")
+        raise InputError(f"{directory}: {reason}{named}")
     if manifest.get("format") != "llmdistill" or manifest.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
             f"{directory / MANIFEST}: schema_version is {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"

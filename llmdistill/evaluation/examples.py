@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from llmdistill.evaluation.fidelity import Array, token_view
+from llmdistill.evaluation.fidelity import token_view
+from llmdistill.evaluation.statistics import Array
 
 _VIEWED, _VIEWED_TOKENS = 3, 96  # texts shown token by token, and how much of each
 _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 600

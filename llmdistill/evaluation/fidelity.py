@@ -9,18 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from llmdistill.evaluation.metrics import CONFIDENCES, ENTROPIES, POSITIONS, QUANTITIES, Positions
+from llmdistill.evaluation.statistics import Array
 from llmdistill.models.loading import continue_prompts
 
-Array = np.ndarray[Any, Any]
 Report = Callable[[int, int], None]
-
-MEASURES = ("kl", "reverse_kl", "top1", "top5", "nll")
-POSITIONS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-"""Where groups of positions begin, in tokens from the start of the completion."""
-ENTROPIES = (0.0, 0.05, 0.25, 0.5, 1.0, 2.0, 3.0)
-"""Where groups of positions begin by the entropy of the teacher, in nats."""
-CONFIDENCES = 10
-"""Groups of equal width by the probability of the model's most likely token."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +39,9 @@ def fidelity(
         report: is told the rows and tokens that are done, after every batch.
 
     Returns:
-        `tokens`, and for every model `NAME kl`, KL(p ‖ q); `NAME reverse_kl`, KL(q ‖ p); `NAME top1`, whether both find the
-        same token most likely; `NAME top5`, the share of the five most likely that both have; `NAME nll`, −log q of the
-        text; `NAME confidence` and `NAME truth`, q and p of the model's most likely token, in groups of that q; `NAME end`,
-        q of the tokens that end, where the text ends, and `NAME early`, where it goes on. `ended` is whether it ends.
-        `tokens by position`, `tokens by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too.
+        `tokens`, `ended`, whether the text ends, and for every model `NAME QUANTITY` of all quantities of the metrics: `NAME
+        kl`, `NAME top1`, … Of them `confidence` and `truth` are in groups by the confidence. `tokens by position`, `tokens
+        by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too.
     """
     parts: dict[str, list[Array]] = {}
     for values, row_N, count in _batches(models, rows, batch_size, list(end_ids)):
@@ -145,27 +136,14 @@ def _batches(
             found = {"entropy": -(truth_NV * p_NV).sum(-1), "ended": end_N}
             for name, model in models.items():
                 q_NV = p_NV if name == "teacher" else completion_logits(model, batch).float().log_softmax(-1)
-                measured = _compare(p_NV, truth_NV, p_top, q_NV, labels_N, end_N, end_ids)
-                found |= {f"{name} {measure}": value for measure, value in measured.items()}
+                measured = _quantities(Positions(p_NV, truth_NV, p_top, q_NV, labels_N, end_N, end_ids))
+                found |= {f"{name} {quantity}": value for quantity, value in measured.items()}
         yield {name: value.double().cpu().numpy() for name, value in found.items()} | {"position": position_N}, row_N, len(chunk)
 
 
-def _compare(p_NV: Any, truth_NV: Any, p_top: Any, q_NV: Any, labels_N: Any, end_N: Any, end_ids: list[int]) -> dict[str, Any]:
-    """What is measured at each position, from the log-probabilities of teacher and model; `truth_NV` is exp(p_NV)."""
-    q_top = q_NV.topk(5)
-    difference_NV = p_NV - q_NV
-    ends_N = q_NV[:, end_ids].exp().sum(-1)
-    return {
-        "kl": (truth_NV * difference_NV).sum(-1),
-        "reverse_kl": -(q_NV.exp() * difference_NV).sum(-1),
-        "top1": p_top[:, 0] == q_top.indices[:, 0],
-        "top5": (p_top[:, :, None] == q_top.indices[:, None, :]).any(2).double().mean(1),
-        "nll": -q_NV.gather(1, labels_N[:, None])[:, 0],
-        "confidence": q_top.values[:, 0].exp(),
-        "truth": p_NV.gather(1, q_top.indices[:, :1])[:, 0].exp(),
-        "end": ends_N * end_N,
-        "early": ends_N * ~end_N,
-    }
+def _quantities(at: Positions) -> dict[str, Any]:
+    """All that is summed, at every position; what it takes in memory between goes with the call."""
+    return {name: quantity(at) for name, quantity in QUANTITIES.items()}
 
 
 def _sums(row_N: Array, group_N: Array, value_N: Array | None, rows: int, groups: int) -> Array:

@@ -6,7 +6,7 @@ the same draws, which makes differences between them paired.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -27,6 +27,19 @@ class Interval:
     mean: float
     low: float
     high: float
+
+
+def interval_text(interval: Mapping[str, float], form: str, factor: float = 1, to: str = " to ") -> tuple[str, str]:
+    """An interval for people: its mean, and `LOW to HIGH`.
+
+    Args:
+        interval: with `mean`, `low` and `high`.
+        form: of a number, as `format` takes it: `.2f`.
+        factor: from the interval to what is shown.
+        to: what stands between the ends.
+    """
+    mean, low, high = (format(factor * interval[key], form) for key in ("mean", "low", "high"))
+    return mean, f"{low}{to}{high}"
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def read_tasks(names: Sequence[str]) -> list[TaskFile | str]:
 
 def _read(file: Path) -> TaskFile:
     """One file, without what would run code: `!function` is no tag of safe YAML."""
-    config = read_yaml(file)
+    config = read_yaml(file, "eval.tasks")
     for key in ("include", "class", "group"):
         if key in config:
             raise InputError(f"{file}: {key} is not supported; write the whole task in this file")
@@ -99,6 +99,8 @@ def _read(file: Path) -> TaskFile:
         if not isinstance(kwargs, dict) or not kwargs.get("data_files"):
             raise InputError(f"{file}: the key dataset_kwargs.data_files is missing")
         config = {**config, "dataset_kwargs": {**kwargs, "data_files": resolved(kwargs["data_files"])}}
+    elif (directory := Path(config["dataset_path"])).is_dir():
+        data += [found for found in sorted(directory.rglob("*")) if found.is_file()]
     return TaskFile(file, config, data)
 
 

@@ -6,6 +6,7 @@ Every pair is shown twice, each answer once in the first place, since judges fav
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llmdistill.evaluation.statistics import Array, check_clusters, draw_cluster
 from llmdistill.models.loading import continue_prompts, vocabulary_hash
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, working
-from llmdistill.teachers import Request, stable_id
+from llmdistill.teachers import Request, fingerprints, stable_id
 
 _TIE, _FIRST, _SECOND = 0, 1, 2
 _RIDGE = 0.01  # on both coefficients: without it there is no fit where one model, or the longer answer, always wins
@@ -31,10 +32,13 @@ STUDENT = "student"
 
 
 class Comparison:
-    """A judge that is ready to be asked.
+    """A judge, and whose answers it compares.
+
+    Attributes:
+        inputs: path or name and hash of what the verdicts depend on.
 
     Raises:
-        InputError: there is no such judge, or it cannot be asked with this template.
+        InputError: a model or the template is missing, or the template cannot be used.
     """
 
     def __init__(self, experiment: Experiment, settings: WinRate) -> None:
@@ -42,16 +46,30 @@ class Comparison:
         self.settings = settings
         if settings.against == "student, text only" and not experiment.train.compare_text_only:
             raise InputError("eval.win_rate.against is student, text only; that one is trained by train.compare_text_only")
+        key = "eval.win_rate.template"
+        self.template = read_template(settings.template, ("prompt", "answer_1", "answer_2"), key)
+        models, _ = fingerprints(settings.judge, "eval.win_rate.judge")
+        self.inputs = {**models, **record.file_input(settings.template, key)}
+
+    @cached_property
+    def reader(self) -> DigitReader:
+        """Asks the judge.
+
+        Raises:
+            InputError: its engine is not installed, or a digit is no token of it.
+        """
         try:
-            self.template = read_template(settings.template, ("prompt", "answer_1", "answer_2"))
-            self.reader = DigitReader(experiment, settings.judge, [_TIE, _SECOND])
+            return DigitReader(self.experiment, self.settings.judge, [_TIE, _SECOND])
         except InputError as error:
             raise InputError(f"eval.win_rate.judge: {error}") from None
 
-    def inputs(self) -> dict[str, str]:
-        """Path and hash of what the verdicts depend on."""
-        template = Path(self.settings.template)
-        return {self.settings.judge.model: self.reader.fingerprint, str(template): record.sha256(template)}
+    def check(self) -> None:
+        """Refuse a judge that cannot be asked; loads its tokenizer.
+
+        Raises:
+            InputError: as `reader`.
+        """
+        _ = self.reader
 
     def measure(
         self, models: dict[str, Any], rows: Any, tokenizer: Any, end_ids: Sequence[int], directory: Path
@@ -89,7 +107,7 @@ class Comparison:
     def _family_warning(self, tokenizer: Any) -> str | None:
         """A judge favours text like its own (Panickssery et al. 2024, arXiv 2404.13076)."""
         teacher = self.experiment.teacher
-        if record.model_fingerprint(teacher.model, teacher.revision) == self.reader.fingerprint:
+        if record.model_fingerprint(teacher.model, teacher.revision) == self.inputs[self.settings.judge.model]:
             return "the judge is the teacher itself, and favours what it would have written; choose one of another family"
         if vocabulary_hash(tokenizer) == vocabulary_hash(self.reader.chat.tokenizer):
             return "the judge has the teacher's tokenizer, so it is of the same family and may favour it; choose one of another"

@@ -1,4 +1,4 @@
-"""What `prompts.steps` will need, known before the teacher is loaded: templates, and the fields that they use."""
+"""What `prompts` will need, known before the teacher is loaded: files, templates, and the fields that they use."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,29 +7,33 @@ from pathlib import Path
 from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, Prompts, SelfInstruct
 from llmdistill.config.section import Section
 from llmdistill.errors import InputError
-from llmdistill.prompting.sources import Entry, read_files
+from llmdistill.prompting.sources import Entry, files_hash, read_list
 from llmdistill.prompting.template import PromptTemplate, check_field, compile_text
+from llmdistill.runs.record import file_input
 
 
 @dataclass
 class Plan:
     """The templates by their paths, and what each row of the source must have or must not have.
 
+    `inputs` holds path and hash of what is read beside the source: templates and lists.
+
     Raises:
-        InputError: a template is missing or wrong, or a step needs a field that there cannot be.
+        InputError: a template or a list is missing or wrong, or a step needs a field that there cannot be.
     """
 
     section: Prompts
     templates: dict[str, PromptTemplate] = field(default_factory=dict)
     needed: dict[str, str] = field(default_factory=dict)  # field of the source, and what needs it
     taken: dict[str, str] = field(default_factory=dict)  # field that it may not have, and who brings it
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._made: set[str] = set()
         self._source_is_there = self.section.from_where is not None
         for number, step in enumerate(self.section.steps):
             self._follow(step.settings, f"prompts.steps.{number}.{step.name}")
-        self.final = self._load(self.section.template) if self.section.template else None
+        self.final = self._load(self.section.template, "prompts.template") if self.section.template else None
         for name in self.final.head.variables if self.final else ("prompt",) if self.section.steps else ():
             self._need(name, "prompts.template")
 
@@ -48,13 +52,14 @@ class Plan:
     def _follow(self, settings: Section, key: str) -> None:
         """What a step needs, and the fields that there are after it."""
         if isinstance(settings, Ask | Evolve):
-            files = [settings.template] if isinstance(settings, Ask) else settings.templates
-            for template in map(self._load, files):
+            files = {"template": [settings.template]} if isinstance(settings, Ask) else {"templates": settings.templates}
+            templates = [self._load(file, f"{key}.{name}") for name, several in files.items() for file in several]
+            for template in templates:
                 for name in template.head.variables:
                     self._need(name, f"the template {template.head.name}")
-            self._made |= {self._load(file).answer.field for file in files}
+            self._made |= {template.answer.field for template in templates}
         elif isinstance(settings, SelfInstruct):
-            template = self._load(settings.template)
+            template = self._load(settings.template, f"{key}.template")
             if template.head.variables != ["examples"]:
                 raise InputError(f"{key}.template: {settings.template} must have the variable examples and no other")
             self._need(template.answer.field, key)
@@ -69,7 +74,9 @@ class Plan:
             self._need(settings.field, key)
 
     def _combine(self, settings: Combine, key: str) -> None:
-        names = settings.fields or list(next(read_files(settings.source, f"{key}.source")).fields)
+        entries = read_list(settings, key)
+        self.inputs |= files_hash(settings.source, f"{key}.source")
+        names = list(entries[0].fields)
         for name in names:
             if name in self._made:
                 raise InputError(
@@ -87,9 +94,10 @@ class Plan:
             raise InputError(f"{what} needs the field {name}; what the steps before it make has {there}")
         self.needed.setdefault(name, what)
 
-    def _load(self, file: str) -> PromptTemplate:
+    def _load(self, file: str, key: str) -> PromptTemplate:
         if file not in self.templates:
-            self.templates[file] = PromptTemplate(Path(file))
+            self.templates[file] = PromptTemplate(Path(file), key)
+            self.inputs |= file_input(file, key)
         return self.templates[file]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from llmdistill.config.prompts import HubDataset, Passages, Prompts
+from llmdistill.config.prompts import Combine, HubDataset, Passages, Prompts
 from llmdistill.data.dataset import MANIFEST, Messages, read_batches, shard_files
 from llmdistill.errors import InputError
 from llmdistill.prompting.passages import Starts, cut
@@ -97,6 +97,28 @@ def read_files(source: str, key: str, passages: Passages | None = None, token_st
         return
     rows = (row for file in files for row in _rows(file, key))
     yield from _cut_rows(rows, passages, token_starts) if passages else rows
+
+
+def read_list(settings: Combine, key: str) -> list[Entry]:
+    """The entries of the list that items are combined with, with the fields that are asked for.
+
+    Args:
+        settings: the list.
+        key: where they stand in the configuration, for errors.
+
+    Raises:
+        InputError: the list, or one of its entries, lacks what is asked for.
+    """
+    entries = []
+    for entry in read_files(settings.source, f"{key}.source"):
+        names = settings.fields if settings.fields is not None else list(entry.fields)
+        missing = [name for name in names if name not in entry.fields]
+        if missing:
+            raise InputError(f"{entry.origin}: has no field {missing[0]} ({key}.fields), only {', '.join(entry.fields)}")
+        entries.append(Entry({name: entry.fields[name] for name in names}, entry.place))
+    if settings.samples > len(entries):
+        raise InputError(f"{key}.samples is {settings.samples:,}, but {settings.source} has {len(entries):,} entries")
+    return entries
 
 
 def find_files(source: str, key: str) -> list[Path]:

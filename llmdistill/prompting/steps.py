@@ -15,7 +15,7 @@ from llmdistill.prompting.asking import TOO_LONG, Answer, Asker, ByChat, Questio
 from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items
 from llmdistill.prompting.magpie import ByPreQuery
 from llmdistill.prompting.novelty import Pool
-from llmdistill.prompting.sources import Entry, read_files
+from llmdistill.prompting.sources import read_list
 from llmdistill.prompting.template import PromptTemplate, compile_text, read_answer, render_text
 from llmdistill.teachers import row_id, row_seed, stable_id
 
@@ -141,11 +141,7 @@ def _examples(chance: random.Random, count: int, seeds: list[Item], made: list[I
 
 
 def _combine(workshop: Workshop, settings: Combine, files: Files, writer: ItemWriter) -> None:
-    entries = list(read_list(settings))
-    if settings.samples > len(entries):
-        raise InputError(
-            f"prompts.steps: combine.samples is {settings.samples:,}, but {settings.source} has {len(entries):,} entries"
-        )
+    entries = read_list(settings, "prompts.steps: combine")
     for item in read_items(files.source):
         chance = random.Random(row_seed(item.id, workshop.seed))  # noqa: S311
         for entry in chance.sample(entries, settings.samples):
@@ -153,22 +149,6 @@ def _combine(workshop: Workshop, settings: Combine, files: Files, writer: ItemWr
             if both:
                 raise InputError(f"{entry.origin}: has the field {min(both)}, and so has {item.where}; choose by combine.fields")
             writer.keep(item.child(stable_id(item.id, entry.place), entry.fields, {"step": "combine", **entry.place}))
-
-
-def read_list(settings: Combine) -> Iterator[Entry]:
-    """The entries of the list that items are combined with.
-
-    Raises:
-        InputError: the list, or one of its entries, lacks what is asked for.
-    """
-    for entry in read_files(settings.source, "prompts.steps: combine.source"):
-        names = settings.fields if settings.fields is not None else list(entry.fields)
-        missing = [name for name in names if name not in entry.fields]
-        if missing:
-            raise InputError(
-                f"{entry.origin}: has no field {missing[0]} (prompts.steps: combine.fields), only {', '.join(entry.fields)}"
-            )
-        yield Entry({name: entry.fields[name] for name in names}, entry.place)
 
 
 def _novelty(workshop: Workshop, settings: Novelty, files: Files, writer: ItemWriter) -> None:

@@ -98,15 +98,15 @@ class Reading:
 
 
 class PromptTemplate:
-    """A template file, compiled.
+    """A template file, compiled; `key` is the one of the configuration that names it.
 
     Raises:
         InputError: naming the file and the key, or the variable that its head does not declare.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, key: str) -> None:
         try:
-            self.head = Head.model_validate(read_yaml(file))
+            self.head = Head.model_validate(read_yaml(file, key))
         except ValidationError as error:
             raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
         self.file = file

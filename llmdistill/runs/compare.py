@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from llmdistill.errors import InputError
+from llmdistill.evaluation.metrics import metrics_of
 from llmdistill.evaluation.plots import interval_plot, size_plot
 from llmdistill.evaluation.statistics import Draws, holm, two_sided_p
 from llmdistill.runs.progress import console, say
@@ -14,6 +15,7 @@ from llmdistill.stages.report import percent, read_metrics, template_environment
 
 Json = dict[str, Any]
 
+_COMPARED = [metric.name for metric in metrics_of("runs")]
 _STAGES = ("data", "curated", "student", "eval")
 _RESAMPLES = 2000
 _MOST_KEYS = 12  # that are shown of what runs differ in
@@ -51,6 +53,7 @@ def compare(directories: list[Path], out: Path) -> None:
             (name, (student["bytes"] or 0) / 1e6, percent(student["top1"])) for name, student in zip(names, students, strict=True)
         ),
         "verdict": _verdict(names, differences),
+        "metrics": metrics_of("runs"),
     }
     environment = template_environment()
     for file in (out, out.with_suffix(".md")):
@@ -90,9 +93,8 @@ def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:
                 f"{len(first):,} are the same; evaluate all runs on one dataset (train.dataset)"
             )
     draws = Draws.of(first["conversation"].to_pylist(), _RESAMPLES, 0)
-    columns = ("kl", "top1", "nll")
     return [
-        {"tokens": table["tokens"].to_numpy()} | {name: table[f"student {name}"].to_numpy() for name in columns}
+        {"tokens": table["tokens"].to_numpy()} | {name: table[f"student {name}"].to_numpy() for name in _COMPARED}
         for table in tables
     ], draws
 
@@ -101,7 +103,7 @@ def _differences(sums: list[Json], draws: Draws) -> list[Json]:
     """Each run but the first, minus the first: paired intervals, and p of the KL by the bootstrap, adjusted by Holm."""
     tokens = sums[0]["tokens"]
     found: list[Json] = [
-        {key: draws.interval(mine[key] - sums[0][key], tokens) for key in ("kl", "top1", "nll")}
+        {key: draws.interval(mine[key] - sums[0][key], tokens) for key in _COMPARED}
         | {"p": two_sided_p(draws.resampled(mine["kl"] - sums[0]["kl"], tokens))}
         for mine in sums[1:]
     ]

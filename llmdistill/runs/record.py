@@ -227,6 +227,21 @@ def sha256(file: Path) -> str:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
 
 
+def file_input(file: str | Path, key: str) -> dict[str, str]:
+    """A file by its path and hash, as one of the inputs of a stage.
+
+    Args:
+        file: its path.
+        key: of the configuration that names it, for the error.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file ({key})")
+    return {str(file): sha256(Path(file))}
+
+
 def model_fingerprint(model: str, revision: str | None) -> str:
     """What identifies a model: the content of a local directory, or name and revision on the Hub.
 

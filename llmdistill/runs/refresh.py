@@ -16,11 +16,11 @@ from typing import Any
 
 from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.prompting.sources import source_hash
+from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs import record
 from llmdistill.runs.pipeline import as_words, run_stages, stages
 from llmdistill.runs.progress import say
-from llmdistill.stages.prompts import prepared_prompts
+from llmdistill.stages.prompts import prepared_prompts, prompts_inputs
 from llmdistill.teachers import fingerprints, stable_id
 
 _FILE = "refresh.json"
@@ -80,7 +80,7 @@ def _made_from(experiment: Experiment) -> str:
     """What a version follows from: the configuration, the prompts, the teacher."""
     assert experiment.prompts is not None
     settings = experiment.model_dump(mode="json", exclude={"output", "jobs", "refresh", "watch"})
-    return stable_id(settings, source_hash(experiment.prompts), fingerprints(experiment.teacher)[0])
+    return stable_id(settings, prompts_inputs(experiment.prompts), fingerprints(experiment.teacher)[0])
 
 
 def _versions(output: Path) -> list[dict[str, Any]]:
@@ -143,7 +143,8 @@ def _decide(experiment: Experiment, output: Path, number: int) -> dict[str, Any]
 
 
 def _interval(found: dict[str, float]) -> str:
-    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    mean, ends = interval_text(found, "+.3f")
+    return f"{mean} ({ends})"
 
 
 def _verdict(entry: dict[str, Any]) -> str:

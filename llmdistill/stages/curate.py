@@ -1,13 +1,12 @@
 """`llmdistill curate`: filter a dataset and hold rows out, with every row accounted for.
 
 The rows are read twice: once to decide what becomes of each, once to copy them to where they belong. What is held between
-the two is one byte a row; why a row was rejected waits on the disk.
+the two is two bytes a row; why a row was rejected waits on the disk.
 """
 
-import importlib.util
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
-from llmdistill.config.curate import Contamination, JsonSchema, Judge
-from llmdistill.curation import best_of, contamination, duplicates, filters, judge, personal_data, verify, wording
-from llmdistill.curation.steps import COLUMNS, Array, Check, Failed, Work
+from llmdistill.curation.steps import COLUMNS, Array, Check, Failed, StepContext, step_inputs, step_named
 from llmdistill.data.dataset import (
     MANIFEST,
     SPLITS,
     Shard,
+    Split,
     SplitWriter,
     conversations,
     is_held_out,
@@ -38,32 +36,7 @@ from llmdistill.errors import InputError
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say
 
-STEPS: dict[str, Callable[[Any, Work], Check]] = {
-    "finish_reason": filters.finish_reason,
-    "length": filters.length,
-    "language": filters.language,
-    "repetition": filters.repetition,
-    "refusals": wording.refusals,
-    "malformed": wording.malformed,
-    "math": verify.math,
-    "python": verify.python,
-    "json_schema": filters.json_schema,
-    "regex": filters.by_regex,
-    "judge": judge.judge,
-    "best_of": best_of.best_of,
-    "duplicates": duplicates.duplicates,
-    "near_duplicates": duplicates.near_duplicates,
-    "contamination": contamination.contamination,
-    "personal_data": personal_data.personal_data,
-    "balance": filters.balance,
-}
-_LIBRARIES = {  # module and extra
-    "language": {"lingua": "curate"},
-    "math": {"math_verify": "curate"},
-    "json_schema": {"jsonschema": "curate"},
-    "near_duplicates": {"datasketch": "curate"},
-    "personal_data": {"presidio_analyzer": "personal-data"},
-}
+_DETAILS = pa.schema({"failed": pa.bool_(), "detail": pa.string()})  # of every row; null where it stays
 
 
 @dataclass
@@ -78,10 +51,46 @@ class Account:
     seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def add(self, reasons: list[str | None]) -> None:
+        """Count rows by what the step says of them."""
+        kept, failed = reasons.count(None), sum(isinstance(reason, Failed) for reason in reasons)
+        self.rows_in += len(reasons)
+        self.kept += kept
+        self.failed += failed
+        self.rejected += len(reasons) - kept - failed
+
     def described(self) -> dict[str, Any]:
         """For `dataset.json`: nothing that is another one on the next run."""
         counts = {name: getattr(self, name) for name in ("name", "rows_in", "kept", "rejected", "failed")}
         return counts | ({"facts": self.facts} if self.facts else {})
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What becomes of rows; two arrays of shape (N,), one byte a row each.
+
+    Attributes:
+        step_N: number of the step, from 0, that has rejected the row or failed on it; -1 for rows that stay.
+        held_out_N: whether its prompt is held out.
+    """
+
+    step_N: Array
+    held_out_N: Array
+
+    def __len__(self) -> int:
+        return len(self.step_N)
+
+    def part(self, start: int, rows: int) -> "Verdicts":
+        """Of consecutive rows."""
+        return Verdicts(self.step_N[start : start + rows], self.held_out_N[start : start + rows])
+
+    def out(self) -> Array:
+        """The rows that do not stay."""
+        return self.step_N >= 0
+
+    def of_split(self, split: Split) -> Array:
+        """The rows that stay, of a split."""
+        return ~self.out() & (self.held_out_N == (split == "test"))
 
 
 def curate(experiment: Experiment, dry_run: bool = False) -> None:
@@ -91,14 +100,14 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         InputError: there is no complete dataset, it is damaged, a step cannot be done, or nothing is left of the rows.
     """
     source, directory = experiment.directory("data"), experiment.directory("curated")
-    step_inputs = _step_inputs(experiment)
+    read_by_steps = step_inputs(experiment.curate)
     if dry_run:
         return _say_plan(experiment, source, directory)
     manifest = read_manifest(source)
     settings = experiment.model_dump(mode="json", include={"seed", "curate", "shard_mb"}) | {
         "eval": {"held_out": experiment.eval.held_out}
     }
-    inputs = {str(source / MANIFEST): record.sha256(source / MANIFEST)} | step_inputs
+    inputs = {str(source / MANIFEST): record.sha256(source / MANIFEST)} | read_by_steps
     if record.claim(directory, "curate", settings, inputs) == "done":
         return say("curate", f"{directory} is finished")
 
@@ -107,7 +116,7 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
     rows = sum(shard["rows"] for shard in manifest["shards"] if shard["split"] == "train")
     with _scratch(Path(experiment.output)) as scratch, StageBar("curate", rows) as bar:
         verdicts, accounts = _decide(experiment, manifest, files, scratch, bar)
-        train, test = (int((verdicts == 2 * len(accounts) + side).sum()) for side in (0, 1))
+        train, test = (int(verdicts.of_split(split).sum()) for split in SPLITS)
         _check_accounts(accounts, len(verdicts), train + test)
         if not train or (not test and experiment.eval.held_out):
             raise InputError(
@@ -115,17 +124,27 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
                 "more prompts, weaker steps or another eval.held_out"
             )
         record.begin(directory, "curate", settings, inputs, experiment.seed)
-        for leftover in [*directory.glob("*.parquet"), *directory.glob(".*.unfinished"), *directory.glob("*-*.jsonl")]:
-            leftover.unlink()  # what was decided is gone, so writing starts over
+        _clear(directory)
         shards = _write(experiment, files, verdicts, scratch, directory)
         for log in sorted((scratch / "logs").iterdir()):
             shutil.move(log, directory / log.name)
-        description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
-        description |= {"prompts": manifest.get("prompts", [])}
-        description |= {"source": inputs, "versions": record.versions(), "rows_in": len(verdicts)}
-        write_manifest(directory, shards, description | {"steps": [account.described() for account in accounts]})
+        write_manifest(directory, shards, _description(manifest, inputs, accounts, len(verdicts)))
         record.finish(directory, _results(manifest, accounts, len(verdicts), train + test, time.monotonic() - started))
         bar.summary = _sum(accounts, train, test)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what an interrupted run has written: what it had decided is gone, so writing starts over."""
+    for leftover in [*directory.glob("*.parquet"), *directory.glob(".*.unfinished"), *directory.glob("*-*.jsonl")]:
+        leftover.unlink()
+
+
+def _description(manifest: dict[str, Any], inputs: dict[str, str], accounts: list[Account], rows_in: int) -> dict[str, Any]:
+    """For `dataset.json`."""
+    description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
+    description |= {"prompts": manifest.get("prompts", [])}
+    description |= {"source": inputs, "versions": record.versions(), "rows_in": rows_in}
+    return description | {"steps": [account.described() for account in accounts]}
 
 
 def _sum(accounts: list[Account], train: int, test: int) -> str:
@@ -168,33 +187,6 @@ def _say_plan(experiment: Experiment, source: Path, directory: Path) -> None:
     say("curate", f"would write {directory}")
 
 
-def _step_inputs(experiment: Experiment) -> dict[str, str]:
-    """Path and hash of what the steps read beside the rows, after a look at whether each step can be done.
-
-    Raises:
-        InputError: a library or a file is missing.
-    """
-    inputs = {}
-    for number, step in enumerate(experiment.curate):
-        key, settings = f"curate.{number}.{step.name}", step.settings
-        for library, extra in _LIBRARIES.get(step.name, {}).items():
-            if importlib.util.find_spec(library) is None:
-                raise InputError(f"{key} needs {library}, which is not installed: pip install 'llmdistill[{extra}]'")
-        files: dict[str, str] = {}
-        if isinstance(settings, Contamination):
-            files = dict.fromkeys(settings.against, f"{key}.against")
-        elif isinstance(settings, JsonSchema):
-            files = {settings.file: f"{key}.file"}
-        elif isinstance(settings, Judge):
-            files = {settings.template: f"{key}.template"}
-            inputs[settings.teacher.model] = record.model_fingerprint(settings.teacher.model, settings.teacher.revision)
-        for path, name in files.items():
-            if not Path(path).is_file():
-                raise InputError(f"{path}: no such file ({name})")
-            inputs[path] = record.sha256(Path(path))
-    return inputs
-
-
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
     """A directory beside those of the stages, gone afterwards."""
@@ -210,36 +202,30 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 def _decide(
     experiment: Experiment, manifest: dict[str, Any], files: list[Path], scratch: Path, bar: StageBar
-) -> tuple[Array, list[Account]]:
+) -> tuple[Verdicts, list[Account]]:
     """What becomes of every row, and the account of every step.
 
-    A row's verdict is 2s if step s has rejected it, 2s + 1 if it has failed there, and with S steps 2S for train and
-    2S + 1 for test. The reasons go to `scratch/details.arrow`, a batch for each group of rows.
+    The reasons go to `scratch/details.arrow`, a batch for each group of rows.
     """
     accounts = [Account(step.name) for step in experiment.curate]
-    verdicts = []
-    share = experiment.eval.held_out
+    steps, held_out = [], []
     with ExitStack() as closing:
         details = closing.enter_context(_open_details(scratch))
         checks = []
-        for number, (step, account) in enumerate(zip(experiment.curate, accounts, strict=True)):
-            log = scratch / "logs" / f"{step.name}-{number + 1}.jsonl"
-            key = f"curate.{number}.{step.name}"
-            work = Work(experiment, manifest, files, key, scratch, log, closing, account.facts)
+        for number, account in enumerate(accounts):
+            log = scratch / "logs" / f"{account.name}-{number + 1}.jsonl"
+            key = f"curate.{number}.{account.name}"
+            context = StepContext(experiment, manifest, files, key, scratch, log, closing, account.facts)
             start = time.monotonic()
-            checks.append(STEPS[step.name](step.settings, work))
+            checks.append(step_named(account.name).start(experiment.curate[number].settings, context))
             account.seconds += time.monotonic() - start
         for rows in _whole_prompts(read_batches(files, COLUMNS)):
-            sides = [is_held_out(key, experiment.seed, share) for key in conversations(rows)]
-            verdict = np.array(sides, dtype=np.uint8) + np.uint8(2 * len(checks))
-            reasons: list[str | None] = [None] * len(rows)
-            left = np.arange(len(rows))
-            for number, (check, account) in enumerate(zip(checks, accounts, strict=True)):
-                left = _apply(check, rows, left, number, account, verdict, reasons)
-            verdicts.append(verdict)
-            details.write_batch(pa.record_batch({"detail": pa.array(reasons, pa.string())}))
+            step_N, reasons = _look(checks, accounts, rows)
+            steps.append(step_N)
+            held_out.append([is_held_out(key, experiment.seed, experiment.eval.held_out) for key in conversations(rows)])
+            details.write_batch(_details(reasons))
             bar.advance(len(rows), _completion_tokens(rows))
-    return np.concatenate(verdicts), accounts
+    return Verdicts(np.concatenate(steps), np.concatenate(held_out)), accounts
 
 
 def _whole_prompts(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -258,24 +244,28 @@ def _whole_prompts(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield waiting
 
 
-def _apply(
-    check: Check, rows: pa.Table, left: Array, number: int, account: Account, verdict: Array, reasons: list[str | None]
-) -> Array:
-    """Let one step look at the rows of a group that are left; those that still are afterwards."""
-    start = time.monotonic()
-    found = list(check(rows.take(left)))
-    account.seconds += time.monotonic() - start
-    for place, reason in zip(left, found, strict=True):
-        if reason is not None:
-            verdict[place] = 2 * number + isinstance(reason, Failed)
-            reasons[place] = str(reason).encode(errors="replace").decode()
-    stays = np.array([reason is None for reason in found], dtype=bool)
-    failed = sum(isinstance(reason, Failed) for reason in found)
-    account.rows_in += len(left)
-    account.kept += int(stays.sum())
-    account.failed += failed
-    account.rejected += len(found) - int(stays.sum()) - failed
-    return left[stays]
+def _look(checks: list[Check], accounts: list[Account], rows: pa.Table) -> tuple[Array, list[str | None]]:
+    """Let one step after the other look at the rows of a group that are left; as `Verdicts.step_N`, and the reasons."""
+    step_N = np.full(len(rows), -1, dtype=np.int8)
+    reasons: list[str | None] = [None] * len(rows)
+    left = np.arange(len(rows))
+    for number, (check, account) in enumerate(zip(checks, accounts, strict=True)):
+        start = time.monotonic()
+        found = list(check(rows.take(left)))
+        account.seconds += time.monotonic() - start
+        account.add(found)
+        for place, reason in zip(left, found, strict=True):
+            if reason is not None:
+                step_N[place], reasons[place] = number, reason
+        left = left[[reason is None for reason in found]]
+    return step_N, reasons
+
+
+def _details(reasons: list[str | None]) -> pa.RecordBatch:
+    """Reasons as they wait on the disk."""
+    failed = [reason if reason is None else isinstance(reason, Failed) for reason in reasons]
+    texts = [reason if reason is None else str(reason).encode(errors="replace").decode() for reason in reasons]
+    return pa.record_batch({"failed": failed, "detail": texts}, schema=_DETAILS)
 
 
 def _check_accounts(accounts: list[Account], rows_in: int, kept: int) -> None:
@@ -294,16 +284,14 @@ def _completion_tokens(rows: pa.Table) -> int:
 
 @contextmanager
 def _open_details(scratch: Path) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
-    schema = pa.schema({"detail": pa.string()})
-    with pa.OSFile(str(scratch / "details.arrow"), "wb") as stream, pa.ipc.new_stream(stream, schema) as writer:
+    with pa.OSFile(str(scratch / "details.arrow"), "wb") as stream, pa.ipc.new_stream(stream, _DETAILS) as writer:
         yield writer
 
 
-def _write(experiment: Experiment, files: list[Path], verdicts: Array, scratch: Path, directory: Path) -> list[Shard]:
+def _write(experiment: Experiment, files: list[Path], verdicts: Verdicts, scratch: Path, directory: Path) -> list[Shard]:
     """Copy the rows to where they belong, a group at a time."""
-    names = np.array([step.name for step in experiment.curate] or [""])
-    kept = 2 * len(experiment.curate)
-    splits = [SplitWriter(directory, split, int(experiment.shard_mb * 1e6)) for split in SPLITS]
+    names = [step.name for step in experiment.curate]
+    splits = {split: SplitWriter(directory, split, int(experiment.shard_mb * 1e6)) for split in SPLITS}
     unfinished = directory / f".rejected.{record.writer_name()}.unfinished"
     schema = pq.read_schema(files[0])
     for name, kind in {"step": pa.int32(), "reason": pa.string(), "failed": pa.bool_(), "detail": pa.string()}.items():
@@ -314,20 +302,24 @@ def _write(experiment: Experiment, files: list[Path], verdicts: Array, scratch: 
     ):
         start = 0
         for rows, details in zip(_whole_prompts(read_batches(files)), pa.ipc.open_stream(stream), strict=True):
-            verdict = verdicts[start : start + len(rows)]
+            here = verdicts.part(start, len(rows))
             start += len(rows)
-            for side, writer in enumerate(splits):
-                writer.write(rows.filter(pa.array(verdict == kept + side)))
-            out = verdict < kept
-            if out.any():
-                found = rows.append_column("detail", details["detail"]).filter(pa.array(out))
-                steps = verdict[out] // 2
-                found = found.append_column("step", pa.array(steps + 1, pa.int32()))
-                found = found.append_column("reason", pa.array(names[steps].tolist(), pa.string()))
-                found = found.append_column("failed", pa.array(verdict[out] % 2 == 1))
-                rejected.write_table(found.select(schema.names))
+            for split, writer in splits.items():
+                writer.write(rows.filter(pa.array(here.of_split(split))))
+            if here.out().any():
+                rejected.write_table(_rejected(rows, details, here, names).select(schema.names))
     unfinished.replace(directory / "rejected.parquet")
-    shards = [shard for writer in splits for shard in writer.publish()]
-    assert [writer.rows for writer in splits] == [int((verdicts == kept + side).sum()) for side in range(len(splits))]
-    assert pq.read_metadata(directory / "rejected.parquet").num_rows == int((verdicts < kept).sum())
+    shards = [shard for writer in splits.values() for shard in writer.publish()]
+    assert all(writer.rows == verdicts.of_split(split).sum() for split, writer in splits.items())
+    assert pq.read_metadata(directory / "rejected.parquet").num_rows == verdicts.out().sum()
     return shards
+
+
+def _rejected(rows: pa.Table, details: pa.RecordBatch, verdicts: Verdicts, names: list[str]) -> pa.Table:
+    """The rows that do not stay, with the step, its name, and what it says of them."""
+    for name in _DETAILS.names:
+        rows = rows.append_column(name, details[name])
+    steps = verdicts.step_N[verdicts.out()].tolist()
+    out = rows.filter(pa.array(verdicts.out()))
+    out = out.append_column("step", pa.array([step + 1 for step in steps], pa.int32()))
+    return out.append_column("reason", pa.array([names[step] for step in steps], pa.string()))

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from llmdistill.data.importance import effective_sample_size, importance, log_im
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
-from llmdistill.evaluation.fidelity import ENTROPIES, MEASURES, POSITIONS, Array, fidelity, own_text
+from llmdistill.evaluation.fidelity import fidelity, own_text
+from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, metrics_of
 from llmdistill.evaluation.serving import Served
-from llmdistill.evaluation.statistics import Draws, check_clusters, percentile_interval
+from llmdistill.evaluation.statistics import Array, Draws, check_clusters, interval_text
 from llmdistill.evaluation.task_scores import measure_tasks
-from llmdistill.evaluation.tasks import files_of, load_tasks, read_tasks
+from llmdistill.evaluation.tasks import TaskFile, files_of, load_tasks, read_tasks
 from llmdistill.evaluation.win_rate import Comparison
 from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
 from llmdistill.runs import record
@@ -29,8 +31,42 @@ from llmdistill.runs.progress import StageBar, say, working
 from llmdistill.students.origins import before
 
 METRICS_VERSION = 2
-_COMPARED = ("kl", "top1", "nll")  # between the student and its rivals
-_FEWEST = 5  # conversations that a group of positions must be in
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is compared, and what by beside the held-out rows.
+
+    Attributes:
+        subjects: the models.
+        tasks: of `eval.tasks`, read and checked.
+        comparison: by the judge, if there is one.
+    """
+
+    subjects: list[Served]
+    tasks: list[TaskFile | str]
+    comparison: Comparison | None
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What is measured, and what on.
+
+    Attributes:
+        models: by name.
+        tokenizer: the teacher's, which is the student's too.
+        rows: held out.
+        prompts: the conversation that each row belongs to.
+        draws: resamples of the prompts.
+        end_ids: the tokens that end a completion.
+    """
+
+    models: dict[str, Any]
+    tokenizer: Any
+    rows: Any
+    prompts: list[str]
+    draws: Draws
+    end_ids: list[int]
 
 
 def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
@@ -39,80 +75,77 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     Raises:
         InputError: a model or the held-out rows are missing, or the vocabularies differ.
     """
-    directory = experiment.directory("eval")
-    subjects = _subjects(experiment)
-    if experiment.eval.speed == "vllm":
-        serving.check_vllm("eval.speed")
-    task_files = read_tasks(experiment.eval.tasks)
+    directory, plan = experiment.directory("eval"), _plan(experiment, dry_run)
     if dry_run:
-        say("eval", f"would compare {', '.join(subject.name for subject in subjects)} and write {directory}")
+        say("eval", f"would compare {', '.join(subject.name for subject in plan.subjects)} and write {directory}")
         return
     manifest = read_manifest(experiment.dataset_directory)
-    for subject in subjects:
-        check_model_exists(subject.path, f"the model `{subject.name}`")
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
-    inputs = {subject.path: record.model_fingerprint(subject.path, subject.revision) for subject in subjects}
-    inputs[str(experiment.dataset_directory / MANIFEST)] = record.sha256(experiment.dataset_directory / MANIFEST)
-    inputs |= {str(file): record.sha256(file) for file in files_of(task_files)}
-    inputs |= {str(mixed / MANIFEST): record.sha256(mixed / MANIFEST) for mixed in experiment.mixed_datasets}
-    comparison = Comparison(experiment, experiment.eval.win_rate) if experiment.eval.win_rate else None
-    inputs |= comparison.inputs() if comparison else {}
+    inputs = _inputs(experiment, plan)
     if record.claim(directory, "eval", settings, inputs) == "done":
         say("eval", f"{directory} is finished")
         return
-    tasks = load_tasks(task_files, experiment.eval.task_limit)
-    for subject in subjects:
+    if plan.comparison:
+        plan.comparison.check()
+    tasks = load_tasks(plan.tasks, experiment.eval.task_limit)
+    for subject in plan.subjects:
         _check_vocabulary(subject, manifest)
     rows = held_out_rows(experiment)
     prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
-    served = _served_by_vllm(experiment, subjects) if experiment.eval.speed == "vllm" else None
-    with working("eval", "loading the models"):
-        models = {
-            s.name: load_model(s.path, s.revision, experiment.eval.dtype, s.trust_remote_code, f"the model `{s.name}`")
-            for s in subjects
-        }
-        teacher = experiment.teacher
-        tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+    # Before the models are loaded here: they might not fit into the memory together.
+    served = _served_by_vllm(experiment, plan.subjects) if experiment.eval.speed == "vllm" else None
+    draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
+    models, tokenizer = _load(experiment, plan.subjects)
+    loaded = _Loaded(models, tokenizer, rows, prompts, draws, manifest["tokenizer"]["end_token_ids"])
 
     precision = inference_precision(experiment.eval.dtype)
     # It starts over where it was interrupted, so what an earlier try computed in does not bind this one.
     record.begin(directory, "eval", settings, inputs, experiment.seed, precision=precision.recorded)
     say("eval", f"computes in {precision}")
-    end_ids = manifest["tokenizer"]["end_token_ids"]
-    with StageBar("eval", len(rows)) as bar:
-        measured = fidelity(models, rows, experiment.eval.batch_size, end_ids, lambda n, t: bar.advance(n, t * len(models)))
-    draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
+    measured = _measure(experiment, loaded)
     served = served or serving.by_transformers(models, experiment.eval.batch_size, experiment.eval.sample_tokens)
-    metrics = _metrics(experiment, subjects, models, measured, _text_bytes(rows), draws, served)
+    metrics = _metrics(experiment, plan.subjects, loaded, measured, served)
     metrics["warnings"] = [warning] if warning else []
-    _add_sequence_kl(metrics, measured, rows, draws)
     if tasks:
         metrics |= measure_tasks(tasks, models, tokenizer, experiment, directory)
         metrics["headline"] = headline(metrics["models"], served["engine"], metrics["tasks"])
     if experiment.eval.own_prompts:
-        _add_own_text(metrics, models, rows, experiment, end_ids)
-    with working("eval", "writing samples"):
-        metrics["samples"] = samples(models, rows, tokenizer, experiment.eval.samples, experiment.eval.sample_tokens)
-        metrics["views"] = views(models, rows, tokenizer)
-        rival = next(subject.name for subject in reversed(subjects) if subject.name != "student")
-        metrics["examples"] = won_and_lost(measured, rows, rival)
-    if comparison:
-        metrics["win_rate"] = comparison.measure(models, rows, tokenizer, end_ids, directory)
-    flat = {name: values for name, values in measured.items() if values.ndim == 1}
-    names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts]
-    table = pa.table({"id": [str(value) for value in rows.with_format(None)["id"]], "conversation": names, **flat})
-    pq.write_table(table, directory / "rows.parquet")
-    record.write_json(directory / "metrics.json", metrics)
-    card = experiment.directory("student") / "README.md"
-    if card.is_file():
-        record.write_text(card, with_results(card.read_text(encoding="utf-8"), metrics))
+        _add_own_text(metrics, loaded, experiment)
+    _add_texts(metrics, experiment, loaded, measured)
+    if plan.comparison:
+        metrics["win_rate"] = plan.comparison.measure(models, rows, tokenizer, loaded.end_ids, directory)
+    _write(experiment, directory, metrics, measured, loaded)
     record.finish(directory, {"headline": metrics["headline"]})
-    say("eval", _summary(metrics))
-    if comparison and (wins := metrics["win_rate"]["win_rate"]):
-        say("eval", f"student wins {_share(wins, 'prompts')} against the {comparison.settings.against}, says the judge")
-    for text in _warnings(metrics):
-        say("warning", text)
+    for stage, text in _said(metrics):
+        say(stage, text)
+
+
+def _plan(experiment: Experiment, dry_run: bool) -> _Plan:
+    """What is to be done, as far as it can be told without loading a model; for a dry run before there is a student.
+
+    Raises:
+        InputError: a library, a model, a task or the judge's template is missing, or cannot be used.
+    """
+    settings, subjects = experiment.eval, _subjects(experiment)
+    if settings.speed == "vllm":
+        serving.check_vllm("eval.speed")
+    tasks = read_tasks(settings.tasks)
+    comparison = Comparison(experiment, settings.win_rate) if settings.win_rate else None
+    for subject in subjects:
+        yet_to_make = dry_run and Path(subject.path).is_relative_to(experiment.output)
+        if not yet_to_make:
+            check_model_exists(subject.path, f"the model `{subject.name}`")
+    return _Plan(subjects, tasks, comparison)
+
+
+def _inputs(experiment: Experiment, plan: _Plan) -> dict[str, str]:
+    """Path or name and hash of what is read."""
+    inputs = {subject.path: record.model_fingerprint(subject.path, subject.revision) for subject in plan.subjects}
+    files = [experiment.dataset_directory / MANIFEST, *files_of(plan.tasks)]
+    files += [mixed / MANIFEST for mixed in experiment.mixed_datasets]
+    inputs |= {str(file): record.sha256(file) for file in files}
+    return inputs | (plan.comparison.inputs if plan.comparison else {})
 
 
 def held_out_rows(experiment: Experiment) -> Any:
@@ -124,46 +157,68 @@ def held_out_rows(experiment: Experiment) -> Any:
     return datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
 
 
+def _load(experiment: Experiment, subjects: list[Served]) -> tuple[dict[str, Any], Any]:
+    """The models by their names, and the teacher's tokenizer."""
+    dtype, teacher = experiment.eval.dtype, experiment.teacher
+    with working("eval", "loading the models"):
+        models = {s.name: load_model(s.path, s.revision, dtype, s.trust_remote_code, f"the model `{s.name}`") for s in subjects}
+        return models, load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+
+
+def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
+    """The sums of `fidelity` over every held-out row."""
+    models = loaded.models
+    with StageBar("eval", len(loaded.rows)) as bar:
+        return fidelity(
+            models,
+            loaded.rows,
+            experiment.eval.batch_size,
+            loaded.end_ids,
+            lambda rows, tokens: bar.advance(rows, tokens * len(models)),
+        )
+
+
 def _metrics(
-    experiment: Experiment,
-    subjects: list[Served],
-    models: dict[str, Any],
-    measured: dict[str, Array],
-    text_bytes: Array,
-    draws: Draws,
-    served: dict[str, Any],
+    experiment: Experiment, subjects: list[Served], loaded: _Loaded, measured: dict[str, Array], served: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of `metrics.json`, but for what needs more of the models than their distributions on held-out text."""
-    settings = experiment.eval
     speeds = {entry["name"]: entry for entry in served["models"]}
-    tokens = measured["tokens"]
+    text_bytes, weights = _text_bytes(loaded.rows), _importance(loaded.rows)
     described = [
         {
             "name": subject.name,
             "path": subject.path,
-            "parameters": sum(parameter.numel() for parameter in models[subject.name].parameters()),
+            "parameters": sum(parameter.numel() for parameter in loaded.models[subject.name].parameters()),
             "bytes": model_bytes(subject.path),
             "decode_tokens_per_s": speeds[subject.name]["decode"]["median"],
             **speeds[subject.name],
-            **{name: draws.interval(measured[f"{subject.name} {name}"], tokens) for name in MEASURES},
-            "bits_per_byte": draws.interval(measured[f"{subject.name} nll"] / np.log(2), text_bytes),
-            **_groups(subject.name, measured, draws),
+            **_computed(METRICS, Sums(subject.name, measured, loaded.draws, text_bytes, weights)),
         }
         for subject in subjects
     ]
+    tokens = measured["tokens"]
+    held_out = {
+        "rows": len(tokens),
+        "tokens": int(tokens.sum()),
+        "prompts": loaded.draws.draws.shape[1],
+        "resamples": experiment.eval.resamples,
+    }
+    if weights is not None:
+        held_out["effective_rows"] = effective_sample_size(weights)
     return {
         "schema_version": METRICS_VERSION,
         "headline": headline(described, served["engine"]),
-        "held_out": {
-            "rows": len(tokens),
-            "tokens": int(tokens.sum()),
-            "prompts": draws.draws.shape[1],
-            "resamples": settings.resamples,
-        },
+        "held_out": held_out,
         "models": described,
-        "differences": list(_differences(subjects, measured, draws)),
+        "differences": list(_differences(subjects, measured, loaded.draws)),
         "decoding": {name: value for name, value in served.items() if name != "models"},
     }
+
+
+def _computed(metrics: tuple[Metric, ...], sums: Sums) -> dict[str, Any]:
+    """Those that are defined."""
+    values = {metric.name: metric.compute(sums) for metric in metrics}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _text_bytes(rows: Any) -> Array:
@@ -172,63 +227,49 @@ def _text_bytes(rows: Any) -> Array:
     return np.array([max(sum(len(message["content"].encode()) for message in messages), 1) for messages in texts])
 
 
-def _groups(name: str, measured: dict[str, Array], draws: Draws) -> dict[str, Any]:
-    """What is not one mean: the KL by position and by the teacher's entropy, calibration, and where texts end."""
-    found: dict[str, Any] = {}
-    for by, begins in (("position", POSITIONS), ("entropy", ENTROPIES)):
-        sums_RG, tokens_RG = measured[f"{name} kl by {by}"], measured[f"tokens by {by}"]
-        found[f"kl_by_{by}"] = [
-            {"from": begin, "tokens": int(tokens.sum()), **draws.interval(sums, tokens)}
-            for begin, sums, tokens in zip(begins, sums_RG.T, tokens_RG.T, strict=True)
-            if np.count_nonzero(draws.sums(tokens)) >= _FEWEST
-        ]
-    ended, tokens = measured["ended"], measured["tokens"]
-    if np.count_nonzero(draws.sums(ended)) >= _FEWEST:
-        found["end"] = draws.interval(measured[f"{name} end"], ended)
-    found["early_end"] = draws.interval(measured[f"{name} early"], tokens - ended)
-    found["calibration_error"] = _calibration(measured[f"{name} confidence"], measured[f"{name} truth"], tokens, draws)
-    return found
+def _importance(rows: Any) -> Array | None:
+    """The weight of each row, where the held-out text is a sample."""
+    try:
+        return importance(log_importance(rows))
+    except ValueError:  # text of another origin, or cut by top-p or top-k: the weights do not exist
+        return None
 
 
-def _calibration(confidence_RG: Array, truth_RG: Array, tokens: Array, draws: Draws) -> dict[str, float]:
-    """How far q of the model's choice is from p of it: Σ |confidence − truth| over groups of positions by that q."""
-    gap_CG = np.stack([draws.sums(gap) for gap in (confidence_RG - truth_RG).T], axis=1)
-    resampled = np.abs(draws.draws @ gap_CG).sum(1) / (draws.draws @ draws.sums(tokens))
-    return asdict(percentile_interval(np.abs(gap_CG.sum(0)).sum() / tokens.sum(), resampled))
-
-
-def _add_own_text(metrics: dict[str, Any], models: dict[str, Any], rows: Any, experiment: Experiment, end_ids: list[int]) -> None:
+def _add_own_text(metrics: dict[str, Any], loaded: _Loaded, experiment: Experiment) -> None:
     """What each model writes by itself: how near it stays to the teacher there, how long it is, and whether it ends."""
-    settings = experiment.eval
+    settings, models, end_ids = experiment.eval, loaded.models, loaded.end_ids
     with StageBar("eval", len(models)) as bar:
         for described in metrics["models"]:
             name = described["name"]
-            written = own_text(models[name], rows, settings.own_prompts, settings.own_tokens, end_ids, experiment.seed)
+            written = own_text(models[name], loaded.rows, settings.own_prompts, settings.own_tokens, end_ids, experiment.seed)
             sums = fidelity({"teacher": models["teacher"], name: models[name]}, written, settings.batch_size, end_ids)
-            tokens, each = sums["tokens"], np.ones(len(written))
             draws = Draws.of([str(number) for number in range(len(written))], settings.resamples, experiment.seed)
-            described["own_text"] = {
-                "tokens": int(tokens.sum()),
-                "reverse_kl": draws.interval(sums[f"{name} reverse_kl"], tokens),
-                "teacher_nll": draws.interval(sums["teacher nll"], tokens),
-                "length": draws.interval(tokens, each),
-                "ended": draws.interval(np.array([row["ended"] for row in written], dtype=float), each),
-            }
-            bar.advance(1, int(tokens.sum()), [f"own text of {name}"])
+            tokens = int(sums["tokens"].sum())
+            described["own_text"] = {"tokens": tokens, **_computed(OWN_TEXT_METRICS, Sums(name, sums, draws))}
+            bar.advance(1, tokens, [f"own text of {name}"])
     metrics["own_text"] = {"prompts": len(written), "max_tokens": settings.own_tokens}
 
 
-def _add_sequence_kl(metrics: dict[str, Any], measured: dict[str, Array], rows: Any, draws: Draws) -> None:
-    """Where the held-out text is a sample: KL(teacher ‖ model) over whole texts, in nats a text, by importance weights."""
-    try:
-        weights = importance(log_importance(rows))
-    except ValueError:  # text of another origin, or cut by top-p or top-k: the estimate does not exist
-        return
-    metrics["held_out"]["effective_rows"] = effective_sample_size(weights)
-    for model in metrics["models"]:
-        # log p(y|x) − log q(y|x), both from weights in this process
-        nats = measured[f"{model['name']} nll"] - measured["teacher nll"]
-        model["sequence_kl"] = draws.interval(weights * nats, weights)
+def _add_texts(metrics: dict[str, Any], experiment: Experiment, loaded: _Loaded, measured: dict[str, Array]) -> None:
+    """Single texts for people to look at."""
+    settings, models, rows, tokenizer = experiment.eval, loaded.models, loaded.rows, loaded.tokenizer
+    with working("eval", "writing samples"):
+        metrics["samples"] = samples(models, rows, tokenizer, settings.samples, settings.sample_tokens)
+        metrics["views"] = views(models, rows, tokenizer)
+        rival = next(name for name in reversed(models) if name != "student")
+        metrics["examples"] = won_and_lost(measured, rows, rival)
+
+
+def _write(experiment: Experiment, directory: Path, metrics: dict[str, Any], measured: dict[str, Array], loaded: _Loaded) -> None:
+    """Write the numbers of every row, `metrics.json`, and the results into the student's card."""
+    flat = {name: values for name, values in measured.items() if values.ndim == 1}
+    names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in loaded.prompts]
+    ids = [str(value) for value in loaded.rows.with_format(None)["id"]]
+    pq.write_table(pa.table({"id": ids, "conversation": names, **flat}), directory / "rows.parquet")
+    record.write_json(directory / "metrics.json", metrics)
+    card = experiment.directory("student") / "README.md"
+    if card.is_file():
+        record.write_text(card, with_results(card.read_text(encoding="utf-8"), metrics))
 
 
 def headline(models: list[dict[str, Any]], engine: str, tasks: dict[str, Any] | None = None) -> str:
@@ -246,7 +287,8 @@ def headline(models: list[dict[str, Any]], engine: str, tasks: dict[str, Any] | 
 
 
 def _share(kept: dict[str, float], of: str) -> str:
-    return f"{kept['mean']:.0%} of {of} (95% CI {100 * kept['low']:.0f} to {100 * kept['high']:.0f})"
+    mean, ends = interval_text(kept, ".0f", 100)
+    return f"{mean}% of {of} (95% CI {ends})"
 
 
 def _subjects(experiment: Experiment) -> list[Served]:
@@ -264,7 +306,7 @@ def _subjects(experiment: Experiment) -> list[Served]:
 
 
 def _served_by_vllm(experiment: Experiment, subjects: list[Served]) -> dict[str, Any]:
-    """The cost of every model in vLLM, before it is loaded here: they might not fit into the memory together."""
+    """The cost of every model in vLLM."""
     served = serving.by_vllm(subjects, experiment.eval.batch_size, experiment.eval.sample_tokens)
     for entry in served["models"]:
         if "failed" in entry:
@@ -288,30 +330,33 @@ def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draw
     """The student minus each of its rivals, on the same rows and draws."""
     for rival in subjects:
         if rival.name.startswith("student") and rival.name != "student":
-            for metric in _COMPARED:
-                sums = measured[f"student {metric}"] - measured[f"{rival.name} {metric}"]
+            for metric in metrics_of("models"):
+                sums = measured[f"student {metric.name}"] - measured[f"{rival.name} {metric.name}"]
                 yield {
                     "better": "student",
                     "worse": rival.name,
-                    "metric": metric,
+                    "metric": metric.name,
                     **draws.interval(sums, measured["tokens"]),
                 }
 
 
-def _warnings(metrics: dict[str, Any]) -> Iterator[str]:
-    """What the reader of the figures has to know of them; the report has it, too."""
-    yield from metrics["warnings"]
+def _said(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is said at the end, each line with its label; the report has it all."""
+    yield "eval", _summary(metrics)
+    judged = metrics.get("win_rate", {"win_rate": None, "warnings": []})
+    if judged["win_rate"]:
+        yield "eval", f"student wins {_share(judged['win_rate'], 'prompts')} against the {judged['against']}, says the judge"
     tasks = metrics.get("tasks", {"tasks": [], "warnings": []})
-    yield from tasks["warnings"]
-    yield from (f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task["warning"])
-    yield from metrics.get("win_rate", {"warnings": []})["warnings"]
+    warnings = [*metrics["warnings"], *tasks["warnings"]]
+    warnings += [f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task["warning"]]
+    yield from (("warning", text) for text in [*warnings, *judged["warnings"]])
 
 
 def _summary(metrics: dict[str, Any]) -> str:
-    kl = {model["name"]: model["kl"] for model in metrics["models"]}
-
-    def show(name: str) -> str:
-        return f"{kl[name]['mean']:.2f} ± {(kl[name]['high'] - kl[name]['low']) / 2:.2f}"
-
-    text_only = f", same steps without soft targets {show('student, text only')}" if "student, text only" in kl else ""
-    return f"student {show('student')} nats from the teacher (before {show('student before')}{text_only})"
+    kl = {model["name"]: interval_text(model["kl"], ".2f") for model in metrics["models"]}
+    (student, ends), (untrained, its_ends) = kl["student"], kl["student before"]
+    said = f"student {student} nats from the teacher ({ends}), before {untrained} ({its_ends})"
+    if "student, text only" in kl:
+        text_only, its_ends = kl["student, text only"]
+        said += f", same steps without soft targets {text_only} ({its_ends})"
+    return said

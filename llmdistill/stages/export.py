@@ -5,17 +5,18 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.config.export import Export, Form
+from llmdistill.config.export import Export
 from llmdistill.config.machine import inference_precision
 from llmdistill.data.dataset import MANIFEST, conversations, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.fidelity import fidelity
-from llmdistill.evaluation.statistics import Draws, check_clusters
+from llmdistill.evaluation.statistics import Draws, check_clusters, interval_text
 from llmdistill.models.loading import (
     check_model_exists,
     load_config,
@@ -25,18 +26,19 @@ from llmdistill.models.loading import (
 )
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
-from llmdistill.students.quantization import (
-    base_of,
-    check_form,
-    fitting_group_size,
-    load_form,
-    merge_adapters,
-    stored_dtype,
-    write_form,
-)
+from llmdistill.students.adapters import base_of, merge_adapters
+from llmdistill.students.formats import FORMATS, ExportFormat, Source, stored_dtype
 
 EXPORT_VERSION = 1
 RESULTS = "export.json"
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """What formats are measured on: the held-out rows, and resamples of the prompts that they belong to."""
+
+    rows: Any
+    draws: Draws
 
 
 def export(experiment: Experiment, dry_run: bool = False) -> None:
@@ -48,57 +50,89 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
     settings, directory = experiment.export or Export(), experiment.directory("export")
     source = Path(settings.model or experiment.directory("student"))
     if dry_run:
+        if settings.model:
+            _check_source(settings, source)
         say("export", f"would write {', '.join(str(directory / form) for form in settings.formats)}")
         return
     manifest = read_manifest(experiment.dataset_directory)
-    claimed, inputs = _claim(experiment, settings, source)
-    for form in settings.formats:
-        check_form(form, settings)
-    if experiment.eval.speed == "vllm":
-        serving.check_vllm("eval.speed")
+    _check_source(settings, source)
+    _check_libraries(experiment, settings)
+    claimed, inputs = _claimed(experiment, settings), _inputs(experiment, source)
     state = record.claim(directory, "export", claimed, inputs)
-    results = _results(directory)
-    missing = [form for form in settings.formats if form not in {made["name"] for made in results["formats"]}]
+    there = {made["name"] for made in _results(directory)["formats"]}
+    missing = [form for form in settings.formats if form not in there]
     if state == "done" and not missing:
         say("export", f"{directory} is finished")
         return
     _check_fit(source, settings, manifest)
-    rows = load_dataset(experiment.dataset_directory, "test")
-    prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
-    check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
-    draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
+    held_out = _held_out(experiment)
     precision = inference_precision(experiment.eval.dtype)
     precision = record.begin_computing(directory, "export", claimed, inputs, experiment.seed, precision)
     with _whole(source, settings, directory, manifest["tokenizer"]) as model:
         for form in missing:
-            made = _export_one(experiment, settings, form, model, precision.dtype, rows, draws)
+            made = _export_one(experiment, FORMATS[form], _source(experiment, FORMATS[form], model), precision.dtype, held_out)
             results = _results(directory) | {"source": str(source), "bytes": model_bytes(model)}
             results["formats"] = [*results["formats"], made]
             record.write_json(directory / RESULTS, results)
             say("export", _summary(made, results["bytes"]))
+        results = _results(directory)
         if experiment.eval.speed == "vllm":
             results["serving"] = _serve(experiment, model, results["formats"])
             record.write_json(directory / RESULTS, results)
     record.finish(directory, {made["name"]: made["bytes"] for made in results["formats"]})
 
 
-def _claim(experiment: Experiment, settings: Export, source: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings on which what is written depends, and the inputs; more formats may be asked for later."""
-    if (source / "adapter_config.json").is_file():
-        base = base_of(source)
-        check_model_exists(base, "export.model: the adapters' base")
-        inputs = {base: record.model_fingerprint(base, None)}
-    else:
-        check_model_exists(str(source), "export.model" if settings.model else "the student")
-        inputs = {}
-    manifest = experiment.dataset_directory / MANIFEST
-    inputs |= {str(source): record.model_fingerprint(str(source), None), str(manifest): record.sha256(manifest)}
-    claimed = {
+def _check_libraries(experiment: Experiment, settings: Export) -> None:
+    """Refuse what needs a library that is not installed.
+
+    Raises:
+        InputError: naming what to install.
+    """
+    for form in settings.formats:
+        FORMATS[form].check_library(settings)
+    if experiment.eval.speed == "vllm":
+        serving.check_vllm("eval.speed")
+
+
+def _claimed(experiment: Experiment, settings: Export) -> dict[str, Any]:
+    """The settings on which what is written depends; more formats may be asked for later."""
+    return {
         "seed": experiment.seed,
         "eval": experiment.eval.model_dump(mode="json", include={"resamples", "speed"}),
         "export": settings.model_dump(mode="json", exclude={"formats"}),
     }
-    return claimed, inputs
+
+
+def _inputs(experiment: Experiment, source: Path) -> dict[str, str]:
+    """Path or name and hash of what is read; of adapters their base, too."""
+    models = [base_of(source)] if (source / "adapter_config.json").is_file() else []
+    inputs = {model: record.model_fingerprint(model, None) for model in (*models, str(source))}
+    manifest = experiment.dataset_directory / MANIFEST
+    return inputs | {str(manifest): record.sha256(manifest)}
+
+
+def _held_out(experiment: Experiment) -> _HeldOut:
+    """The held-out rows of the dataset.
+
+    Raises:
+        InputError: they belong to fewer than two prompts.
+    """
+    rows = load_dataset(experiment.dataset_directory, "test")
+    prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
+    check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
+    return _HeldOut(rows, Draws.of(prompts, experiment.eval.resamples, experiment.seed))
+
+
+def _check_source(settings: Export, source: Path) -> None:
+    """Refuse what is no model, or adapters without their base.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if (source / "adapter_config.json").is_file():
+        check_model_exists(base_of(source), "export.model: the adapters' base")
+    else:
+        check_model_exists(str(source), "export.model" if settings.model else "the student")
 
 
 def _results(directory: Path) -> dict[str, Any]:
@@ -127,9 +161,12 @@ def _check_fit(source: Path, settings: Export, manifest: dict[str, Any]) -> None
             f"{source} has {size:,} tokens, the dataset was written with {manifest['tokenizer']['vocab_size']:,}: "
             "what quantising costs is measured on its held-out rows, which have to be in the student's tokens"
         )
-    if "w4a16" in settings.formats:
+    checks = [check for form in settings.formats if (check := FORMATS[form].check)]
+    if checks:
         with torch.device("meta"):
-            fitting_group_size(AutoModelForCausalLM.from_config(config), settings.group_size)
+            shape = AutoModelForCausalLM.from_config(config)
+        for check in checks:
+            check(shape, settings)
 
 
 @contextmanager
@@ -153,30 +190,40 @@ def _whole(source: Path, settings: Export, directory: Path, talks: dict[str, Any
         shutil.rmtree(merged, ignore_errors=True)
 
 
-def _export_one(
-    experiment: Experiment, settings: Export, form: Form, model: str, dtype: str, rows: Any, draws: Draws
-) -> dict[str, Any]:
+def _source(experiment: Experiment, form: ExportFormat, model: str) -> Source:
+    """The student with what it takes to write it in a format: for gptq rows of the training split, drawn by the seed."""
+    settings = experiment.export or Export()
+    tokenizer = load_tokenizer(model, None, key="export.model")
+    if not form.by_gptq(settings):
+        return Source(model, tokenizer, settings, [])
+    rows = load_dataset(experiment.dataset_directory, "train")
+    chosen = random.Random(experiment.seed).sample(range(len(rows)), min(settings.calibration_rows, len(rows)))  # noqa: S311
+    return Source(model, tokenizer, settings, [[int(token) for token in rows[number]["input_ids"]] for number in chosen])
+
+
+def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtype: str, held_out: _HeldOut) -> dict[str, Any]:
     """Write one form, load it again and measure it; what `export.json` says of it."""
-    path = experiment.directory("export") / form
+    name, path = form.name, experiment.directory("export") / form.name
     if path.exists():  # its measurement was interrupted
         shutil.rmtree(path)
-    with working("export", f"writing {form}"), record.new_directory(path) as unfinished:
-        tokenizer = load_tokenizer(model, None, key="export.model")
-        how = write_form(form, model, unfinished, settings, _calibration(experiment, settings, form), tokenizer)
-        record.write_text(unfinished / "README.md", _card(Path(model), form, how))
-    with working("export", f"loading {form}"):
-        models = {"teacher": load_model(model, dtype=dtype), form: load_form(str(path), dtype)}
-    with StageBar(form, len(rows)) as bar:
-        measured = fidelity(models, rows, experiment.eval.batch_size, report=bar.advance)
+    with working("export", f"writing {name}"), record.new_directory(path) as unfinished:
+        how = form.write(source, unfinished)
+        source.tokenizer.save_pretrained(unfinished)
+        record.write_text(unfinished / "README.md", _card(Path(source.model), form, how))
+    with working("export", f"loading {name}"):
+        models = {"teacher": load_model(source.model, dtype=dtype), name: form.load(str(path), dtype)}
+    with StageBar(name, len(held_out.rows)) as bar:
+        measured = fidelity(models, held_out.rows, experiment.eval.batch_size, report=bar.advance)
+    draws, tokens = held_out.draws, measured["tokens"]
     return {
-        "name": form,
+        "name": name,
         "path": str(path),
         "how": how,
         "bytes": model_bytes(str(path)),
         "engine": f"transformers {importlib.metadata.version('transformers')}",
-        "kl": draws.interval(measured[f"{form} kl"], measured["tokens"]),
-        "top1": draws.interval(measured[f"{form} top1"], measured["tokens"]),
-        "held_out": {"rows": len(rows), "tokens": int(measured["tokens"].sum()), "prompts": draws.draws.shape[1]},
+        "kl": draws.interval(measured[f"{name} kl"], tokens),
+        "top1": draws.interval(measured[f"{name} top1"], tokens),
+        "held_out": {"rows": len(held_out.rows), "tokens": int(tokens.sum()), "prompts": draws.draws.shape[1]},
     }
 
 
@@ -189,28 +236,19 @@ def _serve(experiment: Experiment, model: str, formats: list[dict[str, Any]]) ->
     return served
 
 
-def _calibration(experiment: Experiment, settings: Export, form: Form) -> list[list[int]]:
-    """Token ids of rows of the training split, drawn by the seed; none where nothing is measured on them."""
-    if form not in ("w8a8", "w4a16") or settings.rounding != "gptq":
-        return []
-    rows = load_dataset(experiment.dataset_directory, "train")
-    chosen = random.Random(experiment.seed).sample(range(len(rows)), min(settings.calibration_rows, len(rows)))  # noqa: S311
-    return [[int(token) for token in rows[number]["input_ids"]] for number in chosen]
-
-
-def _card(model: Path, form: Form, how: str) -> str:
+def _card(model: Path, form: ExportFormat, how: str) -> str:
     """The student's own card, and what became of it here."""
     card = model / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {model.name}\n"
-    return f"{text.rstrip()}\n\n## This copy\n\nExported by llmdistill as {form}: {how}.\n"
+    return f"{text.rstrip()}\n\n## This copy\n\nExported by llmdistill as {form.name}: {how}. Loaded by {form.loaded_by}.\n"
 
 
 def _summary(made: dict[str, Any], whole: int | None) -> str:
-    kl, top1 = made["kl"], made["top1"]
     share = f" ({made['bytes'] / whole:.0%})" if whole else ""
+    (kl, kl_ends), (top1, top1_ends) = interval_text(made["kl"], ".3f"), interval_text(made["top1"], ".1%")
     return (
-        f"{made['name']:<11} {made['bytes'] / 1e6:,.0f} MB{share} · {kl['mean']:.3f} nats from the student "
-        f"({kl['low']:.3f} to {kl['high']:.3f}) · same next token {top1['mean']:.1%} ({top1['low']:.1%} to {top1['high']:.1%})"
+        f"{made['name']:<11} {made['bytes'] / 1e6:,.0f} MB{share} · {kl} nats from the student ({kl_ends}) · "
+        f"same next token {top1} ({top1_ends})"
     )
 
 

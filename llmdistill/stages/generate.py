@@ -10,7 +10,6 @@ from llmdistill.data.dataset import Row
 from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
-from llmdistill.models.loading import check_model_exists
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, say
 from llmdistill.stages.prompts import Prepared, prepared_prompts
@@ -33,14 +32,13 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
         InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
     """
     directory, teacher = experiment.directory("data"), experiment.teacher
-    check_model_exists(teacher.model, "teacher.model")
+    models, fingerprint = fingerprints(teacher)
     prepared = prepared_prompts(experiment)
     if prepared is None:
         if dry_run:
             return say("generate", "answers as many prompts as `prompts` makes")
         raise InputError(f"{experiment.directory('prompts')}: not there; run `prompts` first, or `run` for all stages")
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
-    models, fingerprint = fingerprints(teacher)
     inputs = {**prepared.inputs, **models}
     state = record.claim(directory, "generate", settings, inputs)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmdistill.config import Experiment
-from llmdistill.config.prompts import Combine, Magpie, Prompts
+from llmdistill.config.prompts import Magpie, Prompts
 from llmdistill.data.dataset import (
     MANIFEST,
     MESSAGES,
@@ -24,18 +24,18 @@ from llmdistill.data.dataset import (
 )
 from llmdistill.data.shards import EVERYTHING, Share
 from llmdistill.errors import InputError
-from llmdistill.models.loading import check_model_exists, load_tokenizer
+from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting.asking import Asker, WaitingForOthersError
 from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file, to_json
 from llmdistill.prompting.magpie import ByPreQuery
 from llmdistill.prompting.passages import Starts
 from llmdistill.prompting.plan import Plan, describe_steps
-from llmdistill.prompting.sources import files_hash, given_prompt, metadata, read_source, source_hash
+from llmdistill.prompting.sources import given_prompt, metadata, read_source, source_hash
 from llmdistill.prompting.steps import Files, Workshop, run_step
 from llmdistill.prompting.template import Fields, PromptTemplate
 from llmdistill.runs import record
 from llmdistill.runs.progress import say
-from llmdistill.teachers import stable_id, teacher_precision
+from llmdistill.teachers import fingerprints, stable_id, teacher_precision
 from llmdistill.teachers.prompt_encoding import Chat
 
 PROMPTS_FILE = "prompts.parquet"
@@ -97,7 +97,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
             "the key prompts.steps is missing: `prompts` makes prompts out of prompts; `generate` reads a source itself"
         )
     directory = experiment.directory("prompts")
-    check_model_exists(teacher.model, "teacher.model")
+    models, _ = fingerprints(teacher)
     plan, starts = Plan(section), token_starts(experiment)
     counts = Counts()
     for entry in read_source(section, starts):
@@ -107,17 +107,13 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
         raise InputError(f"prompts.source: nothing of it can be used: {counts}")
     if dry_run:
         return _say_plan(experiment, counts)
-    fingerprint = record.model_fingerprint(teacher.model, teacher.revision)
-    inputs = {**source_hash(section), **_template_hashes(plan.templates), teacher.model: fingerprint}
-    for step in section.steps:
-        if isinstance(step.settings, Combine):
-            inputs |= files_hash(step.settings.source, "combine.source")
+    inputs = {**source_hash(section), **plan.inputs, **models}
     if record.claim(directory, "prompts", _settings(experiment), inputs) == "done":
         return say(
             "prompts",
             f"{directory} is finished ({record.read_json(directory / record.RUN_FILE)['results']['prompts']:,} prompts)",
         )
-    chat = Chat(experiment, fingerprint)
+    chat = Chat(experiment, models[teacher.model])
     if any(isinstance(step.settings, Magpie) for step in section.steps):
         ByPreQuery(chat)
     asker, settings = Asker(experiment, chat, worker), _settings(experiment)
@@ -204,7 +200,8 @@ def load_prompts(section: Prompts, starts: Starts | None = None, counts: Counts 
     counts = Counts() if counts is None else counts
 
     def rendered() -> Iterator[Prompt]:
-        template, seen = PromptTemplate(Path(section.template)) if section.template else None, _Seen()
+        template = PromptTemplate(Path(section.template), "prompts.template") if section.template else None
+        seen = _Seen()
         for entry in read_source(section, starts):
             reason = entry.refused
             if reason is None:
@@ -241,12 +238,12 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
     """
     prepared = _prepared(experiment)
     known = experiment.prompts.known if experiment.prompts else []
+    shards = {Path(directory): read_manifest(Path(directory), "prompts.known")["shards"] for directory in known}
     if prepared is None or not known:
         return prepared
     there: set[str] = set()
-    for directory in map(Path, known):
-        manifest = read_manifest(directory)
-        files = [directory / entry["file"] for entry in manifest["shards"]]
+    for directory, entries in shards.items():
+        files = [directory / entry["file"] for entry in entries]
         for rows in read_batches(files, ["prompt", "completion", "metadata"]):
             there.update(conversations(rows))
     counts = Counts()
@@ -273,9 +270,16 @@ def _prepared(experiment: Experiment) -> Prepared | None:
         return _made_prompts(experiment)
     counts = Counts()
     table = load_prompts(section, token_starts(experiment), counts)
-    return Prepared(
-        table, {**source_hash(section), **_template_hashes([section.template])}, [{"name": "source", **counts.described()}]
-    )
+    return Prepared(table, prompts_inputs(section), [{"name": "source", **counts.described()}])
+
+
+def prompts_inputs(section: Prompts) -> dict[str, str]:
+    """Path or name and hash of the files that prompts are made of: the source, templates and lists.
+
+    Raises:
+        InputError: one is missing, or cannot be used.
+    """
+    return {**source_hash(section), **Plan(section).inputs}
 
 
 def _made_prompts(experiment: Experiment) -> Prepared | None:
@@ -339,10 +343,6 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     """What the prompts depend on."""
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts"})
     return settings | {"generate": {"rows_per_shard": experiment.generate.rows_per_shard}}
-
-
-def _template_hashes(files: Iterable[str | None]) -> dict[str, str]:
-    return {file: record.sha256(Path(file)) for file in files if file}
 
 
 def _say_plan(experiment: Experiment, counts: Counts) -> None:

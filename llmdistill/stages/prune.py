@@ -27,6 +27,7 @@ def prune(experiment: Experiment, dry_run: bool = False) -> None:
     if experiment.student.prune is None:
         raise InputError("the key student.prune is missing: `prune` needs to know what is to stay")
     directory = experiment.directory("student-before")
+    check_model_exists(experiment.teacher.model, "teacher.model")
     if dry_run:
         rows = f" by rows of {experiment.dataset_directory}" if experiment.student.prune.measured else ""
         say("prune", f"would write {directory}{rows}")

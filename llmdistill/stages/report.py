@@ -14,7 +14,9 @@ from llmdistill.config import Experiment
 from llmdistill.data.cards import describe_targets
 from llmdistill.data.dataset import MANIFEST
 from llmdistill.errors import InputError
+from llmdistill.evaluation.metrics import OWN_TEXT_METRICS, metrics_of
 from llmdistill.evaluation.plots import Point, group_plot, interval_plot, loss_plot, size_plot
+from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs.progress import console, say
 from llmdistill.runs.record import RUN_FILE, read_json, write_text
 
@@ -22,18 +24,6 @@ SCHEMA_VERSION = 2
 Json = dict[str, Any]
 
 _LABELS = {"student before": "student before training", "student, text only": "student trained on text only"}
-# What a metric is called, its unit, the factor to that unit, and a gain and a loss in words.
-_WORDS = {
-    "kl": ("KL", "nats a token", 1, "It is {} closer to the teacher", "It is {} farther from the teacher"),
-    "top1": (
-        "next-token choices",
-        "percentage points",
-        100,
-        "It makes the teacher’s choice {} more often",
-        "It makes the teacher’s choice {} less often",
-    ),
-    "nll": ("NLL", "nats a token", 1, "It expects the teacher’s text better by {}", "It expects the teacher’s text worse by {}"),
-}
 _FEW_PROMPTS = 30
 
 
@@ -75,6 +65,7 @@ def _view(experiment: Experiment) -> Json:
         "judged": metrics.get("win_rate"),
         "exports": _exports(experiment),
         "profiles": _profiles(models),
+        "columns": metrics_of("models"),
         "measures": list(_measures(metrics["models"])),
         "own_text": metrics.get("own_text"),
         "sizes": size_plot([(name, (model["bytes"] or 0) / 1e6, percent(model["top1"])) for name, model in models.items()]),
@@ -123,8 +114,8 @@ def _cards(teacher: Json, student: Json, tasks: Json | None) -> list[Json]:
 
 
 def _kept_card(share: Json, label: str) -> Json:
-    note = f"95% CI {100 * share['low']:.0f} to {100 * share['high']:.0f}"
-    return {"figure": f"{share['mean']:.0%}", "label": label, "note": note}
+    mean, ends = interval_text(share, ".0f", 100)
+    return {"figure": f"{mean}%", "label": label, "note": f"95% CI {ends}"}
 
 
 def _kept_plot(tasks: Json | None) -> Json | None:
@@ -162,32 +153,13 @@ def _profiles(models: dict[str, Json]) -> Json:
     return found
 
 
-# What a model is measured by besides the three of the first table: the key, its name, its unit, and the factor to that unit.
-_MEASURES = (
-    (("reverse_kl",), "KL(model ‖ teacher)", "nats a token ↓", 1),
-    (("top5",), "shared among the five most likely tokens", "% ↑", 100),
-    (("bits_per_byte",), "bits per byte of the teacher’s text", "bits ↓", 1),
-    (("calibration_error",), "calibration error against the teacher", "% ↓", 100),
-    (("end",), "probability of the end where the teacher ended", "%", 100),
-    (("early_end",), "probability of an end where it went on", "%", 100),
-    (("own_text", "reverse_kl"), "KL(model ‖ teacher) on its own text", "nats a token ↓", 1),
-    (("own_text", "teacher_nll"), "the teacher’s NLL of the model’s own text", "nats a token ↓", 1),
-    (("own_text", "length"), "length of its own answers", "tokens", 1),
-    (("own_text", "ended"), "own answers that ended by themselves", "%", 100),
-)
-
-
 def _measures(models: list[Json]) -> Iterator[Json]:
-    """A row a measure, with each model's interval, where any has it."""
-    for keys, name, unit, factor in _MEASURES:
-        values = []
-        for model in models:
-            value: Any = model
-            for key in keys:
-                value = value.get(key) if value else None
-            values.append(value)
+    """A row for each metric beside those of the first table, with each model's interval, where any has it."""
+    rows = [(metric, [model.get(metric.name) for model in models]) for metric in metrics_of("measures")]
+    rows += [(metric, [(model.get("own_text") or {}).get(metric.name) for model in models]) for metric in OWN_TEXT_METRICS]
+    for metric, values in rows:
         if any(values):
-            yield {"name": name, "unit": unit, "factor": factor, "values": values}
+            yield {"name": metric.label, "unit": metric.heading, "factor": metric.factor, "values": values}
 
 
 def percent(interval: Json) -> Json:
@@ -223,20 +195,23 @@ def _findings(differences: list[Json]) -> list[Json]:
 
 def _finding(difference: Json) -> Json:
     """A paired difference as it is: shown, not shown, or the wrong way round."""
-    name, unit, factor, gain, loss = _WORDS[difference["metric"]]
-    sign = 1 if difference["metric"] == "top1" else -1  # of nats, fewer are better
-    mean, low, high = (sign * factor * difference[key] for key in ("mean", "low", "high"))
-    low, high = min(low, high), max(low, high)
-    digits = _digits(low, high, 2 if factor == 1 else 1)
+    metric = next(metric for metric in metrics_of("models") if metric.name == difference["metric"])
+    words = metric.difference
+    assert words is not None
+    mean, low, high = (metric.factor * difference[key] for key in ("mean", "low", "high"))
+    if metric.better == "lower":
+        mean, low, high = -mean, -high, -low
+    form = f".{_digits(low, high, 2 if metric.factor == 1 else 1)}f"
     if low <= 0 <= high:
-        ends = f"{low:.{digits}f} to {high:.{digits}f} {unit}".replace("-", "−")
+        _, ends = interval_text({"mean": mean, "low": low, "high": high}, form)
+        ends = f"{ends} {words.unit}".replace("-", "−")
         return {
             "verdict": "open",
-            "text": f"No difference in {name} was shown: the 95% interval of the gain, {ends}, includes 0.",
+            "text": f"No difference in {words.what} was shown: the 95% interval of the gain, {ends}, includes 0.",
         }
     near, far = sorted((abs(low), abs(high)))
-    words = (gain if low > 0 else loss).format(f"{abs(mean):.{digits}f} {unit}")
-    text = f"{words} (95% interval {near:.{digits}f} to {far:.{digits}f})."
+    size, ends = interval_text({"mean": abs(mean), "low": near, "high": far}, form)
+    text = f"{(words.gain if low > 0 else words.loss).format(f'{size} {words.unit}')} (95% interval {ends})."
     return {"verdict": "shown" if low > 0 else "reversed", "text": text}
 
 
@@ -356,7 +331,7 @@ def template_environment() -> jinja2.Environment:
     )
     environment.filters |= {
         filter.__name__: filter
-        for filter in (cell, estimate, fenced, label, megabytes, moment, parameters, tokens_per_second, visible)
+        for filter in (cell, estimate, fenced, interval, label, megabytes, moment, parameters, tokens_per_second, visible)
     }
     return environment
 
@@ -384,10 +359,16 @@ def tokens_per_second(model: Json) -> str:
 
 def estimate(interval: Json, factor: float = 1, least: int | None = None) -> tuple[str, str]:
     """The mean, and `low–high` with the digits that the interval's width warrants; no interval where it has no width."""
-    mean, low, high = (factor * interval[key] for key in ("mean", "low", "high"))
+    low, high = factor * interval["low"], factor * interval["high"]
     digits = _digits(low, high, (2 if factor == 1 else 0) if least is None else least)
-    mean_text, low_text, high_text = (f"{value:.{digits}f}".replace("-", "−") for value in (mean, low, high))
-    return mean_text, "" if low == high else low_text + (" to " if low < 0 else "–") + high_text
+    mean, ends = interval_text(interval, f".{digits}f", factor, " to " if low < 0 else "–")
+    return mean.replace("-", "−"), "" if low == high else ends.replace("-", "−")
+
+
+def interval(found: Json, factor: float = 1) -> str:
+    """As `estimate`, in one text: `mean (low–high)`."""
+    mean, ends = estimate(found, factor)
+    return f"{mean} ({ends})" if ends else mean
 
 
 def moment(stamp: str | None) -> str:

@@ -12,7 +12,7 @@ from llmdistill.config import Experiment, Score
 from llmdistill.data.dataset import MANIFEST, SPLITS, Messages, Row, load_dataset, read_manifest
 from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
 from llmdistill.errors import InputError
-from llmdistill.models.loading import check_model_exists, vocabulary_hash
+from llmdistill.models.loading import vocabulary_hash
 from llmdistill.prompting.sources import metadata, read_jsonl
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns
 from llmdistill.runs import record
@@ -35,11 +35,10 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
     if experiment.score is None:
         raise InputError("the key score is missing: `score` needs score.source")
     directory, teacher, source = experiment.directory("data"), experiment.teacher, Path(experiment.score.source)
-    check_model_exists(teacher.model, "teacher.model")
+    models, fingerprint = fingerprints(teacher)
     texts: _Lines | _Stored = _Stored(experiment.score) if source.is_dir() else _Lines(experiment.score)
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "score", "targets"})
     settings["generate"] = {"rows_per_shard": experiment.generate.rows_per_shard}
-    models, fingerprint = fingerprints(teacher)
     file = source / MANIFEST if source.is_dir() else source
     inputs = {str(file): record.sha256(file), **models}
     state = record.claim(directory, "score", settings, inputs)
@@ -142,7 +141,7 @@ class _Stored:
         self.directory = directory = Path(section.source)
         if section.turns != "last" or not section.tool_calls:
             raise InputError(f"score.turns and score.tool_calls are for JSONL; the rows of {directory} are read as they are")
-        self.manifest = read_manifest(directory)
+        self.manifest = read_manifest(directory, "score.source")
         self.sampling = self.manifest["sampling"]
         there = {entry["split"] for entry in self.manifest["shards"]}
         schema = pq.read_schema(directory / self.manifest["shards"][0]["file"])

@@ -14,6 +14,7 @@ from llmdistill.data.dataset import MANIFEST, ROW_GROUP, conversations, is_held_
 from llmdistill.data.targets import KINDS
 from llmdistill.errors import InputError, no_such_key
 from llmdistill.models.loading import (
+    check_model_exists,
     load_config,
     load_model,
     load_tokenizer,
@@ -51,6 +52,7 @@ _REFUSED |= {
     "ignore_data_skip": "would train on the same rows again after a stop",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "is not read: the stages say what is done"),
 }
+_MAY_NAME_A_FILE = ("deepspeed", "fsdp_config", "accelerator_config")  # arguments of trl.SFTConfig
 # The second student's: cross-entropy on the text, and nothing of the soft targets.
 _TEXT_ONLY: dict[str, Any] = {"alpha": 0.0, "alpha_end": None, "beta": None, "beta_end": None, "sequence_alpha": 0.0}
 _TEXT_ONLY |= {"loss": "forward_kl", "temperature": 1.0, "position_weights": "uniform", "hidden": None, "attention": None}
@@ -65,26 +67,17 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
     directories = {experiment.directory("student"): False}
     if experiment.train.compare_text_only:
         directories[experiment.directory("student-text-only")] = True
+    read = _models_and_files(experiment)
+    mixed = [read_manifest(directory, "train.mix.datasets") for directory in experiment.mixed_datasets]
     if dry_run and not (experiment.dataset_directory / MANIFEST).is_file():
         _say_plan(experiment, None)
         return
     manifest = read_manifest(experiment.dataset_directory)
     _check_loss(experiment, manifest)
-    _check_mix(experiment, manifest)
-    model, revision, _ = origin(experiment)
-    settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
-    online = experiment.targets.online
-    if online:
-        settings["targets"] = {"kind": experiment.targets.kind}
-    if experiment.student.model is None or online:
-        settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
-    inputs = {
-        str(experiment.dataset_directory / MANIFEST): record.sha256(experiment.dataset_directory / MANIFEST),
-        model: record.model_fingerprint(model, revision),
-    }
-    inputs |= {str(mixed / MANIFEST): record.sha256(mixed / MANIFEST) for mixed in experiment.mixed_datasets}
-    if online:
-        inputs[experiment.teacher.model] = record.model_fingerprint(experiment.teacher.model, experiment.teacher.revision)
+    _check_mix(experiment, manifest, mixed)
+    settings = _settings(experiment)
+    datasets = (experiment.dataset_directory, *experiment.mixed_datasets)
+    inputs = {str(directory / MANIFEST): record.sha256(directory / MANIFEST) for directory in datasets} | read
     claims = [
         (directory, text_only, record.claim(directory, "train", {**settings, "text_only": text_only}, inputs))
         for directory, text_only in directories.items()
@@ -97,6 +90,38 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
             say("train", f"{directory} is finished")
         else:
             _train_one(experiment, manifest, directory, text_only, {**settings, "text_only": text_only}, inputs)
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """What the student depends on, by the sections of the configuration."""
+    settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
+    online = experiment.targets.online
+    if online:
+        settings["targets"] = {"kind": experiment.targets.kind}
+    if experiment.student.model is None or online:
+        settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
+    if experiment.train.fake_quantize and experiment.export and experiment.export.group_size:
+        settings["export"] = {"group_size": experiment.export.group_size}
+    return settings
+
+
+def _models_and_files(experiment: Experiment) -> dict[str, str]:
+    """Path or name and hash of what is read beside the datasets.
+
+    Raises:
+        InputError: one is missing.
+    """
+    model, revision, _ = origin(experiment)
+    found = {model: record.model_fingerprint(model, revision)}
+    teacher = experiment.teacher
+    if experiment.targets.online:
+        check_model_exists(teacher.model, "teacher.model")
+        found[teacher.model] = record.model_fingerprint(teacher.model, teacher.revision)
+    for name in _MAY_NAME_A_FILE:
+        value = experiment.train.args.get(name)
+        if isinstance(value, str) and value.endswith((".json", ".jinja", ".j2")):
+            found |= record.file_input(value, f"train.args.{name}")
+    return found
 
 
 def _train_one(
@@ -188,10 +213,9 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
         raise InputError(f"{reason}, and {experiment.dataset_directory} has {kind.name} ones; use targets.kind topk")
 
 
-def _check_mix(experiment: Experiment, manifest: dict[str, Any]) -> None:
+def _check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict[str, Any]]) -> None:
     """Refuse to mix what is not of one vocabulary and one kind of targets."""
-    for directory in experiment.mixed_datasets:
-        other = read_manifest(directory)
+    for directory, other in zip(experiment.mixed_datasets, mixed, strict=True):
         for what, mine, theirs in (
             ("targets", manifest["targets"], other["targets"]),
             ("vocabulary", manifest["tokenizer"]["vocabulary_hash"], other["tokenizer"]["vocabulary_hash"]),

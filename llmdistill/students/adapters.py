@@ -8,6 +8,8 @@ from typing import Any
 
 from llmdistill.config.student import Lora
 from llmdistill.errors import InputError, no_such_key
+from llmdistill.models.loading import load_model
+from llmdistill.runs.record import read_json
 
 # Where it is installed peft imports it, and it warns: of a kernel for CPUs that it would fetch, of 8 bits at every layer.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -185,3 +187,35 @@ def merged(model: Any, adapter: Path, base: Any = None) -> Any:
     from peft import PeftModel
 
     return (model if base is None else PeftModel.from_pretrained(base, adapter)).merge_and_unload()
+
+
+def merge_adapters(adapters: Path, dtype: str, end_token_ids: list[int], directory: Path) -> None:
+    """Write the base with the adapters merged into it as a whole model, which stops at the end tokens.
+
+    Raises:
+        InputError: the base is not there, or the adapters cannot be merged into it.
+    """
+    from peft import PeftModel
+
+    model = load_model(base_of(adapters), dtype=dtype, key="export.model: the adapters' base", device="cpu")
+    adapted = PeftModel.from_pretrained(model, adapters)
+    try:
+        check_mergeable(adapted)
+    except ValueError as error:
+        raise InputError(f"export.model: {adapters}: {error}") from None
+    merged = adapted.merge_and_unload()
+    if end_token_ids:
+        merged.generation_config.eos_token_id = end_token_ids
+    merged.save_pretrained(directory)
+
+
+def base_of(adapters: Path) -> str:
+    """The model that adapters were trained on, by path or name.
+
+    Raises:
+        InputError: they do not say.
+    """
+    config = read_json(adapters / "adapter_config.json")
+    if not isinstance(config, dict) or not config.get("base_model_name_or_path"):
+        raise InputError(f"export.model: {adapters} has no adapter_config.json that names a base")
+    return str(config["base_model_name_or_path"])

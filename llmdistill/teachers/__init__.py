@@ -17,7 +17,7 @@ from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.config.machine import Precision
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
-from llmdistill.models.loading import model_precision
+from llmdistill.models.loading import check_model_exists, model_precision
 from llmdistill.runs.record import model_fingerprint
 
 
@@ -90,8 +90,19 @@ def check_engine(teacher: Teacher) -> None:
         )
 
 
-def fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
-    """What identifies each model of the teacher by its path or name, and the teacher as a whole."""
+def fingerprints(teacher: Teacher, key: str = "teacher") -> tuple[dict[str, str], str]:
+    """What identifies each model of the teacher by its path or name, and the teacher as a whole.
+
+    Args:
+        teacher: the models.
+        key: where the teacher stands in the configuration, for the error.
+
+    Raises:
+        InputError: one of the models is not there.
+    """
+    check_model_exists(teacher.model, f"{key}.model")
+    for number, more in enumerate(teacher.ensemble):
+        check_model_exists(more.model, f"{key}.ensemble.{number}.model")
     members = [(teacher.model, teacher.revision, teacher.weight)]
     members += [(more.model, more.revision, more.weight) for more in teacher.ensemble]
     found = {model: model_fingerprint(model, revision) for model, revision, _ in members}

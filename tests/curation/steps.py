@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
-from llmdistill.curation.steps import Work
-from llmdistill.stages.curate import STEPS
+from llmdistill.curation.steps import StepContext, step_inputs, step_named
 
 
 def table(texts, prompts=None, ids=None, reasons=None, fields=None, logprobs=None):
@@ -41,12 +40,13 @@ def apply_step(tmp_path: Path, step, rows, group=1000, manifest=None):
     """What one step says of each row, in groups of so many; and its facts."""
     experiment = make_experiment([step], tmp_path)
     (entry,) = experiment.curate
+    step_inputs(experiment.curate)
     pq.write_table(rows, tmp_path / "rows.parquet")
     manifest = manifest or {"tokenizer": {"special_token_ids": [0]}}
     with ExitStack() as closing:
         key = f"curate.0.{entry.name}"
-        work = Work(experiment, manifest, [tmp_path / "rows.parquet"], key, tmp_path, tmp_path / "log.jsonl", closing)
-        check = STEPS[entry.name](entry.settings, work)
+        context = StepContext(experiment, manifest, [tmp_path / "rows.parquet"], key, tmp_path, tmp_path / "log.jsonl", closing)
+        check = step_named(entry.name).start(entry.settings, context)
         reasons = [reason for start in range(0, len(rows), group) for reason in check(rows.slice(start, group))]
     assert len(reasons) == len(rows)
-    return reasons, work.facts
+    return reasons, context.facts

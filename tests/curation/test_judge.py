@@ -25,7 +25,7 @@ def step(model, **settings):
 def expected(model, prompt, answer):
     """Mean digit and mass over every token that reads as a digit from 1 to 5."""
     tokenizer = load_tokenizer(str(model), None)
-    messages = PromptTemplate(Path("prompts/judge.yaml")).render({"prompt": prompt, "answer": answer}, "")
+    messages = PromptTemplate(Path("prompts/judge.yaml"), "").render({"prompt": prompt, "answer": answer}, "")
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     with torch.inference_mode():
         p = load_model(str(model), dtype="float32")(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
@@ -70,6 +70,14 @@ def test_only_new_questions_are_asked(tiny, tmp_path, monkeypatch):
     assert len(asked) == 1
 
 
+def test_a_judge_with_another_system_message_or_another_member_is_asked_anew(tiny, tmp_path):
+    for number, more in enumerate(({}, {"system": "Be strict."}, {"ensemble": [{"model": str(tiny)}]}), start=1):
+        settings = step(tiny, min_mass=1e-9, min_score=1)
+        settings["judge"]["teacher"] |= more
+        apply_step(tmp_path, settings, ROWS)
+        assert len(list((tmp_path / "judge").iterdir())) == number
+
+
 def test_a_row_that_is_too_long_has_failed(tiny, tmp_path):
     long = table(["word " * 300, "short"])
     settings = step(tiny, min_mass=1e-9, min_score=1)
@@ -80,7 +88,7 @@ def test_a_row_that_is_too_long_has_failed(tiny, tmp_path):
 
 
 def test_what_cannot_judge_is_refused(tmp_path, tiny):
-    with pytest.raises(InputError, match=r"curate\.0\.judge: teacher\.model: nowhere"):
+    with pytest.raises(InputError, match=r"curate\.0\.judge\.teacher\.model: nowhere"):
         apply_step(tmp_path, step("nowhere/at/all/x"), ROWS)
     template = tmp_path / "t.yaml"
     template.write_text("name: t\ndescription: d\nvariables: [question]\nmessages: [{role: user, content: '{{ question }}'}]")

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.evaluation.fidelity import CONFIDENCES, ENTROPIES, POSITIONS, fidelity, own_text, token_view
+from llmdistill.evaluation.fidelity import fidelity, own_text, token_view
+from llmdistill.evaluation.metrics import CONFIDENCES, ENTROPIES, METRICS, POSITIONS, Sums
 from llmdistill.evaluation.statistics import Draws
 from llmdistill.models.loading import load_model, load_tokenizer
-from llmdistill.stages.evaluate import _calibration
 
 END = 7
+BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_the_teacher_is_at_no_distance_from_itself(models, rows):
     for name in ("top1", "top5"):
         np.testing.assert_allclose(found[f"teacher {name}"], found["tokens"])
     draws = Draws.of(list("abcd"), 100, 0)
-    error = _calibration(found["teacher confidence"], found["teacher truth"], found["tokens"], draws)
+    error = BY_NAME["calibration_error"].compute(Sums("teacher", found, draws))
     assert error == {"mean": 0, "low": 0, "high": 0}
 
 
@@ -84,7 +85,8 @@ def test_calibration_by_hand():
     """Two positions said 0.9 and true 0.5, two said 0.2 and true 0.3: (0.8 + 0.2) / 4."""
     confidence, truth = np.zeros((2, CONFIDENCES)), np.zeros((2, CONFIDENCES))
     confidence[:, 9], truth[:, 9], confidence[:, 2], truth[:, 2] = 0.9, 0.5, 0.2, 0.3
-    error = _calibration(confidence, truth, np.array([2, 2]), Draws.of(["a", "b"], 50, 0))
+    measured = {"a confidence": confidence, "a truth": truth, "tokens": np.array([2, 2])}
+    error = BY_NAME["calibration_error"].compute(Sums("a", measured, Draws.of(["a", "b"], 50, 0)))
     assert error["mean"] == pytest.approx(0.25)
 
 

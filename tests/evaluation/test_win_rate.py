@@ -181,7 +181,7 @@ def test_what_cannot_compare_is_refused(tiny, tmp_path):
     with pytest.raises(InputError, match=r"eval\.win_rate\.against is student, text only; that one is trained by"):
         Comparison(wanted, wanted.eval.win_rate)
     wanted = experiment(tiny, tmp_path, judge={"model": "./nowhere", "engine": "transformers"})
-    with pytest.raises(InputError, match=r"eval\.win_rate\.judge: teacher\.model: \./nowhere"):
+    with pytest.raises(InputError, match=r"eval\.win_rate\.judge\.model: \./nowhere"):
         Comparison(wanted, wanted.eval.win_rate)
     wanted = experiment(tiny, tmp_path, template="prompts/judge.yaml")
     with pytest.raises(InputError, match=r"needs the field answer, a judge's template gets prompt, answer_1 and answer_2"):

@@ -10,7 +10,7 @@ import torch
 
 from llmdistill.config import load_experiment
 from llmdistill.evaluation.serving import Served, by_vllm
-from llmdistill.students.quantization import load_form
+from llmdistill.students.formats import FORMATS
 from tests.conftest import ROOT, run_cli, write_experiment
 
 GPTQ = ROOT / ".llmcompressor"
@@ -61,7 +61,7 @@ def test_a_quantised_model_answers_in_vllm(experiment, smollm2, tmp_path):
     # chose is one of the likeliest of the same file in transformers.
     prompt, answer = json.loads(result.stdout.split("ANSWER")[1])
     with torch.inference_mode():
-        logits_TV = load_form(str(tmp_path / "out/export/w8a8"), "float32")(torch.tensor([prompt + answer])).logits[0]
+        logits_TV = FORMATS["w8a8"].load(str(tmp_path / "out/export/w8a8"), "float32")(torch.tensor([prompt + answer])).logits[0]
     logprobs_TV = logits_TV[len(prompt) - 1 : -1].log_softmax(-1)
     chosen_T = logprobs_TV.gather(1, torch.tensor(answer)[:, None])[:, 0]
     assert len(answer) > 3

@@ -8,7 +8,7 @@ import pytest
 from llmdistill import load_dataset
 from llmdistill.data.dataset import read_manifest
 from llmdistill.runs.record import read_json, write_json
-from llmdistill.runs.refresh import _decide
+from llmdistill.runs.refresh import _decide, _made_from
 from tests.conftest import run_cli, write_experiment
 
 
@@ -43,6 +43,18 @@ def test_only_what_is_not_worse_is_promoted(tiny, tmp_path, kl, tasks, promoted)
     decided = _decide(experiment, output, 2)
     assert decided["promoted"] == promoted
     assert f"{kl[0]:+.3f} to {kl[1]:+.3f}" in decided["reason"]
+
+
+def test_an_edited_template_is_something_new(tiny, tmp_path):
+    from llmdistill.config import load_experiment
+
+    template = tmp_path / "template.yaml"
+    template.write_text("name: t\ndescription: d\nvariables: [prompt]\nmessages: [{role: user, content: 'Do: {{ prompt }}'}]\n")
+    experiment = load_experiment(write_experiment(tiny, tmp_path), [("prompts.template", str(template))])
+    before = _made_from(experiment)
+    assert before == _made_from(experiment)
+    template.write_text(template.read_text().replace("Do:", "Please do:"))
+    assert before != _made_from(experiment)
 
 
 def add_prompts(directory, numbers):

@@ -30,7 +30,7 @@ def template(tmp_path):
     def make(**changes):
         file = tmp_path / "template.yaml"
         file.write_text(yaml.safe_dump({**HEAD, **changes}, allow_unicode=True), encoding="utf-8")
-        return PromptTemplate(file)
+        return PromptTemplate(file, "a.key")
 
     return make
 
@@ -39,7 +39,7 @@ def template(tmp_path):
 @given(data=st.data())
 def test_what_stands_in_a_variable_survives_every_shipped_template(file, data):
     """Braces, LaTeX and JSON too: each value is in what the teacher is asked, letter by letter."""
-    shipped = PromptTemplate(file)
+    shipped = PromptTemplate(file, "a.key")
     values = {name: data.draw(AWKWARD) for name in shipped.head.variables}
     fields = {name: [value] if name == "examples" else value for name, value in values.items()}
     text = "\n".join(message["content"] for message in shipped.render(fields, "here"))
@@ -49,7 +49,7 @@ def test_what_stands_in_a_variable_survives_every_shipped_template(file, data):
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_a_shipped_template_says_what_it_is_for(file):
-    head = PromptTemplate(file).head
+    head = PromptTemplate(file, "a.key").head
     assert head.name == file.stem
     assert head.description.endswith(".")
 
@@ -100,9 +100,9 @@ def test_a_wrong_file_is_named_with_its_key(template, changes, message):
 def test_a_broken_head(tmp_path):
     (tmp_path / "t.yaml").write_text("name: [a\nmessages: {")
     with pytest.raises(InputError, match=r"t\.yaml: not valid YAML"):
-        PromptTemplate(tmp_path / "t.yaml")
-    with pytest.raises(InputError, match=r"nowhere\.yaml: no such file"):
-        PromptTemplate(Path("nowhere.yaml"))
+        PromptTemplate(tmp_path / "t.yaml", "a.key")
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such file \(a\.key\)"):
+        PromptTemplate(Path("nowhere.yaml"), "a.key")
 
 
 @pytest.mark.parametrize(

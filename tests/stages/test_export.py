@@ -1,23 +1,27 @@
 """The exported forms: the same weights, or those that rounding by hand gives, and what that costs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from llmdistill.config import load_experiment
+from llmdistill.config import keys, load_experiment
+from llmdistill.config.export import Form
 from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.curate import curate
 from llmdistill.stages.export import export
 from llmdistill.stages.generate import generate
-from llmdistill.stages.train import train
-from llmdistill.students.quantization import fake_quantise, load_form, unfake
-from tests.conftest import run_cli, write_experiment
+from llmdistill.stages.train import _settings, train
+from llmdistill.students.formats import FORMATS
+from llmdistill.students.quantization import fake_quantise, unfake
+from tests.conftest import ROOT, run_cli, write_experiment
 
 QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -83,7 +87,7 @@ def rounded(weight, bits, group):
 @pytest.mark.parametrize(("form", "bits", "group"), [("w4a16", 4, 32), ("w4a16", 4, 16), ("w8a8", 8, None)])
 def test_quantised_weights_are_those_rounded_by_hand(run, form, bits, group):
     output, made, _ = run(formats=[form], **({"group_size": group} if group == 16 else {}))
-    student, model = weights(output / "student"), load_form(str(output / "export" / form))
+    student, model = weights(output / "student"), FORMATS[form].load(str(output / "export" / form), "auto")
     found = model.state_dict()
     for name, weight in student.items():
         if not name.removesuffix(".weight").endswith(QUANTISED):
@@ -202,6 +206,23 @@ def test_a_dry_run_says_what_would_be_written(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_formats_are_those_of_the_configuration_and_documented():
+    assert tuple(FORMATS) == get_args(Form)
+    page, (help_text,) = (ROOT / "docs/export.md").read_text(), [text for name, _, text in keys() if name == "export.formats"]
+    for name, entry in FORMATS.items():
+        assert re.search(rf"^\| `{name}` \|.*\| {re.escape(entry.loaded_by)} \|$", page, re.MULTILINE)
+        assert f"`{name}`" in help_text
+
+
+def test_the_card_of_a_copy_says_what_it_is_and_who_loads_it(run):
+    output, made, _ = run(formats=["w8a8"])
+    card = (output / "export/w8a8/README.md").read_text()
+    assert card.startswith((output / "student/README.md").read_text().rstrip())
+    how = "8-bit weights, a scale a row, and 8-bit activations, rounded to the nearest"
+    assert made["w8a8"]["how"] == how
+    assert card.endswith(f"## This copy\n\nExported by llmdistill as w8a8: {how}. Loaded by vLLM and transformers.\n")
+
+
 def test_training_sees_the_weights_that_export_writes(tiny):
     """A layer works with its weights rounded by hand; the gradient is that of the weights themselves."""
     pytest.importorskip("torchao")
@@ -225,6 +246,13 @@ def test_training_sees_the_weights_that_export_writes(tiny):
     assert all(
         torch.equal(found, weight) for found, weight in zip(model.state_dict().values(), weights(tiny).values(), strict=True)
     )
+
+
+def test_the_groups_that_training_rounds_in_are_a_setting_of_it(tiny, tmp_path):
+    rounded = [("train.fake_quantize", "w4a16"), ("export", "{formats: [w4a16], rounding: nearest, group_size: 16}")]
+    file = write_experiment(tiny, tmp_path)
+    assert _settings(load_experiment(file, rounded))["export"] == {"group_size": 16}
+    assert "export" not in _settings(load_experiment(file, rounded[1:]))
 
 
 def test_a_student_trained_with_rounded_weights(tiny, tmp_path):

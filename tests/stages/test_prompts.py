@@ -456,6 +456,18 @@ def test_other_settings_or_another_template_are_refused_with_the_difference(expe
             "has the field topic, which prompts.steps.0.combine brings too",
         ),
         ([{"combine": {"source": "nowhere.jsonl"}}], [{"instruction": "x"}], {}, "nowhere.jsonl: no such file"),
+        (
+            [{"combine": {"source": "prompts/seeds/personas.jsonl", "samples": 101}}],
+            [{"instruction": "x"}],
+            {},
+            "prompts.steps.0.combine.samples is 101, but prompts/seeds/personas.jsonl has 100 entries",
+        ),
+        (
+            [{"combine": {"source": "prompts/seeds/personas.jsonl", "fields": ["name"]}}],
+            [{"instruction": "x"}],
+            {},
+            r"personas.jsonl line 1: has no field name \(prompts.steps.0.combine.fields\), only persona",
+        ),
         ([{"novelty": {}}], [], {}, "holds no prompts"),
         (
             [{"magpie": {}}],

@@ -11,9 +11,8 @@ from llmdistill.config import Experiment
 from llmdistill.config.student import Lora, Student
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
-from llmdistill.students.adapters import attach, lora_config
+from llmdistill.students.adapters import attach, lora_config, merge_adapters
 from llmdistill.students.origins import begin_student, load_student, save_student
-from llmdistill.students.quantization import merge_adapters
 from tests.training.test_trainer import make_trainer
 
 IDS = torch.arange(5, 25).view(2, 10)

@@ -1,6 +1,3 @@
-import pytest
-
-from llmdistill.curation.wording import malformation
 from tests.curation.steps import apply_step, table
 
 REFUSING = [
@@ -50,59 +47,3 @@ def test_patterns_of_ones_own(tmp_path):
     reasons, _ = apply_step(tmp_path, {"refusals": {"patterns": ["by acme", "^(x|xx)+$"]}}, rows)
     assert reasons[:2] == ["by ACME", None]
     assert (type(reasons[2]).__name__, reasons[2]) == ("Failed", "a pattern took more than 1 s")
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        ("", "empty"),
-        (" \n", "empty"),
-        ("Hello.<|im_end|>\n<|im_start|>user\nAnd you?", "the marker <|im_end|>"),
-        ("Hello. </s>", "the marker </s>"),
-        ("Hi [INST] more", "the marker [INST]"),
-        ("Fine.\n### Instruction:\nAnother one", "the marker ### Instruction:"),
-        ("Fine.\n\nHuman: And now?", "the role Human:"),
-        ("**User**: what?\nAssistant: that", "the role User:"),
-        ("```python\nprint(1)", "a code fence is left open"),
-        ("text\n```\n", "a code fence is left open"),
-        ("````\n```\n", "a code fence is left open"),
-        ("<think>Let me see", "the tags <think>"),
-        ("<think>a</think>b</think>", "the tags <think> </think> </think>"),
-        ("a</think>b<think>", "the tags </think> <think>"),
-    ],
-)
-def test_malformed(answer, reason):
-    assert malformation("A question", answer) == reason
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "Hello.",
-        "```python\nprint(1)\n```\nand\n~~~\nx\n~~~",
-        "````markdown\n```\ncode\n```\n````\nDone.",
-        "1. First\n   ```sh\n   ls\n   ```\n2. Second",
-        "> ```\n> quoted\n> ```",
-        "Use ```x``` in a line.",
-        "<think>Let me see.</think>\n\n42",
-        "which is 42.</think>\n\n42",
-        "The chat format puts `<|im_start|>` before a role:\n```\n<|im_start|>user\nHuman: hi\n```",
-        "The user: a person. In HTML, 3 < 4 and x | y.",
-        "### Times\nThey are short.",
-    ],
-)
-def test_well_formed(answer):
-    assert malformation("A question", answer) is None
-
-
-def test_what_the_prompt_asks_for_is_no_malformation():
-    assert malformation("Write a chat between a human and a robot.", "Human: hi\nRobot: beep") is None
-    assert malformation("What does [INST] mean?", "[INST] opens an instruction.") is None
-
-
-def test_special_tokens_inside_are_found_in_the_ids(tmp_path):
-    """Their text is not in the answer, which was decoded without them."""
-    rows = table(["a", "b", "c"], ids=[[9, 4, 5, 2], [9, 4, 2, 5, 2], [0, 4, 5, 6]])
-    manifest = {"tokenizer": {"special_token_ids": [0, 2]}}
-    reasons, _ = apply_step(tmp_path, {"malformed": None}, rows, manifest=manifest)
-    assert reasons == [None, "the special token 2 inside", None]

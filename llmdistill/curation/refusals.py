@@ -1,4 +1,4 @@
-"""Steps of `curate` for what a chat model says that is no answer: refusals, itself, and the marks of a broken chat."""
+"""The step of `curate` that finds refusals, and answers in which the model speaks of itself."""
 
 import re
 from collections.abc import Iterator
@@ -6,11 +6,10 @@ from collections.abc import Iterator
 import pyarrow as pa
 import regex
 
-from llmdistill.config.curate import Malformed, Refusals
-from llmdistill.curation.steps import Check, Failed, Work, answers, completion_ids, excerpt, questions
+from llmdistill.config.curate import Refusals
+from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, answers, excerpt
 
 _SECONDS = 1.0  # for one pattern of the user's on one row
-
 _CANNOT = r"(?:can(?:no|')t|can not|(?:am|'m) (?:not able|unable) to|won't|will not|must decline to)"
 _SORRY = (
     r"(?:(?:i'm|i am|my) (?:very |so |really |truly |sincere |deepest )?(?:sorry|apologies|afraid)|sorry|apologies"
@@ -49,17 +48,9 @@ _SELF = [
     r"|feelings or emotions|human emotions|consciousness|a physical (?:body|form)|access to real-time|real-time"
     r"|the (?:ability|capability) to (?:browse|access|feel|experience|see|hear|taste))",
 ]
-# Shapes of the tokens that mark turns in chat templates, where they were written as text.
-_MARKERS = re.compile(
-    r"<\|[a-z_]{2,30}\|>|<｜[^｜\n]{2,30}｜>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
-    r"|^\s*### ?(?:Instruction|Response|Input|Human|Assistant)\b:?",
-    re.MULTILINE,
-)
-_ROLE = re.compile(r"^\s*\**(User|Human|Assistant)\**\s*:", re.MULTILINE)
-_FENCE = re.compile(r"^\s{0,3}(?:[-*+>] |\d+[.)] )*\s*(`{3,}|~{3,})(.*)$", re.MULTILINE)
 
 
-def refusals(settings: Refusals, work: Work) -> Check:
+def refusals(settings: Refusals, context: StepContext) -> Check:
     """By refusals at the beginning, self-identification anywhere, and the user's own patterns."""
     own = [regex.compile(pattern, regex.IGNORECASE) for pattern in settings.patterns]
     known = [re.compile(pattern, re.IGNORECASE) for pattern in [*_REFUSALS, *_SELF]]
@@ -80,48 +71,4 @@ def refusals(settings: Refusals, work: Work) -> Check:
     return check
 
 
-def malformed(settings: Malformed, work: Work) -> Check:
-    """By what a whole answer of one turn does not have."""
-    special = set(work.manifest["tokenizer"].get("special_token_ids", []))
-
-    def check(rows: pa.Table) -> Iterator[str | None]:
-        for question, answer, ids in zip(questions(rows), answers(rows), completion_ids(rows), strict=True):
-            inside = special.intersection(ids[:-1].tolist())
-            yield f"the special token {min(inside)} inside" if inside else malformation(question, answer)
-
-    return check
-
-
-def malformation(question: str, answer: str) -> str | None:
-    """What is wrong with the form of an answer, or None."""
-    if not answer.strip():
-        return "empty"
-    prose = _without_code(answer)
-    if prose is None:
-        return "a code fence is left open"
-    marker = next((m[0].strip() for m in _MARKERS.finditer(prose) if m[0].strip() not in question), None)
-    if marker:
-        return f"the marker {marker}"
-    role = next((m for m in _ROLE.finditer(prose) if m[1].lower() not in question.lower()), None)
-    if role:
-        return f"the role {role[1]}:"
-    thoughts = re.findall(r"</?think(?:ing)?>", prose)
-    # A template may have opened the thought already, in the prompt.
-    if "".join("c" if tag.startswith("</") else "o" for tag in thoughts) not in ("", "oc", "c"):
-        return f"the tags {' '.join(thoughts[:6])}"
-    return None
-
-
-def _without_code(text: str) -> str | None:
-    """The text without its code, in fences and inside lines; None if a fence is not closed."""
-    kept, fence, place = [], "", 0
-    for match in _FENCE.finditer(text):
-        marks, info = match[1], match[2]
-        if not fence:
-            if marks[0] == "`" and "`" in info:
-                continue  # code inside a line
-            kept.append(text[place : match.start()])
-            fence = marks
-        elif marks.startswith(fence) and not info.strip():
-            fence, place = "", match.end()
-    return None if fence else re.sub(r"`[^`\n]+`", "", "".join([*kept, text[place:]]))
+STEP = CurationStep(refusals)

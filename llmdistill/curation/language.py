@@ -1,0 +1,42 @@
+"""The step of `curate` that tells the language of an answer, by lingua."""
+
+import re
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from llmdistill.config.curate import Language
+from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, questions
+from llmdistill.errors import InputError
+
+_TELLING = 120  # letters from which lingua looks at trigrams alone, and is sure
+_NO_PROSE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$|https?://\S+", re.DOTALL)
+
+
+def language(settings: Language, context: StepContext) -> Check:
+    """By the most likely language of the prose; one that the prompt asks for by name is right too."""
+    import lingua
+
+    codes = {language.iso_code_639_1.name.lower() for language in lingua.Language.all()}
+    unknown = [code for code in settings.keep if code not in codes]
+    if unknown:
+        raise InputError(
+            f"{context.key}.keep: {unknown[0]} is no language that lingua knows, which are {', '.join(sorted(codes))}"
+        )
+    # In this mode only trigrams are read: for texts of this length it tells the same, in 70 MB instead of 900.
+    detector = lingua.LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
+
+    def check(rows: pa.Table) -> Iterator[str | None]:
+        texts = [_NO_PROSE.sub(" ", answer) for answer in answers(rows)]
+        found = detector.detect_languages_in_parallel_of(texts)
+        for text, language, question in zip(texts, found, questions(rows), strict=True):
+            if language is None or sum(map(str.isalpha, text)) < _TELLING or language.name.lower() in question.lower():
+                yield None
+                continue
+            code = language.iso_code_639_1.name.lower()
+            yield None if code in settings.keep else code
+
+    return check
+
+
+STEP = CurationStep(language, libraries={"lingua": "curate"})

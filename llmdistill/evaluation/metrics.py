@@ -1,0 +1,319 @@
+"""The metrics of `eval`, one entry each: what is summed at every token, what is made of the sums, and how it is shown.
+
+`evaluation/fidelity.py` sums the `quantities`, `stages/evaluate.py` computes the values for `metrics.json`, and the reports and
+model cards show them. A metric in the first table of the report (`tables` has "models") is a mean over tokens of the quantity
+of its own name; the student is compared with its rivals by it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from llmdistill.evaluation.statistics import Array, Draws, percentile_interval
+
+Tensor = Any  # of torch, which is not imported here: who only shows metrics does not need it
+POSITIONS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Where groups of positions begin, in tokens from the start of the completion."""
+ENTROPIES = (0.0, 0.05, 0.25, 0.5, 1.0, 2.0, 3.0)
+"""Where groups of positions begin by the entropy of the teacher, in nats."""
+CONFIDENCES = 10
+"""Groups of equal width by the probability of the model's most likely token."""
+_FEWEST = 5  # conversations that a group of positions must be in
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The teacher and a model at N completion tokens.
+
+    Attributes:
+        log_p_NV: the teacher's log-probabilities.
+        p_NV: its probabilities.
+        p_top_N5: the tokens that it finds most likely.
+        log_q_NV: the model's log-probabilities.
+        labels_N: the token that stands there.
+        end_N: whether that token ends the completion.
+        end_ids: the tokens that end one.
+    """
+
+    log_p_NV: Tensor
+    p_NV: Tensor
+    p_top_N5: Tensor
+    log_q_NV: Tensor
+    labels_N: Tensor
+    end_N: Tensor
+    end_ids: list[int]
+
+    @cached_property
+    def log_ratio_NV(self) -> Tensor:
+        """Of log p − log q."""
+        return self.log_p_NV - self.log_q_NV
+
+    @cached_property
+    def q_top(self) -> Tensor:
+        """The tokens that the model finds most likely, `indices` and `values`, both (N, 5)."""
+        return self.log_q_NV.topk(5)
+
+    @cached_property
+    def ends_N(self) -> Tensor:
+        """The model's probability of an end."""
+        return self.log_q_NV[:, self.end_ids].exp().sum(-1)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What `fidelity` has summed over the tokens of every row, of one model.
+
+    Attributes:
+        model: its name.
+        measured: of all models.
+        draws: resamples of the rows.
+        text_bytes: of each completion, in UTF-8.
+        weights: the importance of each row, where the text is a sample of the teacher's.
+    """
+
+    model: str
+    measured: dict[str, Array]
+    draws: Draws
+    text_bytes: Array | None = None
+    weights: Array | None = None
+
+    def __getitem__(self, quantity: str) -> Array:
+        return self.measured[f"{self.model} {quantity}"]
+
+    @property
+    def tokens(self) -> Array:
+        """Completion tokens of each row."""
+        return self.measured["tokens"]
+
+    @property
+    def ended(self) -> Array:
+        """Whether each row's completion ends."""
+        return self.measured["ended"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a difference between two models is said: what of, its unit, and a gain and a loss with a place for the number."""
+
+    what: str
+    unit: str
+    gain: str
+    loss: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a model is measured by.
+
+    Attributes:
+        name: in `metrics.json`.
+        label: in tables.
+        unit: of what is shown.
+        better: which values are.
+        compute: what `metrics.json` has of it, from the sums; None where it is not defined.
+        quantities: what is summed over tokens for it, each from the distributions there; shape (N,).
+        factor: from the value to the unit.
+        tables: where it has a column or row: the models of a report, its further measures, the page that compares runs.
+        definition: in model cards, where no note explains the label.
+        difference: how a difference in it is said.
+    """
+
+    name: str
+    label: str
+    unit: str
+    better: Literal["lower", "higher"] | None
+    compute: Callable[[Sums], Any]
+    quantities: Mapping[str, Callable[[Positions], Tensor]] = field(default_factory=dict)
+    factor: int = 1
+    tables: tuple[Literal["models", "measures", "runs"], ...] = ("measures",)
+    definition: str = ""
+    difference: Difference | None = None
+
+    @property
+    def heading(self) -> str:
+        """The unit, with an arrow to where values are better."""
+        return self.unit + {"lower": " ↓", "higher": " ↑", None: ""}[self.better]
+
+
+def metrics_of(table: Literal["models", "measures", "runs"]) -> list[Metric]:
+    """Those that a table shows, of held-out text."""
+    return [metric for metric in METRICS if table in metric.tables]
+
+
+def per_token(quantity: str) -> Callable[[Sums], dict[str, float]]:
+    """The mean over tokens, with its interval."""
+    return lambda sums: sums.draws.interval(sums[quantity], sums.tokens)
+
+
+def _bits_per_byte(sums: Sums) -> dict[str, float]:
+    assert sums.text_bytes is not None
+    return sums.draws.interval(sums["nll"] / np.log(2), sums.text_bytes)
+
+
+def _kl_by(group: str, begins: tuple[float, ...]) -> Callable[[Sums], list[dict[str, Any]]]:
+    """The KL in groups of positions, of those that enough conversations have."""
+
+    def compute(sums: Sums) -> list[dict[str, Any]]:
+        kl_RG, tokens_RG = sums[f"kl by {group}"], sums.measured[f"tokens by {group}"]
+        return [
+            {"from": begin, "tokens": int(tokens.sum()), **sums.draws.interval(kl, tokens)}
+            for begin, kl, tokens in zip(begins, kl_RG.T, tokens_RG.T, strict=True)
+            if np.count_nonzero(sums.draws.sums(tokens)) >= _FEWEST
+        ]
+
+    return compute
+
+
+def _end(sums: Sums) -> dict[str, float] | None:
+    if np.count_nonzero(sums.draws.sums(sums.ended)) < _FEWEST:
+        return None
+    return sums.draws.interval(sums["end"], sums.ended)
+
+
+def _calibration_error(sums: Sums) -> dict[str, float]:
+    """How far q of the model's choice is from p of it: Σ |confidence − truth| over groups of positions by that q."""
+    draws = sums.draws
+    gap_CG = np.stack([draws.sums(gap) for gap in (sums["confidence"] - sums["truth"]).T], axis=1)
+    resampled = np.abs(draws.draws @ gap_CG).sum(1) / (draws.draws @ draws.sums(sums.tokens))
+    return asdict(percentile_interval(np.abs(gap_CG.sum(0)).sum() / sums.tokens.sum(), resampled))
+
+
+def _sequence_kl(sums: Sums) -> dict[str, float] | None:
+    """KL(teacher ‖ model) over whole texts, in nats a text, by importance weights; None where the text is no sample."""
+    if sums.weights is None:
+        return None
+    # log p(y|x) − log q(y|x), both from weights in this process
+    nats = sums["nll"] - sums.measured["teacher nll"]
+    return sums.draws.interval(sums.weights * nats, sums.weights)
+
+
+METRICS = (
+    Metric(
+        "kl",
+        "KL from the teacher",
+        "nats a token",
+        "lower",
+        compute=per_token("kl"),
+        quantities={"kl": lambda at: (at.p_NV * at.log_ratio_NV).sum(-1)},
+        tables=("models", "runs"),
+        definition="KL(teacher ‖ student)",
+        difference=Difference("KL", "nats a token", "It is {} closer to the teacher", "It is {} farther from the teacher"),
+    ),
+    Metric(
+        "reverse_kl",
+        "KL(model ‖ teacher)",
+        "nats a token",
+        "lower",
+        compute=per_token("reverse_kl"),
+        quantities={"reverse_kl": lambda at: -(at.log_q_NV.exp() * at.log_ratio_NV).sum(-1)},
+    ),
+    Metric(
+        "top1",
+        "same next token",
+        "%",
+        "higher",
+        compute=per_token("top1"),
+        quantities={"top1": lambda at: at.p_top_N5[:, 0] == at.q_top.indices[:, 0]},
+        factor=100,
+        tables=("models", "runs"),
+        definition="same most likely token",
+        difference=Difference(
+            "next-token choices",
+            "percentage points",
+            "It makes the teacher’s choice {} more often",
+            "It makes the teacher’s choice {} less often",
+        ),
+    ),
+    Metric(
+        "top5",
+        "shared among the five most likely tokens",
+        "%",
+        "higher",
+        compute=per_token("top5"),
+        quantities={"top5": lambda at: (at.p_top_N5[:, :, None] == at.q_top.indices[:, None, :]).any(2).double().mean(1)},
+        factor=100,
+    ),
+    Metric(
+        "nll",
+        "NLL of its text",
+        "nats a token",
+        "lower",
+        compute=per_token("nll"),
+        quantities={"nll": lambda at: -at.log_q_NV.gather(1, at.labels_N[:, None])[:, 0]},
+        tables=("models",),
+        definition="NLL of the teacher's text",
+        difference=Difference(
+            "NLL", "nats a token", "It expects the teacher’s text better by {}", "It expects the teacher’s text worse by {}"
+        ),
+    ),
+    Metric("bits_per_byte", "bits per byte of the teacher’s text", "bits", "lower", compute=_bits_per_byte),
+    Metric("kl_by_position", "KL by position", "nats a token", "lower", compute=_kl_by("position", POSITIONS), tables=()),
+    Metric(
+        "kl_by_entropy", "KL by the teacher’s entropy", "nats a token", "lower", compute=_kl_by("entropy", ENTROPIES), tables=()
+    ),
+    Metric(
+        "calibration_error",
+        "calibration error against the teacher",
+        "%",
+        "lower",
+        compute=_calibration_error,
+        quantities={
+            "confidence": lambda at: at.q_top.values[:, 0].exp(),
+            "truth": lambda at: at.log_p_NV.gather(1, at.q_top.indices[:, :1])[:, 0].exp(),
+        },
+        factor=100,
+    ),
+    Metric(
+        "end",
+        "probability of the end where the teacher ended",
+        "%",
+        None,
+        compute=_end,
+        quantities={"end": lambda at: at.ends_N * at.end_N},
+        factor=100,
+    ),
+    Metric(
+        "early_end",
+        "probability of an end where it went on",
+        "%",
+        None,
+        compute=lambda sums: sums.draws.interval(sums["early"], sums.tokens - sums.ended),
+        quantities={"early": lambda at: at.ends_N * ~at.end_N},
+        factor=100,
+    ),
+    Metric("sequence_kl", "KL over whole texts", "nats a text", "lower", compute=_sequence_kl, tables=()),
+)
+"""Of the held-out text."""
+
+OWN_TEXT_METRICS = (
+    Metric("reverse_kl", "KL(model ‖ teacher) on its own text", "nats a token", "lower", compute=per_token("reverse_kl")),
+    Metric(
+        "teacher_nll",
+        "the teacher’s NLL of the model’s own text",
+        "nats a token",
+        "lower",
+        compute=lambda sums: sums.draws.interval(sums.measured["teacher nll"], sums.tokens),
+    ),
+    Metric(
+        "length",
+        "length of its own answers",
+        "tokens",
+        None,
+        compute=lambda sums: sums.draws.interval(sums.tokens, np.ones(len(sums.tokens))),
+    ),
+    Metric(
+        "ended",
+        "own answers that ended by themselves",
+        "%",
+        None,
+        compute=lambda sums: sums.draws.interval(sums.ended, np.ones(len(sums.tokens))),
+        factor=100,
+    ),
+)
+"""Of what a model answers itself, under `own_text`."""
+
+QUANTITIES = {name: quantity for metric in METRICS for name, quantity in metric.quantities.items()}
+"""All that is summed over tokens."""
