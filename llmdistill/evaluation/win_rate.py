@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.config.eval import WinRate
+from llmdistill.config.shipped import find
 from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import Array, check_clusters, draw_clusters, mean_interval, percentile_interval
@@ -50,8 +51,8 @@ class Comparison:
 
     def inputs(self) -> dict[str, str]:
         """Path and hash of what the verdicts depend on."""
-        template = Path(self.settings.template)
-        return {self.settings.judge.model: self.reader.fingerprint, str(template): record.sha256(template)}
+        template = self.settings.template
+        return {self.settings.judge.model: self.reader.fingerprint, template: record.sha256(find(template))}
 
     def measure(
         self, models: dict[str, Any], rows: Any, tokenizer: Any, end_ids: Sequence[int], directory: Path

@@ -14,6 +14,7 @@ from pydantic import ValidationError, model_validator
 
 from llmdistill.config import explain, read_yaml
 from llmdistill.config.section import Section, check_schema
+from llmdistill.config.shipped import find
 from llmdistill.data.dataset import Messages
 from llmdistill.errors import InputError
 
@@ -106,7 +107,7 @@ class PromptTemplate:
 
     def __init__(self, file: Path) -> None:
         try:
-            self.head = Head.model_validate(read_yaml(file))
+            self.head = Head.model_validate(read_yaml(find(file)))
         except ValidationError as error:
             raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
         self.file = file

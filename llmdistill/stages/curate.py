@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.config.curate import Contamination, JsonSchema, Judge
+from llmdistill.config.shipped import find
 from llmdistill.curation import best_of, contamination, duplicates, filters, judge, personal_data, verify, wording
 from llmdistill.curation.steps import COLUMNS, Array, Check, Failed, Work
 from llmdistill.data.dataset import (
@@ -189,9 +190,9 @@ def _step_inputs(experiment: Experiment) -> dict[str, str]:
             files = {settings.template: f"{key}.template"}
             inputs[settings.teacher.model] = record.model_fingerprint(settings.teacher.model, settings.teacher.revision)
         for path, name in files.items():
-            if not Path(path).is_file():
+            if not find(path).is_file():
                 raise InputError(f"{path}: no such file ({name})")
-            inputs[path] = record.sha256(Path(path))
+            inputs[path] = record.sha256(find(path))
     return inputs
 
 

@@ -53,7 +53,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
     inputs = {subject.path: record.model_fingerprint(subject.path, subject.revision) for subject in subjects}
     inputs[str(experiment.dataset_directory / MANIFEST)] = record.sha256(experiment.dataset_directory / MANIFEST)
-    inputs |= {str(file): record.sha256(file) for file in files_of(task_files)}
+    inputs |= {name: record.sha256(file) for name, file in files_of(task_files).items()}
     inputs |= {str(mixed / MANIFEST): record.sha256(mixed / MANIFEST) for mixed in experiment.mixed_datasets}
     comparison = Comparison(experiment, experiment.eval.win_rate) if experiment.eval.win_rate else None
     inputs |= comparison.inputs() if comparison else {}

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment
 from llmdistill.config.prompts import Combine, Magpie, Prompts
+from llmdistill.config.shipped import find
 from llmdistill.data.dataset import (
     MANIFEST,
     MESSAGES,
@@ -342,7 +343,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def _template_hashes(files: Iterable[str | None]) -> dict[str, str]:
-    return {file: record.sha256(Path(file)) for file in files if file}
+    return {file: record.sha256(find(file)) for file in files if file}
 
 
 def _say_plan(experiment: Experiment, counts: Counts) -> None:

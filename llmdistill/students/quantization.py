@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config.export import Export, Form
+from llmdistill.config.shipped import page
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
 from llmdistill.runs.record import read_json
@@ -26,8 +27,8 @@ def check_form(form: Form, settings: Export) -> None:
     package = "llmcompressor" if by_gptq else {"int8": "torchao", "safetensors": "transformers"}.get(form, "compressed_tensors")
     if importlib.util.find_spec(package) is None and by_gptq:
         raise InputError(
-            f"export.rounding is gptq, which {form} gets from llm-compressor: install the extra `gptq` (docs/export.md says how "
-            "beside vLLM), or set export.rounding to nearest"
+            f"export.rounding is gptq, which {form} gets from llm-compressor: install the extra `gptq` "
+            f"({page('export')} says how beside vLLM), or set export.rounding to nearest"
         )
     if importlib.util.find_spec(package) is None:
         raise InputError(f"export.formats has {form}, which needs {package}: install the extra `export`")
