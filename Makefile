@@ -24,7 +24,7 @@ setup: .venv/.ready
 	touch $@
 
 $(TEACHER): .venv/.ready
-	TQDM_DISABLE=1 $(BIN)/python examples/demo_teacher.py $(TEACHER)
+	TQDM_DISABLE=1 $(BIN)/python -m llmdistill.models.demo_teacher $(TEACHER)
 
 demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml

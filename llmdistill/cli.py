@@ -16,6 +16,7 @@ import yaml
 from llmdistill import __version__
 from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.config.help import keys_help
+from llmdistill.config.shipped import SHIPPED, page
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs.quiet import quiet_libraries
 from llmdistill.stages.table import STAGES, Stage
@@ -38,7 +39,7 @@ COMMANDS: dict[str, Stage | Command] = {
     ),
     "submit": Command("the same as scheduled jobs, each after those that it needs", ("jobs",)),
 }
-_OTHERS = ("inspect", "status", "cancel", "push", "convert")  # commands that take a directory
+_OTHERS = ("init", "inspect", "status", "cancel", "push", "convert")  # commands that take a directory
 _PATIENCE = 30  # seconds
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -87,6 +88,22 @@ def _no_more(arguments: argparse.Namespace, rest: list[str]) -> None:
     """Refuse words that a command without a configuration cannot take."""
     if rest:
         raise InputError(f"{arguments.command} takes no {rest[0]}")
+
+
+def _init(arguments: argparse.Namespace, rest: list[str]) -> None:
+    _no_more(arguments, rest)
+    from llmdistill.runs.init import Choices, init, init_demo
+
+    directory = Path(arguments.directory)
+    kind = next((kind for kind in ("prompts", "text", "documents") if getattr(arguments, kind) is not None), None)
+    path = getattr(arguments, kind) if kind else None
+    choices = Choices(kind, path, arguments.teacher, arguments.student, arguments.gpu)
+    if not arguments.demo:
+        init(directory, choices)
+    elif choices == Choices():
+        init_demo(directory)
+    else:
+        raise InputError("--demo is an experiment of its own, and takes no other flag")
 
 
 def _status(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -260,11 +277,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmdistill",
         description="Distil a large language model into a small one with synthetic data.",
-        epilog="`llmdistill COMMAND --help` lists the keys of the configuration that the command reads.",
+        epilog="`llmdistill COMMAND --help` lists the keys of the configuration that the command reads. The directories "
+        f"docs, prompts and configs are in {SHIPPED}",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"llmdistill {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
+    _add_init(commands)
     for name, described in COMMANDS.items():
         _add_command(commands, name, described)
     inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
@@ -294,6 +313,34 @@ def _parser() -> argparse.ArgumentParser:
     push.set_defaults(call=_push)
     _add_convert(commands)
     return parser
+
+
+def _add_init(commands: Any) -> None:
+    text = "write a first experiment, or the demo, into a directory"
+    command = commands.add_parser(
+        "init",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}, and say what to type next. On a terminal, what no flag says is asked for.",
+        allow_abbrev=False,
+    )
+    command.add_argument("directory", nargs="?", default=".", metavar="DIR", help="where it goes (default: here)")
+    command.add_argument("--demo", action="store_true", help="the demo, with its prompts and tasks")
+    data = command.add_mutually_exclusive_group()
+    data.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="your prompts: .jsonl, .csv, .parquet, or .txt with one on each line"
+    )
+    data.add_argument(
+        "--text", type=Path, metavar="FILE", help="your finished conversations or text, for the teacher to score: JSONL"
+    )
+    data.add_argument("--documents", type=Path, metavar="PATH", help="your text or Markdown files, about which the teacher asks")
+    command.add_argument("--teacher", metavar="MODEL", help="a name on the Hugging Face Hub, or a directory")
+    command.add_argument("--student", metavar="MODEL", help="likewise, with the teacher's tokenizer")
+    command.add_argument(
+        "--gpu",
+        action=argparse.BooleanOptionalAction,
+        help="whether this machine has one (default: whether nvidia-smi or rocm-smi is found)",
+    )
+    command.set_defaults(call=_init)
 
 
 def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
@@ -329,7 +376,7 @@ def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
 def _add_convert(commands: Any) -> None:
     text = "write a dataset in the format of DistillKit, of axolotl, as JSONL or as preference pairs, or read one"
     convert = commands.add_parser(
-        "convert", help=text, description=f"{text[0].upper()}{text[1:]}; docs/formats.md describes them.", allow_abbrev=False
+        "convert", help=text, description=f"{text[0].upper()}{text[1:]}; {page('formats')} describes them.", allow_abbrev=False
     )
     formats = ("distillkit", "axolotl", "jsonl")
     convert.add_argument(

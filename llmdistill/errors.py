@@ -4,10 +4,10 @@ import difflib
 from collections.abc import Collection
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """The user's input is wrong: the message names the file and the key, and says what would be right.
 
-    The command line prints the message alone and exits with status 2.
+    A `ValueError`, as a library's user expects. The command line prints the message alone and exits with status 2.
     """
 
 

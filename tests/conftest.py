@@ -28,7 +28,7 @@ def smollm2() -> Path:
     """The demo teacher: a real language model of 135M parameters."""
     directory = ROOT / "models/SmolLM2-135M-Instruct"
     if not (directory / "config.json").exists():
-        subprocess.run([sys.executable, ROOT / "examples/demo_teacher.py", directory], check=True)
+        subprocess.run([sys.executable, "-m", "llmdistill.models.demo_teacher", directory], check=True)
     return directory
 
 

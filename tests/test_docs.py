@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from llmdistill.cli import COMMANDS
+from llmdistill.cli import _OTHERS, COMMANDS
 from llmdistill.config import keys
 from llmdistill.config.prompts import Prompts, PromptStep
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
@@ -42,7 +42,7 @@ def test_commands_and_overrides_in_the_docs_exist(page):
     known = {key for key, _, _ in keys()}
     text = page.read_text()
     for command in re.findall(r"^(?:\$ )?llmdistill (\w+)", text, flags=re.M):
-        assert command in {*COMMANDS, "inspect", "push", "convert", "status", "cancel"}, command
+        assert command in {*COMMANDS, *_OTHERS}, command
     for key in re.findall(r"--((?:teacher|prompts|generate|targets|student|train|eval|export)\.[\w.]+)", text):
         free = key.startswith(("train.args.", "teacher.engine_args."))
         assert key in known or free or "did you mean" in text.split(key, 1)[1], key

@@ -48,8 +48,8 @@ class Eval(Section):
     """The engine in which models are timed, here and by `export`: `vllm` as they will be served, reading and memory included, for
     a start of vLLM each."""
     tasks: list[str] = []
-    """Tasks for every model: YAML files in lm-eval's format, as in configs/tasks, or names of lm-eval's own, whose data is on the
-    Hub."""
+    """Tasks for every model: YAML files in lm-eval's format, such as configs/tasks/facts.yaml, or names of lm-eval's own, whose
+    data is on the Hub."""
     task_limit: int | None = Field(default=None, ge=2)
     """The first items of each task only."""
     win_rate: WinRate | None = None

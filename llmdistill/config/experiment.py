@@ -28,7 +28,7 @@ class Experiment(Section):
     output: str
     """Directory that receives what every stage writes."""
     store: StoreUrl | None = None
-    """A copy of `output` that outlives the machine, at s3://BUCKET/PREFIX, gs://… or file:///…; docs/stores.md."""
+    """A copy of `output` that outlives the machine, at s3://BUCKET/PREFIX, gs://… or file:///…"""
     seed: int = Field(default=0, ge=0)
     """Seed of sampling, splitting, training and bootstrap."""
     shard_mb: float = Field(default=256, gt=0)
@@ -39,7 +39,7 @@ class Experiment(Section):
     score: Score | None = None
     targets: Targets = Targets()
     curate: list[CurateStep] = Field(default=[], max_length=100)
-    """Steps, applied in this order; docs/curation.md shows each."""
+    """Steps, applied in this order; `llmdistill curate --help-all` lists them."""
     student: Student = Student()
     train: Train = Train()
     rounds: Annotated[Rounds | None, BeforeValidator(as_section)] = None

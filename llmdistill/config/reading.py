@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from llmdistill.config.experiment import Experiment
 from llmdistill.config.section import Section, Step
+from llmdistill.config.shipped import find
 from llmdistill.config.student import ORIGINS
 from llmdistill.errors import InputError
 
@@ -60,7 +61,7 @@ def read_yaml(file: Path, key: str | None = None) -> dict[str, Any]:
         InputError: it is not there, or no such file.
     """
     try:
-        with file.open(encoding="utf-8") as stream:
+        with find(file).open(encoding="utf-8") as stream:
             tree = yaml.load(stream, Loader=_Loader)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file" + (f" ({key})" if key else "")) from None

@@ -11,6 +11,7 @@ import pyarrow as pa
 import yaml
 
 from llmdistill.config.curate import Contamination
+from llmdistill.config.shipped import find
 from llmdistill.curation.ngrams import ngram_hashes, normalised, words
 from llmdistill.curation.steps import Array, Check, CurationStep, StepContext, answers
 from llmdistill.errors import InputError
@@ -125,7 +126,7 @@ def _read(file: Path, key: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"{file} line {number}", fields) for number, fields in read_jsonl(file, key))
         return
     try:
-        content = file.read_text(encoding="utf-8")
+        content = find(file).read_text(encoding="utf-8")
         if file.suffix == ".json":
             tree = json.loads(content)
         elif file.suffix in (".yaml", ".yml"):

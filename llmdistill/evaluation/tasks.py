@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config import read_yaml
+from llmdistill.config.shipped import find
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.runs.progress import StageBar
@@ -38,11 +39,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task's YAML file as read, with its data beside it."""
+    """A task's YAML file as read, and its data: the files beside it, by their paths as the experiment would name them."""
 
     file: Path
     config: dict[str, Any]
-    data: list[Path]
+    data: dict[str, Path]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def read_tasks(names: Sequence[str]) -> list[TaskFile | str]:
 
 def _read(file: Path) -> TaskFile:
     """One file, without what would run code: `!function` is no tag of safe YAML."""
+    found = find(file)
     config = read_yaml(file, "eval.tasks")
     for key in ("include", "class", "group"):
         if key in config:
@@ -81,17 +83,17 @@ def _read(file: Path) -> TaskFile:
     for key in ("task", "dataset_path", "test_split", "output_type"):
         if not isinstance(config.get(key), str):
             raise InputError(f"{file}: the key {key} is missing" if key not in config else f"{file}: {key} must be a name")
-    data: list[Path] = []
+    data: dict[str, Path] = {}
 
     def resolved(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: resolved(entry) for key, entry in value.items()}
         if isinstance(value, list):
             return [resolved(entry) for entry in value]
-        path = file.parent / str(value)
+        path = found.parent / str(value)
         if not path.is_file():
             raise InputError(f"{file}: dataset_kwargs.data_files: {value} is not there beside it")
-        data.append(path)
+        data[str(file.parent / str(value))] = path
         return str(path)
 
     if config["dataset_path"] in _LOCAL:
@@ -100,13 +102,14 @@ def _read(file: Path) -> TaskFile:
             raise InputError(f"{file}: the key dataset_kwargs.data_files is missing")
         config = {**config, "dataset_kwargs": {**kwargs, "data_files": resolved(kwargs["data_files"])}}
     elif (directory := Path(config["dataset_path"])).is_dir():
-        data += [found for found in sorted(directory.rglob("*")) if found.is_file()]
+        data |= {str(path): path for path in sorted(directory.rglob("*")) if path.is_file()}
     return TaskFile(file, config, data)
 
 
-def files_of(tasks: Sequence[TaskFile | str]) -> list[Path]:
-    """All files that the tasks are read from."""
-    return [file for task in tasks if isinstance(task, TaskFile) for file in (task.file, *task.data)]
+def files_of(tasks: Sequence[TaskFile | str]) -> dict[str, Path]:
+    """All files that the tasks are read from, by their paths as the experiment would name them."""
+    files = [{str(task.file): find(task.file), **task.data} for task in tasks if isinstance(task, TaskFile)]
+    return {name: path for each in files for name, path in each.items()}
 
 
 def load_tasks(tasks: Sequence[TaskFile | str], limit: int | None) -> dict[str, tuple[str, Any]]:

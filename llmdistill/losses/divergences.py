@@ -47,7 +47,11 @@ def divergence(name: str, teacher_NJ: Tensor, student_NJ: Tensor, temperature: f
         student_NJ: the same of the student; finite.
         temperature: T: each probability to the power 1/T, then normalised, for teacher and student alike.
         beta: of the mixture, between 0 and 1, for the divergences that have one; the paper's if not given.
+
+    Raises:
+        ValueError: there is no such divergence, or one of the numbers is out of its range.
     """
+    Objective(name, temperature=temperature, beta=beta)
     mixture = {} if beta is None else {"beta": beta}
     log_p_NJ = (_wide(teacher_NJ) / temperature).log_softmax(dim=1)
     log_q_NJ = (_wide(student_NJ) / temperature).log_softmax(dim=1)

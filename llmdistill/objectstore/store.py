@@ -131,9 +131,11 @@ class Store:
             DamagedError: it is no JSON.
         """
         try:
-            return json.loads(self._ask(name, lambda: bytes(self._files.cat_file(f"{self._root}/{name}"))))
+            content = self._ask(name, lambda: bytes(self._files.cat_file(f"{self._root}/{name}")))
         except FileNotFoundError:
             return None
+        try:
+            return json.loads(content)
         except ValueError:
             raise DamagedError(self.url, name) from None
 

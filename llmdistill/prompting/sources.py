@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from llmdistill.config.prompts import Combine, HubDataset, Passages, Prompts
+from llmdistill.config.shipped import find
 from llmdistill.data.dataset import MANIFEST, Messages, read_batches, shard_files
 from llmdistill.errors import InputError
 from llmdistill.prompting.passages import Starts, cut
@@ -128,11 +129,12 @@ def find_files(source: str, key: str) -> list[Path]:
         InputError: there are none, or both.
     """
     path = Path(source)
-    if not path.exists() and not glob.has_magic(source):
+    is_there = find(path).exists()
+    if not is_there and not glob.has_magic(source):
         raise InputError(f"{source}: no such file ({key})")
     if path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if not _is_hidden(file.relative_to(path))]
-    elif path.exists():
+    elif is_there:
         found = [path]
     else:
         found = [Path(name) for name in sorted(glob.iglob(source, recursive=True))]  # noqa: PTH207 - absolute ones too
@@ -166,7 +168,7 @@ def files_hash(source: str, key: str) -> dict[str, str]:
     if (Path(source) / MANIFEST).is_file():
         return {str(Path(source) / MANIFEST): sha256(Path(source) / MANIFEST)}
     files = find_files(source, key)
-    return {source: sha256(files[0]) if files == [Path(source)] else _hash_of(files)}
+    return {source: sha256(find(source)) if files == [Path(source)] else _hash_of(files)}
 
 
 def _hash_of(files: list[Path]) -> str:
@@ -197,7 +199,7 @@ def read_jsonl(file: Path, key: str = "prompts.source") -> Iterator[tuple[int, F
     """
     try:
         # A line ends at a line feed only: the other separators that Python knows may stand inside a string.
-        with file.open(encoding="utf-8", newline="\n") as stream:
+        with find(file).open(encoding="utf-8", newline="\n") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield number, _parse(line, f"{file} line {number}")

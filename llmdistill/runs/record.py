@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmdistill.config.machine import Precision
+from llmdistill.config.shipped import find
 from llmdistill.config.teacher import ENGINES
 from llmdistill.errors import InputError
 from llmdistill.runs.progress import say
@@ -237,9 +238,10 @@ def file_input(file: str | Path, key: str) -> dict[str, str]:
     Raises:
         InputError: it is not there.
     """
-    if not Path(file).is_file():
+    found = find(file)
+    if not found.is_file():
         raise InputError(f"{file}: no such file ({key})")
-    return {str(file): sha256(Path(file))}
+    return {str(file): sha256(found)}
 
 
 def model_fingerprint(model: str, revision: str | None) -> str:

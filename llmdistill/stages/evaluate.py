@@ -142,9 +142,9 @@ def _plan(experiment: Experiment, dry_run: bool) -> _Plan:
 def _inputs(experiment: Experiment, plan: _Plan) -> dict[str, str]:
     """Path or name and hash of what is read."""
     inputs = {subject.path: record.model_fingerprint(subject.path, subject.revision) for subject in plan.subjects}
-    files = [experiment.dataset_directory / MANIFEST, *files_of(plan.tasks)]
-    files += [mixed / MANIFEST for mixed in experiment.mixed_datasets]
-    inputs |= {str(file): record.sha256(file) for file in files}
+    manifests = [directory / MANIFEST for directory in (experiment.dataset_directory, *experiment.mixed_datasets)]
+    inputs |= {str(file): record.sha256(file) for file in manifests}
+    inputs |= {name: record.sha256(file) for name, file in files_of(plan.tasks).items()}
     return inputs | (plan.comparison.inputs if plan.comparison else {})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision, training_precision
+from llmdistill.config.shipped import page
 from llmdistill.data.cards import model_card
 from llmdistill.data.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
 from llmdistill.data.targets import KINDS
@@ -351,7 +352,7 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool, precisi
     if experiment.student.quantize and is_sharded(arguments):
         raise InputError("student.quantize: quantised weights are not sharded; use one device, or DDP, or leave it out")
     if arguments.n_gpu > 1:  # the trainer would cut a batch apart from its targets (DataParallel)
-        say("train", f"uses one of {arguments.n_gpu} GPUs; docs/distributed.md says how to start a process on each")
+        say("train", f"uses one of {arguments.n_gpu} GPUs; {page('distributed')} says how to start a process on each")
         arguments._n_gpu = 1
     return arguments
 

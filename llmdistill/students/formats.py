@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config.export import Export, Form
+from llmdistill.config.shipped import page
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
 from llmdistill.students.quantization import fitting_group_size
@@ -73,8 +74,8 @@ class ExportFormat:
         """
         if self.by_gptq(settings) and importlib.util.find_spec("llmcompressor") is None:
             raise InputError(
-                f"export.rounding is gptq, which {self.name} gets from llm-compressor: install the extra `gptq` (docs/export.md "
-                "says how beside vLLM), or set export.rounding to nearest"
+                f"export.rounding is gptq, which {self.name} gets from llm-compressor: install the extra `gptq` "
+                f"({page('export')} says how beside vLLM), or set export.rounding to nearest"
             )
         if importlib.util.find_spec(self.library) is None:
             raise InputError(f"export.formats has {self.name}, which needs {self.library}: install the extra `export`")

@@ -174,6 +174,8 @@ class ServerEngine(Engine):
                     raise InputError(f"{self.teacher.url} refuses: {_message(response)}")
                 response.raise_for_status()
                 return understand(response.json())
+            except InputError:
+                raise
             except (httpx.HTTPError, LookupError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {str(error) or 'no answer'}".splitlines()[0]
             if attempt + 1 < tries:

@@ -51,6 +51,7 @@ class DistillTrainer(trl.SFTTrainer):
     parts of the loss beside the others, with their own weights.
 
     Raises:
+        TypeError: an argument is something else than it must be.
         ValueError: the arguments do not fit each other, the dataset or the model.
     """
 
@@ -60,6 +61,10 @@ class DistillTrainer(trl.SFTTrainer):
     def __init__(
         self, model: Any, args: DistillConfig, train_dataset: Any, teacher: Any = None, eval_dataset: Any = None, **kwargs: Any
     ) -> None:
+        if not isinstance(args, DistillConfig):
+            raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
+        if teacher is not None and not isinstance(teacher, torch.nn.Module):
+            raise TypeError(f"teacher must be a model that is loaded, got {type(teacher).__name__}")
         if "compute_metrics" in kwargs:
             raise ValueError("compute_metrics is not supported: the logits of a batch are never there as a whole")
         self.check_dataset(args, train_dataset, teacher)
@@ -106,9 +111,16 @@ class DistillTrainer(trl.SFTTrainer):
         """Refuse a dataset that the loss cannot learn from.
 
         Raises:
-            ValueError: it has no soft targets, or not of the kind that the loss needs.
+            TypeError: it is no `datasets.Dataset`.
+            ValueError: it is not of this package, has no soft targets, or not of the kind that the loss needs.
         """
-        kind = kind_of(dataset.column_names)
+        columns = getattr(dataset, "column_names", None)
+        if not columns:
+            raise TypeError(f"train_dataset must be a datasets.Dataset, as load_dataset gives, got {type(dataset).__name__}")
+        for name in ("input_ids", "completion_start"):
+            if name not in columns:
+                raise ValueError(f"train_dataset has no column {name}, only {', '.join(columns)}; read it with load_dataset")
+        kind = kind_of(columns)
         if args.uses_targets and teacher is None and not kind.columns:
             raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
         if args.position_weights != "uniform" and (teacher is not None or not kind.columns):

@@ -116,7 +116,7 @@ def test_too_few_items_are_refused_before_a_model_is_loaded(files):
 def test_files_of(files):
     (task,) = read_tasks([str(files / "echo.yaml")])
     assert isinstance(task, TaskFile)
-    assert files_of([task, "hellaswag"]) == [files / "echo.yaml", files / "echo.jsonl"]
+    assert files_of([task, "hellaswag"]) == {str(files / name): files / name for name in ("echo.yaml", "echo.jsonl")}
 
 
 @pytest.mark.parametrize(

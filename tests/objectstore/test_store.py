@@ -68,6 +68,16 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch):
         Store("gs://bucket/run")
 
 
+def test_a_refusal_is_not_taken_for_damage(store, monkeypatch):
+    def refuse(path):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(store._files, "cat_file", refuse)
+    with pytest.raises(InputError, match="refused: not yours") as refused:
+        store.read("run.json")
+    assert not isinstance(refused.value, DamagedError)
+
+
 def test_a_copy_is_fetched_as_it_was_uploaded(store, tmp_path):
     files = {
         "config.json": "{}",

