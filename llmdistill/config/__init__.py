@@ -3,17 +3,16 @@
 Nothing here imports torch, transformers or vLLM, so that a configuration can be read and shown on any machine.
 """
 
-from llmdistill.config.experiment import Directory, Experiment
+from llmdistill.config.experiment import Experiment
 from llmdistill.config.generate import Generate, Score
 from llmdistill.config.prompts import Prompts
-from llmdistill.config.reading import explain, keys, load_experiment, overrides_of, read_yaml
+from llmdistill.config.reading import dump_experiment, explain, keys, load_experiment, overrides_of, read_yaml
 from llmdistill.config.section import Section, Teacher
 from llmdistill.config.student import Prune
 from llmdistill.config.targets import Targets
 from llmdistill.config.train import Train
 
 __all__ = [
-    "Directory",
     "Experiment",
     "Generate",
     "Prompts",
@@ -23,6 +22,7 @@ __all__ = [
     "Targets",
     "Teacher",
     "Train",
+    "dump_experiment",
     "explain",
     "keys",
     "load_experiment",
