@@ -189,24 +189,22 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> None:
 
     experiment = _experiment(arguments, rest)
     if not arguments.dry_run:
-        return run_pipeline(experiment, [arguments.config, *rest])
+        return run_pipeline(experiment)
     for stage in stages(experiment):
-        overrides = [*overrides_of(rest), *stage.overrides.items()]
-        here = load_experiment(Path(arguments.config), overrides) if stage.overrides else experiment
-        STAGES[stage.command].function(here, dry_run=True)
+        STAGES[stage.command].function(stage.experiment, dry_run=True)
     return say_estimate(experiment)
 
 
 def _refresh(arguments: argparse.Namespace, rest: list[str]) -> None:
     from llmdistill.runs.refresh import refresh
 
-    refresh(_experiment(arguments, rest), [arguments.config, *rest], arguments.dry_run)
+    refresh(_experiment(arguments, rest), arguments.dry_run)
 
 
 def _submit(arguments: argparse.Namespace, rest: list[str]) -> None:
     from llmdistill.jobs import submit
 
-    submit(_experiment(arguments, rest), [arguments.config, *rest], arguments.dry_run)
+    submit(_experiment(arguments, rest), arguments.dry_run)
 
 
 def _chat(arguments: argparse.Namespace, rest: list[str]) -> None:

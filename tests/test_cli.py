@@ -77,8 +77,11 @@ def test_a_run_ends_as_its_stage_does(monkeypatch, tmp_path, experiment_file, bo
     stage.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stage))
     with pytest.raises(SystemExit) as stopped:
-        pipeline.run_pipeline(load_experiment(experiment_file), [str(experiment_file)])
+        pipeline.run_pipeline(load_experiment(experiment_file))
     assert stopped.value.code == status
+    assert (tmp_path / "run").exists() == (status != 2), "wrong input leaves nothing behind"
+    if status != 2:
+        assert load_experiment(tmp_path / "run/configs/generate.yaml") == load_experiment(experiment_file)
 
 
 def test_an_unknown_command_is_refused_with_the_nearest(capsys):

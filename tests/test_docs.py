@@ -10,6 +10,7 @@ import yaml
 
 from llmdistill.cli import _OTHERS, COMMANDS
 from llmdistill.config import keys
+from llmdistill.config.help import merged
 from llmdistill.config.prompts import Prompts, PromptStep
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.data.targets import KINDS
@@ -22,7 +23,9 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 def test_every_key_is_on_the_configuration_page_with_its_meaning():
     page = (ROOT / "docs/configuration.md").read_text()
-    rows = [f"| `{key}` | {kind.lower().replace('|', ' or ')} | {text.replace('|', ' or ')} |" for key, kind, text in keys()]
+    rows = [
+        f"| `{key}` | {kind.lower().replace('|', ' or ')} | {text.replace('|', ' or ')} |" for key, kind, text in merged(keys())
+    ]
     missing = [row for row in rows if row not in page]
     assert not missing, "put these rows on the page:\n" + "\n".join(missing)
     assert sum(line.startswith("| `") for line in page.splitlines()) == len(rows), "the page has rows of keys that are gone"

@@ -3,10 +3,10 @@
 Nothing here imports torch, transformers or vLLM, so that a configuration can be read and shown on any machine.
 """
 
-from llmdistill.config.experiment import Directory, Experiment
+from llmdistill.config.experiment import Experiment
 from llmdistill.config.generate import Generate, Score
 from llmdistill.config.prompts import Prompts
-from llmdistill.config.reading import explain, keys, load_experiment, overrides_of, read_yaml
+from llmdistill.config.reading import dump_experiment, explain, keys, load_experiment, overrides_of, read_yaml
 from llmdistill.config.section import Section
 from llmdistill.config.student import Prune
 from llmdistill.config.targets import Targets
@@ -14,7 +14,6 @@ from llmdistill.config.teacher import Teacher
 from llmdistill.config.train import Train
 
 __all__ = [
-    "Directory",
     "Experiment",
     "Generate",
     "Prompts",
@@ -24,6 +23,7 @@ __all__ = [
     "Targets",
     "Teacher",
     "Train",
+    "dump_experiment",
     "explain",
     "keys",
     "load_experiment",

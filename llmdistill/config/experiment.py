@@ -1,9 +1,9 @@
 """The experiment: one YAML file, a section a stage, checked strictly before anything runs."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from llmdistill.config.curate import CurateStep
 from llmdistill.config.eval import Eval
@@ -18,8 +18,7 @@ from llmdistill.config.student import Student
 from llmdistill.config.targets import Targets
 from llmdistill.config.teacher import Teacher, engines_with
 from llmdistill.config.train import Train
-
-Directory = Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"]
+from llmdistill.stages.table import Directory
 
 
 class Experiment(Section):
@@ -72,7 +71,13 @@ class Experiment(Section):
         if self.rounds and not self.targets.stored.columns:
             raise ValueError(f"rounds needs stored targets, and targets.kind is {self.targets.kind}")
         loss = self.rounds and self.rounds.loss
-        if loss and (reason := self.train.model_copy(update={"loss": loss}).against(self.targets.stored)):
+        if not loss:
+            return self
+        try:
+            train = self.train.with_(loss=loss)
+        except ValidationError as error:
+            raise ValueError(f"rounds.loss: train.{error.errors()[0]['ctx']['error']}") from None
+        if reason := train.against(self.targets.stored):
             raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; set targets.kind to topk")
         return self
 

@@ -1,11 +1,14 @@
 """The keys of the configuration as `--help` shows them: by section, wrapped to the terminal, the common ones only or all."""
 
+import re
 import shutil
 import textwrap
+from collections.abc import Iterable
 from itertools import groupby
 
 from llmdistill.config.reading import keys
 
+Row = tuple[str, str, str]  # a key, its type and its help
 # Keys that stand outside the sections and are read by every command.
 _GENERAL = ("output", "store", "seed", "watch.log", "watch.metrics")
 # By section; the empty name is for keys outside of one.
@@ -81,14 +84,12 @@ _COMMON = {
         "margin",
     ),
     "jobs": (
-        "slurm.partition",
         "slurm.gpus",
+        "slurm.partition",
         "slurm.time",
         "slurm.workers",
-        "ray.workers",
         "ray.address",
-        "skypilot.workers",
-        "kubernetes.workers",
+        "skypilot.bucket",
         "kubernetes.image",
     ),
 }
@@ -103,9 +104,10 @@ def keys_help(sections: tuple[str, ...], everything: bool) -> str:
         sections: of the configuration, or single keys; the empty name is all of them.
         everything: whether keys that few need are among them.
     """
-    known = list(keys())
-    read = [row for row in known if row[0] in _GENERAL or any(_is_in(row[0], section) for section in sections)]
-    shown = [row for row in read if everything or row[0] in COMMON]
+    known = [row for row in keys() if row[0] in _GENERAL or any(_is_in(row[0], section) for section in sections)]
+    common = {(_without_scheduler(row[0]), *row[1:]) for row in known if row[0] in COMMON}
+    read = merged(known)
+    shown = [row for row in read if everything or (_without_scheduler(row[0]), *row[1:]) in common]
     width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
     lines = ["", "keys of the configuration, in the file or as an override (--KEY VALUE):"]
     for name, rows in groupby(shown, key=lambda row: row[0].partition(".")[0] if "." in row[0] else ""):
@@ -116,6 +118,25 @@ def keys_help(sections: tuple[str, ...], everything: bool) -> str:
     if len(shown) < len(read):
         lines += ["", f"{len(read) - len(shown)} more keys: --help-all"]
     return "\n".join(lines) + "\n"
+
+
+def merged(rows: Iterable[Row]) -> list[Row]:
+    """Rows of keys, those that several schedulers have in common as one: `jobs.{slurm,ray}.cpus`."""
+    alike: dict[Row, list[str]] = {}
+    for key, kind, text in rows:
+        alike.setdefault((_without_scheduler(key), kind, text), []).append(key)
+    return [(_together(found), kind, text) for (_, kind, text), found in alike.items()]
+
+
+def _together(alike: list[str]) -> str:
+    if len(alike) == 1:
+        return alike[0]
+    rest = alike[0].split(".", 2)[2]
+    return f"jobs.{{{','.join(key.split('.')[1] for key in alike)}}}.{rest}"
+
+
+def _without_scheduler(key: str) -> str:
+    return re.sub(r"^jobs\.[^.]+\.", "jobs.*.", key)
 
 
 def _is_in(key: str, section: str) -> bool:

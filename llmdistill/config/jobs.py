@@ -1,11 +1,12 @@
 """The configuration's sections `jobs` and `watch`: where stages run as scheduled jobs, with what, and how they are watched."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from llmdistill.config.section import PassedOn, Section
+from llmdistill.stages.table import STAGES
 
 
 def _matching(pattern: str, problem: str) -> AfterValidator:
@@ -19,7 +20,13 @@ def _matching(pattern: str, problem: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-StageName = Literal["prompts", "generate", "score", "curate", "prune", "train", "eval", "export", "report"]
+def _stage(name: str) -> str:
+    if name not in STAGES:
+        raise ValueError(f"{name!r} is no stage; they are {', '.join(STAGES)}")
+    return name
+
+
+StageName = Annotated[str, AfterValidator(_stage)]
 Word = Annotated[str, _matching(r"[\w.,:@%+=/\[\]-]+", "has signs that no option of a scheduler has")]
 Clock = Annotated[str, _matching(r"(\d+-)?\d+:\d\d:\d\d", "is no time such as HH:MM:SS or D-HH:MM:SS")]
 WholePath = Annotated[str, _matching(r"(/(?!\.\.)[\w.-]+)+", "is no absolute path of plain names")]
@@ -28,26 +35,24 @@ ObjectName = Annotated[str, _matching(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "is no 
 
 
 class Resources(Section):
-    """What a job asks for."""
+    """What a job asks for: under a scheduler for all stages, under its `stages` for one of them."""
 
     gpus: int | None = Field(default=None, ge=0)
     """GPUs of each node; `curate` and `report` get none unless `stages` says so."""
-    nodes: int | None = Field(default=None, ge=1)
-    """Nodes; `train` alone uses more than one."""
     cpus: int | None = Field(default=None, ge=1)
     """CPU cores of each node."""
+
+
+class NodeResources(Resources):
+    """What a job asks for where it gets whole nodes."""
+
+    nodes: int | None = Field(default=None, ge=1)
+    """Nodes; `train` alone uses more than one."""
     memory: Word | None = None
     """Memory of each node, such as 64G."""
 
 
-def _one_node(stages: Any) -> Any:
-    for name, resources in stages.items():
-        if name != "train" and (resources.nodes or 1) > 1:
-            raise ValueError(f"{name} runs on one node; workers makes more of it")
-    return stages
-
-
-class SlurmResources(Resources):
+class SlurmResources(NodeResources):
     """What a job of Slurm asks for."""
 
     partition: Word | None = None
@@ -56,30 +61,7 @@ class SlurmResources(Resources):
     """Longest run, as HH:MM:SS or D-HH:MM:SS."""
 
 
-class Slurm(SlurmResources):
-    """Stages as jobs of Slurm, each after those that it needs."""
-
-    account: Word | None = None
-    """Who pays."""
-    workers: int = Field(default=1, ge=1)
-    """Tasks of the array that `generate` and `score` are, each with its share of the shards."""
-    environment: list[str] = []
-    """Lines of shell before the command: modules, virtual environments, variables."""
-    container: Word | None = None
-    """Image in which the command runs (by srun's --container-image, of the pyxis plugin)."""
-    grace: int = Field(default=120, ge=10)
-    """Seconds before the end of its time at which a job stops, keeps what it has, and queues itself again."""
-    retries: int = Field(default=2, ge=0)
-    """How often a job that failed is queued again before the pipeline stops there."""
-    options: dict[Word, Word] = {}
-    """More options of sbatch, without their dashes: {qos: high}."""
-    accelerate: str | None = None
-    """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU or node is asked for."""
-    stages: Annotated[dict[StageName, SlurmResources], AfterValidator(_one_node)] = {}
-    """What a stage asks for where it is not the same: {train: {nodes: 2}}."""
-
-
-class SkyPilotResources(Resources):
+class SkyPilotResources(NodeResources):
     """What a task of SkyPilot asks for."""
 
     accelerator: Word | None = None
@@ -90,29 +72,77 @@ class SkyPilotResources(Resources):
     """Whether on machines that may be taken away, and are looked for again."""
 
 
-class SkyPilot(SkyPilotResources):
+class KubernetesResources(NodeResources):
+    """What a pod asks for."""
+
+    time: Clock | None = None
+    """Longest run, as HH:MM:SS or D-HH:MM:SS."""
+
+
+Asked = TypeVar("Asked", bound=Resources)
+
+
+def _one_node(stages: Any) -> Any:
+    for name, resources in stages.items():
+        if name != "train" and (getattr(resources, "nodes", None) or 1) > 1:
+            raise ValueError(f"{name} runs on one node; workers makes more of it")
+    return stages
+
+
+class Scheduler(Section, Generic[Asked]):
+    """What all schedulers are told in the same way."""
+
+    workers: int = Field(default=1, ge=1)
+    """Workers that share the shards of `prompts`, `generate` and `score`: tasks of an array (slurm), actors (ray), machines
+    (skypilot), pods (kubernetes)."""
+    retries: int = Field(default=2, ge=0)
+    """How often what failed is started again; what was preempted always is."""
+    stages: Annotated[dict[StageName, Asked], AfterValidator(_one_node)] = {}
+    """What a stage asks for where it is not the same: {train: {gpus: 8}}."""
+
+
+class NodeScheduler(Scheduler[Asked]):
+    """What schedulers are told that give whole nodes."""
+
+    accelerate: str | None = None
+    """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU or node is asked for."""
+
+
+class Mounted(Section):
+    """Where machines have no directory in common with the one that submits."""
+
+    mount: WholePath = "/outputs"
+    """Where the storage of all output is mounted; what `output` names lies below."""
+
+
+class Slurm(NodeScheduler[SlurmResources], SlurmResources):
+    """Stages as jobs of Slurm, each after those that it needs."""
+
+    account: Word | None = None
+    """Who pays."""
+    environment: list[str] = []
+    """Lines of shell before the command: modules, virtual environments, variables."""
+    container: Word | None = None
+    """Image in which the command runs (by srun's --container-image, of the pyxis plugin)."""
+    grace: int = Field(default=120, ge=10)
+    """Seconds before the end of its time at which a job stops, keeps what it has, and queues itself again."""
+    options: dict[Word, Word] = {}
+    """More options of sbatch, without their dashes: {qos: high}."""
+
+
+class SkyPilot(NodeScheduler[SkyPilotResources], Mounted, SkyPilotResources):
     """Stages as the tasks of one managed job of SkyPilot, one after the other."""
 
     bucket: str = Field(pattern=r"^[a-z0-9]+://[\w./-]+$")
     """The bucket that is mounted as the place of all output, such as s3://name: machines come and go, what lies there stays."""
-    mount: WholePath = "/outputs"
-    """Where it is mounted; what `output` names lies below."""
     setup: list[str] = []
     """Lines of shell that set up a new machine."""
     environment: list[str] = []
-    """Lines of shell before the command."""
+    """Lines of shell before the command: modules, virtual environments, variables."""
     secrets: list[Variable] = []
     """Names of variables, such as HF_TOKEN, that are passed on from the environment of `submit`."""
     image: Word | None = None
     """Image of the machine, such as docker:USER/IMAGE."""
-    workers: int = Field(default=1, ge=1)
-    """Machines on which `generate` and `score` run, each with its share of the shards."""
-    retries: int = Field(default=2, ge=0)
-    """How often a task that failed is started again; one whose machines were taken away always is."""
-    accelerate: str | None = None
-    """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU or node is asked for."""
-    stages: Annotated[dict[StageName, SkyPilotResources], AfterValidator(_one_node)] = {}
-    """What a stage asks for where it is not the same: {train: {nodes: 2}}."""
 
     @model_validator(mode="after")
     def _gpus_have_a_kind(self) -> "SkyPilot":
@@ -124,14 +154,7 @@ class SkyPilot(SkyPilotResources):
         return self
 
 
-class KubernetesResources(Resources):
-    """What a pod asks for."""
-
-    time: Clock | None = None
-    """Longest run of all its tries together, as HH:MM:SS or D-HH:MM:SS."""
-
-
-class Kubernetes(KubernetesResources):
+class Kubernetes(NodeScheduler[KubernetesResources], Mounted, KubernetesResources):
     """Stages as Jobs of Kubernetes."""
 
     image: Word
@@ -140,26 +163,16 @@ class Kubernetes(KubernetesResources):
     """Image with a shell and kubectl, for the small pod that starts each stage when the one before it is complete."""
     claim: ObjectName
     """PersistentVolumeClaim for all output; with more than one pod it has to be one that many may write (ReadWriteMany)."""
-    mount: WholePath = "/outputs"
-    """Where it is mounted; what `output` names lies below."""
     workdir: WholePath = "/workspace"
-    """Directory in the image or below `mount` in which the command runs: that of the configuration and of what it names."""
+    """Directory in the image or below `mount` in which the command runs: that of the files which the configuration names."""
     namespace: ObjectName = "default"
     """Namespace of all of it."""
     secrets: list[ObjectName] = []
     """Names of Secrets whose entries become variables, such as HF_TOKEN."""
     pod: PassedOn = {}
     """More of the pods, as Kubernetes writes it: {nodeSelector: {…}, tolerations: […]}."""
-    workers: int = Field(default=1, ge=1)
-    """Pods of the Indexed Job that `generate` and `score` are, each with its share of the shards."""
     grace: int = Field(default=120, ge=10)
     """Seconds from SIGTERM to SIGKILL, in which a stage keeps what it has."""
-    retries: int = Field(default=2, ge=0)
-    """How often a pod that failed is made again; one that was preempted always is."""
-    accelerate: str | None = None
-    """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU is asked for."""
-    stages: Annotated[dict[StageName, KubernetesResources], AfterValidator(_one_node)] = {}
-    """What a stage asks for where it is not the same: {train: {gpus: 8}}."""
 
     @field_validator("pod")
     @classmethod
@@ -177,31 +190,15 @@ class Kubernetes(KubernetesResources):
         return self
 
 
-class RayResources(Section):
-    """What a stage asks of Ray."""
-
-    gpus: int | None = Field(default=None, ge=0)
-    """GPUs on one node."""
-    cpus: int | None = Field(default=None, ge=1)
-    """CPU cores on one node."""
-
-
-class Ray(RayResources):
+class Ray(Scheduler[Resources], Resources):
     """The pipeline as one job of a Ray cluster whose nodes share a file system."""
 
     address: str | None = None
     """Where the cluster takes jobs, such as http://head:8265; RAY_API_SERVER_ADDRESS if not given."""
-    workers: int = Field(default=1, ge=1)
-    """Actors that `generate` or `score`, each with one engine; they are handed shards one by one."""
-    retries: int = Field(default=2, ge=0)
-    """How often a shard, or a stage, that failed is tried again."""
-    stages: dict[StageName, RayResources] = {}
-    """What a stage asks for where it is not the same. Without `gpus`, `generate` and `score` ask for
-    `teacher.tensor_parallel_size` a worker, `curate` and `report` for none, and the others for one."""
 
 
 class Jobs(Section):
-    """Scheduled jobs, for `llmdistill submit`: one of these."""
+    """Scheduled jobs, for `llmdistill submit`: one of these. The module of its name in `llmdistill.jobs` is the backend."""
 
     slurm: Slurm | None = None
     """Jobs of Slurm."""
@@ -214,10 +211,18 @@ class Jobs(Section):
 
     @model_validator(mode="after")
     def _one_backend(self) -> "Jobs":
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"either {' or '.join(given)}, not more than one")
+        if len(self._given) > 1:
+            raise ValueError(f"either {' or '.join(self._given)}, not more than one")
         return self
+
+    @property
+    def _given(self) -> list[str]:
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+    @property
+    def chosen(self) -> "tuple[str, Scheduler[Any]] | None":
+        """The name of the backend and its settings; None if there is none."""
+        return next(((name, getattr(self, name)) for name in self._given), None)
 
 
 class Watch(Section):

@@ -169,6 +169,11 @@ class Prompts(Section):
         return self
 
     @property
+    def passes(self) -> int:
+        """How often the teacher is asked, each time with all answers so far at hand; as often do workers have to be started."""
+        return sum(getattr(step.settings, "rounds", 1) for step in self.steps if not isinstance(step.settings, Combine | Novelty))
+
+    @property
     def from_where(self) -> str | None:
         """The source or the dataset, by its path; None where the teacher begins from nothing."""
         return self.source if self.dataset is None else self.dataset.path

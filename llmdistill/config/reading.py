@@ -54,6 +54,14 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
         raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
 
 
+def dump_experiment(experiment: Experiment) -> str:
+    """YAML of what is set in an experiment, which `load_experiment` reads back as the same one; defaults are left out."""
+    # A default that is written down would be a choice: `student.prune.refit: true` is refused where the default is not.
+    # No key has another default than null and may be null, so that null need not be written either.
+    tree = experiment.model_dump(exclude_unset=True, exclude_none=True)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
 def read_yaml(file: Path, key: str | None = None) -> dict[str, Any]:
     """A YAML file that holds a mapping; `key` is the one that names it, for the error if it is not there.
 
@@ -85,6 +93,9 @@ def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tupl
         elif inner and get_origin(field.annotation) is list:
             yield f"{prefix}{name}", "LIST", field.description or ""
             yield from keys(inner[0], f"{prefix}{name}.N.")
+        elif inner and get_origin(field.annotation) is dict:
+            yield f"{prefix}{name}", "DICT", field.description or ""
+            yield from keys(inner[0], f"{prefix}{name}.STAGE.")
         elif inner:
             yield from keys(inner[0], f"{prefix}{name}.")
         else:
@@ -131,7 +142,8 @@ def explain(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         known = [name for name, _, _ in keys()]
         known += sorted({prefix for name in known for prefix in _prefixes(name)})
-        near = difflib.get_close_matches(re.sub(r"\.\d+\.", ".N.", key), known, n=1, cutoff=0.75)
+        named = re.sub(r"\.stages\.[\w-]+\.", ".stages.STAGE.", re.sub(r"\.\d+\.", ".N.", key))
+        near = difflib.get_close_matches(named, known, n=1, cutoff=0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
         if not near and key.startswith("train."):
             hint = f"; arguments of trl.SFTConfig go under train.args (train.args.{key.removeprefix('train.')})"
@@ -145,8 +157,8 @@ def explain(detail: Any) -> str:
 
 
 def _is_type_label(part: Any) -> bool:
-    """Pydantic puts the branch of a union into the location (`int`, `list[int]`); that is no key of ours."""
-    return isinstance(part, str) and bool(re.fullmatch(r"(int|str|float|bool|none|(list|literal)\[.*\])", part))
+    """Pydantic puts the branch of a union into the location (`int`, `list[int]`, and `[key]`); that is no key of ours."""
+    return isinstance(part, str) and bool(re.fullmatch(r"(int|str|float|bool|none|\[key\]|(list|literal)\[.*\])", part))
 
 
 def _prefixes(key: str) -> Iterator[str]:
@@ -168,8 +180,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads back: text that it would take for a number is quoted."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Write what is there twice twice."""
+        return True
+
+
+for _either in (_Loader, _Dumper):
+    _either.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
+        list("-+.0123456789"),
+    )

@@ -1,7 +1,7 @@
 """What the parts of the configuration have in common: they are strict; and types that more than one of them has."""
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -50,6 +50,14 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are refused, the docstring under a field is its help."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with other values of some keys, checked as if it had been read from a file.
+
+        Raises:
+            ValueError: the values do not fit.
+        """
+        return type(self).model_validate({**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
 
 
 def check_schema(schema: dict[str, Any] | None) -> None:

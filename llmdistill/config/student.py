@@ -82,6 +82,10 @@ class Student(Section):
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
 
+    def continued(self, model: str) -> "Student":
+        """The same settings for a student that goes on from the weights in a directory."""
+        return self.with_(**{**dict.fromkeys(ORIGINS), "model": model, "revision": None})
+
     @property
     def default_learning_rate(self) -> float:
         """The peak learning rate where `train.args` gives none."""

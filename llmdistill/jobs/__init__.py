@@ -1,59 +1,64 @@
 """Stages as scheduled jobs: `llmdistill submit`, `status` and `cancel`.
 
-A backend is a module with `render`, which gives the files that a person would have written, by name; `submit`, which hands
-them on and says of each job which stage it is; `states` and `cancel` of such jobs; the states that are `OVER`; and
-`SAME_FILES`, whether jobs write where `submit` was called.
+Which backends there are is said by the section `jobs` of the configuration; each is in the module of its name.
 """
 
+import importlib
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from llmdistill.config import Experiment
+from llmdistill.config import Experiment, dump_experiment
+from llmdistill.config.jobs import Jobs
 from llmdistill.errors import InputError
-from llmdistill.jobs import kubernetes, ray, skypilot, slurm
-from llmdistill.jobs.commands import Job
+from llmdistill.jobs.backend import Backend, Job
+from llmdistill.jobs.commands import scheduled
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, say
 from llmdistill.runs.status import begun, how_far
 
-BACKENDS: dict[str, ModuleType] = {"slurm": slurm, "ray": ray, "skypilot": skypilot, "kubernetes": kubernetes}
+BACKENDS = tuple(Jobs.model_fields)
 WHOLE = "run"  # the `stage` of a job that is all of them
 _FILE = "jobs.json"
 
 
-def submit(experiment: Experiment, arguments: list[str], dry_run: bool = False) -> None:
+def backend_of(name: str) -> Backend[Any]:
+    """The backend of that name."""
+    found: Backend[Any] = importlib.import_module(f"llmdistill.jobs.{name}").BACKEND
+    return found
+
+
+def submit(experiment: Experiment, dry_run: bool = False) -> None:
     """Submit all stages, each to run after the one before it; what is done by then ends at once.
 
     Args:
         experiment: the configuration.
-        arguments: the configuration file and the overrides, as they were typed.
         dry_run: print the files and submit nothing.
 
     Raises:
         InputError: there is no section `jobs`, or jobs of an earlier submission still wait or run.
     """
-    names = [name for name in BACKENDS if experiment.jobs and getattr(experiment.jobs, name)]
-    if not names:
+    chosen = experiment.jobs and experiment.jobs.chosen
+    if not chosen:
         raise InputError(f"the key jobs.{' or jobs.'.join(BACKENDS)} is missing: `submit` needs to know where")
-    (name,) = names
-    backend, settings = BACKENDS[name], getattr(experiment.jobs, name)
-    directory = Path(experiment.output) / "jobs"
-    texts: dict[str, str] = backend.render(experiment, settings, arguments)
+    name, settings = chosen
+    backend, directory = backend_of(name), Path(experiment.output) / "jobs"
+    stages = scheduled(experiment, settings)
+    texts = backend.render(experiment, settings, stages)
+    configurations = {f"{stage.name}.yaml": dump_experiment(stage.experiment) for stage in stages}
     if dry_run:
-        for file, text in texts.items():
+        for file, text in (texts | configurations).items():
             console.print(f"── {directory / file}", markup=False)
             print(text)
         return
     if alive := [job["stage"] for job in _alive(directory)]:
         raise InputError(f"{directory}: {', '.join(alive)} of an earlier submission still wait or run; `cancel` them first")
     directory.mkdir(parents=True, exist_ok=True)
-    for file, text in texts.items():
+    for file, text in (texts | configurations).items():
         record.write_text(directory / file, text)
     submitted: list[Job] = []
     try:
-        for job in backend.submit(experiment, settings, {file: directory / file for file in texts}):
+        for job in backend.submit(experiment, settings, stages, {file: directory / file for file in texts}):
             submitted.append(job)
             record.write_json(directory / _FILE, {"backend": name, "jobs": submitted})
             say("submit", f"{job['stage']} is job {job['job']}")
@@ -75,12 +80,12 @@ def status(output: Path) -> None:
     backend, jobs = _jobs(output / "jobs")
     for job, states in zip(jobs, backend.states(jobs), strict=True):
         counts = ", ".join(f"{number} {state.lower()}" for state, number in sorted(Counter(states).items()))
-        if backend.SAME_FILES:
+        if backend.same_files:
             left = how_far(output, job["stage"]) if job["stage"] != WHOLE else ""
         else:
             left = "" if counts else "not known any more"
         say(job["stage"], f"job {job['job']}: {'; '.join(part for part in (counts, left) if part)}")
-    if any(job["stage"] == WHOLE for job in jobs) and backend.SAME_FILES:
+    if any(job["stage"] == WHOLE for job in jobs) and backend.same_files:
         _say_stages(output, begun(output))
     return None
 
@@ -104,13 +109,13 @@ def cancel(output: Path) -> None:
     say("cancel", said)
 
 
-def _jobs(directory: Path) -> tuple[ModuleType, list[Job]]:
+def _jobs(directory: Path) -> tuple[Backend[Any], list[Job]]:
     found: dict[str, Any] | None = record.read_json(directory / _FILE)
     if found is None:
         raise InputError(
             f"{directory / _FILE} is not there: nothing was submitted from this output, and no stage has begun in it"
         )
-    return BACKENDS[found["backend"]], list(found["jobs"])
+    return backend_of(found["backend"]), list(found["jobs"])
 
 
 def _alive(directory: Path) -> list[Job]:
@@ -118,5 +123,5 @@ def _alive(directory: Path) -> list[Job]:
         return []
     backend, jobs = _jobs(directory)
     return [
-        job for job, states in zip(jobs, backend.states(jobs), strict=True) if any(state not in backend.OVER for state in states)
+        job for job, states in zip(jobs, backend.states(jobs), strict=True) if any(state not in backend.over for state in states)
     ]

@@ -1,30 +1,56 @@
-"""The commands in jobs, and those that hand jobs on: how a stage is started on many processes, what a run is called elsewhere."""
+"""The commands in jobs, and those that hand jobs on: which jobs there are, how a stage is started on many processes."""
 
 import hashlib
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
 
 import yaml
 
 from llmdistill.config import Experiment
-from llmdistill.config.jobs import Kubernetes, Ray, SkyPilot, Slurm
+from llmdistill.config.jobs import Mounted, Scheduler
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs.pipeline import StageRun, stages
 from llmdistill.stages.table import STAGES
 
 PORT = 29500
-SHARED = tuple(name for name, stage in STAGES.items() if stage.array)  # a job for each of several workers
-Backend = TypeVar("Backend", Slurm, Ray, SkyPilot, Kubernetes)
-Job = dict[str, str]  # its `stage`, what it is called as `job`, and what else its backend finds it by
+Settings = TypeVar("Settings", bound=Scheduler[Any])
 
 
-def of_stage(settings: Backend, name: str) -> Backend:
+def scheduled(experiment: Experiment, settings: Scheduler[Any]) -> list[StageRun]:
+    """The stages as jobs, each on the experiment as it is where the job runs.
+
+    Raises:
+        InputError: the output would not lie below the mount that takes its place there.
+    """
+    if isinstance(settings, Mounted):
+        experiment = experiment.with_(output=elsewhere(experiment.output, settings.mount))
+    return [part for stage in stages(experiment) for part in _parts(stage, settings.workers)]
+
+
+def _parts(stage: StageRun, workers: int) -> Iterator[StageRun]:
+    """A stage as often as its workers are started.
+
+    What `prompts` asks the teacher in a step follows from all answers to the step before. A worker that lacks those of others
+    ends, since it might wait for one that is only started when it has ended; so all are started again for the next step.
+    """
+    section = stage.experiment.prompts
+    passes = section.passes if stage.command == "prompts" and section and workers > 1 else 1
+    return (replace(stage, part=number) for number in range(1, max(passes, 1) + 1))
+
+
+def words_of(stage: StageRun, directory: str) -> list[str]:
+    """A stage and its configuration, which lies in a directory under the stage's name."""
+    return [stage.command, f"{directory}/{stage.name}.yaml"]
+
+
+def of_stage(settings: Settings, name: str) -> Settings:
     """The settings with what a stage asks for in the place of what is asked for in general."""
-    own = settings.stages.get(name)  # type: ignore[call-overload]
+    own = settings.stages.get(name)
     asked = own.model_dump(exclude_none=True) if own else {}
     if name in STAGES and not STAGES[name].uses_model:
         asked.setdefault("gpus", None)
@@ -73,25 +99,21 @@ def elsewhere(output: str, mount: str) -> str:
     return str(PurePosixPath(mount) / path)
 
 
-def stages_elsewhere(experiment: Experiment, mount: str, arguments: Sequence[str]) -> list[tuple[StageRun, list[str]]]:
-    """The stages with the words of each, where all output lies below a mount.
-
-    Raises:
-        InputError: it would not lie below.
-    """
-    there = experiment.model_copy(update={"output": elsewhere(experiment.output, mount)})
-    return [(stage, [*arguments, "--output", there.output, *stage.arguments]) for stage in stages(there)]
-
-
-def completed(todo: list[tuple[StageRun, list[str]]], number: int, workers: int) -> str:
-    """What a stage's shell command begins with where many workers made the dataset before it.
+def completed(stages: Sequence[StageRun], number: int, workers: int, directory: str) -> str:
+    """What a stage's shell command begins with where many workers made what it reads.
 
     Those that saw each other's last shards late have left it incomplete; the same command without a share completes it.
+
+    Args:
+        stages: all of them.
+        number: of this one, from 0.
+        workers: how many there are.
+        directory: where the configurations are.
     """
-    if number == 0 or workers == 1 or todo[number - 1][0].command not in SHARED:
+    before = stages[number - 1] if number and workers > 1 else None
+    if before is None or not before.shared or stages[number].part > 1:
         return ""
-    stage, words = todo[number - 1]
-    return f"llmdistill {shlex.join([stage.command, *words])} && "
+    return f"llmdistill {' '.join(words_of(before, directory))} && "
 
 
 def ask(command: Sequence[str], whose: str, wrong: type[Exception] = RemoteError) -> str:
@@ -113,18 +135,6 @@ def ask(command: Sequence[str], whose: str, wrong: type[Exception] = RemoteError
         said = done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
         raise wrong(f"{command[0]}: {said}")
     return done.stdout
-
-
-def below(file: str, directory: Path) -> str:
-    """The path of the configuration in the copy of a directory.
-
-    Raises:
-        InputError: it lies elsewhere.
-    """
-    try:
-        return str(Path(file).resolve().relative_to(directory.resolve()))
-    except ValueError:
-        raise InputError(f"{file}: does not lie below {directory}, which is what the machines of the job get") from None
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,20 +1,20 @@
 """Stages as Jobs of Kubernetes: the objects, as one would have written them by hand, and what kubectl says of them."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmdistill.config import Experiment
+from llmdistill.config import Experiment, dump_experiment
 from llmdistill.config.jobs import Kubernetes
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.jobs.commands import SHARED, Job, ask, completed, documents, of_stage, run_name, stages_elsewhere
-from llmdistill.runs.pipeline import StageRun, stages
+from llmdistill.jobs.backend import Backend, Job
+from llmdistill.jobs.commands import ask, completed, documents, of_stage, run_name, words_of
+from llmdistill.runs.pipeline import StageRun
 
-OVER = {"COMPLETE", "FAILED"}
-SAME_FILES = False
 _LABEL = "llmdistill/run"
+_CONFIGS = "/etc/llmdistill"  # in the pods
 _Object = dict[str, Any]
 
 # Kubernetes knows no order of Jobs. A pod that waits for the stage before would hold its GPUs meanwhile, and maybe those that
@@ -38,25 +38,58 @@ done
 """
 
 
-def render(experiment: Experiment, settings: Kubernetes, arguments: Sequence[str]) -> dict[str, str]:
-    """A Job a stage, and one that starts them in their order with the right to do so.
+class _Kubernetes:
+    over = frozenset({"COMPLETE", "FAILED"})
+    same_files = False
 
-    Args:
-        experiment: the configuration.
-        settings: its `jobs.kubernetes`.
-        arguments: the configuration file and the overrides, as they were typed.
-    """
-    run, todo = run_name(experiment.output), stages_elsewhere(experiment, settings.mount, arguments)
-    jobs = [_job(settings, run, todo, number) for number in range(len(todo))]
-    return {"kubernetes.yaml": documents([*jobs, *_order(settings, run, [f"{run}-{stage.name}" for stage, _ in todo])])}
+    def render(self, experiment: Experiment, settings: Kubernetes, stages: Sequence[StageRun]) -> dict[str, str]:
+        """The configurations, a Job a stage, and one that starts them in their order with the right to do so."""
+        run = run_name(experiment.output)
+        configs = {f"{stage.name}.yaml": dump_experiment(stage.experiment) for stage in stages}
+        found = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _named(settings, run, "configs"), "data": configs}
+        jobs = [_job(settings, run, stages, number) for number in range(len(stages))]
+        order = _order(settings, run, [f"{run}-{stage.name}" for stage in stages])
+        return {"kubernetes.yaml": documents([found, *jobs, *order])}
+
+    def submit(
+        self, experiment: Experiment, settings: Kubernetes, stages: Sequence[StageRun], files: Mapping[str, Path]
+    ) -> Iterator[Job]:
+        """Hand the objects to `kubectl apply`; those of an earlier submission, which are over, are removed before."""
+        run = run_name(experiment.output)
+        jobs = [
+            {"stage": name, "job": f"{run}-{name}", "run": run, "namespace": settings.namespace}
+            for name in [*(stage.name for stage in stages), "order"]
+        ]
+        _delete(jobs[0])
+        try:
+            ask(["kubectl", "apply", "-f", str(files["kubernetes.yaml"])], "Kubernetes", InputError)
+        except InputError:
+            with suppress(RemoteError):
+                _delete(jobs[0])
+            raise
+        yield from jobs
+
+    def states(self, jobs: Sequence[Job]) -> list[list[str]]:
+        """For each Job the states of its pods, or that it is complete, failed or suspended; none for one that is not there."""
+        where = ["--namespace", jobs[0]["namespace"], "--selector", f"{_LABEL}={jobs[0]['run']}"]
+        found = json.loads(ask(["kubectl", "get", "jobs", *where, "--output", "json"], "Kubernetes"))["items"]
+        state_of = {job["metadata"]["name"]: _states(job.get("status", {})) for job in found}
+        return [state_of.get(job["job"], []) for job in jobs]
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Remove the Jobs of a run and what starts them; what is on the volume stays."""
+        _delete(jobs[0])
 
 
-def _job(settings: Kubernetes, run: str, todo: list[tuple[StageRun, list[str]]], number: int) -> _Object:
-    stage, words = todo[number]
+BACKEND: Backend[Kubernetes] = _Kubernetes()
+
+
+def _job(settings: Kubernetes, run: str, stages: Sequence[StageRun], number: int) -> _Object:
+    stage = stages[number]
     asked = of_stage(settings, stage.command)
-    many = settings.workers > 1 and stage.command in SHARED
-    command = _command(settings, asked.gpus or 0, stage.command, words)
-    if before := completed(todo, number, settings.workers):
+    many = settings.workers > 1 and stage.shared
+    command = _command(settings, asked.gpus or 0, stage)
+    if before := completed(stages, number, settings.workers, _CONFIGS):
         command = ["sh", "-c", f'{before}exec "$@"', "llmdistill", *command]
     spec: _Object = {
         **({"completionMode": "Indexed", "completions": settings.workers, "parallelism": settings.workers} if many else {}),
@@ -72,13 +105,13 @@ def _job(settings: Kubernetes, run: str, todo: list[tuple[StageRun, list[str]]],
         **({"suspend": True} if number else {}),
         "template": {
             "metadata": {"labels": {_LABEL: run}},
-            "spec": _pod(settings, asked, command),
+            "spec": _pod(settings, asked, run, command),
         },
     }
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": _named(settings, run, stage.name), "spec": spec}
 
 
-def _pod(settings: Kubernetes, asked: Kubernetes, command: list[str]) -> _Object:
+def _pod(settings: Kubernetes, asked: Kubernetes, run: str, command: list[str]) -> _Object:
     limits = {
         "nvidia.com/gpu": asked.gpus or None,
         "cpu": asked.cpus,
@@ -92,7 +125,11 @@ def _pod(settings: Kubernetes, asked: Kubernetes, command: list[str]) -> _Object
         "workingDir": settings.workdir,
         **({"envFrom": [{"secretRef": {"name": name}} for name in settings.secrets]} if settings.secrets else {}),
         **({"resources": {"limits": limits}} if limits else {}),
-        "volumeMounts": [{"name": "output", "mountPath": settings.mount}, {"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108
+        "volumeMounts": [
+            {"name": "output", "mountPath": settings.mount},
+            {"name": "configs", "mountPath": _CONFIGS},
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
+        ],
     }
     return {
         "restartPolicy": "Never",
@@ -101,23 +138,25 @@ def _pod(settings: Kubernetes, asked: Kubernetes, command: list[str]) -> _Object
         "containers": [container],
         "volumes": [
             {"name": "output", "persistentVolumeClaim": {"claimName": settings.claim}},
+            {"name": "configs", "configMap": {"name": _named(settings, run, "configs")["name"]}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},  # processes hand tensors to each other through it
         ],
         **settings.pod,
     }
 
 
-def _command(settings: Kubernetes, gpus: int, stage: str, words: list[str]) -> list[str]:
-    """What a pod runs: words and no shell, but where it has to reckon; the words are its arguments then."""
-    if stage == "train" and settings.accelerate:
+def _command(settings: Kubernetes, gpus: int, stage: StageRun) -> list[str]:
+    """What a pod runs: words and no shell, but where it has to reckon."""
+    words = words_of(stage, _CONFIGS)
+    if stage.command == "train" and settings.accelerate:
         launcher = ["accelerate", "launch", "--config_file", settings.accelerate, "--num_machines", "1"]
-        return [*launcher, "--num_processes", str(max(gpus, 1)), "-m", "llmdistill", stage, *words]
-    if stage == "train" and gpus > 1:
-        return ["torchrun", "--standalone", "--nproc-per-node", str(gpus), "-m", "llmdistill", stage, *words]
-    if stage in SHARED and settings.workers > 1:
-        share = f'exec llmdistill {stage} "$@" --shards "$((JOB_COMPLETION_INDEX + 1))/{settings.workers}"'
-        return ["sh", "-c", share, "llmdistill", *words]
-    return ["llmdistill", stage, *words]
+        return [*launcher, "--num_processes", str(max(gpus, 1)), "-m", "llmdistill", *words]
+    if stage.command == "train" and gpus > 1:
+        return ["torchrun", "--standalone", "--nproc-per-node", str(gpus), "-m", "llmdistill", *words]
+    if stage.shared and settings.workers > 1:
+        share = f'--shards "$((JOB_COMPLETION_INDEX + 1))/{settings.workers}"'
+        return ["sh", "-c", f"exec llmdistill {' '.join(words)} {share}"]
+    return ["llmdistill", *words]
 
 
 def _unexpanded(word: str) -> str:
@@ -176,35 +215,6 @@ def _seconds(clock: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def submit(experiment: Experiment, settings: Kubernetes, files: dict[str, Path]) -> Iterator[Job]:
-    """Hand the objects to `kubectl apply`; those of an earlier submission, which are over, are removed before.
-
-    Raises:
-        InputError: there is no kubectl, or it refuses.
-    """
-    run, (file,) = run_name(experiment.output), files.values()
-    jobs = [
-        {"stage": stage, "job": f"{run}-{stage}", "run": run, "namespace": settings.namespace}
-        for stage in [*(stage.name for stage in stages(experiment)), "order"]
-    ]
-    _delete(jobs[0])
-    try:
-        ask(["kubectl", "apply", "-f", str(file)], "Kubernetes", InputError)
-    except InputError:
-        with suppress(RemoteError):
-            _delete(jobs[0])
-        raise
-    yield from jobs
-
-
-def states(jobs: Sequence[Job]) -> list[list[str]]:
-    """For each Job the states of its pods, or that it is complete, failed or suspended; none for one that is not there."""
-    where = ["--namespace", jobs[0]["namespace"], "--selector", f"{_LABEL}={jobs[0]['run']}"]
-    found = json.loads(ask(["kubectl", "get", "jobs", *where, "--output", "json"], "Kubernetes"))["items"]
-    state_of = {job["metadata"]["name"]: _states(job.get("status", {})) for job in found}
-    return [state_of.get(job["job"], []) for job in jobs]
-
-
 def _states(status: _Object) -> list[str]:
     true = {condition["type"] for condition in status.get("conditions", []) if condition["status"] == "True"}
     for condition in ("Complete", "Failed", "Suspended"):
@@ -214,11 +224,6 @@ def _states(status: _Object) -> list[str]:
     return ["COMPLETE"] * status.get("succeeded", 0) + ["RUNNING"] * ready + ["PENDING"] * max(active - ready, 0) or ["PENDING"]
 
 
-def cancel(jobs: Sequence[Job]) -> None:
-    """Remove the Jobs of a run and what starts them; what is on the volume stays."""
-    _delete(jobs[0])
-
-
 def _delete(job: Job) -> None:
     where = ["--namespace", job["namespace"], "--selector", f"{_LABEL}={job['run']}", "--ignore-not-found"]
-    ask(["kubectl", "delete", "job,rolebinding,role,serviceaccount", *where], "Kubernetes")
+    ask(["kubectl", "delete", "job,configmap,rolebinding,role,serviceaccount", *where], "Kubernetes")

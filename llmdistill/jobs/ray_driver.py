@@ -1,6 +1,6 @@
 """What a Ray job runs: all stages in order; the teacher's shards by actors, each of which holds one engine.
 
-    python -m llmdistill.jobs.ray_driver CONFIG.yaml [--KEY VALUE ...]
+    python -m llmdistill.jobs.ray_driver OUTPUT/jobs/ray.yaml
 
 Shards are handed out one by one, so a slow worker makes fewer of them. What a worker that died had in hand goes to another.
 """
@@ -17,15 +17,16 @@ from typing import Any, NoReturn
 
 import ray
 
-from llmdistill.config import Experiment, load_experiment, overrides_of
+from llmdistill.config import load_experiment
 from llmdistill.config.jobs import Ray
 from llmdistill.data.dataset import finished_shards
 from llmdistill.data.shards import Worker
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs import ray as backend
-from llmdistill.jobs.commands import SHARED
-from llmdistill.runs.pipeline import StageRun, stages
+from llmdistill.jobs.commands import scheduled, words_of
+from llmdistill.runs.pipeline import StageRun
 from llmdistill.runs.progress import say
+from llmdistill.stages.table import STAGES
 
 
 class Queue:
@@ -99,20 +100,13 @@ class Handed:
 class Actor:
     """One engine on some node: writes or reads the shards that it is handed."""
 
-    def make(self, command: str, experiment: Experiment, queue: Any, number: int) -> None:
-        """Run `generate` or `score` until no shard is left."""
-        _make(command, experiment, Handed(queue, number))
+    def make(self, stage: StageRun, queue: Any, number: int) -> None:
+        """Run the stage until no shard is left."""
+        _make(stage, Handed(queue, number))
 
 
-def _make(command: str, experiment: Experiment, worker: Worker) -> None:
-    if command == "generate":
-        from llmdistill.stages.generate import generate
-
-        generate(experiment, worker=worker)
-    else:
-        from llmdistill.stages.score import score
-
-        score(experiment, worker=worker)
+def _make(stage: StageRun, worker: Worker) -> None:
+    STAGES[stage.command].function(stage.experiment, worker=worker)
 
 
 def command_of(words: list[str]) -> int:
@@ -120,39 +114,44 @@ def command_of(words: list[str]) -> int:
     return subprocess.run(words).returncode
 
 
-def drive(file: str, rest: list[str]) -> None:
+def drive(file: Path) -> None:
     """Run all stages on the cluster that this process belongs to.
+
+    Args:
+        file: the configuration; those of the stages lie beside it.
 
     Raises:
         InputError: the configuration has no `jobs.ray`, or a stage finds its input wrong.
         RemoteError: a stage failed, or shards did, as often as is tried.
     """
-    experiment = load_experiment(Path(file), overrides_of(rest))
+    experiment = load_experiment(file)
     settings = experiment.jobs and experiment.jobs.ray
     if not settings:
         raise InputError(f"{file}: the key jobs.ray is missing")
     ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True, configure_logging=False)
-    for stage in stages(experiment):
-        if stage.command in SHARED:
-            here = load_experiment(Path(file), overrides_of([*rest, *stage.arguments]))
-            _make_shards(here, settings, stage)
+    for stage in scheduled(experiment, settings):
+        command = [*backend.launcher(settings, stage), *words_of(stage, str(file.parent))]
+        if stage.shared and STAGES[stage.command].record == "data":
+            _make_shards(settings, stage)
+        elif stage.shared:  # `prompts`, whose shards are known only step by step
+            _run(settings, stage, [[*command, "--shards", f"{n}/{settings.workers}"] for n in range(1, settings.workers + 1)])
         else:
-            _run_on_one_node(settings, stage, [file, *rest, *stage.arguments])
+            _run(settings, stage, [command])
 
 
-def _make_shards(experiment: Experiment, settings: Ray, stage: StageRun) -> None:
+def _make_shards(settings: Ray, stage: StageRun) -> None:
     """Keep as many actors at it as are asked for, until every shard is there or has failed too often."""
-    plan, directory = Plan(), experiment.directory("data")
-    _make(stage.command, experiment, plan)  # what is wrong with the input is found out here
+    plan, directory = Plan(), stage.experiment.directory("data")
+    _make(stage, plan)  # what is wrong with the input is found out here
     if not plan.missing:
         return
     queue: Any = ray.remote(Queue).options(num_cpus=0).remote(directory, plan.missing, settings.retries)
-    actor: Any = ray.remote(Actor).options(**backend.resources(settings, stage.command, experiment))
+    actor: Any = ray.remote(Actor).options(**backend.resources(settings, stage))
     numbers, running = count(), dict[Any, tuple[int, Any]]()
 
     def start() -> None:
         worker, number = actor.remote(), next(numbers)
-        running[worker.make.remote(stage.command, experiment, queue, number)] = (number, worker)
+        running[worker.make.remote(stage, queue, number)] = (number, worker)
 
     for _ in range(min(settings.workers, len(plan.missing))):
         start()
@@ -173,7 +172,7 @@ def _make_shards(experiment: Experiment, settings: Ray, stage: StageRun) -> None
                 start()
         ray.kill(worker)
     failed = ray.get(queue.failed.remote())
-    _make(stage.command, experiment, again := Plan())
+    _make(stage, again := Plan())
     if again.missing:
         named = f": shards {', '.join(map(str, failed))} failed {settings.retries + 1} times" if failed else ""
         raise RemoteError(
@@ -181,24 +180,22 @@ def _make_shards(experiment: Experiment, settings: Ray, stage: StageRun) -> None
         )
 
 
-def _run_on_one_node(settings: Ray, stage: StageRun, words: list[str]) -> None:
-    """A stage as one command on one node."""
-    command = [*backend.launcher(settings, stage.command), stage.command, *words]
-    options = backend.resources(settings, stage.command, None)
-    task = ray.remote(command_of).options(max_retries=settings.retries, **options)
+def _run(settings: Ray, stage: StageRun, commands: list[list[str]]) -> None:
+    """A stage as one command on one node, or as many on any; those that fail are run again."""
+    task = ray.remote(command_of).options(max_retries=settings.retries, **backend.resources(settings, stage))
+    status_of: dict[int, int] = {}
     for _ in range(settings.retries + 1):
-        status = ray.get(task.remote(command))
-        if status in (0, 2):
-            break
-    if status:
+        again = [number for number in range(len(commands)) if status_of.get(number) not in (0, 2)]
+        status_of |= dict(zip(again, ray.get([task.remote(commands[number]) for number in again]), strict=True))
+    if status := next(filter(None, status_of.values()), 0):
         raise (InputError if status == 2 else RemoteError)(f"{stage.name} ended with status {status}")
 
 
 def main() -> NoReturn:
-    """Take the configuration and the overrides from the command line."""
+    """Take the configuration from the command line."""
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))  # the actors end with this process
     try:
-        drive(sys.argv[1], sys.argv[2:])
+        drive(Path(sys.argv[1]))
     except (InputError, RemoteError) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -2,44 +2,61 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llmdistill.config import Experiment
 from llmdistill.config.jobs import Slurm
 from llmdistill.errors import InputError
-from llmdistill.jobs.commands import SHARED, Job, ask, launched, of_stage
-from llmdistill.runs.pipeline import StageRun, stages
+from llmdistill.jobs.backend import Backend, Job
+from llmdistill.jobs.commands import ask, launched, of_stage, words_of
+from llmdistill.runs.pipeline import StageRun
 
 _OPTIONS = {"partition": "partition", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time"}
-OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-SAME_FILES = True  # the jobs see the output directory that `submit` sees
 
 
-def render(experiment: Experiment, settings: Slurm, arguments: Sequence[str]) -> dict[str, str]:
-    """The batch script of every stage.
+class _Slurm:
+    over = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"})
+    same_files = True
 
-    Args:
-        experiment: the configuration.
-        settings: its `jobs.slurm`.
-        arguments: the configuration file and the overrides, as they were typed.
-    """
-    return {f"{stage.name}.sh": script(experiment, settings, stage, arguments, Path.cwd()) for stage in stages(experiment)}
+    def render(self, experiment: Experiment, settings: Slurm, stages: Sequence[StageRun]) -> dict[str, str]:
+        """The batch script of every stage."""
+        return {f"{stage.name}.sh": _script(experiment, settings, stage) for stage in stages}
+
+    def submit(
+        self, experiment: Experiment, settings: Slurm, stages: Sequence[StageRun], files: Mapping[str, Path]
+    ) -> Iterator[Job]:
+        """Hand the scripts to sbatch."""
+        after: list[str] = []
+        for stage in stages:
+            command = ["sbatch", "--parsable", *after, str(files[f"{stage.name}.sh"])]
+            number = ask(command, "Slurm", InputError).strip().split(";")[0]
+            after = [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
+            yield {"stage": stage.name, "job": number}
+
+    def states(self, jobs: Sequence[Job]) -> list[list[str]]:
+        """What squeue says; Slurm forgets a job that is over after a while."""
+        found: dict[str, list[str]] = {job["job"]: [] for job in jobs}
+        for line in ask(["squeue", "--noheader", "--array", "--states=all", "--format=%A %F %T"], "Slurm").splitlines():
+            number, array, state = line.split()
+            for job in {number, array} & found.keys():
+                found[job].append(state)
+        return list(found.values())
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """By scancel."""
+        ask(["scancel", *(job["job"] for job in jobs)], "Slurm")
 
 
-def script(experiment: Experiment, settings: Slurm, stage: StageRun, arguments: Sequence[str], directory: Path) -> str:
-    """The batch script of a stage.
+BACKEND: Backend[Slurm] = _Slurm()
 
-    Args:
-        experiment: the configuration.
-        settings: its `jobs.slurm`.
-        stage: which one.
-        arguments: the configuration file and the overrides, as they were typed.
-        directory: where the command is run, and where the logs are relative to.
-    """
+
+def _script(experiment: Experiment, settings: Slurm, stage: StageRun) -> str:
+    """The batch script of a stage, which runs where `submit` was called."""
     resources = of_stage(settings, stage.command)
-    array = settings.workers > 1 and stage.command in SHARED
-    logs = f"{experiment.output}/jobs/{stage.name}-{'%A_%a' if array else '%j'}.log"
+    array = settings.workers > 1 and stage.shared
+    directory = f"{experiment.output}/jobs"
+    logs = f"{directory}/{stage.name}-{'%A_%a' if array else '%j'}.log"
     options = {
         "job-name": f"{_plain(Path(experiment.output).name)}-{stage.name}",
         "output": f'"{logs}"',
@@ -53,10 +70,10 @@ def script(experiment: Experiment, settings: Slurm, stage: StageRun, arguments: 
         **settings.options,
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items()]
-    command = _command(settings, stage.command, resources, [*arguments, *stage.arguments], array)
+    command = _command(settings, stage, resources, directory, array)
     return "\n".join([
         "#!/bin/bash", *lines, "#SBATCH --requeue", "",
-        f"cd {shlex.quote(str(directory))} || exit 1", *settings.environment, "",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1", *settings.environment, "",
         _RUN.format(command=command, retries=settings.retries),
     ])  # fmt: skip
 
@@ -87,12 +104,12 @@ exit "$status"
 """
 
 
-def _command(settings: Slurm, stage: str, resources: Slurm, arguments: Sequence[str], array: bool) -> str:
+def _command(settings: Slurm, stage: StageRun, resources: Slurm, directory: str, array: bool) -> str:
     """The command of a stage, with its launcher."""
-    words = shlex.join([stage, *arguments])
+    words = shlex.join(words_of(stage, directory))
     nodes, gpus = resources.nodes or 1, resources.gpus or 0
     container = ["srun", f"--container-image={settings.container}"] if settings.container else []
-    if stage == "train" and (nodes > 1 or gpus > 1 or settings.accelerate):
+    if stage.command == "train" and (nodes > 1 or gpus > 1 or settings.accelerate):
         return _launched(settings, words, nodes, gpus, container)
     share = f' --shards "$((SLURM_ARRAY_TASK_ID + 1))/{settings.workers}"' if array else ""
     return shlex.join([*container, "llmdistill"]) + f" {words}{share}"
@@ -104,34 +121,6 @@ def _launched(settings: Slurm, words: str, nodes: int, gpus: int, container: lis
     launcher = launched(settings.accelerate, nodes, gpus, "$SLURM_NODEID", "$MASTER", "$SLURM_JOB_ID", words)
     srun = shlex.join([*(container or ["srun"]), "--kill-on-bad-exit=1", "--ntasks-per-node=1", "bash", "-c"])
     return f"MASTER={host} {srun} {shlex.quote(launcher)}"
-
-
-def submit(experiment: Experiment, settings: Slurm, files: dict[str, Path]) -> Iterator[Job]:
-    """Hand the scripts to sbatch, each to run when the one before it has ended well.
-
-    Raises:
-        InputError: there is no sbatch, or it refuses.
-    """
-    after: list[str] = []
-    for name, file in files.items():
-        number = ask(["sbatch", "--parsable", *after, str(file)], "Slurm", InputError).strip().split(";")[0]
-        after = [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
-        yield {"stage": Path(name).stem, "job": number}
-
-
-def states(jobs: Sequence[Job]) -> list[list[str]]:
-    """For each job the states of its parts that Slurm still knows, such as PENDING or RUNNING; none for one that is over."""
-    found: dict[str, list[str]] = {job["job"]: [] for job in jobs}
-    for line in ask(["squeue", "--noheader", "--array", "--states=all", "--format=%A %F %T"], "Slurm").splitlines():
-        number, array, state = line.split()
-        for job in {number, array} & found.keys():
-            found[job].append(state)
-    return list(found.values())
-
-
-def cancel(jobs: Sequence[Job]) -> None:
-    """End jobs that wait or run; what they have finished stays."""
-    ask(["scancel", *(job["job"] for job in jobs)], "Slurm")
 
 
 def _plain(name: str) -> str:

@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmdistill.config import Directory, Experiment
+from llmdistill.config import Experiment
 from llmdistill.data.dataset import MANIFEST
 from llmdistill.errors import InputError
 from llmdistill.objectstore.store import DamagedError, Store
 from llmdistill.runs import record
 from llmdistill.runs.progress import say
-from llmdistill.stages.table import STAGES
+from llmdistill.stages.table import STAGES, Directory
 
 SEAL = ".finished.json"
 CARD = "README.md"

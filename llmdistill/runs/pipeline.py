@@ -1,55 +1,67 @@
 """`llmdistill run`: every stage in order, each in a process of its own, as a scheduler would start them."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmdistill.config import Experiment
+from llmdistill.config import Experiment, Prompts, Score, Targets, Teacher, dump_experiment
 from llmdistill.config.teacher import DEFAULT_ENGINE
+from llmdistill.config.train import Mix
 from llmdistill.evaluation.tasks import read_tasks
+from llmdistill.runs import record
 from llmdistill.runs.estimate import estimate, said
 from llmdistill.runs.progress import say, working
 from llmdistill.runs.status import how_far
 from llmdistill.stages.prompts import prepared_prompts
+from llmdistill.stages.table import STAGES
+
+CONFIGS = "configs"  # in `output`: what each stage was started with
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """A command of the pipeline, and what it overrides in the experiment."""
+    """A stage of a run, and the experiment that it is a stage of.
+
+    Attributes:
+        command: the stage's name.
+        experiment: what the command reads; that of a round is another one than that of the run.
+        round: of training on the student's own text; 0 is the teacher's text.
+        part: which of several starts of the same workers, from 1.
+    """
 
     command: str
-    overrides: dict[str, str] = field(default_factory=dict)
-    round: int = 0  # 0 is the teacher's text
+    experiment: Experiment
+    round: int = 0
+    part: int = 1
 
     @property
     def name(self) -> str:
-        """What tells it from the others: `train`, `round-1-train`."""
-        return f"round-{self.round}-{self.command}" if self.round else self.command
+        """What tells it from the others: `train`, `round-1-train`, `prompts-2`."""
+        return (f"round-{self.round}-" if self.round else "") + self.command + (f"-{self.part}" if self.part > 1 else "")
 
     @property
-    def arguments(self) -> list[str]:
-        """The overrides as words of the command line."""
-        return as_words(self.overrides)
-
-
-def as_words(overrides: dict[str, str]) -> list[str]:
-    """Overrides as words of the command line."""
-    return [word for key, value in overrides.items() for word in (f"--{key}", value)]
+    def shared(self) -> bool:
+        """Whether several workers may make its shards together."""
+        return STAGES[self.command].shared
 
 
 def stages(experiment: Experiment) -> list[StageRun]:
     """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it."""
+    experiment = experiment.with_(jobs=None)  # no stage reads it, and lines of shell in it may hold a secret
     made = [] if experiment.prompts is None or not experiment.prompts.steps else ["prompts"]
     first = ["score"] if experiment.score else [*made, "generate"]
     cut, exported = ["prune"] if experiment.student.prune else [], ["export"] if experiment.export else []
-    begin = [StageRun(command) for command in [*first, "curate", *cut]]
-    # The first student is that of no rounds; everything after it is about the last one.
-    begin.append(StageRun("train", {"rounds": "0"} if experiment.rounds else {}))
-    return [*begin, *_rounds(experiment), *map(StageRun, ["eval", *exported, "report"])]
+    return [
+        *(StageRun(command, experiment) for command in [*first, "curate", *cut]),
+        # The first student is that of no rounds; everything after it is about the last one.
+        StageRun("train", experiment.with_(rounds=None)),
+        *_rounds(experiment),
+        *(StageRun(command, experiment) for command in ["eval", *exported, "report"]),
+    ]
 
 
 def _rounds(experiment: Experiment) -> Iterator[StageRun]:
@@ -57,55 +69,45 @@ def _rounds(experiment: Experiment) -> Iterator[StageRun]:
     settings = experiment.rounds
     if settings is None:
         return
-    teacher, output = experiment.teacher, Path(experiment.output)
+    teacher, curated = experiment.teacher, str(experiment.directory("curated"))
     engine = DEFAULT_ENGINE if teacher.abilities.remote else teacher.engine
-    prompts: dict[str, Any] = {"source": str(experiment.directory("curated")), "limit": settings.limit}
+    changes: dict[str, Any] = {"compare_text_only": False, "args": experiment.train.args | settings.args}
+    if settings.loss:
+        changes["loss"] = settings.loss
+    if settings.teacher_share:
+        changes["mix"] = Mix(datasets=[curated], share=settings.teacher_share)
+    train = experiment.train.with_(**changes)
     student = experiment.first_student
     for number in range(1, settings.n + 1):
-        here = output / "rounds" / str(number)
-        common = {"rounds": "0", "output": str(here), "seed": str(experiment.seed + number)}
-        if experiment.store:
-            common["store"] = f"{experiment.store.rstrip('/')}/rounds/{number}"
-        writer = {"model": str(student), "engine": engine, "dtype": teacher.dtype, "batch_size": teacher.batch_size}
-        yield StageRun(
-            "generate",
-            {
-                **common,
-                "output": str(here / "written"),
-                **({"store": f"{common['store']}/written"} if experiment.store else {}),
-                "teacher": json.dumps(writer),
-                "prompts": json.dumps(prompts),
-                "generate.samples": "1",
-                "targets": '{"kind": "none"}',
-            },
-            number,
+        here = _below(experiment, f"rounds/{number}").with_(rounds=None, seed=experiment.seed + number)
+        written = _below(here, "written").with_(
+            teacher=Teacher(model=str(student), engine=engine, dtype=teacher.dtype, batch_size=teacher.batch_size),
+            prompts=Prompts(source=curated, limit=settings.limit),
+            generate=experiment.generate.with_(samples=1),
+            targets=Targets(kind="none"),
         )
-        yield StageRun("score", {**common, "score": json.dumps({"source": str(here / "written" / "data")})}, number)
-        yield StageRun("curate", {**common, "eval.held_out": "0"}, number)
-        learned = {**common, "student.model": str(student), "student.revision": "null", "train.compare_text_only": "false"}
-        if settings.teacher_share:
-            mix = {"datasets": [str(experiment.directory("curated"))], "share": settings.teacher_share}
-            learned["train.mix"] = json.dumps(mix)
-        if settings.loss:
-            learned["train.loss"] = settings.loss
-        learned |= {f"train.args.{name}": json.dumps(value) for name, value in settings.args.items()}
-        yield StageRun("train", learned, number)
-        student = here / "student"
+        yield StageRun("generate", written, number)
+        yield StageRun("score", here.with_(score=Score(source=str(written.directory("data")))), number)
+        yield StageRun("curate", here.with_(eval=experiment.eval.with_(held_out=0)), number)
+        yield StageRun("train", here.with_(student=experiment.student.continued(str(student)), train=train), number)
+        student = here.directory("student")
 
 
-def run_pipeline(experiment: Experiment, arguments: list[str]) -> None:
+def _below(experiment: Experiment, name: str) -> Experiment:
+    """The experiment in a directory of its output, and of its store if it has one."""
+    store = f"{experiment.store.rstrip('/')}/{name}" if experiment.store else None
+    return experiment.with_(output=str(Path(experiment.output) / name), store=store)
+
+
+def run_pipeline(experiment: Experiment) -> None:
     """Run the stages; the first that fails ends the run with its exit status. A finished stage says so and is skipped.
-
-    Args:
-        experiment: the configuration.
-        arguments: the configuration file and the overrides, as they were typed.
 
     Raises:
         InputError: the tasks of the last stages are not usable, which is better known before the first.
     """
     read_tasks(experiment.eval.tasks)
     say_estimate(experiment)
-    run_stages(stages(experiment), arguments)
+    run_stages(stages(experiment))
 
 
 def say_estimate(experiment: Experiment) -> None:
@@ -127,17 +129,33 @@ def say_estimate(experiment: Experiment) -> None:
     return None
 
 
-def run_stages(stages: list[StageRun], arguments: list[str]) -> None:
+def run_stages(stages: list[StageRun]) -> None:
     """Run stages one after the other; the first that fails ends this process with its exit status."""
     for stage in stages:
         if stage.round and stage.command == "generate":
             say(f"round {stage.round}", "the student writes, the teacher reads it, and the student learns from that")
-        with subprocess.Popen([sys.executable, "-m", "llmdistill", stage.command, *arguments, *stage.arguments]) as process:
-            try:
-                status = process.wait()
-            except BaseException:  # Ctrl-C or SIGTERM: the stage gets it too and keeps what it has finished
-                process.terminate()
-                process.wait()
-                raise
+        status = _run(stage)
         if status:
             sys.exit(status if status > 0 else 1)
+
+
+def _run(stage: StageRun) -> int:
+    """Run a stage in a process of its own, on a configuration that stays beside what it makes; its exit status."""
+    file = Path(stage.experiment.output) / CONFIGS / f"{stage.command}.yaml"
+    text, was_there = dump_experiment(stage.experiment), file.exists()
+    if not was_there or file.read_text(encoding="utf-8") != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(file, text)
+    with subprocess.Popen([sys.executable, "-m", "llmdistill", stage.command, str(file)]) as process:
+        try:
+            status = process.wait()
+        except BaseException:  # Ctrl-C or SIGTERM: the stage gets it too and keeps what it has finished
+            process.terminate()
+            process.wait()
+            raise
+    if status == 2 and not was_there:  # wrong input leaves nothing behind
+        file.unlink()
+        with suppress(OSError):
+            file.parent.rmdir()
+            file.parent.parent.rmdir()
+    return status

@@ -8,17 +8,17 @@ Each version adds what is new, goes on from the promoted student, and is promote
 """
 
 import fcntl
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmdistill.config import Experiment, load_experiment, overrides_of
+from llmdistill.config import Experiment
+from llmdistill.config.train import Mix
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs import record
-from llmdistill.runs.pipeline import as_words, run_stages, stages
+from llmdistill.runs.pipeline import run_stages, stages
 from llmdistill.runs.progress import say
 from llmdistill.stages.prompts import prepared_prompts, prompts_inputs
 from llmdistill.teachers import fingerprints, stable_id
@@ -27,12 +27,11 @@ _FILE = "refresh.json"
 _LINK = "promoted"
 
 
-def refresh(experiment: Experiment, arguments: list[str], dry_run: bool = False) -> None:
+def refresh(experiment: Experiment, dry_run: bool = False) -> None:
     """Make the next version, or go on with one that was interrupted, and decide about it; twice in a night is once.
 
     Args:
         experiment: the configuration.
-        arguments: the configuration file and the overrides, as they were typed.
         dry_run: only say what would be done.
 
     Raises:
@@ -55,8 +54,7 @@ def refresh(experiment: Experiment, arguments: list[str], dry_run: bool = False)
         return say("refresh", f"nothing is new since version {last['version']}, which was {_verdict(last)}")
     resumed = last is not None and "promoted" not in last and last["made_from"] == made_from
     number = last["version"] if last and resumed else len(versions) + 1
-    overrides = _overrides(experiment, versions, number)
-    here = load_experiment(Path(arguments[0]), [*overrides_of(arguments[1:]), *overrides.items()])
+    here = _version(experiment, versions, number)
     new = _count_new(here)
     if new == 0:
         return say("refresh", "prompts.source holds no prompt that an earlier version has not")
@@ -68,7 +66,7 @@ def refresh(experiment: Experiment, arguments: list[str], dry_run: bool = False)
             versions.append({"version": number, "made_from": made_from})
             _write(output, versions)
         say("refresh", f"version {number}{_of(new)}" + (", going on" if resumed else ""))
-        run_stages(stages(here), [*arguments, *as_words(overrides)])
+        run_stages(stages(here))
         versions[-1] |= _decide(experiment, output, number)
         if versions[-1]["promoted"]:
             _promote(output, number)
@@ -91,24 +89,22 @@ def _write(output: Path, versions: list[dict[str, Any]]) -> None:
     record.write_json(output / _FILE, {"versions": versions})
 
 
-def _overrides(experiment: Experiment, versions: list[dict[str, Any]], number: int) -> dict[str, str]:
-    """What makes a version of the experiment: earlier prompts are left out, earlier rows mixed in."""
+def _version(experiment: Experiment, versions: list[dict[str, Any]], number: int) -> Experiment:
+    """A version of the experiment: earlier prompts are left out, earlier rows mixed in, and the promoted student goes on."""
     assert experiment.refresh is not None
-    output = Path(experiment.output)
-    earlier = [output / "versions" / str(entry["version"]) for entry in versions if "promoted" in entry]
-    overrides = {"output": str(output / "versions" / str(number))}
+    assert experiment.prompts is not None
+    directory = Path(experiment.output) / "versions"
+    changes: dict[str, Any] = {"output": str(directory / str(number))}
+    earlier = [directory / str(entry["version"]) for entry in versions if "promoted" in entry]
     if earlier:
-        overrides["prompts.known"] = json.dumps([str(directory / "data") for directory in earlier])
+        changes["prompts"] = experiment.prompts.with_(known=[str(version / "data") for version in earlier])
         if experiment.refresh.replay:
-            datasets = [str(directory / "curated") for directory in earlier]
-            overrides["train.mix"] = json.dumps({"datasets": datasets, "share": experiment.refresh.replay})
+            datasets = [str(version / "curated") for version in earlier]
+            changes["train"] = experiment.train.with_(mix=Mix(datasets=datasets, share=experiment.refresh.replay))
     promoted = [entry["version"] for entry in versions if entry.get("promoted")]
     if promoted:
-        overrides |= {
-            "student.model": str(output / "versions" / str(promoted[-1]) / "student"),
-            "student.revision": "null",
-        }
-    return overrides
+        changes["student"] = experiment.student.continued(str(directory / str(promoted[-1]) / "student"))
+    return experiment.with_(**changes)
 
 
 def _count_new(experiment: Experiment) -> int | None:

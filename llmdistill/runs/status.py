@@ -33,9 +33,11 @@ def begun(output: Path) -> list[str]:
 
 
 def how_far(output: Path, name: str) -> str:
-    """Whether a stage is done, how far it is, or that it is not done; one of a round is named as `round-1-train`."""
-    if round_of := re.fullmatch(r"round-(\d+)-(\w+)", name):
-        number, name = round_of.groups()
+    """Whether a stage is done, how far it is, or that it is not done; named as by `StageRun.name`."""
+    named = re.fullmatch(r"(?:round-(\d+)-)?([a-z]+)(?:-\d+)?", name)
+    assert named is not None
+    number, name = named.groups()
+    if number:
         output = output / "rounds" / number / ("written" if name == "generate" else "")
     looks = [look for look in _looks(output) if look["stage"] == name]
     silent = time.time() - max((look["time"] for look in looks), default=0)

@@ -1,11 +1,14 @@
-"""The stages: what each is called, reads, writes and needs. Whoever deals with stages in general reads this table."""
+"""The stages: what each is called, reads, writes and needs. Whoever deals with stages in general reads this table.
+
+It imports nothing of the package, so that `config` can take the names from it.
+"""
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from llmdistill.config import Directory
+Directory = Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,7 @@ class Stage:
         module: where its function is, in this package; the function is named as the module.
         reads: directories of the run that other stages make.
         writes: directories of the run that it makes.
-        shared: whether several workers may make its shards together.
-        array: whether a job starts all those workers at once. Workers of `prompts` are run again after each of its steps.
+        shared: whether several workers may make its shards together: by `--shards` of its command, and as a job.
         uses_model: whether it loads a model, so that its job gets GPUs unless told otherwise.
         after_rounds: whether it comes after all rounds.
     """
@@ -32,7 +34,6 @@ class Stage:
     reads: tuple[Directory, ...] = ()
     writes: tuple[Directory, ...] = ()
     shared: bool = False
-    array: bool = False
     uses_model: bool = True
     after_rounds: bool = False
 
@@ -68,7 +69,6 @@ STAGES: dict[str, Stage] = {
             reads=("prompts",),
             writes=("data",),
             shared=True,
-            array=True,
         ),
         Stage(
             "score",
@@ -77,7 +77,6 @@ STAGES: dict[str, Stage] = {
             "score",
             writes=("data",),
             shared=True,
-            array=True,
         ),
         Stage(
             "curate",

@@ -1,9 +1,12 @@
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
-from llmdistill.config import Experiment, keys, load_experiment
+from llmdistill.config import Experiment, dump_experiment, keys, load_experiment
+from llmdistill.config.section import Section
+from llmdistill.config.targets import Targets
 from llmdistill.errors import InputError
 from tests.conftest import ROOT
 
@@ -20,6 +23,43 @@ def file(tmp_path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_configuration_is_valid(path):
     load_experiment(path)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_what_is_written_is_read_back_as_the_same(path, file):
+    """What is set stays set, and a default stays one: `student.prune.refit: true` is refused where its default is not."""
+    args = "{run_name: '1e5', notes: ['on', '0x1f', '2020-01-01', 'a: b # c', \"two\\nlines\"], eps: 1.0e-8, none: null}"
+    experiment = load_experiment(path, [("train.args", args), ("teacher.engine_args.until", "2020-01-01")])
+    file.write_text(dump_experiment(experiment))
+    again = load_experiment(file)
+    assert again == experiment
+    assert again.train.args["notes"] == ["on", "0x1f", "2020-01-01", "a: b # c", "two\nlines"]
+    assert again.model_dump(exclude_unset=True, exclude_none=True) == experiment.model_dump(exclude_unset=True, exclude_none=True)
+
+
+def test_null_is_the_default_of_every_key_that_may_be_null():
+    """So null need not be written."""
+
+    def sections(section):
+        yield section
+        for inner in section.__subclasses__():
+            yield from sections(inner)
+
+    fields = [(name, field) for section in sections(Section) for name, field in section.model_fields.items()]
+    assert len(fields) > 100
+    assert not [name for name, field in fields if type(None) in get_args(field.annotation) and field.default is not None]
+
+
+def test_a_variant_keeps_the_rest_and_is_checked(file):
+    experiment = load_experiment(file, [("train.alpha", "0.5")])
+    variant = experiment.with_(output="other", train=experiment.train.with_(loss="reverse_kl"), targets=Targets(kind="topk"))
+    assert (variant.output, variant.train.loss, variant.train.alpha) == ("other", "reverse_kl", 0.5)
+    assert (experiment.output, experiment.train.loss) == ("out", "forward_kl")
+    assert variant.student == experiment.student
+    with pytest.raises(ValueError, match="of sampled targets only forward_kl has an unbiased estimate"):
+        experiment.with_(train=experiment.train.with_(loss="reverse_kl"))
+    with pytest.raises(ValueError, match="trian"):
+        experiment.with_(trian=None)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +114,13 @@ def test_a_wrong_override_names_file_and_key(file, key, value, message):
         load_experiment(file, [(key, value)])
     assert str(error.value).startswith(str(file))
     assert message in str(error.value)
+
+
+def test_a_loss_of_the_rounds_that_does_not_fit_is_named_before_the_first_stage(file):
+    changes = [("targets", "{kind: topk}"), ("train", "{loss: jsd, beta: 0.3}"), ("rounds", "{loss: reverse_kl}")]
+    with pytest.raises(InputError) as error:
+        load_experiment(file, changes)
+    assert str(error.value) == f"{file}: rounds.loss: train.beta is 0.3, but reverse_kl has no such parameter"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from llmdistill.data.dataset import load_dataset, read_manifest
 from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli, write_cut_experiment, write_experiment
-from tests.integration.test_slurm import free_port, wait_for
+from tests.integration.test_slurm import free_port, sharing_prompts, wait_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
@@ -91,9 +91,10 @@ def logs(address, output):
 def test_the_pipeline_as_a_job_makes_what_a_local_run_makes(cluster, tiny, tmp_path):
     """One actor is killed while it makes shards; another takes its place, and only that shard is made again."""
     file = write_experiment(tiny, tmp_path)
-    slow = ["--generate.rows_per_shard", 2, "--generate.max_tokens", 60]
+    slow = ["--generate.rows_per_shard", 2, "--generate.max_tokens", 60, *sharing_prompts(tmp_path)]
     local, output = tmp_path / "local", tmp_path / "it's a run; $(touch hacked)"
-    assert run_cli("generate", file, *slow, "--output", local, OMP_NUM_THREADS="1").returncode == 0
+    for stage in ("prompts", "generate"):
+        assert run_cli(stage, file, *slow, "--output", local, OMP_NUM_THREADS="1").returncode == 0
     submitted = run_cli("submit", file, *slow, "--output", output, *settings(cluster))
     assert submitted.returncode == 0, submitted.stderr
     wait_for(lambda: list((output / "data").glob("train-*.parquet")), 120)
@@ -103,6 +104,7 @@ def test_the_pipeline_as_a_job_makes_what_a_local_run_makes(cluster, tiny, tmp_p
     wait_for(lambda: is_over(cluster, output), 500)
     said = logs(cluster, output)
     assert "failed: " in said, said
+    assert "for other workers to make; run it again then" in said, "the prompts were not shared"
     mine, theirs = (
         [(entry["file"], entry["rows"]) for entry in read_manifest(directory / "data")["shards"]] for directory in (output, local)
     )

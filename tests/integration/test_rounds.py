@@ -97,6 +97,9 @@ def test_the_round_goes_on_from_the_first_student(trained):
 def test_a_finished_run_with_rounds_does_nothing(trained):
     output, _, arguments = trained
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()}
+    # What a stage was run with can be read, and run by itself.
+    alone = run_cli("train", output / "rounds/1/configs/train.yaml")
+    assert f"{output}/rounds/1/student is finished" in alone.stdout, alone.stderr
     again = run_cli(*arguments)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("is finished") == 9

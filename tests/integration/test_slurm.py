@@ -1,5 +1,6 @@
 """A real Slurm on this machine: the pipeline as its jobs gives what a local run gives, whatever happens to them on the way."""
 
+import json
 import os
 import shutil
 import signal
@@ -117,13 +118,29 @@ def settings(workers=2):
     return ["--jobs.slurm.workers", workers, "--jobs.slurm.cpus", 1, "--jobs.slurm.environment", f"[export PATH={PATH}]"]
 
 
+def sharing_prompts(directory):
+    """Two steps of prompts of which the random teacher makes nothing, so that all given ones stay."""
+    template = directory / "rewrite.yaml"
+    template.write_text("""
+name: rewrite
+description: Rewrite it.
+variables: [prompt]
+answer: {field: prompt, pattern: "^New: (.+)$"}
+messages: [{role: user, content: "Rewrite: {{ prompt }}"}]
+""")
+    step = {"evolve": {"templates": [str(template)]}}
+    return ["--prompts.steps", json.dumps([step, step]), "--prompts.sampling", "{max_tokens: 6}"]
+
+
 def worker_of(output, share):
     """The process that makes a share of the shards, once it has made one."""
     wait_for(lambda: list((output / "data").glob("train-*.parquet")), 120)
     found = [
         process
         for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"] and share in process.info["cmdline"] and str(output) in process.info["cmdline"]
+        if process.info["cmdline"]
+        and share in process.info["cmdline"]
+        and f"{output}/jobs/generate.yaml" in process.info["cmdline"]
     ]
     return found[0] if found else None
 
@@ -131,15 +148,18 @@ def worker_of(output, share):
 def test_the_pipeline_as_jobs_makes_what_a_local_run_makes(cluster, tiny, tmp_path):
     """One worker is killed, another is told that its time is nearly over; both are queued again, alone, and go on."""
     file = write_experiment(tiny, tmp_path)
-    slow = ["--generate.rows_per_shard", 2, "--generate.max_tokens", 60]
+    slow = ["--generate.rows_per_shard", 2, "--generate.max_tokens", 60, *sharing_prompts(tmp_path)]
     local, output = tmp_path / "local", tmp_path / "it's a run; $(touch hacked)"
-    assert run_cli("generate", file, *slow, "--output", local, OMP_NUM_THREADS="1").returncode == 0
+    for stage in ("prompts", "generate"):
+        assert run_cli(stage, file, *slow, "--output", local, OMP_NUM_THREADS="1").returncode == 0
     submitted = run_cli("submit", file, *slow, "--output", output, *settings(), **cluster)
     assert submitted.returncode == 0, submitted.stderr
     again = run_cli("submit", file, *slow, "--output", output, *settings(), **cluster)
     assert again.returncode == 2
     assert "of an earlier submission still wait or run" in again.stderr
-    generate = read_json(output / "jobs/jobs.json")["jobs"][0]["job"]
+    jobs = {job["stage"]: job["job"] for job in read_json(output / "jobs/jobs.json")["jobs"]}
+    assert list(jobs)[:3] == ["prompts", "prompts-2", "generate"]
+    generate = jobs["generate"]
     victim = worker_of(output, "1/2")
     assert victim is not None
     victim.send_signal(signal.SIGKILL)
@@ -151,6 +171,7 @@ def test_the_pipeline_as_jobs_makes_what_a_local_run_makes(cluster, tiny, tmp_pa
     said = logs(output)
     assert "failed with status 137: queued again" in said, said
     assert "stopped before the end of its time: queued again" in said, said
+    assert "for other workers to make; run it again then" in said, "the prompts were not shared"
     mine, theirs = (
         [(entry["file"], entry["rows"]) for entry in read_manifest(directory / "data")["shards"]] for directory in (output, local)
     )
@@ -158,7 +179,7 @@ def test_the_pipeline_as_jobs_makes_what_a_local_run_makes(cluster, tiny, tmp_pa
     assert (output / "report.html").is_file(), said
     assert not list(ROOT.glob("hacked")) + list(tmp_path.glob("**/hacked"))
     done = run_cli("status", output, **cluster).stdout
-    assert done.count("done") == 6
+    assert done.count("done") == 8
     assert "not done" not in done
 
 

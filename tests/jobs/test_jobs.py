@@ -11,17 +11,25 @@ import pytest
 from llmdistill import jobs
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
-from llmdistill.jobs.slurm import script
-from llmdistill.runs.pipeline import StageRun
+from llmdistill.jobs.commands import scheduled
+from llmdistill.runs.status import how_far
 from tests.conftest import run_cli
 from tests.doubles import double
 
+STEPS = "[{evolve: {templates: [x.yaml], rounds: 2}}, {novelty: }, {evolve: {templates: [x.yaml]}}]"
 
-def rendered(file, directory, stage, slurm, arguments=(), **more):
+
+def scripts(file, slurm, **more):
     experiment = load_experiment(file, [("jobs.slurm", slurm), *more.items()])
-    text = script(experiment, experiment.jobs.slurm, StageRun(stage), [str(file), *arguments], directory)
-    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
-    return text
+    settings = experiment.jobs.slurm
+    found = jobs.backend_of("slurm").render(experiment, settings, scheduled(experiment, settings))
+    for text in found.values():
+        assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+    return found
+
+
+def rendered(file, stage, slurm, **more):
+    return scripts(file, slurm, **more)[f"{stage}.sh"]
 
 
 def test_what_a_stage_asks_for_is_in_its_script(experiment_file, tmp_path):
@@ -29,14 +37,14 @@ def test_what_a_stage_asks_for_is_in_its_script(experiment_file, tmp_path):
         "{partition: gpu, account: me, gpus: 4, time: '08:00:00', workers: 3, options: {qos: high}, "
         "environment: [module load cuda], stages: {train: {nodes: 2, gpus: 8, time: 1-00:00:00}}}"
     )
-    text = rendered(experiment_file, tmp_path, "generate", slurm)
+    text = rendered(experiment_file, "generate", slurm)
     for option in ("partition=gpu", "account=me", "gpus-per-node=4", "time=08:00:00", "array=0-2", "qos=high", "nodes=1"):
         assert f"\n#SBATCH --{option}\n" in text
     assert "\nmodule load cuda\n" in text
-    assert f'\nllmdistill generate {experiment_file} --shards "$((SLURM_ARRAY_TASK_ID + 1))/3" &\n' in text
-    assert "gpus" not in rendered(experiment_file, tmp_path, "curate", slurm)
-    assert "array" not in rendered(experiment_file, tmp_path, "eval", slurm).lower().split("near_the_limit")[0]
-    train = rendered(experiment_file, tmp_path, "train", slurm)
+    assert f'\nllmdistill generate {tmp_path}/run/jobs/generate.yaml --shards "$((SLURM_ARRAY_TASK_ID + 1))/3" &\n' in text
+    assert "gpus" not in rendered(experiment_file, "curate", slurm)
+    assert "array" not in rendered(experiment_file, "eval", slurm).lower().split("near_the_limit")[0]
+    train = rendered(experiment_file, "train", slurm)
     for option in ("partition=gpu", "gpus-per-node=8", "time=1-00:00:00", "nodes=2"):
         assert f"\n#SBATCH --{option}\n" in train
 
@@ -57,7 +65,7 @@ def test_what_a_stage_asks_for_is_in_its_script(experiment_file, tmp_path):
 )
 def test_training_on_two_nodes_starts_a_launcher_on_each(experiment_file, tmp_path, more, words):
     """What a node would run, with srun, scontrol and the launchers replaced by doubles that say what they were told."""
-    text = rendered(experiment_file, tmp_path, "train", "{gpus: 8, nodes: 2" + more + "}", ["--output", "a 'b' $c"])
+    text = rendered(experiment_file, "train", "{gpus: 8, nodes: 2" + more + "}", output="a 'b' $c")
     doubles = tmp_path / "bin"
     doubles.mkdir()
     for name, body in {
@@ -75,7 +83,7 @@ def test_training_on_two_nodes_starts_a_launcher_on_each(experiment_file, tmp_pa
         "SLURM_JOB_NODELIST": "n[1-2]",
     }
     done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=environment)
-    assert done.stdout.strip("|").split("|") == [*words.split(), "train", str(experiment_file), "--output", "a 'b' $c"]
+    assert done.stdout.strip("|").split("|") == [*words.split(), "train", "a 'b' $c/jobs/train.yaml"]
     assert done.returncode == 0
 
 
@@ -83,10 +91,10 @@ HOSTILE = "x; touch hacked; $(touch hacked) `touch hacked` 'q' \"d\" \\ %j"
 
 
 def test_hostile_names_stay_names(experiment_file, tmp_path):
-    """The words of the command are those that were typed; nothing else is run."""
-    text = rendered(experiment_file, tmp_path, "curate", "{}", ["--output", HOSTILE], output=HOSTILE)
+    """The words of the command are those that are meant; nothing else is run."""
+    text = rendered(experiment_file, "curate", "{}", output=HOSTILE)
     assert shlex.split(next(line for line in text.splitlines() if line.startswith("llmdistill")))[:-1] == [
-        "llmdistill", "curate", str(experiment_file), "--output", HOSTILE,
+        "llmdistill", "curate", f"{HOSTILE}/jobs/curate.yaml",
     ]  # fmt: skip
     (tmp_path / "llmdistill").write_text("#!/bin/bash\n")
     (tmp_path / "llmdistill").chmod(0o755)
@@ -101,7 +109,11 @@ def test_hostile_names_stay_names(experiment_file, tmp_path):
         ("{partition: 'a b'}", "jobs.slurm.partition"),
         ("{options: {qos: '$(x)'}}", "has signs that no option of a scheduler has"),
         ("{stages: {generate: {nodes: 2}}}", "generate runs on one node; workers makes more of it"),
-        ("{stages: {trian: {nodes: 2}}}", "trian"),
+        (
+            "{stages: {trian: {nodes: 2}}}",
+            r"experiment.yaml: jobs.slurm.stages.trian: 'trian' is no stage; they are prompts, gen",
+        ),
+        ("{stages: {train: {gpu: 2}}}", r"jobs.slurm.stages.train.gpu; did you mean jobs.slurm.stages.STAGE.gpus\\?"),
     ],
 )
 def test_bad_input_is_named(experiment_file, slurm, message):
@@ -133,7 +145,7 @@ def test_the_shipped_configurations_of_clusters_show_what_they_would_do(name):
         done = run_cli(command, f"configs/{name}.yaml", "--dry-run", PATH="/nothing")
         assert done.returncode == 0, done.stderr
     assert done.stdout.count("#!/bin/bash") == 5
-    (train,) = [line for line in done.stdout.splitlines() if " train configs" in line]
+    (train,) = [line for line in done.stdout.splitlines() if f"train runs/{name}/jobs/train.yaml" in line]
     nodes, launcher = {"node-8gpu": (1, "torchrun"), "slurm-16-nodes": (4, "accelerate launch")}[name]
     assert launcher in train
     assert f"#SBATCH --nodes={nodes}\n" in done.stdout
@@ -141,8 +153,8 @@ def test_the_shipped_configurations_of_clusters_show_what_they_would_do(name):
 
 def test_what_needs_no_model_gets_no_gpu_unless_its_entry_says_so(experiment_file, tmp_path):
     entry = "{gpus: 8, stages: {curate: {cpus: 4}}}"
-    assert "gpus" not in rendered(experiment_file, tmp_path, "curate", entry)
-    assert "gpus-per-node=1\n" in rendered(experiment_file, tmp_path, "curate", entry.replace("cpus: 4", "gpus: 1"))
+    assert "gpus" not in rendered(experiment_file, "curate", entry)
+    assert "gpus-per-node=1\n" in rendered(experiment_file, "curate", entry.replace("cpus: 4", "gpus: 1"))
 
 
 def test_status_says_how_far_a_running_job_is(tmp_path):
@@ -163,12 +175,63 @@ def test_status_says_how_far_a_running_job_is(tmp_path):
     ], said.stderr
 
 
+def test_status_of_prompts_that_were_started_again_is_that_of_the_stage(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/run.json").write_text('{"stage": "prompts", "status": "done"}')
+    assert [how_far(tmp_path, name) for name in ("prompts", "prompts-2", "round-1-train")] == ["done", "done", "not done"]
+
+
 def test_status_of_a_job_that_is_the_whole_run_shows_its_stages(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/run.json").write_text('{"stage": "generate", "status": "done"}')
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs/jobs.json").write_text('{"backend": "double", "jobs": [{"stage": "run", "job": "5"}]}')
-    backend = SimpleNamespace(states=lambda jobs: [["RUNNING"]], SAME_FILES=True)
-    monkeypatch.setitem(jobs.BACKENDS, "double", backend)
+    backend = SimpleNamespace(states=lambda jobs: [["RUNNING"]], same_files=True)
+    monkeypatch.setattr(jobs, "backend_of", lambda name: backend)
     jobs.status(tmp_path)
     assert capsys.readouterr().out == "run       job 5: 1 running\ngenerate  done\n"
+
+
+@pytest.mark.parametrize("name", jobs.BACKENDS)
+def test_every_key_of_the_section_has_a_backend(name):
+    backend = jobs.backend_of(name)
+    assert backend.over
+    assert callable(backend.render)
+
+
+def test_a_job_reads_the_whole_experiment_in_a_file_beside_its_script(experiment_file, tmp_path):
+    """Without `jobs`, in whose lines of shell a secret may stand; with a round's changes in the place of the given values."""
+    there = tmp_path / "bin"
+    there.mkdir()
+    double(there, "sbatch", "echo 7")
+    slurm = "{partition: gpu, environment: [export HF_TOKEN=hf_secret]}"
+    changes = ["--rounds", "{n: 1, loss: reverse_kl, args: {learning_rate: 1e-5}}", "--train.args.run_name", "'1e5'"]
+    done = run_cli("submit", experiment_file, *changes, "--jobs.slurm", slurm, PATH=f"{there}:/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    files = {file.stem: file for file in (tmp_path / "run/jobs").glob("*.yaml")}
+    assert set(files) >= {"generate", "train", "round-1-train"}
+    assert set(files) == {file.stem for file in (tmp_path / "run/jobs").glob("*.sh")}
+    assert not [name for name, file in files.items() if "secret" in file.read_text()]
+    given, asked = load_experiment(experiment_file), load_experiment(files["generate"])
+    assert asked.teacher == given.teacher
+    assert asked.rounds.loss == "reverse_kl"
+    assert asked.train.args == {**given.train.args, "run_name": "1e5"}
+    first, later = load_experiment(files["train"]), load_experiment(files["round-1-train"])
+    assert first.directory("student") == tmp_path / "run/student"
+    assert (later.output, later.seed, later.train.loss) == (f"{tmp_path}/run/rounds/1", given.seed + 1, "reverse_kl")
+    assert (later.student.model, later.student.prune) == (f"{tmp_path}/run/student", None)
+    assert later.train.args == {**given.train.args, "run_name": "1e5", "learning_rate": 1e-5}
+    assert load_experiment(files["eval"]).directory("student") == tmp_path / "run/rounds/1/student"
+
+
+def test_workers_share_prompts_and_are_started_again_for_each_step(experiment_file, tmp_path):
+    """Two rounds and one: three times the teacher is asked what follows from all of its answers before."""
+    found = scripts(experiment_file, "{workers: 3}", **{"prompts.steps": STEPS})
+    assert list(found)[:4] == ["prompts.sh", "prompts-2.sh", "prompts-3.sh", "generate.sh"]
+    for name in ("prompts", "prompts-2", "prompts-3"):
+        text = found[f"{name}.sh"]
+        assert "\n#SBATCH --array=0-2\n" in text
+        assert f'\nllmdistill prompts {tmp_path}/run/jobs/{name}.yaml --shards "$((SLURM_ARRAY_TASK_ID + 1))/3" &\n' in text
+    alone = scripts(experiment_file, "{}", **{"prompts.steps": STEPS})
+    assert list(alone)[:2] == ["prompts.sh", "generate.sh"]
+    assert "--shards" not in alone["prompts.sh"]

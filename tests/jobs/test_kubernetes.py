@@ -9,7 +9,8 @@ import yaml
 
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
-from llmdistill.jobs.kubernetes import render
+from llmdistill.jobs import backend_of
+from llmdistill.jobs.commands import scheduled
 from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli
 from tests.doubles import double
@@ -22,15 +23,23 @@ SETTINGS = (
 )
 
 
-def objects(file, settings=SETTINGS, arguments=(), **more):
+def objects(file, settings=SETTINGS, **more):
     experiment = load_experiment(file, [("jobs.kubernetes", settings), *more.items()])
-    (text,) = render(experiment, experiment.jobs.kubernetes, [str(file), *arguments]).values()
+    settings = experiment.jobs.kubernetes
+    (text,) = backend_of("kubernetes").render(experiment, settings, scheduled(experiment, settings)).values()
     return list(yaml.safe_load_all(text))
 
 
 def jobs(found):
     """The Jobs by what comes after the run in their names."""
     return {each["metadata"]["name"].rsplit("-", 1)[1]: each for each in found if each["kind"] == "Job"}
+
+
+def configuration(found, name, directory):
+    """The experiment that a pod reads in a file below the mount of the ConfigMap."""
+    (configs,) = (each for each in found if each["kind"] == "ConfigMap")
+    (directory / name).write_text(configs["data"][name])
+    return load_experiment(directory / name)
 
 
 def container(job):
@@ -65,10 +74,10 @@ def test_every_object_is_one_of_kubernetes(experiment_file):
     for each in found:
         for version in ("1.33", "1.37"):
             validate(each, version, strict=True)
-    assert sorted(each["kind"] for each in found) == ["Job"] * 7 + ["Role", "RoleBinding", "ServiceAccount"]
-    found[0]["spec"]["template"]["spec"]["restartPolicies"] = "Never"
+    assert sorted(each["kind"] for each in found) == ["ConfigMap"] + ["Job"] * 7 + ["Role", "RoleBinding", "ServiceAccount"]
+    found[1]["spec"]["template"]["spec"]["restartPolicies"] = "Never"
     with pytest.raises(Exception, match="restartPolicies"):
-        validate(found[0], "1.37", strict=True)
+        validate(found[1], "1.37", strict=True)
 
 
 def test_a_stage_is_a_job_with_what_it_asks_for(experiment_file):
@@ -91,6 +100,12 @@ def test_a_stage_is_a_job_with_what_it_asks_for(experiment_file):
         assert pod["terminationGracePeriodSeconds"] == 120
         assert pod["nodeSelector"] == {"gpu": "a100"}
         assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "runs"}
+        (where,) = (mount["mountPath"] for mount in container(job)["volumeMounts"] if mount["name"] == "configs")
+        (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "configs")
+        assert (where, volume["configMap"]["name"]) == (
+            "/etc/llmdistill",
+            job["metadata"]["labels"]["llmdistill/run"] + "-configs",
+        )
         assert container(job)["envFrom"] == [{"secretRef": {"name": "hf-token"}}]
         assert job["spec"].get("suspend", False) == (name != "generate")
         wrong, stopped = (rule for rule in job["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
@@ -101,17 +116,18 @@ def test_a_stage_is_a_job_with_what_it_asks_for(experiment_file):
 def test_hostile_names_stay_names(experiment_file, tmp_path):
     """A name with quotes, with what a shell would run, and with what Kubernetes would put a variable in the place of."""
     name = f"{HOSTILE} $(HF_TOKEN) $$HOME $(JOB_COMPLETION_INDEX)"
-    found = jobs(objects(experiment_file, arguments=["--seed", "1"], output=name))
-    where = ["--output", f"/outputs/{name}"]
-    words = [str(experiment_file), "--seed", "1", *where]
-    secret = {"HF_TOKEN": "secret", "JOB_COMPLETION_INDEX": "3"}
-    assert run_container(found["generate"], tmp_path, **secret) == ["llmdistill", "generate", *words, "--shards", "4/16"]
-    assert run_container(found["curate"], tmp_path, **secret) == [
-        "llmdistill", "generate", *words, "llmdistill", "curate", *words,
-    ]  # fmt: skip
-    assert run_container(found["eval"], tmp_path, **secret) == ["llmdistill", "eval", *words]
+    made = objects(experiment_file, output=name)
+    found, secret = jobs(made), {"HF_TOKEN": "secret", "JOB_COMPLETION_INDEX": "3"}
+
+    def words(stage):
+        assert configuration(made, f"{stage}.yaml", tmp_path).output == f"/outputs/{name}"
+        return ["llmdistill", stage, f"/etc/llmdistill/{stage}.yaml"]
+
+    assert run_container(found["generate"], tmp_path, **secret) == [*words("generate"), "--shards", "4/16"]
+    assert run_container(found["curate"], tmp_path, **secret) == [*words("generate"), *words("curate")]
+    assert run_container(found["eval"], tmp_path, **secret) == words("eval")
     train = run_container(found["train"], tmp_path, **secret)
-    assert train == ["torchrun", "--standalone", "--nproc-per-node", "8", "-m", "llmdistill", "train", *words]
+    assert train == ["torchrun", "--standalone", "--nproc-per-node", "8", "-m", *words("train")]
     for each in found.values():
         assert re.fullmatch(r"[a-z0-9-]{1,63}", each["metadata"]["name"])
 
@@ -119,18 +135,34 @@ def test_hostile_names_stay_names(experiment_file, tmp_path):
 def test_rounds_stay_on_the_volume(experiment_file, tmp_path):
     """Their stages name each other's outputs, which are not where they were on this machine; each completes what it reads."""
     made = objects(experiment_file, rounds="{n: 1}", output="a b")
-    found = {each["metadata"]["name"].split("-", 3)[3]: each for each in made}
-    assert [name for name in found if name.startswith("round")] == [
-        f"round-1-{stage}" for stage in ("generate", "score", "curate", "train")
-    ]
-    written = run_container(found["round-1-generate"], tmp_path, JOB_COMPLETION_INDEX="0")
-    assert written[-4:] == ["--targets", '{"kind": "none"}', "--shards", "1/16"]
-    assert "/outputs/a b/rounds/1/written" in written
-    read = run_container(found["round-1-score"], tmp_path, JOB_COMPLETION_INDEX="0")
-    assert read[: len(written) - 2] == written[:-2]
-    assert read[len(written) - 2 : len(written)] == ["llmdistill", "score"]
-    assert '{"source": "/outputs/a b/rounds/1/written/data"}' in read
+    found = {each["metadata"]["name"].split("-", 3)[3]: each for each in made if each["kind"] == "Job"}
+    names = [f"round-1-{stage}" for stage in ("generate", "score", "curate", "train")]
+    assert [name for name in found if name.startswith("round")] == names
+    written, scored, _, trained = (f"/etc/llmdistill/{name}.yaml" for name in names)
+    writes = ["llmdistill", "generate", written]
+    assert run_container(found[names[0]], tmp_path, JOB_COMPLETION_INDEX="0") == [*writes, "--shards", "1/16"]
+    assert run_container(found[names[1]], tmp_path, JOB_COMPLETION_INDEX="0") == [
+        *writes, "llmdistill", "score", scored, "--shards", "1/16",
+    ]  # fmt: skip
+    assert run_container(found[names[3]], tmp_path)[-1] == trained
+    generate, score, _, train = (configuration(made, f"{name}.yaml", tmp_path) for name in names)
+    assert (generate.output, generate.targets.kind) == ("/outputs/a b/rounds/1/written", "none")
+    assert generate.teacher.model == train.student.model == "/outputs/a b/student"
+    assert score.score.source == "/outputs/a b/rounds/1/written/data"
     assert str(tmp_path / "run") not in yaml.dump([found[name] for name in found])
+
+
+def test_workers_that_share_prompts_are_started_for_each_step(experiment_file, tmp_path):
+    """One after the other, each time all of them; what they have left is completed before the prompts are answered."""
+    made = objects(experiment_file, **{"prompts.steps": "[{ask: {template: x.yaml}}, {evolve: {templates: [x.yaml]}}]"})
+    found = [each for each in made if each["kind"] == "Job"]
+    assert [each["metadata"]["name"].split("-", 2)[2] for each in found[:4]] == ["prompts", "prompts-2", "generate", "curate"]
+    assert [each["spec"].get("completions") for each in found[:4]] == [16, 16, 16, None]
+    index = {"JOB_COMPLETION_INDEX": "0"}
+    for job, name in zip(found, ("prompts", "prompts-2"), strict=False):
+        words = ["llmdistill", "prompts", f"/etc/llmdistill/{name}.yaml", "--shards", "1/16"]
+        assert run_container(job, tmp_path, **index) == words
+    assert run_container(found[2], tmp_path, **index)[:3] == ["llmdistill", "prompts", "/etc/llmdistill/prompts-2.yaml"]
 
 
 def run_order(job, directory, states):
@@ -179,7 +211,7 @@ def test_kubectl_is_asked_and_understood(experiment_file, tmp_path):
     run = read_json(output / "jobs/jobs.json")["jobs"][0]["run"]
     assert re.fullmatch(r"my-run-[0-9a-f]{6}", run)
     where = f"--namespace ml --selector llmdistill/run={run}"
-    assert deleted == f"delete job,rolebinding,role,serviceaccount {where} --ignore-not-found"
+    assert deleted == f"delete job,configmap,rolebinding,role,serviceaccount {where} --ignore-not-found"
     assert applied == f"apply -f {output}/jobs/kubernetes.yaml"
 
     def items(**states):

@@ -4,13 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
-from llmdistill.jobs.skypilot import render
+from llmdistill.jobs import backend_of
+from llmdistill.jobs.commands import scheduled
 from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli
 from tests.doubles import double
@@ -25,14 +27,15 @@ SETTINGS = (
 
 @pytest.fixture
 def here(experiment_file, monkeypatch):
-    """The experiment below the working directory, which is what is copied to the machines."""
+    """The experiment, in the working directory, which is what is copied to the machines."""
     monkeypatch.chdir(experiment_file.parent)
     return experiment_file
 
 
-def documents(file, settings=SETTINGS, arguments=(), **more):
+def documents(file, settings=SETTINGS, **more):
     experiment = load_experiment(file, [("jobs.skypilot", settings), *more.items()])
-    (text,) = render(experiment, experiment.jobs.skypilot, [str(file), *arguments]).values()
+    settings = experiment.jobs.skypilot
+    (text,) = backend_of("skypilot").render(experiment, settings, scheduled(experiment, settings)).values()
     head, *tasks = yaml.safe_load_all(text)
     return head, {task["name"]: task for task in tasks}
 
@@ -80,7 +83,7 @@ def test_every_task_is_one_of_skypilot(here, monkeypatch):
     for task in tasks.values():
         of_task.validate(task)
         of_resources.validate(task["resources"])
-        (mount,) = task["file_mounts"].values()
+        (mount,) = (mount for mount in task["file_mounts"].values() if isinstance(mount, dict))
         assert set(mount) == {"source", "mode"}
         assert re.search(rf"^    {mount['mode']} = ", (schemas / "sky/data/storage.py").read_text(), flags=re.M)
     with pytest.raises(jsonschema.ValidationError):
@@ -103,7 +106,10 @@ def test_a_stage_is_a_task_with_what_it_asks_for(here):
     assert train["resources"]["use_spot"] is False
     assert "accelerators" not in tasks["curate"]["resources"]
     for task in tasks.values():
-        assert task["file_mounts"] == {"/outputs": {"source": "s3://team-runs", "mode": "MOUNT"}}
+        mounts, name, jobs = dict(task["file_mounts"]), task["name"], here.parent / "run/jobs"
+        assert mounts.pop("/outputs") == {"source": "s3://team-runs", "mode": "MOUNT"}
+        read = ["generate", "curate"] if name == "curate" else [name]
+        assert mounts == {f"~/llmdistill/{each}.yaml": str(jobs / f"{each}.yaml") for each in read}
         assert task["workdir"] == str(here.parent)
         assert task["setup"] == "pip install llmdistill\n"
         assert task["secrets"] == {"HF_TOKEN": None}
@@ -113,17 +119,22 @@ def test_a_stage_is_a_task_with_what_it_asks_for(here):
 def test_hostile_names_stay_names(here, tmp_path):
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").write_text("")
-    _, tasks = documents(here, arguments=["--seed", "1"], output=HOSTILE)
-    words = [here.name, "--seed", "1", "--output", f"/outputs/{HOSTILE}"]
-    rank = {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_TASK_ID": "sky-7"}
-    assert run_machine(tasks["generate"], tmp_path, **rank) == ["llmdistill", "generate", *words, "--shards", "2/4"]
-    assert run_machine(tasks["curate"], tmp_path) == ["llmdistill", "generate", *words, "llmdistill", "curate", *words]
-    train = "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-id sky-7 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29500"
-    assert run_machine(tasks["train"], tmp_path, **rank) == [*train.split(), "-m", "llmdistill", "train", *words]
+    _, tasks = documents(here, output=HOSTILE)
+    source = tasks["eval"]["file_mounts"]["~/llmdistill/eval.yaml"]
+    assert source == f"{here.parent}/{HOSTILE}/jobs/eval.yaml"
+    rank = {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_TASK_ID": "sky-7", "HOME": "/home/sky"}
+
+    def words(stage):
+        return ["llmdistill", stage, f"/home/sky/llmdistill/{stage}.yaml"]
+
+    assert run_machine(tasks["generate"], tmp_path, **rank) == [*words("generate"), "--shards", "2/4"]
+    assert run_machine(tasks["curate"], tmp_path, **rank) == [*words("generate"), *words("curate")]
+    train = "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-id sky-7 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29500 -m"
+    assert run_machine(tasks["train"], tmp_path, **rank) == [*train.split(), *words("train")]
     _, tasks = documents(here, SETTINGS[:-1] + ", accelerate: fsdp2.yaml}", output=HOSTILE)
     train = "accelerate launch --config_file fsdp2.yaml --num_machines 2 --num_processes 16 --machine_rank 1 "
-    train += "--main_process_ip 10.0.0.1 --main_process_port 29500 -m llmdistill train"
-    assert run_machine(tasks["train"], tmp_path, **rank)[:-3] == train.split()
+    train += "--main_process_ip 10.0.0.1 --main_process_port 29500 -m"
+    assert run_machine(tasks["train"], tmp_path, **rank) == [*train.split(), *words("train")]
 
 
 def test_sky_is_asked_and_understood(experiment_file, tmp_path):
@@ -138,6 +149,10 @@ def test_sky_is_asked_and_understood(experiment_file, tmp_path):
     name = read_json(output / "jobs/jobs.json")["jobs"][0]["job"]
     launched = f"jobs launch -y -d -n {name} --secret HF_TOKEN {output}/jobs/skypilot.yaml"
     assert (tmp_path / "asked").read_text().splitlines() == [launched]
+    _, *tasks = yaml.safe_load_all((output / "jobs/skypilot.yaml").read_text())
+    for task in tasks:
+        source = task["file_mounts"][f"~/llmdistill/{task['name']}.yaml"]
+        assert load_experiment(Path(source)).output == f"/outputs{output}"
 
     def queue(number, **states):
         rows = [{"job_id": number, "job_name": name, "task_name": key, "status": value} for key, value in states.items()]
@@ -173,10 +188,3 @@ def test_sky_is_asked_and_understood(experiment_file, tmp_path):
 def test_bad_input_is_named(experiment_file, settings, message):
     with pytest.raises(InputError, match=message):
         load_experiment(experiment_file, [("jobs.skypilot", settings)])
-
-
-def test_a_configuration_that_no_machine_gets_is_refused(experiment_file, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="does not lie below"):
-        documents(experiment_file)

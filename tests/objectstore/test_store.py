@@ -198,16 +198,17 @@ def test_where_output_and_store_are_named_apart_nothing_is_looked_for_beside_the
 def test_each_round_has_its_place_in_the_store(experiment_file):
     experiment = load_experiment(experiment_file, [("output", "runs/b"), ("store", "s3://bucket/b"), ("rounds", "2")])
     written, scored, *_ = (stage for stage in stages(experiment) if stage.round == 2)
-    assert written.overrides["store"] == "s3://bucket/b/rounds/2/written"
-    assert scored.overrides["store"] == "s3://bucket/b/rounds/2"
+    assert written.experiment.store == "s3://bucket/b/rounds/2/written"
+    assert scored.experiment.store == "s3://bucket/b/rounds/2"
     for stage_of in (written, scored):
-        assert stage_of.overrides["output"].removeprefix("runs/b") == stage_of.overrides["store"].removeprefix("s3://bucket/b")
+        here = stage_of.experiment
+        assert here.output.removeprefix("runs/b") == here.store.removeprefix("s3://bucket/b")
 
 
 def test_refresh_refuses_a_store(experiment_file):
     experiment = load_experiment(experiment_file, [("store", "s3://bucket/b"), ("refresh", "{}")])
     with pytest.raises(InputError, match=r"refresh keeps its versions, .* on one machine"):
-        refresh(experiment, [])
+        refresh(experiment)
 
 
 def shard(directory, index, text):

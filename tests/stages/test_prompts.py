@@ -405,6 +405,23 @@ def test_workers_share_the_questions_of_a_step(experiment, teach, capsys):
     assert "is finished (7 prompts)" in capsys.readouterr().out
 
 
+def test_workers_that_share_are_done_after_as_many_passes_as_the_section_says(experiment, teach):
+    """Started one after the other, and all of them again; the prompts are those of one worker."""
+    teach(lambda seen, _: f"Is it {seen}?" if seen.startswith("Ask") else f"{seen} Really?")
+    evolve = {"evolve": {"templates": ["@harder.yaml"], "rounds": 2}}
+    steps = [{"ask": {"template": "@question.yaml"}}, {"novelty": {"max_overlap": 1}}, evolve]
+    chosen = experiment(steps, [{"text": f"thing {n}"} for n in range(7)])
+    alone = chosen.with_(output=f"{chosen.output}-alone")
+    prompts(alone)
+    finished = []
+    for _ in range(chosen.prompts.passes):
+        for number in range(3):
+            prompts(chosen, worker=Share(number, 3))
+        finished.append(json.loads((chosen.directory("prompts") / "run.json").read_text())["status"] == "done")
+    assert finished == [False, False, True]
+    assert outcome(chosen) == outcome(alone)
+
+
 def test_other_settings_or_another_template_are_refused_with_the_difference(experiment, teach, write):
     teach(lambda *_: "Why?")
     steps, rows = [{"ask": {"template": "@question.yaml"}}], [{"text": "x"}]
