@@ -32,16 +32,14 @@ def smollm2() -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama with the demo teacher's tokenizer: 2 layers, hidden size 32, in float32; starts in a second."""
+def write_tiny(directory: Path, smollm2: Path, vocab_size: int = 49152) -> Path:
+    """A random llama with the demo teacher's tokenizer: 4 layers, hidden size 32, in float32; starts in a second."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    directory = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=4,
@@ -59,6 +57,12 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(smollm2).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model, with the demo teacher's whole vocabulary."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny", smollm2)
 
 
 @pytest.fixture(scope="session")
