@@ -106,3 +106,18 @@ def test_help_shows_the_common_keys_and_all_of_them_when_asked(capsys, monkeypat
     assert re.search(r"\d+ more keys: --help-all", some)
     assert all(len(line) <= 80 for line in everything.splitlines() if not line.lstrip().startswith(("--", "usage", "llmdistill")))
     assert {key for key, _, _ in keys()} >= COMMON
+
+
+def test_keys_that_schedulers_have_in_common_are_shown_once(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["submit", "--help-all"])
+    text = capsys.readouterr().out
+    for name in ("{slurm,ray,skypilot,kubernetes}.workers", "{slurm,kubernetes}.time", "slurm.partition", "ray.address"):
+        assert text.count(f"  --jobs.{name} ") == 1
+    assert "--jobs.slurm.workers" not in text
+    assert {name.split(".")[1] for name, _, _ in keys() if name.endswith(".workers")} == {
+        "slurm",
+        "ray",
+        "skypilot",
+        "kubernetes",
+    }

@@ -27,6 +27,8 @@ SEAL = ".finished.json"
 CARD = "README.md"
 _CHECKPOINTS = "checkpoints"
 _STATE = "trainer_state.json"  # the trainer writes it last: a checkpoint that has it is whole
+# What several workers may make, so that the first of them decides.
+_SHARED = {directory for stage in STAGES.values() if stage.shared for directory in stage.writes}
 # Not a stage, but it reads what one has made.
 _OTHER_READERS: dict[str, tuple[Directory, ...]] = {"chat": ("student",)}
 
@@ -105,7 +107,7 @@ class Copy:
             same = name in sums and (seal["files"].get(name) == sums[name] or f"-{sums[name][:16]}." in name)
             if same and there.get(name) == here[name].stat().st_size:
                 continue
-            if name == MANIFEST and self.directory.name == "data":
+            if name == MANIFEST and self.directory.name in _SHARED:
                 self._decide(here[name])
             else:
                 self.store.put(here[name], f"{self.name}/{name}")
