@@ -37,7 +37,7 @@ test: check $(TEACHER) .torchao .s3 .schemas
 	$(PYTEST) --durations 15
 
 test-fast: $(TEACHER) .torchao .s3 .schemas
-	$(PYTEST) --ignore=tests/integration
+	$(PYTEST) --ignore=tests/integration -m "not slow"
 
 # Beside the environment, not in it: transformers imports it wherever it finds it, and on a CPU it complains of its GPU parts.
 .torchao: .venv/.ready

@@ -53,6 +53,7 @@ def test_the_paired_difference_agrees_with_scipy():
     np.testing.assert_allclose([got.low, got.high], want.confidence_interval, atol=0.006)
 
 
+@pytest.mark.slow
 def test_coverage_where_one_prompt_has_several_samples():
     """Nineteen in twenty intervals hold the true difference; by rows instead of prompts far fewer do."""
     generator = np.random.default_rng(3)
@@ -92,6 +93,7 @@ def test_mcnemar_of_equals_is_one():
     assert mcnemar(*_pairs(40, 40)).p == 1
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_agrees_with_statsmodels(p):

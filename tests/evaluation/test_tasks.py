@@ -161,6 +161,7 @@ def test_broken_data_is_refused(files):
         load_tasks(read_tasks([str(files / "colours.yaml")]), None)
 
 
+@pytest.mark.slow
 def test_unknown_tasks_and_tasks_without_a_network(monkeypatch):
     import lm_eval.tasks
 

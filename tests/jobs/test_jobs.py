@@ -139,6 +139,7 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
     assert "nothing was submitted from this output" in status.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["node-8gpu", "slurm-16-nodes"])
 def test_the_shipped_configurations_of_clusters_show_what_they_would_do(name):
     for command in ("run", "submit"):

@@ -198,6 +198,7 @@ def test_nothing_starts_after_a_stage_that_failed(experiment_file, tmp_path):
     assert {"action": "FailJob", "onExitCodes": {"containerName": "kubectl", "operator": "In", "values": [2]}} in rules
 
 
+@pytest.mark.slow
 def test_kubectl_is_asked_and_understood(experiment_file, tmp_path):
     output = tmp_path / "my run"
     arguments = ["--output", output, "--jobs.kubernetes", SETTINGS]

@@ -137,6 +137,7 @@ def test_hostile_names_stay_names(here, tmp_path):
     assert run_machine(tasks["train"], tmp_path, **rank) == [*train.split(), *words("train")]
 
 
+@pytest.mark.slow
 def test_sky_is_asked_and_understood(experiment_file, tmp_path):
     output, there = tmp_path / "my run", tmp_path / "bin"
     there.mkdir()

@@ -505,6 +505,7 @@ def test_a_head_that_peft_trains(name, how):
     assert all("lora" in name or "modules_to_save" in name for name in found[0][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_in_a_compiled_model_every_batch_is_a_new_one(backend):
     """Dynamo looks for no changed hooks: a loss that is put in by one would be that of the first batch for ever."""

@@ -10,6 +10,8 @@ from llmdistill.losses import Objective, fused
 from tests.losses.test_divergences import topk
 from tests.losses.test_fused import SMALL, K, build
 
+pytestmark = pytest.mark.slow
+
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16)
 # Of each: the model; which modules are sharded, with what, before the root; whether layers are computed again; and adapters.
 CASES = {

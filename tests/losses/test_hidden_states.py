@@ -173,6 +173,7 @@ def test_what_is_logged_is_the_formula(tiny, text_rows, tmp_path):
     assert log["loss"] == pytest.approx(want, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(tiny, text_rows, tmp_path):
     runs = []
     for on in (False, True):
@@ -182,6 +183,7 @@ def test_gradient_checkpointing_changes_nothing(tiny, text_rows, tmp_path):
         torch.testing.assert_close(runs[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_one_behind_the_other_have_the_same_values(tiny, text_rows, tmp_path):
     """Without padding, eager attention keeps them apart by their positions; teacher and student alike."""
     padded, lined_up = (
@@ -201,6 +203,7 @@ def test_reentrant_checkpointing_would_lose_the_gradient_and_is_refused(tiny, te
         trainer_of(tiny, text_rows, tmp_path, **again).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_projector_learns_resumes_and_is_not_saved_with_the_student(tiny, text_rows, tmp_path, lora):
     from peft import LoraConfig, get_peft_model

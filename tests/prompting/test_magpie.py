@@ -27,6 +27,7 @@ def tokenizer(tiny):
     return with_template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "before", "before_with_system", "after"),
     [

@@ -35,6 +35,7 @@ def template(tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 @given(data=st.data())
 def test_what_stands_in_a_variable_survives_every_shipped_template(file, data):

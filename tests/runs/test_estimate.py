@@ -44,6 +44,7 @@ def test_only_what_is_asked_for_is_estimated(seconds):
     assert set(seconds()) == {"generate", "train", "eval"}
 
 
+@pytest.mark.slow
 def test_a_real_measurement(experiment):
     found = estimate.measure(experiment, 4)
     assert found is not None

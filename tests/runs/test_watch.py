@@ -38,6 +38,7 @@ def metrics(directory):
     return found
 
 
+@pytest.mark.slow
 def test_lines_of_json_metrics_and_no_secret(experiment_file, tmp_path):
     """What `generate` says in two tries, by two workers, in another form each, into a directory with the name of a secret."""
     output, seen = tmp_path / SECRET, tmp_path / "metrics"
@@ -88,6 +89,7 @@ def test_lines_of_json_metrics_and_no_secret(experiment_file, tmp_path):
     assert (error["level"], "temperature was 1.0, is 0.5" in error["text"], SECRET in wrong.stderr) == ("error", True, False)
 
 
+@pytest.mark.slow
 def test_training_is_seen_with_the_parts_of_its_loss(experiment_file, tmp_path):
     for name in ("generate", "curate"):
         assert run_cli(name, experiment_file).returncode == 0

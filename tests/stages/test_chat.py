@@ -16,6 +16,8 @@ from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages import chat as module
 from llmdistill.stages.chat import Speaker, chat, printable
 
+pytestmark = pytest.mark.slow
+
 GREEDY = [("generate.temperature", "0"), ("generate.max_tokens", "6")]
 
 

@@ -23,6 +23,8 @@ from llmdistill.students.formats import FORMATS
 from llmdistill.students.quantization import fake_quantise, unfake
 from tests.conftest import ROOT, run_cli, write_experiment
 
+pytestmark = pytest.mark.slow
+
 QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -17,6 +17,8 @@ from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.score import score
 
+pytestmark = pytest.mark.slow
+
 
 def scored(file, source, *overrides):
     experiment = load_experiment(file, [("score.source", str(source)), ("output", f"{file.parent}/scored"), *overrides])

@@ -14,7 +14,7 @@ from llmdistill.stages.generate import generate
 from llmdistill.stages.train import _arguments, train
 from tests.integration.processes import rewind
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]
 
 
 FLOAT32 = Precision("float32", "as configured")

@@ -68,6 +68,7 @@ ARGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["tied", "untied"])
 @pytest.mark.parametrize("args", ARGS, ids=str)
 def test_the_saved_student_and_its_adapter_are_the_trained_model(args, base, bases, tmp_path):
@@ -139,6 +140,7 @@ def test_gradients_go_through_quantised_weights_also_after_an_evaluation(kind, b
             assert (got[name].grad - parameter.grad).norm() <= close * parameter.grad.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "student",
     [{"lora": {"r": 2, "args": {"init_lora_weights": "pissa"}}}, {"lora": {"r": 2}, "quantize": "nf4"}],

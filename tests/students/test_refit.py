@@ -77,6 +77,7 @@ def test_an_uncut_model_stays_as_it_is(family):
     torch.testing.assert_close(logits(student), logits(teacher), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LINEAR)
 @pytest.mark.parametrize(
     "prune",

@@ -37,6 +37,7 @@ def test_the_answer_begins_behind_the_first_end_and_white_space(numbers):
     assert answer_start(tokenizer, ids, "</think>") == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thinking", ["masked", "removed"])
 def test_a_trace_is_not_learned_and_the_targets_are_those_of_what_is_stored(experiment_file, tiny, thinking):
     end = "x"  # stands for one: about half of the tiny model's answers hold it

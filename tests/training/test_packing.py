@@ -53,6 +53,7 @@ SMALL = {
 MAMBA = {f"mamba_{name}": size for name, size in {"d_ssm": 32, "n_heads": 4, "d_head": 8, "d_state": 8, "chunk_size": 8}.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -74,6 +75,7 @@ def test_models_that_mix_rows_are_refused_whatever_the_size_of_their_weights(fam
         check_apart(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     "family",

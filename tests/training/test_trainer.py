@@ -136,6 +136,7 @@ def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tiny, datase
     assert logs[0]["num_completion_tokens"] == logs[1]["num_completion_tokens"] == sum(1 + 2 * n for n in range(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [
     {"padding_free": True, "per_device_train_batch_size": 8},
     {"padding_free": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
@@ -183,6 +184,7 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(tiny, dataset_director
         make_trainer(tiny, dataset_directory, tmp_path, model, padding_free=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 @pytest.mark.parametrize("by", ["entropy", "certainty"])
 def test_weighted_losses_do_not_depend_on_how_the_global_batch_is_cut(tiny, dataset_directory, tmp_path, by, reduction):
@@ -375,6 +377,7 @@ def test_lora_on_the_output_layer_trains_as_with_held_logits(tiny, dataset_direc
         assert (found[0][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset_directory", ["sampled"], indirect=True)
 def test_a_compiled_model_has_the_loss_of_every_step(tiny, dataset_directory, tmp_path):
     """Three steps of batches that differ, and an evaluation, against the same without the compiler."""
@@ -445,6 +448,7 @@ def test_what_would_change_the_loss_in_silence_is_refused(tmp_path, arguments, m
         DistillConfig(output_dir=str(tmp_path), use_cpu=True, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "temperature"), [("forward_kl", 1.0), ("forward_kl", 2.0), ("reverse_kl", 1.0)])
 def test_a_teacher_beside_the_student_gives_its_whole_distribution(tiny, dataset_directory, tmp_path, loss, temperature):
     """The gradient of the dense loss, written down in float64 over the full vocabulary; the store is not looked at."""

@@ -13,6 +13,8 @@ from llmdistill.data.collator import DistillCollator
 from llmdistill.models.loading import load_config, load_tokenizer, vocabulary_hash
 from llmdistill.training.traps import end_token, learning_rate, rows_without_end, soft_targets, traps
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory):
