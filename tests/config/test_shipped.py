@@ -8,10 +8,10 @@ import pytest
 from llmdistill.config import keys, load_experiment, shipped
 from llmdistill.config.prompts import Prompts
 from llmdistill.curation.contamination import _read
+from llmdistill.curation.steps import step_inputs
 from llmdistill.evaluation.tasks import files_of, read_tasks
 from llmdistill.prompting.sources import files_hash, read_source
 from llmdistill.prompting.template import PromptTemplate
-from llmdistill.stages.curate import _step_inputs
 from tests.conftest import ROOT
 
 
@@ -41,7 +41,7 @@ def test_an_experiment_elsewhere_reads_them_under_the_names_that_it_says(tmp_pat
     assert entries[2].place == {"file": "prompts/seeds/general.jsonl", "line": 3}
     (name,) = files_hash("prompts/seeds/general.jsonl", "prompts.source")
     assert name == "prompts/seeds/general.jsonl"
-    template = PromptTemplate(Path("prompts/instruct.yaml"))
+    template = PromptTemplate(Path("prompts/instruct.yaml"), "prompts.template")
     assert template.render(entries[2].fields, "x")[0]["content"] == entries[2].fields["instruction"]
     assert template.file == Path("prompts/instruct.yaml")
     assert files_of(read_tasks(["configs/tasks/facts.yaml"])) == {
@@ -53,9 +53,9 @@ def test_steps_of_curate_elsewhere_read_them_too(experiment_file, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     files = ["configs/tasks/facts.jsonl", "configs/tasks/facts.yaml"]
     steps = f"[{{contamination: {{against: [{', '.join(files)}]}}}}, {{judge: {{teacher: {{model: a/b}}}}}}]"
-    inputs = _step_inputs(load_experiment(experiment_file, [("curate", steps)]))
+    inputs = step_inputs(load_experiment(experiment_file, [("curate", steps)]).curate)
     assert {*files, "prompts/judge.yaml"} < inputs.keys()
-    assert all(next(_read(Path(file), "against")).origin.startswith(file) for file in files)
+    assert all(next(_read(Path(file), "against"))[0].startswith(file) for file in files)
 
 
 def test_messages_name_pages_that_are_there():

@@ -200,9 +200,9 @@ def test_the_demo_is_the_shipped_one_with_its_files(here, smollm2, monkeypatch, 
     assert Path("demo.yaml").read_bytes() == (ROOT / "configs/demo.yaml").read_bytes()
     Path("models/SmolLM2-135M-Instruct").symlink_to(smollm2)
     monkeypatch.setattr(shipped, "SHIPPED", here / "nowhere")
-    assert "240 prompts = 240 rows" in dry_run("demo.yaml", monkeypatch, capsys)
+    assert "128 prompts = 128 rows" in dry_run("demo.yaml", monkeypatch, capsys)
     section = load_experiment(Path("demo.yaml")).prompts
-    assert len(list(read_source(section))) == 240
+    assert len(list(read_source(section))) == 128
     with pytest.raises(InputError, match=r"demo\.yaml: is there already"):
         init_demo(Path())
 
