@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TEACHER := models/SmolLM2-135M-Instruct
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-fast test-deepspeed test-gptq check gpu-check clean
+.PHONY: setup demo docs test test-fast test-deepspeed test-gptq check gpu-check clean
 
 setup: .venv/.ready
 
@@ -33,7 +33,7 @@ demo: $(TEACHER)
 # servers are not bound to cores, of which they would all take the same.
 PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test: check $(TEACHER) .torchao .s3 .schemas
+test: check $(TEACHER) .torchao .s3 .schemas .mkdocs
 	$(PYTEST) --durations 15
 
 test-fast: $(TEACHER) .torchao .s3 .schemas
@@ -67,6 +67,19 @@ test-gptq: .llmcompressor $(TEACHER)
 .schemas: .venv/.ready
 	$(PIP) --target $@ skypilot==0.14.1 kubernetes-validate==1.37.0 importlib_resources==7.1.0
 
+# What the documentation site is built with.
+.mkdocs: .venv/.ready
+	$(PIP) --target $@ mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 babel==2.19.0 \
+		backrefs==8.3.1 ghp-import==2.1.0 griffelib==2.4.1 markdown==3.11.3 mergedeep==1.3.4 mkdocs-autorefs==1.4.5 \
+		mkdocs-get-deps==0.2.2 mkdocs-material-extensions==1.3.1 paginate==0.5.7 pymdown-extensions==13.1.2 \
+		pyyaml-env-tag==1.1 watchdog==7.1.0
+
+# The site, in site/: it needs no network, and every broken link is an error.
+MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=.mkdocs $(BIN)/python -m mkdocs
+docs: .mkdocs
+	PYTHONPATH=. $(BIN)/python docs/build.py
+	$(MKDOCS) build --strict
+
 check: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,4 +93,4 @@ gpu-check:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_JSON)
 
 clean:
-	rm -rf .venv .deepspeed .llmcompressor .schemas .torchao .s3 models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .deepspeed .llmcompressor .mkdocs .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

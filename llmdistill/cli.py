@@ -33,11 +33,11 @@ class Command:
 COMMANDS: dict[str, Stage | Command] = {
     **STAGES,
     "chat": Command("talk to the teacher and the student side by side in the terminal", ("teacher", "generate")),
-    "run": Command("all stages in order; a finished stage is skipped", ("",)),
+    "run": Command("run all stages in order; finished stages are skipped", ("",)),
     "refresh": Command(
-        "a run that comes back: what is new is added, and the new student is promoted if it is not worse", ("refresh",)
+        "incremental retraining: train on new prompts, and promote the new student if it is not worse", ("refresh",)
     ),
-    "submit": Command("the same as scheduled jobs, each after those that it needs", ("jobs",)),
+    "submit": Command("run the stages as scheduled jobs", ("jobs",)),
 }
 _OTHERS = ("init", "inspect", "status", "cancel", "push", "convert")  # commands that take a directory
 _PATIENCE = 30  # seconds
@@ -63,13 +63,13 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
-        _complain(arguments, f"{error.filename}: {error.strerror}; finished work is kept, the same command goes on from there")
+        _complain(arguments, f"{error.filename}: {error.strerror}; finished work is kept; run the same command to continue")
         sys.exit(1)
     except RemoteError as error:
         _complain(arguments, error)
         sys.exit(1)
     except KeyboardInterrupt:
-        _complain(arguments, "interrupted; finished work is kept, the same command goes on from there")
+        _complain(arguments, "interrupted; finished work is kept; run the same command to continue")
         sys.exit(1)
     sys.exit(0)
 
@@ -103,7 +103,7 @@ def _init(arguments: argparse.Namespace, rest: list[str]) -> None:
     elif choices == Choices():
         init_demo(directory)
     else:
-        raise InputError("--demo is an experiment of its own, and takes no other flag")
+        raise InputError("--demo takes no other flag")
 
 
 def _status(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -152,7 +152,7 @@ def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:
     if arguments.to:
         for flag in ("teacher", "k"):
             if getattr(arguments, flag) is not None:
-                raise InputError(f"--{flag} is for --from; a dataset of ours says that itself")
+                raise InputError(f"--{flag} is only for --from; a dataset records it")
         from llmdistill.data.convert.exports import export_dataset
 
         return export_dataset(source, out, arguments.to, arguments.exact_k)
@@ -171,7 +171,7 @@ def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
     if len(arguments.config) > 1 or Path(arguments.config[0]).is_dir():
         return _compare(arguments, rest)
     if arguments.out:
-        raise InputError("--out is for the report of several runs; that of one goes into its output")
+        raise InputError("--out is only for comparing several runs; the report of one run is written to its output")
     arguments.config = arguments.config[0]
     return _stage(arguments, rest)
 
@@ -274,8 +274,8 @@ def _refuse_unknown(words: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmdistill",
-        description="Distil a large language model into a small one with synthetic data.",
-        epilog="`llmdistill COMMAND --help` lists the keys of the configuration that the command reads. The directories "
+        description="Distil a large language model into a small one with synthetic data and soft targets.",
+        epilog="`llmdistill COMMAND --help` lists the configuration keys that the command reads. The directories "
         f"docs, prompts and configs are in {SHIPPED}",
         allow_abbrev=False,
     )
@@ -284,30 +284,32 @@ def _parser() -> argparse.ArgumentParser:
     _add_init(commands)
     for name, described in COMMANDS.items():
         _add_command(commands, name, described)
-    inspect = commands.add_parser("inspect", help="show what is in a dataset", allow_abbrev=False)
+    inspect = commands.add_parser("inspect", help="show the contents of a dataset", allow_abbrev=False)
     inspect.add_argument("directory", metavar="DIR", help="the dataset's directory")
-    inspect.add_argument("--verify", action="store_true", help="also read every shard and check it against its checksum")
+    inspect.add_argument("--verify", action="store_true", help="also verify the checksum of every shard")
     inspect.set_defaults(call=_inspect)
     for name, text, call in (
-        ("status", "show how far a run is", _status),
-        ("cancel", "end submitted jobs; what is finished stays", _cancel),
+        ("status", "show the progress of a run", _status),
+        ("cancel", "cancel submitted jobs; finished work is kept", _cancel),
     ):
         of_jobs = commands.add_parser(name, help=text, allow_abbrev=False)
-        of_jobs.add_argument("directory", metavar="RUN", help="the output of the experiment")
+        of_jobs.add_argument("directory", metavar="RUN", help="the experiment's output directory")
         of_jobs.set_defaults(call=call)
     help_text = "upload a finished dataset or student to the Hugging Face Hub"
     push = commands.add_parser(
         "push",
         help=help_text,
-        description=help_text[0].upper() + help_text[1:] + ", whole and in one commit.",
-        epilog="The token is that of HF_TOKEN or of `hf auth login`.",
+        description=help_text[0].upper() + help_text[1:] + " in one commit.",
+        epilog="The token is read from HF_TOKEN or `hf auth login`.",
         allow_abbrev=False,
     )
-    push.add_argument("directory", metavar="DIR", help="what `generate`, `curate` or `train` wrote")
-    push.add_argument("repo_id", metavar="REPO_ID", help="user/name or organisation/name; created if it is not there")
-    push.add_argument("--private", action="store_true", help="create it as private; an existing public one is refused")
-    push.add_argument("--revision", metavar="BRANCH", help="another branch than main; created if it is not there")
-    push.add_argument("--dry-run", action="store_true", help="check the directory and list what would be uploaded; no network")
+    push.add_argument("directory", metavar="DIR", help="output directory of `generate`, `score`, `curate` or `train`")
+    push.add_argument("repo_id", metavar="REPO_ID", help="user/name or organisation/name; created if it does not exist")
+    push.add_argument("--private", action="store_true", help="create the repository as private; fails if it exists and is public")
+    push.add_argument("--revision", metavar="BRANCH", help="branch (default main); created if it does not exist")
+    push.add_argument(
+        "--dry-run", action="store_true", help="check the directory and list what would be uploaded, without network access"
+    )
     push.set_defaults(call=_push)
     _add_convert(commands)
     return parser
@@ -318,25 +320,29 @@ def _add_init(commands: Any) -> None:
     command = commands.add_parser(
         "init",
         help=text,
-        description=f"{text[0].upper()}{text[1:]}, and say what to type next. On a terminal, what no flag says is asked for.",
+        description=f"{text[0].upper()}{text[1:]}, and print the next commands. On a terminal, missing settings are asked for.",
         allow_abbrev=False,
     )
-    command.add_argument("directory", nargs="?", default=".", metavar="DIR", help="where it goes (default: here)")
+    command.add_argument(
+        "directory", nargs="?", default=".", metavar="DIR", help="directory to write to (default: the current one)"
+    )
     command.add_argument("--demo", action="store_true", help="the demo, with its prompts and tasks")
     data = command.add_mutually_exclusive_group()
     data.add_argument(
         "--prompts", type=Path, metavar="FILE", help="your prompts: .jsonl, .csv, .parquet, or .txt with one on each line"
     )
     data.add_argument(
-        "--text", type=Path, metavar="FILE", help="your finished conversations or text, for the teacher to score: JSONL"
+        "--text", type=Path, metavar="FILE", help="your existing conversations or text, for the teacher to score: JSONL"
     )
-    data.add_argument("--documents", type=Path, metavar="PATH", help="your text or Markdown files, about which the teacher asks")
+    data.add_argument(
+        "--documents", type=Path, metavar="PATH", help="your text or Markdown files, about which the teacher writes questions"
+    )
     command.add_argument("--teacher", metavar="MODEL", help="a name on the Hugging Face Hub, or a directory")
-    command.add_argument("--student", metavar="MODEL", help="likewise, with the teacher's tokenizer")
+    command.add_argument("--student", metavar="MODEL", help="the same for the student, which must have the teacher's tokenizer")
     command.add_argument(
         "--gpu",
         action=argparse.BooleanOptionalAction,
-        help="whether this machine has one (default: whether nvidia-smi or rocm-smi is found)",
+        help="whether this machine has a GPU (default: if nvidia-smi or rocm-smi is found)",
     )
     command.set_defaults(call=_init)
 
@@ -360,37 +366,39 @@ def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
     command.sections = described.sections
     command.add_argument("--help-all", action=_HelpAll, nargs=0, help="show this help message with all keys and exit")
     if name == "report":
-        command.add_argument("config", nargs="+", metavar="CONFIG.yaml", help="the experiment, or the outputs of several")
-        command.add_argument("--out", metavar="FILE.html", help="of several: where the page goes (default comparison.html)")
+        command.add_argument(
+            "config", nargs="+", metavar="CONFIG.yaml", help="the configuration file, or the output directories of several runs"
+        )
+        command.add_argument("--out", metavar="FILE.html", help="with several runs: the file to write (default comparison.html)")
     else:
-        command.add_argument("config", metavar="CONFIG.yaml", help="the experiment")
+        command.add_argument("config", metavar="CONFIG.yaml", help="the configuration file")
     command.add_argument(
-        "--dry-run", action="store_true", help="show the resolved configuration and what would be done; load no model"
+        "--dry-run", action="store_true", help="show the resolved configuration and what would be done, without loading a model"
     )
     if shared:
         command.add_argument("--shards", metavar="I/N", help="make only the shards of the I-th of N workers")
 
 
 def _add_convert(commands: Any) -> None:
-    text = "write a dataset in the format of DistillKit, of axolotl, as JSONL or as preference pairs, or read one"
+    text = "convert a dataset to or from the format of DistillKit, axolotl or JSONL, or to preference pairs"
     convert = commands.add_parser(
-        "convert", help=text, description=f"{text[0].upper()}{text[1:]}; {page('formats')} describes them.", allow_abbrev=False
+        "convert", help=text, description=f"{text[0].upper()}{text[1:]}; see {page('formats')}.", allow_abbrev=False
     )
     formats = ("distillkit", "axolotl", "jsonl")
     convert.add_argument(
-        "directory", metavar="SRC", help="with --to a finished dataset; with --from a file or a directory of them"
+        "directory", metavar="SRC", help="with --to: a finished dataset; with --from: a file or a directory of files"
     )
-    convert.add_argument("out", metavar="OUT", help="the directory to make; it must be empty, or not be there")
+    convert.add_argument("out", metavar="OUT", help="output directory; must be empty or not exist")
     direction = convert.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=(*formats, "preferences"), help="the format to write")
     direction.add_argument("--from", dest="form", choices=formats, help="the format to read")
-    convert.add_argument("--teacher", metavar="MODEL", help="with --from: the model whose tokenizer the files were made with")
-    convert.add_argument("--k", type=int, metavar="N", help="with --from: keep the N most likely targets of each position")
+    convert.add_argument("--teacher", metavar="MODEL", help="with --from: the model whose tokenizer was used for the files")
+    convert.add_argument("--k", type=int, metavar="N", help="with --from: keep only the N most likely tokens of each position")
     convert.add_argument(
         "--exact-k",
         type=int,
         metavar="N",
-        help="with --to distillkit: keep N log-probabilities a position as they are and the others as a curve; all if not given",
+        help="with --to distillkit: store N log-probabilities per position exactly, the others as a polynomial (default: all)",
     )
     convert.set_defaults(call=_convert)
 
@@ -413,5 +421,5 @@ def _leave_it_to_the_first() -> None:
 def _preempted(signum: int, frame: Any) -> NoReturn:
     """SIGTERM: finished shards and checkpoints are on disk; status 143 tells the scheduler to start us again."""
     if _is_first():
-        os.write(2, b"terminated; finished work is kept, the same command goes on from there\n")
+        os.write(2, b"terminated; finished work is kept; run the same command to continue\n")
     sys.exit(143)

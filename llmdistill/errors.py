@@ -5,16 +5,16 @@ from collections.abc import Collection
 
 
 class InputError(ValueError):
-    """The user's input is wrong: the message names the file and the key, and says what would be right.
+    """Invalid input. The message names the file and the key, and says what is valid.
 
-    A `ValueError`, as a library's user expects. The command line prints the message alone and exits with status 2.
+    The command line prints only the message and exits with status 2.
     """
 
 
 class RemoteError(Exception):
-    """The Hugging Face Hub or a teacher's server, or the way to it, failed: the same call may work later.
+    """A remote service (the Hugging Face Hub, an object store, a teacher's server) failed; a retry may succeed.
 
-    The command line prints the message alone and exits with status 1.
+    The command line prints only the message and exits with status 1.
     """
 
 

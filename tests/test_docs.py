@@ -1,6 +1,11 @@
 """What the documentation says is there, is there."""
 
+import json
+import os
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+import llmdistill
 from llmdistill.cli import _OTHERS, COMMANDS
 from llmdistill.config import keys
 from llmdistill.config.help import merged
@@ -19,16 +25,21 @@ from llmdistill.prompting.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+SAME = {"curate.N.judge.teacher": "teacher", "curate.N.best_of.judge": "curate.N.judge", "eval.win_rate.judge": "teacher"}
 
 
-def test_every_key_is_on_the_configuration_page_with_its_meaning():
+def test_the_configuration_page_has_every_key_as_its_docstring_says():
     page = (ROOT / "docs/configuration.md").read_text()
-    rows = [
-        f"| `{key}` | {kind.lower().replace('|', ' or ')} | {text.replace('|', ' or ')} |" for key, kind, text in merged(keys())
-    ]
-    missing = [row for row in rows if row not in page]
-    assert not missing, "put these rows on the page:\n" + "\n".join(missing)
-    assert sum(line.startswith("| `") for line in page.splitlines()) == len(rows), "the page has rows of keys that are gone"
+    assert page == runpy.run_path(str(ROOT / "docs/build.py"))["configuration_page"](), "run `python docs/build.py`"
+    for again, first in SAME.items():  # the same section twice: its keys are listed once
+        assert below(again) == below(first)
+        assert f"| `{again}.…` |" in page
+    listed = [row for row in keys() if not row[0].startswith(tuple(f"{again}." for again in SAME))]
+    assert re.findall(r"^\| `([^`…]+)` \|", page, flags=re.M) == [key for key, _, _ in merged(listed)]
+
+
+def below(key):
+    return [name.removeprefix(f"{key}.") for name, _, _ in keys() if name.startswith(f"{key}.")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -128,3 +139,44 @@ def test_a_reader_written_from_the_format_page_reads_it(kind, tmp_path, monkeypa
             held = soft.counts_NK[position] > 0
             assert ids.tolist() == soft.ids_NK[position][held].tolist()
             np.testing.assert_allclose(weight, soft.counts_NK[position][held] / kept)
+
+
+def test_every_page_is_in_the_sites_navigation():
+    named = re.findall(r"^ +- (?:Home: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    assert sorted(named) == sorted([*(page.name for page in ROOT.glob("docs/*.md")), "changelog.md", "contributing.md"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; `--strict` makes a broken link or a docstring that cannot be read an error."""
+    if not (ROOT / ".mkdocs/mkdocs").is_dir():
+        pytest.skip("MkDocs is not there: `make .mkdocs`")
+    directory = tmp_path_factory.mktemp("site")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / '.mkdocs'}", "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_the_site_has_every_page_and_can_be_searched(site):
+    for page in [*(ROOT / "docs").glob("*.md"), Path("changelog.md"), Path("contributing.md")]:
+        assert (site / page.with_suffix(".html").name).is_file()
+    found = {entry["location"] for entry in json.loads((site / "search/search_index.json").read_text())["docs"]}
+    assert {"losses.html#fused-loss", "curation.html#best_of", "api.html#llmdistill.losses.divergences.forward_kl"} <= found
+
+
+def test_the_site_loads_nothing_from_other_hosts(site):
+    """Links may lead elsewhere; what a browser loads for a page may not."""
+    other = r"""["']?(?:https?:)?//"""
+    loaded = rf"<(?:script|img|iframe|source)\b[^>]*\bsrc={other}|<link\b[^>]*\bhref={other}|@import|url\({other}"
+    for file in [*site.rglob("*.html"), *site.rglob("*.css")]:
+        assert not re.search(loaded, file.read_text()), file
+
+
+def test_the_api_reference_has_what_the_package_exports(site):
+    page = (site / "api.html").read_text()
+    for name in set(llmdistill.__all__) - {"losses"}:
+        assert re.search(rf'id="llmdistill\.[\w.]+\.{name}"', page), name
+    for name in llmdistill.losses.DIVERGENCES:
+        assert f'id="llmdistill.losses.divergences.{name}"' in page, name

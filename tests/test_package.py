@@ -58,7 +58,7 @@ def test_a_wrong_config(tmp_path, arguments, error, message):
     [
         ("klx", {}, "loss is 'klx', must be one of forward_kl"),
         ("forward_kl", {"temperature": 0}, "temperature above 0"),
-        ("forward_kl", {"beta": 0.5}, "forward_kl has no such parameter"),
+        ("forward_kl", {"beta": 0.5}, "forward_kl has no parameter beta"),
         ("jsd", {"beta": 1}, "beta must be above 0 and below 1"),
     ],
 )

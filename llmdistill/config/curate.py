@@ -1,4 +1,4 @@
-"""The `curate` list of the experiment: a section a step."""
+"""The list `curate` of the experiment: one section per step."""
 
 from typing import Literal
 
@@ -15,108 +15,108 @@ def _compiles(pattern: str) -> str:
     try:
         regex.compile(pattern)
     except regex.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from None
     return pattern
 
 
 class FinishReason(Section):
-    """Keep rows that ended for one of these reasons."""
+    """Keep rows whose completion ended for one of these reasons."""
 
     keep: list[str] = ["stop"]
-    """`stop`: the teacher ended by itself; `length`: it was cut at `max_tokens`."""
+    """`stop`: the teacher emitted its end token; `length`: cut off at `max_tokens`."""
 
 
 class Length(Section):
-    """Keep rows whose completion has a length in this range."""
+    """Keep rows whose completion length is in this range."""
 
     min_tokens: int = Field(default=1, ge=0)
-    """Fewest completion tokens."""
+    """Minimum number of completion tokens."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Most completion tokens."""
+    """Maximum number of completion tokens."""
 
 
 class Language(Section):
-    """Keep rows whose answer is in one of these languages, told by lingua from its prose."""
+    """Keep rows whose answer is in one of these languages, detected by lingua."""
 
     keep: list[str] = Field(min_length=1)
-    """ISO 639-1 codes: `[en, de]`. A language that the prompt names stays too, and less than 120 letters, which tell little."""
+    """ISO 639-1 codes: `[en, de]`. Answers in a language that the prompt names, and answers under 120 letters, are kept too."""
 
 
 class Repetition(Section):
-    """Keep rows that do not repeat themselves."""
+    """Reject rows with repeated text."""
 
     ngram: int = Field(default=4, ge=1)
-    """Length of the token n-grams compared."""
+    """Length of the token n-grams."""
     max_share: float = Field(default=0.5, ge=0, le=1)
-    """Largest share of n-grams that may be repeats of an earlier one."""
+    """Maximum share of n-grams that repeat an earlier one."""
     max_line_share: float = Field(default=0.5, ge=0, le=1)
-    """Largest share of the text that may stand in lines that were there before; their numbers and bullets do not count."""
+    """Maximum share of the text in lines that repeat an earlier line; numbers and bullets of lines are ignored."""
 
 
 class Refusals(Section):
-    """Reject answers that refuse, or in which the model speaks of itself by name, by maker or as a model (English)."""
+    """Reject refusals, and answers in which the model mentions its name, its maker or that it is a model (English)."""
 
     patterns: list[str] = []
-    """Further regular expressions, looked for anywhere in the answer in whatever case."""
+    """Further regular expressions, searched in the whole answer, ignoring case."""
 
     _patterns_compile = field_validator("patterns")(lambda patterns: [_compiles(pattern) for pattern in patterns])
 
 
 class Malformed(Section):
-    """Reject answers that are empty, hold special tokens or role markers, or leave a code fence or <think> open."""
+    """Reject answers that are empty, contain special tokens or role markers, or leave a code fence or <think> open."""
 
 
 class Math(Section):
-    """Keep rows whose final answer equals the expected one, told by math-verify."""
+    """Keep rows whose final answer equals the expected one, compared by math-verify."""
 
     answer: str = "answer"
-    """The field of the row's metadata that holds it."""
+    """Field of the row's metadata that holds the expected answer."""
     without: Literal["fail", "keep"] = "fail"
-    """What becomes of rows that have no such field."""
+    """What happens to rows without that field."""
     timeout_s: float = Field(default=10.0, gt=0)
-    """Seconds for one row, after which it has failed."""
+    """Time limit per row in seconds; a row that exceeds it has failed."""
 
 
 class Python(Section):
-    """Keep rows whose Python code parses; it is never run."""
+    """Keep rows whose Python code parses. The code is never run."""
 
     unfenced: Literal["keep", "parse"] = "keep"
-    """An answer without a fenced block of Python: `keep` it, or `parse` it as a whole."""
+    """What happens to an answer without a fenced Python block: `keep` it, or `parse` the whole answer."""
     timeout_s: float = Field(default=10.0, gt=0)
-    """Seconds for one row, after which it has failed."""
+    """Time limit per row in seconds; a row that exceeds it has failed."""
 
 
 class JsonSchema(Section):
-    """Keep rows whose answer, or the one fenced block in it, is JSON of this schema."""
+    """Keep rows whose answer, or the one fenced block in it, is JSON that matches a schema."""
 
     file: str
-    """The JSON schema."""
+    """Path of the JSON schema."""
 
 
 class Regex(Section):
     """Keep rows by a regular expression."""
 
     pattern: str
-    """Looked for anywhere in the answer; `^` and `$` are its ends, `(?s)` lets `.` match a line's end."""
+    """Searched in the whole answer; `^` and `$` match its start and end, `(?s)` lets `.` match newlines."""
     keep: Literal["matching", "others"] = "matching"
-    """The rows that stay."""
+    """Whether to keep the rows that match, or the others."""
 
     _pattern_compiles = field_validator("pattern")(_compiles)
 
 
 class Judge(Section):
-    """Keep rows that a teacher scores high: the mean of its distribution over the digits of the scale."""
+    """Keep rows with a high score from a judge: the mean of its next-token distribution over the digits of the scale."""
 
     teacher: Teacher
-    """The judge."""
+    """The judge model."""
     template: str = "prompts/judge.yaml"
-    """Its rubric: a template with the variables `prompt` and `answer` that asks for one digit."""
+    """Template with the rubric: it has the variables `prompt` and `answer`, and asks for one digit."""
     scale: list[int] = Field(default=[1, 5], min_length=2, max_length=2)
     """The lowest and the highest digit."""
     min_score: float = 3.0
-    """Lowest mean score that stays."""
+    """Minimum score to keep a row."""
     min_mass: float = Field(default=0.5, gt=0, le=1)
-    """Least probability that the judge gives the digits of the scale together; with less, the row has failed."""
+    """Minimum total probability that the judge must give the digits of the scale; below it the row has failed."""
 
     @model_validator(mode="after")
     def _is_a_scale(self) -> "Judge":
@@ -129,98 +129,98 @@ class Judge(Section):
 
 
 class BestOf(Section):
-    """Keep the best of the answers to a prompt; the others are losers, for preference training."""
+    """Keep the best answers to each prompt. The others can be used for preference training."""
 
     keep: int = Field(default=1, ge=1)
-    """How many of a prompt's answers stay."""
+    """Number of answers to keep per prompt."""
     judge: Judge | None = None
-    """Who scores them; without one it is the teacher itself, by the mean log-probability of the answer's tokens."""
+    """Judge that scores the answers. Without it, the score is the teacher's mean log-probability of the answer's tokens."""
 
 
 class Duplicates(Section):
-    """Keep the first of rows that have the same text after lower-casing and joining white space."""
+    """Keep the first of rows with the same text, ignoring case and white space."""
 
     of: Of = "completion"
-    """What is compared: the `completion`, or the `conversation`, prompt and completion together."""
+    """Text to compare: the `completion`, or the `conversation`, which is prompt and completion together."""
 
 
 class NearDuplicates(Section):
-    """Keep the first of rows whose texts share most of their word n-grams (MinHash, then the true Jaccard similarity)."""
+    """Keep the first of rows whose texts share most word n-grams (MinHash candidates, exact Jaccard similarity)."""
 
     threshold: float = Field(default=0.8, ge=0.3, le=1)
-    """Least Jaccard similarity of two near-duplicates."""
+    """Minimum Jaccard similarity of two near-duplicates."""
     ngram: int = Field(default=3, ge=1)
     """Words in an n-gram."""
     of: Of = "completion"
-    """What is compared: the `completion`, or the `conversation`, prompt and completion together."""
+    """Text to compare: the `completion`, or the `conversation`, which is prompt and completion together."""
     boilerplate: float = Field(default=0.05, gt=0, le=1)
-    """n-grams that stand in more than this share of the rows, and in more than ten, do not count: they are a template's."""
+    """Ignore n-grams that occur in more than this share of the rows, and in more than ten rows."""
     max_cluster: int = Field(default=100, ge=1)
-    """Most rows that one kept row may reject; those beyond stay, and are counted."""
+    """Maximum number of rows that one kept row may reject; further ones are kept, and counted."""
 
 
 class Contamination(Section):
-    """Reject rows that share an n-gram of words with what the student will be tested on."""
+    """Reject rows that share a word n-gram with test data."""
 
     against: list[str] = Field(min_length=1)
-    """JSON, JSONL, YAML or text files; every string in them is looked for."""
+    """JSON, JSONL, YAML or text files; every string in them is searched for."""
     ngram: int = Field(default=13, ge=2)
-    """Words in an n-gram. A shorter string is looked for as a whole; with fewer than eight words, as a whole prompt."""
+    """Words in an n-gram. Shorter strings are searched for as a whole; those under eight words must be the whole prompt."""
 
 
 PersonalKind = Literal["email", "phone", "credit_card", "iban", "ip_address", "us_ssn"]
 
 
 class PersonalData(Section):
-    """Reject rows that hold what looks like personal data, told by the patterns of presidio."""
+    """Reject rows with personal data, detected by the patterns of presidio."""
 
     kinds: list[PersonalKind] = ["email", "phone", "credit_card", "iban", "us_ssn"]
-    """What is looked for. Addresses and numbers that are reserved for examples do not count."""
+    """Kinds of data to search for. Addresses and numbers reserved for examples are ignored."""
 
 
 class Balance(Section):
-    """Keep the first rows of each value of a field."""
+    """Limit the number of rows per value of a metadata field."""
 
     by: str = "topic"
-    """The field of the row's metadata; rows without it are a value of their own."""
+    """Field of the row's metadata; rows without it form one group."""
     max_rows: int = Field(ge=1)
-    """Most rows of one value."""
+    """Maximum number of rows per value."""
 
 
 class CurateStep(Step):
     """One step of the `curate` list; exactly one key."""
 
     finish_reason: FinishReason | None = None
-    """By the reason for which a completion ended."""
+    """Filter by finish reason."""
     length: Length | None = None
-    """By the length of the completion."""
+    """Filter by completion length."""
     language: Language | None = None
-    """By its language."""
+    """Filter by language."""
     repetition: Repetition | None = None
-    """By repeated n-grams and lines."""
+    """Reject repeated text."""
     refusals: Refusals | None = None
-    """By what a model says of itself and will not do."""
+    """Reject refusals."""
     malformed: Malformed | None = None
-    """By the marks of a broken chat."""
+    """Reject malformed answers."""
     math: Math | None = None
-    """By an expected answer."""
+    """Check the final answer."""
     python: Python | None = None
-    """By code that parses."""
+    """Check that Python code parses."""
     json_schema: JsonSchema | None = None
-    """By a JSON schema."""
+    """Check against a JSON schema."""
     regex: Regex | None = None
-    """By a regular expression."""
+    """Filter by regular expression."""
     judge: Judge | None = None
-    """By a teacher's score."""
+    """Filter by a judge's score."""
     best_of: BestOf | None = None
-    """By rank among the answers to a prompt."""
+    """Keep the best answers to each prompt."""
     duplicates: Duplicates | None = None
-    """By equal texts."""
+    """Remove exact duplicates."""
     near_duplicates: NearDuplicates | None = None
-    """By similar texts."""
+    """Remove near-duplicates."""
     contamination: Contamination | None = None
-    """By the texts of tests."""
+    """Remove overlap with test data."""
     personal_data: PersonalData | None = None
-    """By personal data."""
+    """Reject personal data."""
     balance: Balance | None = None
-    """By how many there are of a kind."""
+    """Limit rows per metadata value."""

@@ -12,45 +12,45 @@ class WinRate(Section):
     """How often a judge prefers the student's answers to another model's."""
 
     judge: Teacher
-    """The judge; best a model of another family than the teacher's."""
+    """The judge: preferably a model of another family than the teacher's."""
     against: Literal["teacher", "student before", "student, text only"] = "teacher"
-    """Whose answers the student's are compared with."""
+    """The model to compare the student with."""
     prompts: int = Field(default=200, ge=2)
-    """Held-out prompts that both answer; all of them if there are fewer."""
+    """Held-out prompts that both models answer; all if there are fewer."""
     max_tokens: int = Field(default=256, ge=1)
-    """Longest answer."""
+    """Maximum answer length in tokens."""
     template: str = "prompts/compare.yaml"
-    """A template with the variables `prompt`, `answer_1` and `answer_2` that asks for one digit: 1, 2, or 0 for a tie."""
+    """Template with the variables `prompt`, `answer_1` and `answer_2` that asks for one digit: 1, 2, or 0 for a tie."""
     min_mass: float = Field(default=0.5, gt=0, le=1)
-    """Least probability that the judge gives the three digits together; with less it has given no verdict."""
+    """Minimum total probability that the judge must give the three digits; below it there is no verdict."""
 
 
 class Eval(Section):
-    """How the student is measured against the teacher, on rows held out of training."""
+    """How the student is evaluated against the teacher on the held-out split."""
 
     held_out: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the prompts that `curate` keeps out of training; with 0 there is nothing for `eval` to measure on."""
+    """Share of the prompts that `curate` holds out of training. `eval` needs more than 0."""
     batch_size: int = Field(default=8, ge=1)
-    """Sequences in one forward pass."""
+    """Sequences per forward pass."""
     dtype: Dtype = "auto"
-    """Precision in which all models are measured, here and by `export`; `auto` is what this machine is good at."""
+    """Compute precision in which all models are measured, here and by `export`; `auto` depends on the hardware."""
     resamples: int = Field(default=2000, ge=100)
-    """Bootstrap resamples behind every interval."""
+    """Bootstrap resamples for confidence intervals."""
     samples: int = Field(default=4, ge=0)
-    """Held-out prompts that every model answers for the report."""
+    """Held-out prompts that every model answers for the examples in the report."""
     sample_tokens: int = Field(default=64, ge=1)
-    """Length of those answers, and of the decoding that is timed."""
+    """Length of those answers in tokens, and of the timed decoding."""
     own_prompts: int = Field(default=24, ge=0)
-    """Held-out prompts that every model answers by sampling, to be measured on its own text; 0 leaves it out."""
+    """Held-out prompts that every model answers by sampling, to measure it on its own text; 0 skips this."""
     own_tokens: int = Field(default=64, ge=1)
-    """Where such an answer is cut."""
+    """Maximum length of these answers in tokens."""
     speed: Literal["transformers", "vllm"] = "transformers"
-    """The engine in which models are timed, here and by `export`: `vllm` as they will be served, reading and memory included, for
-    a start of vLLM each."""
+    """Engine in which speed is measured, here and by `export`. `vllm` measures prefill, decoding and memory as served; it starts
+    vLLM once per model."""
     tasks: list[str] = []
-    """Tasks for every model: YAML files in lm-eval's format, such as configs/tasks/facts.yaml, or names of lm-eval's own, whose
+    """Benchmark tasks: YAML files in lm-eval's format, such as configs/tasks/facts.yaml, or names of lm-eval's own tasks, whose
     data is on the Hub."""
     task_limit: int | None = Field(default=None, ge=2)
-    """The first items of each task only."""
+    """Use only the first N items of each task."""
     win_rate: WinRate | None = None
-    """Let a judge compare the student's answers with another model's."""
+    """Judged win rate of the student's answers against another model's."""

@@ -25,11 +25,11 @@ class Experiment(Section):
     """One experiment: one YAML file with a section a stage."""
 
     output: str
-    """Directory that receives what every stage writes."""
+    """Directory that all stages write to."""
     store: StoreUrl | None = None
-    """A copy of `output` that outlives the machine, at s3://BUCKET/PREFIX, gs://… or file:///…"""
+    """URL of a copy of `output` in an object store: s3://BUCKET/PREFIX, gs://… or file:///…"""
     seed: int = Field(default=0, ge=0)
-    """Seed of sampling, splitting, training and bootstrap."""
+    """Random seed for sampling, splitting, training and the bootstrap."""
     shard_mb: float = Field(default=256, gt=0)
     """Size of the shards that `curate` writes, in megabytes."""
     teacher: Teacher
@@ -38,7 +38,7 @@ class Experiment(Section):
     score: Score | None = None
     targets: Targets = Targets()
     curate: list[CurateStep] = Field(default=[], max_length=100)
-    """Steps, applied in this order; `llmdistill curate --help-all` lists them."""
+    """Curation steps, applied in this order; `llmdistill curate --help-all` lists them."""
     student: Student = Student()
     train: Train = Train()
     rounds: Annotated[Rounds | None, BeforeValidator(as_section)] = None
@@ -60,16 +60,19 @@ class Experiment(Section):
         engine, can = self.teacher.engine, self.teacher.abilities
         if not self.targets.stored.distinct and not can.repeats:
             raise ValueError(
-                f"a {engine} names each token once, so it cannot give targets.kind {self.targets.kind}; use sampled or topk"
+                f"engine {engine} returns each token once, so it does not support targets.kind {self.targets.kind}; "
+                "use sampled or topk"
             )
         if self.generate.json_schema is not None and not can.grammar:
-            raise ValueError(f"generate.json_schema needs a grammar, which teacher.engine {engines_with('grammar')} have")
+            raise ValueError(
+                f"generate.json_schema needs constrained decoding, which teacher.engine {engines_with('grammar')} support"
+            )
         return self
 
     @model_validator(mode="after")
     def _rounds_have_targets(self) -> "Experiment":
         if self.rounds and not self.targets.stored.columns:
-            raise ValueError(f"rounds needs stored targets, and targets.kind is {self.targets.kind}")
+            raise ValueError(f"rounds needs stored soft targets, but targets.kind is {self.targets.kind}")
         loss = self.rounds and self.rounds.loss
         if not loss:
             return self
@@ -85,8 +88,8 @@ class Experiment(Section):
     def _traces_without_an_answer_go(self) -> "Experiment":
         if self.generate.thinking != "kept" and not any(step.finish_reason for step in self.curate):
             raise ValueError(
-                f"generate.thinking is {self.generate.thinking}: a trace that does not end leaves no answer, and only "
-                "the step finish_reason in curate takes such rows away"
+                f"generate.thinking is {self.generate.thinking}, so a truncated reasoning trace leaves no answer; "
+                "add the step finish_reason to curate, which rejects such rows"
             )
         return self
 
@@ -94,20 +97,20 @@ class Experiment(Section):
     def _layers_need_a_teacher(self) -> "Experiment":
         for name in ("hidden", "attention"):
             if getattr(self.train, name) is not None and not self.targets.online:
-                raise ValueError(f"train.{name} needs the teacher beside the student; set targets.kind to online")
+                raise ValueError(f"train.{name} needs an online teacher; set targets.kind to online")
         if self.train.fake_quantize and self.student.lora:
-            raise ValueError("train.fake_quantize rounds the weights that train, and lora trains others; remove one of them")
+            raise ValueError("train.fake_quantize trains all weights, so it does not work with student.lora; remove one of them")
         if self.train.attention and self.student.attn_implementation not in (None, "eager"):
-            raise ValueError("train.attention needs eager attention, which is set for it; remove student.attn_implementation")
+            raise ValueError("train.attention needs eager attention and selects it itself; remove student.attn_implementation")
         return self
 
     def directory(self, name: Directory) -> Path:
-        """Where a stage writes; the student is that of the last round."""
+        """Directory of the run with this name; for `student`, that of the last round."""
         return Path(self.output) / (f"rounds/{self.rounds.n}/{name}" if self.rounds and name == "student" else name)
 
     @property
     def first_student(self) -> Path:
-        """The student that has learned from the teacher's text alone, where rounds follow."""
+        """The student before the on-policy rounds, trained on the teacher's text."""
         return Path(self.output) / "student"
 
     @property

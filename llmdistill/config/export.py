@@ -1,4 +1,4 @@
-"""The section `export`: the forms in which the student is written for those who serve it."""
+"""The section `export`: the formats in which the student is written for serving."""
 
 from typing import Literal
 
@@ -10,24 +10,25 @@ Form = Literal["safetensors", "int8", "w8a8", "w4a16"]
 
 
 class Export(Section):
-    """What `llmdistill export` writes; `run` exports where this section is given."""
+    """What `llmdistill export` writes. `run` exports only if this section is present."""
 
     formats: list[Form] = Field(default=["safetensors"], min_length=1)
-    """`safetensors`: whole. `int8`: 8-bit weights (torchao). `w8a8`: 8-bit weights and activations, and `w4a16`: 4-bit weights,
-    both for vLLM (compressed-tensors, by llm-compressor). Each becomes a directory of that name."""
+    """`safetensors`: unquantised. `int8`: 8-bit weights (torchao). `w8a8`: 8-bit weights and activations, `w4a16`: 4-bit weights,
+    both in compressed-tensors for vLLM. Each is written to a directory of that name."""
     model: str | None = None
-    """Model directory, or a directory of adapters (peft), which are merged first; what `train` wrote if not given."""
+    """Model directory, or a directory of adapters (peft), which are merged first; the output of `train` if not set."""
     dtype: Dtype = "auto"
-    """Precision of the weights that are not quantised; `auto` is the student's own."""
+    """Precision of the weights that are not quantised; `auto` keeps the student's."""
     rounding: Literal["gptq", "nearest"] = "gptq"
-    """How w8a8 and w4a16 round weights: each to the `nearest`, or by `gptq`, which makes up for one's error in the next ones."""
+    """How w8a8 and w4a16 round weights: each to the `nearest` value, or by `gptq`, which compensates each weight's error in the
+    following ones (needs llm-compressor)."""
     group_size: int | None = Field(default=None, ge=2)
-    """Weights of a row that share a scale in w4a16; the largest of 128, 64 and 32 that fits the student if not given."""
+    """Weights of a row that share a scale in w4a16; the largest of 128, 64 and 32 that fits the student if not set."""
     calibration_rows: int = Field(default=128, ge=1)
-    """Rows of the dataset on which gptq measures what the student's layers see."""
+    """Rows of the dataset used to calibrate gptq."""
 
     @model_validator(mode="after")
     def _each_once(self) -> "Export":
         if twice := sorted({name for name in self.formats if self.formats.count(name) > 1}):
-            raise ValueError(f"formats has {twice[0]} twice")
+            raise ValueError(f"formats lists {twice[0]} twice")
         return self

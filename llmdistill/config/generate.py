@@ -1,4 +1,4 @@
-"""The sections `generate` and `score` of the experiment: how the teacher writes, and what it reads."""
+"""The sections `generate` and `score` of the experiment: how the teacher writes text, and which existing text it scores."""
 
 from typing import Any, Literal
 
@@ -9,38 +9,39 @@ from llmdistill.config.section import Section, check_schema
 
 
 class Generate(Sampling):
-    """How the teacher writes."""
+    """How the teacher generates completions."""
 
     samples: int = Field(default=1, ge=1)
-    """Completions a prompt."""
+    """Completions per prompt."""
     min_tokens: int = Field(default=0, ge=0)
-    """Tokens before which no completion ends."""
+    """Minimum completion length in tokens."""
     json_schema: dict[str, Any] | None = None
-    """A JSON schema that every completion follows, by vLLM's grammar. The targets are read afterwards, without the grammar."""
+    """JSON schema that every completion follows (constrained decoding in vLLM). Soft targets are computed without the
+    constraint."""
     thinking: Literal["kept", "masked", "removed"] = "kept"
-    """What becomes of a reasoning trace: `kept`, learned as the rest; `masked`, not learned but before the answer's eyes;
-    `removed`, and the teacher reads the answer alone after the prompt."""
+    """How reasoning traces are handled. `kept`: trained on like the answer. `masked`: in the context, but excluded from the
+    loss. `removed`: deleted; the teacher then scores the answer directly after the prompt."""
     thinking_end: str = Field(default="</think>", min_length=1)
-    """Where a reasoning trace ends and the answer begins."""
+    """String that ends a reasoning trace."""
     rows_per_shard: int = Field(default=1024, ge=1)
-    """Rows in one Parquet shard, the unit of work and of resuming."""
+    """Rows per Parquet shard. A shard is the unit of work and of resuming."""
 
     @property
     def shows_everything(self) -> bool:
-        """Whether every text can come out, so that sampled ones can stand for the teacher's at temperature 1."""
+        """Whether sampling can produce every text, so that importance weights correct to temperature 1."""
         whole = self.min_tokens == 0 and self.json_schema is None and self.thinking == "kept"
         return whole and self.temperature > 0 and self.top_p == 1 and self.top_k == 0
 
     @property
     def unused(self) -> set[str]:
-        """Fields of what is not asked for, which need not be said of a dataset."""
+        """Fields left at their defaults, which `dataset.json` does not record."""
         fields = ("min_tokens", "json_schema", "thinking")
         left = {name for name in fields if getattr(self, name) == type(self).model_fields[name].default}
         return left | ({"thinking_end"} if self.thinking == "kept" else set())
 
     @property
     def rereads(self) -> bool:
-        """Whether what is stored has to be read again, because the teacher wrote it seeing something else."""
+        """Whether the teacher scores its text again, because it wrote it under another context or constraint."""
         return self.json_schema is not None or self.thinking == "removed"
 
     @model_validator(mode="after")
@@ -48,19 +49,20 @@ class Generate(Sampling):
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens:,}, more than max_tokens {self.max_tokens:,}")
         if self.json_schema is not None and self.thinking != "kept":
-            raise ValueError("json_schema begins with the first token, so there is no thinking to be masked or removed")
+            raise ValueError(
+                "json_schema constrains the completion from its first token, so there is no reasoning trace to mask or remove"
+            )
         check_schema(self.json_schema)
         return self
 
 
 class Score(Section):
-    """Finished text that the teacher reads instead of writing any; `run` scores where this section is given."""
+    """Existing text that the teacher scores. With this section, `run` scores instead of generating."""
 
     source: str
-    """A JSONL file whose lines hold `messages` up to and with the assistant's answer, or `prompt` and `completion`; or the
-    directory of a dataset, whose exact token ids are read again. Lines that hold `text` alone are learned from their second
-    token on."""
+    """A JSONL file whose lines hold `messages` that end with the assistant's answer, or `prompt` and `completion`, or `text`
+    (trained on from its second token); or the directory of a dataset, whose token ids are used as they are."""
     turns: Literal["last", "all"] = "last"
-    """Which of the assistant's turns are learned: `all` are rows of their own, each with what came before it as its prompt."""
+    """Assistant turns to train on: the `last` one, or `all`, each as a row with everything before it as the prompt."""
     tool_calls: bool = True
-    """Whether turns that call a tool are learned; where they are not, they still stand before others."""
+    """Whether to train on turns that call a tool. If not, they still appear in the prompts of later turns."""

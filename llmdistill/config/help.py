@@ -109,7 +109,7 @@ def keys_help(sections: tuple[str, ...], everything: bool) -> str:
     read = merged(known)
     shown = [row for row in read if everything or (_without_scheduler(row[0]), *row[1:]) in common]
     width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
-    lines = ["", "keys of the configuration, in the file or as an override (--KEY VALUE):"]
+    lines = ["", "configuration keys, in the file or as overrides (--KEY VALUE):"]
     for name, rows in groupby(shown, key=lambda row: row[0].partition(".")[0] if "." in row[0] else ""):
         lines += ["", f"{name}:" if name else "general:"]
         for key, kind, text in rows:

@@ -1,4 +1,4 @@
-"""The configuration's sections `jobs` and `watch`: where stages run as scheduled jobs, with what, and how they are watched."""
+"""The sections `jobs` and `watch`: where stages run as scheduled jobs, their resources, and how they are monitored."""
 
 import re
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -22,61 +22,61 @@ def _matching(pattern: str, problem: str) -> AfterValidator:
 
 def _stage(name: str) -> str:
     if name not in STAGES:
-        raise ValueError(f"{name!r} is no stage; they are {', '.join(STAGES)}")
+        raise ValueError(f"{name!r} is not a stage; stages are {', '.join(STAGES)}")
     return name
 
 
 StageName = Annotated[str, AfterValidator(_stage)]
-Word = Annotated[str, _matching(r"[\w.,:@%+=/\[\]-]+", "has signs that no option of a scheduler has")]
-Clock = Annotated[str, _matching(r"(\d+-)?\d+:\d\d:\d\d", "is no time such as HH:MM:SS or D-HH:MM:SS")]
-WholePath = Annotated[str, _matching(r"(/(?!\.\.)[\w.-]+)+", "is no absolute path of plain names")]
-Variable = Annotated[str, _matching(r"[A-Za-z_]\w*", "is no name of a variable; the secret itself stays in the environment")]
-ObjectName = Annotated[str, _matching(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "is no name of an object of Kubernetes")]
+Word = Annotated[str, _matching(r"[\w.,:@%+=/\[\]-]+", "has characters that scheduler options do not have")]
+Clock = Annotated[str, _matching(r"(\d+-)?\d+:\d\d:\d\d", "is not a time such as HH:MM:SS or D-HH:MM:SS")]
+WholePath = Annotated[str, _matching(r"(/(?!\.\.)[\w.-]+)+", "is not an absolute path of plain names")]
+Variable = Annotated[str, _matching(r"[A-Za-z_]\w*", "is not a variable name; the secret itself stays in the environment")]
+ObjectName = Annotated[str, _matching(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "is not a name of a Kubernetes object")]
 
 
 class Resources(Section):
-    """What a job asks for: under a scheduler for all stages, under its `stages` for one of them."""
+    """Resources of a job: under a scheduler for all stages, under its `stages` for one of them."""
 
     gpus: int | None = Field(default=None, ge=0)
-    """GPUs of each node; `curate` and `report` get none unless `stages` says so."""
+    """GPUs per node; `curate` and `report` get none unless set in `stages`."""
     cpus: int | None = Field(default=None, ge=1)
-    """CPU cores of each node."""
+    """CPU cores per node."""
 
 
 class NodeResources(Resources):
-    """What a job asks for where it gets whole nodes."""
+    """Resources of a job on whole nodes."""
 
     nodes: int | None = Field(default=None, ge=1)
-    """Nodes; `train` alone uses more than one."""
+    """Number of nodes; only `train` uses more than one."""
     memory: Word | None = None
-    """Memory of each node, such as 64G."""
+    """Memory per node, such as 64G."""
 
 
 class SlurmResources(NodeResources):
-    """What a job of Slurm asks for."""
+    """Resources of a Slurm job."""
 
     partition: Word | None = None
-    """Where it may run."""
+    """Partition."""
     time: Word | None = None
-    """Longest run, as HH:MM:SS or D-HH:MM:SS."""
+    """Time limit, as HH:MM:SS or D-HH:MM:SS."""
 
 
 class SkyPilotResources(NodeResources):
-    """What a task of SkyPilot asks for."""
+    """Resources of a SkyPilot task."""
 
     accelerator: Word | None = None
     """The kind of GPU, such as A100 or H100; `gpus` says how many."""
     infra: Word | None = None
-    """Where it may run: a cloud, with its region and zone if need be, such as aws/us-east-1; the cheapest if not given."""
+    """Cloud, optionally with region and zone, such as aws/us-east-1; the cheapest if not set."""
     spot: bool | None = None
-    """Whether on machines that may be taken away, and are looked for again."""
+    """Use spot instances, which are replaced when they are preempted."""
 
 
 class KubernetesResources(NodeResources):
-    """What a pod asks for."""
+    """Resources of a pod."""
 
     time: Clock | None = None
-    """Longest run, as HH:MM:SS or D-HH:MM:SS."""
+    """Time limit, as HH:MM:SS or D-HH:MM:SS."""
 
 
 Asked = TypeVar("Asked", bound=Resources)
@@ -85,62 +85,62 @@ Asked = TypeVar("Asked", bound=Resources)
 def _one_node(stages: Any) -> Any:
     for name, resources in stages.items():
         if name != "train" and (getattr(resources, "nodes", None) or 1) > 1:
-            raise ValueError(f"{name} runs on one node; workers makes more of it")
+            raise ValueError(f"{name} runs on one node; set workers to use more")
     return stages
 
 
 class Scheduler(Section, Generic[Asked]):
-    """What all schedulers are told in the same way."""
+    """Settings of all schedulers."""
 
     workers: int = Field(default=1, ge=1)
-    """Workers that share the shards of `prompts`, `generate` and `score`: tasks of an array (slurm), actors (ray), machines
+    """Workers that share the shards of `prompts`, `generate` and `score`: tasks of a job array (slurm), actors (ray), machines
     (skypilot), pods (kubernetes)."""
     retries: int = Field(default=2, ge=0)
-    """How often what failed is started again; what was preempted always is."""
+    """Number of retries after a failure; preempted work is always restarted."""
     stages: Annotated[dict[StageName, Asked], AfterValidator(_one_node)] = {}
-    """What a stage asks for where it is not the same: {train: {gpus: 8}}."""
+    """Resources of single stages: {train: {gpus: 8}}."""
 
 
 class NodeScheduler(Scheduler[Asked]):
-    """What schedulers are told that give whole nodes."""
+    """Settings of schedulers that assign whole nodes."""
 
     accelerate: str | None = None
-    """A configuration of `accelerate launch` for `train`; torchrun with DDP where more than one GPU or node is asked for."""
+    """Configuration file of `accelerate launch` for `train`; without it, torchrun with DDP for more than one GPU or node."""
 
 
 class Mounted(Section):
-    """Where machines have no directory in common with the one that submits."""
+    """Settings for machines without a shared directory."""
 
     mount: WholePath = "/outputs"
-    """Where the storage of all output is mounted; what `output` names lies below."""
+    """Mount point of the storage for all output; `output` is a path below it."""
 
 
 class Slurm(NodeScheduler[SlurmResources], SlurmResources):
-    """Stages as jobs of Slurm, each after those that it needs."""
+    """Stages as Slurm jobs with dependencies."""
 
     account: Word | None = None
-    """Who pays."""
+    """Account to charge."""
     environment: list[str] = []
-    """Lines of shell before the command: modules, virtual environments, variables."""
+    """Shell lines before the command: modules, virtual environments, variables."""
     container: Word | None = None
     """Image in which the command runs (by srun's --container-image, of the pyxis plugin)."""
     grace: int = Field(default=120, ge=10)
-    """Seconds before the end of its time at which a job stops, keeps what it has, and queues itself again."""
+    """Seconds before its time limit at which a job stops, keeps its finished work and requeues itself."""
     options: dict[Word, Word] = {}
-    """More options of sbatch, without their dashes: {qos: high}."""
+    """Further options of sbatch, without dashes: {qos: high}."""
 
 
 class SkyPilot(NodeScheduler[SkyPilotResources], Mounted, SkyPilotResources):
-    """Stages as the tasks of one managed job of SkyPilot, one after the other."""
+    """Stages as the tasks of one managed SkyPilot job, in order."""
 
     bucket: str = Field(pattern=r"^[a-z0-9]+://[\w./-]+$")
-    """The bucket that is mounted as the place of all output, such as s3://name: machines come and go, what lies there stays."""
+    """Bucket that is mounted for all output, such as s3://name. It outlives the machines."""
     setup: list[str] = []
-    """Lines of shell that set up a new machine."""
+    """Shell lines that set up a new machine."""
     environment: list[str] = []
-    """Lines of shell before the command: modules, virtual environments, variables."""
+    """Shell lines before the command: modules, virtual environments, variables."""
     secrets: list[Variable] = []
-    """Names of variables, such as HF_TOKEN, that are passed on from the environment of `submit`."""
+    """Names of environment variables of `submit`, such as HF_TOKEN, to pass on."""
     image: Word | None = None
     """Image of the machine, such as docker:USER/IMAGE."""
 
@@ -155,24 +155,24 @@ class SkyPilot(NodeScheduler[SkyPilotResources], Mounted, SkyPilotResources):
 
 
 class Kubernetes(NodeScheduler[KubernetesResources], Mounted, KubernetesResources):
-    """Stages as Jobs of Kubernetes."""
+    """Stages as Kubernetes Jobs."""
 
     image: Word
     """Image in which the command runs."""
     kubectl_image: Word
-    """Image with a shell and kubectl, for the small pod that starts each stage when the one before it is complete."""
+    """Image with a shell and kubectl, for the small pod that starts each stage when the previous one is complete."""
     claim: ObjectName
-    """PersistentVolumeClaim for all output; with more than one pod it has to be one that many may write (ReadWriteMany)."""
+    """PersistentVolumeClaim for all output. With more than one pod it must be ReadWriteMany."""
     workdir: WholePath = "/workspace"
-    """Directory in the image or below `mount` in which the command runs: that of the files which the configuration names."""
+    """Working directory in the image or below `mount`; relative paths in the configuration start here."""
     namespace: ObjectName = "default"
-    """Namespace of all of it."""
+    """Namespace of all objects."""
     secrets: list[ObjectName] = []
-    """Names of Secrets whose entries become variables, such as HF_TOKEN."""
+    """Names of Secrets whose entries become environment variables, such as HF_TOKEN."""
     pod: PassedOn = {}
-    """More of the pods, as Kubernetes writes it: {nodeSelector: {…}, tolerations: […]}."""
+    """Further fields of the pod specification: {nodeSelector: {…}, tolerations: […]}."""
     grace: int = Field(default=120, ge=10)
-    """Seconds from SIGTERM to SIGKILL, in which a stage keeps what it has."""
+    """Seconds from SIGTERM to SIGKILL, in which a stage saves its finished work."""
 
     @field_validator("pod")
     @classmethod
@@ -191,28 +191,28 @@ class Kubernetes(NodeScheduler[KubernetesResources], Mounted, KubernetesResource
 
 
 class Ray(Scheduler[Resources], Resources):
-    """The pipeline as one job of a Ray cluster whose nodes share a file system."""
+    """The pipeline as one job on a Ray cluster whose nodes share a file system."""
 
     address: str | None = None
-    """Where the cluster takes jobs, such as http://head:8265; RAY_API_SERVER_ADDRESS if not given."""
+    """Address for job submission, such as http://head:8265; RAY_API_SERVER_ADDRESS if not set."""
 
 
 class Jobs(Section):
-    """Scheduled jobs, for `llmdistill submit`: one of these. The module of its name in `llmdistill.jobs` is the backend."""
+    """Scheduled jobs, for `llmdistill submit`: exactly one scheduler, whose backend is its module in `llmdistill.jobs`."""
 
     slurm: Slurm | None = None
-    """Jobs of Slurm."""
+    """Slurm jobs."""
     ray: Ray | None = None
-    """A job of Ray."""
+    """A Ray job."""
     skypilot: SkyPilot | None = None
-    """A managed job of SkyPilot."""
+    """A managed SkyPilot job."""
     kubernetes: Kubernetes | None = None
-    """Jobs of Kubernetes."""
+    """Kubernetes Jobs."""
 
     @model_validator(mode="after")
     def _one_backend(self) -> "Jobs":
         if len(self._given) > 1:
-            raise ValueError(f"either {' or '.join(self._given)}, not more than one")
+            raise ValueError(f"give either {' or '.join(self._given)}, not more than one")
         return self
 
     @property
@@ -226,9 +226,9 @@ class Jobs(Section):
 
 
 class Watch(Section):
-    """How a run is watched while it goes on; may be changed between two tries."""
+    """How a run is monitored; may be changed between attempts."""
 
     log: Literal["text", "json"] = "text"
-    """Lines for people, or one JSON object a line for programs."""
+    """Plain text, or one JSON object per line."""
     metrics: str | None = None
-    """Directory in which every process keeps a file of its progress in Prometheus' text format, for node_exporter."""
+    """Directory in which every process keeps a metrics file in Prometheus' text format, for node_exporter."""

@@ -1,4 +1,4 @@
-"""The `prompts` section of the experiment: where prompts come from, and the steps that make prompts out of prompts."""
+"""The section `prompts` of the experiment: where prompts come from, and the steps that make new ones."""
 
 from typing import Literal
 
@@ -8,31 +8,31 @@ from llmdistill.config.section import Section, Step
 
 
 class HubDataset(Section):
-    """A dataset as `datasets.load_dataset` takes it."""
+    """A dataset that `datasets.load_dataset` opens."""
 
     path: str
     """Name on the Hugging Face Hub, or a local directory."""
     name: str | None = None
-    """Which of its configurations."""
+    """Configuration (subset) of the dataset."""
     split: str = "train"
-    """Which split, or a part of it: `train[:1000]`."""
+    """Split, or a slice of it: `train[:1000]`."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
 
 
 class Passages(Section):
-    """How documents are cut: at headings, and between paragraphs where a section is too long."""
+    """How documents are split into passages: at headings, and between paragraphs where a section is too long."""
 
     size: int = Field(default=2000, ge=1)
-    """Longest passage."""
+    """Maximum length of a passage."""
     unit: Literal["characters", "tokens"] = "characters"
-    """What is counted; tokens are those of the teacher's tokenizer."""
+    """Unit of the lengths; tokens are those of the teacher's tokenizer."""
     overlap: int = Field(default=0, ge=0)
-    """How much of it a passage shares with the one before, where a section had to be cut."""
+    """Length that a passage shares with the previous one, where a section was split."""
     min_size: int = Field(default=200, ge=0)
-    """A shorter passage is joined to the one before or after it, and rejected where it fits to neither."""
+    """A shorter passage is merged with the previous or the next one, and rejected if it fits neither."""
     field: str | None = None
-    """The column that holds a document's text, where the source is a table."""
+    """Column that holds the text of a document, if the source is a table."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Passages":
@@ -43,129 +43,129 @@ class Passages(Section):
 
 
 class Ask(Section):
-    """Ask the teacher; what is read in its answer becomes new items, each with the fields of the one asked about."""
+    """Ask the teacher about each item. What is parsed from its answer becomes new items, with the fields of the original item."""
 
     template: str
-    """A template file with an `answer`."""
+    """Template file with an `answer` section."""
     samples: int = Field(default=1, ge=1)
-    """Questions about an item."""
+    """Questions per item."""
 
 
 class Evolve(Section):
-    """Let the teacher rewrite items, in each round by one of several templates (Evol-Instruct, 2304.12244)."""
+    """Let the teacher rewrite items. Each round uses one of several templates (Evol-Instruct, 2304.12244)."""
 
     templates: list[str] = Field(min_length=1)
-    """Template files; which one, is drawn for every item."""
+    """Template files; one is drawn for each item."""
     rounds: int = Field(default=1, ge=1)
-    """How often; a round rewrites what the one before has made."""
+    """Number of rounds; each rewrites the output of the previous one."""
     keep_parents: bool = True
-    """Keep what was rewritten too."""
+    """Also keep the items that were rewritten."""
 
 
 class SelfInstruct(Section):
-    """Let the teacher write more of a kind, shown some examples (Self-Instruct, 2212.10560)."""
+    """Let the teacher write more items like the examples that it is shown (Self-Instruct, 2212.10560)."""
 
     template: str
-    """A template file with the variable `examples` and an `answer`."""
+    """Template file with the variable `examples` and an `answer` section."""
     rounds: int = Field(default=1, ge=1)
-    """How often; from the second on, a quarter of the examples are the teacher's own."""
+    """Number of rounds. From the second on, a quarter of the examples are items that the teacher wrote."""
     samples: int = Field(default=32, ge=1)
-    """Questions in a round."""
+    """Questions per round."""
     examples: int = Field(default=8, ge=1)
-    """Examples in a question."""
+    """Examples per question."""
     max_overlap: float = Field(default=0.7, gt=0, le=1)
-    """Largest ROUGE-L with anything that is there already."""
+    """Maximum ROUGE-L with any existing item."""
     keep_parents: bool = True
-    """Keep the examples too."""
+    """Also keep the original items."""
 
 
 class Magpie(Section):
-    """Let the teacher write the user's turn, given only what comes before it in its chat template (2406.08464)."""
+    """Let the teacher write the user's turn, given only what precedes it in the chat template (Magpie, 2406.08464)."""
 
     samples: int = Field(default=1, ge=1)
-    """Turns for each item; without a source, in all."""
+    """Turns per item; without a source, turns in total."""
     system: str | None = None
-    """A system message before it, with Jinja expressions over the item's fields."""
+    """System message, with Jinja expressions over the item's fields."""
     field: str = "instruction"
-    """The field that the turn becomes."""
+    """Field that receives the turn."""
 
 
 class Combine(Section):
-    """Put items together with those of a second list: tasks with personas."""
+    """Combine items with entries of a second list, such as tasks with personas."""
 
     source: str
-    """A file, folder or glob, as `prompts.source`."""
+    """File, folder or glob, as in `prompts.source`."""
     fields: list[str] | None = None
-    """Fields of the list to take; all if not given."""
+    """Fields to take from the list; all if not set."""
     samples: int = Field(default=1, ge=1)
-    """Entries of the list for each item, drawn without repeats."""
+    """Entries per item, drawn without replacement."""
 
 
 class Novelty(Section):
-    """Keep items that are unlike those before."""
+    """Keep only items that are not similar to an earlier one."""
 
     field: str = "instruction"
-    """The field that is compared."""
+    """Field to compare."""
     max_overlap: float = Field(default=0.7, gt=0, le=1)
-    """Largest ROUGE-L with an item that was kept before."""
+    """Maximum ROUGE-L with any item kept before."""
 
 
 class PromptStep(Step):
     """One step of `prompts.steps`; exactly one key."""
 
     ask: Ask | None = None
-    """By a template."""
+    """Ask the teacher with a template."""
     evolve: Evolve | None = None
-    """By rewriting."""
+    """Rewrite items."""
     self_instruct: SelfInstruct | None = None
-    """By examples."""
+    """Write more items like the examples."""
     magpie: Magpie | None = None
-    """By the teacher's chat template alone."""
+    """Write user turns from the chat template."""
     combine: Combine | None = None
-    """By a second list."""
+    """Combine with a second list."""
     novelty: Novelty | None = None
-    """By what is there already."""
+    """Drop items similar to earlier ones."""
 
 
 class Sampling(Section):
-    """How the teacher writes."""
+    """Sampling parameters of the teacher."""
 
     temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature; 0 is greedy. The stored distributions are at temperature 1 whatever this is."""
+    """Sampling temperature; 0 is greedy. Stored distributions are always at temperature 1."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling: the smallest set of tokens with this much mass; 1 is off."""
+    """Nucleus sampling: sample from the smallest set of tokens with this probability mass; 1 turns it off."""
     top_k: int = Field(default=0, ge=0)
-    """Sample among the so many most likely tokens; 0 is off."""
+    """Sample from the k most likely tokens; 0 turns it off."""
     max_tokens: int = Field(default=512, ge=1)
-    """Longest completion, in tokens."""
+    """Maximum completion length in tokens."""
 
 
 class Prompts(Section):
-    """What the teacher is asked."""
+    """The prompts that the teacher answers."""
 
     source: str | None = None
-    """A JSONL, CSV, TSV or Parquet file, whose rows hold `messages`, or `prompt`, or the variables of the template; or text
-    and Markdown files, cut into passages; a folder or a glob of either; or a dataset's directory, for its training prompts."""
+    """A JSONL, CSV, TSV or Parquet file whose rows hold `messages`, `prompt` or the variables of the template; text or Markdown
+    files, which are split into passages; a folder or glob of either; or the directory of a dataset, for its training prompts."""
     dataset: HubDataset | None = None
     passages: Passages | None = None
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many rows or passages of the source."""
+    """Use only the first N rows or passages of the source."""
     known: list[str] = []
-    """Directories of datasets whose prompts are left out."""
+    """Directories of datasets whose prompts are excluded."""
     steps: list[PromptStep] = []
-    """Ways to make prompts out of prompts, applied in this order."""
+    """Steps that make new prompts from existing ones, applied in this order."""
     sampling: Sampling = Sampling()
     template: str | None = None
-    """A template file (YAML with Jinja) that turns a row's fields into messages."""
+    """Template file (YAML with Jinja) that turns the fields of a row into messages."""
     system: str | None = None
-    """A system message put before every prompt that has none."""
+    """System message added to every prompt that has none."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Prompts":
         if self.source is not None and self.dataset is not None:
             raise ValueError("give either prompts.source or prompts.dataset, not both")
         if self.source is None and self.dataset is None and not (self.steps and self.steps[0].magpie):
-            raise ValueError("the key prompts.source is missing; only steps that begin with magpie need none")
+            raise ValueError("the key prompts.source is missing; it is optional only if the first step is magpie")
         return self
 
     @property
@@ -175,5 +175,5 @@ class Prompts(Section):
 
     @property
     def from_where(self) -> str | None:
-        """The source or the dataset, by its path; None where the teacher begins from nothing."""
+        """Path of the source or the dataset; None if the first step needs no source."""
         return self.source if self.dataset is None else self.dataset.path

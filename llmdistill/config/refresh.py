@@ -1,4 +1,4 @@
-"""The configuration's section `refresh`: a run that comes back, night after night."""
+"""The section `refresh`: incremental retraining."""
 
 from pydantic import Field
 
@@ -6,9 +6,10 @@ from llmdistill.config.section import Section
 
 
 class Refresh(Section):
-    """New prompts, training on from the promoted student, and promotion of the new one only if it is not worse."""
+    """Incremental retraining: train the promoted student on new prompts, and promote the result only if it is not worse."""
 
     replay: float = Field(default=0.5, ge=0, lt=1)
-    """Share of the training rows that come from earlier versions; `eval` measures on their held-out rows, too."""
+    """Share of the training rows that come from earlier versions. `eval` also measures on their held-out rows."""
     margin: float = Field(default=0.02, ge=0)
-    """Nats a token by which the new student's KL may be above the old one's: the upper end of the paired 95% interval."""
+    """Non-inferiority margin in nats per token: the limit for the upper end of the paired 95% interval of the new student's KL
+    minus the promoted one's."""

@@ -1,4 +1,4 @@
-"""The configuration's section `rounds`: training on the student's own text (on-policy distillation by batches)."""
+"""The section `rounds`: on-policy distillation in rounds, on the student's own text."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from llmdistill.config.section import Divergence, PassedOn, Section
 
 
 class Rounds(Section):
-    """After the training on the teacher's text: the student writes, the teacher reads it, the student learns from that."""
+    """On-policy rounds after training on the teacher's text: the student writes, the teacher scores, the student trains on it."""
 
     n: int = Field(default=1, ge=1)
-    """How often; `rounds: 2` is short for `rounds: {n: 2}`."""
+    """Number of rounds; `rounds: 2` is short for `rounds: {n: 2}`."""
     teacher_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a round's training rows that are the teacher's own text."""
+    """Share of the training rows of a round that come from the teacher's text."""
     limit: int | None = Field(default=None, ge=1)
-    """Prompts that the student answers in a round: the first so many of the training split, or all of them."""
+    """Prompts that the student answers per round: the first N of the training split; all if not set."""
     loss: Divergence | None = None
-    """The divergence in the rounds; `train.loss` if not given."""
+    """Divergence in the rounds; `train.loss` if not set."""
     args: PassedOn = {}
-    """Arguments of `trl.SFTConfig` that are others in the rounds than in `train.args`."""
+    """Arguments of `trl.SFTConfig` that override `train.args` in the rounds."""
 
 
 def as_section(value: Any) -> Any:

@@ -22,7 +22,7 @@ def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             _refuse_secrets(value)
         if re.search(r"(hub|hf|auth|access)_token|^token$|api_key|password|secret", str(name)):
-            raise ValueError(f"{name} would be written into run.json; set it in the environment (HF_TOKEN, WANDB_API_KEY, …)")
+            raise ValueError(f"{name} would be written to run.json; set it in the environment (HF_TOKEN, WANDB_API_KEY, …)")
     return arguments
 
 
@@ -30,15 +30,15 @@ def _check_store(url: str) -> str:
     # What is wrong with it is said without the URL, which may hold a secret.
     parts = urlsplit(url)
     if parts.scheme == "hf":
-        raise ValueError("the Hub makes a commit of every file; upload what is finished with `llmdistill push`")
+        raise ValueError("the Hub would make a commit for every file; upload finished results with `llmdistill push`")
     if parts.scheme not in ("s3", "gs", "file"):
-        raise ValueError("must begin with s3://, gs:// or file:///, where a file is there whole or not at all")
+        raise ValueError("must begin with s3://, gs:// or file:///")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
-            "a URL with a user, a key or options in it; credentials come from the environment or the cloud's own files"
+            "must not contain a user, a key or options; credentials are read from the environment or the cloud's own files"
         )
     if bool(parts.netloc) != (parts.scheme != "file") or (parts.scheme == "file" and parts.path.strip("/") == ""):
-        raise ValueError("must name a bucket, as s3://BUCKET/PREFIX, or after file:// a path that begins with /")
+        raise ValueError("must name a bucket, such as s3://BUCKET/PREFIX, or an absolute path, such as file:///PATH")
     return url
 
 
@@ -47,7 +47,7 @@ StoreUrl = Annotated[str, AfterValidator(_check_store)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, the docstring under a field is its help."""
+    """A section of the configuration. Unknown keys are errors; the docstring under a field is its help text."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -61,26 +61,26 @@ class Section(BaseModel):
 
 
 def check_schema(schema: dict[str, Any] | None) -> None:
-    """Refuse what is no JSON schema.
+    """Check that a schema is valid.
 
     Raises:
-        ValueError: saying why.
+        ValueError: if it is not a JSON schema.
     """
     import jsonschema
 
     try:
         jsonschema.Draft202012Validator.check_schema(schema or {})
     except jsonschema.SchemaError as error:
-        raise ValueError(f"json_schema is no JSON schema: {error.message}") from None
+        raise ValueError(f"json_schema is not a valid JSON schema: {error.message}") from None
 
 
 class Step(Section):
-    """One entry of a list of steps: exactly one key, under which its settings stand."""
+    """One entry of a list of steps: exactly one key, the step's name, with its settings."""
 
     @model_validator(mode="after")
     def _one_key(self) -> "Step":
         if len(self.model_fields_set) != 1:
-            raise ValueError(f"a step has exactly one key, one of {', '.join(type(self).model_fields)}")
+            raise ValueError(f"a step has exactly one key: one of {', '.join(type(self).model_fields)}")
         (name,) = self.model_fields_set
         if getattr(self, name) is None:
             section = type(self).step_types()[name]
@@ -96,17 +96,17 @@ class Step(Section):
 
     @classmethod
     def step_types(cls) -> dict[str, type[Section]]:
-        """What may stand under which key."""
+        """The settings class of each step, by name."""
         return {name: get_args(field.annotation)[0] for name, field in cls.model_fields.items()}
 
     @property
     def name(self) -> str:
-        """The step's one key."""
+        """Name of the step: its one key."""
         (name,) = self.model_fields_set
         return name
 
     @property
     def settings(self) -> Section:
-        """What stands under that key."""
+        """The step's settings."""
         settings: Section = getattr(self, self.name)
         return settings

@@ -7,9 +7,9 @@ from pydantic import Field
 from llmdistill.config.section import Section
 from llmdistill.data.targets import KINDS, SoftTargets, TextOnly
 
-_ONLINE = "online"  # the one value that is no kind of a dataset
+_ONLINE = "online"  # the one value that is not a kind of stored targets
 _SUMMARIES = {name: kind.summary for name, kind in KINDS.items()}
-_SUMMARIES[_ONLINE] = "nothing stored, the whole distribution of a teacher that runs beside the student"
+_SUMMARIES[_ONLINE] = "nothing; the teacher runs during training"
 if TYPE_CHECKING:
     Kind = str
 else:
@@ -17,25 +17,25 @@ else:
 
 
 class Targets(Section):
-    """What is kept of the teacher's distribution at each completion token."""
+    """What is stored of the teacher's next-token distribution at each completion token."""
 
     kind: Kind = Field(default="sampled", description=" ".join(f"`{name}`: {summary}." for name, summary in _SUMMARIES.items()))
     n: int = Field(default=16, ge=2, le=255)
-    """Tokens kept a position (kind sampled), or drawn (kind multinomial, which needs about three times as many)."""
+    """Tokens per position: kept (kind sampled), or drawn (kind multinomial, which needs about three times as many)."""
     k: int = Field(default=64, ge=1)
-    """Tokens kept a position (kind topk)."""
+    """Tokens kept per position (kind topk)."""
 
     @property
     def online(self) -> bool:
-        """Whether the teacher runs beside the student."""
+        """Whether the teacher runs during training."""
         return self.kind == _ONLINE
 
     @property
     def stored(self) -> type[SoftTargets]:
-        """The kind that a dataset holds."""
+        """The kind of targets that the dataset stores."""
         return KINDS[TextOnly.name if self.online else self.kind]
 
     @property
     def kept(self) -> int:
-        """Tokens kept a position, whatever the kind."""
+        """Tokens kept per position, for any kind."""
         return getattr(self, self.stored.size) if self.stored.size else 0

@@ -1,4 +1,4 @@
-"""The section `teacher` of the experiment, and the engines that a teacher may run in."""
+"""The section `teacher` of the experiment, and the engines that can run a teacher."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,21 +19,21 @@ class Abilities:
     implementation: str
     """Module and class of a `teachers.Engine`."""
     determinism: str
-    """What a second run repeats, for `dataset.json`."""
+    """What a second run reproduces, for `dataset.json`."""
     package: str | None = None
-    """What has to be installed, of the extra `generate`."""
+    """The package that has to be installed, from the extra `generate`."""
     remote: bool = False
-    """Whether it runs elsewhere, at `teacher.url`: the model and what it computes in are those that it was started with."""
+    """Whether it is a server at `teacher.url`, which decides the model and the precision itself."""
     whole_distribution: bool = False
-    """Whether it has the whole distribution of each model at every token, so that several can be averaged."""
+    """Whether it gives full distributions, so that those of several models can be averaged."""
     repeats: bool = True
-    """Whether it can name a token more than once at a position."""
+    """Whether it can return a token more than once per position."""
     grammar: bool = False
-    """Whether it can keep to a JSON schema while it writes."""
+    """Whether it supports constrained decoding by a JSON schema."""
     continuous_batching: bool = True
-    """Whether a sequence that has ended makes room for the next at once."""
+    """Whether a finished sequence is immediately replaced by the next."""
     runtime: Runtime = "torch"
-    """Whose view of the device decides what it computes in where `teacher.dtype` is auto."""
+    """The library whose view of the device decides the precision for `teacher.dtype: auto`."""
 
 
 _BATCHED = "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched"
@@ -47,61 +47,62 @@ ENGINES: dict[EngineName, Abilities] = {
         continuous_batching=False,
     ),
 }
-"""A new engine is a module in `teachers`, and its name above and its entry here."""
+"""A new engine is a module in `teachers`, a name above and an entry here."""
 
 
 def engines_with(ability: str) -> str:
-    """The names of the engines that have it, in words."""
+    """The names of the engines with an ability, in words."""
     return " and ".join(name for name, abilities in ENGINES.items() if getattr(abilities, ability))
 
 
 class Member(Section):
-    """One more teacher, with the same tokenizer."""
+    """One more teacher of an ensemble, with the same tokenizer."""
 
     model: str
     """Model directory or name on the Hugging Face Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     weight: float = Field(default=1.0, gt=0)
-    """Its share of the mean, relative to those of the others."""
+    """Weight of this teacher in the mean, relative to the others."""
 
 
 class Teacher(Section):
-    """The model that writes the text and gives its distribution at every token."""
+    """The model that writes the text and gives the next-token distributions."""
 
     model: str
     """Model directory or name on the Hugging Face Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     engine: EngineName = DEFAULT_ENGINE
-    """`vllm` for speed; `server` for one that runs already, at `url`; `transformers` is the exact reference, without vLLM."""
+    """`vllm`: vLLM in the same process, the fastest. `server`: a running vLLM server at `url`. `transformers`: the exact
+    reference, without vLLM."""
     url: str | None = None
-    """Where `vllm serve` listens, such as http://node7:8000 (engine server). Its key, if any, is that of VLLM_API_KEY."""
+    """Address of the vLLM server, such as http://node7:8000 (engine server). An API key is read from VLLM_API_KEY."""
     served_model_name: str | None = None
-    """The server's name for the model, if it is another than `model` (engine server)."""
+    """Name of the model on the server, if it differs from `model` (engine server)."""
     concurrency: int = Field(default=64, ge=1)
-    """Requests on their way at a time (engine server)."""
+    """Concurrent requests (engine server)."""
     timeout: float = Field(default=600, gt=0)
-    """Seconds without an answer after which a request is sent again (engine server)."""
+    """Seconds without a response after which a request is retried (engine server)."""
     dtype: Dtype = "auto"
-    """What it computes in; `auto`: bfloat16 where this machine is good at it, else float16 (GPU) or float32. Workers of one
-    dataset compute in what the first of them chose."""
+    """Compute precision. `auto`: bfloat16 where the hardware supports it, else float16 (GPU) or float32. All workers of one
+    dataset use the precision that the first one chose."""
     max_model_len: int | None = Field(default=None, ge=1)
-    """Longest context in tokens, prompt and completion together; the model's own limit if not given."""
+    """Maximum context length in tokens, prompt and completion together; the model's limit if not set."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """GPUs that hold one copy of the model (engine vllm)."""
+    """Number of GPUs that one copy of the model is split over (engine vllm)."""
     batch_size: int = Field(default=16, ge=1)
-    """Sequences decoded together (engine transformers); part of what makes its floating-point results repeatable."""
+    """Sequences per batch (engine transformers). Floating-point results depend on it."""
     engine_args: PassedOn = {}
-    """Any argument of `vllm.LLM`, passed through (engine vllm)."""
+    """Any other argument of `vllm.LLM` (engine vllm)."""
     trust_remote_code: bool = False
-    """Run Python code that the model's repository ships."""
+    """Run Python code from the model's repository."""
     system: str | None = None
-    """A system message that the teacher is given in the place of the conversation's own, and the student is not."""
+    """System message for the teacher only. It replaces that of the conversation; the student is not given it."""
     ensemble: list[Member] = []
-    """More teachers with the same tokenizer: the mean of all their distributions is the teacher's (engine transformers)."""
+    """More teachers with the same tokenizer. Soft targets are the weighted mean of all distributions (engine transformers)."""
     weight: float = Field(default=1.0, gt=0)
-    """The share of `model` in that mean, relative to those of the others."""
+    """Weight of `model` in the mean of the ensemble, relative to the others."""
 
     @property
     def abilities(self) -> Abilities:
@@ -112,9 +113,9 @@ class Teacher(Section):
     def _an_ensemble_needs_whole_distributions(self) -> "Teacher":
         if self.ensemble and not self.abilities.whole_distribution:
             raise ValueError(
-                "an ensemble needs the whole distribution of each teacher, which engine "
-                f"{engines_with('whole_distribution')} has and {self.engine} has not; to let one teacher write with vLLM, "
-                "`generate` first and `score` its dataset with the ensemble"
+                "an ensemble needs the full distribution of each teacher, which only engine "
+                f"{engines_with('whole_distribution')} gives; to write with vLLM, `generate` with one teacher first and `score` "
+                "its dataset with the ensemble"
             )
         return self
 

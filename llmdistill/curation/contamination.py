@@ -60,7 +60,7 @@ def contamination(settings: Contamination, context: StepContext) -> Check:
     trees = (tree for file in settings.against for tree in _read(Path(file), f"{context.key}.against"))
     texts = [text for origin, tree in trees for text in _strings(tree, origin)]
     if not texts:
-        raise InputError(f"{context.key}.against: {', '.join(settings.against)}: hold no text")
+        raise InputError(f"{context.key}.against: {', '.join(settings.against)}: contain no text")
     searched = [text for text in texts if len(text.words) >= min(_SHORTEST, settings.ngram)]
     short = {normalised(text.text): text.origin for text in texts if len(text.words) < min(_SHORTEST, settings.ngram)}
     indices, common = _indices(searched, settings.ngram)

@@ -41,7 +41,9 @@ def json_schema(settings: JsonSchema, context: StepContext) -> Check:
                 yield f"no JSON: {problem}"
                 continue
             except Unresolvable as problem:
-                raise InputError(f"{settings.file}: refers to {problem.ref}, which is not in it; nothing is fetched") from None
+                raise InputError(
+                    f"{settings.file}: refers to {problem.ref}, which is not in the file; references are not fetched"
+                ) from None
             yield excerpt(f"{error.json_path}: {error.message}", 200) if error else None
 
     return check
@@ -59,7 +61,7 @@ def _validator(file: str) -> Any:
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise InputError(f"{file}: no JSON schema: {error.message}") from None
+        raise InputError(f"{file}: not a valid JSON schema: {error.message}") from None
     return kind(schema, registry=Registry())
 
 

@@ -206,7 +206,7 @@ def digit_ids(tokenizer: Any, scale: list[int]) -> dict[int, int]:
     found = {number: wanted[text] for number, text in texts.items() if text in wanted}
     missing = sorted(set(wanted.values()) - set(found.values()))
     if missing:
-        raise InputError(f"scale: {missing[0]} is no token of the judge")
+        raise InputError(f"scale: {missing[0]} is not a single token of the judge")
     return found
 
 

@@ -21,7 +21,7 @@ def language(settings: Language, context: StepContext) -> Check:
     unknown = [code for code in settings.keep if code not in codes]
     if unknown:
         raise InputError(
-            f"{context.key}.keep: {unknown[0]} is no language that lingua knows, which are {', '.join(sorted(codes))}"
+            f"{context.key}.keep: {unknown[0]} is not a language that lingua knows; it knows {', '.join(sorted(codes))}"
         )
     # In this mode only trigrams are read: for texts of this length it tells the same, in 70 MB instead of 900.
     detector = lingua.LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()

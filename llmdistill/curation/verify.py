@@ -68,11 +68,11 @@ class _Worker:
                 env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
             )
             if self._exchange(self._process, self.first, _START_SECONDS) != b"null\n":
-                raise RuntimeError("the process that verifies, llmdistill.curation.verify_worker, does not start")
+                raise RuntimeError("the verification process (llmdistill.curation.verify_worker) does not start")
         line = self._exchange(self._process, request, self.timeout_s)
         if not line:
             self.kill()
-            return Failed(f"killed after {self.timeout_s:g} s" if line is None else "the process that verifies has crashed")
+            return Failed(f"killed after {self.timeout_s:g} s" if line is None else "the verification process crashed")
         verdict = json.loads(line) or {}
         if "failed" in verdict:
             return Failed(excerpt(verdict["failed"], 200))

@@ -44,7 +44,7 @@ def check_math(expected: str, text: str) -> str | None:
 
     gold = read(expected) if "$" in expected or "boxed" in expected else read(f"${expected}$") or read(expected)
     if not gold:
-        raise ValueError(f"the expected answer {expected!r} is no formula")
+        raise ValueError(f"the expected answer {expected!r} is not a formula")
     found = read(text)
     if not found:
         return f"no formula or number, expected {expected}"

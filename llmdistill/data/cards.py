@@ -101,7 +101,7 @@ def _describe_loss(arguments: Any) -> str:
     weighted = (
         "" if arguments.position_weights == "uniform" else f", tokens weighted by the teacher's {arguments.position_weights}"
     )
-    return " + ".join(terms) + weighted + (", every sequence counting alike" if arguments.reduction == "sequence" else "")
+    return " + ".join(terms) + weighted + (", equal weight for every sequence" if arguments.reduction == "sequence" else "")
 
 
 def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, arguments: Any, results: dict[str, float]) -> str:
@@ -119,7 +119,7 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
     rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
     targets = (
-        "none stored, the teacher ran beside the student" if experiment.targets.online else describe_targets(manifest["targets"])
+        "none stored, the teacher ran during training" if experiment.targets.online else describe_targets(manifest["targets"])
     )
     facts = {
         "starts from": _starts_from(student, base),
@@ -128,10 +128,10 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
         "data": f"{rows:,} rows, {tokens:,} completion tokens, written by `{manifest['teacher']['model']}`",
         "soft targets": targets,
         "steps": f"{results['steps']:,.0f}",
-        "last logged": ", ".join(f"{key} {results[key]:.3f} nats a token" for key in ("kl", "ce") if key in results),
+        "last logged": ", ".join(f"{key} {results[key]:.3f} nats per token" for key in ("kl", "ce") if key in results),
     }
     if "eval_ce" in results:
-        parts = (f"{key} {results[f'eval_{key}']:.3f} nats a token" for key in ("kl", "ce") if f"eval_{key}" in results)
+        parts = (f"{key} {results[f'eval_{key}']:.3f} nats per token" for key in ("kl", "ce") if f"eval_{key}" in results)
         facts["on validation rows"] = ", ".join(parts)
     settings = yaml.safe_dump(experiment.model_dump(mode="json", include={"seed", "student", "train"}), sort_keys=False)
     return f"""---

@@ -276,7 +276,9 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
     if manifest is None:
         unfinished = read_json(directory / "run.json")
         reason = (
-            f"not finished; run `{unfinished['stage']}` again to go on" if unfinished else f"not a dataset, it has no {MANIFEST}"
+            f"not finished; run `{unfinished['stage']}` again to continue"
+            if unfinished
+            else f"not a dataset, it has no {MANIFEST}"
         )
         raise InputError(f"{directory}: {reason}{named}")
     if manifest.get("format") != "llmdistill" or manifest.get("schema_version") != SCHEMA_VERSION:
@@ -308,10 +310,10 @@ def shard_files(directory: Path, split: Split) -> list[Path]:
 
 
 def load_dataset(directory: str | Path, split: Split = "train") -> "datasets.Dataset":
-    """A split as a `datasets.Dataset` whose rows are dictionaries of numpy arrays; shards are memory-mapped.
+    """Load one split as a `datasets.Dataset` whose rows are dictionaries of numpy arrays. Shards are memory-mapped.
 
     Raises:
-        InputError: no complete dataset of this schema is there, or a shard is damaged.
+        InputError: the directory has no complete dataset of this schema version, or a shard is damaged.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""`llmdistill push`: a finished dataset or student to the Hugging Face Hub, whole and in one commit."""
+"""`llmdistill push`: upload a finished dataset or student to the Hugging Face Hub in one commit."""
 
 import sys
 from fnmatch import fnmatch
@@ -26,19 +26,19 @@ _REPLACED = {
 def push_to_hub(directory: str | Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
     """Upload a finished dataset or student to the Hugging Face Hub and return the URL of the commit.
 
-    The directory is checked before anything is sent, shards by their checksums. The repository is created if it is not
-    there, and so is the branch. Shards or weights of an earlier push that are not part of this one are removed in the same
-    commit; other files in the repository stay. The token is that of HF_TOKEN or of `hf auth login`.
+    The directory is checked before the upload, shards by their checksums. The repository and the branch are created if they
+    do not exist. Shards or weights of an earlier push that are not part of this one are removed in the same commit; other
+    files in the repository are kept. The token is read from HF_TOKEN or `hf auth login`.
 
     Args:
-        directory: what `generate`, `curate` or `train` wrote.
-        repo_id: `user/name` or `organisation/name`; `name` alone is the token's user's.
-        private: create the repository as private; an existing public one is refused.
-        revision: the branch; `main` if not given.
+        directory: output directory of `generate`, `score`, `curate` or `train`.
+        repo_id: `user/name` or `organisation/name`; `name` alone belongs to the user of the token.
+        private: create the repository as private; an error if it exists and is public.
+        revision: the branch; `main` if not set.
 
     Raises:
-        InputError: the directory is unfinished, damaged or something else, or the Hub refuses the repository or the token.
-        RemoteError: the Hub cannot be reached or failed.
+        InputError: the directory is unfinished, damaged or neither a dataset nor a student, or the Hub rejects the name or token.
+        RemoteError: the Hub cannot be reached, or fails.
     """
     kind, files = _contents(Path(directory))
     _check_repo_id(repo_id)
@@ -73,7 +73,7 @@ def _contents(directory: Path) -> tuple[Kind, dict[str, Path]]:
         raise InputError(f"{directory}: no such directory")
     run = read_json(directory / RUN_FILE) or {}
     if run.get("status", "done") != "done":
-        raise InputError(f"{directory}: not finished; run `{run['stage']}` again to go on")
+        raise InputError(f"{directory}: not finished; run `{run['stage']}` again to continue")
     if (directory / MANIFEST).is_file():
         shards = [file for split in SPLITS for file in shard_files(directory, split)]
         others = [directory / name for name in (MANIFEST, "README.md", RUN_FILE)]  # what was rejected stays at home
@@ -88,7 +88,7 @@ def _model_files(directory: Path) -> dict[str, Path]:
     weights = set(index["weight_map"].values()) if index else {"model.safetensors"}
     for name in ["config.json", *sorted(weights)]:
         if not (directory / name).is_file():
-            raise InputError(f"{directory / name}: the file is missing; the student is not whole")
+            raise InputError(f"{directory / name}: the file is missing; the student is incomplete")
     found = [*directory.iterdir(), *(directory / "adapter").glob("*")]
     kept = [file for file in sorted(found) if file.is_file() and not file.name.startswith(".")]
     return {file.relative_to(directory).as_posix(): file for file in kept}
@@ -112,9 +112,9 @@ def _token() -> str:
     except (OIDCError, OSError) as error:
         raise InputError(f"no token for the Hub: {' '.join(str(error).split())}") from None
     if token is None:
-        raise InputError("no token for the Hub: set HF_TOKEN to one that may write, or run `hf auth login`")
+        raise InputError("no token for the Hub: set HF_TOKEN to a token with write access, or run `hf auth login`")
     if not (token.isascii() and token.isprintable()):  # the HTTP library would print it in its error
-        raise InputError("the token for the Hub has a character that no token has; set HF_TOKEN again")
+        raise InputError("the token for the Hub contains an invalid character; set HF_TOKEN again")
     return token
 
 
@@ -124,7 +124,7 @@ def _upload(kind: Kind, files: dict[str, Path], repo_id: str, private: bool, rev
         # None, not False: an organisation may have set that its repositories are private.
         repo_id = api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True).repo_id
         if private and not api.repo_info(repo_id, repo_type=kind).private:
-            raise InputError(f"{repo_id}: is there and public; choose another name, make it private, or push without --private")
+            raise InputError(f"{repo_id}: exists and is public; choose another name, make it private, or push without --private")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
         replaced = [
@@ -164,4 +164,4 @@ def _explained(error: Exception, repo_id: str, token: str) -> InputError | Remot
         return InputError(f"{repo_id}: the Hub does not accept the token (HF_TOKEN, or that of `hf auth login`): {said}")
     if 400 <= status < 500 and status not in (408, 409, 412, 429):
         return InputError(f"{repo_id}: the Hub refuses: {said}")
-    return RemoteError(f"{repo_id}: the push failed; try again, what has arrived is not sent twice: {said}")
+    return RemoteError(f"{repo_id}: the push failed; try again; files that were uploaded are not sent again: {said}")

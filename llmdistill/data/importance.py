@@ -28,7 +28,7 @@ def log_importance(dataset: Any) -> Array:
     if np.isnan(found).any():
         raise ValueError(
             "sequence_alpha needs text whose sampling probability is known: written by `generate` with temperature above 0 "
-            "and neither top_p nor top_k, which never show what the teacher would say beyond them"
+            "and without top_p and top_k"
         )
     return found
 

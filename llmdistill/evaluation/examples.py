@@ -57,7 +57,7 @@ def views(models: dict[str, Any], rows: Any, tokenizer: Any) -> list[dict[str, A
 
 
 def won_and_lost(measured: dict[str, Array], rows: Any, rival: str) -> dict[str, Any]:
-    """The rows where the student is nearest to the teacher beside a rival, and where it is farthest; KL in nats a token."""
+    """The rows where the student is nearest to the teacher beside a rival, and where it is farthest; KL in nats per token."""
     mine, theirs = (measured[f"{name} kl"] / np.maximum(measured["tokens"], 1) for name in ("student", rival))
     order = np.argsort(mine - theirs, kind="stable")
     count = min(_EXAMPLES, len(order) // 2)

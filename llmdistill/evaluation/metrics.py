@@ -194,18 +194,18 @@ METRICS = (
     Metric(
         "kl",
         "KL from the teacher",
-        "nats a token",
+        "nats per token",
         "lower",
         compute=per_token("kl"),
         quantities={"kl": lambda at: (at.p_NV * at.log_ratio_NV).sum(-1)},
         tables=("models", "runs"),
         definition="KL(teacher ‖ student)",
-        difference=Difference("KL", "nats a token", "It is {} closer to the teacher", "It is {} farther from the teacher"),
+        difference=Difference("KL", "nats per token", "It is {} closer to the teacher", "It is {} farther from the teacher"),
     ),
     Metric(
         "reverse_kl",
         "KL(model ‖ teacher)",
-        "nats a token",
+        "nats per token",
         "lower",
         compute=per_token("reverse_kl"),
         quantities={"reverse_kl": lambda at: -(at.log_q_NV.exp() * at.log_ratio_NV).sum(-1)},
@@ -229,7 +229,7 @@ METRICS = (
     ),
     Metric(
         "top5",
-        "shared among the five most likely tokens",
+        "overlap of the five most likely tokens",
         "%",
         "higher",
         compute=per_token("top5"),
@@ -239,20 +239,20 @@ METRICS = (
     Metric(
         "nll",
         "NLL of its text",
-        "nats a token",
+        "nats per token",
         "lower",
         compute=per_token("nll"),
         quantities={"nll": lambda at: -at.log_q_NV.gather(1, at.labels_N[:, None])[:, 0]},
         tables=("models",),
         definition="NLL of the teacher's text",
         difference=Difference(
-            "NLL", "nats a token", "It expects the teacher’s text better by {}", "It expects the teacher’s text worse by {}"
+            "NLL", "nats per token", "It predicts the teacher’s text better by {}", "It predicts the teacher’s text worse by {}"
         ),
     ),
     Metric("bits_per_byte", "bits per byte of the teacher’s text", "bits", "lower", compute=_bits_per_byte),
-    Metric("kl_by_position", "KL by position", "nats a token", "lower", compute=_kl_by("position", POSITIONS), tables=()),
+    Metric("kl_by_position", "KL by position", "nats per token", "lower", compute=_kl_by("position", POSITIONS), tables=()),
     Metric(
-        "kl_by_entropy", "KL by the teacher’s entropy", "nats a token", "lower", compute=_kl_by("entropy", ENTROPIES), tables=()
+        "kl_by_entropy", "KL by the teacher’s entropy", "nats per token", "lower", compute=_kl_by("entropy", ENTROPIES), tables=()
     ),
     Metric(
         "calibration_error",
@@ -268,7 +268,7 @@ METRICS = (
     ),
     Metric(
         "end",
-        "probability of the end where the teacher ended",
+        "probability of the end token where the teacher ended",
         "%",
         None,
         compute=_end,
@@ -277,7 +277,7 @@ METRICS = (
     ),
     Metric(
         "early_end",
-        "probability of an end where it went on",
+        "probability of the end token where it continued",
         "%",
         None,
         compute=lambda sums: sums.draws.interval(sums["early"], sums.tokens - sums.ended),
@@ -289,11 +289,11 @@ METRICS = (
 """Of the held-out text."""
 
 OWN_TEXT_METRICS = (
-    Metric("reverse_kl", "KL(model ‖ teacher) on its own text", "nats a token", "lower", compute=per_token("reverse_kl")),
+    Metric("reverse_kl", "KL(model ‖ teacher) on its own text", "nats per token", "lower", compute=per_token("reverse_kl")),
     Metric(
         "teacher_nll",
         "the teacher’s NLL of the model’s own text",
-        "nats a token",
+        "nats per token",
         "lower",
         compute=lambda sums: sums.draws.interval(sums.measured["teacher nll"], sums.tokens),
     ),
@@ -306,7 +306,7 @@ OWN_TEXT_METRICS = (
     ),
     Metric(
         "ended",
-        "own answers that ended by themselves",
+        "own answers that ended with the end token",
         "%",
         None,
         compute=lambda sums: sums.draws.interval(sums.ended, np.ones(len(sums.tokens))),

@@ -104,7 +104,7 @@ def check_clusters(clusters: int, what: str, remedy: str) -> str | None:
     if clusters < 2:
         raise InputError(f"eval: {clusters} {what}, but an interval needs at least 2; {remedy}")
     if clusters < FEW:
-        return f"only {clusters} {what}: with fewer than {FEW} a 95% interval is too narrow, read it as a hint"
+        return f"only {clusters} {what}: with fewer than {FEW}, 95% intervals are too narrow; treat them as indications"
     return None
 
 

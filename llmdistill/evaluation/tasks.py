@@ -129,7 +129,7 @@ def load_tasks(tasks: Sequence[TaskFile | str], limit: int | None) -> dict[str, 
         for task in tasks:
             source = task if isinstance(task, str) else str(task.file)
             if isinstance(task, str) and task not in manager.all_tasks:
-                raise InputError(f"eval.tasks: {task} is no task of lm-eval, and no file; a file's name ends in .yaml")
+                raise InputError(f"eval.tasks: {task} is neither a task of lm-eval nor a file; file names end in .yaml")
             try:
                 found = manager.load([task if isinstance(task, str) else task.config])["tasks"]
                 for part in found.values():

@@ -45,7 +45,7 @@ class Comparison:
         self.experiment = experiment
         self.settings = settings
         if settings.against == "student, text only" and not experiment.train.compare_text_only:
-            raise InputError("eval.win_rate.against is student, text only; that one is trained by train.compare_text_only")
+            raise InputError("eval.win_rate.against is student, text only; that model needs train.compare_text_only")
         key = "eval.win_rate.template"
         self.template = read_template(settings.template, ("prompt", "answer_1", "answer_2"), key)
         models, _ = fingerprints(settings.judge, "eval.win_rate.judge")
@@ -108,9 +108,9 @@ class Comparison:
         """A judge favours text like its own (Panickssery et al. 2024, arXiv 2404.13076)."""
         teacher = self.experiment.teacher
         if record.model_fingerprint(teacher.model, teacher.revision) == self.inputs[self.settings.judge.model]:
-            return "the judge is the teacher itself, and favours what it would have written; choose one of another family"
+            return "the judge is the teacher itself and favours its own text; choose a model of another family"
         if vocabulary_hash(tokenizer) == vocabulary_hash(self.reader.chat.tokenizer):
-            return "the judge has the teacher's tokenizer, so it is of the same family and may favour it; choose one of another"
+            return "the judge has the teacher's tokenizer and may favour its family; choose a model of another family"
         return None
 
     def _verdicts(self, ids: list[str], prompts: list[str], ours: list[str], theirs: list[str]) -> pa.Table:

@@ -40,7 +40,7 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
     """
     chosen = experiment.jobs and experiment.jobs.chosen
     if not chosen:
-        raise InputError(f"the key jobs.{' or jobs.'.join(BACKENDS)} is missing: `submit` needs to know where")
+        raise InputError(f"the key jobs.{' or jobs.'.join(BACKENDS)} is missing: `submit` needs a scheduler")
     name, settings = chosen
     backend, directory = backend_of(name), Path(experiment.output) / "jobs"
     stages = scheduled(experiment, settings)
@@ -52,7 +52,9 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
             print(text)
         return
     if alive := [job["stage"] for job in _alive(directory)]:
-        raise InputError(f"{directory}: {', '.join(alive)} of an earlier submission still wait or run; `cancel` them first")
+        raise InputError(
+            f"{directory}: {', '.join(alive)} of an earlier submission are still queued or running; `cancel` them first"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     for file, text in (texts | configurations).items():
         record.write_text(directory / file, text)
@@ -66,7 +68,7 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
         if submitted:
             backend.cancel(submitted)  # half a pipeline is of no use
         raise
-    say("submit", f"what was submitted is in {directory}; `llmdistill status {experiment.output}` says how it goes")
+    say("submit", f"the job files are in {directory}; `llmdistill status {experiment.output}` shows the progress")
 
 
 def status(output: Path) -> None:
@@ -83,7 +85,7 @@ def status(output: Path) -> None:
         if backend.same_files:
             left = how_far(output, job["stage"]) if job["stage"] != WHOLE else ""
         else:
-            left = "" if counts else "not known any more"
+            left = "" if counts else "unknown to the scheduler"
         say(job["stage"], f"job {job['job']}: {'; '.join(part for part in (counts, left) if part)}")
     if any(job["stage"] == WHOLE for job in jobs) and backend.same_files:
         _say_stages(output, begun(output))
@@ -105,16 +107,14 @@ def cancel(output: Path) -> None:
     alive = _alive(output / "jobs")
     if alive:
         backend.cancel(alive)
-    said = ", ".join(f"{job['stage']} ({job['job']})" for job in alive) or "nothing, all jobs are over"
+    said = ", ".join(f"{job['stage']} ({job['job']})" for job in alive) or "nothing to cancel, all jobs have ended"
     say("cancel", said)
 
 
 def _jobs(directory: Path) -> tuple[Backend[Any], list[Job]]:
     found: dict[str, Any] | None = record.read_json(directory / _FILE)
     if found is None:
-        raise InputError(
-            f"{directory / _FILE} is not there: nothing was submitted from this output, and no stage has begun in it"
-        )
+        raise InputError(f"{directory / _FILE} does not exist: no job was submitted and no stage was started with this output")
     return backend_of(found["backend"]), list(found["jobs"])
 
 

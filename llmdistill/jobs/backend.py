@@ -44,7 +44,7 @@ class Backend(Protocol[Settings]):
         ...
 
     def states(self, jobs: Sequence[Job]) -> list[list[str]]:
-        """For each job the states of its parts, such as PENDING or RUNNING; none for one that is not known any more.
+        """For each job the states of its parts, such as PENDING or RUNNING; none for one that is unknown to the scheduler.
 
         Raises:
             RemoteError: there is no answer.

@@ -95,7 +95,9 @@ def elsewhere(output: str, mount: str) -> str:
     """
     path = PurePosixPath(output.lstrip("/"))
     if ".." in path.parts:
-        raise InputError(f"output {output}: a path with .. would leave {mount}, where all output lies on the machines of the job")
+        raise InputError(
+            f"output {output}: a path with .. would leave {mount}, the directory for all output on the machines of the job"
+        )
     return str(PurePosixPath(mount) / path)
 
 
@@ -130,7 +132,7 @@ def ask(command: Sequence[str], whose: str, wrong: type[Exception] = RemoteError
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
-        raise InputError(f"{command[0]} is not there: this is no machine from which {whose} takes jobs") from None
+        raise InputError(f"{command[0]} not found: this machine cannot submit jobs to {whose}") from None
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
         raise wrong(f"{command[0]}: {said}")

@@ -176,7 +176,7 @@ def _make_shards(settings: Ray, stage: StageRun) -> None:
     if again.missing:
         named = f": shards {', '.join(map(str, failed))} failed {settings.retries + 1} times" if failed else ""
         raise RemoteError(
-            f"{directory} lacks {len(again.missing):,} shards{named}; the others are kept, submit it again to go on"
+            f"{directory} lacks {len(again.missing):,} shards{named}; the others are kept, submit it again to continue"
         )
 
 

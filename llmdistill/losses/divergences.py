@@ -223,13 +223,15 @@ class Objective:
             raise ValueError(f"alpha must be in [0, 1] and temperature above 0, got {self.alpha} and {self.temperature}")
         if not 0 <= self.sequence_alpha <= 1 or self.alpha + self.sequence_alpha > 1 + 1e-9:
             raise ValueError(
-                f"alpha and sequence_alpha must add up to 1 at most, got {self.alpha} and {self.sequence_alpha}; "
-                "what is left to 1 is cross-entropy"
+                f"alpha and sequence_alpha must add up to at most 1, got {self.alpha} and {self.sequence_alpha}; "
+                "the rest is the weight of cross-entropy"
             )
         if self.beta is not None and "beta" not in inspect.signature(DIVERGENCES[self.loss]).parameters:
-            raise ValueError(f"beta is {self.beta}, but {self.loss} has no such parameter")
+            raise ValueError(f"beta is {self.beta}, but {self.loss} has no parameter beta")
         if self.beta is not None and not 0 < self.beta < 1:
-            raise ValueError(f"beta must be above 0 and below 1, got {self.beta}; forward_kl and reverse_kl are the ends of jsd")
+            raise ValueError(
+                f"beta must be above 0 and below 1, got {self.beta}; the limits of jsd are forward_kl and reverse_kl"
+            )
 
     def divergences(self, teacher_NJ: Tensor, student_NJ: Tensor) -> dict[str, Tensor]:
         """The divergence under its name, and always forward KL, as `kl`, so that runs with different losses compare."""

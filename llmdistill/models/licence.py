@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 # By the name that the Hub gives a licence. Facts as their texts had them; a summary is no legal advice.
-_OTHERS = "forbids improving other language models than its own kind with its output"
-_NAMED = "wants a model that learned from its output to have a name that begins with “Llama”, and the licence with it"
+_OTHERS = "forbids using its output to improve language models outside its own family"
+_NAMED = "requires a model trained on its output to have a name that begins with “Llama” and to include the licence"
 _BINDS_OUTPUT = {
     "llama2": f"the Llama 2 licence {_OTHERS}",
     "llama3": f"the Llama 3 licence {_OTHERS}",
@@ -15,7 +15,7 @@ _BINDS_OUTPUT = {
     "llama3.2": f"the Llama 3.2 licence {_NAMED}",
     "llama3.3": f"the Llama 3.3 licence {_NAMED}",
     "llama4": f"the Llama 4 licence {_NAMED}",
-    "gemma": "the Gemma terms count a model that learned from its output or distributions as a derivative, which they bind too",
+    "gemma": "the Gemma terms treat a model trained on its output or distributions as a derivative that they apply to",
 }
 
 
@@ -59,9 +59,12 @@ def sentence(licence: dict[str, str]) -> str:
     """The licence and what it binds, for a card."""
     if not licence:
         return (
-            "The licence of the teacher is not known to the tool; it, and that of the prompts, may bind what is made from them."
+            "The licence of the teacher is not known to llmdistill. "
+            "It, and the licence of the prompts, may apply to what is made from them."
         )
     name = licence.get("license_name") or licence["license"]
     bound = restriction(licence)
     warning = f" **Mind: {bound}.**" if bound else ""
-    return f"The teacher has the licence `{name}`, which may bind what is made from it, as may that of the prompts.{warning}"
+    return (
+        f"The teacher has the licence `{name}`. It, and the licence of the prompts, may apply to what is made from them.{warning}"
+    )

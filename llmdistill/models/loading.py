@@ -22,7 +22,7 @@ def check_model_exists(model: str, key: str) -> None:
     directory = Path(model)
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if (directory.is_dir() or looks_like_path) and not (directory / "config.json").is_file():
-        raise InputError(f"{key}: {model} is no model directory (it has no config.json) and no name on the Hub")
+        raise InputError(f"{key}: {model} is neither a model directory (it has no config.json) nor a name on the Hub")
 
 
 def load_config(model: str, revision: str | None, trust_remote_code: bool = False, key: str = "teacher.model") -> Any:

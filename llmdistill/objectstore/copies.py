@@ -119,7 +119,8 @@ class Copy:
     def _decide(self, file: Path) -> None:
         if self.store.decide(file, f"{self.name}/{file.name}") != file.read_bytes():
             raise InputError(
-                f"{self.url} holds another dataset of the same settings; remove it there, or {self.directory} to fetch that"
+                f"{self.url} has another dataset with the same settings; "
+                f"remove it there, or remove {self.directory} to download it"
             )
 
     def _seal(self, content: dict[str, Any]) -> None:

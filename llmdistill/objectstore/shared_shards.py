@@ -52,7 +52,7 @@ class SharedShards:
         recorded = (run or {}).get("precision")
         if not recorded or recorded["dtype"] == wanted.dtype:
             return wanted
-        return Precision(recorded["dtype"], f"as the work in the store was begun; here it would be {wanted}")
+        return Precision(recorded["dtype"], f"as the work in the store was started; here it would be {wanted}")
 
     def indices(self) -> set[int]:
         """Which shards are in the store."""
@@ -101,7 +101,7 @@ class SharedShards:
         except DamagedError as error:
             self._tries -= 1
             if not self._tries:
-                raise RemoteError(f"{error}, again and again") from None
+                raise RemoteError(f"{error}, repeatedly") from None
             say("store", f"{error}; it is made again, unless another one is there")
             self.copy.break_seal(error.name)
             return False

@@ -189,7 +189,7 @@ class Store:
                     raise InputError(f"store: {self.url}/{name}: refused: {reason}") from None
                 if delay is None:
                     raise RemoteError(
-                        f"{self.url}/{name}: {reason}; what is finished is kept here, the same command goes on from there"
+                        f"{self.url}/{name}: {reason}; finished work is kept locally; run the same command to continue"
                     ) from error
                 if number == 0:
                     say("store", f"{self.url}/{name}: {reason}; trying again for {sum(_DELAYS) / 60:.0f} minutes")

@@ -47,7 +47,7 @@ class Plan:
             check_field(entry.fields, name, entry.origin, what)
         for name, what in self.taken.items():
             if name in entry.fields:
-                raise InputError(f"{entry.origin}: has the field {name}, which {what} brings too; choose others by its `fields`")
+                raise InputError(f"{entry.origin}: has the field {name}, which {what} also adds; select others with its `fields`")
 
     def _follow(self, settings: Section, key: str) -> None:
         """What a step needs, and the fields that there are after it."""
@@ -80,7 +80,7 @@ class Plan:
         for name in names:
             if name in self._made:
                 raise InputError(
-                    f"{key}: {settings.source} has the field {name}, which a step before makes; choose others by `fields`"
+                    f"{key}: {settings.source} has the field {name}, which an earlier step makes; select others with `fields`"
                 )
             if self._source_is_there:
                 self.taken[name] = key
@@ -91,7 +91,7 @@ class Plan:
             return
         if not self._source_is_there:
             there = ", ".join(sorted(self._made)) or "none"
-            raise InputError(f"{what} needs the field {name}; what the steps before it make has {there}")
+            raise InputError(f"{what} needs the field {name}; the previous steps give {there}")
         self.needed.setdefault(name, what)
 
     def _load(self, file: str, key: str) -> PromptTemplate:
@@ -112,7 +112,7 @@ def describe_steps(section: Prompts, items: int) -> Iterator[tuple[str, str]]:
     for step in section.steps:
         settings = step.settings
         if isinstance(settings, Novelty):
-            yield step.name, f"rejects what overlaps by more than {settings.max_overlap:g}"
+            yield step.name, f"rejects items that overlap by more than {settings.max_overlap:g}"
             known = None
         elif isinstance(settings, Combine):
             known = known and known * settings.samples
@@ -129,5 +129,5 @@ def _questions(settings: Section, items: int | None, max_tokens: int) -> str:
         each = settings.rounds if isinstance(settings, Evolve) else settings.samples if isinstance(settings, Ask | Magpie) else 1
     at_most = "at most " if isinstance(settings, Evolve) else ""  # a round has no more items than the one before
     if items is None:
-        return f"{at_most}{each} questions about every item that is left, up to {max_tokens:,} tokens each"
+        return f"{at_most}{each} questions about every remaining item, up to {max_tokens:,} tokens each"
     return f"{at_most}{items * each:,} questions, up to {items * each * max_tokens:,} tokens"

@@ -92,7 +92,7 @@ def read_files(source: str, key: str, passages: Passages | None = None, token_st
     files = find_files(source, key)
     if files[0].suffix.lower() in _DOCUMENTS:
         if passages and passages.field is not None:
-            raise InputError(f"prompts.passages.field is {passages.field}, but {source} holds documents, which are cut anyway")
+            raise InputError(f"prompts.passages.field is {passages.field}, but {source} holds documents, which need no field")
         for file in files:
             yield from _document(file, passages or Passages(), token_starts)
         return
@@ -283,7 +283,7 @@ def _document(file: Path, settings: Passages, token_starts: Starts | None) -> It
 
 def _cut_rows(rows: Iterator[Entry], settings: Passages, token_starts: Starts | None) -> Iterator[Entry]:
     if settings.field is None:
-        raise InputError("prompts.passages.field is missing: which column of the table holds the text to cut?")
+        raise InputError("prompts.passages.field is missing: set it to the column of the table that holds the text")
     for row in rows:
         text = row.fields.get(settings.field)
         if not isinstance(text, str):

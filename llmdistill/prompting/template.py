@@ -56,7 +56,7 @@ class Answer(Section):
         try:
             groups = re.compile(self.pattern or "()").groups
         except re.error as error:
-            raise ValueError(f"pattern is no regular expression: {error}") from None
+            raise ValueError(f"pattern is not a valid regular expression: {error}") from None
         if groups != 1:
             raise ValueError(f"pattern must have one group, it has {groups}")
         if (self.json_schema is not None or self.pattern is not None) and (self.form == "json") != (self.json_schema is not None):
@@ -84,7 +84,7 @@ class Head(Section):
     @model_validator(mode="after")
     def _ends_before_the_teacher(self) -> "Head":
         if not self.messages or self.messages[-1].role == "assistant":
-            raise ValueError("messages must hold a turn, and end before the assistant's")
+            raise ValueError("messages must contain at least one turn and end before the assistant's")
         return self
 
 
@@ -115,9 +115,7 @@ class PromptTemplate:
         for number, message in enumerate(self.head.messages):
             text = compile_text(message.content, f"{file}: messages.{number}.content")
             for name in sorted(text.variables - declared):
-                raise InputError(
-                    f"{file}: messages.{number}.content uses {name}, which is among neither `variables` nor `defaults`"
-                )
+                raise InputError(f"{file}: messages.{number}.content uses {name}, which is in neither `variables` nor `defaults`")
             self._messages.append((message.role, text))
 
     @property
@@ -128,7 +126,7 @@ class PromptTemplate:
             InputError: the file does not say.
         """
         if self.head.answer is None:
-            raise InputError(f"{self.file}: the key answer is missing; a step needs to know what to read in the teacher's answer")
+            raise InputError(f"{self.file}: the key answer is missing; a step needs it to parse the teacher's answer")
         return self.head.answer
 
     def check(self, fields: Fields, origin: str) -> None:

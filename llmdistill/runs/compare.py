@@ -32,7 +32,9 @@ def compare(directories: list[Path], out: Path) -> None:
         InputError: there are fewer than two, one has no evaluation, or they were not measured on the same rows.
     """
     if len(directories) < 2:
-        raise InputError(f"{directories[0]}: one run alone is nothing to compare; name two directories, or its configuration")
+        raise InputError(
+            f"{directories[0]}: a comparison needs at least two directories; for the report of one run, give its configuration"
+        )
     if out.suffix != ".html":
         raise InputError(f"--out {out}: must end in .html")
     names = _names(directories)
@@ -89,7 +91,7 @@ def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:
         if table["id"] != first["id"]:
             common = len(set(table["id"].to_pylist()) & set(first["id"].to_pylist()))
             raise InputError(
-                f"{directory}: its held-out rows are not those of {directories[0]}: {common:,} of {len(table):,} and "
+                f"{directory}: its held-out rows differ from those of {directories[0]}: {common:,} of {len(table):,} and "
                 f"{len(first):,} are the same; evaluate all runs on one dataset (train.dataset)"
             )
     draws = Draws.of(first["conversation"].to_pylist(), _RESAMPLES, 0)

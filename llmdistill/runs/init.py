@@ -71,7 +71,7 @@ def init(directory: Path, choices: Choices) -> None:
     What the flags leave open is asked for on a terminal, and has defaults elsewhere.
 
     Raises:
-        InputError: a file cannot be used, or is there already; nothing was written.
+        InputError: a file cannot be used, or exists already; nothing was written.
     """
     kind = choices.kind or _answer("Your data", "none", list(_DATA))
     path = choices.path or Path(_answer(_DATA[kind], "") if _DATA[kind] else "")
@@ -81,7 +81,7 @@ def init(directory: Path, choices: Choices) -> None:
     teacher, student = _models(choices, gpu)
     source = _source(kind, path.expanduser(), directory)
     if not source.rows:
-        raise InputError(f"{path}: holds nothing that can be used")
+        raise InputError(f"{path}: contains no usable rows")
     environment = jinja2.Environment(  # noqa: S701 - the template is YAML
         loader=jinja2.PackageLoader("llmdistill.runs"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -105,7 +105,7 @@ def init_demo(directory: Path) -> None:
     """Write the demo: its configuration, prompts and tasks; say how its teacher is made and the demo run.
 
     Raises:
-        InputError: a file is there already; nothing was written.
+        InputError: a file exists already; nothing was written.
     """
     demo = load_experiment(SHIPPED / "configs/demo.yaml")
     tasks = [name for task in demo.eval.tasks for name in (task, str(Path(task).with_suffix(".jsonl")))]
@@ -218,7 +218,7 @@ def _scalar(text: str) -> str:
 def _write(directory: Path, files: dict[str, str]) -> None:
     for name in files:
         if (directory / name).exists():
-            raise InputError(f"{directory / name}: is there already; nothing was written")
+            raise InputError(f"{directory / name}: exists already; nothing was written")
     for name, text in files.items():
         try:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)

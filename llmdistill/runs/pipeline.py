@@ -117,7 +117,7 @@ def say_estimate(experiment: Experiment) -> None:
         return
     prepared = prepared_prompts(experiment)
     if prepared is None:
-        return say("run", "how long it takes can be told once `prompts` has made the prompts")
+        return say("run", "the time can be estimated once `prompts` has finished")
     with working("run", "measuring this machine"):
         each = estimate(experiment, sorted({stage.command for stage in missing}), len(prepared.prompts))
     seconds: dict[str, float] = {}
@@ -133,7 +133,7 @@ def run_stages(stages: list[StageRun]) -> None:
     """Run stages one after the other; the first that fails ends this process with its exit status."""
     for stage in stages:
         if stage.round and stage.command == "generate":
-            say(f"round {stage.round}", "the student writes, the teacher reads it, and the student learns from that")
+            say(f"round {stage.round}", "the student writes, the teacher scores the text, and the student trains on it")
         status = _run(stage)
         if status:
             sys.exit(status if status > 0 else 1)

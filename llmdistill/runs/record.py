@@ -46,7 +46,7 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
         return "new"
     run = read_json(directory / RUN_FILE)
     if run is None or run.get("stage") != stage:
-        raise InputError(f"{directory} holds something else than the work of `{stage}`; choose another `output`, or move it away")
+        raise InputError(f"{directory} contains files that `{stage}` did not write; choose another `output`, or move them away")
     if run["status"] != "done" and there == {RUN_FILE}:
         return "new"  # it stopped before anything was finished: nothing to lose to other settings
     if found := differences(run, settings, inputs):
@@ -116,7 +116,7 @@ def settled_precision(directory: Path, settings: dict[str, Any], inputs: dict[st
         return wanted
     if recorded["dtype"] == wanted.dtype:
         return Precision(**recorded)
-    return Precision(recorded["dtype"], f"as {directory} was begun; here it would be {wanted}")
+    return Precision(recorded["dtype"], f"as {directory} was started; here it would be {wanted}")
 
 
 def finish(directory: Path, results: dict[str, Any]) -> None:

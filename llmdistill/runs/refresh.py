@@ -41,11 +41,11 @@ def refresh(experiment: Experiment, dry_run: bool = False) -> None:
     if experiment.refresh is None:
         raise InputError("the key refresh is missing: `refresh: {}` is enough")
     if experiment.prompts is None:
-        raise InputError("the key prompts is missing: `refresh` adds what is new in prompts.source")
+        raise InputError("the key prompts is missing: `refresh` needs new prompts from prompts.source")
     if experiment.store:
-        raise InputError("refresh keeps its versions, and which of them is promoted, on one machine; leave out store")
+        raise InputError("refresh does not support store: it keeps its versions on one machine; remove store")
     if experiment.rounds:
-        raise InputError("refresh and rounds do not go together: every version is trained once")
+        raise InputError("refresh does not support rounds; remove one of them")
     output = Path(experiment.output)
     made_from = _made_from(experiment)
     versions = _versions(output)
@@ -57,7 +57,7 @@ def refresh(experiment: Experiment, dry_run: bool = False) -> None:
     here = _version(experiment, versions, number)
     new = _count_new(here)
     if new == 0:
-        return say("refresh", "prompts.source holds no prompt that an earlier version has not")
+        return say("refresh", "prompts.source has no prompt that is not in an earlier version")
     if dry_run:
         return say("refresh", f"would make version {number} in {output / 'versions' / str(number)}" + _of(new))
     output.mkdir(parents=True, exist_ok=True)
@@ -127,13 +127,13 @@ def _decide(experiment: Experiment, output: Path, number: int) -> dict[str, Any]
     metrics = record.read_json(output / "versions" / str(number) / "eval" / "metrics.json")
     found = next(d for d in metrics["differences"] if d["worse"] == "student before" and d["metric"] == "kl")
     margin = experiment.refresh.margin
-    reason = f"its KL from the teacher is {_interval(found)} nats a token from that of the one before"
+    reason = f"its KL from the teacher differs by {_interval(found)} nats per token from the previous version's"
     worse = found["high"] > margin
     if worse:
-        reason += f", and it may not be worse by more than {margin:g}"
+        reason += f", and the margin is {margin:g}"
     if metrics.get("tasks"):
         tasks = next(d for d in metrics["tasks"]["together"]["differences"] if d["against"] == "student before")
-        reason += f"; on the tasks it scores {_interval(tasks)} from it"
+        reason += f"; its task score differs by {_interval(tasks)}"
         worse = worse or tasks["high"] < 0
     return {"promoted": not worse, "reason": reason}
 
@@ -162,5 +162,5 @@ def _alone(output: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RemoteError(f"{output}: another `refresh` is at it") from None
+            raise RemoteError(f"{output}: another `refresh` is running") from None
         yield

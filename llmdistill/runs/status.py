@@ -54,14 +54,14 @@ def _sum(looks: list[dict[str, Any]], silent: float) -> str:
     speed = sum(look["tokens_per_s"] or 0 for look in here)
     left = [look["seconds_left"] for look in here if look["seconds_left"] is not None]
     if all(look.get("activity") for look in here):
-        late = f" · last news {clock(silent)} ago" if silent >= _OLD else ""
+        late = f" · last update {clock(silent)} ago" if silent >= _OLD else ""
         return f"running · {newest['activity']}{late}"
     parts = [
         f"{sum(look['done'] for look in here):,}/{sum(look['total'] for look in here):,}",
         f"{speed:,.0f} tok/s" if speed else "",
         f"{clock(max(left))} left" if left else "",
         f"{len(here)} workers" if len(here) > 1 else "",
-        f"last news {clock(silent)} ago" if silent >= _OLD else "",
+        f"last update {clock(silent)} ago" if silent >= _OLD else "",
     ]
     name = "" if step == looks[0]["stage"] else f" {step}"
     return f"running{name} " + " · ".join(part for part in parts if part)

@@ -18,7 +18,7 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import check_model_exists, context_length, load_model, load_tokenizer
 from llmdistill.runs.progress import console, say, working
 
-_HELP = "/reset forgets the conversation, /system TEXT sets the system message, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+_HELP = "/reset clears the conversation, /system TEXT sets the system message, /quit or Ctrl-D exits, Ctrl-C stops an answer"
 _SIDE_BY_SIDE = 80  # columns of a terminal from which on two answers stand beside each other
 _TURNS_TEXT = set(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]))  # its direction
 
@@ -65,7 +65,7 @@ class Speaker:
 
     def __init__(self, name: str, model: Any, tokenizer: Any, system: str | None = None) -> None:
         if tokenizer.chat_template is None:
-            raise InputError(f"the {name} has no chat template: it cannot be talked to")
+            raise InputError(f"the {name} has no chat template, which `chat` needs")
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
@@ -95,7 +95,9 @@ class Speaker:
             return
         limit, length = context_length(self.model.config), ids["input_ids"].shape[1]
         if limit and length + sampling.max_tokens > limit:
-            self.text = f"[{length:,} tokens and an answer do not fit into the {self.name}'s {limit:,}; /reset begins anew]"
+            self.text = (
+                f"[{length:,} tokens and an answer do not fit into the {self.name}'s {limit:,}; /reset starts a new conversation]"
+            )
             return
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         with torch.inference_mode():

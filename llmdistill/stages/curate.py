@@ -120,8 +120,8 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         _check_accounts(accounts, len(verdicts), train + test)
         if not train or (not test and experiment.eval.held_out):
             raise InputError(
-                f"{source}: {_sum(accounts, train, test)}; both train and held out need at least one row: "
-                "more prompts, weaker steps or another eval.held_out"
+                f"{source}: {_sum(accounts, train, test)}; both splits need at least one row; "
+                "add prompts, relax the steps or change eval.held_out"
             )
         record.begin(directory, "curate", settings, inputs, experiment.seed)
         _clear(directory)
@@ -183,7 +183,7 @@ def _say_plan(experiment: Experiment, source: Path, directory: Path) -> None:
         say("curate", f"{rows:,} rows, {tokens:,} completion tokens, {size / 1e6:,.1f} MB of {source} through {steps}")
         say("curate", f"at most {rows:,} rows and as many bytes are kept, about {rows * held_out:,.0f} of them held out")
     else:
-        say("curate", f"{source} (not there yet) through {steps}; holds out {held_out:.0%} of the prompts")
+        say("curate", f"{source} (does not exist yet) through {steps}; holds out {held_out:.0%} of the prompts")
     say("curate", f"would write {directory}")
 
 

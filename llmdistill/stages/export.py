@@ -159,7 +159,7 @@ def _check_fit(source: Path, settings: Export, manifest: dict[str, Any]) -> None
     if size != manifest["tokenizer"]["vocab_size"]:
         raise InputError(
             f"{source} has {size:,} tokens, the dataset was written with {manifest['tokenizer']['vocab_size']:,}: "
-            "what quantising costs is measured on its held-out rows, which have to be in the student's tokens"
+            "fidelity is measured on its held-out rows, which must have the student's tokens"
         )
     checks = [check for form in settings.formats if (check := FORMATS[form].check)]
     if checks:
@@ -254,7 +254,7 @@ def _summary(made: dict[str, Any], whole: int | None) -> str:
 
 def _speed_summary(entry: dict[str, Any]) -> str:
     if "failed" in entry:
-        return f"{entry['name']:<11} is not for this vLLM: {entry['failed']}"
+        return f"{entry['name']:<11} does not load in this vLLM: {entry['failed']}"
     decode, ratio = entry["decode"], entry.get("decode_ratio", {"median": 1, "low": 1, "high": 1})
     writes = f"{decode['median']:,.0f} tok/s, {ratio['median']:.2f} × the student ({ratio['low']:.2f} to {ratio['high']:.2f})"
     reads = f"{entry['prefill']['median']:,.0f} tok/s, takes {entry['peak_bytes'] / 1e9:.1f} GB"

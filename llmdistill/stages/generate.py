@@ -36,8 +36,8 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
     prepared = prepared_prompts(experiment)
     if prepared is None:
         if dry_run:
-            return say("generate", "answers as many prompts as `prompts` makes")
-        raise InputError(f"{experiment.directory('prompts')}: not there; run `prompts` first, or `run` for all stages")
+            return say("generate", "answers all prompts that `prompts` makes")
+        raise InputError(f"{experiment.directory('prompts')}: does not exist; run `prompts` first, or `run` for all stages")
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
     inputs = {**prepared.inputs, **models}
     state = record.claim(directory, "generate", settings, inputs)

@@ -94,7 +94,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     section, teacher = experiment.prompts, experiment.teacher
     if section is None or not section.steps:
         raise InputError(
-            "the key prompts.steps is missing: `prompts` makes prompts out of prompts; `generate` reads a source itself"
+            "the key prompts.steps is missing: without steps there is nothing to do, `generate` reads prompts.source itself"
         )
     directory = experiment.directory("prompts")
     models, _ = fingerprints(teacher)
@@ -104,7 +104,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
         plan.check(entry)
         counts.add(entry.refused)
     if section.from_where and not counts.kept:
-        raise InputError(f"prompts.source: nothing of it can be used: {counts}")
+        raise InputError(f"prompts.source: no usable prompts: {counts}")
     if dry_run:
         return _say_plan(experiment, counts)
     inputs = {**source_hash(section), **plan.inputs, **models}
@@ -213,7 +213,7 @@ def load_prompts(section: Prompts, starts: Starts | None = None, counts: Counts 
 
     table = PromptTable(rendered())
     if not table:
-        raise InputError(f"prompts.source: nothing of it can be used: {counts}")
+        raise InputError(f"prompts.source: no usable prompts: {counts}")
     return table
 
 
@@ -289,7 +289,7 @@ def _made_prompts(experiment: Experiment) -> Prepared | None:
         return None
     # The source need not be there any more, nor be what it was: what was made of it counts.
     if record.claim(directory, "prompts", _settings(experiment), run.get("inputs", {})) != "done":
-        raise InputError(f"{directory}: not finished; run `prompts` again to go on")
+        raise InputError(f"{directory}: not finished; run `prompts` again to continue")
     file = directory / PROMPTS_FILE
     rows = (row for batch in read_batches([file]) for row in batch.to_pylist())
     table = PromptTable(

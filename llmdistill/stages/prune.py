@@ -25,7 +25,7 @@ def prune(experiment: Experiment, dry_run: bool = False) -> None:
         InputError: there is nothing to prune, the teacher or the dataset are not usable, or more is to stay than there is.
     """
     if experiment.student.prune is None:
-        raise InputError("the key student.prune is missing: `prune` needs to know what is to stay")
+        raise InputError("the key student.prune is missing: `prune` needs to know what to keep")
     directory = experiment.directory("student-before")
     check_model_exists(experiment.teacher.model, "teacher.model")
     if dry_run:
@@ -50,7 +50,7 @@ def ensure_pruned(experiment: Experiment) -> bool:
     }
     if record.claim(directory, "prune", claimed, inputs) == "done":
         return False
-    with working("prune", "measuring the teacher, cutting the student"):
+    with working("prune", "measuring the teacher, pruning the student"):
         student, results, lines = _make(experiment, settings)
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
     record.begin(directory, "prune", claimed, inputs, experiment.seed)
@@ -61,7 +61,10 @@ def ensure_pruned(experiment: Experiment) -> bool:
         say("prune", line)
     near = results.get("kl_from_teacher", {})
     if near.get("refitted", 0) > near.get("cut", 0):
-        say("warning", "the refit is no gain here; raise student.prune.calibration_rows, or set student.prune.refit to false")
+        say(
+            "warning",
+            "the refit does not reduce the KL here; raise student.prune.calibration_rows, or set student.prune.refit to false",
+        )
     before, after = results["parameters_before"], results["parameters"]
     smaller = f"{1 - after / before:.0%} smaller"
     say("prune", f"{before / 1e6:,.1f}M parameters become {after / 1e6:,.1f}M ({smaller}) in {directory}")
@@ -177,7 +180,7 @@ class Nearness:
             self._logprobs = [completion_logits(teacher, batch).float().log_softmax(-1) for batch in self._batches]
 
     def kl(self, student: Any, dtype: Any) -> float:
-        """KL(teacher ‖ student) in nats a token, of the student as it is saved: its weights are rounded to `dtype`, in place."""
+        """KL(teacher ‖ student) in nats per token, of the student as saved: its weights are rounded to `dtype`, in place."""
         import torch
 
         for parameter in student.parameters():

@@ -95,7 +95,7 @@ def read_metrics(file: Path) -> Json:
 
 
 def _cards(teacher: Json, student: Json, tasks: Json | None) -> list[Json]:
-    """The headline as figures, each with what it comes from."""
+    """The headline figures, each with its source."""
     saved = 1 - student["parameters"] / teacher["parameters"]
     speed = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
     times = f"{speed:.1f}×"
@@ -194,7 +194,7 @@ def _findings(differences: list[Json]) -> list[Json]:
 
 
 def _finding(difference: Json) -> Json:
-    """A paired difference as it is: shown, not shown, or the wrong way round."""
+    """A paired difference: shown, not shown, or reversed."""
     metric = next(metric for metric in metrics_of("models") if metric.name == difference["metric"])
     words = metric.difference
     assert words is not None
@@ -222,10 +222,10 @@ def _cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
     if before and not models["student"]["kl"]["mean"] < before["kl"]["mean"]:
         said.append("Training did not bring the student closer to the teacher.")
     if prompts < _FEW_PROMPTS:
-        said.append(f"With {prompts} held-out prompts the intervals themselves are rough.")
+        said.append(f"With {prompts} held-out prompts the intervals are approximate.")
     said.append(
         "Differences are between the same rows. The intervals cover the choice of held-out prompts, "
-        "not the luck of a training run: each student was trained once."
+        "not the variation between training runs: each student was trained once."
     )
     return said
 

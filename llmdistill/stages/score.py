@@ -157,8 +157,8 @@ class _Stored:
     def prepare(self, chat: Chat) -> int:
         if self.manifest["tokenizer"]["vocabulary_hash"] != vocabulary_hash(chat.tokenizer):
             raise InputError(
-                f"score.source: {self.directory} was written in another vocabulary than that of {chat.experiment.teacher.model}; "
-                "export its text and score that"
+                f"score.source: {self.directory} was written with another vocabulary than that of "
+                f"{chat.experiment.teacher.model}; export its text and score that"
             )
         import pyarrow.compute as pc
 

@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "prompts",
-            "the teacher makes prompts out of prompts, by the steps of the configuration",
+            "make new prompts with the teacher, by the steps in prompts.steps",
             ("teacher", "prompts", "generate.rows_per_shard"),
             "prompts",
             writes=("prompts",),
@@ -63,7 +63,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "generate",
-            "the teacher writes a dataset: text and soft targets in one pass",
+            "generate a dataset with the teacher: text and soft targets in one pass",
             ("teacher", "prompts", "generate", "targets"),
             "generate",
             reads=("prompts",),
@@ -72,7 +72,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "score",
-            "the teacher reads finished text; it is stored with soft targets, as by generate",
+            "add the teacher's soft targets to existing text",
             ("teacher", "score", "generate.rows_per_shard", "targets"),
             "score",
             writes=("data",),
@@ -80,7 +80,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "curate",
-            "filter the dataset and hold rows out for evaluation, counting every rejected row",
+            "filter the dataset and hold out rows for evaluation",
             ("curate", "eval.held_out"),
             "curate",
             reads=("data",),
@@ -89,7 +89,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "prune",
-            "cut the student out of the teacher, and say what went and why",
+            "make the student by pruning the teacher",
             ("teacher", "student.prune"),
             "prune",
             reads=("curated",),
@@ -105,7 +105,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "eval",
-            "measure the student against the teacher on held-out rows",
+            "evaluate the student against the teacher on held-out rows",
             ("eval",),
             "evaluate",
             reads=("curated", "student-before", "student", "student-text-only"),
@@ -114,7 +114,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "export",
-            "write the student whole or quantised, ready to serve, and measure what that costs",
+            "write the student for serving, quantised or not, and measure the loss in fidelity",
             ("export", "eval.speed"),
             "export",
             reads=("curated", "student"),
@@ -123,7 +123,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "report",
-            "write report.html and report.md, or one page on several runs",
+            "write report.html and report.md, or compare several runs on one page",
             (),
             "report",
             reads=("prompts", "data", "curated", "student", "student-text-only", "eval", "export"),

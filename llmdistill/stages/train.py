@@ -282,7 +282,10 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
                 check_apart(student)
         if arguments.sequence_alpha:
             rows = effective_sample_size(importance(log_importance(dataset)))
-            say("train", f"the sequence-level KL is as exact as from {rows:,.0f} equally important rows, of {len(dataset):,}")
+            say(
+                "train",
+                f"effective sample size of the sequence-level KL: {rows:,.0f} of {len(dataset):,} rows",
+            )
     except ValueError as error:
         raise InputError(f"train: {error}") from None
 
@@ -293,7 +296,7 @@ def _evaluation(experiment: Experiment) -> dict[str, Any]:
     if not train.validation:
         for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
             if train.args.get(name, False) not in (False, "no"):
-                raise InputError(f"train.args.{name} needs train.validation, a share of the training prompts to measure on")
+                raise InputError(f"train.args.{name} needs train.validation, the share of the training prompts to validate on")
         return {}
     found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": train.args.get("save_steps", 500)}
     if train.early_stopping:
@@ -325,7 +328,7 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool, precisi
     names = [field.name for field in dataclasses.fields(DistillConfig)]
     for name in experiment.train.args:
         if name == "push_to_hub" or name.startswith("hub_"):
-            raise InputError(f"train.args.{name} would upload the checkpoints; push the trained student with `llmdistill push`")
+            raise InputError(f"train.args.{name} would upload the checkpoints; upload the trained student with `llmdistill push`")
         if name in _REFUSED:
             raise InputError(f"train.args.{name} {_REFUSED[name]}")
         if name not in names:
@@ -350,9 +353,9 @@ def _arguments(experiment: Experiment, directory: Path, text_only: bool, precisi
         raise InputError(f"train.args: {error}") from None
     _check_checkpointing(arguments, experiment)
     if experiment.student.quantize and is_sharded(arguments):
-        raise InputError("student.quantize: quantised weights are not sharded; use one device, or DDP, or leave it out")
+        raise InputError("student.quantize: quantised weights cannot be sharded; use one device or DDP, or remove it")
     if arguments.n_gpu > 1:  # the trainer would cut a batch apart from its targets (DataParallel)
-        say("train", f"uses one of {arguments.n_gpu} GPUs; {page('distributed')} says how to start a process on each")
+        say("train", f"uses one of {arguments.n_gpu} GPUs; see {page('distributed')} to start a process on each")
         arguments._n_gpu = 1
     return arguments
 
@@ -366,7 +369,7 @@ def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:
         asked = os.environ.get("ACCELERATE_USE_FSDP") == os.environ.get(key.upper()) == "true"
     if asked and experiment.student.lora:
         raise InputError(
-            f"student.lora with {key}: a checkpoint of it loses the adapter; use train.args.gradient_checkpointing in its place"
+            f"student.lora with {key}: its checkpoints lose the adapter; use train.args.gradient_checkpointing instead"
         )
     if asked and arguments.gradient_checkpointing:
         raise InputError(f"train.args.gradient_checkpointing is true (which it is unless set) and so is {key}; use one of them")
@@ -448,7 +451,7 @@ def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:
 
 def _say_plan(experiment: Experiment, manifest: dict[str, Any] | None) -> None:
     if manifest is None:
-        say("train", f"{experiment.dataset_directory} is not there yet")
+        say("train", f"{experiment.dataset_directory} does not exist yet")
     else:
         rows = sum(entry["rows"] for entry in manifest["shards"] if entry["split"] == "train")
         tokens = sum(entry["tokens"] for entry in manifest["shards"] if entry["split"] == "train")

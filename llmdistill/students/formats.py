@@ -74,8 +74,8 @@ class ExportFormat:
         """
         if self.by_gptq(settings) and importlib.util.find_spec("llmcompressor") is None:
             raise InputError(
-                f"export.rounding is gptq, which {self.name} gets from llm-compressor: install the extra `gptq` "
-                f"({page('export')} says how beside vLLM), or set export.rounding to nearest"
+                f"export.rounding is gptq, which needs llm-compressor for {self.name}: install the extra "
+                f"`gptq` (see {page('export')} for its use beside vLLM), or set export.rounding to nearest"
             )
         if importlib.util.find_spec(self.library) is None:
             raise InputError(f"export.formats has {self.name}, which needs {self.library}: install the extra `export`")

@@ -211,7 +211,9 @@ def pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: A
             raise InputError(f"train.{name}.{error}") from None
     sizes = {model.config.get_text_config().hidden_size for model in (student, teacher) if model is not None}
     if arguments.hidden and len(sizes) > 1 and is_sharded(arguments):
-        raise InputError("train.hidden: sizes that differ need a projector, which FSDP and DeepSpeed do not train; use DDP")
+        raise InputError(
+            "train.hidden: sizes that differ need a projector, which is not trained under FSDP or DeepSpeed; use DDP"
+        )
 
 
 def is_sharded(arguments: Any) -> bool:

@@ -220,7 +220,7 @@ def _select(name: str, tensor: Tensor, indices: dict[str, Array]) -> Tensor:
     *_, module, kind = name.split(".")
     axes = _AXES.get(module)
     if axes is None or kind not in ("weight", "bias"):
-        raise InputError(f"student.prune: cannot cut the parameter {name}; llama, qwen and gemma models can be pruned")
+        raise InputError(f"student.prune: cannot prune the parameter {name}; llama, qwen and gemma models can be pruned")
     for number, axis in enumerate(axes[: tensor.ndim]):
         if axis != "all":
             tensor = tensor.index_select(number, torch.as_tensor(indices[axis], device=tensor.device))
@@ -303,5 +303,5 @@ def decoder_of(model: Any) -> Any:
         hasattr(layer, "input_layernorm") and hasattr(layer.self_attn, "o_proj") and hasattr(layer.mlp, "down_proj")
         for layer in decoder.layers
     ):
-        raise InputError(f"student.prune: {type(model).__name__} is not built as llama, qwen and gemma models are")
+        raise InputError(f"student.prune: {type(model).__name__} does not have the structure of llama, qwen and gemma models")
     return decoder

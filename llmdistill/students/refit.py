@@ -128,7 +128,7 @@ def residual_scales(model: Any, rows: Sequence[dict[str, Any]]) -> list[float] |
         layer = model.get_decoder().layers[number]
         plain_BTD = layer(states_BTD, *args, **kwargs)
         if not isinstance(plain_BTD, Tensor):
-            return f"the layers of {type(model).__name__} give out more than hidden states"
+            return f"the layers of {type(model).__name__} return more than hidden states"
         noise = torch.Generator().manual_seed(number)
         added_BTD = torch.randn(plain_BTD.shape, generator=noise).to(plain_BTD) * plain_BTD.square().mean().sqrt()
         handle = layer.mlp.down_proj.register_forward_hook(lambda module, args, output, more=added_BTD: output + more)
@@ -140,8 +140,8 @@ def residual_scales(model: Any, rows: Sequence[dict[str, Any]]) -> list[float] |
         # Written so that what is not a number fails.
         if not (scale != 0 and (change_BTD - scale * added_BTD).norm() <= _NOT_LINEAR * change_BTD.norm()):
             return (
-                f"layer {number} of {type(model).__name__} is not linear in down_proj, as where a norm follows it "
-                "(gemma, olmo2), so there is no closed form"
+                f"layer {number} of {type(model).__name__} is not linear in down_proj, for example because a norm follows "
+                "it (gemma, olmo2), so there is no closed form"
             )
         found.append(scale)
     return found

@@ -77,8 +77,8 @@ class Chat:
         whole = self._template([*prompt, *completion], origin, False, tools)
         if whole[: len(prompt_ids)] != list(prompt_ids):
             raise InputError(
-                f"{origin}: in the teacher's chat template the conversation does not begin with its prompt, so it cannot be "
-                "told which tokens are the answer's"
+                f"{origin}: in the teacher's chat template the conversation does not begin with its prompt, so the tokens "
+                "of the answer cannot be identified"
             )
         ids = whole[len(prompt_ids) :]
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), len(ids) - 1)

@@ -181,7 +181,7 @@ class ServerEngine(Engine):
             if attempt + 1 < tries:
                 pause = min(0.5 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.5)  # noqa: S311
                 time.sleep(pause)
-        raise RemoteError(f"{self.teacher.url}: failed {tries} times, last by {reason}")
+        raise RemoteError(f"{self.teacher.url}: failed {tries} times; last error: {reason}")
 
     def _served_model(self) -> str:
         """The name under which the server has the teacher."""

@@ -48,34 +48,37 @@ _REDUCTIONS = ("token", "sequence")
 class DistillConfig(trl.SFTConfig):
     """A `trl.SFTConfig` with the fields of the distillation loss.
 
+    Of the inherited fields, `packing` packs several whole rows into one of at most `max_length` tokens, and `padding_free`
+    concatenates the rows of a batch instead of padding them. In both cases rows do not attend to each other.
+
     Args:
         loss: the divergence between teacher and student, one of `losses.DIVERGENCES`.
-        alpha: weight of the divergence; the rest to 1 is cross-entropy on the teacher's text.
-        alpha_end: alpha at the last step, if it is to change, linearly from step to step.
-        temperature: of both distributions inside the divergence, which is multiplied by its square.
-        beta: of the mixture inside `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's if not given.
-        beta_end: beta at the last step, if it is to change.
+        alpha: weight of the divergence; 1 − alpha is the weight of cross-entropy on the text.
+        alpha_end: alpha at the last step, for a linear schedule.
+        temperature: T of both distributions in the divergence, which is multiplied by T².
+        beta: weight in the mixture of `jsd`, `skew_kl` and `skew_reverse_kl`; the value of the paper if not set.
+        beta_end: beta at the last step, for a linear schedule.
         sequence_alpha: weight of the sequence-level KL (`losses.sequence_kl`).
-        position_weights: what a token counts: `uniform`, `entropy` (of the teacher there) or `certainty`, exp(−entropy).
-        reduction: whether every `token` of the global batch counts alike, or every `sequence`.
-        hidden: arguments of `hidden.Hidden`: the student's hidden states are to resemble the teacher's.
-        attention: arguments of `hidden.Attention`: its attention maps are.
-        packing: put several whole rows of at most `max_length` tokens into one, none of which sees another.
-        padding_free: put the rows of a batch one behind the other instead of padding them.
+        position_weights: weight of each token: `uniform`, the teacher's `entropy`, or its `certainty`, exp(−entropy).
+        reduction: whether every `token` or every `sequence` of the global batch has the same weight.
+        hidden: arguments of `hidden_states.Hidden`, to match the teacher's hidden states.
+        attention: arguments of `hidden_states.Attention`, to match the teacher's attention maps.
     """
 
     loss: str = field(default="forward_kl", metadata={"help": "Divergence between teacher and student."})
     alpha: float = field(default=0.9, metadata={"help": "Weight of the divergence; the rest is cross-entropy."})
-    alpha_end: float | None = field(default=None, metadata={"help": "alpha at the last step, if it is to change."})
+    alpha_end: float | None = field(default=None, metadata={"help": "alpha at the last step, for a linear schedule."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature inside the divergence."})
-    beta: float | None = field(default=None, metadata={"help": "Of the mixture inside jsd, skew_kl and skew_reverse_kl."})
-    beta_end: float | None = field(default=None, metadata={"help": "beta at the last step, if it is to change."})
+    beta: float | None = field(default=None, metadata={"help": "Weight in the mixture of jsd, skew_kl and skew_reverse_kl."})
+    beta_end: float | None = field(default=None, metadata={"help": "beta at the last step, for a linear schedule."})
     sequence_alpha: float = field(default=0.0, metadata={"help": "Weight of the sequence-level KL."})
-    position_weights: str = field(default="uniform", metadata={"help": "What a token counts: uniform, entropy or certainty."})
-    reduction: str = field(default="token", metadata={"help": "What counts alike: every token, or every sequence."})
-    hidden: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Hidden."})
-    attention: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden.Attention."})
-    max_length: int | None = field(default=None, metadata={"help": "Sequences are cut to so many tokens; whole by default."})
+    position_weights: str = field(default="uniform", metadata={"help": "Weight of each token: uniform, entropy or certainty."})
+    reduction: str = field(default="token", metadata={"help": "Whether every token or every sequence has the same weight."})
+    hidden: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden_states.Hidden."})
+    attention: dict[str, Any] | str | None = field(default=None, metadata={"help": "Arguments of hidden_states.Attention."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Truncate sequences to this many tokens; no truncation by default."}
+    )
 
     # Dictionaries, which a command line gives as JSON.
     _VALID_DICT_FIELDS = [*trl.SFTConfig._VALID_DICT_FIELDS, "hidden", "attention"]
@@ -84,7 +87,7 @@ class DistillConfig(trl.SFTConfig):
         self.objective(0)
         self.objective(1)
         if self.beta_end is not None and self.beta is None:
-            raise ValueError(f"beta_end is {self.beta_end}, but there is no beta to begin with")
+            raise ValueError(f"beta_end is {self.beta_end}, but beta is not set")
         if self.position_weights not in POSITION_WEIGHTS:
             raise ValueError(f"position_weights is {self.position_weights!r}, must be one of {', '.join(POSITION_WEIGHTS)}")
         if self.reduction not in _REDUCTIONS:

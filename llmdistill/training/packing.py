@@ -71,7 +71,7 @@ def check_apart(model: Any) -> None:
         ValueError: they see each other, or stand at other positions than alone.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError("packing and padding_free cannot be tried on weights that ZeRO-3 has spread; use FSDP2 or ZeRO-2")
+        raise ValueError("packing and padding_free cannot be checked with weights that ZeRO-3 shards; use FSDP2 or ZeRO-2")
     device = model.get_input_embeddings().weight.device
     ids_T = torch.arange(3, 15, device=device)
     rows = (slice(0, 7), slice(7, 12))
@@ -84,7 +84,7 @@ def check_apart(model: Any) -> None:
         return
     refused = f"packing and padding_free: {type(model).__name__}"
     if leaks:
-        raise ValueError(f"{refused} lets rows that stand one behind the other see each other; train without")
+        raise ValueError(f"{refused} does not isolate packed rows from each other; train without")
     off = (together_TV - alone_TV).norm() / alone_TV.norm()
     if not off < 0.02:  # bfloat16 rounds differently in another batch
         raise ValueError(f"{refused} gives rows that stand behind others other logits (by {off:.0%}); train without")

@@ -35,24 +35,24 @@ from llmdistill.training.packing import Packs, check_apart, row_lengths
 
 
 class DistillTrainer(trl.SFTTrainer):
-    """Trains on a dataset of `llmdistill.load_dataset`: exact token ids, completion tokens only, soft targets.
+    """TRL's `SFTTrainer` with the distillation loss, on a dataset from `llmdistill.load_dataset`.
 
     loss = Σ w · ((1 − alpha − sequence_alpha) · cross-entropy + alpha · divergence + sequence_alpha · sequence-level KL) / Σ w
-    over the completion tokens of the whole global batch: of every gradient-accumulation step on every process. So it does
-    not depend on how the global batch is cut up. w is 1 but for `position_weights` and `reduction`.
+    over the completion tokens of the global batch, that is, of all gradient-accumulation steps on all processes. The loss
+    does not depend on how the global batch is divided. w is 1 unless `position_weights` or `reduction` is set.
 
-    In the logs are the parts, in nats a token whatever w is: `ce`, the divergence under its name, always `kl`, the forward
-    KL on the same targets, and `agreement`, the share of tokens where teacher and student find the same token most likely;
-    and `tokens_per_s`, `tflops` of a device, and `mfu`, their share of what the device can do, where that is known. With
-    an `eval_dataset` the same parts are logged of it, as `eval_kl` and so on.
+    Logged are the parts of the loss, unweighted, in nats per token: `ce`, the divergence under its name, and always `kl`, the
+    forward KL on the same targets; `agreement`, the share of tokens where teacher and student have the same most likely
+    token; `tokens_per_s`; `tflops` per device; and `mfu`, their share of the device's peak, if that is known. For an
+    `eval_dataset` the same parts are logged as `eval_kl` and so on.
 
-    With a `teacher`, a model, the divergence is from its full distribution, computed beside the student at every step; the
-    dataset's soft targets are not looked at. Its hidden states and attention maps, with `hidden` and `attention`, are then
-    parts of the loss beside the others, with their own weights.
+    With an online `teacher` (a model), the divergence is computed from its full distribution at every step, and the soft
+    targets of the dataset are ignored. `hidden` and `attention` then add terms for its hidden states and attention maps,
+    with their own weights.
 
     Raises:
         TypeError: an argument is something else than it must be.
-        ValueError: the arguments do not fit each other, the dataset or the model.
+        ValueError: the arguments conflict with each other, with the dataset or with the model.
     """
 
     _tag_names = ["trl", "llmdistill"]
@@ -66,7 +66,7 @@ class DistillTrainer(trl.SFTTrainer):
         if teacher is not None and not isinstance(teacher, torch.nn.Module):
             raise TypeError(f"teacher must be a model that is loaded, got {type(teacher).__name__}")
         if "compute_metrics" in kwargs:
-            raise ValueError("compute_metrics is not supported: the logits of a batch are never there as a whole")
+            raise ValueError("compute_metrics is not supported: the logits of a whole batch are never computed")
         self.check_dataset(args, train_dataset, teacher)
         if args.sequence_alpha:
             train_dataset, eval_dataset = _with_importance(train_dataset), eval_dataset and _with_importance(eval_dataset)
@@ -85,7 +85,9 @@ class DistillTrainer(trl.SFTTrainer):
         if self.aux_loss_enabled:
             raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
-            raise ValueError("context and sequence parallelism are not supported: they would cut sequences from their targets")
+            raise ValueError(
+                "context and sequence parallelism are not supported: they would separate sequences from their targets"
+            )
         if getattr(self.model, "peft_config", {}):
             check_mergeable(self.model)
         self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
@@ -129,14 +131,14 @@ class DistillTrainer(trl.SFTTrainer):
             if reason := kind.refuses(args.loss, args.temperature):
                 raise ValueError(reason)
             if any(args.layers()):
-                raise ValueError("hidden states and attention maps are compared with those of a teacher, and there is none")
+                raise ValueError("hidden and attention need a teacher")
 
     def _match(self, args: DistillConfig) -> LayerMatch | None:
         if not any(args.layers()):
             return None
         match = LayerMatch(self.model, self.teacher, *args.layers(), args.seed)
         if match.projector and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("hidden states of different sizes need a projector, which FSDP and DeepSpeed do not train here")
+            raise ValueError("hidden states of different sizes need a projector, which is not trained under FSDP or DeepSpeed")
         return match
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -178,7 +180,7 @@ class DistillTrainer(trl.SFTTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The distillation loss of one micro-batch, divided by the weight of the tokens of the global batch."""
         if return_outputs:
-            raise ValueError("the logits of a batch are never there as a whole")
+            raise ValueError("the logits of a whole batch are never computed")
         objective, head = self.args.objective(self._progress()), self._head
         labels_N = completion_labels(inputs)
         if self.teacher is not None:

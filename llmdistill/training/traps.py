@@ -47,9 +47,9 @@ def end_token(student: Student, manifest: dict[str, Any]) -> str | None:
     if not own or not new:
         return None
     names = [" or ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (own, new)]
-    text = f"student.model ends its text with {names[0]}, the rows also with {names[1]}, which it has to learn from them"
+    text = f"student.model ends its text with {names[0]}; the rows also end with {names[1]}, which it has to learn from them"
     if student.lora is None:
-        return f"{text}; it is saved with them, but an instruction-tuned student.model would know them already"
+        return f"{text}; it is saved with them, but an instruction-tuned student.model would already use them"
     if {"modules_to_save", "trainable_token_indices"} & student.lora.args.keys():
         return None
     trained = new if config.get_text_config().tie_word_embeddings else {"embed_tokens": new, "lm_head": new}
@@ -74,7 +74,7 @@ def learning_rate(student: Student, rate: float, parameters: int) -> str | None:
 
 
 def rows_without_end(rows: Any, max_length: int | None) -> str | None:
-    """Rows that were cut before they ended: a student that seldom sees an end token does not learn to stop."""
+    """Truncated rows: a student that rarely sees an end token does not learn to stop."""
     table = rows.select_columns(["finish_reason", "input_ids"]).with_format("arrow")[:_LOOKED_AT]
     by_teacher = pc.equal(table["finish_reason"], "length")
     by_training = pc.greater(pc.list_value_length(table["input_ids"]), max_length or 2**31 - 1)
@@ -83,6 +83,6 @@ def rows_without_end(rows: Any, max_length: int | None) -> str | None:
         return None
     longer = "generate.max_tokens" if pc.sum(by_teacher).as_py() > pc.sum(by_training).as_py() else "train.args.max_length"
     return (
-        f"{share:.0%} of the rows are cut before they end, so the student seldom sees an end token and may not stop; "
+        f"{share:.0%} of the rows are cut before they end, so the student rarely sees an end token and may not stop; "
         f"raise {longer}, or keep those that end: curate: [{{finish_reason: {{keep: [stop]}}}}]"
     )

@@ -56,7 +56,7 @@ def test_a_variant_keeps_the_rest_and_is_checked(file):
     assert (variant.output, variant.train.loss, variant.train.alpha) == ("other", "reverse_kl", 0.5)
     assert (experiment.output, experiment.train.loss) == ("out", "forward_kl")
     assert variant.student == experiment.student
-    with pytest.raises(ValueError, match="of sampled targets only forward_kl has an unbiased estimate"):
+    with pytest.raises(ValueError, match="sampled targets give an unbiased estimate of forward_kl only"):
         experiment.with_(train=experiment.train.with_(loss="reverse_kl"))
     with pytest.raises(ValueError, match="trian"):
         experiment.with_(trian=None)
@@ -97,16 +97,16 @@ def test_overrides(file, key, value, attribute, expected):
         ("curate", "[{repetiton: {}}]", "did you mean curate.N.repetition?"),
         ("output.x", "1", "cannot set output.x"),
         ("train.loss", "mse", "train.loss should be 'forward_kl', 'reverse_kl', 'jsd'"),
-        ("train.loss", "jsd", "train.loss is jsd, but of sampled targets only forward_kl has an unbiased estimate"),
-        ("train.hidden", "{}", "train.hidden needs the teacher beside the student; set targets.kind to online"),
+        ("train.loss", "jsd", "train.loss is jsd, but sampled targets give an unbiased estimate of forward_kl only"),
+        ("train.hidden", "{}", "train.hidden needs an online teacher; set targets.kind to online"),
         ("train.attention.weight", "0", "train.attention.weight should be greater than 0"),
-        ("student", "{model: x, quantize: nf4}", "quantize is nf4, but quantised weights do not train; add lora"),
-        ("train.temperature", "2", "sampled targets are unbiased at temperature 1 only; set targets.kind to topk"),
-        ("train.beta", "0.5", "beta is 0.5, but forward_kl has no such parameter"),
+        ("student", "{model: x, quantize: nf4}", "quantize is nf4, but quantised weights cannot be trained; add lora"),
+        ("train.temperature", "2", "sampled targets are unbiased only at temperature 1; set targets.kind to topk"),
+        ("train.beta", "0.5", "beta is 0.5, but forward_kl has no parameter beta"),
         ("train", "{loss: jsd, beta: 1}", "train.beta should be less than 1"),
-        ("train.args.hub_token", "hf_abc", "hub_token would be written into run.json"),
-        ("teacher.engine_args.hf_token", "hf_abc", "hf_token would be written into run.json"),
-        ("train.args.model_init_kwargs", "{token: hf_abc}", "token would be written into run.json"),
+        ("train.args.hub_token", "hf_abc", "hub_token would be written to run.json"),
+        ("teacher.engine_args.hf_token", "hf_abc", "hf_token would be written to run.json"),
+        ("train.args.model_init_kwargs", "{token: hf_abc}", "token would be written to run.json"),
     ],
 )
 def test_a_wrong_override_names_file_and_key(file, key, value, message):
@@ -120,7 +120,7 @@ def test_a_loss_of_the_rounds_that_does_not_fit_is_named_before_the_first_stage(
     changes = [("targets", "{kind: topk}"), ("train", "{loss: jsd, beta: 0.3}"), ("rounds", "{loss: reverse_kl}")]
     with pytest.raises(InputError) as error:
         load_experiment(file, changes)
-    assert str(error.value) == f"{file}: rounds.loss: train.beta is 0.3, but reverse_kl has no such parameter"
+    assert str(error.value) == f"{file}: rounds.loss: train.beta is 0.3, but reverse_kl has no parameter beta"
 
 
 @pytest.mark.parametrize(

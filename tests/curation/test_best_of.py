@@ -90,6 +90,6 @@ def test_every_prompt_keeps_its_best_and_its_losers_become_pairs(curated, tmp_pa
 
 def test_pairs_need_losers(curated, tmp_path):
     run = curated(("curate", "[]"))
-    with pytest.raises(InputError, match="there are no losers"):
+    with pytest.raises(InputError, match="no preference pairs"):
         export_dataset(run / "curated", tmp_path / "pairs", "preferences")
     assert not (tmp_path / "pairs").exists()

@@ -91,7 +91,7 @@ def test_against_brute_force(tmp_path_factory, items, chance):
         ("t.json", "{", "cannot be read"),
         ("t.yaml", "a: [", "cannot be read"),
         ("t.jsonl", "{}\nx\n", "line 2: not valid JSON"),
-        ("t.json", "[1, 2]", "hold no text"),
+        ("t.json", "[1, 2]", "contain no text"),
         ("t.txt", "\xff", None),
     ],
 )

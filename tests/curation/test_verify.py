@@ -19,7 +19,7 @@ def test_a_process_that_dies_fails_the_row_it_had(tmp_path, monkeypatch):
     rows = table(["```python\nx\n```", "```python\ndie\n```", "```python\ny\n```"])
     monkeypatch.setattr(python, "python_blocks", lambda answer: [answer.splitlines()[1]])
     verdicts, _ = apply_step(tmp_path, {"python": None}, rows)
-    assert verdicts == [None, "the process that verifies has crashed", None]
+    assert verdicts == [None, "the verification process crashed", None]
     assert isinstance(verdicts[1], Failed)
 
 

@@ -14,8 +14,8 @@ from tests.stages.test_report import HEADLINE, metrics
     ("head", "licence", "bound"),
     [
         ("license: apache-2.0", {"license": "apache-2.0"}, None),
-        ("license: llama3", {"license": "llama3"}, "forbids improving other language models"),
-        ("license: gemma", {"license": "gemma"}, "counts? a model that learned"),
+        ("license: llama3", {"license": "llama3"}, "forbids using its output to improve language models"),
+        ("license: gemma", {"license": "gemma"}, "treats? a model trained"),
         (
             "license: other\nlicense_name: llama3.1\nlicense_link: LICENSE",
             {"license": "other", "license_name": "llama3.1", "license_link": "LICENSE"},
@@ -39,7 +39,7 @@ def test_the_licence_is_that_of_the_card(tmp_path, head, licence, bound):
 def test_a_model_without_a_card_has_no_known_licence(tmp_path):
     assert licence_of(str(tmp_path)) == {}
     assert licence_of("nobody/nothing-of-this-name") == {}
-    assert "not known to the tool" in sentence({})
+    assert "not known to llmdistill" in sentence({})
 
 
 def test_a_dataset_carries_the_licence_of_its_teacher():
@@ -55,5 +55,5 @@ def test_results_stand_before_the_configuration_once():
     once = with_results(card, metrics())
     assert once == with_results(once, metrics())
     assert once.index(HEADLINE) < once.index("## Configuration")
-    assert "| KL(teacher ‖ student), nats a token | 2.13 (95% CI 2.08 to 2.18) |" in once
+    assert "| KL(teacher ‖ student), nats per token | 2.13 (95% CI 2.08 to 2.18) |" in once
     assert once.endswith("## Configuration\n\nseed: 0\n")

@@ -167,7 +167,7 @@ def test_unknown_tasks_and_tasks_without_a_network(monkeypatch):
 
     manager = lm_eval.tasks.TaskManager()  # once: it reads the index of all of lm-eval's tasks
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_defaults: manager)
-    with pytest.raises(InputError, match=r"eval.tasks: nonsense is no task of lm-eval, and no file"):
+    with pytest.raises(InputError, match=r"eval.tasks: nonsense is neither a task of lm-eval nor a file"):
         load_tasks(read_tasks(["nonsense"]), None)
     with pytest.raises(InputError, match=r"sciq: cannot be loaded: HF_HUB_OFFLINE is set, and its data is on the Hub"):
         load_tasks(read_tasks(["sciq"]), None)

@@ -178,7 +178,7 @@ def test_the_fit_is_finite_where_one_always_wins():
 
 def test_what_cannot_compare_is_refused(tiny, tmp_path):
     wanted = experiment(tiny, tmp_path, against="student, text only")
-    with pytest.raises(InputError, match=r"eval\.win_rate\.against is student, text only; that one is trained by"):
+    with pytest.raises(InputError, match=r"eval\.win_rate\.against is student, text only; that model needs"):
         Comparison(wanted, wanted.eval.win_rate)
     wanted = experiment(tiny, tmp_path, judge={"model": "./nowhere", "engine": "transformers"})
     with pytest.raises(InputError, match=r"eval\.win_rate\.judge\.model: \./nowhere"):

@@ -1,4 +1,4 @@
-"""Work that is killed at any moment, again and again, ends in the same dataset."""
+"""Work that is killed at any moment, repeatedly, ends in the same dataset."""
 
 import multiprocessing
 import os

@@ -152,6 +152,6 @@ def test_actors_hold_a_real_vllm(cluster, smollm2, tmp_path):
     wait_for(lambda: is_over(cluster, tmp_path / "run"), 300)
     said = logs(cluster, tmp_path / "run")
     # All rows are cut, so nothing is left to train on, and the job ends there, as a local run does.
-    assert "both train and held out need at least one row" in said, said
+    assert "both splits need at least one row" in said, said
     ids = [list(load_dataset(directory / "data")["id"]) for directory in (tmp_path / "run", tmp_path / "exact")]
     assert ids[0] == ids[1]

@@ -156,7 +156,7 @@ def test_the_pipeline_as_jobs_makes_what_a_local_run_makes(cluster, tiny, tmp_pa
     assert submitted.returncode == 0, submitted.stderr
     again = run_cli("submit", file, *slow, "--output", output, *settings(), **cluster)
     assert again.returncode == 2
-    assert "of an earlier submission still wait or run" in again.stderr
+    assert "of an earlier submission are still queued or running" in again.stderr
     jobs = {job["stage"]: job["job"] for job in read_json(output / "jobs/jobs.json")["jobs"]}
     assert list(jobs)[:3] == ["prompts", "prompts-2", "generate"]
     generate = jobs["generate"]
@@ -205,7 +205,7 @@ def test_cancelling_ends_all_of_it(cluster, tiny, tmp_path):
     assert cancelled.returncode == 0, cancelled.stderr
     assert "generate (" in cancelled.stdout
     wait_for(lambda: is_over(cluster, output), 60)
-    assert "nothing, all jobs are over" in run_cli("cancel", output, **cluster).stdout
+    assert "nothing to cancel, all jobs have ended" in run_cli("cancel", output, **cluster).stdout
     assert Path(output / "jobs/generate.sh").is_file()
 
 
@@ -219,6 +219,6 @@ def test_jobs_with_a_real_vllm(cluster, smollm2, tmp_path):
     assert submitted.returncode == 0, submitted.stderr
     wait_for(lambda: is_over(cluster, tmp_path / "run"), 300)
     # All rows are cut, so nothing is left to train on, and what depends on it is not run.
-    assert "both train and held out need at least one row" in logs(tmp_path / "run")
+    assert "both splits need at least one row" in logs(tmp_path / "run")
     ids = [list(load_dataset(directory / "data")["id"]) for directory in (tmp_path / "run", tmp_path / "exact")]
     assert ids[0] == ids[1]

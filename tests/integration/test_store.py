@@ -290,7 +290,7 @@ def test_a_server_that_stays_away_ends_the_work_with_what_is_finished(prepared, 
     with pytest.raises(SystemExit) as end:
         cli.main(command)
     assert end.value.code == 1
-    assert re.search(rf"{bucket.url}/data/train-00002-.*: Try again; what is finished is kept here", capsys.readouterr().err)
+    assert re.search(rf"{bucket.url}/data/train-00002-.*: Try again; finished work is kept locally", capsys.readouterr().err)
     assert len(list(Path("run/data").glob("train-*.parquet"))) == 3
     server.tell(up=False)
     with pytest.raises(SystemExit) as end:

@@ -107,11 +107,11 @@ def test_hostile_names_stay_names(experiment_file, tmp_path):
     ("slurm", "message"),
     [
         ("{partition: 'a b'}", "jobs.slurm.partition"),
-        ("{options: {qos: '$(x)'}}", "has signs that no option of a scheduler has"),
-        ("{stages: {generate: {nodes: 2}}}", "generate runs on one node; workers makes more of it"),
+        ("{options: {qos: '$(x)'}}", "has characters that scheduler options do not have"),
+        ("{stages: {generate: {nodes: 2}}}", "generate runs on one node; set workers to use more"),
         (
             "{stages: {trian: {nodes: 2}}}",
-            r"experiment.yaml: jobs.slurm.stages.trian: 'trian' is no stage; they are prompts, gen",
+            r"experiment.yaml: jobs.slurm.stages.trian: 'trian' is not a stage; stages are prompts, gen",
         ),
         ("{stages: {train: {gpu: 2}}}", r"jobs.slurm.stages.train.gpu; did you mean jobs.slurm.stages.STAGE.gpus\\?"),
     ],
@@ -128,15 +128,15 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
     assert not (tmp_path / "run").exists()
     without = run_cli("submit", experiment_file)
     assert (without.returncode, without.stderr) == (
-        2, "the key jobs.slurm or jobs.ray or jobs.skypilot or jobs.kubernetes is missing: `submit` needs to know where\n"
+        2, "the key jobs.slurm or jobs.ray or jobs.skypilot or jobs.kubernetes is missing: `submit` needs a scheduler\n"
     )  # fmt: skip
     nowhere = run_cli("submit", experiment_file, "--jobs.slurm", "{partition: gpu}", PATH="/nothing")
     assert (nowhere.returncode, nowhere.stderr) == (
-        2, "squeue is not there: this is no machine from which Slurm takes jobs\n"
-    ) or nowhere.stderr.startswith("sbatch is not there")  # fmt: skip
+        2, "squeue not found: this machine cannot submit jobs to Slurm\n"
+    ) or nowhere.stderr.startswith("sbatch not found")  # fmt: skip
     status = run_cli("status", tmp_path)
     assert status.returncode == 2
-    assert "nothing was submitted from this output" in status.stderr
+    assert "no job was submitted" in status.stderr
 
 
 @pytest.mark.slow

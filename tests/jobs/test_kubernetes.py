@@ -225,14 +225,14 @@ def test_kubectl_is_asked_and_understood(experiment_file, tmp_path):
     assert said.returncode == 0, said.stderr
     assert f"generate  job {run}-generate: 3 complete, 1 pending, 12 running\n" in said.stdout
     assert f"curate    job {run}-curate: 1 suspended\n" in said.stdout
-    assert f"train     job {run}-train: not known any more\n" in said.stdout
+    assert f"train     job {run}-train: unknown to the scheduler\n" in said.stdout
     again = run_cli("submit", experiment_file, *arguments, **path)
     assert (again.returncode, "generate, curate, order of an earlier" in again.stderr) == (2, True)
     cancelled = run_cli("cancel", output, **path)
     assert cancelled.stdout.startswith(f"cancel    generate ({run}-generate), curate")
     assert (tmp_path / "asked").read_text().splitlines()[-1] == deleted
     items(generate=complete, order=complete)
-    assert "nothing, all jobs are over" in run_cli("cancel", output, **path).stdout
+    assert "nothing to cancel, all jobs have ended" in run_cli("cancel", output, **path).stdout
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,9 @@ def test_kubectl_is_asked_and_understood(experiment_file, tmp_path):
         ("{image: i, kubectl_image: k}", "jobs.kubernetes.claim is missing"),
         ("{image: i, kubectl_image: k, claim: c, stages: {train: {nodes: 2}}}", "trains in one pod"),
         ("{image: i, kubectl_image: k, claim: c, nodes: 2}", "trains in one pod"),
-        ("{image: i, kubectl_image: k, claim: 'C c'}", "no name of an object of Kubernetes"),
-        ("{image: i, kubectl_image: k, claim: c, mount: '/a/../b'}", "no absolute path"),
-        ("{image: i, kubectl_image: k, claim: c, time: 8h}", "no time such as HH:MM:SS"),
+        ("{image: i, kubectl_image: k, claim: 'C c'}", "not a name of a Kubernetes object"),
+        ("{image: i, kubectl_image: k, claim: c, mount: '/a/../b'}", "not an absolute path"),
+        ("{image: i, kubectl_image: k, claim: c, time: 8h}", "not a time such as HH:MM:SS"),
         ("{image: i, kubectl_image: k, claim: c, pod: {password: x}}", "would be written"),
         ("{image: i, kubectl_image: k, claim: c, pod: {volumes: []}}", "jobs.kubernetes.pod: volumes is set by"),
     ],
@@ -255,7 +255,7 @@ def test_bad_input_is_named(experiment_file, settings, message):
 
 
 def test_one_backend_only(experiment_file):
-    with pytest.raises(InputError, match="either slurm or kubernetes, not more than one"):
+    with pytest.raises(InputError, match="give either slurm or kubernetes, not more than one"):
         load_experiment(experiment_file, [("jobs.kubernetes", SETTINGS), ("jobs.slurm", "{}")])
 
 

@@ -165,13 +165,13 @@ def test_sky_is_asked_and_understood(experiment_file, tmp_path):
     said = run_cli("status", output, **environment).stdout
     assert f"generate  job {name}: 1 succeeded\n" in said
     assert f"curate    job {name}: 1 recovering\n" in said
-    assert f"eval      job {name}: not known any more\n" in said
+    assert f"eval      job {name}: unknown to the scheduler\n" in said
     again = run_cli("submit", file, *arguments, **environment)
     assert (again.returncode, "curate, train of an earlier" in again.stderr) == (2, True)
     assert run_cli("cancel", output, **environment).returncode == 0
     assert (tmp_path / "asked").read_text().splitlines()[-1] == f"jobs cancel -y -n {name}"
     queue(5, generate="FAILED", curate="CANCELLED")
-    assert "nothing, all jobs are over" in run_cli("cancel", output, **environment).stdout
+    assert "nothing to cancel, all jobs have ended" in run_cli("cancel", output, **environment).stdout
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_sky_is_asked_and_understood(experiment_file, tmp_path):
         ("{bucket: /data}", "jobs.skypilot.bucket"),
         ("{bucket: s3://b, gpus: 8}", "gpus needs accelerator"),
         ("{bucket: s3://b, memory: 64Gi}", "counts in gigabytes"),
-        ("{bucket: s3://b, secrets: [HF_TOKEN=abc]}", "no name of a variable"),
+        ("{bucket: s3://b, secrets: [HF_TOKEN=abc]}", "not a variable name"),
         ("{bucket: s3://b, stages: {eval: {nodes: 2}}}", "eval runs on one node"),
         ("{bucket: s3://b, time: '01:00:00'}", "no such key jobs.skypilot.time"),
     ],

@@ -294,9 +294,9 @@ def test_beta_is_taken_where_there_is_a_mixture_and_refused_elsewhere(name):
         with pytest.raises(ValueError, match="above 0 and below 1"):
             Objective(name, beta=1.0)
     else:
-        with pytest.raises(ValueError, match=f"{name} has no such parameter"):
+        with pytest.raises(ValueError, match=f"{name} has no parameter beta"):
             Objective(name, beta=0.3)
-        with pytest.raises(ValueError, match=f"{name} has no such parameter"):
+        with pytest.raises(ValueError, match=f"{name} has no parameter beta"):
             Train(loss=name, beta=0.3)
 
 

@@ -248,5 +248,5 @@ def test_what_cannot_be_compared(tiny, text_rows, tmp_path, arguments, message):
 
 
 def test_there_must_be_a_teacher(tiny, text_rows, tmp_path):
-    with pytest.raises(ValueError, match="compared with those of a teacher, and there is none"):
+    with pytest.raises(ValueError, match="hidden and attention need a teacher"):
         make_trainer(tiny, text_rows, tmp_path, narrow(), alpha=0.0, hidden={})

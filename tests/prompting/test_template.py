@@ -77,19 +77,19 @@ def test_a_template_cannot_leave_its_sandbox(template, content):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"messages": [{"role": "user", "content": "{{ land }}"}]}, "messages.0.content uses land, which is among neither"),
+        ({"messages": [{"role": "user", "content": "{{ land }}"}]}, "messages.0.content uses land, which is in neither"),
         ({"messages": [{"role": "user", "content": "a\n{{ country"}]}, "messages.0.content: line 2 is not valid Jinja"),
         ({"messages": [{"role": "user", "content": "{{ country | nonsense }}"}]}, "is not valid Jinja: No filter"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages must hold a turn, and end before"),
-        ({"messages": []}, "messages must hold a turn"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages must contain at least one turn and end before"),
+        ({"messages": []}, "messages must contain at least one turn"),
         ({"variable": ["country"]}, "no such key variable"),
         ({"description": None}, "description should be a valid string"),
         ({"answer": {"form": "text"}}, "the key answer.field is missing"),
         ({"answer": {"field": "x", "form": "list"}}, "answer.form should be 'text', 'lines' or 'json', got 'list'"),
-        ({"answer": {"field": "x", "pattern": "(a"}}, "answer: pattern is no regular expression"),
+        ({"answer": {"field": "x", "pattern": "(a"}}, "answer: pattern is not a valid regular expression"),
         ({"answer": {"field": "x", "pattern": "a"}}, "answer: pattern must have one group, it has 0"),
         ({"answer": {"field": "x", "json_schema": {}}}, "json_schema belongs to form json"),
-        ({"answer": {"field": "x", "form": "json", "json_schema": {"type": "obj"}}}, "json_schema is no JSON schema"),
+        ({"answer": {"field": "x", "form": "json", "json_schema": {"type": "obj"}}}, "json_schema is not a valid JSON schema"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_key(template, changes, message):

@@ -54,11 +54,11 @@ def test_equal_runs_are_not_shown_to_differ(tmp_path, capsys):
 
 def test_bad_input_is_named(tmp_path):
     run = make_run(tmp_path / "a")
-    with pytest.raises(InputError, match="one run alone is nothing to compare"):
+    with pytest.raises(InputError, match="a comparison needs at least two directories"):
         compare([run], tmp_path / "page.html")
     with pytest.raises(InputError, match="a run is named twice"):
         compare([run, tmp_path / "a"], tmp_path / "page.html")
-    with pytest.raises(InputError, match=r"its held-out rows are not those of .*/a: 73 of 80 and 80 are the same"):
+    with pytest.raises(InputError, match=r"its held-out rows differ from those of .*/a: 73 of 80 and 80 are the same"):
         compare([run, make_run(tmp_path / "b", shift=7)], tmp_path / "page.html")
     with pytest.raises(InputError, match=r"page.pdf: must end in .html"):
         compare([run, run], tmp_path / "page.pdf")

@@ -110,12 +110,12 @@ def test_an_absolute_path_stays_as_it_is(here):
         (choices("prompts", "empty.txt"), r"empty\.txt: holds no prompts"),
         (choices("prompts", "other.csv"), "line 2: has neither `messages` nor `prompt`"),
         (choices("text", "unanswered.jsonl"), "line 1: must have `messages`"),
-        (choices("text", "empty.txt"), "empty.txt: holds nothing that can be used"),
+        (choices("text", "empty.txt"), "empty.txt: contains no usable rows"),
         (choices("documents", "asked.jsonl"), "prompts.passages.field is missing"),
         (Choices("none", teacher="models/tiny"), "give both --teacher and --student"),
         (Choices("none", student="models/tiny"), "give both --teacher and --student"),
-        (Choices("none", None, "./tiny", "models/tiny"), "--teacher: ./tiny is no model directory"),
-        (Choices("none", None, "models/tiny", "./tiny"), "--student: ./tiny is no model directory"),
+        (Choices("none", None, "./tiny", "models/tiny"), "--teacher: ./tiny is neither a model directory"),
+        (Choices("none", None, "models/tiny", "./tiny"), "--student: ./tiny is neither a model directory"),
     ],
 )
 def test_what_cannot_be_used_is_said_and_nothing_is_written(here, chosen, message):
@@ -150,7 +150,7 @@ def test_without_a_terminal_nothing_is_asked_and_the_next_commands_are_said(here
     )
     again = run_cli("init", here / "in here", *arguments)
     assert again.returncode == 2
-    assert again.stderr == f"{here}/in here/experiment.yaml: is there already; nothing was written\n"
+    assert again.stderr == f"{here}/in here/experiment.yaml: exists already; nothing was written\n"
 
 
 def typed(text, *arguments):

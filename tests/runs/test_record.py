@@ -46,11 +46,11 @@ def test_how_fast_it_runs_may_change(started):
 
 
 def test_other_work_is_never_touched(started, tmp_path):
-    with pytest.raises(InputError, match="holds something else than the work of `train`"):
+    with pytest.raises(InputError, match="contains files that `train` did not write"):
         record.claim(started, "train", SETTINGS, INPUTS)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("x")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="contains files that `generate` did not write"):
         record.claim(tmp_path / "thesis", "generate", SETTINGS, INPUTS)
 
 
@@ -114,7 +114,7 @@ def test_who_begins_decides_on_the_precision(tmp_path, capsys):
     assert second.dtype == "bfloat16"
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"generate  computes in {BFLOAT16}"
-    assert said[1] == f"generate  computes in bfloat16: as {tmp_path} was begun; here it would be {FLOAT32}"
+    assert said[1] == f"generate  computes in bfloat16: as {tmp_path} was started; here it would be {FLOAT32}"
     assert record.begin_computing(tmp_path, "generate", {"seed": 2}, {}, 1, FLOAT32) == FLOAT32
 
 

@@ -126,7 +126,7 @@ def test_how_far_workers_are_is_added_up(tmp_path, monkeypatch, capsys):
         assert re.fullmatch(r"running 80/300 · 1,000,\d{3},\d{3} tok/s · 2:00:00 left · 2 workers", said), said
         assert status.begun(output) == ["generate"]
         monkeypatch.setattr(status.time, "time", lambda: look["time"] + 400)
-        assert status.how_far(output, "generate").endswith("· last news 6:40 ago")
+        assert status.how_far(output, "generate").endswith("· last update 6:40 ago")
     assert not mine.exists()
 
 

@@ -181,7 +181,7 @@ def test_a_long_answer_shows_its_end_while_it_is_written(tiny, monkeypatch):
 def test_too_long_a_conversation_is_said_and_not_remembered(tiny):
     speaker = Speaker("student", load_model(str(tiny), device="cpu"), load_tokenizer(str(tiny), None))
     speaker.answer("word " * 300, Generate(max_tokens=8), threading.Event())
-    assert "do not fit into the student's 256; /reset begins anew" in speaker.text
+    assert "do not fit into the student's 256; /reset starts a new conversation" in speaker.text
     assert speaker.history == []
 
 

@@ -402,7 +402,7 @@ def test_files_of_steps_are_inputs_of_the_run(tmp_path):
 def test_asked_first(tmp_path, capsys):
     experiment = make_experiment([{"length": None}, {"duplicates": None}], tmp_path, 0.25)
     curate(experiment, dry_run=True)
-    assert f"{tmp_path}/data (not there yet) through length, duplicates; holds out 25% of the prompts" in "".join(
+    assert f"{tmp_path}/data (does not exist yet) through length, duplicates; holds out 25% of the prompts" in "".join(
         capsys.readouterr().out.splitlines()
     )
     write_dataset(tmp_path, [make_row(number, f"text {number}") for number in range(20)])

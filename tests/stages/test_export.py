@@ -168,8 +168,8 @@ def test_finished_forms_are_kept_and_more_can_be_asked_for(run):
             {"formats": ["w4a16"], "group_size": 24},
             "export.group_size 24 does not divide the 32 inputs of model.layers.0.self_attn",
         ),
-        ({"model": "nowhere/at/all"}, "export.model: nowhere/at/all is no model directory"),
-        ({"formats": ["int8", "int8"]}, "export: formats has int8 twice"),
+        ({"model": "nowhere/at/all"}, "export.model: nowhere/at/all is neither a model directory"),
+        ({"formats": ["int8", "int8"]}, "export: formats lists int8 twice"),
         ({"formats": ["gguf"]}, "export.formats"),
         ({"formats": []}, "export.formats"),
     ],
@@ -264,5 +264,5 @@ def test_a_student_trained_with_rounded_weights(tiny, tmp_path):
     for step in (generate, curate, train, export):
         step(experiment)
     assert "weight_fake_quantizer" not in " ".join(weights(tmp_path / "run/student"))
-    with pytest.raises(InputError, match=r"train\.fake_quantize rounds the weights that train, and lora trains others"):
+    with pytest.raises(InputError, match=r"train\.fake_quantize trains all weights, so it does not work with student\.lora"):
         load_experiment(file, [("train.fake_quantize", "w4a16"), ("student.lora", "{}")])

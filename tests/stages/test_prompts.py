@@ -451,7 +451,7 @@ def test_other_settings_or_another_template_are_refused_with_the_difference(expe
         ([{"ask": {"template": "@question.yaml"}}], [{"text": None}], {}, "line 1: .* the line is empty in text"),
         ([{"novelty": {"field": "instruktion"}}], [{"instruction": "x"}], {}, "line 1: prompts.steps.0.novelty needs the field"),
         ([{"novelty": {}}], [{"instruction": "x"}], {"template": None}, "line 1: prompts.template needs the field prompt"),
-        ([{"magpie": {"field": "turn"}}], None, {}, "prompts.template needs the field instruction; .* has turn"),
+        ([{"magpie": {"field": "turn"}}], None, {}, "prompts.template needs the field instruction; .* give turn"),
         ([{"magpie": {"system": "You are {{ persona }}"}}], None, {}, "magpie.system needs the field persona"),
         ([{"magpie": {"system": "{{"}}], None, {}, "prompts.steps.0.magpie.system: line 1 is not valid Jinja"),
         (
@@ -464,13 +464,13 @@ def test_other_settings_or_another_template_are_refused_with_the_difference(expe
             [{"self_instruct": {"template": "@more.yaml"}}, {"novelty": {"field": "topic"}}],
             [{"instruction": "x", "topic": "y"}],
             {},
-            "prompts.steps.1.novelty needs the field topic; what the steps before it make has instruction",
+            "prompts.steps.1.novelty needs the field topic; the previous steps give instruction",
         ),
         (
             [{"combine": {"source": "prompts/seeds/general.jsonl"}}],
             [{"instruction": "x", "topic": "y"}],
             {},
-            "has the field topic, which prompts.steps.0.combine brings too",
+            "has the field topic, which prompts.steps.0.combine also adds",
         ),
         ([{"combine": {"source": "nowhere.jsonl"}}], [{"instruction": "x"}], {}, "nowhere.jsonl: no such file"),
         (
@@ -508,11 +508,11 @@ def test_a_dry_run_counts_and_writes_nothing(experiment, capsys):
     said = capsys.readouterr().out
     assert "source    2 in = 2 kept" in said
     assert "ask       4 questions, up to 40 tokens" in said
-    assert "evolve    at most 3 questions about every item that is left, up to 10 tokens each" in said
+    assert "evolve    at most 3 questions about every remaining item, up to 10 tokens each" in said
     generate(chosen, dry_run=True)
-    assert "as many prompts as `prompts` makes" in capsys.readouterr().out
+    assert "all prompts that `prompts` makes" in capsys.readouterr().out
     assert not chosen.directory("prompts").exists()
-    with pytest.raises(InputError, match="run/prompts: not there; run `prompts` first"):
+    with pytest.raises(InputError, match="run/prompts: does not exist; run `prompts` first"):
         generate(chosen)
 
 

@@ -197,7 +197,7 @@ def test_text_that_the_teacher_only_read_is_not_said_to_be_its_own(experiment: E
     file = Path(experiment.output) / "curated/dataset.json"
     write(file, json.loads(file.read_text()) | {"sampling": {}})
     page, text = pages(experiment)
-    assert "Text from elsewhere, read by" in page
+    assert "Existing text, scored by" in page
     assert "| read by the teacher | 240 |" in text
     assert "written by the teacher" not in page + text
 
@@ -218,7 +218,7 @@ def test_html_is_well_formed_and_shows_the_numbers(experiment: Experiment) -> No
         assert number in text, number
     assert "92% of its task score kept 95% CI 85 to 99" in text
     assert "Student against student trained on text only" in text
-    assert "It is 0.41 nats a token closer to the teacher (95% interval 0.35 to 0.47)." in text
+    assert "It is 0.41 nats per token closer to the teacher (95% interval 0.35 to 0.47)." in text
     assert "240" in text
     for step in ("rejected by repetition −6", "rejected by near duplicates 0", "rejected by math −1", "failed in math −2"):
         assert step in text, step
@@ -249,11 +249,17 @@ def test_the_page_shows_where_the_student_differs(experiment: Experiment) -> Non
     """Figures by position and entropy, the other measures, tokens in shades with both guesses, and examples."""
     page, text = pages(experiment)
     shown = " ".join(Page(page).text.split())
-    for words in ("KL by position", "KL by the teacher’s entropy", "Size against quality", "Token by token", "Won and lost"):
+    for words in (
+        "KL by position",
+        "KL by the teacher’s entropy",
+        "Size against quality",
+        "Token by token",
+        "Best and worst examples",
+    ):
         assert words in shown, words
     assert "calibration error against the teacher% ↓ 21–321–3" in shown
     assert "length of its own answerstokens 40.2030.10–50.70" in shown
-    assert "probability of the end where the teacher ended" not in shown, "nobody measured it"
+    assert "probability of the end token where the teacher ended" not in shown, "nobody measured it"
     assert re.findall(r'class="token (s\d)" tabindex', page) == ["s4", "s0"]
     assert "Over 1 tasks with 120 items the student keeps 92% of the teacher’s score (95% interval 85–99)." in shown
     assert "<b>|facts12025 5040–60" in shown
@@ -307,10 +313,10 @@ def test_says_what_is_missing(experiment: Experiment) -> None:
 @pytest.mark.parametrize(
     ("metric", "low", "mean", "high", "words"),
     [
-        ("kl", -0.47, -0.41, -0.35, "It is 0.41 nats a token closer to the teacher (95% interval 0.35 to 0.47)."),
-        ("kl", 0.1, 0.2, 0.3, "It is 0.20 nats a token farther from the teacher (95% interval 0.10 to 0.30)."),
-        ("kl", -0.1, 0.02, 0.14, "the 95% interval of the gain, −0.14 to 0.10 nats a token, includes 0."),
-        ("nll", -0.4, -0.3, -0.2, "It expects the teacher’s text better by 0.30 nats a token (95% interval 0.20 to 0.40)."),
+        ("kl", -0.47, -0.41, -0.35, "It is 0.41 nats per token closer to the teacher (95% interval 0.35 to 0.47)."),
+        ("kl", 0.1, 0.2, 0.3, "It is 0.20 nats per token farther from the teacher (95% interval 0.10 to 0.30)."),
+        ("kl", -0.1, 0.02, 0.14, "the 95% interval of the gain, −0.14 to 0.10 nats per token, includes 0."),
+        ("nll", -0.4, -0.3, -0.2, "It predicts the teacher’s text better by 0.30 nats per token (95% interval 0.20 to 0.40)."),
         ("top1", 0.02, 0.046, 0.07, "the teacher’s choice 4.6 percentage points more often (95% interval 2.0 to 7.0)."),
         ("top1", -0.07, -0.046, -0.02, "the teacher’s choice 4.6 percentage points less often (95% interval 2.0 to 7.0)."),
     ],
@@ -322,7 +328,7 @@ def test_says_differences_as_they_are(
     change(experiment, differences=[pair])
     for document in pages(experiment):
         assert words in document
-        assert ("The other way round" in document) == ("farther" in words or "less often" in words)
+        assert ("Reversed" in document) == ("farther" in words or "less often" in words)
 
 
 def test_says_when_training_did_not_help_and_prompts_are_few(experiment: Experiment) -> None:
@@ -331,7 +337,7 @@ def test_says_when_training_did_not_help_and_prompts_are_few(experiment: Experim
     change(experiment, models=models, held_out={"rows": 9, "tokens": 300, "prompts": 9, "resamples": 2000})
     page, _ = pages(experiment)
     assert "Training did not bring the student closer to the teacher." in page
-    assert "With 9 held-out prompts the intervals themselves are rough." in page
+    assert "With 9 held-out prompts the intervals are approximate." in page
 
 
 def test_values_that_are_not_finite_are_left_out_and_said(experiment: Experiment) -> None:

@@ -216,7 +216,7 @@ def test_a_dataset_in_another_vocabulary_is_refused(experiment_file):
     manifest = json.loads(file.read_text())
     manifest["tokenizer"]["vocabulary_hash"] = "other"
     file.write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="was written in another vocabulary"):
+    with pytest.raises(InputError, match="was written with another vocabulary"):
         scored(experiment_file, experiment.directory("data"))
 
 

@@ -93,19 +93,19 @@ def test_everything_at_once_from_yaml(trained):
     assert all(np.isfinite([entry[name] for name in ("loss", "jsd", "kl", "sequence_kl")]).all() for entry in logged)
     assert (
         "0.5 to 0.1 × cross-entropy on the teacher's text + 0.2 to 0.6 × jsd (beta 0.5 to 0.1) + 0.3 × sequence-level KL, "
-        "tokens weighted by the teacher's entropy, every sequence counting alike" in card
+        "tokens weighted by the teacher's entropy, equal weight for every sequence" in card
     )
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"alpha": 0.8, "sequence_alpha": 0.3}, "train: alpha 0.8 and sequence_alpha 0.3 must add up to 1 at most"),
+        ({"alpha": 0.8, "sequence_alpha": 0.3}, "train: alpha 0.8 and sequence_alpha 0.3 must add up to at most 1"),
         ({"alpha_end": 0.8, "sequence_alpha": 0.3, "alpha": 0.1}, "alpha_end 0.8 and sequence_alpha 0.3"),
         ({"early_stopping": {"patience": 2}}, "early_stopping needs validation"),
         (
             {"early_stopping": {"patience": 2}, "validation": 0.1, "compare_text_only": True},
-            "not known before",
+            "which early_stopping does not fix",
         ),
         ({"args.eval_strategy": "steps"}, "train.args.eval_strategy needs train.validation"),
         ({"validation": 0.001}, "both need at least one"),
@@ -155,7 +155,7 @@ def test_an_adapter_that_could_not_be_merged_is_refused(experiment_file, tmp_pat
     ("overrides", "message"),
     [
         ([], "gradient_checkpointing is true .* and so is fsdp_activation_checkpointing"),
-        ([("student.lora.r", "4")], "student.lora with fsdp_activation_checkpointing: a checkpoint of it loses the adapter"),
+        ([("student.lora.r", "4")], "student.lora with fsdp_activation_checkpointing: its checkpoints lose the adapter"),
         ([("train.args.gradient_checkpointing", "false")], None),
     ],
 )
@@ -181,7 +181,7 @@ def test_one_process_uses_one_gpu_and_says_so(experiment_file, tmp_path, monkeyp
 
     monkeypatch.setattr(DistillConfig, "n_gpu", property(lambda arguments: getattr(arguments, "_n_gpu", None) or 4))
     assert _arguments(load_experiment(experiment_file), tmp_path, False, FLOAT32).n_gpu == 1
-    assert f"uses one of 4 GPUs; {page('distributed')}" in capsys.readouterr().out
+    assert f"uses one of 4 GPUs; see {page('distributed')}" in capsys.readouterr().out
 
 
 def test_report_to_reaches_the_trainer(experiment_file, tmp_path):

@@ -216,7 +216,7 @@ def test_without_bitsandbytes(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ({"model": "m", "quantize": "nf4"}, "quantize is nf4, but quantised weights do not train; add lora"),
+        ({"model": "m", "quantize": "nf4"}, "quantize is nf4, but quantised weights cannot be trained; add lora"),
         ({"config": {}, "lora": {}}, "those of student.config are random; remove lora"),
         ({"config": {}, "model": "m"}, "give either student.model or student.config, not both"),
         ({"model": "m", "quantize": "nf3", "lora": {}}, "nf4"),

@@ -134,5 +134,5 @@ def test_the_importance_is_a_mean_over_tokens_without_padding(tiny):
 
 def test_an_architecture_that_is_built_otherwise_is_refused():
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    with pytest.raises(InputError, match="GPT2LMHeadModel is not built as llama, qwen and gemma models are"):
+    with pytest.raises(InputError, match="GPT2LMHeadModel does not have the structure of llama, qwen and gemma models"):
         measure(transformers.GPT2LMHeadModel(config), ROWS)

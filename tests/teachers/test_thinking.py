@@ -72,13 +72,16 @@ def test_a_trace_is_not_learned_and_the_targets_are_those_of_what_is_stored(expe
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([("generate.thinking", "removed")], "only the step finish_reason in curate"),
+        ([("generate.thinking", "removed")], "add the step finish_reason to curate"),
         ([("generate.min_tokens", "9")], "min_tokens is 9, more than max_tokens 8"),
-        ([("generate.json_schema", "{type: object}")], "json_schema needs a grammar, which teacher.engine vllm and server have"),
-        ([("generate.json_schema", "{type: thing}"), ("teacher.engine", "vllm")], "is no JSON schema"),
+        (
+            [("generate.json_schema", "{type: object}")],
+            "json_schema needs constrained decoding; set teacher.engine to vllm or server",
+        ),
+        ([("generate.json_schema", "{type: thing}"), ("teacher.engine", "vllm")], "is not a valid JSON schema"),
         (
             [("generate.json_schema", "{}"), ("generate.thinking", "masked"), ("teacher.engine", "vllm")],
-            "no thinking to be masked or removed",
+            "no reasoning trace to mask or remove",
         ),
     ],
 )

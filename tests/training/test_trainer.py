@@ -210,7 +210,7 @@ def test_weighted_losses_do_not_depend_on_how_the_global_batch_is_cut(tiny, data
 
 
 def with_sampling(rows, temperature):
-    """Rows that say they were sampled at a temperature, by a normaliser of 0.05 nats a token."""
+    """Rows that say they were sampled at a temperature, by a normaliser of 0.05 nats per token."""
     logprobs = [float(np.sum(row["token_logprobs"])) for row in rows]
     sampled = [lp / temperature - 0.05 * len(row["token_logprobs"]) for lp, row in zip(logprobs, rows, strict=True)]
     log_w = np.array(logprobs) - np.array(sampled)
@@ -428,7 +428,7 @@ def test_a_temperature_that_sampled_targets_do_not_have_is_refused(tiny, dataset
         ({"alpha": 1.5}, "alpha"),
         ({"temperature": 0.0}, "temperature"),
         ({"loss": "mse"}, "loss is 'mse'"),
-        ({"beta": 0.5}, "forward_kl has no such parameter"),
+        ({"beta": 0.5}, "forward_kl has no parameter beta"),
         ({"packing": True}, "packing needs max_length"),
         ({"packing": True, "max_length": 8, "train_sampling_strategy": "group_by_length"}, "no train_sampling_strategy"),
         ({"packing": True, "max_length": 8, "packing_strategy": "wrapped"}, "packing_strategy='wrapped' is not supported"),
@@ -440,7 +440,7 @@ def test_a_temperature_that_sampled_targets_do_not_have_is_refused(tiny, dataset
         ({"reduction": "batch"}, "must be one of token, sequence"),
         ({"sequence_alpha": 0.2}, "add up to 1 at most"),
         ({"sequence_alpha": 0.1, "alpha_end": 1.0}, "add up to 1 at most"),
-        ({"loss": "jsd", "beta_end": 0.5}, "no beta to begin with"),
+        ({"loss": "jsd", "beta_end": 0.5}, "but beta is not set"),
     ],
 )
 def test_what_would_change_the_loss_in_silence_is_refused(tmp_path, arguments, message):

@@ -42,7 +42,7 @@ def stored(reasons=("stop",) * 4, tails=None, lengths=(6,) * 4, k=2):
 
 def test_a_base_student_after_an_instructed_teacher(base, tiny):
     text = end_token(Student(model=base), manifest_of(base, [2]))
-    assert re.search(r"student.model ends its text with <\|endoftext\|>, the rows also with <\|im_end\|>", text)
+    assert re.search(r"student.model ends its text with <\|endoftext\|>; the rows also end with <\|im_end\|>", text)
     assert end_token(Student(model=base), manifest_of(base, [0])) is None
     assert end_token(Student(model=str(tiny)), manifest_of(base, [2])) is None
     assert end_token(Student(prune={"layers": 2}), manifest_of(base, [2])) is None
@@ -68,7 +68,7 @@ def test_a_student_with_a_vocabulary_of_its_own_learns_its_own_end_token(base):
 
 def test_too_few_targets_for_the_teachers_entropy():
     text = soft_targets(stored(tails=[[0.0, 0.1], [0.1], [0.1, 0.1, 0.2], [0.0]]))
-    assert text.startswith("targets.k is 2, which leaves 9% of the teacher's mass outside")  # 0.6 / 7
+    assert text.startswith("targets.k is 2, which leaves 9% of the teacher's probability mass outside")  # 0.6 / 7
     assert "raise targets.k, or set targets.kind to sampled" in text
     assert soft_targets(stored(tails=[[0.0, 0.05], [0.05], [0.05], [0.05]])) is None
     assert soft_targets(stored()) is None

@@ -83,9 +83,11 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
     manifest = read_manifest(directory)
     kind = targets.KINDS[manifest["targets"]["kind"]]
     if form == "preferences" and not list(directory.glob("best_of-*.jsonl")):
-        raise InputError(f"{directory}: there are no losers; curate it with the step best_of, on several samples a prompt")
+        raise InputError(f"{directory}: no preference pairs; curate with the step best_of and several samples per prompt")
     if not (kind.columns and kind.distinct) and form not in ("jsonl", "preferences"):
-        raise InputError(f"{directory}: {form} has no form for targets of kind {kind.name}; use --to jsonl for the text alone")
+        raise InputError(
+            f"{directory}: {form} does not support targets of kind {kind.name}; use --to jsonl to export the text only"
+        )
     if exact_k is not None and (form != "distillkit" or not kind.most_likely):
         raise InputError("--exact-k is for --to distillkit and targets of kind topk: only those lie on a curve over their rank")
     files = {split: found for split in SPLITS if (found := shard_files(directory, split))}
@@ -160,7 +162,7 @@ def _write_jsonl(files: dict[Split, list[Path]], directory: Path, bar: StageBar)
                 rows += batch.num_rows
                 cut += pc.sum(pc.not_equal(batch["finish_reason"], "stop")).as_py()
                 bar.advance(batch.num_rows)
-    told = f"; {cut:,} of them were cut off, which text cannot say: a trainer will take them as finished" if cut else ""
+    told = f"; {cut:,} of them were cut off at max_tokens; a trainer will treat them as complete" if cut else ""
     return _Written(f"{rows:,} rows of text{told}", None)
 
 

@@ -14,7 +14,7 @@ class TextOnly(SoftTargets):
     """Says of itself what a kind says; as nothing is kept, there is no object of it and nothing to encode or learn from."""
 
     name = "none"
-    summary = "the text only"
+    summary = "text only"
     columns = ()
     most_likely = True
 

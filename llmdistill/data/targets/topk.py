@@ -28,7 +28,7 @@ class TopK(SoftTargets):
     tail_N: Array
 
     name = "topk"
-    summary = "the k most likely and the mass outside"
+    summary = "the k most likely tokens and the probability mass outside them"
     size = "k"
     columns = ("target_ids", "target_logprobs", "target_tail")
     most_likely = True
@@ -95,7 +95,7 @@ class TopK(SoftTargets):
 
     @classmethod
     def warning(cls, table: "pa.Table") -> str | None:
-        """Too much of what the teacher might say is left out."""
+        """Too much probability mass is outside the targets."""
         import pyarrow.compute as pc
 
         tail, ids = (table.column(name).combine_chunks().flatten() for name in ("target_tail", "target_ids"))
@@ -103,8 +103,8 @@ class TopK(SoftTargets):
         if mean is None or mean <= _MASS_OUTSIDE:
             return None
         return (
-            f"targets.k is {len(ids) // len(tail)}, which leaves {mean:.0%} of the teacher's mass outside: what it would say "
-            "there is lost; raise targets.k, or set targets.kind to sampled, whose 16 tokens leave nothing out"
+            f"targets.k is {len(ids) // len(tail)}, which leaves {mean:.0%} of the teacher's probability mass "
+            "outside the targets; raise targets.k, or set targets.kind to sampled, which is unbiased"
         )
 
     def batch(self) -> dict[str, Array]:

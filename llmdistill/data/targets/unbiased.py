@@ -28,9 +28,9 @@ class UnbiasedSample(SoftTargets):
     def refuses(cls, loss: str, temperature: float) -> str | None:
         """All but what is linear in the teacher's distribution."""
         if loss != "forward_kl":
-            return f"loss is {loss}, but of sampled targets only forward_kl has an unbiased estimate"
+            return f"loss is {loss}, but sampled targets give an unbiased estimate of forward_kl only"
         if temperature != 1:
-            return f"temperature is {temperature:g}, but sampled targets are unbiased at temperature 1 only"
+            return f"temperature is {temperature:g}, but sampled targets are unbiased only at temperature 1"
         return None
 
     def batch(self) -> dict[str, Array]:

@@ -372,7 +372,7 @@ def test_text_in_the_ids_of_the_teacher(tiny, source, tmp_path):
     assert row["input_ids"][:start].tolist() == same[0]["input_ids"][: int(same[0]["completion_start"])].tolist()
     assert read_manifest(tmp_path / "ours")["targets"] == {"kind": "none"}
     for form in ("axolotl", "distillkit"):
-        with pytest.raises(InputError, match=f"{form} has no form for targets of kind none"):
+        with pytest.raises(InputError, match=f"{form} does not support targets of kind none"):
             export_dataset(tmp_path / "ours", tmp_path / "none", form)
 
 
@@ -442,11 +442,14 @@ def test_the_command(source, tiny, tmp_path, capsys):
         ([source, tmp_path / "full", "--to", "axolotl"], "full: exists and is not empty"),
         ([source, tmp_path / "out"], "one of the arguments --to --from is required"),
         ([source, tmp_path / "out", "--to", "parquet"], "invalid choice: 'parquet'"),
-        ([source, tmp_path / "out", "--to", "jsonl", "--teacher", tiny], "--teacher is for --from"),
+        ([source, tmp_path / "out", "--to", "jsonl", "--teacher", tiny], "--teacher is only for --from"),
         ([source, tmp_path / "out", "--to", "axolotl", "--exact-k", 4], "--exact-k is for --to distillkit"),
         ([source, tmp_path / "out", "--to", "distillkit", "--exact-k", 0], "--exact-k 0: of 8 values"),
         ([source, tmp_path / "out", "--from", "jsonl"], "--teacher is missing"),
-        ([source, tmp_path / "out", "--from", "axolotl", "--teacher", "./nowhere"], "--teacher: ./nowhere is no model directory"),
+        (
+            [source, tmp_path / "out", "--from", "axolotl", "--teacher", "./nowhere"],
+            "--teacher: ./nowhere is neither a model directory",
+        ),
         ([tmp_path / "nowhere", tmp_path / "out", "--to", "jsonl"], "nowhere: no such dataset"),
         ([tmp_path / "nowhere", tmp_path / "out", "--from", "jsonl", "--teacher", tiny], "nowhere: no such file or directory"),
     ]
