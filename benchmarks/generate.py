@@ -23,7 +23,7 @@ from llmdistill.data.dataset import rows_to_table, write_shard
 from llmdistill.stages.generate import _Prompts
 from llmdistill.stages.prompts import prepared_prompts
 from llmdistill.teachers import Request, fingerprints, open_engine
-from llmdistill.teachers.prompt_encoding import Chat
+from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 KINDS = ("topk", "sampled")
 
@@ -59,7 +59,7 @@ def measure(experiment: Any, rounds: int) -> Any:
 
     prepared = prepared_prompts(experiment)
     assert prepared is not None
-    source = _Prompts(Chat(experiment, fingerprints(experiment.teacher)[1]), prepared)
+    source = _Prompts(PromptEncoder(experiment, fingerprints(experiment.teacher)[1]), prepared)
     chat, requests = source.chat, list(source.requests)
     engine: Any = open_engine(
         experiment.teacher, experiment.generate, experiment.targets, source.max_model_len + 1, chat.end_ids, experiment.seed

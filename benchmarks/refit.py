@@ -19,8 +19,8 @@ import torch
 from llmdistill.config import load_experiment
 from llmdistill.config.student import Prune
 from llmdistill.models.loading import load_model
-from llmdistill.stages.prune import Nearness, calibration_and_others
-from llmdistill.students.pruning import choose, cut, measure
+from llmdistill.stages.prune import TeacherKl, calibration_and_others
+from llmdistill.students.pruning import choose, measure, prune_model
 from llmdistill.students.refit import refit
 
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -44,13 +44,13 @@ def main() -> None:
     teacher = load_model(experiment.teacher.model, experiment.teacher.revision, "float32")
     calibration, others = calibration_and_others(experiment, arguments.rows)
     tokens = sum(len(row["input_ids"]) for row in calibration)
-    importance, nearness = measure(teacher, calibration), Nearness(teacher, others)
+    importance, nearness = measure(teacher, calibration), TeacherKl(teacher, others)
     found = {}
     print(f"| {len(calibration)} rows, {tokens:,} tokens | cut | refitted | seconds |\n| --- | ---: | ---: | ---: |")
     for name, section in STUDENTS.items():
         settings = Prune(**section)
         kept = choose(settings, teacher.config, importance)
-        student = cut(teacher, kept)
+        student = prune_model(teacher, kept)
         before = nearness.kl(student, torch.bfloat16)
         start = time.process_time()
         refit(student, teacher, kept, calibration, settings.ridge)

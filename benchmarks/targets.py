@@ -39,7 +39,7 @@ from llmdistill.data.dataset import parquet_encoding
 from llmdistill.data.targets import Multinomial, Sampled, TopK
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.prompts import load_prompts
-from llmdistill.students.pruning import choose, cut
+from llmdistill.students.pruning import choose, prune_model
 from llmdistill.teachers import Request
 from llmdistill.teachers.transformers import TransformersEngine
 
@@ -207,7 +207,7 @@ def distributions(temperature: float, positions: int, student_path: str | None) 
     )
     (teacher,) = engine.models
     half = choose(Prune(layers=15, by="even"), teacher.config, None)
-    student = load_model(student_path) if student_path else cut(teacher, half)
+    student = load_model(student_path) if student_path else prune_model(teacher, half)
     requests = [Request(index, prompt_ids, seed=index) for index, prompt_ids in enumerate(ids)]
     left = positions
     for start in range(0, len(requests), 16):

@@ -161,7 +161,7 @@ def prepare(directory: Path, teacher_directory: str) -> str:
     from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
     from llmdistill.data.targets import Sampled
     from llmdistill.models.loading import load_model, load_tokenizer
-    from llmdistill.students.pruning import choose, cut
+    from llmdistill.students.pruning import choose, prune_model
 
     teacher, tokenizer = load_model(teacher_directory), load_tokenizer(teacher_directory, None)
     vocab, generator = teacher.config.vocab_size, np.random.default_rng(0)
@@ -193,7 +193,7 @@ def prepare(directory: Path, teacher_directory: str) -> str:
     }
     write_manifest(data, finished_shards(data, "train"), description)
     layers = teacher.config.num_hidden_layers // 2
-    cut(teacher, choose(Prune(layers=layers, by="even"), teacher.config, None)).save_pretrained(directory / "student")
+    prune_model(teacher, choose(Prune(layers=layers, by="even"), teacher.config, None)).save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")
     completion = sum(len(row.completion_ids) for row in rows) / len(rows)
     return f"{len(rows)} rows of {at / len(rows):.0f} tokens, {completion:.0f} of them completion"

@@ -24,7 +24,7 @@ from llmdistill.prompting.template import PromptTemplate
 from llmdistill.runs import record
 from llmdistill.runs.progress import working
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, open_engine, stable_id
-from llmdistill.teachers.prompt_encoding import Chat
+from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 _VARIABLES = ("prompt", "answer")  # of the rubric
 _K = 64  # of the judge's most likely first tokens; the digits are among them, or it has not answered
@@ -98,7 +98,7 @@ class DigitReader:
     def __init__(self, experiment: Experiment, teacher: Teacher, scale: list[int]) -> None:
         _, self.fingerprint = fingerprints(teacher)
         self.kept = Targets(kind="topk", k=_K)
-        self.chat = Chat(experiment.model_copy(update={"teacher": teacher, "targets": self.kept}), self.fingerprint)
+        self.chat = PromptEncoder(experiment.model_copy(update={"teacher": teacher, "targets": self.kept}), self.fingerprint)
         self.digits = digit_ids(self.chat.tokenizer, scale)
         self.context = teacher.max_model_len or min(context_length(self.chat.config) or _CONTEXT, _CONTEXT)
         self._engine: Engine | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmdistill.config.curate import PersonalData
-from llmdistill.curation.steps import Check, CurationStep, StepContext, conversations
+from llmdistill.curation.steps import Check, CurationStep, StepContext, whole_texts
 
 _SURE = 0.4  # presidio's score from which a match counts; bare digits in the form of a social security number have 0.05
 _NUMBER_BEFORE = re.compile(r"\d[.,]?\Z")
@@ -24,7 +24,7 @@ def personal_data(settings: PersonalData, context: StepContext) -> Check:
     recognisers = _recognisers()
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        for text in conversations(rows):
+        for text in whole_texts(rows):
             found = ((kind, place) for kind in settings.kinds for place in _places(recognisers[kind], kind, text))
             kind, place = next(found, ("", 0))
             yield f"{kind.replace('_', ' ')} at character {place:,}" if kind else None  # not what it is

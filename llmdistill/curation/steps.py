@@ -103,14 +103,14 @@ def questions(rows: pa.Table) -> Iterator[str]:
     return ("\n".join(message["content"] for message in prompt) for prompt in rows["prompt"].to_pylist())
 
 
-def conversations(rows: pa.Table) -> Iterator[str]:
+def whole_texts(rows: pa.Table) -> Iterator[str]:
     """The whole text, prompt and completion, of every row."""
     return (f"{question}\n{answer}" for question, answer in zip(questions(rows), answers(rows), strict=True))
 
 
 def compared(rows: pa.Table, of: str) -> Iterator[str]:
     """What is compared of every row: its `completion`, or its `conversation`."""
-    return answers(rows) if of == "completion" else conversations(rows)
+    return answers(rows) if of == "completion" else whole_texts(rows)
 
 
 def completion_ids(rows: pa.Table) -> Iterator[Array]:

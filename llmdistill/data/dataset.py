@@ -342,7 +342,7 @@ def read_batches(files: Sequence[Path], columns: list[str] | None = None) -> Ite
             raise InputError(f"{file}: cannot be read, the file was damaged or changed: {error}") from None
 
 
-def conversations(rows: pa.Table) -> list[str]:
+def conversation_keys(rows: pa.Table) -> list[str]:
     """What each row is about, from `prompt`, `completion` and `metadata`: rows with the same are not independent.
 
     It is the prompt, whose case, white space and system message do not matter; of text without a prompt, the text; and where
@@ -357,13 +357,13 @@ def conversations(rows: pa.Table) -> list[str]:
 
 
 def conversation_of(prompt: Sequence[Mapping[str, str]]) -> str:
-    """What `conversations` says of a prompt."""
+    """What `conversation_keys` says of a prompt."""
     turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
     return json.dumps([[turn["role"], normalised(turn["content"])] for turn in turns])
 
 
 def is_held_out(conversation: str, salt: Any, share: float) -> bool:
-    """Whether one of `conversations` is among the share to hold out, by its hash: on the same side at any size of the dataset."""
+    """Whether a conversation is among the share to hold out, by the hash of its key; at any size of the dataset alike."""
     digest = hashlib.sha256(f"{salt} {conversation}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 < share
 

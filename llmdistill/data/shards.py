@@ -31,7 +31,7 @@ from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
 from llmdistill.teachers import Completion, Engine, Request, open_engine, teacher_precision
-from llmdistill.teachers.prompt_encoding import Chat
+from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 
 class Worker(Protocol):
@@ -93,7 +93,7 @@ EVERYTHING = Share(0, 1)
 class Source(Protocol):
     """The rows of a dataset before the teacher has seen them."""
 
-    chat: Chat
+    chat: PromptEncoder
     max_model_len: int
     reads: bool  # whether the text is there already
 
@@ -152,7 +152,7 @@ def make_dataset(
         missing = shared.lacking(worker.shards(name, directory, count))
         if (first := next(missing, None)) is not None:
             (directory / MANIFEST).unlink(missing_ok=True)
-            made = _make(name, directory, source, chain([first], missing), worker, count, shared, precision)
+            made = _make(_Making(name, directory, source, worker, count, shared, precision), chain([first], missing))
         gathered = shared.gather(count)
     there = finished_shards(directory, "train")
     if len(there) < count:
@@ -166,17 +166,22 @@ def make_dataset(
     shared.finish()
 
 
-def _make(
-    name: str,
-    directory: Path,
-    source: Source,
-    missing: Iterable[int],
-    worker: Worker,
-    count: int,
-    shared: SharedShards,
-    precision: Precision,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Making:
+    """What the shards of a dataset are made of, by whom and where: `count` of them, in a stage's `directory`."""
+
+    name: str
+    directory: Path
+    source: Source
+    worker: Worker
+    count: int
+    shared: SharedShards
+    precision: Precision
+
+
+def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
     """Run the engine over the missing shards; each is stored as soon as its last row is there. How fast it was."""
+    name, directory, source, shared = making.name, making.directory, making.source, making.shared
     chat, experiment = source.chat, source.chat.experiment
     size, everything = experiment.generate.rows_per_shard, len(source.requests)
 
@@ -188,13 +193,13 @@ def _make(
 
     def store(index: int, completions: list[Completion]) -> None:
         table = rows_to_table([source.row(completion) for completion in completions], chat.vocab_size)
-        shard = write_shard(directory, "train", index, count, table)
+        shard = write_shard(directory, "train", index, making.count, table)
         made.append(describe_shard(shard))
         shared.put(shard)
 
     with working(name, "starting the teacher"):
         engine = open_engine(
-            experiment.teacher.model_copy(update={"dtype": precision.dtype}),
+            experiment.teacher.model_copy(update={"dtype": making.precision.dtype}),
             experiment.generate,
             experiment.targets,
             source.max_model_len,
@@ -202,7 +207,7 @@ def _make(
             experiment.seed,
             chat.vocab_size if source.reads else None,
         )
-    part = worker.part(count)
+    part = making.worker.part(making.count)
     there = {shard.index for shard in finished_shards(directory, "train")} | shared.indices()
     done = sum(rows_of(index) for index in there if index in part)
     started = time.monotonic()

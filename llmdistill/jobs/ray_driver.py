@@ -63,7 +63,7 @@ class Queue:
         return sorted(index for index, failures in self._failures.items() if failures > self.retries)
 
 
-class Plan:
+class NoShards:
     """Makes no shard, but finds out which are missing."""
 
     missing: list[int] = []
@@ -80,7 +80,7 @@ class Plan:
         return []
 
 
-class Handed:
+class QueuedShards:
     """The shards that a worker is handed by the queue, each when it has room for more."""
 
     def __init__(self, queue: Any, worker: int) -> None:
@@ -102,7 +102,7 @@ class Actor:
 
     def make(self, stage: StageRun, queue: Any, number: int) -> None:
         """Run the stage until no shard is left."""
-        _make(stage, Handed(queue, number))
+        _make(stage, QueuedShards(queue, number))
 
 
 def _make(stage: StageRun, worker: Worker) -> None:
@@ -141,7 +141,7 @@ def drive(file: Path) -> None:
 
 def _make_shards(settings: Ray, stage: StageRun) -> None:
     """Keep as many actors at it as are asked for, until every shard is there or has failed too often."""
-    plan, directory = Plan(), stage.experiment.directory("data")
+    plan, directory = NoShards(), stage.experiment.directory("data")
     _make(stage, plan)  # what is wrong with the input is found out here
     if not plan.missing:
         return
@@ -172,7 +172,7 @@ def _make_shards(settings: Ray, stage: StageRun) -> None:
                 start()
         ray.kill(worker)
     failed = ray.get(queue.failed.remote())
-    _make(stage, again := Plan())
+    _make(stage, again := NoShards())
     if again.missing:
         named = f": shards {', '.join(map(str, failed))} failed {settings.retries + 1} times" if failed else ""
         raise RemoteError(

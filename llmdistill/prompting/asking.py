@@ -19,7 +19,7 @@ from llmdistill.models.loading import context_length
 from llmdistill.prompting.items import storable
 from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import Engine, Request, open_engine, row_seed
-from llmdistill.teachers.prompt_encoding import Chat
+from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 # Tokens reserved for a question and its answer where `teacher.max_model_len` does not say: how long the questions of a
 # later step are is not known before the first one is done, and the teacher is loaded once.
@@ -48,7 +48,7 @@ class WaitingForOthersError(Exception):
     """Other workers have not made all shards of a step; the same command goes on when they have."""
 
 
-class Way(Protocol):
+class PromptFormat(Protocol):
     """How messages become the token ids that the teacher continues, and what it wrote becomes an answer."""
 
     def ids(self, messages: Messages, origin: str) -> Sequence[int]:
@@ -60,10 +60,10 @@ class Way(Protocol):
         ...
 
 
-class ByChat:
+class ChatFormat:
     """The teacher's turn in a conversation."""
 
-    def __init__(self, chat: Chat) -> None:
+    def __init__(self, chat: PromptEncoder) -> None:
         self.chat = chat
 
     def ids(self, messages: Messages, origin: str) -> Sequence[int]:
@@ -82,7 +82,7 @@ class Asker:
         InputError: the answers alone would fill its context.
     """
 
-    def __init__(self, experiment: Experiment, chat: Chat, share: Share) -> None:
+    def __init__(self, experiment: Experiment, chat: PromptEncoder, share: Share) -> None:
         assert experiment.prompts is not None
         self.precision: Precision | None = None
         self.experiment = experiment
@@ -98,7 +98,7 @@ class Asker:
         self._engine: Engine | None = None
 
     def ask(
-        self, label: str, directory: Path, count: int, questions: Callable[[], Iterable[Question]], way: Way
+        self, label: str, directory: Path, count: int, questions: Callable[[], Iterable[Question]], prompt_format: PromptFormat
     ) -> Iterator[tuple[Question, Answer]]:
         """Every question with its answer, in order.
 
@@ -107,7 +107,7 @@ class Asker:
             directory: where the answers are, or will be.
             count: how many questions there are.
             questions: gives them, as often as it is called.
-            way: how messages become token ids, and token ids an answer.
+            prompt_format: how messages become token ids, and token ids an answer.
 
         Raises:
             WaitingForOthersError: this worker's shards are made, and some of the others are not.
@@ -118,7 +118,7 @@ class Asker:
         missing = self.share.shards(label, directory, shards)
         if missing:
             rows = sum(min(size, count - shard * size) for shard in missing)
-            self._make(label, directory, set(missing), rows, shards, questions(), way)
+            self._make(label, directory, set(missing), rows, shards, questions(), prompt_format)
         there = len(finished_shards(directory, "train"))
         if there < shards:
             raise WaitingForOthersError(f"{there:,} of {shards:,} shards are there, the others are for other workers to make")
@@ -132,7 +132,7 @@ class Asker:
         rows: int,
         shards: int,
         questions: Iterable[Question],
-        way: Way,
+        prompt_format: PromptFormat,
     ) -> None:
         """Ask what the missing shards hold; each is stored as soon as its last answer is there."""
         engine, size = self._open(), self.experiment.generate.rows_per_shard
@@ -149,7 +149,7 @@ class Asker:
 
         def requests(shard: int, chunk: list[Question]) -> Iterator[Request]:
             for index, question in enumerate(chunk, start=shard * size):
-                ids = way.ids(question.messages, question.origin)
+                ids = prompt_format.ids(question.messages, question.origin)
                 if len(ids) + self.sampling.max_tokens > self.context:
                     answers[shard][index] = Answer("", TOO_LONG)
                     bar.advance()
@@ -166,7 +166,7 @@ class Asker:
         with bar:
             for completion in engine.generate(batches()):
                 shard = completion.index // size
-                answers[shard][completion.index] = way.answer(completion.ids, completion.finish_reason)
+                answers[shard][completion.index] = prompt_format.answer(completion.ids, completion.finish_reason)
                 bar.advance(tokens=len(completion.ids))
                 if len(answers[shard]) == len(asked[shard]):
                     store(shard)

@@ -8,19 +8,19 @@ from llmdistill.data.dataset import Messages
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 from llmdistill.prompting.asking import Answer
-from llmdistill.teachers.prompt_encoding import Chat
+from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 _SENTINEL = "MAGPIE0PIE0TURN"  # what no template holds, and none trims or escapes
 
 
-class ByPreQuery:
+class PreQueryFormat:
     """The user's turn in a conversation, after the system message if there is one.
 
     Raises:
         InputError: the chat template does not show where a user's turn stands.
     """
 
-    def __init__(self, chat: Chat) -> None:
+    def __init__(self, chat: PromptEncoder) -> None:
         self.tokenizer = chat.tokenizer
         self._special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         _, after = around_user_turn(self.tokenizer, [])

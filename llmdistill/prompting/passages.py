@@ -43,7 +43,7 @@ class _Block:
     opens: bool = False
 
 
-def cut(text: str, markdown: bool, settings: Passages, token_starts: Starts | None = None) -> list[Passage]:
+def split_text(text: str, markdown: bool, settings: Passages, token_starts: Starts | None = None) -> list[Passage]:
     """The passages of a document, in order.
 
     Without an overlap each character is in exactly one of them, but for white space around them and the front matter.

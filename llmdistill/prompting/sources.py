@@ -19,7 +19,7 @@ from llmdistill.config.prompts import Combine, HubDataset, Passages, Prompts
 from llmdistill.config.shipped import find
 from llmdistill.data.dataset import MANIFEST, Messages, read_batches, shard_files
 from llmdistill.errors import InputError
-from llmdistill.prompting.passages import Starts, cut
+from llmdistill.prompting.passages import Starts, split_text
 from llmdistill.prompting.template import Fields, Message
 from llmdistill.runs.record import sha256
 
@@ -298,7 +298,7 @@ def _cut(
     text: str, markdown: bool, fields: Fields, place: dict[str, Any], settings: Passages, token_starts: Starts | None
 ) -> Iterator[Entry]:
     ends = [match.start() for match in re.finditer("\n", text)]
-    passages = cut(text, markdown, settings, token_starts)
+    passages = split_text(text, markdown, settings, token_starts)
     reason = f"shorter than {settings.min_size} {settings.unit}"
     for passage in passages:
         lines = [1 + bisect_left(ends, offset) for offset in (passage.start, passage.end - 1)]

@@ -11,9 +11,9 @@ from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, Sel
 from llmdistill.config.section import Section
 from llmdistill.data.dataset import Messages
 from llmdistill.errors import InputError
-from llmdistill.prompting.asking import TOO_LONG, Answer, Asker, ByChat, Question, Way
+from llmdistill.prompting.asking import TOO_LONG, Answer, Asker, ChatFormat, PromptFormat, Question
 from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items
-from llmdistill.prompting.magpie import ByPreQuery
+from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.novelty import Pool
 from llmdistill.prompting.sources import read_list
 from llmdistill.prompting.template import PromptTemplate, compile_text, read_answer, render_text
@@ -23,7 +23,7 @@ _OWN_EXAMPLES = 0.25  # of the examples of a later round, as in the paper: 2 of 
 
 
 @dataclass(frozen=True)
-class Workshop:
+class PromptStepContext:
     """What the steps need: the teacher, the templates by their paths, and the experiment's seed."""
 
     asker: Asker
@@ -43,7 +43,7 @@ class Files:
         return self.out.with_suffix("") / f"round-{number}"
 
 
-def run_step(workshop: Workshop, settings: Section, files: Files) -> None:
+def run_step(context: PromptStepContext, settings: Section, files: Files) -> None:
     """Write what a step makes of its items, with what became of each.
 
     Raises:
@@ -51,24 +51,24 @@ def run_step(workshop: Workshop, settings: Section, files: Files) -> None:
         WaitingForOthersError: other workers have not asked all of their questions yet.
     """
     with items_file(files.out) as writer:
-        _STEPS[type(settings)](workshop, settings, files, writer)
+        _STEPS[type(settings)](context, settings, files, writer)
 
 
-def _ask(workshop: Workshop, settings: Ask, files: Files, writer: ItemWriter) -> None:
-    template = workshop.templates[settings.template]
-    about = _Questions(workshop, settings.samples, lambda item: template.render(item.fields, item.where))
+def _ask(context: PromptStepContext, settings: Ask, files: Files, writer: ItemWriter) -> None:
+    template = context.templates[settings.template]
+    about = _Questions(context, settings.samples, lambda item: template.render(item.fields, item.where))
     for item, question, answer in about.answered("ask", files.source, files.out.with_suffix("")):
         for child in _children(writer, template, item, question, answer, {"step": "ask"}):
             writer.keep(child)
 
 
-def _evolve(workshop: Workshop, settings: Evolve, files: Files, writer: ItemWriter) -> None:
-    templates = [workshop.templates[file] for file in settings.templates]
+def _evolve(context: PromptStepContext, settings: Evolve, files: Files, writer: ItemWriter) -> None:
+    templates = [context.templates[file] for file in settings.templates]
 
     def drawn(item: Item) -> PromptTemplate:
-        return templates[row_seed(item.id, workshop.seed) % len(templates)]
+        return templates[row_seed(item.id, context.seed) % len(templates)]
 
-    about = _Questions(workshop, 1, lambda item: drawn(item).render(item.fields, item.where))
+    about = _Questions(context, 1, lambda item: drawn(item).render(item.fields, item.where))
     if settings.keep_parents:
         for item in read_items(files.source):
             writer.keep(item)
@@ -90,14 +90,14 @@ def _evolve(workshop: Workshop, settings: Evolve, files: Files, writer: ItemWrit
         parents = made
 
 
-def _magpie(workshop: Workshop, settings: Magpie, files: Files, writer: ItemWriter) -> None:
+def _magpie(context: PromptStepContext, settings: Magpie, files: Files, writer: ItemWriter) -> None:
     system = compile_text(settings.system, "prompts.steps: magpie.system") if settings.system is not None else None
 
     def messages_of(item: Item) -> Messages:
         where = f"{item.where}: the system message of magpie"
         return [{"role": "system", "content": render_text(system, item.fields, where)}] if system else []
 
-    about = _Questions(workshop, settings.samples, messages_of, ByPreQuery(workshop.asker.chat))
+    about = _Questions(context, settings.samples, messages_of, PreQueryFormat(context.asker.chat))
     for item, question, answer in about.answered("magpie", files.source, files.out.with_suffix("")):
         made = {settings.field: answer.text}
         child = item.child(stable_id(item.id, question.id), made, {"step": "magpie", "answer": question.id, "gave": made})
@@ -107,8 +107,8 @@ def _magpie(workshop: Workshop, settings: Magpie, files: Files, writer: ItemWrit
             writer.refuse("failed", child, "empty" if answer.finish_reason == "stop" else _why_cut(answer), answer.text)
 
 
-def _self_instruct(workshop: Workshop, settings: SelfInstruct, files: Files, writer: ItemWriter) -> None:
-    template = workshop.templates[settings.template]
+def _self_instruct(context: PromptStepContext, settings: SelfInstruct, files: Files, writer: ItemWriter) -> None:
+    template = context.templates[settings.template]
     name, seeds, pool = template.answer.field, list(read_items(files.source)), Pool()
     if len(seeds) < settings.examples:
         raise InputError(f"prompts.steps: self_instruct shows {settings.examples} examples, but there are {len(seeds)} items")
@@ -116,10 +116,10 @@ def _self_instruct(workshop: Workshop, settings: SelfInstruct, files: Files, wri
         pool.add(str(item.fields[name]), item.id)
         if settings.keep_parents:
             writer.keep(item)
-    about = _Questions(workshop, 1, lambda item: template.render(item.fields, item.where))
+    about = _Questions(context, 1, lambda item: template.render(item.fields, item.where))
     made: list[Item] = []
     for number in range(1, settings.rounds + 1):
-        chance = random.Random(row_seed(f"round {number}", workshop.seed))  # noqa: S311
+        chance = random.Random(row_seed(f"round {number}", context.seed))  # noqa: S311
         shown = [_examples(chance, settings.examples, seeds, made) for _ in range(settings.samples)]
         items = [Item("", {"examples": [item.fields[name] for item in examples]}, {}) for examples in shown]
         answered = about.answered_in_memory("self_instruct", items, files.round(number))
@@ -140,10 +140,10 @@ def _examples(chance: random.Random, count: int, seeds: list[Item], made: list[I
     return examples
 
 
-def _combine(workshop: Workshop, settings: Combine, files: Files, writer: ItemWriter) -> None:
+def _combine(context: PromptStepContext, settings: Combine, files: Files, writer: ItemWriter) -> None:
     entries = read_list(settings, "prompts.steps: combine")
     for item in read_items(files.source):
-        chance = random.Random(row_seed(item.id, workshop.seed))  # noqa: S311
+        chance = random.Random(row_seed(item.id, context.seed))  # noqa: S311
         for entry in chance.sample(entries, settings.samples):
             both = entry.fields.keys() & item.fields.keys()
             if both:
@@ -151,7 +151,7 @@ def _combine(workshop: Workshop, settings: Combine, files: Files, writer: ItemWr
             writer.keep(item.child(stable_id(item.id, entry.place), entry.fields, {"step": "combine", **entry.place}))
 
 
-def _novelty(workshop: Workshop, settings: Novelty, files: Files, writer: ItemWriter) -> None:
+def _novelty(context: PromptStepContext, settings: Novelty, files: Files, writer: ItemWriter) -> None:
     pool = Pool()
     for item in read_items(files.source):
         _is_new(writer, pool, item, settings.field, settings.max_overlap)
@@ -176,10 +176,10 @@ def _is_new(writer: ItemWriter, pool: Pool, item: Item, name: str, most: float) 
 class _Questions:
     """Questions about items; where the same messages come again, they are the next sample, not the same question."""
 
-    workshop: Workshop
+    context: PromptStepContext
     samples: int
     messages_of: Callable[[Item], Messages]
-    way: Way | None = None
+    prompt_format: PromptFormat | None = None
 
     def answered(self, label: str, source: Path, directory: Path) -> Iterator[tuple[Item, Question, Answer]]:
         """The items that were kept in a file, each as often as it was asked about, with question and answer."""
@@ -192,7 +192,7 @@ class _Questions:
     def _answered(
         self, label: str, items: Callable[[], Iterable[Item]], count: int, directory: Path
     ) -> Iterator[tuple[Item, Question, Answer]]:
-        asker = self.workshop.asker
+        asker = self.context.asker
 
         def questions() -> Iterator[Question]:
             asked: Counter[str] = Counter()
@@ -204,7 +204,7 @@ class _Questions:
                     yield Question(identity, messages, item.where)
                     asked[key] += 1
 
-        answers = asker.ask(label, directory, count * self.samples, questions, self.way or ByChat(asker.chat))
+        answers = asker.ask(label, directory, count * self.samples, questions, self.prompt_format or ChatFormat(asker.chat))
         about = (item for item in items() for _ in range(self.samples))
         return ((item, *pair) for item, pair in zip(about, answers, strict=True))
 
@@ -230,7 +230,7 @@ def _why_cut(answer: Answer) -> str:
     return "longer than the context" if answer.finish_reason == TOO_LONG else "cut at max_tokens"
 
 
-_STEPS: dict[type[Section], Callable[[Workshop, Any, Files, ItemWriter], None]] = {
+_STEPS: dict[type[Section], Callable[[PromptStepContext, Any, Files, ItemWriter], None]] = {
     Ask: _ask,
     Evolve: _evolve,
     SelfInstruct: _self_instruct,

@@ -34,7 +34,7 @@ class Message(Section):
     """The text; in a template, with Jinja expressions."""
 
 
-class Answer(Section):
+class AnswerFormat(Section):
     """How a step of `prompts.steps` reads what the teacher answers."""
 
     field: str
@@ -52,7 +52,7 @@ class Answer(Section):
     """What an object must be like (form json)."""
 
     @model_validator(mode="after")
-    def _is_usable(self) -> "Answer":
+    def _is_usable(self) -> "AnswerFormat":
         try:
             groups = re.compile(self.pattern or "()").groups
         except re.error as error:
@@ -76,7 +76,7 @@ class Head(Section):
     """Fields that an item must have."""
     defaults: dict[str, Any] = {}
     """Fields that an item may have, with their values where it has not."""
-    answer: Answer | None = None
+    answer: AnswerFormat | None = None
     """How a step reads what the teacher answers."""
     messages: list[Message]
     """The conversation up to the turn that the teacher writes."""
@@ -119,7 +119,7 @@ class PromptTemplate:
             self._messages.append((message.role, text))
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> AnswerFormat:
         """How to read what is answered.
 
         Raises:
@@ -193,7 +193,7 @@ def render_text(text: Text, fields: Fields, where: str) -> str:
         raise InputError(f"{where} cannot be rendered: {error}") from None
 
 
-def read_answer(answer: Answer, text: str, ended: bool) -> Reading:
+def read_answer(answer: AnswerFormat, text: str, ended: bool) -> Reading:
     """What an answer holds.
 
     Args:
@@ -246,7 +246,7 @@ def list_entries(text: str, ended: bool) -> tuple[list[str], str]:
     return (entries[:-1], entries[-1]) if was_cut else (entries, "")
 
 
-def _read_parts(answer: Answer, parts: list[str], cut_off: str) -> Reading:
+def _read_parts(answer: AnswerFormat, parts: list[str], cut_off: str) -> Reading:
     values = [(part, _value(answer, part)) for part in parts]
     return Reading(
         [{answer.field: value} for _, value in values if value],
@@ -255,7 +255,7 @@ def _read_parts(answer: Answer, parts: list[str], cut_off: str) -> Reading:
     )
 
 
-def _value(answer: Answer, text: str) -> str:
+def _value(answer: AnswerFormat, text: str) -> str:
     """What counts of a text or a line; empty where nothing does."""
     if answer.pattern is not None:
         matches = [match for match in re.findall(answer.pattern, text) if match.strip()]
@@ -268,7 +268,7 @@ def _value(answer: Answer, text: str) -> str:
     return text
 
 
-def _read_json(answer: Answer, text: str) -> Reading:
+def _read_json(answer: AnswerFormat, text: str) -> Reading:
     """The first JSON object, or list of some, in a text that may say more around it."""
     for place in _openings(text):
         try:
@@ -291,7 +291,7 @@ def _openings(text: str) -> Iterator[int]:
     return (match.start() for match in re.finditer(r"[\[{]", text))
 
 
-def _against(answer: Answer, entry: Any) -> str | None:
+def _against(answer: AnswerFormat, entry: Any) -> str | None:
     """Why an entry is not what was asked for."""
     if answer.json_schema is not None:
         error = next(jsonschema.Draft202012Validator(answer.json_schema).iter_errors(entry), None)

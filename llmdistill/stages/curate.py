@@ -25,7 +25,7 @@ from llmdistill.data.dataset import (
     Shard,
     Split,
     SplitWriter,
-    conversations,
+    conversation_keys,
     is_held_out,
     read_batches,
     read_manifest,
@@ -222,7 +222,7 @@ def _decide(
         for rows in _whole_prompts(read_batches(files, COLUMNS)):
             step_N, reasons = _look(checks, accounts, rows)
             steps.append(step_N)
-            held_out.append([is_held_out(key, experiment.seed, experiment.eval.held_out) for key in conversations(rows)])
+            held_out.append([is_held_out(key, experiment.seed, experiment.eval.held_out) for key in conversation_keys(rows)])
             details.write_batch(_details(reasons))
             bar.advance(len(rows), _completion_tokens(rows))
     return Verdicts(np.concatenate(steps), np.concatenate(held_out)), accounts

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from llmdistill.config import Experiment
 from llmdistill.config.machine import inference_precision
 from llmdistill.data.cards import with_results
-from llmdistill.data.dataset import MANIFEST, conversations, load_dataset, read_manifest
+from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest
 from llmdistill.data.importance import effective_sample_size, importance, log_importance
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
@@ -91,7 +91,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     for subject in plan.subjects:
         _check_vocabulary(subject, manifest)
     rows = held_out_rows(experiment)
-    prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
+    prompts = conversation_keys(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     # Before the models are loaded here: they might not fit into the memory together.
     served = _served_by_vllm(experiment, plan.subjects) if experiment.eval.speed == "vllm" else None

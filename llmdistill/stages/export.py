@@ -12,7 +12,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config.export import Export
 from llmdistill.config.machine import inference_precision
-from llmdistill.data.dataset import MANIFEST, conversations, load_dataset, read_manifest
+from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.fidelity import fidelity
@@ -118,7 +118,7 @@ def _held_out(experiment: Experiment) -> _HeldOut:
         InputError: they belong to fewer than two prompts.
     """
     rows = load_dataset(experiment.dataset_directory, "test")
-    prompts = conversations(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
+    prompts = conversation_keys(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     return _HeldOut(rows, Draws.of(prompts, experiment.eval.resamples, experiment.seed))
 

@@ -14,7 +14,7 @@ from llmdistill.runs import record
 from llmdistill.runs.progress import console, say
 from llmdistill.stages.prompts import Prepared, prepared_prompts
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_id, row_seed
-from llmdistill.teachers.prompt_encoding import Chat
+from llmdistill.teachers.prompt_encoding import PromptEncoder
 from llmdistill.teachers.thinking import answer_start
 
 NO_ANSWER = "no_answer"  # the finish reason of a reasoning trace that has not ended, or with nothing behind it
@@ -48,14 +48,14 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
     elif state == "done" and count_finished(directory) == count_shards(experiment, rows):
         say("generate", f"{directory} is finished ({rows:,} rows)")
     else:
-        make_dataset("generate", directory, _Prompts(Chat(experiment, fingerprint), prepared), settings, inputs, worker)
+        make_dataset("generate", directory, _Prompts(PromptEncoder(experiment, fingerprint), prepared), settings, inputs, worker)
     return None
 
 
 class _Prompts:
     """The rows to make: prompts as the teacher's token ids, as often as they are to be answered."""
 
-    def __init__(self, chat: Chat, prepared: Prepared) -> None:
+    def __init__(self, chat: PromptEncoder, prepared: Prepared) -> None:
         self.chat = chat
         self.reads = chat.experiment.generate.rereads
         self._traces: dict[int, Array] = {}  # of rows that are read and not yet stored

@@ -16,8 +16,8 @@ from llmdistill.data.dataset import (
     MESSAGES,
     ROW_GROUP,
     Messages,
+    conversation_keys,
     conversation_of,
-    conversations,
     read_batches,
     read_manifest,
     remove_leftovers,
@@ -27,16 +27,16 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting.asking import Asker, WaitingForOthersError
 from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file, to_json
-from llmdistill.prompting.magpie import ByPreQuery
+from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.passages import Starts
 from llmdistill.prompting.plan import Plan, describe_steps
 from llmdistill.prompting.sources import given_prompt, metadata, read_source, source_hash
-from llmdistill.prompting.steps import Files, Workshop, run_step
+from llmdistill.prompting.steps import Files, PromptStepContext, run_step
 from llmdistill.prompting.template import Fields, PromptTemplate
 from llmdistill.runs import record
 from llmdistill.runs.progress import say
 from llmdistill.teachers import fingerprints, stable_id, teacher_precision
-from llmdistill.teachers.prompt_encoding import Chat
+from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 PROMPTS_FILE = "prompts.parquet"
 REJECTED_FILE = "rejected.parquet"
@@ -113,21 +113,21 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
             "prompts",
             f"{directory} is finished ({record.read_json(directory / record.RUN_FILE)['results']['prompts']:,} prompts)",
         )
-    chat = Chat(experiment, models[teacher.model])
+    chat = PromptEncoder(experiment, models[teacher.model])
     if any(isinstance(step.settings, Magpie) for step in section.steps):
-        ByPreQuery(chat)
+        PreQueryFormat(chat)
     asker, settings = Asker(experiment, chat, worker), _settings(experiment)
-    workshop = Workshop(asker, plan.templates, experiment.seed)
+    context = PromptStepContext(asker, plan.templates, experiment.seed)
     asker.precision = record.begin_computing(directory, "prompts", settings, inputs, experiment.seed, teacher_precision(teacher))
     remove_leftovers(directory)
     try:
-        _make(plan, workshop, starts, directory)
+        _make(plan, context, starts, directory)
     except WaitingForOthersError as error:
         say("prompts", f"{error}; run it again then")
     return None
 
 
-def _make(plan: Plan, workshop: Workshop, starts: Starts | None, directory: Path) -> None:
+def _make(plan: Plan, context: PromptStepContext, starts: Starts | None, directory: Path) -> None:
     """Take the source through the steps that are not done yet, and the last one's items through the template."""
     last = directory / "0-source.parquet"
     if not last.exists():
@@ -136,7 +136,7 @@ def _make(plan: Plan, workshop: Workshop, starts: Starts | None, directory: Path
     for number, step in enumerate(plan.section.steps, start=1):
         files = Files(last, directory / f"{number}-{step.name}.parquet")
         if not files.out.exists():
-            run_step(workshop, step.settings, files)
+            run_step(context, step.settings, files)
             say(step.name, str(count_items(files.out)))
         made.append((f"{number} {step.name}", files.out))
         last = files.out
@@ -145,7 +145,7 @@ def _make(plan: Plan, workshop: Workshop, starts: Starts | None, directory: Path
     kept = counts[-1][1].kept
     if not kept:
         raise InputError(f"{directory}: no prompts are left; {REJECTED_FILE} says why")
-    asker = workshop.asker
+    asker = context.asker
     steps = [{"name": name, **count.described()} for name, count in counts]
     record.finish(directory, {"prompts": kept, **record.speed(asker.tokens, asker.seconds), "steps": steps})
     say("prompts", f"{kept:,} prompts in {directory / PROMPTS_FILE}")
@@ -245,7 +245,7 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
     for directory, entries in shards.items():
         files = [directory / entry["file"] for entry in entries]
         for rows in read_batches(files, ["prompt", "completion", "metadata"]):
-            there.update(conversations(rows))
+            there.update(conversation_keys(rows))
     counts = Counts()
 
     def unknown() -> Iterator[Prompt]:

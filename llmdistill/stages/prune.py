@@ -86,7 +86,7 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
 
     Everything is measured and solved in float32.
     """
-    from llmdistill.students.pruning import choose, cut, decoder_of, measure
+    from llmdistill.students.pruning import choose, decoder_of, measure, prune_model
 
     teacher = experiment.teacher
     model = load_model(teacher.model, teacher.revision, "float32", teacher.trust_remote_code)
@@ -96,12 +96,12 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
     importance = measure(model, calibration) if settings.measured else None
     config = model.config.get_text_config()
     kept = choose(settings, config, importance)
-    student = cut(model, kept)
+    student = prune_model(model, kept)
     sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in (model, student)]
     results = {"parameters_before": sizes[0], "parameters": sizes[1], **_indices(kept, config)}
     lines = _what_went(settings, config, kept, importance)
     dtype = _stored_dtype(experiment)
-    nearness = Nearness(model, others) if others else None
+    nearness = TeacherKl(model, others) if others else None
     near = {"cut": nearness.kl(student, dtype)} if nearness else {}
     if settings.refit and no_refit is None:
         from llmdistill.students.refit import refit
@@ -164,7 +164,7 @@ def _stored_dtype(experiment: Experiment) -> Any:
     return load_config(teacher.model, teacher.revision, teacher.trust_remote_code).dtype or torch.float32
 
 
-class Nearness:
+class TeacherKl:
     """How far a student is from the teacher on some rows, whose teacher's distributions are computed once; in float32."""
 
     def __init__(self, teacher: Any, rows: list[dict[str, Any]]) -> None:
@@ -173,7 +173,6 @@ class Nearness:
         from llmdistill.data.collator import DistillCollator, completion_logits, text_only
 
         text = text_only(rows)
-        self._logits = completion_logits
         self._batches = [DistillCollator(0)(text[start : start + _BATCH]) for start in range(0, len(text), _BATCH)]
         self._batches = [{name: values.to(teacher.device) for name, values in batch.items()} for batch in self._batches]
         with torch.inference_mode():
@@ -183,12 +182,14 @@ class Nearness:
         """KL(teacher ‖ student) in nats per token, of the student as saved: its weights are rounded to `dtype`, in place."""
         import torch
 
+        from llmdistill.data.collator import completion_logits
+
         for parameter in student.parameters():
             parameter.data = parameter.data.to(dtype).float()
         total, tokens = 0.0, 0
         with torch.inference_mode():
             for batch, theirs_NV in zip(self._batches, self._logprobs, strict=True):
-                ours_NV = self._logits(student, batch).float().log_softmax(-1)
+                ours_NV = completion_logits(student, batch).float().log_softmax(-1)
                 total += float(torch.nn.functional.kl_div(ours_NV, theirs_NV, reduction="sum", log_target=True))
                 tokens += len(theirs_NV)
         return total / tokens

@@ -18,7 +18,7 @@ from llmdistill.prompting.turns import Turn, as_columns, learned_turns
 from llmdistill.runs import record
 from llmdistill.runs.progress import say
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_seed, stable_id
-from llmdistill.teachers.prompt_encoding import Chat
+from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 
 def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING) -> None:
@@ -49,7 +49,7 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
     elif state == "done" and count_finished(directory) == count:
         say("score", f"{directory} is finished ({len(texts):,} rows)")
     else:
-        make_dataset("score", directory, _Texts(Chat(experiment, fingerprint), texts), settings, inputs, worker)
+        make_dataset("score", directory, _Texts(PromptEncoder(experiment, fingerprint), texts), settings, inputs, worker)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def prepare(self, chat: Chat) -> int:
+    def prepare(self, chat: PromptEncoder) -> int:
         """Check everything against the teacher; the length of the longest sequence, in tokens."""
         ...
 
@@ -100,7 +100,7 @@ class _Lines:
     def __len__(self) -> int:
         return len(self.turns)
 
-    def prepare(self, chat: Chat) -> int:
+    def prepare(self, chat: PromptEncoder) -> int:
         self.texts: list[Text] = []
         seen: dict[str, int] = {}
         longest = 0
@@ -122,7 +122,7 @@ class _Lines:
         return self.texts[index]
 
 
-def _token_ids(turn: Turn, chat: Chat, origin: str) -> tuple[list[int], list[int], list[int]]:
+def _token_ids(turn: Turn, chat: PromptEncoder, origin: str) -> tuple[list[int], list[int], list[int]]:
     """The prompt as the teacher sees it and as it is stored, and the answer."""
     if turn.plain:
         ids = chat.text_ids(turn.completion[0]["content"], origin)
@@ -154,7 +154,7 @@ class _Stored:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def prepare(self, chat: Chat) -> int:
+    def prepare(self, chat: PromptEncoder) -> int:
         if self.manifest["tokenizer"]["vocabulary_hash"] != vocabulary_hash(chat.tokenizer):
             raise InputError(
                 f"score.source: {self.directory} was written with another vocabulary than that of "
@@ -202,7 +202,7 @@ class _Texts:
 
     reads = True
 
-    def __init__(self, chat: Chat, texts: _Source) -> None:
+    def __init__(self, chat: PromptEncoder, texts: _Source) -> None:
         self.chat = chat
         self.texts = texts
         self.max_model_len = texts.prepare(chat)

@@ -11,7 +11,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision, training_precision
 from llmdistill.config.shipped import page
 from llmdistill.data.cards import model_card
-from llmdistill.data.dataset import MANIFEST, ROW_GROUP, conversations, is_held_out, load_dataset, read_manifest
+from llmdistill.data.dataset import MANIFEST, ROW_GROUP, conversation_keys, is_held_out, load_dataset, read_manifest
 from llmdistill.data.targets import KINDS
 from llmdistill.errors import InputError, no_such_key
 from llmdistill.models.loading import (
@@ -252,7 +252,7 @@ def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
         return dataset, None
     sides = []
     for table in dataset.select_columns(["prompt", "completion", "metadata"]).with_format("arrow").iter(batch_size=ROW_GROUP):
-        sides += [is_held_out(key, f"{experiment.seed} validation", share) for key in conversations(table)]
+        sides += [is_held_out(key, f"{experiment.seed} validation", share) for key in conversation_keys(table)]
     rows = [[row for row, side in enumerate(sides) if side == wanted] for wanted in (False, True)]
     if not all(rows):
         raise InputError(

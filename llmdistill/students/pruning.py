@@ -123,7 +123,7 @@ def _choose_layers(prune: Prune, layers: int, influence: Array | None) -> list[i
     return sorted(int(number) for number in np.argsort(-influence, kind="stable")[: prune.layers])
 
 
-def cut(teacher: Any, kept: Kept) -> Any:
+def prune_model(teacher: Any, kept: Kept) -> Any:
     """A new model with what stays of the teacher; the teacher is not changed.
 
     Raises:

@@ -44,7 +44,7 @@ def refit(
     states of every position, 12 · D bytes, and the equations, 16 · F · (F + D) bytes whatever the number of rows.
 
     Args:
-        student: cut out of the teacher by `cut`, in float32.
+        student: cut out of the teacher by `prune_model`, in float32.
         teacher: in float32.
         kept: what stayed.
         rows: with `input_ids` and `completion_start`; prompts count, too.

@@ -19,7 +19,7 @@ from llmdistill.runs import record
 from llmdistill.teachers import check_engine
 
 
-class Chat:
+class PromptEncoder:
     """Turns conversations into the token ids that the teacher sees.
 
     Raises:

@@ -22,7 +22,7 @@ from llmdistill.losses.hidden_states import (
     resolve,
 )
 from llmdistill.models.loading import load_model
-from llmdistill.students.pruning import choose, cut
+from llmdistill.students.pruning import choose, prune_model
 from tests.training.test_trainer import gradients_of_one_step, make_trainer
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -98,7 +98,7 @@ def test_a_student_without_layers_that_did_nothing_has_nothing_to_learn(tiny):
             teacher.model.layers[number].self_attn.o_proj.weight.zero_()
             teacher.model.layers[number].mlp.down_proj.weight.zero_()
     kept = [0, 3]
-    student = cut(teacher, choose(Prune(layers=kept), teacher.config, None))
+    student = prune_model(teacher, choose(Prune(layers=kept), teacher.config, None))
     ids = torch.arange(5, 25).view(2, 10)
     batch = {"positions": torch.tensor([2, 3, 12, 19]), "token_weights": torch.ones(4)}
     found = {}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmdistill.config.prompts import Passages
-from llmdistill.prompting.passages import cut
+from llmdistill.prompting.passages import split_text
 
 DOCUMENT = """---
 title: not part of it
@@ -57,11 +57,11 @@ SIZES = st.tuples(st.integers(5, 120), st.integers(0, 100), st.integers(0, 60)).
 
 
 def texts(document, **settings):
-    return [document[passage.start : passage.end] for passage in cut(document, True, Passages(**settings))]
+    return [document[passage.start : passage.end] for passage in split_text(document, True, Passages(**settings))]
 
 
 def test_a_document_is_cut_at_its_headings():
-    passages = cut(DOCUMENT, True, Passages(size=200, min_size=0))
+    passages = split_text(DOCUMENT, True, Passages(size=200, min_size=0))
     assert [(passage.heading, DOCUMENT[passage.start : passage.end].split("\n")[0]) for passage in passages] == [
         ("Garden", "# Garden"),
         ("Garden › Tools", "## Tools"),
@@ -72,9 +72,9 @@ def test_a_document_is_cut_at_its_headings():
 
 
 def test_a_short_one_is_joined_to_its_neighbour_under_the_heading_that_both_have():
-    passages = cut(DOCUMENT, True, Passages(size=200, min_size=60))
+    passages = split_text(DOCUMENT, True, Passages(size=200, min_size=60))
     assert [(passage.heading, passage.too_short) for passage in passages] == [("Garden", False), ("Garden", False)]
-    (alone,) = cut("Hello.", True, Passages(size=200, min_size=60))
+    (alone,) = split_text("Hello.", True, Passages(size=200, min_size=60))
     assert alone.too_short
 
 
@@ -99,13 +99,13 @@ def test_an_overlap_repeats_whole_pieces_of_a_section_that_was_cut():
 
 def test_plain_text_has_paragraphs_and_no_headings():
     text = "# no heading\nhere\n\n\nnext one\n"
-    passages = cut(text, False, Passages(size=17, min_size=0))
+    passages = split_text(text, False, Passages(size=17, min_size=0))
     assert [(text[p.start : p.end], p.heading) for p in passages] == [("# no heading\nhere", ""), ("next one", "")]
 
 
 def test_tokens_are_counted_where_they_begin():
     text = "a b c d e f g"
-    passages = cut(text, False, Passages(size=3, unit="tokens", min_size=0), lambda text: range(0, len(text), 2))
+    passages = split_text(text, False, Passages(size=3, unit="tokens", min_size=0), lambda text: range(0, len(text), 2))
     assert [text[p.start : p.end] for p in passages] == ["a b c", "d e f", "g"]
 
 
@@ -113,7 +113,7 @@ def test_tokens_are_counted_where_they_begin():
 @given(document=DOCUMENTS, sizes=SIZES)
 def test_nothing_is_lost_nothing_twice_and_nothing_too_long(markdown, document, sizes):
     size, least, _ = sizes
-    passages = cut(document, markdown, Passages(size=size, min_size=least))
+    passages = split_text(document, markdown, Passages(size=size, min_size=least))
     spans = [(passage.start, passage.end) for passage in passages]
     assert all(end - start <= size for start, end in spans)
     outside = [0, *(offset for span in spans for offset in span), len(document)]
@@ -125,7 +125,7 @@ def test_nothing_is_lost_nothing_twice_and_nothing_too_long(markdown, document, 
 @given(document=DOCUMENTS, sizes=SIZES)
 def test_an_overlap_is_no_larger_than_was_asked_and_loses_nothing(document, sizes):
     size, _, overlap = sizes
-    passages = cut(document, True, Passages(size=size, overlap=overlap, min_size=0))
+    passages = split_text(document, True, Passages(size=size, overlap=overlap, min_size=0))
     for passage, after in pairwise(passages):
         assert passage.start < after.start
         assert passage.end - after.start <= overlap
@@ -137,5 +137,5 @@ def test_an_overlap_is_no_larger_than_was_asked_and_loses_nothing(document, size
 @given(document=DOCUMENTS, size=st.integers(1, 30))
 def test_no_passage_has_more_tokens_than_asked(document, size):
     starts = [offset for offset in range(len(document)) if offset == 0 or document[offset - 1] in " \n."]
-    for passage in cut(document, True, Passages(size=size, unit="tokens", min_size=0), lambda _: starts):
+    for passage in split_text(document, True, Passages(size=size, unit="tokens", min_size=0), lambda _: starts):
         assert bisect_left(starts, passage.end) - bisect_left(starts, passage.start) <= size

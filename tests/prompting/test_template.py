@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmdistill.errors import InputError
-from llmdistill.prompting.template import Answer, PromptTemplate, read_answer
+from llmdistill.prompting.template import AnswerFormat, PromptTemplate, read_answer
 from tests.conftest import ROOT
 
 SHIPPED = sorted(ROOT.glob("prompts/*.yaml"))
@@ -114,9 +114,9 @@ def test_a_missing_variable_names_the_line(template, fields, message):
         template().render(fields, "a.jsonl line 3")
 
 
-LINES = Answer(field="q", form="lines")
-QUESTIONS = Answer(field="q", form="lines", pattern=r"(\w.*\?)", without=["the text"])
-OBJECTS = Answer(
+LINES = AnswerFormat(field="q", form="lines")
+QUESTIONS = AnswerFormat(field="q", form="lines", pattern=r"(\w.*\?)", without=["the text"])
+OBJECTS = AnswerFormat(
     field="q",
     form="json",
     json_schema={"type": "object", "required": ["q"], "properties": {"q": {"type": "string"}, "n": {"type": "integer"}}},
@@ -134,16 +134,16 @@ OBJECTS = Answer(
         (LINES, "1. whole\n2. whole too\n\nLet me know if", False, ["whole", "whole too"], [], []),
         (LINES, "", True, [], [], [("", "empty")]),
         (QUESTIONS, "1. A?\n2. No question.\n3. What does the text say?\n4. The texture?", True, ["A?", "The texture?"], 2, []),
-        (Answer(field="q"), "  “Say it.” ", True, ["Say it."], [], []),
-        (Answer(field="q"), "Say", False, [], [], [("Say", "cut at max_tokens")]),
-        (Answer(field="q", stop=["\n\n"]), "Say it.\n\nAnd more", False, ["Say it."], [], []),
-        (Answer(field="q", pattern=r"Score: (\d)"), "Score: 2 or rather\nScore: 4", True, ["4"], [], []),
-        (Answer(field="q", pattern=r"Score: (\d)"), "It is good.", True, [], [("It is good.", "no match")], []),
+        (AnswerFormat(field="q"), "  “Say it.” ", True, ["Say it."], [], []),
+        (AnswerFormat(field="q"), "Say", False, [], [], [("Say", "cut at max_tokens")]),
+        (AnswerFormat(field="q", stop=["\n\n"]), "Say it.\n\nAnd more", False, ["Say it."], [], []),
+        (AnswerFormat(field="q", pattern=r"Score: (\d)"), "Score: 2 or rather\nScore: 4", True, ["4"], [], []),
+        (AnswerFormat(field="q", pattern=r"Score: (\d)"), "It is good.", True, [], [("It is good.", "no match")], []),
         (OBJECTS, 'Here [is]:\n```json\n[{"q": "a", "n": 1}, {"q": "b"}]\n```', True, None, None, None),
         (OBJECTS, 'Well {"q": "a"} {"q": "b"}', False, ["a"], [], []),
         (OBJECTS, '{"q": "a", "n": "one"}', True, [], [('{"q": "a", "n": "one"}', "against the schema: $.n type")], []),
         (OBJECTS, '{"q": "a', False, [], [], [('{"q": "a', "no JSON")]),
-        (Answer(field="q", form="json"), '["a", "b", 3]', True, ["a", "b"], [("3", "no object")], []),
+        (AnswerFormat(field="q", form="json"), '["a", "b", 3]', True, ["a", "b"], [("3", "no object")], []),
     ],
 )
 def test_what_is_read_in_an_answer(answer, text, ended, items, rejected, failed):
@@ -169,11 +169,11 @@ def test_every_entry_of_a_list_is_read_as_it_is(entries, style):
     st.lists(st.dictionaries(st.text(), st.integers() | st.text()).map(lambda d: {**d, "q": "x"}), min_size=1), st.text("ab \n")
 )
 def test_json_is_found_in_what_stands_around_it(objects, around):
-    reading = read_answer(Answer(field="q", form="json"), f"{around}{json.dumps(objects)}{around}", True)
+    reading = read_answer(AnswerFormat(field="q", form="json"), f"{around}{json.dumps(objects)}{around}", True)
     assert reading.items == objects
 
 
-@given(st.sampled_from([LINES, QUESTIONS, OBJECTS, Answer(field="q")]), st.text() | st.text('[]{}",:1 \n-.'), st.booleans())
+@given(st.sampled_from([LINES, QUESTIONS, OBJECTS, AnswerFormat(field="q")]), st.text() | st.text('[]{}",:1 \n-.'), st.booleans())
 def test_whatever_the_teacher_writes_is_accounted_for(answer, text, ended):
     reading = read_answer(answer, text, ended)
     assert reading.items or reading.rejected or reading.failed

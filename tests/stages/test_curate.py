@@ -19,7 +19,7 @@ from llmdistill.data import targets
 from llmdistill.data.dataset import (
     SPLITS,
     Row,
-    conversations,
+    conversation_keys,
     finished_shards,
     is_held_out,
     read_manifest,
@@ -353,7 +353,7 @@ def test_no_prompt_is_on_both_sides_and_the_share_is_about_right(tmp_path):
 
 def sides(prompts, completions=None, metadata=None):
     rows = {"prompt": prompts, "completion": completions or [[]] * len(prompts), "metadata": metadata or ["{}"] * len(prompts)}
-    return {is_held_out(key, 0, 0.5) for key in conversations(pa.table(rows))}
+    return {is_held_out(key, 0, 0.5) for key in conversation_keys(pa.table(rows))}
 
 
 def test_prompts_of_other_content_or_turns_are_not_one():

@@ -6,7 +6,7 @@ import transformers
 from llmdistill.config.student import Prune
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
-from llmdistill.students.pruning import choose, cut, evenly_spaced, measure
+from llmdistill.students.pruning import choose, evenly_spaced, measure, prune_model
 
 ROWS = [{"input_ids": np.arange(5, 5 + n), "completion_start": 2} for n in (4, 9, 6)]
 SMALL = {
@@ -81,7 +81,7 @@ def test_parts_that_do_nothing_are_found_and_their_loss_changes_nothing(family):
     for place, number in enumerate(kept.layers):
         assert not set(kept.neurons[place]) & set(dead_neurons[number])
         assert dead_heads[number] not in kept.heads[place]
-    student = cut(model, kept)
+    student = prune_model(model, kept)
     ids = torch.arange(20)[None]
     torch.testing.assert_close(student(ids).logits, model(ids).logits)
     decoded = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)  # the cache counts layers from 0 again
@@ -103,7 +103,7 @@ def test_channels_that_are_always_zero_go_first_and_the_rest_loads_again(family,
             layer.mlp.down_proj.weight[dead] = 0
     kept = choose(Prune(hidden_size=18), model.config, measure(model, ROWS))
     assert not set(kept.hidden) & set(dead)
-    student = cut(model, kept)
+    student = prune_model(model, kept)
     ids = torch.arange(20)[None]
     student.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -115,7 +115,7 @@ def test_channels_that_are_always_zero_go_first_and_the_rest_loads_again(family,
 def test_a_size_that_the_architecture_does_not_allow(tiny):
     model = load_model(str(tiny))
     with pytest.raises(InputError, match=r"cannot have these sizes: .*size \(30\) is not a multiple"):
-        cut(model, choose(Prune(hidden_size=30), model.config, measure(model, ROWS)))
+        prune_model(model, choose(Prune(hidden_size=30), model.config, measure(model, ROWS)))
 
 
 def test_the_importance_is_a_mean_over_tokens_without_padding(tiny):

@@ -10,7 +10,7 @@ import transformers
 from llmdistill.config.student import Prune
 from llmdistill.errors import InputError
 from llmdistill.losses.hidden_states import of_pruned
-from llmdistill.students.pruning import choose, cut, measure
+from llmdistill.students.pruning import choose, measure, prune_model
 from llmdistill.students.refit import refit, residual_scales, ridge_solution
 from tests.students.test_pruning import SMALL
 
@@ -42,7 +42,7 @@ def cut_of(teacher, **prune):
     """A student by this configuration, and what of the teacher it holds."""
     prune = Prune(**prune)
     kept = choose(prune, teacher.config, measure(teacher, ROWS))
-    return cut(teacher, kept), kept
+    return prune_model(teacher, kept), kept
 
 
 def logits(model, rows=ROWS):
