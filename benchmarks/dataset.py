@@ -1,8 +1,8 @@
-"""A dataset at size: written, checked, shuffled and read through the collator on one core, in how much memory, how fast.
+"""Speed and memory of writing, checking, shuffling and collating large datasets, on one core.
 
     python benchmarks/dataset.py
 
-The rows are synthetic (Zipf-like ids, 16 sampled targets a position, 100 to 900 completion tokens), written by what
+The rows are synthetic (Zipf-like ids, 16 sampled targets per position, 100 to 900 completion tokens), written by what
 `curate` writes with and read by what training reads with: `load_dataset`, a shuffling `DataLoader`, `DistillCollator`. Every
 size runs in a process of its own. Memory is the highest resident set, with all that is mapped from files, and the
 highest that is not; the second is what cannot be given back to the system.
@@ -45,7 +45,7 @@ def main() -> None:
         table.append(json.loads(last))
         print("| " + " | ".join(f"{table[-1][name]:,.10g}" for name in columns) + " |", flush=True)
     aims = {"read_positions_a_second": table[-1]["read"], "resident_gb": table[-1]["resident GB"]}
-    print("\nwrite, checksum, open and read in positions a second")
+    print("\nwrite, checksum, open and read in positions per second")
     for name, value in aims.items():
         print(f"aim {name} {value:.4g}")
     if arguments.json:

@@ -1,4 +1,4 @@
-"""What soft targets cost while the teacher writes and reads: `generate` and `score` beside a bare vLLM loop.
+"""Cost of soft targets in generating and scoring: `generate` and `score` compared with a bare vLLM loop.
 
     python benchmarks/generate.py
 
@@ -6,7 +6,7 @@ One engine, one after the other in turn, the same prompts with the same seeds:
 writing, `generate`'s own loop with targets encoded and shards on the disk, against `LLM.generate` without log-probabilities;
 reading, `score`'s own loop over what was written, against bare requests with as many `prompt_logprobs`.
 More prompts wait than run at once, as in any long run, so that shards are encoded while the engine goes on.
-Figures are tokens a second (of completions in writing, of whole texts in reading); the median round counts.
+Figures are tokens per second (of completions in writing, of whole texts in reading), of the median round.
 """
 
 import argparse
@@ -33,11 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--prompts", type=int, default=72)
-    parser.add_argument("--at-once", type=int, default=24, help="sequences that vLLM runs at a time")
+    parser.add_argument("--at-once", type=int, default=24, help="concurrent sequences in vLLM")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    print("| targets | | bare | ours | ratio |\n| --- | --- | ---: | ---: | ---: |")
+    print("| targets | | bare | llmdistill | ratio |\n| --- | --- | ---: | ---: | ---: |")
     table = []
     for kind in KINDS:
         overrides = [("targets.kind", kind), ("prompts.limit", str(arguments.prompts)), ("generate.rows_per_shard", "12")]
@@ -46,7 +46,7 @@ def main() -> None:
             table.append({"targets": kind, **row})
             print(f"| {kind} | {row['what']} | {row['bare']:.0f} | {row['ours']:.0f} | {row['ratio']:.3f} |", flush=True)
     aims = {f"{row['what']}_ratio_{row['targets']}": row["ratio"] for row in table}
-    print("\ntokens a second")
+    print("\ntokens per second")
     for name, value in aims.items():
         print(f"aim {name} {value:.4g}")
     if arguments.json:

@@ -1,11 +1,11 @@
-"""What cannot be measured without a GPU: precision, compiling, packing, and the cost of a step, on one, within minutes.
+"""Measurements on one GPU, in minutes: precision, compiling, packing, and the cost of a step.
 
     python benchmarks/gpu.py --json gpu.json                 # everything, in at most eight minutes
     python benchmarks/gpu.py --sections loss,step            # some of it
     python benchmarks/gpu.py --smoke                         # tiny sizes, on any machine: does it run?
 
-It needs no download and no vLLM: models have random weights, rows random targets. A section runs in a process of its own;
-what it lacks is said in a line, and its failure ends no other. The exit status is 1 if any failed.
+It needs no download and no vLLM: models have random weights, rows have random targets. Each section runs in its own process and
+prints what it lacks; a failure does not stop the others. The exit status is 1 if any failed.
 
 - **loss**: the fused loss in every precision, for every divergence and kind of target, and for a plain, tied, soft-capped and
   LoRA-adapted output layer: the relative error of the loss and of every gradient against the plain form in float64, beside
@@ -16,10 +16,10 @@ what it lacks is said in a line, and its failure ends no other. The exit status 
   neither can do without; and what collating the batch takes on the CPU.
 - **showcase**: the training of `configs/showcase.yaml` on random rows, as it is and with other ways of batching: tokens a
   second and the share of the device's peak (`mfu`, as the trainer logs it).
-- **packing**: whether rows that stand in one line see each other, by attention implementation: the gradient against that of the
+- **packing**: whether packed rows are isolated from each other, by attention implementation: the gradient against that of the
   padded rows; and the trainer's `padding_free` and `packing` against its padded batches.
 - **compile**: the trainer's step with `torch_compile` beside the one without.
-- **engine**: positions a second that the engine `transformers` reads, and tokens a second that it writes.
+- **engine**: positions per second that the engine `transformers` scores, and tokens per second that it generates.
 """
 
 import argparse
@@ -44,8 +44,10 @@ TRAINING = ("accelerate", "datasets", "peft", "pydantic", "trl")
 def main() -> None:
     """Run the sections, print the aims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, by commas")
-    parser.add_argument("--seconds", type=float, default=480, help="after which no section begins, and the running one ends")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated sections to run")
+    parser.add_argument(
+        "--seconds", type=float, default=480, help="time limit: after it no section starts, and the running one is stopped"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, all in this process")
     parser.add_argument("--json", type=Path, help="also write the figures here, after every row")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)

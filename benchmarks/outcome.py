@@ -1,11 +1,11 @@
-"""What the targets do to a student: the same student, text, steps and seeds, trained on every kind of targets.
+"""Effect of the kind of targets on the student: the same student, text, steps and seeds, trained on every kind.
 
     make demo && python benchmarks/outcome.py
 
-The reference is the whole distribution of a teacher that runs beside the student (`targets: online`). Everything else is
-made from that same distribution by the product's own functions, stored, read back and trained on, with alpha 1: nothing but
-the targets differs. Text alone is alpha 0. Every seed shuffles the rows and draws the samples anew. What is printed is
-KL(teacher ‖ student) in nats a token on the demo's held-out rows, mean over the seeds with a 95% interval by bootstrap
+The reference is the full distribution of an online teacher (`targets: online`). All other targets are
+made from the same distribution by the package's own functions, stored, read back and trained on, with alpha 1: only
+the targets differ. Text only is alpha 0. Every seed shuffles the rows and draws the samples anew. What is printed is
+KL(teacher ‖ student) in nats per token on the demo's held-out rows, mean over the seeds with a 95% interval by bootstrap
 over prompts; how far above the reference it is, paired on rows and seeds; and the same for the lowest and highest seed.
 """
 

@@ -1,11 +1,11 @@
-"""What 4 bits cost a student that was trained as usual, and one that was trained through rounded weights.
+"""Cost of 4-bit weights for a student with standard training, and for one with quantisation-aware training.
 
     make demo && python benchmarks/quantisation.py
 
 The same student, data, steps and seeds; the one difference is `train.fake_quantize: w4a16`. Each is then exported as w4a16,
 rounded to the nearest, and the usual one also by GPTQ where llm-compressor is installed (`--gptq`). What is printed is
-KL(teacher ‖ student) in nats a token on the demo's held-out rows, before and after, mean over the seeds with a 95% interval
-by bootstrap over prompts; and by how much training through rounded weights ends nearer, paired on rows and seeds.
+KL(teacher ‖ student) in nats per token on the demo's held-out rows, before and after, mean over the seeds with a 95% interval
+by bootstrap over prompts; and by how much the quantisation-aware student is closer, paired on rows and seeds.
 """
 
 import argparse
@@ -34,10 +34,10 @@ Array = np.ndarray[Any, Any]
 def main() -> None:
     """Train both with every seed, quantise and measure; print the table and the aim."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="where the demo's dataset and student are")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="output directory of the demo")
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, help="held-out rows, if not all")
+    parser.add_argument("--rows", type=int, help="number of held-out rows (default: all)")
     parser.add_argument("--gptq", action="store_true", help="also by GPTQ")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()

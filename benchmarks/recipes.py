@@ -1,11 +1,11 @@
-"""What a recipe does to a student: learning rates, adapters, and losses between layers, on the demo's data.
+"""Training recipes compared: learning rates, adapters, and losses between layers, on the demo's data.
 
     llmdistill generate configs/demo.yaml && llmdistill curate configs/demo.yaml && llmdistill prune configs/demo.yaml
     python benchmarks/recipes.py
 
-Every variant trains the same student, the demo's pruned one, on the demo's rows with the teacher beside it (`targets:
-online`), for the same steps, batches and seeds; nothing but what its name says differs. What is printed is
-KL(teacher ‖ student) in nats a token on the demo's held-out rows, for each seed. A few dozen steps tell which recipe learns
+Every variant trains the same student, the demo's pruned one, on the demo's rows with an online teacher (`targets:
+online`), for the same steps, batches and seeds; only what its name says differs. What is printed is
+KL(teacher ‖ student) in nats per token on the demo's held-out rows, for each seed. A few dozen steps tell which recipe learns
 faster, not where each ends.
 """
 
@@ -44,7 +44,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 def main() -> None:
     """Train every variant of the chosen groups with every seed, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("groups", nargs="*", default=list(GROUPS), help=f"of {', '.join(GROUPS)}; all if none is given")
+    parser.add_argument("groups", nargs="*", default=list(GROUPS), help=f"of {', '.join(GROUPS)}; default: all")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the figures here")

@@ -1,9 +1,9 @@
-"""How near a pruned student starts: KL(teacher ‖ student) with and without the refit, on the demo's data.
+"""KL(teacher ‖ student) of pruned students before training, with and without the refit, on the demo's data.
 
     llmdistill generate configs/demo.yaml && llmdistill curate configs/demo.yaml
     python benchmarks/refit.py
 
-Every student is cut out of the same teacher by the same measurements on the first training rows. What is printed is nats a
+Every student is pruned from the same teacher by the same measurements on the first training rows. Printed are nats per
 token on the held-out rows (the first 83 completion tokens of twelve of them, as `llmdistill prune` says it), before any
 training, and the processor's time for the refit.
 """
@@ -36,7 +36,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Cut and refit every student, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="of an experiment that is curated")
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="configuration of a curated experiment")
     parser.add_argument("--rows", type=int, default=32, help="calibration rows")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()

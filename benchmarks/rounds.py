@@ -1,11 +1,11 @@
-"""Whether rounds on the student's own text bring it nearer to the teacher there than as many steps on the teacher's text.
+"""On-policy rounds compared with the same number of steps on the teacher's text.
 
     python benchmarks/rounds.py
 
 The demo with top-64 targets, twice from the same rows and the same pruned student: all steps on the teacher's text; and two
 thirds of them, then the last third on the student's own text with reverse KL.
 Prints the KL on held-out teacher text and, on text that each student samples itself, KL(student ‖ teacher) and the teacher's
-negative log-likelihood, in nats a token with 95% intervals.
+negative log-likelihood, in nats per token with 95% intervals.
 """
 
 import argparse

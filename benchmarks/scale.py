@@ -1,4 +1,4 @@
-"""What many shards and many workers cost: coordination on a disk and on a slow file system, and a simulated cluster.
+"""Overhead of many shards and workers: coordination on a disk and on a slow file system, and a simulated cluster.
 
     python benchmarks/scale.py
 
@@ -42,14 +42,14 @@ def main() -> None:
     """Print the tables and the aims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 10, 1000, 100_000])
-    parser.add_argument("--lengths", type=Path, help="a dataset from whose completion lengths the times are drawn")
+    parser.add_argument("--lengths", type=Path, help="a dataset whose completion lengths give the shard times")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     found = {"store": store(), "coordination": [], "cluster": []}
     tokens, seconds = found["store"]["tokens"], found["store"]["seconds"]
     print(f"a shard of {ROWS:,} rows, {tokens:,} tokens: encoded and stored in {seconds:.2f} s,")
-    print(f"beside {tokens / SPEED:,.0f} s of an engine with {SPEED:,.0f} tokens/s\n")
-    print("| shards | | a worker finds its own (1 of 10) | all are listed | the dataset is completed | memory |")
+    print(f"while an engine with {SPEED:,.0f} tokens/s needs {tokens / SPEED:,.0f} s to generate it\n")
+    print("| shards | | a worker finds its own (1 of 10) | listing all | completing the dataset | memory |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for count in arguments.shards:
         for where, delay in (("disk", 0.0), (f"{1000 * DELAY:.0f} ms an operation", DELAY)):
@@ -62,7 +62,7 @@ def main() -> None:
         f"\n{WORKERS:,} workers, {SHARDS:,} shards of {ROWS:,} rows; {SPEED:,.0f} tokens/s, {START:.0f} s to start an engine, "
         f"{SLOW[0]:.0%} of the workers {SLOW[1]:g}× slower, a failure every {MTBF / 3600:.0f} h of a worker\n"
     )
-    print("| how shards come to workers | utilisation | shards lost a failure | end after |\n| --- | ---: | ---: | ---: |")
+    print("| distribution of shards | utilisation | shards lost per failure | total time |\n| --- | ---: | ---: | ---: |")
     for name, tasks in (
         ("handed out one by one (Ray)", None),
         ("an array of 1,000", WORKERS),

@@ -1,12 +1,12 @@
-"""Soft targets compared: bytes a position, and the error that they put into the gradient.
+"""Kinds of soft targets compared: bytes per position, and the error in the gradient.
 
     python benchmarks/targets.py                                  # a student before training
     python benchmarks/targets.py --student runs/demo/student     # and one after it
 
 Real output of the demo teacher on prompts of the seed list, at sampling temperature 1 and 0.7: the teacher's full
 distribution at every position, what each kind of target keeps of it, the size of that in Parquet, and the gradient of
-the loss with respect to a student's logits, softmax(student) − target, against the full distribution's. The student
-(--student) matters: a trained one is near the teacher, its exact gradient small, so every error weighs more.
+the loss with respect to a student's logits, softmax(student) − target, against the full distribution's. The size
+of an error depends on the student (--student): a trained one is close to the teacher and has a small exact gradient.
 
 - **one position**: |error| of a single position's gradient, relative to the mean size of the exact one.
 - **mean of 1,500**: the error left in the mean gradient over 1,500 positions, relative to the size of the exact mean
@@ -52,7 +52,7 @@ def main() -> None:
     """Print one table a temperature, the codec's speed, and the aims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--positions", type=int, default=10_500, help="positions at each temperature")
-    parser.add_argument("--student", help="a model directory; the teacher with every second layer if not given")
+    parser.add_argument("--student", help="a model directory (default: the teacher with every second layer)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def main() -> None:
     for temperature in (1.0, 0.7):
         tables[temperature] = measure(temperature, arguments.positions, arguments.student)
         print(f"\nText sampled at temperature {temperature:g}, {arguments.positions:,} positions\n")
-        print("| targets | bytes a position | error, one position | error, mean of 1,500 | bias |")
+        print("| targets | bytes per position | error, one position | error, mean of 1,500 | bias |")
         print("| --- | ---: | ---: | ---: | ---: |")
         for name, row in tables[temperature].items():
             print(f"| {name} | {row['bytes']:.1f} | {row['one']:.3f} | {row['mean']:.3f} | {row['bias']:.3f} |")

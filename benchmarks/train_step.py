@@ -1,8 +1,8 @@
-"""What a distillation step costs beside plain fine-tuning: time and peak memory of one optimiser step, by trainer.
+"""Cost of a distillation step compared with plain fine-tuning: time and peak memory of one optimiser step, by trainer.
 
     python benchmarks/train_step.py            # everything
     python benchmarks/train_step.py --quick    # one setting and a corner of the second table, in minutes
-    python benchmarks/train_step.py --smoke    # tiny random models and no figure that means anything: does it run?
+    python benchmarks/train_step.py --smoke    # tiny random models, to check that it runs; figures have no meaning
 
 **Steps.** The same 15-layer student (81M parameters, V = 49,152), rows, order, optimiser and precision for all, completions
 only; every trainer in a process of its own, and one step of each in turn. A step is everything from one end of
@@ -53,11 +53,11 @@ def main() -> None:
     """Print both tables and the aims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="steps of each trainer")
-    parser.add_argument("--batch", type=int, default=4, help="rows of up to 256 tokens in a step")
+    parser.add_argument("--batch", type=int, default=4, help="rows of up to 256 tokens per step")
     parser.add_argument("--quick", action="store_true", help="one setting, two lengths, three rounds")
     parser.add_argument("--smoke", action="store_true", help="one turn of everything, with tiny models")
     parser.add_argument("--only", choices=("steps", "layer"))
-    parser.add_argument("--heads", nargs="*", default=list(HEADS), choices=list(HEADS), help="of the second table")
+    parser.add_argument("--heads", nargs="*", default=list(HEADS), choices=list(HEADS), help="output layers of the second table")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -98,7 +98,7 @@ def steps(rounds: int, batch: int, settings: list[str], smoke: bool) -> list[dic
     with tempfile.TemporaryDirectory() as directory:
         teacher = make_tiny(Path(directory)) if smoke else TEACHER
         print(f"{prepare(Path(directory), teacher)}, {batch} in a batch\n")
-        print("| setting | trainer | s a step | ratio | peak GB | ratio | first loss |\n|" + " --- |" * 2 + " ---: |" * 5)
+        print("| setting | trainer | s per step | ratio | peak GB | ratio | first loss |\n|" + " --- |" * 2 + " ---: |" * 5)
         for setting in settings:
             spec = {"what": "step", "setting": setting, "batch": batch, "data": directory, "teacher": teacher}
             row = race(__file__, {trainer: {**spec, "trainer": trainer} for trainer in TRAINERS}, rounds)
