@@ -11,7 +11,7 @@ _ONLINE = "online"  # the one value that is no kind of a dataset
 _SUMMARIES = {name: kind.summary for name, kind in KINDS.items()}
 _SUMMARIES[_ONLINE] = "nothing stored, the whole distribution of a teacher that runs beside the student"
 if TYPE_CHECKING:
-    Kind = str
+    Kind = str  # the names are known at run time only
 else:
     Kind = Literal[tuple(_SUMMARIES)]
 
