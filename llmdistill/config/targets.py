@@ -11,7 +11,7 @@ _ONLINE = "online"  # the one value that is not a kind of stored targets
 _SUMMARIES = {name: kind.summary for name, kind in KINDS.items()}
 _SUMMARIES[_ONLINE] = "nothing; the teacher runs during training"
 if TYPE_CHECKING:
-    Kind = str
+    Kind = str  # the names are known at run time only
 else:
     Kind = Literal[tuple(_SUMMARIES)]
 
