@@ -39,11 +39,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task's YAML file as read, and its data: the files beside it, by their paths as the experiment would name them."""
+    """A task's YAML file as read; `files` are it and its data, by their paths as the experiment would name them."""
 
     file: Path
     config: dict[str, Any]
-    data: dict[str, Path]
+    files: dict[str, Path]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _read(file: Path) -> TaskFile:
     for key in ("task", "dataset_path", "test_split", "output_type"):
         if not isinstance(config.get(key), str):
             raise InputError(f"{file}: the key {key} is missing" if key not in config else f"{file}: {key} must be a name")
-    data: dict[str, Path] = {}
+    files = {str(file): found}
 
     def resolved(value: Any) -> Any:
         if isinstance(value, dict):
@@ -93,7 +93,7 @@ def _read(file: Path) -> TaskFile:
         path = found.parent / str(value)
         if not path.is_file():
             raise InputError(f"{file}: dataset_kwargs.data_files: {value} is not there beside it")
-        data[str(file.parent / str(value))] = path
+        files[str(file.parent / str(value))] = path
         return str(path)
 
     if config["dataset_path"] in _LOCAL:
@@ -101,13 +101,12 @@ def _read(file: Path) -> TaskFile:
         if not isinstance(kwargs, dict) or not kwargs.get("data_files"):
             raise InputError(f"{file}: the key dataset_kwargs.data_files is missing")
         config = {**config, "dataset_kwargs": {**kwargs, "data_files": resolved(kwargs["data_files"])}}
-    return TaskFile(file, config, data)
+    return TaskFile(file, config, files)
 
 
 def files_of(tasks: Sequence[TaskFile | str]) -> dict[str, Path]:
     """All files that the tasks are read from, by their paths as the experiment would name them."""
-    files = [{str(task.file): find(task.file), **task.data} for task in tasks if isinstance(task, TaskFile)]
-    return {name: path for each in files for name, path in each.items()}
+    return {name: path for task in tasks if isinstance(task, TaskFile) for name, path in task.files.items()}
 
 
 def load_tasks(tasks: Sequence[TaskFile | str], limit: int | None) -> dict[str, tuple[str, Any]]:

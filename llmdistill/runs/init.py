@@ -39,8 +39,8 @@ _MODELS = {
 _SEEDS, _INSTRUCT = "prompts/seeds/general.jsonl", "prompts/instruct.yaml"
 _QUESTION, _GROUNDED = "prompts/question.yaml", "prompts/grounded.yaml"
 _QUESTIONS = 4  # asked about a passage
-_ROWS = 200  # fewer prompts are answered more than once
-_HELD_OUT = 50  # prompts, where that is between a twentieth and a quarter of them
+_ROWS = 200  # wanted; fewer prompts are answered several times
+_HELD_OUT = 50  # prompts wanted, but at least a twentieth of them and at most a quarter
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_it_carries_what_stands_at_the_top_of_the_repository(wheel):
         *ROOT.glob("prompts/**/*.*"),
         *ROOT.glob("configs/**/*.yaml"),
         *ROOT.glob("configs/**/*.jsonl"),
-        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/**/*.md"),
     ]
     assert carried == {f"llmdistill/shipped/{file.relative_to(ROOT)}": file.read_bytes() for file in files}
 
@@ -116,7 +116,7 @@ def test_the_first_experiment_needs_no_repository_and_its_dry_run_no_torch(pytho
     (tmp_path / "without").mkdir()
     (tmp_path / "without/torch.py").write_text("raise ImportError")
     options = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path / "without"), "COLUMNS": "200"}
-    (shipped,) = re.findall(r"docs, prompts and configs are in\s+(\S+)", run(command, "--help", **options))
+    (shipped,) = re.findall(r"Documentation, prompts and configurations: (.+)", run(command, "--help", **options))
     assert {path.name for path in Path(shipped).iterdir()} == {"docs", "prompts", "configs"}
     assert "--prompts FILE" in run(command, "init", "--help", **options)
     said = run(command, "init", "first", "--no-gpu", "--teacher", tiny, "--student", tiny, **options)

@@ -7,6 +7,7 @@ import pytest
 
 from llmdistill.config import load_experiment
 from llmdistill.config.machine import Precision
+from llmdistill.config.shipped import page
 from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
 from llmdistill.stages.curate import curate
@@ -154,7 +155,7 @@ def test_one_process_uses_one_gpu_and_says_so(experiment_file, tmp_path, monkeyp
 
     monkeypatch.setattr(DistillConfig, "n_gpu", property(lambda arguments: getattr(arguments, "_n_gpu", None) or 4))
     assert _arguments(load_experiment(experiment_file), tmp_path, False, FLOAT32).n_gpu == 1
-    assert "uses one of 4 GPUs; docs/distributed.md" in capsys.readouterr().out
+    assert f"uses one of 4 GPUs; {page('distributed')}" in capsys.readouterr().out
 
 
 def test_report_to_reaches_the_trainer(experiment_file, tmp_path):
