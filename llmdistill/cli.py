@@ -17,7 +17,7 @@ from llmdistill import __version__
 from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.config.help import keys_help
 from llmdistill.config.shipped import SHIPPED, page
-from llmdistill.errors import InputError, RemoteError
+from llmdistill.errors import InputError, NonFiniteError, RemoteError
 from llmdistill.runs.quiet import quiet_libraries
 from llmdistill.stages.table import STAGES, Stage
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
             raise
         _complain(arguments, f"{error.filename}: {error.strerror}; finished work is kept; run the same command to continue")
         sys.exit(1)
-    except RemoteError as error:
+    except (RemoteError, NonFiniteError) as error:
         _complain(arguments, error)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The one exception for bad input, and the one for a service that fails."""
+"""The exceptions whose message is all that the command line prints."""
 
 import difflib
 from collections.abc import Collection
@@ -13,6 +13,13 @@ class InputError(ValueError):
 
 class RemoteError(Exception):
     """A remote service (the Hugging Face Hub, an object store, a teacher's server) failed; a retry may succeed.
+
+    The command line prints only the message and exits with status 1.
+    """
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient, a weight or a log-probability is infinite or not a number.
 
     The command line prints only the message and exits with status 1.
     """

@@ -31,7 +31,7 @@ class DistillCollator:
     flattened (B × T) the logits stand that predict each completion token; `token_weights` (N,), what each counts in the
     loss; and the soft targets that the rows have: the name of their kind as `target_kind`, a string, `target_ids` (N, K), and
     what else `SoftTargets.batch` of that kind gives. Rows with an `importance` give `token_importance` (N,) and
-    `token_logprobs` (N,) too.
+    `token_logprobs` (N,) too. With `with_ids`, `ids` is the list of the rows' ids.
 
     Padding-free, all rows stand one behind the other in a batch of one (B = 1, T the sum of lengths), with `position_ids`
     (1, T) that begin again at every row, and without a mask; so does every row of a pack, a list of rows.
@@ -42,6 +42,7 @@ class DistillCollator:
         padding_free: whether rows stand behind instead of below each other.
         position_weights: one of `POSITION_WEIGHTS`.
         by_sequence: scale the weights so that they add up to one in every row with a completion, else they are as they are.
+        with_ids: put the rows' `id` into the batch.
     """
 
     pad_token_id: int
@@ -49,6 +50,7 @@ class DistillCollator:
     padding_free: bool = False
     position_weights: str = "uniform"
     by_sequence: bool = False
+    with_ids: bool = False
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """One batch from rows as `load_dataset` gives them, or from packs of such rows."""
@@ -73,8 +75,12 @@ class DistillCollator:
             batch["token_importance"] = np.repeat(np.array([row["importance"] for row in rows], dtype=np.float32), counts)
             written = [np.asarray(row["token_logprobs"])[:count] for row, count in zip(rows, counts, strict=True)]
             batch["token_logprobs"] = np.concatenate(written).astype(np.float32)
-        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-        return {**tensors, "target_kind": kind.name} if kind.columns else tensors
+        tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in batch.items()}
+        if kind.columns:
+            tensors["target_kind"] = kind.name
+        if self.with_ids and "id" in rows[0]:
+            tensors["ids"] = [str(row["id"]) for row in rows]
+        return tensors
 
     def _below_each_other(self, ids: list[targets.Array], starts: targets.Array, lengths: targets.Array) -> dict[str, Any]:
         columns_T = np.arange(lengths.max())

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from llmdistill.curation.ngrams import normalised
 from llmdistill.data import targets
 from llmdistill.data.cards import dataset_card
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, NonFiniteError
 from llmdistill.runs.record import fsync_directory, read_json, sha256, write_json, write_text, writer_name
 
 if TYPE_CHECKING:
@@ -89,6 +89,21 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
     if soft:
         columns |= type(soft[0]).encode(soft, vocab_size)
     return pa.table(columns)
+
+
+def check_logprobs(row: Row) -> None:
+    """Refuse what no teacher's log-probabilities can be, before it is stored.
+
+    Raises:
+        NonFiniteError: one of a token or of the soft targets is not a number, or above zero.
+    """
+    stored = [row.token_logprobs] if row.targets is None else [row.token_logprobs, row.targets.logweights()]
+    for values in map(np.asarray, stored):
+        if np.isnan(values).any() or (values > 1e-3).any():
+            raise NonFiniteError(
+                f"row {row.id}: the teacher's log-probabilities are not numbers below zero; float16 overflows in some models: "
+                "set teacher.dtype to bfloat16 or float32"
+            )
 
 
 class ShardWriter:

@@ -18,6 +18,7 @@ from llmdistill.data.dataset import (
     MANIFEST,
     Row,
     bytes_per_position,
+    check_logprobs,
     describe_shard,
     finished_shards,
     is_damaged,
@@ -192,7 +193,10 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
     made: list[dict[str, Any]] = []
 
     def store(index: int, completions: list[Completion]) -> None:
-        table = rows_to_table([source.row(completion) for completion in completions], chat.vocab_size)
+        rows = [source.row(completion) for completion in completions]
+        for row in rows:
+            check_logprobs(row)
+        table = rows_to_table(rows, chat.vocab_size)
         shard = write_shard(directory, "train", index, making.count, table)
         made.append(describe_shard(shard))
         shared.put(shard)

@@ -7,7 +7,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config.machine import inference_precision
 from llmdistill.config.student import ORIGINS
-from llmdistill.errors import InputError, no_such_key
+from llmdistill.errors import InputError, NonFiniteError, no_such_key
 from llmdistill.models.loading import (
     check_model_exists,
     generation_config,
@@ -232,7 +232,13 @@ def save_student(model: Any, tokenizer: Any, experiment: Experiment, directory: 
     """The trained model as a directory that any engine loads: whole, in the precision of the checkpoint it comes from.
 
     Adapters are kept beside it, in `adapter`, and merged into the base in its own precision, never into quantised weights.
+
+    Raises:
+        NonFiniteError: a trained weight is not finite; nothing was written.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise NonFiniteError(f"the trained weight {name} is not finite; nothing was saved")
     if experiment.student.lora:
         adapters.save_adapter(model, directory / "adapter", directory / _START if adapters.rewrites_base(model) else None)
         # On the CPU: a base that was quantised to fit the accelerator may not fit it whole.

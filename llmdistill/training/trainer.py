@@ -13,6 +13,7 @@ import trl
 from accelerate.data_loader import SkipBatchSampler
 from torch.utils.data import BatchSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill import losses
 from llmdistill.data.collator import (
@@ -24,6 +25,7 @@ from llmdistill.data.collator import (
 )
 from llmdistill.data.importance import importance, log_importance
 from llmdistill.data.targets import KINDS, kind_of
+from llmdistill.errors import NonFiniteError
 from llmdistill.losses import fused
 from llmdistill.losses.hidden_states import LayerMatch
 from llmdistill.students.adapters import check_mergeable
@@ -71,7 +73,7 @@ class DistillTrainer(trl.SFTTrainer):
         if args.sequence_alpha:
             train_dataset, eval_dataset = _with_importance(train_dataset), eval_dataset and _with_importance(eval_dataset)
         in_a_line = args.packing or args.padding_free
-        collator = DistillCollator(0, args.max_length, in_a_line, args.position_weights, args.reduction == "sequence")
+        collator = DistillCollator(0, args.max_length, in_a_line, args.position_weights, args.reduction == "sequence", True)
         kwargs.setdefault("data_collator", collator)
         if args.hidden and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, a projector is used after it
@@ -105,6 +107,7 @@ class DistillTrainer(trl.SFTTrainer):
             self.train_dataset = Packs(train_dataset.select_columns(columns), args.max_length or 0)
         self._flops = training_flops(self.model, self.model.get_output_embeddings())
         self._since: float | None = None
+        self._step: list[tuple[torch.Tensor, list[str]]] = []  # of each micro-batch of a step the loss and the rows
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
 
@@ -142,7 +145,7 @@ class DistillTrainer(trl.SFTTrainer):
         return match
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "completion_start"]
+        self._signature_columns = ["id", "input_ids", "completion_start"]
         self._signature_columns += sorted({name for kind in KINDS.values() for name in kind.columns})
         if self.args.sequence_alpha:
             self._signature_columns += ["importance", "token_logprobs"]
@@ -199,6 +202,8 @@ class DistillTrainer(trl.SFTTrainer):
             loss, sums = loss + more, {**sums, **parts}
         weight = inputs["token_weights"].sum()
         self._count(inputs, {**sums, "loss": loss.detach(), "weight": weight})
+        if self.model.training:
+            self._step.append((loss.detach(), inputs.get("ids", [])))
         loss = loss / torch.as_tensor(weight if num_items_in_batch is None else num_items_in_batch).clamp(min=1e-12)
         if num_items_in_batch is not None:
             # DDP, FSDP and DeepSpeed average gradients over processes; the divisor counts the tokens of all of them.
@@ -207,6 +212,30 @@ class DistillTrainer(trl.SFTTrainer):
 
     def _watched(self, model: Any, side: Literal["student", "teacher"]) -> Any:
         return self.match.watch(model, side) if self.match else nullcontext()
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of the step's gradients, before the optimiser takes them.
+
+        Raises:
+            NonFiniteError: the loss or the norm is not finite; the weights are still those of the last step.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        step, self._step = self._step, []
+        finite = torch.stack([loss for loss, _ in step]).isfinite().all() if step else torch.tensor(True)
+        if norm is not None and self.accelerator.scaler is None:  # float16 looks for the largest factor that does not overflow
+            finite = finite & torch.as_tensor(norm, device=finite.device).isfinite()
+        if not finite:
+            raise NonFiniteError(self._not_finite(step, norm))
+        return norm
+
+    def _not_finite(self, step: list[tuple[torch.Tensor, list[str]]], norm: Any) -> str:
+        bad = [(loss.item(), ids) for loss, ids in step if not loss.isfinite()]
+        what = f"the loss is {bad[0][0]}" if bad else f"the norm of the gradients is {float(norm)}"
+        ids = [name for _, names in bad or step for name in names]
+        rows = f" on the rows {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}" if ids else ""
+        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        return f"step {self.state.global_step + 1}: {what}{rows}; training stops here, {kept}"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student, and beside a checkpoint what else has learned."""

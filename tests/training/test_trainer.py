@@ -15,6 +15,7 @@ from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.data import targets
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.errors import NonFiniteError
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models.loading import load_model
 from llmdistill.training.trainer import rows_in_last_batch
@@ -516,3 +517,35 @@ def test_the_rows_in_the_last_batch_are_known_after_a_resume(processes, skipped,
             seen.update(last)
         want = 0 if len(last) == 5 * processes else len(last)
         assert rows_in_last_batch(loaders[0]) == want
+
+
+def test_training_stops_at_the_first_loss_that_is_no_number(tiny, dataset_directory, tmp_path):
+    """Of one row's targets; its step is named with its row, before the weights have taken anything from it."""
+
+    def broken(row):
+        if row["id"] == "5":
+            row["target_logprobs"] = [float("nan")] * len(row["target_logprobs"])
+            row |= {name: float("nan") for name in row.keys() & {"target_entropy"}}
+        return row
+
+    rows = load_dataset(dataset_directory)
+    bad = rows.with_format(None).map(broken, features=rows.features).with_format("numpy")
+    arguments = {"max_steps": 8, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), rows=bad, **arguments)
+    with pytest.raises(NonFiniteError, match=r"step 6: the loss is nan on the rows 5; .* there is no checkpoint"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_training_stops_where_the_gradients_overflow(tiny, dataset_directory, tmp_path):
+    steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1}
+    arguments = {**steps, "learning_rate": 1e30, "lr_scheduler_type": "constant"}
+        "max_steps": 8,
+        "learning_rate": 1e30,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **arguments)
+    with pytest.raises(NonFiniteError, match=r"step 2: the (loss|norm .*) is .*; .* the last .*checkpoint-1$"):
+        trainer.train()
