@@ -146,6 +146,7 @@ def _train_one(
         dataset, validation = _split(experiment, rows)
         if not same_vocabulary:
             dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
+        dataset, validation = _learnable(dataset, arguments), validation and _learnable(validation, arguments)
         student = load_student(experiment)
         if experiment.train.fake_quantize:
             fake_quantise(student, experiment.export.group_size if experiment.export else None)
@@ -260,6 +261,24 @@ def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
             f"{len(rows[0]):,} for training; both need at least one"
         )
     return dataset.select(rows[0]), dataset.select(rows[1])
+
+
+def _learnable(dataset: Any, arguments: Any) -> Any:
+    """The rows with a completion token to learn; the number of the others is said.
+
+    Raises:
+        InputError: there are none.
+    """
+    from llmdistill.training.trainer import with_completions
+
+    try:
+        kept = with_completions(dataset, arguments.max_length)
+    except ValueError as error:
+        raise InputError(f"train.args.max_length: {error}") from None
+    if left := len(dataset) - len(kept):
+        within = f" within train.args.max_length, {arguments.max_length:,} tokens" if arguments.max_length else ""
+        say("train", f"leaves out {left:,} of {len(dataset):,} rows, which have no completion token{within}")
+    return kept
 
 
 def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None:

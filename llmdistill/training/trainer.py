@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import trl
 from accelerate.data_loader import SkipBatchSampler
@@ -70,6 +71,8 @@ class DistillTrainer(trl.SFTTrainer):
         if "compute_metrics" in kwargs:
             raise ValueError("compute_metrics is not supported: the logits of a whole batch are never computed")
         self.check_dataset(args, train_dataset, teacher)
+        train_dataset = with_completions(train_dataset, args.max_length)
+        eval_dataset = eval_dataset and with_completions(eval_dataset, args.max_length)
         if args.sequence_alpha:
             train_dataset, eval_dataset = _with_importance(train_dataset), eval_dataset and _with_importance(eval_dataset)
         in_a_line = args.packing or args.padding_free
@@ -352,6 +355,21 @@ def add_up_in_float32(plugin: Any) -> None:
     """
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+
+def with_completions(dataset: Any, max_length: int | None) -> Any:
+    """The rows of a `load_dataset` of which there is something to learn: those with a completion token within `max_length`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    ends = np.minimum(row_lengths(dataset), max_length or np.iinfo(np.int64).max)
+    starts = dataset.select_columns(["completion_start"]).with_format("arrow")[:]["completion_start"].to_numpy()
+    kept = np.flatnonzero(ends > starts)
+    if not len(kept):
+        why = f"within max_length, {max_length:,} tokens" if max_length else "at all"
+        raise ValueError(f"none of the {len(dataset):,} rows has a completion token {why}")
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
 def _with_importance(dataset: Any) -> Any:

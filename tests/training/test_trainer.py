@@ -540,12 +540,17 @@ def test_training_stops_at_the_first_loss_that_is_no_number(tiny, dataset_direct
 def test_training_stops_where_the_gradients_overflow(tiny, dataset_directory, tmp_path):
     steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1}
     arguments = {**steps, "learning_rate": 1e30, "lr_scheduler_type": "constant"}
-        "max_steps": 8,
-        "learning_rate": 1e30,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "steps",
-        "save_steps": 1,
-    }
     trainer = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **arguments)
     with pytest.raises(NonFiniteError, match=r"step 2: the (loss|norm .*) is .*; .* the last .*checkpoint-1$"):
         trainer.train()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"packing": True}, {"padding_free": True}, {"alpha": 0.0}])
+def test_rows_whose_completion_is_cut_away_are_left_out(tiny, dataset_directory, tmp_path, arguments):
+    """Prompts have 3, 4 and 5 tokens: at a length of 4 a token is left where the prompt has 3, in rows 0, 3 and 6."""
+    arguments = {"max_length": 4, "per_device_train_batch_size": 1, "max_steps": -1, "num_train_epochs": 1, **arguments}
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **arguments)
+    trainer.train()
+    assert trainer.state.log_history[-2]["num_completion_tokens"] == 3
+    with pytest.raises(ValueError, match="none of the 8 rows has a completion token within max_length, 3 tokens"):
+        make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **{**arguments, "max_length": 3})
