@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,31 @@ def load_model(
         place = device if device == "cpu" else torch.accelerator.current_device_index()
         how |= {"quantization_config": quantization_config, "device_map": {"": place}}
     loaded = _found(model, key, lambda: AutoModelForCausalLM.from_pretrained(model, **how))
+    _make_writable(loaded.generation_config)
     return (loaded if quantization_config is not None else loaded.to(device)).eval()
+
+
+def _make_writable(generation_config: Any) -> None:
+    """Mend what transformers reads but refuses to write, which would end training at its first checkpoint.
+
+    A temperature, or another setting of sampling, says that the model is to sample, unless the file says that it is not; a
+    setting of what is off goes back to its default.
+    """
+    from transformers import GenerationConfig
+
+    if generation_config is None:
+        return
+    for _ in range(2):
+        try:
+            generation_config.validate(strict=True)
+            return
+        except ValueError as error:
+            said = str(error)
+        if generation_config.do_sample is None and "do_sample" in said:
+            generation_config.do_sample = True
+        else:
+            for name in re.findall(r"^- `(\w+)`", said, re.MULTILINE):
+                setattr(generation_config, name, getattr(GenerationConfig(), name))
 
 
 def model_precision(

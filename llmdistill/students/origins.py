@@ -246,6 +246,7 @@ def save_student(model: Any, tokenizer: Any, experiment: Experiment, directory: 
         model = adapters.merged(model, directory / "adapter", base)
     if end_token_ids:
         model.generation_config.eos_token_id = end_token_ids
+    model.config.use_cache = True  # off while gradient checkpointing trains it
     model.to(saved_dtype(experiment)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

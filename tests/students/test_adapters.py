@@ -83,6 +83,7 @@ def test_the_saved_student_and_its_adapter_are_the_trained_model(args, base, bas
     saved = load_model(str(tmp_path))
     torch.testing.assert_close(logits(saved), trained, rtol=0, atol=1e-3)
     assert saved.generation_config.eos_token_id == [2]
+    assert saved.config.use_cache
     beside = PeftModel.from_pretrained(load_model(str(bases[base])), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(beside), trained, rtol=0, atol=1e-3)
 

@@ -1,0 +1,30 @@
+"""Loading models of Hugging Face: what published checkpoints have and what must be writable again."""
+
+import json
+import shutil
+
+import pytest
+
+from llmdistill.models.loading import load_model
+
+
+@pytest.mark.parametrize(
+    ("published", "kept"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}),
+        ({"top_k": 20}, {"do_sample": True, "top_k": 20}),
+        ({"do_sample": False, "temperature": 0.7}, {"do_sample": False, "temperature": None}),
+        ({"num_beams": 1, "early_stopping": True}, {"num_beams": 1}),
+        ({"temperature": 0.9, "num_beams": 1, "early_stopping": True}, {"do_sample": True, "temperature": 0.9}),
+        ({"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 3]}, {"temperature": 0.6, "eos_token_id": [2, 3]}),
+    ],
+    ids=str,
+)
+def test_a_generation_config_that_transformers_reads_but_does_not_write(published, kept, tiny, tmp_path):
+    """Several published models have one: training would end at its first checkpoint."""
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(published))
+    model = load_model(str(tmp_path / "model"))
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert {name: saved.get(name) for name in kept} == kept
