@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 # Dense bfloat16 (float16 before Ampere) peak, TFLOP/s without sparsity, from the makers' data sheets.
 _PEAKS = {
@@ -55,20 +56,48 @@ class Flops:
 
 
 def training_flops(model: Any, head: torch.nn.Module) -> Flops:
-    """Of a decoder whose linear layers are `torch.nn.Linear` (quantised ones too), `head` its output layer."""
+    """Of a decoder with `head` as its output layer; quantised linear layers and experts of a mixture included.
+
+    Of the experts those count that work on one token. Attention counts where the configuration says its size; layers that are
+    recurrent instead have only their linear parts counted.
+    """
     body = out = 0.0
     inside_head = set(head.modules())  # itself, or what peft put around it
-    for module in model.modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        cost = module.in_features * module.out_features * (6 if module.weight.requires_grad else 4)
+    config = model.config.get_text_config()
+    for name, module in model.named_modules():
+        cost = _linear(module) + (_experts(module, config) if "experts" in name else 0.0)
         if module in inside_head:
             out += cost
         else:
             body += cost
-    config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Flops(body, out, 6.0 * config.num_hidden_layers * config.num_attention_heads * width)
+    heads, layers = _setting(config, "num_attention_heads"), _setting(config, "num_hidden_layers")
+    width = _setting(config, "head_dim") or _setting(config, "hidden_size") / max(heads, 1)
+    return Flops(body, out, 6.0 * layers * heads * width)
+
+
+def _linear(module: torch.nn.Module) -> float:
+    """Of a token through a linear layer; GPT-2 has its own kind."""
+    if isinstance(module, torch.nn.Linear):
+        return module.in_features * module.out_features * (6 if module.weight.requires_grad else 4)
+    if isinstance(module, Conv1D):
+        return module.weight.numel() * (6 if module.weight.requires_grad else 4)
+    return 0.0
+
+
+def _experts(module: torch.nn.Module, config: Any) -> float:
+    """Of a token through the experts whose matrices are stacked in one parameter, (experts, ., .)."""
+    stacked = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+    active = _setting(config, "num_experts_per_tok") or 1
+    return float(sum(p.numel() / len(p) * min(active, len(p)) * (6 if p.requires_grad else 4) for p in stacked))
+
+
+def _setting(config: Any, name: str) -> float:
+    """A number of the configuration; 0 where there is none, or one for each layer."""
+    try:
+        value = getattr(config, name, None)
+    except (AttributeError, RuntimeError):  # transformers raises the latter for a setting of single layers
+        value = None
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def peak_flops(device: torch.device) -> float | None:

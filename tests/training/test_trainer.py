@@ -292,7 +292,7 @@ def test_the_logged_agreement_and_speed(tiny, dataset_directory, tmp_path):
     log = trainer.state.log_history[0]
     assert log["agreement"] == pytest.approx(agree / counts)
     assert 0 < agree < counts
-    # 4 layers: q and o 32 × 32, k and v 32 × 16, three of 32 × 64; 4 heads of 8; a vocabulary of 49,152.
+    # 4 layers: q and o 32 × 32, k and v 32 × 16, three of 32 × 64; 4 heads of 8; a vocabulary of 2,048.
     body = 6 * 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     total = body * inputs + 6 * 32 * 2048 * counts + 4 * 6 * 32 * squares
     assert log["tflops"] * 1e12 / log["tokens_per_s"] * inputs == pytest.approx(total, rel=1e-6)
