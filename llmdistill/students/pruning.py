@@ -298,10 +298,13 @@ def decoder_of(model: Any) -> Any:
     Raises:
         InputError: the layers are not built so that they can be cut.
     """
-    decoder = model.get_decoder()
-    if not hasattr(decoder, "layers") or not all(
-        hasattr(layer, "input_layernorm") and hasattr(layer.self_attn, "o_proj") and hasattr(layer.mlp, "down_proj")
-        for layer in decoder.layers
-    ):
-        raise InputError(f"student.prune: {type(model).__name__} does not have the structure of llama, qwen and gemma models")
+    try:
+        decoder, config = model.get_decoder(), model.config
+        sizes = [config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size, config.hidden_size]
+        parts = [(layer.input_layernorm, layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder.layers]
+        known = len(parts) == sizes[0]
+    except (AttributeError, RuntimeError):  # of a configuration with sizes for single layers, or of several models
+        known = False
+    if not known:
+        raise InputError(f"student.prune: {type(model).__name__} is not built as llama, qwen and gemma models are")
     return decoder

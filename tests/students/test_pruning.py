@@ -132,7 +132,17 @@ def test_the_importance_is_a_mean_over_tokens_without_padding(tiny):
     np.testing.assert_allclose(apart.neurons[2], torch.cat(seen).mean(0), rtol=1e-4)
 
 
-def test_an_architecture_that_is_built_otherwise_is_refused():
-    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    with pytest.raises(InputError, match="GPT2LMHeadModel does not have the structure of llama, qwen and gemma models"):
-        measure(transformers.GPT2LMHeadModel(config), ROWS)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gpt2", {}), ("gptj", {"rotary_dim": 4}), ("bloom", {"n_layer": 2, "n_head": 4}), ("falcon", {}),
+        ("mpt", {}), ("mamba", {}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 24}), ("rwkv", {"attention_hidden_size": 24}), ("gpt_neox", {}),
+    ],
+)  # fmt: skip
+def test_an_architecture_that_is_built_otherwise_is_refused(family, settings):
+    sizes = {name: size for name, size in SMALL.items() if name not in ("head_dim", "num_key_value_heads", "intermediate_size")}
+    config = transformers.AutoConfig.for_model(family, **{**sizes, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match=f"{type(model).__name__} is not built as llama, qwen and gemma models are"):
+        measure(model, ROWS)
