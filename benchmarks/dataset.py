@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from found import argument_parser, report
 
 VOCAB, N = 151_936, 16
 SIZES = (1_000_000, 3_000_000, 10_000_000)
+SMOKE_SIZES = (10_000,)
 
 
 def main() -> None:
     """Print a row a size, and the aims from the largest."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--positions", type=int, nargs="*", default=SIZES)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -38,7 +39,7 @@ def main() -> None:
     columns = ("positions", "shards", "GB", "write", "checksum", "open", "read", "inspect s", "resident GB", "anonymous GB")
     print("| " + " | ".join(columns) + " |\n|" + " ---: |" * len(columns))
     table = []
-    for positions in arguments.positions:
+    for positions in SMOKE_SIZES if arguments.smoke else arguments.positions:
         command = [sys.executable, __file__, "--one", str(positions)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARROW_NUM_THREADS": "1"}
         last = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()[-1]
@@ -46,10 +47,7 @@ def main() -> None:
         print("| " + " | ".join(f"{table[-1][name]:,.10g}" for name in columns) + " |", flush=True)
     aims = {"read_positions_a_second": table[-1]["read"], "resident_gb": table[-1]["resident GB"]}
     print("\nwrite, checksum, open and read in positions per second")
-    for name, value in aims.items():
-        print(f"aim {name} {value:.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"table": table, "aims": aims}, indent=2) + "\n")
+    report({"table": table}, aims, arguments.json)
 
 
 def measure(positions: int) -> dict[str, float]:

@@ -1,9 +1,26 @@
-"""What a benchmark finds: printed at once, and kept in a file in case it does not end well."""
+"""What every benchmark takes and prints at its end; and, for long ones, what is kept in a file in case it does not end well."""
 
+import argparse
 import json
 import traceback
 from pathlib import Path
 from typing import Any
+
+
+def argument_parser(doc: str) -> argparse.ArgumentParser:
+    """With the flags of every benchmark: `--smoke` and `--json`."""
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--smoke", action="store_true", help="tiny sizes and no figure that means anything: does it run?")
+    made.add_argument("--json", type=Path, help="also write the figures here")
+    return made
+
+
+def report(figures: dict[str, Any], aims: dict[str, float], file: Path | None) -> None:
+    """Print the aims, and write them to the file with the figures."""
+    for name, value in aims.items():
+        print(f"aim {name} {value:.4g}")
+    if file:
+        file.write_text(json.dumps({**figures, "aims": aims}, indent=2) + "\n")
 
 
 class Found:

@@ -6,16 +6,19 @@ One engine, one after the other in turn, the same prompts with the same seeds:
 writing, `generate`'s own loop with targets encoded and shards on the disk, against `LLM.generate` without log-probabilities;
 reading, `score`'s own loop over what was written, against bare requests with as many `prompt_logprobs`.
 More prompts wait than run at once, as in any long run, so that shards are encoded while the engine goes on.
+With `--smoke` the engine is `transformers`, and the bare loop is its own, with nothing stored.
 Figures are tokens per second (of completions in writing, of whole texts in reading), of the median round.
 """
 
-import argparse
-import json
+import importlib
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import synthetic
+from found import argument_parser, report
 
 from llmdistill.config import load_experiment
 from llmdistill.data import shards
@@ -30,33 +33,30 @@ KINDS = ("topk", "sampled")
 
 def main() -> None:
     """Print a row for each kind of targets, and the aims from top-k."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--prompts", type=int, default=72)
     parser.add_argument("--at-once", type=int, default=24, help="concurrent sequences in vLLM")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     print("| targets | | bare | llmdistill | ratio |\n| --- | --- | ---: | ---: | ---: |")
     table = []
-    for kind in KINDS:
-        overrides = [("targets.kind", kind), ("prompts.limit", str(arguments.prompts)), ("generate.rows_per_shard", "12")]
-        overrides += [("teacher.engine_args.max_num_seqs", str(arguments.at_once))]
-        for row in measure(load_experiment(Path(arguments.config), overrides), arguments.rounds):
-            table.append({"targets": kind, **row})
-            print(f"| {kind} | {row['what']} | {row['bare']:.0f} | {row['ours']:.0f} | {row['ratio']:.3f} |", flush=True)
+    size = [("prompts.limit", str(arguments.prompts)), ("generate.rows_per_shard", "12")]
+    size += [("teacher.engine_args.max_num_seqs", str(arguments.at_once))]
+    with synthetic.demo(arguments.smoke) as tiny:
+        for kind in KINDS:
+            experiment = load_experiment(Path(arguments.config), [("targets.kind", kind), *(tiny or size)])
+            for row in measure(experiment, 1 if arguments.smoke else arguments.rounds):
+                table.append({"targets": kind, **row})
+                print(f"| {kind} | {row['what']} | {row['bare']:.0f} | {row['ours']:.0f} | {row['ratio']:.3f} |", flush=True)
     aims = {f"{row['what']}_ratio_{row['targets']}": row["ratio"] for row in table}
     print("\ntokens per second")
-    for name, value in aims.items():
-        print(f"aim {name} {value:.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"table": table, "aims": aims}, indent=2) + "\n")
+    report({"table": table}, aims, arguments.json)
 
 
 def measure(experiment: Any, rounds: int) -> Any:
     """Writing and reading with one engine: each a dictionary of medians."""
-    import vllm
-
+    vllm: Any = importlib.import_module("vllm") if experiment.teacher.engine == "vllm" else None
     prepared = prepared_prompts(experiment)
     assert prepared is not None
     source = _Prompts(PromptEncoder(experiment, fingerprints(experiment.teacher)[1]), prepared)
@@ -67,6 +67,8 @@ def measure(experiment: Any, rounds: int) -> Any:
     sampling = experiment.generate
 
     def bare_writing():
+        if vllm is None:
+            return sum(len(completion.ids) for completion in engine.generate([requests]))
         params = [
             vllm.SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, seed=request.seed
@@ -104,6 +106,9 @@ def measure(experiment: Any, rounds: int) -> Any:
         return [Request(r.index, r.prompt_ids, r.seed, texts[r.index].tolist()) for r in requests]
 
     def bare_reading():
+        if vllm is None:
+            list(engine.score([whole()]))
+            return sum(len(request.prompt_ids) + len(request.completion_ids) for request in whole())
         params = vllm.SamplingParams(
             temperature=0, max_tokens=1, prompt_logprobs=experiment.targets.kept, flat_logprobs=True, detokenize=False
         )

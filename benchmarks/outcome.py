@@ -9,8 +9,6 @@ KL(teacher ‖ student) in nats per token on the demo's held-out rows, mean over
 over prompts; how far above the reference it is, paired on rows and seeds; and the same for the lowest and highest seed.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +16,13 @@ from typing import Any
 
 import datasets
 import numpy as np
+import synthetic
 import torch
+from found import argument_parser, report
 from transformers.utils import logging
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
-from llmdistill.config import Targets, load_experiment
+from llmdistill.config import Experiment, Targets, load_experiment
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import Row, rows_to_table, write_shard
 from llmdistill.data.targets import TopK
@@ -30,7 +30,6 @@ from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import draw_clusters, mean_interval
 from llmdistill.models.loading import load_model
 
-DATA, BEFORE = Path("runs/demo/curated"), "runs/demo/student-before"
 KINDS = {
     **{f"sampled, n = {n}": Targets(kind="sampled", n=n) for n in (8, 16, 32)},
     **{f"top-{k}, with tail": Targets(kind="topk", k=k) for k in (16, 64)},
@@ -42,37 +41,40 @@ Array = np.ndarray[Any, Any]
 
 def main() -> None:
     """Train on every kind with every seed; print the table and the aim."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    experiment = load_experiment(Path("configs/demo.yaml"))
-    teacher = load_model(experiment.teacher.model)
-    test = load_dataset(DATA, "test")
-    found: dict[str, list[Array]] = {}
-    for seed in range(arguments.seeds):
-        for name, data in datasets_of(seed, teacher):
-            student = train(name, data, seed, arguments.steps, experiment.train.args, teacher)
-            measured = fidelity({"teacher": teacher, "student": student}, test, 8)
-            found.setdefault(name, []).append(measured["student kl"])
-            print(f"seed {seed}  {name:<24}{measured['student kl'].sum() / measured['tokens'].sum():.4f}", flush=True)
-    table = summary(found, measured["tokens"], [str(prompt) for prompt in test.with_format(None)["prompt"]])
+    with synthetic.demo(arguments.smoke, "generate", "curate", "prune") as tiny:
+        experiment = load_experiment(Path("configs/demo.yaml"), tiny)
+        table = measure(experiment, *((2, 1) if arguments.smoke else (arguments.steps, arguments.seeds)))
     print(f"\n| trained on | held-out KL | above the {FULL} | lowest and highest seed |\n| --- | ---: | ---: | ---: |")
     for name, row in table.items():
         above = "" if name == FULL else f"{row['above']:+.1%} ({row['above_low']:+.1%} to {row['above_high']:+.1%})"
         seeds = "" if name == FULL else f"{row['seed_low']:+.1%}, {row['seed_high']:+.1%}"
         print(f"| {name} | {row['kl']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {above} | {seeds} |")
     aims = {"sampled_16_above_full": table["sampled, n = 16"]["above"]}
-    print(f"\naim sampled_16_above_full {aims['sampled_16_above_full']:.4f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"table": table, "aims": aims}, indent=2) + "\n")
+    print()
+    report({"table": table}, aims, arguments.json)
 
 
-def datasets_of(seed: int, teacher: Any) -> Iterator[tuple[str, Any]]:
+def measure(experiment: Experiment, steps: int, seeds: int) -> dict[str, dict[str, float]]:
+    """Every kind's figures on the held-out rows."""
+    teacher = load_model(experiment.teacher.model)
+    rows, test = (load_dataset(experiment.directory("curated"), split) for split in ("train", "test"))
+    found: dict[str, list[Array]] = {}
+    for seed in range(seeds):
+        for name, data in datasets_of(rows, seed, teacher):
+            student = train(name, data, seed, steps, experiment, teacher)
+            measured = fidelity({"teacher": teacher, "student": student}, test, 8)
+            found.setdefault(name, []).append(measured["student kl"])
+            print(f"seed {seed}  {name:<24}{measured['student kl'].sum() / measured['tokens'].sum():.4f}", flush=True)
+    return summary(found, measured["tokens"], [str(prompt) for prompt in test.with_format(None)["prompt"]])
+
+
+def datasets_of(rows: Any, seed: int, teacher: Any) -> Iterator[tuple[str, Any]]:
     """The demo's training rows with every kind of targets, drawn with the seed."""
-    rows = load_dataset(DATA, "train")
     yield FULL, rows
     yield TEXT, rows
     generator = torch.Generator().manual_seed(seed)
@@ -94,9 +96,10 @@ def datasets_of(seed: int, teacher: Any) -> Iterator[tuple[str, Any]]:
             yield name, datasets.Dataset.from_parquet(str(shard.file), keep_in_memory=True).with_format("numpy")
 
 
-def train(name: str, data: Any, seed: int, steps: int, args: dict[str, Any], teacher: Any) -> Any:
+def train(name: str, data: Any, seed: int, steps: int, experiment: Experiment, teacher: Any) -> Any:
     """The demo's student after so many steps of the demo's recipe."""
-    recipe = {**args, "max_steps": steps, "seed": seed, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    recipe = {**experiment.train.args, "max_steps": steps, "seed": seed, "save_strategy": "no"}
+    recipe |= {"report_to": "none", "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as directory:
         arguments = DistillConfig(
             output_dir=directory,
@@ -105,7 +108,7 @@ def train(name: str, data: Any, seed: int, steps: int, args: dict[str, Any], tea
             logging_strategy="no",
             **{key: value for key, value in recipe.items() if not key.startswith("logging")},
         )
-        student = load_model(BEFORE, dtype="float32")
+        student = load_model(str(experiment.directory("student-before")), dtype="float32")
         online = teacher if name == FULL else None
         DistillTrainer(model=student, args=arguments, train_dataset=data, teacher=online).train()
     return student.to(teacher.dtype).eval()  # as it would be saved

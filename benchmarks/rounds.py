@@ -8,14 +8,19 @@ Prints the KL on held-out teacher text and, on text that each student samples it
 negative log-likelihood, in nats per token with 95% intervals.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import synthetic
+from found import argument_parser, report
+
+from llmdistill.config import load_experiment
+from llmdistill.runs.pipeline import stages
 from llmdistill.runs.record import read_json
+from llmdistill.stages.table import STAGES
 
 WAYS = {
     "teacher's text alone": None,
@@ -25,32 +30,16 @@ WAYS = {
 
 def main() -> None:
     """Print the table and the aims."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/demo.yaml")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--output", type=Path, default=Path("runs/rounds"))
     parser.add_argument("--steps", type=int, default=90)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    common = ["--targets", "{kind: topk, k: 64}", "--train.compare_text_only", "false", "--eval.tasks", "[]", "--export", "null"]
-    common += ["--eval.own_prompts", "34", "--eval.own_tokens", "96", "--generate.temperature", "1.0", "--eval.samples", "0"]
-    table, first = [], None
-    for number, (name, rounds) in enumerate(WAYS.items()):
-        output = arguments.output / str(number)
-        if first and not output.exists():
-            for part in ("data", "curated", "student-before"):
-                shutil.copytree(first / part, output / part)
-            relink(output, first)
-        words = [*common, "--output", str(output)]
-        last = arguments.steps // 3
-        steps = arguments.steps - last if rounds else arguments.steps
-        words += ["--train.args.max_steps", str(steps)]
-        if rounds:
-            settings = {"n": 1, "loss": "reverse_kl", "args": {"max_steps": last, "warmup_steps": 2, "learning_rate": 5e-4}}
-            words += ["--rounds", json.dumps(settings | rounds)]
-        subprocess.run([sys.executable, "-m", "llmdistill", "run", arguments.config, *words], check=True)
-        model = next(m for m in read_json(output / "eval/metrics.json")["models"] if m["name"] == "student")
-        table.append({"trained on": name, "held out": model["kl"], **model["own_text"]})
-        first = first or output
+    with synthetic.demo(arguments.smoke) as tiny:
+        if arguments.smoke:
+            arguments.output, arguments.steps = Path(dict(tiny)["output"]), 3
+            tiny += [("eval.own_prompts", "3"), ("eval.own_tokens", "8")]
+        table = compare(arguments, tiny)
     print("| trained on | KL, held out | reverse KL, own text | teacher's NLL, own text |\n| --- | ---: | ---: | ---: |")
     for row in table:
         print(
@@ -58,10 +47,37 @@ def main() -> None:
         )
     aims = {f"own_text_reverse_kl_{number}": row["reverse_kl"]["mean"] for number, row in enumerate(table)}
     print()
-    for name, value in aims.items():
-        print(f"aim {name} {value:.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"table": table, "aims": aims}, indent=2) + "\n")
+    report({"table": table}, aims, arguments.json)
+
+
+def compare(arguments, tiny):
+    """A row for each way."""
+    both = {"targets": "{kind: topk, k: 64}", "train.compare_text_only": "false", "eval.tasks": "[]", "export": "null"}
+    both |= {"eval.own_prompts": "34", "eval.own_tokens": "96", "generate.temperature": "1.0", "eval.samples": "0"}
+    table, first = [], None
+    for number, (name, rounds) in enumerate(WAYS.items()):
+        output = arguments.output / str(number)
+        if first and not output.exists():
+            for part in ("data", "curated", "student-before"):
+                shutil.copytree(first / part, output / part)
+            relink(output, first)
+        overrides = [*both.items(), *tiny, ("output", str(output))]
+        last = arguments.steps // 3
+        steps = arguments.steps - last if rounds else arguments.steps
+        overrides += [("train.args.max_steps", str(steps))]
+        if rounds:
+            settings = {"n": 1, "loss": "reverse_kl", "args": {"max_steps": last, "warmup_steps": 2, "learning_rate": 5e-4}}
+            overrides += [("rounds", json.dumps(settings | rounds))]
+        if arguments.smoke:  # in this process: starting one for each stage takes longer than all of it
+            for stage in stages(load_experiment(arguments.config, overrides)):
+                STAGES[stage.command].function(stage.experiment)
+        else:
+            words = [word for key, value in overrides for word in (f"--{key}", value)]
+            subprocess.run([sys.executable, "-m", "llmdistill", "run", str(arguments.config), *words], check=True)
+        model = next(m for m in read_json(output / "eval/metrics.json")["models"] if m["name"] == "student")
+        table.append({"trained on": name, "held out": model["kl"], **model["own_text"]})
+        first = first or output
+    return table
 
 
 def relink(output, first):

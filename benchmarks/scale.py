@@ -9,9 +9,7 @@ printed. Utilisation is the time in which workers make shards that are kept, as 
 machines: actors until the end, a task of an array until its share is made.
 """
 
-import argparse
 import heapq
-import json
 import os
 import resource
 import shutil
@@ -23,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from found import argument_parser, report
 
 from llmdistill.data.dataset import Row, describe_shard, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.data.shards import Share
@@ -40,18 +39,19 @@ DELAY = 0.005  # seconds of an operation on the slow file system
 
 def main() -> None:
     """Print the tables and the aims."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 10, 1000, 100_000])
     parser.add_argument("--lengths", type=Path, help="a dataset whose completion lengths give the shard times")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    found = {"store": store(), "coordination": [], "cluster": []}
+    smoke = arguments.smoke
+    workers, shards, stored = (10, 1000, 16) if smoke else (WORKERS, SHARDS, ROWS)
+    found = {"store": store(stored), "coordination": [], "cluster": []}
     tokens, seconds = found["store"]["tokens"], found["store"]["seconds"]
-    print(f"a shard of {ROWS:,} rows, {tokens:,} tokens: encoded and stored in {seconds:.2f} s,")
+    print(f"a shard of {stored:,} rows, {tokens:,} tokens: encoded and stored in {seconds:.2f} s,")
     print(f"while an engine with {SPEED:,.0f} tokens/s needs {tokens / SPEED:,.0f} s to generate it\n")
     print("| shards | | a worker finds its own (1 of 10) | listing all | completing the dataset | memory |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
-    for count in arguments.shards:
+    for count in [1, 10] if smoke else arguments.shards:
         for where, delay in (("disk", 0.0), (f"{1000 * DELAY:.0f} ms an operation", DELAY)):
             row = {"shards": count, "where": where, **coordination(count, delay)}
             found["coordination"].append(row)
@@ -59,26 +59,23 @@ def main() -> None:
                   f"{row['memory'] / 2**20:,.0f} MiB |", flush=True)  # fmt: skip
     lengths = completion_lengths(arguments.lengths)
     print(
-        f"\n{WORKERS:,} workers, {SHARDS:,} shards of {ROWS:,} rows; {SPEED:,.0f} tokens/s, {START:.0f} s to start an engine, "
+        f"\n{workers:,} workers, {shards:,} shards of {ROWS:,} rows; {SPEED:,.0f} tokens/s, {START:.0f} s to start an engine, "
         f"{SLOW[0]:.0%} of the workers {SLOW[1]:g}× slower, a failure every {MTBF / 3600:.0f} h of a worker\n"
     )
     print("| distribution of shards | utilisation | shards lost per failure | total time |\n| --- | ---: | ---: | ---: |")
     for name, tasks in (
         ("handed out one by one (Ray)", None),
-        ("an array of 1,000", WORKERS),
-        ("an array of 10,000", 10 * WORKERS),
+        (f"an array of {workers:,}", workers),
+        (f"an array of {10 * workers:,}", 10 * workers),
     ):
-        row = {"way": name, **cluster(lengths, tasks)}
+        row = {"way": name, **cluster(lengths, tasks, workers, shards)}
         found["cluster"].append(row)
         print(f"| {name} | {row['utilisation']:.1%} | {row['lost']:.2f} | {row['hours']:.1f} h |", flush=True)
     best = found["cluster"][0]
     aims = {"utilisation": best["utilisation"], "lost_shards_a_failure": best["lost"]}
     aims["store_share"] = found["store"]["seconds"] / (found["store"]["tokens"] / SPEED)
     print()
-    for name, value in aims.items():
-        print(f"aim {name} {value:.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**found, "aims": aims}, indent=2) + "\n")
+    report(found, aims, arguments.json)
 
 
 def clock(seconds):
@@ -96,15 +93,15 @@ def rows(count, length):
         yield Row(f"{number:032x}", text, text, ids[:8, 0], ids[:, 0], "stop", logprobs[:, 0], targets)
 
 
-def store():
-    """Seconds to encode and store one shard, median of three."""
-    made, seconds = list(rows(ROWS, 200)), []
+def store(count):
+    """Seconds to encode and store one shard of so many rows, median of three."""
+    made, seconds = list(rows(count, 200)), []
     for turn in range(3):
         with tempfile.TemporaryDirectory() as directory:
             start = time.perf_counter()
             write_shard(Path(directory), "train", turn, 3, rows_to_table(made, 49_152))
             seconds.append(time.perf_counter() - start)
-    return {"tokens": ROWS * 200, "seconds": statistics.median(seconds)}
+    return {"tokens": count * 200, "seconds": statistics.median(seconds)}
 
 
 DELAYED = {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "glob.glob"}
@@ -186,17 +183,17 @@ def completion_lengths(directory):
     return np.clip(generator.lognormal(np.log(180), 0.7, 10_000), 1, 512)
 
 
-def cluster(lengths, tasks):
+def cluster(lengths, tasks, workers, shards):
     """Simulate until every shard is there; with tasks, each has a fixed share of the shards and starts its own engine."""
     generator = np.random.default_rng(0)
-    work = generator.choice(lengths, (SHARDS, ROWS)).sum(1) / SPEED
-    slowness = np.where(generator.random(WORKERS) < SLOW[0], SLOW[1], 1.0)
-    shares = [list(range(SHARDS))[::-1]] if tasks is None else [list(range(task, SHARDS, tasks))[::-1] for task in range(tasks)]
+    work = generator.choice(lengths, (shards, ROWS)).sum(1) / SPEED
+    slowness = np.where(generator.random(workers) < SLOW[0], SLOW[1], 1.0)
+    shares = [list(range(shards))[::-1]] if tasks is None else [list(range(task, shards, tasks))[::-1] for task in range(tasks)]
     waiting = list(range(len(shares)))[::-1]
-    events = [(0.0, worker) for worker in range(WORKERS)]  # when a worker is free
+    events = [(0.0, worker) for worker in range(workers)]  # when a worker is free
     heapq.heapify(events)
-    fails_at = generator.exponential(MTBF, WORKERS)
-    task_of: dict[int, int | None] = dict.fromkeys(range(WORKERS))
+    fails_at = generator.exponential(MTBF, workers)
+    task_of: dict[int, int | None] = dict.fromkeys(range(workers))
     useful = held = lost = failures = 0.0
     end = 0.0
     started = set()
@@ -231,7 +228,7 @@ def cluster(lengths, tasks):
         useful += work[shard] * slowness[worker]
         end = max(end, now + seconds)
         heapq.heappush(events, (now + seconds, worker))
-    held = WORKERS * end if tasks is None else held
+    held = workers * end if tasks is None else held
     return {"utilisation": useful / held, "lost": lost / max(failures, 1), "hours": end / 3600}
 
 

@@ -1,19 +1,30 @@
 """Models with random weights and rows with random targets, for benchmarks that need neither a download nor a teacher."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SHAPES = {
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+SHAPES: dict[str, dict[str, Any]] = {
+    # Random weights so large that it matters which of them are there.
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.2,
+    },
     # 141M parameters beside the embeddings.
     "small": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16},
     # SmolLM2-135M-Instruct, and what configs/showcase.yaml leaves of it.
     "teacher": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
     "showcase": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 14, "num_attention_heads": 9},
 }
-KEY_VALUE_HEADS = {"tiny": 1, "small": 8, "teacher": 3, "showcase": 3}
+TINY_VOCAB = 512
+KEY_VALUE_HEADS = {"tiny": 2, "small": 8, "teacher": 3, "showcase": 3}
 
 
 def llama(shape: str, vocab: int, dtype: str = "float32", **how: Any) -> Any:
@@ -30,13 +41,58 @@ def llama(shape: str, vocab: int, dtype: str = "float32", **how: Any) -> Any:
 
 
 def tokenizer() -> Any:
-    """One that trainers accept; nothing is tokenised."""
-    from tokenizers import Tokenizer, models
+    """A token for every byte, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    bare = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    words = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bare = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made.chat_template = (
+        "{% for message in messages %}{{ message.role + ': ' + message.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return made
+
+
+def teacher(directory: Path) -> str:
+    """The directory of a tiny model with its tokenizer, which is written there."""
+    llama("tiny", TINY_VOCAB).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@contextmanager
+def demo(smoke: bool, *stages: str) -> Iterator[list[tuple[str, str]]]:
+    """Overrides for `configs/demo.yaml`: none, or those of its smallest form, in a directory where its stages are made.
+
+    Args:
+        smoke: whether the smallest form is wanted: a tiny teacher, twelve prompts, the engine `transformers`.
+        stages: of the smallest form, to be made first.
+    """
+    if not smoke:
+        yield []
+        return
+    from llmdistill.config import load_experiment
+    from llmdistill.stages.table import STAGES
+
+    with tempfile.TemporaryDirectory() as directory:
+        settings = {
+            "output": f"{directory}/run",
+            "teacher.model": teacher(Path(directory) / "teacher"),
+            "teacher.engine": "transformers",
+            "prompts.limit": 12,
+            "generate.max_tokens": 8,
+            "generate.rows_per_shard": 6,
+            "curate": "[]",
+            "student.prune": "{layers: 1, calibration_rows: 4}",
+        }
+        overrides = [(key, str(value)) for key, value in settings.items()]
+        for stage in stages:
+            STAGES[stage].function(load_experiment(Path("configs/demo.yaml"), overrides))
+        yield overrides
 
 
 def rows(vocab: int, lengths: Sequence[tuple[int, int]], kind: str, kept: int, seed: int = 0) -> list[Any]:

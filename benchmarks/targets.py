@@ -18,10 +18,9 @@ the terms 0 to 4 and sqrt in float32; budget: k = 50, 1 and the terms 0, 1 and s
 vocabulary, one binary value a position, zstd; their errors are of what comes back, with the tail as one bucket.
 """
 
-import argparse
 import io
-import json
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import synthetic
 import torch
+from found import argument_parser, report
 
 from llmdistill.config import Generate, Prompts, Targets, Teacher
 from llmdistill.config.student import Prune
@@ -50,22 +51,24 @@ Array = np.ndarray[Any, Any]
 
 def main() -> None:
     """Print one table a temperature, the codec's speed, and the aims."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--positions", type=int, default=10_500, help="positions at each temperature")
     parser.add_argument("--student", help="a model directory (default: the teacher with every second layer)")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     tables = {}
-    for temperature in (1.0, 0.7):
-        tables[temperature] = measure(temperature, arguments.positions, arguments.student)
-        print(f"\nText sampled at temperature {temperature:g}, {arguments.positions:,} positions\n")
-        print("| targets | bytes per position | error, one position | error, mean of 1,500 | bias |")
-        print("| --- | ---: | ---: | ---: | ---: |")
-        for name, row in tables[temperature].items():
-            print(f"| {name} | {row['bytes']:.1f} | {row['one']:.3f} | {row['mean']:.3f} | {row['bias']:.3f} |")
-    speed = codec_speed()
-    wide = wide_vocabulary()
+    with tempfile.TemporaryDirectory() as directory:
+        teacher = synthetic.teacher(Path(directory)) if arguments.smoke else TEACHER
+        positions = GROUP if arguments.smoke else arguments.positions
+        for temperature in (1.0, 0.7):
+            tables[temperature] = measure(temperature, positions, teacher, arguments.student)
+            print(f"\nText sampled at temperature {temperature:g}, {positions:,} positions\n")
+            print("| targets | bytes per position | error, one position | error, mean of 1,500 | bias |")
+            print("| --- | ---: | ---: | ---: | ---: |")
+            for name, row in tables[temperature].items():
+                print(f"| {name} | {row['bytes']:.1f} | {row['one']:.3f} | {row['mean']:.3f} | {row['bias']:.3f} |")
+    drawn = 50 if arguments.smoke else 2000
+    speed, wide = codec_speed(drawn), wide_vocabulary(drawn)
     print(f"\ncodec at n = 16, one core: encodes {speed['encode']:,.0f}, decodes {speed['decode']:,.0f} positions/s")
     print(f"ids of a vocabulary of 152,064 instead of 49,152: {wide:.3f} × the bytes\n")
     best = tables[1.0]["sampled, n = 18"]
@@ -77,14 +80,10 @@ def main() -> None:
         "decoded_positions_a_second": speed["decode"],
         "encoded_positions_a_second": speed["encode"],
     }
-    for name, value in aims.items():
-        print(f"aim {name} {value:.4g}")
-    if arguments.json:
-        tables_json = {str(temperature): table for temperature, table in tables.items()}
-        arguments.json.write_text(json.dumps({"tables": tables_json, "aims": aims}, indent=2) + "\n")
+    report({"tables": tables}, aims, arguments.json)
 
 
-def measure(temperature: float, positions: int, student: str | None) -> dict[str, dict[str, float]]:
+def measure(temperature: float, positions: int, teacher: str, student: str | None) -> dict[str, dict[str, float]]:
     """Every kind's figures on the same positions."""
     generator = torch.Generator().manual_seed(1)
     errors: dict[str, list[Array]] = {}
@@ -93,7 +92,7 @@ def measure(temperature: float, positions: int, student: str | None) -> dict[str
     exact_norms, exact_sums = [], []
     pending: dict[str, Any] = {}
     count = 0
-    for log_p, log_q in distributions(temperature, positions, student):
+    for log_p, log_q in distributions(temperature, positions, teacher, student):
         exact = log_q.exp() - log_p.exp()
         exact_norms.append(exact.norm(dim=1).numpy())
         gradients = {"exact": exact}
@@ -191,22 +190,24 @@ def distillkit(ids_NK: Array, logprobs_NK: Array, exact: int, terms: tuple[float
     return [row.tobytes() for row in np.concatenate(parts, axis=1)], back
 
 
-def distributions(temperature: float, positions: int, student_path: str | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def distributions(
+    temperature: float, positions: int, teacher_path: str, student_path: str | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Log-probabilities of teacher and student at the completion positions of text that the teacher writes."""
-    tokenizer = load_tokenizer(TEACHER, None)
+    tokenizer = load_tokenizer(teacher_path, None)
     prompts = load_prompts(Prompts(source="prompts/seeds/general.jsonl", template="prompts/instruct.yaml"))
     ids = [
         tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         for prompt in prompts
     ]
     engine = TransformersEngine(
-        Teacher(model=TEACHER, engine="transformers", batch_size=16),
+        Teacher(model=teacher_path, engine="transformers", batch_size=16),
         Generate(max_tokens=96, temperature=temperature),
         Targets(kind="none"),
         [tokenizer.eos_token_id],
     )
     (teacher,) = engine.models
-    half = choose(Prune(layers=15, by="even"), teacher.config, None)
+    half = choose(Prune(layers=teacher.config.num_hidden_layers // 2, by="even"), teacher.config, None)
     student = load_model(student_path) if student_path else prune_model(teacher, half)
     requests = [Request(index, prompt_ids, seed=index) for index, prompt_ids in enumerate(ids)]
     left = positions
@@ -256,10 +257,10 @@ def random_sample(vocab: int, positions: int, n: int) -> Sampled:
     return Sampled(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("ids_NK", "logweights_NK", "exact_N", "entropy_N")))
 
 
-def codec_speed() -> dict[str, float]:
-    """Positions a second, medians of nine rounds, encoding and decoding in turn; without compression."""
+def codec_speed(positions: int) -> dict[str, float]:
+    """Positions a second, of sequences of so many, medians of nine rounds, encoding and decoding in turn; without compression."""
     torch.set_num_threads(1)
-    soft = random_sample(49152, 2000, 16)
+    soft = random_sample(49152, positions, 16)
     raw = (soft.ids_NK, soft.logweights_NK)
     speeds: dict[str, list[float]] = {"encode": [], "decode": []}
     sequences = 20
@@ -274,9 +275,9 @@ def codec_speed() -> dict[str, float]:
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def wide_vocabulary() -> float:
+def wide_vocabulary(positions: int) -> float:
     """Bytes of the same kind of distribution over 152,064 tokens, relative to 49,152."""
-    sizes = [parquet_size(Sampled.encode([random_sample(vocab, 2000, 18)], vocab)) for vocab in (152_064, 49_152)]
+    sizes = [parquet_size(Sampled.encode([random_sample(vocab, positions, 18)], vocab)) for vocab in (152_064, 49_152)]
     return sizes[0] / sizes[1]
 
 

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import synthetic
+from found import argument_parser, report
 from race import Turns, peak_gb, race, train_in_turns
 
 TEACHER = "models/SmolLM2-135M-Instruct"
@@ -51,14 +52,12 @@ LAYER = ("fused, top-k", "TRL cross-entropy")
 
 def main() -> None:
     """Print both tables and the aims."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="steps of each trainer")
     parser.add_argument("--batch", type=int, default=4, help="rows of up to 256 tokens per step")
     parser.add_argument("--quick", action="store_true", help="one setting, two lengths, three rounds")
-    parser.add_argument("--smoke", action="store_true", help="one turn of everything, with tiny models")
     parser.add_argument("--only", choices=("steps", "layer"))
     parser.add_argument("--heads", nargs="*", default=list(HEADS), choices=list(HEADS), help="output layers of the second table")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -71,11 +70,7 @@ def main() -> None:
         found["steps"] = steps(rounds, arguments.batch, list(SETTINGS)[: 1 if quick else None], smoke)
     if arguments.only != "steps":
         found["layer"] = layer([TINY] if smoke else arguments.heads, arguments.quick)
-    found["aims"] = aims(found)
-    for name, value in found["aims"].items():
-        print(f"aim {name} {value:.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    report(found, aims(found), arguments.json)
 
 
 def aims(found: dict[str, Any]) -> dict[str, float]:
@@ -96,7 +91,7 @@ def steps(rounds: int, batch: int, settings: list[str], smoke: bool) -> list[dic
     """A row a setting."""
     table = []
     with tempfile.TemporaryDirectory() as directory:
-        teacher = make_tiny(Path(directory)) if smoke else TEACHER
+        teacher = synthetic.teacher(Path(directory) / "teacher") if smoke else TEACHER
         print(f"{prepare(Path(directory), teacher)}, {batch} in a batch\n")
         print("| setting | trainer | s per step | ratio | peak GB | ratio | first loss |\n|" + " --- |" * 2 + " ---: |" * 5)
         for setting in settings:
@@ -143,13 +138,6 @@ def work(spec: dict[str, Any]) -> None:
 
     logging.set_verbosity_error()
     train_in_turns(make_trainer(spec))
-
-
-def make_tiny(directory: Path) -> str:
-    """A teacher with random weights in the place of the real one."""
-    synthetic.llama("tiny", 512).save_pretrained(directory / "teacher")
-    synthetic.tokenizer().save_pretrained(directory / "teacher")
-    return str(directory / "teacher")
 
 
 def prepare(directory: Path, teacher_directory: str) -> str:

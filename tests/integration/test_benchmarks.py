@@ -1,12 +1,20 @@
-"""The benchmarks of training run, in their smallest form, and what they compare agrees."""
+"""Every benchmark runs in its smallest form, and what those of training compare agrees."""
 
+import importlib.util
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
+
+OTHERS = sorted(
+    file.name
+    for file in (ROOT / "benchmarks").glob("*.py")
+    if "__main__" in file.read_text() and file.name not in ("gpu.py", "train_step.py")  # which have tests of their own
+)
 
 
 def run(script, *arguments):
@@ -17,6 +25,37 @@ def run(script, *arguments):
         cwd=ROOT,
         timeout=500,
     )
+
+
+def found_by(done, file):
+    """What a benchmark wrote, after a look at whether it ended well, printed the same aims, and found numbers only."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())
+    printed = [line.split() for line in done.stdout.splitlines() if line.startswith("aim ")]
+    assert {name: pytest.approx(float(value), rel=1e-3) for _, name, value in printed} == found["aims"]
+    numbers = list(numbers_in(found))
+    assert numbers
+    assert all(map(math.isfinite, numbers))
+    return found
+
+
+def numbers_in(value):
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
+@pytest.mark.parametrize("script", OTHERS)
+def test_every_other(script, tmp_path):
+    """The whole way, with a tiny model, few rows and one seed."""
+    if script == "quantisation.py" and importlib.util.find_spec("torchao") is None:
+        pytest.skip("training through rounded weights needs torchao")
+    done = run(script, "--smoke", "--json", tmp_path / "found.json")
+    found = found_by(done, tmp_path / "found.json")
+    assert "| --- |" in done.stdout or "| ---: |" in done.stdout
+    assert found["aims"] or script == "recipes.py"  # which only compares
 
 
 @pytest.fixture
@@ -30,8 +69,7 @@ def gpu(monkeypatch):
 def test_gpu(tmp_path):
     """Every section but those for a GPU; both forms of the loss and all ways of packing give the same."""
     done = run("gpu.py", "--smoke", "--json", tmp_path / "gpu.json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    found = found_by(done, tmp_path / "gpu.json")
     assert found["failures"] == []
     if found["device"] == "CPU":
         assert found["skipped"] == ["compile: needs a GPU"]
@@ -41,15 +79,12 @@ def test_gpu(tmp_path):
     errors = {row["dtype"]: row["fused weight"] for row in found["rows"]["loss"] if row["head"] == "plain"}
     for dtype, digits in {"float32": 20, "float16": 9, "bfloat16": 6}.items():  # of 24, 11 and 8
         assert errors[dtype] < 2.0**-digits
-    printed = [line.split() for line in done.stdout.splitlines() if line.startswith("aim ")]
-    assert {name: pytest.approx(float(value), rel=1e-3) for _, name, value in printed} == found["aims"]
 
 
 def test_train_step(tmp_path):
     """The two fine-tunings have one loss, and so have the two ways of computing ours."""
     done = run("train_step.py", "--smoke", "--json", tmp_path / "step.json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "step.json").read_text())
+    found = found_by(done, tmp_path / "step.json")
     (row,) = found["steps"]
     assert row["llmdistill"]["loss"] == pytest.approx(row["dense distillation"]["loss"], rel=1e-3)
     assert row["TRL SFT"]["loss"] == pytest.approx(row["transformers SFT"]["loss"], rel=1e-3)
