@@ -1,6 +1,7 @@
 """The exact reference engine: the full distribution at every step, with no vLLM needed; of one teacher or of several."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -86,71 +87,64 @@ class TransformersEngine(Engine):
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        device = self.device
-        width = max(len(request.prompt_ids) for request in requests)
-        ids_BT = torch.zeros(len(requests), width, dtype=torch.long)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, request in enumerate(requests):  # left padding: every next token stands in the same column
-            ids_BT[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask_BT[row, width - len(request.prompt_ids) :] = 1
-        ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
         limit = self.sampling.max_tokens
-        uniforms_BT = torch.from_numpy(
-            np.stack([np.random.Generator(np.random.Philox(key=request.seed)).random(limit) for request in requests])
-        )
+        streams = [np.random.Generator(np.random.Philox(key=request.seed)) for request in requests]
+        uniforms_BT = torch.from_numpy(np.stack([stream.random(limit) for stream in streams]))
         uniforms_BTU = torch.stack([self._uniforms(request, limit) for request in requests])
-
-        tokens, chosen, kept, sampled = [], [], [], []
+        inputs_BT, mask_BT = _left_padded(requests, self.device)
+        caches: list[Any] = [None] * len(self.models)
+        steps: list[_Step] = []
         alive_B = np.ones(len(requests), dtype=bool)
         lengths_B = np.zeros(len(requests), dtype=np.int64)
-        caches: list[Any] = [None] * len(self.models)
-        inputs_BT = ids_BT
-        for step in range(limit):
-            positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -inputs_BT.shape[1] :]
-            outputs = [
-                model(
-                    input_ids=inputs_BT,
-                    attention_mask=mask_BT,
-                    position_ids=positions_BT,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                for model, cache in zip(self.models, caches, strict=True)
-            ]
-            caches = [output.past_key_values for output in outputs]
-            logprobs_BV = self._logprobs([output.logits[:, -1] for output in outputs])
+        while len(steps) < limit and alive_B.any():
+            step = len(steps)
+            logprobs_BV, caches = self._forward(inputs_BT, mask_BT, caches)
             may_end = step >= self.sampling.min_tokens
             allowed_BV = logprobs_BV if may_end else logprobs_BV.index_fill(1, self.end_tensor, -torch.inf)
             token_B = sample(allowed_BV, self.sampling, uniforms_BT[:, step])
-            tokens.append(token_B.cpu().numpy())
-            chosen.append(logprobs_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy())
-            if self.sampling.shows_everything:
-                tempered_BV = (logprobs_BV / self.sampling.temperature).log_softmax(-1)
-                sampled.append(tempered_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy())
-            kept.append(self._keep(logprobs_BV, uniforms_BTU[:, step]))
+            steps.append(self._step(logprobs_BV, token_B, uniforms_BTU[:, step]))
             lengths_B += alive_B
             self.tokens += int(alive_B.sum())
-            alive_B &= ~np.isin(tokens[-1], self.end_ids)
-            if not alive_B.any():
-                break
+            alive_B &= ~np.isin(steps[-1].token_B, self.end_ids)
             inputs_BT = token_B[:, None]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(requests), 1)], dim=1)
-
         for row, request in enumerate(requests):
-            length = lengths_B[row]
-            ids = np.array([step[row] for step in tokens[:length]], dtype=np.int64)
-            yield Completion(
-                request.index,
-                ids,
-                "stop" if ids[-1] in self.end_ids else "length",
-                np.array([step[row] for step in chosen[:length]], dtype=np.float32),
-                self.kept.stored.from_kept(
-                    np.stack([ids[row] for ids, _ in kept[:length]]),
-                    np.stack([lp[row] for _, lp in kept[:length]]),
-                ),
-                float(sum(step[row] for step in sampled[:length])) if sampled else None,
-            )
+            yield self._completion(request, row, steps[: lengths_B[row]])
+
+    def _forward(self, inputs_BT: torch.Tensor, mask_BT: torch.Tensor, caches: list[Any]) -> tuple[torch.Tensor, list[Any]]:
+        """The log-probabilities (B, V) of the next tokens, and the caches with the inputs in them."""
+        positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -inputs_BT.shape[1] :]
+        text = {"input_ids": inputs_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
+        outputs = [
+            model(**text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            for model, cache in zip(self.models, caches, strict=True)
+        ]
+        return self._logprobs([output.logits[:, -1] for output in outputs]), [output.past_key_values for output in outputs]
+
+    def _step(self, logprobs_BV: torch.Tensor, token_B: torch.Tensor, uniform_BU: torch.Tensor) -> "_Step":
+        def of_token(values_BV: torch.Tensor) -> Array:
+            found: Array = values_BV.gather(1, token_B[:, None])[:, 0].cpu().numpy()
+            return found
+
+        tempered_B = None
+        if self.sampling.shows_everything:
+            tempered_B = of_token((logprobs_BV / self.sampling.temperature).log_softmax(-1))
+        return _Step(token_B.cpu().numpy(), of_token(logprobs_BV), tempered_B, *self._keep(logprobs_BV, uniform_BU))
+
+    def _completion(self, request: Request, row: int, steps: Sequence["_Step"]) -> Completion:
+        """What a row of the batch wrote, in so many steps."""
+        ids = np.array([step.token_B[row] for step in steps], dtype=np.int64)
+        tempered = [step.tempered_B[row] for step in steps if step.tempered_B is not None]
+        return Completion(
+            request.index,
+            ids,
+            "stop" if ids[-1] in self.end_ids else "length",
+            np.array([step.logprob_B[row] for step in steps], dtype=np.float32),
+            self.kept.stored.from_kept(
+                np.stack([step.kept_ids_BK[row] for step in steps]), np.stack([step.kept_logprobs_BK[row] for step in steps])
+            ),
+            float(sum(tempered)) if tempered else None,
+        )
 
     def _logprobs(self, logits_NV: Sequence[torch.Tensor]) -> torch.Tensor:
         """Of the teacher, or of the weighted mean of the teachers' probabilities; over what all their vocabularies have."""
@@ -165,6 +159,28 @@ class TransformersEngine(Engine):
         """The ids to keep at some positions, and their log-probabilities."""
         ids_NK = self.kept.stored.keep(logprobs_NV, self.kept.kept, uniform_NU.to(logprobs_NV.device))
         return ids_NK.cpu().numpy(), logprobs_NV.gather(1, ids_NK).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One decoding step: the token of each row, its log-probability, that at the sampling temperature, and what is kept."""
+
+    token_B: Array
+    logprob_B: Array
+    tempered_B: Array | None
+    kept_ids_BK: Array
+    kept_logprobs_BK: Array
+
+
+def _left_padded(requests: Sequence[Request], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prompts and their mask (B, T), padded on the left: every next token stands in the same column."""
+    width = max(len(request.prompt_ids) for request in requests)
+    ids_BT = torch.zeros(len(requests), width, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, request in enumerate(requests):
+        ids_BT[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+        mask_BT[row, width - len(request.prompt_ids) :] = 1
+    return ids_BT.to(device), mask_BT.to(device)
 
 
 def sample(logprobs_BV: torch.Tensor, sampling: Generate, uniform_B: torch.Tensor) -> torch.Tensor:
