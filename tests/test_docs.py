@@ -18,10 +18,10 @@ from llmdistill.cli import _OTHERS, COMMANDS
 from llmdistill.config import keys
 from llmdistill.config.help import merged
 from llmdistill.config.prompts import Prompts, PromptStep
-from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.data.targets import KINDS
 from llmdistill.losses import DIVERGENCES
 from llmdistill.prompting.plan import Plan
+from tests.factories import make_row, write_rows
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -108,15 +108,7 @@ def test_a_reader_written_from_the_format_page_reads_it(kind, tmp_path, monkeypa
     kept = {"topk": 64, "sampled": 16, "multinomial": 50}[kind]
     ids = KINDS[kind].keep(logprobs, kept, torch.rand(7, KINDS[kind].uniforms(kept)))
     soft = KINDS[kind].from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
-    message = [{"role": "user", "content": "x"}]
-    row = Row("a", message, message, [1, 2], np.arange(7), "stop", np.zeros(7, dtype=np.float32), soft)
-    directory = tmp_path / "runs/demo/data"
-    write_shard(directory, "train", 0, 1, rows_to_table([row], 300))
-    write_manifest(
-        directory,
-        finished_shards(directory, "train"),
-        {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": kind, "n": kept}},
-    )
+    write_rows(tmp_path / "runs/demo/data", [make_row("a", [1, 2], np.arange(7), None, soft)], kind, 300, n=kept)
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/dataset.md").read_text(), flags=re.S)
     reader = next(block for block in blocks if "kind: sampled" in block)

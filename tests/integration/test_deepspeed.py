@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from tests.conftest import ROOT, run_cli, write_experiment
+from tests.conftest import ROOT, run_cli
+from tests.factories import write_experiment
 from tests.integration.processes import files, losses, rewind, start, weights
 
 DEEPSPEED = ROOT / ".deepspeed"

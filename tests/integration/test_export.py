@@ -11,7 +11,8 @@ import torch
 from llmdistill.config import load_experiment
 from llmdistill.evaluation.serving import Served, by_vllm
 from llmdistill.students.formats import FORMATS
-from tests.conftest import ROOT, run_cli, write_experiment
+from tests.conftest import ROOT, run_cli
+from tests.factories import write_experiment
 
 GPTQ = ROOT / ".llmcompressor"
 ASK = """

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llmdistill.stages.train import last_checkpoint
-from tests.conftest import ROOT, run_cli, write_experiment
+from tests.conftest import ROOT, run_cli
+from tests.factories import write_experiment
 from tests.integration.processes import LAUNCHES, files, losses, rewind, start, weights
 
 # 24 rows in batches of 10: the last has rows for one process alone, and each of them fewer than asked for.

@@ -9,7 +9,8 @@ from llmdistill import load_dataset
 from llmdistill.data.dataset import read_manifest
 from llmdistill.runs.record import read_json, write_json
 from llmdistill.runs.refresh import _decide, _made_from
-from tests.conftest import run_cli, write_experiment
+from tests.conftest import run_cli
+from tests.factories import write_experiment
 
 
 def difference(low, high):

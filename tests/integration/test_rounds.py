@@ -12,7 +12,8 @@ from llmdistill.data.dataset import read_manifest
 from llmdistill.errors import InputError
 from llmdistill.runs.pipeline import stages
 from llmdistill.runs.record import model_fingerprint, read_json
-from tests.conftest import run_cli, write_experiment
+from tests.conftest import run_cli
+from tests.factories import write_experiment
 
 
 def test_a_number_is_short_for_a_section(tiny, tmp_path):

@@ -14,7 +14,8 @@ import pytest
 
 from llmdistill.data.dataset import load_dataset, read_manifest
 from llmdistill.runs.record import read_json
-from tests.conftest import ROOT, run_cli, write_cut_experiment, write_experiment
+from tests.conftest import ROOT, run_cli
+from tests.factories import write_cut_experiment, write_experiment
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 PATH = f"{ROOT}/.venv/bin:{os.environ['PATH']}:/usr/sbin:/sbin"

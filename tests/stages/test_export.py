@@ -21,7 +21,8 @@ from llmdistill.stages.generate import generate
 from llmdistill.stages.train import _settings, train
 from llmdistill.students.formats import FORMATS
 from llmdistill.students.quantization import fake_quantise, unfake
-from tests.conftest import ROOT, run_cli, write_experiment
+from tests.conftest import ROOT, run_cli
+from tests.factories import write_experiment
 
 pytestmark = pytest.mark.slow
 

@@ -14,12 +14,11 @@ from transformers import AutoTokenizer
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.data import targets
 from llmdistill.data.collator import DistillCollator, completion_logits
-from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
 from llmdistill.errors import NonFiniteError
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models.loading import load_model
 from llmdistill.training.trainer import rows_in_last_batch
-from tests.conftest import write_tiny
+from tests.factories import make_row, write_rows, write_tiny
 
 K = 6
 LOSSES = ("loss", "ce", "kl", "eval_loss", "eval_ce", "eval_kl")
@@ -48,20 +47,8 @@ def dataset_directory(request, tiny, tmp_path_factory):
         ids = kind.keep(logprobs, K, torch.from_numpy(generator.random((len(logprobs), kind.uniforms(K)))))
         soft = kind.from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
         logprobs = logprobs.numpy()
-        message = [{"role": "user", "content": str(number)}]
-        rows.append(
-            Row(
-                str(number), message, message, list(prompt), completion, "stop",
-                logprobs[np.arange(len(completion)), completion], soft,
-            )
-        )  # fmt: skip
-    write_shard(directory, "train", 0, 1, rows_to_table(rows, 49152))
-    write_manifest(
-        directory,
-        finished_shards(directory, "train"),
-        {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": request.param}},
-    )
-    return directory
+        rows.append(make_row(str(number), prompt, completion, logprobs[np.arange(len(completion)), completion], soft))
+    return write_rows(directory, rows, request.param)
 
 
 @functools.cache

@@ -1,0 +1,85 @@
+"""What tests are made of: small real models, rows, datasets and experiments."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_tiny(directory: Path, smollm2: Path, vocab_size: int = 49152) -> Path:
+    """A random llama with the demo teacher's tokenizer: 4 layers, hidden size 32, in float32; starts in a second."""
+    import torch
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.4,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(directory)
+    return directory
+
+
+def make_row(name: str, prompt_ids: Any, completion_ids: Any, token_logprobs: Any = None, soft: Any = None) -> Any:
+    """A row whose prompt and answer read as its name; the teacher's log-probabilities are zero unless given."""
+    import numpy as np
+
+    from llmdistill.data.dataset import Row
+
+    message = [{"role": "user", "content": name}]
+    logprobs = np.zeros(len(completion_ids)) if token_logprobs is None else token_logprobs
+    return Row(name, message, message, list(prompt_ids), completion_ids, "stop", logprobs, soft)
+
+
+def write_rows(directory: Path, rows: Sequence[Any], kind: str, vocab_size: int = 49152, **described: Any) -> Path:
+    """A dataset of one shard, with the manifest that training needs."""
+    from llmdistill.data.dataset import finished_shards, rows_to_table, write_manifest, write_shard
+
+    write_shard(directory, "train", 0, 1, rows_to_table(list(rows), vocab_size))
+    about = {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": kind, **described}}
+    write_manifest(directory, finished_shards(directory, "train"), about)
+    return directory
+
+
+def write_experiment(tiny: Path, directory: Path) -> Path:
+    """A complete small experiment on the tiny model with the exact engine."""
+    prompts = directory / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Say {number} in words."}}\n' for number in range(24)))
+    file = directory / "experiment.yaml"
+    file.write_text(f"""
+output: {directory}/run
+teacher: {{model: {tiny}, engine: transformers, dtype: float32, batch_size: 4}}
+prompts: {{source: {prompts}}}
+generate: {{max_tokens: 8, rows_per_shard: 6}}
+targets: {{kind: topk, k: 8}}
+student: {{prune: {{layers: 2}}}}
+train:
+  args: {{max_steps: 3, per_device_train_batch_size: 2, learning_rate: 1.0e-3, gradient_checkpointing: false, bf16: false}}
+eval: {{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4}}
+""")
+    return file
+
+
+def write_cut_experiment(smollm2: Path, directory: Path) -> Path:
+    """Six prompts for the real vLLM, whose answers are all cut, so that `curate` finds nothing to train on and ends the run."""
+    file = directory / "experiment.yaml"
+    file.write_text(f"""
+output: {directory}/run
+teacher: {{model: {smollm2}, engine: vllm}}
+prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 6}}
+generate: {{max_tokens: 4, rows_per_shard: 2}}
+curate: [{{finish_reason: }}]
+""")
+    return file
