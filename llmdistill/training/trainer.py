@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 import trl
@@ -62,22 +63,35 @@ class DistillTrainer(trl.SFTTrainer):
     _name = "Distillation"
 
     def __init__(
-        self, model: Any, args: DistillConfig, train_dataset: Any, teacher: Any = None, eval_dataset: Any = None, **kwargs: Any
+        self,
+        model: Any,
+        args: DistillConfig | None = None,
+        train_dataset: Any = None,
+        teacher: Any = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
     ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            args = DistillConfig(f"{Path(name).name}-distilled")
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
         if teacher is not None and not isinstance(teacher, torch.nn.Module):
             raise TypeError(f"teacher must be a model that is loaded, got {type(teacher).__name__}")
-        if "compute_metrics" in kwargs:
+        if kwargs.get("compute_metrics") is not None:
             raise ValueError("compute_metrics is not supported: the logits of a whole batch are never computed")
-        self.check_dataset(args, train_dataset, teacher)
-        train_dataset = with_completions(train_dataset, args.max_length)
-        eval_dataset = eval_dataset and with_completions(eval_dataset, args.max_length)
-        if args.sequence_alpha:
-            train_dataset, eval_dataset = _with_importance(train_dataset), eval_dataset and _with_importance(eval_dataset)
+        if not isinstance(kwargs.get("data_collator"), DistillCollator | None):
+            raise TypeError(f"data_collator must be a DistillCollator, got {type(kwargs['data_collator']).__name__}")
+        train_dataset = self._prepared(args, train_dataset, teacher, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepared(args, rows, teacher, f"eval_dataset {name}") for name, rows in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = self._prepared(args, eval_dataset, teacher, "eval_dataset")
         in_a_line = args.packing or args.padding_free
         collator = DistillCollator(0, args.max_length, in_a_line, args.position_weights, args.reduction == "sequence", True)
-        kwargs.setdefault("data_collator", collator)
+        kwargs["data_collator"] = kwargs.get("data_collator") or collator
         if args.hidden and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, a projector is used after it
         wanted = args.packing, args.padding_free
@@ -114,23 +128,31 @@ class DistillTrainer(trl.SFTTrainer):
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
 
+    @classmethod
+    def _prepared(cls, args: DistillConfig, dataset: Any, teacher: Any, name: str) -> Any:
+        """The rows that there is something to learn from or to measure on, with what the loss needs."""
+        cls.check_dataset(args, dataset, teacher, name)
+        rows = with_completions(dataset, args.max_length)
+        return _with_importance(rows) if args.sequence_alpha else rows
+
     @staticmethod
-    def check_dataset(args: DistillConfig, dataset: Any, teacher: Any = None) -> None:
+    def check_dataset(args: DistillConfig, dataset: Any, teacher: Any = None, name: str = "train_dataset") -> None:
         """Refuse a dataset that the loss cannot learn from.
 
         Raises:
             TypeError: it is no `datasets.Dataset`.
             ValueError: it is not of this package, has no soft targets, or not of the kind that the loss needs.
         """
-        columns = getattr(dataset, "column_names", None)
-        if not columns:
-            raise TypeError(f"train_dataset must be a datasets.Dataset, as load_dataset gives, got {type(dataset).__name__}")
-        for name in ("input_ids", "completion_start"):
-            if name not in columns:
-                raise ValueError(f"train_dataset has no column {name}, only {', '.join(columns)}; read it with load_dataset")
+        if not isinstance(dataset, datasets.Dataset):
+            given = type(dataset).__name__
+            raise TypeError(f"{name} must be a datasets.Dataset, as load_dataset gives (it does not stream), got {given}")
+        columns = dataset.column_names
+        for needed in ("input_ids", "completion_start"):
+            if needed not in columns:
+                raise ValueError(f"{name} has no column {needed}, only {', '.join(columns)}; read it with load_dataset")
         kind = kind_of(columns)
         if args.uses_targets and teacher is None and not kind.columns:
-            raise ValueError(f"alpha is {args.alpha}, but the dataset has no soft targets; train on its text with alpha 0")
+            raise ValueError(f"alpha is {args.alpha}, but {name} has no soft targets; train on its text with alpha 0")
         if args.position_weights != "uniform" and (teacher is not None or not kind.columns):
             raise ValueError(f"position_weights is {args.position_weights}, which needs stored soft targets")
         if teacher is None:

@@ -541,3 +541,43 @@ def test_rows_whose_completion_is_cut_away_are_left_out(tiny, dataset_directory,
     assert trainer.state.log_history[-2]["num_completion_tokens"] == 3
     with pytest.raises(ValueError, match="none of the 8 rows has a completion token within max_length, 3 tokens"):
         make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **{**arguments, "max_length": 3})
+
+
+def test_arguments_that_a_user_of_trl_passes(tiny, dataset_directory, tmp_path, monkeypatch):
+    """None is as if it were not given; several datasets to evaluate on are measured each."""
+    monkeypatch.chdir(tmp_path)
+    rows = load_dataset(dataset_directory)
+    common = {"processing_class": tokenizer_of(tiny), "compute_metrics": None, "data_collator": None, "callbacks": None}
+    trainer = DistillTrainer(load_model(str(tiny), dtype="float32"), None, rows, eval_dataset=None, **common)
+    assert trainer.args.output_dir == "tiny-distilled"
+    both = {"first": rows.select(range(4)), "last": rows.select(range(4, 8))}
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, eval_dataset=both)
+    assert trainer.evaluate().keys() >= {"eval_first_kl", "eval_last_kl"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"args": trl.SFTConfig(report_to="none", use_cpu=True, bf16=False)}, TypeError, "args must be a DistillConfig"),
+        ({"train_dataset": None}, TypeError, "train_dataset must be a datasets.Dataset"),
+        ({"train_dataset": "stream"}, TypeError, r"does not stream\), got IterableDataset"),
+        ({"eval_dataset": "text"}, ValueError, "eval_dataset has no soft targets"),
+        ({"eval_dataset": {"a": "rows", "b": "text"}}, ValueError, "eval_dataset b has no soft targets"),
+        ({"compute_metrics": len}, ValueError, "compute_metrics is not supported"),
+        ({"data_collator": list}, TypeError, "data_collator must be a DistillCollator"),
+        ({"teacher": "some/model"}, TypeError, "teacher must be a model"),
+    ],
+)
+def test_arguments_that_do_not_fit(tiny, dataset_directory, text_rows, tmp_path, arguments, error, message):
+    rows = load_dataset(dataset_directory)
+    named = {"stream": rows.to_iterable_dataset(), "text": load_dataset(text_rows), "rows": rows}
+
+    def given(value):
+        if isinstance(value, dict):
+            return {name: named.get(name) or given(inner) for name, inner in value.items()}
+        return named.get(value, value) if isinstance(value, str) else value
+
+    fine = {"args": DistillConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False), "train_dataset": rows}
+    arguments = {**fine, "processing_class": tokenizer_of(tiny), **{name: given(value) for name, value in arguments.items()}}
+    with pytest.raises(error, match=message):
+        DistillTrainer(load_model(str(tiny), dtype="float32"), **arguments)
