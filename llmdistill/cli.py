@@ -275,8 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmdistill",
         description="Distil a large language model into a small one with synthetic data and soft targets.",
-        epilog="`llmdistill COMMAND --help` lists the configuration keys that the command reads. The directories "
-        f"docs, prompts and configs are in {SHIPPED}",
+        epilog="`llmdistill COMMAND --help` lists the configuration keys that the command reads.\n"
+        f"Documentation, prompts and configurations: {SHIPPED}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # a path is not wrapped
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"llmdistill {__version__}")
@@ -382,7 +383,12 @@ def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
 def _add_convert(commands: Any) -> None:
     text = "convert a dataset to or from the format of DistillKit, axolotl or JSONL, or to preference pairs"
     convert = commands.add_parser(
-        "convert", help=text, description=f"{text[0].upper()}{text[1:]}; see {page('formats')}.", allow_abbrev=False
+        "convert",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"The formats: {page('formats')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     formats = ("distillkit", "axolotl", "jsonl")
     convert.add_argument(

@@ -116,7 +116,7 @@ def test_the_first_experiment_needs_no_repository_and_its_dry_run_no_torch(pytho
     (tmp_path / "without").mkdir()
     (tmp_path / "without/torch.py").write_text("raise ImportError")
     options = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path / "without"), "COLUMNS": "200"}
-    (shipped,) = re.findall(r"docs, prompts and configs are in\s+(\S+)", run(command, "--help", **options))
+    (shipped,) = re.findall(r"Documentation, prompts and configurations: (.+)", run(command, "--help", **options))
     assert {path.name for path in Path(shipped).iterdir()} == {"docs", "prompts", "configs"}
     assert "--prompts FILE" in run(command, "init", "--help", **options)
     said = run(command, "init", "first", "--no-gpu", "--teacher", tiny, "--student", tiny, **options)
