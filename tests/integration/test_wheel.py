@@ -136,7 +136,7 @@ def test_the_demo_needs_no_repository(python, smollm2, tmp_path):
     run(python, "-m", "llmdistill.models.demo_teacher", "--help", **options)
     (tmp_path / "models").mkdir()
     (tmp_path / "models/SmolLM2-135M-Instruct").symlink_to(smollm2)
-    assert "240 prompts = 240 rows" in run(command, "generate", "demo.yaml", "--dry-run", **options)
+    assert "128 prompts = 128 rows" in run(command, "generate", "demo.yaml", "--dry-run", **options)
 
 
 def test_a_type_checker_sees_its_signatures(python, tmp_path):
