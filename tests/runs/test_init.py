@@ -129,7 +129,7 @@ def test_nothing_is_written_over(here, there):
     file = Path("first") / there
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    with pytest.raises(InputError, match=f"first/{there}: is there already"):
+    with pytest.raises(InputError, match=f"first/{there}: exists already"):
         init(Path("first"), choices("none"))
     assert [path for path in Path("first").rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "mine"
@@ -203,7 +203,7 @@ def test_the_demo_is_the_shipped_one_with_its_files(here, smollm2, monkeypatch, 
     assert "128 prompts = 128 rows" in dry_run("demo.yaml", monkeypatch, capsys)
     section = load_experiment(Path("demo.yaml")).prompts
     assert len(list(read_source(section))) == 128
-    with pytest.raises(InputError, match=r"demo\.yaml: is there already"):
+    with pytest.raises(InputError, match=r"demo\.yaml: exists already"):
         init_demo(Path())
 
 
