@@ -87,7 +87,7 @@ def check_apart(model: Any) -> None:
         raise ValueError(f"{refused} does not isolate packed rows from each other; train without")
     off = (together_TV - alone_TV).norm() / alone_TV.norm()
     if not off < 0.02:  # bfloat16 rounds differently in another batch
-        raise ValueError(f"{refused} gives rows that stand behind others other logits (by {off:.0%}); train without")
+        raise ValueError(f"{refused} computes other logits for packed rows (by {off:.0%}); train without")
 
 
 def _leaks(model: Any, ids_T: Any, position_ids_T: Any, rows: Sequence[slice]) -> tuple[Any, bool]:

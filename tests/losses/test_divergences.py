@@ -280,7 +280,7 @@ def test_the_sequence_level_kl_is_that_of_whole_texts():
 
 def test_weights_that_leave_less_than_nothing_for_cross_entropy_are_refused():
     Objective(alpha=0.9, sequence_alpha=0.1)
-    with pytest.raises(ValueError, match="add up to 1 at most"):
+    with pytest.raises(ValueError, match="add up to at most 1"):
         Objective(alpha=0.9, sequence_alpha=0.2)
 
 
