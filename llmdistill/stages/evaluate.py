@@ -75,11 +75,12 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     Raises:
         InputError: a model or the held-out rows are missing, or the vocabularies differ.
     """
-    directory, plan = experiment.directory("eval"), _plan(experiment, dry_run)
+    directory = experiment.directory("eval")
+    manifest = {} if dry_run else read_manifest(experiment.dataset_directory)
+    plan = _plan(experiment, dry_run)
     if dry_run:
         say("eval", f"would compare {', '.join(subject.name for subject in plan.subjects)} and write {directory}")
         return
-    manifest = read_manifest(experiment.dataset_directory)
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
     inputs = _inputs(experiment, plan)
     if record.claim(directory, "eval", settings, inputs) == "done":

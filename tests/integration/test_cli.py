@@ -312,7 +312,7 @@ WRONG = [
     (["generate", "FILE", "--targets.k", "50000"], "targets.k is 50,000, but the vocabulary"),
     (["generate", "FILE", "--generate.max_tokens", "300"], "more than the context of 256 tokens"),
     (["generate", "FILE", "--teacher.max_model_len", "500"], "teacher.max_model_len is 500, but"),
-    (["generate", "FILE", "--output", "{d}/occupied"], "occupied/data holds something else"),
+    (["generate", "FILE", "--output", "{d}/occupied"], "occupied/data contains files that `generate` did not write"),
     (["curate", "FILE"], "run/data: no such dataset"),
     (["train", "FILE"], "run/curated: no such dataset"),
     (["eval", "FILE"], "run/curated: no such dataset"),
