@@ -31,7 +31,7 @@ def test_a_number_is_short_for_a_section(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ([("rounds", "1"), ("targets", "{kind: none}"), ("train.alpha", "0")], "rounds needs stored targets"),
+        ([("rounds", "1"), ("targets", "{kind: none}"), ("train.alpha", "0")], "rounds needs stored soft targets"),
         ([("rounds", "{loss: reverse_kl}"), ("targets", "{kind: sampled}")], "rounds.loss is reverse_kl"),
         ([("rounds", "{n: 0}")], "rounds.n should be greater than or equal to 1"),
     ],
