@@ -101,7 +101,7 @@ def test_each_version_adds_what_is_new_and_goes_on_from_the_last(nights):
     assert "would make version 2" in planned
     assert "24 new prompts" in planned
     assert "another `refresh` is running" in locked
-    assert "holds something else" in faulty
+    assert "contains files that" in faulty
     assert "version 2, of 24 new prompts, going on" in second
     assert "generate  " in second
     assert "data is finished" in second
