@@ -300,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     push = commands.add_parser(
         "push",
         help=help_text,
-        description=help_text[0].upper() + help_text[1:] + " in one commit.",
+        description=f"{_capitalised(help_text)} in one commit.",
         epilog="The token is read from HF_TOKEN or `hf auth login`.",
         allow_abbrev=False,
     )
@@ -316,12 +316,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def _add_init(commands: Any) -> None:
     text = "write a first experiment, or the demo, into a directory"
     command = commands.add_parser(
         "init",
         help=text,
-        description=f"{text[0].upper()}{text[1:]}, and print the next commands. On a terminal, missing settings are asked for.",
+        description=f"{_capitalised(text)}, and print the next commands. On a terminal, missing settings are asked for.",
         allow_abbrev=False,
     )
     command.add_argument(
@@ -357,7 +361,7 @@ def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
     command = commands.add_parser(
         name,
         help=described.help,
-        description=described.help[0].upper() + described.help[1:] + ".",
+        description=f"{_capitalised(described.help)}.",
         usage=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -385,7 +389,7 @@ def _add_convert(commands: Any) -> None:
     convert = commands.add_parser(
         "convert",
         help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
+        description=f"{_capitalised(text)}.",
         epilog=f"The formats: {page('formats')}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

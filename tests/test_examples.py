@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from llmdistill.data.collator import DistillCollator, completion_logits
-from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.data.dataset import Row
 from llmdistill.data.targets import Sampled, TopK
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models.loading import load_model, load_tokenizer
 from tests.conftest import ROOT
+from tests.factories import write_rows
 
 spec = importlib.util.spec_from_file_location("distill_loop", ROOT / "examples/distill_loop.py")
 loop = importlib.util.module_from_spec(spec)
@@ -75,9 +76,7 @@ def test_trl_scripts_run(script, tiny, tmp_path, monkeypatch):
         soft = TopK.from_kept(ids.numpy(), log_p.gather(1, ids).numpy())
         asked, said = ([{"role": role, "content": str(number)}] for role in ("user", "assistant"))
         rows.append(Row(str(number), asked, said, [5, 6, 7], np.arange(8, 13), "stop", np.zeros(5), soft))
-    write_shard(data, "train", 0, 1, rows_to_table(rows, 49152))
-    about = {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": "topk", "k": 4}}
-    write_manifest(data, finished_shards(data, "train"), about)
+    write_rows(data, rows, "topk", k=4)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     options = {
         "model_name_or_path": tiny,

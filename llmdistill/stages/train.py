@@ -1,7 +1,6 @@
 """`llmdistill train`: the student learns from the dataset; the result is a directory that any engine loads."""
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -36,7 +35,7 @@ from llmdistill.students.origins import (
     save_student,
 )
 from llmdistill.students.quantization import fake_quantise, unfake
-from llmdistill.training.callbacks import show_progress, stop_with_a_checkpoint
+from llmdistill.training.callbacks import last_checkpoint, show_progress, stop_with_a_checkpoint
 from llmdistill.training.traps import traps
 
 # Set by keys of their own; given under train.args they would contradict them.
@@ -189,17 +188,6 @@ def _train_one(
         record.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, arguments, results))
         record.finish(directory, results)
     trainer.accelerator.wait_for_everyone()
-
-
-def last_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint that was written to its end; the trainer writes its state last."""
-    finished = []
-    for candidate in directory.glob("checkpoint-*"):
-        try:
-            finished.append((int(json.loads((candidate / "trainer_state.json").read_text())["global_step"]), str(candidate)))
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(finished)[1] if finished else None
 
 
 def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:

@@ -184,27 +184,24 @@ def check_layers(teacher: Any, student: Any, kept: Kept) -> None:
     Raises:
         InputError: naming what differs.
     """
-    layers = [
-        (decoder_of(teacher).layers[number], layer) for number, layer in zip(kept.layers, decoder_of(student).layers, strict=True)
-    ]
+    before, after = decoder_of(teacher).layers, decoder_of(student).layers
     refused = f"student.prune: the layers of {type(teacher).__name__} cannot be cut: in the smaller model"
-    for (theirs, mine), number in zip(layers, kept.layers, strict=True):
-        for (name, before), (_, after) in zip(theirs.named_modules(), mine.named_modules(), strict=True):
-            for key, value in vars(before).items():
-                told = vars(after).get(key)
+    for number, layer in zip(kept.layers, after, strict=True):
+        for (name, theirs), (_, mine) in zip(before[number].named_modules(), layer.named_modules(), strict=True):
+            for key, value in vars(theirs).items():
+                told = vars(mine).get(key)
                 if isinstance(value, (bool, int, float, str, type(None))) and not _SIZES.search(key) and told != value:
                     raise InputError(f"{refused} {name or 'layer'}.{key} of layer {number} is {told}, not {value}")
-    if student.config.hidden_size != teacher.config.hidden_size or any(
-        getattr(student.config, key) != getattr(teacher.config, key) for key in ("intermediate_size", "num_attention_heads")
-    ):
+    widths = ("hidden_size", "intermediate_size", "num_attention_heads")
+    if any(getattr(student.config, key) != getattr(teacher.config, key) for key in widths):
         return
     ids_1T = torch.arange(3, 15, device=teacher.device)[None]
 
     def let_pass(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        before = args[0] if args else kwargs["hidden_states"]
-        return (before, *output[1:]) if isinstance(output, tuple) else before
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *output[1:]) if isinstance(output, tuple) else given
 
-    gone = [layer for number, layer in enumerate(decoder_of(teacher).layers) if number not in kept.layers]
+    gone = [layer for number, layer in enumerate(before) if number not in kept.layers]
     handles = [layer.register_forward_hook(let_pass, with_kwargs=True) for layer in gone]
     try:
         want = teacher(input_ids=ids_1T, use_cache=False).logits.float()

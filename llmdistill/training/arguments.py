@@ -95,7 +95,6 @@ class DistillConfig(trl.SFTConfig):
         for name, (allowed, why) in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by DistillTrainer: {why}")
-        self._check_accelerator()
         if self.packing and (self.max_length is None or self.train_sampling_strategy not in ("random", "sequential")):
             raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy by length")
         self.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -103,13 +102,13 @@ class DistillConfig(trl.SFTConfig):
         precision = training_precision(**asked)  # where TRL takes bfloat16 on every machine
         self.bf16, self.fp16 = precision.dtype == "bfloat16", precision.dtype == "float16"
         super().__post_init__()
+        self._check_accelerator()
         self.layers()
 
     def _check_accelerator(self) -> None:
         """Refuse what would cut a batch apart from its targets, or give the processes unlike numbers of batches."""
-        asked = self.accelerator_config
-        for name, allowed in (("dispatch_batches", (None, False)), ("even_batches", (None, True))):
-            value = asked.get(name) if isinstance(asked, dict) else getattr(asked, name, None)
+        for name, allowed in (("dispatch_batches", (None, False)), ("even_batches", (True,))):
+            value = getattr(self.accelerator_config, name)
             if value not in allowed:
                 raise ValueError(f"accelerator_config.{name}={value} is not supported by DistillTrainer")
 

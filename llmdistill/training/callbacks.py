@@ -1,6 +1,8 @@
 """What happens while the trainer trains: progress is shown, and SIGTERM ends it with a checkpoint."""
 
+import json
 import signal
+from pathlib import Path
 from typing import Any
 
 from llmdistill.runs.progress import StageBar
@@ -38,6 +40,17 @@ def stop_with_a_checkpoint(trainer: Any) -> Any:
     stop = Stop()
     trainer.add_callback(stop)
     return stop
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that was written to its end; the trainer writes its state last."""
+    finished = []
+    for candidate in directory.glob("checkpoint-*"):
+        try:
+            finished.append((int(json.loads((candidate / "trainer_state.json").read_text())["global_step"]), str(candidate)))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(finished)[1] if finished else None
 
 
 def trained_tokens(history: list[dict[str, Any]]) -> int:

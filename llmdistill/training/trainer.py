@@ -15,7 +15,6 @@ import trl
 from accelerate.data_loader import SkipBatchSampler
 from torch.utils.data import BatchSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill import losses
 from llmdistill.data.collator import (
@@ -32,7 +31,7 @@ from llmdistill.losses import fused
 from llmdistill.losses.hidden_states import LayerMatch
 from llmdistill.students.adapters import check_mergeable
 from llmdistill.training.arguments import DistillConfig
-from llmdistill.training.callbacks import trained_tokens
+from llmdistill.training.callbacks import last_checkpoint, trained_tokens
 from llmdistill.training.compat import adapters_on_the_output_layer
 from llmdistill.training.flops import peak_flops, training_flops
 from llmdistill.training.packing import Packs, check_apart, row_lengths
@@ -258,7 +257,7 @@ class DistillTrainer(trl.SFTTrainer):
         what = f"the loss is {bad[0][0]}" if bad else f"the norm of the gradients is {float(norm)}"
         ids = [name for _, names in bad or step for name in names]
         rows = f" on the rows {', '.join(ids[:8])}{' …' if len(ids) > 8 else ''}" if ids else ""
-        last = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        last = last_checkpoint(Path(self.args.output_dir))
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         return f"step {self.state.global_step + 1}: {what}{rows}; training stops here, {kept}"
 

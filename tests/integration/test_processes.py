@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from llmdistill.stages.train import last_checkpoint
+from llmdistill.training.callbacks import last_checkpoint
 from tests.conftest import ROOT, run_cli
 from tests.factories import write_experiment
 from tests.integration.processes import LAUNCHES, files, losses, rewind, start, weights
