@@ -75,12 +75,13 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     Raises:
         InputError: a model or the held-out rows are missing, or the vocabularies differ.
     """
-    directory = experiment.directory("eval")
-    manifest = {} if dry_run else read_manifest(experiment.dataset_directory)
-    plan = _plan(experiment, dry_run)
+    directory, plan = experiment.directory("eval"), _plan(experiment)
     if dry_run:
+        _check_models(plan.subjects, but=experiment.output)
         say("eval", f"would compare {', '.join(subject.name for subject in plan.subjects)} and write {directory}")
         return
+    manifest = read_manifest(experiment.dataset_directory)
+    _check_models(plan.subjects)
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
     inputs = _inputs(experiment, plan)
     if record.claim(directory, "eval", settings, inputs) == "done":
@@ -122,22 +123,29 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         say(stage, text)
 
 
-def _plan(experiment: Experiment, dry_run: bool) -> _Plan:
-    """What is to be done, as far as it can be told without loading a model; for a dry run before there is a student.
+def _plan(experiment: Experiment) -> _Plan:
+    """What is to be done, as far as the configuration tells.
 
     Raises:
-        InputError: a library, a model, a task or the judge's template is missing, or cannot be used.
+        InputError: a library, a task or the judge's template is missing, or cannot be used.
     """
     settings, subjects = experiment.eval, _subjects(experiment)
     if settings.speed == "vllm":
         serving.check_vllm("eval.speed")
     tasks = read_tasks(settings.tasks)
     comparison = Comparison(experiment, settings.win_rate) if settings.win_rate else None
-    for subject in subjects:
-        yet_to_make = dry_run and Path(subject.path).is_relative_to(experiment.output)
-        if not yet_to_make:
-            check_model_exists(subject.path, f"the model `{subject.name}`")
     return _Plan(subjects, tasks, comparison)
+
+
+def _check_models(subjects: list[Served], but: str | None = None) -> None:
+    """Every model is there, but for those under a directory that is not made yet.
+
+    Raises:
+        InputError: a model is missing.
+    """
+    for subject in subjects:
+        if but is None or not Path(subject.path).is_relative_to(but):
+            check_model_exists(subject.path, f"the model `{subject.name}`")
 
 
 def _inputs(experiment: Experiment, plan: _Plan) -> dict[str, str]:
