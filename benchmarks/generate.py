@@ -25,7 +25,7 @@ from llmdistill.data import shards
 from llmdistill.data.dataset import rows_to_table, write_shard
 from llmdistill.stages.generate import _Prompts
 from llmdistill.stages.prompts import prepared_prompts
-from llmdistill.teachers import Request, fingerprints, open_engine
+from llmdistill.teachers import EngineSpec, Request, fingerprints, open_engine
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 KINDS = ("topk", "sampled")
@@ -61,9 +61,10 @@ def measure(experiment: Any, rounds: int) -> Any:
     assert prepared is not None
     source = _Prompts(PromptEncoder(experiment, fingerprints(experiment.teacher)[1]), prepared)
     chat, requests = source.chat, list(source.requests)
-    engine: Any = open_engine(
-        experiment.teacher, experiment.generate, experiment.targets, source.max_model_len + 1, chat.end_ids, experiment.seed
+    spec = EngineSpec(
+        experiment.teacher, experiment.generate, experiment.targets, chat.end_ids, source.max_model_len + 1, experiment.seed
     )
+    engine: Any = open_engine(spec)
     sampling = experiment.generate
 
     def bare_writing():

@@ -150,7 +150,7 @@ def engine(small: bool, found: Found) -> None:
     import numpy as np
 
     from llmdistill.config import Generate, Targets, Teacher
-    from llmdistill.teachers import Request
+    from llmdistill.teachers import EngineSpec, Request
     from llmdistill.teachers.transformers import TransformersEngine
 
     vocab, count, prompt, length, written = (512, 4, 8, 16, 8) if small else (49_152, 128, 64, 512, 128)
@@ -160,7 +160,7 @@ def engine(small: bool, found: Found) -> None:
         synthetic.llama("tiny" if small else "teacher", vocab, "bfloat16").save_pretrained(directory)
         teacher = Teacher(model=directory, engine="transformers", batch_size=min(32, count))
         for kept in (Targets(kind="sampled", n=16), Targets(kind="topk", k=64)):
-            reads = TransformersEngine(teacher, Generate(max_tokens=written), kept, [2])
+            reads = TransformersEngine(EngineSpec(teacher, Generate(max_tokens=written), kept, [2], prompt + written))
             requests = [Request(number, row[:prompt], number, row[prompt:]) for number, row in enumerate(ids)]
             whole = [Request(number, row[:prompt], number) for number, row in enumerate(ids)]
             speeds = {}

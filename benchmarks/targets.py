@@ -41,7 +41,7 @@ from llmdistill.data.targets import Multinomial, Sampled, TopK
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.prompts import load_prompts
 from llmdistill.students.pruning import choose, prune_model
-from llmdistill.teachers import Request
+from llmdistill.teachers import EngineSpec, Request
 from llmdistill.teachers.transformers import TransformersEngine
 
 TEACHER = "models/SmolLM2-135M-Instruct"
@@ -201,10 +201,13 @@ def distributions(
         for prompt in prompts
     ]
     engine = TransformersEngine(
-        Teacher(model=teacher_path, engine="transformers", batch_size=16),
-        Generate(max_tokens=96, temperature=temperature),
-        Targets(kind="none"),
-        [tokenizer.eos_token_id],
+        EngineSpec(
+            teacher=Teacher(model=teacher_path, engine="transformers", batch_size=16),
+            sampling=Generate(max_tokens=96, temperature=temperature),
+            kept=Targets(kind="none"),
+            end_ids=[tokenizer.eos_token_id],
+            max_model_len=max(map(len, ids)) + 96,
+        )
     )
     (teacher,) = engine.models
     half = choose(Prune(layers=teacher.config.num_hidden_layers // 2, by="even"), teacher.config, None)

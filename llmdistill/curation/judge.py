@@ -23,7 +23,7 @@ from llmdistill.models.loading import context_length
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.runs import record
 from llmdistill.runs.progress import working
-from llmdistill.teachers import Completion, Engine, Request, fingerprints, open_engine, stable_id
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request, fingerprints, open_engine, stable_id
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 _VARIABLES = ("prompt", "answer")  # of the rubric
@@ -109,7 +109,7 @@ class DigitReader:
             teacher, end_ids, seed = self.chat.experiment.teacher, self.chat.end_ids, self.chat.experiment.seed
             with working("judge", "starting the judge"):
                 sampling = Generate(temperature=0, max_tokens=1)
-                self._engine = open_engine(teacher, sampling, self.kept, self.context, end_ids, seed)
+                self._engine = open_engine(EngineSpec(teacher, sampling, self.kept, end_ids, self.context, seed))
         return self._engine.generate([requests])
 
     def probabilities(self, completion: Completion) -> dict[int, float]:

@@ -31,7 +31,7 @@ from llmdistill.errors import InputError
 from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
-from llmdistill.teachers import Completion, Engine, Request, open_engine, teacher_precision
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request, open_engine, teacher_precision
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 
@@ -202,15 +202,16 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
         shared.put(shard)
 
     with working(name, "starting the teacher"):
-        engine = open_engine(
-            experiment.teacher.model_copy(update={"dtype": making.precision.dtype}),
-            experiment.generate,
-            experiment.targets,
-            source.max_model_len,
-            chat.end_ids,
-            experiment.seed,
-            chat.vocab_size if source.reads else None,
+        spec = EngineSpec(
+            teacher=experiment.teacher.model_copy(update={"dtype": making.precision.dtype}),
+            sampling=experiment.generate,
+            kept=experiment.targets,
+            end_ids=chat.end_ids,
+            max_model_len=source.max_model_len,
+            seed=experiment.seed,
+            reads_with=chat.vocab_size if source.reads else None,
         )
+        engine = open_engine(spec)
     part = making.worker.part(making.count)
     there = {shard.index for shard in finished_shards(directory, "train")} | shared.indices()
     done = sum(rows_of(index) for index in there if index in part)

@@ -18,7 +18,7 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import context_length
 from llmdistill.prompting.items import storable
 from llmdistill.runs.progress import StageBar, working
-from llmdistill.teachers import Engine, Request, open_engine, row_seed
+from llmdistill.teachers import Engine, EngineSpec, Request, open_engine, row_seed
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 # Tokens reserved for a question and its answer where `teacher.max_model_len` does not say: how long the questions of a
@@ -182,9 +182,8 @@ class Asker:
                 teacher = teacher.model_copy(update={"dtype": self.precision.dtype})
             text_only = Targets(kind="none")
             with working("prompts", "starting the teacher"):
-                self._engine = open_engine(
-                    teacher, self.sampling, text_only, self.context, self.chat.end_ids, self.experiment.seed
-                )
+                spec = EngineSpec(teacher, self.sampling, text_only, self.chat.end_ids, self.context, self.experiment.seed)
+                self._engine = open_engine(spec)
         return self._engine
 
 

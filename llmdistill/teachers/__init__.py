@@ -51,19 +51,33 @@ class Completion:
         return replace(self, ids=self.ids[start:], token_logprobs=self.token_logprobs[start:], targets=kept)
 
 
-class Engine(Protocol):
-    """A loaded teacher; what it is made from is described at `open_engine`."""
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is made from.
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        sampling: Generate,
-        kept: Targets,
-        end_ids: Sequence[int],
-        seed: int,
-        max_model_len: int,
-        reads_with: int | None = None,
-    ) -> None: ...
+    Attributes:
+        teacher: the models and the engine.
+        sampling: how it is to write.
+        kept: the targets to keep.
+        end_ids: the tokens that end a completion.
+        max_model_len: tokens of the longest sequence.
+        seed: of draws that are not seeded by the row.
+        reads_with: the size of its vocabulary, if it is to read finished text.
+    """
+
+    teacher: Teacher
+    sampling: Generate
+    kept: Targets
+    end_ids: Sequence[int]
+    max_model_len: int
+    seed: int = 0
+    reads_with: int | None = None
+
+
+class Engine(Protocol):
+    """A loaded teacher."""
+
+    def __init__(self, spec: EngineSpec) -> None: ...
 
     tokens: int
     """Completion tokens that it has written or read so far, those of unfinished completions included where it knows them."""
@@ -120,29 +134,11 @@ def teacher_precision(teacher: Teacher) -> Precision:
     )
 
 
-def open_engine(
-    teacher: Teacher,
-    sampling: Generate,
-    kept: Targets,
-    max_model_len: int,
-    end_ids: Sequence[int],
-    seed: int,
-    reads_with: int | None = None,
-) -> Engine:
-    """Load the teacher into the engine that the configuration names.
-
-    Args:
-        teacher: the models and the engine.
-        sampling: how it is to write.
-        kept: the targets to keep.
-        max_model_len: tokens of the longest sequence.
-        end_ids: the tokens that end a completion.
-        seed: of draws that are not seeded by the row.
-        reads_with: the size of its vocabulary, if it is to read finished text.
-    """
-    teacher = teacher.model_copy(update={"dtype": teacher_precision(teacher).dtype})
+def open_engine(spec: EngineSpec) -> Engine:
+    """Load the teacher into the engine that the configuration names."""
+    teacher = spec.teacher.model_copy(update={"dtype": teacher_precision(spec.teacher).dtype})
     engine: type[Engine] = pkgutil.resolve_name(teacher.abilities.implementation)
-    return engine(teacher, sampling, kept, end_ids, seed, max_model_len, reads_with)
+    return engine(replace(spec, teacher=teacher))
 
 
 def row_id(messages: list[dict[str, str]], teacher: str, sampling: Generate, sample: int) -> str:

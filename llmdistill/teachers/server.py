@@ -15,10 +15,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.teachers import Completion, Engine, Request
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request
 
 _TRIES = 9
 _LONGEST_PAUSE = 60.0  # seconds; the pauses double from half a second, so that a server may take two minutes to come back
@@ -30,17 +29,9 @@ _EXTENSION = "llmdistill.teachers.vllm_worker.SampleTargets"
 class ServerEngine(Engine):
     """Sends `teacher.concurrency` requests at a time; every request has its own answer, so they come back in any order."""
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        sampling: Generate,
-        kept: Targets,
-        end_ids: Sequence[int],
-        seed: int,
-        max_model_len: int = 0,
-        reads_with: int | None = None,
-    ) -> None:
-        self.teacher, self.sampling, self.kept, self.end_ids = teacher, sampling, kept, end_ids
+    def __init__(self, spec: EngineSpec) -> None:
+        self.teacher, self.sampling, self.kept, self.end_ids = spec.teacher, spec.sampling, spec.kept, spec.end_ids
+        teacher = spec.teacher
         assert teacher.url is not None
         key = os.environ.get("VLLM_API_KEY")
         self.client = httpx.Client(
@@ -51,7 +42,7 @@ class ServerEngine(Engine):
         )
         self.tokens = 0
         self.model = self._served_model()
-        self._set_targets(seed)
+        self._set_targets(spec.seed)
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request."""

@@ -8,26 +8,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.config import Generate
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.targets import Array, draw
 from llmdistill.models.loading import load_model
-from llmdistill.teachers import Completion, Engine, Request
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request
 
 
 class TransformersEngine(Engine):
     """Decodes batches in order; a batch's composition is fixed by the configuration, so results repeat exactly."""
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        sampling: Generate,
-        kept: Targets,
-        end_ids: Sequence[int],
-        seed: int = 0,
-        max_model_len: int = 0,
-        reads_with: int | None = None,
-    ) -> None:
+    def __init__(self, spec: EngineSpec) -> None:
+        teacher = spec.teacher
         members = [(teacher.model, teacher.revision, teacher.weight, "teacher.model")]
         members += [
             (more.model, more.revision, more.weight, f"teacher.ensemble.{number}.model")
@@ -39,10 +31,10 @@ class TransformersEngine(Engine):
         self.device = self.models[0].device
         self.log_weights = torch.tensor([weight for _, _, weight, _ in members], dtype=torch.float64).log().log_softmax(0)
         self.batch_size = teacher.batch_size
-        self.sampling = sampling
-        self.kept = kept
-        self.end_ids = end_ids
-        self.end_tensor = torch.tensor(end_ids, device=self.device)
+        self.sampling = spec.sampling
+        self.kept = spec.kept
+        self.end_ids = spec.end_ids
+        self.end_tensor = torch.tensor(spec.end_ids, device=self.device)
         self.tokens = 0
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.config import Generate, Targets
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.runs.quiet import quiet_libraries
-from llmdistill.teachers import Completion, Engine, Request
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request
 
 # Requests inside the engine at a time: more than it runs at once, so that it is never idle while a shard is written.
 _QUEUE = 2048
@@ -26,27 +26,33 @@ _FEW_CORES = 8
 class VllmEngine(Engine):
     """Streams requests through one `vllm.LLM`; log-probabilities are the model's own, before temperature and penalties."""
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        sampling: Generate,
-        kept: Targets,
-        end_ids: Sequence[int],
-        seed: int,
-        max_model_len: int,
-        reads_with: int | None = None,
-    ) -> None:
+    def __init__(self, spec: EngineSpec) -> None:
         prepare_environment()
         import vllm
-        from vllm.platforms import current_platform
-        from vllm.sampling_params import StructuredOutputsParams
 
-        self.kept = kept
-        self.end_ids = end_ids
-        self.sampling = sampling
-        self.tokens = 0
+        self.kept = spec.kept
+        self.end_ids = spec.end_ids
+        self.sampling = spec.sampling
         # How much a temperature takes off a log-probability at a position comes as one more of the position's numbers.
-        self.tempered = sampling.shows_everything and sampling.temperature != 1
+        self.tempered = spec.sampling.shows_everything and spec.sampling.temperature != 1
+        self.tokens = 0
+        extended = self.tempered or not spec.kept.stored.most_likely
+        arguments = self._arguments(spec)
+        if extended:
+            arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
+        self.llm = vllm.LLM(**{**arguments, **spec.teacher.engine_args})
+        self._guard = _end_with_this_process()
+        if extended:
+            temperature = spec.sampling.temperature if self.tempered else None
+            self.llm.collective_rpc("sample_targets", args=(spec.kept.stored.name, spec.kept.kept, spec.seed, temperature))
+        self._params = vllm.SamplingParams
+        self._sampling = self._sampling_arguments(spec.sampling)
+
+    def _arguments(self, spec: EngineSpec) -> dict[str, Any]:
+        """What `vllm.LLM` is made from, before `teacher.engine_args`."""
+        from vllm.platforms import current_platform
+
+        teacher = spec.teacher
         arguments: dict[str, Any] = {
             "model": teacher.model,
             "revision": teacher.revision,
@@ -54,42 +60,39 @@ class VllmEngine(Engine):
             "dtype": teacher.dtype,
             "tensor_parallel_size": teacher.tensor_parallel_size,
             "trust_remote_code": teacher.trust_remote_code,
-            "max_model_len": max_model_len,
-            "max_logprobs": max(kept.kept + self.tempered, 1),
+            "max_model_len": spec.max_model_len,
+            "max_logprobs": max(spec.kept.kept + self.tempered, 1),
             "logprobs_mode": "raw_logprobs",
             "use_tqdm_on_load": False,
         }
-        if reads_with:
+        if spec.reads_with:
             # Every token of a prefill gets a whole distribution then, which vLLM does not reckon with: it has to fit.
-            arguments["max_num_batched_tokens"] = max(_READ_BYTES // (4 * reads_with), _SEQUENCES)
+            arguments["max_num_batched_tokens"] = max(_READ_BYTES // (4 * spec.reads_with), _SEQUENCES)
             arguments |= {"max_num_seqs": _SEQUENCES, "enable_chunked_prefill": True}
         if current_platform.is_cpu():
             arguments["enforce_eager"] = True
-        if current_platform.is_cpu() and (not reads_with or sampling.rereads):
+        if current_platform.is_cpu() and (not spec.reads_with or spec.sampling.rereads):
             # Seeded requests stop vLLM's CPU engine when a prompt is prefilled in pieces ("CPU Generator does not use
             # offset"), so every prompt has to fit into one.
-            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, 2048)}
-        extended = self.tempered or not kept.stored.most_likely
-        if extended:
-            arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
-        self.llm = vllm.LLM(**{**arguments, **teacher.engine_args})
-        self._guard = _end_with_this_process()
-        if extended:
-            temperature = sampling.temperature if self.tempered else None
-            self.llm.collective_rpc("sample_targets", args=(kept.stored.name, kept.kept, seed, temperature))
-        self._params = vllm.SamplingParams
-        self._sampling: dict[str, Any] = {
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(spec.max_model_len, 2048)}
+        return arguments
+
+    def _sampling_arguments(self, sampling: Generate) -> dict[str, Any]:
+        """What `vllm.SamplingParams` are made from, beside the seed of the request."""
+        from vllm.sampling_params import StructuredOutputsParams
+
+        schema = sampling.json_schema
+        return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
             "min_tokens": sampling.min_tokens,
-            "logprobs": None if sampling.rereads else kept.kept + self.tempered,
+            "logprobs": None if sampling.rereads else self.kept.kept + self.tempered,
             "flat_logprobs": True,
             "detokenize": False,
+            **({"structured_outputs": StructuredOutputsParams(json=schema)} if schema is not None else {}),
         }
-        if sampling.json_schema is not None:
-            self._sampling["structured_outputs"] = StructuredOutputsParams(json=sampling.json_schema)
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request, keeping the engine's queue filled across batches."""

@@ -20,7 +20,7 @@ import json
 import sys
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.models.loading import end_token_ids, load_config, load_tokenizer
-from llmdistill.teachers import Request
+from llmdistill.teachers import EngineSpec, Request
 from llmdistill.teachers.vllm import VllmEngine
 
 if __name__ == "__main__":
@@ -29,7 +29,8 @@ if __name__ == "__main__":
     question = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
     ends = end_token_ids(model, None, load_config(model, None), tokenizer)
-    engine = VllmEngine(Teacher(model=model), Generate(temperature=0, max_tokens=16), Targets(kind="none"), ends, 0, 256)
+    sampling = Generate(temperature=0, max_tokens=16)
+    engine = VllmEngine(EngineSpec(Teacher(model=model), sampling, Targets(kind="none"), ends, max_model_len=256))
     (answer,) = engine.generate([[Request(0, ids, 0)]])
     print("ANSWER", json.dumps([ids, answer.ids.tolist()]))
 """

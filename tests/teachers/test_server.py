@@ -5,7 +5,7 @@ import pytest
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.teachers import server
+from llmdistill.teachers import EngineSpec, server
 
 
 @pytest.mark.parametrize(
@@ -22,5 +22,5 @@ def test_a_refusal_is_final_and_a_fault_is_not(monkeypatch, status, error, times
     monkeypatch.setattr(server.time, "sleep", lambda seconds: None)
     teacher = Teacher(model="a/b", engine="server", url="http://host")
     with pytest.raises(error):
-        server.ServerEngine(teacher, Generate(), Targets(), [1], 0)
+        server.ServerEngine(EngineSpec(teacher, Generate(), Targets(), [1], 64))
     assert len(asked) == times

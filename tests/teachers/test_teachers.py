@@ -12,7 +12,7 @@ from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.config.teacher import ENGINES, Abilities, Member, engines_with
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
-from llmdistill.teachers import Engine, Request, check_engine, open_engine, row_id, row_seed
+from llmdistill.teachers import Engine, EngineSpec, Request, check_engine, open_engine, row_id, row_seed, teacher_precision
 from llmdistill.teachers.transformers import TransformersEngine, sample
 from llmdistill.teachers.vllm import flat_logprobs
 
@@ -48,27 +48,28 @@ def test_sampling_follows_the_distribution_and_its_cuts():
 class Echo:
     """An engine of this module, for the table."""
 
-    def __init__(self, teacher, sampling, kept, end_ids, seed, max_model_len, reads_with=None):
-        self.given = (teacher.model, sampling, kept, end_ids, seed, max_model_len, reads_with)
+    def __init__(self, spec):
+        self.spec = spec
 
 
 def test_a_new_engine_is_an_entry_of_the_table(tiny, monkeypatch):
     monkeypatch.setitem(ENGINES, "echo", Abilities(f"{__name__}:Echo", "it depends", grammar=True))
     teacher = Teacher(model=str(tiny)).model_copy(update={"engine": "echo"})
     assert engines_with("grammar") == "vllm and server and echo"
-    sampling, kept = Generate(), Targets()
-    made = open_engine(teacher, sampling, kept, 64, [2], 7, reads_with=100)
-    assert made.given == (str(tiny), sampling, kept, [2], 7, 64, 100)
+    spec = EngineSpec(teacher, Generate(), Targets(), [2], 64, seed=7, reads_with=100)
+    precision = teacher_precision(teacher)
+    assert open_engine(spec).spec == replace(spec, teacher=teacher.model_copy(update={"dtype": precision.dtype}))
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_engine_is_made_from_the_same(name):
     """Mypy looks at the methods of a protocol, and not at how its classes are made."""
-    wanted, there = (
-        list(inspect.signature(engine.__init__).parameters)
-        for engine in (Engine, pkgutil.resolve_name(ENGINES[name].implementation))
-    )
-    assert there == wanted
+    engine = pkgutil.resolve_name(ENGINES[name].implementation)
+    assert list(inspect.signature(engine.__init__).parameters) == list(inspect.signature(Engine.__init__).parameters)
+
+
+def exact_engine(teacher, sampling, kept, end_ids=(2,)):
+    return TransformersEngine(EngineSpec(teacher, sampling, kept, end_ids, max_model_len=64))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def requests():
 def test_the_exact_engine_stores_the_models_own_distribution(tiny, requests, temperature):
     """Against one plain forward pass over each finished sequence: the same at any sampling temperature."""
     teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=3)
-    engine = TransformersEngine(teacher, Generate(max_tokens=7, temperature=temperature), Targets(kind="topk", k=5), [2])
+    engine = exact_engine(teacher, Generate(max_tokens=7, temperature=temperature), Targets(kind="topk", k=5))
     model = load_model(str(tiny))
     completions = list(engine.generate([requests[:2], requests[2:]]))
     assert [completion.index for completion in completions] == [0, 1, 2, 3, 4]
@@ -110,7 +111,7 @@ def test_no_completion_ends_before_its_least_length(tiny, requests):
 
     def written(ends, least):
         sampling = Generate(max_tokens=8, temperature=0, min_tokens=least)
-        return list(TransformersEngine(teacher, sampling, Targets(kind="topk", k=5), ends).generate([requests]))
+        return list(exact_engine(teacher, sampling, Targets(kind="topk", k=5), ends).generate([requests]))
 
     ends = sorted({int(completion.ids[0]) for completion in written([2], 0)})
     short, long = written(ends, 0), written(ends, 5)
@@ -125,7 +126,7 @@ def test_no_completion_ends_before_its_least_length(tiny, requests):
 def test_a_rows_text_depends_on_its_seed_alone(tiny, requests):
     def texts(batch_size, order):
         teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=batch_size)
-        engine = TransformersEngine(teacher, Generate(max_tokens=6), Targets(kind="none"), [2])
+        engine = exact_engine(teacher, Generate(max_tokens=6), Targets(kind="none"))
         return {c.index: c.ids.tolist() for c in engine.generate([[requests[n] for n in order]])}
 
     assert texts(1, [0, 1, 2, 3, 4]) == texts(5, [4, 2, 0, 1, 3])
@@ -134,7 +135,7 @@ def test_a_rows_text_depends_on_its_seed_alone(tiny, requests):
 def test_the_exact_engines_sample_is_unbiased(tiny):
     """One position, many seeds: for any f, the mean of Σ weight · f is Σ p · f; and each sample's weights add up to one."""
     teacher = Teacher(model=str(tiny), engine="transformers", dtype="float32", batch_size=500)
-    engine = TransformersEngine(teacher, Generate(max_tokens=1, temperature=0), Targets(kind="sampled", n=6), [2])
+    engine = exact_engine(teacher, Generate(max_tokens=1, temperature=0), Targets(kind="sampled", n=6))
     prompt = [5, 77, 301]
     completions = engine.generate([[Request(seed, prompt, seed) for seed in range(2000)]])
     with torch.inference_mode():
@@ -194,7 +195,7 @@ def test_the_mean_of_several_teachers_against_a_dense_one(three_teachers, reques
     first, *others = map(str, three_teachers)
     members = [Member(model=model, weight=weight) for model, weight in zip(others, (2, 3), strict=True)]
     teacher = Teacher(model=first, engine="transformers", dtype="float32", batch_size=3, weight=5, ensemble=members)
-    engine = TransformersEngine(teacher, Generate(max_tokens=7), Targets(kind=kind, n=5, k=5), [2])
+    engine = exact_engine(teacher, Generate(max_tokens=7), Targets(kind=kind, n=5, k=5))
     written = list(engine.generate([requests]))
     texts = [replace(request, completion_ids=made.ids.tolist()) for request, made in zip(requests, written, strict=True)]
     models = [load_model(model).double() for model in (first, *others)]
@@ -212,6 +213,6 @@ def test_the_mean_of_several_teachers_against_a_dense_one(three_teachers, reques
                 exact = np.arange(5) < completion.targets.exact_N[:, None]
                 p_NK = mean.gather(1, torch.tensor(completion.targets.ids_NK)).numpy()
                 np.testing.assert_allclose(np.exp(completion.targets.logweights_NK)[exact], p_NK[exact], rtol=2e-3)
-    alone = TransformersEngine(teacher.model_copy(update={"ensemble": []}), Generate(max_tokens=7), Targets(kind=kind), [2])
+    alone = exact_engine(teacher.model_copy(update={"ensemble": []}), Generate(max_tokens=7), Targets(kind=kind))
     one = next(alone.score([texts])).token_logprobs
     assert np.abs(one - written[0].token_logprobs).max() > 0.1, "one of them alone says something else"
