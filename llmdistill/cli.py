@@ -185,14 +185,9 @@ def _experiment(arguments: argparse.Namespace, rest: list[str]) -> Experiment:
 
 
 def _run(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from llmdistill.runs.pipeline import run_pipeline, say_estimate, stages
+    from llmdistill.runs.pipeline import dry_run, run_pipeline
 
-    experiment = _experiment(arguments, rest)
-    if not arguments.dry_run:
-        return run_pipeline(experiment)
-    for stage in stages(experiment):
-        STAGES[stage.command].function(stage.experiment, dry_run=True)
-    return say_estimate(experiment)
+    (dry_run if arguments.dry_run else run_pipeline)(_experiment(arguments, rest))
 
 
 def _refresh(arguments: argparse.Namespace, rest: list[str]) -> None:

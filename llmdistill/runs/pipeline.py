@@ -11,6 +11,7 @@ from typing import Any
 from llmdistill.config import Experiment, Prompts, Score, Targets, Teacher, dump_experiment
 from llmdistill.config.teacher import DEFAULT_ENGINE
 from llmdistill.config.train import Mix
+from llmdistill.curation.steps import step_inputs
 from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.runs import record
 from llmdistill.runs.estimate import estimate, said
@@ -103,11 +104,33 @@ def run_pipeline(experiment: Experiment) -> None:
     """Run the stages; the first that fails ends the run with its exit status. A finished stage says so and is skipped.
 
     Raises:
-        InputError: the tasks of the last stages are not usable, which is better known before the first.
+        InputError: what the last stages read is not usable, which is better known before the first.
     """
-    read_tasks(experiment.eval.tasks)
+    _check_files(experiment)
     say_estimate(experiment)
     run_stages(stages(experiment))
+
+
+def dry_run(experiment: Experiment) -> None:
+    """Say what every stage would do, and about how long it would take.
+
+    Raises:
+        InputError: a stage could not run with this configuration.
+    """
+    _check_files(experiment)
+    for stage in stages(experiment):
+        if stage.round:  # Its models are those that earlier stages make: there is nothing to check them by yet.
+            written = [stage.experiment.directory(name) for name in STAGES[stage.command].writes if name != "student-before"]
+            say(f"round {stage.round}", f"{stage.command} would write {written[0]}")
+        else:
+            STAGES[stage.command].function(stage.experiment, dry_run=True)
+    say_estimate(experiment)
+
+
+def _check_files(experiment: Experiment) -> None:
+    """The files that the configuration names for the stages after the teacher's work are there and can be read."""
+    step_inputs(experiment.curate)
+    read_tasks(experiment.eval.tasks)
 
 
 def say_estimate(experiment: Experiment) -> None:

@@ -124,6 +124,53 @@ def _models_and_files(experiment: Experiment) -> dict[str, str]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Materials:
+    """What the trainer is given.
+
+    Attributes:
+        precision: what the student is trained in.
+        arguments: a `DistillConfig`.
+        student: before training, or as it was left.
+        teacher: where the targets are computed during training, else None.
+        tokenizer: the student's.
+        same_vocabulary: whether it is the dataset's too.
+        rows: of the training split, as they are stored.
+        dataset: what is trained on.
+        validation: what is set aside of it, if anything is.
+    """
+
+    precision: Precision
+    arguments: Any
+    student: Any
+    teacher: Any
+    tokenizer: Any
+    same_vocabulary: bool
+    rows: Any
+    dataset: Any
+    validation: Any
+
+
+def _materials(
+    experiment: Experiment, manifest: dict[str, Any], directory: Path, text_only: bool, precision: Precision
+) -> _Materials:
+    """Everything loaded, and checked against each other."""
+    arguments = _arguments(experiment, directory, text_only, precision)
+    tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
+    rows = _mixed(experiment, load_dataset(experiment.dataset_directory, "train"))
+    dataset, validation = _split(experiment, rows)
+    if not same_vocabulary:
+        dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
+    dataset, validation = _learnable(dataset, arguments), validation and _learnable(validation, arguments)
+    student = load_student(experiment)
+    if experiment.train.fake_quantize:
+        fake_quantise(student, experiment.export.group_size if experiment.export else None)
+    teacher = None if text_only else _online_teacher(experiment, arguments)
+    pair_layers(experiment, arguments, student, teacher)
+    _check_fit(arguments, dataset, student, teacher)
+    return _Materials(precision, arguments, student, teacher, tokenizer, same_vocabulary, rows, dataset, validation)
+
+
 def _train_one(
     experiment: Experiment,
     manifest: dict[str, Any],
@@ -132,41 +179,19 @@ def _train_one(
     settings: dict[str, Any],
     inputs: dict[str, str],
 ) -> None:
+    """Train one student, from its last checkpoint if there is one, and save it."""
     with working("train", "loading the student"):
         from accelerate.utils import broadcast_object_list
-        from transformers import EarlyStoppingCallback
-
-        from llmdistill.training.trainer import DistillTrainer
 
         precision = _precision(experiment, directory, settings, inputs)
-        arguments = _arguments(experiment, directory, text_only, precision)
-        tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
-        rows = _mixed(experiment, load_dataset(experiment.dataset_directory, "train"))
-        dataset, validation = _split(experiment, rows)
-        if not same_vocabulary:
-            dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
-        dataset, validation = _learnable(dataset, arguments), validation and _learnable(validation, arguments)
-        student = load_student(experiment)
-        if experiment.train.fake_quantize:
-            fake_quantise(student, experiment.export.group_size if experiment.export else None)
-        teacher = None if text_only else _online_teacher(experiment, arguments)
-        pair_layers(experiment, arguments, student, teacher)
-        _check_fit(arguments, dataset, student, teacher)
-    if arguments.process_index == 0:
+        made = _materials(experiment, manifest, directory, text_only, precision)
+    if made.arguments.process_index == 0:
         record.begin_computing(directory, "train", settings, inputs, experiment.seed, precision)
-        begin_student(student, directory)
-        for text in [] if text_only else traps(experiment.student, arguments, manifest, rows, student.num_parameters()):
+        begin_student(made.student, directory)
+        parameters = made.student.num_parameters()
+        for text in [] if text_only else traps(experiment.student, made.arguments, manifest, made.rows, parameters):
             say("warning", text)
-    trainer = DistillTrainer(
-        model=student,
-        args=arguments,
-        train_dataset=dataset,
-        eval_dataset=validation,
-        teacher=teacher,
-        processing_class=tokenizer,
-    )
-    if early := experiment.train.early_stopping:
-        trainer.add_callback(EarlyStoppingCallback(early.patience, early.min_delta))
+    trainer = _trainer(experiment, made)
     show_progress(trainer, "text only" if text_only else "train")
     # What one process finds counts for all: another may still see a shared disk as it was.
     (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
@@ -177,17 +202,40 @@ def _train_one(
         if trainer.is_world_process_zero():
             print(f"terminated; the same command goes on from step {trainer.state.global_step:,}", file=sys.stderr)
         sys.exit(143)
-
-    trained = _trained(experiment, trainer)
-    if trained is not None:
-        unfake(trained)
-        end = manifest["tokenizer"]["end_token_ids"] if same_vocabulary else None
-        save_student(trained, tokenizer, experiment, directory, end)
-        trainer.state.save_to_json(str(directory / "trainer_state.json"))
-        results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
-        record.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, arguments, results))
-        record.finish(directory, results)
+    _save(experiment, manifest, directory, trainer, made)
     trainer.accelerator.wait_for_everyone()
+
+
+def _trainer(experiment: Experiment, made: _Materials) -> Any:
+    from transformers import EarlyStoppingCallback
+
+    from llmdistill.training.trainer import DistillTrainer
+
+    trainer = DistillTrainer(
+        model=made.student,
+        args=made.arguments,
+        train_dataset=made.dataset,
+        eval_dataset=made.validation,
+        teacher=made.teacher,
+        processing_class=made.tokenizer,
+    )
+    if early := experiment.train.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(early.patience, early.min_delta))
+    return trainer
+
+
+def _save(experiment: Experiment, manifest: dict[str, Any], directory: Path, trainer: Any, made: _Materials) -> None:
+    """Write the trained student, its card and its record; by one process."""
+    trained = _trained(experiment, trainer)
+    if trained is None:
+        return
+    unfake(trained)
+    end = manifest["tokenizer"]["end_token_ids"] if made.same_vocabulary else None
+    save_student(trained, made.tokenizer, experiment, directory, end)
+    trainer.state.save_to_json(str(directory / "trainer_state.json"))
+    results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
+    record.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, made.arguments, results))
+    record.finish(directory, results)
 
 
 def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
