@@ -11,6 +11,21 @@ class InputError(ValueError):
     """
 
 
+class UnusableError(InputError):
+    """A row that cannot be used, as it is too long or the chat template refuses it.
+
+    Stages that read many rows leave it out and count the reason, which is in the same words for all rows of its kind.
+    """
+
+    def __init__(self, reason: str, origin: str | None = None) -> None:
+        super().__init__(f"{origin}: {reason}" if origin else reason)
+        self.reason = reason
+
+    def at(self, origin: str) -> "UnusableError":
+        """The same, saying where the row stands."""
+        return UnusableError(self.reason, origin)
+
+
 class RemoteError(Exception):
     """A remote service (the Hugging Face Hub, an object store, a teacher's server) failed; a retry may succeed.
 

@@ -99,6 +99,8 @@ class Teacher(Section):
     """Run Python code from the model's repository."""
     system: str | None = None
     """System message for the teacher only. It replaces that of the conversation; the student is not given it."""
+    template_args: PassedOn = {}
+    """Variables of the chat template, such as `{enable_thinking: false}`. The stored prompts are rendered with them."""
     ensemble: list[Member] = []
     """More teachers with the same tokenizer. Soft targets are the weighted mean of all distributions (engine transformers)."""
     weight: float = Field(default=1.0, gt=0)
@@ -116,6 +118,15 @@ class Teacher(Section):
                 "an ensemble needs the full distribution of each teacher, which only engine "
                 f"{engines_with('whole_distribution')} gives; to write with vLLM, `generate` with one teacher first and `score` "
                 "its dataset with the ensemble"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _targets_are_the_teachers_own(self) -> "Teacher":
+        if self.engine_args.get("speculative_config"):
+            raise ValueError(
+                "engine_args.speculative_config: log-probabilities under speculative decoding are not known to be the "
+                "teacher's own; remove it"
             )
         return self
 

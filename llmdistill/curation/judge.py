@@ -109,7 +109,9 @@ class DigitReader:
             teacher, end_ids, seed = self.chat.experiment.teacher, self.chat.end_ids, self.chat.experiment.seed
             with working("judge", "starting the judge"):
                 sampling = Generate(temperature=0, max_tokens=1)
-                self._engine = open_engine(EngineSpec(teacher, sampling, self.kept, end_ids, self.context, seed))
+                self._engine = open_engine(
+                    EngineSpec(teacher, sampling, self.kept, end_ids, self.context, seed, known_ids=self.chat.known_ids)
+                )
         return self._engine.generate([requests])
 
     def probabilities(self, completion: Completion) -> dict[int, float]:

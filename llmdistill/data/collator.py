@@ -43,6 +43,7 @@ class DistillCollator:
         position_weights: one of `POSITION_WEIGHTS`.
         by_sequence: scale the weights so that they add up to one in every row with a completion, else they are as they are.
         with_ids: put the rows' `id` into the batch.
+        vocab_size: of the student's output layer; targets from there on are given to the others. None if there are none.
     """
 
     pad_token_id: int
@@ -51,6 +52,7 @@ class DistillCollator:
     position_weights: str = "uniform"
     by_sequence: bool = False
     with_ids: bool = False
+    vocab_size: int | None = None
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """One batch from rows as `load_dataset` gives them, or from packs of such rows."""
@@ -67,6 +69,8 @@ class DistillCollator:
         entropy_N = np.zeros(counts.sum())
         if kind.columns:
             soft = kind.of_rows(rows, counts)
+            if self.vocab_size is not None:
+                soft = soft.within(self.vocab_size)
             batch |= soft.batch()
             if self.position_weights != "uniform":
                 entropy_N = soft.entropies()

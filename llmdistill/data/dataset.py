@@ -6,6 +6,7 @@ whole, so a shard that is there is done and says itself what its bytes must hash
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,18 +30,23 @@ if TYPE_CHECKING:
     import datasets
 
 SCHEMA_VERSION = 1
+_LIST_ENTRIES = 1 << 30
 ROW_GROUP = 1000  # rows; what a reader has to hold at a time
 MANIFEST = "dataset.json"
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5,})-of-(?P<count>\d{5,})-(?P<checksum>[0-9a-f]{16})\.parquet")
 Messages = list[dict[str, str]]  # role and content of each turn
+OURS = "llmdistill"  # the field of `metadata` with a row's provenance; all others are the user's
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence before it is stored; `targets` has one row a completion token, or is None for text only."""
+    """One sequence before it is stored; `targets` has one row a completion token, or is None for text only.
+
+    `metadata` is what the user's file says beside the conversation, `provenance` what is known of how the row was made.
+    """
 
     id: str
     prompt: Messages
@@ -52,6 +58,7 @@ class Row:
     targets: targets.SoftTargets | None
     sampling_logprob: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,10 @@ class Shard:
 
 def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
     """The rows as columns; see docs/dataset.md for each."""
+    entries = sum(np.size(row.targets.ids_NK) if row.targets else len(row.completion_ids) for row in rows)
+    if entries > _LIST_ENTRIES and len(rows) > 1:  # Arrow counts the entries of a list column in 32 bits
+        half = len(rows) // 2
+        return pa.concat_tables([rows_to_table(part, vocab_size) for part in (rows[:half], rows[half:])])
     starts = np.array([len(row.prompt_ids) for row in rows])
     lengths = np.array([len(row.completion_ids) for row in rows])
     ids = [np.concatenate([np.asarray(row.prompt_ids), row.completion_ids]) for row in rows]
@@ -80,7 +91,7 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
         # TRL's SFTTrainer reads this one: without it, it would train on the prompt as well.
         "completion_mask": targets.list_array(np.concatenate(mask).astype(np.int8), starts + lengths),
         "finish_reason": pa.array([row.finish_reason for row in rows], pa.string()),
-        "metadata": pa.array([json.dumps(row.metadata, ensure_ascii=False) for row in rows], pa.string()),
+        "metadata": pa.array([_metadata(row) for row in rows], pa.string()),
         "token_logprobs": targets.list_array(np.concatenate([row.token_logprobs for row in rows]).astype(np.float32), lengths),
     }
     if rows[0].sampling_logprob is not None:
@@ -89,6 +100,40 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
     if soft:
         columns |= type(soft[0]).encode(soft, vocab_size)
     return pa.table(columns)
+
+
+def metadata_and_provenance(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the column `metadata` holds: the fields of the user's file, and how the row was made."""
+    fields: dict[str, Any] = json.loads(text)
+    return fields, fields.pop(OURS, {})
+
+
+def _metadata(row: Row) -> str:
+    if OURS in row.metadata:
+        raise InputError(f"row {row.id}: has a field {OURS}, which is reserved; give it another name")
+    return to_json({**row.metadata, OURS: row.provenance} if row.provenance else row.metadata)
+
+
+def to_json(content: Any) -> str:
+    """JSON whose keys keep their order; dates and the like become text, and what is not a finite number null."""
+    try:
+        text = json.dumps(content, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(content), ensure_ascii=False, default=str)
+    return storable(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(other) for key, other in value.items()}
+    return [_finite(other) for other in value] if isinstance(value, list | tuple) else value
+
+
+def storable(text: str) -> str:
+    """The text as it can be stored: half a surrogate pair, which a model may write, becomes `?`."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def check_logprobs(row: Row) -> None:
@@ -366,7 +411,7 @@ def conversation_keys(rows: pa.Table) -> list[str]:
     keys: list[str] = []
     columns = (rows[name].to_pylist() for name in ("prompt", "completion", "metadata"))
     for prompt, completion, metadata in zip(*columns, strict=True):
-        whole = json.loads(metadata).get("conversation") if '"conversation"' in metadata else None
+        whole = json.loads(metadata).get(OURS, {}).get("conversation") if '"conversation"' in metadata else None
         keys.append(json.dumps(whole) if whole else conversation_of(prompt or completion))
     return keys
 

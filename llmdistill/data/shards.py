@@ -126,6 +126,12 @@ def count_finished(directory: Path) -> int:
     return len(finished_shards(directory, "train")) if directory.is_dir() else 0
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether a dataset is complete and all of its shards are there."""
+    manifest = record.read_json(directory / MANIFEST)
+    return manifest is not None and all((directory / entry["file"]).is_file() for entry in manifest["shards"])
+
+
 def make_dataset(
     name: str, directory: Path, source: Source, settings: dict[str, Any], inputs: dict[str, str], worker: Worker
 ) -> None:
@@ -210,6 +216,7 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
             max_model_len=source.max_model_len,
             seed=experiment.seed,
             reads_with=chat.vocab_size if source.reads else None,
+            known_ids=chat.known_ids,
         )
         engine = open_engine(spec)
     part = making.worker.part(making.count)

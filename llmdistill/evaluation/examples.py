@@ -7,6 +7,7 @@ import numpy as np
 
 from llmdistill.evaluation.fidelity import token_view
 from llmdistill.evaluation.statistics import Array
+from llmdistill.models.loading import continue_prompts
 
 _VIEWED, _VIEWED_TOKENS = 3, 96  # texts shown token by token, and how much of each
 _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 600
@@ -19,8 +20,6 @@ def _question(prompt: list[dict[str, str]]) -> str:
 
 def samples(models: dict[str, Any], rows: Any, tokenizer: Any, count: int, new_tokens: int) -> list[dict[str, Any]]:
     """The models' greedy answers to the first held-out prompts."""
-    import torch
-
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     for row in rows:
@@ -31,12 +30,8 @@ def samples(models: dict[str, Any], rows: Any, tokenizer: Any, count: int, new_t
         seen.add(question)
         answers = {}
         for name, model in models.items():
-            ids = torch.tensor(prompt_ids, dtype=torch.long, device=model.device)[None]
-            with torch.inference_mode():
-                output = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, pad_token_id=0
-                )
-            answers[name] = tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
+            written_BT = continue_prompts(model, [prompt_ids.tolist()], new_tokens, (), do_sample=False)
+            answers[name] = tokenizer.decode(written_BT[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         found.append({"prompt": question, "answers": answers})
     return found
 

@@ -3,7 +3,7 @@
 At every position the teacher's whole distribution p, from its weights in float32, stands beside the model's q.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,8 @@ def token_view(teacher: Any, student: Any, row: Any, tokenizer: Any, most: int) 
     cut: dict[str, Any] = {"input_ids": np.asarray(row["input_ids"])[: start + most], "completion_start": start}
     batch = {name: values.to(teacher.device) for name, values in DistillCollator(pad_token_id=0)([cut]).items()}
     with torch.inference_mode():
-        p_NV, q_NV = (completion_logits(model, batch).float().log_softmax(-1) for model in (teacher, student))
+        size = _common_size((teacher, student))
+        p_NV, q_NV = (completion_logits(model, batch)[:, :size].float().log_softmax(-1) for model in (teacher, student))
         kl_N = (p_NV.exp() * (p_NV - q_NV)).sum(-1).tolist()
         p_best, q_best = p_NV.topk(5), q_NV.topk(5)
 
@@ -92,12 +93,15 @@ def token_view(teacher: Any, student: Any, row: Any, tokenizer: Any, most: int) 
 
 
 def own_text(model: Any, rows: Any, count: int, new_tokens: int, end_ids: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """What a model itself answers to the first prompts, sampled at temperature 1, as rows; and whether it ended by itself."""
+    """What a model itself answers to the first prompts, sampled at temperature 1, as rows.
+
+    Each says whether it `ended` by itself, and the `number` of the row that its prompt is from.
+    """
     import torch
 
-    seen: dict[tuple[int, ...], None] = {}
-    for row in rows:
-        seen.setdefault(tuple(np.asarray(row["input_ids"])[: int(row["completion_start"])].tolist()))
+    seen: dict[tuple[int, ...], int] = {}
+    for number, row in enumerate(rows):
+        seen.setdefault(tuple(np.asarray(row["input_ids"])[: int(row["completion_start"])].tolist()), number)
         if len(seen) == count:
             break
     prompts = sorted(seen, key=len)  # of like length in one batch
@@ -109,7 +113,8 @@ def own_text(model: Any, rows: Any, count: int, new_tokens: int, end_ids: Sequen
         for ids, answer in zip(batch, answers_BT.numpy(), strict=True):
             ends = np.flatnonzero(np.isin(answer, end_ids))
             answer = answer[: ends[0] + 1] if len(ends) else answer
-            found.append({"input_ids": np.array([*ids, *answer]), "completion_start": len(ids), "ended": len(ends) > 0})
+            row = {"input_ids": np.array([*ids, *answer]), "completion_start": len(ids), "ended": len(ends) > 0}
+            found.append({**row, "number": seen[ids]})
     return found
 
 
@@ -121,7 +126,7 @@ def _batches(
 
     from llmdistill.data.collator import DistillCollator, completion_logits, text_only
 
-    collate = DistillCollator(pad_token_id=0)
+    collate, size = DistillCollator(pad_token_id=0), _common_size(models.values())
     for first in range(0, len(rows), batch_size):
         chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
         lengths = np.array([len(row["input_ids"]) - int(row["completion_start"]) for row in chunk])
@@ -131,14 +136,19 @@ def _batches(
             batch = {name: values.to(models["teacher"].device) for name, values in collate(text_only(chunk)).items()}
             labels_N = batch["labels"][batch["labels"] != -100]
             end_N = torch.isin(labels_N, torch.tensor(end_ids, device=labels_N.device))
-            p_NV = completion_logits(models["teacher"], batch).float().log_softmax(-1)
+            p_NV = completion_logits(models["teacher"], batch)[:, :size].float().log_softmax(-1)
             truth_NV, p_top = p_NV.exp(), p_NV.topk(5).indices
             found = {"entropy": -(truth_NV * p_NV).sum(-1), "ended": end_N}
             for name, model in models.items():
-                q_NV = p_NV if name == "teacher" else completion_logits(model, batch).float().log_softmax(-1)
+                q_NV = p_NV if name == "teacher" else completion_logits(model, batch)[:, :size].float().log_softmax(-1)
                 measured = _quantities(Positions(p_NV, truth_NV, p_top, q_NV, labels_N, end_N, end_ids))
                 found |= {f"{name} {quantity}": value for quantity, value in measured.items()}
         yield {name: value.double().cpu().numpy() for name, value in found.items()} | {"position": position_N}, row_N, len(chunk)
+
+
+def _common_size(models: Iterable[Any]) -> int:
+    """The tokens that all models have: the output layer of one may be padded further than another's."""
+    return min(int(model.config.get_text_config().vocab_size) for model in models)
 
 
 def _quantities(at: Positions) -> dict[str, Any]:

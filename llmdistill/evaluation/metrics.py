@@ -6,13 +6,13 @@ of its own name; the student is compared with its rivals by it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from llmdistill.evaluation.statistics import Array, Draws, percentile_interval
+from llmdistill.evaluation.statistics import Array, Draws
 
 Tensor = Any  # of torch, which is not imported here: who only shows metrics does not need it
 POSITIONS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -145,12 +145,17 @@ def metrics_of(table: Literal["models", "measures", "runs"]) -> list[Metric]:
 
 def per_token(quantity: str) -> Callable[[Sums], dict[str, float]]:
     """The mean over tokens, with its interval."""
-    return lambda sums: sums.draws.interval(sums[quantity], sums.tokens)
+    return lambda sums: sums.draws.interval(sums[quantity], sums.tokens, least=0)
+
+
+def per_token_share(quantity: str) -> Callable[[Sums], dict[str, float]]:
+    """The share of tokens, with its interval."""
+    return lambda sums: sums.draws.share(sums[quantity], sums.tokens)
 
 
 def _bits_per_byte(sums: Sums) -> dict[str, float]:
     assert sums.text_bytes is not None
-    return sums.draws.interval(sums["nll"] / np.log(2), sums.text_bytes)
+    return sums.draws.interval(sums["nll"] / np.log(2), sums.text_bytes, least=0)
 
 
 def _kl_by(group: str, begins: tuple[float, ...]) -> Callable[[Sums], list[dict[str, Any]]]:
@@ -159,7 +164,7 @@ def _kl_by(group: str, begins: tuple[float, ...]) -> Callable[[Sums], list[dict[
     def compute(sums: Sums) -> list[dict[str, Any]]:
         kl_RG, tokens_RG = sums[f"kl by {group}"], sums.measured[f"tokens by {group}"]
         return [
-            {"from": begin, "tokens": int(tokens.sum()), **sums.draws.interval(kl, tokens)}
+            {"from": begin, "tokens": int(tokens.sum()), **sums.draws.interval(kl, tokens, least=0)}
             for begin, kl, tokens in zip(begins, kl_RG.T, tokens_RG.T, strict=True)
             if np.count_nonzero(sums.draws.sums(tokens)) >= _FEWEST
         ]
@@ -170,15 +175,16 @@ def _kl_by(group: str, begins: tuple[float, ...]) -> Callable[[Sums], list[dict[
 def _end(sums: Sums) -> dict[str, float] | None:
     if np.count_nonzero(sums.draws.sums(sums.ended)) < _FEWEST:
         return None
-    return sums.draws.interval(sums["end"], sums.ended)
+    return sums.draws.share(sums["end"], sums.ended)
 
 
 def _calibration_error(sums: Sums) -> dict[str, float]:
-    """How far q of the model's choice is from p of it: Σ |confidence − truth| over groups of positions by that q."""
-    draws = sums.draws
-    gap_CG = np.stack([draws.sums(gap) for gap in (sums["confidence"] - sums["truth"]).T], axis=1)
-    resampled = np.abs(draws.draws @ gap_CG).sum(1) / (draws.draws @ draws.sums(sums.tokens))
-    return asdict(percentile_interval(np.abs(gap_CG.sum(0)).sum() / sums.tokens.sum(), resampled))
+    """How far q of the model's choice is from p of it: Σ |confidence − truth| over groups of positions by that q.
+
+    Without an interval: noise makes it larger, in every resample once more, so that of a bootstrap would lie above it.
+    """
+    gap_G = (sums["confidence"] - sums["truth"]).sum(axis=0)
+    return {"mean": float(np.abs(gap_G).sum() / sums.tokens.sum())}
 
 
 def _sequence_kl(sums: Sums) -> dict[str, float] | None:
@@ -215,7 +221,7 @@ METRICS = (
         "same next token",
         "%",
         "higher",
-        compute=per_token("top1"),
+        compute=per_token_share("top1"),
         quantities={"top1": lambda at: at.p_top_N5[:, 0] == at.q_top.indices[:, 0]},
         factor=100,
         tables=("models", "runs"),
@@ -232,7 +238,7 @@ METRICS = (
         "overlap of the five most likely tokens",
         "%",
         "higher",
-        compute=per_token("top5"),
+        compute=per_token_share("top5"),
         quantities={"top5": lambda at: (at.p_top_N5[:, :, None] == at.q_top.indices[:, None, :]).any(2).double().mean(1)},
         factor=100,
     ),
@@ -280,7 +286,7 @@ METRICS = (
         "probability of the end token where it continued",
         "%",
         None,
-        compute=lambda sums: sums.draws.interval(sums["early"], sums.tokens - sums.ended),
+        compute=lambda sums: sums.draws.share(sums["early"], sums.tokens - sums.ended),
         quantities={"early": lambda at: at.ends_N * ~at.end_N},
         factor=100,
     ),
@@ -295,21 +301,21 @@ OWN_TEXT_METRICS = (
         "the teacher’s NLL of the model’s own text",
         "nats per token",
         "lower",
-        compute=lambda sums: sums.draws.interval(sums.measured["teacher nll"], sums.tokens),
+        compute=lambda sums: sums.draws.interval(sums.measured["teacher nll"], sums.tokens, least=0),
     ),
     Metric(
         "length",
         "length of its own answers",
         "tokens",
         None,
-        compute=lambda sums: sums.draws.interval(sums.tokens, np.ones(len(sums.tokens))),
+        compute=lambda sums: sums.draws.interval(sums.tokens, np.ones(len(sums.tokens)), least=0),
     ),
     Metric(
         "ended",
         "own answers that ended with the end token",
         "%",
         None,
-        compute=lambda sums: sums.draws.interval(sums.ended, np.ones(len(sums.tokens))),
+        compute=lambda sums: sums.draws.share(sums.ended, np.ones(len(sums.tokens))),
         factor=100,
     ),
 )

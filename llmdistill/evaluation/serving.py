@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from llmdistill.config.machine import inference_precision
 from llmdistill.errors import InputError
 from llmdistill.evaluation.serving_worker import KV_CACHE_BYTES
 from llmdistill.models.loading import load_config, model_bytes
@@ -97,9 +98,16 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int) -> dict[str, Any]
 
 
 def by_transformers(models: dict[str, Any], batch: int, new_tokens: int) -> dict[str, Any]:
-    """Greedy decoding of loaded models, which take turns; as `by_vllm`, with the writing speed alone."""
+    """Greedy decoding of loaded models, which take turns; as `by_vllm`, with the writing speed alone.
+
+    The models are converted to the precision that this machine is good at, and stay so.
+    """
     import torch
     import transformers
+
+    precision = inference_precision()
+    for model in models.values():
+        model.to(getattr(torch, precision.dtype))
 
     prompt_tokens, rounds = _PROMPT_TOKENS["transformers"], _ROUNDS["transformers"]
     speeds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
@@ -121,7 +129,8 @@ def by_transformers(models: dict[str, Any], batch: int, new_tokens: int) -> dict
     entries = [
         {"name": name, **_decoding([value["decode_tokens_per_s"] for value in values], first)} for name, values in speeds.items()
     ]
-    about = {"engine": "transformers", "version": transformers.__version__, "batch": batch, "prompt_tokens": prompt_tokens}
+    about = {"engine": "transformers", "version": transformers.__version__, "dtype": precision.dtype}
+    about |= {"batch": batch, "prompt_tokens": prompt_tokens}
     return {**about, "new_tokens": new_tokens, "rounds": rounds, "in_turns": True, "models": entries}
 
 

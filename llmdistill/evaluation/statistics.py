@@ -6,8 +6,8 @@ the same draws, which makes differences between them paired.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -16,13 +16,13 @@ import numpy as np
 from llmdistill.errors import InputError
 
 Array = np.ndarray[Any, Any]
-FEW = 30  # clusters, below which the percentiles of a bootstrap are too near each other
+FEW = 12  # clusters, below which nothing is known of how often an interval holds the true value
 _EXACT = 25  # discordant pairs up to which McNemar's test is the exact binomial one
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95% interval (percentiles of the bootstrap distribution)."""
+    """A mean with its 95% interval."""
 
     mean: float
     low: float
@@ -58,30 +58,140 @@ def draw_clusters(clusters: int, resamples: int, seed: int) -> Array:
     return generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
 
 
-def resampled_means(sums: Array, sizes: Array, draws: Array) -> Array:
-    """The mean of every resample; shape (resamples,).
+@dataclass(frozen=True)
+class Estimate:
+    """A smooth statistic of sums over clusters, as measured and in every resample.
+
+    Attributes:
+        value: as measured.
+        error: its standard error, by linearisation (the delta method over clusters).
+        values: of the resamples; shape (resamples,).
+        errors: their standard errors.
+        freedom: degrees of freedom, clusters less one in each sample.
+    """
+
+    value: float
+    error: float
+    values: Array
+    errors: Array
+    freedom: int
+
+    def interval(self, transform: Callable[[float], float] = float) -> Interval:
+        """The 95% interval: that of the studentised bootstrap, and nowhere within Student's t.
+
+        The first follows skewed quantities such as a KL, the second does not collapse where resamples of few clusters do
+        (DiCiccio & Efron 1996). Together they hold the true value in 93 to 97% of samples of 12, 34 or 200 clusters, see
+        docs/evaluation.md.
+
+        Args:
+            transform: of value and ends, such as the inverse of a logarithm; increasing.
+        """
+        low = high = _student(self.freedom)
+        usable = np.isfinite(self.values) & (self.errors > 1e-12)
+        if usable.mean() > 0.5:
+            # Of the t statistics: a high one means that the true value may be far below what was measured.
+            below, above = np.percentile((self.values[usable] - self.value) / self.errors[usable], [97.5, 2.5])
+            low, high = max(low, float(below)), max(high, float(-above))
+        return Interval(
+            transform(self.value), transform(self.value - low * self.error), transform(self.value + high * self.error)
+        )
+
+
+def ratio(sums: Array, sizes: Array, draws: Array) -> Estimate:
+    """The mean of a quantity over all tokens or items, as a ratio of sums over clusters.
 
     Args:
-        sums: of a quantity over each cluster; shape (clusters,).
+        sums: of the quantity over each cluster; shape (clusters,).
         sizes: how many tokens or items each cluster has, or their weight.
         draws: from `draw_clusters`.
     """
-    with np.errstate(invalid="ignore"):  # where a resample has none of a rare kind, its mean is not a number
-        return np.asarray((draws @ sums) / (draws @ sizes))
+    weights = np.vstack([np.ones(len(sums)), draws])  # the first row is what was measured
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may have none of a rare kind
+        means = (weights @ sums) / (weights @ sizes)
+        errors = residual_errors([sums, sizes], [np.ones_like(means), -means], sizes, weights)
+    return Estimate(float(means[0]), float(errors[0]), means[1:], errors[1:], max(len(sums) - 1, 1))
 
 
-def percentile_interval(value: float, resampled: Array) -> Interval:
-    """What was measured, with the middle 95% of what the resamples gave."""
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Interval(float(value), float(low), float(high))
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of estimates from samples that have nothing to do with each other, such as several tasks."""
+    count = len(estimates)
+    return Estimate(
+        sum(each.value for each in estimates) / count,
+        math.sqrt(sum(each.error**2 for each in estimates)) / count,
+        np.mean([each.values for each in estimates], axis=0),
+        np.sqrt(np.sum([each.errors**2 for each in estimates], axis=0)) / count,
+        sum(each.freedom for each in estimates),
+    )
+
+
+def residual_errors(columns: Sequence[Array], coefficients: Sequence[Array], sizes: Array, weights: Array) -> Array:
+    """Standard errors of a mean over `sizes` whose residuals are Σ coefficient · column of each cluster; shape (R,).
+
+    Args:
+        columns: sums over clusters, each (clusters,).
+        coefficients: one for each column in each resample, each (R,).
+        sizes: of the clusters.
+        weights: how often each cluster counts in each resample; shape (R, clusters).
+    """
+    clusters = len(sizes)
+    squares = np.zeros(len(weights))
+    for first, one in zip(columns, coefficients, strict=True):
+        for second, other in zip(columns, coefficients, strict=True):
+            squares += one * other * (weights @ (first * second))
+    mean_size = (weights @ sizes) / clusters
+    errors: Array = np.sqrt(np.maximum(squares, 0) / max(clusters - 1, 1) / clusters) / mean_size
+    return errors
 
 
 def mean_interval(sums: Array, sizes: Array, draws: Array) -> Interval:
-    """The mean of a quantity over all tokens or items, as in `resampled_means`.
+    """`ratio` with its interval. Of a difference between two models on the same clusters it is the paired difference."""
+    return ratio(sums, sizes, draws).interval()
 
-    Of a difference between two models on the same clusters it is the paired difference.
+
+def share_interval(hits: Array, sizes: Array, draws: Array) -> Interval:
+    """A share with Wilson's interval (1927), which has a width at 0 and 100%, too.
+
+    Where clusters have several tokens or items, it is that of as many independent ones as would have the same standard
+    error, with Student's quantile (Korn & Graubard 1998).
+
+    Args:
+        hits: of each cluster, out of `sizes`.
+        sizes: tokens or items of each cluster.
+        draws: from `draw_clusters`.
     """
-    return percentile_interval(sums.sum() / sizes.sum(), resampled_means(sums, sizes, draws))
+    estimate, clusters = ratio(hits, sizes, draws), len(hits)
+    p = estimate.value
+    if (sizes == 1).all():
+        return _wilson(p, clusters, NormalDist().inv_cdf(0.975))
+    independent = p * (1 - p) / estimate.error**2 if estimate.error > 1e-12 else clusters
+    return _wilson(p, min(independent, float(sizes.sum())), _student(estimate.freedom))
+
+
+def _student(freedom: int) -> float:
+    """Student's quantile for a 95% interval."""
+    from scipy.stats import t  # takes a third of a second, and a report needs none
+
+    return float(t.ppf(0.975, freedom))
+
+
+def _wilson(p: float, n: float, z: float) -> Interval:
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Interval(p, max(centre - half, 0.0), min(centre + half, 1.0))
+
+
+def pairs_interval(differences: Array) -> Interval:
+    """The difference between two shares of the same items, each right or wrong (Bonett & Price 2012): it has a width at 0.
+
+    Args:
+        differences: +1 where only the first is right, −1 where only the second is, else 0; shape (items,).
+    """
+    n, z = len(differences), NormalDist().inv_cdf(0.975)
+    only_first, only_second = ((int((differences == sign).sum()) + 1) / (n + 2) for sign in (1, -1))
+    centre = only_first - only_second
+    half = z * math.sqrt((only_first + only_second - centre**2) / (n + 2))
+    mean = float(differences.mean())
+    return Interval(mean, max(min(centre - half, mean), -1.0), min(max(centre + half, mean), 1.0))
 
 
 def cluster_numbers(keys: Sequence[Any]) -> Array:
@@ -104,7 +214,7 @@ def check_clusters(clusters: int, what: str, remedy: str) -> str | None:
     if clusters < 2:
         raise InputError(f"eval: {clusters} {what}, but an interval needs at least 2; {remedy}")
     if clusters < FEW:
-        return f"only {clusters} {what}: with fewer than {FEW}, 95% intervals are too narrow; treat them as indications"
+        return f"only {clusters} {what}: with fewer than {FEW}, 95% intervals may be too narrow; treat them as indications"
     return None
 
 
@@ -171,10 +281,26 @@ class Draws:
         """Of the rows of each conversation."""
         return np.bincount(self.cluster, values)
 
-    def interval(self, sums: Array, counts: Array) -> dict[str, float]:
-        """The ratio of two sums over rows, with its interval."""
-        return asdict(mean_interval(self.sums(sums), self.sums(counts), self.draws))
+    def interval(self, sums: Array, counts: Array, least: float = -math.inf) -> dict[str, float]:
+        """The ratio of two sums over rows, with its interval, which does not begin below what the ratio can be at least."""
+        found = mean_interval(self.sums(sums), self.sums(counts), self.draws)
+        return asdict(replace(found, low=max(found.low, least)))
 
-    def resampled(self, sums: Array, counts: Array) -> Array:
-        """The ratio of two sums over rows in every resample."""
-        return resampled_means(self.sums(sums), self.sums(counts), self.draws)
+    def share(self, hits: Array, counts: Array) -> dict[str, float]:
+        """The ratio of two sums over rows that cannot leave 0 to 1, with its interval."""
+        by_cluster, sizes = self.sums(hits), self.sums(counts)
+        if (hits == np.round(hits)).all() or by_cluster.sum() in (0, sizes.sum()):
+            return asdict(share_interval(by_cluster, sizes, self.draws))
+        found = mean_interval(by_cluster, sizes, self.draws)
+        return asdict(replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0)))
+
+    def pairs(self, differences: Array) -> dict[str, float]:
+        """The mean difference of two models that have each item right or wrong, with its interval."""
+        sizes = self.sums(np.ones(len(differences)))
+        if (sizes == 1).all():
+            return asdict(pairs_interval(differences))
+        return asdict(mean_interval(self.sums(differences), sizes, self.draws))
+
+    def ratio(self, sums: Array, counts: Array) -> Estimate:
+        """The ratio of two sums over rows."""
+        return ratio(self.sums(sums), self.sums(counts), self.draws)

@@ -15,11 +15,13 @@ from llmdistill.config import Experiment
 from llmdistill.evaluation.statistics import (
     Array,
     Draws,
+    Estimate,
     check_clusters,
     clusters_needed,
     holm,
     mcnemar,
-    percentile_interval,
+    mean_of,
+    residual_errors,
 )
 from llmdistill.evaluation.tasks import About, run_tasks
 
@@ -31,7 +33,8 @@ def measure_tasks(
 ) -> dict[str, Any]:
     """Run the tasks, write `tasks.parquet`, and give what belongs into `metrics.json` under `tasks`."""
     settings = experiment.eval
-    table, about, warnings = run_tasks(tasks, models, tokenizer, settings.batch_size, settings.task_limit)
+    shown = experiment.teacher.template_args
+    table, about, warnings = run_tasks(tasks, models, tokenizer, settings.batch_size, settings.task_limit, shown)
     pq.write_table(table, directory / "tasks.parquet")
     how = {"chat_template": tokenizer.chat_template is not None, "limit": settings.task_limit, "warnings": warnings}
     return {"tasks": {**how, **summarise(table, about, settings.resamples, experiment.seed)}}
@@ -78,9 +81,10 @@ class _Task:
         self.sizes = self.draws.sums(self.items)
         self.warning = check_clusters(len(self.sizes), f"items of the task {name}", "raise eval.task_limit")
 
-    def resampled(self, model: str) -> Array:
-        """A model's mean in every resample."""
-        return self.draws.resampled(self.scores[model], self.items)
+    def ratio(self, *models: str) -> Estimate:
+        """The mean of a model, or of the difference between two."""
+        first, *second = (self.scores[model] for model in models)
+        return self.draws.ratio(first - second[0] if second else first, self.items)
 
     def described(self, about: About, models: Sequence[str], rivals: Sequence[str]) -> dict[str, Any]:
         """Its entry in `metrics.json`."""
@@ -92,11 +96,16 @@ class _Task:
             "items": len(self.items),
             "clusters": len(self.sizes),
             "warning": self.warning,
-            "models": {model: self.draws.interval(self.scores[model], self.items) for model in models},
+            "models": {model: self._mean(model) for model in models},
             "differences": [self._difference(rival) for rival in rivals],
             "kept": _kept([self], 0),
             "kept_above_chance": _kept([self], about.chance or 0),
         }
+
+    def _mean(self, model: str) -> dict[str, float]:
+        scores = self.scores[model]
+        between = (scores.min() >= 0) and (scores.max() <= 1)
+        return (self.draws.share if between else self.draws.interval)(scores, self.items)
 
     def _difference(self, rival: str) -> dict[str, Any]:
         ours, theirs = self.scores[STUDENT], self.scores[rival]
@@ -105,7 +114,7 @@ class _Task:
         return {
             "of": STUDENT,
             "against": rival,
-            **self.draws.interval(ours - theirs, self.items),
+            **(self.draws.pairs(ours - theirs) if binary else self.draws.interval(ours - theirs, self.items)),
             "mcnemar": asdict(mcnemar(ours == 1, theirs == 1)) if binary else None,
             "items_needed": None if needed is None else math.ceil(needed * self.sizes.mean()),
         }
@@ -114,21 +123,18 @@ class _Task:
 def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str], rivals: Sequence[str]) -> dict[str, Any]:
     """Over all tasks: the mean of their means, each task counting alike, its items drawn apart from the others'."""
 
-    def mean(model: str) -> float:
-        return float(np.mean([task.scores[model].mean() for task in tasks]))
-
-    def resampled(model: str) -> Array:
-        return np.mean([task.resampled(model) for task in tasks], axis=0)
+    def mean(*models: str) -> dict[str, float]:
+        return asdict(mean_of([task.ratio(*models) for task in tasks]).interval())
 
     return {
         "tasks": len(tasks),
         "items": sum(len(task.items) for task in tasks),
-        "models": {model: asdict(percentile_interval(mean(model), resampled(model))) for model in models},
+        "models": {model: mean(model) for model in models},
         "differences": [
             {
                 "of": STUDENT,
                 "against": rival,
-                **asdict(percentile_interval(mean(STUDENT) - mean(rival), resampled(STUDENT) - resampled(rival))),
+                **mean(STUDENT, rival),
             }
             for rival in rivals
         ],
@@ -142,8 +148,20 @@ def _kept(tasks: list[_Task], floor: float) -> dict[str, float] | None:
 
     None where the teacher is not above the floor in every resample: the share has no meaning then.
     """
-    student, teacher = (np.mean([task.resampled(model) for task in tasks], axis=0) - floor for model in (STUDENT, TEACHER))
+    ours, theirs = ([task.ratio(model) for task in tasks] for model in (STUDENT, TEACHER))
+    student, teacher = (
+        np.mean([np.append(each.value, each.values) for each in found], axis=0) - floor for found in (ours, theirs)
+    )
     if teacher.min() <= 1e-9:
         return None
-    ours, theirs = (np.mean([task.scores[model].mean() for task in tasks]) - floor for model in (STUDENT, TEACHER))
-    return asdict(percentile_interval(ours / theirs, student / teacher))
+    kept = student / teacher
+    squares = np.zeros(len(kept))
+    for task, one, other in zip(tasks, ours, theirs, strict=True):
+        weights = np.vstack([np.ones(len(task.sizes)), task.draws.draws])
+        columns = [*(task.draws.sums(task.scores[model]) for model in (STUDENT, TEACHER)), task.sizes]
+        means = [np.append(each.value, each.values) for each in (one, other)]
+        coefficients = [np.ones_like(kept), -kept, kept * means[1] - means[0]]
+        squares += residual_errors(columns, coefficients, task.sizes, weights) ** 2
+    errors = np.sqrt(squares) / len(tasks) / teacher
+    freedom = sum(each.freedom for each in ours)
+    return asdict(Estimate(float(kept[0]), float(errors[0]), kept[1:], errors[1:], freedom).interval())

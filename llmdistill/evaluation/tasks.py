@@ -19,6 +19,7 @@ from llmdistill.config import read_yaml
 from llmdistill.config.shipped import find
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import check_clusters
+from llmdistill.models.loading import plain_generation
 from llmdistill.runs.progress import StageBar
 
 _LOCAL = {"json", "csv", "parquet", "text"}  # dataset_path of the builders of `datasets` that read files
@@ -177,7 +178,12 @@ def _reason(error: Exception, task: TaskFile | str) -> str:
 
 
 def run_tasks(
-    tasks: dict[str, tuple[str, Any]], models: dict[str, Any], tokenizer: Any, batch_size: int, limit: int | None
+    tasks: dict[str, tuple[str, Any]],
+    models: dict[str, Any],
+    tokenizer: Any,
+    batch_size: int,
+    limit: int | None,
+    template_args: dict[str, Any] | None = None,
 ) -> tuple[pa.Table, dict[str, About], list[str]]:
     """Every model on the same items: the score of each, what the tasks are, and what lm-eval warned of.
 
@@ -187,6 +193,7 @@ def run_tasks(
         tokenizer: with its chat template, which is applied if there is one.
         batch_size: sequences in one forward pass.
         limit: the first items of each task only.
+        template_args: more variables of the chat template.
 
     Raises:
         InputError: a task has no score of single items.
@@ -201,10 +208,17 @@ def run_tasks(
         for model_name, model in models.items():
             with _quiet():
                 # Log-probabilities in float32: in bfloat16 many choices would tie.
-                runner = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+                runner = HFLM(
+                    model,
+                    tokenizer=tokenizer,
+                    batch_size=batch_size,
+                    softmax_dtype=torch.float32,
+                    chat_template_args=template_args,
+                )
             for name, (source, task) in tasks.items():
                 bar.advance(0, facts=[f"{model_name} on {name}"])
-                samples, cut = _run(runner, name, task, tokenizer.chat_template is not None, limit)
+                with plain_generation(model):
+                    samples, cut = _run(runner, name, task, tokenizer.chat_template is not None, limit)
                 metric, about[name] = _about(source, task, samples)
                 rows += [_row(name, model_name, metric, sample, task) for sample in samples]
                 if cut:

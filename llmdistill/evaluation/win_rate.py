@@ -4,6 +4,7 @@ Every pair is shown twice, each answer once in the first place, since judges fav
 2306.05685). The verdict is the digit to which the judge gives the most probability at its first token: it writes nothing.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -19,7 +20,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.eval import WinRate
 from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
-from llmdistill.evaluation.statistics import Array, check_clusters, draw_clusters, mean_interval, percentile_interval
+from llmdistill.evaluation.statistics import Array, Draws, Estimate, check_clusters
 from llmdistill.models.loading import continue_prompts, vocabulary_hash
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, working
@@ -72,18 +73,25 @@ class Comparison:
         _ = self.reader
 
     def measure(
-        self, models: dict[str, Any], rows: Any, tokenizer: Any, end_ids: Sequence[int], directory: Path
+        self,
+        models: dict[str, Any],
+        rows: Any,
+        conversations: Sequence[str],
+        tokenizer: Any,
+        end_ids: Sequence[int],
+        directory: Path,
     ) -> dict[str, Any]:
         """Let both models answer and the judge compare; write `verdicts.parquet`, and give what belongs into `metrics.json`.
 
         Args:
             models: by name; **emptied**, so that the judge has the memory.
             rows: held out, with `id`, `prompt`, `input_ids` and `completion_start`.
+            conversations: the one that each row belongs to.
             tokenizer: the teacher's, which is the student's too.
             end_ids: the tokens that end an answer.
             directory: of the stage.
         """
-        asked = _distinct(rows, self.settings.prompts)
+        asked = _distinct(rows, conversations, self.settings.prompts)
         names = (STUDENT, self.settings.against)
         size, longest = self.experiment.eval.batch_size, self.settings.max_tokens
         with StageBar("eval", 2 * len(asked)) as bar:
@@ -91,6 +99,7 @@ class Comparison:
         models.clear()
         prompts = [as_text(row["prompt"]) for row in asked]
         table = self._verdicts([str(row["id"]) for row in asked], prompts, *(answers[name] for name in names))
+        table = table.append_column("conversation", pa.array([row["conversation"] for row in asked]))
         pq.write_table(table, directory / "verdicts.parquet")
         settings, eval_ = self.settings, self.experiment.eval
         result = win_rate(table, eval_.resamples, self.experiment.seed)
@@ -130,7 +139,7 @@ class Comparison:
             for done in self.reader.ask(requests):
                 p = self.reader.probabilities(done)
                 digits[done.index] = list(p.values())
-                texts[done.index] = self.reader.chat.tokenizer.decode(done.ids)
+                texts[done.index] = self.reader.chat.template.decode(done.ids, special=True)
                 if sum(p.values()) >= self.settings.min_mass:
                     values[done.index] = _value(max(p, key=lambda digit: p[digit]), student_first=done.index < len(ids))
         half = len(ids)
@@ -147,14 +156,17 @@ def _value(digit: int, student_first: bool) -> float:
     return 0.5 if digit == _TIE else float((digit == _FIRST) == student_first)
 
 
-def _distinct(rows: Any, count: int) -> list[dict[str, Any]]:
-    """The first row of each of the first prompts."""
+def _distinct(rows: Any, conversations: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The first row of each of the first prompts, with its `conversation`."""
     found: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    for row, conversation in zip(rows, conversations, strict=True):
         if len(found) == count:
             break
         prompt = [{name: str(message[name]) for name in ("role", "content")} for message in row["prompt"]]
-        found.setdefault(stable_id(prompt), {**row, "prompt": prompt})
+        found.setdefault(
+            stable_id(prompt),
+            {**row, "prompt": prompt, "conversation": conversation},
+        )
     return list(found.values())
 
 
@@ -200,17 +212,16 @@ def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:
         return {**counted, "win_rate": None, "length_controlled": None, "warning": str(error)}
     outcome = ((first + second) / 2)[judged]
     lengths = [pc.utf8_length(table[name]).to_numpy()[judged].astype(np.float64) for name in ("student", "rival")]
-    draws = draw_clusters(n, resamples, seed)
-    whole = np.ones((1, n))
-    longer = lengths[0] - lengths[1]
-    controlled = percentile_interval(length_controlled(outcome, longer, whole)[0], length_controlled(outcome, longer, draws))
+    conversations = table["conversation"].to_pylist() if "conversation" in table.column_names else range(len(judged))
+    draws = Draws.of([name for name, counts in zip(conversations, judged, strict=True) if counts], resamples, seed)
+    controlled = length_controlled(outcome, lengths[0] - lengths[1], draws)
     return {
         **counted,
         "wins": int((outcome > 0.5).sum()),
         "ties": int((outcome == 0.5).sum()),
         "losses": int((outcome < 0.5).sum()),
-        "win_rate": asdict(mean_interval(outcome, np.ones(n), draws)),
-        "length_controlled": asdict(controlled),
+        "win_rate": draws.share(outcome, np.ones(n)),
+        "length_controlled": asdict(controlled.interval(_sigmoid)),
         "characters": {"student": float(lengths[0].mean()), "rival": float(lengths[1].mean())},
         "orders_agree": float((first == second)[judged].mean()),
         "first_place_wins": float(((first + 1 - second) / 2)[judged].mean()),
@@ -218,23 +229,23 @@ def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:
     }
 
 
-def length_controlled(outcome: Array, longer: Array, weights: Array) -> Array:
-    """The win rate that a logistic regression gives for answers of equal length (Dubois et al. 2024, arXiv 2404.04475).
+def length_controlled(outcome: Array, longer: Array, draws: Draws) -> Estimate:
+    """The logit of the win rate for answers of equal length, by logistic regression (Dubois et al. 2024, arXiv 2404.04475).
 
     P(win) = sigmoid(a + b·tanh(Δ/σ)) with Δ the difference in length and σ its standard deviation, as in AlpacaEval 2 but for
     the terms of each instruction's difficulty, which only many models' verdicts can tell. At Δ = 0 it is sigmoid(a). A weak
-    ridge keeps the fit finite where one model or the longer answer always wins.
+    ridge keeps the fit finite where one model or the longer answer always wins. The standard error of a is that of the
+    sandwich estimator over clusters.
 
     Args:
         outcome: between 0 (lost) and 1 (won), of each prompt; shape (N,).
         longer: by how much the first model's answer is longer.
-        weights: how often each prompt counts, in each of R fits; shape (R, N).
-
-    Returns:
-        The controlled win rates; shape (R,).
+        draws: resamples of the conversations that the prompts belong to.
     """
     spread = longer.std()
     x = np.tanh(longer / spread) if spread > 0 else np.zeros(len(longer))
+    by_cluster = np.vstack([np.ones(draws.draws.shape[1]), draws.draws])  # the first row is what was measured
+    weights = by_cluster[:, draws.cluster]
     a, b = np.zeros(len(weights)), np.zeros(len(weights))
     for _ in range(_STEPS):
         p = 1 / (1 + np.exp(-(a[:, None] + b[:, None] * x)))
@@ -244,4 +255,13 @@ def length_controlled(outcome: Array, longer: Array, weights: Array) -> Array:
         determinant = h_aa * h_bb - h_ab**2
         step_a, step_b = (h_bb * g_a - h_ab * g_b) / determinant, (h_aa * g_b - h_ab * g_a) / determinant
         a, b = a + np.clip(step_a, -2, 2), b + np.clip(step_b, -2, 2)  # far from the optimum a whole step would overshoot
-    return 1 / (1 + np.exp(-a))
+    clusters = by_cluster.shape[1]
+    influence = (outcome - p) * (h_bb[:, None] - h_ab[:, None] * x) / determinant[:, None]
+    member = np.eye(clusters)[draws.cluster]
+    squares = (by_cluster * (influence @ member) ** 2).sum(1)
+    errors = np.sqrt(squares * clusters / max(clusters - 1, 1))
+    return Estimate(float(a[0]), float(errors[0]), a[1:], errors[1:], max(clusters - 1, 1))
+
+
+def _sigmoid(a: float) -> float:
+    return 1 / (1 + math.exp(-min(max(a, -700), 700)))

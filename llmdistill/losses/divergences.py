@@ -283,7 +283,7 @@ def distillation_loss(
         elif "target_kind" in targets:
             kind = KINDS[targets["target_kind"]]
             picked_NK, rest_N1 = picked_logits(logits_NV, targets["target_ids"], kind.has_tail)
-            parts |= kind.loss_parts(picked_NK, rest_N1, targets, objective)
+            parts |= kind.loss_parts(kind.present(picked_NK, targets), rest_N1, targets, objective)
     if (choice_N1 := teacher_choice(targets)) is not None:
         with torch.no_grad():
             parts["agreement"] = (logits_NV.gather(1, choice_N1)[:, 0] >= logits_NV.amax(dim=1)).float()

@@ -134,6 +134,8 @@ def distillation_loss(
     def row_loss(rows: slice, picked_nC: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         here = some_tokens(targets, rows)
         picked_nK, label_n1 = picked_nC[:, :-1], picked_nC[:, -1:]
+        if kind is not None:
+            picked_nK = kind.present(picked_nK, here)
         if has_tail:  # of the others; the label is none of them, and may be among the targets
             is_target_n1 = (here["target_ids"] == labels_N[rows, None]).any(dim=1, keepdim=True)
             rest_n1 = torch.where(is_target_n1, others_n1, torch.logaddexp(others_n1, label_n1))

@@ -167,9 +167,28 @@ def continue_prompts(
     ids_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     ends: dict[str, Any] = {"eos_token_id": list(end_ids) or None, "pad_token_id": end_ids[0] if end_ids else 0}
-    with torch.inference_mode():
+    with torch.inference_mode(), plain_generation(model):
         output_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, **ends, **how)
     return output_BT[:, width:].cpu()
+
+
+@contextmanager
+def plain_generation(*models: Any) -> Iterator[None]:
+    """Inside, `generate` does what its arguments say: of a model's own generation configuration only the tokens count.
+
+    Else a repetition penalty, or another setting that a model was published with, would change text that is called greedy.
+    """
+    from transformers import GenerationConfig
+
+    own = [model.generation_config for model in models]
+    try:
+        for model, config in zip(models, own, strict=True):
+            names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+            model.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in names})
+        yield
+    finally:
+        for model, config in zip(models, own, strict=True):
+            model.generation_config = config
 
 
 def check_fits(model: str, key: str, device: str) -> None:
@@ -222,11 +241,35 @@ def generation_config(model: str, revision: str | None) -> Any:
 
 
 def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion, from the generation configuration; loads no weights."""
+    """The tokens that end a completion; loads no weights.
+
+    Those of the generation configuration (of the model's configuration where there is none), that of the tokenizer, and the
+    one that the chat template writes behind an answer.
+    """
     generation = generation_config(model, revision)
-    known = [generation.eos_token_id] if generation else [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
-    end = next((value for value in known if value is not None), None)
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
+    ends: list[int] = []
+    for value in (
+        generation.eos_token_id if generation else config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id,
+        _end_of_turn(tokenizer),
+    ):
+        ends += [end for end in ([value] if isinstance(value, int) else value or []) if end not in ends]
+    return ends
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind an answer, if it writes one."""
+    if not tokenizer.chat_template:
+        return None
+    conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+    except Exception:  # templates raise whatever they like
+        return None
+    behind = text.rpartition("answer")[2]
+    added = tokenizer.added_tokens_decoder
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in added and added[token].special), None)
 
 
 def special_token_ids(tokenizer: Any) -> list[int]:
@@ -238,13 +281,6 @@ def vocabulary_hash(tokenizer: Any) -> str:
     """Identifies which token has which id; models of one family agree here even when their matrices are padded apart."""
     content = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def tokenise_chat(tokenizer: Any, prompt: list[dict[str, str]], completion: list[dict[str, str]]) -> tuple[list[int], int]:
-    """A conversation in a tokenizer's ids, through its own chat template, and the index of the first completion token."""
-    start: list[int] = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    whole: list[int] = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
-    return whole, next((n for n, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start))
 
 
 def context_length(config: Any) -> int | None:

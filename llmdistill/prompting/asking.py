@@ -11,12 +11,11 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment, Generate, Targets
 from llmdistill.config.machine import Precision
-from llmdistill.data.dataset import Messages, finished_shards, read_batches, write_shard
+from llmdistill.data.dataset import Messages, finished_shards, read_batches, storable, write_shard
 from llmdistill.data.shards import Share
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 from llmdistill.models.loading import context_length
-from llmdistill.prompting.items import storable
 from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import Engine, EngineSpec, Request, open_engine, row_seed
 from llmdistill.teachers.prompt_encoding import PromptEncoder
@@ -72,7 +71,7 @@ class ChatFormat:
 
     def answer(self, ids: Array, finish_reason: str) -> Answer:
         """Without special tokens."""
-        return Answer(self.chat.tokenizer.decode(ids, skip_special_tokens=True), finish_reason)
+        return Answer(self.chat.template.decode(ids), finish_reason)
 
 
 class Asker:
@@ -182,7 +181,15 @@ class Asker:
                 teacher = teacher.model_copy(update={"dtype": self.precision.dtype})
             text_only = Targets(kind="none")
             with working("prompts", "starting the teacher"):
-                spec = EngineSpec(teacher, self.sampling, text_only, self.chat.end_ids, self.context, self.experiment.seed)
+                spec = EngineSpec(
+                    teacher,
+                    self.sampling,
+                    text_only,
+                    self.chat.end_ids,
+                    self.context,
+                    self.experiment.seed,
+                    known_ids=self.chat.known_ids,
+                )
                 self._engine = open_engine(spec)
         return self._engine
 

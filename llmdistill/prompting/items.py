@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmdistill.data.dataset import ROW_GROUP, read_batches
+from llmdistill.data.dataset import ROW_GROUP, read_batches, storable, to_json
 from llmdistill.prompting.sources import describe_place
 from llmdistill.prompting.template import Fields
 from llmdistill.runs.record import fsync_directory, writer_name
@@ -178,13 +178,3 @@ def count_items(file: Path) -> Counts:
             else:
                 (counts.rejected if row["verdict"] == "rejected" else counts.failed)[row["reason"]] += 1
     return counts
-
-
-def to_json(content: Any) -> str:
-    """JSON whose keys keep their order; dates and the like become text."""
-    return storable(json.dumps(content, ensure_ascii=False, default=str))
-
-
-def storable(text: str) -> str:
-    """The text as it can be stored: half a surrogate pair, which a model may write, becomes `?`."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -3,6 +3,7 @@
 import csv
 import glob
 import hashlib
+import io
 import json
 import re
 import sys
@@ -11,23 +12,25 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from pydantic import TypeAdapter, ValidationError
+import pyarrow as pa
 
 from llmdistill.config.prompts import Combine, HubDataset, Passages, Prompts
 from llmdistill.config.shipped import find
-from llmdistill.data.dataset import MANIFEST, Messages, read_batches, shard_files
+from llmdistill.data.dataset import MANIFEST, metadata_and_provenance, read_batches, shard_files, storable
 from llmdistill.errors import InputError
 from llmdistill.prompting.passages import Starts, split_text
-from llmdistill.prompting.template import Fields, Message
+from llmdistill.prompting.template import Fields
 from llmdistill.runs.record import sha256
 
-_TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
+_TEXT_TABLES = (".jsonl", ".json", ".csv", ".tsv")
+_TABLES = (*_TEXT_TABLES, ".parquet")
+_COMPRESSED = (".gz", ".bz2", ".zst")  # of text tables; decompressed as they are read
 _MARKDOWN = (".md", ".markdown")
 _DOCUMENTS = (*_MARKDOWN, ".txt")
 _KNOWN = ", ".join((*_TABLES, *_DOCUMENTS))
-_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[Message])
+_CONVERSATION = ("messages", "prompt", "completion", "tools")
 csv.field_size_limit(sys.maxsize)  # a cell may be a whole document
 
 
@@ -90,7 +93,7 @@ def read_files(source: str, key: str, passages: Passages | None = None, token_st
         yield from _cut_rows(rows, passages, token_starts) if passages else rows
         return
     files = find_files(source, key)
-    if files[0].suffix.lower() in _DOCUMENTS:
+    if ending_of(files[0]) in _DOCUMENTS:
         if passages and passages.field is not None:
             raise InputError(f"prompts.passages.field is {passages.field}, but {source} holds documents, which need no field")
         for file in files:
@@ -140,11 +143,13 @@ def find_files(source: str, key: str) -> list[Path]:
         found = [Path(name) for name in sorted(glob.iglob(source, recursive=True))]  # noqa: PTH207 - absolute ones too
         if not found:
             raise InputError(f"{key}: {source} matches no file")
-    known = [file for file in found if file.suffix.lower() in (*_TABLES, *_DOCUMENTS) and not file.is_dir()]
+    known = [file for file in found if ending_of(file) in (*_TABLES, *_DOCUMENTS) and not file.is_dir()]
+    if path.is_dir():  # of a folder, JSON files describe the others
+        known = [file for file in known if ending_of(file) != ".json"] or known
     if not known:
         what = "is no file" if found == [path] else "holds no file"
         raise InputError(f"{key}: {source} {what} that ends in one of {_KNOWN}")
-    endings = sorted({file.suffix.lower() for file in known})
+    endings = sorted({ending_of(file) for file in known})
     if len({ending in _DOCUMENTS for ending in endings}) > 1:
         raise InputError(
             f"{key}: {source} holds both tables and documents ({', '.join(endings)}); use a glob such as *{endings[0]}"
@@ -182,9 +187,33 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def read_tables(source: str, key: str) -> Iterator[Entry]:
+    """The rows of a table, of the tables of a folder, or of those that a glob matches, in the order of their names.
+
+    Raises:
+        InputError: naming the file and the line, or the key.
+    """
+    for file in find_files(source, key):
+        if ending_of(file) in _DOCUMENTS:
+            raise InputError(f"{key}: {file} is a document; the text is read from tables ({', '.join(_TABLES)})")
+        yield from _rows(file, key)
+
+
+def ending_of(file: Path) -> str:
+    """The ending of a file's name that says what is in it: `.jsonl` of `a.jsonl.gz`."""
+    suffix, inner = file.suffix.lower(), Path(file.stem).suffix.lower()
+    return inner if suffix in _COMPRESSED and inner in _TEXT_TABLES else suffix
+
+
+def _open_text(file: Path, newline: str) -> TextIO:
+    """A text file, decompressed if its name says that it is compressed; a byte-order mark is no part of it."""
+    stream = pa.input_stream(str(find(file)), compression="detect")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+
+
 def _rows(file: Path, key: str) -> Iterator[Entry]:
-    ending = file.suffix.lower()
-    if ending == ".jsonl":
+    ending = ending_of(file)
+    if ending in (".jsonl", ".json"):
         return (Entry(fields, {"file": str(file), "line": number}) for number, fields in read_jsonl(file, key))
     if ending == ".parquet":
         return _parquet_rows(file)
@@ -192,38 +221,71 @@ def _rows(file: Path, key: str) -> Iterator[Entry]:
 
 
 def read_jsonl(file: Path, key: str = "prompts.source") -> Iterator[tuple[int, Fields]]:
-    """The objects of a JSONL file one by one, each with its line number, counted from 1; blank lines are passed over.
+    """The objects of a JSONL file, or of a JSON file that is one array, each with its number, counted from 1.
+
+    The number is that of the line, of which blank ones are passed over, or the place in the array.
 
     Raises:
         InputError: naming the file and the line.
     """
     try:
         # A line ends at a line feed only: the other separators that Python knows may stand inside a string.
-        with find(file).open(encoding="utf-8", newline="\n") as stream:
+        is_array = ending_of(file) == ".json" and _begins_array(file)
+        with _open_text(file, "\n") as stream:
+            if is_array:
+                yield from _array(file, stream.read())
+                return
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield number, _parse(line, f"{file} line {number}")
     except FileNotFoundError:
         raise InputError(f"{file}: no such file ({key})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, EOFError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
 
 
+def _begins_array(file: Path) -> bool:
+    with _open_text(file, "\n") as stream:
+        return next((line.lstrip()[:1] for line in stream if line.strip()), "") == "["
+
+
+def _array(file: Path, text: str) -> Iterator[tuple[int, Fields]]:
+    rows = _loads(text, str(file))
+    for number, fields in enumerate(rows, start=1):
+        if not isinstance(fields, dict):
+            raise InputError(f"{file} entry {number}: must be a JSON object")
+        yield number, fields
+
+
 def _parse(line: str, origin: str) -> Fields:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{origin}: not valid JSON: {error}") from None
+    fields = _loads(line, origin)
     if not isinstance(fields, dict):
         raise InputError(f'{origin}: must be a JSON object, such as {{"prompt": "…"}}')
     return fields
+
+
+def _loads(text: str, origin: str) -> Any:
+    """JSON, in which NaN becomes null and half a surrogate pair `?`: neither could be stored."""
+    try:
+        value = json.loads(text, parse_constant=lambda name: None)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{origin}: not valid JSON: {error}") from None
+    return _storable(value) if "\\ud" in text.lower() else value
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, dict):
+        return {storable(key): _storable(other) for key, other in value.items()}
+    return [_storable(other) for other in value] if isinstance(value, list) else value
 
 
 def _csv_rows(file: Path, delimiter: str) -> Iterator[Entry]:
     """The rows below the header; a row is named by the line on which it begins."""
     begin = 1
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
+        with _open_text(file, "") as stream:
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(reader, [])
             if len(set(header)) < len(header):
@@ -247,8 +309,10 @@ def _dataset_rows(directory: Path) -> Iterator[Entry]:
     for batch in read_batches(shard_files(directory, "train"), ["prompt", "metadata"]):
         for row in batch.to_pylist():
             number += 1
-            other = {name: value for name, value in json.loads(row["metadata"]).items() if name != "lineage"}
-            yield Entry({**other, "prompt": row["prompt"]}, {"dataset": str(directory), "row": number})
+            other, ours = metadata_and_provenance(row["metadata"])
+            asked = {"prompt": ours["messages"][:-1] if "messages" in ours else row["prompt"]}
+            tools = {"tools": ours["tools"]} if ours.get("tools") else {}
+            yield Entry({**other, **asked, **tools}, {"dataset": str(directory), "row": number})
 
 
 def _parquet_rows(file: Path) -> Iterator[Entry]:
@@ -310,28 +374,6 @@ def _cut(
         yield Entry({**fields, "passage": "", "heading": ""}, {**place, **empty}, "empty")
 
 
-def given_prompt(fields: Fields, origin: str) -> Messages:
-    """The conversation of a row, from `prompt` or `messages`.
-
-    Raises:
-        InputError: there is none, or it does not end before the assistant's turn.
-    """
-    if isinstance(fields.get("prompt"), str):
-        return [{"role": "user", "content": fields["prompt"]}]
-    for key in ("messages", "prompt"):
-        if key in fields:
-            try:
-                messages = _MESSAGES.validate_python(fields[key])
-            except ValidationError:
-                messages = []
-            if messages and messages[-1].role != "assistant":
-                return [message.model_dump() for message in messages]
-            raise InputError(f"{origin}: {key} must be a list of {{role, content}} that ends before the assistant's turn")
-    raise InputError(
-        f"{origin}: has neither `messages` nor `prompt`; set prompts.template to use {', '.join(fields) or 'its fields'}"
-    )
-
-
 def metadata(fields: Fields, used: Iterable[str] = ()) -> Fields:
     """What a line says beside its conversation: an expected answer, a topic; kept with the row.
 
@@ -339,11 +381,4 @@ def metadata(fields: Fields, used: Iterable[str] = ()) -> Fields:
         fields: of the line.
         used: those that a template has put into the conversation.
     """
-    return {name: value for name, value in fields.items() if name not in ("messages", "prompt", "completion", *used)}
-
-
-def _as_messages(value: Any, role: str) -> Messages:
-    """A string is one message of the role."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [message.model_dump() for message in _MESSAGES.validate_python(value)]
+    return {name: value for name, value in fields.items() if name not in (*_CONVERSATION, *used)}

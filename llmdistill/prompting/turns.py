@@ -1,15 +1,19 @@
-"""Finished conversations, and which of their turns are learned."""
+"""Conversations as files hold them: which messages there are, which are learned, and their token ids."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.data.dataset import Messages
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnusableError
+from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.prompting.template import Fields
 
 _ROLES = ("system", "user", "assistant", "tool")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# What other trainers' files say of a message that is not learned: OpenAI's `weight: 0`, axolotl's `train: false`, and so on.
+_LEARNED = ("weight", "train", "training", "trainable", "loss")
 
 
 @dataclass(frozen=True)
@@ -27,26 +31,42 @@ class Turn:
     @property
     def uses_tools(self) -> bool:
         """Whether there is more to it than roles and contents."""
-        return bool(self.tools) or any(message.keys() - {"role", "content"} for message in (*self.prompt, *self.completion))
+        return more_than_text([*self.prompt, *self.completion], self.tools)
+
+    def token_ids(self, chat: ChatTemplate) -> tuple[list[int], list[int]]:
+        """The prompt and the answer; of plain text the first token, which nothing stands before, and the others.
+
+        Raises:
+            UnusableError: the template refuses it, or there is nothing to learn.
+        """
+        (answer,) = self.completion
+        if self.plain:
+            ids = chat.text_ids(answer["content"])
+            return ids[:1], ids[1:]
+        return chat.prompt_ids(self.prompt, self.tools), chat.answer_ids(self.prompt, answer, self.tools)
 
 
 def learned_turns(fields: Fields, origin: str, every: bool, tool_calls: bool) -> Iterator[Turn]:
-    """The turns of a line that are learned.
+    """The turns of a row that are learned.
 
     Args:
-        fields: of the line: `messages`, with `tools` if they are called; `prompt` and `completion`; or `text`.
-        origin: of the line.
+        fields: of the row: `messages`, with `tools` if they are called; `prompt` and `completion`; or `text`.
+        origin: of the row.
         every: each of the assistant's turns, not the last alone.
         tool_calls: those too that call a tool.
 
     Raises:
-        InputError: there are none, beginning with `origin`.
+        InputError: it is no conversation that ends with an answer.
+        UnusableError: it is one that text alone does not tell, or nothing of it is to be learned.
     """
+    check_media(fields, origin)
     if "messages" in fields:
-        messages = _checked(fields["messages"], "user", origin)
+        messages, learned = _checked(fields["messages"], "user", origin)
     elif "prompt" in fields and "completion" in fields:
-        prompt, completion = _checked(fields["prompt"], "user", origin), _checked(fields["completion"], "assistant", origin)
+        prompt, _ = _checked(fields["prompt"], "user", origin)
+        completion, learned = _checked(fields["completion"], "assistant", origin)
         messages = [*prompt, *completion] if prompt and len(completion) == 1 else []
+        learned = [False] * len(prompt) + learned
     elif isinstance(fields.get("text"), str):
         yield Turn([], [{"role": "assistant", "content": fields["text"]}], plain=True)
         return
@@ -58,28 +78,96 @@ def learned_turns(fields: Fields, origin: str, every: bool, tool_calls: bool) ->
             "or `prompt` and `completion`, or `text`"
         )
     ends = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    for place in ends if every else ends[-1:]:
+    asked = ends if every else ends[-1:]
+    wanted = [place for place in asked if learned[place]]
+    if not wanted:
+        raise UnusableError("its answer is marked as not to be learned", origin)
+    for place in wanted:
         if not place or messages[place - 1]["role"] == "assistant":
             raise InputError(f"{origin}: the assistant's turn {ends.index(place) + 1} has none before it to answer")
         if tool_calls or not messages[place].get("tool_calls"):
             yield Turn(messages[:place], messages[place : place + 1], fields.get("tools"))
 
 
-def as_columns(messages: list[dict[str, Any]]) -> Messages:
+def given_prompt(fields: Fields, origin: str) -> list[dict[str, Any]]:
+    """The conversation of a row that is to be continued, from `prompt` or `messages`, as the chat template takes it.
+
+    Raises:
+        InputError: there is none, or it does not end before the assistant's turn.
+        UnusableError: text alone does not tell it.
+    """
+    check_media(fields, origin)
+    for key in ("messages", "prompt"):
+        if key in fields:
+            messages, _ = _checked(fields[key], "user", origin)
+            if not messages or messages[-1]["role"] == "assistant":
+                raise InputError(f"{origin}: {key} must be a list of {{role, content}} that ends before the assistant's turn")
+            return messages
+    raise InputError(
+        f"{origin}: has neither `messages` nor `prompt`; set prompts.template to use {', '.join(fields) or 'its fields'}"
+    )
+
+
+def check_media(fields: Fields, origin: str) -> None:
+    """Refuse a row with pictures, films or sounds: the models are given text alone.
+
+    Raises:
+        UnusableError: naming the field.
+    """
+    for name in _MEDIA:
+        if fields.get(name) and not isinstance(fields[name], str | int | float):
+            raise UnusableError(f"`{name}` cannot be given to the teacher, which is given text alone", origin)
+
+
+def as_columns(messages: Sequence[dict[str, Any]]) -> Messages:
     """Roles and contents alone; a call without a content is its JSON."""
-    return [
-        {"role": message["role"], "content": message.get("content") or json.dumps(message.get("tool_calls"), ensure_ascii=False)}
-        for message in messages
-    ]
+
+    def content(message: dict[str, Any]) -> str:
+        calls = message.get("tool_calls")
+        return message.get("content") or (json.dumps(calls, ensure_ascii=False) if calls else "")
+
+    return [{"role": message["role"], "content": content(message)} for message in messages]
 
 
-def _checked(value: Any, role: str, origin: str) -> list[dict[str, Any]]:
-    """Messages; a string is one of the role, and anything but a list holds none."""
+def more_than_text(messages: Sequence[dict[str, Any]], tools: Any) -> bool:
+    """Whether there is more to a conversation than roles and contents."""
+    return bool(tools) or any(message.keys() - {"role", "content"} for message in messages)
+
+
+def _checked(value: Any, role: str, origin: str) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Messages and which of them may be learned; a string is one of the role, and anything but a list holds none.
+
+    Fields without a value are left out: tables give every message those that one of them has.
+    """
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    for number, message in enumerate(value if isinstance(value, list) else []):
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise InputError(f"{origin}: message {number + 1} must have a role, one of {', '.join(_ROLES)}")
-        if not isinstance(message.get("content"), str) and not (message.get("content") is None and message.get("tool_calls")):
-            raise InputError(f"{origin}: message {number + 1} must have a content, a string")
-    return list(value) if isinstance(value, list) else []
+        return [{"role": role, "content": value}], [True]
+    messages, learned = [], []
+    for number, given in enumerate(value if isinstance(value, list) else [], start=1):
+        if not isinstance(given, dict) or given.get("role") not in _ROLES:
+            raise InputError(f"{origin}: message {number} must have a role, one of {', '.join(_ROLES)}")
+        message = {name: other for name, other in given.items() if other is not None}
+        if isinstance(message.get("content"), list):
+            message["content"] = _joined(message["content"], origin)
+        if not isinstance(message.get("content"), str) and not ("content" not in message and message.get("tool_calls")):
+            raise InputError(f"{origin}: message {number} must have a content, a string")
+        marks = [_is_learned(message.pop(name, 1), name, number, origin) for name in _LEARNED]
+        learned.append(all(marks))
+        messages.append({"role": message.pop("role"), "content": message.pop("content", None), **message})
+    return messages, learned
+
+
+def _is_learned(value: Any, name: str, number: int, origin: str) -> bool:
+    if value not in (0, 1):
+        raise InputError(f"{origin}: {name} of message {number} must be 0 or 1, true or false, not {value!r}")
+    return bool(value)
+
+
+def _joined(parts: list[Any], origin: str) -> str:
+    """The text of a content in parts, as OpenAI's API gives it."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UnusableError(f"a part of a content is of type {kind!r}, and the teacher is given text alone", origin)
+        texts.append(part["text"])
+    return "".join(texts)

@@ -106,7 +106,7 @@ def _differences(sums: list[Json], draws: Draws) -> list[Json]:
     tokens = sums[0]["tokens"]
     found: list[Json] = [
         {key: draws.interval(mine[key] - sums[0][key], tokens) for key in _COMPARED}
-        | {"p": two_sided_p(draws.resampled(mine["kl"] - sums[0]["kl"], tokens))}
+        | {"p": two_sided_p(draws.ratio(mine["kl"] - sums[0]["kl"], tokens).values)}
         for mine in sums[1:]
     ]
     for difference, adjusted in zip(found, holm([difference["p"] for difference in found]), strict=True):

@@ -19,9 +19,9 @@ from llmdistill.config.shipped import SHIPPED
 from llmdistill.errors import InputError
 from llmdistill.models.demo_teacher import WHEEL
 from llmdistill.models.loading import check_model_exists
-from llmdistill.prompting.sources import given_prompt, read_jsonl, read_source
+from llmdistill.prompting.sources import read_jsonl, read_source
 from llmdistill.prompting.template import PromptTemplate
-from llmdistill.prompting.turns import learned_turns
+from llmdistill.prompting.turns import given_prompt, learned_turns
 from llmdistill.runs.record import write_text
 
 # What is asked about data of each kind.

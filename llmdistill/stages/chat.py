@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llmdistill.config import Experiment, Generate
-from llmdistill.errors import InputError
-from llmdistill.models.loading import check_model_exists, context_length, load_model, load_tokenizer
+from llmdistill.errors import InputError, UnusableError
+from llmdistill.models.chat_template import ChatTemplate
+from llmdistill.models.loading import check_model_exists, context_length, load_model, load_tokenizer, plain_generation
 from llmdistill.runs.progress import console, say, working
 
 _HELP = "/reset clears the conversation, /system TEXT sets the system message, /quit or Ctrl-D exits, Ctrl-C stops an answer"
@@ -39,8 +40,8 @@ def chat(experiment: Experiment, dry_run: bool = False) -> None:
         how = (teacher.revision, teacher.dtype, teacher.trust_remote_code)
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         speakers = [
-            Speaker("teacher", load_model(teacher.model, *how), tokenizer, teacher.system),
-            Speaker("student", load_model(student), load_tokenizer(student, None)),
+            Speaker("teacher", load_model(teacher.model, *how), tokenizer, teacher.system, teacher.template_args),
+            Speaker("student", load_model(student), load_tokenizer(student, None), variables=teacher.template_args),
         ]
     if sys.stdin.isatty():
         console.print(_HELP, style="dim", markup=False)
@@ -63,12 +64,15 @@ def chat(experiment: Experiment, dry_run: bool = False) -> None:
 class Speaker:
     """A model with its side of the conversation."""
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, system: str | None = None) -> None:
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, system: str | None = None, variables: dict[str, Any] | None = None
+    ) -> None:
         if tokenizer.chat_template is None:
             raise InputError(f"the {name} has no chat template, which `chat` needs")
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, (), variables)
         self.system = system
         self.history: list[dict[str, str]] = []
         self.text = ""
@@ -77,7 +81,6 @@ class Speaker:
     def answer(self, question: str, sampling: Generate, stop: threading.Event) -> None:
         """Write `text`, and put question and answer into the history; until `stop` is set, then with what is there."""
         import torch
-        from jinja2 import TemplateError
         from transformers import StoppingCriteriaList, TextStreamer
 
         speaker, told = self, [{"role": "system", "content": self.system}] if self.system else []
@@ -89,20 +92,21 @@ class Speaker:
 
         self.text = ""
         try:
-            ids = self.tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        except TemplateError as error:
-            self.text = f"[the {self.name}'s chat template refuses this conversation: {error}]"
+            ids_BT = torch.tensor([self.template.prompt_ids(told)], device=self.model.device)
+        except UnusableError as error:
+            self.text = f"[{self.name}: {error}]"
             return
-        limit, length = context_length(self.model.config), ids["input_ids"].shape[1]
+        limit, length = context_length(self.model.config), ids_BT.shape[1]
         if limit and length + sampling.max_tokens > limit:
             self.text = (
                 f"[{length:,} tokens and an answer do not fit into the {self.name}'s {limit:,}; /reset starts a new conversation]"
             )
             return
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        with torch.inference_mode():
+        with torch.inference_mode(), plain_generation(self.model):
             self.model.generate(
-                **ids.to(self.model.device),
+                ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
                 **({"do_sample": True, **drawn} if sampling.temperature > 0 else {"do_sample": False}),
                 max_new_tokens=sampling.max_tokens,
                 pad_token_id=self.tokenizer.pad_token_id or 0,

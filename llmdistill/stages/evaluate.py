@@ -20,12 +20,20 @@ from llmdistill.evaluation import serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
 from llmdistill.evaluation.fidelity import fidelity, own_text
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, metrics_of
+from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.serving import Served
 from llmdistill.evaluation.statistics import Array, Draws, check_clusters, interval_text
 from llmdistill.evaluation.task_scores import measure_tasks
 from llmdistill.evaluation.tasks import TaskFile, files_of, load_tasks, read_tasks
 from llmdistill.evaluation.win_rate import Comparison
-from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer, model_bytes
+from llmdistill.models.loading import (
+    check_model_exists,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_bytes,
+    vocabulary_hash,
+)
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
 from llmdistill.students.origins import before
@@ -95,30 +103,35 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     rows = held_out_rows(experiment)
     prompts = conversation_keys(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
+    precision = inference_precision(experiment.eval.dtype)
+    precision = record.begin_computing(directory, "eval", settings, inputs, experiment.seed, precision)
+    parts = Parts(directory / "parts")
     # Before the models are loaded here: they might not fit into the memory together.
-    served = _served_by_vllm(experiment, plan.subjects) if experiment.eval.speed == "vllm" else None
+    by_vllm = experiment.eval.speed == "vllm"
+    served = parts.result("speed", lambda: _served_by_vllm(experiment, plan.subjects)) if by_vllm else None
     draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
-    models, tokenizer = _load(experiment, plan.subjects)
+    models, tokenizer = _load(experiment, plan.subjects, precision.dtype)
     loaded = _Loaded(models, tokenizer, rows, prompts, draws, manifest["tokenizer"]["end_token_ids"])
 
-    precision = inference_precision(experiment.eval.dtype)
-    # It starts over where it was interrupted, so what an earlier try computed in does not bind this one.
-    record.begin(directory, "eval", settings, inputs, experiment.seed, precision=precision.recorded)
-    say("eval", f"computes in {precision}")
-    measured = _measure(experiment, loaded)
-    served = served or serving.by_transformers(models, experiment.eval.batch_size, experiment.eval.sample_tokens)
-    metrics = _metrics(experiment, plan.subjects, loaded, measured, served)
-    metrics["warnings"] = [warning] if warning else []
+    measured = parts.arrays("fidelity", lambda: _measure(experiment, loaded))
+    found: dict[str, Any] = {}
     if tasks:
-        metrics |= measure_tasks(tasks, models, tokenizer, experiment, directory)
-        metrics["headline"] = headline(metrics["models"], served["engine"], metrics["tasks"])
-    if experiment.eval.own_prompts:
-        _add_own_text(metrics, loaded, experiment)
-    _add_texts(metrics, experiment, loaded, measured)
-    if plan.comparison:
-        metrics["win_rate"] = plan.comparison.measure(models, rows, tokenizer, loaded.end_ids, directory)
+        found |= parts.result("tasks", lambda: measure_tasks(tasks, models, tokenizer, experiment, directory))
+    own = _own_texts(loaded, experiment, parts) if experiment.eval.own_prompts else {}
+    found |= parts.result("texts", lambda: _texts(experiment, loaded, measured))
+    metrics = _metrics(experiment, plan.subjects, loaded, measured) | found | {"warnings": [warning] if warning else []}
+    _add_own_texts(metrics, own, experiment)
+    # The last of these models: what is timed is in the precision that it is used in, the judge needs the memory.
+    timed = experiment.eval
+    served = served or parts.result("speed", lambda: serving.by_transformers(models, timed.batch_size, timed.sample_tokens))
+    _add_speeds(metrics, served)
+    if comparison := plan.comparison:
+        metrics["win_rate"] = parts.result(
+            "win_rate", lambda: comparison.measure(models, rows, prompts, tokenizer, loaded.end_ids, directory)
+        )
     _write(experiment, directory, metrics, measured, loaded)
     record.finish(directory, {"headline": metrics["headline"]})
+    parts.remove()
     for stage, text in _said(metrics):
         say(stage, text)
 
@@ -166,9 +179,9 @@ def held_out_rows(experiment: Experiment) -> Any:
     return datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
 
 
-def _load(experiment: Experiment, subjects: list[Served]) -> tuple[dict[str, Any], Any]:
+def _load(experiment: Experiment, subjects: list[Served], dtype: str) -> tuple[dict[str, Any], Any]:
     """The models by their names, and the teacher's tokenizer."""
-    dtype, teacher = experiment.eval.dtype, experiment.teacher
+    teacher = experiment.teacher
     with working("eval", "loading the models"):
         models = {s.name: load_model(s.path, s.revision, dtype, s.trust_remote_code, f"the model `{s.name}`") for s in subjects}
         return models, load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
@@ -187,11 +200,8 @@ def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
         )
 
 
-def _metrics(
-    experiment: Experiment, subjects: list[Served], loaded: _Loaded, measured: dict[str, Array], served: dict[str, Any]
-) -> dict[str, Any]:
+def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, measured: dict[str, Array]) -> dict[str, Any]:
     """The content of `metrics.json`, but for what needs more of the models than their distributions on held-out text."""
-    speeds = {entry["name"]: entry for entry in served["models"]}
     text_bytes, weights = _text_bytes(loaded.rows), _importance(loaded.rows)
     described = [
         {
@@ -199,8 +209,6 @@ def _metrics(
             "path": subject.path,
             "parameters": sum(parameter.numel() for parameter in loaded.models[subject.name].parameters()),
             "bytes": model_bytes(subject.path),
-            "decode_tokens_per_s": speeds[subject.name]["decode"]["median"],
-            **speeds[subject.name],
             **_computed(METRICS, Sums(subject.name, measured, loaded.draws, text_bytes, weights)),
         }
         for subject in subjects
@@ -216,12 +224,20 @@ def _metrics(
         held_out["effective_rows"] = effective_sample_size(weights)
     return {
         "schema_version": METRICS_VERSION,
-        "headline": headline(described, served["engine"]),
         "held_out": held_out,
         "models": described,
         "differences": list(_differences(subjects, measured, loaded.draws)),
-        "decoding": {name: value for name, value in served.items() if name != "models"},
     }
+
+
+def _add_speeds(metrics: dict[str, Any], served: dict[str, Any]) -> None:
+    """What every model costs, and the one line, which tells it."""
+    speeds = {entry["name"]: entry for entry in served["models"]}
+    for described in metrics["models"]:
+        described |= speeds[described["name"]]
+        described["decode_tokens_per_s"] = described["decode"]["median"]
+    metrics["decoding"] = {name: value for name, value in served.items() if name != "models"}
+    metrics["headline"] = headline(metrics["models"], served["engine"], metrics.get("tasks"))
 
 
 def _computed(metrics: tuple[Metric, ...], sums: Sums) -> dict[str, Any]:
@@ -244,29 +260,45 @@ def _importance(rows: Any) -> Array | None:
         return None
 
 
-def _add_own_text(metrics: dict[str, Any], loaded: _Loaded, experiment: Experiment) -> None:
+def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[str, dict[str, Any]]:
     """What each model writes by itself: how near it stays to the teacher there, how long it is, and whether it ends."""
     settings, models, end_ids = experiment.eval, loaded.models, loaded.end_ids
+
+    def measure(name: str) -> dict[str, Any]:
+        written = own_text(models[name], loaded.rows, settings.own_prompts, settings.own_tokens, end_ids, experiment.seed)
+        sums = fidelity({"teacher": models["teacher"], name: models[name]}, written, settings.batch_size, end_ids)
+        draws = Draws.of([loaded.prompts[row["number"]] for row in written], settings.resamples, experiment.seed)
+        return {
+            "prompts": len(written),
+            "tokens": int(sums["tokens"].sum()),
+            **_computed(OWN_TEXT_METRICS, Sums(name, sums, draws)),
+        }
+
+    found = {}
     with StageBar("eval", len(models)) as bar:
-        for described in metrics["models"]:
-            name = described["name"]
-            written = own_text(models[name], loaded.rows, settings.own_prompts, settings.own_tokens, end_ids, experiment.seed)
-            sums = fidelity({"teacher": models["teacher"], name: models[name]}, written, settings.batch_size, end_ids)
-            draws = Draws.of([str(number) for number in range(len(written))], settings.resamples, experiment.seed)
-            tokens = int(sums["tokens"].sum())
-            described["own_text"] = {"tokens": tokens, **_computed(OWN_TEXT_METRICS, Sums(name, sums, draws))}
-            bar.advance(1, tokens, [f"own text of {name}"])
-    metrics["own_text"] = {"prompts": len(written), "max_tokens": settings.own_tokens}
+        for number, name in enumerate(models):
+            found[name] = parts.result(f"own-text-{number}", lambda name=name: measure(name))  # type: ignore[misc]
+            bar.advance(1, found[name]["tokens"], [f"own text of {name}"])
+    return found
 
 
-def _add_texts(metrics: dict[str, Any], experiment: Experiment, loaded: _Loaded, measured: dict[str, Array]) -> None:
+def _add_own_texts(metrics: dict[str, Any], own: dict[str, dict[str, Any]], experiment: Experiment) -> None:
+    for described in metrics["models"] if own else []:
+        prompts = own[described["name"]].pop("prompts")
+        described["own_text"] = own[described["name"]]
+        metrics["own_text"] = {"prompts": prompts, "max_tokens": experiment.eval.own_tokens}
+
+
+def _texts(experiment: Experiment, loaded: _Loaded, measured: dict[str, Array]) -> dict[str, Any]:
     """Single texts for people to look at."""
     settings, models, rows, tokenizer = experiment.eval, loaded.models, loaded.rows, loaded.tokenizer
+    rival = next(name for name in reversed(models) if name != "student")
     with working("eval", "writing samples"):
-        metrics["samples"] = samples(models, rows, tokenizer, settings.samples, settings.sample_tokens)
-        metrics["views"] = views(models, rows, tokenizer)
-        rival = next(name for name in reversed(models) if name != "student")
-        metrics["examples"] = won_and_lost(measured, rows, rival)
+        return {
+            "samples": samples(models, rows, tokenizer, settings.samples, settings.sample_tokens),
+            "views": views(models, rows, tokenizer),
+            "examples": won_and_lost(measured, rows, rival),
+        }
 
 
 def _write(experiment: Experiment, directory: Path, metrics: dict[str, Any], measured: dict[str, Array], loaded: _Loaded) -> None:
@@ -327,12 +359,14 @@ def _served_by_vllm(experiment: Experiment, subjects: list[Served]) -> dict[str,
 
 
 def _check_vocabulary(subject: Served, manifest: dict[str, Any]) -> None:
-    size = load_config(subject.path, subject.revision, subject.trust_remote_code, subject.name).get_text_config().vocab_size
-    if size != manifest["tokenizer"]["vocab_size"]:
-        raise InputError(
-            f"{subject.path} has {size:,} tokens, the held-out rows were written with {manifest['tokenizer']['vocab_size']:,}: "
-            "a KL between different vocabularies is not defined"
-        )
+    how = (subject.path, subject.revision, subject.trust_remote_code, f"the model `{subject.name}`")
+    if vocabulary_hash(load_tokenizer(*how)) == manifest["tokenizer"]["vocabulary_hash"]:
+        return  # one output layer may still be padded further than the other
+    size = load_config(*how).get_text_config().vocab_size
+    raise InputError(
+        f"{subject.path} has another vocabulary, of {size:,} tokens, than the held-out rows, of "
+        f"{manifest['tokenizer']['vocab_size']:,}: a KL between different vocabularies is not defined"
+    )
 
 
 def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draws) -> Iterator[dict[str, Any]]:

@@ -221,8 +221,8 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
         "how": how,
         "bytes": model_bytes(str(path)),
         "engine": f"transformers {importlib.metadata.version('transformers')}",
-        "kl": draws.interval(measured[f"{name} kl"], tokens),
-        "top1": draws.interval(measured[f"{name} top1"], tokens),
+        "kl": draws.interval(measured[f"{name} kl"], tokens, least=0),
+        "top1": draws.share(measured[f"{name} top1"], tokens),
         "held_out": {"rows": len(held_out.rows), "tokens": int(tokens.sum()), "prompts": draws.draws.shape[1]},
     }
 

@@ -6,13 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.data.dataset import Row
-from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
+from llmdistill.data.dataset import Row, read_manifest
+from llmdistill.data.left_out import LeftOut
+from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.data.targets import Array
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnusableError
+from llmdistill.prompting.turns import as_columns
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, say
-from llmdistill.stages.prompts import Prepared, prepared_prompts
+from llmdistill.stages.prompts import Prepared, Prompt, prepared_prompts
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_id, row_seed
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 from llmdistill.teachers.thinking import answer_start
@@ -42,11 +44,10 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
     inputs = {**prepared.inputs, **models}
     state = record.claim(directory, "generate", settings, inputs)
 
-    rows = len(prepared.prompts) * experiment.generate.samples
     if dry_run:
-        _say_plan(experiment, len(prepared.prompts), rows)
-    elif state == "done" and count_finished(directory) == count_shards(experiment, rows):
-        say("generate", f"{directory} is finished ({rows:,} rows)")
+        _say_plan(experiment, len(prepared.prompts), len(prepared.prompts) * experiment.generate.samples)
+    elif state == "done" and is_whole(directory):
+        say("generate", f"{directory} is finished ({read_manifest(directory)['rows']:,} rows)")
     else:
         make_dataset("generate", directory, _Prompts(PromptEncoder(experiment, fingerprint), prepared), settings, inputs, worker)
     return None
@@ -59,21 +60,36 @@ class _Prompts:
         self.chat = chat
         self.reads = chat.experiment.generate.rereads
         self._traces: dict[int, Array] = {}  # of rows that are read and not yet stored
-        self.prompts = prepared.prompts
+        self._prompts = prepared.prompts
+        self._usable = array("q")  # the numbers of those that the teacher can be asked
+        self.left_out = LeftOut()
         self.steps = prepared.steps
         self.sampling = chat.experiment.generate
         self._ids = array("i")  # of all prompts as the teacher sees them, one after the other
         self._starts = array("q", [0])
-        longest, origin = 0, ""
-        for prompt in self.prompts:
-            ids = chat.told_ids(prompt.messages, prompt.origin)
+        longest, what = 0, f"its prompt and generate.max_tokens {self.sampling.max_tokens:,}"
+        for number, prompt in enumerate(self._prompts):
+            try:
+                ids = chat.told_ids(prompt.messages, prompt.origin, prompt.tools)
+                chat.check_length(len(ids) + self.sampling.max_tokens, what, prompt.origin)
+            except UnusableError as error:
+                self.left_out.add(error)
+                continue
+            self._usable.append(number)
             self._ids.extend(ids)
             self._starts.append(len(self._ids))
-            if len(ids) > longest:
-                longest, origin = len(ids), prompt.origin
-        what = f"{longest:,} prompt tokens and generate.max_tokens {self.sampling.max_tokens:,}"
-        self.max_model_len = chat.check_length(longest + self.sampling.max_tokens, what, origin)
+            longest = max(longest, len(ids))
+        self.left_out.close("generate", len(self._usable))
+        self.max_model_len = chat.experiment.teacher.max_model_len or longest + self.sampling.max_tokens
         self.requests = _Requests(self)
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    def prompt(self, number: int) -> Prompt:
+        """One of those that the teacher is asked."""
+        found: Prompt = self._prompts[self._usable[number]]
+        return found
 
     def told_ids(self, number: int) -> Sequence[int]:
         """The token ids of a prompt as the teacher sees it."""
@@ -83,12 +99,13 @@ class _Prompts:
         """The token ids of a prompt as it is stored."""
         if self.chat.experiment.teacher.system is None:
             return self.told_ids(number)
-        return self.chat.prompt_ids(self.prompts[number].messages, self.prompts[number].origin)
+        prompt = self.prompt(number)
+        return self.chat.prompt_ids(prompt.messages, prompt.origin, prompt.tools)
 
     def id(self, index: int) -> str:
         """The stable name of a row."""
         number, sample = divmod(index, self.sampling.samples)
-        return row_id(self.prompts[number].messages, self.chat.fingerprint, self.sampling, sample)
+        return row_id(self.prompt(number).content, self.chat.fingerprint, self.sampling, sample)
 
     def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         return self._write_and_read(engine, shards) if self.reads else engine.generate(shards)
@@ -117,32 +134,35 @@ class _Prompts:
 
     def row(self, completion: Completion) -> Row:
         number = completion.index // self.sampling.samples
-        prompt, prompt_ids = self.prompts[number], self.prompt_ids(number)
-        metadata = {**prompt.metadata, "lineage": prompt.lineage}
+        prompt, prompt_ids = self.prompt(number), self.prompt_ids(number)
+        provenance: dict[str, Any] = {"lineage": prompt.lineage}
         trace = self._traces.pop(completion.index, None)
         if self.sampling.thinking == "masked":
             start, reason = self._answer(completion)
             trace = completion.ids[:start]
             prompt_ids, completion = [*prompt_ids, *trace.tolist()], replace(completion.behind(start), finish_reason=reason)
         if self.sampling.thinking != "kept":
-            metadata["thinking"] = self.chat.tokenizer.decode(trace, skip_special_tokens=True)
-        text = self.chat.tokenizer.decode(completion.ids, skip_special_tokens=True)
+            provenance["thinking"] = "" if trace is None else self.chat.template.decode(trace)
+        answer = {"role": "assistant", "content": self.chat.template.decode(completion.ids)}
+        if prompt.uses_tools:
+            provenance |= {"messages": [*prompt.messages, answer], "tools": prompt.tools}
         return Row(
             self.id(completion.index),
-            prompt.messages,
-            [{"role": "assistant", "content": text}],
+            as_columns(prompt.messages),
+            [answer],
             prompt_ids,
             completion.ids,
             completion.finish_reason,
             completion.token_logprobs,
             completion.targets,
             completion.sampling_logprob,
-            metadata,
+            prompt.metadata,
+            provenance,
         )
 
     def description(self) -> dict[str, Any]:
         sampling = self.sampling.model_dump(exclude={"rows_per_shard"} | self.sampling.unused)
-        return {"sampling": sampling, "prompts": self.steps}
+        return {"sampling": sampling, "prompts": self.steps, **self.left_out.described}
 
 
 class _Requests(Sequence[Request]):
@@ -152,7 +172,7 @@ class _Requests(Sequence[Request]):
         self.prompts = prompts
 
     def __len__(self) -> int:
-        return len(self.prompts.prompts) * self.prompts.sampling.samples
+        return len(self.prompts) * self.prompts.sampling.samples
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

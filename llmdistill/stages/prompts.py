@@ -15,24 +15,25 @@ from llmdistill.data.dataset import (
     MANIFEST,
     MESSAGES,
     ROW_GROUP,
-    Messages,
     conversation_keys,
     conversation_of,
     read_batches,
     read_manifest,
     remove_leftovers,
+    to_json,
 )
 from llmdistill.data.shards import EVERYTHING, Share
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting.asking import Asker, WaitingForOthersError
-from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file, to_json
+from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.passages import Starts
 from llmdistill.prompting.plan import Plan, describe_steps
-from llmdistill.prompting.sources import given_prompt, metadata, read_source, source_hash
+from llmdistill.prompting.sources import metadata, read_source, source_hash
 from llmdistill.prompting.steps import Files, PromptStepContext, run_step
 from llmdistill.prompting.template import Fields, PromptTemplate
+from llmdistill.prompting.turns import as_columns, given_prompt, more_than_text
 from llmdistill.runs import record
 from llmdistill.runs.progress import say
 from llmdistill.teachers import fingerprints, stable_id, teacher_precision
@@ -40,21 +41,38 @@ from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 PROMPTS_FILE = "prompts.parquet"
 REJECTED_FILE = "rejected.parquet"
-_PROMPTS_SCHEMA = pa.schema([("prompt", MESSAGES), ("metadata", pa.string()), ("lineage", pa.string())])
+# `with_tools` is the conversation and the tools that it offers, as JSON, where there is more to it than roles and contents.
+_PROMPTS_SCHEMA = pa.schema([("prompt", MESSAGES), *((name, pa.string()) for name in ("with_tools", "metadata", "lineage"))])
 _REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("step", "verdict", "reason", "text", "lineage")])
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that the teacher is to continue, what else its line says, and its ancestors.
+    """A conversation that the teacher is to continue, as the chat template takes it.
 
-    `origin` is where it comes from in words, for messages.
+    Attributes:
+        messages: up to the turn that the teacher writes.
+        origin: where it comes from, in words, for messages.
+        metadata: what else its row says.
+        lineage: its ancestors.
+        tools: that the teacher may call.
     """
 
-    messages: Messages
+    messages: list[dict[str, Any]]
     origin: str
     metadata: Fields
     lineage: dict[str, Any]
+    tools: list[Any] | None = None
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether there is more to it than roles and contents."""
+        return more_than_text(self.messages, self.tools)
+
+    @property
+    def content(self) -> Any:
+        """What makes it another one than the others."""
+        return {"messages": self.messages, "tools": self.tools} if self.uses_tools else self.messages
 
 
 class PromptTable(Sequence[Prompt]):
@@ -77,7 +95,7 @@ class PromptTable(Sequence[Prompt]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         row = {name: self._table[name][index].as_py() for name in self._table.schema.names}
-        return Prompt(row["prompt"], row["origin"], json.loads(row["metadata"]), json.loads(row["lineage"]))
+        return _read(row, row["origin"])
 
 
 def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERYTHING) -> None:
@@ -175,12 +193,12 @@ def _write_prompts(plan: Plan, made: list[tuple[str, Path]], directory: Path) ->
                 rejected.add({"step": name, **{key: row[key] for key in ("verdict", "reason", "text", "lineage")}})
         for item in read_items(made[-1][1]):
             prompt = _render(plan.section, plan.final, item.fields, item.lineage, item.where)
-            reason = seen.refuses(prompt.messages)
+            reason = seen.refuses(prompt)
             counts.add(reason)
             if reason is None:
                 kept.add(_stored(prompt))
             else:
-                text = prompt.messages[-1]["content"]
+                text = as_columns(prompt.messages)[-1]["content"]
                 refused = {"step": "template", "verdict": "rejected", "reason": reason, "text": text}
                 rejected.add({**refused, "lineage": to_json(prompt.lineage)})
     return counts
@@ -205,8 +223,11 @@ def load_prompts(section: Prompts, starts: Starts | None = None, counts: Counts 
         for entry in read_source(section, starts):
             reason = entry.refused
             if reason is None:
-                prompt = _render(section, template, entry.fields, {"source": entry.place}, entry.origin)
-                reason = seen.refuses(prompt.messages)
+                try:
+                    prompt = _render(section, template, entry.fields, {"source": entry.place}, entry.origin)
+                    reason = seen.refuses(prompt)
+                except UnusableError as error:
+                    reason = error.reason
             counts.add(reason)
             if reason is None:
                 yield prompt
@@ -250,7 +271,7 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
 
     def unknown() -> Iterator[Prompt]:
         for prompt in prepared.prompts:
-            reason = "known" if conversation_of(prompt.messages) in there else None
+            reason = "known" if conversation_of(as_columns(prompt.messages)) in there else None
             counts.add(reason)
             if reason is None:
                 yield prompt
@@ -292,10 +313,7 @@ def _made_prompts(experiment: Experiment) -> Prepared | None:
         raise InputError(f"{directory}: not finished; run `prompts` again to continue")
     file = directory / PROMPTS_FILE
     rows = (row for batch in read_batches([file]) for row in batch.to_pylist())
-    table = PromptTable(
-        Prompt(row["prompt"], f"{file} row {number}", json.loads(row["metadata"]), json.loads(row["lineage"]))
-        for number, row in enumerate(rows, start=1)
-    )
+    table = PromptTable(_read(row, f"{file} row {number}") for number, row in enumerate(rows, start=1))
     return Prepared(table, {str(file): record.sha256(file)}, run["results"]["steps"])
 
 
@@ -319,8 +337,8 @@ class _Seen:
     def __init__(self) -> None:
         self._digests: set[bytes] = set()
 
-    def refuses(self, messages: Messages) -> str | None:
-        digest = hashlib.sha256(to_json(messages).encode()).digest()[:16]
+    def refuses(self, prompt: Prompt) -> str | None:
+        digest = hashlib.sha256(to_json(prompt.content).encode()).digest()[:16]
         if digest in self._digests:
             return "duplicate"
         self._digests.add(digest)
@@ -328,15 +346,24 @@ class _Seen:
 
 
 def _render(section: Prompts, template: PromptTemplate | None, fields: Fields, lineage: dict[str, Any], origin: str) -> Prompt:
-    messages = template.render(fields, origin) if template else given_prompt(fields, origin)
+    messages: list[dict[str, Any]] = template.render(fields, origin) if template else given_prompt(fields, origin)
     if section.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": section.system}, *messages]
     used = template.head.variables if template else ()
-    return Prompt(messages, origin, metadata(fields, used), {**lineage, "template": section.template})
+    tools = None if template else fields.get("tools")
+    return Prompt(messages, origin, metadata(fields, used), {**lineage, "template": section.template}, tools)
 
 
 def _stored(prompt: Prompt) -> dict[str, Any]:
-    return {"prompt": prompt.messages, "metadata": to_json(prompt.metadata), "lineage": to_json(prompt.lineage)}
+    whole = to_json(prompt.content) if prompt.uses_tools else None
+    described = {"metadata": to_json(prompt.metadata), "lineage": to_json(prompt.lineage)}
+    return {"prompt": as_columns(prompt.messages), "with_tools": whole, **described}
+
+
+def _read(row: dict[str, Any], origin: str) -> Prompt:
+    """The prompt of a stored row."""
+    whole = json.loads(row["with_tools"]) if row["with_tools"] else {"messages": row["prompt"], "tools": None}
+    return Prompt(whole["messages"], origin, json.loads(row["metadata"]), json.loads(row["lineage"]), whole["tools"])
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:

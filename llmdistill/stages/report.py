@@ -359,6 +359,7 @@ def tokens_per_second(model: Json) -> str:
 
 def estimate(interval: Json, factor: float = 1, least: int | None = None) -> tuple[str, str]:
     """The mean, and `low–high` with the digits that the interval's width warrants; no interval where it has no width."""
+    interval = {"low": interval["mean"], "high": interval["mean"], **interval}  # some are known without one
     low, high = factor * interval["low"], factor * interval["high"]
     digits = _digits(low, high, (2 if factor == 1 else 0) if least is None else least)
     mean, ends = interval_text(interval, f".{digits}f", factor, " to " if low < 0 else "–")

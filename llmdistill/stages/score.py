@@ -1,6 +1,5 @@
 """`llmdistill score`: the teacher reads finished text; it is stored with soft targets, as `generate` stores its own."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment, Score
-from llmdistill.data.dataset import MANIFEST, SPLITS, Messages, Row, load_dataset, read_manifest
-from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, make_dataset
-from llmdistill.errors import InputError
+from llmdistill.data.dataset import SHARD_NAME, SPLITS, Messages, Row, load_dataset, metadata_and_provenance, read_manifest
+from llmdistill.data.left_out import LeftOut
+from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, is_whole, make_dataset
+from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import vocabulary_hash
-from llmdistill.prompting.sources import metadata, read_jsonl
+from llmdistill.prompting.sources import files_hash, metadata, read_tables
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns
 from llmdistill.runs import record
 from llmdistill.runs.progress import say
@@ -36,18 +36,20 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
         raise InputError("the key score is missing: `score` needs score.source")
     directory, teacher, source = experiment.directory("data"), experiment.teacher, Path(experiment.score.source)
     models, fingerprint = fingerprints(teacher)
-    texts: _Lines | _Stored = _Stored(experiment.score) if source.is_dir() else _Lines(experiment.score)
+    is_dataset = source.is_dir() and any(SHARD_NAME.fullmatch(file.name) for file in source.iterdir())
+    texts: _Conversations | _Stored = _Stored(experiment.score) if is_dataset else _Conversations(experiment.score)
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "score", "targets"})
     settings["generate"] = {"rows_per_shard": experiment.generate.rows_per_shard}
-    file = source / MANIFEST if source.is_dir() else source
-    inputs = {str(file): record.sha256(file), **models}
+    if is_dataset:
+        read_manifest(source, "score.source")
+    inputs = files_hash(experiment.score.source, "score.source") | models
     state = record.claim(directory, "score", settings, inputs)
-    count = count_shards(experiment, len(texts))
     if dry_run:
+        count = count_shards(experiment, len(texts))
         say("score", f"{len(texts):,} rows of {source} in {count:,} shards")
         say("score", f"would write {directory}  ({count_finished(directory):,} of {count:,} shards are there)")
-    elif state == "done" and count_finished(directory) == count:
-        say("score", f"{directory} is finished ({len(texts):,} rows)")
+    elif state == "done" and is_whole(directory):
+        say("score", f"{directory} is finished ({read_manifest(directory)['rows']:,} rows)")
     else:
         make_dataset("score", directory, _Texts(PromptEncoder(experiment, fingerprint), texts), settings, inputs, worker)
 
@@ -64,11 +66,13 @@ class Text:
     finish_reason: str | None = None
     sampling_logprob: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     told_ids: Sequence[int] | None = None
 
 
 class _Source(Protocol):
     sampling: dict[str, Any]
+    left_out: LeftOut
 
     def __len__(self) -> int: ...
 
@@ -79,44 +83,63 @@ class _Source(Protocol):
     def text(self, index: int) -> Text: ...
 
 
-class _Lines:
-    """The lines of a JSONL file."""
+_ROOM = "its tokens and the one that vLLM adds"
+
+
+class _Conversations:
+    """The rows of tables."""
 
     sampling: dict[str, Any] = {}
 
     def __init__(self, section: Score) -> None:
-        file, every = Path(section.source), section.turns == "all"
-        self.turns: list[tuple[str, Turn, dict[str, Any]]] = []
-        for number, fields in read_jsonl(file, "score.source"):
-            origin = f"{file} line {number}"
-            other = metadata(fields, ("tools", "text"))
-            turns = list(learned_turns(fields, origin, every, section.tool_calls))
-            if len(turns) > 1:
-                other = {**other, "conversation": stable_id(fields)}
-            self.turns += [(origin, turn, other) for turn in turns]
-        if not self.turns:
-            raise InputError(f"{file}: holds no text" + ("" if section.tool_calls else " but tool calls"))
+        self.turns: list[tuple[str, Turn, dict[str, Any], dict[str, Any]]] = []
+        self.texts: list[Text] | None = None  # those that the teacher can read, once `prepare` has looked
+        self.left_out = LeftOut()
+        for entry in read_tables(section.source, "score.source"):
+            try:
+                turns = list(learned_turns(entry.fields, entry.origin, section.turns == "all", section.tool_calls))
+            except UnusableError as error:
+                self.left_out.add(error)
+                continue
+            provenance = {"conversation": stable_id(entry.fields)} if len(turns) > 1 else {}
+            self.turns += [(entry.origin, turn, metadata(entry.fields, ("text",)), provenance) for turn in turns]
+        if not self.turns and not self.left_out.reasons:
+            raise InputError(f"{section.source}: holds no text" + ("" if section.tool_calls else " but tool calls"))
 
     def __len__(self) -> int:
-        return len(self.turns)
+        return len(self.turns if self.texts is None else self.texts)
 
     def prepare(self, chat: PromptEncoder) -> int:
-        self.texts: list[Text] = []
+        texts: list[Text] = []
         seen: dict[str, int] = {}
         longest = 0
-        for origin, turn, other in self.turns:
-            told_ids, prompt_ids, completion_ids = _token_ids(turn, chat, origin)
+        for origin, turn, other, provenance in self.turns:
+            try:
+                told_ids, prompt_ids, completion_ids = _token_ids(turn, chat, origin)
+                length = len(told_ids) + len(completion_ids) + 1
+                chat.check_length(length, _ROOM, origin)
+            except UnusableError as error:
+                self.left_out.add(error)
+                continue
+            longest = max(longest, length)
             content = stable_id(turn.prompt, turn.completion, *([turn.tools] if turn.tools else []), chat.fingerprint)
             seen[content] = seen.get(content, -1) + 1  # the same text twice is two rows
-            identity = stable_id(content, seen[content])
-            prompt, completion = as_columns(turn.prompt), as_columns(turn.completion)
             if turn.uses_tools:
-                other = {**other, "messages": [*turn.prompt, *turn.completion], "tools": turn.tools}
-            text = Text(identity, prompt, completion, prompt_ids, completion_ids, metadata=other, told_ids=told_ids)
-            self.texts.append(text)
-            length = len(told_ids) + len(completion_ids)
-            longest = max(longest, chat.check_length(length + 1, "its tokens and the one that vLLM adds", origin))
-        return longest
+                provenance = {**provenance, "messages": [*turn.prompt, *turn.completion], "tools": turn.tools}
+            text = Text(
+                stable_id(content, seen[content]),
+                as_columns(turn.prompt),
+                as_columns(turn.completion),
+                prompt_ids,
+                completion_ids,
+                metadata=other,
+                provenance=provenance,
+                told_ids=told_ids,
+            )
+            texts.append(text)
+        self.texts = texts
+        self.left_out.close("score", len(texts))
+        return chat.experiment.teacher.max_model_len or longest
 
     def text(self, index: int) -> Text:
         return self.texts[index]
@@ -124,12 +147,12 @@ class _Lines:
 
 def _token_ids(turn: Turn, chat: PromptEncoder, origin: str) -> tuple[list[int], list[int], list[int]]:
     """The prompt as the teacher sees it and as it is stored, and the answer."""
-    if turn.plain:
-        ids = chat.text_ids(turn.completion[0]["content"], origin)
-        return ids[:1], ids[:1], ids[1:]  # nothing stands before the first token, so nothing foretells it
-    prompt_ids = chat.prompt_ids(turn.prompt, origin, turn.tools)
-    completion_ids = chat.completion_ids(turn.prompt, turn.completion, prompt_ids, origin, turn.tools)
-    return chat.told_ids(turn.prompt, origin, turn.tools), prompt_ids, completion_ids
+    try:
+        prompt_ids, completion_ids = turn.token_ids(chat.template)
+    except UnusableError as error:
+        raise error.at(origin) from None
+    told_ids = prompt_ids if turn.plain else chat.told_ids(turn.prompt, origin, turn.tools)
+    return told_ids, prompt_ids, completion_ids
 
 
 class _Stored:
@@ -140,7 +163,8 @@ class _Stored:
 
         self.directory = directory = Path(section.source)
         if section.turns != "last" or not section.tool_calls:
-            raise InputError(f"score.turns and score.tool_calls are for JSONL; the rows of {directory} are read as they are")
+            raise InputError(f"score.turns and score.tool_calls are for tables; the rows of {directory} are read as they are")
+        self.left_out = LeftOut()
         self.manifest = read_manifest(directory, "score.source")
         self.sampling = self.manifest["sampling"]
         there = {entry["split"] for entry in self.manifest["shards"]}
@@ -167,17 +191,21 @@ class _Stored:
         if chat.experiment.teacher.system is not None:
             texts = map(self.text, range(len(self)))
             longest = max(len(text.told_ids or text.prompt_ids) + len(text.completion_ids) for text in texts)
-        return chat.check_length(longest + 1, "the tokens of its longest row and the one that vLLM adds", str(self.directory))
+        chat.check_length(longest + 1, "the tokens of its longest row and the one that vLLM adds", str(self.directory))
+        return chat.experiment.teacher.max_model_len or longest + 1
 
     def text(self, index: int) -> Text:
         row = self.rows[index]
         ids, start = row["input_ids"].tolist(), int(row["completion_start"])
         messages = ([dict(m) for m in row["prompt"]], [dict(m) for m in row["completion"]])
         sampled = float(row["sampling_logprob"]) if self.sampled else None
-        other = json.loads(str(row["metadata"]))
+        other, provenance = metadata_and_provenance(str(row["metadata"]))
         system = self.chat.experiment.teacher.system
-        told_ids = None if system is None else self.chat.told_ids(messages[0], f"{self.directory} row {row['id']}")
-        return Text(str(row["id"]), *messages, ids[:start], ids[start:], str(row["finish_reason"]), sampled, other, told_ids)
+        whole = provenance["messages"][:-1] if "messages" in provenance else messages[0]
+        origin = f"{self.directory} row {row['id']}"
+        told_ids = None if system is None else self.chat.told_ids(whole, origin, provenance.get("tools"))
+        reason = str(row["finish_reason"])
+        return Text(str(row["id"]), *messages, ids[:start], ids[start:], reason, sampled, other, provenance, told_ids)
 
 
 class _Requests(Sequence[Request]):
@@ -224,7 +252,8 @@ class _Texts:
             completion.targets,
             text.sampling_logprob,
             text.metadata,
+            text.provenance,
         )
 
     def description(self) -> dict[str, Any]:
-        return {"sampling": self.texts.sampling}
+        return {"sampling": self.texts.sampling, **self.texts.left_out.described}

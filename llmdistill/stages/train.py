@@ -3,26 +3,41 @@
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision, training_precision
 from llmdistill.config.shipped import page
 from llmdistill.data.cards import model_card
-from llmdistill.data.dataset import MANIFEST, ROW_GROUP, conversation_keys, is_held_out, load_dataset, read_manifest
+from llmdistill.data.dataset import (
+    MANIFEST,
+    ROW_GROUP,
+    conversation_keys,
+    is_held_out,
+    load_dataset,
+    metadata_and_provenance,
+    read_manifest,
+)
+from llmdistill.data.left_out import LeftOut
 from llmdistill.data.targets import KINDS
-from llmdistill.errors import InputError, no_such_key
+from llmdistill.errors import InputError, UnusableError, no_such_key
+from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import (
     check_model_exists,
+    end_token_ids,
     load_config,
     load_model,
     load_tokenizer,
-    tokenise_chat,
     vocabulary_hash,
     whole_on_every_process,
 )
 from llmdistill.objectstore.copies import upload_checkpoints
+from llmdistill.prompting.turns import Turn
 from llmdistill.runs import record
 from llmdistill.runs.progress import say, working
 from llmdistill.students.origins import (
@@ -160,7 +175,8 @@ def _materials(
     rows = _mixed(experiment, load_dataset(experiment.dataset_directory, "train"))
     dataset, validation = _split(experiment, rows)
     if not same_vocabulary:
-        dataset, validation = _tokenise_again(dataset, tokenizer), validation and _tokenise_again(validation, tokenizer)
+        chat = _own_template(experiment, tokenizer)
+        dataset, validation = _tokenise_again(dataset, chat), validation and _tokenise_again(validation, chat)
     dataset, validation = _learnable(dataset, arguments), validation and _learnable(validation, arguments)
     student = load_student(experiment)
     if experiment.train.fake_quantize:
@@ -456,16 +472,48 @@ def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> tuple[Any, b
     )
 
 
-def _tokenise_again(dataset: Any, tokenizer: Any) -> Any:
-    """Text-only rows in the ids of another tokenizer, through its own chat template."""
+def _own_template(experiment: Experiment, tokenizer: Any) -> ChatTemplate:
+    """The chat template of a student with another vocabulary than the teacher's.
 
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        whole, start = tokenise_chat(tokenizer, row["prompt"], row["completion"])
-        return {"input_ids": whole, "completion_start": start}
+    Raises:
+        InputError: it has none.
+    """
+    model, revision, trust = origin(experiment)
+    if tokenizer.chat_template is None:
+        raise InputError(f"student.model: the tokenizer of {model} has no chat template, so its turns cannot be told apart")
+    return ChatTemplate(tokenizer, end_token_ids(model, revision, load_config(model, revision, trust), tokenizer))
 
-    kept = ["input_ids", "completion_start"]
-    plain = dataset.with_format(None)
-    return plain.map(convert, remove_columns=[name for name in plain.column_names if name not in kept]).with_format("numpy")
+
+def _tokenise_again(dataset: Any, chat: ChatTemplate) -> Any:
+    """Text-only rows in the ids of another tokenizer, through its own chat template.
+
+    An answer that was cut off has no token that ends it. Rows that the template refuses are left out, and counted.
+    """
+    import datasets
+
+    left_out = LeftOut()
+    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("completion_start", pa.int32())])
+
+    def converted() -> Iterator[dict[str, Any]]:
+        for row in dataset.with_format(None):
+            _, provenance = metadata_and_provenance(row["metadata"])
+            *prompt, answer = provenance.get("messages") or [*row["prompt"], *row["completion"]]
+            turn = Turn(prompt, [answer], provenance.get("tools"), plain=not prompt)
+            try:
+                prompt_ids, completion_ids = turn.token_ids(chat)
+            except UnusableError as error:
+                left_out.add(error.at(f"row {row['id']}"))
+                continue
+            if row["finish_reason"] != "stop" and len(completion_ids) > 1 and completion_ids[-1] in chat.end_ids:
+                completion_ids = completion_ids[:-1]
+            yield {"input_ids": [*prompt_ids, *completion_ids], "completion_start": len(prompt_ids)}
+
+    rows, parts = converted(), []
+    while part := list(islice(rows, ROW_GROUP)):
+        parts.append(pa.Table.from_pylist(part, schema))
+    table = pa.concat_tables([schema.empty_table(), *parts])
+    left_out.close("train", len(table))
+    return datasets.Dataset(table).with_format("numpy")
 
 
 def _online_teacher(experiment: Experiment, arguments: Any) -> Any:

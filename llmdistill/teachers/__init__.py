@@ -63,6 +63,8 @@ class EngineSpec:
         max_model_len: tokens of the longest sequence.
         seed: of draws that are not seeded by the row.
         reads_with: the size of its vocabulary, if it is to read finished text.
+        known_ids: how many token ids the tokenizer knows, where the output layer is padded with more: those are never written
+            nor kept, and have no part in the distribution.
     """
 
     teacher: Teacher
@@ -72,6 +74,7 @@ class EngineSpec:
     max_model_len: int
     seed: int = 0
     reads_with: int | None = None
+    known_ids: int | None = None
 
 
 class Engine(Protocol):
@@ -120,9 +123,10 @@ def fingerprints(teacher: Teacher, key: str = "teacher") -> tuple[dict[str, str]
     members = [(teacher.model, teacher.revision, teacher.weight)]
     members += [(more.model, more.revision, more.weight) for more in teacher.ensemble]
     found = {model: model_fingerprint(model, revision) for model, revision, _ in members}
-    alone = not teacher.ensemble and teacher.system is None
+    alone = not teacher.ensemble and teacher.system is None and not teacher.template_args
     whole = [[found[model], weight] for model, _, weight in members]
-    return found, found[teacher.model] if alone else stable_id(whole, teacher.system)
+    how = [teacher.system, teacher.template_args] if teacher.template_args else [teacher.system]
+    return found, found[teacher.model] if alone else stable_id(whole, *how)
 
 
 def teacher_precision(teacher: Teacher) -> Precision:

@@ -23,6 +23,8 @@ _TRIES = 9
 _LONGEST_PAUSE = 60.0  # seconds; the pauses double from half a second, so that a server may take two minutes to come back
 _AGAIN = {408, 409, 425, 429}  # and all 5xx
 _CONNECT_SECONDS = 10.0
+# What a server takes from the model's generation configuration where a request does not say it.
+_NO_DEFAULTS = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 _EXTENSION = "llmdistill.teachers.vllm_worker.SampleTargets"
 
 
@@ -42,6 +44,7 @@ class ServerEngine(Engine):
         )
         self.tokens = 0
         self.model = self._served_model()
+        self.known_ids = spec.known_ids
         self._set_targets(spec.seed)
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
@@ -78,7 +81,9 @@ class ServerEngine(Engine):
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
             "top_k": self.sampling.top_k,
+            **_NO_DEFAULTS,
             "seed": request.seed,
+            "stop_token_ids": list(self.end_ids),
             **({"min_tokens": self.sampling.min_tokens} if self.sampling.min_tokens else {}),
             **({"structured_outputs": {"json": self.sampling.json_schema}} if self.sampling.json_schema is not None else {}),
             "logprobs": self.kept.kept,
@@ -111,6 +116,7 @@ class ServerEngine(Engine):
             "prompt": [*request.prompt_ids, *request.completion_ids],
             "max_tokens": 1,
             "temperature": 0,
+            **_NO_DEFAULTS,
             "prompt_logprobs": self.kept.kept,
         }
 
@@ -137,7 +143,8 @@ class ServerEngine(Engine):
             ordered = sorted(found.items(), key=lambda item: -item[1])
             ids_NK[position] = [other for other, _ in ordered]
             logprobs_NK[position] = [value for _, value in ordered]
-        return self.kept.stored.from_kept(ids_NK, logprobs_NK)
+        made = self.kept.stored.from_kept(ids_NK, logprobs_NK)
+        return made if made is None or self.known_ids is None else made.within(self.known_ids)
 
     def _ask(self, body: dict[str, Any], read: Callable[[Any], Completion]) -> Completion:
         """What `read` makes of the one choice that the server returns."""
@@ -195,7 +202,9 @@ class ServerEngine(Engine):
             InputError: samples are wanted, and the server was not started for it.
         """
         arguments = [self.kept.stored.name, str(self.kept.kept), str(seed)]
-        body = {"method": "sample_targets", "args": arguments}
+        body: dict[str, Any] = {"method": "sample_targets", "args": arguments}
+        if self.known_ids is not None:
+            body["kwargs"] = {"known_ids": str(self.known_ids)}
         try:
             self._call("POST", "/collective_rpc", lambda answer: answer["results"], body, tries=4)
         except (InputError, RemoteError):

@@ -33,6 +33,7 @@ class TransformersEngine(Engine):
         self.batch_size = teacher.batch_size
         self.sampling = spec.sampling
         self.kept = spec.kept
+        self.known_ids = spec.known_ids
         self.end_ids = spec.end_ids
         self.end_tensor = torch.tensor(spec.end_ids, device=self.device)
         self.tokens = 0
@@ -140,7 +141,7 @@ class TransformersEngine(Engine):
 
     def _logprobs(self, logits_NV: Sequence[torch.Tensor]) -> torch.Tensor:
         """Of the teacher, or of the weighted mean of the teachers' probabilities; over what all their vocabularies have."""
-        size = min(logits.shape[1] for logits in logits_NV)
+        size = min([logits.shape[1] for logits in logits_NV] + ([self.known_ids] if self.known_ids else []))
         each_NV = [logits[:, :size].float().log_softmax(-1) for logits in logits_NV]
         if len(each_NV) == 1:
             return each_NV[0]

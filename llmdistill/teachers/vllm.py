@@ -36,7 +36,7 @@ class VllmEngine(Engine):
         # How much a temperature takes off a log-probability at a position comes as one more of the position's numbers.
         self.tempered = spec.sampling.shows_everything and spec.sampling.temperature != 1
         self.tokens = 0
-        extended = self.tempered or not spec.kept.stored.most_likely
+        extended = self.tempered or not spec.kept.stored.most_likely or spec.known_ids is not None
         arguments = self._arguments(spec)
         if extended:
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
@@ -44,9 +44,10 @@ class VllmEngine(Engine):
         self._guard = _end_with_this_process()
         if extended:
             temperature = spec.sampling.temperature if self.tempered else None
-            self.llm.collective_rpc("sample_targets", args=(spec.kept.stored.name, spec.kept.kept, spec.seed, temperature))
+            asked = (spec.kept.stored.name, spec.kept.kept, spec.seed, temperature, spec.known_ids)
+            self.llm.collective_rpc("sample_targets", args=asked)
         self._params = vllm.SamplingParams
-        self._sampling = self._sampling_arguments(spec.sampling)
+        self._sampling = self._sampling_arguments(spec.sampling, spec.end_ids)
 
     def _arguments(self, spec: EngineSpec) -> dict[str, Any]:
         """What `vllm.LLM` is made from, before `teacher.engine_args`."""
@@ -77,7 +78,7 @@ class VllmEngine(Engine):
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(spec.max_model_len, 2048)}
         return arguments
 
-    def _sampling_arguments(self, sampling: Generate) -> dict[str, Any]:
+    def _sampling_arguments(self, sampling: Generate, end_ids: Sequence[int]) -> dict[str, Any]:
         """What `vllm.SamplingParams` are made from, beside the seed of the request."""
         from vllm.sampling_params import StructuredOutputsParams
 
@@ -88,6 +89,7 @@ class VllmEngine(Engine):
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
             "min_tokens": sampling.min_tokens,
+            "stop_token_ids": list(end_ids),
             "logprobs": None if sampling.rereads else self.kept.kept + self.tempered,
             "flat_logprobs": True,
             "detokenize": False,

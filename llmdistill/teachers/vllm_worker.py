@@ -18,7 +18,14 @@ class SampleTargets:
 
     model_runner: Any
 
-    def sample_targets(self, kind: str, kept: int | str, seed: int | str, temperature: float | None = None) -> None:
+    def sample_targets(
+        self,
+        kind: str,
+        kept: int | str,
+        seed: int | str,
+        temperature: float | None = None,
+        known_ids: int | str | None = None,
+    ) -> None:
         """From now on, log-probabilities are returned of the tokens that a kind of targets keeps.
 
         Args:
@@ -27,6 +34,7 @@ class SampleTargets:
             seed: of the draw.
             temperature: that of the sampling; where one more log-probability than `kept` is asked for, it is
                 log Σ p^(1/temperature), what a tempered log-probability is short of being normalised.
+            known_ids: ids from here on are padding of the output layer: they get no probability.
 
         Raises:
             RuntimeError: this worker's sampler does not return log-probabilities in the known way.
@@ -52,13 +60,27 @@ class SampleTargets:
                 kept_NK = torch.cat([kept_NK, normaliser_N1], dim=1)
             return LogprobsTensors(ids_NK.int(), kept_NK, rank_N)
 
+        own_forward = sampler.forward
+
+        def forward(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return own_forward(_without_padding(logits, known_ids), *args, **kwargs)
+
         sampler.gather_logprobs = gather_logprobs
-        sampler.compute_logprobs = _logprobs
+        sampler.compute_logprobs = lambda logits_NV: _logprobs(_without_padding(logits_NV, known_ids))
+        if known_ids is not None:
+            sampler.forward = forward
 
 
 def _logprobs(logits_NV: torch.Tensor) -> torch.Tensor:
     """What vLLM computes; on a CPU it takes a fifth of the time if the conversion is a pass of its own."""
     return logits_NV.float().log_softmax(dim=-1)
+
+
+def _without_padding(logits_NV: torch.Tensor, known_ids: int | str | None) -> torch.Tensor:
+    """The logits, in place, with those of ids that no tokenizer knows at −inf."""
+    if known_ids is not None:
+        logits_NV[:, int(known_ids) :] = -torch.inf
+    return logits_NV
 
 
 def _log_sum(logprobs_NV: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -98,6 +98,8 @@ class DistillTrainer(trl.SFTTrainer):
         with adapters_on_the_output_layer():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         args.packing, args.padding_free = wanted
+        if self.data_collator.vocab_size is None:  # a teacher may be padded further than its student
+            self.data_collator.vocab_size = self.model.get_output_embeddings().weight.shape[0] or None
         if self.is_fsdp_enabled:
             add_up_in_float32(self.accelerator.state.fsdp_plugin)
         if self.aux_loss_enabled:
@@ -282,7 +284,8 @@ class DistillTrainer(trl.SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, exact means over the tokens since the last log, and the speed."""
-        mode = "train" if self.model.training else "eval"
+        # Not by the model's mode: after an evaluation at the last step, what was not logged yet comes with the summary.
+        mode = "eval" if any(name.endswith("_loss") and name != "train_loss" for name in logs) else "train"
         counted = self._sums[mode]
         if counted:
             reduced = self.accelerator.reduce(torch.stack([counted[name] for name in sorted(counted)]), "sum").tolist()

@@ -1,14 +1,18 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
 import statsmodels.stats.contingency_tables
 import statsmodels.stats.multitest
 import statsmodels.stats.power
+import statsmodels.stats.proportion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import (
+    Draws,
     check_clusters,
     cluster_numbers,
     clusters_needed,
@@ -16,41 +20,118 @@ from llmdistill.evaluation.statistics import (
     holm,
     mcnemar,
     mean_interval,
+    pairs_interval,
+    ratio,
+    share_interval,
 )
 
 
 def test_the_mean_is_over_tokens_not_over_rows():
     interval = mean_interval(np.array([1.0, 30.0]), np.array([1, 10]), draw_clusters(2, 200, 0))
     assert interval.mean == 31 / 11
-    assert (interval.low, interval.high) == (1.0, 3.0)
+    assert interval.low < 1
+    assert interval.high > 3
+    kl = Draws.of(["a", "b"], 200, 0).interval(np.array([1.0, 30.0]), np.array([1, 10]), least=0)
+    assert kl["low"] == 0, "a quantity that is never negative has no interval below zero"
 
 
-def test_agrees_with_scipy():
+def test_the_standard_error_agrees_with_scipy():
     generator = np.random.default_rng(0)
     tokens = generator.integers(5, 60, size=80)
     sums = tokens * generator.gamma(2, 1, size=80)
-    got = mean_interval(sums, tokens, draw_clusters(80, 20_000, 1))
+    got = ratio(sums, tokens, draw_clusters(80, 20_000, 1))
 
-    def ratio(s, t, axis):
+    def of_sums(s, t, axis):
         return s.sum(axis) / t.sum(axis)
 
-    want = scipy.stats.bootstrap((sums, tokens), ratio, paired=True, n_resamples=20_000, method="percentile", rng=2)
-    np.testing.assert_allclose([got.low, got.high], want.confidence_interval, rtol=0.01)
+    want = scipy.stats.bootstrap((sums, tokens), of_sums, paired=True, n_resamples=20_000, method="percentile", rng=2)
+    assert got.error == pytest.approx(want.standard_error, rel=0.03)
+    assert got.values.std() == pytest.approx(want.standard_error, rel=0.03)
+    interval = got.interval()
+    student = scipy.stats.t.ppf(0.975, 79) * got.error
+    assert interval.low <= got.value - student + 1e-12
+    assert interval.high >= got.value + student - 1e-12
+    np.testing.assert_allclose([interval.low, interval.high], want.confidence_interval, rtol=0.04)
 
 
-def test_the_paired_difference_agrees_with_scipy():
-    generator = np.random.default_rng(5)
-    first = generator.random(200) < 0.7
-    second = np.where(generator.random(200) < 0.8, first, ~first)
-    difference = first.astype(float) - second
-    got = mean_interval(difference, np.ones(200), draw_clusters(200, 20_000, 1))
+def test_of_equal_clusters_the_error_is_that_of_a_mean():
+    values = np.random.default_rng(1).normal(size=50)
+    got = ratio(values, np.ones(50), draw_clusters(50, 10, 0))
+    assert got.error == pytest.approx(scipy.stats.sem(values), rel=1e-12)
 
-    def of_means(a, b, axis):
-        return a.mean(axis) - b.mean(axis)
 
-    data = (first.astype(float), second.astype(float))
-    want = scipy.stats.bootstrap(data, of_means, paired=True, n_resamples=20_000, method="percentile", rng=2)
-    np.testing.assert_allclose([got.low, got.high], want.confidence_interval, atol=0.006)
+@pytest.mark.parametrize(("right", "items"), [(0, 40), (1, 40), (20, 40), (40, 40), (3, 12)])
+def test_a_share_has_wilsons_interval(right, items):
+    """Of independent items it is that of statsmodels; with none or all of them right it has a width, too."""
+    hits = (np.arange(items) < right).astype(float)
+    got = share_interval(hits, np.ones(items), draw_clusters(items, 100, 0))
+    want = statsmodels.stats.proportion.proportion_confint(right, items, method="wilson")
+    np.testing.assert_allclose([got.low, got.high], want, atol=1e-6)
+    assert got.high > got.low
+    by_rows = Draws.of([str(n) for n in range(items)], 100, 0).share(hits, np.ones(items))
+    assert by_rows == dataclasses.asdict(got)
+
+
+def test_items_that_are_all_alike_in_a_cluster_count_as_one():
+    """Twelve clusters of ten equal items say as much as twelve items, but for the quantile."""
+    hits = np.where(np.arange(12) < 7, 10.0, 0.0)
+    got = share_interval(hits, np.full(12, 10.0), draw_clusters(12, 100, 0))
+    alone = share_interval(hits / 10, np.ones(12), draw_clusters(12, 100, 0))
+    assert got.high - got.low == pytest.approx(1.15 * (alone.high - alone.low), rel=0.03)
+
+
+def test_pairs_by_hand():
+    """Three items that only the first has right, one that only the second has, six where they agree."""
+    got = pairs_interval(np.array([1, 1, 1, -1, 0, 0, 0, 0, 0, 0]))
+    centre, half = 4 / 12 - 2 / 12, 1.959964 * np.sqrt((6 / 12 - (2 / 12) ** 2) / 12)
+    assert got.mean == 0.2
+    np.testing.assert_allclose([got.low, got.high], [centre - half, centre + half], rtol=1e-6)
+    same = Draws.of(list("abcdefghijkl"), 50, 0).pairs(np.zeros(12))
+    assert same["low"] <= 0 < same["high"], "no difference in twelve items is not no difference"
+
+
+def clusters(generator, n):
+    return generator.integers(5, 60, size=n).astype(float)
+
+
+def normal(generator, n):
+    sizes = clusters(generator, n)
+    return (generator.normal(0.2, 0.5, size=n) * sizes, sizes), 0.2, Draws.interval
+
+
+def skewed(generator, n):
+    """As the KL of a student: many texts with little, some with much of it."""
+    sizes = clusters(generator, n)
+    return (generator.exponential(0.8, size=n) * sizes, sizes), 0.8, Draws.interval
+
+
+def tokens_alike(generator, n):
+    """Shares of tokens that depend on the text that they are in."""
+    sizes = clusters(generator, n)
+    return (generator.binomial(sizes.astype(int), generator.beta(6, 4, size=n)).astype(float), sizes), 0.6, Draws.share
+
+
+def right_or_wrong(generator, n):
+    return (generator.binomial(1, 0.7, size=n).astype(float), np.ones(n)), 0.7, Draws.share
+
+
+def pairs(generator, n):
+    """Where the models differ on two items in five; on fewer of few items, all that can happen is in most intervals."""
+    return (generator.choice([1.0, -1.0, 0.0], size=n, p=[0.3, 0.1, 0.6]),), 0.2, Draws.pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [12, 34, 200])
+@pytest.mark.parametrize("quantity", [normal, skewed, tokens_alike, right_or_wrong, pairs])
+def test_nineteen_in_twenty_intervals_hold_the_true_value(quantity, n):
+    """The share over 700 samples, whose own standard error is 0.008, is between 0.93 and 0.97, give or take two of those."""
+    generator = np.random.default_rng(n)
+    held, count = 0, 700
+    for seed in range(count):
+        given, truth, interval = quantity(generator, n)
+        got = interval(Draws.of([str(number) for number in range(n)], 400, seed), *given)
+        held += got["low"] <= truth <= got["high"]
+    assert 0.913 < held / count < 0.987
 
 
 @pytest.mark.slow
@@ -138,8 +219,8 @@ def test_no_difference_needs_no_number():
 def test_too_few_clusters():
     with pytest.raises(InputError, match=r"eval: 1 prompts, but an interval needs at least 2; raise eval.held_out"):
         check_clusters(1, "prompts", "raise eval.held_out")
-    assert check_clusters(2, "prompts", "").startswith("only 2 prompts: with fewer than 30, ")
-    assert check_clusters(30, "prompts", "") is None
+    assert check_clusters(2, "prompts", "").startswith("only 2 prompts: with fewer than 12, ")
+    assert check_clusters(12, "prompts", "") is None
 
 
 def test_cluster_numbers():

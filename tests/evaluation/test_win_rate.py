@@ -11,6 +11,7 @@ from llmdistill.curation import judge
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
 from llmdistill.evaluation import win_rate
+from llmdistill.evaluation.statistics import Draws
 from llmdistill.evaluation.win_rate import Comparison, length_controlled, write_answers
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.runs.progress import StageBar
@@ -51,7 +52,7 @@ def compared(tiny, directory, monkeypatch, pairs, prefers, probability=0.9, **se
     monkeypatch.setattr(win_rate, "write_answers", lambda model, rows, *_: answers[model][: len(rows)])
     rows = [{"id": f"r{n}", "prompt": [{"role": "user", "content": f"question {n}"}]} for n in range(len(pairs))]
     models = {"student": "the student", "teacher": "the teacher"}
-    got = Comparison(wanted, wanted.eval.win_rate).measure(models, rows, tokenizer, [2], directory)
+    got = Comparison(wanted, wanted.eval.win_rate).measure(models, rows, [row["id"] for row in rows], tokenizer, [2], directory)
     assert models == {}  # the judge has the memory
     return got
 
@@ -121,7 +122,7 @@ def test_the_teacher_as_its_own_judge_is_told(tiny, tmp_path, monkeypatch):
 def test_only_the_first_of_a_prompts_rows_counts(tiny, tmp_path):
     prompts = [np.array([{"role": np.str_("user"), "content": np.str_(text)}]) for text in "aabcd"]  # as a dataset may give them
     rows = [{"id": str(n), "prompt": prompt} for n, prompt in enumerate(prompts)]
-    assert [row["id"] for row in win_rate._distinct(rows, 3)] == ["0", "2", "3"]
+    assert [row["id"] for row in win_rate._distinct(rows, "abcde", 3)] == ["0", "2", "3"]
 
 
 def test_answers_written_together_are_those_written_alone(tiny):
@@ -136,44 +137,49 @@ def test_answers_written_together_are_those_written_alone(tiny):
         assert answer == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def controlled_rate(outcome, longer):
+    """As a share, of prompts that have nothing to do with each other."""
+    draws = Draws.of([str(n) for n in range(len(outcome))], 2, 0)
+    return 1 / (1 + np.exp(-length_controlled(outcome, longer, draws).value))
+
+
 def test_where_length_alone_decides_the_controlled_rate_is_one_half():
     generator = np.random.default_rng(1)
     longer = generator.normal(120, 200, 400)  # the student writes more, and the judge likes it
     outcome = (longer > 0).astype(float)
     assert outcome.mean() > 0.7
-    controlled = length_controlled(outcome, longer, np.ones((1, 400)))[0]
-    assert controlled == pytest.approx(0.5, abs=0.05)
+    assert controlled_rate(outcome, longer) == pytest.approx(0.5, abs=0.05)
     noisy = (generator.random(400) < 1 / (1 + np.exp(-longer / 150))).astype(float)
-    assert length_controlled(noisy, longer, np.ones((1, 400)))[0] == pytest.approx(0.5, abs=0.08)
+    assert controlled_rate(noisy, longer) == pytest.approx(0.5, abs=0.08)
 
 
 def test_where_length_does_not_matter_the_controlled_rate_is_the_win_rate():
     generator = np.random.default_rng(2)
     longer = generator.normal(100, 100, 2000)
     outcome = generator.choice([0, 0.5, 1], size=2000, p=[0.2, 0.2, 0.6])
-    assert length_controlled(outcome, longer, np.ones((1, 2000)))[0] == pytest.approx(outcome.mean(), abs=0.04)
+    assert controlled_rate(outcome, longer) == pytest.approx(outcome.mean(), abs=0.04)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_fit_is_the_one_that_scipy_finds(seed):
     generator = np.random.default_rng(seed)
     longer, outcome = generator.normal(30, 80, 50), generator.choice([0, 0.25, 0.5, 1], size=50)
-    weights = generator.multinomial(50, np.full(50, 0.02), size=3)
+    draws = Draws.of([str(n) for n in range(50)], 3, seed)
     x = np.tanh(longer / longer.std())
 
     def loss(coefficients, weight):
         z = coefficients[0] + coefficients[1] * x
         return (weight * (np.logaddexp(0, z) - outcome * z)).sum() + 0.005 * (coefficients**2).sum()
 
-    want = [scipy.optimize.minimize(loss, np.zeros(2), (weight,), tol=1e-10).x[0] for weight in weights]
-    np.testing.assert_allclose(length_controlled(outcome, longer, weights), 1 / (1 + np.exp(-np.array(want))), atol=1e-5)
+    want = [scipy.optimize.minimize(loss, np.zeros(2), (weight,), tol=1e-10).x[0] for weight in draws.draws]
+    np.testing.assert_allclose(length_controlled(outcome, longer, draws).values, want, atol=1e-4)
 
 
 def test_the_fit_is_finite_where_one_always_wins():
     lengths = np.arange(40.0)
-    assert 0.98 < length_controlled(np.ones(40), lengths - 20, np.ones((1, 40)))[0] < 1
-    assert length_controlled(np.ones(40), np.zeros(40), np.ones((1, 40)))[0] > 0.98
-    assert length_controlled(np.full(40, 0.5), lengths, np.ones((1, 40)))[0] == pytest.approx(0.5)
+    assert 0.98 < controlled_rate(np.ones(40), lengths - 20) < 1
+    assert controlled_rate(np.ones(40), np.zeros(40)) > 0.98
+    assert controlled_rate(np.full(40, 0.5), lengths) == pytest.approx(0.5)
 
 
 def test_what_cannot_compare_is_refused(tiny, tmp_path):

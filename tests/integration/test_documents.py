@@ -101,7 +101,7 @@ def test_every_row_knows_the_passage_that_it_comes_from(made):
     assert len(rows)
     for row in rows:
         metadata = json.loads(str(row["metadata"]))
-        source, (step,) = metadata["lineage"]["source"], metadata["lineage"]["steps"]
+        source, (step,) = metadata["llmdistill"]["lineage"]["source"], metadata["llmdistill"]["lineage"]["steps"]
         start, end = source["characters"]
         assert (ROOT / source["file"]).read_text()[start:end] == metadata["passage"]
         assert row["prompt"][0]["content"] == step["gave"]["instruction"]

@@ -113,7 +113,7 @@ def test_a_limit_stops_reading(put):
     [
         ({}, {"source": "a.jsonl"}, "a.jsonl: no such file (prompts.source)"),
         ({}, {"source": "*.md"}, "prompts.source: *.md matches no file"),
-        ({"d/a.png": ""}, {"source": "d"}, "prompts.source: d holds no file that ends in one of .jsonl, .csv"),
+        ({"d/a.png": ""}, {"source": "d"}, "prompts.source: d holds no file that ends in one of .jsonl, .json, .csv"),
         ({"a.xlsx": ""}, {"source": "a.xlsx"}, "prompts.source: a.xlsx is no file that ends in one of"),
         ({"d/a.md": "x", "d/b.csv": "x"}, {"source": "d"}, "both tables and documents (.csv, .md); use a glob such as *.csv"),
         ({"a.jsonl": "\n"}, {"source": "a.jsonl"}, "a.jsonl: holds no prompts"),

@@ -361,7 +361,8 @@ def test_prompts_of_other_content_or_turns_are_not_one():
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     prompts = [[*turns, {"role": "user", "content": f"c{n}"}] for n in range(20)]
     assert sides(prompts) == {True, False}
-    assert len(sides(prompts, metadata=['{"conversation": "x"}'] * 20)) == 1
+    assert len(sides(prompts, metadata=['{"llmdistill": {"conversation": "x"}}'] * 20)) == 1
+    assert len(sides(prompts, metadata=['{"conversation": "x"}'] * 20)) == 2, "a user's field means nothing to us"
     assert sides([[{"role": "system", "content": str(n)}] for n in range(20)]) == {True, False}
     assert sides([[]] * 20, [[{"role": "assistant", "content": str(n)}] for n in range(20)]) == {True, False}
 

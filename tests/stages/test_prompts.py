@@ -490,7 +490,7 @@ def test_other_settings_or_another_template_are_refused_with_the_difference(expe
             [{"magpie": {}}],
             None,
             {"sampling": {"max_tokens": 256}},
-            "prompts.sampling.max_tokens: the shortest question and the longest answer are 257",
+            "prompts.sampling.max_tokens: the shortest question and the longest answer are more than the context of 256",
         ),
     ],
 )
@@ -529,7 +529,8 @@ def test_every_row_of_the_dataset_knows_its_ancestors(experiment, teach):
     generate(chosen)
     table = pq.read_table(sorted(chosen.directory("data").glob("train-*.parquet")))
     metadata = [json.loads(text) for text in table["metadata"].to_pylist()]
-    assert [(row["lineage"]["source"]["line"], row["lineage"]["steps"][0]["step"]) for row in metadata] == [
+    lineages = [row.pop("llmdistill")["lineage"] for row in metadata]
+    assert [(row["source"]["line"], row["steps"][0]["step"]) for row in lineages] == [
         (1, "ask"),
         (2, "ask"),
     ]

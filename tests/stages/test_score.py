@@ -191,7 +191,7 @@ def test_calls_of_tools_are_learned_or_only_stand_before_the_answer(experiment_f
     prompt = tokenizer.decode(rows[-1]["input_ids"][: int(rows[-1]["completion_start"])])
     assert '"description": "adds"' in prompt
     assert called in prompt
-    assert json.loads(str(rows[-1]["metadata"]))["messages"] == conversation["messages"]
+    assert json.loads(str(rows[-1]["metadata"]))["llmdistill"]["messages"] == conversation["messages"]
 
 
 def test_plain_text_is_learned_from_its_second_token_on(experiment_file, tmp_path, tiny):

@@ -512,7 +512,7 @@ def test_training_stops_at_the_first_loss_that_is_no_number(tiny, dataset_direct
     def broken(row):
         if row["id"] == "5":
             row["target_logprobs"] = [float("nan")] * len(row["target_logprobs"])
-            row |= {name: float("nan") for name in row.keys() & {"target_entropy"}}
+            row |= {name: [float("nan")] * len(row[name]) for name in row.keys() & {"target_entropy"}}
         return row
 
     rows = load_dataset(dataset_directory)

@@ -23,7 +23,7 @@ import yaml
 from llmdistill import __version__
 from llmdistill.data import targets
 from llmdistill.data.convert import distillkit
-from llmdistill.data.dataset import MANIFEST, SPLITS, Split, read_manifest, shard_files
+from llmdistill.data.dataset import MANIFEST, SPLITS, Split, metadata_and_provenance, read_manifest, shard_files
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
 from llmdistill.runs.progress import StageBar, console
@@ -156,14 +156,24 @@ def _write_jsonl(files: dict[Split, list[Path]], directory: Path, bar: StageBar)
     rows = cut = 0
     for split, shards in files.items():
         with (directory / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
-            for batch in read_parts(shards, ["prompt", "completion", "finish_reason"]):
-                for row in batch.select(["prompt", "completion"]).to_pylist():
-                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for batch in read_parts(shards, ["prompt", "completion", "metadata", "finish_reason"]):
+                for row in batch.select(["prompt", "completion", "metadata"]).to_pylist():
+                    stream.write(json.dumps(_conversation(row), ensure_ascii=False) + "\n")
                 rows += batch.num_rows
                 cut += pc.sum(pc.not_equal(batch["finish_reason"], "stop")).as_py()
                 bar.advance(batch.num_rows)
     told = f"; {cut:,} of them were cut off at max_tokens; a trainer will treat them as complete" if cut else ""
     return _Written(f"{rows:,} rows of text{told}", None)
+
+
+def _conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """Prompt and completion of a row as they were before roles and contents alone were stored, and the tools offered."""
+    _, provenance = metadata_and_provenance(row["metadata"])
+    if "messages" not in provenance:
+        return {"prompt": row["prompt"], "completion": row["completion"]}
+    *prompt, answer = provenance["messages"]
+    tools = {"tools": provenance["tools"]} if provenance.get("tools") else {}
+    return {"prompt": prompt, "completion": [answer], **tools}
 
 
 def _write_preferences(source: Path, files: dict[Split, list[Path]], directory: Path, bar: StageBar) -> _Written:
@@ -175,17 +185,18 @@ def _write_preferences(source: Path, files: dict[Split, list[Path]], directory: 
             losers[pair["chosen"]].append(pair)
     wanted = {pair["rejected"] for pairs in losers.values() for pair in pairs}
     texts: dict[str, Any] = {}
-    for batch in read_parts([source / "rejected.parquet"], ["id", "completion"], ROWS_AT_ONCE):
-        texts |= {row["id"]: row["completion"] for row in batch.to_pylist() if row["id"] in wanted}
+    for batch in read_parts([source / "rejected.parquet"], ["id", "prompt", "completion", "metadata"], ROWS_AT_ONCE):
+        texts |= {row["id"]: _conversation(row)["completion"] for row in batch.to_pylist() if row["id"] in wanted}
     written = 0
     for split, shards in files.items():
         with (directory / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
-            for batch in read_parts(shards, ["id", "prompt", "completion"]):
+            for batch in read_parts(shards, ["id", "prompt", "completion", "metadata"]):
                 for row in batch.to_pylist():
                     for pair in losers.get(row["id"], []):
+                        given = _conversation(row)
+                        both = {"chosen": given.pop("completion"), "rejected": texts[pair["rejected"]]}
                         scores = {name: pair[name] for name in ("chosen_score", "rejected_score")}
-                        both = {"chosen": row["completion"], "rejected": texts[pair["rejected"]]}
-                        stream.write(json.dumps({"prompt": row["prompt"], **both, **scores}, ensure_ascii=False) + "\n")
+                        stream.write(json.dumps({**given, **both, **scores}, ensure_ascii=False) + "\n")
                         written += 1
                 bar.advance(batch.num_rows)
     return _Written(f"{written:,} pairs of a better and a worse answer", None)

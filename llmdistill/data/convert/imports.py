@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,19 @@ from llmdistill.data import targets
 from llmdistill.data.convert import distillkit
 from llmdistill.data.convert.exports import KIND_KEY, ROWS_AT_ONCE, read_parts, rows_at_once
 from llmdistill.data.dataset import Row, Shard, Split, rows_to_table, write_manifest, write_shard
+from llmdistill.data.left_out import LeftOut
 from llmdistill.data.targets import Array
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnusableError
+from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import (
     end_token_ids,
     load_config,
     load_tokenizer,
     special_token_ids,
-    tokenise_chat,
     vocabulary_hash,
 )
-from llmdistill.prompting.sources import metadata, read_jsonl
-from llmdistill.prompting.turns import learned_turns
+from llmdistill.prompting.sources import ending_of, metadata, read_jsonl
+from llmdistill.prompting.turns import as_columns, learned_turns
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, console
 
@@ -61,6 +63,7 @@ class _Teacher:
         self.tokenizer = load_tokenizer(model, None, key="--teacher")
         self.vocab_size: int = config.get_text_config().vocab_size
         self.end_token_ids = end_token_ids(model, None, config, self.tokenizer)
+        self.chat = ChatTemplate(self.tokenizer, self.end_token_ids)
         self.described = {
             "teacher": {
                 "model": model,
@@ -94,12 +97,13 @@ def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | No
     """
     if k is not None and (form == "jsonl" or k < 1):
         raise InputError("--k: text has no targets" if form == "jsonl" else f"--k {k}: must be at least 1")
-    files = _files(source, ".jsonl" if form == "jsonl" else ".parquet")
+    files = _files(source, (".jsonl", ".json") if form == "jsonl" else (".parquet",))
     model = _Teacher(teacher)
     with_targets = _TargetsReader(model, k)
+    left_out = LeftOut()
     read: Callable[[Path, str], Iterator[list[Row]]]
     if form == "jsonl":
-        read = partial(_read_text, teacher=model)
+        read = partial(_read_text, teacher=model, left_out=left_out)
     elif form == "axolotl":
         read = partial(with_targets.read, entries_of=_axolotl_entries)
     else:
@@ -108,6 +112,7 @@ def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | No
     sources = {file: record.sha256(file) for members in files.values() for file in members}
     with record.new_directory(out) as unfinished:
         shards = _write_shards(unfinished, files, lambda file: read(file, sources[file]), model.vocab_size)
+        left_out.close("convert", sum(pq.read_metadata(shard.file).num_rows for shard in shards))
         if not shards:
             raise InputError(f"{source}: holds no completions" + ("" if form == "jsonl" else " with targets"))
         description = {
@@ -118,19 +123,20 @@ def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | No
             "determinism": f"imported from {form}: the same files and tokenizer give the same rows",
             "source": {str(file): digest for file, digest in sources.items()},
             "versions": record.versions(),
+            **left_out.described,
         }
         write_manifest(unfinished, shards, description)
     console.print(f"{out} is a dataset; `llmdistill inspect` shows what is in it", markup=False)
 
 
-def _files(source: Path, ending: str) -> dict[Split, list[Path]]:
+def _files(source: Path, endings: tuple[str, ...]) -> dict[Split, list[Path]]:
     """The files to read, those of each split in the order of their names."""
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
-    found = [source] if source.suffix == ending else sorted(source.rglob(f"*{ending}"))
+    found = [source] if source.is_file() else [file for file in sorted(source.rglob("*")) if ending_of(file) in endings]
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(source).parts)]
     if not found:
-        raise InputError(f"{source}: holds no {ending} files")
+        raise InputError(f"{source}: holds no {endings[0]} files")
     test = [file for file in found if file.name.startswith(("test", "validation", "eval"))]
     return {"train": [file for file in found if file not in test], "test": test}
 
@@ -152,7 +158,7 @@ def _write_shards(
 
 
 def _count_parts(file: Path) -> int:
-    if file.suffix == ".jsonl":
+    if ending_of(file) in (".jsonl", ".json"):
         return -(-sum(1 for _ in read_jsonl(file, "SRC")) // ROWS_AT_ONCE)
     try:
         return -(-pq.read_metadata(file).num_rows // rows_at_once(file))
@@ -160,39 +166,38 @@ def _count_parts(file: Path) -> int:
         raise InputError(f"{file}: cannot be read as Parquet: {error}") from None
 
 
-def _read_text(file: Path, digest: str, teacher: _Teacher) -> Iterator[list[Row]]:
-    """Text, in the ids of the teacher's chat template; the log-probabilities of its tokens are not known."""
-    if teacher.tokenizer.chat_template is None:
-        raise InputError(f"--teacher: the tokenizer of {teacher.model} has no chat template; use an instruction-tuned teacher")
-    rows = []
-    for number, fields in read_jsonl(file, "SRC"):
-        rows.append(_text_row(fields, f"{file} line {number}", _row_id(digest, number), teacher))
-        if len(rows) == ROWS_AT_ONCE:
-            yield rows
-            rows = []
-    if rows:
+def _read_text(file: Path, digest: str, teacher: _Teacher, left_out: LeftOut) -> Iterator[list[Row]]:
+    """Text, in the ids of the teacher's chat template; the log-probabilities of its tokens are not known.
+
+    There are as many parts as `_count_parts` says; a row that cannot be used is missing in its part.
+    """
+    lines = read_jsonl(file, "SRC")
+    while part := list(islice(lines, ROWS_AT_ONCE)):
+        rows: list[Row] = []
+        for number, fields in part:
+            origin = f"{file} line {number}"
+            try:
+                rows.append(_text_row(fields, origin, _row_id(digest, number), teacher.chat))
+            except UnusableError as error:
+                left_out.add(error.at(origin))
         yield rows
 
 
-def _text_row(fields: dict[str, Any], origin: str, identity: str, teacher: _Teacher) -> Row:
+def _text_row(fields: dict[str, Any], origin: str, identity: str, chat: ChatTemplate) -> Row:
     turn = next(learned_turns(fields, origin, every=False, tool_calls=True))
-    if turn.plain or turn.uses_tools:
-        held = "text alone" if turn.plain else "tools, or more of a message than role and content"
-        raise InputError(f"{origin}: holds {held}, which `score` reads and `convert` does not")
-    prompt, completion = turn.prompt, turn.completion
-    try:
-        whole, start = tokenise_chat(teacher.tokenizer, prompt, completion)
-    except Exception as error:  # templates raise whatever they like
-        raise InputError(f"{origin}: the teacher's chat template refuses it: {error}") from None
-    completion_ids = np.array(whole[start:], dtype=np.int64)
-    ends = np.flatnonzero(np.isin(completion_ids, teacher.end_token_ids))
-    if len(ends):  # a template may go on after the end token, a teacher does not
-        completion_ids = completion_ids[: ends[-1] + 1]
-    if not len(completion_ids):
-        raise InputError(f"{origin}: nothing of the completion is left in the teacher's chat template")
-    unknown = np.full(len(completion_ids), np.nan, dtype=np.float32)
-    reason = "stop" if len(ends) else "length"
-    return Row(identity, prompt, completion, whole[:start], completion_ids, reason, unknown, None, metadata=metadata(fields))
+    prompt_ids, completion_ids = turn.token_ids(chat)
+    return Row(
+        identity,
+        as_columns(turn.prompt),
+        as_columns(turn.completion),
+        prompt_ids,
+        np.array(completion_ids, dtype=np.int64),
+        "stop" if completion_ids[-1] in chat.end_ids else "length",
+        np.full(len(completion_ids), np.nan, dtype=np.float32),
+        None,
+        metadata=metadata(fields, ("text",)),
+        provenance={"messages": [*turn.prompt, *turn.completion], "tools": turn.tools} if turn.uses_tools else {},
+    )
 
 
 class _TargetsReader:

@@ -100,6 +100,19 @@ class SoftTargets(ABC):
         """The targets of all positions but the first `start`."""
         return type(self)(*(getattr(self, field.name)[start:] for field in fields(self)))
 
+    def within(self, vocab_size: int) -> Self:
+        """The same without tokens from `vocab_size` on, which a padded output layer has and a tokenizer does not know.
+
+        Their probability goes to the tail, or to the other tokens where there is none. In their place stands another id
+        that weighs nothing.
+
+        Raises:
+            ValueError: there are some, and this kind cannot do without them.
+        """
+        if (self.ids_NK >= vocab_size).any():
+            raise ValueError(f"targets of kind {self.name} are of tokens that the student does not have")
+        return self
+
     @abstractmethod
     def logweights(self) -> Array:
         """Natural logarithms of what the tokens of `ids_NK` weigh, (N, K); −inf where there is no token."""
@@ -168,6 +181,11 @@ class SoftTargets(ABC):
         """What the collator puts into a batch: `target_ids` (N, K), and more whose names begin with `target_`."""
 
     @classmethod
+    def present(cls, picked_NK: "Tensor", batch: Mapping[str, Any]) -> "Tensor":
+        """The student's logits of `target_ids`, as good as −inf where a place holds no token; see `within`."""
+        return picked_NK
+
+    @classmethod
     @abstractmethod
     def loss_parts(
         cls, picked_NK: "Tensor", rest_N1: "Tensor", batch: Mapping[str, Any], objective: "Objective"
@@ -175,7 +193,7 @@ class SoftTargets(ABC):
         """The parts of the loss, by name, of shape (N,): the divergence and always forward KL, as `kl`.
 
         Args:
-            picked_NK: the student's logits of `target_ids`, in float32 or float64.
+            picked_NK: the student's logits of `target_ids`, in float32 or float64, as `present` gives them.
             rest_N1: the log-sum-exp of its other logits if the kind has a tail, else that of all.
             batch: of the collator.
             objective: what to compute.

@@ -1,6 +1,6 @@
 """Columns of soft targets as flat buffers: what the kinds share in encoding and decoding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,11 +29,24 @@ def joined(sequences: Sequence[Any], field: str) -> Array:
     return np.concatenate([getattr(sequence, field) for sequence in sequences])
 
 
-def mean_entropies(sequences: Sequence[Any]) -> "pa.Array":
-    """The mean of each sequence's `entropy_N`, float32."""
-    import pyarrow as pa
+def half_precision(values: Array) -> Array:
+    """Values with float16's precision as float32, whose last bytes are zero and compress to nothing.
 
-    return pa.array(np.array([sequence.entropy_N.mean() for sequence in sequences], dtype=np.float32))
+    Parquet has a float16 of its own, which Spark and DuckDB do not read.
+    """
+    return values.astype(np.float16).astype(np.float32)
+
+
+def entropy_column(sequences: Sequence[Any]) -> "pa.Array":
+    """The teacher's `entropy_N` at every position."""
+    lengths = np.array([len(sequence.entropy_N) for sequence in sequences])
+    return list_array(half_precision(joined(sequences, "entropy_N")), lengths)
+
+
+def entropies_of(row: Mapping[str, Any], positions: int) -> Array:
+    """What `entropy_column` has stored of the first so many positions; older rows have one mean for all of theirs."""
+    stored = np.asarray(row["target_entropy"], dtype=np.float32)
+    return stored[:positions] if stored.ndim else np.full(positions, stored)
 
 
 def by_position(flat: Array, positions: int) -> Array:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from llmdistill.data.targets.columns import Array, id_type, list_array, mean_entropies
+from llmdistill.data.targets.columns import Array, entropies_of, entropy_column, id_type, list_array
 from llmdistill.data.targets.unbiased import UnbiasedSample
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Multinomial(UnbiasedSample):
             "target_ids": list_array(np.concatenate(gaps).astype(id_type(vocab_size)), sizes),
             "target_counts": list_array(np.concatenate(counts).astype(np.uint8), sizes),
             "target_distinct": list_array(np.concatenate(distinct).astype(np.uint8), np.array([len(mask) for mask in held])),
-            "target_entropy": mean_entropies(sequences),
+            "target_entropy": entropy_column(sequences),
         }
 
     @classmethod
@@ -77,7 +77,7 @@ class Multinomial(UnbiasedSample):
             "target_ids": np.asarray(row["target_ids"])[:held],
             "target_counts": np.asarray(row["target_counts"])[:held],
             "target_distinct": distinct_N,
-            "target_entropy": np.full(positions, row["target_entropy"], dtype=np.float32),
+            "target_entropy": entropies_of(row, positions),
         }
 
     @classmethod
@@ -89,10 +89,15 @@ class Multinomial(UnbiasedSample):
         counts_NK[held_NK] = columns["target_counts"]
         return cls(gaps_NK.cumsum(axis=1) * held_NK, counts_NK, columns["target_entropy"])
 
+    def within(self, vocab_size: int) -> Self:
+        is_there_NK = self.ids_NK < vocab_size
+        return type(self)(self.ids_NK * is_there_NK, self.counts_NK * is_there_NK, self.entropy_N)
+
     def logweights(self) -> Array:
         """log(count / n), float32."""
         with np.errstate(divide="ignore"):
-            logweights_NK: Array = np.log(self.counts_NK / self.counts_NK.sum(1, keepdims=True), dtype=np.float32)
+            total_N1 = np.maximum(self.counts_NK.sum(1, keepdims=True), 1)
+            logweights_NK: Array = np.log(self.counts_NK / total_N1, dtype=np.float32)
         return logweights_NK
 
     @classmethod

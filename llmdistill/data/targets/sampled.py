@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from llmdistill.data.targets.columns import Array, by_position, id_type, joined, list_array, mean_entropies
+from llmdistill.data.targets.columns import (
+    Array,
+    by_position,
+    entropies_of,
+    entropy_column,
+    half_precision,
+    id_type,
+    joined,
+    list_array,
+)
 from llmdistill.data.targets.unbiased import UnbiasedSample
 
 if TYPE_CHECKING:
@@ -70,13 +79,13 @@ class Sampled(UnbiasedSample):
         ids_NK = joined(sequences, "ids_NK")
         gaps_NK = np.diff(ids_NK, axis=1, prepend=0)
         np.put_along_axis(gaps_NK, exact_N[:, None], np.take_along_axis(ids_NK, exact_N[:, None], axis=1), axis=1)
-        logprobs = joined(sequences, "logweights_NK")[is_exact_NK].astype(np.float16)
+        logprobs = half_precision(joined(sequences, "logweights_NK")[is_exact_NK])
         stored = np.array([int(sequence.exact_N.sum()) for sequence in sequences])
         return {
             "target_ids": list_array(gaps_NK.ravel().astype(id_type(vocab_size)), lengths * k),
             "target_logprobs": list_array(logprobs, stored),
             "target_exact": list_array(exact_N.astype(np.uint8), lengths),
-            "target_entropy": mean_entropies(sequences),
+            "target_entropy": entropy_column(sequences),
         }
 
     @classmethod
@@ -87,7 +96,7 @@ class Sampled(UnbiasedSample):
             "target_ids": np.asarray(row["target_ids"])[: positions * k],
             "target_logprobs": np.asarray(row["target_logprobs"])[: int(exact_N[:positions].sum())],
             "target_exact": exact_N[:positions],
-            "target_entropy": np.full(positions, row["target_entropy"], dtype=np.float32),
+            "target_entropy": entropies_of(row, positions),
         }
 
     @classmethod
@@ -102,6 +111,15 @@ class Sampled(UnbiasedSample):
         logweights_NK = np.full(gaps_NK.shape, -np.inf, dtype=np.float32)
         logweights_NK[is_exact_NK] = columns["target_logprobs"]
         return cls(ids_NK, _share_the_rest(logweights_NK, exact_N), exact_N, columns["target_entropy"])
+
+    def within(self, vocab_size: int) -> Self:
+        is_there_NK = self.ids_NK < vocab_size
+        if is_there_NK.all():
+            return self
+        logweights_NK = np.where(is_there_NK, self.logweights_NK, -np.inf)
+        total_N1 = np.exp(logweights_NK).sum(axis=1, keepdims=True)
+        logweights_NK = (logweights_NK - np.log(np.maximum(total_N1, 1e-30))).astype(np.float32)
+        return type(self)(np.where(is_there_NK, self.ids_NK, 0), logweights_NK, self.exact_N, self.entropy_N)
 
     def logweights(self) -> Array:
         return self.logweights_NK

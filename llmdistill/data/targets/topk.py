@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from llmdistill.data.targets.base import SoftTargets
-from llmdistill.data.targets.columns import Array, by_position, id_type, joined, list_array
+from llmdistill.data.targets.columns import Array, by_position, half_precision, id_type, joined, list_array
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,7 +60,7 @@ class TopK(SoftTargets):
         k = sequences[0].ids_NK.shape[1]
         return {
             "target_ids": list_array(joined(sequences, "ids_NK").ravel().astype(id_type(vocab_size)), lengths * k),
-            "target_logprobs": list_array(joined(sequences, "logprobs_NK").ravel().astype(np.float16), lengths * k),
+            "target_logprobs": list_array(half_precision(joined(sequences, "logprobs_NK").ravel()), lengths * k),
             "target_tail": list_array(joined(sequences, "tail_N"), lengths),
         }
 
@@ -77,6 +77,19 @@ class TopK(SoftTargets):
         total_N1 = np.exp(logprobs_NK).sum(axis=1, keepdims=True) + tail_N[:, None]
         ids_NK = by_position(columns["target_ids"].astype(np.int64, copy=False), len(tail_N))
         return cls(ids_NK, logprobs_NK - np.log(total_N1), tail_N / total_N1[:, 0])
+
+    def within(self, vocab_size: int) -> Self:
+        is_there_NK = self.ids_NK < vocab_size
+        if is_there_NK.all():
+            return self
+        # A token of the same position stands for those that are not there, so that no other one is taken out of the tail.
+        filler_N1 = np.take_along_axis(self.ids_NK, is_there_NK.argmax(axis=1)[:, None], axis=1) % vocab_size
+        p_NK = np.exp(self.logprobs_NK)
+        return type(self)(
+            np.where(is_there_NK, self.ids_NK, filler_N1),
+            np.where(is_there_NK, self.logprobs_NK, -np.inf).astype(np.float32),
+            (self.tail_N + (p_NK * ~is_there_NK).sum(axis=1)).astype(np.float32),
+        )
 
     def logweights(self) -> Array:
         return self.logprobs_NK
@@ -98,17 +111,24 @@ class TopK(SoftTargets):
         """Too much probability mass is outside the targets."""
         import pyarrow.compute as pc
 
-        tail, ids = (table.column(name).combine_chunks().flatten() for name in ("target_tail", "target_ids"))
+        tail = pc.list_flatten(table.column("target_tail"))
         mean = pc.mean(tail).as_py()
         if mean is None or mean <= _MASS_OUTSIDE:
             return None
+        ids = pc.sum(pc.list_value_length(table.column("target_ids"))).as_py()
         return (
-            f"targets.k is {len(ids) // len(tail)}, which leaves {mean:.0%} of the teacher's probability mass "
+            f"targets.k is {ids // len(tail)}, which leaves {mean:.0%} of the teacher's probability mass "
             "outside the targets; raise targets.k, or set targets.kind to sampled, which is unbiased"
         )
 
     def batch(self) -> dict[str, Array]:
         return {"target_ids": self.ids_NK, "target_logprobs": self.logprobs_NK, "target_tail": self.tail_N}
+
+    @classmethod
+    def present(cls, picked_NK: "Tensor", batch: Mapping[str, Any]) -> "Tensor":
+        from llmdistill.losses import SMALLEST
+
+        return picked_NK.masked_fill(batch["target_logprobs"].isneginf(), SMALLEST)
 
     @classmethod
     def loss_parts(

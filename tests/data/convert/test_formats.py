@@ -388,11 +388,8 @@ def test_text_in_the_ids_of_the_teacher(tiny, source, tmp_path):
             '{"prompt": [{"role": "assistant", "content": "x"}], "completion": "a"}',
             "line 2: the assistant's turn 2 has none before it",
         ),
-        ('{"text": "a"}', "line 2: holds text alone"),
-        ('{"prompt": "\\ud83d", "completion": "a"}', "line 2: the teacher's chat template refuses it"),
         ('{"prompt": "a", "completion": null}', "line 2: must have `messages`"),
         ('{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}', "line 2: must have `messages`"),
-        ('{"prompt": "a", "completion": [{"role": "assistant", "content": "b", "name": "c"}]}', "line 2: holds tools, or more"),
     ],
 )
 def test_a_bad_line_is_named_and_leaves_nothing(tiny, tmp_path, line, message):
