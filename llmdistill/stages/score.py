@@ -142,6 +142,7 @@ class _Conversations:
         return chat.experiment.teacher.max_model_len or longest
 
     def text(self, index: int) -> Text:
+        assert self.texts is not None
         return self.texts[index]
 
 
