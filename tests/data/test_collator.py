@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from llmdistill.data import targets
-from llmdistill.data.collator import DistillCollator, completion_logits, first_items
+from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits, first_items
+from llmdistill.losses import Objective, distillation_loss
 
 
 def row(ids, start, k=2):
@@ -128,3 +129,26 @@ def test_items_that_fill_a_batch_up_teach_nothing(padding_free, packs, count):
     assert torch.equal(learnt, alone["labels"][alone["labels"] != -100])
     for name in ("lengths", "target_ids", "target_logprobs", "target_tail", "token_weights"):
         assert torch.equal(cut[name], alone[name]), name
+
+
+@pytest.mark.parametrize("weights", ["uniform", "entropy", "certainty"])
+@pytest.mark.parametrize("kind", ["sampled", "multinomial"])
+def test_a_student_that_is_the_teacher_is_at_no_distance_however_rows_are_cut_or_weighted(kind, weights):
+    """The entropy is that of each position: of a row's first positions alone, or some of them weighted, nothing is left over."""
+    generator = np.random.default_rng(0)
+    logits, rows = [], []
+    for length in (9, 14):
+        # Positions that differ: a mean over the row is true of none of them.
+        spread = np.linspace(0.1, 6, length)[:, None]
+        logprobs = torch.from_numpy(generator.normal(size=(length, 50)) * spread).log_softmax(-1)
+        uniform = torch.from_numpy(generator.random((length, targets.KINDS[kind].uniforms(12))))
+        ids = targets.KINDS[kind].keep(logprobs, 12, uniform)
+        soft = targets.KINDS[kind].from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
+        row = {name: column[0].values.to_numpy() for name, column in targets.KINDS[kind].encode([soft], 50).items()}
+        rows.append({"input_ids": np.arange(3 + length), "completion_start": 3, **row})
+        logits.append(logprobs[:5])
+    batch = DistillCollator(0, max_length=8, position_weights=weights)(rows)
+    loss, parts = distillation_loss(torch.cat(logits), completion_labels(batch), batch, Objective("forward_kl", 1.0))
+    assert len(batch["positions"]) == 10
+    assert abs(loss.item()) / batch["token_weights"].sum() < 5e-4
+    assert abs(parts["kl"].item()) / 10 < 5e-4

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmdistill import losses
 from llmdistill.data.collator import DistillCollator, completion_logits, in_place_of_logits, some_tokens
+from llmdistill.data.targets import TopK
 from llmdistill.losses import DIVERGENCES, Objective, fused
 from tests.losses.test_divergences import bucketed, pps_targets, topk
 
@@ -540,3 +541,35 @@ def test_under_ddp_every_parameter_takes_part(name, find_unused, tmp_path, monke
         assert_same(both_losses(model, head, wrapped))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
+@pytest.mark.parametrize("fused_form", [True, False])
+def test_targets_that_the_student_does_not_have_are_part_of_the_rest(loss, fused_form):
+    """A teacher padded further than its student: on the outcomes that both have, in float64."""
+    hidden, layer, labels, _, _ = problem("forward_kl")
+    teacher = torch.randn(N, V + 20, generator=torch.Generator().manual_seed(3)) * 2
+    whole = TopK.from_dense(teacher.log_softmax(-1).numpy(), 12)
+    assert (whole.ids_NK >= V).any()
+    soft = whole.within(V)
+    batch = {name: torch.from_numpy(values) for name, values in soft.batch().items()}
+    labels[::3] = batch["target_ids"][::3, 0]
+    batch |= {"target_kind": "topk", "token_weights": torch.ones(N)}
+    objective = Objective(loss, 0.6)
+    exact = copy.deepcopy(layer).double()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    logits = logits_of(exact_hidden, exact)
+    p_NV, q_NV = teacher.double().softmax(-1), logits.softmax(-1)
+    want = (1 - 0.6) * F.cross_entropy(logits, labels, reduction="sum")
+    for row in range(N):
+        ids = [token for token in whole.ids_NK[row] if token < V]
+        p, q = p_NV[row, ids], q_NV[row, ids]
+        both = [torch.cat([kept, 1 - kept.sum()[None]]).log()[None] for kept in (p, q)]
+        want = want + 0.6 * DIVERGENCES[loss](*both).sum()
+    if fused_form:
+        got, _ = fused.distillation_loss(hidden, fused.Head(layer), labels, batch, objective, chunk_bytes=5 * 4 * V)
+    else:
+        got, _ = losses.distillation_loss(logits_of(hidden, layer), labels, batch, objective)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    for mine, expected in zip(gradients(got, hidden, layer), gradients(want, exact_hidden, exact), strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-3, atol=1e-4)

@@ -17,6 +17,7 @@ from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.errors import NonFiniteError
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models.loading import load_model
+from llmdistill.training.callbacks import trained_tokens
 from llmdistill.training.trainer import rows_in_last_batch
 from tests.factories import make_row, write_rows, write_tiny
 
@@ -581,3 +582,22 @@ def test_arguments_that_do_not_fit(tiny, dataset_directory, text_rows, tmp_path,
     arguments = {**fine, "processing_class": tokenizer_of(tiny), **{name: given(value) for name, value in arguments.items()}}
     with pytest.raises(error, match=message):
         DistillTrainer(load_model(str(tiny), dtype="float32"), **arguments)
+
+
+def test_all_tokens_are_counted_where_the_last_steps_are_not_logged(tiny, dataset_directory, tmp_path):
+    """An evaluation at the end leaves the model in another mode; the last steps come with the summary all the same."""
+    rows = load_dataset(dataset_directory)
+    arguments = {"max_steps": 3, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3, "per_device_train_batch_size": 2}
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, rows=rows, eval_dataset=rows.select(range(4)), **arguments)
+    seen = []
+    count = trainer._count
+
+    def counted(inputs, sums):
+        if trainer.model.training:
+            seen.append(len(inputs["positions"]))
+        count(inputs, sums)
+
+    trainer._count = counted
+    trainer.train()
+    assert len(seen) == 3
+    assert trained_tokens(trainer.state.log_history) == sum(seen)

@@ -140,3 +140,21 @@ def test_what_is_kept_is_that_of_the_distribution(kind):
     later = soft.after(48)
     assert len(later) == 2
     np.testing.assert_array_equal(later.logweights(), soft.logweights()[48:])
+
+
+@pytest.mark.parametrize("kind", ["sampled", "multinomial"])
+def test_a_sample_without_the_padding_still_adds_up_to_one(kind):
+    """The tokens that are left keep their weights relative to each other."""
+    generator = np.random.default_rng(0)
+    logprobs = torch.from_numpy(generator.normal(size=(6, 40)) * 2).log_softmax(-1)
+    uniform = torch.from_numpy(generator.random((6, KINDS[kind].uniforms(9))))
+    ids = KINDS[kind].keep(logprobs, 9, uniform)
+    whole = KINDS[kind].from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
+    left = whole.within(30)
+    assert (whole.ids_NK >= 30).any()
+    assert left.ids_NK.max() < 30
+    weights, before = np.exp(left.logweights()), np.exp(whole.logweights())
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
+    before[whole.ids_NK >= 30] = 0
+    np.testing.assert_allclose(weights, before / before.sum(1, keepdims=True), rtol=1e-4, atol=1e-7)
+    assert whole.within(40).ids_NK is whole.ids_NK or (whole.within(40).ids_NK == whole.ids_NK).all()
