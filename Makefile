@@ -30,13 +30,13 @@ demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml
 
 # Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other. Threads of vLLM
-# servers are not bound to cores, of which they would all take the same.
-PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# servers are not bound to cores, of which they would all take the same. The long files come first, so that both end together.
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3:.readers $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: check $(TEACHER) .torchao .s3 .schemas .mkdocs
-	$(PYTEST) --durations 15
+test: check $(TEACHER) .torchao .s3 .schemas .mkdocs .readers
+	$(PYTEST) --durations 15 tests/integration tests
 
-test-fast: $(TEACHER) .torchao .s3 .schemas
+test-fast: $(TEACHER) .torchao .s3 .schemas .readers
 	$(PYTEST) --ignore=tests/integration -m "not slow"
 
 # Beside the environment, not in it: transformers imports it wherever it finds it, and on a CPU it complains of its GPU parts.
@@ -62,6 +62,10 @@ test-deepspeed: .deepspeed $(TEACHER)
 
 test-gptq: .llmcompressor $(TEACHER)
 	$(BIN)/python -m pytest tests/integration/test_export.py
+
+# What else reads the shards: the tests hold that Polars and DuckDB do.
+.readers: .venv/.ready
+	$(PIP) --target $@ duckdb==2.0.1 polars==2.1.0 polars-runtime-32==2.1.0
 
 # The schemas of SkyPilot and Kubernetes, which jobs are checked against.
 .schemas: .venv/.ready
@@ -93,4 +97,4 @@ gpu-check:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_JSON)
 
 clean:
-	rm -rf .venv .deepspeed .llmcompressor .mkdocs .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .deepspeed .llmcompressor .mkdocs .readers .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
