@@ -11,15 +11,14 @@ import pyarrow as pa
 import yaml
 
 from llmdistill.config.curate import Contamination
-from llmdistill.config.shipped import find
 from llmdistill.curation.ngrams import ngram_hashes, normalised, words
 from llmdistill.curation.steps import Array, Check, CurationStep, StepContext, answers
 from llmdistill.errors import InputError
-from llmdistill.prompting.sources import read_jsonl
+from llmdistill.prompting.sources import TABLES, ending_of, open_text, read_tables
 from llmdistill.runs.record import file_input
 
 _SHORTEST = 8  # words of a string that is looked for inside other text; with fewer, it could be anything's
-_COMMON = 10  # strings that share an n-gram; in more, it is the wording of the tasks, not one of them
+_COMMON = 10  # different strings that share an n-gram; in more, it is the wording of the tasks, not one of them
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,12 @@ def inputs(settings: Contamination, key: str) -> dict[str, str]:
 def contamination(settings: Contamination, context: StepContext) -> Check:
     """By n-grams of words that stand in the files too; every pair of a row and a string that share one is logged."""
     trees = (tree for file in settings.against for tree in _read(Path(file), f"{context.key}.against"))
-    texts = [text for origin, tree in trees for text in _strings(tree, origin)]
+    # A string that stands there several times, as a question does before several answers to it, is one.
+    distinct: dict[tuple[str, ...], _Text] = {}
+    for origin, tree in trees:
+        for text in _strings(tree, origin):
+            distinct.setdefault(tuple(text.words) or (normalised(text.text),), text)
+    texts = list(distinct.values())
     if not texts:
         raise InputError(f"{context.key}.against: {', '.join(settings.against)}: contain no text")
     searched = [text for text in texts if len(text.words) >= min(_SHORTEST, settings.ngram)]
@@ -121,21 +125,37 @@ def _matches(found: list[str], indices: list[_Index], texts: list[_Text]) -> Ite
 
 
 def _read(file: Path, key: str) -> Iterator[tuple[str, Any]]:
-    """What a file holds, each part with its place: the lines of JSONL, of others the whole."""
-    if file.suffix == ".jsonl":
-        yield from ((f"{file} line {number}", fields) for number, fields in read_jsonl(file, key))
+    """What a file holds, each part with its place: the rows of a table, the lines of a text and all of it."""
+    ending = ending_of(file)
+    if ending in TABLES and not (ending == ".json" and _is_tree(file, key)):
+        yield from ((entry.origin, entry.fields) for entry in read_tables(str(file), key))
         return
+    content = _content(file, key)
+    if ending in (".json", ".yaml", ".yml"):
+        try:
+            yield str(file), json.loads(content) if ending == ".json" else yaml.safe_load(content)
+        except (ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{file}: cannot be read ({key}): {' '.join(str(error).split())}") from None
+        return
+    yield str(file), content
+    yield from ((f"{file} line {number}", line) for number, line in enumerate(content.split("\n"), start=1) if line.strip())
+
+
+def _is_tree(file: Path, key: str) -> bool:
+    """Whether a JSON file is one value and not one a line."""
     try:
-        content = find(file).read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            tree = json.loads(content)
-        elif file.suffix in (".yaml", ".yml"):
-            tree = yaml.safe_load(content)
-        else:
-            tree = content
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        json.loads(_content(file, key))
+    except ValueError:
+        return False
+    return True
+
+
+def _content(file: Path, key: str) -> str:
+    try:
+        with open_text(file, "\n") as stream:
+            return stream.read()
+    except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read ({key}): {' '.join(str(error).split())}") from None
-    yield str(file), tree
 
 
 def _strings(tree: Any, origin: str) -> Iterator[_Text]:

@@ -11,11 +11,12 @@ from llmdistill.curation.steps import Check, CurationStep, StepContext, answers,
 # Shapes of the tokens that mark turns in chat templates, where they were written as text.
 _MARKERS = re.compile(
     r"<\|[a-z_]{2,30}\|>|<｜[^｜\n]{2,30}｜>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
-    r"|^\s*### ?(?:Instruction|Response|Input|Human|Assistant)\b:?",
+    r"|^[ \t]*### ?(?:Instruction|Response|Input|Human|Assistant):",
     re.MULTILINE,
 )
-_ROLE = re.compile(r"^\s*\**(User|Human|Assistant)\**\s*:", re.MULTILINE)
-_FENCE = re.compile(r"^\s{0,3}(?:[-*+>] |\d+[.)] )*\s*(`{3,}|~{3,})(.*)$", re.MULTILINE)
+_STRUCK = re.compile(r"<s>(?:(?!</?s>).)*</s>", re.DOTALL)  # text struck through in HTML
+_ROLE = re.compile(r"^[ \t]*\**(User|Human|Assistant)\**[ \t]*:", re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]{0,3}(?:[-*+>] |\d+[.)] )*[ \t]*(`{3,}|~{3,})(.*)$", re.MULTILINE)
 
 
 def malformed(settings: Malformed, context: StepContext) -> Check:
@@ -37,7 +38,8 @@ def malformation(question: str, answer: str) -> str | None:
     prose = _without_code(answer)
     if prose is None:
         return "a code fence is left open"
-    marker = next((m[0].strip() for m in _MARKERS.finditer(prose) if m[0].strip() not in question), None)
+    unmarked = _STRUCK.sub("", prose)
+    marker = next((m[0].strip() for m in _MARKERS.finditer(unmarked) if m[0].strip() not in question), None)
     if marker:
         return f"the marker {marker}"
     role = next((m for m in _ROLE.finditer(prose) if m[1].lower() not in question.lower()), None)

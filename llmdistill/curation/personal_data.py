@@ -15,6 +15,12 @@ from llmdistill.curation.steps import Check, CurationStep, StepContext, whole_te
 
 _SURE = 0.4  # presidio's score from which a match counts; bare digits in the form of a social security number have 0.05
 _NUMBER_BEFORE = re.compile(r"\d[.,]?\Z")
+_LOOK_BACK = 40  # characters
+_PHONE_WORD = re.compile(
+    r"\b(?:phone|telephone|tel|mobile|cell|fax|call|whatsapp|text|hotline|contact)\b[^\n]{0,20}\Z", re.IGNORECASE
+)
+_GROUPS = re.compile(r"\(?\d{2,5}\)?(?:[ ./-]\(?\d{2,5}\)?){1,5}")  # a dash with spaces around it is a minus
+_DATE = re.compile(r"\d{4}([-./])\d{1,2}\1\d{1,2}|\d{1,2}([-./])\d{1,2}\2\d{4}|(?:1[5-9]|20)\d\d[-–/](?:1[5-9]|20)\d\d")
 _EXAMPLE_DOMAIN = re.compile(r"(?:^|[@.])(?:example(?:\.(?:com|net|org|edu))?|test|invalid|localhost)$", re.IGNORECASE)
 _EXAMPLE_PHONE = re.compile(r"55501\d\d$")  # 555-0100 to 555-0199 of any area in North America
 
@@ -35,9 +41,30 @@ def personal_data(settings: PersonalData, context: StepContext) -> Check:
 def _places(recogniser: Any, kind: str, text: str) -> Iterator[int]:
     """Where in the text something of a kind stands that is no example, and no part of a longer number."""
     for result in recogniser.analyze(text, recogniser.supported_entities):
-        is_part = _NUMBER_BEFORE.search(text, 0, result.start) or text[result.end : result.end + 1].isdigit()
-        if result.score >= _SURE and not is_part and not is_example(kind, text[result.start : result.end]):
+        before = text[max(result.start - _LOOK_BACK, 0) : result.start]
+        is_part = _NUMBER_BEFORE.search(before) or text[result.end : result.end + 1].isdigit()
+        found = text[result.start : result.end]
+        if result.score < _SURE or is_part or is_example(kind, found):
+            continue
+        if kind != "phone" or is_phone(found, before):
             yield int(result.start)
+
+
+def is_phone(found: str, before: str) -> bool:
+    """Whether digits are a telephone's and not a quantity, a year or a date, by how they are written.
+
+    Args:
+        found: what may be one.
+        before: the text that it stands behind.
+    """
+    digits = sum(character.isdigit() for character in found)
+    if not 7 <= digits <= 15 or _DATE.fullmatch(found.strip()):
+        return False
+    if "+" in found:
+        return True
+    if before.endswith(("#", ".", "$", "€", "£")):
+        return False
+    return bool(_GROUPS.fullmatch(found.strip())) or bool(_PHONE_WORD.search(before))
 
 
 def is_example(kind: str, found: str) -> bool:

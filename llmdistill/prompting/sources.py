@@ -24,12 +24,12 @@ from llmdistill.prompting.passages import Starts, split_text
 from llmdistill.prompting.template import Fields
 from llmdistill.runs.record import sha256
 
-_TEXT_TABLES = (".jsonl", ".json", ".csv", ".tsv")
-_TABLES = (*_TEXT_TABLES, ".parquet")
+TEXTTABLES_ = (".jsonl", ".json", ".csv", ".tsv")
+TABLES = (*TEXTTABLES_, ".parquet")
 _COMPRESSED = (".gz", ".bz2", ".zst")  # of text tables; decompressed as they are read
 _MARKDOWN = (".md", ".markdown")
 _DOCUMENTS = (*_MARKDOWN, ".txt")
-_KNOWN = ", ".join((*_TABLES, *_DOCUMENTS))
+_KNOWN = ", ".join((*TABLES, *_DOCUMENTS))
 _CONVERSATION = ("messages", "prompt", "completion", "tools")
 csv.field_size_limit(sys.maxsize)  # a cell may be a whole document
 
@@ -143,7 +143,7 @@ def find_files(source: str, key: str) -> list[Path]:
         found = [Path(name) for name in sorted(glob.iglob(source, recursive=True))]  # noqa: PTH207 - absolute ones too
         if not found:
             raise InputError(f"{key}: {source} matches no file")
-    known = [file for file in found if ending_of(file) in (*_TABLES, *_DOCUMENTS) and not file.is_dir()]
+    known = [file for file in found if ending_of(file) in (*TABLES, *_DOCUMENTS) and not file.is_dir()]
     if path.is_dir():  # of a folder, JSON files describe the others
         known = [file for file in known if ending_of(file) != ".json"] or known
     if not known:
@@ -195,17 +195,17 @@ def read_tables(source: str, key: str) -> Iterator[Entry]:
     """
     for file in find_files(source, key):
         if ending_of(file) in _DOCUMENTS:
-            raise InputError(f"{key}: {file} is a document; the text is read from tables ({', '.join(_TABLES)})")
+            raise InputError(f"{key}: {file} is a document; the text is read from tables ({', '.join(TABLES)})")
         yield from _rows(file, key)
 
 
 def ending_of(file: Path) -> str:
     """The ending of a file's name that says what is in it: `.jsonl` of `a.jsonl.gz`."""
     suffix, inner = file.suffix.lower(), Path(file.stem).suffix.lower()
-    return inner if suffix in _COMPRESSED and inner in _TEXT_TABLES else suffix
+    return inner if suffix in _COMPRESSED and inner in TEXTTABLES_ else suffix
 
 
-def _open_text(file: Path, newline: str) -> TextIO:
+def open_text(file: Path, newline: str) -> TextIO:
     """A text file, decompressed if its name says that it is compressed; a byte-order mark is no part of it."""
     stream = pa.input_stream(str(find(file)), compression="detect")
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
@@ -231,7 +231,7 @@ def read_jsonl(file: Path, key: str = "prompts.source") -> Iterator[tuple[int, F
     try:
         # A line ends at a line feed only: the other separators that Python knows may stand inside a string.
         is_array = ending_of(file) == ".json" and _begins_array(file)
-        with _open_text(file, "\n") as stream:
+        with open_text(file, "\n") as stream:
             if is_array:
                 yield from _array(file, stream.read())
                 return
@@ -245,7 +245,7 @@ def read_jsonl(file: Path, key: str = "prompts.source") -> Iterator[tuple[int, F
 
 
 def _begins_array(file: Path) -> bool:
-    with _open_text(file, "\n") as stream:
+    with open_text(file, "\n") as stream:
         return next((line.lstrip()[:1] for line in stream if line.strip()), "") == "["
 
 
@@ -285,7 +285,7 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[Entry]:
     """The rows below the header; a row is named by the line on which it begins."""
     begin = 1
     try:
-        with _open_text(file, "") as stream:
+        with open_text(file, "") as stream:
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = next(reader, [])
             if len(set(header)) < len(header):

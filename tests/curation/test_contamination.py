@@ -1,5 +1,8 @@
+import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,7 +91,7 @@ def test_against_brute_force(tmp_path_factory, items, chance):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.json", "{", "cannot be read"),
+        ("t.json", "{", "not valid JSON"),
         ("t.yaml", "a: [", "cannot be read"),
         ("t.jsonl", "{}\nx\n", "line 2: not valid JSON"),
         ("t.json", "[1, 2]", "contain no text"),
@@ -102,3 +105,37 @@ def test_files_that_cannot_be_used(tmp_path, name, content, message):
         apply_step(tmp_path, {"contamination": {"against": [str(file)]}}, table(["a"]))
     with pytest.raises(InputError, match="no such file"):
         apply_step(tmp_path, {"contamination": {"against": [str(tmp_path / "nowhere.json")]}}, table(["a"]))
+
+
+@pytest.mark.parametrize("times", [2, 11, 500])
+def test_a_question_is_found_however_often_it_stands_in_the_file(tmp_path, times):
+    lines = (json.dumps({"question": QUESTION, "sample": f"answer {number}"}) + "\n" for number in range(times))
+    file = write(tmp_path, "samples.jsonl", "".join(lines))
+    reasons, facts = apply_step(
+        tmp_path, {"contamination": {"against": [file]}}, table(["eight", "fine"], prompts=[QUESTION, "x"])
+    )
+    assert [reason is not None for reason in reasons] == [True, False]
+    assert facts["common_ngrams"] == 0
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz", "a.txt", "a.json", "a.jsonl.gz", "a.parquet", "lines.json"])
+def test_questions_are_found_in_files_of_every_form(tmp_path, name):
+    """Each cell, line or value is a string of its own, so a short question is found as well as a long one."""
+    short, file = "Who is it?", tmp_path / name
+    rows = [{"question": QUESTION, "answer": "9"}, {"question": short, "answer": "me"}]
+    mark = "\t" if "tsv" in name else ","
+    text = {
+        "csv": f'question{mark}answer\n"{QUESTION}"{mark}9\n{short}{mark}me\n',
+        "txt": f"{QUESTION}\n{short}\n",
+        "json": json.dumps(rows),
+        "jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+    }
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        kind = "jsonl" if name == "lines.json" else name.split(".")[1].replace("tsv", "csv")
+        content = text[kind].encode()
+        file.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    asked = table(["eight", "you", "fine"], prompts=[QUESTION, short, "x"])
+    reasons, _ = apply_step(tmp_path, {"contamination": {"against": [str(file)]}}, asked)
+    assert [reason is not None for reason in reasons] == [True, True, False]

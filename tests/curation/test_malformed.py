@@ -58,3 +58,23 @@ def test_special_tokens_inside_are_found_in_the_ids(tmp_path):
     manifest = {"tokenizer": {"special_token_ids": [0, 2]}}
     reasons, _ = apply_step(tmp_path, {"malformed": None}, rows, manifest=manifest)
     assert reasons == [None, "the special token 2 inside", None]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Prices: <s>20</s> 15 euros, <s>9</s> 7.",
+        "### Input validation\nCheck it.",
+        "### Response\nIt is fine.",
+        "### Human resources\nCall them.",
+    ],
+)
+def test_html_and_headings_are_no_marks_of_a_template(answer):
+    assert malformation("q", answer) is None
+
+
+@pytest.mark.parametrize("unit", ["\n", "\n ", "```\n", "~~~\n```\n", "### ", "<s>", "- ", "User", "<think>"])
+@pytest.mark.timeout(120)
+def test_the_time_grows_with_the_length_alone(unit):
+    """400,000 characters of one thing take no second; where the time is quadratic they take an hour."""
+    malformation("q", "a" + unit * (400_000 // len(unit)) + "b")

@@ -58,3 +58,33 @@ def test_prompts_are_looked_at_too_and_kinds_can_be_chosen(tmp_path):
 )
 def test_examples(kind, text, example):
     assert is_example(kind, text) is example
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Newton wrote it in 1687.",
+        "The budget rose by 3000 - 2920 = 80.",
+        "color: #333333;",
+        "cos C = -0.3571428571",
+        "The lake is 1680 m deep.",
+        "In 2019-2020 it was warm.",
+        "on 2023-10-05 he left",
+        "1 000 000 people and 12 345 678 apples",
+        "He paid $2127365000.",
+        "30 + 2127365000",
+        "ISBN 978-0-306-40615-7",
+        "the years 1999 2000 2001",
+    ],
+)
+def test_numbers_are_no_phones(tmp_path, text):
+    assert apply_step(tmp_path, {"personal_data": {"kinds": ["phone"]}}, table([text]))[0] == [None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Call +1 212-736-5000 now", "(212) 736-5000", "212-736-5000", "my phone is 2127365000", "020 7946 0958", "+49 171 2345678"],
+)
+def test_phones_are_phones(tmp_path, text):
+    (reason,), _ = apply_step(tmp_path, {"personal_data": {"kinds": ["phone"]}}, table([text]))
+    assert reason.startswith("phone at character")

@@ -52,7 +52,7 @@ def test_duckdb(shard):
     duckdb = pytest.importorskip("duckdb", reason="DuckDB is not installed; see .readers in the Makefile")
     file, want = shard
     for name, column in want.items():
-        assert [plain(value) for (value,) in duckdb.sql(f"select {name} from '{file}'").fetchall()] == column  # noqa: S608
+        assert [plain(value) for (value,) in duckdb.sql(f"select {name} from '{file}'").fetchall()] == column
 
 
 def test_spark(shard):
