@@ -47,3 +47,13 @@ def test_patterns_of_ones_own(tmp_path):
     reasons, _ = apply_step(tmp_path, {"refusals": {"patterns": ["by acme", "^(x|xx)+$"]}}, rows)
     assert reasons[:2] == ["by ACME", None]
     assert (type(reasons[2]).__name__, reasons[2]) == ("Failed", "a pattern took more than 1 s")
+
+
+def test_on_sentences_that_the_patterns_were_not_written_for():
+    """Every second sentence of benchmarks/refusals.jsonl; benchmarks/refusals.py prints the counts of docs/curation.md."""
+    lines = (Path(__file__).parents[2] / "benchmarks/refusals.jsonl").read_text().splitlines()
+    sentences = [json.loads(line) for line in lines][1::2]
+    found = [sentence["refusal"] for sentence in sentences if refusal_in(sentence["text"])]
+    assert len(lines) > 300
+    assert sum(found) / len(found) > 0.97
+    assert sum(found) / sum(sentence["refusal"] for sentence in sentences) > 0.88
