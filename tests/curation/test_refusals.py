@@ -1,3 +1,7 @@
+import json
+from pathlib import Path
+
+from llmdistill.curation.refusals import refusal_in
 from tests.curation.steps import apply_step, table
 
 REFUSING = [
