@@ -1,5 +1,6 @@
 """Cards in the Hub's format: what a model or dataset is, what it was made from, and how."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
     if "eval_ce" in results:
         parts = (f"{key} {results[f'eval_{key}']:.3f} nats per token" for key in ("kl", "ce") if f"eval_{key}" in results)
         facts["on validation rows"] = ", ".join(parts)
-    settings = yaml.safe_dump(experiment.model_dump(mode="json", include={"seed", "student", "train"}), sort_keys=False)
+    asked = experiment.model_dump(mode="json", include={"seed", "student", "train"}, exclude_none=True)
+    settings = yaml.safe_dump(asked, sort_keys=False)
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
@@ -145,6 +147,17 @@ A student of `{experiment.teacher.model}`, made with llmdistill.
 {_table(facts)}
 
 {sentence(manifest["teacher"].get("licence", {}))}
+
+## Usage
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", "PATH_OR_NAME_OF_THIS_MODEL")
+print(chat([{{"role": "user", "content": "…"}}], max_new_tokens=256)[0]["generated_text"][-1]["content"])
+```
+
+`vllm serve PATH_OR_NAME_OF_THIS_MODEL` serves it.
 
 ## Configuration
 
@@ -168,6 +181,10 @@ def with_results(card: str, metrics: dict[str, Any]) -> str:
     for metric in metrics_of("models"):
         mean, ends = interval_text(student[metric.name], ".3g", metric.factor)
         facts[f"{metric.definition}, {metric.unit}"] = f"{mean} (95% CI {ends})"
+    for task in (metrics.get("tasks") or {"tasks": []})["tasks"]:
+        mean, ends = interval_text(task["models"]["student"], ".1f", 100)
+        of_teacher, _ = interval_text(task["models"]["teacher"], ".1f", 100)
+        facts[f"{task['name']}, % right"] = f"{mean}% (95% CI {ends}), teacher {of_teacher}%"
     facts["parameters"] = f"{student['parameters']:,}"
     held_out = metrics["held_out"]
     results = f"""{_RESULTS}
@@ -176,9 +193,53 @@ def with_results(card: str, metrics: dict[str, Any]) -> str:
 
 {_table(facts)}
 
-On {held_out["tokens"]:,} tokens that the teacher wrote for {held_out["prompts"]:,} prompts held out of training; intervals by
-bootstrap over the prompts.
+On {held_out["tokens"]:,} tokens that the teacher wrote for {held_out["prompts"]:,} prompts held out of training; intervals over
+the prompts.
 
 """
-    before, found, after = card.partition("## Configuration")
-    return before.partition(_RESULTS)[0] + results + found + after
+    card = without_results(card)
+    place = next((card.index(heading) for heading in ("## Usage", "## Configuration") if heading in card), len(card))
+    return _with_index(card[:place], student, metrics) + results + card[place:]
+
+
+def without_results(card: str) -> str:
+    """A student's card as it was before `eval`."""
+    card = re.sub(rf"^{_RESULTS}\n.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE)
+    head, text = _split(card)
+    head.pop("model-index", None)
+    return _joined(head, text)
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """The YAML that a card begins with, and what follows."""
+    if not card.startswith("---\n"):
+        return {}, card
+    _, head, text = card.split("---\n", 2)
+    return yaml.safe_load(head) or {}, text
+
+
+def _joined(head: dict[str, Any], text: str) -> str:
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{text}" if head else text
+
+
+def _with_index(card: str, student: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """The head with the Hub's `model-index`, which shows results beside the model."""
+    head, text = _split(card)
+    if not head:
+        return card
+    dataset = {"name": "held-out text of the teacher", "type": "llmdistill"}
+    found = [
+        {
+            "type": metric.name,
+            "name": f"{metric.definition}, {metric.unit}",
+            "value": metric.factor * student[metric.name]["mean"],
+        }
+        for metric in metrics_of("models")
+    ]
+    results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": found}]
+    for task in (metrics.get("tasks") or {"tasks": []})["tasks"]:
+        metric = task.get("metric", "acc")
+        value = {"type": metric, "name": metric, "value": task["models"]["student"]["mean"]}
+        about = {"name": task["name"], "type": task["name"]}
+        results.append({"task": {"type": "text-generation"}, "dataset": about, "metrics": [value]})
+    return _joined(head | {"model-index": [{"name": Path(student["path"]).name, "results": results}]}, text)

@@ -149,8 +149,15 @@ def per_token(quantity: str) -> Callable[[Sums], dict[str, float]]:
 
 
 def per_token_share(quantity: str) -> Callable[[Sums], dict[str, float]]:
-    """The share of tokens, with its interval."""
-    return lambda sums: sums.draws.share(sums[quantity], sums.tokens)
+    """The share of tokens, with its interval; the teacher's own has none, being all of them by definition."""
+
+    def compute(sums: Sums) -> dict[str, float]:
+        if sums.model == "teacher":
+            mean = float(sums[quantity].sum() / sums.tokens.sum())
+            return {"mean": mean, "low": mean, "high": mean}
+        return sums.draws.share(sums[quantity], sums.tokens)
+
+    return compute
 
 
 def _bits_per_byte(sums: Sums) -> dict[str, float]:

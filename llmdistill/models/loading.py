@@ -243,18 +243,19 @@ def generation_config(model: str, revision: str | None) -> Any:
 def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a completion; loads no weights.
 
-    Those of the generation configuration (of the model's configuration where there is none), that of the tokenizer, and the
-    one that the chat template writes behind an answer.
+    Those that the model itself ends with, that of the tokenizer, and the one that the chat template writes behind an answer.
     """
+    ends = own_end_ids(model, revision, config, tokenizer)
+    more = [tokenizer.eos_token_id, _end_of_turn(tokenizer)]
+    return ends + [end for end in dict.fromkeys(more) if end is not None and end not in ends]
+
+
+def own_end_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
+    """The tokens that a model ends its text with, from its generation configuration; loads no weights."""
     generation = generation_config(model, revision)
-    ends: list[int] = []
-    for value in (
-        generation.eos_token_id if generation else config.get_text_config().eos_token_id,
-        tokenizer.eos_token_id,
-        _end_of_turn(tokenizer),
-    ):
-        ends += [end for end in ([value] if isinstance(value, int) else value or []) if end not in ends]
-    return ends
+    known = [generation.eos_token_id] if generation else [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+    end = next((value for value in known if value is not None), None)
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:

@@ -39,6 +39,7 @@ def compare(directories: list[Path], out: Path) -> None:
         raise InputError(f"--out {out}: must end in .html")
     names = _names(directories)
     metrics = [read_metrics(directory / "eval" / "metrics.json") for directory in directories]
+    _check_teachers(directories)
     students = [next(model for model in found["models"] if model["name"] == "student") for found in metrics]
     sums, draws = _same_rows(directories)
     differences = _differences(sums, draws)
@@ -72,6 +73,27 @@ def _names(directories: list[Path]) -> list[str]:
         raise InputError("a run is named twice")
     depth = next(depth for depth in range(1, 99) if len({part[-depth:] for part in parts}) == len(parts))
     return ["/".join(part[-depth:]) for part in parts]
+
+
+def _check_teachers(directories: list[Path]) -> None:
+    """Refuse runs whose students were measured against different teachers.
+
+    Raises:
+        InputError: naming the first two.
+    """
+    teachers = {}
+    for directory in directories:
+        run = read_json(directory / "eval" / RUN_FILE) or {}
+        metrics = read_metrics(directory / "eval" / "metrics.json")
+        model = next(found["path"] for found in metrics["models"] if found["name"] == "teacher")
+        teachers[directory] = (run.get("inputs", {}).get(model), model)
+    first, *others = teachers.items()
+    for directory, (fingerprint, model) in others:
+        if fingerprint != first[1][0]:
+            raise InputError(
+                f"{directory} was measured against another teacher, {model}, than {first[0]}, {first[1][1]}: "
+                "the distance from one says nothing of that from the other"
+            )
 
 
 def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:

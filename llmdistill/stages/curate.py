@@ -33,6 +33,7 @@ from llmdistill.data.dataset import (
     write_manifest,
 )
 from llmdistill.errors import InputError
+from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say
 
@@ -115,7 +116,7 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
     started = time.monotonic()
     rows = sum(shard["rows"] for shard in manifest["shards"] if shard["split"] == "train")
     with _scratch(Path(experiment.output)) as scratch, StageBar("curate", rows) as bar:
-        verdicts, accounts = _decide(experiment, manifest, files, scratch, bar)
+        verdicts, accounts, prompts = _decide(experiment, manifest, files, scratch, bar)
         train, test = (int(verdicts.of_split(split).sum()) for split in SPLITS)
         _check_accounts(accounts, len(verdicts), train + test)
         if not train or (not test and experiment.eval.held_out):
@@ -131,6 +132,14 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         write_manifest(directory, shards, _description(manifest, inputs, accounts, len(verdicts)))
         record.finish(directory, _results(manifest, accounts, len(verdicts), train + test, time.monotonic() - started))
         bar.summary = _sum(accounts, train, test)
+    if experiment.eval.held_out:  # said before training, not after it
+        try:
+            warning = check_clusters(prompts, "held-out prompts", "raise eval.held_out")
+        except InputError as error:
+            warning = str(error)
+        if warning:
+            say("warning", warning)
+    return None
 
 
 def _clear(directory: Path) -> None:
@@ -143,6 +152,7 @@ def _description(manifest: dict[str, Any], inputs: dict[str, str], accounts: lis
     """For `dataset.json`."""
     description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
     description |= {"prompts": manifest.get("prompts", [])}
+    description |= {"left_out": manifest["left_out"]} if "left_out" in manifest else {}
     description |= {"source": inputs, "versions": record.versions(), "rows_in": rows_in}
     return description | {"steps": [account.described() for account in accounts]}
 
@@ -202,13 +212,14 @@ def _scratch(output: Path) -> Iterator[Path]:
 
 def _decide(
     experiment: Experiment, manifest: dict[str, Any], files: list[Path], scratch: Path, bar: StageBar
-) -> tuple[Verdicts, list[Account]]:
-    """What becomes of every row, and the account of every step.
+) -> tuple[Verdicts, list[Account], int]:
+    """What becomes of every row, the account of every step, and how many prompts are held out.
 
     The reasons go to `scratch/details.arrow`, a batch for each group of rows.
     """
     accounts = [Account(step.name) for step in experiment.curate]
     steps, held_out = [], []
+    prompts: set[int] = set()
     with ExitStack() as closing:
         details = closing.enter_context(_open_details(scratch))
         checks = []
@@ -222,10 +233,13 @@ def _decide(
         for rows in _whole_prompts(read_batches(files, COLUMNS)):
             step_N, reasons = _look(checks, accounts, rows)
             steps.append(step_N)
-            held_out.append([is_held_out(key, experiment.seed, experiment.eval.held_out) for key in conversation_keys(rows)])
+            keys = conversation_keys(rows)
+            held_out.append([is_held_out(key, experiment.seed, experiment.eval.held_out) for key in keys])
+            kept = zip(keys, held_out[-1], step_N < 0, strict=True)
+            prompts.update(hash(key) for key, held, stays in kept if held and stays)
             details.write_batch(_details(reasons))
             bar.advance(len(rows), _completion_tokens(rows))
-    return Verdicts(np.concatenate(steps), np.concatenate(held_out)), accounts
+    return Verdicts(np.concatenate(steps), np.concatenate(held_out)), accounts, len(prompts)
 
 
 def _whole_prompts(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:

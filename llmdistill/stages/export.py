@@ -12,6 +12,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config.export import Export
 from llmdistill.config.machine import inference_precision
+from llmdistill.data.cards import without_results
 from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
@@ -215,16 +216,19 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
     with StageBar(name, len(held_out.rows)) as bar:
         measured = fidelity(models, held_out.rows, experiment.eval.batch_size, report=bar.advance)
     draws, tokens = held_out.draws, measured["tokens"]
-    return {
+    made = {
         "name": name,
         "path": str(path),
         "how": how,
         "bytes": model_bytes(str(path)),
+        "dtype": dtype,
         "engine": f"transformers {importlib.metadata.version('transformers')}",
         "kl": draws.interval(measured[f"{name} kl"], tokens, least=0),
         "top1": draws.share(measured[f"{name} top1"], tokens),
         "held_out": {"rows": len(held_out.rows), "tokens": int(tokens.sum()), "prompts": draws.draws.shape[1]},
     }
+    record.write_text(path / "README.md", _card(Path(source.model), form, how, made))
+    return made
 
 
 def _serve(experiment: Experiment, model: str, formats: list[dict[str, Any]]) -> dict[str, Any]:
@@ -236,11 +240,21 @@ def _serve(experiment: Experiment, model: str, formats: list[dict[str, Any]]) ->
     return served
 
 
-def _card(model: Path, form: ExportFormat, how: str) -> str:
-    """The student's own card, and what became of it here."""
+def _card(model: Path, form: ExportFormat, how: str, made: dict[str, Any] | None = None) -> str:
+    """The student's own card without its results, which are not those of this form; and what became of it here."""
     card = model / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {model.name}\n"
-    return f"{text.rstrip()}\n\n## This copy\n\nExported by llmdistill as {form.name}: {how}. Loaded by {form.loaded_by}.\n"
+    text = without_results(card.read_text(encoding="utf-8")) if card.is_file() else f"# {model.name}\n"
+    measured = ""
+    if made:
+        (kl, kl_ends), (top1, top1_ends) = interval_text(made["kl"], ".3g"), interval_text(made["top1"], ".1f", 100)
+        held_out = made["held_out"]
+        measured = (
+            f"\nOn {held_out['tokens']:,} tokens for {held_out['prompts']:,} held-out prompts, compared in {made['dtype']}, it is {kl} "
+            f"nats per token from the student before export (95% CI {kl_ends}) and has the same most likely token at {top1}% (95% "
+            f"CI {top1_ends}) of them. The student's own results are in its card.\n"
+        )
+    said = f"Exported by llmdistill as {form.name}: {how}. Loaded by {form.loaded_by}."
+    return f"{text.rstrip()}\n\n## This copy\n\n{said}\n{measured}"
 
 
 def _summary(made: dict[str, Any], whole: int | None) -> str:

@@ -57,7 +57,7 @@ def _view(experiment: Experiment) -> Json:
         "teacher_name": Path(models["teacher"]["path"]).name,
         "held_out": metrics["held_out"],
         "decoding": metrics["decoding"],
-        "warnings": metrics.get("warnings", []),
+        "warnings": [*metrics.get("warnings", []), *_task_warnings(metrics.get("tasks"))],
         "samples": metrics["samples"],
         "cards": _cards(models["teacher"], models["student"], metrics.get("tasks")),
         "tasks": metrics.get("tasks"),
@@ -78,6 +78,13 @@ def _view(experiment: Experiment) -> Json:
         "data": _data(experiment),
         "lineage": _lineage(experiment),
     }
+
+
+def _task_warnings(tasks: Json | None) -> list[str]:
+    """What `eval` has said of single tasks, and of all."""
+    if not tasks:
+        return []
+    return [*tasks["warnings"], *(f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task.get("warning"))]
 
 
 def read_metrics(file: Path) -> Json:

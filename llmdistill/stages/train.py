@@ -29,6 +29,7 @@ from llmdistill.errors import InputError, UnusableError, no_such_key
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import (
     check_model_exists,
+    context_length,
     end_token_ids,
     load_config,
     load_model,
@@ -342,7 +343,7 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
     import torch
 
     from llmdistill.data.importance import effective_sample_size, importance, log_importance
-    from llmdistill.training.packing import check_apart
+    from llmdistill.training.packing import check_apart, row_lengths
     from llmdistill.training.trainer import DistillTrainer
 
     try:
@@ -351,6 +352,13 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
             half = torch.bfloat16 if arguments.bf16 else torch.float16
             with torch.autocast(student.device.type, half, enabled=arguments.bf16 or arguments.fp16):
                 check_apart(student)
+        longest = min(int(row_lengths(dataset).max(initial=0)), arguments.max_length or sys.maxsize)
+        positions = context_length(student.config)
+        if positions and longest > positions:
+            raise ValueError(
+                f"rows have up to {longest:,} tokens, and the student was made for {positions:,}; "
+                f"set train.args.max_length to {positions} or less, or choose another student"
+            )
         if arguments.sequence_alpha:
             rows = effective_sample_size(importance(log_importance(dataset)))
             say(

@@ -247,6 +247,8 @@ def save_student(model: Any, tokenizer: Any, experiment: Experiment, directory: 
     if end_token_ids:
         model.generation_config.eos_token_id = end_token_ids
     model.config.use_cache = True  # off while gradient checkpointing trains it
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
+        model.config.get_text_config().output_router_logits = False  # on for the router's loss of a mixture of experts
     model.to(saved_dtype(experiment)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

@@ -49,6 +49,9 @@ class DistillTrainer(trl.SFTTrainer):
     token; `tokens_per_s`; `tflops` per device; and `mfu`, their share of the device's peak, if that is known. For an
     `eval_dataset` the same parts are logged as `eval_kl` and so on.
 
+    A mixture of experts has its router's load-balancing loss beside it, with the coefficient of its configuration or of
+    `router_aux_loss_coef`, logged as `router`.
+
     With an online `teacher` (a model), the divergence is computed from its full distribution at every step, and the soft
     targets of the dataset are ignored. `hidden` and `attention` then add terms for its hidden states and attention maps,
     with their own weights.
@@ -102,8 +105,13 @@ class DistillTrainer(trl.SFTTrainer):
             self.data_collator.vocab_size = self.model.get_output_embeddings().weight.shape[0] or None
         if self.is_fsdp_enabled:
             add_up_in_float32(self.accelerator.state.fsdp_plugin)
-        if self.aux_loss_enabled:
-            raise ValueError("mixture-of-experts students with a router loss are not supported; set router_aux_loss_coef to 0")
+        text_config = self.model.config.get_text_config()
+        if any(getattr(text_config, name, None) == 0 for name in ("num_local_experts", "num_experts")):
+            self.aux_loss_enabled = text_config.output_router_logits = False  # a dense model of such a family
+        self._router: list[Any] = []  # the router's loss of the last forward, of a mixture of experts
+        if self.aux_loss_enabled:  # TRL has told the model to compute it; as a hook, since logits are not asked for
+            whole = self.model.get_base_model() if getattr(self.model, "peft_config", {}) else self.model
+            whole.register_forward_hook(lambda module, inputs, output: self._router.append(output.aux_loss))
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError(
                 "context and sequence parallelism are not supported: they would separate sequences from their targets"
@@ -227,6 +235,11 @@ class DistillTrainer(trl.SFTTrainer):
             more, parts = self.match.loss(mine, theirs, inputs)
             loss, sums = loss + more, {**sums, **parts}
         weight = inputs["token_weights"].sum()
+        router = self._router[-1] if self._router else None
+        self._router.clear()
+        if router is not None:
+            loss = loss + self.router_aux_loss_coef * router * weight
+            sums = {**sums, "router": router.detach() * len(labels_N)}
         self._count(inputs, {**sums, "loss": loss.detach(), "weight": weight})
         if self.model.training:
             self._step.append((loss.detach(), inputs.get("ids", [])))

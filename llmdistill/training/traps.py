@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from llmdistill.config.student import Student
 from llmdistill.data.targets import kind_of
-from llmdistill.models.loading import end_token_ids, load_config, load_tokenizer, vocabulary_hash
+from llmdistill.models.loading import load_config, load_tokenizer, own_end_ids, vocabulary_hash
 
 _LOOKED_AT = 4096  # rows of the dataset; so that a large one takes no longer
 _ROWS_WITHOUT_END = 0.8
@@ -42,7 +42,7 @@ def end_token(student: Student, manifest: dict[str, Any]) -> str | None:
     tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code, "student.model")
     if vocabulary_hash(tokenizer) != manifest["tokenizer"]["vocabulary_hash"]:
         return None  # it learns from the text alone, with its own end token
-    own, theirs = end_token_ids(student.model, student.revision, config, tokenizer), manifest["tokenizer"]["end_token_ids"]
+    own, theirs = own_end_ids(student.model, student.revision, config, tokenizer), manifest["tokenizer"]["end_token_ids"]
     new = sorted(set(theirs) - set(own))
     if not own or not new:
         return None

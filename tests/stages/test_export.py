@@ -223,7 +223,9 @@ def test_the_card_of_a_copy_says_what_it_is_and_who_loads_it(run):
     assert card.startswith((output / "student/README.md").read_text().rstrip())
     how = "8-bit weights, a scale a row, and 8-bit activations, rounded to the nearest"
     assert made["w8a8"]["how"] == how
-    assert card.endswith(f"## This copy\n\nExported by llmdistill as w8a8: {how}. Loaded by vLLM and transformers.\n")
+    assert f"## This copy\n\nExported by llmdistill as w8a8: {how}. Loaded by vLLM and transformers.\n" in card
+    assert "nats per token from the student before export" in card
+    assert "## Results" not in card, "those are of the student before it was exported"
 
 
 def test_training_sees_the_weights_that_export_writes(tiny):
