@@ -249,9 +249,9 @@ def _card(model: Path, form: ExportFormat, how: str, made: dict[str, Any] | None
         (kl, kl_ends), (top1, top1_ends) = interval_text(made["kl"], ".3g"), interval_text(made["top1"], ".1f", 100)
         held_out = made["held_out"]
         measured = (
-            f"\nOn {held_out['tokens']:,} tokens for {held_out['prompts']:,} held-out prompts, compared in {made['dtype']}, it is "
-            f"{kl} nats per token from the student before export (95% CI {kl_ends}) and has the same most likely token at {top1}% "
-            f"(95% CI {top1_ends}) of them. The student's own results are in its card.\n"
+            f"\nOn {held_out['tokens']:,} tokens for {held_out['prompts']:,} held-out prompts, compared in {made['dtype']}, it "
+            f"is {kl} nats per token from the student before export (95% CI {kl_ends}) and has the same most likely token at "
+            f"{top1}% (95% CI {top1_ends}) of them. The student's own results are in its card.\n"
         )
     said = f"Exported by llmdistill as {form.name}: {how}. Loaded by {form.loaded_by}."
     return f"{text.rstrip()}\n\n## This copy\n\n{said}\n{measured}"
