@@ -1,0 +1,81 @@
+"""What `eval` keeps when it is interrupted, and what it does not take from a model's own settings."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from llmdistill.config import load_experiment
+from llmdistill.evaluation.parts import Parts
+from llmdistill.models.loading import continue_prompts, load_model
+from llmdistill.stages import evaluate as stage
+from llmdistill.stages.curate import curate
+from llmdistill.stages.generate import generate
+from llmdistill.stages.train import train
+
+
+def test_parts_are_measured_once(tmp_path):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"a b": np.arange(3.0), "c": np.ones((2, 2))}
+
+    for _ in range(2):
+        parts = Parts(tmp_path / "parts")
+        found = parts.arrays("x", measure)
+        assert list(found) == ["a b", "c"]
+        np.testing.assert_array_equal(found["c"], np.ones((2, 2)))
+        assert parts.result("y", lambda: [1.5, None]) == [1.5, None]
+    assert len(calls) == 1
+    with pytest.raises(RuntimeError):
+        parts.result("z", lambda: (_ for _ in ()).throw(RuntimeError))
+    assert not list((tmp_path / "parts").glob("z*")), "what was not measured to its end is not there"
+    parts.remove()
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_goes_on_with_what_it_has(experiment_file, monkeypatch):
+    """The texts fail at the first try; the second measures no row again and ends in the same numbers as one in one go."""
+    experiment = load_experiment(experiment_file, [("eval.own_prompts", "2")])
+    for before in (generate, curate, train):
+        before(experiment)
+    fidelity, asked = stage.fidelity, []
+
+    def counted(models, rows, *args, **kwargs):
+        asked.append(len(rows))
+        return fidelity(models, rows, *args, **kwargs)
+
+    monkeypatch.setattr(stage, "fidelity", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "samples", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stage.evaluate(experiment)
+    first = len(asked)
+    assert first > 1, "held-out rows, and the own text of each model"
+    stage.evaluate(experiment)
+    assert len(asked) == first
+    directory = experiment.directory("eval")
+    assert not (directory / "parts").exists()
+    metrics = json.loads((directory / "metrics.json").read_text())
+
+    again = load_experiment(experiment_file, [("eval.own_prompts", "2"), ("eval.samples", "2")])
+    for file in [*directory.iterdir()]:
+        file.unlink()
+    stage.evaluate(again)
+    whole = json.loads((directory / "metrics.json").read_text())
+    for model, other in zip(metrics["models"], whole["models"], strict=True):
+        assert (model["kl"], model["own_text"]) == (other["kl"], other["own_text"])
+    assert metrics["decoding"]["dtype"] == "float32"
+
+
+def test_greedy_text_is_greedy_whatever_the_model_was_published_with(tiny):
+    model = load_model(str(tiny), dtype="float32")
+    plain = continue_prompts(model, [[5, 6, 7], [8, 9]], 12, [2], do_sample=False)
+    model.generation_config.repetition_penalty = 1.8
+    model.generation_config.no_repeat_ngram_size = 2
+    own = model.generation_config
+    assert torch.equal(continue_prompts(model, [[5, 6, 7], [8, 9]], 12, [2], do_sample=False), plain)
+    assert model.generation_config is own, "the model keeps what it was published with"
