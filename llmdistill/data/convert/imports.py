@@ -327,15 +327,18 @@ def _distillkit_entries(batch: pa.RecordBatch, origin: str, config: distillkit.C
             f"{origin}: entries of {width_E.max()} and {packed_width_E.max()} bytes, but {distillkit.CONFIG_FILE} means "
             f"{config.logprob_bytes} and {config.index_bytes}; it must be the configuration of the capture"
         )
-    # A capture that ended with the prompt's log-probabilities has no entry for its last token.
+    # DistillKit's sampler writes no entry for the last token, which the entry before it predicts.
     place_T = np.arange(len(ids_T)) - np.repeat(lengths_B.cumsum() - lengths_B, lengths_B)
-    kept_T = place_T < np.repeat(entries_B, lengths_B)
+    entries_T = np.repeat(entries_B, lengths_B)
+    kept_T = place_T <= entries_T
     begins_B, texts_T, last_T = _texts(batch, lengths_B, origin, kept_T)
-    counted_T = ~last_T
+    has_entry_T = (place_T < entries_T)[kept_T]
+    counted_T = ~last_T & has_entry_T
     if "labels" in batch.schema.names:
         counted_T &= _one_a_token(batch, "labels", lengths_B, origin)[kept_T] >= 0
-    logprob_bytes = stored.astype(np.uint8).reshape(len(counted_T), config.logprob_bytes)[counted_T]
-    index_bytes = packed.astype(np.uint8).reshape(len(counted_T), config.index_bytes)[counted_T]
+    taken_E = counted_T[has_entry_T]
+    logprob_bytes = stored.astype(np.uint8).reshape(len(taken_E), config.logprob_bytes)[taken_E]
+    index_bytes = packed.astype(np.uint8).reshape(len(taken_E), config.index_bytes)[taken_E]
     ids_NK, logprobs_NK = distillkit.decode(logprob_bytes, index_bytes, config)
     return _Entries(ids_T[kept_T], begins_B, texts_T, counted_T, ids_NK, logprobs_NK)
 

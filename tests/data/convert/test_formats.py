@@ -312,9 +312,9 @@ def test_targets_that_are_one_position_late_are_refused(tiny, tmp_path):
 
 
 def test_a_packed_capture_without_labels(tiny, tmp_path):
-    """As DistillKit's packing leaves it: texts numbered in `attention_mask`, no entry for what was cut off at the end."""
+    """As DistillKit's packing leaves it: texts numbered in `attention_mask`, no entry at the last token of a row."""
     ids = [[5, 6, 7, 8, 9, 3, 4], [5, 6, 2, 2, 2]]
-    after = [[6, 7, 99, 9, 3, 77], [6, 99, 2, 2, 2]]  # 99: the token behind a text, which was cut off
+    after = [[6, 7, 99, 9, 3, 4], [6, 99, 2, 2, 2]]  # 99: the token behind a text, which was cut off
     packed = [[list(int(f"{n:016b}{n + 1:016b}", 2).to_bytes(4, "big")) for n in row] for row in after]
     table = {
         "input_ids": ids,
@@ -328,11 +328,11 @@ def test_a_packed_capture_without_labels(tiny, tmp_path):
     rows = list(load_dataset(tmp_path / "out"))
     assert [(row["input_ids"].tolist(), int(row["completion_start"])) for row in rows] == [
         ([5, 6, 7], 1),
-        ([8, 9, 3], 1),
+        ([8, 9, 3, 4], 1),
         ([5, 6], 1),
     ]
     assert rows[0]["target_ids"].reshape(-1, 2).tolist() == [[6, 7], [7, 8]]
-    np.testing.assert_allclose(rows[1]["token_logprobs"], [-0.25, -0.25])
+    np.testing.assert_allclose(rows[1]["token_logprobs"], [-0.25, -0.25, -0.25])
 
 
 def test_text_there_and_back_is_exact(tiny, tmp_path):
@@ -458,3 +458,20 @@ def test_the_command(source, tiny, tmp_path, capsys):
     assert result.returncode == 0, result.stderr
     assert re.search(r"those on the curve by 0\.\d+ on average and at most \d\.\d+", result.stdout)
     assert {path.name for path in tmp_path.iterdir()} == {"full", "out"}
+
+
+def test_a_capture_as_the_sampler_writes_it_keeps_its_last_token(source, tiny, tmp_path):
+    """T tokens and T − 1 entries: the last entry predicts the last token, often the one that ends the text."""
+    export_dataset(source, tmp_path / "dk", "distillkit")
+    for file in (tmp_path / "dk").glob("*.parquet"):
+        table = pq.read_table(file)
+        for name in ("compressed_logprobs", "bytepacked_indices"):
+            column = pa.array([row[:-1] for row in table[name].to_pylist()], table.schema.field(name).type)
+            table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+        pq.write_table(table, file)
+    import_dataset(tmp_path / "dk", tmp_path / "back", "distillkit", str(tiny))
+    for split in ("train", "test"):
+        for row, again in zip(load_dataset(source, split), load_dataset(tmp_path / "back", split), strict=True):
+            assert again["input_ids"].tolist() == row["input_ids"].tolist()
+            assert int(again["completion_start"]) == int(row["completion_start"])
+            assert len(again["target_tail"]) == len(row["target_tail"])
