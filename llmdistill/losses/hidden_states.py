@@ -199,8 +199,18 @@ class LayerMatch:
 
 
 def decoder_layers(model: Any) -> Any:
-    """The model's layers, however DDP or peft wrap it."""
-    return getattr(model, "module", model).get_decoder().layers
+    """The model's layers, however DDP or peft wrap it, and whatever its family calls them.
+
+    Raises:
+        ValueError: it has no such list of layers.
+    """
+    whole = getattr(model, "module", model)
+    count = whole.config.get_text_config().num_hidden_layers
+    found = [module for module in whole.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count]
+    decoder = next((layers for layers in found if type(layers[0]) is type(layers[-1])), None)
+    if decoder is None:
+        raise ValueError(f"{type(whole).__name__} has no list of {count} layers whose hidden states could be compared")
+    return decoder
 
 
 def resolve(layers: Pairs | None, student_layers: int, teacher_layers: int) -> Pairs:
@@ -223,7 +233,9 @@ def resolve(layers: Pairs | None, student_layers: int, teacher_layers: int) -> P
 
 
 def _watched(layer: Any, name: str) -> Any:
-    return layer.self_attn if name == "attention" else layer
+    if name != "attention":
+        return layer
+    return next(getattr(layer, own) for own in ("self_attn", "attn", "attention") if hasattr(layer, own))
 
 
 def _keep(seen: Seen, key: tuple[str, int]) -> Any:

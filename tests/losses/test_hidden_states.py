@@ -5,7 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llmdistill import load_dataset
 from llmdistill.config.student import Prune
@@ -250,3 +251,19 @@ def test_what_cannot_be_compared(tiny, text_rows, tmp_path, arguments, message):
 def test_there_must_be_a_teacher(tiny, text_rows, tmp_path):
     with pytest.raises(ValueError, match="hidden and attention need a teacher"):
         make_trainer(tiny, text_rows, tmp_path, narrow(), alpha=0.0, hidden={})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt"])
+def test_layers_are_found_in_every_family(family):
+    """What is watched is what the model itself returns as hidden states and attention maps."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32}
+    more = {"gpt2": {}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}.get(family, {"intermediate_size": 48})
+    config = CONFIG_MAPPING[family](**sizes, **more, attn_implementation="eager", pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    match = LayerMatch(model, model, Hidden(layers=[[0, 0], [1, 1]]), Attention(layers=[[1, 1]]))
+    ids = torch.randint(3, 99, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), match.watch(model, "teacher") as seen:
+        output = model(input_ids=ids, output_hidden_states=True, output_attentions=True)
+    for layer in (0, 1):
+        torch.testing.assert_close(seen["hidden", layer], output.hidden_states[layer + 1])
+    torch.testing.assert_close(seen["attention", 1], output.attentions[1])
