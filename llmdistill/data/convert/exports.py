@@ -32,6 +32,7 @@ from llmdistill.runs.record import new_directory, sha256, write_text
 KIND_KEY = b"llmdistill.data.targets.kind"  # in a Parquet file's metadata: what the targets in it are
 _TOKENS = 1 << 16  # held at a time
 ROWS_AT_ONCE = 1024
+_MOST_MASS = 1 - 2**-9  # of top-k targets in DistillKit's form: what rounding to float16 adds does not reach 1
 _NO_LOGPROB = -30.0  # e⁻³⁰ is nothing, but finite: −∞ would make 0 · −∞ of a masked position
 
 
@@ -278,7 +279,9 @@ def _write_distillkit(
     for split, shards in files.items():
         with _writer(directory / f"{split}.parquet", schema) as writer:
             for part in _sequences(shards, kind, max(_TOKENS // length, 1)):
-                writer.write_table(pa.table(_distillkit_columns(part, compression, length, pad, loss), schema=schema))
+                writer.write_table(
+                    pa.table(_distillkit_columns(part, compression, length, pad, loss, kind.has_tail), schema=schema)
+                )
                 bar.advance(len(part.lengths_B), len(part.ids_NK))
     compressor = compression.model_dump(mode="json")
     write_text(directory / distillkit.CONFIG_FILE, yaml.safe_dump(compressor, sort_keys=False))
@@ -301,7 +304,7 @@ def _write_distillkit(
 
 
 def _distillkit_columns(
-    part: _Sequences, compression: distillkit.Compression, length: int, pad: int, loss: "_Loss"
+    part: _Sequences, compression: distillkit.Compression, length: int, pad: int, loss: "_Loss", has_tail: bool
 ) -> list[pa.Array]:
     """One batch of rows, filled up to `length`.
 
@@ -323,6 +326,9 @@ def _distillkit_columns(
     soft_T = np.append(part.predicting_T, False)
     ids_TK[soft_T], logprobs_TK[soft_T] = part.ids_NK, part.logprobs_NK
     encoded = distillkit.encode(ids_TK, logprobs_TK, compression)
+    if has_tail:  # as float16, some sums reach 1, and DistillKit takes the logarithm of what is missing to it
+        mass_T1 = np.exp(distillkit.decode(*encoded, compression)[1].astype(np.float64)).sum(axis=1, keepdims=True)
+        encoded = distillkit.encode(ids_TK, logprobs_TK - np.log(np.maximum(mass_T1 / _MOST_MASS, 1)), compression)
     loss.add(part.logprobs_NK, distillkit.decode(encoded[0][soft_T], encoded[1][soft_T], compression)[1])
 
     source_BL = np.full((rows, length), len(part.ids_T))
