@@ -38,8 +38,13 @@ def interval_text(interval: Mapping[str, float], form: str, factor: float = 1, t
         factor: from the interval to what is shown.
         to: what stands between the ends.
     """
-    mean, low, high = (format(factor * interval[key], form) for key in ("mean", "low", "high"))
+    mean, low, high = (_signed(format(factor * interval[key], form)) for key in ("mean", "low", "high"))
     return mean, f"{low}{to}{high}"
+
+
+def _signed(number: str) -> str:
+    """A formatted number without the sign of a zero: not -0.00."""
+    return number.removeprefix("-") if not number.strip("-0.,e+") else number
 
 
 @dataclass(frozen=True)

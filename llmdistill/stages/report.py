@@ -73,6 +73,7 @@ def _view(experiment: Experiment) -> Json:
         "examples": metrics["examples"],
         "intervals": interval_plot((name, model["kl"]) for name, model in models.items() if name != "teacher"),
         "findings": _findings(metrics["differences"]),
+        "verdict": _verdict(metrics["differences"]),
         "cautions": _cautions(metrics, models),
         "training": _training(experiment),
         "data": _data(experiment),
@@ -81,10 +82,8 @@ def _view(experiment: Experiment) -> Json:
 
 
 def _task_warnings(tasks: Json | None) -> list[str]:
-    """What `eval` has said of single tasks, and of all."""
-    if not tasks:
-        return []
-    return [*tasks["warnings"], *(f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task.get("warning"))]
+    """What `eval` has said of single tasks; what it has said of all stands below their table."""
+    return [f"{task['name']}: {task['warning']}" for task in (tasks or {"tasks": []})["tasks"] if task.get("warning")]
 
 
 def read_metrics(file: Path) -> Json:
@@ -198,6 +197,27 @@ def _findings(differences: list[Json]) -> list[Json]:
     for difference in sorted(differences, key=lambda difference: bool(difference["worse"] == "student before")):
         groups.setdefault((difference["better"], difference["worse"]), []).append(_finding(difference))
     return [{"better": better, "worse": worse, "items": items} for (better, worse), items in groups.items()]
+
+
+_VERDICTS = {
+    "student, text only": ("Soft targets", "the same student trained on the text alone"),
+    "student before": ("Training", "the student before training"),
+}
+
+
+def _verdict(differences: list[Json]) -> str | None:
+    """Whether it was worth it, in one sentence: by the KL, against the text alone if there is such a student."""
+    by_rival = {found["worse"]: found for found in differences if found["metric"] == "kl"}
+    rival = next((name for name in _VERDICTS if name in by_rival), None)
+    if rival is None:
+        return None
+    what, against = _VERDICTS[rival]
+    found = _finding(by_rival[rival])
+    said = {"shown": "helped", "open": "were not shown to help", "reversed": "did harm"}[found["verdict"]]
+    if what == "Training":
+        said = said.replace("were", "was")
+    text = found["text"][0].lower() + found["text"][1:]
+    return f"{what} {said}. Against {against}, {text}"
 
 
 def _finding(difference: Json) -> Json:
