@@ -127,35 +127,25 @@ def _matches(found: list[str], indices: list[_Index], texts: list[_Text]) -> Ite
 def _read(file: Path, key: str) -> Iterator[tuple[str, Any]]:
     """What a file holds, each part with its place: the rows of a table, the lines of a text and all of it."""
     ending = ending_of(file)
-    if ending in TABLES and not (ending == ".json" and _is_tree(file, key)):
+    if ending in TABLES and ending != ".json":
         yield from ((entry.origin, entry.fields) for entry in read_tables(str(file), key))
         return
-    content = _content(file, key)
-    if ending in (".json", ".yaml", ".yml"):
-        try:
-            yield str(file), json.loads(content) if ending == ".json" else yaml.safe_load(content)
-        except (ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{file}: cannot be read ({key}): {' '.join(str(error).split())}") from None
-        return
-    yield str(file), content
-    yield from ((f"{file} line {number}", line) for number, line in enumerate(content.split("\n"), start=1) if line.strip())
-
-
-def _is_tree(file: Path, key: str) -> bool:
-    """Whether a JSON file is one value and not one a line."""
-    try:
-        json.loads(_content(file, key))
-    except ValueError:
-        return False
-    return True
-
-
-def _content(file: Path, key: str) -> str:
     try:
         with open_text(file, "\n") as stream:
-            return stream.read()
-    except (OSError, ValueError) as error:
+            content = stream.read()
+        tree = yaml.safe_load(content) if ending in (".yaml", ".yml") else content
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{file}: cannot be read ({key}): {' '.join(str(error).split())}") from None
+    if ending == ".json":
+        try:
+            tree = json.loads(content)
+        except ValueError:  # not one value: then one a line
+            yield from ((entry.origin, entry.fields) for entry in read_tables(str(file), key))
+            return
+    yield str(file), tree
+    if tree is content:
+        lines = enumerate(content.split("\n"), start=1)
+        yield from ((f"{file} line {number}", line) for number, line in lines if line.strip())
 
 
 def _strings(tree: Any, origin: str) -> Iterator[_Text]:

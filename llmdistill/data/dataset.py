@@ -108,6 +108,16 @@ def metadata_and_provenance(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return fields, fields.pop(OURS, {})
 
 
+def whole_conversation(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """The messages of a stored row as they were before roles and contents alone were stored, and the tools offered.
+
+    Args:
+        row: with `prompt`, `completion` and `metadata`.
+    """
+    _, provenance = metadata_and_provenance(row["metadata"])
+    return provenance.get("messages") or [*row["prompt"], *row["completion"]], provenance.get("tools")
+
+
 def _metadata(row: Row) -> str:
     if OURS in row.metadata:
         raise InputError(f"row {row.id}: has a field {OURS}, which is reserved; give it another name")

@@ -113,7 +113,7 @@ def ratio(sums: Array, sizes: Array, draws: Array) -> Estimate:
     weights = np.vstack([np.ones(len(sums)), draws])  # the first row is what was measured
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample may have none of a rare kind
         means = (weights @ sums) / (weights @ sizes)
-        errors = residual_errors([sums, sizes], [np.ones_like(means), -means], sizes, weights)
+        errors = residual_errors(np.stack([sums, sizes]), np.stack([np.ones_like(means), -means], axis=1), sizes, weights)
     return Estimate(float(means[0]), float(errors[0]), means[1:], errors[1:], max(len(sums) - 1, 1))
 
 
@@ -129,22 +129,19 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     )
 
 
-def residual_errors(columns: Sequence[Array], coefficients: Sequence[Array], sizes: Array, weights: Array) -> Array:
+def residual_errors(columns: Array, coefficients: Array, sizes: Array, weights: Array) -> Array:
     """Standard errors of a mean over `sizes` whose residuals are Σ coefficient · column of each cluster; shape (R,).
 
     Args:
-        columns: sums over clusters, each (clusters,).
-        coefficients: one for each column in each resample, each (R,).
+        columns: sums over clusters; shape (columns, clusters).
+        coefficients: of the columns in each resample; shape (R, columns).
         sizes: of the clusters.
         weights: how often each cluster counts in each resample; shape (R, clusters).
     """
     clusters = len(sizes)
-    squares = np.zeros(len(weights))
-    for first, one in zip(columns, coefficients, strict=True):
-        for second, other in zip(columns, coefficients, strict=True):
-            squares += one * other * (weights @ (first * second))
+    squares = (weights * (coefficients @ columns) ** 2).sum(axis=1)
     mean_size = (weights @ sizes) / clusters
-    errors: Array = np.sqrt(np.maximum(squares, 0) / max(clusters - 1, 1) / clusters) / mean_size
+    errors: Array = np.sqrt(squares / max(clusters - 1, 1) / clusters) / mean_size
     return errors
 
 

@@ -158,9 +158,9 @@ def _kept(tasks: list[_Task], floor: float) -> dict[str, float] | None:
     squares = np.zeros(len(kept))
     for task, one, other in zip(tasks, ours, theirs, strict=True):
         weights = np.vstack([np.ones(len(task.sizes)), task.draws.draws])
-        columns = [*(task.draws.sums(task.scores[model]) for model in (STUDENT, TEACHER)), task.sizes]
+        columns = np.stack([*(task.draws.sums(task.scores[model]) for model in (STUDENT, TEACHER)), task.sizes])
         means = [np.append(each.value, each.values) for each in (one, other)]
-        coefficients = [np.ones_like(kept), -kept, kept * means[1] - means[0]]
+        coefficients = np.stack([np.ones_like(kept), -kept, kept * means[1] - means[0]], axis=1)
         squares += residual_errors(columns, coefficients, task.sizes, weights) ** 2
     errors = np.sqrt(squares) / len(tasks) / teacher
     freedom = sum(each.freedom for each in ours)

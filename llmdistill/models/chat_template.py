@@ -59,8 +59,10 @@ class ChatTemplate:
         """
         return self._encode(*self._rendered(messages, tools, True))
 
-    def answer_ids(self, prompt: Conversation, answer: Mapping[str, Any], tools: Sequence[Any] | None = None) -> list[int]:
-        """What the model would have written after `prompt_ids` for this answer, up to and with the token that ends it.
+    def turn_ids(
+        self, prompt: Conversation, answer: Mapping[str, Any], tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """`prompt_ids`, and what the model would have written after them for this answer, with the token that ends it.
 
         Raises:
             UnusableError: the template refuses it, does not show all of it, or does not begin it with its prompt.
@@ -83,7 +85,7 @@ class ChatTemplate:
         ids = ids[: end + 1]
         if not any(token not in self.end_ids for token in ids):
             raise UnusableError("the answer is empty")
-        return ids
+        return before_ids, ids
 
     def text_ids(self, text: str) -> list[int]:
         """Text without turns, as the tokenizer begins it; the names of special tokens in it are special tokens.
@@ -131,8 +133,10 @@ class ChatTemplate:
         names = {} if names is None else names
         plain = [self._plain(_parsed_calls(message), names, message.get("role") == "assistant") for message in messages]
         offered = self._plain(list(tools), names) if tools else None
-        if names and any(mark in json.dumps([list(messages), tools], ensure_ascii=False) for mark in names):
-            raise UnusableError("it holds the name of a special token and private use characters")
+        if names:
+            given = json.dumps([list(messages), tools], ensure_ascii=False)
+            if any(mark in given for mark in names):
+                raise UnusableError("it holds the name of a special token and private use characters")
         text = self._render(plain, offered, prompt)
         self._check_shown(text, plain, offered, prompt)
         return text, names

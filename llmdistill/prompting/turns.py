@@ -43,7 +43,12 @@ class Turn:
         if self.plain:
             ids = chat.text_ids(answer["content"])
             return ids[:1], ids[1:]
-        return chat.prompt_ids(self.prompt, self.tools), chat.answer_ids(self.prompt, answer, self.tools)
+        return chat.turn_ids(self.prompt, answer, self.tools)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is stored beside roles and contents, where there is more to it."""
+        return {"messages": [*self.prompt, *self.completion], "tools": self.tools} if self.uses_tools else {}
 
 
 def learned_turns(fields: Fields, origin: str, every: bool, tool_calls: bool) -> Iterator[Turn]:
@@ -59,7 +64,7 @@ def learned_turns(fields: Fields, origin: str, every: bool, tool_calls: bool) ->
         InputError: it is no conversation that ends with an answer.
         UnusableError: it is one that text alone does not tell, or nothing of it is to be learned.
     """
-    check_media(fields, origin)
+    _check_media(fields, origin)
     if "messages" in fields:
         messages, learned = _checked(fields["messages"], "user", origin)
     elif "prompt" in fields and "completion" in fields:
@@ -96,7 +101,7 @@ def given_prompt(fields: Fields, origin: str) -> list[dict[str, Any]]:
         InputError: there is none, or it does not end before the assistant's turn.
         UnusableError: text alone does not tell it.
     """
-    check_media(fields, origin)
+    _check_media(fields, origin)
     for key in ("messages", "prompt"):
         if key in fields:
             messages, _ = _checked(fields[key], "user", origin)
@@ -108,7 +113,7 @@ def given_prompt(fields: Fields, origin: str) -> list[dict[str, Any]]:
     )
 
 
-def check_media(fields: Fields, origin: str) -> None:
+def _check_media(fields: Fields, origin: str) -> None:
     """Refuse a row with pictures, films or sounds: the models are given text alone.
 
     Raises:

@@ -124,8 +124,6 @@ class _Conversations:
             longest = max(longest, length)
             content = stable_id(turn.prompt, turn.completion, *([turn.tools] if turn.tools else []), chat.fingerprint)
             seen[content] = seen.get(content, -1) + 1  # the same text twice is two rows
-            if turn.uses_tools:
-                provenance = {**provenance, "messages": [*turn.prompt, *turn.completion], "tools": turn.tools}
             text = Text(
                 stable_id(content, seen[content]),
                 as_columns(turn.prompt),
@@ -133,7 +131,7 @@ class _Conversations:
                 prompt_ids,
                 completion_ids,
                 metadata=other,
-                provenance=provenance,
+                provenance=provenance | turn.provenance,
                 told_ids=told_ids,
             )
             texts.append(text)
@@ -152,7 +150,8 @@ def _token_ids(turn: Turn, chat: PromptEncoder, origin: str) -> tuple[list[int],
         prompt_ids, completion_ids = turn.token_ids(chat.template)
     except UnusableError as error:
         raise error.at(origin) from None
-    told_ids = prompt_ids if turn.plain else chat.told_ids(turn.prompt, origin, turn.tools)
+    as_stored = turn.plain or chat.experiment.teacher.system is None
+    told_ids = prompt_ids if as_stored else chat.told_ids(turn.prompt, origin, turn.tools)
     return told_ids, prompt_ids, completion_ids
 
 

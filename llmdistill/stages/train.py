@@ -20,8 +20,8 @@ from llmdistill.data.dataset import (
     conversation_keys,
     is_held_out,
     load_dataset,
-    metadata_and_provenance,
     read_manifest,
+    whole_conversation,
 )
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.targets import KINDS
@@ -504,9 +504,8 @@ def _tokenise_again(dataset: Any, chat: ChatTemplate) -> Any:
 
     def converted() -> Iterator[dict[str, Any]]:
         for row in dataset.with_format(None):
-            _, provenance = metadata_and_provenance(row["metadata"])
-            *prompt, answer = provenance.get("messages") or [*row["prompt"], *row["completion"]]
-            turn = Turn(prompt, [answer], provenance.get("tools"), plain=not prompt)
+            (*prompt, answer), tools = whole_conversation(row)
+            turn = Turn(prompt, [answer], tools, plain=not prompt)
             try:
                 prompt_ids, completion_ids = turn.token_ids(chat)
             except UnusableError as error:

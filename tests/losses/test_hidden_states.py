@@ -24,7 +24,8 @@ from llmdistill.losses.hidden_states import (
 )
 from llmdistill.models.loading import load_model
 from llmdistill.students.pruning import choose, prune_model
-from tests.training.test_trainer import gradients_of_one_step, make_trainer
+from tests.training.steps import gradients_of_one_step
+from tests.training.test_trainer import make_trainer
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

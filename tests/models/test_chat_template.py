@@ -48,6 +48,12 @@ def said(text, **more):
     return {"role": "assistant", "content": text, **more}
 
 
+def answer_ids(chat, prompt, answer, tools=None):
+    prompt_ids, ids = chat.turn_ids(prompt, answer, tools)
+    assert prompt_ids == chat.prompt_ids(prompt, tools)
+    return ids
+
+
 @pytest.fixture(scope="module")
 def chat_of(smollm2):
     made = {}
@@ -71,7 +77,7 @@ def chat_of(smollm2):
 def test_a_plain_conversation_is_the_templates_own(chat_of, name):
     """The prompt as a server would be given it, and behind it the answer up to and with its end."""
     chat = chat_of(name)
-    prompt_ids, ids = chat.prompt_ids(user("What is 2 + 2?")), chat.answer_ids(user("What is 2 + 2?"), said("It is 4."))
+    prompt_ids, ids = chat.prompt_ids(user("What is 2 + 2?")), answer_ids(chat, user("What is 2 + 2?"), said("It is 4."))
     served = chat.tokenizer.apply_chat_template(user("What is 2 + 2?"), add_generation_prompt=True, return_dict=True)["input_ids"]
     assert prompt_ids == served
     assert ids[-1] == chat.tokenizer.convert_tokens_to_ids(ENDS[name])
@@ -88,10 +94,10 @@ def test_a_trace_that_every_prompt_opens_is_closed_before_a_plain_answer(chat_of
     before = chat.decode(chat.prompt_ids(user("q")), special=True)
     assert before.endswith("<think>\n")
     end = ENDS["deepseek_r1_distill"]
-    assert chat.decode(chat.answer_ids(user("q"), said("a")), special=True) == f"\n</think>\n\na{end}"
-    thought = chat.answer_ids(user("q"), said("<think>\nso\n</think>\n\na"))
+    assert chat.decode(answer_ids(chat, user("q"), said("a")), special=True) == f"\n</think>\n\na{end}"
+    thought = answer_ids(chat, user("q"), said("<think>\nso\n</think>\n\na"))
     assert chat.decode(thought, special=True) == f"so\n</think>\n\na{end}"
-    assert chat.answer_ids(user("q"), said("a", reasoning_content="so")) == thought
+    assert answer_ids(chat, user("q"), said("a", reasoning_content="so")) == thought
 
 
 @pytest.mark.parametrize("name", ["smol", "qwen2_5", "llama3_1", "gemma3"])
@@ -104,7 +110,7 @@ def test_the_names_of_special_tokens_are_words(chat_of, name):
     marks = {number for number, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
     assert [token for token in ids if token in marks] == [token for token in plain if token in marks]
     assert written in chat.decode(ids, special=True)
-    answer = chat.answer_ids(user("How does a turn end?"), said(f"Use {end} to end a turn. Then more text."))
+    answer = answer_ids(chat, user("How does a turn end?"), said(f"Use {end} to end a turn. Then more text."))
     assert chat.decode(answer, special=True) == f"Use {end} to end a turn. Then more text.{end}"
     assert sum(token in chat.end_ids for token in answer) == 1
     without = chat.tokenizer(f"Use {end} to end a turn.", add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -122,7 +128,7 @@ def test_private_use_characters_are_not_taken_for_names(chat_of):
 def test_a_boundary_inside_a_token_is_where_the_answer_begins(chat_of):
     """The template's line feed and the answer's are one token in the whole text; the model writes after its own."""
     chat = chat_of("smol")
-    prompt_ids, ids = chat.prompt_ids(user("q")), chat.answer_ids(user("q"), said("\n\nHello"))
+    prompt_ids, ids = chat.prompt_ids(user("q")), answer_ids(chat, user("q"), said("\n\nHello"))
     whole = chat.tokenizer.apply_chat_template([*user("q"), said("\n\nHello")], return_dict=True)["input_ids"]
     assert whole[: len(prompt_ids)] != prompt_ids, "else this tests nothing"
     assert chat.decode(ids, special=True) == "\n\nHello<|im_end|>"
@@ -133,7 +139,7 @@ def test_a_boundary_inside_a_token_is_where_the_answer_begins(chat_of):
 def test_arguments_of_a_call_are_written_once(chat_of, name, arguments):
     chat = chat_of(name)
     tools = None if name == "deepseek_r1_distill" else [AREA]  # which shows no tools, and calls that are text
-    text = chat.decode(chat.answer_ids(user("area?"), call(arguments), tools), special=True)
+    text = chat.decode(answer_ids(chat, user("area?"), call(arguments), tools), special=True)
     assert '{"s": "5"}' in text
     assert "\\" not in text
 
@@ -142,22 +148,22 @@ def test_arguments_of_a_call_are_written_once(chat_of, name, arguments):
 @pytest.mark.parametrize("content", [None, ""])
 def test_a_call_that_the_template_does_not_show_is_refused(chat_of, name, content):
     with pytest.raises(UnusableError, match=r"tools|tool_calls|refuses"):
-        chat_of(name).answer_ids(user("area?"), call({"s": "5"}, content), [AREA])
+        answer_ids(chat_of(name), user("area?"), call({"s": "5"}, content), [AREA])
     with pytest.raises(UnusableError, match=r"tool_calls|refuses|empty"):
-        chat_of(name).answer_ids(user("area?"), call({"s": "5"}, content))
+        answer_ids(chat_of(name), user("area?"), call({"s": "5"}, content))
 
 
 @pytest.mark.parametrize("name", ["smol", "gemma", "phi3", "qwen2_5"])
 def test_a_trace_that_the_template_does_not_show_is_refused(chat_of, name):
     with pytest.raises(UnusableError, match="the chat template does not show `reasoning_content`"):
-        chat_of(name).answer_ids(user("q1"), said("a1", reasoning_content="t1"))
+        answer_ids(chat_of(name), user("q1"), said("a1", reasoning_content="t1"))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think"])
 def test_a_trace_that_the_template_shows_is_learned(chat_of, name):
     chat = chat_of(name)
     whole = chat.decode(
-        chat.prompt_ids(user("q1")) + chat.answer_ids(user("q1"), said("a1", reasoning_content="t1")), special=True
+        chat.prompt_ids(user("q1")) + answer_ids(chat, user("q1"), said("a1", reasoning_content="t1")), special=True
     )
     assert "<think>\nt1\n</think>\n\na1<|im_end|>" in whole
     # In an earlier turn the template leaves it out by design; that is no reason to refuse the conversation.
@@ -169,14 +175,14 @@ def test_variables_of_the_template(chat_of):
     thinking = chat_of("qwen3").decode(chat_of("qwen3").prompt_ids(user("q")), special=True)
     without = chat_of("qwen3", enable_thinking=False)
     assert without.decode(without.prompt_ids(user("q")), special=True) == thinking + "<think>\n\n</think>\n\n"
-    assert without.decode(without.answer_ids(user("q"), said("a")), special=True) == "a<|im_end|>"
+    assert without.decode(answer_ids(without, user("q"), said("a")), special=True) == "a<|im_end|>"
 
 
 def test_what_a_template_refuses_says_so(chat_of):
     with pytest.raises(UnusableError, match=r"refuses it: System role not supported"):
         chat_of("gemma").prompt_ids([{"role": "system", "content": "s"}, *user("q")])
     with pytest.raises(UnusableError, match="the answer is empty"):
-        chat_of("smol").answer_ids(user("q"), said(""))
+        answer_ids(chat_of("smol"), user("q"), said(""))
 
 
 def test_a_message_that_the_template_passes_over_is_refused(smollm2):

@@ -9,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.data.collator import DistillCollator
 from tests.factories import make_row, write_rows
+from tests.training.steps import gradients_of_one_step
 
 SMALL = {
     "vocab_size": 512,
@@ -68,18 +69,7 @@ def test_the_gradient_is_that_of_the_familys_own_loss(family, rows, smollm2, tmp
     )
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     trainer = DistillTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    found = {}
-    create = trainer.create_optimizer
-
-    def with_hook(*args, **kwargs):
-        optimizer = create(*args, **kwargs)
-        optimizer.register_step_pre_hook(
-            lambda *_: found.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
-        )
-        return optimizer
-
-    trainer.create_optimizer = with_hook
-    trainer.train()
+    found = gradients_of_one_step(trainer)
 
     batch = DistillCollator(0)([rows[n] for n in range(4)])
     own.train()

@@ -20,6 +20,7 @@ from llmdistill.models.loading import load_model
 from llmdistill.training.callbacks import trained_tokens
 from llmdistill.training.trainer import rows_in_last_batch
 from tests.factories import make_row, write_rows, write_tiny
+from tests.training.steps import gradients_of_one_step
 
 K = 6
 LOSSES = ("loss", "ce", "kl", "eval_loss", "eval_ce", "eval_kl")
@@ -80,23 +81,6 @@ def make_trainer(tiny, dataset_directory, output, model=None, teacher=None, rows
         eval_dataset=eval_dataset,
         processing_class=tokenizer_of(tiny),
     )
-
-
-def gradients_of_one_step(trainer):
-    """The gradients that reach the optimiser."""
-    found = {}
-    step = trainer.create_optimizer
-
-    def create(*args, **kwargs):
-        optimizer = step(*args, **kwargs)
-        optimizer.register_step_pre_hook(
-            lambda *_: found.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
-        )
-        return optimizer
-
-    trainer.create_optimizer = create
-    trainer.train()
-    return found
 
 
 def different_student(tiny, by=0.05):

@@ -23,7 +23,7 @@ import yaml
 from llmdistill import __version__
 from llmdistill.data import targets
 from llmdistill.data.convert import distillkit
-from llmdistill.data.dataset import MANIFEST, SPLITS, Split, metadata_and_provenance, read_manifest, shard_files
+from llmdistill.data.dataset import MANIFEST, SPLITS, Split, read_manifest, shard_files, whole_conversation
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
 from llmdistill.runs.progress import StageBar, console
@@ -169,12 +169,8 @@ def _write_jsonl(files: dict[Split, list[Path]], directory: Path, bar: StageBar)
 
 def _conversation(row: dict[str, Any]) -> dict[str, Any]:
     """Prompt and completion of a row as they were before roles and contents alone were stored, and the tools offered."""
-    _, provenance = metadata_and_provenance(row["metadata"])
-    if "messages" not in provenance:
-        return {"prompt": row["prompt"], "completion": row["completion"]}
-    *prompt, answer = provenance["messages"]
-    tools = {"tools": provenance["tools"]} if provenance.get("tools") else {}
-    return {"prompt": prompt, "completion": [answer], **tools}
+    (*prompt, answer), tools = whole_conversation(row)
+    return {"prompt": prompt, "completion": [answer], **({"tools": tools} if tools else {})}
 
 
 def _write_preferences(source: Path, files: dict[Split, list[Path]], directory: Path, bar: StageBar) -> _Written:

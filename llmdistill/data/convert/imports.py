@@ -196,7 +196,7 @@ def _text_row(fields: dict[str, Any], origin: str, identity: str, chat: ChatTemp
         np.full(len(completion_ids), np.nan, dtype=np.float32),
         None,
         metadata=metadata(fields, ("text",)),
-        provenance={"messages": [*turn.prompt, *turn.completion], "tools": turn.tools} if turn.uses_tools else {},
+        provenance=turn.provenance,
     )
 
 
