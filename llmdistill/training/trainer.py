@@ -76,14 +76,7 @@ class DistillTrainer(trl.SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = DistillConfig(f"{Path(name).name}-distilled")
-        if not isinstance(args, DistillConfig):
-            raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
-        if teacher is not None and not isinstance(teacher, torch.nn.Module):
-            raise TypeError(f"teacher must be a model that is loaded, got {type(teacher).__name__}")
-        if kwargs.get("compute_metrics") is not None:
-            raise ValueError("compute_metrics is not supported: the logits of a whole batch are never computed")
-        if not isinstance(kwargs.get("data_collator"), DistillCollator | None):
-            raise TypeError(f"data_collator must be a DistillCollator, got {type(kwargs['data_collator']).__name__}")
+        _check_given(args, teacher, kwargs)
         train_dataset = self._prepared(args, train_dataset, teacher, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
@@ -105,13 +98,8 @@ class DistillTrainer(trl.SFTTrainer):
             self.data_collator.vocab_size = self.model.get_output_embeddings().weight.shape[0] or None
         if self.is_fsdp_enabled:
             add_up_in_float32(self.accelerator.state.fsdp_plugin)
-        text_config = self.model.config.get_text_config()
-        if any(getattr(text_config, name, None) == 0 for name in ("num_local_experts", "num_experts")):
-            self.aux_loss_enabled = text_config.output_router_logits = False  # a dense model of such a family
         self._router: list[Any] = []  # the router's loss of the last forward, of a mixture of experts
-        if self.aux_loss_enabled:  # TRL has told the model to compute it; as a hook, since logits are not asked for
-            whole = self.model.get_base_model() if getattr(self.model, "peft_config", {}) else self.model
-            whole.register_forward_hook(lambda module, inputs, output: self._router.append(output.aux_loss))
+        self._watch_router()
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError(
                 "context and sequence parallelism are not supported: they would separate sequences from their targets"
@@ -136,6 +124,15 @@ class DistillTrainer(trl.SFTTrainer):
         self._step: list[tuple[torch.Tensor, list[str]]] = []  # of each micro-batch of a step the loss and the rows
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
+
+    def _watch_router(self) -> None:
+        """Keep the router's loss of every forward, which TRL has told a mixture of experts to compute."""
+        text_config = self.model.config.get_text_config()
+        if any(getattr(text_config, name, None) == 0 for name in ("num_local_experts", "num_experts")):
+            self.aux_loss_enabled = text_config.output_router_logits = False  # a dense model of such a family
+        if self.aux_loss_enabled:  # by a hook, since only the logits of a forward are asked for
+            whole = self.model.get_base_model() if getattr(self.model, "peft_config", {}) else self.model
+            whole.register_forward_hook(lambda module, inputs, output: self._router.append(output.aux_loss))
 
     @classmethod
     def _prepared(cls, args: DistillConfig, dataset: Any, teacher: Any, name: str) -> Any:
@@ -353,6 +350,23 @@ class DistillTrainer(trl.SFTTrainer):
         objective = self.args.objective(min(max(last, 0.0), 1.0))
         ends = {"alpha": self.args.alpha_end, "beta": self.args.beta_end}
         return {name: getattr(objective, name) for name, end in ends.items() if end is not None}
+
+
+def _check_given(args: Any, teacher: Any, others: dict[str, Any]) -> None:
+    """Refuse arguments of `DistillTrainer` that are something else than they must be.
+
+    Raises:
+        TypeError: naming it.
+        ValueError: `compute_metrics` is given.
+    """
+    if not isinstance(args, DistillConfig):
+        raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
+    if teacher is not None and not isinstance(teacher, torch.nn.Module):
+        raise TypeError(f"teacher must be a model that is loaded, got {type(teacher).__name__}")
+    if others.get("compute_metrics") is not None:
+        raise ValueError("compute_metrics is not supported: the logits of a whole batch are never computed")
+    if not isinstance(others.get("data_collator"), DistillCollator | None):
+        raise TypeError(f"data_collator must be a DistillCollator, got {type(others['data_collator']).__name__}")
 
 
 class _ByLength(LengthGroupedSampler):
