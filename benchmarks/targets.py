@@ -13,9 +13,11 @@ of an error depends on the student (--student): a trained one is close to the te
   gradient; the median over disjoint groups of positions.
 - **bias**: the error left in the mean over all positions, less what noise alone would leave, relative likewise.
 
-The DistillKit captures are re-implemented from its README (recommended: k = 128, the first 16 in bfloat16, the others by
-the terms 0 to 4 and sqrt in float32; budget: k = 50, 1 and the terms 0, 1 and sqrt), ids bit-packed at the width of the
-vocabulary, one binary value a position, zstd; their errors are of what comes back, with the tail as one bucket.
+The captures of DistillKit are the two of its README (recommended: k = 128, the first 16 in bfloat16, the others by
+the terms 0 to 4 and sqrt in float32; budget: k = 50, 1 and the terms 0, 1 and sqrt), with its arithmetic: ranks from 0, a
+least-squares fit by a singular value decomposition in float32. Their errors are of what comes back, for both values of
+its `missing_probability_handling`: "with tail" is `symmetric_uniform`, "zero" renormalises the k values. Their bytes are
+those of its columns, lists of bytes, as its writer stores them (Snappy), and in parentheses with Zstandard, as ours are.
 """
 
 import io
@@ -36,6 +38,7 @@ from found import argument_parser, report
 from llmdistill.config import Generate, Prompts, Targets, Teacher
 from llmdistill.config.student import Prune
 from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.convert.distillkit import Compression, pack
 from llmdistill.data.dataset import parquet_encoding
 from llmdistill.data.targets import Multinomial, Sampled, TopK
 from llmdistill.models.loading import load_model, load_tokenizer
@@ -46,6 +49,12 @@ from llmdistill.teachers.transformers import TransformersEngine
 
 TEACHER = "models/SmolLM2-135M-Instruct"
 GROUP = 1500
+CAPTURES = {
+    name: Compression(
+        d=49152, k=k, exact_k=exact_k, exact_dtype="bfloat16", polynomial_terms=terms, residual_bins=[], delta_encoding=False
+    )
+    for name, k, exact_k, terms in (("budget", 50, 1, [0, 1, "sqrt"]), ("recommended", 128, 16, [0, 1, 2, 3, 4, "sqrt"]))
+}
 Array = np.ndarray[Any, Any]
 
 
@@ -66,7 +75,8 @@ def main() -> None:
             print("| targets | bytes per position | error, one position | error, mean of 1,500 | bias |")
             print("| --- | ---: | ---: | ---: | ---: |")
             for name, row in tables[temperature].items():
-                print(f"| {name} | {row['bytes']:.1f} | {row['one']:.3f} | {row['mean']:.3f} | {row['bias']:.3f} |")
+                size = f"{row['bytes']:.1f}" + (f" ({row['bytes_zstd']:.1f})" if "bytes_zstd" in row else "")
+                print(f"| {name} | {size} | {row['one']:.3f} | {row['mean']:.3f} | {row['bias']:.3f} |")
     drawn = 50 if arguments.smoke else 2000
     speed, wide = codec_speed(drawn), wide_vocabulary(drawn)
     print(f"\ncodec at n = 16, one core: encodes {speed['encode']:,.0f}, decodes {speed['decode']:,.0f} positions/s")
@@ -117,8 +127,7 @@ def measure(temperature: float, positions: int, teacher: str, student: str | Non
         relative = [float(np.linalg.norm(d) / np.linalg.norm(e)) for d, e in zip(deltas, exact_sums, strict=True)]
         noise = np.mean(np.concatenate(errors[name]) ** 2) / (GROUP * len(deltas))  # what independent errors would leave
         left = np.linalg.norm(np.mean(deltas, axis=0)) ** 2
-        table[name] = {
-            "bytes": size_of(name, kept[name]),
+        table[name] = sizes_of(kept[name]) | {
             "one": float(np.concatenate(errors[name]).mean() / scale),
             "mean": statistics.median(relative),
             "bias": float(np.sqrt(max(left - noise, 0)) / np.linalg.norm(total_exact)),
@@ -147,10 +156,10 @@ def estimates(log_p: torch.Tensor, log_q: torch.Tensor, generator: torch.Generat
             kept = torch.zeros_like(p).scatter(1, top.indices, top.values.exp())
             found["top-16, truncated"] = (q * kept.sum(1, keepdim=True) - kept, soft)
             found["top-16, renormalised"] = (q - kept / kept.sum(1, keepdim=True), soft)
-    for name, k, exact, terms in (("budget", 50, 1, (0, 1, 0.5)), ("recommended", 128, 16, (0, 1, 2, 3, 4, 0.5))):
-        top = log_p.topk(k)
-        packed, back = distillkit(top.indices.numpy(), top.values.numpy(), exact, terms)
-        found[f"DistillKit {name}, with tail"] = (bucket_gradient(q, top.indices, torch.from_numpy(back).exp()), packed)
+    for name, config in CAPTURES.items():
+        stored, top_ids, back = capture(log_p, config)
+        found[f"DistillKit {name}, with tail"] = (bucket_gradient(q, top_ids, back.exp()), stored)
+        found[f"DistillKit {name}, zero"] = (q.scatter_add(1, top_ids, -back.softmax(1)), stored)
     for n in (8, 12, 16, 18, 20, 24, 32):
         ids = Sampled.keep(log_p, n, torch.rand(len(log_p), 1, generator=generator, dtype=torch.float64))
         sample = Sampled.from_kept(ids.numpy(), log_p.gather(1, ids).numpy())
@@ -176,18 +185,21 @@ def bucket_gradient(q: torch.Tensor, ids: torch.Tensor, kept: torch.Tensor) -> t
     return (q * total - outside * r / outside.sum(1, keepdim=True)).scatter_add(1, ids, -kept)
 
 
-def distillkit(ids_NK: Array, logprobs_NK: Array, exact: int, terms: tuple[float, ...]) -> tuple[list[bytes], Array]:
-    """A capture as one binary value a position, and the log-probabilities that come back from it."""
-    n, k = ids_NK.shape
-    first = torch.from_numpy(logprobs_NK[:, :exact]).bfloat16()
-    t = np.arange(1, k - exact + 1)
-    basis = np.stack([t**term for term in terms], axis=1)
-    coefficients = np.linalg.lstsq(basis, logprobs_NK[:, exact:].T, rcond=None)[0].T
-    coefficients = np.ascontiguousarray(coefficients, dtype=np.float32)
-    back = np.concatenate([first.float().numpy(), coefficients @ basis.T.astype(np.float32)], axis=1).astype(np.float32)
-    bits = ((ids_NK[..., None] >> np.arange(16)) & 1).astype(np.uint8).reshape(n, k * 16)  # V = 49,152
-    parts = (np.packbits(bits, axis=1), first.view(torch.uint8).numpy(), coefficients.view(np.uint8))
-    return [row.tobytes() for row in np.concatenate(parts, axis=1)], back
+def capture(log_p: torch.Tensor, config: Compression) -> tuple[dict[str, Array], torch.Tensor, torch.Tensor]:
+    """DistillKit's columns of these positions, the ids (N, k), and the log-probabilities (N, k) that its reader returns."""
+    top = log_p.topk(config.k)
+    exact, rest = top.values[:, : config.exact_k].bfloat16(), top.values[:, config.exact_k :]
+    ranks = torch.arange(rest.shape[1], dtype=torch.float32)
+    basis = torch.stack([ranks.sqrt() if term == "sqrt" else ranks**term for term in config.polynomial_terms or []], dim=1)
+    left, values, right = torch.linalg.svd(basis, full_matrices=False)
+    inverse = torch.where(values > 1e-5, 1 / values, 0)
+    coefficients = (right.T @ (inverse[:, None] * (left.T @ rest.T))).T.contiguous()
+    back = torch.cat([exact.float(), (basis * coefficients[:, None]).sum(2)], dim=1)
+    stored = {
+        "compressed_logprobs": torch.cat([exact.view(torch.uint8), coefficients.view(torch.uint8)], dim=1).numpy(),
+        "bytepacked_indices": pack(top.indices.numpy(), config.index_bits),
+    }
+    return stored, top.indices, back
 
 
 def distributions(
@@ -228,21 +240,26 @@ def distributions(
     raise SystemExit(f"the seed list gives {positions - left:,} positions only")
 
 
-def size_of(name: str, kept: list[Any]) -> float:
+def sizes_of(kept: list[Any]) -> dict[str, float]:
     """Bytes a position of what is stored, in Parquet."""
-    positions = sum(map(len, kept))
-    if name.startswith("DistillKit"):
-        columns = {"packed": pa.array([row for rows in kept for row in rows], pa.binary())}
-    else:
-        columns = type(kept[0]).encode(kept, 49152)
-    return parquet_size(columns) / positions
+    if isinstance(kept[0], dict):  # a capture of DistillKit: a list of bytes a position, a list of those a row
+        positions = sum(len(rows["bytepacked_indices"]) for rows in kept)
+        rows = {name: [batch[name].tolist() for batch in kept] for name in kept[0]}
+        table = pa.table({name: pa.array(column, pa.list_(pa.list_(pa.uint8()))) for name, column in rows.items()})
+        return {"bytes": parquet_size(table) / positions, "bytes_zstd": parquet_size(table, compression="zstd") / positions}
+    return {"bytes": encoded_size(kept) / sum(map(len, kept))}
 
 
-def parquet_size(columns: dict[str, Any]) -> int:
-    """Compressed bytes of the columns, in the encodings of a shard."""
+def encoded_size(kept: list[Any], vocab_size: int = 49152) -> int:
+    """Bytes of targets in a shard."""
+    table = pa.table(type(kept[0]).encode(kept, vocab_size))
+    return parquet_size(table, **parquet_encoding(table.schema) | {"use_dictionary": False})
+
+
+def parquet_size(table: pa.Table, **options: Any) -> int:
+    """Compressed bytes of the table's columns."""
     stream = io.BytesIO()
-    table = pa.table(columns)
-    pq.write_table(table, stream, **parquet_encoding(table.schema) | {"use_dictionary": False})
+    pq.write_table(table, stream, **options)
     metadata = pq.read_metadata(stream)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     return sum(group.column(number).total_compressed_size for group in groups for number in range(metadata.num_columns))
@@ -280,7 +297,7 @@ def codec_speed(positions: int) -> dict[str, float]:
 
 def wide_vocabulary(positions: int) -> float:
     """Bytes of the same kind of distribution over 152,064 tokens, relative to 49,152."""
-    sizes = [parquet_size(Sampled.encode([random_sample(vocab, positions, 18)], vocab)) for vocab in (152_064, 49_152)]
+    sizes = [encoded_size([random_sample(vocab, positions, 18)], vocab) for vocab in (152_064, 49_152)]
     return sizes[0] / sizes[1]
 
 

@@ -12,8 +12,8 @@ only; every trainer in a process of its own, and one step of each in turn. A ste
 - **TRL SFT**: `trl.SFTTrainer` as it comes, with its fused output layer.
 - **transformers SFT**: `transformers.Trainer`, with the logits that the model's own loss holds.
 - **dense distillation**: the same stored targets by log-softmax over all logits and a gather.
-- **TRL distillation**: the loss of `trl.DistillationTrainer`, forward KL from the hidden states of a teacher (134M) that runs
-  beside the student.
+- **llmdistill, online**: `DistillTrainer` with a teacher (134M) that runs beside the student.
+- **TRL distillation**: the loss of `trl.DistillationTrainer`, forward KL from the hidden states of the same teacher.
 
 **The loss layer alone.** Hidden states of T completion tokens to the loss and the gradients of hidden states and weight, in
 bfloat16 by autocast, for the output layers of three models: top-K targets in the fused form, beside the cross-entropy of
@@ -38,7 +38,8 @@ from race import Turns, peak_gb, race, train_in_turns
 
 TEACHER = "models/SmolLM2-135M-Instruct"
 OURS, SFT, PLAIN = "llmdistill", "TRL SFT", "transformers SFT"
-TRAINERS = (OURS, SFT, PLAIN, "dense distillation", "TRL distillation")
+ONLINE, BESIDE = "llmdistill, online", "TRL distillation"
+TRAINERS = (OURS, SFT, PLAIN, "dense distillation", ONLINE, BESIDE)
 SETTINGS = {
     "bfloat16": {"bf16": True, "gradient_checkpointing": False},
     "float32": {"bf16": False, "gradient_checkpointing": False},
@@ -81,6 +82,9 @@ def aims(found: dict[str, Any]) -> dict[str, float]:
             ratios = [row[OURS][kind] / row[theirs][kind] for row in found.get("steps", [])]
             if ratios:
                 named[f"step_{kind}_over_{theirs.lower().replace(' ', '_')}"] = max(ratios)
+        ratios = [row[ONLINE][kind] / row[BESIDE][kind] for row in found.get("steps", [])]
+        if ratios:
+            named[f"online_step_{kind}_over_trl_distillation"] = max(ratios)
         ratios = [row[LAYER[0]][kind] / row[LAYER[1]][kind] for row in found.get("layer", [])]
         if ratios:
             named[f"layer_{kind}_over_trl_sft"] = max(ratios)
@@ -205,9 +209,10 @@ def make_trainer(spec: dict[str, Any]) -> Any:
     student, tokenizer = load_model(str(data / "student"), dtype="float32"), load_tokenizer(str(data / "student"), None)
     rows, name = load_dataset(data / "data"), spec["trainer"]
     if "distill" in name:
-        teacher = load_model(spec["teacher"]).requires_grad_(False) if name == "TRL distillation" else None
-        kind = {OURS: lambda base: base, "dense distillation": dense, "TRL distillation": beside}[name](DistillTrainer)
-        trainer = kind(model=student, args=DistillConfig(**arguments), train_dataset=rows, processing_class=tokenizer)
+        teacher = load_model(spec["teacher"]).requires_grad_(False) if name in (ONLINE, BESIDE) else None
+        kind = {"dense distillation": dense, BESIDE: beside}.get(name, lambda base: base)(DistillTrainer)
+        online = {"teacher": teacher} if name == ONLINE else {}
+        trainer = kind(model=student, args=DistillConfig(**arguments), train_dataset=rows, processing_class=tokenizer, **online)
         trainer.beside = teacher
         return trainer
     plain = rows.with_format(None).map(

@@ -187,7 +187,7 @@ def _experiment(arguments: argparse.Namespace, rest: list[str]) -> Experiment:
 def _run(arguments: argparse.Namespace, rest: list[str]) -> None:
     from llmdistill.runs.pipeline import dry_run, run_pipeline
 
-    (dry_run if arguments.dry_run else run_pipeline)(_experiment(arguments, rest))
+    (dry_run if arguments.dry_run else run_pipeline)(_experiment(arguments, rest), arguments.remake)
 
 
 def _refresh(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -350,7 +350,8 @@ def _add_init(commands: Any) -> None:
 def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
     """A command that takes a configuration."""
     shared = isinstance(described, Stage) and described.shared
-    usage = f"llmdistill {name} CONFIG.yaml [--KEY VALUE ...] [--dry-run]" + (" [--shards I/N]" if shared else "")
+    usage = f"llmdistill {name} CONFIG.yaml [--KEY VALUE ...] [--dry-run]"
+    usage += (" [--shards I/N]" if shared else "") + (" [--remake]" if name == "run" else "")
     if name == "report":
         usage += "\n       llmdistill report RUN RUN ... [--out FILE.html]"
     command = commands.add_parser(
@@ -375,6 +376,10 @@ def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="show the resolved configuration and what would be done, without loading a model"
     )
+    if name == "run":
+        command.add_argument(
+            "--remake", action="store_true", help="remove work that was made with other settings, and what was made from it"
+        )
     if shared:
         command.add_argument("--shards", metavar="I/N", help="make only the shards of the I-th of N workers")
 

@@ -115,7 +115,7 @@ def text_only(rows: Sequence[Any]) -> list[dict[str, Any]]:
 
 def some_tokens(batch: Mapping[str, Any], tokens: slice) -> dict[str, Any]:
     """The entries of a batch that have a value for each completion token, of some of them; and the kind of targets."""
-    names = [name for name in batch if name.startswith(("positions", "target_", "token_"))]
+    names = [name for name in batch if name.startswith(("positions", "target_", "teacher_", "token_"))]
     return {name: batch[name] if name == "target_kind" else batch[name][tokens] for name in names}
 
 

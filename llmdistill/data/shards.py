@@ -132,25 +132,21 @@ def is_whole(directory: Path) -> bool:
     return manifest is not None and all((directory / entry["file"]).is_file() for entry in manifest["shards"])
 
 
-def make_dataset(
-    name: str, directory: Path, source: Source, settings: dict[str, Any], inputs: dict[str, str], worker: Worker
-) -> None:
+def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
     """Make this worker's missing shards; then, if all are there, complete the dataset.
 
     Args:
-        name: of the stage.
-        directory: of the dataset.
-        source: its rows.
-        settings: the resolved configuration that they depend on.
-        inputs: path and hash of what is read.
+        claim: the dataset's directory, the stage, and what the rows depend on.
+        source: the rows.
         worker: knows which shards are its own.
     """
     experiment = source.chat.experiment
+    directory, name, settings, inputs = claim
     count = count_shards(experiment, len(source.requests))
     shared = SharedShards(experiment, directory)
     shared.join(name, settings, inputs)
     precision = shared.precision(teacher_precision(experiment.teacher))
-    precision = record.begin_computing(directory, name, settings, inputs, experiment.seed, precision)
+    precision = record.begin_computing(*claim, experiment.seed, precision)
     made: dict[str, Any] = {}
     shared.gather(count)  # who only asks what is missing sees what others have finished
     gathered = False

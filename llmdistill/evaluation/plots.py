@@ -13,6 +13,7 @@ _LOSS_HEIGHT = 270
 _LOSS_LEFT = 44
 _LOSS_BOTTOM = 44
 _ROW = 58
+_LABEL = 20.0  # between the baselines of two labels, in the larger type of a narrow screen
 _LOG_FROM_RATIO = 3.0
 _MOST_POINTS = 200
 _ENDS = ("mean", "low", "high")
@@ -36,7 +37,7 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """Pixel and label of round values: at most about six."""
         values = _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
-        return [(self.place(value), f"{value:,.10g}") for value in values]
+        return [(self.place(value), f"{value:,.10g}".replace("-", "−")) for value in values]
 
 
 def fit_axis(values: Sequence[float], start: float, end: float, margin: float = 0.06) -> Axis:
@@ -119,11 +120,30 @@ def size_plot(points: Iterable[tuple[str, float, dict[str, float]]]) -> dict[str
     across = fit_axis_linear([size for _, size, _ in drawn], _LOSS_LEFT, WIDTH - 30)
     highest = max(value for _, _, estimate in drawn for value in estimate.values())
     up = Axis(0.0, highest * 1.05, bottom, 10)
-    dots = [
+    dots: list[dict[str, Any]] = [
         {"name": name, "x": across.place(size), **{key: up.place(estimate[key]) for key in ("mean", "low", "high")}}
         for name, size, estimate in drawn
     ]
-    return {"dots": dots, **_frame(across.ticks(), up)}
+    dots.sort(key=lambda dot: dot["mean"])
+    labels = spread([dot["mean"] for dot in dots], _LABEL, 12, bottom - 6)
+    return {"dots": [{**dot, "label": label} for dot, label in zip(dots, labels, strict=True)], **_frame(across.ticks(), up)}
+
+
+def spread(places: Sequence[float], apart: float, low: float, high: float) -> list[float]:
+    """The places, in ascending order, moved as little as it takes to lie `apart` from each other, between `low` and `high`."""
+    groups: list[tuple[float, int]] = []  # the middle of neighbours that touch, and how many they are
+    for place in places:
+        middle, count = place, 1
+        while groups and middle - groups[-1][0] < apart * (count + groups[-1][1]) / 2:
+            other, others = groups.pop()
+            middle, count = (middle * count + other * others) / (count + others), count + others
+        groups.append((middle, count))
+    found = [middle + apart * (number - (count - 1) / 2) for middle, count in groups for number in range(count)]
+    for number, place in enumerate(found):
+        found[number] = max(place, low, found[number - 1] + apart if number else low)
+    for number in reversed(range(len(found))):
+        found[number] = min(found[number], high, found[number + 1] - apart if number + 1 < len(found) else high)
+    return [round(place, 1) for place in found]
 
 
 def loss_plot(curves: dict[str, list[Point]]) -> dict[str, Any] | None:

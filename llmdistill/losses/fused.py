@@ -8,6 +8,9 @@ the picked logits of a row.
 
 On a GPU with Triton a chunk stays in the type of the products and is read once and rewritten once (`fused_triton`); all
 arithmetic is in float32 either way.
+
+An online teacher's distribution is dense: there the loss depends on every logit of a row. Its logits are made chunk by chunk
+from its own hidden states (`ChunkedLogits`), and a chunk's gradient is autograd's.
 """
 
 import functools
@@ -34,9 +37,14 @@ from llmdistill.training.probe import working
 CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 3 << 29}
 _CACHED = 1 << 20  # numbers
 
-# From the rows' place among N, their picked logits (n, C), the log-sum-exp of their others (n, 1) and the largest of those
-# (n, 1): the loss, and the sums of its parts.
-RowLoss = Callable[[slice, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+# The dense loss and its gradient hold some float32 copies of a chunk of both models' logits.
+_DENSE_COPIES = 8
+
+# From the picked logits of rows (n, C), the log-sum-exp of their others (n, 1) and the largest of those (n, 1): the loss, and
+# the sums of its parts.
+RowLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+# From the rows' place among N and their logits (n, V), which it turns in place into the gradient of the loss: the same.
+ChunkLoss = Callable[[slice, Tensor], tuple[Tensor, dict[str, Tensor]]]
 # An adapter of low rank: from the hidden states (N, D) to (N, R), the linear layer from R to V, and a factor.
 Adapter = tuple[Callable[[Tensor], Tensor], torch.nn.Linear, float]
 
@@ -74,6 +82,32 @@ class Head:
             flat[::2] = [x_NR * self.scale for x_NR in flat[::2]]
             bias_V = None if bias_V is None else bias_V * self.scale
         return flat, bias_V
+
+
+class ChunkedLogits:
+    """The logits (N, V) of a model that runs beside the student, without gradients: slices are computed when asked for.
+
+    Args:
+        hidden_ND: what enters the model's output layer.
+        head: that layer. The product with its weight is in the type that autocast asks for here.
+    """
+
+    def __init__(self, hidden_ND: Tensor, head: Head) -> None:
+        dtype = _product_type(hidden_ND)
+        with torch.no_grad():
+            flat, bias_V = head.terms(hidden_ND)
+        self._x_ND, self._weight_VD = flat[0].to(dtype), flat[1].to(dtype)
+        self._bias_V = None if bias_V is None else bias_V.to(dtype)
+        self._low = [tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in flat[2:]]
+        self._softcap = head.softcap
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Logits (n, V)."""
+        with torch.no_grad(), torch.autocast(self._x_ND.device.type, enabled=False):
+            logits_nV = torch.nn.functional.linear(self._x_ND[rows], self._weight_VD, self._bias_V)
+            for x_NR, weight_VR in zip(self._low[::2], self._low[1::2], strict=True):
+                logits_nV = logits_nV + x_NR[rows] @ weight_VR.t()
+            return logits_nV if self._softcap is None else _bent(logits_nV, self._softcap)
 
 
 @torch.no_grad()
@@ -127,9 +161,28 @@ def distillation_loss(
         objective: what to compute.
         chunk_bytes: of float32 logits in memory at a time; by the kind of device if not given.
     """
+    flat, bias_V = head.terms(hidden_ND)
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cpu"])
+    chunk_loss: ChunkLoss
+    if "teacher_logits" in targets:
+        chunk_bytes //= _DENSE_COPIES
+        chunk_loss = _dense(head, labels_N, targets, objective)
+    else:
+        chunk_loss = _sparse(head, labels_N, targets, objective)
+    count = max(len(hidden_ND), 1)
+    chunks = math.ceil(count / max(chunk_bytes // (4 * len(flat[1])), 1))
+    rows = math.ceil(count / chunks)  # about as many in the last chunk as in the others
+    in_float32 = head.softcap is not None or "teacher_logits" in targets
+    loss, sums, gradients = _in_chunks(flat, bias_V, in_float32, chunk_loss, rows)
+    return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
+
+
+def _sparse(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
+    """The loss of stored targets, or of the text alone, which depends on a few logits of a row and the sum of the others."""
     kind = KINDS[targets["target_kind"]] if "target_kind" in targets else None
     has_tail = kind is not None and kind.has_tail
-    columns = [labels_N[:, None]] if kind is None else [targets["target_ids"], labels_N[:, None]]
+    columns_NC = torch.cat([labels_N[:, None]] if kind is None else [targets["target_ids"], labels_N[:, None]], dim=1)
 
     def row_loss(rows: slice, picked_nC: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         here = some_tokens(targets, rows)
@@ -149,14 +202,35 @@ def distillation_loss(
             parts["agreement"] = (picked_nK.detach().gather(1, kind.choice(here))[:, 0] >= best_n).float()
         return objective.total(parts, here)
 
-    flat, bias_V = head.terms(hidden_ND)
-    if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cpu"])
-    count = max(len(hidden_ND), 1)
-    chunks = math.ceil(count / max(chunk_bytes // (4 * len(flat[1])), 1))
-    rows = math.ceil(count / chunks)  # about as many in the last chunk as in the others
-    loss, sums, gradients = _in_chunks(flat, bias_V, head.softcap, torch.cat(columns, dim=1), has_tail, row_loss, rows)
-    return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
+    return lambda rows, logits_nV: _to_gradient(
+        logits_nV, columns_NC[rows], has_tail, head.softcap, partial(row_loss, rows)
+    )  # fmt: skip
+
+
+def _dense(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
+    """The loss against all of an online teacher's logits."""
+
+    def chunk_loss(rows: slice, logits_nV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        given_nV = logits_nV.detach().requires_grad_()
+        with torch.enable_grad():
+            bent_nV = given_nV if head.softcap is None else _bent(given_nV, head.softcap)
+            loss, sums = losses.distillation_loss(bent_nV, labels_N[rows], some_tokens(targets, rows), objective)
+            (gradient_nV,) = torch.autograd.grad(loss, given_nV)
+        logits_nV.copy_(gradient_nV)
+        return loss.detach(), sums
+
+    return chunk_loss
+
+
+def _bent(logits_nV: Tensor, softcap: float) -> Tensor:
+    wide_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
+    return torch.tanh(wide_nV / softcap) * softcap
+
+
+def _product_type(hidden_ND: Tensor) -> torch.dtype:
+    """That of the matrix products: what autocast asks for, else as the hidden states are."""
+    device = hidden_ND.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
 
 
 class _WithGradients(torch.autograd.Function):
@@ -176,17 +250,11 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _in_chunks(
-    flat: list[Tensor],
-    bias_V: Tensor | None,
-    softcap: float | None,
-    columns_NC: Tensor,
-    picked_apart: bool,
-    row_loss: RowLoss,
-    rows: int,
+    flat: list[Tensor], bias_V: Tensor | None, in_float32: bool, chunk_loss: ChunkLoss, rows: int
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
     """The loss and its parts, summed over N, and the gradients of a head's terms and bias where they are wanted."""
     device, count = flat[0].device, len(flat[0])
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else flat[0].dtype
+    dtype = _product_type(flat[0])
     wide = torch.promote_types(dtype, torch.float32)
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (*flat, bias_V)]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -199,7 +267,7 @@ def _in_chunks(
         bias_V = None if bias_V is None else bias_V.to(dtype)
         buffer_nV = torch.empty(rows, len(weight_VD), dtype=dtype, device=device)
         # What is added to the logits or bends them is not to be rounded, and without kernels nothing is.
-        stays = dtype == wide or (kernels_for(device) is not None and not low and softcap is None)
+        stays = dtype == wide or (kernels_for(device) is not None and not low and not in_float32)
         wide_buffer_nV = buffer_nV if stays else torch.empty_like(buffer_nV, dtype=wide)
         total, sums = torch.zeros((), dtype=wide, device=device), defaultdict[str, Any](int)
         # Once where there are no rows at all, so that every part has its sum.
@@ -212,7 +280,7 @@ def _in_chunks(
             logits_nV = product_nV if stays else wide_buffer_nV[: len(x_nD)].copy_(product_nV)
             for x_NR, weight_VR in zip(low[::2], low[1::2], strict=True):
                 logits_nV.addmm_(x_NR[here], weight_VR.t())
-            loss, parts = _to_gradient(logits_nV, columns_NC[here], picked_apart, softcap, partial(row_loss, here))
+            loss, parts = chunk_loss(here, logits_nV)
             total += loss
             for name, value in parts.items():
                 sums[name] += value
@@ -247,7 +315,7 @@ def _to_gradient(
     columns_nC: Tensor,
     picked_apart: bool,
     softcap: float | None,
-    row_loss: Callable[[Tensor, Tensor, Tensor], Any],
+    row_loss: RowLoss,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Turn logits, in place, into the gradient of the summed loss with respect to them; return the loss and its parts.
 

@@ -295,7 +295,10 @@ def keep(experiment: Experiment, name: str) -> None:
         copy.upload_if_done()
     # A page is no directory, and on the student's card `eval` has written its results.
     output = Path(experiment.output)
-    pages = {"report": [output / "report.html", output / "report.md"], "eval": [experiment.directory("student") / CARD]}
+    pages = {
+        "report": [output / f"report.{form}" for form in ("html", "md", "png")],
+        "eval": [experiment.directory("student") / CARD],
+    }
     for page in pages.get(name, ()):
         if page.is_file():
             Store(experiment.store).put(page, page.relative_to(output).as_posix())

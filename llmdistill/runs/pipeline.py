@@ -1,5 +1,6 @@
 """`llmdistill run`: every stage in order, each in a process of its own, as a scheduler would start them."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from llmdistill.config import Experiment, Prompts, Score, Targets, Teacher, dump
 from llmdistill.config.teacher import DEFAULT_ENGINE
 from llmdistill.config.train import Mix
 from llmdistill.curation.steps import step_inputs
+from llmdistill.errors import InputError
 from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.runs import record
 from llmdistill.runs.estimate import estimate, said
@@ -100,24 +102,40 @@ def _below(experiment: Experiment, name: str) -> Experiment:
     return experiment.with_(output=str(Path(experiment.output) / name), store=store)
 
 
-def run_pipeline(experiment: Experiment) -> None:
+def run_pipeline(experiment: Experiment, remake: bool = False) -> None:
     """Run the stages; the first that fails ends the run with its exit status. A finished stage says so and is skipped.
 
+    Args:
+        experiment: the configuration.
+        remake: remove the work of other settings first, which is refused otherwise.
+
     Raises:
-        InputError: what the last stages read is not usable, which is better known before the first.
+        InputError: what the last stages read is not usable, or there is work of other settings, which is better known
+            before the first.
     """
     _check_files(experiment)
+    for directory, why in check_stale(experiment, remake).items():
+        say("run", f"removes {directory}: {why}")
+        shutil.rmtree(directory)
     say_estimate(experiment)
     run_stages(stages(experiment))
 
 
-def dry_run(experiment: Experiment) -> None:
+def dry_run(experiment: Experiment, remake: bool = False) -> None:
     """Say what every stage would do, and about how long it would take.
+
+    Args:
+        experiment: the configuration.
+        remake: as for `run_pipeline`; nothing is removed.
 
     Raises:
         InputError: a stage could not run with this configuration.
     """
     _check_files(experiment)
+    if stale := check_stale(experiment, remake):
+        for directory, why in stale.items():
+            say("run", f"would remove {directory} and make it again: {why}")
+        return
     for stage in stages(experiment):
         if stage.round:  # Its models are those that earlier stages make: there is nothing to check them by yet.
             written = [stage.experiment.directory(name) for name in STAGES[stage.command].writes if name != "student-before"]
@@ -125,6 +143,37 @@ def dry_run(experiment: Experiment) -> None:
         else:
             STAGES[stage.command].function(stage.experiment, dry_run=True)
     say_estimate(experiment)
+
+
+def check_stale(experiment: Experiment, remake: bool = False) -> dict[Path, str]:
+    """The directories that hold work of other settings, or work that was made from such, each with the reason.
+
+    Raises:
+        InputError: there are some, and they are not to be made again, or are in an object store, too.
+    """
+    changed: dict[Path, str] = {}
+    for stage in stages(experiment):
+        if not any(stage.experiment.directory(name).exists() for name in STAGES[stage.command].writes):
+            continue
+        with suppress(InputError):  # what else is wrong, the stage itself says
+            for claim in STAGES[stage.command].claims(stage.experiment):
+                try:
+                    record.claim(*claim)
+                except record.StaleError as error:
+                    changed[error.directory] = "; ".join(error.changed)
+    output = Path(experiment.output)
+    stale = changed | {
+        path: "made from that" for path in record.made_from(changed, output) if changed and path not in changed
+    }  # fmt: skip
+    if stale and not remake:
+        lines = "".join(f"\n  {directory.relative_to(output)}: {why}" for directory, why in stale.items())
+        raise InputError(f"{output} was made with other settings:{lines}\n{record.REMEDY}")
+    if stale and experiment.store:
+        raise InputError(
+            f"--remake removes nothing in a store: remove {', '.join(path.name for path in stale)} in {experiment.store} and in "
+            f"{output}, or choose another `output` and `store`"
+        )
+    return stale
 
 
 def _check_files(experiment: Experiment) -> None:
@@ -141,6 +190,8 @@ def say_estimate(experiment: Experiment) -> None:
     prepared = prepared_prompts(experiment)
     if prepared is None:
         return say("run", "the time can be estimated once `prompts` has finished")
+    if any(stage.command == "curate" for stage in missing):
+        _warn_of_few(experiment, len(prepared.prompts))
     with working("run", "measuring this machine"):
         each = estimate(experiment, sorted({stage.command for stage in missing}), len(prepared.prompts))
     seconds: dict[str, float] = {}
@@ -150,6 +201,20 @@ def say_estimate(experiment: Experiment) -> None:
     if seconds:
         say("run", said(seconds))
     return None
+
+
+def _warn_of_few(experiment: Experiment, prompts: int) -> None:
+    """Say what `curate` will say, before the teacher has worked."""
+    from llmdistill.evaluation.statistics import check_clusters
+
+    if not experiment.eval.held_out:
+        return
+    try:
+        warning = check_clusters(round(prompts * experiment.eval.held_out), "held-out prompts", "raise eval.held_out")
+    except InputError as error:
+        warning = str(error)
+    if warning:
+        say("warning", f"about {warning.removeprefix('only ')}")
 
 
 def run_stages(stages: list[StageRun]) -> None:

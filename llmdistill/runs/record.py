@@ -8,10 +8,10 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from llmdistill.config.machine import Precision
 from llmdistill.config.shipped import find
@@ -27,6 +27,40 @@ _FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "engine
 _FREE_SETTINGS |= {"train.args.report_to", "train.args.run_name"}
 
 
+class Claim(NamedTuple):
+    """A directory, the stage that makes it, and what the result depends on, as `claim` and `begin` take them.
+
+    Attributes:
+        directory: the stage's output directory.
+        stage: its name.
+        settings: the resolved configuration that the result depends on.
+        inputs: path and hash of what the stage reads.
+    """
+
+    directory: Path
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+
+class StaleError(InputError):
+    """A directory holds the work of other settings.
+
+    Attributes:
+        directory: which.
+        changed: in what they differ, for people.
+    """
+
+    def __init__(self, directory: Path, changed: list[str]) -> None:
+        derived = [path.name for path in made_from([directory], directory.parent)]
+        also = f"; {', '.join(derived)} {'was' if len(derived) == 1 else 'were'} made from it" if derived else ""
+        super().__init__(f"{directory} was made with other settings: {'; '.join(changed)}{also}. {REMEDY}")
+        self.directory, self.changed = directory, changed
+
+
+REMEDY = "Choose another `output`, or add --remake to `llmdistill run`, which removes all of this and makes it again"
+
+
 def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> Literal["new", "resume", "done"]:
     """Whether `stage` starts in `directory`, goes on there, or is finished. Writes nothing.
 
@@ -37,7 +71,8 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
         inputs: path and hash of what the stage reads.
 
     Raises:
-        InputError: the directory holds something else, or the work of other settings.
+        InputError: the directory holds something else.
+        StaleError: it holds the work of other settings.
     """
     there = (
         {entry.name for entry in directory.iterdir() if not entry.name.endswith(".unfinished")} if directory.exists() else set()
@@ -50,11 +85,33 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
     if run["status"] != "done" and there == {RUN_FILE}:
         return "new"  # it stopped before anything was finished: nothing to lose to other settings
     if found := differences(run, settings, inputs):
-        raise InputError(
-            f"{directory} was made with other settings: {'; '.join(found)}. "
-            "Choose another `output`, or remove the directory to make it again"
-        )
+        raise StaleError(directory, found)
     return "done" if run["status"] == "done" else "resume"
+
+
+def made_from(directories: Collection[Path], output: Path) -> list[Path]:
+    """The directories of a run whose work was made from that in others, directly or not, by what their `run.json` lists.
+
+    Args:
+        directories: the others.
+        output: of the experiment.
+    """
+    read = {file.parent: set((read_json(file) or {}).get("inputs", {})) for file in _run_files(output)}
+    stale = {directory.resolve() for directory in directories}
+    found: list[Path] = []
+    while more := [
+        directory
+        for directory, inputs in read.items()
+        if directory.resolve() not in stale
+        and any({path, *path.parents} & stale for path in (Path(name).resolve() for name in inputs))
+    ]:
+        found += more
+        stale |= {directory.resolve() for directory in more}
+    return sorted(found)
+
+
+def _run_files(output: Path) -> list[Path]:
+    return [*output.glob(f"*/{RUN_FILE}"), *output.glob(f"rounds/*/*/{RUN_FILE}")]
 
 
 def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:
@@ -192,10 +249,15 @@ def write_json(file: Path, content: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write so that the file is there as a whole or not at all; half a surrogate pair, which a model may write, becomes `?`."""
+    write_bytes(file, text.encode("utf-8", errors="replace"))
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write so that the file is there as a whole or not at all."""
     unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
     try:
-        with unfinished.open("w", encoding="utf-8", errors="replace") as stream:
-            stream.write(text)
+        with unfinished.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(file)

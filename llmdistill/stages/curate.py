@@ -101,15 +101,12 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         InputError: there is no complete dataset, it is damaged, a step cannot be done, or nothing is left of the rows.
     """
     source, directory = experiment.directory("data"), experiment.directory("curated")
-    read_by_steps = step_inputs(experiment.curate)
+    step_inputs(experiment.curate)
     if dry_run:
         return _say_plan(experiment, source, directory)
     manifest = read_manifest(source)
-    settings = experiment.model_dump(mode="json", include={"seed", "curate", "shard_mb"}) | {
-        "eval": {"held_out": experiment.eval.held_out}
-    }
-    inputs = {str(source / MANIFEST): record.sha256(source / MANIFEST)} | read_by_steps
-    if record.claim(directory, "curate", settings, inputs) == "done":
+    (claim,) = claims(experiment)
+    if record.claim(*claim) == "done":
         return say("curate", f"{directory} is finished")
 
     files = shard_files(source, "train")
@@ -124,12 +121,12 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
                 f"{source}: {_sum(accounts, train, test)}; both splits need at least one row; "
                 "add prompts, relax the steps or change eval.held_out"
             )
-        record.begin(directory, "curate", settings, inputs, experiment.seed)
+        record.begin(*claim, experiment.seed)
         _clear(directory)
         shards = _write(experiment, files, verdicts, scratch, directory)
         for log in sorted((scratch / "logs").iterdir()):
             shutil.move(log, directory / log.name)
-        write_manifest(directory, shards, _description(manifest, inputs, accounts, len(verdicts)))
+        write_manifest(directory, shards, _description(manifest, claim.inputs, accounts, len(verdicts)))
         record.finish(directory, _results(manifest, accounts, len(verdicts), train + test, time.monotonic() - started))
         bar.summary = _sum(accounts, train, test)
     if experiment.eval.held_out:  # said before training, not after it
@@ -140,6 +137,15 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         if warning:
             say("warning", warning)
     return None
+
+
+def claims(experiment: Experiment) -> list[record.Claim]:
+    """The filtered dataset, and what it depends on."""
+    manifest = experiment.directory("data") / MANIFEST
+    settings = experiment.model_dump(mode="json", include={"seed", "curate", "shard_mb"})
+    settings["eval"] = {"held_out": experiment.eval.held_out}
+    inputs = {str(manifest): record.sha256(manifest)} | step_inputs(experiment.curate)
+    return [record.Claim(experiment.directory("curated"), "curate", settings, inputs)]
 
 
 def _clear(directory: Path) -> None:

@@ -90,9 +90,8 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         return
     manifest = read_manifest(experiment.dataset_directory)
     _check_models(plan.subjects)
-    settings = experiment.model_dump(mode="json", include={"seed", "eval"})
-    inputs = _inputs(experiment, plan)
-    if record.claim(directory, "eval", settings, inputs) == "done":
+    claim = _claim(experiment, plan)
+    if record.claim(*claim) == "done":
         say("eval", f"{directory} is finished")
         return
     if plan.comparison:
@@ -104,7 +103,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     prompts = conversation_keys(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     precision = inference_precision(experiment.eval.dtype)
-    precision = record.begin_computing(directory, "eval", settings, inputs, experiment.seed, precision)
+    precision = record.begin_computing(*claim, experiment.seed, precision)
     parts = Parts(directory / "parts")
     # Before the models are loaded here: they might not fit into the memory together.
     by_vllm = experiment.eval.speed == "vllm"
@@ -159,6 +158,16 @@ def _check_models(subjects: list[Served], but: str | None = None) -> None:
     for subject in subjects:
         if but is None or not Path(subject.path).is_relative_to(but):
             check_model_exists(subject.path, f"the model `{subject.name}`")
+
+
+def claims(experiment: Experiment) -> list[record.Claim]:
+    """The figures, and what they depend on."""
+    return [_claim(experiment, _plan(experiment))]
+
+
+def _claim(experiment: Experiment, plan: _Plan) -> record.Claim:
+    settings = experiment.model_dump(mode="json", include={"seed", "eval"})
+    return record.Claim(experiment.directory("eval"), "eval", settings, _inputs(experiment, plan))
 
 
 def _inputs(experiment: Experiment, plan: _Plan) -> dict[str, str]:

@@ -58,8 +58,8 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
     manifest = read_manifest(experiment.dataset_directory)
     _check_source(settings, source)
     _check_libraries(experiment, settings)
-    claimed, inputs = _claimed(experiment, settings), _inputs(experiment, source)
-    state = record.claim(directory, "export", claimed, inputs)
+    (claim,) = claims(experiment)
+    state = record.claim(*claim)
     there = {made["name"] for made in _results(directory)["formats"]}
     missing = [form for form in settings.formats if form not in there]
     if state == "done" and not missing:
@@ -68,7 +68,7 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
     _check_fit(source, settings, manifest)
     held_out = _held_out(experiment)
     precision = inference_precision(experiment.eval.dtype)
-    precision = record.begin_computing(directory, "export", claimed, inputs, experiment.seed, precision)
+    precision = record.begin_computing(*claim, experiment.seed, precision)
     with _whole(source, settings, directory, manifest["tokenizer"]) as model:
         for form in missing:
             made = _export_one(experiment, FORMATS[form], _source(experiment, FORMATS[form], model), precision.dtype, held_out)
@@ -95,13 +95,16 @@ def _check_libraries(experiment: Experiment, settings: Export) -> None:
         serving.check_vllm("eval.speed")
 
 
-def _claimed(experiment: Experiment, settings: Export) -> dict[str, Any]:
-    """The settings on which what is written depends; more formats may be asked for later."""
-    return {
+def claims(experiment: Experiment) -> list[record.Claim]:
+    """The exported formats, and what they depend on; more formats may be asked for later."""
+    settings = experiment.export or Export()
+    source = Path(settings.model or experiment.directory("student"))
+    claimed = {
         "seed": experiment.seed,
         "eval": experiment.eval.model_dump(mode="json", include={"resamples", "speed"}),
         "export": settings.model_dump(mode="json", exclude={"formats"}),
     }
+    return [record.Claim(experiment.directory("export"), "export", claimed, _inputs(experiment, source))]
 
 
 def _inputs(experiment: Experiment, source: Path) -> dict[str, str]:

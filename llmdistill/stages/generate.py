@@ -14,7 +14,7 @@ from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.turns import as_columns
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, say
-from llmdistill.stages.prompts import Prepared, Prompt, prepared_prompts
+from llmdistill.stages.prompts import Prepared, Prompt, prepared_inputs, prepared_prompts
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_id, row_seed
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 from llmdistill.teachers.thinking import answer_start
@@ -33,24 +33,34 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
     Raises:
         InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
     """
-    directory, teacher = experiment.directory("data"), experiment.teacher
-    models, fingerprint = fingerprints(teacher)
+    directory = experiment.directory("data")
+    models, fingerprint = fingerprints(experiment.teacher)
     prepared = prepared_prompts(experiment)
     if prepared is None:
         if dry_run:
             return say("generate", "answers all prompts that `prompts` makes")
         raise InputError(f"{experiment.directory('prompts')}: does not exist; run `prompts` first, or `run` for all stages")
-    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
-    inputs = {**prepared.inputs, **models}
-    state = record.claim(directory, "generate", settings, inputs)
+    claim = _claim(experiment, {**prepared.inputs, **models})
+    state = record.claim(*claim)
 
     if dry_run:
         _say_plan(experiment, len(prepared.prompts), len(prepared.prompts) * experiment.generate.samples)
     elif state == "done" and is_whole(directory):
         say("generate", f"{directory} is finished ({read_manifest(directory)['rows']:,} rows)")
     else:
-        make_dataset("generate", directory, _Prompts(PromptEncoder(experiment, fingerprint), prepared), settings, inputs, worker)
+        make_dataset(claim, _Prompts(PromptEncoder(experiment, fingerprint), prepared), worker)
     return None
+
+
+def claims(experiment: Experiment) -> list[record.Claim]:
+    """The dataset, and what it depends on."""
+    models, _ = fingerprints(experiment.teacher)
+    return [_claim(experiment, {**prepared_inputs(experiment), **models})]
+
+
+def _claim(experiment: Experiment, inputs: dict[str, str]) -> record.Claim:
+    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
+    return record.Claim(experiment.directory("data"), "generate", settings, inputs)
 
 
 class _Prompts:

@@ -125,8 +125,8 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
         raise InputError(f"prompts.source: no usable prompts: {counts}")
     if dry_run:
         return _say_plan(experiment, counts)
-    inputs = {**source_hash(section), **plan.inputs, **models}
-    if record.claim(directory, "prompts", _settings(experiment), inputs) == "done":
+    (claim,) = claims(experiment)
+    if record.claim(*claim) == "done":
         return say(
             "prompts",
             f"{directory} is finished ({record.read_json(directory / record.RUN_FILE)['results']['prompts']:,} prompts)",
@@ -134,15 +134,22 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     chat = PromptEncoder(experiment, models[teacher.model])
     if any(isinstance(step.settings, Magpie) for step in section.steps):
         PreQueryFormat(chat)
-    asker, settings = Asker(experiment, chat, worker), _settings(experiment)
+    asker = Asker(experiment, chat, worker)
     context = PromptStepContext(asker, plan.templates, experiment.seed)
-    asker.precision = record.begin_computing(directory, "prompts", settings, inputs, experiment.seed, teacher_precision(teacher))
+    asker.precision = record.begin_computing(*claim, experiment.seed, teacher_precision(teacher))
     remove_leftovers(directory)
     try:
         _make(plan, context, starts, directory)
     except WaitingForOthersError as error:
         say("prompts", f"{error}; run it again then")
     return None
+
+
+def claims(experiment: Experiment) -> list[record.Claim]:
+    """The prompts, and what they depend on."""
+    models, _ = fingerprints(experiment.teacher)
+    inputs = prompts_inputs(experiment.prompts or Prompts()) | models
+    return [record.Claim(experiment.directory("prompts"), "prompts", _settings(experiment), inputs)]
 
 
 def _make(plan: Plan, context: PromptStepContext, starts: Starts | None, directory: Path) -> None:
@@ -257,10 +264,10 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
     Raises:
         InputError: the source or a template is not usable, or what is there was made with other settings.
     """
-    prepared = _prepared(experiment)
-    known = experiment.prompts.known if experiment.prompts else []
+    prepared, section = _prepared(experiment), experiment.prompts
+    known = section.known if section else []
     shards = {Path(directory): read_manifest(Path(directory), "prompts.known")["shards"] for directory in known}
-    if prepared is None or not known:
+    if prepared is None or section is None or not known:
         return prepared
     there: set[str] = set()
     for directory, entries in shards.items():
@@ -279,8 +286,7 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
     left = PromptTable(unknown())
     if not left and not empty:
         raise InputError(f"prompts.known: all {len(prepared.prompts):,} prompts are in {', '.join(known)}")
-    inputs = {str(Path(directory) / MANIFEST): record.sha256(Path(directory) / MANIFEST) for directory in known}
-    return Prepared(left, prepared.inputs | inputs, [*prepared.steps, {"name": "known", **counts.described()}])
+    return Prepared(left, prepared.inputs | _known_inputs(section), [*prepared.steps, {"name": "known", **counts.described()}])
 
 
 def _prepared(experiment: Experiment) -> Prepared | None:
@@ -292,6 +298,22 @@ def _prepared(experiment: Experiment) -> Prepared | None:
     counts = Counts()
     table = load_prompts(section, token_starts(experiment), counts)
     return Prepared(table, prompts_inputs(section), [{"name": "source", **counts.described()}])
+
+
+def prepared_inputs(experiment: Experiment) -> dict[str, str]:
+    """Path or name and hash of what `prepared_prompts` reads, without reading the prompts.
+
+    Raises:
+        InputError: one is missing, or cannot be used.
+    """
+    section = experiment.prompts or Prompts()
+    file = experiment.directory("prompts") / PROMPTS_FILE
+    inputs = {str(file): record.sha256(file)} if section.steps else prompts_inputs(section)
+    return inputs | _known_inputs(section)
+
+
+def _known_inputs(section: Prompts) -> dict[str, str]:
+    return {str(Path(directory) / MANIFEST): record.sha256(Path(directory) / MANIFEST) for directory in section.known}
 
 
 def prompts_inputs(section: Prompts) -> dict[str, str]:

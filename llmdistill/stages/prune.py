@@ -35,12 +35,10 @@ def prune(experiment: Experiment, dry_run: bool = False) -> None:
         say("prune", f"{directory} is finished")
 
 
-def ensure_pruned(experiment: Experiment) -> bool:
-    """Make the pruned teacher if it is not there; whether it had to be made."""
+def claims(experiment: Experiment) -> list[record.Claim]:
+    """The pruned teacher, and what it depends on."""
     settings, teacher = experiment.student.prune, experiment.teacher
     assert settings is not None
-    directory = experiment.directory("student-before")
-    check_model_exists(teacher.model, "teacher.model")
     inputs = {teacher.model: record.model_fingerprint(teacher.model, teacher.revision)}
     if settings.measured:
         inputs[str(experiment.dataset_directory / MANIFEST)] = _dataset_hash(experiment)
@@ -48,12 +46,22 @@ def ensure_pruned(experiment: Experiment) -> bool:
         "teacher": teacher.model_dump(mode="json", include={"model", "revision"}),
         "student": {"prune": settings.model_dump(mode="json")},
     }
-    if record.claim(directory, "prune", claimed, inputs) == "done":
+    return [record.Claim(experiment.directory("student-before"), "prune", claimed, inputs)]
+
+
+def ensure_pruned(experiment: Experiment) -> bool:
+    """Make the pruned teacher if it is not there; whether it had to be made."""
+    settings, teacher = experiment.student.prune, experiment.teacher
+    assert settings is not None
+    directory = experiment.directory("student-before")
+    check_model_exists(teacher.model, "teacher.model")
+    (claim,) = claims(experiment)
+    if record.claim(*claim) == "done":
         return False
     with working("prune", "measuring the teacher, pruning the student"):
         student, results, lines = _make(experiment, settings)
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
-    record.begin(directory, "prune", claimed, inputs, experiment.seed)
+    record.begin(*claim, experiment.seed)
     student.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     record.finish(directory, results)

@@ -1,5 +1,6 @@
 """`llmdistill report`: one page that says what was made, from what, and how well it does, for people."""
 
+import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from llmdistill.data.cards import describe_targets
 from llmdistill.data.dataset import MANIFEST
 from llmdistill.errors import InputError
 from llmdistill.evaluation.metrics import OWN_TEXT_METRICS, metrics_of
+from llmdistill.evaluation.picture import picture
 from llmdistill.evaluation.plots import Point, group_plot, interval_plot, loss_plot, size_plot
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs.progress import console, say
-from llmdistill.runs.record import RUN_FILE, read_json, write_text
+from llmdistill.runs.record import RUN_FILE, read_json, write_bytes, write_text
 
 SCHEMA_VERSION = 2
 Json = dict[str, Any]
@@ -28,18 +30,19 @@ _FEW_PROMPTS = 30
 
 
 def report(experiment: Experiment, dry_run: bool = False) -> None:
-    """Write `OUTPUT/report.html` and `OUTPUT/report.md`, always anew: it takes no time and no model.
+    """Write `OUTPUT/report.html`, `report.md` and `report.png`, always anew: it takes no time and no model.
 
     Raises:
         InputError: there is no evaluation, or it is of another schema.
     """
-    page, text = (Path(experiment.output) / name for name in ("report.html", "report.md"))
+    page, text, shared = (Path(experiment.output) / f"report.{form}" for form in ("html", "md", "png"))
     if dry_run:
-        return say("report", f"would write {page} and {text}")
+        return say("report", f"would write {page}, {text} and {shared}")
     view = _view(experiment)
     environment = template_environment()
     for file in (page, text):
         write_text(file, environment.get_template(f"{file.name}.j2").render(view))
+    write_bytes(shared, picture(view, _LABELS))
     say("report", str(page))
     console.print()
     return console.print(view["headline"], markup=False)
@@ -61,7 +64,8 @@ def _view(experiment: Experiment) -> Json:
         "samples": metrics["samples"],
         "cards": _cards(models["teacher"], models["student"], metrics.get("tasks")),
         "tasks": metrics.get("tasks"),
-        "kept_plot": _kept_plot(metrics.get("tasks")),
+        "task_plots": list(_task_plots(metrics.get("tasks"))),
+        "change": _largest_change(metrics["samples"]),
         "judged": metrics.get("win_rate"),
         "exports": _exports(experiment),
         "profiles": _profiles(models),
@@ -124,15 +128,31 @@ def _kept_card(share: Json, label: str) -> Json:
     return {"figure": f"{mean}%", "label": label, "note": f"95% CI {ends}"}
 
 
-def _kept_plot(tasks: Json | None) -> Json | None:
-    """The student's differences to the teacher on every task, in percentage points, as a figure."""
-    if not tasks:
-        return None
-    rows = []
-    for entry in [*tasks["tasks"], {"name": "all together", **tasks["together"]}]:
-        difference = next(d for d in entry["differences"] if d["against"] == "teacher")
-        rows.append((entry["name"], percent(difference)))
-    return interval_plot(rows, with_zero=True)
+def _task_plots(tasks: Json | None) -> Iterator[Json]:
+    """The student's differences to the teacher, and to the student of the text alone, on every task in percentage points."""
+    for rival in ("teacher", "student, text only") if tasks else ():
+        rows = []
+        for entry in [*tasks["tasks"], {"name": "all together", **tasks["together"]}] if tasks else []:
+            rows += [(entry["name"], percent(found)) for found in entry["differences"] if found["against"] == rival]
+        if plot := interval_plot(rows, with_zero=True):
+            yield {"rival": rival, "plot": plot}
+
+
+def _largest_change(samples: list[Json]) -> Json | None:
+    """The sample whose answer training has brought closest to the teacher's, compared with before; None if it has none."""
+
+    def gain(sample: Json) -> float:
+        teacher, before, after = (sample["answers"][name].split() for name in ("teacher", "student before", "student"))
+        return _likeness(teacher, after) - _likeness(teacher, before)
+
+    both = [sample for sample in samples if {"teacher", "student before", "student"} <= sample["answers"].keys()]
+    best = max(both, key=gain, default=None)
+    return best if best and gain(best) > 0 else None
+
+
+def _likeness(first: list[str], second: list[str]) -> float:
+    """The share of words that two texts have in common, in the same order."""
+    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()
 
 
 def _exports(experiment: Experiment) -> list[Json]:
@@ -178,12 +198,26 @@ _SHADES = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 def _view_of_tokens(view: Json) -> Json:
-    """A text token by token, each with its shade and what both models expected there."""
-    tokens = [
-        {**token, "shade": sum(token["kl"] >= least for least in _SHADES), "breaks": "\n" in token["text"]}
-        for token in view["tokens"]
-    ]
-    return {"prompt": view["prompt"], "tokens": tokens, "kl": sum(token["kl"] for token in tokens) / max(len(tokens), 1)}
+    """A text token by token, in words that a line does not break, each with its shade and what both models expected there."""
+    words: list[Json] = []
+    for token in view["tokens"]:
+        before, shown, after = _parts(token["text"])
+        if not words or before or words[-1]["tokens"][-1]["after"]:
+            words.append({"tokens": [], "letters": 0})
+        shade = sum(token["kl"] >= least for least in _SHADES)
+        words[-1]["tokens"].append({**token, "shade": shade, "before": before, "shown": shown, "after": after})
+        words[-1]["letters"] += len(shown)
+    kl = [token["kl"] for token in view["tokens"]]
+    return {"prompt": view["prompt"], "words": words, "kl": sum(kl) / max(len(kl), 1), "count": len(kl)}
+
+
+def _parts(token: str) -> tuple[str, str, str]:
+    """A token's white space before and after it, and the rest; where there is nothing else, the white space is shown as signs."""
+    if not token.strip():
+        return "", visible(token), "\n" if "\n" in token else ""
+    shown = token.strip()
+    before, _, after = token.partition(shown)
+    return before, shown, after
 
 
 def visible(token: str) -> str:

@@ -34,16 +34,14 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
     """
     if experiment.score is None:
         raise InputError("the key score is missing: `score` needs score.source")
-    directory, teacher, source = experiment.directory("data"), experiment.teacher, Path(experiment.score.source)
-    models, fingerprint = fingerprints(teacher)
+    directory, source = experiment.directory("data"), Path(experiment.score.source)
+    _, fingerprint = fingerprints(experiment.teacher)
     is_dataset = source.is_dir() and any(SHARD_NAME.fullmatch(file.name) for file in source.iterdir())
     texts: _Conversations | _Stored = _Stored(experiment.score) if is_dataset else _Conversations(experiment.score)
-    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "score", "targets"})
-    settings["generate"] = {"rows_per_shard": experiment.generate.rows_per_shard}
     if is_dataset:
         read_manifest(source, "score.source")
-    inputs = files_hash(experiment.score.source, "score.source") | models
-    state = record.claim(directory, "score", settings, inputs)
+    (claim,) = claims(experiment)
+    state = record.claim(*claim)
     if dry_run:
         count = count_shards(experiment, len(texts))
         say("score", f"{len(texts):,} rows of {source} in {count:,} shards")
@@ -51,7 +49,17 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
     elif state == "done" and is_whole(directory):
         say("score", f"{directory} is finished ({read_manifest(directory)['rows']:,} rows)")
     else:
-        make_dataset("score", directory, _Texts(PromptEncoder(experiment, fingerprint), texts), settings, inputs, worker)
+        make_dataset(claim, _Texts(PromptEncoder(experiment, fingerprint), texts), worker)
+
+
+def claims(experiment: Experiment) -> list[record.Claim]:
+    """The dataset, and what it depends on."""
+    assert experiment.score is not None
+    models, _ = fingerprints(experiment.teacher)
+    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "score", "targets"})
+    settings["generate"] = {"rows_per_shard": experiment.generate.rows_per_shard}
+    inputs = files_hash(experiment.score.source, "score.source") | models
+    return [record.Claim(experiment.directory("data"), "score", settings, inputs)]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,12 @@ class Stage:
         return found
 
     @property
+    def claims(self) -> Callable[..., Any]:
+        """What it writes and what that depends on: `claims(experiment)`, a list of `record.Claim`; of `report`, none."""
+        module = importlib.import_module(f"llmdistill.stages.{self.module}")
+        return getattr(module, "claims", lambda experiment: [])
+
+    @property
     def record(self) -> Directory | None:
         """The directory whose `run.json` says whether it is done; None for `report`, which is done where its page is."""
         made = [directory for directory in self.writes if directory != "student-before" or self.name == "prune"]
@@ -123,7 +129,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "report",
-            "write report.html and report.md, or compare several runs on one page",
+            "write the report, as HTML, Markdown and a picture, or compare several runs on one page",
             (),
             "report",
             reads=("prompts", "data", "curated", "student", "student-text-only", "eval", "export"),

@@ -80,10 +80,7 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
     Raises:
         InputError: the dataset, the student or the output directory are not usable; nothing was written.
     """
-    directories = {experiment.directory("student"): False}
-    if experiment.train.compare_text_only:
-        directories[experiment.directory("student-text-only")] = True
-    read = _models_and_files(experiment)
+    _models_and_files(experiment)
     mixed = [read_manifest(directory, "train.mix.datasets") for directory in experiment.mixed_datasets]
     if dry_run and not (experiment.dataset_directory / MANIFEST).is_file():
         _say_plan(experiment, None)
@@ -91,21 +88,29 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
     manifest = read_manifest(experiment.dataset_directory)
     _check_loss(experiment, manifest)
     _check_mix(experiment, manifest, mixed)
-    settings = _settings(experiment)
-    datasets = (experiment.dataset_directory, *experiment.mixed_datasets)
-    inputs = {str(directory / MANIFEST): record.sha256(directory / MANIFEST) for directory in datasets} | read
-    claims = [
-        (directory, text_only, record.claim(directory, "train", {**settings, "text_only": text_only}, inputs))
-        for directory, text_only in directories.items()
-    ]
+    states = [(claim, record.claim(*claim)) for claim in claims(experiment)]
     if dry_run:
         _say_plan(experiment, manifest)
         return
-    for directory, text_only, state in claims:
+    for claim, state in states:
         if state == "done":
-            say("train", f"{directory} is finished")
+            say("train", f"{claim.directory} is finished")
         else:
-            _train_one(experiment, manifest, directory, text_only, {**settings, "text_only": text_only}, inputs)
+            _train_one(experiment, manifest, claim)
+
+
+def claims(experiment: Experiment) -> list[record.Claim]:
+    """The student and, if asked for, the one of the text alone, and what they depend on."""
+    directories = {experiment.directory("student"): False}
+    if experiment.train.compare_text_only:
+        directories[experiment.directory("student-text-only")] = True
+    settings = _settings(experiment)
+    manifests = [directory / MANIFEST for directory in (experiment.dataset_directory, *experiment.mixed_datasets)]
+    inputs = {str(file): record.sha256(file) for file in manifests} | _models_and_files(experiment)
+    return [
+        record.Claim(directory, "train", {**settings, "text_only": text_only}, inputs)
+        for directory, text_only in directories.items()
+    ]
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -188,22 +193,16 @@ def _materials(
     return _Materials(precision, arguments, student, teacher, tokenizer, same_vocabulary, rows, dataset, validation)
 
 
-def _train_one(
-    experiment: Experiment,
-    manifest: dict[str, Any],
-    directory: Path,
-    text_only: bool,
-    settings: dict[str, Any],
-    inputs: dict[str, str],
-) -> None:
+def _train_one(experiment: Experiment, manifest: dict[str, Any], claim: record.Claim) -> None:
     """Train one student, from its last checkpoint if there is one, and save it."""
+    directory, text_only = claim.directory, claim.settings["text_only"]
     with working("train", "loading the student"):
         from accelerate.utils import broadcast_object_list
 
-        precision = _precision(experiment, directory, settings, inputs)
+        precision = _precision(experiment, claim)
         made = _materials(experiment, manifest, directory, text_only, precision)
     if made.arguments.process_index == 0:
-        record.begin_computing(directory, "train", settings, inputs, experiment.seed, precision)
+        record.begin_computing(*claim, experiment.seed, precision)
         begin_student(made.student, directory)
         parameters = made.student.num_parameters()
         for text in [] if text_only else traps(experiment.student, made.arguments, manifest, made.rows, parameters):
@@ -387,11 +386,11 @@ def _evaluation(experiment: Experiment) -> dict[str, Any]:
     return found
 
 
-def _precision(experiment: Experiment, directory: Path, settings: dict[str, Any], inputs: dict[str, str]) -> Precision:
+def _precision(experiment: Experiment, claim: record.Claim) -> Precision:
     """What the products are computed in: as the training was begun, as configured, or as this machine is good at."""
     asked = experiment.train.args
     found = training_precision(asked.get("use_cpu", False), asked.get("bf16"), asked.get("fp16", False))
-    return record.settled_precision(directory, settings, inputs, found)
+    return record.settled_precision(claim.directory, claim.settings, claim.inputs, found)
 
 
 def _arguments(experiment: Experiment, directory: Path, text_only: bool, precision: Precision) -> Any:

@@ -23,6 +23,7 @@ from llmdistill.data.collator import (
     completion_logits,
     first_items,
     in_place_of_logits,
+    some_tokens,
 )
 from llmdistill.data.importance import importance, log_importance
 from llmdistill.data.targets import KINDS, kind_of
@@ -113,8 +114,8 @@ class DistillTrainer(trl.SFTTrainer):
                 check_apart(self.model)
                 if self.teacher is not None:
                     check_apart(self.teacher)
-            # A teacher's whole distribution is no smaller than the student's logits: with one, they are held.
-            self._head = fused.find_head(self.model) if teacher is None else None
+            self._head = fused.find_head(self.model)
+            self._teacher_head = None if self.teacher is None else fused.find_head(self.teacher)
         if args.packing:
             self._set_signature_columns_if_needed()
             columns = [name for name in self._signature_columns if name in train_dataset.column_names]
@@ -219,11 +220,11 @@ class DistillTrainer(trl.SFTTrainer):
         labels_N = completion_labels(inputs)
         if self.teacher is not None:
             with torch.no_grad(), self._watched(self.teacher, "teacher") as theirs:
-                inputs = {**inputs, "teacher_logits": completion_logits(self.teacher, inputs)}
+                inputs = {**inputs, "teacher_logits": self._teacher_logits(inputs)}
         with self._watched(model, "student") as mine:
             if head is None or not head.is_in(model):
                 logits_NV = completion_logits(model, inputs)
-                loss, sums = losses.distillation_loss(logits_NV, labels_N, inputs, objective)
+                loss, sums = losses.distillation_loss(logits_NV, labels_N, some_tokens(inputs, slice(None)), objective)
             else:
                 loss, sums = in_place_of_logits(
                     model, inputs, lambda hidden_ND: fused.distillation_loss(hidden_ND, head, labels_N, inputs, objective)
@@ -245,6 +246,14 @@ class DistillTrainer(trl.SFTTrainer):
             # DDP, FSDP and DeepSpeed average gradients over processes; the divisor counts the tokens of all of them.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
+
+    def _teacher_logits(self, inputs: Any) -> torch.Tensor | fused.ChunkedLogits:
+        """The online teacher's logits that predict each completion token, computed by the chunk where its output layer allows."""
+        head = self._teacher_head
+        if head is None:
+            return completion_logits(self.teacher, inputs)
+        _, hidden_ND = in_place_of_logits(self.teacher, inputs, lambda hidden_ND: (hidden_ND.new_zeros(()), hidden_ND))
+        return fused.ChunkedLogits(hidden_ND, head)
 
     def _watched(self, model: Any, side: Literal["student", "teacher"]) -> Any:
         return self.match.watch(model, side) if self.match else nullcontext()

@@ -82,13 +82,14 @@ def test_gpu(tmp_path):
 
 
 def test_train_step(tmp_path):
-    """The two fine-tunings have one loss, and so have the two ways of computing ours."""
+    """The two fine-tunings have one loss, and so have the two ways of computing ours, and the two with a teacher beside."""
     done = run("train_step.py", "--smoke", "--json", tmp_path / "step.json")
     found = found_by(done, tmp_path / "step.json")
     (row,) = found["steps"]
     assert row["llmdistill"]["loss"] == pytest.approx(row["dense distillation"]["loss"], rel=1e-3)
     assert row["TRL SFT"]["loss"] == pytest.approx(row["transformers SFT"]["loss"], rel=1e-3)
     assert row["llmdistill"]["parts"]["ce"] == pytest.approx(row["TRL SFT"]["loss"], rel=1e-3)
+    assert row["llmdistill, online"]["parts"]["kl"] == pytest.approx(row["TRL distillation"]["loss"], rel=1e-3)
     assert len(found["layer"]) == 1
 
 

@@ -31,6 +31,32 @@ def page_file(tmp_path_factory) -> Path:
     return directory / "report.html"
 
 
+def contrasts(page) -> list[float]:
+    """Of the text of every shade with what is behind it, by the formula of WCAG 2."""
+    colours = page.evaluate(
+        """() => {
+            const context = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+            const painted = colours => {
+                context.reset();
+                for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+                return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+            };
+            return [...document.querySelectorAll('.token')].map(token => {
+                const behind = [];
+                for (let at = token; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
+                return [painted([getComputedStyle(token).color]), painted(behind)];
+            });
+        }"""
+    )
+
+    def luminance(colour):
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (channel / 255 for channel in colour)]
+        return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    pairs = [sorted(map(luminance, pair)) for pair in colours]
+    return [(high + 0.05) / (low + 0.05) for low, high in pairs]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 390])
 def test_the_report_renders_and_asks_for_nothing(browser, page_file, width, scheme):
@@ -45,8 +71,7 @@ def test_the_report_renders_and_asks_for_nothing(browser, page_file, width, sche
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page must not scroll sideways"
     assert page.locator("svg").count() > 5
     assert all(box and box["height"] > 20 for box in (figure.bounding_box() for figure in page.locator("figure svg").all()))
-    token = page.locator(".token[tabindex]").first
-    detail = token.locator(".detail")
+    token, detail = page.locator("button.token").first, page.locator(".detail").first
     assert not detail.is_visible()
     token.hover()
     assert detail.is_visible()
@@ -57,9 +82,24 @@ def test_the_report_renders_and_asks_for_nothing(browser, page_file, width, sche
     assert box["x"] + box["width"] <= width
     page.mouse.move(0, 0)
     assert not detail.is_visible()
-    page.locator(".token[tabindex]").nth(1).focus()
+    page.locator("button.token").nth(1).focus()
+    page.keyboard.press("Enter")
     assert page.locator(".detail").nth(1).is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator(".detail").nth(1).is_visible()
     assert page.evaluate("document.querySelectorAll('script, img').length") == 0
-    assert HOSTILE.splitlines()[0] in page.locator(".token").locator("visible=true").all_inner_texts()[6]
+    assert HOSTILE.splitlines()[0] in page.locator("button.token").first.inner_text()
+    assert min(contrasts(page)) >= 4.5  # WCAG 2.2, 1.4.3
     assert said == []
+    page.close()
+
+
+def test_the_tokens_can_be_skipped_with_the_keyboard(browser, page_file):
+    page = browser.new_page()
+    page.goto(page_file.as_uri())
+    page.locator(".skip").first.focus()
+    assert page.locator(".skip").first.bounding_box()["x"] >= 0
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('.tokens')") is None
     page.close()

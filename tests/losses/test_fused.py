@@ -162,6 +162,51 @@ def test_gradients_by_finite_differences(kind):
         torch.testing.assert_close((gradient * direction).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-6)
 
 
+def online(teacher_vocab, bias=False):
+    """The problem with a teacher's hidden states and output layer in place of targets, and its logits in float64."""
+    hidden, layer, labels, batch, _ = problem("none", bias=bias)
+    generator = torch.Generator().manual_seed(5)
+    states, projection = torch.randn(N, 6, generator=generator), torch.nn.Linear(6, teacher_vocab, bias=bias)
+    head = fused.Head(projection, 0.5, 4.0)
+    with torch.no_grad():
+        exact = logits_of(states.double(), copy.deepcopy(projection).double(), head.scale, head.softcap)
+    return hidden, layer, labels, batch, fused.ChunkedLogits(states, head), exact
+
+
+@pytest.mark.parametrize("teacher_vocab", [V, V + 3, V - 1])  # one of the two may be padded further; labels are below both
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_an_online_teacher_in_chunks(name, rows, teacher_vocab):
+    hidden, layer, labels, batch, chunked, teacher = online(teacher_vocab, bias=True)
+    labels = labels.clamp(max=V - 2)
+    objective, head = Objective(name, 0.6, 2.0, sequence_alpha=0.1), fused.Head(layer, 0.7, 6.0)
+    loss, sums = fused.distillation_loss(
+        hidden, head, labels, {**batch, "teacher_logits": chunked}, objective, chunk_bytes=rows * 4 * V * 8
+    )
+    exact = copy.deepcopy(layer).double()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    logits, shared = logits_of(exact_hidden, exact, 0.7, 6.0), min(V, teacher_vocab)
+    p, q = ((side[:, :shared] / 2).log_softmax(-1) for side in (teacher, logits))
+    ce = F.cross_entropy(logits, labels, reduction="none")
+    sequence = batch["token_importance"] * (batch["token_logprobs"] + ce)
+    part = DIVERGENCES[name](p, q) * 4
+    want = ((0.3 * ce + 0.6 * part + 0.1 * sequence) * batch["token_weights"]).sum()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-5)
+    assert sums["kl"].item() == pytest.approx((4 * (p.exp() * (p - q)).sum()).item(), rel=1e-4)
+    assert sums["agreement"].item() == (teacher[:, :V].argmax(1) == logits.argmax(1)).sum().item()
+    for got, expected in zip(gradients(loss, hidden, layer), gradients(want, exact_hidden, exact), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-5)
+
+
+def test_the_logits_of_neither_model_are_held():
+    hidden, layer, labels, batch, chunked, _ = online(V)
+    with Largest() as largest:
+        fused.distillation_loss(
+            hidden, fused.Head(layer), labels, {**batch, "teacher_logits": chunked}, Objective(), chunk_bytes=2 * 4 * V * 8
+        )[0].backward()
+    assert largest.numbers <= V * D < N * V  # the gradient of the weight
+
+
 def test_the_gradient_from_above_is_applied_once():
     """Gradient accumulation divides the loss; a second backward through the same graph is refused, not doubled."""
     hidden, layer, labels, batch, _ = problem("jsd")

@@ -4,7 +4,11 @@ import pytest
 
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
-from llmdistill.runs.pipeline import dry_run, run_pipeline
+from llmdistill.runs import record
+from llmdistill.runs.pipeline import check_stale, dry_run, run_pipeline
+from llmdistill.stages import train
+from llmdistill.stages.curate import curate
+from llmdistill.stages.generate import generate
 from tests.factories import write_experiment
 
 
@@ -32,3 +36,51 @@ def test_what_later_stages_read_is_looked_for_before_the_first(tiny, tmp_path, s
     with pytest.raises(InputError, match=error):
         start(load_experiment(file, [(key, value)]))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def begun(tiny, tmp_path):
+    """A configuration with a dataset, what `curate` made of it, and a student that has been begun."""
+    file = write_experiment(tiny, tmp_path)
+    experiment = load_experiment(file)
+    generate(experiment)
+    curate(experiment)
+    (claim,) = train.claims(experiment)
+    record.begin(*claim, experiment.seed)
+    (claim.directory / "model.safetensors").touch()
+    return file
+
+
+def test_work_of_other_settings_is_named_whole_and_once(begun, tmp_path):
+    assert check_stale(load_experiment(begun)) == {}
+    hotter = load_experiment(begun, [("generate.temperature", "0.5"), ("train.alpha", "0.25")])
+    with pytest.raises(InputError) as refused:
+        run_pipeline(hotter)
+    assert str(refused.value).splitlines() == [
+        f"{tmp_path / 'run'} was made with other settings:",
+        "  data: generate.temperature was 1.0, is 0.5",
+        "  student: train.alpha was 0.9, is 0.25",
+        "  curated: made from that",
+        f"{record.REMEDY}",
+    ]
+    only_training = load_experiment(begun, [("train.alpha", "0.25")])
+    assert list(check_stale(only_training, remake=True)) == [tmp_path / "run" / "student"]
+    with pytest.raises(
+        InputError, match=r"data was made with other settings: .* is 0\.5; curated, student were made from it\. Choose"
+    ):
+        generate(hotter)
+
+
+def test_remake_removes_what_is_stale_and_nothing_else(begun, tmp_path, monkeypatch, capsys):
+    for name in ("say_estimate", "run_stages"):
+        monkeypatch.setattr(f"llmdistill.runs.pipeline.{name}", lambda *_: None)
+    dry_run(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
+    assert "would remove" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curated", "data", "student"]
+    run_pipeline(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+
+
+def test_too_few_held_out_prompts_are_said_before_the_teacher_works(tiny, tmp_path, capsys):
+    dry_run(load_experiment(write_experiment(tiny, tmp_path)))
+    assert "about 6 held-out prompts: with fewer than 12" in capsys.readouterr().out

@@ -3,14 +3,18 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
-from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, smooth, thin
+from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, smooth, spread, thin
 from llmdistill.stages.report import cell, fenced, report
 
 HEADLINE = "40% smaller · 1.9× faster · keeps 61% of the teacher's next-token choices (95% CI 59 to 63)"
@@ -263,13 +267,64 @@ def test_the_page_shows_where_the_student_differs(experiment: Experiment) -> Non
     assert "calibration error against the teacher% ↓ 21–321–3" in shown
     assert "length of its own answerstokens 40.2030.10–50.70" in shown
     assert "probability of the end token where the teacher ended" not in shown, "nobody measured it"
-    assert re.findall(r'class="token (s\d)" tabindex', page) == ["s4", "s0"]
+    assert re.findall(r'class="token (s\d)" popovertarget', page) == ["s4", "s0"]
     assert "Over 1 tasks with 120 items the student keeps 92% of the teacher’s score (95% interval 85–99)." in shown
     assert "<b>|facts12025 5040–60" in shown
     assert "Against the teacher the student wins 40% (95% interval 30–50); at equal length 45% (33–57)." in shown
     assert "x/<export>|/w8a8110 MB0.0170.015–0.0189291–93 321300–3451.5 GB" in shown
     assert "On 75% of the held-out answers the student is closer" in shown
     assert "| calibration error against the teacher, % ↓ | 2 (1–3) |" in text
+
+
+def test_the_answer_that_changed_most_stands_near_the_top(experiment: Experiment) -> None:
+    told = {"teacher": "Paris is the capital of France.", "student before": "The the the", "student, text only": "x"}
+    samples = [
+        {"prompt": "p1", "answers": {**told, "student": "The the is"}},
+        {"prompt": "p2", "answers": {**told, "student": "Paris is a city in France."}},
+        {"prompt": "p3", "answers": {**told, "student before": told["teacher"], "student": told["teacher"]}},
+    ]
+    change(experiment, samples=samples)
+    page, _ = pages(experiment)
+    before_contents = " ".join(Page(page[: page.index("<nav")]).text.split())
+    assert "Before and after p2" in before_contents
+    assert "student Paris is a city in France. Of the 3 sample answers" in before_contents
+    change(experiment, samples=samples[2:])
+    page, _ = pages(experiment)
+    assert "Before and after" not in page, "training brought no answer closer"
+
+
+def test_tasks_are_compared_with_the_student_of_the_text_alone(experiment: Experiment) -> None:
+    found = metrics()["tasks"]
+    rival = {"of": "student", "against": "student, text only", **interval(0.05, 0.01, 0.09)}
+    for entry in (*found["tasks"], found["together"]):
+        entry["differences"] = [*entry["differences"], rival]
+    change(experiment, tasks=found)
+    page, text = pages(experiment)
+    assert "Student minus student trained on text only on the same items" in " ".join(Page(page).text.split())
+    assert "the student minus the student trained on text only: 5 percentage points (95% interval 1–9)." in text
+
+
+def test_the_picture(experiment: Experiment) -> None:
+    pages(experiment)
+    with Image.open(Path(experiment.output, "report.png")) as image:
+        assert (image.format, image.size) == ("PNG", (2400, 1260))
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert {(252, 251, 248), (28, 33, 38), (0, 114, 178), (213, 94, 0)} <= colours  # paper, ink, and both students
+
+
+@given(st.lists(st.floats(10, 220), min_size=1, max_size=8))
+def test_labels_lie_apart_and_as_near_as_they_can(places: list[float]) -> None:
+    places = sorted(places)
+    found = spread(places, 20, 12, 220)
+    assert all(12 <= place <= 220 for place in found)
+    assert all(above + 19.9 <= below for above, below in pairwise(found))
+    if all(above + 20 <= below for above, below in pairwise(places)) and places[0] >= 12:
+        assert found == pytest.approx(places, abs=0.06)
+
+
+def test_labels_of_equal_points_are_centred_on_them() -> None:
+    assert spread([100, 100, 100], 20, 0, 300) == [80, 100, 120]
+    assert spread([5, 5], 20, 12, 300) == [12, 32]
 
 
 def test_prints_where_it_is_and_the_headline(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:

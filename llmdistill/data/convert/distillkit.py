@@ -6,7 +6,8 @@ Written from DistillKit's documentation (github.com/arcee-ai/DistillKit, "Compre
 - `bytepacked_indices`: the ids, ceil(log2 d) bits each, most significant bit first, one after the other, zero bits at the end.
 - `compressed_logprobs`: `exact_k` values as floats; then the coefficients of Σ c·term(t), the curve of the other values
   over their rank t = 0, 1, … (or 0 to 1 with `normalize_t`); then each residual bin, a scale and signed integers that are
-  added to the curve times that scale. With `delta_encoding` all of this describes differences from one rank to the next.
+  added to the curve times that scale. They are the differences from the curve as computed in the precision of the
+  coefficients. With `delta_encoding` all of this describes differences from one rank to the next.
 
 Numbers are little-endian; each part begins on a byte.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, ValidationError, model_validator
 
 from llmdistill.config import Section, read_yaml
@@ -141,7 +143,7 @@ def encode(ids_NK: Array, logprobs_NK: Array, config: Compression) -> tuple[Arra
     """
     parts = [_to_bytes(logprobs_NK[:, : config.exact_k].astype("<f2"))]
     if config.polynomial_terms:
-        terms_tP = _terms(config)
+        terms_tP = _terms(config, torch.float64).numpy()
         size_P = np.abs(terms_tP).max(axis=0)  # of like size, the terms do not swamp each other in the fit
         coefficients_NP = logprobs_NK[:, config.exact_k :].astype(np.float64) @ np.linalg.pinv(terms_tP / size_P).T / size_P
         parts.append(_to_bytes(coefficients_NP.astype("<f4")))
@@ -155,7 +157,7 @@ def decode(logprob_bytes: Array, index_bytes: Array, config: Compression) -> tup
     curve_Nt = np.zeros((len(ids_NK), config.k - config.exact_k))
     if config.polynomial_terms:
         coefficients, rest = _split(rest, len(config.polynomial_terms) * _BYTES[config.term_dtype])
-        curve_Nt += _from_bytes(coefficients, config.term_dtype) @ _terms(config).T
+        curve_Nt += _in_parts(_curve, _from_bytes(coefficients, config.term_dtype), config)
     start = 0
     for part in config.residual_bins:
         scale, rest = _split(rest, _BYTES[part.scale_dtype])
@@ -192,18 +194,24 @@ def _unpack(packed: Array, count: int, bits: int) -> Array:
     return np.packbits(spread_NKb, axis=2).view(">u4")[:, :, 0].astype(np.int64)
 
 
-def _in_parts(function: Any, rows: Array, *arguments: int) -> Array:
+def _in_parts(function: Any, rows: Array, *arguments: Any) -> Array:
     parts = [function(rows[start : start + _POSITIONS], *arguments) for start in range(0, max(len(rows), 1), _POSITIONS)]
     return np.concatenate(parts)
 
 
-def _terms(config: Compression) -> Array:
+def _curve(coefficients_NP: Array, config: Compression) -> Array:
+    """The curve at each rank, shape (N, k − exact_k); with residuals, rounded as it was when they were computed."""
+    dtype = getattr(torch, config.term_dtype) if config.residual_bins else torch.float64
+    terms_tP = _terms(config, dtype)
+    return (terms_tP * torch.from_numpy(coefficients_NP).to(dtype)[:, None]).sum(dim=2).double().numpy()
+
+
+def _terms(config: Compression, dtype: torch.dtype) -> torch.Tensor:
     """The terms of the curve at each rank, shape (k − exact_k, terms)."""
     count = config.k - config.exact_k
-    ranks = np.linspace(0, 1, count) if config.normalize_t else np.arange(count, dtype=np.float64)
-    special = {"sqrt": np.sqrt, "exp": np.exp}
+    ranks = torch.linspace(0, 1, count, dtype=dtype) if config.normalize_t else torch.arange(count, dtype=dtype)
     terms = config.polynomial_terms or []
-    return np.stack([ranks**term if isinstance(term, int) else special[term](ranks) for term in terms], axis=1)
+    return torch.stack([ranks**term if isinstance(term, int) else getattr(torch, term)(ranks) for term in terms], dim=1)
 
 
 def _to_bytes(values: Array) -> Array:

@@ -104,12 +104,39 @@ def test_a_capture_in_bfloat16_with_differences_and_residuals():
 
     read_ids, logprobs = decode(np.frombuffer(stored, np.uint8)[None], np.frombuffer(packed, np.uint8)[None], config)
     assert read_ids.tolist() == [ids]
-    line = [-0.5 - 0.125 * np.exp(rank / 4) for rank in range(5)]
+    line = [float(np.float16(-0.5) - np.float16(0.125) * np.exp(np.float16(rank / 4))) for rank in range(5)]
     differences = [*exact.double().tolist(), *line]
     for place, step in enumerate(steps):
         differences[2 + place] += (step - 4) * scale
     differences[5] += (2 * sign - 1) * 0.5
     np.testing.assert_allclose(logprobs[0], np.cumsum(differences), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_residuals_make_up_for_the_precision_of_the_curve(dtype):
+    """Written as DistillKit writes: coefficients and curve in `term_dtype`, then what is missing, in steps of its largest/128."""
+    _, logprobs = descending(50, 40)
+    terms = [0, 1, 2, "sqrt"]
+    bins = [{"scale_dtype": "float32", "element_bits": 8, "num_elements": 38}]
+    config = Compression.model_validate(
+        {"d": 1000, "k": 40, "exact_k": 2, "polynomial_terms": terms, "term_dtype": dtype, "residual_bins": bins}
+        | {"delta_encoding": False}
+    )
+    precision = getattr(torch, dtype)
+    rank = torch.arange(38, dtype=precision)
+    basis = torch.stack([rank**0, rank, rank**2, rank.sqrt()], dim=1)
+    rest = torch.from_numpy(logprobs[:, 2:]).float()
+    coefficients = torch.linalg.lstsq(basis.float(), rest.T).solution.T.to(precision).contiguous()
+    residuals = rest - (basis * coefficients[:, None]).sum(-1).float()
+    scale = residuals.abs().amax(1, keepdim=True) / 128
+    steps = (residuals / scale).round().clamp(-128, 127)
+    parts = (torch.from_numpy(logprobs[:, :2]).float().contiguous(), coefficients, scale, (steps + 128).to(torch.uint8))
+    stored = torch.cat([part.view(torch.uint8) for part in parts], dim=1).numpy()
+    assert stored.shape[1] == config.logprob_bytes
+    _, read = decode(stored, np.zeros((50, config.index_bytes), np.uint8), config)
+    # Half a step from what was written, and a whole one where the largest is positive: 127 is the last step.
+    assert (np.abs(read[:, 2:] - rest.numpy()) <= scale.numpy() * 1.001).all()
+    assert np.abs(read[:, 2:] - rest.numpy()).mean() < 0.3 * scale.mean()
 
 
 @pytest.mark.parametrize("exact_k", [0, 2, 7, 9, -1])
