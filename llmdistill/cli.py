@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import time
+import traceback
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +19,7 @@ from llmdistill import __version__
 from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.config.help import keys_help
 from llmdistill.config.shipped import SHIPPED, page
-from llmdistill.errors import InputError, NonFiniteError, RemoteError
+from llmdistill.errors import BusyError, InputError, NonFiniteError, RemoteError
 from llmdistill.runs.quiet import quiet_libraries
 from llmdistill.stages.table import STAGES, Stage
 
@@ -42,6 +44,7 @@ COMMANDS: dict[str, Stage | Command] = {
 _OTHERS = ("init", "inspect", "status", "cancel", "push", "convert")  # commands that take a directory
 _PATIENCE = 30  # seconds
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -60,28 +63,53 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _leave_it_to_the_first()
         _complain(arguments, error)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        _complain(arguments, f"{error.filename}: {error.strerror}; finished work is kept; run the same command to continue")
-        sys.exit(1)
-    except (RemoteError, NonFiniteError) as error:
+    except (BusyError, RemoteError, NonFiniteError) as error:
         _complain(arguments, error)
         sys.exit(1)
     except KeyboardInterrupt:
         _complain(arguments, "interrupted; finished work is kept; run the same command to continue")
         sys.exit(1)
+    except Exception as error:
+        said = _of_the_disk(error, getattr(arguments, "where", None))
+        if said is None:
+            _complain(arguments, traceback.format_exc().rstrip())
+            sys.exit(1)
+        text, status = said
+        kept = "nothing of it is kept" if arguments.command == "convert" else "finished work is kept"
+        _complain(arguments, f"{text}; {kept}; free some space and run the same command again" if status == 1 else text)
+        sys.exit(status)
     sys.exit(0)
+
+
+def _of_the_disk(error: BaseException, where: str | None) -> tuple[str, int] | None:
+    """What a full disk, or one that cannot be written to, has done, with the exit status; None for any other error.
+
+    Args:
+        error: that ended a command; libraries wrap what the system said, or only quote it.
+        where: the command writes to.
+    """
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    file = next((found.filename for found in chain if isinstance(found, OSError) and found.filename), where)
+    for number in _NO_SPACE:
+        if any(getattr(found, "errno", None) == number or os.strerror(number) in str(found) for found in chain):
+            return f"{file}: {os.strerror(number)}", 1
+    if isinstance(chain[0], OSError) and chain[0].errno in _NOT_WRITABLE:
+        return f"{file}: {chain[0].strerror}", 2
+    return None
 
 
 def _complain(arguments: argparse.Namespace, text: object) -> None:
     """What went wrong, on the standard error stream."""
     from llmdistill.runs import watch
+    from llmdistill.runs.progress import printable
 
     if watch.current.as_json:
         watch.event(arguments.command, "message", level="error", error=True, text=str(text))
     else:
-        print(text, file=sys.stderr)
+        print(printable(watch.without_secrets(str(text))), file=sys.stderr)
 
 
 def _no_more(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -149,6 +177,7 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:
     _no_more(arguments, rest)
     source, out = Path(arguments.directory), Path(arguments.out)
+    arguments.where = str(out)
     if arguments.to:
         for flag in ("teacher", "k"):
             if getattr(arguments, flag) is not None:
@@ -179,6 +208,7 @@ def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _experiment(arguments: argparse.Namespace, rest: list[str]) -> Experiment:
     """The configuration with the overrides; a dry run shows it."""
     experiment = load_experiment(Path(arguments.config), overrides_of(rest))
+    arguments.where = experiment.output
     if arguments.dry_run:
         print(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return experiment
@@ -229,13 +259,30 @@ def _stage(arguments: argparse.Namespace, rest: list[str]) -> None:
 
     console.quiet = console.quiet or experiment.watch.log == "json"  # what is not a line of a stage
     share = getattr(arguments, "shards", None)
-    with watched(arguments.command, experiment.output, experiment.watch, share), working(arguments.command, "working"):
+    with (
+        _locked(experiment, arguments.command),
+        watched(arguments.command, experiment.output, experiment.watch, share),
+        working(arguments.command, "working"),
+    ):
         if experiment.store is not None:
             bring(experiment, arguments.command)
         function(experiment, **options)
         if experiment.store is not None:
             keep(experiment, arguments.command)
     return None
+
+
+def _locked(experiment: Experiment, name: str) -> AbstractContextManager[None]:
+    """The lock of what a stage writes, which workers that make shards share, and processes that train together have once."""
+    from llmdistill.runs import lock, record
+
+    stage = STAGES[name]
+    if os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    if stage.shared and stage.record is not None:
+        directory = experiment.directory(stage.record)
+        return lock.among_others(directory, name, lambda: record.forget_begun(directory))
+    return lock.alone([experiment.directory(written) for written in stage.writes] or [Path(experiment.output) / name], name)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -33,6 +33,13 @@ class RemoteError(Exception):
     """
 
 
+class BusyError(Exception):
+    """Another process works in the same directory; a retry may succeed.
+
+    The command line prints only the message and exits with status 1.
+    """
+
+
 class NonFiniteError(ArithmeticError):
     """A loss, a gradient, a weight or a log-probability is infinite or not a number.
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from llmdistill.config.curate import CurateStep
 from llmdistill.config.eval import Eval
@@ -47,6 +47,13 @@ class Experiment(Section):
     export: Export | None = None
     jobs: Jobs | None = None
     watch: Watch = Watch()
+
+    @field_validator("output")
+    @classmethod
+    def _is_a_name(cls, output: str) -> str:
+        if not output or not output.isprintable():
+            raise ValueError(f"{output!r} must not contain control characters, nor be empty")
+        return output
 
     @model_validator(mode="after")
     def _loss_fits_the_targets(self) -> "Experiment":

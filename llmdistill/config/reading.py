@@ -15,6 +15,10 @@ from llmdistill.config.shipped import find
 from llmdistill.config.student import ORIGINS
 from llmdistill.errors import InputError
 
+_CHARACTERS = 10_000_000
+_DEPTH = 100
+_NODES = 1_000_000
+
 
 def overrides_of(rest: list[str]) -> list[tuple[str, str]]:
     """Pairs of dotted key and value from `--key value` and `--key=value`."""
@@ -46,7 +50,7 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
             origin = key.split(".")[1] if key.startswith("student.") else None
             if origin in ORIGINS:  # they are alternatives: one on the command line replaces another in the file
                 tree["student"] = {name: kept for name, kept in tree["student"].items() if name == origin or name not in ORIGINS}
-        except (yaml.YAMLError, LookupError, TypeError, ValueError):
+        except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
             raise InputError(f"{file}: cannot set {key} to {value!r}") from None
     try:
         return Experiment.model_validate(tree)
@@ -70,7 +74,10 @@ def read_yaml(file: Path, key: str | None = None) -> dict[str, Any]:
     """
     try:
         with find(file).open(encoding="utf-8") as stream:
-            tree = yaml.load(stream, Loader=_Loader)
+            text = stream.read(_CHARACTERS + 1)
+        if len(text) > _CHARACTERS:
+            raise InputError(f"{file}: is longer than {_CHARACTERS:,} characters, so it is no configuration")
+        tree = yaml.load(text, Loader=_Loader)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file" + (f" ({key})" if key else "")) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -167,13 +174,42 @@ def _prefixes(key: str) -> Iterator[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader; `1e-4` is a number, as in YAML 1.2, and a key given twice is an error."""
+    """YAML's safe loader; numbers are as in YAML 1.2, where `1e-4` is one and `12:00:00` is none; a key given twice is an error.
+
+    What a small file can make large, deep or endless is one, too: nesting, and anchors that name each other or themselves.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, int] = {}  # of the nodes that are composed, with all that is in them
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node, and count what it would be if every alias were written out."""
+        is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        before, self._depth = self._nodes, self._depth + 1
+        if self._depth > _DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {_DEPTH} deep", mark)
+        node = super().compose_node(parent, index)
+        if is_alias and id(node) not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias inside of what it names", mark)
+        self._nodes += self._sizes[id(node)] if is_alias else 1
+        if self._nodes > _NODES:
+            raise yaml.composer.ComposerError(None, None, f"more than {_NODES:,} values, aliases written out", mark)
+        self._sizes.setdefault(id(node), self._nodes - before)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is there twice: the later one would win in silence."""
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, dict | list):
+                why = "a key that is a mapping or a list; text that begins with { or [ needs quotes"
+                raise yaml.constructor.ConstructorError(None, None, why, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", key_node.start_mark)
             seen.add(key)
@@ -188,9 +224,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+# Without the sexagesimal numbers of YAML 1.1, by which 12:00:00 is 43200.
+_INT = re.compile(r"^[-+]?(0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|(0|[1-9][0-9_]*))$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _INT if tag.endswith(":int") else pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _either in (_Loader, _Dumper):
     _either.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
+        re.compile(r"^[-+]?((\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
         list("-+.0123456789"),
     )

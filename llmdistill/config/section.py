@@ -17,13 +17,45 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"]
 
 
+_SECRET = re.compile(r"(hub|hf|auth|access)[_-]token|^-*token$|api[_-]?key|password|passwd|secret|credential", re.IGNORECASE)
+
+
 def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
-    for name, value in arguments.items():
-        if isinstance(value, dict):
-            _refuse_secrets(value)
-        if re.search(r"(hub|hf|auth|access)_token|^token$|api_key|password|secret", str(name)):
-            raise ValueError(f"{name} would be written to run.json; set it in the environment (HF_TOKEN, WANDB_API_KEY, …)")
+    _look_for_secrets(arguments)
     return arguments
+
+
+def _look_for_secrets(value: Any) -> None:
+    """Refuse what is named like a secret, at any depth, and addresses with a password; the message does not hold it."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_name(str(name))
+            _look_for_secrets(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            if isinstance(inner, str) and inner.startswith("-"):  # a flag, with its value or before it
+                _check_name(inner.partition("=")[0])
+            _look_for_secrets(inner)
+    elif isinstance(value, str) and re.search(r"://[^/\s]*@", value):
+        raise ValueError("an address with a user or a password would be written to run.json; set it in the environment")
+
+
+def _check_name(name: str) -> None:
+    if _SECRET.search(name):
+        raise ValueError(f"{name} would be written to run.json; set it in the environment (HF_TOKEN, WANDB_API_KEY, …)")
+
+
+def _check_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        valid = False
+    if not valid or any(character.isspace() for character in url):
+        raise ValueError("must be an address such as http://node7:8000")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("must not contain a user, a key or options; an API key is read from the environment (VLLM_API_KEY)")
+    return url
 
 
 def _check_store(url: str) -> str:
@@ -43,6 +75,7 @@ def _check_store(url: str) -> str:
 
 
 PassedOn = Annotated[dict[str, Any], AfterValidator(_refuse_secrets)]
+ServerUrl = Annotated[str, AfterValidator(_check_url)]
 StoreUrl = Annotated[str, AfterValidator(_check_store)]
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from llmdistill.config.machine import Runtime
-from llmdistill.config.section import Dtype, PassedOn, Section
+from llmdistill.config.section import Dtype, PassedOn, Section, ServerUrl
 
 EngineName = Literal["vllm", "server", "transformers"]
 DEFAULT_ENGINE: EngineName = "vllm"
@@ -76,7 +76,7 @@ class Teacher(Section):
     engine: EngineName = DEFAULT_ENGINE
     """`vllm`: vLLM in the same process, the fastest. `server`: a running vLLM server at `url`. `transformers`: the exact
     reference, without vLLM."""
-    url: str | None = None
+    url: ServerUrl | None = None
     """Address of the vLLM server, such as http://node7:8000 (engine server). An API key is read from VLLM_API_KEY."""
     served_model_name: str | None = None
     """Name of the model on the server, if it differs from `model` (engine server)."""

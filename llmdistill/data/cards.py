@@ -1,6 +1,7 @@
 """Cards in the Hub's format: what a model or dataset is, what it was made from, and how."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from llmdistill.data.targets import KINDS
 from llmdistill.evaluation.metrics import metrics_of
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.models.licence import sentence
+from llmdistill.runs.progress import say
+from llmdistill.runs.record import write_text
 
 _RESULTS = "## Results"
 
@@ -19,6 +22,16 @@ _RESULTS = "## Results"
 def describe_targets(targets: dict[str, Any]) -> str:
     """A dataset's soft targets in words."""
     return KINDS[targets["kind"]].sentence(targets)
+
+
+def write_card(file: Path, make: Callable[[], str]) -> None:
+    """Write a card; one that cannot be made is a warning, and never worth the work that it describes."""
+    try:
+        text = make()
+    except Exception as error:
+        say("warning", f"{file}: not written: {type(error).__name__}: {error}")
+    else:
+        write_text(file, text)
 
 
 def dataset_card(manifest: dict[str, Any]) -> str:

@@ -9,28 +9,31 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmdistill.curation.ngrams import normalised
 from llmdistill.data import targets
-from llmdistill.data.cards import dataset_card
+from llmdistill.data.cards import dataset_card, write_card
 from llmdistill.errors import InputError, NonFiniteError
-from llmdistill.runs.record import fsync_directory, read_json, sha256, write_json, write_text, writer_name
+from llmdistill.runs import lock
+from llmdistill.runs.record import check_shape, fsync_directory, read_json, read_run, sha256, write_json, writer_name
 
 if TYPE_CHECKING:
     import datasets
 
 SCHEMA_VERSION = 1
 _LIST_ENTRIES = 1 << 30
+_FAILED = b"llmdistill.failed"
 ROW_GROUP = 1000  # rows; what a reader has to hold at a time
 MANIFEST = "dataset.json"
 Split = Literal["train", "test"]
@@ -39,6 +42,17 @@ SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5,})-of-(?P<count>\
 Messages = list[dict[str, str]]  # role and content of each turn
 OURS = "llmdistill"  # the field of `metadata` with a row's provenance; all others are the user's
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
+    "id": pa.types.is_string,
+    "prompt": pa.types.is_list,
+    "completion": pa.types.is_list,
+    "input_ids": lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type),
+    "completion_start": pa.types.is_integer,
+    "finish_reason": pa.types.is_string,
+    "metadata": pa.types.is_string,
+    "token_logprobs": lambda kind: pa.types.is_list(kind) and pa.types.is_floating(kind.value_type),
+}
+"""The columns that every shard has, and whether a type is theirs."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,21 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
     if soft:
         columns |= type(soft[0]).encode(soft, vocab_size)
     return pa.table(columns)
+
+
+def with_failed(table: pa.Table, failed: Mapping[str, int]) -> pa.Table:
+    """The rows of a shard, and how many more were given up for which reason, in the file's metadata."""
+    if not failed:
+        return table
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), _FAILED: json.dumps(dict(failed)).encode()})
+
+
+def failed_rows(shards: "Iterable[Shard]") -> dict[str, int]:
+    """How many rows were given up in the making of shards, by reason."""
+    total: Counter[str] = Counter()
+    for shard in shards:
+        total.update(json.loads((pq.read_schema(shard.file).metadata or {}).get(_FAILED, b"{}")))
+    return dict(sorted(total.items()))
 
 
 def metadata_and_provenance(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -173,6 +202,7 @@ class ShardWriter:
         self.unfinished = directory / f".{split}-{index:05d}.{writer_name()}.unfinished"
         self.rows = 0
         self._stream = pa.OSFile(str(self.unfinished), "wb")
+        self._mark = lock.mark(self.unfinished)
         with self._removed_on_error():
             self._writer = pq.ParquetWriter(self._stream, schema, write_page_checksum=True, **parquet_encoding(schema))
 
@@ -194,6 +224,10 @@ class ShardWriter:
             self._stream.close()
             with self.unfinished.open("rb+") as stream:
                 os.fsync(stream.fileno())
+
+    def __del__(self) -> None:
+        if (mark := getattr(self, "_mark", None)) is not None:
+            os.close(mark)
 
     def publish(self, count: int) -> Shard:
         """Let the shard appear as one of `count`; if another worker made it meanwhile, that one stays."""
@@ -303,10 +337,9 @@ def is_damaged(shard: Shard) -> bool:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what killed writers on this machine left behind; those of living ones, and of other machines, stay."""
-    host, _, _ = writer_name().rpartition("-")
-    for file in directory.glob(f".*.{host}-*.unfinished"):
-        if not psutil.pid_exists(int(file.name.removesuffix(".unfinished").rpartition("-")[2])):
+    """Delete what killed writers left behind; that of living ones stays, wherever they run."""
+    for file in directory.glob(".*.unfinished"):
+        if lock.is_abandoned(file):
             file.unlink(missing_ok=True)
 
 
@@ -325,7 +358,7 @@ def write_manifest(directory: Path, shards: list[Shard], description: dict[str, 
         "completion_tokens": sum(entry["tokens"] for entry in entries),
         "shards": entries,
     }
-    write_text(directory / "README.md", dataset_card(manifest))
+    write_card(directory / "README.md", lambda: dataset_card(manifest))
     write_json(directory / MANIFEST, manifest)
 
 
@@ -344,39 +377,86 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
         raise InputError(f"{directory}: no such dataset{named}")
     manifest: dict[str, Any] | None = read_json(directory / MANIFEST)
     if manifest is None:
-        unfinished = read_json(directory / "run.json")
+        unfinished = read_run(directory)
         reason = (
             f"not finished; run `{unfinished['stage']}` again to continue"
             if unfinished
             else f"not a dataset, it has no {MANIFEST}"
         )
         raise InputError(f"{directory}: {reason}{named}")
+    file = directory / MANIFEST
+    check_shape(file, manifest, {})
     if manifest.get("format") != "llmdistill" or manifest.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
             f"{directory / MANIFEST}: schema_version is {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
         )
-    if (kind := manifest["targets"]["kind"]) not in targets.KINDS:
-        raise InputError(f"{directory / MANIFEST}: targets.kind is {kind!r}, this version reads {', '.join(targets.KINDS)}")
-    for entry in manifest["shards"]:
+    check_shape(file, manifest, {"shards": list, "teacher": dict, "sampling": dict, "targets": dict})
+    if (kind := manifest["targets"].get("kind")) not in targets.KINDS:
+        raise InputError(f"{file}: targets.kind is {kind!r}, this version reads {', '.join(targets.KINDS)}")
+    for number, entry in enumerate(manifest["shards"]):
+        check_shape(file, entry, {"file": str, "split": str, "rows": int, "tokens": int, "bytes": int}, f"shards.{number}")
+        if not SHARD_NAME.fullmatch(entry["file"]):
+            raise InputError(f"{file}: shards.{number}.file is {entry['file']!r}, which is not the name of a shard")
         if not (directory / entry["file"]).is_file():
             raise InputError(f"{directory / entry['file']}: the shard is missing")
     return manifest
 
 
 def shard_files(directory: Path, split: Split) -> list[Path]:
-    """The shards of one split, each checked against the checksum in its name.
+    """The shards of one split, each checked against the checksum in its name, and its rows against each other.
 
     Raises:
-        InputError: naming the file whose bytes are not what they were.
+        InputError: naming the file whose bytes are not what they were, or whose rows no teacher can have written.
     """
-    files = [directory / entry["file"] for entry in read_manifest(directory)["shards"] if entry["split"] == split]
+    manifest = read_manifest(directory)
+    vocab_size = manifest.get("tokenizer", {}).get("vocab_size")
+    files = [directory / entry["file"] for entry in manifest["shards"] if entry["split"] == split]
     for file in files:
         match = SHARD_NAME.fullmatch(file.name)
         if match is None or sha256(file)[:16] != match["checksum"]:
             raise InputError(
                 f"{file}: the checksum does not match; the file was damaged or changed. Delete it and generate it again"
             )
+        _check_rows(file, vocab_size)
     return files
+
+
+def _check_rows(file: Path, vocab_size: int | None) -> None:
+    """Refuse a shard without rows or columns, or with token ids or places that cannot be.
+
+    Raises:
+        InputError: naming the file and the row.
+    """
+    try:
+        schema = pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file}: is no Parquet file: {error}") from None
+    for name, is_it in _COLUMNS.items():
+        if name not in schema.names:
+            raise InputError(f"{file}: has no column {name}")
+        if not is_it(schema.field(name).type):
+            raise InputError(f"{file}: the column {name} cannot be of the type {schema.field(name).type}")
+    first = 0
+    for rows in read_batches([file], ["input_ids", "completion_start", "token_logprobs"]):
+        starts, lengths, written = (
+            pc.fill_null(values, -1).to_numpy()
+            for values in (
+                rows["completion_start"],
+                pc.list_value_length(rows["input_ids"]),
+                pc.list_value_length(rows["token_logprobs"]),
+            )
+        )
+        if (wrong := np.flatnonzero((starts < 0) | (starts > lengths))).size:
+            raise InputError(f"{file}: row {first + wrong[0]}: completion_start is not a place in input_ids")
+        if (wrong := np.flatnonzero(written != lengths - starts)).size:
+            raise InputError(f"{file}: row {first + wrong[0]}: token_logprobs has not one value for each completion token")
+        ids = pc.list_flatten(rows["input_ids"]).fill_null(-1).to_numpy()
+        if (wrong := np.flatnonzero((ids < 0) | (ids >= (vocab_size or np.inf)))).size:
+            row = first + int(np.searchsorted(lengths.cumsum(), wrong[0], side="right"))
+            raise InputError(f"{file}: row {row}: the token id {ids[wrong[0]]} is outside of the vocabulary")
+        first += len(rows)
+    if not first:
+        raise InputError(f"{file}: has no rows")
 
 
 def load_dataset(directory: str | Path, split: Split = "train") -> "datasets.Dataset":

@@ -13,7 +13,7 @@ from llmdistill import __version__
 from llmdistill.data.dataset import MANIFEST, SPLITS, shard_files
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs.progress import say
-from llmdistill.runs.record import RUN_FILE, read_json
+from llmdistill.runs.record import RUN_FILE, read_json, read_run
 
 Kind = Literal["dataset", "model"]
 # Files of an earlier push that a loader would take for part of this one: their names change with their content or number.
@@ -71,7 +71,7 @@ def _contents(directory: Path) -> tuple[Kind, dict[str, Path]]:
     """
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory")
-    run = read_json(directory / RUN_FILE) or {}
+    run = read_run(directory) or {}
     if run.get("status", "done") != "done":
         raise InputError(f"{directory}: not finished; run `{run['stage']}` again to continue")
     if (directory / MANIFEST).is_file():

@@ -8,10 +8,11 @@ import numpy as np
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from llmdistill.data import targets
 from llmdistill.data.dataset import SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
-from llmdistill.runs.progress import console
+from llmdistill.runs.progress import console, printable
 
 _BAR = 24  # characters for all rows
 _LOOKED_AT = 8  # shards, of which the first rows tell about the targets; so that a large dataset takes no longer
@@ -31,7 +32,7 @@ def inspect(directory: Path, verify: bool = False) -> None:
     everything = [directory / entry["file"] for entry in manifest["shards"]]
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(manifest, everything):
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
+        table.add_row(f"[bold]{name}[/bold]", escape(printable(value)))
     console.print(table, soft_wrap=False)
     if "steps" in manifest:
         console.print(_waterfall(manifest), soft_wrap=False)
@@ -86,8 +87,8 @@ def _some(files: list[Path], name: str) -> targets.Array:
 def _print_sample(file: Path) -> None:
     row = next(read_batches([file])).slice(0, 1).to_pylist()[0]
     for message in [*row["prompt"], *row["completion"]]:
-        console.print(Panel(escape(message["content"]), title=escape(message["role"]), title_align="left"), soft_wrap=False)
+        text, role = Text(printable(message["content"])), Text(printable(message["role"]))
+        console.print(Panel(text, title=role, title_align="left"), soft_wrap=False)
     length = len(row["input_ids"]) - row["completion_start"]
-    console.print(
-        f"row {row['id']} · {row['completion_start']} prompt tokens, {length} completion tokens, ended by {row['finish_reason']}"
-    )
+    counts = f"{row['completion_start']} prompt tokens, {length} completion tokens"
+    console.print(printable(f"row {row['id']} · {counts}, ended by {row['finish_reason']}"), markup=False)

@@ -6,6 +6,7 @@ workers may make one dataset, none knows of the others, and whichever sees the l
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,14 +21,16 @@ from llmdistill.data.dataset import (
     bytes_per_position,
     check_logprobs,
     describe_shard,
+    failed_rows,
     finished_shards,
     is_damaged,
     remove_leftovers,
     rows_to_table,
+    with_failed,
     write_manifest,
     write_shard,
 )
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
@@ -163,9 +166,14 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
         say(name, f"{known:,} of {count:,} shards are there, the others are for other workers to make")
         return
     described = source.chat.description() | {"precision": precision.recorded} | source.description()
+    failed = failed_rows(there)
+    for reason, lost in failed.items():
+        say("warning", f"{lost:,} of {len(source.requests):,} rows were given up: the server gave {reason}")
+    if failed:
+        described["failed"] = failed
     write_manifest(directory, there, described | {"source": inputs})
     shared.decide()
-    record.finish(directory, {"rows": len(source.requests), **made})
+    record.finish(directory, {"rows": len(source.requests) - sum(failed.values()), **made})
     shared.finish()
 
 
@@ -195,10 +203,16 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
     made: list[dict[str, Any]] = []
 
     def store(index: int, completions: list[Completion]) -> None:
-        rows = [source.row(completion) for completion in completions]
+        failed = Counter(completion.failed for completion in completions if completion.failed)
+        if failed.total() > len(completions) / 2:
+            why, count = failed.most_common(1)[0]
+            raise RemoteError(
+                f"{experiment.teacher.url or name}: {count:,} of {len(completions):,} answers had {why}; not stored"
+            )
+        rows = [source.row(completion) for completion in completions if not completion.failed]
         for row in rows:
             check_logprobs(row)
-        table = rows_to_table(rows, chat.vocab_size)
+        table = with_failed(rows_to_table(rows, chat.vocab_size), failed)
         shard = write_shard(directory, "train", index, making.count, table)
         made.append(describe_shard(shard))
         shared.put(shard)
@@ -213,6 +227,7 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
             seed=experiment.seed,
             reads_with=chat.vocab_size if source.reads else None,
             known_ids=chat.known_ids,
+            vocab_size=chat.vocab_size,
         )
         engine = open_engine(spec)
     part = making.worker.part(making.count)

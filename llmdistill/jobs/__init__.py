@@ -15,7 +15,7 @@ from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import scheduled
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, say
-from llmdistill.runs.status import begun, how_far
+from llmdistill.runs.status import how_far, known
 
 BACKENDS = tuple(Jobs.model_fields)
 WHOLE = "run"  # the `stage` of a job that is all of them
@@ -77,7 +77,7 @@ def status(output: Path) -> None:
     Raises:
         InputError: nothing was submitted there, and nothing has begun.
     """
-    if not (output / "jobs" / _FILE).exists() and (names := begun(output)):
+    if not (output / "jobs" / _FILE).exists() and (names := known(output)):
         return _say_stages(output, names)
     backend, jobs = _jobs(output / "jobs")
     for job, states in zip(jobs, backend.states(jobs), strict=True):
@@ -88,7 +88,7 @@ def status(output: Path) -> None:
             left = "" if counts else "unknown to the scheduler"
         say(job["stage"], f"job {job['job']}: {'; '.join(part for part in (counts, left) if part)}")
     if any(job["stage"] == WHOLE for job in jobs) and backend.same_files:
-        _say_stages(output, begun(output))
+        _say_stages(output, known(output))
     return None
 
 
@@ -115,6 +115,9 @@ def _jobs(directory: Path) -> tuple[Backend[Any], list[Job]]:
     found: dict[str, Any] | None = record.read_json(directory / _FILE)
     if found is None:
         raise InputError(f"{directory / _FILE} does not exist: no job was submitted and no stage was started with this output")
+    found = record.check_shape(directory / _FILE, found, {"backend": str, "jobs": list})
+    for number, job in enumerate(found["jobs"]):
+        record.check_shape(directory / _FILE, job, {"stage": str, "job": str}, f"jobs.{number}")
     return backend_of(found["backend"]), list(found["jobs"])
 
 

@@ -56,10 +56,10 @@ def _script(experiment: Experiment, settings: Slurm, stage: StageRun) -> str:
     resources = of_stage(settings, stage.command)
     array = settings.workers > 1 and stage.shared
     directory = f"{experiment.output}/jobs"
-    logs = f"{directory}/{stage.name}-{'%A_%a' if array else '%j'}.log"
+    logs = f"{directory.replace('%', '%%')}/{stage.name}-{'%A_%a' if array else '%j'}.log"
     options = {
         "job-name": f"{_plain(Path(experiment.output).name)}-{stage.name}",
-        "output": f'"{logs}"',
+        "output": logs,
         "open-mode": "append",
         "signal": f"B:USR1@{settings.grace}",
         "nodes": str((resources.nodes or 1) if stage.command == "train" else 1),
@@ -69,13 +69,27 @@ def _script(experiment: Experiment, settings: Slurm, stage: StageRun) -> str:
         **{option: str(getattr(resources, name)) for name, option in _OPTIONS.items() if getattr(resources, name) is not None},
         **settings.options,
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in options.items()]
+    lines = [f"#SBATCH --{name}={_option(name, value)}" for name, value in options.items()]
     command = _command(settings, stage, resources, directory, array)
     return "\n".join([
         "#!/bin/bash", *lines, "#SBATCH --requeue", "",
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1", *settings.environment, "",
         _RUN.format(command=command, retries=settings.retries),
     ])  # fmt: skip
+
+
+def _option(name: str, value: str) -> str:
+    """A value in the head of a script, which Slurm reads by rules of its own; a line break would end the head.
+
+    Raises:
+        InputError: there is no way to write the name or the value.
+    """
+    key = "output" if name == "output" else f"jobs.slurm.{name}"
+    if not re.fullmatch(r"[A-Za-z][\w-]*", name):
+        raise InputError(f"{key}: is no name of an option of sbatch")
+    if not value.isprintable() or "\\" in value:  # in the name of a file Slurm takes a backslash out
+        raise InputError(f"{key}: {value!r} has a backslash or a control character, which Slurm does not take")
+    return value if re.fullmatch(r"[\w./:=,@%+*\[\]-]*", value) else '"' + value.replace('"', '\\"') + '"'
 
 
 # The command runs beside the shell, which waits and passes signals on. It ends with 143 when it was told to stop, torchrun in

@@ -41,7 +41,7 @@ def _head(card: Path) -> dict[str, str]:
     try:
         parts = card.read_text(encoding="utf-8").split("---", 2)
         head: Any = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # the loader of YAML raises ValueError for a day that is none
         return {}
     names = ("license", "license_name", "license_link")
     return {name: str(head[name]) for name in names if name in head} if isinstance(head, dict) else {}
@@ -62,7 +62,7 @@ def sentence(licence: dict[str, str]) -> str:
             "The licence of the teacher is not known to llmdistill. "
             "It, and the licence of the prompts, may apply to what is made from them."
         )
-    name = licence.get("license_name") or licence["license"]
+    name = licence.get("license_name") or licence.get("license") or licence["license_link"]
     bound = restriction(licence)
     warning = f" **Mind: {bound}.**" if bound else ""
     return (

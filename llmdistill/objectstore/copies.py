@@ -76,7 +76,7 @@ class Copy:
 
     def is_done_here(self) -> bool:
         """Whether its stage is done."""
-        run = record.read_json(self.directory / record.RUN_FILE)
+        run = record.read_run(self.directory)
         return bool(run and run["status"] == "done")
 
     def upload_if_done(self) -> None:
@@ -87,7 +87,7 @@ class Copy:
         """
         if not self.is_done_here():
             return
-        run, seal = record.read_json(self.directory / record.RUN_FILE), self.seal()
+        run, seal = record.read_run(self.directory) or {}, self.seal()
         if seal and seal["run"] != run:
             self.check(run["stage"], run["settings"], run["inputs"])
         # Where another run has done the same, its result stays; where it is this one, it has been gone on with.
@@ -114,7 +114,7 @@ class Copy:
         for name in there.keys() - here.keys():
             if not _is_apart(name):
                 self.store.remove(f"{self.name}/{name}")
-        self._seal({"run": record.read_json(self.directory / record.RUN_FILE), "files": sums})
+        self._seal({"run": record.read_run(self.directory), "files": sums})
 
     def _decide(self, file: Path) -> None:
         if self.store.decide(file, f"{self.name}/{file.name}") != file.read_bytes():
@@ -268,7 +268,7 @@ def _copy(experiment: Experiment, directory: Path) -> Copy | None:
 def _bring_own(copy: Copy) -> None:
     """What was done elsewhere of what this stage is to do; what is damaged is made again."""
     try:
-        if here := record.read_json(copy.directory / record.RUN_FILE):
+        if here := record.read_run(copy.directory):
             copy.check(here["stage"], here["settings"], here["inputs"])
         if copy.is_done_here():
             return

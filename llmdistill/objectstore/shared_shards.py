@@ -12,7 +12,7 @@ from typing import Any
 
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision
-from llmdistill.data.cards import dataset_card
+from llmdistill.data.cards import dataset_card, write_card
 from llmdistill.data.dataset import MANIFEST, SHARD_NAME, Shard, finished_shards, is_damaged
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.copies import CARD, Copy
@@ -115,7 +115,7 @@ class SharedShards:
         if content != file.read_bytes():
             manifest = json.loads(content)
             self._fetch(_shards_of(manifest))
-            record.write_text(self.directory / CARD, dataset_card(manifest))
+            write_card(self.directory / CARD, lambda: dataset_card(manifest))
             record.write_text(file, content.decode())
 
     def finish(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
+import regex
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError, model_validator
@@ -22,6 +23,7 @@ Fields = dict[str, Any]
 # Values are inserted as they are: braces in them are text, not template code.
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 _ITEM = re.compile(r"\s*(?:[-*+•]|\(?\d{1,3}[.):]|(?:Q|Question|Task)\s*\d*\s*[.:])\s+(?=\S)", re.IGNORECASE)
+_SECONDS = 1.0  # for a template's pattern on one text or line
 _QUOTES = {'"': '"', "“": "”", "'": "'", "`": "`", "**": "**"}
 
 
@@ -54,8 +56,8 @@ class AnswerFormat(Section):
     @model_validator(mode="after")
     def _is_usable(self) -> "AnswerFormat":
         try:
-            groups = re.compile(self.pattern or "()").groups
-        except re.error as error:
+            groups = regex.compile(self.pattern or "()").groups
+        except regex.error as error:
             raise ValueError(f"pattern is not a valid regular expression: {error}") from None
         if groups != 1:
             raise ValueError(f"pattern must have one group, it has {groups}")
@@ -203,12 +205,15 @@ def read_answer(answer: AnswerFormat, text: str, ended: bool) -> Reading:
     """
     stops = [place for place in (text.find(stop) for stop in answer.stop) if place >= 0]
     text, ended = (text[: min(stops)], True) if stops else (text, ended)
-    if answer.form == "json":
-        reading = _read_json(answer, text)
-    elif answer.form == "lines":
-        reading = _read_parts(answer, *list_entries(text, ended))
-    else:
-        reading = _read_parts(answer, [text] if ended else [], "" if ended else text)
+    try:
+        if answer.form == "json":
+            reading = _read_json(answer, text)
+        elif answer.form == "lines":
+            reading = _read_parts(answer, *list_entries(text, ended))
+        else:
+            reading = _read_parts(answer, [text] if ended else [], "" if ended else text)
+    except TimeoutError:
+        reading = Reading([], [], [(text, f"the pattern took more than {_SECONDS:g} s")])
     if not (reading.items or reading.rejected or reading.failed):
         reading.failed.append((text, "empty"))
     items = []
@@ -258,7 +263,7 @@ def _read_parts(answer: AnswerFormat, parts: list[str], cut_off: str) -> Reading
 def _value(answer: AnswerFormat, text: str) -> str:
     """What counts of a text or a line; empty where nothing does."""
     if answer.pattern is not None:
-        matches = [match for match in re.findall(answer.pattern, text) if match.strip()]
+        matches = [match for match in regex.findall(answer.pattern, text, timeout=_SECONDS) if match.strip()]
         text = matches[-1] if matches else ""
     text = text.strip()
     for opening, closing in _QUOTES.items():

@@ -10,7 +10,7 @@ from llmdistill.evaluation.metrics import metrics_of
 from llmdistill.evaluation.plots import interval_plot, size_plot
 from llmdistill.evaluation.statistics import Draws, holm, two_sided_p
 from llmdistill.runs.progress import console, say
-from llmdistill.runs.record import RUN_FILE, read_json, write_text
+from llmdistill.runs.record import read_run, write_text
 from llmdistill.stages.report import percent, read_metrics, template_environment
 
 Json = dict[str, Any]
@@ -83,7 +83,7 @@ def _check_teachers(directories: list[Path]) -> None:
     """
     teachers = {}
     for directory in directories:
-        run = read_json(directory / "eval" / RUN_FILE) or {}
+        run = read_run(directory / "eval") or {}
         metrics = read_metrics(directory / "eval" / "metrics.json")
         model = next(found["path"] for found in metrics["models"] if found["name"] == "teacher")
         teachers[directory] = (run.get("inputs", {}).get(model), model)
@@ -159,7 +159,7 @@ def _what_differs(directories: list[Path]) -> list[Json]:
     for directory in directories:
         found: Json = {}
         for stage in _STAGES:
-            run = read_json(directory / stage / RUN_FILE)
+            run = read_run(directory / stage)
             if run:
                 found |= _flat(run["settings"])
         settings.append(found)

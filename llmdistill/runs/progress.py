@@ -7,6 +7,7 @@ first row is whole, and when nothing moves.
 import os
 import threading
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ _REFRESH_SECONDS = 0.2  # of a terminal
 _RATE_SECONDS = 30  # over which a rate is measured
 _TOLD_FROM = 0.1  # share of the most tokens that there can be, from which on the time left is told
 _STEADY_ROWS = 1024  # rows after which their mean length is taken for that of the others
-console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")  # one of many processes speaks
+_TURNS_TEXT = set(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]))  # its direction
+_IS_FIRST = os.environ.get("RANK", "0") == "0"  # one of many processes speaks
+console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not _IS_FIRST)
 
 
 def say(stage: str, text: str) -> None:
@@ -34,8 +37,13 @@ def say(stage: str, text: str) -> None:
     if current.as_json:
         event(stage, "message", level="warning" if stage == "warning" else "info", text=text)
     else:
-        console.print(without_secrets(f"{stage:<9} {text}"), markup=False)
+        console.print(printable(without_secrets(f"{stage:<9} {text}")), markup=False)
     _reporter.spoke()
+
+
+def printable(text: str) -> str:
+    """Text of models or files without what a terminal would obey: control characters, escape sequences, turns of direction."""
+    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNS_TEXT))
 
 
 class Rate:

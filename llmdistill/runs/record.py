@@ -1,14 +1,16 @@
 """What every stage does with its output directory: claim it, or refuse it, and leave its lineage in `run.json`."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +19,7 @@ from llmdistill.config.machine import Precision
 from llmdistill.config.shipped import find
 from llmdistill.config.teacher import ENGINES
 from llmdistill.errors import InputError
+from llmdistill.runs import lock
 from llmdistill.runs.progress import say
 
 RUN_FILE = "run.json"
@@ -41,6 +44,21 @@ class Claim(NamedTuple):
     stage: str
     settings: dict[str, Any]
     inputs: dict[str, str]
+
+
+def forget_begun(directory: Path) -> None:
+    """Remove what a stage has left that stopped before anything was finished: there is nothing to lose to other settings.
+
+    Args:
+        directory: the stage's, in which no process works.
+    """
+    if directory.is_dir() and _finished(directory) == {RUN_FILE} and (read_run(directory) or {}).get("status") != "done":
+        (directory / RUN_FILE).unlink(missing_ok=True)
+
+
+def _finished(directory: Path) -> set[str]:
+    """The names in a directory, but for those of unfinished files."""
+    return {entry.name for entry in directory.iterdir() if not entry.name.endswith(".unfinished")}
 
 
 class StaleError(InputError):
@@ -74,18 +92,16 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
         InputError: the directory holds something else.
         StaleError: it holds the work of other settings.
     """
-    there = (
-        {entry.name for entry in directory.iterdir() if not entry.name.endswith(".unfinished")} if directory.exists() else set()
-    )
+    there = _finished(directory) if directory.exists() else set()
     if not there:
         return "new"
-    run = read_json(directory / RUN_FILE)
+    run = read_run(directory)
     if run is None or run.get("stage") != stage:
         raise InputError(f"{directory} contains files that `{stage}` did not write; choose another `output`, or move them away")
-    if run["status"] != "done" and there == {RUN_FILE}:
-        return "new"  # it stopped before anything was finished: nothing to lose to other settings
     if found := differences(run, settings, inputs):
         raise StaleError(directory, found)
+    if there == {RUN_FILE} and run["status"] != "done":
+        return "new"
     return "done" if run["status"] == "done" else "resume"
 
 
@@ -96,7 +112,7 @@ def made_from(directories: Collection[Path], output: Path) -> list[Path]:
         directories: the others.
         output: of the experiment.
     """
-    read = {file.parent: set((read_json(file) or {}).get("inputs", {})) for file in _run_files(output)}
+    read = {file.parent: set((read_run(file.parent) or {}).get("inputs", {})) for file in _run_files(output)}
     stale = {directory.resolve() for directory in directories}
     found: list[Path] = []
     while more := [
@@ -126,7 +142,7 @@ def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str,
 def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, **more: Any) -> None:
     """Write `run.json` with status `unfinished`; `more` are further keys of it."""
     directory.mkdir(parents=True, exist_ok=True)
-    old = read_json(directory / RUN_FILE) or {}
+    old = read_run(directory) or {}
     run = {
         "stage": stage,
         "status": "unfinished",
@@ -159,6 +175,8 @@ def begin_computing(
     directory.mkdir(parents=True, exist_ok=True)
     run = {"stage": stage, "status": "unfinished", "started": _now(), "settings": settings, "inputs": inputs}
     first = _create_json(directory / RUN_FILE, {**run, "precision": precision.recorded})
+    if not first and (found := differences(read_run(directory) or run, settings, inputs)):
+        raise StaleError(directory, found)  # another worker was faster
     counts = precision if first else settled_precision(directory, settings, inputs, precision)
     begin(directory, stage, settings, inputs, seed, precision=counts.recorded)
     say(stage, f"computes in {counts}")
@@ -167,9 +185,9 @@ def begin_computing(
 
 def settled_precision(directory: Path, settings: dict[str, Any], inputs: dict[str, str], wanted: Precision) -> Precision:
     """What models compute in for the work in a directory: as it was begun, or as wanted if it was not."""
-    run = read_json(directory / RUN_FILE)
+    run = read_run(directory)
     recorded = (run or {}).get("precision")
-    if not recorded or differences(run, settings, inputs):
+    if run is None or not recorded or differences(run, settings, inputs):
         return wanted
     if recorded["dtype"] == wanted.dtype:
         return Precision(**recorded)
@@ -178,7 +196,7 @@ def settled_precision(directory: Path, settings: dict[str, Any], inputs: dict[st
 
 def finish(directory: Path, results: dict[str, Any]) -> None:
     """Set the status to `done` and add the stage's results."""
-    run = read_json(directory / RUN_FILE) or {}
+    run = read_run(directory) or {}
     write_json(directory / RUN_FILE, {**run, "status": "done", "finished": _now(), "results": results})
 
 
@@ -192,23 +210,41 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A directory to write in that becomes `path` once the block has ended well; else nothing of it is left.
 
     Raises:
-        InputError: `path` exists and is not empty.
+        InputError: `path` exists and is not empty, or cannot be written.
     """
     path = path.resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(f"{path}: exists and is not empty; choose another output directory, or move it away")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    # A mount point cannot be replaced: there, what is finished is moved inside, and is on the same disk.
+    inside = path.is_mount()
+    unfinished = path / ".unfinished" if inside else path.with_name(f".{path.name}.{writer_name()}.unfinished")
     try:
+        if path.exists() and not (path.is_dir() and not {entry.name for entry in path.iterdir()} - {"lost+found", ".unfinished"}):
+            raise InputError(f"{path}: exists and is not empty; choose another output directory, or move it away")
+        if inside:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in path.parent.glob(f".{path.name}.*.unfinished"):
+            if lock.is_abandoned(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir(parents=True)
+        mark = lock.mark(unfinished)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         yield unfinished
-        unfinished.replace(path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    try:
+        if inside:
+            for entry in sorted(unfinished.iterdir(), key=lambda entry: entry.suffix == ".json"):  # what tells that all is there
+                entry.replace(path / entry.name)
+            unfinished.rmdir()
+        else:
+            unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; the finished result is in {unfinished}", str(path)) from None
+    finally:
+        if mark is not None:
+            os.close(mark)
 
 
 def read_json(file: Path) -> Any:
@@ -221,8 +257,46 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON: {error}") from None
+
+
+def read_run(directory: Path) -> dict[str, Any] | None:
+    """The `run.json` of a directory, or None if it is not there.
+
+    Raises:
+        InputError: it is none.
+    """
+    file = directory / RUN_FILE
+    found = read_json(file)
+    if found is None:
+        return None
+    run = check_shape(file, found, {"stage": str, "status": str})
+    return check_shape(file, {"settings": {}, "inputs": {}, **run}, {"settings": dict, "inputs": dict})
+
+
+_KINDS: dict[type, str] = {str: "text", int: "a whole number", dict: "a mapping", list: "a list"}
+
+
+def check_shape(file: Path, found: Any, shape: Mapping[str, type], at: str = "") -> dict[str, Any]:
+    """A mapping of a JSON file whose values are of the kinds that they must be.
+
+    Args:
+        file: it stands in, for the error.
+        found: it.
+        shape: what the keys that it must have are.
+        at: where in the file it stands.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: {at or 'the whole'} must be a mapping, got {_short(found)}")
+    for key, kind in shape.items():
+        if not isinstance(found.get(key), kind) or isinstance(found[key], bool):
+            name = f"{at}.{key}" if at else key
+            raise InputError(f"{file}: {name} must be {_KINDS[kind]}, got {_short(found[key]) if key in found else 'nothing'}")
+    return found
 
 
 def _create_json(file: Path, content: Any) -> bool:
@@ -268,8 +342,13 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def writer_name() -> str:
-    """What tells the unfinished files of two processes apart, on one machine or on several: HOST-PID."""
-    return f"{platform.node()}-{os.getpid()}"
+    """What tells the unfinished files of two processes apart, on one machine, on several, or in containers: a random name."""
+    return _writer_of(os.getpid())
+
+
+@functools.cache
+def _writer_of(pid: int) -> str:
+    return secrets.token_hex(8)
 
 
 def fsync_directory(directory: Path) -> None:

@@ -7,17 +7,14 @@ Each version adds what is new, goes on from the promoted student, and is promote
     OUTPUT/promoted             a link to the student to use
 """
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
 from llmdistill.config.train import Mix
-from llmdistill.errors import InputError, RemoteError
+from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import interval_text
-from llmdistill.runs import record
+from llmdistill.runs import lock, record
 from llmdistill.runs.pipeline import run_stages, stages
 from llmdistill.runs.progress import say
 from llmdistill.stages.prompts import prepared_prompts, prompts_inputs
@@ -36,7 +33,7 @@ def refresh(experiment: Experiment, dry_run: bool = False) -> None:
 
     Raises:
         InputError: there is no section `refresh`, or what it needs.
-        RemoteError: another process is at it.
+        BusyError: another process is at it.
     """
     if experiment.refresh is None:
         raise InputError("the key refresh is missing: `refresh: {}` is enough")
@@ -46,9 +43,18 @@ def refresh(experiment: Experiment, dry_run: bool = False) -> None:
         raise InputError("refresh does not support store: it keeps its versions on one machine; remove store")
     if experiment.rounds:
         raise InputError("refresh does not support rounds; remove one of them")
+    if dry_run:
+        return _next(experiment, dry_run)
+    with lock.alone([Path(experiment.output) / "versions"], "refresh"):
+        return _next(experiment)
+
+
+def _next(experiment: Experiment, dry_run: bool = False) -> None:
     output = Path(experiment.output)
     made_from = _made_from(experiment)
     versions = _versions(output)
+    if not dry_run:
+        _promote(output, versions)
     last = versions[-1] if versions else None
     if last and last["made_from"] == made_from and "promoted" in last:
         return say("refresh", f"nothing is new since version {last['version']}, which was {_verdict(last)}")
@@ -60,17 +66,14 @@ def refresh(experiment: Experiment, dry_run: bool = False) -> None:
         return say("refresh", "prompts.source has no prompt that is not in an earlier version")
     if dry_run:
         return say("refresh", f"would make version {number} in {output / 'versions' / str(number)}" + _of(new))
-    output.mkdir(parents=True, exist_ok=True)
-    with _alone(output):
-        if not resumed:
-            versions.append({"version": number, "made_from": made_from})
-            _write(output, versions)
-        say("refresh", f"version {number}{_of(new)}" + (", going on" if resumed else ""))
-        run_stages(stages(here))
-        versions[-1] |= _decide(experiment, output, number)
-        if versions[-1]["promoted"]:
-            _promote(output, number)
+    if not resumed:
+        versions.append({"version": number, "made_from": made_from})
         _write(output, versions)
+    say("refresh", f"version {number}{_of(new)}" + (", going on" if resumed else ""))
+    run_stages(stages(here))
+    versions[-1] |= _decide(experiment, output, versions)
+    _write(output, versions)
+    _promote(output, versions)
     return say("refresh", f"version {number} is {_verdict(versions[-1])}")
 
 
@@ -82,7 +85,9 @@ def _made_from(experiment: Experiment) -> str:
 
 
 def _versions(output: Path) -> list[dict[str, Any]]:
-    return list((record.read_json(output / _FILE) or {"versions": []})["versions"])
+    file = output / _FILE
+    found = record.check_shape(file, record.read_json(file) or {"versions": []}, {"versions": list})["versions"]
+    return [record.check_shape(file, entry, {"version": int, "made_from": str}, f"versions.{n}") for n, entry in enumerate(found)]
 
 
 def _write(output: Path, versions: list[dict[str, Any]]) -> None:
@@ -119,12 +124,12 @@ def _of(new: int | None) -> str:
     return "" if new is None else f", of {new:,} new prompts"
 
 
-def _decide(experiment: Experiment, output: Path, number: int) -> dict[str, Any]:
-    """Whether the student of a version is promoted, and why."""
+def _decide(experiment: Experiment, output: Path, versions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether the student of the last version is promoted, and why."""
     assert experiment.refresh is not None
-    if not (output / _LINK).exists():
+    if not any(entry.get("promoted") for entry in versions):
         return {"promoted": True, "reason": "it is the first"}
-    metrics = record.read_json(output / "versions" / str(number) / "eval" / "metrics.json")
+    metrics = record.read_json(output / "versions" / str(versions[-1]["version"]) / "eval" / "metrics.json")
     found = next(d for d in metrics["differences"] if d["worse"] == "student before" and d["metric"] == "kl")
     margin = experiment.refresh.margin
     reason = f"its KL from the teacher differs by {_interval(found)} nats per token from the previous version's"
@@ -147,20 +152,15 @@ def _verdict(entry: dict[str, Any]) -> str:
     return ("promoted: " if entry["promoted"] else "not promoted: ") + entry["reason"]
 
 
-def _promote(output: Path, number: int) -> None:
-    """Let the link point to another student, from one moment to the next."""
+def _promote(output: Path, versions: list[dict[str, Any]]) -> None:
+    """Let the link point to the student that was promoted last, from one moment to the next; `refresh.json` says which."""
+    promoted = [entry["version"] for entry in versions if entry.get("promoted")]
+    if not promoted:
+        return
+    target = Path("versions") / str(promoted[-1]) / "student"
+    if (output / _LINK).is_symlink() and (output / _LINK).readlink() == target:
+        return
     new = output / f".{_LINK}.{record.writer_name()}"
     new.unlink(missing_ok=True)
-    new.symlink_to(Path("versions") / str(number) / "student")
+    new.symlink_to(target)
     new.replace(output / _LINK)
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Hold the lock of the output; it goes with the process."""
-    with (output / "refresh.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RemoteError(f"{output}: another `refresh` is running") from None
-        yield

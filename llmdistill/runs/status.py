@@ -4,11 +4,13 @@ import platform
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.runs import record
 from llmdistill.runs.progress import clock
@@ -21,7 +23,7 @@ _OLD = 120  # seconds without news that are worth a word
 def begun(output: Path) -> list[str]:
     """The stages that have begun there, in their order."""
     names = [name for name in STAGES if _has_begun(output, name)]
-    rounds = sorted(int(path.name) for path in (output / "rounds").glob("[0-9]*"))
+    rounds = sorted(int(path.name) for path in (output / "rounds").glob("[0-9]*") if path.name.isdigit())
     later = [
         f"round-{number}-{name}"
         for number in rounds
@@ -30,6 +32,19 @@ def begun(output: Path) -> list[str]:
     ]
     last = [name for name in names if STAGES[name].after_rounds]
     return [*(name for name in names if name not in last), *later, *last]
+
+
+def known(output: Path) -> list[str]:
+    """The stages of a run in their order: those of its configuration, as `run` has kept it, and others that have begun."""
+    from llmdistill.runs.pipeline import CONFIGS, stages
+
+    planned: list[str] = []
+    for file in sorted((output / CONFIGS).glob("*.yaml")):
+        with suppress(InputError):
+            names = [stage.name for stage in stages(load_experiment(file))]
+            planned = max(planned, names, key=len)  # the first training is that of a run without rounds
+    there = begun(output)
+    return [*planned, *(name for name in there if name not in planned)] if there else []
 
 
 def how_far(output: Path, name: str) -> str:
@@ -100,4 +115,4 @@ def _is_done(output: Path, name: str) -> bool:
 
 
 def _run(output: Path, name: str) -> Any:
-    return record.read_json(output / str(STAGES[name].record) / record.RUN_FILE)
+    return record.read_run(output / str(STAGES[name].record))

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from llmdistill.config.jobs import Watch
 from llmdistill.errors import InputError
@@ -18,6 +20,8 @@ from llmdistill.errors import InputError
 PROGRESS = ".progress"
 STATES = ("running", "done", "failed", "stopped")
 _EVERY = 5  # seconds between two looks at a stage
+_SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTH)(_ID)?$")  # names of the environment
+_FORGOTTEN = 3600  # seconds after which nobody writes a file of progress any more
 _SPEAKS = os.environ.get("RANK", "0") == "0"  # one of many processes
 
 
@@ -43,7 +47,7 @@ class Watcher:
         self.last: StageProgress | None = None
         self._looked = float("-inf")
         remote = "://" in output
-        self._file = None if remote else Path(output) / PROGRESS / f"{stage}.{platform.node()}-{os.getpid()}.json"
+        self._file = None if remote else Path(output) / PROGRESS / f"{stage}.{secrets.token_hex(8)}.json"
         self._metrics = Metrics(settings.metrics, stage, output, share) if settings.metrics else None
 
     @property
@@ -57,6 +61,8 @@ class Watcher:
         record = {"stage": self.stage, **asdict(progress), "time": time.time(), **_who(self.share)}
         with suppress(OSError):  # a stage does not end because nobody can watch it
             if self._file:
+                if not self._file.exists():
+                    _remove_old(self._file.parent)
                 self._file.parent.mkdir(exist_ok=True)
                 unfinished = self._file.with_suffix(".unfinished")
                 unfinished.write_text(json.dumps(record), encoding="utf-8")
@@ -72,6 +78,14 @@ class Watcher:
             if self._file:
                 self._file.unlink(missing_ok=True)
                 self._file.parent.rmdir()
+
+
+def _remove_old(directory: Path) -> None:
+    """Remove what killed processes have left: living ones write every few seconds."""
+    for file in directory.glob("*"):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > _FORGOTTEN:
+                file.unlink()
 
 
 class Metrics:
@@ -177,8 +191,9 @@ def event(stage: str, name: str, level: str = "info", error: bool = False, **fie
 def without_secrets(text: str) -> str:
     """The text without passwords in addresses, and without what the environment calls a token, a key, a secret or a password."""
     for name, value in os.environ.items():
-        if len(value) >= 8 and re.search(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)$", name.upper()):
-            text = text.replace(value, "***")
+        if len(value.strip()) >= 8 and _SECRET.search(name.upper()):
+            for written in {value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe="")}:
+                text = text.replace(written, "***")
     return re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)
 
 

@@ -3,7 +3,6 @@
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -17,11 +16,10 @@ from llmdistill.config import Experiment, Generate
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import check_model_exists, context_length, load_model, load_tokenizer, plain_generation
-from llmdistill.runs.progress import console, say, working
+from llmdistill.runs.progress import console, printable, say, working
 
 _HELP = "/reset clears the conversation, /system TEXT sets the system message, /quit or Ctrl-D exits, Ctrl-C stops an answer"
 _SIDE_BY_SIDE = 80  # columns of a terminal from which on two answers stand beside each other
-_TURNS_TEXT = set(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]))  # its direction
 
 
 def chat(experiment: Experiment, dry_run: bool = False) -> None:
@@ -114,11 +112,6 @@ class Speaker:
                 stopping_criteria=StoppingCriteriaList([lambda ids, scores: torch.full((len(ids),), stop.is_set())]),
             )
         self.history += [told[-1], {"role": "assistant", "content": self.text}]
-
-
-def printable(text: str) -> str:
-    """A model's text without what a terminal would obey: control characters, escape sequences, turns of direction."""
-    return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNS_TEXT))
 
 
 def _lines() -> Iterator[str]:

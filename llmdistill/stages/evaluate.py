@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.config.machine import inference_precision
-from llmdistill.data.cards import with_results
+from llmdistill.data.cards import with_results, write_card
 from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest
 from llmdistill.data.importance import effective_sample_size, importance, log_importance
 from llmdistill.errors import InputError
@@ -319,7 +319,7 @@ def _write(experiment: Experiment, directory: Path, metrics: dict[str, Any], mea
     record.write_json(directory / "metrics.json", metrics)
     card = experiment.directory("student") / "README.md"
     if card.is_file():
-        record.write_text(card, with_results(card.read_text(encoding="utf-8"), metrics))
+        write_card(card, lambda: with_results(card.read_text(encoding="utf-8"), metrics))
 
 
 def headline(models: list[dict[str, Any]], engine: str, tasks: dict[str, Any] | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config.export import Export
 from llmdistill.config.machine import inference_precision
-from llmdistill.data.cards import without_results
+from llmdistill.data.cards import without_results, write_card
 from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
@@ -213,7 +213,7 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
     with working("export", f"writing {name}"), record.new_directory(path) as unfinished:
         how = form.write(source, unfinished)
         source.tokenizer.save_pretrained(unfinished)
-        record.write_text(unfinished / "README.md", _card(Path(source.model), form, how))
+        write_card(unfinished / "README.md", lambda: _card(Path(source.model), form, how))
     with working("export", f"loading {name}"):
         models = {"teacher": load_model(source.model, dtype=dtype), name: form.load(str(path), dtype)}
     with StageBar(name, len(held_out.rows)) as bar:
@@ -230,7 +230,7 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
         "top1": draws.share(measured[f"{name} top1"], tokens),
         "held_out": {"rows": len(held_out.rows), "tokens": int(tokens.sum()), "prompts": draws.draws.shape[1]},
     }
-    record.write_text(path / "README.md", _card(Path(source.model), form, how, made))
+    write_card(path / "README.md", lambda: _card(Path(source.model), form, how, made))
     return made
 
 

@@ -129,11 +129,14 @@ class _Prompts:
             request_of = {request.index: request for request in requests}
             texts, reason_of = [], {}
             for completion in engine.generate([requests]):
+                if completion.failed:
+                    yield completion
+                    continue
                 start, reason_of[completion.index] = self._answer(completion)
                 self._traces[completion.index] = completion.ids[:start]
                 texts.append(replace(request_of[completion.index], completion_ids=completion.ids[start:].tolist()))
             for read in engine.score([texts]):
-                yield replace(read, finish_reason=reason_of[read.index])
+                yield read if read.failed else replace(read, finish_reason=reason_of[read.index])
 
     def _answer(self, completion: Completion) -> tuple[int, str]:
         """Where the answer begins and how it ends; a trace without one leaves its last token, and says `no_answer`."""

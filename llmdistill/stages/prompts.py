@@ -127,10 +127,8 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
         return _say_plan(experiment, counts)
     (claim,) = claims(experiment)
     if record.claim(*claim) == "done":
-        return say(
-            "prompts",
-            f"{directory} is finished ({record.read_json(directory / record.RUN_FILE)['results']['prompts']:,} prompts)",
-        )
+        made = (record.read_run(directory) or {})["results"]["prompts"]
+        return say("prompts", f"{directory} is finished ({made:,} prompts)")
     chat = PromptEncoder(experiment, models[teacher.model])
     if any(isinstance(step.settings, Magpie) for step in section.steps):
         PreQueryFormat(chat)
@@ -327,7 +325,7 @@ def prompts_inputs(section: Prompts) -> dict[str, str]:
 
 def _made_prompts(experiment: Experiment) -> Prepared | None:
     directory = experiment.directory("prompts")
-    run = record.read_json(directory / record.RUN_FILE)
+    run = record.read_run(directory)
     if run is None:
         return None
     # The source need not be there any more, nor be what it was: what was made of it counts.

@@ -20,7 +20,7 @@ from llmdistill.evaluation.picture import picture
 from llmdistill.evaluation.plots import Point, group_plot, interval_plot, loss_plot, size_plot
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs.progress import console, say
-from llmdistill.runs.record import RUN_FILE, read_json, write_bytes, write_text
+from llmdistill.runs.record import check_shape, read_json, read_run, write_bytes, write_text
 
 SCHEMA_VERSION = 2
 Json = dict[str, Any]
@@ -99,6 +99,7 @@ def read_metrics(file: Path) -> Json:
     metrics: Json | None = read_json(file)
     if metrics is None:
         raise InputError(f"{file} is not there; run `eval` first")
+    check_shape(file, metrics, {})
     if metrics.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{file}: schema_version is {metrics.get('schema_version')!r}, this version reads {SCHEMA_VERSION}")
     return metrics
@@ -354,7 +355,7 @@ def _data(experiment: Experiment) -> Json:
 
 def _lineage(experiment: Experiment) -> Json:
     """Each stage's `run.json`, and the versions, said once where all stages agree."""
-    stages = []
+    stages: list[Json] = []
     for directory in dict.fromkeys(
         (
             experiment.directory("prompts"),
@@ -366,7 +367,7 @@ def _lineage(experiment: Experiment) -> Json:
             experiment.directory("export"),
         )
     ):
-        run = read_json(directory / RUN_FILE)
+        run = read_run(directory)
         if run is not None or directory.name not in ("prompts", "student-text-only", "export"):
             stages.append({"directory": str(directory), "name": directory.name, "run": run})
     found = sorted(

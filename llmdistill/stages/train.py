@@ -13,7 +13,7 @@ import pyarrow as pa
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision, training_precision
 from llmdistill.config.shipped import page
-from llmdistill.data.cards import model_card
+from llmdistill.data.cards import model_card, write_card
 from llmdistill.data.dataset import (
     MANIFEST,
     ROW_GROUP,
@@ -250,7 +250,7 @@ def _save(experiment: Experiment, manifest: dict[str, Any], directory: Path, tra
     save_student(trained, made.tokenizer, experiment, directory, end)
     trainer.state.save_to_json(str(directory / "trainer_state.json"))
     results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
-    record.write_text(directory / "README.md", model_card(experiment, manifest, directory.name, made.arguments, results))
+    write_card(directory / "README.md", lambda: model_card(experiment, manifest, directory.name, made.arguments, results))
     record.finish(directory, results)
 
 

@@ -197,7 +197,7 @@ def pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: A
 
     kept = None
     if experiment.student.prune:
-        kept = record.read_json(experiment.directory("student-before") / record.RUN_FILE)["results"]["layers"]
+        kept = (record.read_run(experiment.directory("student-before")) or {})["results"]["layers"]
     for name in ("hidden", "attention"):
         part = getattr(arguments, name)
         if part is None:

@@ -36,6 +36,7 @@ class Completion:
     """What the teacher wrote, or read, for the request of the same index; its end token included if it was emitted.
 
     `sampling_logprob` is the logarithm of the probability with which it wrote just this, at the sampling temperature.
+    `failed` says why there is nothing, of a request that was given up.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Completion:
     token_logprobs: Array
     targets: SoftTargets | None
     sampling_logprob: float | None = None
+    failed: str | None = None
 
     def behind(self, start: int) -> "Completion":
         """The same without its first `start` tokens."""
@@ -65,6 +67,7 @@ class EngineSpec:
         reads_with: the size of its vocabulary, if it is to read finished text.
         known_ids: how many token ids the tokenizer knows, where the output layer is padded with more: those are never written
             nor kept, and have no part in the distribution.
+        vocab_size: of its output layer, where answers come from outside and are checked.
     """
 
     teacher: Teacher
@@ -75,6 +78,7 @@ class EngineSpec:
     seed: int = 0
     reads_with: int | None = None
     known_ids: int | None = None
+    vocab_size: int | None = None
 
 
 class Engine(Protocol):

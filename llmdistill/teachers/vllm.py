@@ -2,17 +2,17 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import psutil
 
 from llmdistill.config import Generate, Targets
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.runs.quiet import quiet_libraries
-from llmdistill.teachers import Completion, Engine, EngineSpec, Request
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request, guard
 
 # Requests inside the engine at a time: more than it runs at once, so that it is never idle while a shard is written.
 _QUEUE = 2048
@@ -40,8 +40,8 @@ class VllmEngine(Engine):
         arguments = self._arguments(spec)
         if extended:
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
-        self.llm = vllm.LLM(**{**arguments, **spec.teacher.engine_args})
         self._guard = _end_with_this_process()
+        self.llm = vllm.LLM(**{**arguments, **spec.teacher.engine_args})
         if extended:
             temperature = spec.sampling.temperature if self.tempered else None
             asked = (spec.kept.stored.name, spec.kept.kept, spec.seed, temperature, spec.known_ids)
@@ -175,14 +175,9 @@ def prepare_environment(kv_cache_gib: int = 2) -> None:
 
 
 def _end_with_this_process() -> "subprocess.Popen[bytes]":
-    """Have vLLM's processes killed when this one is gone; keep what is returned.
-
-    They do not notice when it is killed outright: they would go on, and keep the GPU's memory from the next try. The
-    shell waits for the end of a pipe that only this process holds open.
-    """
-    pids = [str(process.pid) for process in psutil.Process().children(recursive=True)]
+    """Have what vLLM starts from now on killed when this process is gone; keep what is returned."""
     return subprocess.Popen(
-        ["sh", "-c", 'cat >/dev/null; kill -9 "$@"', "sh", *pids],
+        [sys.executable, "-I", "-S", guard.__file__, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

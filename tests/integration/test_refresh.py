@@ -1,14 +1,15 @@
 """Runs that come back: what is new is added, the student is promoted if it is not worse, twice a night is once."""
 
-import fcntl
 import json
+import os
 
 import pytest
 
 from llmdistill import load_dataset
 from llmdistill.data.dataset import read_manifest
+from llmdistill.runs import lock
 from llmdistill.runs.record import read_json, write_json
-from llmdistill.runs.refresh import _decide, _made_from
+from llmdistill.runs.refresh import _decide, _made_from, _promote
 from tests.conftest import run_cli
 from tests.factories import write_experiment
 
@@ -39,11 +40,21 @@ def test_only_what_is_not_worse_is_promoted(tiny, tmp_path, kl, tasks, promoted)
         metrics["tasks"] = {"together": {"differences": [{"against": "student before", **difference(*tasks)}]}}
     (output / "versions/2/eval").mkdir(parents=True)
     write_json(output / "versions/2/eval/metrics.json", metrics)
-    assert _decide(experiment, output, 2) == {"promoted": True, "reason": "it is the first"}
-    (output / "promoted").symlink_to(tmp_path)
-    decided = _decide(experiment, output, 2)
+    assert _decide(experiment, output, [{"version": 1}]) == {"promoted": True, "reason": "it is the first"}
+    decided = _decide(experiment, output, [{"version": 1, "promoted": True}, {"version": 2}])
     assert decided["promoted"] == promoted
     assert f"{kl[0]:+.3f} to {kl[1]:+.3f}" in decided["reason"]
+
+
+def test_the_link_follows_what_is_recorded(tmp_path):
+    """Whatever was interrupted between the decision, its record and the link."""
+    versions = [{"version": 1, "promoted": True}, {"version": 2, "promoted": True}, {"version": 3, "promoted": False}]
+    _promote(tmp_path, versions[:1])
+    assert (tmp_path / "promoted").readlink().as_posix() == "versions/1/student"
+    for _ in range(2):
+        _promote(tmp_path, versions)
+        assert (tmp_path / "promoted").readlink().as_posix() == "versions/2/student"
+    assert [file.name for file in tmp_path.iterdir()] == ["promoted"]
 
 
 def test_an_edited_template_is_something_new(tiny, tmp_path):
@@ -80,8 +91,7 @@ def nights(tiny, tmp_path_factory):
     night()
     add_prompts(directory, range(24))
     night("--dry-run")
-    with (directory / "run/refresh.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock.alone([directory / "run/versions"], "refresh"):
         night(status=1)
     # a fault in the middle: the directory of the training is taken
     (directory / "run/versions/2/student").mkdir(parents=True)
@@ -100,7 +110,7 @@ def test_each_version_adds_what_is_new_and_goes_on_from_the_last(nights):
     assert "nothing is new since version 1" in nothing
     assert "would make version 2" in planned
     assert "24 new prompts" in planned
-    assert "another `refresh` is running" in locked
+    assert f"run/versions: `refresh` works here, process {os.getpid()} on " in locked
     assert "contains files that" in faulty
     assert "version 2, of 24 new prompts, going on" in second
     assert "generate  " in second

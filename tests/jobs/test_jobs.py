@@ -87,7 +87,7 @@ def test_training_on_two_nodes_starts_a_launcher_on_each(experiment_file, tmp_pa
     assert done.returncode == 0
 
 
-HOSTILE = "x; touch hacked; $(touch hacked) `touch hacked` 'q' \"d\" \\ %j"
+HOSTILE = "x; touch hacked; $(touch hacked) `touch hacked` 'q' \"d\" %j#c"
 
 
 def test_hostile_names_stay_names(experiment_file, tmp_path):
@@ -101,6 +101,13 @@ def test_hostile_names_stay_names(experiment_file, tmp_path):
     subprocess.run(["bash"], input=text, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path, check=True)
     assert not (tmp_path / "hacked").exists()
     assert "\n#SBATCH --job-name=x_touch_hacked_" in text
+    assert '"d\\" %%j#c/jobs/curate-%j.log"\n' in text
+
+
+@pytest.mark.parametrize("name", ["a\ntouch hacked", "a\rb", "a\\b"])
+def test_names_that_slurm_does_not_take_are_refused(experiment_file, name):
+    with pytest.raises(InputError, match=r"output: .* (has a backslash|must not contain)"):
+        rendered(experiment_file, "curate", "{}", output=json.dumps(name))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,10 @@ def make_run(directory, worse=0.0, rows=80, shift=0, alpha=0.9):
     (directory / "eval").mkdir(parents=True)
     pq.write_table(pa.table(table).take(generator.permutation(rows)), directory / "eval/rows.parquet")
     write(directory / "eval/metrics.json", metrics())
-    write(directory / "student/run.json", {"settings": {"train": {"alpha": alpha, "args": {"x": "<b>"}}, "seed": 0}})
+    write(
+        directory / "student/run.json",
+        {"stage": "train", "status": "done", "settings": {"train": {"alpha": alpha, "args": {"x": "<b>"}}, "seed": 0}},
+    )
     return directory
 
 

@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -55,7 +56,15 @@ def test_other_work_is_never_touched(started, tmp_path):
 
 
 def test_a_stage_that_stopped_with_nothing_finished_does_not_bind(started):
+    """Unless another worker is at it, which nobody but the lock can tell."""
+    record.forget_begun(started)
+    with pytest.raises(record.StaleError, match=r"generate\.temperature was 1\.0, is 0\.5"):
+        record.claim(started, "generate", changed(temperature=0.5), INPUTS)
     (started / "shard").unlink()
+    with pytest.raises(record.StaleError):
+        record.claim(started, "generate", changed(temperature=0.5), INPUTS)
+    assert record.claim(started, "generate", SETTINGS, INPUTS) == "new"
+    record.forget_begun(started)
     assert record.claim(started, "generate", changed(temperature=0.5), INPUTS) == "new"
 
 
@@ -89,7 +98,9 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "a/b", fails=True)
     assert not list((tmp_path / "a").iterdir())
-    (tmp_path / "a/.b.unfinished").mkdir()  # of a killed process
+    leftover = tmp_path / "a/.b.0123.unfinished"  # of a killed process
+    leftover.mkdir()
+    os.utime(leftover, (0, 0))
     (tmp_path / "a/b").mkdir()  # empty: as good as not there
     write(tmp_path / "a/b", fails=False)
     assert [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*")] == [Path("b"), Path("b/file")]
@@ -115,7 +126,8 @@ def test_who_begins_decides_on_the_precision(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"generate  computes in {BFLOAT16}"
     assert said[1] == f"generate  computes in bfloat16: as {tmp_path} was started; here it would be {FLOAT32}"
-    assert record.begin_computing(tmp_path, "generate", {"seed": 2}, {}, 1, FLOAT32) == FLOAT32
+    with pytest.raises(record.StaleError, match="seed was 1, is 2"):
+        record.begin_computing(tmp_path, "generate", {"seed": 2}, {}, 1, FLOAT32)
 
 
 def test_a_finished_directory_can_be_moved(tmp_path):

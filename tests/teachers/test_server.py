@@ -1,6 +1,11 @@
 """The client of a teacher's server; tests/integration/test_server.py has a real one."""
 
+import asyncio
+import time
+from json import dumps
+
 import httpx
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -15,12 +20,12 @@ from llmdistill.teachers import EngineSpec, Request, server
 def test_a_refusal_is_final_and_a_fault_is_not(monkeypatch, status, error, times):
     asked = []
 
-    def answer(self, method, path, **options):
+    async def answer(self, method, path, **options):
         asked.append(path)
         return httpx.Response(status, json={"error": {"message": "no"}}, request=httpx.Request(method, f"http://host{path}"))
 
-    monkeypatch.setattr(httpx.Client, "request", answer)
-    monkeypatch.setattr(server.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    monkeypatch.setattr(server, "_LONGEST_PAUSE", 0.0)
     teacher = Teacher(model="a/b", engine="server", url="http://host")
     with pytest.raises(error):
         server.ServerEngine(EngineSpec(teacher, Generate(), Targets(), [1], 64))
@@ -31,14 +36,14 @@ def test_a_request_leaves_nothing_to_the_servers_defaults(monkeypatch):
     """A server takes what is not said from the model's generation configuration, such as Qwen's repetition penalty."""
     bodies = []
 
-    def answer(self, method, path, json=None, **options):
+    async def answer(self, method, path, json=None, **options):
         bodies.append(json)
         choice = {"token_ids": [5], "finish_reason": "stop", "prompt_token_ids": [3, 4]}
         choice["logprobs"] = {"top_logprobs": [{"token_id:5": -0.1}], "token_logprobs": [-0.1]}
         content = {"data": [{"id": "a/b"}]} if path == "/v1/models" else {"choices": [choice], "results": []}
         return httpx.Response(200, json=content, request=httpx.Request(method, f"http://host{path}"))
 
-    monkeypatch.setattr(httpx.Client, "request", answer)
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
     teacher = Teacher(model="a/b", engine="server", url="http://host")
     engine = server.ServerEngine(EngineSpec(teacher, Generate(max_tokens=1), Targets(kind="topk", k=1), [5], 64))
     (made,) = engine.generate([[Request(0, [3, 4], 7)]])
@@ -47,6 +52,104 @@ def test_a_request_leaves_nothing_to_the_servers_defaults(monkeypatch):
     said = {name: asked[name] for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_p")}
     assert said == {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
     assert (asked["temperature"], asked["top_p"], asked["top_k"], asked["stop_token_ids"]) == (1.0, 1.0, 0, [5])
+
+
+GOOD = {"token_ids": [5, 6], "finish_reason": "stop"}
+GOOD["logprobs"] = {"top_logprobs": [{"token_id:5": -0.1}, {"token_id:7": -0.2, "token_id:6": -3}], "token_logprobs": [-0.1, -3]}
+
+
+def changed(**changes):
+    logprobs = {name: changes.pop(name) for name in ("top_logprobs", "token_logprobs") if name in changes}
+    return {**GOOD, "logprobs": {**GOOD["logprobs"], **logprobs}, **changes}
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        (changed(token_ids=[5, 65541]), "token ids outside the vocabulary"),
+        (changed(token_ids=[5, -1]), "token ids outside the vocabulary"),
+        (changed(token_ids=[5, 10**30]), "token ids outside the vocabulary"),
+        (changed(token_ids=[5, 6.0]), "token ids that are no whole numbers"),
+        (changed(token_ids=[5, True]), "token ids that are no whole numbers"),
+        (changed(token_ids=[]), "no tokens"),
+        (changed(token_ids=[5] * 300, token_logprobs=[-1.0] * 300), "more tokens than were asked for"),
+        (changed(finish_reason="abort"), "a finish reason other than stop or length"),
+        (changed(token_logprobs=[-0.1, 0.5]), "log-probabilities that are none"),
+        (changed(token_logprobs=[-0.1, float("nan")]), "log-probabilities that are none"),
+        (changed(token_logprobs=[-0.1, -float("inf")]), "log-probabilities that are none"),
+        (changed(token_logprobs=[-0.1, None]), "log-probabilities that are none"),
+        (changed(token_logprobs=[-0.1]), "not one log-probability a token"),
+        (changed(token_logprobs=[-0.1] * 3), "not one log-probability a token"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}]), "not one distribution a token"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}] * 3), "not one distribution a token"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}, {}]), "another number of log-probabilities a token"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}, {"token_id:5": -1, "token_id:7": -2}]), "another number of log-prob"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}, {"token_id:49152": -1}]), "token ids outside the vocabulary"),
+        (changed(top_logprobs=[{"token_id:5": 0.7}, {"token_id:6": -1}]), "log-probabilities that are none"),
+        (changed(logprobs=None), "an answer of another shape"),
+        ({"text": "hello"}, "an answer of another shape"),
+    ],
+)
+def test_an_answer_that_cannot_be_right_is_asked_for_again_and_given_up(monkeypatch, choice, reason):
+    """No shape, range or sum that is wrong is stored; the other rows are."""
+    asked = []
+
+    async def answer(self, method, path, json=None, **options):
+        wrong = path == "/v1/completions" and json["prompt"] == [3, 4]
+        asked.extend([path] * wrong)
+        given = {**(choice if wrong else GOOD), "prompt_token_ids": json and json.get("prompt")}
+        content = {"data": [{"id": "a/b"}]} if path == "/v1/models" else {"choices": [given], "results": []}
+        return httpx.Response(200, json=None, content=dumps(content), request=httpx.Request(method, f"http://host{path}"))
+
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    monkeypatch.setattr(server, "_LONGEST_PAUSE", 0.0)
+    teacher = Teacher(model="a/b", engine="server", url="http://host")
+    spec = EngineSpec(teacher, Generate(max_tokens=6), Targets(kind="topk", k=1), [5], 64, vocab_size=49152)
+    found = {made.index: made for made in server.ServerEngine(spec).generate([[Request(0, [3, 4], 7), Request(1, [3], 8)]])}
+    assert found[0].failed.startswith(reason)
+    assert found[1].failed is None
+    assert found[1].ids.tolist() == [5, 6]
+    assert found[1].targets.ids_NK.tolist() == [[5], [7]]
+    assert len(asked) == (server._TRIES if "shape" in reason else server._UNUSABLE_TRIES)
+
+
+def test_probabilities_of_more_than_one_are_no_distribution():
+    engine = object.__new__(server.ServerEngine)
+    engine.kept, engine.known_ids, engine._vocab_size = Targets(kind="topk", k=2), None, 100
+    with pytest.raises(ValueError, match="add up to more than one"):
+        engine._targets(np.array([5]), [{5: -0.1, 6: -0.2}])
+
+
+def test_an_answer_that_comes_byte_by_byte_is_not_waited_for(monkeypatch):
+    """`teacher.timeout` is of the whole answer."""
+
+    async def answer(self, method, path, **options):
+        for _ in range(100):
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    monkeypatch.setattr(server, "_LONGEST_PAUSE", 0.0)
+    teacher = Teacher(model="a/b", engine="server", url="http://host", timeout=0.1)
+    with pytest.raises(RemoteError, match=r"no whole answer within 0\.1 seconds \(teacher\.timeout\)"):
+        server.ServerEngine(EngineSpec(teacher, Generate(), Targets(), [1], 64))
+
+
+def test_a_stop_does_not_wait_for_answers(monkeypatch):
+    async def answer(self, method, path, json=None, **options):
+        if path == "/v1/completions" and json["prompt"] != [1]:
+            await asyncio.sleep(3600)
+        given = {**GOOD, "prompt_token_ids": json and json.get("prompt")}
+        content = {"data": [{"id": "a/b"}]} if path == "/v1/models" else {"choices": [given], "results": []}
+        return httpx.Response(200, json=content, request=httpx.Request(method, f"http://host{path}"))
+
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    teacher = Teacher(model="a/b", engine="server", url="http://host")
+    engine = server.ServerEngine(EngineSpec(teacher, Generate(max_tokens=6), Targets(kind="topk", k=1), [5], 64))
+    answers = engine.generate([[Request(number, [number], 7) for number in range(1, 9)]])
+    assert next(answers).index == 1
+    started = time.monotonic()
+    answers.close()
+    assert time.monotonic() - started < 5
 
 
 def test_speculative_decoding_is_refused():

@@ -1,0 +1,174 @@
+"""Who works in a directory: locks that go with the process that holds them, on local disks and on NFS.
+
+The lock of a directory is the file `.NAME.lock` beside it, held by `flock` and removed at the end. It says who holds it.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from llmdistill.errors import BusyError, InputError
+from llmdistill.runs.progress import say
+
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_LONG = 3600.0  # seconds; what is not marked is written in less
+_PATIENCE = 10.0  # seconds for which a first worker may look at what it finds
+
+
+@contextmanager
+def alone(directories: Iterable[Path], stage: str) -> Iterator[None]:
+    """Keep other processes out of directories while this one works in them.
+
+    Args:
+        directories: what the stage writes.
+        stage: its name, for those who find the lock.
+
+    Raises:
+        BusyError: another process works in one of them: which, where, since when.
+        InputError: there can be no such directory.
+    """
+    with ExitStack() as held:
+        for directory in sorted(directories):
+            held.enter_context(_Lock(directory, stage)).take()
+        yield
+
+
+@contextmanager
+def among_others(directory: Path, stage: str, first: Callable[[], None]) -> Iterator[None]:
+    """Work in a directory together with other processes of the same stage.
+
+    Args:
+        directory: what the stage writes.
+        stage: its name, for those who find the lock.
+        first: called before this process begins if no other works there.
+
+    Raises:
+        BusyError: another process works there alone.
+        InputError: there can be no such directory.
+    """
+    with _Lock(directory, stage) as lock:
+        lock.share(first)
+        yield
+
+
+def mark(file: Path) -> int | None:
+    """Show that a file is being written, for as long as the descriptor that this returns is open; None if it cannot be shown."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def is_abandoned(file: Path) -> bool:
+    """Whether nobody writes an unfinished file any more: it has not changed for an hour, and no living process marks it."""
+    try:
+        if time.time() - file.stat().st_mtime < _LONG:
+            return False
+        descriptor = mark(file)
+    except OSError:
+        return False
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is not None
+
+
+class _Lock:
+    """The lock of a directory; without one on a disk that has none, or that cannot be written to."""
+
+    def __init__(self, directory: Path, stage: str) -> None:
+        self._directory, self._stage = directory, stage
+        self._file = directory.parent / f".{directory.name}.lock"
+        # Removed again where nothing comes of it.
+        self._made = [path for path in self._file.parents if not os.path.lexists(path)]
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "_Lock":
+        return self
+
+    def take(self) -> None:
+        if self._open() and not self._try(fcntl.LOCK_EX):
+            raise BusyError(f"{self._directory}: {self._holder()}")
+        self._sign()
+
+    def share(self, first: Callable[[], None]) -> None:
+        if not self._open():
+            return
+        if self._try(fcntl.LOCK_EX):
+            if self._descriptor is None:
+                return
+            first()
+            self._sign()
+        # Not in one step: another may be the first in between, which is as good.
+        end = time.monotonic() + _PATIENCE
+        while not self._try(fcntl.LOCK_SH):
+            if time.monotonic() > end:
+                raise BusyError(f"{self._directory}: {self._holder()}")
+            time.sleep(0.05)
+
+    def _open(self) -> bool:
+        """Open the file; whether there is a lock to be had."""
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if error.errno in _READ_ONLY:  # what cannot be locked cannot be written to
+                return False
+            raise InputError(f"{self._directory}: cannot be written: {error.strerror}") from None
+        return True
+
+    def _try(self, kind: int) -> bool:
+        """Whether the lock could be had now."""
+        while True:
+            assert self._descriptor is not None
+            try:
+                fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+                say("warning", f"{self._file.parent}: this disk has no locks; do not start a stage twice there")
+                os.close(self._descriptor)
+                self._descriptor = None
+                return True
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._descriptor), self._file.stat()):
+                    return True
+            os.close(self._descriptor)  # its last holder has removed it
+            self._open()
+
+    def _sign(self) -> None:
+        if self._descriptor is None:
+            return
+        holder = {"stage": self._stage, "host": platform.node(), "pid": os.getpid()}
+        holder["since"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with suppress(OSError):  # a full disk, or one that lets locks be had and nothing be written
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+
+    def _holder(self) -> str:
+        try:
+            held = json.loads(self._file.read_text(encoding="utf-8"))
+            return f"`{held['stage']}` works here, process {held['pid']} on {held['host']}, since {held['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process works here"
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            with suppress(OSError):  # of those that share it the last one removes it
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._file.unlink(missing_ok=True)
+            os.close(self._descriptor)
+        for path in self._made:
+            with suppress(OSError):
+                path.rmdir()

@@ -1,0 +1,113 @@
+"""Locks go with the process that holds them, say who it is, and leave nothing."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmdistill.errors import BusyError, InputError
+from llmdistill.runs import lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from llmdistill.runs import lock
+directory = Path(sys.argv[1])
+held = lock.alone([directory], "curate") if sys.argv[2] == "alone" else lock.among_others(directory, "generate", lambda: None)
+with held:
+    print("holds", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def hold():
+    """Another process that holds a lock until the test ends."""
+    processes = []
+
+    def start(directory, kind):
+        process = subprocess.Popen([sys.executable, "-c", HOLDER, directory, kind], stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout.readline() == "holds\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_who_works_there_is_named_and_a_killed_one_holds_nothing(hold, tmp_path):
+    holder = hold(tmp_path / "run/curated", "alone")
+    with (
+        pytest.raises(BusyError, match=rf"run/curated: `curate` works here, process {holder.pid} on \S+, since 2\d{{3}}-"),
+        lock.alone([tmp_path / "run/curated"], "curate"),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with lock.alone([tmp_path / "run/curated", tmp_path / "run/other"], "curate"):
+        assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [".curated.lock", ".other.lock"]
+    assert not list((tmp_path / "run").iterdir())
+    with lock.alone([tmp_path / "new/run/curated"], "curate"):
+        pass
+    assert not (tmp_path / "new").exists(), "nothing came of it"
+
+
+def test_workers_share_and_only_the_first_cleans_up(hold, tmp_path):
+    cleaned = []
+    directory = tmp_path / "data"
+    with lock.among_others(directory, "generate", lambda: cleaned.append(1)):
+        pass
+    assert cleaned == [1]
+    hold(directory, "shared")
+    with lock.among_others(directory, "generate", lambda: cleaned.append(2)):
+        assert cleaned == [1], "another works there"
+    with pytest.raises(BusyError, match="`generate` works here"), lock.alone([directory], "refresh"):
+        pass
+    assert (tmp_path / ".data.lock").exists(), "the other one still has it"
+
+
+def test_a_worker_does_not_join_who_works_alone(hold, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_PATIENCE", 0.2)
+    hold(tmp_path / "data", "alone")
+    with pytest.raises(BusyError, match="`curate` works here"), lock.among_others(tmp_path / "data", "generate", lambda: None):
+        pass
+
+
+def test_a_place_that_can_be_no_directory(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written: Not a directory"), lock.alone([tmp_path / "file/run/data"], "score"):
+        pass
+    with (
+        pytest.raises(InputError, match="cannot be written: File name too long"),
+        lock.alone([tmp_path / ("x" * 300) / "data"], "score"),
+    ):
+        pass
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def none(descriptor, kind):
+        raise OSError(95, os.strerror(95))
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    with lock.alone([tmp_path / "data"], "score"):
+        pass
+    with lock.among_others(tmp_path / "data", "score", lambda: None):
+        pass
+    assert "this disk has no locks; do not start a stage twice there" in capsys.readouterr().out
+
+
+def test_what_is_written_is_not_abandoned(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    assert not lock.is_abandoned(file), "it is new"
+    os.utime(file, (time.time() - 7200,) * 2)
+    mark = lock.mark(file)
+    assert not lock.is_abandoned(file), "somebody writes it"
+    os.close(mark)
+    assert lock.is_abandoned(file)
+    assert not lock.is_abandoned(Path("/nowhere/at/all"))
