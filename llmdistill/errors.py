@@ -26,6 +26,14 @@ class UnusableError(InputError):
         return UnusableError(self.reason, origin)
 
 
+class UnreadableError(UnusableError):
+    """A row that cannot be read: it is not valid, or holds no conversation. A share of such rows is no file of ours."""
+
+    def at(self, origin: str) -> "UnreadableError":
+        """The same, saying where the row stands."""
+        return UnreadableError(self.reason, origin)
+
+
 class RemoteError(Exception):
     """A remote service (the Hugging Face Hub, an object store, a teacher's server) failed; a retry may succeed.
 

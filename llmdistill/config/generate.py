@@ -5,7 +5,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from llmdistill.config.prompts import Sampling
-from llmdistill.config.section import Section, check_schema
+from llmdistill.config.rows import RowReading
+from llmdistill.config.section import check_schema
 
 
 class Generate(Sampling):
@@ -56,11 +57,11 @@ class Generate(Sampling):
         return self
 
 
-class Score(Section):
+class Score(RowReading):
     """Existing text that the teacher scores. With this section, `run` scores instead of generating."""
 
     source: str
-    """A JSONL file whose lines hold `messages` that end with the assistant's answer, or `prompt` and `completion`, or `text`
+    """JSONL, JSON, CSV or Parquet files whose rows hold conversations that end with an answer, in any known form, or `text`
     (trained on from its second token); or the directory of a dataset, whose token ids are used as they are."""
     turns: Literal["last", "all"] = "last"
     """Assistant turns to train on: the `last` one, or `all`, each as a row with everything before it as the prompt."""

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from llmdistill.config.rows import RowReading
 from llmdistill.config.section import Section, Step
 
 
@@ -140,12 +141,12 @@ class Sampling(Section):
     """Maximum completion length in tokens."""
 
 
-class Prompts(Section):
+class Prompts(RowReading):
     """The prompts that the teacher answers."""
 
     source: str | None = None
-    """A JSONL, CSV, TSV or Parquet file whose rows hold `messages`, `prompt` or the variables of the template; text or Markdown
-    files, which are split into passages; a folder or glob of either; or the directory of a dataset, for its training prompts."""
+    """JSONL, JSON, CSV or Parquet files whose rows hold conversations in any known form, or the variables of the template; text
+    or Markdown files, split into passages; a folder or glob of either; or the directory of a dataset, for its prompts."""
     dataset: HubDataset | None = None
     passages: Passages | None = None
     limit: int | None = Field(default=None, ge=1)

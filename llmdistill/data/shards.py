@@ -30,6 +30,7 @@ from llmdistill.data.dataset import (
     write_manifest,
     write_shard,
 )
+from llmdistill.data.left_out import LeftOut
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.runs import record
@@ -100,6 +101,7 @@ class Source(Protocol):
     chat: PromptEncoder
     max_model_len: int
     reads: bool  # whether the text is there already
+    left_out: LeftOut
 
     @property
     def requests(self) -> Sequence[Request]:
@@ -166,6 +168,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
         say(name, f"{known:,} of {count:,} shards are there, the others are for other workers to make")
         return
     described = source.chat.description() | {"precision": precision.recorded} | source.description()
+    source.left_out.write(directory / "rejected.parquet")
     failed = failed_rows(there)
     for reason, lost in failed.items():
         say("warning", f"{lost:,} of {len(source.requests):,} rows were given up: the server gave {reason}")

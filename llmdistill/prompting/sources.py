@@ -1,5 +1,6 @@
 """Where prompts come from: tables (JSONL, CSV, Parquet, a dataset of the Hub) and documents (text, Markdown)."""
 
+import codecs
 import csv
 import glob
 import hashlib
@@ -19,7 +20,7 @@ import pyarrow as pa
 from llmdistill.config.prompts import Combine, HubDataset, Passages, Prompts
 from llmdistill.config.shipped import find
 from llmdistill.data.dataset import MANIFEST, metadata_and_provenance, read_batches, shard_files, storable
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnreadableError
 from llmdistill.prompting.passages import Starts, split_text
 from llmdistill.prompting.template import Fields
 from llmdistill.runs.record import sha256
@@ -36,16 +37,26 @@ csv.field_size_limit(sys.maxsize)  # a cell may be a whole document
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a table or a passage of a document; `refused` says why it cannot be used."""
+    """A row of a table or a passage of a document; `refused` says why it cannot be used, or not even be read."""
 
     fields: Fields
     place: dict[str, Any]
     refused: str | None = None
+    unreadable: bool = False
 
     @property
     def origin(self) -> str:
         """Its place in words."""
         return describe_place(self.place)
+
+    def check(self) -> None:
+        """Refuse a row that cannot be read.
+
+        Raises:
+            UnreadableError: with the reason.
+        """
+        if self.unreadable:
+            raise UnreadableError(self.refused or "cannot be read", self.origin)
 
 
 def describe_place(place: dict[str, Any]) -> str:
@@ -190,13 +201,17 @@ def _is_hidden(path: Path) -> bool:
 def read_tables(source: str, key: str) -> Iterator[Entry]:
     """The rows of a table, of the tables of a folder, or of those that a glob matches, in the order of their names.
 
+    A document is one row, with all of it as `text`.
+
     Raises:
         InputError: naming the file and the line, or the key.
     """
     for file in find_files(source, key):
         if ending_of(file) in _DOCUMENTS:
-            raise InputError(f"{key}: {file} is a document; the text is read from tables ({', '.join(TABLES)})")
-        yield from _rows(file, key)
+            text = _read_document(file)
+            yield Entry({"text": text, "document": str(file)}, {"file": str(file), "lines": [1, text.count("\n") + 1]})
+        else:
+            yield from _rows(file, key)
 
 
 def ending_of(file: Path) -> str:
@@ -206,27 +221,35 @@ def ending_of(file: Path) -> str:
 
 
 def open_text(file: Path, newline: str) -> TextIO:
-    """A text file, decompressed if its name says that it is compressed; a byte-order mark is no part of it."""
+    """A text file, decompressed if its name says that it is compressed; a byte-order mark says UTF-16, and is no part of it."""
+    with pa.input_stream(str(find(file)), compression="detect") as stream:
+        is_utf16 = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     stream = pa.input_stream(str(find(file)), compression="detect")
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+    return io.TextIOWrapper(stream, encoding="utf-16" if is_utf16 else "utf-8-sig", newline=newline)
 
 
 def _rows(file: Path, key: str) -> Iterator[Entry]:
     ending = ending_of(file)
     if ending in (".jsonl", ".json"):
-        return (Entry(fields, {"file": str(file), "line": number}) for number, fields in read_jsonl(file, key))
+        return (_json_entry(file, number, fields) for number, fields in read_json_rows(file, key))
     if ending == ".parquet":
         return _parquet_rows(file)
     return _csv_rows(file, "\t" if ending == ".tsv" else ",")
 
 
-def read_jsonl(file: Path, key: str = "prompts.source") -> Iterator[tuple[int, Fields]]:
+def _json_entry(file: Path, number: int, fields: Fields | UnreadableError) -> Entry:
+    place = {"file": str(file), "line": number}
+    return Entry({}, place, fields.reason, True) if isinstance(fields, UnreadableError) else Entry(fields, place)
+
+
+def read_json_rows(file: Path, key: str = "prompts.source") -> Iterator[tuple[int, Fields | UnreadableError]]:
     """The objects of a JSONL file, or of a JSON file that is one array, each with its number, counted from 1.
 
-    The number is that of the line, of which blank ones are passed over, or the place in the array.
+    The number is that of the line, of which blank ones are passed over, or the place in the array. What is no object is an
+    error in its place.
 
     Raises:
-        InputError: naming the file and the line.
+        InputError: the file cannot be read.
     """
     try:
         # A line ends at a line feed only: the other separators that Python knows may stand inside a string.
@@ -249,27 +272,33 @@ def _begins_array(file: Path) -> bool:
         return next((line.lstrip()[:1] for line in stream if line.strip()), "") == "["
 
 
-def _array(file: Path, text: str) -> Iterator[tuple[int, Fields]]:
-    rows = _loads(text, str(file))
+def _array(file: Path, text: str) -> Iterator[tuple[int, Fields | UnreadableError]]:
+    try:
+        rows = _loads(text)
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from None
     for number, fields in enumerate(rows, start=1):
-        if not isinstance(fields, dict):
-            raise InputError(f"{file} entry {number}: must be a JSON object")
-        yield number, fields
+        yield number, fields if isinstance(fields, dict) else UnreadableError("must be a JSON object", f"{file} entry {number}")
 
 
-def _parse(line: str, origin: str) -> Fields:
-    fields = _loads(line, origin)
-    if not isinstance(fields, dict):
-        raise InputError(f'{origin}: must be a JSON object, such as {{"prompt": "…"}}')
-    return fields
+def _parse(line: str, origin: str) -> Fields | UnreadableError:
+    try:
+        fields = _loads(line)
+    except ValueError as error:
+        return UnreadableError(str(error), origin)
+    return fields if isinstance(fields, dict) else UnreadableError('must be a JSON object, such as {"prompt": "…"}', origin)
 
 
-def _loads(text: str, origin: str) -> Any:
-    """JSON, in which NaN becomes null and half a surrogate pair `?`: neither could be stored."""
+def _loads(text: str) -> Any:
+    """JSON, in which NaN becomes null and half a surrogate pair `?`: neither could be stored.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
         value = json.loads(text, parse_constant=lambda name: None)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{origin}: not valid JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {error}") from None
     return _storable(value) if "\\ud" in text.lower() else value
 
 
@@ -293,8 +322,9 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[Entry]:
             begin = reader.line_num + 1
             for row in reader:
                 if len(row) not in (0, len(header)):
-                    raise InputError(f"{file} line {begin}: has {len(row)} cells, the header has {len(header)}")
-                if row:
+                    why = f"has {len(row)} cells, the header has {len(header)}"
+                    yield Entry({}, {"file": str(file), "line": begin}, why, True)
+                elif row:
                     yield Entry(dict(zip(header, row, strict=True)), {"file": str(file), "line": begin})
                 begin = reader.line_num + 1
     except csv.Error as error:
@@ -338,17 +368,25 @@ def _hub_rows(section: HubDataset) -> Iterator[Entry]:
 
 
 def _document(file: Path, settings: Passages, token_starts: Starts | None) -> Iterator[Entry]:
+    text = _read_document(file)
+    yield from _cut(text, file.suffix.lower() in _MARKDOWN, {"document": str(file)}, {"file": str(file)}, settings, token_starts)
+
+
+def _read_document(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with open_text(file, "\n") as stream:
+            return stream.read()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
-    yield from _cut(text, file.suffix.lower() in _MARKDOWN, {"document": str(file)}, {"file": str(file)}, settings, token_starts)
 
 
 def _cut_rows(rows: Iterator[Entry], settings: Passages, token_starts: Starts | None) -> Iterator[Entry]:
     if settings.field is None:
         raise InputError("prompts.passages.field is missing: set it to the column of the table that holds the text")
     for row in rows:
+        if row.unreadable:
+            yield row
+            continue
         text = row.fields.get(settings.field)
         if not isinstance(text, str):
             raise InputError(

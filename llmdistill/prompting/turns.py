@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.data.dataset import Messages
-from llmdistill.errors import InputError, UnusableError
+from llmdistill.errors import UnreadableError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.prompting.template import Fields
 
@@ -61,7 +61,7 @@ def learned_turns(fields: Fields, origin: str, every: bool, tool_calls: bool) ->
         tool_calls: those too that call a tool.
 
     Raises:
-        InputError: it is no conversation that ends with an answer.
+        UnreadableError: it is no conversation that ends with an answer.
         UnusableError: it is one that text alone does not tell, or nothing of it is to be learned.
     """
     _check_media(fields, origin)
@@ -73,14 +73,17 @@ def learned_turns(fields: Fields, origin: str, every: bool, tool_calls: bool) ->
         messages = [*prompt, *completion] if prompt and len(completion) == 1 else []
         learned = [False] * len(prompt) + learned
     elif isinstance(fields.get("text"), str):
+        if not fields["text"].strip():
+            raise UnusableError("its text is empty", origin)
         yield Turn([], [{"role": "assistant", "content": fields["text"]}], plain=True)
         return
     else:
         messages = []
     if not messages or messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"{origin}: must have `messages`, a list of {{role, content}} that ends with the assistant's answer, "
-            "or `prompt` and `completion`, or `text`"
+        raise UnreadableError(
+            "must have `messages`, a list of {role, content} that ends with the assistant's answer, "
+            "or `prompt` and `completion`, or `text`",
+            origin,
         )
     ends = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     asked = ends if every else ends[-1:]
@@ -89,7 +92,7 @@ def learned_turns(fields: Fields, origin: str, every: bool, tool_calls: bool) ->
         raise UnusableError("its answer is marked as not to be learned", origin)
     for place in wanted:
         if not place or messages[place - 1]["role"] == "assistant":
-            raise InputError(f"{origin}: the assistant's turn {ends.index(place) + 1} has none before it to answer")
+            raise UnreadableError(f"the assistant's turn {ends.index(place) + 1} has none before it to answer", origin)
         if tool_calls or not messages[place].get("tool_calls"):
             yield Turn(messages[:place], messages[place : place + 1], fields.get("tools"))
 
@@ -98,18 +101,22 @@ def given_prompt(fields: Fields, origin: str) -> list[dict[str, Any]]:
     """The conversation of a row that is to be continued, from `prompt` or `messages`, as the chat template takes it.
 
     Raises:
-        InputError: there is none, or it does not end before the assistant's turn.
+        UnreadableError: there is none.
         UnusableError: text alone does not tell it.
     """
     _check_media(fields, origin)
     for key in ("messages", "prompt"):
         if key in fields:
             messages, _ = _checked(fields[key], "user", origin)
-            if not messages or messages[-1]["role"] == "assistant":
-                raise InputError(f"{origin}: {key} must be a list of {{role, content}} that ends before the assistant's turn")
+            if messages and messages[-1]["role"] == "assistant":  # the answer that it has is not the teacher's
+                messages.pop()
+            if not messages or messages[-1]["role"] not in ("user", "tool"):
+                raise UnreadableError(
+                    f"{key} must be a list of {{role, content}} with a turn for the assistant to answer", origin
+                )
             return messages
-    raise InputError(
-        f"{origin}: has neither `messages` nor `prompt`; set prompts.template to use {', '.join(fields) or 'its fields'}"
+    raise UnreadableError(
+        f"has neither `messages` nor `prompt`; set prompts.template to use {', '.join(fields) or 'its fields'}", origin
     )
 
 
@@ -149,12 +156,12 @@ def _checked(value: Any, role: str, origin: str) -> tuple[list[dict[str, Any]], 
     messages, learned = [], []
     for number, given in enumerate(value if isinstance(value, list) else [], start=1):
         if not isinstance(given, dict) or given.get("role") not in _ROLES:
-            raise InputError(f"{origin}: message {number} must have a role, one of {', '.join(_ROLES)}")
+            raise UnreadableError(f"message {number} must have a role, one of {', '.join(_ROLES)}", origin)
         message = {name: other for name, other in given.items() if other is not None}
         if isinstance(message.get("content"), list):
             message["content"] = _joined(message["content"], origin)
         if not isinstance(message.get("content"), str) and not ("content" not in message and message.get("tool_calls")):
-            raise InputError(f"{origin}: message {number} must have a content, a string")
+            raise UnreadableError(f"message {number} must have a content, a string", origin)
         marks = [_is_learned(message.pop(name, 1), name, number, origin) for name in _LEARNED]
         learned.append(all(marks))
         messages.append({"role": message.pop("role"), "content": message.pop("content", None), **message})
@@ -163,7 +170,7 @@ def _checked(value: Any, role: str, origin: str) -> tuple[list[dict[str, Any]], 
 
 def _is_learned(value: Any, name: str, number: int, origin: str) -> bool:
     if value not in (0, 1):
-        raise InputError(f"{origin}: {name} of message {number} must be 0 or 1, true or false, not {value!r}")
+        raise UnreadableError(f"{name} of message {number} must be 0 or 1, true or false, not {value!r}", origin)
     return bool(value)
 
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,13 +16,15 @@ import yaml
 
 from llmdistill.config import load_experiment
 from llmdistill.config.prompts import Passages, Prompts
+from llmdistill.config.rows import RowReading
 from llmdistill.config.shipped import SHIPPED
 from llmdistill.errors import InputError
 from llmdistill.models.demo_teacher import WHEEL
 from llmdistill.models.loading import check_model_exists
-from llmdistill.prompting.sources import read_jsonl, read_source
+from llmdistill.prompting.formats import read_row
+from llmdistill.prompting.sources import Entry, read_source, read_tables
 from llmdistill.prompting.template import PromptTemplate
-from llmdistill.prompting.turns import given_prompt, learned_turns
+from llmdistill.prompting.turns import Turn, given_prompt, learned_turns
 from llmdistill.runs.record import write_text
 
 # What is asked about data of each kind.
@@ -157,8 +160,7 @@ def _source(kind: str, path: Path, directory: Path) -> _Source:
         raise InputError(f"--{kind}: no file was named; nothing was written")
     named = _from(directory, path)
     if kind == "text":
-        lines = read_jsonl(path, "--text")
-        return _Source(named, sum(1 for line, fields in lines for _ in learned_turns(fields, f"{path} line {line}", False, True)))
+        return _Source(named, sum(1 for entry in read_tables(str(path), "--text") for _ in _turns(entry)))
     if kind == "documents":
         passages = read_source(Prompts(source=str(path), passages=Passages(size=1000)))
         rows = _QUESTIONS * sum(1 for passage in passages if passage.refused is None)
@@ -172,9 +174,16 @@ def _source(kind: str, path: Path, directory: Path) -> _Source:
         if template:
             template.check(entry.fields, entry.origin)
         else:
-            given_prompt(entry.fields, entry.origin)
+            entry.check()
+            given_prompt(read_row(entry.fields, RowReading(), entry.origin)[0], entry.origin)
         rows += 1
     return _Source(named, rows, _INSTRUCT, {_INSTRUCT: _shipped(_INSTRUCT)}) if template else _Source(named, rows)
+
+
+def _turns(entry: Entry) -> Iterator[Turn]:
+    entry.check()
+    fields, _ = read_row(entry.fields, RowReading(), entry.origin)
+    return learned_turns(fields, entry.origin, every=False, tool_calls=True)
 
 
 def _one_a_line(path: Path) -> _Source:

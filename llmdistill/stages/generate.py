@@ -83,7 +83,7 @@ class _Prompts:
                 ids = chat.told_ids(prompt.messages, prompt.origin, prompt.tools)
                 chat.check_length(len(ids) + self.sampling.max_tokens, what, prompt.origin)
             except UnusableError as error:
-                self.left_out.add(error)
+                self.left_out.add(error, {"prompt": prompt.messages})
                 continue
             self._usable.append(number)
             self._ids.extend(ids)

@@ -22,10 +22,12 @@ from llmdistill.data.dataset import (
     remove_leftovers,
     to_json,
 )
+from llmdistill.data.left_out import LeftOut
 from llmdistill.data.shards import EVERYTHING, Share
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting.asking import Asker, WaitingForOthersError
+from llmdistill.prompting.formats import RowReader
 from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.passages import Starts
@@ -221,23 +223,27 @@ def load_prompts(section: Prompts, starts: Starts | None = None, counts: Counts 
         InputError: naming the file and the line or key.
     """
     counts = Counts() if counts is None else counts
+    bad = LeftOut(section)
 
     def rendered() -> Iterator[Prompt]:
         template = PromptTemplate(Path(section.template), "prompts.template") if section.template else None
-        seen = _Seen()
+        seen, reader = _Seen(), RowReader(section)
         for entry in read_source(section, starts):
             reason = entry.refused
-            if reason is None:
-                try:
-                    prompt = _render(section, template, entry.fields, {"source": entry.place}, entry.origin)
+            try:
+                entry.check()
+                if reason is None:
+                    prompt = _render(section, template, entry.fields, {"source": entry.place}, entry.origin, reader)
                     reason = seen.refuses(prompt)
-                except UnusableError as error:
-                    reason = error.reason
+            except UnusableError as error:
+                bad.add(error, entry.fields)
+                reason = error.reason
             counts.add(reason)
             if reason is None:
                 yield prompt
 
     table = PromptTable(rendered())
+    bad.check_share(counts.kept)
     if not table:
         raise InputError(f"prompts.source: no usable prompts: {counts}")
     return table
@@ -365,7 +371,16 @@ class _Seen:
         return None
 
 
-def _render(section: Prompts, template: PromptTemplate | None, fields: Fields, lineage: dict[str, Any], origin: str) -> Prompt:
+def _render(
+    section: Prompts,
+    template: PromptTemplate | None,
+    fields: Fields,
+    lineage: dict[str, Any],
+    origin: str,
+    reader: RowReader | None = None,
+) -> Prompt:
+    if template is None:
+        fields = (reader or RowReader(section)).read(fields, origin)
     messages: list[dict[str, Any]] = template.render(fields, origin) if template else given_prompt(fields, origin)
     if section.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": section.system}, *messages]

@@ -13,6 +13,7 @@ from llmdistill.data.left_out import LeftOut
 from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import vocabulary_hash
+from llmdistill.prompting.formats import RowReader
 from llmdistill.prompting.sources import files_hash, metadata, read_tables
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns
 from llmdistill.runs import record
@@ -102,15 +103,20 @@ class _Conversations:
     def __init__(self, section: Score) -> None:
         self.turns: list[tuple[str, Turn, dict[str, Any], dict[str, Any]]] = []
         self.texts: list[Text] | None = None  # those that the teacher can read, once `prepare` has looked
-        self.left_out = LeftOut()
+        self.left_out = LeftOut(section)
+        reader = RowReader(section)
         for entry in read_tables(section.source, "score.source"):
             try:
-                turns = list(learned_turns(entry.fields, entry.origin, section.turns == "all", section.tool_calls))
+                entry.check()
+                fields = reader.read(entry.fields, entry.origin)
+                turns = list(learned_turns(fields, entry.origin, section.turns == "all", section.tool_calls))
             except UnusableError as error:
-                self.left_out.add(error)
+                self.left_out.add(error, entry.fields)
                 continue
-            provenance = {"conversation": stable_id(entry.fields)} if len(turns) > 1 else {}
-            self.turns += [(entry.origin, turn, metadata(entry.fields, ("text",)), provenance) for turn in turns]
+            provenance = {"conversation": stable_id(fields)} if len(turns) > 1 else {}
+            self.turns += [(entry.origin, turn, metadata(fields, ("text",)), provenance) for turn in turns]
+        self.left_out.check_share(len(self.turns))
+        reader.close("score", section.source)
         if not self.turns and not self.left_out.reasons:
             raise InputError(f"{section.source}: holds no text" + ("" if section.tool_calls else " but tool calls"))
 
@@ -127,7 +133,7 @@ class _Conversations:
                 length = len(told_ids) + len(completion_ids) + 1
                 chat.check_length(length, _ROOM, origin)
             except UnusableError as error:
-                self.left_out.add(error)
+                self.left_out.add(error, {"prompt": turn.prompt, "completion": turn.completion})
                 continue
             longest = max(longest, length)
             content = stable_id(turn.prompt, turn.completion, *([turn.tools] if turn.tools else []), chat.fingerprint)
@@ -242,6 +248,7 @@ class _Texts:
         self.chat = chat
         self.texts = texts
         self.max_model_len = texts.prepare(chat)
+        self.left_out = texts.left_out
         self.requests = _Requests(texts, chat.experiment.seed)
 
     def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:

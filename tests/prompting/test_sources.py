@@ -119,13 +119,11 @@ def test_a_limit_stops_reading(put):
         ({"a.jsonl": "\n"}, {"source": "a.jsonl"}, "a.jsonl: holds no prompts"),
         ({"a.csv": "q,r\n"}, {"source": "a.csv"}, "a.csv: holds no prompts"),
         ({"a.csv": ""}, {"source": "a.csv"}, "a.csv: holds no prompts"),
-        ({"a.csv": "q,r\n1,2\n3\n"}, {"source": "a.csv"}, "a.csv line 3: has 1 cells, the header has 2"),
         ({"a.csv": "q,q\n1,2\n"}, {"source": "a.csv"}, "a.csv line 1: the header has a column twice"),
         ({"a.csv": 'q\n"1\n2\n'}, {"source": "a.csv"}, "a.csv line 2: not valid CSV"),
         ({"a.csv": b"q\n\xff\n"}, {"source": "a.csv"}, "a.csv: cannot be read"),
         ({"a.md": b"\xff"}, {"source": "a.md"}, "a.md: cannot be read"),
         ({"a.parquet": "PAR1"}, {"source": "a.parquet"}, "a.parquet: cannot be read"),
-        ({"a.jsonl": "[1]"}, {"source": "a.jsonl"}, "a.jsonl line 1: must be a JSON object"),
         ({"a.jsonl": "{}"}, {"source": "a.jsonl", "passages": {}}, "prompts.passages.field is missing"),
         ({"a.jsonl": '{"t": 1}'}, {"source": "a.jsonl", "passages": {"field": "t"}}, "a.jsonl line 1: has no text in t"),
         ({"a.md": "x"}, {"source": "a.md", "passages": {"field": "t"}}, "prompts.passages.field is t, but a.md holds documents"),
@@ -137,6 +135,30 @@ def test_a_wrong_source_is_named(put, files, section, message):
     with pytest.raises(InputError) as error:
         read(**section)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "origin", "reason"),
+    [
+        ("a.csv", "q,r\n1,2\n3\n4,5\n", "a.csv line 3", "has 1 cells, the header has 2"),
+        ("a.jsonl", '{"q": "1", "r": "2"}\n[1]\n{"q": "4", "r": "5"}', "a.jsonl line 2", "must be a JSON object"),
+        ("a.jsonl", '{"q": "1", "r": "2"}\n{"q": \n{"q": "4", "r": "5"}', "a.jsonl line 2", "not valid JSON"),
+        ("a.json", '[{"q": "1", "r": "2"}, 3, {"q": "4", "r": "5"}]', "a.json line 2", "must be a JSON object"),
+    ],
+)
+def test_a_row_that_cannot_be_read_stands_between_the_others(put, name, content, origin, reason):
+    put(name, content)
+    first, bad, last = read_source(Prompts(source=name))
+    assert (first.fields, last.fields) == ({"q": "1", "r": "2"}, {"q": "4", "r": "5"})
+    assert (bad.origin, bad.unreadable) == (origin, True)
+    assert bad.refused.startswith(reason)
+
+
+def test_utf_16_says_so_itself(put):
+    for encoding in ("utf-16-le", "utf-16-be"):
+        put("a.jsonl", ("\ufeff" + json.dumps({"q": "für"}, ensure_ascii=False)).encode(encoding))
+        (entry,) = read_source(Prompts(source="a.jsonl"))
+        assert entry.fields == {"q": "für"}
 
 
 def test_a_source_is_known_by_the_content_of_its_files(put):

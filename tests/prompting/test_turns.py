@@ -97,7 +97,9 @@ def test_what_could_not_be_stored_is_replaced_where_it_is_read(tmp_path):
     assert entry.fields == {"prompt": "area ?", "score": None, "list": [None, 1.5]}
 
 
-def test_documents_are_no_tables(tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(InputError, match=r"score.source: .*a.txt is a document"):
-        list(read_tables(str(tmp_path / "a.txt"), "score.source"))
+def test_a_document_is_one_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (entry,) = read_tables(str(tmp_path / "a.txt"), "score.source")
+    assert entry.fields == {"text": "one\ntwo\n", "document": str(tmp_path / "a.txt")}
+    (turn,) = learned_turns(entry.fields, entry.origin, every=False, tool_calls=True)
+    assert (turn.plain, turn.completion[0]["content"]) == (True, "one\ntwo\n")

@@ -24,7 +24,7 @@ from llmdistill.data.convert.exports import KIND_KEY, ROWS_AT_ONCE, read_parts, 
 from llmdistill.data.dataset import Row, Shard, Split, rows_to_table, write_manifest, write_shard
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.targets import Array
-from llmdistill.errors import InputError, UnusableError
+from llmdistill.errors import InputError, UnreadableError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import (
     end_token_ids,
@@ -33,7 +33,8 @@ from llmdistill.models.loading import (
     special_token_ids,
     vocabulary_hash,
 )
-from llmdistill.prompting.sources import ending_of, metadata, read_jsonl
+from llmdistill.prompting.formats import read_row
+from llmdistill.prompting.sources import ending_of, metadata, read_json_rows
 from llmdistill.prompting.turns import as_columns, learned_turns
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, console
@@ -159,7 +160,7 @@ def _write_shards(
 
 def _count_parts(file: Path) -> int:
     if ending_of(file) in (".jsonl", ".json"):
-        return -(-sum(1 for _ in read_jsonl(file, "SRC")) // ROWS_AT_ONCE)
+        return -(-sum(1 for _ in read_json_rows(file, "SRC")) // ROWS_AT_ONCE)
     try:
         return -(-pq.read_metadata(file).num_rows // rows_at_once(file))
     except (pa.ArrowInvalid, OSError) as error:
@@ -171,15 +172,18 @@ def _read_text(file: Path, digest: str, teacher: _Teacher, left_out: LeftOut) ->
 
     There are as many parts as `_count_parts` says; a row that cannot be used is missing in its part.
     """
-    lines = read_jsonl(file, "SRC")
+    lines = read_json_rows(file, "SRC")
     while part := list(islice(lines, ROWS_AT_ONCE)):
         rows: list[Row] = []
         for number, fields in part:
             origin = f"{file} line {number}"
             try:
-                rows.append(_text_row(fields, origin, _row_id(digest, number), teacher.chat))
+                if isinstance(fields, UnreadableError):
+                    raise fields
+                found, _ = read_row(fields, left_out.settings, origin)
+                rows.append(_text_row(found, origin, _row_id(digest, number), teacher.chat))
             except UnusableError as error:
-                left_out.add(error.at(origin))
+                left_out.add(error.at(origin), fields if isinstance(fields, dict) else None)
         yield rows
 
 

@@ -383,7 +383,7 @@ def test_text_in_the_ids_of_the_teacher(tiny, source, tmp_path):
         ("{", "line 2: not valid JSON"),
         ("[1]", "line 2: must be a JSON object"),
         ('{"prompt": "a"}', "line 2: must have `messages`"),
-        ('{"completion": "a"}', "line 2: must have `messages`"),
+        ('{"completion": "a"}', "line 2: has no conversation that is known, only completion"),
         ('{"prompt": 3, "completion": "a"}', "line 2: must have `messages`"),
         (
             '{"prompt": [{"role": "assistant", "content": "x"}], "completion": "a"}',
