@@ -110,7 +110,7 @@ def test_an_absolute_path_stays_as_it_is(here):
         (choices("prompts", "empty.txt"), r"empty\.txt: holds no prompts"),
         (choices("prompts", "other.csv"), "line 2: has no conversation that is known"),
         (choices("text", "unanswered.jsonl"), "line 1: must have `messages`"),
-        (choices("text", "empty.txt"), r"empty\.txt lines 1–1: its text is empty"),
+        (choices("text", "empty.txt"), r"empty\.txt lines 1–3: its text is empty"),
         (choices("documents", "asked.jsonl"), "prompts.passages.field is missing"),
         (Choices("none", teacher="models/tiny"), "give both --teacher and --student"),
         (Choices("none", student="models/tiny"), "give both --teacher and --student"),
