@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TEACHER := models/SmolLM2-135M-Instruct
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo docs test test-fast test-deepspeed test-gptq check gpu-check clean
+.PHONY: setup demo docs test test-fast chaos test-deepspeed test-gptq check gpu-check clean
 
 setup: .venv/.ready
 
@@ -38,6 +38,14 @@ test: check $(TEACHER) .torchao .s3 .schemas .mkdocs .readers
 
 test-fast: $(TEACHER) .torchao .s3 .schemas .readers
 	$(PYTEST) --ignore=tests/integration -m "not slow"
+
+# Kills, doubles and full disks at more moments than `make test` takes; the table of docs/reliability.md.
+CHAOS_SEEDS ?= 1-20
+CHAOS_TABLE ?= runs/chaos.md
+chaos: $(TEACHER) .torchao
+	mkdir -p $(dir $(CHAOS_TABLE))
+	CHAOS_SEEDS=$(CHAOS_SEEDS) CHAOS_TABLE="$(abspath $(CHAOS_TABLE))" OMP_NUM_THREADS=1 PYTHONPATH=.torchao \
+		$(BIN)/python -m pytest tests/integration/test_chaos.py
 
 # Beside the environment, not in it: transformers imports it wherever it finds it, and on a CPU it complains of its GPU parts.
 .torchao: .venv/.ready

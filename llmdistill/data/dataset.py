@@ -201,8 +201,8 @@ class ShardWriter:
         self.directory, self.split, self.index = directory, split, index
         self.unfinished = directory / f".{split}-{index:05d}.{writer_name()}.unfinished"
         self.rows = 0
+        self._mark = lock.begin(self.unfinished)
         self._stream = pa.OSFile(str(self.unfinished), "wb")
-        self._mark = lock.mark(self.unfinished)
         with self._removed_on_error():
             self._writer = pq.ParquetWriter(self._stream, schema, write_page_checksum=True, **parquet_encoding(schema))
 

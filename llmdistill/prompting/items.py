@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from llmdistill.data.dataset import ROW_GROUP, read_batches, storable, to_json
 from llmdistill.prompting.sources import describe_place
 from llmdistill.prompting.template import Fields
+from llmdistill.runs import lock
 from llmdistill.runs.record import fsync_directory, writer_name
 
 Verdict = Literal["kept", "rejected", "failed"]
@@ -114,7 +115,9 @@ class RowWriter:
 def rows_file(file: Path, schema: pa.Schema) -> Iterator[RowWriter]:
     """A file of rows that is there once the block has ended well; else nothing of it is."""
     unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
+    mark = None
     try:
+        mark = lock.begin(unfinished)
         writer = RowWriter(unfinished, schema)
         yield writer
         writer.close()
@@ -126,6 +129,9 @@ def rows_file(file: Path, schema: pa.Schema) -> Iterator[RowWriter]:
         if isinstance(error, OSError) and error.errno:
             raise OSError(error.errno, os.strerror(error.errno), str(file)) from None
         raise
+    finally:
+        if mark is not None:
+            os.close(mark)
     fsync_directory(file.parent)
 
 

@@ -18,7 +18,7 @@ from llmdistill.runs.progress import say
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_LONG = 3600.0  # seconds; what is not marked is written in less
+_LONG = 86400.0  # seconds, in which whatever is written has changed
 _PATIENCE = 10.0  # seconds for which a first worker may look at what it finds
 
 
@@ -58,28 +58,41 @@ def among_others(directory: Path, stage: str, first: Callable[[], None]) -> Iter
         yield
 
 
-def mark(file: Path) -> int | None:
-    """Show that a file is being written, for as long as the descriptor that this returns is open; None if it cannot be shown."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+def begin(path: Path, directory: bool = False) -> int | None:
+    """Make an unfinished file, or a directory, and show that it is being written.
+
+    It is shown for as long as the descriptor that this returns is open; None where a disk has no locks.
+    """
+    while True:
+        if directory:
+            path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if directory else os.O_CREAT), 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _UNSUPPORTED:
+                return None
+            raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)  # somebody took it for abandoned in between
 
 
-def is_abandoned(file: Path) -> bool:
-    """Whether nobody writes an unfinished file any more: it has not changed for an hour, and no living process marks it."""
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody writes an unfinished file or directory any more; on a disk without locks, that is after a day."""
     try:
-        if time.time() - file.stat().st_mtime < _LONG:
-            return False
-        descriptor = mark(file)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
-    if descriptor is not None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _UNSUPPORTED and time.time() - path.stat().st_mtime > _LONG
+    finally:
         os.close(descriptor)
-    return descriptor is not None
+    return True
 
 
 class _Lock:

@@ -224,8 +224,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         for leftover in path.parent.glob(f".{path.name}.*.unfinished"):
             if lock.is_abandoned(leftover):
                 shutil.rmtree(leftover, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        mark = lock.mark(unfinished)
+        mark = lock.begin(unfinished, directory=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     try:
@@ -329,7 +328,9 @@ def write_text(file: Path, text: str) -> None:
 def write_bytes(file: Path, content: bytes) -> None:
     """Write so that the file is there as a whole or not at all."""
     unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
+    mark = None
     try:
+        mark = lock.begin(unfinished)
         with unfinished.open("wb") as stream:
             stream.write(content)
             stream.flush()
@@ -338,6 +339,9 @@ def write_bytes(file: Path, content: bytes) -> None:
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(file)) from None
+    finally:
+        if mark is not None:
+            os.close(mark)
     fsync_directory(file.parent)
 
 

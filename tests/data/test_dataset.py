@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shutil
-import time
 
 import datasets
 import numpy as np
@@ -173,18 +172,15 @@ def test_doubles_that_appeared_at_the_same_moment_are_removed_by_the_manifest(di
 
 
 def test_only_leftovers_of_dead_writers_are_removed(directory):
-    """Whatever the host and the process are called: what changes, or what a living process marks, is somebody's."""
-    files = {name: directory / f".train-00001.{name}.unfinished" for name in ("dead", "alive", "just-begun")}
-    for file in files.values():
-        file.write_bytes(b"half a shard")
-    for name in ("dead", "alive"):
-        os.utime(files[name], (time.time() - 7200,) * 2)
-    mark = lock.mark(files["alive"])
+    """Whatever the host and the process are called: what a living process marks is its own."""
+    dead, alive = (directory / f".train-00001.{name}.unfinished" for name in ("dead", "alive"))
+    dead.write_bytes(b"half a shard")
+    mark = lock.begin(alive)
     remove_leftovers(directory)
-    assert [name for name, file in files.items() if file.exists()] == ["alive", "just-begun"]
+    assert (dead.exists(), alive.exists()) == (False, True)
     os.close(mark)
     remove_leftovers(directory)
-    assert [name for name, file in files.items() if file.exists()] == ["just-begun"]
+    assert not alive.exists()
 
 
 def test_a_shard_that_cannot_be_written_leaves_nothing_and_names_the_file(tmp_path):

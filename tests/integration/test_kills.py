@@ -60,7 +60,7 @@ def wait_for_a_moment(worker, data, chance, number):
     """A moment while the worker runs: any at all, or, every other time, that at which it writes a shard."""
     deadline = time.monotonic() + (chance.uniform(0, 3) if number % 2 else 60)
     while worker.is_alive() and time.monotonic() < deadline:
-        if number % 2 == 0 and list(data.glob(f".train-*-{worker.pid}.unfinished")):
+        if number % 2 == 0 and list(data.glob(".train-*.unfinished")):
             return
         time.sleep(0.001)
 

@@ -102,12 +102,40 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_written_is_not_abandoned(tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    assert not lock.is_abandoned(file), "it is new"
-    os.utime(file, (time.time() - 7200,) * 2)
-    mark = lock.mark(file)
-    assert not lock.is_abandoned(file), "somebody writes it"
-    os.close(mark)
-    assert lock.is_abandoned(file)
+    for directory in (False, True):
+        path = tmp_path / f"new-{directory}"
+        mark = lock.begin(path, directory)
+        assert path.is_dir() == directory
+        assert not lock.is_abandoned(path), "somebody writes it"
+        os.close(mark)
+        assert lock.is_abandoned(path)
     assert not lock.is_abandoned(Path("/nowhere/at/all"))
+
+
+def test_what_is_taken_for_abandoned_as_it_begins_is_made_again(tmp_path, monkeypatch):
+    """Between the making of a file and its mark another process may remove it."""
+    file, real, taken = tmp_path / "file", lock.fcntl.flock, []
+
+    def slow(descriptor, kind):
+        if not taken:
+            taken.append(file.unlink())
+        real(descriptor, kind)
+
+    monkeypatch.setattr(lock.fcntl, "flock", slow)
+    mark = lock.begin(file)
+    assert taken
+    assert file.exists()
+    assert not lock.is_abandoned(file)
+    os.close(mark)
+
+
+def test_without_locks_a_day_without_a_change_is_the_end(tmp_path, monkeypatch):
+    def none(descriptor, kind):
+        raise OSError(95, os.strerror(95))
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    file = tmp_path / "file"
+    assert lock.begin(file) is None
+    assert not lock.is_abandoned(file)
+    os.utime(file, (time.time() - 2 * lock._LONG,) * 2)
+    assert lock.is_abandoned(file)
