@@ -19,10 +19,10 @@ _REPEATED = {"curate.N.judge.teacher": "teacher", "curate.N.best_of.judge": "cur
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """MkDocs' hook: CONTRIBUTING.md and CHANGELOG.md are pages of the site, too."""
+    """MkDocs' hook: CONTRIBUTING.md, SECURITY.md and CHANGELOG.md are pages of the site, too."""
     from mkdocs.structure.files import File
 
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+    for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"):
         files.append(File.generated(config, name.lower(), abs_src_path=str(ROOT / name)))
     return files
 

@@ -4,6 +4,8 @@ import argparse
 import difflib
 import errno
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -44,6 +46,8 @@ COMMANDS: dict[str, Stage | Command] = {
 _OTHERS = ("init", "inspect", "status", "cancel", "push", "convert")  # commands that take a directory
 _PATIENCE = 30  # seconds
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FAILED_WRITE = re.compile(r"iostream error|unexpected pos \d+|PytorchStreamWriter|file write failed")
+_LITTLE = 64 << 20  # bytes of a disk that is as good as full
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
@@ -96,6 +100,13 @@ def _of_the_disk(error: BaseException, where: str | None) -> tuple[str, int] | N
     for number in _NO_SPACE:
         if any(getattr(found, "errno", None) == number or os.strerror(number) in str(found) for found in chain):
             return f"{file}: {os.strerror(number)}", 1
+    # PyTorch says no more than that a write has failed.
+    if where and any(isinstance(found, RuntimeError) and _FAILED_WRITE.search(str(found)) for found in chain):
+        full = (
+            shutil.disk_usage(next(path for path in (Path(where), *Path(where).resolve().parents) if path.exists())).free
+            < _LITTLE
+        )
+        return f"{where}: {os.strerror(errno.ENOSPC) if full else 'a file could not be written'}", 1
     if isinstance(chain[0], OSError) and chain[0].errno in _NOT_WRITABLE:
         return f"{file}: {chain[0].strerror}", 2
     return None
@@ -176,8 +187,15 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:
     _no_more(arguments, rest)
+    from llmdistill.runs import lock
+
     source, out = Path(arguments.directory), Path(arguments.out)
     arguments.where = str(out)
+    with lock.alone([out], "convert"):
+        _convert_alone(arguments, source, out)
+
+
+def _convert_alone(arguments: argparse.Namespace, source: Path, out: Path) -> None:
     if arguments.to:
         for flag in ("teacher", "k"):
             if getattr(arguments, flag) is not None:

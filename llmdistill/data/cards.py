@@ -13,7 +13,7 @@ from llmdistill.data.targets import KINDS
 from llmdistill.evaluation.metrics import metrics_of
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.models.licence import sentence
-from llmdistill.runs.progress import say
+from llmdistill.runs.progress import counted, say
 from llmdistill.runs.record import write_text
 
 _RESULTS = "## Results"
@@ -139,7 +139,7 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
         "starts from": _starts_from(student, base),
         "loss": _describe_loss(arguments),
         "temperature": f"{arguments.temperature:g}",
-        "data": f"{rows:,} rows, {tokens:,} completion tokens, written by `{manifest['teacher']['model']}`",
+        "data": f"{counted(rows, 'row')}, {counted(tokens, 'completion token')}, written by `{manifest['teacher']['model']}`",
         "soft targets": targets,
         "steps": f"{results['steps']:,.0f}",
         "last logged": ", ".join(f"{key} {results[key]:.3f} nats per token" for key in ("kl", "ce") if key in results),

@@ -12,7 +12,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from llmdistill import __version__
 from llmdistill.data.dataset import MANIFEST, SPLITS, shard_files
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.runs.progress import say
+from llmdistill.runs.progress import counted, say
 from llmdistill.runs.record import RUN_FILE, read_json, read_run
 
 Kind = Literal["dataset", "model"]
@@ -50,7 +50,7 @@ def push(directory: Path, repo_id: str, private: bool, revision: str | None, dry
     kind, files = _contents(directory)
     _check_repo_id(repo_id)
     sizes = {name: file.stat().st_size for name, file in files.items()}
-    what = f"{len(files):,} files, {sum(sizes.values()):,} bytes, to the {kind} repository {repo_id}"
+    what = f"{counted(len(files), 'file')}, {sum(sizes.values()):,} bytes, to the {kind} repository {repo_id}"
     if dry_run:
         for name, size in sizes.items():
             say("push", f"{size:>15,}  {name}")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from llmdistill.data import targets
 from llmdistill.data.dataset import SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
-from llmdistill.runs.progress import console, printable
+from llmdistill.runs.progress import console, counted, printable
 
 _BAR = 24  # characters for all rows
 _LOOKED_AT = 8  # shards, of which the first rows tell about the targets; so that a large dataset takes no longer
@@ -40,11 +40,12 @@ def inspect(directory: Path, verify: bool = False) -> None:
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
         if entries:
             rows, tokens, size = (sum(entry[key] for entry in entries) for key in ("rows", "tokens", "bytes"))
-            text = f"{rows:,} rows · {tokens:,} completion tokens · {size / 1e6:,.1f} MB in {len(entries):,} shards"
+            text = f"{counted(rows, 'row')} · {counted(tokens, 'completion token')} · {size / 1e6:,.1f} MB"
+            text += f" in {counted(len(entries), 'shard')}"
             console.print(f"[bold]{split:<6}[/bold] {text}")
     if verify:
         checked = sum(len(shard_files(directory, split)) for split in SPLITS)
-        console.print(f"[bold]intact[/bold] {checked:,} shards match their checksums")
+        console.print(f"[bold]intact[/bold] the rows and checksums of {counted(checked, 'shard')}")
     _print_sample(everything[0])
 
 

@@ -34,7 +34,7 @@ from llmdistill.data.left_out import LeftOut
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.runs import record
-from llmdistill.runs.progress import StageBar, say, working
+from llmdistill.runs.progress import StageBar, counted, say, working
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, open_engine, teacher_precision
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
@@ -165,7 +165,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
     there = finished_shards(directory, "train")
     if len(there) < count:
         known = len({shard.index for shard in there} | shared.indices())
-        say(name, f"{known:,} of {count:,} shards are there, the others are for other workers to make")
+        say(name, f"{known:,} of {counted(count, 'shard')} there, the others are for other workers to make")
         return
     described = source.chat.description() | {"precision": precision.recorded} | source.description()
     source.left_out.write(directory / "rejected.parquet")

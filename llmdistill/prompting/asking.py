@@ -16,7 +16,7 @@ from llmdistill.data.shards import Share
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 from llmdistill.models.loading import context_length
-from llmdistill.runs.progress import StageBar, working
+from llmdistill.runs.progress import StageBar, counted, working
 from llmdistill.teachers import Engine, EngineSpec, Request, open_engine, row_seed
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
@@ -120,7 +120,9 @@ class Asker:
             self._make(label, directory, set(missing), rows, shards, questions(), prompt_format)
         there = len(finished_shards(directory, "train"))
         if there < shards:
-            raise WaitingForOthersError(f"{there:,} of {shards:,} shards are there, the others are for other workers to make")
+            raise WaitingForOthersError(
+                f"{there:,} of {counted(shards, 'shard')} there, the others are for other workers to make"
+            )
         return _read(directory, questions())
 
     def _make(

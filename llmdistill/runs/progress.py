@@ -41,6 +41,11 @@ def say(stage: str, text: str) -> None:
     _reporter.spoke()
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2,000 shards`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Text of models or files without what a terminal would obey: control characters, escape sequences, turns of direction."""
     return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNS_TEXT))

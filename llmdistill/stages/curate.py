@@ -35,7 +35,7 @@ from llmdistill.data.dataset import (
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.runs import record
-from llmdistill.runs.progress import StageBar, say
+from llmdistill.runs.progress import StageBar, counted, say
 
 _DETAILS = pa.schema({"failed": pa.bool_(), "detail": pa.string()})  # of every row; null where it stays
 
@@ -196,8 +196,11 @@ def _say_plan(experiment: Experiment, source: Path, directory: Path) -> None:
     if (source / MANIFEST).is_file():
         shards = [shard for shard in read_manifest(source)["shards"] if shard["split"] == "train"]
         rows, tokens, size = (sum(shard[key] for shard in shards) for key in ("rows", "tokens", "bytes"))
-        say("curate", f"{rows:,} rows, {tokens:,} completion tokens, {size / 1e6:,.1f} MB of {source} through {steps}")
-        say("curate", f"at most {rows:,} rows and as many bytes are kept, about {rows * held_out:,.0f} of them held out")
+        say(
+            "curate",
+            f"{counted(rows, 'row')}, {counted(tokens, 'completion token')}, {size / 1e6:,.1f} MB of {source} through {steps}",
+        )
+        say("curate", f"at most {counted(rows, 'row')} and as many bytes are kept, about {rows * held_out:,.0f} of them held out")
     else:
         say("curate", f"{source} (does not exist yet) through {steps}; holds out {held_out:.0%} of the prompts")
     say("curate", f"would write {directory}")

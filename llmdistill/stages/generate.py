@@ -13,7 +13,7 @@ from llmdistill.data.targets import Array
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.turns import as_columns
 from llmdistill.runs import record
-from llmdistill.runs.progress import console, say
+from llmdistill.runs.progress import console, counted, say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_inputs, prepared_prompts
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_id, row_seed
 from llmdistill.teachers.prompt_encoding import PromptEncoder
@@ -46,7 +46,7 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
     if dry_run:
         _say_plan(experiment, len(prepared.prompts), len(prepared.prompts) * experiment.generate.samples)
     elif state == "done" and is_whole(directory):
-        say("generate", f"{directory} is finished ({read_manifest(directory)['rows']:,} rows)")
+        say("generate", f"{directory} is finished ({counted(read_manifest(directory)['rows'], 'row')})")
     else:
         make_dataset(claim, _Prompts(PromptEncoder(experiment, fingerprint), prepared), worker)
     return None
@@ -203,9 +203,9 @@ def _say_plan(experiment: Experiment, prompts: int, rows: int) -> None:
     directory = experiment.directory("data")
     samples = f" × {experiment.generate.samples} samples" if experiment.generate.samples > 1 else ""
     console.print(
-        f"{prompts:,} prompts{samples} = {rows:,} rows, up to {_human(tokens)} tokens, "
-        f"at most about {_human_bytes(size)} ({per_position:.0f} B/position) in {count:,} shards\n"
-        f"would write {directory}  ({there:,} of {count:,} shards are there)",
+        f"{counted(prompts, 'prompt')}{samples} = {counted(rows, 'row')}, up to {_human(tokens)} tokens, "
+        f"at most about {_human_bytes(size)} ({per_position:.0f} B/position) in {counted(count, 'shard')}\n"
+        f"would write {directory}  ({there:,} of {counted(count, 'shard')} there)",
         markup=False,
     )
 

@@ -37,7 +37,7 @@ from llmdistill.prompting.steps import Files, PromptStepContext, run_step
 from llmdistill.prompting.template import Fields, PromptTemplate
 from llmdistill.prompting.turns import as_columns, given_prompt, more_than_text
 from llmdistill.runs import record
-from llmdistill.runs.progress import say
+from llmdistill.runs.progress import counted, say
 from llmdistill.teachers import fingerprints, stable_id, teacher_precision
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
@@ -130,7 +130,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     (claim,) = claims(experiment)
     if record.claim(*claim) == "done":
         made = (record.read_run(directory) or {})["results"]["prompts"]
-        return say("prompts", f"{directory} is finished ({made:,} prompts)")
+        return say("prompts", f"{directory} is finished ({counted(made, 'prompt')})")
     chat = PromptEncoder(experiment, models[teacher.model])
     if any(isinstance(step.settings, Magpie) for step in section.steps):
         PreQueryFormat(chat)
@@ -173,7 +173,7 @@ def _make(plan: Plan, context: PromptStepContext, starts: Starts | None, directo
     asker = context.asker
     steps = [{"name": name, **count.described()} for name, count in counts]
     record.finish(directory, {"prompts": kept, **record.speed(asker.tokens, asker.seconds), "steps": steps})
-    say("prompts", f"{kept:,} prompts in {directory / PROMPTS_FILE}")
+    say("prompts", f"{counted(kept, 'prompt')} in {directory / PROMPTS_FILE}")
 
 
 def _write_source(plan: Plan, starts: Starts | None, file: Path) -> None:

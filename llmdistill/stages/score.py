@@ -17,7 +17,7 @@ from llmdistill.prompting.formats import RowReader
 from llmdistill.prompting.sources import files_hash, metadata, read_tables
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns
 from llmdistill.runs import record
-from llmdistill.runs.progress import say
+from llmdistill.runs.progress import counted, say
 from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_seed, stable_id
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
@@ -45,10 +45,10 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
     state = record.claim(*claim)
     if dry_run:
         count = count_shards(experiment, len(texts))
-        say("score", f"{len(texts):,} rows of {source} in {count:,} shards")
-        say("score", f"would write {directory}  ({count_finished(directory):,} of {count:,} shards are there)")
+        say("score", f"{counted(len(texts), 'row')} of {source} in {counted(count, 'shard')}")
+        say("score", f"would write {directory}  ({count_finished(directory):,} of {counted(count, 'shard')} there)")
     elif state == "done" and is_whole(directory):
-        say("score", f"{directory} is finished ({read_manifest(directory)['rows']:,} rows)")
+        say("score", f"{directory} is finished ({counted(read_manifest(directory)['rows'], 'row')})")
     else:
         make_dataset(claim, _Texts(PromptEncoder(experiment, fingerprint), texts), worker)
 

@@ -40,7 +40,7 @@ from llmdistill.models.loading import (
 from llmdistill.objectstore.copies import upload_checkpoints
 from llmdistill.prompting.turns import Turn
 from llmdistill.runs import record
-from llmdistill.runs.progress import say, working
+from llmdistill.runs.progress import counted, say, working
 from llmdistill.students.origins import (
     begin_student,
     is_sharded,
@@ -289,7 +289,7 @@ def _mixed(experiment: Experiment, rows: Any) -> Any:
     others = datasets.concatenate_datasets([load_dataset(directory, "train") for directory in mix.datasets])
     wanted = min(round(len(rows) * mix.share / (1 - mix.share)), len(others))
     drawn = np.sort(np.random.default_rng(experiment.seed).permutation(len(others))[:wanted])
-    say("train", f"{len(rows):,} rows, and {wanted:,} of the {len(others):,} of other datasets")
+    say("train", f"{counted(len(rows), 'row')}, and {wanted:,} of the {len(others):,} of other datasets")
     columns = [name for name in rows.column_names if name in others.column_names]
     return datasets.concatenate_datasets([rows.select_columns(columns), others.select_columns(columns).select(drawn)])
 
@@ -564,5 +564,5 @@ def _say_plan(experiment: Experiment, manifest: dict[str, Any] | None) -> None:
     else:
         rows = sum(entry["rows"] for entry in manifest["shards"] if entry["split"] == "train")
         tokens = sum(entry["tokens"] for entry in manifest["shards"] if entry["split"] == "train")
-        say("train", f"{rows:,} rows, {tokens:,} completion tokens in {experiment.dataset_directory}")
+        say("train", f"{counted(rows, 'row')}, {counted(tokens, 'completion token')} in {experiment.dataset_directory}")
     say("train", f"would write {experiment.directory('student')}")

@@ -16,6 +16,7 @@ from llmdistill.config.export import Export, Form
 from llmdistill.config.shipped import page
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
+from llmdistill.runs.progress import counted
 from llmdistill.students.quantization import fitting_group_size
 
 
@@ -147,7 +148,7 @@ def _compress(
             _to_nearest(model, groups, directory)
             return "rounded to the nearest"
         _by_gptq(model, groups, directory, source)
-        return f"rounded by GPTQ on {len(source.calibration):,} rows"
+        return f"rounded by GPTQ on {counted(len(source.calibration), 'row')}"
 
 
 def _by_gptq(model: Any, groups: dict[str, Any], directory: Path, source: Source) -> None:

@@ -32,7 +32,7 @@ def test_workers_make_together_what_one_makes_alone(experiment, undisturbed, cap
         generate(experiment, worker=Share(number, 3))
         with pytest.raises(InputError, match="not finished"):
             load_dataset(directory)
-    assert "3 of 4 shards are there" in capsys.readouterr().out
+    assert "3 of 4 shards there" in capsys.readouterr().out
     generate(experiment, worker=Share(1, 3))
     assert files(directory) == undisturbed
     assert len(load_dataset(directory)) == 24
@@ -40,7 +40,7 @@ def test_workers_make_together_what_one_makes_alone(experiment, undisturbed, cap
 
 def test_a_worker_with_nothing_to_do_says_so(experiment, capsys):
     generate(experiment, worker=Share(4, 5))
-    assert "0 of 4 shards are there" in capsys.readouterr().out
+    assert "0 of 4 shards there" in capsys.readouterr().out
 
 
 def test_a_damaged_shard_is_named_and_made_again_when_work_goes_on(experiment, undisturbed, capsys):

@@ -28,6 +28,7 @@ PRELOADED = ["trl", "peft", "llmdistill.cli", "llmdistill.training.trainer", "ll
 PRELOADED += [
     f"llmdistill.stages.{name}" for name in ("generate", "score", "curate", "prune", "train", "evaluate", "export", "report")
 ]
+# A process that is still being started ends by the signal itself.
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
 OUTPUTS = {"generate": "data", "curate": "curated", "prune": "student-before", "train": "student", "convert": "jsonl"}
 ROOM = "size=900m"
@@ -61,9 +62,8 @@ def command(words: list[str], directory: Path, log: str, jump: float) -> None:
 class Started:
     """A command at work in a directory, in which its output is called `run`."""
 
-    def __init__(self, stage: str, directory: Path, log: str = "log", jump: float = 0.0, output: str = "run") -> None:
-        words = [stage, f"{output}/curated", f"{output}/jsonl", "--to", "jsonl"] if stage == "convert" else [stage, "e.yaml"]
-        words += ["--output", output] if output != "run" and stage != "convert" else []
+    def __init__(self, stage: str, directory: Path, log: str = "log", jump: float = 0.0, more: tuple[str, ...] = ()) -> None:
+        words = [stage, "run/curated", "run/jsonl", "--to", "jsonl"] if stage == "convert" else [stage, "e.yaml", *more]
         self.log = directory / log
         self.log.unlink(missing_ok=True)
         self.process = context.Process(target=command, args=(words, directory, str(self.log), jump))
@@ -161,7 +161,7 @@ def test_a_stage_that_is_killed_ends_as_if_it_had_not_been(undisturbed, tmp_path
             os.kill(work.process.pid, SIGNALS[name])
         status, said = work.finish(GRACE)
         TRIED[stage, name, "early" if early else "late"] += 1
-        assert status in (0, 1, 143, -signal.SIGKILL) or "exists and is not empty" in said, said
+        assert status in (0, 1, 143, -signal.SIGKILL, -signal.SIGTERM) or "exists and is not empty" in said, said
     status, said = Started(stage, here).finish()
     assert status == 0 or "exists and is not empty" in said, said
     check(undisturbed, here, stage)
@@ -181,6 +181,30 @@ def test_two_at_once_do_not_disturb_each_other(undisturbed, tmp_path, stage, see
     for status, said in ends:
         assert status == 0 or "works here, process" in said or "exists and is not empty" in said, said
     check(undisturbed, here, stage)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_workers_with_other_settings_do_not_share_a_dataset(undisturbed, tmp_path, seed):
+    """The first one's settings decide; the other is refused, and the dataset is that of one of them."""
+    here = prepared(undisturbed, tmp_path / "here", "generate")
+    chance = random.Random(seed)
+    settings = [("--seed", "0"), ("--seed", "7", "--generate.temperature", "0")]
+    chance.shuffle(settings)
+    works = []
+    for number, more in enumerate(settings, start=1):
+        works.append(Started("generate", here, f"log-{number}", more=("--shards", f"{number}/2", *more)))
+        time.sleep(chance.uniform(0, 0.3))
+    ends = [work.finish() for work in works]
+    TRIED["generate", "two settings", "early"] += 1
+    assert sorted(status for status, _ in ends) == [0, 2], ends
+    (refused,) = [said for status, said in ends if status == 2]
+    assert "was made with other settings" in refused
+    (winner,) = [number for number, (status, _) in enumerate(ends) if status == 0]
+    status, said = Started("generate", here, more=settings[winner]).finish()
+    assert status == 0, said
+    if settings[winner] == ("--seed", "0"):
+        check(undisturbed, here, "generate")
+    assert json.loads((here / "run/data/dataset.json").read_text())["seed"] == int(settings[winner][1])
 
 
 @pytest.fixture

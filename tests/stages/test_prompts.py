@@ -396,7 +396,7 @@ def test_workers_share_the_questions_of_a_step(experiment, teach, capsys):
     teacher = teach(lambda seen, _: f"Is it {seen}?")
     chosen = experiment([{"ask": {"template": "@question.yaml"}}], [{"text": f"thing {n}"} for n in range(7)])
     prompts(chosen, worker=Share(0, 2))
-    assert "2 of 4 shards are there" in capsys.readouterr().out
+    assert "2 of 4 shards there" in capsys.readouterr().out
     assert len(teacher.asked) == 4
     prompts(chosen, worker=Share(1, 2))
     assert len(teacher.asked) == 7
