@@ -135,7 +135,9 @@ def test_a_reader_written_from_the_format_page_reads_it(kind, tmp_path, monkeypa
 
 def test_every_page_is_in_the_sites_navigation():
     named = re.findall(r"^ +- (?:Home: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
-    assert sorted(named) == sorted([*(page.name for page in ROOT.glob("docs/*.md")), "changelog.md", "contributing.md"])
+    assert sorted(named) == sorted(
+        [*(page.name for page in ROOT.glob("docs/*.md")), "changelog.md", "contributing.md", "security.md"]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def _read(file: Path, key: str) -> Iterator[tuple[str, Any]]:
     """What a file holds, each part with its place: the rows of a table, the lines of a text and all of it."""
     ending = ending_of(file)
     if ending in TABLES and ending != ".json":
-        yield from ((entry.origin, entry.fields) for entry in read_tables(str(file), key))
+        yield from _table(file, key)
         return
     try:
         with open_text(file, "\n") as stream:
@@ -140,12 +140,18 @@ def _read(file: Path, key: str) -> Iterator[tuple[str, Any]]:
         try:
             tree = json.loads(content)
         except ValueError:  # not one value: then one a line
-            yield from ((entry.origin, entry.fields) for entry in read_tables(str(file), key))
+            yield from _table(file, key)
             return
     yield str(file), tree
     if tree is content:
         lines = enumerate(content.split("\n"), start=1)
         yield from ((f"{file} line {number}", line) for number, line in lines if line.strip())
+
+
+def _table(file: Path, key: str) -> Iterator[tuple[str, Any]]:
+    for entry in read_tables(str(file), key):
+        entry.check()
+        yield entry.origin, entry.fields
 
 
 def _strings(tree: Any, origin: str) -> Iterator[_Text]:

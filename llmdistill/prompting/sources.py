@@ -126,6 +126,7 @@ def read_list(settings: Combine, key: str) -> list[Entry]:
     """
     entries = []
     for entry in read_files(settings.source, f"{key}.source"):
+        entry.check()
         names = settings.fields if settings.fields is not None else list(entry.fields)
         missing = [name for name in names if name not in entry.fields]
         if missing:

@@ -169,12 +169,12 @@ def _source(kind: str, path: Path, directory: Path) -> _Source:
         return _one_a_line(path)
     rows, template = 0, None
     for entry in read_source(Prompts(source=str(path))):
+        entry.check()
         if not rows and "instruction" in entry.fields and not entry.fields.keys() & {"prompt", "messages"}:
             template = PromptTemplate(Path(_INSTRUCT), "prompts.template")
         if template:
             template.check(entry.fields, entry.origin)
         else:
-            entry.check()
             given_prompt(read_row(entry.fields, RowReading(), entry.origin)[0], entry.origin)
         rows += 1
     return _Source(named, rows, _INSTRUCT, {_INSTRUCT: _shipped(_INSTRUCT)}) if template else _Source(named, rows)

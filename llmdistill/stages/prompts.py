@@ -177,13 +177,20 @@ def _make(plan: Plan, context: PromptStepContext, starts: Starts | None, directo
 
 
 def _write_source(plan: Plan, starts: Starts | None, file: Path) -> None:
+    bad, kept = LeftOut(plan.section), 0
     with items_file(file) as writer:
         for entry in read_source(plan.section, starts):
             item = Item(stable_id(to_json(entry.fields)), entry.fields, {"source": entry.place})
+            try:
+                entry.check()
+            except UnusableError as error:
+                bad.add(error)
             if entry.refused is None:
                 writer.keep(item)
+                kept += 1
             else:
                 writer.refuse("rejected", item, entry.refused, str(entry.fields.get("passage", "")))
+        bad.check_share(kept)
         if plan.section.from_where is None:
             writer.keep(Item(stable_id("no source"), {}, {}))  # for magpie, which needs none
 
@@ -199,15 +206,18 @@ def _write_prompts(plan: Plan, made: list[tuple[str, Path]], directory: Path) ->
             for row in read_refused(file):
                 rejected.add({"step": name, **{key: row[key] for key in ("verdict", "reason", "text", "lineage")}})
         for item in read_items(made[-1][1]):
-            prompt = _render(plan.section, plan.final, item.fields, item.lineage, item.where)
-            reason = seen.refuses(prompt)
+            text = ""
+            try:
+                prompt = _render(plan.section, plan.final, item.fields, item.lineage, item.where)
+                reason, text = seen.refuses(prompt), as_columns(prompt.messages)[-1]["content"]
+            except UnusableError as error:
+                reason = error.reason
             counts.add(reason)
             if reason is None:
                 kept.add(_stored(prompt))
             else:
-                text = as_columns(prompt.messages)[-1]["content"]
                 refused = {"step": "template", "verdict": "rejected", "reason": reason, "text": text}
-                rejected.add({**refused, "lineage": to_json(prompt.lineage)})
+                rejected.add({**refused, "lineage": to_json(item.lineage)})
     return counts
 
 

@@ -64,8 +64,8 @@ def dry_run(file, monkeypatch, capsys):
         ("prompts", "questions.txt", "prompts.jsonl", "3 prompts × 8 samples = 24 rows"),
         ("prompts", "asked.jsonl", "../asked.jsonl", "2 prompts × 8 samples = 16 rows"),
         ("prompts", "alpaca.csv", "../alpaca.csv", "2 prompts × 8 samples = 16 rows"),
-        ("prompts", "odd: #1.jsonl", "../odd: #1.jsonl", "1 prompts × 8 samples = 8 rows"),
-        ("text", "said.jsonl", "../said.jsonl", "2 rows of ../said.jsonl in 1 shards"),
+        ("prompts", "odd: #1.jsonl", "../odd: #1.jsonl", "1 prompt × 8 samples = 8 rows"),
+        ("text", "said.jsonl", "../said.jsonl", "2 rows of ../said.jsonl in 1 shard"),
         ("documents", "notes", "../notes", "4 questions, up to 1,024 tokens"),
     ],
 )
