@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 
@@ -9,6 +10,7 @@ from llmdistill.config.curate import Language
 from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, questions
 from llmdistill.errors import InputError
 
+_ENOUGH = 80  # characters of a part
 _TELLING = 120  # letters from which lingua looks at trigrams alone, and is sure
 _NO_PROSE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$|https?://\S+", re.DOTALL)
 
@@ -28,15 +30,29 @@ def language(settings: Language, context: StepContext) -> Check:
 
     def check(rows: pa.Table) -> Iterator[str | None]:
         texts = [_NO_PROSE.sub(" ", answer) for answer in answers(rows)]
-        found = detector.detect_languages_in_parallel_of(texts)
+        found = detector.detect_languages_in_parallel_of([_excerpt(text) for text in texts])
+        # What a part of the text does not tell, all of it has to.
+        unsure = [n for n, language in enumerate(found) if language is None or _code(language) not in settings.keep]
+        for n, language in zip(unsure, detector.detect_languages_in_parallel_of([texts[n] for n in unsure]), strict=True):
+            found[n] = language
         for text, language, question in zip(texts, found, questions(rows), strict=True):
             if language is None or sum(map(str.isalpha, text)) < _TELLING or language.name.lower() in question.lower():
                 yield None
                 continue
-            code = language.iso_code_639_1.name.lower()
+            code = _code(language)
             yield None if code in settings.keep else code
 
     return check
+
+
+def _code(language: Any) -> str:
+    return str(language.iso_code_639_1.name.lower())
+
+
+def _excerpt(text: str) -> str:
+    """Of a long text its beginning and its middle, where another language may stand."""
+    half = len(text) // 2
+    return text if len(text) <= 2 * _ENOUGH else f"{text[:_ENOUGH]} {text[half : half + _ENOUGH]}"
 
 
 STEP = CurationStep(language, libraries={"lingua": "curate"})
