@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         write_data(directory, rows, arguments.characters)
-        write_data(directory / "few", 20, arguments.characters)
+        write_data(directory / "few", 60, arguments.characters)
         print("| step | rows/s |\n| --- | ---: |")
         for step, settings in STEPS.items():
             seconds(directory / "few", step, settings)
@@ -66,6 +66,7 @@ def write_data(directory: Path, rows: int, characters: int) -> None:
     text = " ".join(" ".join(page.read_text() for page in sorted(Path("docs").glob("*.md"))).split())
     sentences = [sentence for sentence in text.split(". ") if 20 < len(sentence) < 200 and "|" not in sentence]
     chance = random.Random(0)
+    asked, sentences = sentences[::5], [sentence for number, sentence in enumerate(sentences) if number % 5]
     made = []
     for number in range(rows):
         answer = ""
@@ -94,7 +95,7 @@ def write_data(directory: Path, rows: int, characters: int) -> None:
     description = {"teacher": {"model": "t", "engine": "x"}, "tokenizer": {"vocab_size": 49152, "end_token_ids": [2]}}
     description |= {"sampling": {}, "targets": {"kind": "none"}, "seed": 0, "determinism": "synthetic"}
     write_manifest(data, finished_shards(data, "train"), description)
-    (directory / "tests.jsonl").write_text("".join(json.dumps({"question": sentence}) + "\n" for sentence in sentences[:500]))
+    (directory / "tests.jsonl").write_text("".join(json.dumps({"question": sentence}) + "\n" for sentence in asked))
 
 
 def seconds(directory: Path, step: str, settings: dict[str, Any]) -> float:
@@ -105,7 +106,7 @@ def seconds(directory: Path, step: str, settings: dict[str, Any]) -> float:
 
     text = json.dumps(settings).replace("TESTS", str(directory / "tests.jsonl"))
     experiment = Experiment.model_validate({
-        "output": str(directory / "run"), "teacher": {"model": "t"}, "curate": [json.loads(text)], "eval": {"held_out": 0.05},
+        "output": str(directory / "run"), "teacher": {"model": "t"}, "curate": [json.loads(text)], "eval": {"held_out": 0.2},
     })  # fmt: skip
     spent: list[float] = []
     results = stage._results

@@ -213,6 +213,8 @@ def check_clusters(clusters: int, what: str, remedy: str) -> str | None:
     Raises:
         InputError: there are fewer than two.
     """
+    if clusters == 1:
+        what = what.replace("prompts", "prompt").replace("items", "item")
     if clusters < 2:
         raise InputError(f"eval: {clusters} {what}, but an interval needs at least 2; {remedy}")
     if clusters < FEW:
