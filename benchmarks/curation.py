@@ -67,7 +67,7 @@ def write_data(directory: Path, rows: int, characters: int) -> None:
     sentences = [sentence for sentence in text.split(". ") if 20 < len(sentence) < 200 and "|" not in sentence]
     chance = random.Random(0)
     asked, sentences = sentences[::5], [sentence for number, sentence in enumerate(sentences) if number % 5]
-    made = []
+    made: list[tuple[str, str]] = []
     for number in range(rows):
         answer = ""
         while len(answer) < characters:
@@ -101,9 +101,10 @@ def write_data(directory: Path, rows: int, characters: int) -> None:
 def seconds(directory: Path, step: str, settings: dict[str, Any]) -> float:
     """What `curate` notes for the step."""
     from llmdistill.config import Experiment
-    from llmdistill.stages import curate as stage
+    from llmdistill.stages import curate as module
     from llmdistill.stages.curate import curate
 
+    stage: Any = module
     text = json.dumps(settings).replace("TESTS", str(directory / "tests.jsonl"))
     experiment = Experiment.model_validate({
         "output": str(directory / "run"), "teacher": {"model": "t"}, "curate": [json.loads(text)], "eval": {"held_out": 0.2},

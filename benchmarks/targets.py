@@ -49,11 +49,10 @@ from llmdistill.teachers.transformers import TransformersEngine
 
 TEACHER = "models/SmolLM2-135M-Instruct"
 GROUP = 1500
+COMMON: dict[str, Any] = {"d": 49152, "exact_dtype": "bfloat16", "residual_bins": [], "delta_encoding": False}
 CAPTURES = {
-    name: Compression(
-        d=49152, k=k, exact_k=exact_k, exact_dtype="bfloat16", polynomial_terms=terms, residual_bins=[], delta_encoding=False
-    )
-    for name, k, exact_k, terms in (("budget", 50, 1, [0, 1, "sqrt"]), ("recommended", 128, 16, [0, 1, 2, 3, 4, "sqrt"]))
+    "budget": Compression(k=50, exact_k=1, polynomial_terms=[0, 1, "sqrt"], **COMMON),
+    "recommended": Compression(k=128, exact_k=16, polynomial_terms=[0, 1, 2, 3, 4, "sqrt"], **COMMON),
 }
 Array = np.ndarray[Any, Any]
 
@@ -172,8 +171,8 @@ def estimates(log_p: torch.Tensor, log_q: torch.Tensor, generator: torch.Generat
         weights = torch.from_numpy(sample.logweights_NK).exp()
         found[f"sampled, n = 16, from the top {k}"] = (q.scatter_add(1, torch.from_numpy(sample.ids_NK), -weights), sample)
     draws = Multinomial.keep(log_p, 50, torch.rand(len(log_p), 50, generator=generator, dtype=torch.float64))
-    stored = Multinomial.from_kept(draws.numpy(), log_p.gather(1, draws).numpy())
-    found["multinomial, 50 draws"] = (q.scatter_add(1, draws, torch.full(draws.shape, -1 / 50)), stored)
+    drawn = Multinomial.from_kept(draws.numpy(), log_p.gather(1, draws).numpy())
+    found["multinomial, 50 draws"] = (q.scatter_add(1, draws, torch.full(draws.shape, -1 / 50)), drawn)
     return found
 
 
