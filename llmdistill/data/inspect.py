@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llmdistill.data import targets
-from llmdistill.data.dataset import SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
+from llmdistill.data.dataset import MANIFEST, SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
 from llmdistill.runs.progress import console, counted, printable
+from llmdistill.runs.record import check_shape
 
 _BAR = 24  # characters for all rows
 _LOOKED_AT = 8  # shards, of which the first rows tell about the targets; so that a large dataset takes no longer
@@ -29,6 +30,8 @@ def inspect(directory: Path, verify: bool = False) -> None:
         InputError: there is no complete dataset of this schema, or a shard is damaged.
     """
     manifest = read_manifest(directory)
+    check_shape(directory / MANIFEST, manifest, {"tokenizer": dict, "determinism": str, "shards": list})
+    checked = sum(len(shard_files(directory, split)) for split in SPLITS) if verify else 0
     everything = [directory / entry["file"] for entry in manifest["shards"]]
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(manifest, everything):
@@ -44,7 +47,6 @@ def inspect(directory: Path, verify: bool = False) -> None:
             text += f" in {counted(len(entries), 'shard')}"
             console.print(f"[bold]{split:<6}[/bold] {text}")
     if verify:
-        checked = sum(len(shard_files(directory, split)) for split in SPLITS)
         console.print(f"[bold]intact[/bold] the rows and checksums of {counted(checked, 'shard')}")
     _print_sample(everything[0])
 

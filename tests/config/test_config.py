@@ -139,6 +139,51 @@ def test_a_wrong_file(file, text, message):
         load_experiment(file)
 
 
+def nested(depth):
+    return "a: " + "[" * depth + "]" * depth + "\n"
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}, *a{n - 1}]\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (nested(3000), "nested more than 100 deep"),
+        ("a: " + "{b: " * 3000 + "1" + "}" * 3000, "nested more than 100 deep"),
+        (BOMB, "more than 1,000,000 values, aliases written out"),
+        ("a: &a [*a]\n", "an alias inside of what it names"),
+        ("a: &a {b: *a}\n", "an alias inside of what it names"),
+        ("output: {{ name }}\n", r"text that begins with \{ or \[ needs quotes"),
+        ("? [1, 2]\n: 3\n", r"text that begins with \{ or \[ needs quotes"),
+        ("x" * 10_000_001, "is longer than 10,000,000 characters"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_a_file_that_would_be_large_deep_or_endless(file, text, message):
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_experiment(file)
+
+
+def test_mappings_may_be_merged_and_times_are_text(file):
+    file.write_text(
+        "output: out\nteacher: &one {model: some/teacher, dtype: float32}\n"
+        "curate: [{judge: {teacher: {<<: *one, dtype: bfloat16}, template: prompts/judge.yaml}}]\n"
+        "jobs: {slurm: {time: 12:00:00}}\n"
+    )
+    found = load_experiment(file)
+    judge = found.curate[0].settings.teacher
+    assert (judge.model, judge.dtype, found.teacher.dtype) == ("some/teacher", "bfloat16", "float32")
+    assert found.jobs.slurm.time == "12:00:00"
+    assert load_experiment(file, [("seed", "0x10")]).seed == 16
+
+
+def test_an_override_below_a_value_is_no_key(file):
+    with pytest.raises(InputError, match=r"experiment\.yaml: cannot set output\.foo\.bar to '1'"):
+        load_experiment(file, [("output.foo.bar", "1")])
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(InputError, match=r"nowhere.yaml: no such file"):
         load_experiment(tmp_path / "nowhere.yaml")

@@ -1,5 +1,6 @@
 """The shard contract: atomic, checksummed, readable without this package, refused when it is not what it was."""
 
+import hashlib
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -24,6 +26,7 @@ from llmdistill.data.dataset import (
     write_manifest,
     write_shard,
 )
+from llmdistill.data.inspect import inspect
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
 
@@ -226,3 +229,74 @@ def test_there_may_be_more_than_99_999_shards(directory, tmp_path):
     for index in (7, 100_000):
         shutil.copy(first.file, tmp_path / f"train-{index:05d}-of-100001-{first.checksum}.parquet")
     assert [(shard.index, shard.count) for shard in finished_shards(tmp_path, "train")] == [(7, 100_001), (100_000, 100_001)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": {}}, "dataset.json: shards must be a list"),
+        ({"shards": [1]}, r"dataset.json: shards\.0 must be a mapping, got 1"),
+        ({"shards": [{"file": "x"}]}, r"dataset.json: shards\.0\.split must be text, got nothing"),
+        ({"targets": None}, "dataset.json: targets must be a mapping, got null"),
+        ({"teacher": "x"}, "dataset.json: teacher must be a mapping"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_named(directory, change, message):
+    manifest = json.loads((directory / "dataset.json").read_text())
+    (directory / "dataset.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(InputError, match=message):
+        read_manifest(directory)
+
+
+def test_a_shard_is_not_looked_for_elsewhere(directory):
+    manifest = json.loads((directory / "dataset.json").read_text())
+    manifest["shards"][0]["file"] = "../../etc/passwd"
+    (directory / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="which is not the name of a shard"):
+        read_manifest(directory)
+
+
+def rewritten(directory, change):
+    """The first shard with other rows and a right checksum, as somebody else may have made it."""
+    manifest = json.loads((directory / "dataset.json").read_text())
+    entry = manifest["shards"][0]
+    table = change(pq.read_table(directory / entry["file"]))
+    new = directory / "new.parquet"
+    pq.write_table(table, new)
+    checksum = hashlib.sha256(new.read_bytes()).hexdigest()[:16]
+    entry["file"] = f"{entry['file'][:-24]}{checksum}.parquet"
+    new.rename(directory / entry["file"])
+    (directory / "dataset.json").write_text(json.dumps(manifest | {"tokenizer": {"vocab_size": VOCAB}, "determinism": "none"}))
+
+
+def with_column(table, name, values):
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values, table.schema.field(name).type))
+
+
+def all_ids(table, token):
+    return with_column(table, "input_ids", [[token] * len(ids) for ids in table["input_ids"].to_pylist()])
+
+
+def starts(table, values):
+    return with_column(table, "completion_start", values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: all_ids(t, VOCAB), "row 0: the token id 100 is outside"),
+        (lambda t: all_ids(t, -1), "row 0: the token id -1 is outside"),
+        (lambda t: starts(t, [*t["completion_start"].to_pylist()[:-1], 10**6]), "completion_start is not a place"),
+        (lambda t: starts(t, [None] * len(t)), "row 0: completion_start is not a place"),
+        (lambda t: with_column(t, "token_logprobs", [[]] * len(t)), "row 0: token_logprobs has not one value"),
+        (lambda t: t.drop_columns(["metadata"]), "has no column metadata"),
+        (lambda t: t.slice(0, 0), "has no rows"),
+    ],
+)
+def test_rows_that_no_teacher_wrote_are_named(directory, change, message):
+    """With a right checksum: `inspect --verify` and training say the file and the row."""
+    rewritten(directory, change)
+    with pytest.raises(InputError, match=rf"train-00000-of-.*\.parquet: .*{message}"):
+        load_dataset(directory)
+    with pytest.raises(InputError, match=message):
+        inspect(directory, verify=True)

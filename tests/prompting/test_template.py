@@ -177,3 +177,10 @@ def test_json_is_found_in_what_stands_around_it(objects, around):
 def test_whatever_the_teacher_writes_is_accounted_for(answer, text, ended):
     reading = read_answer(answer, text, ended)
     assert reading.items or reading.rejected or reading.failed
+
+
+@pytest.mark.timeout(60)
+def test_a_pattern_that_takes_for_ever_has_failed():
+    answer = AnswerFormat(form="text", field="q", pattern=r"^((?:a|aa)+)$")
+    reading = read_answer(answer, "a" * 80 + "!", ended=True)
+    assert reading.failed == [("a" * 80 + "!", "the pattern took more than 1 s")]

@@ -1,4 +1,6 @@
 import multiprocessing
+import os
+import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -144,3 +146,55 @@ def test_one_of_many_that_begin_at_once_decides(tmp_path):
         found = list(pool.map(_begin, [tmp_path] * 8, [BFLOAT16, FLOAT32] * 4))
     (dtype,) = {precision.dtype for precision in found}
     assert record.read_json(tmp_path / "run.json")["precision"]["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "run.json: the whole must be a mapping, got "),
+        ('{"status": "done"}', "run.json: stage must be text, got nothing"),
+        ('{"stage": 3, "status": "done"}', "run.json: stage must be text, got 3"),
+        ('{"stage": "x", "status": "done", "settings": []}', "run.json: settings must be a mapping"),
+        ("{", "run.json: cannot be read as JSON"),
+        ("[" * 100_000, "run.json: cannot be read as JSON"),
+    ],
+)
+def test_a_record_of_another_shape_is_named(tmp_path, content, message):
+    (tmp_path / "run.json").write_text(content)
+    for look in (record.read_run, lambda directory: record.claim(directory, "generate", SETTINGS, INPUTS), record.forget_begun):
+        with pytest.raises(InputError) as error:
+            look(tmp_path)
+        assert message in str(error.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it needs the right to mount a file system")
+def test_a_mount_point_is_filled_and_not_replaced(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("this machine does not let a file system be mounted")
+    try:
+        with record.new_directory(place) as unfinished:
+            (unfinished / "dataset.json").write_text("{}")
+            (unfinished / "a").mkdir()
+            (unfinished / "a/file").write_text("x")
+        assert sorted(path.relative_to(place).as_posix() for path in place.rglob("*")) == ["a", "a/file", "dataset.json"]
+        with pytest.raises(InputError, match="exists and is not empty"), record.new_directory(place):
+            pass
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_what_cannot_be_put_in_its_place_is_not_thrown_away(tmp_path):
+    made = []
+
+    def write():
+        with record.new_directory(tmp_path / "out") as unfinished:
+            made.append(unfinished)
+            (unfinished / "file").write_text("x")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/other").touch()
+
+    with pytest.raises(OSError, match=r"the finished result is in .*/\.out\."):
+        write()
+    assert (made[0] / "file").read_text() == "x"

@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmdistill.config import dump_experiment, load_experiment
 from llmdistill.config.jobs import Watch
 from llmdistill.errors import InputError
 from llmdistill.runs import progress, status, watch
+from llmdistill.runs.pipeline import stages
 from llmdistill.runs.progress import StageBar, say
 from llmdistill.runs.record import read_json
 from llmdistill.runs.watch import watched
@@ -255,3 +257,27 @@ def test_tokens_count_before_their_rows_are_whole(clock, capsys):
 def test_status_says_what_is_being_done_where_nothing_can_be_counted(tmp_path):
     with watched("generate", str(tmp_path), Watch()), progress.working("generate", "loading the teacher"):
         assert status.how_far(tmp_path, "generate") == "running · loading the teacher"
+
+
+def test_what_killed_processes_have_left_goes_when_the_next_one_begins(tmp_path):
+    left = tmp_path / watch.PROGRESS / "train.0123.json"
+    left.parent.mkdir()
+    left.write_text("{}")
+    os.utime(left, (0, 0))
+    with watched("eval", str(tmp_path), Watch()), StageBar("eval", 9):
+        assert not left.exists()
+    assert not left.parent.exists()
+
+
+def test_all_stages_of_a_run_are_listed_and_foreign_directories_are_no_rounds(experiment_file, tmp_path):
+    experiment = load_experiment(experiment_file, [("rounds", "1")])
+    output = tmp_path / "run"
+    (output / "configs").mkdir(parents=True)
+    (output / "configs/generate.yaml").write_text(dump_experiment(experiment))
+    (output / "data").mkdir()
+    (output / "data/run.json").write_text('{"stage": "generate", "status": "done"}')
+    (output / "rounds/1-old").mkdir(parents=True)
+    names = [stage.name for stage in stages(experiment)]
+    assert status.known(output) == names
+    assert "round-1-train" in names
+    assert status.known(tmp_path / "nothing") == []
