@@ -300,3 +300,13 @@ def test_rows_that_no_teacher_wrote_are_named(directory, change, message):
         load_dataset(directory)
     with pytest.raises(InputError, match=message):
         inspect(directory, verify=True)
+
+
+def test_what_a_model_wrote_does_not_reach_the_terminal_as_commands(directory, capsys):
+    evil = "\x1b]0;title\x07\x1b[2J:smile: [bold]x[/bold] \u202egnp.exe"
+    messages = [[{"role": "user", "content": evil}]]
+    rewritten(directory, lambda t: with_column(t.slice(0, 1), "completion", messages))
+    inspect(directory)
+    said = capsys.readouterr().out
+    assert not any(character in said for character in "\x1b\x07\u202e")
+    assert "]0;title[2J:smile: [bold]x[/bold] gnp.exe" in said
