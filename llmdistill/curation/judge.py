@@ -21,7 +21,7 @@ from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
 from llmdistill.models.loading import context_length
 from llmdistill.prompting.template import PromptTemplate
-from llmdistill.runs import record
+from llmdistill.runs import lock, record
 from llmdistill.runs.progress import working
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, fingerprints, open_engine, stable_id
 from llmdistill.teachers.prompt_encoding import PromptEncoder
@@ -168,9 +168,8 @@ class _Asked:
         rows = [{"question": key, "id": row, "score": score, "mass": mass} for key, (row, (score, mass)) in sorted(found.items())]
         self.directory.mkdir(parents=True, exist_ok=True)
         name = f"{stable_id(sorted(found))}.parquet"
-        unfinished = self.directory / f".{name}.{record.writer_name()}.unfinished"
-        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), unfinished)
-        unfinished.replace(self.directory / name)
+        with lock.written(self.directory / name) as unfinished:
+            pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), unfinished)
 
 
 def read_template(file: str, variables: Sequence[str], key: str) -> PromptTemplate:

@@ -26,7 +26,8 @@ from llmdistill.data import targets
 from llmdistill.data.cards import dataset_card, write_card
 from llmdistill.errors import InputError, NonFiniteError
 from llmdistill.runs import lock
-from llmdistill.runs.record import check_shape, fsync_directory, read_json, read_run, sha256, write_json, writer_name
+from llmdistill.runs.lock import writer_name
+from llmdistill.runs.record import check_shape, fsync_directory, read_json, read_run, sha256, write_json
 
 if TYPE_CHECKING:
     import datasets

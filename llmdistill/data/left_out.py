@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from llmdistill.config.rows import RowReading
 from llmdistill.errors import InputError, UnreadableError, UnusableError
+from llmdistill.runs import lock
 from llmdistill.runs.progress import say
-from llmdistill.runs.record import writer_name
 
 _SCHEMA = pa.schema([("place", pa.string()), ("reason", pa.string()), ("row", pa.string())])
 
@@ -84,9 +84,8 @@ class LeftOut:
     def write(self, file: Path) -> None:
         """Keep the rows, with their places and reasons, if there are any."""
         if self._rows:
-            unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
-            pq.write_table(pa.Table.from_pylist(self._rows, _SCHEMA), unfinished, compression="zstd")
-            unfinished.replace(file)
+            with lock.written(file) as unfinished:
+                pq.write_table(pa.Table.from_pylist(self._rows, _SCHEMA), unfinished, compression="zstd")
 
     @property
     def described(self) -> dict[str, dict[str, int]]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from llmdistill.evaluation.statistics import Array
-from llmdistill.runs.record import read_json, write_json, writer_name
+from llmdistill.runs.lock import writer_name
+from llmdistill.runs.record import read_json, write_json
 
 
 class Parts:

@@ -19,7 +19,7 @@ from llmdistill.config import Experiment
 from llmdistill.data.dataset import MANIFEST
 from llmdistill.errors import InputError
 from llmdistill.objectstore.store import DamagedError, Store
-from llmdistill.runs import record
+from llmdistill.runs import lock, record
 from llmdistill.runs.progress import say
 from llmdistill.stages.table import STAGES, Directory
 
@@ -124,7 +124,7 @@ class Copy:
             )
 
     def _seal(self, content: dict[str, Any]) -> None:
-        file = self.directory / f".seal.{record.writer_name()}.unfinished"
+        file = self.directory / f".seal.{lock.writer_name()}.unfinished"
         record.write_json(file, content)
         try:
             self.store.put(file, f"{self.name}/{SEAL}")

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.runs import record
+from llmdistill.runs import lock, record
 from llmdistill.runs.progress import say
 
 _DELAYS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds between tries, about five minutes
@@ -111,18 +111,15 @@ class Store:
             DamagedError: it has another one, or is not there.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{file.name}.{record.writer_name()}.unfinished")
         try:
-            self._ask(name, lambda: self._files.get_file(f"{self._root}/{name}", str(unfinished)))
-            if checksum is not None and not record.sha256(unfinished).startswith(checksum):
-                raise DamagedError(self.url, name)
-            unfinished.replace(file)
+            with lock.written(file) as unfinished:
+                self._ask(name, lambda: self._files.get_file(f"{self._root}/{name}", str(unfinished)))
+                if checksum is not None and not record.sha256(unfinished).startswith(checksum):
+                    raise DamagedError(self.url, name)
         except FileNotFoundError:
             raise DamagedError(self.url, name) from None
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def read(self, name: str) -> Any:
         """A JSON file; None if it is not there.
@@ -158,7 +155,7 @@ class Store:
     def _put_beside(self, file: Path, name: str) -> Path:
         """In a directory, which unlike a store shows a file while it is written: under a hidden name first."""
         target = PurePosixPath(self._root, name)
-        beside = target.with_name(f".{target.name}.{record.writer_name()}.unfinished")
+        beside = target.with_name(f".{target.name}.{lock.writer_name()}.unfinished")
         self._files.put_file(str(file), str(beside))
         return Path(beside)
 

@@ -16,7 +16,7 @@ from llmdistill.data.dataset import ROW_GROUP, read_batches, storable, to_json
 from llmdistill.prompting.sources import describe_place
 from llmdistill.prompting.template import Fields
 from llmdistill.runs import lock
-from llmdistill.runs.record import fsync_directory, writer_name
+from llmdistill.runs.record import fsync_directory
 
 Verdict = Literal["kept", "rejected", "failed"]
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "fields", "lineage", "verdict", "reason", "text")])
@@ -114,24 +114,17 @@ class RowWriter:
 @contextmanager
 def rows_file(file: Path, schema: pa.Schema) -> Iterator[RowWriter]:
     """A file of rows that is there once the block has ended well; else nothing of it is."""
-    unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
-    mark = None
     try:
-        mark = lock.begin(unfinished)
-        writer = RowWriter(unfinished, schema)
-        yield writer
-        writer.close()
-        with unfinished.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        unfinished.replace(file)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:
-            raise OSError(error.errno, os.strerror(error.errno), str(file)) from None
-        raise
-    finally:
-        if mark is not None:
-            os.close(mark)
+        with lock.written(file) as unfinished:
+            writer = RowWriter(unfinished, schema)
+            yield writer
+            writer.close()
+            with unfinished.open("rb+") as stream:
+                os.fsync(stream.fileno())
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(file)) from None
     fsync_directory(file.parent)
 
 

@@ -5,9 +5,12 @@ The lock of a directory is the file `.NAME.lock` beside it, held by `flock` and 
 
 import errno
 import fcntl
+import functools
+import hashlib
 import json
 import os
 import platform
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +21,7 @@ from llmdistill.runs.progress import say
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _LONG = 86400.0  # seconds, in which whatever is written has changed
 _PATIENCE = 10.0  # seconds for which a first worker may look at what it finds
 
@@ -80,19 +84,51 @@ def begin(path: Path, directory: bool = False) -> int | None:
         os.close(descriptor)  # somebody took it for abandoned in between
 
 
+@contextmanager
+def written(file: Path) -> Iterator[Path]:
+    """A path beside a file, which becomes the file once the block has ended well; else nothing of it is left."""
+    unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
+    mark = begin(unfinished)
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    finally:
+        if mark is not None:
+            os.close(mark)
+
+
+def writer_name() -> str:
+    """What tells the unfinished files of two processes apart: a sign of the machine, and a random name of the process."""
+    return _HOST + _random_of(os.getpid())
+
+
+@functools.cache
+def _random_of(pid: int) -> str:
+    return secrets.token_hex(8)
+
+
 def is_abandoned(path: Path) -> bool:
-    """Whether nobody writes an unfinished file or directory any more; on a disk without locks, that is after a day."""
+    """Whether nobody writes an unfinished file or directory any more.
+
+    Of another machine's, and on a disk without locks, that is after a day: not every disk shows the locks of others.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tells = _HOST in path.name
     except OSError as error:
-        return error.errno in _UNSUPPORTED and time.time() - path.stat().st_mtime > _LONG
+        if error.errno not in _UNSUPPORTED:
+            return False
+        tells = False
     finally:
         os.close(descriptor)
-    return True
+    return tells or time.time() - path.stat().st_mtime > _LONG
 
 
 class _Lock:

@@ -1,12 +1,10 @@
 """What every stage does with its output directory: claim it, or refuse it, and leave its lineage in `run.json`."""
 
-import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import secrets
 import shutil
 import subprocess
 import time
@@ -20,6 +18,7 @@ from llmdistill.config.shipped import find
 from llmdistill.config.teacher import ENGINES
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
+from llmdistill.runs.lock import writer_name
 from llmdistill.runs.progress import say
 
 RUN_FILE = "run.json"
@@ -327,32 +326,14 @@ def write_text(file: Path, text: str) -> None:
 
 def write_bytes(file: Path, content: bytes) -> None:
     """Write so that the file is there as a whole or not at all."""
-    unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
-    mark = None
     try:
-        mark = lock.begin(unfinished)
-        with unfinished.open("wb") as stream:
+        with lock.written(file) as unfinished, unfinished.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        unfinished.replace(file)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(file)) from None
-    finally:
-        if mark is not None:
-            os.close(mark)
     fsync_directory(file.parent)
-
-
-def writer_name() -> str:
-    """What tells the unfinished files of two processes apart, on one machine, on several, or in containers: a random name."""
-    return _writer_of(os.getpid())
-
-
-@functools.cache
-def _writer_of(pid: int) -> str:
-    return secrets.token_hex(8)
 
 
 def fsync_directory(directory: Path) -> None:

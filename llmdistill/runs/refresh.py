@@ -160,7 +160,7 @@ def _promote(output: Path, versions: list[dict[str, Any]]) -> None:
     target = Path("versions") / str(promoted[-1]) / "student"
     if (output / _LINK).is_symlink() and (output / _LINK).readlink() == target:
         return
-    new = output / f".{_LINK}.{record.writer_name()}"
+    new = output / f".{_LINK}.{lock.writer_name()}"
     new.unlink(missing_ok=True)
     new.symlink_to(target)
     new.replace(output / _LINK)

@@ -34,7 +34,7 @@ from llmdistill.data.dataset import (
 )
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import check_clusters
-from llmdistill.runs import record
+from llmdistill.runs import lock, record
 from llmdistill.runs.progress import StageBar, counted, say
 
 _DETAILS = pa.schema({"failed": pa.bool_(), "detail": pa.string()})  # of every row; null where it stays
@@ -211,7 +211,7 @@ def _scratch(output: Path) -> Iterator[Path]:
     """A directory beside those of the stages, gone afterwards."""
     for leftover in output.glob(".curate.*.unfinished"):
         shutil.rmtree(leftover, ignore_errors=True)
-    scratch = output / f".curate.{record.writer_name()}.unfinished"
+    scratch = output / f".curate.{lock.writer_name()}.unfinished"
     (scratch / "logs").mkdir(parents=True)
     try:
         yield scratch
@@ -315,7 +315,7 @@ def _write(experiment: Experiment, files: list[Path], verdicts: Verdicts, scratc
     """Copy the rows to where they belong, a group at a time."""
     names = [step.name for step in experiment.curate]
     splits = {split: SplitWriter(directory, split, int(experiment.shard_mb * 1e6)) for split in SPLITS}
-    unfinished = directory / f".rejected.{record.writer_name()}.unfinished"
+    unfinished = directory / f".rejected.{lock.writer_name()}.unfinished"
     schema = pq.read_schema(files[0])
     for name, kind in {"step": pa.int32(), "reason": pa.string(), "failed": pa.bool_(), "detail": pa.string()}.items():
         schema = schema.append(pa.field(name, kind))

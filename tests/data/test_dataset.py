@@ -176,11 +176,13 @@ def test_doubles_that_appeared_at_the_same_moment_are_removed_by_the_manifest(di
 
 def test_only_leftovers_of_dead_writers_are_removed(directory):
     """Whatever the host and the process are called: what a living process marks is its own."""
-    dead, alive = (directory / f".train-00001.{name}.unfinished" for name in ("dead", "alive"))
-    dead.write_bytes(b"half a shard")
+    dead, alive = (directory / f".train-0000{number}.{lock.writer_name()}.unfinished" for number in range(2))
+    elsewhere = directory / f".train-00002.{'f' * 24}.unfinished"  # a disk may not show the locks of another machine
+    for file in (dead, elsewhere):
+        file.write_bytes(b"half a shard")
     mark = lock.begin(alive)
     remove_leftovers(directory)
-    assert (dead.exists(), alive.exists()) == (False, True)
+    assert (dead.exists(), alive.exists(), elsewhere.exists()) == (False, True, True)
     os.close(mark)
     remove_leftovers(directory)
     assert not alive.exists()

@@ -103,7 +103,7 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
 
 def test_what_is_written_is_not_abandoned(tmp_path):
     for directory in (False, True):
-        path = tmp_path / f"new-{directory}"
+        path = tmp_path / f"{directory}.{lock.writer_name()}"
         mark = lock.begin(path, directory)
         assert path.is_dir() == directory
         assert not lock.is_abandoned(path), "somebody writes it"
@@ -114,7 +114,7 @@ def test_what_is_written_is_not_abandoned(tmp_path):
 
 def test_what_is_taken_for_abandoned_as_it_begins_is_made_again(tmp_path, monkeypatch):
     """Between the making of a file and its mark another process may remove it."""
-    file, real, taken = tmp_path / "file", lock.fcntl.flock, []
+    file, real, taken = tmp_path / lock.writer_name(), lock.fcntl.flock, []
 
     def slow(descriptor, kind):
         if not taken:

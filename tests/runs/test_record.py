@@ -8,7 +8,7 @@ import pytest
 
 from llmdistill.config.machine import Precision
 from llmdistill.errors import InputError
-from llmdistill.runs import record
+from llmdistill.runs import lock, record
 
 SETTINGS = {"generate": {"temperature": 1.0, "samples": 1}, "teacher": {"engine_args": {"a": 1}}}
 INPUTS = {"prompts.jsonl": "hash"}
@@ -99,7 +99,7 @@ def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "a/b", fails=True)
     assert not list((tmp_path / "a").iterdir())
-    leftover = tmp_path / "a/.b.0123.unfinished"  # of a killed process
+    leftover = tmp_path / f"a/.b.{lock.writer_name()}.unfinished"  # of a killed process
     leftover.mkdir()
     (tmp_path / "a/b").mkdir()  # empty: as good as not there
     write(tmp_path / "a/b", fails=False)
