@@ -1,6 +1,7 @@
 """A tiny real model with the demo teacher's architecture, and the demo teacher itself where it has been written."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,14 @@ def run_cli(*arguments: object, timeout: int = 600, **environment: str) -> "subp
         cwd=ROOT,
         env={**os.environ, **environment},
     )
+
+
+@pytest.fixture
+def sigterm():
+    """Keeps what SIGTERM does over a call of `cli.main`."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

@@ -29,14 +29,6 @@ def test_what_another_than_the_first_process_finds_alone_it_says_after_a_while(m
     assert "none.yaml: no such file" in capsys.readouterr().err
 
 
-@pytest.fixture
-def sigterm():
-    """What SIGTERM did before."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 def raising(error):
     def stage(*arguments):
         if error is not None:

@@ -33,7 +33,7 @@ from llmdistill.data.dataset import (
 from llmdistill.data.left_out import LeftOut
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.shared_shards import SharedShards
-from llmdistill.runs import record
+from llmdistill.runs import lock, record
 from llmdistill.runs.progress import StageBar, counted, say, working
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, open_engine, teacher_precision
 from llmdistill.teachers.prompt_encoding import PromptEncoder
@@ -162,19 +162,20 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
             (directory / MANIFEST).unlink(missing_ok=True)
             made = _make(_Making(name, directory, source, worker, count, shared, precision), chain([first], missing))
         gathered = shared.gather(count)
-    there = finished_shards(directory, "train")
-    if len(there) < count:
-        known = len({shard.index for shard in there} | shared.indices())
-        say(name, f"{known:,} of {counted(count, 'shard')} there, the others are for other workers to make")
-        return
-    described = source.chat.description() | {"precision": precision.recorded} | source.description()
-    source.left_out.write(directory / "rejected.parquet")
-    failed = failed_rows(there)
-    for reason, lost in failed.items():
-        say("warning", f"{lost:,} of {len(source.requests):,} rows were given up: the server gave {reason}")
-    if failed:
-        described["failed"] = failed
-    write_manifest(directory, there, described | {"source": inputs})
+    with lock.in_turn(directory / MANIFEST):
+        there = finished_shards(directory, "train")
+        if len(there) < count:
+            known = len({shard.index for shard in there} | shared.indices())
+            say(name, f"{known:,} of {counted(count, 'shard')} there, the others are for other workers to make")
+            return
+        described = source.chat.description() | {"precision": precision.recorded} | source.description()
+        source.left_out.write(directory / "rejected.parquet")
+        failed = failed_rows(there)
+        for reason, lost in failed.items():
+            say("warning", f"{lost:,} of {len(source.requests):,} rows were given up: the server gave {reason}")
+        if failed:
+            described["failed"] = failed
+        write_manifest(directory, there, described | {"source": inputs})
     shared.decide()
     record.finish(directory, {"rows": len(source.requests) - sum(failed.values()), **made})
     shared.finish()

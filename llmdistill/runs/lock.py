@@ -100,6 +100,22 @@ def written(file: Path) -> Iterator[Path]:
             os.close(mark)
 
 
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Let processes that each make a file of what they find look and write one after another.
+
+    What is created in a directory makes NFS read its listing anew, so that it shows what the others have made.
+    """
+    turn = file.with_name(f".{file.name}.turn.unfinished")
+    mark = begin(turn)
+    try:
+        yield
+    finally:
+        turn.unlink(missing_ok=True)
+        if mark is not None:
+            os.close(mark)
+
+
 def writer_name() -> str:
     """What tells the unfinished files of two processes apart: a sign of the machine, and a random name of the process."""
     return _HOST + _random_of(os.getpid())

@@ -1,12 +1,17 @@
 """Several workers on one dataset, and what happens to a shard that is damaged or missing."""
 
+import threading
+
+import pyarrow.parquet as pq
 import pytest
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
-from llmdistill.data.dataset import finished_shards
-from llmdistill.data.shards import Share
+from llmdistill.data import shards
+from llmdistill.data.dataset import finished_shards, sha256
+from llmdistill.data.shards import Share, is_whole
 from llmdistill.errors import InputError
+from llmdistill.runs import lock
 from llmdistill.stages.generate import generate
 
 
@@ -62,6 +67,70 @@ def test_a_shard_that_went_missing_after_the_end_is_made_again(experiment, undis
     generate(experiment)
     assert files(directory) == undisturbed
     assert len(load_dataset(directory)) == 24
+
+
+def add_a_double(shard):
+    """The same rows in other bytes, under a name that sorts before its own."""
+    table, double = pq.read_table(shard.file), shard.file.with_name("double")
+    for level in range(1, 20):
+        for encoded in (True, False):
+            pq.write_table(table, double, compression="zstd", compression_level=level, use_dictionary=encoded)
+            if (checksum := sha256(double)[:16]) < shard.checksum:
+                double.rename(shard.file.with_name(shard.file.name.replace(shard.checksum, checksum)))
+                return
+    raise AssertionError("none sorts before it")
+
+
+def test_two_that_find_all_shards_complete_the_dataset_one_after_another(experiment, monkeypatch):
+    """The second has made one of the shards too, with other bytes, and sees both when the first has seen only its own."""
+    directory = experiment.directory("data")
+    second = threading.Thread(target=generate, args=[experiment])
+    write_manifest, begun = shards.write_manifest, []
+    gather, gathered = shards.SharedShards.gather, threading.Semaphore(0)
+
+    def gather_and_tell(shared, count):
+        if threading.current_thread() is second:
+            gathered.release()
+        return gather(shared, count)
+
+    def written_late(where, there, description):
+        if not begun:
+            begun.append(there)
+            add_a_double(max(there, key=lambda shard: shard.checksum))
+            second.start()
+            gathered.acquire()
+            gathered.acquire()  # at the start, and when nothing is missing
+            second.join(3)
+        write_manifest(where, there, description)
+
+    monkeypatch.setattr(shards, "write_manifest", written_late)
+    monkeypatch.setattr(shards.SharedShards, "gather", gather_and_tell)
+    generate(experiment)
+    second.join()
+    assert is_whole(directory)
+    assert len(load_dataset(directory)) == 24
+    assert len(files(directory)) == 4
+    assert not [file for file in directory.iterdir() if file.name.endswith(".unfinished")]
+
+
+def test_a_worker_that_sees_an_old_listing_makes_again_what_is_there(experiment, undisturbed, monkeypatch):
+    """As on NFS, where a listing may be as old as this process's own last change to the directory."""
+    directory = experiment.directory("data")
+    generate(experiment, worker=Share(1, 2))
+    listed, begin = {"train": []}, lock.begin
+
+    def listing(where, split):
+        return listed.setdefault(split, finished_shards(where, split))
+
+    def changed(path, directory=False):
+        listed.clear()
+        return begin(path, directory)
+
+    monkeypatch.setattr(shards, "finished_shards", listing)
+    monkeypatch.setattr(lock, "begin", changed)
+    generate(experiment)
+    assert files(directory) == undisturbed
+    assert is_whole(directory)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])

@@ -217,7 +217,7 @@ def test_no_difference_needs_no_number():
 
 
 def test_too_few_clusters():
-    with pytest.raises(InputError, match=r"eval: 1 prompts, but an interval needs at least 2; raise eval.held_out"):
+    with pytest.raises(InputError, match=r"eval: 1 prompt, but an interval needs at least 2; raise eval.held_out"):
         check_clusters(1, "prompts", "raise eval.held_out")
     assert check_clusters(2, "prompts", "").startswith("only 2 prompts: with fewer than 12, ")
     assert check_clusters(12, "prompts", "") is None

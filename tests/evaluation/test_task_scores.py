@@ -131,7 +131,7 @@ def test_where_there_is_nothing_to_say():
 
 def test_too_few_items():
     one = {"t": {model: np.ones(1) for model in MODELS}}
-    with pytest.raises(InputError, match="1 items of the task t, but an interval needs at least 2"):
+    with pytest.raises(InputError, match="1 item of the task t, but an interval needs at least 2"):
         summarise(table(one), {"t": ABOUT}, 200, 0)
     few = {"t": {model: np.arange(9) % 2 for model in MODELS}}
     assert "only 9 items of the task t" in summarise(table(few), {"t": ABOUT}, 200, 0)["tasks"][0]["warning"]

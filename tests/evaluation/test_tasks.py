@@ -105,11 +105,11 @@ def test_too_long_requests_are_told(files, tiny):
 
 def test_too_few_items_are_refused_before_a_model_is_loaded(files):
     (files / "echo.jsonl").write_text('{"word": "sun"}\n')
-    with pytest.raises(InputError, match=r"1 items of the task .*echo.yaml, but an interval needs at least 2"):
+    with pytest.raises(InputError, match=r"1 item of the task .*echo.yaml, but an interval needs at least 2"):
         load_tasks(read_tasks([str(files / "echo.yaml")]), None)
     colours = [json.dumps({"question": "?", "choices": ["a", "b"], "answer": 0, "cluster": "one"}) + "\n"] * 5
     (files / "colours.jsonl").write_text("".join(colours))
-    with pytest.raises(InputError, match=r"1 items of the task .*colours.yaml"):
+    with pytest.raises(InputError, match=r"1 item of the task .*colours.yaml"):
         load_tasks(read_tasks([str(files / "colours.yaml")]), None)
 
 

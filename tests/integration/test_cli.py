@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from llmdistill import load_dataset
+from llmdistill import cli, load_dataset
 from tests.conftest import ROOT, run_cli
 
 
@@ -338,7 +338,8 @@ def test_wrong_input_is_one_message_and_status_2(experiment_file, arguments, mes
     assert sorted(directory.rglob("*")) == before, "something was written"
 
 
-def test_wrong_training_input(finished_run, tmp_path, tiny):
+def test_wrong_training_input(finished_run, tmp_path, tiny, sigterm, capsys):
+    """In one process, which imports the libraries once."""
     file, _ = finished_run
     base = ["train", file, "--output", tmp_path / "new", "--train.dataset", output(file) / "curated"]
     student, twin = ["--student", "{model: MODEL}"], ["--student", f"{{model: {tiny}}}"]
@@ -360,10 +361,12 @@ def test_wrong_training_input(finished_run, tmp_path, tiny):
         ),
         (["--student", "{}"], "student needs one of the keys student.model, student.prune and student.config"),
     ]:
-        result = run_cli(*base, *overrides)
-        assert result.returncode == 2, result.stderr
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*map(str, base), *overrides])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2, said
+        assert message in said
+        assert "Traceback" not in said
         assert not (tmp_path / "new").exists()
 
 

@@ -106,7 +106,7 @@ def test_a_finished_run_with_rounds_does_nothing(trained):
     assert again.stdout.count("is finished") == 9
     after = {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()}
     changed = {file.name for file in before if after[file] != before[file]}
-    assert changed <= {"report.html", "report.md", "figures.json"}
+    assert changed <= {"report.html", "report.md", "report.png", "figures.json"}
 
 
 def test_other_targets_are_not_mixed_in(trained, tiny):
