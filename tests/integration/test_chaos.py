@@ -97,11 +97,14 @@ def undisturbed(tiny, tmp_path_factory):
 
 
 def write_table(file: Path) -> None:
-    lines = ["| stage | what | tried | ended early |", "| --- | --- | ---: | ---: |"]
-    pairs = sorted({(stage, what) for stage, what, _ in TRIED})
-    for stage, what in pairs:
-        early, late = (TRIED[stage, what, end] for end in ("early", "late"))
-        lines.append(f"| {stage} | {what} | {early + late} | {early} |")
+    """Of each stage and disturbance how often it came before the stage had ended, and how often it was tried."""
+    kinds = ["KILL", "TERM", "INT", "two at once", "two settings", "full disk", "read-only disk"]
+    lines = ["| stage | " + " | ".join(kinds) + " |", "| --- |" + " ---: |" * len(kinds)]
+    for stage in (*STAGES, "convert"):
+        early = [TRIED[stage, kind, "early"] for kind in kinds]
+        tried = [TRIED[stage, kind, "late"] + number for kind, number in zip(kinds, early, strict=True)]
+        cells = [f"{number} of {of}" if of else "" for number, of in zip(early, tried, strict=True)]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
     file.write_text("\n".join(lines) + "\n")
 
 
@@ -228,7 +231,8 @@ def test_a_full_disk_costs_nothing_that_was_finished(undisturbed, disk, stage, s
     directory, remount = disk
     here = prepared(undisturbed, directory / "here", stage)
     needs = size(undisturbed[0] / "run" / OUTPUTS.get(stage, stage))
-    remount(f"size={size(directory) + (1 << 16) + int(needs * random.Random(f'{stage} {seed}').uniform(0.1, 0.8))}")
+    room = int(needs * random.Random(f"{stage} {seed}").uniform(0.1, 0.8))
+    remount(f"size={shutil.disk_usage(directory).used + room}")
     status, said = Started(stage, here).finish()
     TRIED[stage, "full disk", "early" if status else "late"] += 1
     if status:
