@@ -15,7 +15,7 @@ import torch
 
 from llmdistill import load_dataset
 from llmdistill.data.collator import DistillCollator, completion_logits
-from llmdistill.models.loading import load_model
+from llmdistill.models.loading import load_model, load_tokenizer
 from tests.conftest import ROOT, run_cli
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -221,6 +221,46 @@ def test_text_that_vllm_reads_has_the_distributions_of_transformers(generated, s
     written = torch.from_numpy(np.concatenate([row["token_logprobs"] for row in read]))
     labels = batch["labels"][batch["labels"] != -100]
     torch.testing.assert_close(written, logprobs_NV.gather(1, labels[:, None])[:, 0], atol=2e-3, rtol=1e-3)
+
+
+def test_ids_that_pad_the_output_layer_are_never_written_or_kept(smollm2, tmp_path):
+    """The padding is likelier than any token; what vLLM writes and reads has the distribution over the tokens alone."""
+    padded = tmp_path / "padded"
+    model, vocab_size = load_model(str(smollm2)), 49152
+    model.resize_token_embeddings(vocab_size + 256, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[vocab_size:] = 4 * model.get_output_embeddings().weight[:256]
+    model.save_pretrained(padded)
+    load_tokenizer(str(smollm2), None).save_pretrained(padded)
+    file = tmp_path / "experiment.yaml"
+    file.write_text(
+        f"""
+output: {tmp_path}/run
+teacher: {{model: {padded}, engine: vllm, dtype: float32}}
+prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 4}}
+generate: {{max_tokens: 12}}
+targets: {{kind: topk, k: {K}}}
+"""
+    )
+    for stage, arguments in (
+        ("generate", ()),
+        ("score", ("--score.source", tmp_path / "run/data", "--output", tmp_path / "read")),
+    ):
+        result = run_cli(stage, file, *arguments)
+        assert result.returncode == 0, result.stderr
+    plain = load_model(str(smollm2), dtype="float32")
+    for directory in (tmp_path / "run/data", tmp_path / "read/data"):
+        rows = load_dataset(directory)
+        batch = DistillCollator(0)([rows[n] for n in range(len(rows))])
+        assert batch["input_ids"].max() < vocab_size
+        assert batch["target_ids"].max() < vocab_size
+        with torch.inference_mode():
+            assert (completion_logits(model, batch).argmax(-1) >= vocab_size).all(), "the padding is likelier than any token"
+            logprobs_NV = completion_logits(plain, batch).log_softmax(-1)
+        torch.testing.assert_close(batch["target_logprobs"], logprobs_NV.gather(1, batch["target_ids"]), atol=0.02, rtol=1e-3)
+        written = torch.from_numpy(np.concatenate([row["token_logprobs"] for row in rows]))
+        labels = batch["labels"][batch["labels"] != -100]
+        torch.testing.assert_close(written, logprobs_NV.gather(1, labels[:, None])[:, 0], atol=2e-3, rtol=1e-3)
 
 
 SCHEMA = {
