@@ -113,9 +113,7 @@ def write_table(file: Path) -> None:
 
 def result(run: Path, stage: str) -> dict[str, object]:
     """What a stage has made, but for times and names of directories."""
-    name = {"generate": "data", "curate": "curated", "prune": "student-before", "train": "student", "convert": "jsonl"}.get(
-        stage, stage
-    )
+    name = OUTPUTS.get(stage, stage)
     if stage == "report":
         page = (run / "report.html").read_text()
         return {"whole": page.endswith("</html>") and (run / "report.png").stat().st_size > 1000}
