@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from llmdistill import losses
 from llmdistill.data.collator import output_layer, replaced_forward, some_tokens
 from llmdistill.data.targets import KINDS
+from llmdistill.losses.classes import ClassPicks
 from llmdistill.training.probe import working
 
 # Of float32 logits: enough rows for matrix products at full speed. On a GPU every chunk also reads and writes the whole gradient
@@ -40,8 +41,8 @@ _CACHED = 1 << 20  # numbers
 # The dense loss and its gradient hold some float32 copies of a chunk of both models' logits.
 _DENSE_COPIES = 8
 
-# From the picked logits of rows (n, C), the log-sum-exp of their others (n, 1) and the largest of those (n, 1): the loss, and
-# the sums of its parts.
+# From the picked logits, of rows (n, C) or of classes (P,), the log-sum-exp of the others (n, 1) and the largest of those (n, 1):
+# the loss, and the sums of its parts.
 RowLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 # From the rows' place among N and their logits (n, V), which it turns in place into the gradient of the loss: the same.
 ChunkLoss = Callable[[slice, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -168,6 +169,8 @@ def distillation_loss(
     if "teacher_logits" in targets:
         chunk_bytes //= _DENSE_COPIES
         chunk_loss = _dense(head, labels_N, targets, objective)
+    elif "target_table" in targets:
+        chunk_loss = _classes(head, labels_N, targets, objective)
     else:
         chunk_loss = _sparse(head, labels_N, targets, objective)
     count = max(len(hidden_ND), 1)
@@ -203,8 +206,24 @@ def _sparse(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective:
         return objective.total(parts, here)
 
     return lambda rows, logits_nV: _to_gradient(
-        logits_nV, columns_NC[rows], has_tail, head.softcap, partial(row_loss, rows)
+        logits_nV, _Columns(columns_NC[rows]), has_tail, head.softcap, partial(row_loss, rows)
     )  # fmt: skip
+
+
+def _classes(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
+    """The loss of stored targets on root classes: it depends on the logits of their tokens, and the sum of the others."""
+    has_tail = KINDS[targets["target_kind"]].has_tail
+
+    def chunk_loss(rows: slice, logits_nV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        here = some_tokens(targets, rows)
+        picks = ClassPicks.of(here["target_table"], here["target_ids"], labels_N[rows], logits_nV.shape[1])
+
+        def row_loss(picked_P: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return objective.total(picks.row_loss(picked_P, others_n1, top_n1, here, objective), here)
+
+        return _to_gradient(logits_nV, picks, has_tail, head.softcap, row_loss)
+
+    return chunk_loss
 
 
 def _dense(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
@@ -310,9 +329,25 @@ def _add_gradients(gradients: Sequence[Tensor | None], here: slice, grad_nV: Ten
             part.add_(grad_nv.t() @ x_nR)
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """The logits that a loss depends on, beside the log-sum-exp of the others: as many of each row, (n, C)."""
+
+    columns_nC: Tensor
+
+    def take(self, logits_nV: Tensor) -> Tensor:
+        return logits_nV.gather(1, self.columns_nC)
+
+    def hide_(self, logits_nV: Tensor, value: float) -> None:
+        logits_nV.scatter_(1, self.columns_nC, value)
+
+    def add_(self, logits_nV: Tensor, values_nC: Tensor) -> None:
+        logits_nV.scatter_add_(1, self.columns_nC, values_nC)
+
+
 def _to_gradient(
     logits_nV: Tensor,
-    columns_nC: Tensor,
+    picks: "_Columns | ClassPicks",
     picked_apart: bool,
     softcap: float | None,
     row_loss: RowLoss,
@@ -327,9 +362,9 @@ def _to_gradient(
         slope_nV = torch.addcmul(torch.ones_like(logits_nV[:1]), logits_nV, logits_nV, value=-1)
         logits_nV.mul_(softcap)
     kernels = kernels_for(logits_nV.device)
-    picked_nC = logits_nV.gather(1, columns_nC).to(torch.promote_types(logits_nV.dtype, torch.float32)).requires_grad_()
+    picked = picks.take(logits_nV).to(torch.promote_types(logits_nV.dtype, torch.float32)).requires_grad_()
     if picked_apart:
-        logits_nV.scatter_(1, columns_nC, max(losses.SMALLEST, torch.finfo(logits_nV.dtype).min))
+        picks.hide_(logits_nV, max(losses.SMALLEST, torch.finfo(logits_nV.dtype).min))
     if kernels is not None:
         top_n1, others_n1 = kernels.log_sum_exp(logits_nV)
     else:
@@ -337,13 +372,13 @@ def _to_gradient(
         sum_n1 = logits_nV.sub_(top_n1).exp_().sum(dim=1, keepdim=True)
         others_n1 = top_n1 + sum_n1.log()
     with torch.enable_grad():
-        loss, parts = row_loss(picked_nC, others_n1.requires_grad_(), top_n1)
-        grad_picked_nC, grad_others_n1 = torch.autograd.grad(loss, (picked_nC, others_n1))
+        loss, parts = row_loss(picked, others_n1.requires_grad_(), top_n1)
+        grad_picked, grad_others_n1 = torch.autograd.grad(loss, (picked, others_n1))
     if kernels is not None:
         kernels.scaled_exp_(logits_nV, others_n1.detach(), grad_others_n1)
     else:
         logits_nV.mul_(grad_others_n1 / sum_n1)
-    logits_nV.scatter_add_(1, columns_nC, grad_picked_nC.to(logits_nV.dtype))
+    picks.add_(logits_nV, grad_picked.to(logits_nV.dtype))
     if slope_nV is not None:
         logits_nV.mul_(slope_nV)
     return loss.detach(), parts
