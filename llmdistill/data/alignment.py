@@ -36,6 +36,12 @@ class Side:
         """Bytes of each token; 0 for special ones."""
         return np.array([len(self.bytes_of[token] or b"") for token in ids.tolist()], dtype=np.int64)
 
+    def begins(self, ids: Array) -> Array:
+        """Where each token begins, in bytes."""
+        lengths_T = self.lengths(ids)
+        begins_T: Array = np.cumsum(lengths_T) - lengths_T
+        return begins_T
+
     def is_silent(self, ids: Array) -> Array:
         """Whether each token is a special one that ends nothing."""
         ends = np.array([token in self.end_ids for token in ids.tolist()], dtype=bool)
@@ -57,9 +63,10 @@ class Alignment:
     disagree: int
 
     @property
-    def soft(self) -> int:
-        """Positions with a soft target."""
-        return int((self.place_N >= 0).sum())
+    def counted(self) -> dict[str, int]:
+        """How many positions there are, and of each sort."""
+        soft = int((self.place_N >= 0).sum())
+        return {"positions": len(self.place_N), "soft": soft, "inside": self.inside, "disagree": self.disagree}
 
 
 def align(teacher: Side, student: Side, their_ids: Array, own_ids: Array, their_start: int = 0, own_start: int = 0) -> Alignment:
@@ -76,13 +83,10 @@ def align(teacher: Side, student: Side, their_ids: Array, own_ids: Array, their_
         their_start: the teacher's first position with a distribution; what is before it counts for the places alone.
         own_start: the student's first position that is learnt.
     """
-    theirs, own = teacher.bytes(their_ids), student.bytes(own_ids)
-    shift, same = 0, _common(theirs, own)
-    if theirs != own and theirs.lstrip() == own.lstrip():
-        shift, same = len(theirs) - len(own), len(theirs)
-    ids_N, begins_N = own_ids[own_start:], _begins(student, own_ids)[own_start:] + shift
+    size, same, shift = _met(teacher, student, their_ids, own_ids)
+    ids_N, begins_N = own_ids[own_start:], student.begins(own_ids)[own_start:] + shift
     reached_N = (begins_N >= 0) & (begins_N <= same) & ~student.is_silent(ids_N)
-    place_N = np.where(reached_N, _places(teacher, their_ids, their_start, len(theirs))[begins_N * reached_N], -1)
+    place_N = np.where(reached_N, _places(teacher, their_ids, their_start, size)[begins_N * reached_N], -1)
     met_N = place_N >= 0
     class_M = teacher.class_V[their_ids[their_start:][place_N[met_N]]]
     agrees_N = np.zeros_like(met_N)
@@ -90,11 +94,12 @@ def align(teacher: Side, student: Side, their_ids: Array, own_ids: Array, their_
     return Alignment(np.where(agrees_N, place_N, -1), int((~met_N).sum()), int((met_N & ~agrees_N).sum()))
 
 
-def _begins(side: Side, ids: Array) -> Array:
-    """Where each token begins, in bytes."""
-    lengths_T = side.lengths(ids)
-    begins_T: Array = np.cumsum(lengths_T) - lengths_T
-    return begins_T
+def _met(teacher: Side, student: Side, their_ids: Array, own_ids: Array) -> tuple[int, int, int]:
+    """Bytes of the teacher's text, how many of them are the student's, too, and what is added to a place in the student's."""
+    theirs, own = teacher.bytes(their_ids), student.bytes(own_ids)
+    if theirs != own and theirs.lstrip() == own.lstrip():
+        return len(theirs), len(theirs), len(theirs) - len(own)
+    return len(theirs), _common(theirs, own), 0
 
 
 def _places(side: Side, ids: Array, start: int, size: int) -> Array:
@@ -102,7 +107,7 @@ def _places(side: Side, ids: Array, start: int, size: int) -> Array:
 
     Where a special token stands that ends nothing, the position behind it has seen what the student does not see.
     """
-    begins_T, numbers_T, silent_T = _begins(side, ids), np.arange(len(ids)) - start, side.is_silent(ids)
+    begins_T, numbers_T, silent_T = side.begins(ids), np.arange(len(ids)) - start, side.is_silent(ids)
     place_at = np.full(size + 1, -1, dtype=np.int64)
     told_T = ~silent_T & (numbers_T >= 0)
     place_at[begins_T[told_T]] = numbers_T[told_T]
@@ -115,3 +120,57 @@ def _common(a: bytes, b: bytes) -> int:
     size = min(len(a), len(b))
     different = np.flatnonzero(np.frombuffer(a, np.uint8, size) != np.frombuffer(b, np.uint8, size))
     return int(different[0]) if len(different) else size
+
+
+def chunks(
+    teacher: Side,
+    student: Side,
+    their_ids: Array,
+    own_ids: Array,
+    their_start: int,
+    own_start: int,
+    logprobs_N: Array,
+) -> tuple[Array, Array]:
+    """The smallest stretches of text that begin and end with a token on both sides (Minixhofer et al. 2025, arXiv 2503.20083).
+
+    The probability of such a chunk is the product of its tokens', in either tokenization. Those with special tokens inside, and
+    those behind the first difference of the texts, are none.
+
+    Args:
+        teacher: how its tokens read.
+        student: how its own read.
+        their_ids: the teacher's tokens.
+        own_ids: the student's.
+        their_start: the teacher's first position with a log-probability.
+        own_start: the student's first position that is learnt.
+        logprobs_N: the teacher's log-probabilities of its tokens from `their_start` on.
+
+    Returns:
+        At the student's last token of each chunk how many of its tokens it has, else 0; and the teacher's log-probability of
+        it there, else 0. Both (N,).
+    """
+    size, same, shift = _met(teacher, student, their_ids, own_ids)
+    begins_T, begins_N = _bounds(teacher, their_ids, their_start), _bounds(student, own_ids, own_start) + shift
+    bounds = np.intersect1d(begins_T, begins_N)
+    both_end = begins_T[-1] > size and begins_N[-1] > size
+    bounds = bounds[bounds <= same + both_end]
+    first_T, first_N = np.searchsorted(begins_T[:-1], bounds), np.searchsorted(begins_N[:-1], bounds)
+    silent = [
+        np.concatenate([[0], np.cumsum(side.is_silent(ids))])[first]
+        for side, ids, first in (
+            (teacher, their_ids[their_start:], first_T), (student, own_ids[own_start:], first_N)
+        )
+    ]  # fmt: skip
+    whole = (np.diff(silent[0]) == 0) & (np.diff(silent[1]) == 0) & (np.diff(first_T) > 0) & (np.diff(first_N) > 0)
+    sums = np.diff(np.concatenate([[0.0], np.cumsum(logprobs_N)])[first_T])
+    sizes_N, found_N = np.zeros(len(own_ids) - own_start, dtype=np.int64), np.zeros(len(own_ids) - own_start)
+    ends = first_N[1:][whole] - 1
+    sizes_N[ends], found_N[ends] = np.diff(first_N)[whole], sums[whole]
+    return sizes_N, found_N
+
+
+def _bounds(side: Side, ids: Array, start: int) -> Array:
+    """Where each token from `start` on begins, in bytes, and where the last ends; an end token has a byte of its own."""
+    begins_T = side.begins(ids)
+    ended = len(ids) > 0 and int(ids[-1]) in side.end_ids
+    return np.append(begins_T[start:], int(side.lengths(ids).sum()) + ended)

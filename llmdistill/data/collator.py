@@ -49,6 +49,8 @@ class DistillCollator:
         vocab_size: of the student's output layer; targets from there on are given to the others. None if there are none.
         classes: of rows from `retokenize`, whose targets are in the teacher's tokens: they become targets over classes, and
             `target_soft` (N,) says which positions have one.
+        for_teacher: of such rows, give what a teacher that runs beside the student needs in the place of stored targets:
+            `their_input_ids` and so on, in its own tokens, and `teacher_positions` (N,), where its logits stand.
     """
 
     pad_token_id: int
@@ -59,6 +61,7 @@ class DistillCollator:
     with_ids: bool = False
     vocab_size: int | None = None
     classes: RootClasses | None = None
+    for_teacher: bool = False
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """One batch from rows as `load_dataset` gives them, or from packs of such rows."""
@@ -71,10 +74,12 @@ class DistillCollator:
         batch = self._in_a_line(ids, starts, lengths) if self.padding_free else self._below_each_other(ids, starts, lengths)
         batch |= {"lengths": lengths, "pack_sizes": np.array([len(pack) for pack in packs])}
         batch |= {"positions": np.flatnonzero(batch["labels"] != -100) - 1}  # the shift
-        kind = targets.kind_of(list(rows[0]))
+        kind = targets.TextOnly if self.for_teacher else targets.kind_of(list(rows[0]))
+        if self.for_teacher and "target_places" in rows[0]:
+            batch |= self._teachers(rows, counts)
         entropy_N = np.zeros(counts.sum())
         if kind.columns:
-            if "target_places" in rows[0]:
+            if "target_places" in rows[0] and kind.made_by is None:
                 soft, batch["target_soft"] = self._of_classes(kind, rows, counts)
             else:
                 soft = kind.of_rows(rows, counts)
@@ -115,12 +120,25 @@ class DistillCollator:
         """The targets over classes at every position, and which have one; at the others they are of any position."""
         if self.classes is None:
             raise ValueError("the rows have another vocabulary than their targets; give their classes (RootClasses.load)")
-        places = [np.asarray(row["target_places"])[:count] for row, count in zip(rows, counts, strict=True)]
-        theirs = np.array([max(int(place.max(initial=-1)) + 1, 1) for place in places])
+        places, theirs = _places(rows, counts)
         index_N = np.concatenate([place + before for place, before in zip(places, theirs.cumsum() - theirs, strict=True)])
         soft_N = np.concatenate(places) >= 0
         soft = kind.of_rows(rows, theirs).at(np.where(soft_N, index_N, 0))
         return soft.of_classes(self.classes.teacher_V, self.classes.dropped), soft_N
+
+    def _teachers(self, rows: Sequence[Any], counts: targets.Array) -> dict[str, targets.Array]:
+        """The rows in the teacher's tokens as far as they are needed, and where in them the logits for each token stand."""
+        places, theirs = _places(rows, counts)
+        starts = np.array([int(row["teacher_start"]) for row in rows])
+        ids = [np.asarray(row["teacher_ids"])[: start + count] for row, start, count in zip(rows, starts, theirs, strict=True)]
+        lengths = np.array([len(sequence) for sequence in ids])
+        shown = (self._in_a_line if self.padding_free else self._below_each_other)(ids, starts, lengths)
+        del shown["labels"]
+        begins = np.arange(len(rows)) * lengths.max() if not self.padding_free else lengths.cumsum() - lengths
+        positions = [place + start + begin - 1 for place, start, begin in zip(places, starts, begins, strict=True)]  # the shift
+        soft_N = np.concatenate(places) >= 0
+        batch = {f"their_{name}": values for name, values in shown.items()}
+        return batch | {"target_soft": soft_N, "teacher_positions": np.where(soft_N, np.concatenate(positions), 0)}
 
     def _weights(self, entropy_N: targets.Array, counts: targets.Array) -> targets.Array:
         weights_N = POSITION_WEIGHTS[self.position_weights](entropy_N)
@@ -128,6 +146,18 @@ class DistillCollator:
             row_N = np.repeat(np.arange(len(counts)), counts)
             weights_N = weights_N / np.maximum(np.bincount(row_N, weights_N, len(counts)), 1e-12)[row_N]
         return weights_N.astype(np.float32)
+
+
+def _places(rows: Sequence[Any], counts: targets.Array) -> tuple[list[targets.Array], targets.Array]:
+    """Of the first so many positions of each row the teacher's, −1 for none; and how many of the teacher's that takes."""
+    places = [np.asarray(row["target_places"])[:count].astype(np.int64) for row, count in zip(rows, counts, strict=True)]
+    return places, np.array([max(int(place.max(initial=-1)) + 1, 1) for place in places])
+
+
+def teacher_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What `completion_logits` of a teacher with another vocabulary is given: its own tokens and positions."""
+    theirs = {name.removeprefix("their_"): values for name, values in batch.items() if name.startswith("their_")}
+    return {**theirs, "positions": batch["teacher_positions"]}
 
 
 def text_only(rows: Sequence[Any]) -> list[dict[str, Any]]:

@@ -144,8 +144,15 @@ def test_one_vocabulary_gives_the_loss_of_one_vocabulary(kind, loss, form):
 @pytest.mark.parametrize("loss", DIVERGENCES)
 def test_an_online_teacher_is_compared_class_by_class(loss):
     hidden, layer, labels, teacher, soft, classes = problem(3)
-    batch = {"teacher_logits": teacher, "token_weights": torch.ones(N), "target_soft": soft, "target_table": ClassTable.of(classes)}
-    found, _ = fused.distillation_loss(hidden, fused.Head(layer), labels, batch, Objective(loss, alpha=1.0), chunk_bytes=4 * 4 * V)
+    batch = {
+        "teacher_logits": teacher,
+        "token_weights": torch.ones(N),
+        "target_soft": soft,
+        "target_table": ClassTable.of(classes),
+    }
+    found, _ = fused.distillation_loss(
+        hidden, fused.Head(layer), labels, batch, Objective(loss, alpha=1.0), chunk_bytes=4 * 4 * V
+    )
     logits = (hidden @ layer.weight.T).double()
     q, p = logits.softmax(-1), teacher.double().softmax(-1)
     q_C, p_C = (

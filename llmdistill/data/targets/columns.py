@@ -19,6 +19,12 @@ def list_array(values: Array, lengths: Array) -> "pa.ListArray":
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
+def list_column(parts: Sequence[Array], dtype: Any) -> "pa.ListArray":
+    """An Arrow list column, a list from each array."""
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    return list_array(np.concatenate([np.empty(0), *parts]).astype(dtype), lengths)
+
+
 def id_type(vocab_size: int) -> "type[np.unsignedinteger[Any]]":
     """The type in which ids are stored: 16 bits where the vocabulary has at most 65,536 tokens, else 32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
