@@ -5,7 +5,7 @@ distribution as its soft target if a teacher's token begins there, too, and the 
 Everywhere else it is learnt as a hard label.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,19 @@ class Alignment:
         """How many positions there are, and of each sort."""
         soft = int((self.place_N >= 0).sum())
         return {"positions": len(self.place_N), "soft": soft, "inside": self.inside, "disagree": self.disagree}
+
+
+_SORTS = {
+    "soft": "with a soft target",
+    "inside": "inside a teacher token",
+    "disagree": "where the two tokens have different roots",
+}
+
+
+def shares(counts: Mapping[str, int]) -> str:
+    """In words, from the counts of many rows: how many positions there are, and of each sort."""
+    total = max(counts["positions"], 1)
+    return f"of {counts['positions']:,} positions " + ", ".join(f"{counts[n] / total:.1%} {what}" for n, what in _SORTS.items())
 
 
 def align(teacher: Side, student: Side, their_ids: Array, own_ids: Array, their_start: int = 0, own_start: int = 0) -> Alignment:

@@ -207,7 +207,7 @@ def online_parts(logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any]
     ce_N = cross_entropy(logits_NV, labels_N)
     choice_N = student_NC.gather(1, table.student_V[labels_N][:, None])[:, 0] + ce_N
     with torch.no_grad():
-        best_N, wanted_N = wide(logits_NV).argmax(dim=1), teacher_NC.argmax(dim=1)
-        agree_N = torch.where(soft_N, table.student_V[best_N] == wanted_N, best_N == labels_N)
+        same_N = student_NC.argmax(dim=1) == teacher_NC.argmax(dim=1)
+        agree_N = torch.where(soft_N, same_N, wide(logits_NV).argmax(dim=1) == labels_N)
     found = with_labels(objective.divergences(teacher_NC, student_NC), soft_N, ce_N, choice_N)
     return {"agreement": agree_N.float()} | found

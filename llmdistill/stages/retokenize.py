@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config import Experiment
-from llmdistill.data.alignment import Alignment, Side, align, chunks
+from llmdistill.data.alignment import Alignment, Side, align, chunks, shares
 from llmdistill.data.dataset import (
     MANIFEST,
     SPLITS,
@@ -43,7 +43,7 @@ from llmdistill.models.loading import (
 from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
 from llmdistill.prompting.turns import stored_ids
 from llmdistill.runs import record
-from llmdistill.runs.progress import StageBar, counted, say, working
+from llmdistill.runs.progress import StageBar, say, working
 
 _KEPT = ("id", "prompt", "completion", "finish_reason", "metadata")
 
@@ -67,7 +67,7 @@ def retokenize(experiment: Experiment, dry_run: bool = False) -> None:
     if done:
         return say("retokenize", f"{directory} is finished")
     with working("retokenize", "comparing the vocabularies"):
-        sides = _sides(experiment, manifest)
+        sides = sides_of(experiment, manifest)
     record.begin(*claim, experiment.seed)
     for leftover in [*directory.glob("*.parquet"), *directory.glob(".*.unfinished")]:
         leftover.unlink()
@@ -89,7 +89,7 @@ def retokenize(experiment: Experiment, dry_run: bool = False) -> None:
         shards = [shard for writer in writers.values() for shard in writer.publish()]
         write_manifest(directory, shards, _description(manifest, sides, claim.inputs, counts, left_out))
         record.finish(directory, {"rows": used, **counts, **record.speed(counts["positions"], time.monotonic() - started)})
-    return say("retokenize", _said(counts))
+    return say("retokenize", shares(counts))
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:
@@ -138,13 +138,14 @@ def _student(experiment: Experiment) -> tuple[str, str | None, bool]:
 
 
 @dataclass(frozen=True)
-class _Sides:
+class Sides:
     """Both tokenizers, and what they have in common.
 
     Attributes:
         teacher: how the stored tokens read.
         student: how the student's read.
-        chat: the student's template.
+        teacher_chat: the teacher's template.
+        chat: the student's.
         classes: of both.
         tokenizer: what `dataset.json` says of the student's.
         kind: of the stored targets.
@@ -154,6 +155,7 @@ class _Sides:
 
     teacher: Side
     student: Side
+    teacher_chat: ChatTemplate
     chat: ChatTemplate
     classes: RootClasses
     tokenizer: dict[str, Any]
@@ -161,14 +163,34 @@ class _Sides:
     masked: bool
     name: str
 
+    def with_teachers(self, row: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+        """A row that the student has written, in the teacher's tokens, too, as `retokenize` stores rows.
 
-def _sides(experiment: Experiment, manifest: Mapping[str, Any]) -> _Sides:
+        Args:
+            row: with `input_ids` and `completion_start`, in the student's tokens.
+            asked: the stored row with the same prompt.
+        """
+        ids = np.asarray(row["input_ids"])[int(row["completion_start"]) :]
+        text = self.student.bytes(ids).decode(errors="replace")
+        ended = len(ids) > 0 and int(ids[-1]) in self.student.end_ids
+        answer = {"role": "assistant", "content": text}
+        told = {**asked, "completion": [answer], "metadata": "{}", "finish_reason": "stop" if ended else "length"}
+        prompt = np.asarray(asked["teacher_ids"])[: int(asked["teacher_start"])]
+        try:
+            _, their_ids = stored_ids(told, self.teacher_chat)
+        except UnusableError:  # nothing but white space, which templates refuse: the end alone is compared
+            their_ids = sorted(self.teacher.end_ids)[:1]
+        place_N = align(self.teacher, self.student, np.array(their_ids), ids).place_N
+        return {**row, "teacher_ids": np.array([*prompt, *their_ids]), "teacher_start": len(prompt), "target_places": place_N}
+
+
+def sides_of(experiment: Experiment, manifest: Mapping[str, Any]) -> Sides:
     """Everything of the tokenizers.
 
     Raises:
         InputError: they are of one vocabulary, the dataset is of another teacher, or the student's answers have no end.
     """
-    teacher, theirs = experiment.teacher, manifest["tokenizer"]
+    teacher, theirs = experiment.teacher, manifest.get("teacher_tokenizer", manifest["tokenizer"])
     source = experiment.dataset_directory
     their_tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
     if vocabulary_hash(their_tokenizer) != theirs["vocabulary_hash"]:
@@ -196,10 +218,11 @@ def _sides(experiment: Experiment, manifest: Mapping[str, Any]) -> _Sides:
     described = describe_tokenizer(tokenizer, size, end_ids)
     masked = manifest["sampling"].get("thinking") == "masked"
     chat = ChatTemplate(tokenizer, end_ids)
-    return _Sides(their_side, side, chat, classes, described, manifest["targets"]["kind"], masked, model)
+    their_chat = ChatTemplate(their_tokenizer, theirs["end_token_ids"], teacher.template_args)
+    return Sides(their_side, side, their_chat, chat, classes, described, manifest["targets"]["kind"], masked, model)
 
 
-def _table(table: pa.Table, sides: _Sides, leave_out: bool, counts: Counter[str], left_out: LeftOut) -> pa.Table:
+def _table(table: pa.Table, sides: Sides, leave_out: bool, counts: Counter[str], left_out: LeftOut) -> pa.Table:
     """Some rows in the student's tokens; what they hold is added to the counts."""
     used: list[int] = []
     made: list[_Row] = []
@@ -226,7 +249,7 @@ class _Row:
     chunks: Chunks
 
 
-def _row(row: Mapping[str, Any], sides: _Sides, leave_out: bool) -> _Row:
+def _row(row: Mapping[str, Any], sides: Sides, leave_out: bool) -> _Row:
     their_ids, their_start = np.array(row["input_ids"]), int(row["completion_start"])
     if leave_out and sides.teacher.is_silent(their_ids[their_start:]).any():
         raise UnusableError("its completion has special tokens in it")
@@ -248,7 +271,7 @@ def _trace(row: Mapping[str, Any]) -> str:
     return str(provenance.get("thinking", ""))
 
 
-def _columns(table: pa.Table, rows: list[_Row], sides: _Sides) -> pa.Table:
+def _columns(table: pa.Table, rows: list[_Row], sides: Sides) -> pa.Table:
     """The stored columns that stay, and those of the student's tokens."""
     columns: dict[str, Any] = {name: table[name] for name in _KEPT}
     columns |= {
@@ -266,7 +289,7 @@ def _columns(table: pa.Table, rows: list[_Row], sides: _Sides) -> pa.Table:
 
 
 def _description(
-    manifest: Mapping[str, Any], sides: _Sides, inputs: dict[str, str], counts: Counter[str], left_out: LeftOut
+    manifest: Mapping[str, Any], sides: Sides, inputs: dict[str, str], counts: Counter[str], left_out: LeftOut
 ) -> dict[str, Any]:
     """For `dataset.json`."""
     targets = manifest["targets"] if KINDS[sides.kind].columns else Chunks.describe(0)
@@ -281,16 +304,3 @@ def _description(
         "versions": record.versions(),
         **left_out.described,
     }
-
-
-def _said(counts: Counter[str]) -> str:
-    total = max(counts["positions"], 1)
-    shares = ", ".join(f"{counts[name] / total:.1%} {what}" for name, what in _WHAT.items())
-    return f"{counted(counts['positions'], 'position')}: {shares}"
-
-
-_WHAT = {
-    "soft": "with a soft target",
-    "inside": "inside a teacher token",
-    "disagree": "where the tokens disagree",
-}

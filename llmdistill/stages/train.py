@@ -78,6 +78,11 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
     if dry_run and not (dataset / MANIFEST).is_file():
         _say_plan(experiment, None)
         return
+    if dataset != experiment.dataset_directory and not dataset.is_dir():
+        raise InputError(
+            f"student.model: {experiment.student.model} has another vocabulary than {experiment.dataset_directory}; "
+            "run `retokenize` first"
+        )
     manifest = read_manifest(dataset)
     _check_loss(experiment, manifest)
     _check_mix(experiment, manifest, mixed)
@@ -457,9 +462,7 @@ def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> Any:
     model, revision, trust = origin(experiment)
     tokenizer = load_tokenizer(model, revision, trust, "student.model")
     if vocabulary_hash(tokenizer) != manifest["tokenizer"]["vocabulary_hash"]:
-        raise InputError(
-            f"student.model: {model} has another vocabulary than {training_dataset(experiment)}; run `retokenize` first"
-        )
+        raise InputError(f"student.model: {model} has another vocabulary than {training_dataset(experiment)}")
     tokenizer.chat_template = manifest["tokenizer"]["chat_template"]
     return tokenizer
 
