@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmdistill.evaluation.drafts import MODES, draft_sums
 from llmdistill.evaluation.metrics import CONFIDENCES, ENTROPIES, POSITIONS, QUANTITIES, Positions
 from llmdistill.evaluation.statistics import Array
 from llmdistill.models.loading import continue_prompts
@@ -41,12 +42,14 @@ def fidelity(
     Returns:
         `tokens`, `ended`, whether the text ends, and for every model `NAME QUANTITY` of all quantities of the metrics: `NAME
         kl`, `NAME top1`, … Of them `confidence` and `truth` are in groups by the confidence. `tokens by position`, `tokens
-        by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too.
+        by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too; and of every model as a draft what
+        `draft_sums` returns, and `NAME MODE by position`.
     """
     parts: dict[str, list[Array]] = {}
     for values, row_N, count in _batches(models, rows, batch_size, list(end_ids)):
+        position_N = values.pop("position")
         groups = {
-            "position": np.searchsorted(POSITIONS, values.pop("position"), side="right") - 1,
+            "position": np.searchsorted(POSITIONS, position_N, side="right") - 1,
             "entropy": np.searchsorted(ENTROPIES, values.pop("entropy").clip(min=0), side="right") - 1,
         }
         sizes = {"position": len(POSITIONS), "entropy": len(ENTROPIES)}
@@ -56,6 +59,10 @@ def fidelity(
             for model in models:
                 sums[f"{model} kl by {name}"] = _sums(row_N, group_N, values[f"{model} kl"], count, sizes[name])
         for model in models:
+            sums |= draft_sums(values, model, row_N, position_N, count)
+            for mode, quantity in MODES.items():
+                accepted_N = values[f"{model} {quantity}"]
+                sums[f"{model} {mode} by position"] = _sums(row_N, groups["position"], accepted_N, count, len(POSITIONS))
             confidence_N, truth_N = values.pop(f"{model} confidence"), values.pop(f"{model} truth")
             bin_N = (confidence_N * CONFIDENCES).astype(int).clip(max=CONFIDENCES - 1)
             for name, value_N in (("confidence", confidence_N), ("truth", truth_N)):
