@@ -185,7 +185,7 @@ def _draft(experiment: Experiment, teacher: Json, student: Json) -> Json | None:
     revision = experiment.teacher.revision
     return {
         "labels": list(_DRAFTS.values()),
-        "cycles": list(zip(*(mode["cycles"] for mode in modes), strict=True)),
+        "cycles": list(zip(*(mode["cycles"] for mode in modes[:3]), strict=True)),  # vLLM has these
         "acceptance": [mode["acceptance"] for mode in modes],
         "by_position": list(zip(*(mode["by_position"] for mode in modes), strict=True)),
         "cost": draft.get("cost"),

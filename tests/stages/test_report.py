@@ -292,6 +292,32 @@ def test_the_page_shows_where_the_student_differs(experiment: Experiment) -> Non
     assert "| calibration error against the teacher, % ↓ | 2 (1–3) |" in text
 
 
+def test_the_student_as_a_draft_model(experiment: Experiment) -> None:
+    """What to serve it with, and plainly that it would not help where it does not; a draft costs half of the teacher's pass."""
+    page, text = pages(experiment)
+    shown = " ".join(Page(page).text.split())
+    said = (
+        "At temperature 1 the student as a draft model would give the teacher 4.74 times its speed (4.74 to 4.74), with 1 greedy"
+    )
+    assert said in shown
+    assert said in text
+    command = (
+        """vllm serve 'models/<Teacher>|x' --speculative-config '{"model": "models/<Teacher>|x", "num_speculative_tokens": 1, """
+    )
+    assert command in shown
+    assert command in text
+    assert "| 2 | 7.02 | 3.51 | 7.12 | 3.56 | 7.22 | 3.61 |" in text
+    assert "| from token 4 | 51 (40–60) | 52 (40–60) | 53 (40–60) | 54 (40–60) |" in text
+    assert "| all tokens | 61 (60–70) | 62 (60–70) | 63 (60–70) | 64 (60–70) |" in text
+    assert "c = 0.50 (0.50–0.50)" in shown
+    models = metrics()["models"]
+    add_speed_ups(models[2]["draft"], {"median": 0.1, "low": 0.1, "high": 0.1})
+    change(experiment, models=models)
+    page, text = pages(experiment)
+    assert "would slow the teacher down: even the best, 1 greedy draft a cycle, gives 0.65 times its speed" in text
+    assert "vllm serve" not in page + text
+
+
 def test_the_answer_that_changed_most_stands_near_the_top(experiment: Experiment) -> None:
     told = {"teacher": "Paris is the capital of France.", "student before": "The the the", "student, text only": "x"}
     samples = [
