@@ -24,7 +24,7 @@ DRAFT = next(metric for metric in METRICS if metric.name == "draft")
 def prompts(smollm2):
     tokenizer = load_tokenizer(str(smollm2), None)
     lines = (ROOT / "prompts/seeds/general.jsonl").read_text().splitlines()[:16]
-    chats = [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines]
+    chats = [[{"role": "user", "content": json.loads(line)["instruction"]}] for line in lines]
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
 
 
