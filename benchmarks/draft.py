@@ -148,7 +148,7 @@ def served(settings: dict[str, Any]) -> dict[str, Any]:
     llm = vllm.LLM(
         settings["teacher"],
         dtype="float32",
-        max_model_len=max(map(len, settings["prompts"])) + settings["tokens"],
+        max_model_len=max(map(len, settings["prompts"])) + settings["tokens"] + 64,  # drafts that reach beyond it are cut
         max_num_seqs=24,
         enforce_eager=current_platform.is_cpu(),
         disable_log_stats=False,

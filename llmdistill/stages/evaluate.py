@@ -245,7 +245,8 @@ def _add_speeds(metrics: dict[str, Any], served: dict[str, Any]) -> None:
     for described in metrics["models"]:
         described |= speeds[described["name"]]
         described["decode_tokens_per_s"] = described["decode"]["median"]
-        drafts.add_speed_ups(described["draft"], described.get("decode_ratio"))
+        if "draft" in described:
+            drafts.add_speed_ups(described["draft"], described.get("decode_ratio"))
     metrics["decoding"] = {name: value for name, value in served.items() if name != "models"}
     metrics["headline"] = headline(metrics["models"], served["engine"], metrics.get("tasks"))
 
@@ -397,7 +398,8 @@ def _said(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is said at the end, each line with its label; the report has it all."""
     yield "eval", _summary(metrics)
     student = next(model for model in metrics["models"] if model["name"] == "student")
-    yield from (("eval", drafts.advice(best)) for best in drafts.best_cycles(student["draft"]))
+    if "draft" in student:
+        yield from (("eval", drafts.advice(best)) for best in drafts.best_cycles(student["draft"]))
     judged = metrics.get("win_rate", {"win_rate": None, "warnings": []})
     if judged["win_rate"]:
         yield "eval", f"student wins {_share(judged['win_rate'], 'prompts')} against the {judged['against']}, says the judge"
