@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,21 @@ def main() -> None:
         settings = json.loads(arguments.serve.read_text())
         arguments.serve.write_text(json.dumps(settings | served(settings)))
         return
+    table = []
     with synthetic.demo(arguments.smoke, "generate", "curate", "prune") as tiny:
-        table = measure(arguments, tiny)
-    print("| drafts by | temperature | drafts | first accepted, predicted | counted | tokens a cycle, predicted | counted |")
-    print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
-    for row in table:
-        figures = f"{row['first']:.1%} | {row['first_counted']:.1%} | {row['tokens']:.3f} | {row['tokens_counted']:.3f}"
-        print(f"| {row['drafts by']} | {row['temperature']} | {row['drafts']} | {figures} |")
+        print("| drafts by | temperature | drafts | first accepted, predicted | counted | tokens a cycle, predicted | counted |")
+        print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
+        for row in measure(arguments, tiny):
+            table.append(row)
+            found = f"{row['first']:.1%} | {row['first_counted']:.1%} | {row['tokens']:.3f} | {row['tokens_counted']:.3f}"
+            print(f"| {row['drafts by']} | {row['temperature']} | {row['drafts']} | {found} |", flush=True)
     right = [row for row in table if "defect" not in row["drafts"]]
     aims = {"draft_tokens_off": max(abs(row["tokens"] / row["tokens_counted"] - 1) for row in right)}
     print()
     report({"gamma": arguments.gamma, "table": table}, aims, arguments.json)
 
 
-def measure(arguments: Any, tiny: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def measure(arguments: Any, tiny: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """A row for each of `RUNS`."""
     from llmdistill import load_dataset
     from llmdistill.config import load_experiment
@@ -79,7 +81,6 @@ def measure(arguments: Any, tiny: list[tuple[str, str]]) -> list[dict[str, Any]]
     size = (2, 12) if tiny else (arguments.prompts, arguments.tokens)
     asked = {"teacher": paths["teacher"], "gamma": arguments.gamma, "tokens": size[1], "mended": True}
     asked |= {"prompts": [*map(list, prompts)][: size[0]]}
-    table = []
     for name, temperature, method, mode in RUNS:
         how = asked | {"draft": paths[name], "method": method, "temperatures": [temperature]}
         if tiny:
@@ -87,12 +88,11 @@ def measure(arguments: Any, tiny: list[tuple[str, str]]) -> list[dict[str, Any]]
         else:
             answer = in_process(how)
             (found,) = answer["runs"]
-        table.append({"drafts by": name, "temperature": temperature, "drafts": method, **figures(found, models, name, mode)})
+        yield {"drafts by": name, "temperature": temperature, "drafts": method, **figures(found, models, name, mode)}
     if not tiny and answer["defect"]:
         (found,) = in_process(how | {"mended": False})["runs"]
         broken = {"drafts by": name, "temperature": temperature, "drafts": f"{method}, with the defect"}
-        table.append(broken | figures(found, models, name, mode))
-    return table
+        yield broken | figures(found, models, name, mode)
 
 
 def figures(found: dict[str, Any], models: dict[str, Any], name: str, mode: str) -> dict[str, float]:

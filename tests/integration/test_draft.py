@@ -42,10 +42,10 @@ def cut(smollm2, tmp_path_factory):
     return directory
 
 
-def served(directory, teacher, draft, prompts, method):
+def served(directory, teacher, draft, prompts, method, tokens):
     """Texts and counters at temperatures 0 and 1, from an engine in a process of its own; see benchmarks/draft.py."""
     file = directory / "settings.json"
-    asked = {"teacher": str(teacher), "draft": str(draft), "prompts": prompts, "method": method, "gamma": GAMMA, "tokens": 40}
+    asked = {"teacher": str(teacher), "draft": str(draft), "prompts": prompts, "method": method, "gamma": GAMMA, "tokens": tokens}
     file.write_text(json.dumps({**asked, "temperatures": [0, 1], "mended": True}))
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/draft.py", "--serve", file], cwd=ROOT, capture_output=True, text=True, timeout=500
@@ -54,22 +54,22 @@ def served(directory, teacher, draft, prompts, method):
     return json.loads(file.read_text())["runs"]
 
 
-def predicted(teacher, draft, texts, mode):
+def predicted(models, texts, mode):
     """The entry of `metrics.json` for drafts of this length, on the texts that were written."""
     rows = [{"input_ids": np.array([*prompt, *text]), "completion_start": len(prompt)} for prompt, text in texts]
-    models = {name: load_model(str(path), dtype="float32") for name, path in (("teacher", teacher), ("student", draft))}
     draws = Draws.of([str(number) for number in range(len(rows))], 200, 0)
     return DRAFT.compute(Sums("student", fidelity(models, rows, 8), draws))[mode]["cycles"][GAMMA - 1]
 
 
 def test_predictions_are_what_vllm_counts(smollm2, cut, prompts, tmp_path):
     """Greedy drafts, as vLLM makes by default. At temperature 0 on the same texts there is hardly any chance in it."""
-    greedy, sampled = served(tmp_path, smollm2, cut, prompts, "greedy")
+    greedy, sampled = served(tmp_path, smollm2, cut, prompts, "greedy", 32)
+    models = {name: load_model(str(path), dtype="float32") for name, path in (("teacher", smollm2), ("student", cut))}
     for run, mode, off in ((greedy, "temperature_0", 0.0), (sampled, "greedy", 3.5)):
         counted = np.array(run["accepted_by_place"]) / run["cycles"]
-        want = predicted(smollm2, cut, run["texts"], mode)
+        want = predicted(models, run["texts"], mode)
         assert 0.1 < counted[0] < 0.95, "a draft model that is sometimes wrong"
-        assert run["cycles"] > 100
+        assert run["cycles"] > 80
         for place in range(GAMMA):
             p = want["by_place"][place]
             assert counted[place] == pytest.approx(p, abs=0.05 + off * (p * (1 - p) / run["cycles"]) ** 0.5), (mode, place)
@@ -79,6 +79,6 @@ def test_predictions_are_what_vllm_counts(smollm2, cut, prompts, tmp_path):
 
 def test_a_teacher_that_drafts_for_itself_has_every_draft_accepted(smollm2, prompts, tmp_path):
     """At temperature 0, and at temperature 1 where vLLM samples drafts and keeps their probabilities."""
-    for run in served(tmp_path, smollm2, smollm2, prompts[:3], "probabilistic"):
-        assert run["cycles"] > 20
+    for run in served(tmp_path, smollm2, smollm2, prompts[:3], "probabilistic", 20):
+        assert run["cycles"] > 10
         assert run["accepted_by_place"] == [run["cycles"]] * GAMMA
