@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import Experiment, load_experiment
+from llmdistill.config.machine import training_precision
 from llmdistill.data.alignment import Side, align
 from llmdistill.data.collator import DistillCollator, completion_labels, in_place_of_logits, teacher_batch
 from llmdistill.evaluation.fidelity import fidelity
@@ -257,6 +258,7 @@ def students(
         yield "before training", load_model(experiment.student.model, dtype="float32")
     recipe = {**experiment.train.args, "max_steps": steps, "seed": seed, "save_strategy": "no", "logging_strategy": "no"}
     recipe |= {"report_to": "none", "disable_tqdm": True, "use_cpu": not torch.accelerator.is_available()}
+    recipe["bf16"] = training_precision(recipe["use_cpu"], None, False).dtype == "bfloat16"
     recipe = {key: value for key, value in recipe.items() if key not in ("logging_steps", "save_steps", "save_total_limit")}
     for name in (SOFT, CHUNKS, ONLINE, GOLD, ULD, TEXT):
         uld = trl_loss(sides, name == GOLD) if name in (GOLD, ULD) else None  # its configuration resets accelerate's state

@@ -1,0 +1,160 @@
+"""Root classes: what two vocabularies have in common, as a partition of both.
+
+For a byte string b that is a student token let φ(b) be the first token of the teacher's encoding of b, and for a teacher
+token ψ(b) the first of the student's. Each is a prefix of its argument. Follow φ and ψ in turn until a string is reached
+that both vocabularies have: the root. Every token of either vocabulary has exactly one, so the roots partition both, and a
+distribution over either vocabulary is one over the classes. With one vocabulary every token is its own class.
+
+Tokens that end a text are one class, by table. Special tokens that end nothing, ids that the tokenizer does not know and
+tokens without a root are one class, too, the last. A teacher's mass on it is dropped, if the student has none of them.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmdistill.errors import InputError
+from llmdistill.models.token_bytes import first_tokens, token_bytes
+from llmdistill.runs import lock
+from llmdistill.runs.record import fsync_directory
+
+Array = np.ndarray[Any, Any]
+FILE = "classes.npz"  # in a dataset
+
+
+@dataclass(frozen=True)
+class RootClasses:
+    """The class of each token: numbers from 0, below `count`.
+
+    Attributes:
+        teacher_V: of the teacher's tokens, over its output layer.
+        student_V: of the student's, over its own.
+    """
+
+    teacher_V: Array
+    student_V: Array
+
+    @cached_property
+    def count(self) -> int:
+        """How many classes there are."""
+        return int(max(self.teacher_V.max(initial=-1), self.student_V.max(initial=-1))) + 1
+
+    @property
+    def dropped(self) -> int | None:
+        """The class of special tokens, if the student has none: what the teacher thinks of it cannot be learnt."""
+        last = self.count - 1
+        return None if (self.student_V == last).any() else last
+
+    @cached_property
+    def members(self) -> tuple[Array, Array]:
+        """The student's tokens, those of a class one behind the other (V,), and where each class begins (C + 1,)."""
+        order_V = np.argsort(self.student_V, kind="stable")
+        sizes_C = np.bincount(self.student_V, minlength=self.count)
+        return order_V, np.concatenate([[0], np.cumsum(sizes_C)])
+
+    @property
+    def hash(self) -> str:
+        """Of the content."""
+        digest = hashlib.sha256()
+        for values in (self.teacher_V, self.student_V):
+            digest.update(values.astype("<i4").tobytes() + b"|")
+        return digest.hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write it beside a dataset's shards."""
+        with lock.written(directory / FILE) as unfinished, unfinished.open("wb") as stream:
+            np.savez_compressed(stream, teacher=self.teacher_V.astype(np.int32), student=self.student_V.astype(np.int32))
+        fsync_directory(directory)
+
+    @classmethod
+    def load(cls, directory: Path) -> "RootClasses":
+        """Read those of a dataset.
+
+        Raises:
+            InputError: they are not there, or are none.
+        """
+        file = directory / FILE
+        try:
+            with np.load(file, allow_pickle=False) as found:
+                sides = {name: found[name] for name in ("teacher", "student")}
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+        if not all(side.ndim == 1 and side.size and side.dtype.kind == "i" and side.min() >= 0 for side in sides.values()):
+            raise InputError(f"{file}: holds no classes of two vocabularies")
+        return cls(sides["teacher"].astype(np.int64), sides["student"].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, and what is to be known of its tokens.
+
+    Attributes:
+        bytes_of: each token's bytes by its id; None for special ones.
+        end_ids: the tokens that end a text.
+        size: of the model's output layer, which may be padded.
+        first: of some byte strings, the first token of the encoding of each, as bytes; empty where there is none.
+    """
+
+    bytes_of: Sequence[bytes | None]
+    end_ids: Sequence[int]
+    size: int
+    first: Callable[[Sequence[bytes]], list[bytes]]
+
+    @classmethod
+    def of(cls, tokenizer: Any, end_ids: Sequence[int], size: int, key: str) -> "Vocabulary":
+        """From a fast tokenizer of transformers.
+
+        Raises:
+            InputError: the bytes of its tokens cannot be told; naming the key.
+        """
+        bytes_of = token_bytes(tokenizer, key)
+        return cls(bytes_of, end_ids, size, lambda strings: first_tokens(tokenizer, bytes_of, strings))
+
+
+def root_classes(teacher: Vocabulary, student: Vocabulary) -> RootClasses:
+    """The classes of two vocabularies. The first classes are the roots in the order of their bytes, then come two by table."""
+    theirs, own = _strings(teacher), _strings(student)
+    roots = _roots(theirs, own, teacher.first, student.first)
+    number_of = {root: number for number, root in enumerate(sorted(set(roots.values())))}
+    end, rest = len(number_of), len(number_of) + 1
+
+    def classes(side: Vocabulary) -> Array:
+        found = np.full(side.size, rest, dtype=np.int64)
+        for token, string in enumerate(side.bytes_of[: side.size]):
+            if string and string in roots:
+                found[token] = number_of[roots[string]]
+        found[[token for token in side.end_ids if token < side.size]] = end
+        return found
+
+    return RootClasses(classes(teacher), classes(student))
+
+
+def _strings(side: Vocabulary) -> frozenset[bytes]:
+    return frozenset(string for token, string in enumerate(side.bytes_of) if string and token not in side.end_ids)
+
+
+def _roots(
+    theirs: frozenset[bytes],
+    own: frozenset[bytes],
+    first_of_theirs: Callable[[Sequence[bytes]], list[bytes]],
+    first_of_own: Callable[[Sequence[bytes]], list[bytes]],
+) -> Mapping[bytes, bytes]:
+    """The root of every string of either side that has one."""
+    shared = theirs & own
+    step = _steps(own - shared, first_of_theirs) | _steps(theirs - shared, first_of_own)
+    roots = {string: string for string in shared}
+    for string in sorted(step, key=len):  # a step leads to a shorter string
+        if (root := roots.get(step[string])) is not None:
+            roots[string] = root
+    return roots
+
+
+def _steps(strings: Iterable[bytes], first: Callable[[Sequence[bytes]], list[bytes]]) -> dict[bytes, bytes]:
+    """Of strings that the other side does not have, the first token there."""
+    ordered = sorted(strings)
+    return {string: found for string, found in zip(ordered, first(ordered), strict=True) if found and len(found) < len(string)}
