@@ -116,7 +116,7 @@ class OpenAIEngine(EndpointEngine):
         """
         (choice,) = answer["choices"]
         text, reason = self._text(choice), str(choice["finish_reason"])
-        matched, tokens = self._matched(choice, reason == "stop"), None
+        matched, tokens = self._matched(choice, text, reason == "stop"), None
         if matched is None:
             ids = np.array(self.encoded(request, text, reason), dtype=np.int64)
             matched = Matched(ids, np.full(len(ids), np.nan, dtype=np.float32), None)
@@ -149,13 +149,16 @@ class OpenAIEngine(EndpointEngine):
             raise FinalAnswerError("no text")
         return text
 
-    def _matched(self, choice: Any, stopped: bool) -> Matched | None:
+    def _matched(self, choice: Any, text: str, stopped: bool) -> Matched | None:
         """The tokens that the endpoint names as those of the tokenizer; None where it names none, or the tokenizer is unknown."""
         if self.matcher is None:
             return None
-        if self.found.logprobs and (self.found.token_ids or self.found.bytes):
-            return self.matcher.match(entries_of(choice["logprobs"]), stopped)
-        return None
+        if not self.found.logprobs or not (self.found.token_ids or self.found.bytes):
+            return None
+        matched = self.matcher.match(entries_of(choice["logprobs"]), stopped)
+        if self.template.decode(matched.ids).strip() != text.strip():
+            raise FinalAnswerError("tokens of another text than the answer")
+        return matched
 
     async def _read(self, request: Request) -> Completion:
         """Score by the echo of a prompt; the token that the endpoint insists on writing after it is dropped."""

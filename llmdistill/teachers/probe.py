@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmdistill.errors import InputError
 from llmdistill.teachers import Request
 from llmdistill.teachers.answers import message
-from llmdistill.teachers.token_matching import bytes_of, entries_of
+from llmdistill.teachers.token_matching import bytes_of, entries_of, id_of
 
 if TYPE_CHECKING:
     from llmdistill.teachers.openai import OpenAIEngine
@@ -62,7 +62,7 @@ async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
     (choice,) = answer["choices"]
     entries = entries_of(choice.get("logprobs"))
     given = len(entries[0].get("top_logprobs") or []) if entries else 0
-    by_id = bool(entries) and all(_has_id(entry) for entry in [entries[0], *(entries[0].get("top_logprobs") or [])])
+    by_id = bool(entries) and all(id_of(entry) is not None for entry in [entries[0], *(entries[0].get("top_logprobs") or [])])
     with_bytes = bool(entries) and not by_id and bytes_of(entries[0]) is not None
     scores = reads and await _echoes(engine, body)
     found = Gives(bool(entries), top if entries else None, by_id, with_bytes, scores, taken)
@@ -115,10 +115,6 @@ async def _accepted(engine: OpenAIEngine, request: Request, kept: int) -> tuple[
                 taken = []
             else:
                 raise
-
-
-def _has_id(entry: dict[str, Any]) -> bool:
-    return type(entry.get("id")) is int or str(entry["token"]).startswith("token_id:")
 
 
 def _check(engine: OpenAIEngine, found: Gives, given: int) -> None:

@@ -44,7 +44,7 @@ class TokenMatcher:
         self.tokenizer, self.end_id, self.kept = tokenizer, end_id, kept
         self._special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._by_bytes: dict[bytes, list[int]] = {}
-        for number, content in enumerate(token_bytes(tokenizer)):
+        for number, content in enumerate(token_bytes(tokenizer, "teacher.tokenizer")):
             if content:
                 self._by_bytes.setdefault(content, []).append(number)
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -85,10 +85,8 @@ class TokenMatcher:
             FinalAnswerError: it is no token of the tokenizer.
         """
         token, given = str(entry["token"]), entry.get("bytes")
-        if type(entry.get("id")) is int:  # llama.cpp
-            return int(token_ids([entry["id"]], self.vocab_size)[0])
-        if token.startswith(_BY_ID) and token.removeprefix(_BY_ID).isdecimal():  # vLLM
-            return int(token_ids([int(token.removeprefix(_BY_ID))], self.vocab_size)[0])
+        if (number := id_of(entry)) is not None:
+            return int(token_ids([number], self.vocab_size)[0])
         if token in self._special:
             return self._special[token]
         content = bytes_of(entry)
@@ -125,6 +123,15 @@ class TokenMatcher:
         lacking = k - len(named)
         filler = named[0][0] if named else written  # stands for no token, as its weight is zero
         return [token for token, _ in named] + [filler] * lacking, [value for _, value in named] + [-np.inf] * lacking
+
+
+def id_of(entry: Entry) -> int | None:
+    """The id that an endpoint gives for a token: as `id` (llama.cpp), as `token_id` (Fireworks), or in its name (vLLM)."""
+    given = entry.get("id", entry.get("token_id"))
+    if type(given) is int:
+        return given
+    name = str(entry["token"]).partition(_BY_ID)
+    return int(name[2]) if name[1] and not name[0] and name[2].isdecimal() else None
 
 
 def bytes_of(entry: Entry) -> bytes | None:

@@ -45,6 +45,7 @@ class Endpoint:
         self.files: dict[str, str] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.delay = 0.3
+        self.losses: dict[str, set[str]] = {}
         self.lost: Callable[[str], bool] = lambda custom_id: False
         self.keys: set[str] = set()
         self.lock = threading.Lock()
@@ -181,7 +182,11 @@ def serving(endpoint: Endpoint):
         def log_message(self, *arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            pass  # a client that was killed
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -193,12 +198,11 @@ def new_batch(endpoint: Endpoint, asked: dict[str, Any]) -> dict[str, Any]:
     """Take a batch in, and bill each of its rows."""
     with endpoint.lock:
         name = f"batch-{len(endpoint.batches)}"
-        for line in filter(None, endpoint.files[asked["input_file_id"]].split("\n")):
-            row = json.loads(line)
-            if not endpoint.lost(row["custom_id"]):
-                endpoint.billed[row["custom_id"]] += 1
         batch = {**asked, "id": name, "object": "batch", "status": "in_progress", "created_at": time.time()}
         endpoint.batches[name] = batch
+        rows = [json.loads(line)["custom_id"] for line in filter(None, endpoint.files[asked["input_file_id"]].split("\n"))]
+        endpoint.losses[name] = {row for row in rows if endpoint.lost(row)}
+        endpoint.billed.update(row for row in rows if row not in endpoint.losses[name])
         return batch
 
 
@@ -210,7 +214,7 @@ def looked_at(endpoint: Endpoint, name: str) -> dict[str, Any]:
             good, bad = [], []
             for line in filter(None, endpoint.files[batch["input_file_id"]].split("\n")):
                 row = json.loads(line)
-                if endpoint.lost(row["custom_id"]):
+                if row["custom_id"] in endpoint.losses[name]:
                     error = {"status_code": 500, "body": {"error": {"code": "server_error"}}}
                     bad.append({"custom_id": row["custom_id"], "response": error, "error": None})
                 else:
