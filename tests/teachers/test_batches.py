@@ -99,6 +99,7 @@ def test_a_row_that_never_has_an_answer_is_counted(experiment, endpoint):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_kills_pay_nothing_twice_and_lose_no_row(experiment, endpoint):
     """At random moments of what comes after the imports; the double goes on with what it has been sent.
 
