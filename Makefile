@@ -33,7 +33,7 @@ demo: $(TEACHER)
 # servers are not bound to cores, of which they would all take the same. The long files come first, so that both end together.
 PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3:.anthropic:.readers $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: check $(TEACHER) .torchao .s3 .anthropic .schemas .mkdocs .readers
+test: check $(TEACHER) .torchao .s3 .anthropic .llamacpp .schemas .mkdocs .readers
 	$(PYTEST) --durations 15 tests/integration tests
 
 test-fast: $(TEACHER) .torchao .s3 .anthropic .schemas .readers
@@ -60,6 +60,10 @@ chaos: $(TEACHER) .torchao
 # Beside the environment, being for one engine alone.
 .anthropic: .venv/.ready
 	$(PIP) --target $@ anthropic==2.14.0
+
+# Beside the environment, being for one test alone: llama.cpp with its server.
+.llamacpp: .venv/.ready
+	$(PIP) --target $@ xllamacpp==2026.10.11549
 
 # Beside the environment, not in it: accelerate imports DeepSpeed wherever it finds it. Needs a C++ compiler.
 .deepspeed: .venv/.ready
@@ -109,4 +113,4 @@ gpu-check:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_JSON)
 
 clean:
-	rm -rf .venv .anthropic .deepspeed .llmcompressor .mkdocs .readers .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .anthropic .deepspeed .llamacpp .llmcompressor .mkdocs .readers .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

