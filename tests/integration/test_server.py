@@ -245,9 +245,11 @@ def test_as_an_endpoint_it_gives_what_the_engine_in_process_gives(endpoint, smol
     assert result.returncode == 0, result.stderr
     assert "log-probabilities of the 21 most likely tokens, token ids" in result.stdout + result.stderr
     through = load_dataset(endpoint.parent / "run/data")
+    precision = inference_precision(runtime="vllm").dtype  # the server's
     own = run_cli(
         "generate", endpoint, "--output", tmp_path / "own", "--prompts.limit", 4, "--teacher",
-        f"{{model: {smollm2}, engine: vllm, max_model_len: 512, engine_args: {{max_num_seqs: 1, enable_prefix_caching: false}}}}",
+        f"{{model: {smollm2}, engine: vllm, max_model_len: 512, dtype: {precision}, "
+        "engine_args: {max_num_seqs: 1, enable_prefix_caching: false}}",
     )  # fmt: skip
     assert own.returncode == 0, own.stderr
     inside = load_dataset(tmp_path / "own/data")
