@@ -83,3 +83,84 @@ generate: {{max_tokens: 4, rows_per_shard: 2}}
 curate: [{{finish_reason: }}]
 """)
     return file
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def tekken_tokenizer() -> Any:
+    """Mistral's byte-level tokenizer of 131,072 tokens, from mistral_common."""
+    import mistral_common
+    from transformers.integrations.mistral import convert_tekken_tokenizer
+
+    return convert_tekken_tokenizer(str(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"))
+
+
+def sentencepiece_tokenizer() -> Any:
+    """Mistral's SentencePiece tokenizer of 32,768 tokens, with byte fallback and a space in front, and a template."""
+    import shutil
+    import tempfile
+
+    import mistral_common
+    from transformers import LlamaTokenizerFast
+
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+        shutil.copy(source, Path(directory) / "tokenizer.model")
+        tokenizer = LlamaTokenizerFast.from_pretrained(directory)
+    tokenizer.chat_template = INST
+    return tokenizer
+
+
+def small_tokenizer(text: str, size: int = 600) -> Any:
+    """A byte-level BPE learnt on some text, with ChatML."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator([text], trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet))
+    made.add_special_tokens([AddedToken(name, special=True) for name in special])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", bos_token="<|endoftext|>")
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def write_foreign(
+    directory: Path, text: str = "the cat sat on the mat, and then the other cat said that ", size: int = 600
+) -> Path:
+    """A random llama of 2 layers whose tokenizer is not the demo teacher's; in float32."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = small_tokenizer(text, size)
+    torch.manual_seed(1)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=end, pad_token_id=end)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

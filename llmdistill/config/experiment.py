@@ -12,6 +12,7 @@ from llmdistill.config.generate import Generate, Score
 from llmdistill.config.jobs import Jobs, Watch
 from llmdistill.config.prompts import Prompts
 from llmdistill.config.refresh import Refresh
+from llmdistill.config.retokenize import Retokenize
 from llmdistill.config.rounds import Rounds, as_section
 from llmdistill.config.section import Section, StoreUrl
 from llmdistill.config.student import Student
@@ -39,6 +40,7 @@ class Experiment(Section):
     targets: Targets = Targets()
     curate: list[CurateStep] = Field(default=[], max_length=100)
     """Curation steps, applied in this order; `llmdistill curate --help-all` lists them."""
+    retokenize: Retokenize = Retokenize()
     student: Student = Student()
     train: Train = Train()
     rounds: Annotated[Rounds | None, BeforeValidator(as_section)] = None
@@ -172,5 +174,5 @@ class Experiment(Section):
 
     @property
     def dataset_directory(self) -> Path:
-        """Where `train` and `eval` read."""
+        """The dataset that `train` and `eval` read, in the teacher's tokens."""
         return Path(self.train.dataset) if self.train.dataset else self.directory("curated")

@@ -1,7 +1,7 @@
 """Cards in the Hub's format: what a model or dataset is, what it was made from, and how."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import yaml
 
 from llmdistill.config import Experiment
 from llmdistill.config.student import Prune, Student
+from llmdistill.data.alignment import shares
 from llmdistill.data.targets import KINDS
 from llmdistill.evaluation.metrics import metrics_of
 from llmdistill.evaluation.statistics import interval_text
@@ -19,9 +20,13 @@ from llmdistill.runs.record import write_text
 _RESULTS = "## Results"
 
 
-def describe_targets(targets: dict[str, Any]) -> str:
-    """A dataset's soft targets in words."""
-    return KINDS[targets["kind"]].sentence(targets)
+def describe_targets(manifest: Mapping[str, Any]) -> str:
+    """A dataset's soft targets in words, from its `dataset.json`."""
+    targets = manifest["targets"]
+    said = KINDS[targets["kind"]].sentence(targets)
+    if "alignment" not in manifest:
+        return said
+    return f"{said}; in the tokens of {manifest['student']['model']}, {shares(manifest['alignment'])}"
 
 
 def write_card(file: Path, make: Callable[[], str]) -> None:
@@ -49,7 +54,7 @@ def dataset_card(manifest: dict[str, Any]) -> str:
         "written by": f"`{teacher['model']}`" + (f" at `{teacher['commit']}`" if teacher.get("commit") else ""),
         "engine": teacher["engine"],
         "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown",
-        "soft targets": describe_targets(manifest["targets"]),
+        "soft targets": describe_targets(manifest),
         "rows": f"{manifest['rows']:,}",
         "completion tokens": f"{manifest['completion_tokens']:,}",
         "rejected": ", ".join(
@@ -132,9 +137,7 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
     }
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
     rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
-    targets = (
-        "none stored, the teacher ran during training" if experiment.targets.online else describe_targets(manifest["targets"])
-    )
+    targets = "none stored, the teacher ran during training" if experiment.targets.online else describe_targets(manifest)
     facts = {
         "starts from": _starts_from(student, base),
         "loss": _describe_loss(arguments),

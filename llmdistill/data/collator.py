@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from llmdistill.data import targets
+from llmdistill.models.root_classes import RootClasses
 
 # A token's weight in the loss, from how undecided the teacher was there, in nats.
 POSITION_WEIGHTS: dict[str, Callable[[targets.Array], targets.Array]] = {
@@ -20,6 +21,8 @@ POSITION_WEIGHTS: dict[str, Callable[[targets.Array], targets.Array]] = {
     "entropy": lambda entropy_N: entropy_N,
     "certainty": lambda entropy_N: np.exp(-entropy_N),
 }
+
+_OF_ALL = ("target_kind", "target_table")  # entries of a batch that are not a value a token
 
 
 @dataclass
@@ -44,6 +47,10 @@ class DistillCollator:
         by_sequence: scale the weights so that they add up to one in every row with a completion, else they are as they are.
         with_ids: put the rows' `id` into the batch.
         vocab_size: of the student's output layer; targets from there on are given to the others. None if there are none.
+        classes: of rows from `retokenize`, whose targets are in the teacher's tokens: they become targets over classes, and
+            `target_soft` (N,) says which positions have one.
+        for_teacher: of such rows, give what a teacher that runs beside the student needs in the place of stored targets:
+            `their_input_ids` and so on, in its own tokens, and `teacher_positions` (N,), where its logits stand.
     """
 
     pad_token_id: int
@@ -53,6 +60,8 @@ class DistillCollator:
     by_sequence: bool = False
     with_ids: bool = False
     vocab_size: int | None = None
+    classes: RootClasses | None = None
+    for_teacher: bool = False
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """One batch from rows as `load_dataset` gives them, or from packs of such rows."""
@@ -65,12 +74,17 @@ class DistillCollator:
         batch = self._in_a_line(ids, starts, lengths) if self.padding_free else self._below_each_other(ids, starts, lengths)
         batch |= {"lengths": lengths, "pack_sizes": np.array([len(pack) for pack in packs])}
         batch |= {"positions": np.flatnonzero(batch["labels"] != -100) - 1}  # the shift
-        kind = targets.kind_of(list(rows[0]))
+        kind = targets.TextOnly if self.for_teacher else targets.kind_of(list(rows[0]))
+        if self.for_teacher and "target_places" in rows[0]:
+            batch |= self._teachers(rows, counts)
         entropy_N = np.zeros(counts.sum())
         if kind.columns:
-            soft = kind.of_rows(rows, counts)
-            if self.vocab_size is not None:
-                soft = soft.within(self.vocab_size)
+            if "target_places" in rows[0] and kind.made_by is None:
+                soft, batch["target_soft"] = self._of_classes(kind, rows, counts)
+            else:
+                soft = kind.of_rows(rows, counts)
+                if self.vocab_size is not None:
+                    soft = soft.within(self.vocab_size)
             batch |= soft.batch()
             if self.position_weights != "uniform":
                 entropy_N = soft.entropies()
@@ -100,6 +114,32 @@ class DistillCollator:
         labels_T = np.where(place_T >= np.repeat(starts, lengths), input_ids_T, -100)
         return {"input_ids": input_ids_T[None], "position_ids": place_T[None], "labels": labels_T[None]}
 
+    def _of_classes(
+        self, kind: type[targets.SoftTargets], rows: Sequence[Any], counts: targets.Array
+    ) -> tuple[targets.SoftTargets, targets.Array]:
+        """The targets over classes at every position, and which have one; at the others they are of any position."""
+        if self.classes is None:
+            raise ValueError("the rows have another vocabulary than their targets; give their classes (RootClasses.load)")
+        places, theirs = _places(rows, counts)
+        index_N = np.concatenate([place + before for place, before in zip(places, theirs.cumsum() - theirs, strict=True)])
+        soft_N = np.concatenate(places) >= 0
+        soft = kind.of_rows(rows, theirs).at(np.where(soft_N, index_N, 0))
+        return soft.of_classes(self.classes.teacher_V, self.classes.dropped), soft_N
+
+    def _teachers(self, rows: Sequence[Any], counts: targets.Array) -> dict[str, targets.Array]:
+        """The rows in the teacher's tokens as far as they are needed, and where in them the logits for each token stand."""
+        places, theirs = _places(rows, counts)
+        starts = np.array([int(row["teacher_start"]) for row in rows])
+        ids = [np.asarray(row["teacher_ids"])[: start + count] for row, start, count in zip(rows, starts, theirs, strict=True)]
+        lengths = np.array([len(sequence) for sequence in ids])
+        shown = (self._in_a_line if self.padding_free else self._below_each_other)(ids, starts, lengths)
+        del shown["labels"]
+        begins = np.arange(len(rows)) * lengths.max() if not self.padding_free else lengths.cumsum() - lengths
+        positions = [place + start + begin - 1 for place, start, begin in zip(places, starts, begins, strict=True)]  # the shift
+        soft_N = np.concatenate(places) >= 0
+        batch = {f"their_{name}": values for name, values in shown.items()}
+        return batch | {"target_soft": soft_N, "teacher_positions": np.where(soft_N, np.concatenate(positions), 0)}
+
     def _weights(self, entropy_N: targets.Array, counts: targets.Array) -> targets.Array:
         weights_N = POSITION_WEIGHTS[self.position_weights](entropy_N)
         if self.by_sequence:
@@ -108,15 +148,27 @@ class DistillCollator:
         return weights_N.astype(np.float32)
 
 
+def _places(rows: Sequence[Any], counts: targets.Array) -> tuple[list[targets.Array], targets.Array]:
+    """Of the first so many positions of each row the teacher's, −1 for none; and how many of the teacher's that takes."""
+    places = [np.asarray(row["target_places"])[:count].astype(np.int64) for row, count in zip(rows, counts, strict=True)]
+    return places, np.array([max(int(place.max(initial=-1)) + 1, 1) for place in places])
+
+
+def teacher_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What `completion_logits` of a teacher with another vocabulary is given: its own tokens and positions."""
+    theirs = {name.removeprefix("their_"): values for name, values in batch.items() if name.startswith("their_")}
+    return {**theirs, "positions": batch["teacher_positions"]}
+
+
 def text_only(rows: Sequence[Any]) -> list[dict[str, Any]]:
     """The rows without their soft targets, for batches of which nothing is learnt."""
     return [{name: row[name] for name in ("input_ids", "completion_start")} for row in rows]
 
 
 def some_tokens(batch: Mapping[str, Any], tokens: slice) -> dict[str, Any]:
-    """The entries of a batch that have a value for each completion token, of some of them; and the kind of targets."""
+    """The entries of a batch that have a value for each completion token, of some of them; and what holds for all."""
     names = [name for name in batch if name.startswith(("positions", "target_", "teacher_", "token_"))]
-    return {name: batch[name] if name == "target_kind" else batch[name][tokens] for name in names}
+    return {name: batch[name] if name in _OF_ALL else batch[name][tokens] for name in names}
 
 
 def first_items(batch: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmdistill.data import targets
+from llmdistill.data.alignment import shares
 from llmdistill.data.dataset import MANIFEST, SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
 from llmdistill.runs.progress import console, counted, printable
 from llmdistill.runs.record import check_shape
@@ -54,13 +55,17 @@ def inspect(directory: Path, verify: bool = False) -> None:
 def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]:
     teacher, sampling, kept = manifest["teacher"], manifest["sampling"], manifest["targets"]
     kind = targets.KINDS[kept["kind"]]
+    theirs = manifest.get("teacher_tokenizer", manifest["tokenizer"])
     facts = [
-        ("teacher", f"{teacher['model']} by {teacher['engine']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"),
+        ("teacher", f"{teacher['model']} by {teacher['engine']}, vocabulary {theirs['vocab_size']:,}"),
         ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown"),
         ("targets", ", ".join([kind.name, *(f"{key} = {kept[key]}" for key in [kind.size] if key in kept)])),
     ]
     if kind.columns:
         facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes a position"))
+    if "alignment" in manifest:
+        facts.append(("student", f"{manifest['student']['model']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"))
+        facts.append(("alignment", shares(manifest["alignment"])))
     return [*facts, *kind.facts(kept, partial(_some, files)).items(), ("repeats", manifest["determinism"])]
 
 

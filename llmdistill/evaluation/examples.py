@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from llmdistill.evaluation.across import prompt_ids_of
 from llmdistill.evaluation.fidelity import token_view
 from llmdistill.evaluation.statistics import Array
 from llmdistill.models.loading import continue_prompts
@@ -18,20 +19,19 @@ def _question(prompt: list[dict[str, str]]) -> str:
     return "\n".join(message["content"] for message in prompt if message["role"] != "system")
 
 
-def samples(models: dict[str, Any], rows: Any, tokenizer: Any, count: int, new_tokens: int) -> list[dict[str, Any]]:
+def samples(models: dict[str, Any], rows: Any, tokenizers: dict[str, Any], count: int, new_tokens: int) -> list[dict[str, Any]]:
     """The models' greedy answers to the first held-out prompts."""
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     for row in rows:
-        prompt_ids = np.asarray(row["input_ids"])[: int(row["completion_start"])]
         question = _question(row["prompt"])
         if len(found) == count or question in seen:
             continue
         seen.add(question)
         answers = {}
         for name, model in models.items():
-            written_BT = continue_prompts(model, [prompt_ids.tolist()], new_tokens, (), do_sample=False)
-            answers[name] = tokenizer.decode(written_BT[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            written_BT = continue_prompts(model, [prompt_ids_of(row, name)], new_tokens, (), do_sample=False)
+            answers[name] = tokenizers[name].decode(written_BT[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         found.append({"prompt": question, "answers": answers})
     return found
 

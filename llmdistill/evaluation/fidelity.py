@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from llmdistill.evaluation import across
 from llmdistill.evaluation.metrics import CONFIDENCES, ENTROPIES, POSITIONS, QUANTITIES, Positions
 from llmdistill.evaluation.statistics import Array
 from llmdistill.models.loading import continue_prompts
+from llmdistill.models.root_classes import RootClasses
 
 Report = Callable[[int, int], None]
 
@@ -27,7 +29,12 @@ class Token:
 
 
 def fidelity(
-    models: dict[str, Any], rows: Any, batch_size: int, end_ids: Sequence[int] = (), report: Report = lambda rows, tokens: None
+    models: dict[str, Any],
+    rows: Any,
+    batch_size: int,
+    end_ids: Sequence[int] = (),
+    report: Report = lambda rows, tokens: None,
+    classes: RootClasses | None = None,
 ) -> dict[str, Array]:
     """Each row's sums over its completion tokens, shape (rows,) or (rows, groups).
 
@@ -37,20 +44,24 @@ def fidelity(
         batch_size: rows in one forward pass.
         end_ids: the tokens that end a completion.
         report: is told the rows and tokens that are done, after every batch.
+        classes: of rows from `retokenize`, whose teacher has another vocabulary: everything is over classes then, at the
+            positions that both share.
 
     Returns:
         `tokens`, `ended`, whether the text ends, and for every model `NAME QUANTITY` of all quantities of the metrics: `NAME
         kl`, `NAME top1`, … Of them `confidence` and `truth` are in groups by the confidence. `tokens by position`, `tokens
-        by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too.
+        by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too. With classes there are also `NAME
+        text_nll`, of the whole text, `positions`, and the sums of `entropy` and `class_entropy` of the teacher.
     """
     parts: dict[str, list[Array]] = {}
-    for values, row_N, count in _batches(models, rows, batch_size, list(end_ids)):
+    batches = _batches(models, rows, batch_size, list(end_ids)) if classes is None else _across(models, rows, batch_size, classes)
+    for values, row_N, count, whole in batches:
         groups = {
             "position": np.searchsorted(POSITIONS, values.pop("position"), side="right") - 1,
             "entropy": np.searchsorted(ENTROPIES, values.pop("entropy").clip(min=0), side="right") - 1,
         }
         sizes = {"position": len(POSITIONS), "entropy": len(ENTROPIES)}
-        sums = {"tokens": np.bincount(row_N, minlength=count)}
+        sums = {"tokens": np.bincount(row_N, minlength=count), **whole}
         for name, group_N in groups.items():
             sums[f"tokens by {name}"] = _sums(row_N, group_N, None, count, sizes[name])
             for model in models:
@@ -92,16 +103,19 @@ def token_view(teacher: Any, student: Any, row: Any, tokenizer: Any, most: int) 
     ]
 
 
-def own_text(model: Any, rows: Any, count: int, new_tokens: int, end_ids: Sequence[int], seed: int) -> list[dict[str, Any]]:
+def own_text(
+    model: Any, rows: Any, count: int, new_tokens: int, end_ids: Sequence[int], seed: int, name: str = ""
+) -> list[dict[str, Any]]:
     """What a model itself answers to the first prompts, sampled at temperature 1, as rows.
 
-    Each says whether it `ended` by itself, and the `number` of the row that its prompt is from.
+    `name` tells in which tokens it sees the prompts. Each row says whether it `ended` by itself, and the `number` of the row that
+    its prompt is from.
     """
     import torch
 
     seen: dict[tuple[int, ...], int] = {}
     for number, row in enumerate(rows):
-        seen.setdefault(tuple(np.asarray(row["input_ids"])[: int(row["completion_start"])].tolist()), number)
+        seen.setdefault(tuple(across.prompt_ids_of(row, name)), number)
         if len(seen) == count:
             break
     prompts = sorted(seen, key=len)  # of like length in one batch
@@ -120,8 +134,8 @@ def own_text(model: Any, rows: Any, count: int, new_tokens: int, end_ids: Sequen
 
 def _batches(
     models: dict[str, Any], rows: Any, batch_size: int, end_ids: list[int]
-) -> Iterator[tuple[dict[str, Array], Array, int]]:
-    """For each batch: values at every completion position, the row of each, and how many rows there are."""
+) -> Iterator[tuple[dict[str, Array], Array, int, dict[str, Array]]]:
+    """For each batch: values at every completion position, the row of each, how many rows there are, and sums of these."""
     import torch
 
     from llmdistill.data.collator import DistillCollator, completion_logits, text_only
@@ -143,7 +157,23 @@ def _batches(
                 q_NV = p_NV if name == "teacher" else completion_logits(model, batch)[:, :size].float().log_softmax(-1)
                 measured = _quantities(Positions(p_NV, truth_NV, p_top, q_NV, labels_N, end_N, end_ids))
                 found |= {f"{name} {quantity}": value for quantity, value in measured.items()}
-        yield {name: value.double().cpu().numpy() for name, value in found.items()} | {"position": position_N}, row_N, len(chunk)
+        yield _arrays(found) | {"position": position_N}, row_N, len(chunk), {}
+
+
+def _across(
+    models: dict[str, Any], rows: Any, batch_size: int, classes: RootClasses
+) -> Iterator[tuple[dict[str, Array], Array, int, dict[str, Array]]]:
+    """The same over classes, for models of two vocabularies."""
+    for chunk, sums, positions, row_N, position_N in across.batches(models, rows, batch_size, classes):
+        teacher = positions["teacher"]
+        found = {"entropy": -(teacher.p_NV * teacher.log_p_NV).sum(-1), "ended": teacher.end_N}
+        for name, at in positions.items():
+            found |= {f"{name} {quantity}": value for quantity, value in _quantities(at).items()}
+        yield _arrays(found) | {"position": position_N}, row_N, len(chunk), sums
+
+
+def _arrays(found: dict[str, Any]) -> dict[str, Array]:
+    return {name: value.double().cpu().numpy() for name, value in found.items()}
 
 
 def _common_size(models: Iterable[Any]) -> int:

@@ -21,6 +21,7 @@ ENTROPIES = (0.0, 0.05, 0.25, 0.5, 1.0, 2.0, 3.0)
 """Where groups of positions begin by the entropy of the teacher, in nats."""
 CONFIDENCES = 10
 """Groups of equal width by the probability of the model's most likely token."""
+Table = Literal["models", "across", "measures", "runs"]
 _FEWEST = 5  # conversations that a group of positions must be in
 
 
@@ -89,6 +90,11 @@ class Sums:
         return self.measured["tokens"]
 
     @property
+    def text_nll(self) -> Array:
+        """−log q of each completion, in nats: where vocabularies differ, of all its tokens and not of the compared ones alone."""
+        return self.measured.get(f"{self.model} text_nll", self.measured.get(f"{self.model} nll"))  # type: ignore[return-value]
+
+    @property
     def ended(self) -> Array:
         """Whether each row's completion ends."""
         return self.measured["ended"]
@@ -116,7 +122,8 @@ class Metric:
         compute: what `metrics.json` has of it, from the sums; None where it is not defined.
         quantities: what is summed over tokens for it, each from the distributions there; shape (N,).
         factor: from the value to the unit.
-        tables: where it has a column or row: the models of a report, its further measures, the page that compares runs.
+        tables: where it has a column or row: the models of a report, or those of different vocabularies (`across`), its further
+            measures, the page that compares runs.
         definition: in model cards, where no note explains the label.
         difference: how a difference in it is said.
     """
@@ -128,7 +135,7 @@ class Metric:
     compute: Callable[[Sums], Any]
     quantities: Mapping[str, Callable[[Positions], Tensor]] = field(default_factory=dict)
     factor: int = 1
-    tables: tuple[Literal["models", "measures", "runs"], ...] = ("measures",)
+    tables: tuple[Table, ...] = ("measures",)
     definition: str = ""
     difference: Difference | None = None
 
@@ -138,7 +145,7 @@ class Metric:
         return self.unit + {"lower": " ↓", "higher": " ↑", None: ""}[self.better]
 
 
-def metrics_of(table: Literal["models", "measures", "runs"]) -> list[Metric]:
+def metrics_of(table: Table) -> list[Metric]:
     """Those that a table shows, of held-out text."""
     return [metric for metric in METRICS if table in metric.tables]
 
@@ -162,7 +169,7 @@ def per_token_share(quantity: str) -> Callable[[Sums], dict[str, float]]:
 
 def _bits_per_byte(sums: Sums) -> dict[str, float]:
     assert sums.text_bytes is not None
-    return sums.draws.interval(sums["nll"] / np.log(2), sums.text_bytes, least=0)
+    return sums.draws.interval(sums.text_nll / np.log(2), sums.text_bytes, least=0)
 
 
 def _kl_by(group: str, begins: tuple[float, ...]) -> Callable[[Sums], list[dict[str, Any]]]:
@@ -199,7 +206,7 @@ def _sequence_kl(sums: Sums) -> dict[str, float] | None:
     if sums.weights is None:
         return None
     # log p(y|x) − log q(y|x), both from weights in this process
-    nats = sums["nll"] - sums.measured["teacher nll"]
+    nats = sums.text_nll - Sums("teacher", sums.measured, sums.draws).text_nll
     return sums.draws.interval(sums.weights * nats, sums.weights)
 
 
@@ -211,7 +218,7 @@ METRICS = (
         "lower",
         compute=per_token("kl"),
         quantities={"kl": lambda at: (at.p_NV * at.log_ratio_NV).sum(-1)},
-        tables=("models", "runs"),
+        tables=("models", "across", "runs"),
         definition="KL(teacher ‖ student)",
         difference=Difference("KL", "nats per token", "It is {} closer to the teacher", "It is {} farther from the teacher"),
     ),
@@ -231,7 +238,7 @@ METRICS = (
         compute=per_token_share("top1"),
         quantities={"top1": lambda at: at.p_top_N5[:, 0] == at.q_top.indices[:, 0]},
         factor=100,
-        tables=("models", "runs"),
+        tables=("models", "across", "runs"),
         definition="same most likely token",
         difference=Difference(
             "next-token choices",
@@ -262,7 +269,21 @@ METRICS = (
             "NLL", "nats per token", "It predicts the teacher’s text better by {}", "It predicts the teacher’s text worse by {}"
         ),
     ),
-    Metric("bits_per_byte", "bits per byte of the teacher’s text", "bits", "lower", compute=_bits_per_byte),
+    Metric(
+        "bits_per_byte",
+        "length of the teacher’s text",
+        "bits per byte",
+        "lower",
+        compute=_bits_per_byte,
+        tables=("measures", "across"),
+        definition="bits per byte of the teacher's text",
+        difference=Difference(
+            "bits per byte",
+            "bits per byte",
+            "It predicts the teacher’s text better by {}",
+            "It predicts the teacher’s text worse by {}",
+        ),
+    ),
     Metric("kl_by_position", "KL by position", "nats per token", "lower", compute=_kl_by("position", POSITIONS), tables=()),
     Metric(
         "kl_by_entropy", "KL by the teacher’s entropy", "nats per token", "lower", compute=_kl_by("entropy", ENTROPIES), tables=()
@@ -303,6 +324,13 @@ METRICS = (
 
 OWN_TEXT_METRICS = (
     Metric("reverse_kl", "KL(model ‖ teacher) on its own text", "nats per token", "lower", compute=per_token("reverse_kl")),
+    Metric(
+        "teacher_bits_per_byte",
+        "length of the model’s own text, to the teacher",
+        "bits per byte",
+        "lower",
+        compute=lambda sums: _bits_per_byte(Sums("teacher", sums.measured, sums.draws, sums.text_bytes)),
+    ),
     Metric(
         "teacher_nll",
         "the teacher’s NLL of the model’s own text",

@@ -29,14 +29,14 @@ STUDENT, TEACHER = "student", "teacher"
 
 
 def measure_tasks(
-    tasks: dict[str, tuple[str, Any]], models: dict[str, Any], tokenizer: Any, experiment: Experiment, directory: Path
+    tasks: dict[str, tuple[str, Any]], models: dict[str, Any], tokenizers: dict[str, Any], experiment: Experiment, directory: Path
 ) -> dict[str, Any]:
     """Run the tasks, write `tasks.parquet`, and give what belongs into `metrics.json` under `tasks`."""
     settings = experiment.eval
     shown = experiment.teacher.template_args
-    table, about, warnings = run_tasks(tasks, models, tokenizer, settings.batch_size, settings.task_limit, shown)
+    table, about, warnings = run_tasks(tasks, models, tokenizers, settings.batch_size, settings.task_limit, shown)
     pq.write_table(table, directory / "tasks.parquet")
-    how = {"chat_template": tokenizer.chat_template is not None, "limit": settings.task_limit, "warnings": warnings}
+    how = {"chat_template": tokenizers[TEACHER].chat_template is not None, "limit": settings.task_limit, "warnings": warnings}
     return {"tasks": {**how, **summarise(table, about, settings.resamples, experiment.seed)}}
 
 

@@ -180,7 +180,7 @@ def _reason(error: Exception, task: TaskFile | str) -> str:
 def run_tasks(
     tasks: dict[str, tuple[str, Any]],
     models: dict[str, Any],
-    tokenizer: Any,
+    tokenizers: dict[str, Any],
     batch_size: int,
     limit: int | None,
     template_args: dict[str, Any] | None = None,
@@ -189,8 +189,8 @@ def run_tasks(
 
     Args:
         tasks: from `load_tasks`.
-        models: by name; all take the tokenizer's ids.
-        tokenizer: with its chat template, which is applied if there is one.
+        models: by name.
+        tokenizers: of each, with its chat template, which is applied if there is one.
         batch_size: sequences in one forward pass.
         limit: the first items of each task only.
         template_args: more variables of the chat template.
@@ -206,6 +206,7 @@ def run_tasks(
     warnings: list[str] = []
     with StageBar("eval", len(tasks) * len(models)) as bar, torch.inference_mode():
         for model_name, model in models.items():
+            tokenizer = tokenizers[model_name]
             with _quiet():
                 # Log-probabilities in float32: in bfloat16 many choices would tie.
                 runner = HFLM(

@@ -20,6 +20,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.eval import WinRate
 from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
+from llmdistill.evaluation.across import prompt_ids_of
 from llmdistill.evaluation.statistics import Array, Draws, Estimate, check_clusters
 from llmdistill.models.loading import continue_prompts, vocabulary_hash
 from llmdistill.runs import record
@@ -77,8 +78,8 @@ class Comparison:
         models: dict[str, Any],
         rows: Any,
         conversations: Sequence[str],
-        tokenizer: Any,
-        end_ids: Sequence[int],
+        tokenizers: dict[str, Any],
+        end_ids: dict[str, list[int]],
         directory: Path,
     ) -> dict[str, Any]:
         """Let both models answer and the judge compare; write `verdicts.parquet`, and give what belongs into `metrics.json`.
@@ -87,15 +88,18 @@ class Comparison:
             models: by name; **emptied**, so that the judge has the memory.
             rows: held out, with `id`, `prompt`, `input_ids` and `completion_start`.
             conversations: the one that each row belongs to.
-            tokenizer: the teacher's, which is the student's too.
-            end_ids: the tokens that end an answer.
+            tokenizers: of each model.
+            end_ids: the tokens that end an answer of each.
             directory: of the stage.
         """
         asked = _distinct(rows, conversations, self.settings.prompts)
         names = (STUDENT, self.settings.against)
         size, longest = self.experiment.eval.batch_size, self.settings.max_tokens
         with StageBar("eval", 2 * len(asked)) as bar:
-            answers = {name: write_answers(models[name], asked, tokenizer, end_ids, size, longest, bar) for name in names}
+            answers = {}
+            for name in names:
+                prompts_ids = [prompt_ids_of(row, name) for row in asked]
+                answers[name] = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], size, longest, bar)
         models.clear()
         prompts = [as_text(row["prompt"]) for row in asked]
         table = self._verdicts([str(row["id"]) for row in asked], prompts, *(answers[name] for name in names))
@@ -103,7 +107,7 @@ class Comparison:
         pq.write_table(table, directory / "verdicts.parquet")
         settings, eval_ = self.settings, self.experiment.eval
         result = win_rate(table, eval_.resamples, self.experiment.seed)
-        warnings = [self._family_warning(tokenizer), result.pop("warning")]
+        warnings = [self._family_warning(tokenizers["teacher"]), result.pop("warning")]
         return {
             "against": settings.against,
             "judge": {"model": settings.judge.model, "engine": settings.judge.engine},
@@ -172,24 +176,23 @@ def _distinct(rows: Any, conversations: Sequence[str], count: int) -> list[dict[
 
 def write_answers(
     model: Any,
-    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
     tokenizer: Any,
     end_ids: Sequence[int],
     batch_size: int,
     max_tokens: int,
     bar: StageBar,
 ) -> list[str]:
-    """A model's greedy answer to each row's prompt, without special tokens."""
+    """A model's greedy answer to each prompt, given as token ids, without special tokens."""
     answers: dict[int, str] = {}
-    prompts = [np.asarray(row["input_ids"])[: int(row["completion_start"])] for row in rows]
-    order = sorted(range(len(rows)), key=lambda number: len(prompts[number]))  # alike in length, so that little is padded
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # alike in length, so that little is padded
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        written_BT = continue_prompts(model, [prompts[n].tolist() for n in chunk], max_tokens, end_ids, do_sample=False)
+        written_BT = continue_prompts(model, [prompts[n] for n in chunk], max_tokens, end_ids, do_sample=False)
         for number, written in zip(chunk, tokenizer.batch_decode(written_BT, skip_special_tokens=True), strict=True):
             answers[number] = written.strip()
         bar.advance(len(chunk))
-    return [answers[number] for number in range(len(rows))]
+    return [answers[number] for number in range(len(prompts))]
 
 
 def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Losses: pure functions of tensors, with no trainer in sight."""
 
+from llmdistill.losses.distillation import distillation_loss, teacher_choice
 from llmdistill.losses.divergences import (
     DIVERGENCES,
     SMALLEST,
     Objective,
     adaptive_kl,
     cross_entropy,
-    distillation_loss,
     divergence,
     forward_kl,
     jsd,
@@ -16,11 +16,11 @@ from llmdistill.losses.divergences import (
     skew_kl,
     skew_reverse_kl,
     student_outcomes,
-    teacher_choice,
     teacher_outcomes,
     topk_divergence,
     total_variation,
     weighted_kl,
+    wide,
 )
 
 __all__ = [
@@ -44,4 +44,5 @@ __all__ = [
     "topk_divergence",
     "total_variation",
     "weighted_kl",
+    "wide",
 ]

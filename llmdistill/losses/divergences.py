@@ -4,8 +4,7 @@ Let p be the teacher, q the student's softmax, y the token that was written. A d
 log-probabilities of two distributions over the same J outcomes. For an online teacher the outcomes are the vocabulary
 (`divergence`); for stored top-k targets they are the K tokens of the support and, last, everything outside it
 (`topk_divergence`). Sampled targets allow forward KL alone (`sampled_kl`). Every function returns a tensor of shape (N,);
-the caller sums it and divides by the completion tokens of the whole global batch. Which of them a batch calls for, the kind
-of its targets says (`SoftTargets.loss_parts`).
+the caller sums it and divides by the completion tokens of the whole global batch.
 """
 
 import inspect
@@ -16,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from llmdistill.data.targets import KINDS
 
 SMALLEST = -1e30  # stands for log 0 where an infinite value would turn gradients into NaN
 # What reverse KL takes for the logarithm of a teacher's probability of zero, where it would be infinite: the mass outside
@@ -32,7 +29,7 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
         logits_NV: the student's logits at the positions that predict completion tokens, any float type.
         labels_N: the completion tokens.
     """
-    return torch.nn.functional.cross_entropy(_wide(logits_NV), labels_N, reduction="none")
+    return torch.nn.functional.cross_entropy(wide(logits_NV), labels_N, reduction="none")
 
 
 def divergence(name: str, teacher_NJ: Tensor, student_NJ: Tensor, temperature: float = 1.0, beta: float | None = None) -> Tensor:
@@ -53,8 +50,8 @@ def divergence(name: str, teacher_NJ: Tensor, student_NJ: Tensor, temperature: f
     """
     Objective(name, temperature=temperature, beta=beta)
     mixture = {} if beta is None else {"beta": beta}
-    log_p_NJ = (_wide(teacher_NJ) / temperature).log_softmax(dim=1)
-    log_q_NJ = (_wide(student_NJ) / temperature).log_softmax(dim=1)
+    log_p_NJ = (wide(teacher_NJ) / temperature).log_softmax(dim=1)
+    log_q_NJ = (wide(student_NJ) / temperature).log_softmax(dim=1)
     return DIVERGENCES[name](log_p_NJ, log_q_NJ, **mixture) * temperature**2
 
 
@@ -106,7 +103,7 @@ def sampled_kl(logits_NV: Tensor, ids_NK: Tensor, logweights_NK: Tensor, entropy
 
 def weighted_kl(log_q_NK: Tensor, logweights_NK: Tensor, entropy_N: Tensor) -> Tensor:
     """`sampled_kl` from the student's log-probabilities of the sampled tokens."""
-    return -(_wide(logweights_NK).exp() * log_q_NK).sum(dim=1) - _wide(entropy_N)
+    return -(wide(logweights_NK).exp() * log_q_NK).sum(dim=1) - wide(entropy_N)
 
 
 def sequence_kl(ce_N: Tensor, token_logprobs_N: Tensor, importance_N: Tensor) -> Tensor:
@@ -121,12 +118,12 @@ def sequence_kl(ce_N: Tensor, token_logprobs_N: Tensor, importance_N: Tensor) ->
         token_logprobs_N: log p(y) of the teacher.
         importance_N: w of the text that the token is in; see `importance`.
     """
-    return _wide(importance_N) * (_wide(token_logprobs_N) + ce_N)
+    return wide(importance_N) * (wide(token_logprobs_N) + ce_N)
 
 
 def teacher_outcomes(logprobs_NK: Tensor, tail_N: Tensor) -> Tensor:
     """The teacher's log-probabilities on the support and, last, of everything outside it; shape (N, K + 1)."""
-    return torch.cat([_wide(logprobs_NK), _wide(tail_N).log()[:, None]], dim=1)
+    return torch.cat([wide(logprobs_NK), wide(tail_N).log()[:, None]], dim=1)
 
 
 def student_outcomes(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
@@ -139,7 +136,7 @@ def picked_logits(logits_NV: Tensor, ids_NK: Tensor, apart: bool) -> tuple[Tenso
 
     The others are summed over their own logits, not taken as 1 − Σ_S q, which has no digits left when q is sure.
     """
-    logits_NV = _wide(logits_NV)
+    logits_NV = wide(logits_NV)
     rest_NV = logits_NV.scatter(1, ids_NK, SMALLEST) if apart else logits_NV
     return logits_NV.gather(1, ids_NK), rest_NV.logsumexp(dim=1, keepdim=True)
 
@@ -261,44 +258,6 @@ class Objective:
         return loss_N.sum(), {name: values.detach().sum() for name, values in parts.items()}
 
 
-def distillation_loss(
-    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, its tokens weighted and summed, and the detached sums of its parts, unweighted.
-
-    Args:
-        logits_NV: the student's logits, any float type.
-        labels_N: the completion tokens.
-        targets: a batch of the collator; `target_kind` decides the form, and without soft targets it is cross-entropy.
-            `teacher_logits` (N, V), of a teacher that runs beside the student, come before any stored ones.
-        objective: what to compute.
-    """
-    parts = {"ce": cross_entropy(logits_NV, labels_N)}
-    if "teacher_logits" in targets:  # one vocabulary may be padded further than the other
-        targets = {**targets, "teacher_logits": targets["teacher_logits"][:, : logits_NV.shape[1]]}
-    with torch.set_grad_enabled(objective.alpha > 0 and torch.is_grad_enabled()):
-        if "teacher_logits" in targets:
-            teacher_NV = targets["teacher_logits"]
-            parts |= objective.divergences(teacher_NV, logits_NV[:, : teacher_NV.shape[1]])
-        elif "target_kind" in targets:
-            kind = KINDS[targets["target_kind"]]
-            picked_NK, rest_N1 = picked_logits(logits_NV, targets["target_ids"], kind.has_tail)
-            parts |= kind.loss_parts(kind.present(picked_NK, targets), rest_N1, targets, objective)
-    if (choice_N1 := teacher_choice(targets)) is not None:
-        with torch.no_grad():
-            parts["agreement"] = (logits_NV.gather(1, choice_N1)[:, 0] >= logits_NV.amax(dim=1)).float()
-    return objective.total(parts, targets)
-
-
-def teacher_choice(targets: Mapping[str, Any]) -> Tensor | None:
-    """The teacher's most likely token, shape (N, 1): of a sample the one with the largest weight; None for text only."""
-    if "teacher_logits" in targets:
-        return targets["teacher_logits"].argmax(dim=1, keepdim=True)
-    if "target_kind" not in targets:
-        return None
-    return targets["target_ids"].gather(1, KINDS[targets["target_kind"]].choice(targets))
-
-
 def _kl(log_a_NJ: Tensor, log_b_NJ: Tensor) -> Tensor:
     """Σ a log(a/b); an outcome with a = 0 adds nothing, whatever its logarithm: 0 × −inf would be NaN."""
     return (log_a_NJ.exp() * (log_a_NJ.clamp(min=SMALLEST) - log_b_NJ)).sum(dim=1)
@@ -309,6 +268,6 @@ def _mixture(log_a_NJ: Tensor, log_b_NJ: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_a_NJ + math.log(share), log_b_NJ + math.log1p(-share))
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
     """In float32 at least; float64 stays, for tests."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

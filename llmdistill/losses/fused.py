@@ -30,6 +30,8 @@ from torch.distributed.fsdp import FSDPModule
 from llmdistill import losses
 from llmdistill.data.collator import output_layer, replaced_forward, some_tokens
 from llmdistill.data.targets import KINDS
+from llmdistill.losses.chunks import chunk_parts
+from llmdistill.losses.classes import ClassPicks
 from llmdistill.training.probe import working
 
 # Of float32 logits: enough rows for matrix products at full speed. On a GPU every chunk also reads and writes the whole gradient
@@ -40,8 +42,8 @@ _CACHED = 1 << 20  # numbers
 # The dense loss and its gradient hold some float32 copies of a chunk of both models' logits.
 _DENSE_COPIES = 8
 
-# From the picked logits of rows (n, C), the log-sum-exp of their others (n, 1) and the largest of those (n, 1): the loss, and
-# the sums of its parts.
+# From the picked logits, of rows (n, C) or of classes (P,), the log-sum-exp of the others (n, 1) and the largest of those (n, 1):
+# the loss, and the sums of its parts.
 RowLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 # From the rows' place among N and their logits (n, V), which it turns in place into the gradient of the loss: the same.
 ChunkLoss = Callable[[slice, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -168,14 +170,29 @@ def distillation_loss(
     if "teacher_logits" in targets:
         chunk_bytes //= _DENSE_COPIES
         chunk_loss = _dense(head, labels_N, targets, objective)
+    elif "target_chunk" in targets:
+        chunk_loss = _text_chunks(head, labels_N, targets, objective)
+    elif "target_table" in targets:
+        chunk_loss = _classes(head, labels_N, targets, objective)
     else:
         chunk_loss = _sparse(head, labels_N, targets, objective)
     count = max(len(hidden_ND), 1)
     chunks = math.ceil(count / max(chunk_bytes // (4 * len(flat[1])), 1))
     rows = math.ceil(count / chunks)  # about as many in the last chunk as in the others
     in_float32 = head.softcap is not None or "teacher_logits" in targets
-    loss, sums, gradients = _in_chunks(flat, bias_V, in_float32, chunk_loss, rows)
+    parts = _parts(len(hidden_ND), rows, targets.get("target_chunk"))
+    loss, sums, gradients = _in_chunks(flat, bias_V, in_float32, chunk_loss, parts)
     return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
+
+
+def _parts(count: int, rows: int, chunk_N: Tensor | None) -> list[slice]:
+    """Stretches of about so many of N rows, of which none ends inside a chunk of text; one where there are no rows at all."""
+    starts = list(range(0, max(count, 1), rows))
+    if chunk_N is not None and count:
+        begins_N = torch.cat([chunk_N.new_ones(1, dtype=torch.bool), (chunk_N[1:] != chunk_N[:-1]) | (chunk_N[1:] < 0)])
+        allowed = begins_N.nonzero()[:, 0]
+        starts = sorted({int(allowed[allowed <= start].max()) for start in starts})
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
 
 
 def _sparse(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
@@ -203,8 +220,39 @@ def _sparse(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective:
         return objective.total(parts, here)
 
     return lambda rows, logits_nV: _to_gradient(
-        logits_nV, columns_NC[rows], has_tail, head.softcap, partial(row_loss, rows)
+        logits_nV, _Columns(columns_NC[rows]), has_tail, head.softcap, partial(row_loss, rows)
     )  # fmt: skip
+
+
+def _text_chunks(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
+    """The loss on chunks of text, which depends on the labels' logits, and the sum of the others."""
+
+    def chunk_loss(rows: slice, logits_nV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        here = some_tokens(targets, rows)
+
+        def row_loss(label_n1: Tensor, all_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            ce_n = (all_n1 - label_n1)[:, 0]
+            return objective.total({"ce": ce_n} | chunk_parts(ce_n, here, objective), here)
+
+        return _to_gradient(logits_nV, _Columns(labels_N[rows, None]), False, head.softcap, row_loss)
+
+    return chunk_loss
+
+
+def _classes(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
+    """The loss of stored targets on root classes: it depends on the logits of their tokens, and the sum of the others."""
+    has_tail = KINDS[targets["target_kind"]].has_tail
+
+    def chunk_loss(rows: slice, logits_nV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        here = some_tokens(targets, rows)
+        picks = ClassPicks.of(here["target_table"], here["target_ids"], labels_N[rows], logits_nV.shape[1])
+
+        def row_loss(picked_P: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return objective.total(picks.row_loss(picked_P, others_n1, top_n1, here, objective), here)
+
+        return _to_gradient(logits_nV, picks, has_tail, head.softcap, row_loss)
+
+    return chunk_loss
 
 
 def _dense(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
@@ -250,10 +298,10 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _in_chunks(
-    flat: list[Tensor], bias_V: Tensor | None, in_float32: bool, chunk_loss: ChunkLoss, rows: int
+    flat: list[Tensor], bias_V: Tensor | None, in_float32: bool, chunk_loss: ChunkLoss, parts: Sequence[slice]
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
     """The loss and its parts, summed over N, and the gradients of a head's terms and bias where they are wanted."""
-    device, count = flat[0].device, len(flat[0])
+    device, rows = flat[0].device, max(part.stop - part.start for part in parts)
     dtype = _product_type(flat[0])
     wide = torch.promote_types(dtype, torch.float32)
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (*flat, bias_V)]
@@ -270,9 +318,7 @@ def _in_chunks(
         stays = dtype == wide or (kernels_for(device) is not None and not low and not in_float32)
         wide_buffer_nV = buffer_nV if stays else torch.empty_like(buffer_nV, dtype=wide)
         total, sums = torch.zeros((), dtype=wide, device=device), defaultdict[str, Any](int)
-        # Once where there are no rows at all, so that every part has its sum.
-        for start in range(0, max(count, 1), rows):
-            here = slice(start, min(start + rows, count))
+        for here in parts:
             x_nD = x_ND[here].to(dtype)
             product_nV = torch.mm(x_nD, weight_VD.t(), out=buffer_nV[: len(x_nD)])
             if bias_V is not None:
@@ -280,9 +326,9 @@ def _in_chunks(
             logits_nV = product_nV if stays else wide_buffer_nV[: len(x_nD)].copy_(product_nV)
             for x_NR, weight_VR in zip(low[::2], low[1::2], strict=True):
                 logits_nV.addmm_(x_NR[here], weight_VR.t())
-            loss, parts = chunk_loss(here, logits_nV)
+            loss, found = chunk_loss(here, logits_nV)
             total += loss
-            for name, value in parts.items():
+            for name, value in found.items():
                 sums[name] += value
             if any(wanted):
                 product_nV = product_nV if stays else product_nV.copy_(logits_nV)
@@ -310,9 +356,25 @@ def _add_gradients(gradients: Sequence[Tensor | None], here: slice, grad_nV: Ten
             part.add_(grad_nv.t() @ x_nR)
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """The logits that a loss depends on, beside the log-sum-exp of the others: as many of each row, (n, C)."""
+
+    columns_nC: Tensor
+
+    def take(self, logits_nV: Tensor) -> Tensor:
+        return logits_nV.gather(1, self.columns_nC)
+
+    def hide_(self, logits_nV: Tensor, value: float) -> None:
+        logits_nV.scatter_(1, self.columns_nC, value)
+
+    def add_(self, logits_nV: Tensor, values_nC: Tensor) -> None:
+        logits_nV.scatter_add_(1, self.columns_nC, values_nC)
+
+
 def _to_gradient(
     logits_nV: Tensor,
-    columns_nC: Tensor,
+    picks: "_Columns | ClassPicks",
     picked_apart: bool,
     softcap: float | None,
     row_loss: RowLoss,
@@ -327,9 +389,9 @@ def _to_gradient(
         slope_nV = torch.addcmul(torch.ones_like(logits_nV[:1]), logits_nV, logits_nV, value=-1)
         logits_nV.mul_(softcap)
     kernels = kernels_for(logits_nV.device)
-    picked_nC = logits_nV.gather(1, columns_nC).to(torch.promote_types(logits_nV.dtype, torch.float32)).requires_grad_()
+    picked = picks.take(logits_nV).to(torch.promote_types(logits_nV.dtype, torch.float32)).requires_grad_()
     if picked_apart:
-        logits_nV.scatter_(1, columns_nC, max(losses.SMALLEST, torch.finfo(logits_nV.dtype).min))
+        picks.hide_(logits_nV, max(losses.SMALLEST, torch.finfo(logits_nV.dtype).min))
     if kernels is not None:
         top_n1, others_n1 = kernels.log_sum_exp(logits_nV)
     else:
@@ -337,13 +399,13 @@ def _to_gradient(
         sum_n1 = logits_nV.sub_(top_n1).exp_().sum(dim=1, keepdim=True)
         others_n1 = top_n1 + sum_n1.log()
     with torch.enable_grad():
-        loss, parts = row_loss(picked_nC, others_n1.requires_grad_(), top_n1)
-        grad_picked_nC, grad_others_n1 = torch.autograd.grad(loss, (picked_nC, others_n1))
+        loss, parts = row_loss(picked, others_n1.requires_grad_(), top_n1)
+        grad_picked, grad_others_n1 = torch.autograd.grad(loss, (picked, others_n1))
     if kernels is not None:
         kernels.scaled_exp_(logits_nV, others_n1.detach(), grad_others_n1)
     else:
         logits_nV.mul_(grad_others_n1 / sum_n1)
-    logits_nV.scatter_add_(1, columns_nC, grad_picked_nC.to(logits_nV.dtype))
+    picks.add_(logits_nV, grad_picked.to(logits_nV.dtype))
     if slope_nV is not None:
         logits_nV.mul_(slope_nV)
     return loss.detach(), parts

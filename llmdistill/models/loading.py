@@ -295,6 +295,23 @@ def vocabulary_hash(tokenizer: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def describe_tokenizer(tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) -> dict[str, Any]:
+    """What `dataset.json` says of the tokenizer whose ids are stored.
+
+    Args:
+        tokenizer: it.
+        vocab_size: of the model's output layer.
+        end_ids: the tokens that end a completion.
+    """
+    return {
+        "vocab_size": vocab_size,
+        "vocabulary_hash": vocabulary_hash(tokenizer),
+        "end_token_ids": list(end_ids),
+        "special_token_ids": special_token_ids(tokenizer),
+        "chat_template": tokenizer.chat_template,
+    }
+
+
 def context_length(config: Any) -> int | None:
     """The longest sequence that the model was made for, in tokens."""
     length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)

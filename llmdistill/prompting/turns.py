@@ -1,11 +1,11 @@
 """Conversations as files hold them: which messages there are, which are learned, and their token ids."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmdistill.data.dataset import Messages
+from llmdistill.data.dataset import Messages, whole_conversation
 from llmdistill.errors import UnreadableError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.prompting.template import Fields
@@ -95,6 +95,31 @@ def learned_turns(fields: Fields, origin: str, every: bool, tool_calls: bool) ->
             raise UnreadableError(f"the assistant's turn {ends.index(place) + 1} has none before it to answer", origin)
         if tool_calls or not messages[place].get("tool_calls"):
             yield Turn(messages[:place], messages[place : place + 1], fields.get("tools"))
+
+
+def stored_ids(row: Mapping[str, Any], chat: ChatTemplate, before: str = "") -> tuple[list[int], list[int]]:
+    """The prompt and the answer of a stored row in the tokens of another tokenizer.
+
+    An answer that was cut off has no token that ends it, nor the character that it was cut inside of.
+
+    Args:
+        row: with `prompt`, `completion`, `finish_reason` and `metadata`.
+        chat: the template of the other tokenizer.
+        before: text that the answer begins with, beside what is stored.
+
+    Raises:
+        UnusableError: the template refuses it.
+    """
+    (*prompt, answer), tools = whole_conversation(row)
+    cut = row["finish_reason"] != "stop"
+    if cut and answer.get("content"):
+        answer = {**answer, "content": answer["content"].removesuffix("\ufffd")}
+    if before:
+        answer = {**answer, "content": before + (answer.get("content") or "")}
+    prompt_ids, ids = Turn(prompt, [answer], tools, plain=not prompt).token_ids(chat)
+    if cut and len(ids) > 1 and ids[-1] in chat.end_ids:
+        ids = ids[:-1]
+    return prompt_ids, ids
 
 
 def given_prompt(fields: Fields, origin: str) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from llmdistill.runs.estimate import estimate, said
 from llmdistill.runs.progress import say, working
 from llmdistill.runs.status import how_far
 from llmdistill.stages.prompts import prepared_prompts
+from llmdistill.stages.retokenize import is_needed
 from llmdistill.stages.table import STAGES
 
 CONFIGS = "configs"  # in `output`: what each stage was started with
@@ -59,8 +60,9 @@ def stages(experiment: Experiment) -> list[StageRun]:
     first = ["score"] if experiment.score else [*made, "generate"]
     teacher = experiment.teacher.abilities
     cut, exported = ["prune"] if experiment.student.prune else [], ["export"] if experiment.export else []
+    own = ["retokenize"] if is_needed(experiment) else []
     return [
-        *(StageRun(command, experiment) for command in [*first, "curate", *cut]),
+        *(StageRun(command, experiment) for command in [*first, "curate", *own, *cut]),
         # The first student is that of no rounds; everything after it is about the last one.
         StageRun("train", experiment.with_(rounds=None)),
         *_rounds(experiment),
@@ -74,13 +76,14 @@ def _rounds(experiment: Experiment) -> Iterator[StageRun]:
     settings = experiment.rounds
     if settings is None:
         return
-    teacher, curated = experiment.teacher, str(experiment.directory("curated"))
+    teacher, own = experiment.teacher, is_needed(experiment)
+    curated, learned = (str(experiment.directory(name)) for name in ("curated", "retokenized" if own else "curated"))
     engine = DEFAULT_ENGINE if teacher.abilities.remote else teacher.engine
     changes: dict[str, Any] = {"compare_text_only": False, "args": experiment.train.args | settings.args}
     if settings.loss:
         changes["loss"] = settings.loss
     if settings.teacher_share:
-        changes["mix"] = Mix(datasets=[curated], share=settings.teacher_share)
+        changes["mix"] = Mix(datasets=[learned], share=settings.teacher_share)
     train = experiment.train.with_(**changes)
     student = experiment.first_student
     for number in range(1, settings.n + 1):
@@ -94,6 +97,8 @@ def _rounds(experiment: Experiment) -> Iterator[StageRun]:
         yield StageRun("generate", written, number)
         yield StageRun("score", here.with_(score=Score(source=str(written.directory("data")))), number)
         yield StageRun("curate", here.with_(eval=experiment.eval.with_(held_out=0)), number)
+        if own:
+            yield StageRun("retokenize", here, number)
         yield StageRun("train", here.with_(student=experiment.student.continued(str(student)), train=train), number)
         student = here.directory("student")
 

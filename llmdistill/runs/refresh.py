@@ -18,6 +18,7 @@ from llmdistill.runs import lock, record
 from llmdistill.runs.pipeline import run_stages, stages
 from llmdistill.runs.progress import say
 from llmdistill.stages.prompts import prepared_prompts, prompts_inputs
+from llmdistill.stages.retokenize import is_needed
 from llmdistill.teachers import stable_id, teacher_inputs
 
 _FILE = "refresh.json"
@@ -104,7 +105,8 @@ def _version(experiment: Experiment, versions: list[dict[str, Any]], number: int
     if earlier:
         changes["prompts"] = experiment.prompts.with_(known=[str(version / "data") for version in earlier])
         if experiment.refresh.replay:
-            datasets = [str(version / "curated") for version in earlier]
+            learned = "retokenized" if is_needed(experiment) else "curated"
+            datasets = [str(version / learned) for version in earlier]
             changes["train"] = experiment.train.with_(mix=Mix(datasets=datasets, share=experiment.refresh.replay))
     promoted = [entry["version"] for entry in versions if entry.get("promoted")]
     if promoted:

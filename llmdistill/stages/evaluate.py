@@ -1,7 +1,7 @@
 """`llmdistill eval`: how far the student is from the teacher on held-out text, with intervals, and what it costs."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from llmdistill.models.loading import (
     model_bytes,
     vocabulary_hash,
 )
+from llmdistill.models.root_classes import RootClasses
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
+from llmdistill.stages.retokenize import Sides, sides_of, training_dataset
 from llmdistill.students.origins import before
 
 METRICS_VERSION = 2
@@ -62,19 +64,26 @@ class _Loaded:
 
     Attributes:
         models: by name.
-        tokenizer: the teacher's, which is the student's too.
+        tokenizers: of each model.
         rows: held out.
         prompts: the conversation that each row belongs to.
         draws: resamples of the prompts.
-        end_ids: the tokens that end a completion.
+        end_ids: the tokens that end a completion, of each model.
+        sides: where the student has another vocabulary than the teacher, both; else None.
     """
 
     models: dict[str, Any]
-    tokenizer: Any
+    tokenizers: dict[str, Any]
     rows: Any
     prompts: list[str]
     draws: Draws
-    end_ids: list[int]
+    end_ids: dict[str, list[int]]
+    sides: Sides | None
+
+    @property
+    def classes(self) -> RootClasses | None:
+        """In which the vocabularies are compared."""
+        return self.sides.classes if self.sides else None
 
 
 def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
@@ -93,7 +102,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         _check_models(plan.subjects, but=experiment.output)
         say("eval", f"would compare {', '.join(subject.name for subject in plan.subjects)} and write {directory}")
         return
-    manifest = read_manifest(experiment.dataset_directory)
+    manifest = read_manifest(training_dataset(experiment))
     _check_models(plan.subjects)
     claim = _claim(experiment, plan)
     if record.claim(*claim) == "done":
@@ -114,13 +123,17 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     by_vllm = experiment.eval.speed == "vllm"
     served = parts.result("speed", lambda: _served_by_vllm(experiment, plan.subjects)) if by_vllm else None
     draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
-    models, tokenizer = _load(experiment, plan.subjects, precision.dtype)
-    loaded = _Loaded(models, tokenizer, rows, prompts, draws, manifest["tokenizer"]["end_token_ids"])
+    with working("eval", "loading the models"):
+        models = _load(plan.subjects, precision.dtype)
+        tokenizers = {subject.name: _tokenizer(experiment, subject, manifest) for subject in plan.subjects}
+        ends = {name: _described(manifest, name)["end_token_ids"] for name in models}
+        sides = sides_of(experiment, manifest) if "alignment" in manifest else None
+    loaded = _Loaded(models, tokenizers, rows, prompts, draws, ends, sides)
 
     measured = parts.arrays("fidelity", lambda: _measure(experiment, loaded))
     found: dict[str, Any] = {}
     if tasks:
-        found |= parts.result("tasks", lambda: measure_tasks(tasks, models, tokenizer, experiment, directory))
+        found |= parts.result("tasks", lambda: measure_tasks(tasks, models, tokenizers, experiment, directory))
     own = _own_texts(loaded, experiment, parts) if experiment.eval.own_prompts else {}
     found |= parts.result("texts", lambda: _texts(experiment, loaded, measured))
     metrics = _metrics(experiment, plan.subjects, loaded, measured) | found | {"warnings": [warning] if warning else []}
@@ -131,7 +144,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     _add_speeds(metrics, served)
     if comparison := plan.comparison:
         metrics["win_rate"] = parts.result(
-            "win_rate", lambda: comparison.measure(models, rows, prompts, tokenizer, loaded.end_ids, directory)
+            "win_rate", lambda: comparison.measure(models, rows, prompts, tokenizers, ends, directory)
         )
     _write(experiment, directory, metrics, measured, loaded)
     record.finish(directory, {"headline": metrics["headline"]})
@@ -178,7 +191,7 @@ def _claim(experiment: Experiment, plan: _Plan) -> record.Claim:
 def _inputs(experiment: Experiment, plan: _Plan) -> dict[str, str]:
     """Path or name and hash of what is read."""
     inputs = {subject.path: record.model_fingerprint(subject.path, subject.revision) for subject in plan.subjects}
-    manifests = [directory / MANIFEST for directory in (experiment.dataset_directory, *experiment.mixed_datasets)]
+    manifests = [directory / MANIFEST for directory in (training_dataset(experiment), *experiment.mixed_datasets)]
     inputs |= {str(file): record.sha256(file) for file in manifests}
     inputs |= {name: record.sha256(file) for name, file in files_of(plan.tasks).items()}
     return inputs | (plan.comparison.inputs if plan.comparison else {})
@@ -188,17 +201,30 @@ def held_out_rows(experiment: Experiment) -> Any:
     """The held-out rows of the dataset, and of those that are mixed in."""
     import datasets
 
-    parts = [load_dataset(directory, "test") for directory in (experiment.dataset_directory, *experiment.mixed_datasets)]
+    parts = [load_dataset(directory, "test") for directory in (training_dataset(experiment), *experiment.mixed_datasets)]
     columns = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
     return datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
 
 
-def _load(experiment: Experiment, subjects: list[Served], dtype: str) -> tuple[dict[str, Any], Any]:
-    """The models by their names, and the teacher's tokenizer."""
+def _load(subjects: list[Served], dtype: str) -> dict[str, Any]:
+    """The models by their names."""
+    return {s.name: load_model(s.path, s.revision, dtype, s.trust_remote_code, f"the model `{s.name}`") for s in subjects}
+
+
+def _described(manifest: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the dataset says of the tokenizer of a model."""
+    described: dict[str, Any] = manifest.get("teacher_tokenizer" if name == "teacher" else "tokenizer", manifest["tokenizer"])
+    return described
+
+
+def _tokenizer(experiment: Experiment, subject: Served, manifest: dict[str, Any]) -> Any:
+    """The tokenizer whose ids a model is given: with one vocabulary the teacher's, which every student has, too."""
     teacher = experiment.teacher
-    with working("eval", "loading the models"):
-        models = {s.name: load_model(s.path, s.revision, dtype, s.trust_remote_code, f"the model `{s.name}`") for s in subjects}
-        return models, load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+    if "alignment" not in manifest or subject.name == "teacher":
+        return load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+    tokenizer = load_tokenizer(subject.path, subject.revision, subject.trust_remote_code, f"the model `{subject.name}`")
+    tokenizer.chat_template = manifest["tokenizer"]["chat_template"]
+    return tokenizer
 
 
 def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
@@ -209,8 +235,9 @@ def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
             models,
             loaded.rows,
             experiment.eval.batch_size,
-            loaded.end_ids,
+            loaded.end_ids["teacher"],
             lambda rows, tokens: bar.advance(rows, tokens * len(models)),
+            loaded.classes,
         )
 
 
@@ -234,13 +261,24 @@ def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, me
         "prompts": loaded.draws.draws.shape[1],
         "resamples": experiment.eval.resamples,
     }
+    if loaded.classes:
+        held_out["classes"] = _shared(loaded.classes, measured)
     if weights is not None:
         held_out["effective_rows"] = effective_sample_size(weights)
     return {
         "schema_version": METRICS_VERSION,
         "held_out": held_out,
         "models": described,
-        "differences": list(_differences(subjects, measured, loaded.draws)),
+        "differences": list(_differences(subjects, measured, loaded.draws, text_bytes)),
+    }
+
+
+def _shared(classes: RootClasses, measured: dict[str, Array]) -> dict[str, Any]:
+    """How much of the held-out text is compared where the vocabularies differ: positions, and the teacher's entropy there."""
+    return {
+        "count": classes.count,
+        "positions": float(measured["tokens"].sum() / max(measured["positions"].sum(), 1)),
+        "entropy": float(measured["class_entropy"].sum() / max(measured["entropy"].sum(), 1e-12)),
     }
 
 
@@ -254,7 +292,7 @@ def _add_speeds(metrics: dict[str, Any], served: dict[str, Any]) -> None:
     metrics["headline"] = headline(metrics["models"], served["engine"], metrics.get("tasks"))
 
 
-def _computed(metrics: tuple[Metric, ...], sums: Sums) -> dict[str, Any]:
+def _computed(metrics: Iterable[Metric], sums: Sums) -> dict[str, Any]:
     """Those that are defined."""
     values = {metric.name: metric.compute(sums) for metric in metrics}
     return {name: value for name, value in values.items() if value is not None}
@@ -276,16 +314,23 @@ def _importance(rows: Any) -> Array | None:
 
 def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[str, dict[str, Any]]:
     """What each model writes by itself: how near it stays to the teacher there, how long it is, and whether it ends."""
-    settings, models, end_ids = experiment.eval, loaded.models, loaded.end_ids
+    settings, models = experiment.eval, loaded.models
 
     def measure(name: str) -> dict[str, Any]:
-        written = own_text(models[name], loaded.rows, settings.own_prompts, settings.own_tokens, end_ids, experiment.seed)
-        sums = fidelity({"teacher": models["teacher"], name: models[name]}, written, settings.batch_size, end_ids)
+        ends = loaded.end_ids[name]
+        written = own_text(models[name], loaded.rows, settings.own_prompts, settings.own_tokens, ends, experiment.seed, name)
+        text_bytes = np.array([_own_bytes(row, loaded.tokenizers[name]) for row in written])
+        classes = None if name == "teacher" else loaded.classes  # the teacher's own text is compared with nobody
+        if classes and loaded.sides:
+            written = [loaded.sides.with_teachers(row, loaded.rows[row["number"]]) for row in written]
+        pair = {"teacher": models["teacher"], name: models[name]}
+        sums = fidelity(pair, written, settings.batch_size, loaded.end_ids["teacher"], classes=classes)
         draws = Draws.of([loaded.prompts[row["number"]] for row in written], settings.resamples, experiment.seed)
+        metrics = [metric for metric in OWN_TEXT_METRICS if not (loaded.classes and metric.name == "teacher_nll")]
         return {
             "prompts": len(written),
             "tokens": int(sums["tokens"].sum()),
-            **_computed(OWN_TEXT_METRICS, Sums(name, sums, draws)),
+            **_computed(metrics, Sums(name, sums, draws, text_bytes)),
         }
 
     found = {}
@@ -294,6 +339,12 @@ def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[st
             found[name] = parts.result(f"own-text-{number}", lambda name=name: measure(name))  # type: ignore[misc]
             bar.advance(1, found[name]["tokens"], [f"own text of {name}"])
     return found
+
+
+def _own_bytes(row: dict[str, Any], tokenizer: Any) -> int:
+    """Bytes of what a model has written."""
+    text = tokenizer.decode(row["input_ids"][row["completion_start"] :], skip_special_tokens=True)
+    return max(len(text.encode()), 1)
 
 
 def _add_own_texts(metrics: dict[str, Any], own: dict[str, dict[str, Any]], experiment: Experiment) -> None:
@@ -305,12 +356,12 @@ def _add_own_texts(metrics: dict[str, Any], own: dict[str, dict[str, Any]], expe
 
 def _texts(experiment: Experiment, loaded: _Loaded, measured: dict[str, Array]) -> dict[str, Any]:
     """Single texts for people to look at."""
-    settings, models, rows, tokenizer = experiment.eval, loaded.models, loaded.rows, loaded.tokenizer
+    settings, models, rows = experiment.eval, loaded.models, loaded.rows
     rival = next(name for name in reversed(models) if name != "student")
     with working("eval", "writing samples"):
         return {
-            "samples": samples(models, rows, tokenizer, settings.samples, settings.sample_tokens),
-            "views": views(models, rows, tokenizer),
+            "samples": samples(models, rows, loaded.tokenizers, settings.samples, settings.sample_tokens),
+            "views": [] if loaded.classes else views(models, rows, loaded.tokenizers["teacher"]),
             "examples": won_and_lost(measured, rows, rival),
         }
 
@@ -374,27 +425,26 @@ def _served_by_vllm(experiment: Experiment, subjects: list[Served]) -> dict[str,
 
 def _check_vocabulary(subject: Served, manifest: dict[str, Any]) -> None:
     how = (subject.path, subject.revision, subject.trust_remote_code, f"the model `{subject.name}`")
-    if vocabulary_hash(load_tokenizer(*how)) == manifest["tokenizer"]["vocabulary_hash"]:
+    told = _described(manifest, subject.name)
+    if vocabulary_hash(load_tokenizer(*how)) == told["vocabulary_hash"]:
         return  # one output layer may still be padded further than the other
     size = load_config(*how).get_text_config().vocab_size
     raise InputError(
-        f"{subject.path} has another vocabulary, of {size:,} tokens, than the held-out rows, of "
-        f"{manifest['tokenizer']['vocab_size']:,}: a KL between different vocabularies is not defined"
+        f"{subject.path} has another vocabulary, of {size:,} tokens, than the held-out rows, of {told['vocab_size']:,}"
     )
 
 
-def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draws) -> Iterator[dict[str, Any]]:
+def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draws, text_bytes: Array) -> Iterator[dict[str, Any]]:
     """The student minus each of its rivals, on the same rows and draws."""
     for rival in subjects:
         if rival.name.startswith("student") and rival.name != "student":
             for metric in metrics_of("models"):
                 sums = measured[f"student {metric.name}"] - measured[f"{rival.name} {metric.name}"]
-                yield {
-                    "better": "student",
-                    "worse": rival.name,
-                    "metric": metric.name,
-                    **draws.interval(sums, measured["tokens"]),
-                }
+                found = draws.interval(sums, measured["tokens"])
+                yield {"better": "student", "worse": rival.name, "metric": metric.name, **found}
+            nats = [Sums(name, measured, draws).text_nll for name in ("student", rival.name)]
+            found = draws.interval((nats[0] - nats[1]) / np.log(2), text_bytes)
+            yield {"better": "student", "worse": rival.name, "metric": "bits_per_byte", **found}
 
 
 def _said(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:

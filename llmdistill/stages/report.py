@@ -16,7 +16,7 @@ from llmdistill.data.budget import money
 from llmdistill.data.cards import describe_targets
 from llmdistill.data.dataset import MANIFEST
 from llmdistill.errors import InputError
-from llmdistill.evaluation.metrics import OWN_TEXT_METRICS, metrics_of
+from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, metrics_of
 from llmdistill.evaluation.picture import picture
 from llmdistill.evaluation.plots import Point, group_plot, interval_plot, loss_plot, size_plot
 from llmdistill.evaluation.statistics import interval_text
@@ -70,7 +70,7 @@ def _view(experiment: Experiment) -> Json:
         "judged": metrics.get("win_rate"),
         "exports": _exports(experiment),
         "profiles": _profiles(models),
-        "columns": metrics_of("models"),
+        "columns": metrics_of("across" if "classes" in metrics["held_out"] else "models"),
         "measures": list(_measures(metrics["models"])),
         "own_text": metrics.get("own_text"),
         "sizes": size_plot([(name, (model["bytes"] or 0) / 1e6, percent(model["top1"])) for name, model in models.items()]),
@@ -258,7 +258,7 @@ def _verdict(differences: list[Json]) -> str | None:
 
 def _finding(difference: Json) -> Json:
     """A paired difference: shown, not shown, or reversed."""
-    metric = next(metric for metric in metrics_of("models") if metric.name == difference["metric"])
+    metric = next(metric for metric in METRICS if metric.name == difference["metric"])
     words = metric.difference
     assert words is not None
     mean, low, high = (metric.factor * difference[key] for key in ("mean", "low", "high"))
@@ -348,7 +348,7 @@ def _data(experiment: Experiment) -> Json:
     described = {
         "teacher": manifest["teacher"],
         "sampling": manifest["sampling"],
-        "targets": describe_targets(manifest["targets"]),
+        "targets": describe_targets(manifest),
     }
     described["cost"] = _cost(manifest.get("cost", {}), splits["train"]["rows"] + splits["test"]["rows"])
     made = manifest.get("prompts", [])

@@ -15,7 +15,7 @@ from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import vocabulary_hash
 from llmdistill.prompting.formats import RowReader
 from llmdistill.prompting.sources import files_hash, metadata, read_tables
-from llmdistill.prompting.turns import Turn, as_columns, learned_turns
+from llmdistill.prompting.turns import Turn, as_columns, learned_turns, stored_ids
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
 from llmdistill.teachers import Completion, Engine, Request, row_seed, stable_id, teacher_inputs
@@ -170,7 +170,7 @@ def _token_ids(turn: Turn, chat: PromptEncoder, origin: str) -> tuple[list[int],
 
 
 class _Stored:
-    """The rows of a dataset, all of its splits; their ids and token ids stay as they are."""
+    """The rows of a dataset, all of its splits. Their ids stay as they are, and their token ids, if they are the teacher's."""
 
     def __init__(self, section: Score) -> None:
         import datasets
@@ -193,20 +193,31 @@ class _Stored:
         return len(self.rows)
 
     def prepare(self, chat: PromptEncoder) -> int:
-        if self.manifest["tokenizer"]["vocabulary_hash"] != vocabulary_hash(chat.tokenizer):
-            raise InputError(
-                f"score.source: {self.directory} was written with another vocabulary than that of "
-                f"{chat.experiment.teacher.model}; export its text and score that"
-            )
         import pyarrow.compute as pc
 
         self.chat = chat
+        self.same = self.manifest["tokenizer"]["vocabulary_hash"] == vocabulary_hash(chat.tokenizer)
+        if not self.same:
+            self._leave_out()
         longest = pc.max(pc.list_value_length(self.rows.data.column("input_ids"))).as_py()
-        if chat.experiment.teacher.system is not None:
+        if chat.experiment.teacher.system is not None or not self.same:
             texts = map(self.text, range(len(self)))
             longest = max(len(text.told_ids or text.prompt_ids) + len(text.completion_ids) for text in texts)
         chat.check_length(longest + 1, "the tokens of its longest row and the one that vLLM adds", str(self.directory))
         return chat.experiment.teacher.max_model_len or longest + 1
+
+    def _leave_out(self) -> None:
+        """Of rows in another vocabulary, leave out those that the teacher's chat template refuses."""
+        used = []
+        for number, row in enumerate(self.rows.with_format(None)):
+            try:
+                stored_ids(row, self.chat.template)
+            except UnusableError as error:
+                self.left_out.add(error.at(f"{self.directory} row {row['id']}"))
+                continue
+            used.append(number)
+        self.left_out.close("score", len(used))
+        self.rows = self.rows.select(used)
 
     def text(self, index: int) -> Text:
         row = self.rows[index]
@@ -214,12 +225,15 @@ class _Stored:
         messages = ([dict(m) for m in row["prompt"]], [dict(m) for m in row["completion"]])
         sampled = float(row["sampling_logprob"]) if self.sampled else None
         other, provenance = metadata_and_provenance(str(row["metadata"]))
-        system = self.chat.experiment.teacher.system
         whole = provenance["messages"][:-1] if "messages" in provenance else messages[0]
+        prompt_ids, completion_ids = ids[:start], ids[start:]
+        if not self.same:
+            prompt_ids, completion_ids = stored_ids(self.rows.with_format(None)[index], self.chat.template)
+        system = self.chat.experiment.teacher.system
         origin = f"{self.directory} row {row['id']}"
         told_ids = None if system is None else self.chat.told_ids(whole, origin, provenance.get("tools"))
         reason = str(row["finish_reason"])
-        return Text(str(row["id"]), *messages, ids[:start], ids[start:], reason, sampled, other, provenance, told_ids)
+        return Text(str(row["id"]), *messages, prompt_ids, completion_ids, reason, sampled, other, provenance, told_ids)
 
 
 class _Requests(Sequence[Request]):

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Directory = Literal["prompts", "data", "curated", "student-before", "student", "student-text-only", "eval", "export", "judge"]
+Directory = Literal[
+    "prompts", "data", "curated", "retokenized", "student-before", "student", "student-text-only", "eval", "export", "judge"
+]
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,20 @@ STAGES: dict[str, Stage] = {
             writes=("student-before",),
         ),
         Stage(
+            "retokenize",
+            "bring the dataset into the tokens of a student with another vocabulary",
+            ("student", "retokenize"),
+            "retokenize",
+            reads=("curated",),
+            writes=("retokenized",),
+            uses_model=False,
+        ),
+        Stage(
             "train",
             "train the student on the dataset",
             ("student", "train"),
             "train",
-            reads=("curated",),
+            reads=("curated", "retokenized"),
             writes=("student-before", "student", "student-text-only"),
         ),
         Stage(
@@ -114,7 +125,7 @@ STAGES: dict[str, Stage] = {
             "evaluate the student against the teacher on held-out rows",
             ("eval",),
             "evaluate",
-            reads=("curated", "student-before", "student", "student-text-only"),
+            reads=("curated", "retokenized", "student-before", "student", "student-text-only"),
             writes=("eval",),
             after_rounds=True,
         ),
@@ -123,7 +134,7 @@ STAGES: dict[str, Stage] = {
             "write the student for serving, quantised or not, and measure the loss in fidelity",
             ("export", "eval.speed"),
             "export",
-            reads=("curated", "student"),
+            reads=("curated", "retokenized", "student"),
             writes=("export",),
             after_rounds=True,
         ),
@@ -132,7 +143,7 @@ STAGES: dict[str, Stage] = {
             "write the report, as HTML, Markdown and a picture, or compare several runs on one page",
             (),
             "report",
-            reads=("prompts", "data", "curated", "student", "student-text-only", "eval", "export"),
+            reads=("prompts", "data", "curated", "retokenized", "student", "student-text-only", "eval", "export"),
             uses_model=False,
             after_rounds=True,
         ),

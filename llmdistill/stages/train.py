@@ -3,12 +3,8 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision, training_precision
@@ -21,26 +17,22 @@ from llmdistill.data.dataset import (
     is_held_out,
     load_dataset,
     read_manifest,
-    whole_conversation,
 )
-from llmdistill.data.left_out import LeftOut
 from llmdistill.data.targets import KINDS
-from llmdistill.errors import InputError, UnusableError, no_such_key
-from llmdistill.models.chat_template import ChatTemplate
+from llmdistill.errors import InputError, no_such_key
 from llmdistill.models.loading import (
     check_model_exists,
     context_length,
-    end_token_ids,
-    load_config,
     load_model,
     load_tokenizer,
     vocabulary_hash,
     whole_on_every_process,
 )
+from llmdistill.models.root_classes import RootClasses
 from llmdistill.objectstore.copies import upload_checkpoints
-from llmdistill.prompting.turns import Turn
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say, working
+from llmdistill.stages.retokenize import training_dataset
 from llmdistill.students.origins import (
     begin_student,
     is_sharded,
@@ -81,11 +73,17 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         InputError: the dataset, the student or the output directory are not usable; nothing was written.
     """
     _models_and_files(experiment)
+    dataset = training_dataset(experiment)
     mixed = [read_manifest(directory, "train.mix.datasets") for directory in experiment.mixed_datasets]
-    if dry_run and not (experiment.dataset_directory / MANIFEST).is_file():
+    if dry_run and not (dataset / MANIFEST).is_file():
         _say_plan(experiment, None)
         return
-    manifest = read_manifest(experiment.dataset_directory)
+    if dataset != experiment.dataset_directory and not dataset.is_dir():
+        raise InputError(
+            f"student.model: {experiment.student.model} has another vocabulary than {experiment.dataset_directory}; "
+            "run `retokenize` first"
+        )
+    manifest = read_manifest(dataset)
     _check_loss(experiment, manifest)
     _check_mix(experiment, manifest, mixed)
     states = [(claim, record.claim(*claim)) for claim in claims(experiment)]
@@ -105,7 +103,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     if experiment.train.compare_text_only:
         directories[experiment.directory("student-text-only")] = True
     settings = _settings(experiment)
-    manifests = [directory / MANIFEST for directory in (experiment.dataset_directory, *experiment.mixed_datasets)]
+    manifests = [directory / MANIFEST for directory in (training_dataset(experiment), *experiment.mixed_datasets)]
     inputs = {str(file): record.sha256(file) for file in manifests} | _models_and_files(experiment)
     return [
         record.Claim(directory, "train", {**settings, "text_only": text_only}, inputs)
@@ -155,7 +153,7 @@ class _Materials:
         student: before training, or as it was left.
         teacher: where the targets are computed during training, else None.
         tokenizer: the student's.
-        same_vocabulary: whether it is the dataset's too.
+        classes: of rows from `retokenize`, else None.
         rows: of the training split, as they are stored.
         dataset: what is trained on.
         validation: what is set aside of it, if anything is.
@@ -166,7 +164,7 @@ class _Materials:
     student: Any
     teacher: Any
     tokenizer: Any
-    same_vocabulary: bool
+    classes: RootClasses | None
     rows: Any
     dataset: Any
     validation: Any
@@ -177,12 +175,11 @@ def _materials(
 ) -> _Materials:
     """Everything loaded, and checked against each other."""
     arguments = _arguments(experiment, directory, text_only, precision)
-    tokenizer, same_vocabulary = _tokenizer(experiment, manifest)
-    rows = _mixed(experiment, load_dataset(experiment.dataset_directory, "train"))
+    tokenizer = _tokenizer(experiment, manifest)
+    directory_read = training_dataset(experiment)
+    rows = _mixed(experiment, load_dataset(directory_read, "train"))
+    classes = RootClasses.load(directory_read) if "alignment" in manifest else None
     dataset, validation = _split(experiment, rows)
-    if not same_vocabulary:
-        chat = _own_template(experiment, tokenizer)
-        dataset, validation = _tokenise_again(dataset, chat), validation and _tokenise_again(validation, chat)
     dataset, validation = _learnable(dataset, arguments), validation and _learnable(validation, arguments)
     student = load_student(experiment)
     if experiment.train.fake_quantize:
@@ -190,7 +187,7 @@ def _materials(
     teacher = None if text_only else _online_teacher(experiment, arguments)
     pair_layers(experiment, arguments, student, teacher)
     _check_fit(arguments, dataset, student, teacher)
-    return _Materials(precision, arguments, student, teacher, tokenizer, same_vocabulary, rows, dataset, validation)
+    return _Materials(precision, arguments, student, teacher, tokenizer, classes, rows, dataset, validation)
 
 
 def _train_one(experiment: Experiment, manifest: dict[str, Any], claim: record.Claim) -> None:
@@ -233,6 +230,7 @@ def _trainer(experiment: Experiment, made: _Materials) -> Any:
         train_dataset=made.dataset,
         eval_dataset=made.validation,
         teacher=made.teacher,
+        classes=made.classes,
         processing_class=made.tokenizer,
     )
     if early := experiment.train.early_stopping:
@@ -246,8 +244,7 @@ def _save(experiment: Experiment, manifest: dict[str, Any], directory: Path, tra
     if trained is None:
         return
     unfake(trained)
-    end = manifest["tokenizer"]["end_token_ids"] if made.same_vocabulary else None
-    save_student(trained, made.tokenizer, experiment, directory, end)
+    save_student(trained, made.tokenizer, experiment, directory, manifest["tokenizer"]["end_token_ids"])
     trainer.state.save_to_json(str(directory / "trainer_state.json"))
     results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
     write_card(directory / "README.md", lambda: model_card(experiment, manifest, directory.name, made.arguments, results))
@@ -258,13 +255,14 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
     if experiment.targets.online:
         return
     kind = KINDS[manifest["targets"]["kind"]]
+    dataset = training_dataset(experiment)
     if not kind.columns and (experiment.train.uses_targets or experiment.train.compare_text_only):
         raise InputError(
-            f"train.alpha is {experiment.train.alpha}, but {experiment.dataset_directory} has no soft targets "
+            f"train.alpha is {experiment.train.alpha}, but {dataset} has no soft targets "
             "(targets.kind: none); set train.alpha to 0 and train.compare_text_only to false, or targets.kind to online"
         )
     if reason := experiment.train.against(kind):
-        raise InputError(f"{reason}, and {experiment.dataset_directory} has {kind.name} ones; use targets.kind topk")
+        raise InputError(f"{reason}, and {dataset} has {kind.name} ones; use targets.kind topk")
 
 
 def _check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict[str, Any]]) -> None:
@@ -275,7 +273,7 @@ def _check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dic
             ("vocabulary", manifest["tokenizer"]["vocabulary_hash"], other["tokenizer"]["vocabulary_hash"]),
         ):
             if mine != theirs:
-                raise InputError(f"train.mix.datasets: {directory} has other {what} than {experiment.dataset_directory}")
+                raise InputError(f"train.mix.datasets: {directory} has other {what} than {training_dataset(experiment)}")
 
 
 def _mixed(experiment: Experiment, rows: Any) -> Any:
@@ -453,73 +451,20 @@ def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:
         raise InputError(f"train.args.gradient_checkpointing is true (which it is unless set) and so is {key}; use one of them")
 
 
-def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> tuple[Any, bool]:
-    """The tokenizer to save with the student, and whether it is the teacher's.
+def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> Any:
+    """The tokenizer to save with the student: the student learns exactly the dataset's ids.
 
-    With one vocabulary it is the teacher's: the student learns exactly those ids, its chat template and its end token
-    among them, also where the student was a base model that knew another end token.
+    Its chat template and end token are the dataset's, also where the student was a base model that knew another end token.
 
     Raises:
-        InputError: token-level targets for a student with another vocabulary.
+        InputError: the student has another vocabulary.
     """
-    teacher = manifest["tokenizer"]
     model, revision, trust = origin(experiment)
     tokenizer = load_tokenizer(model, revision, trust, "student.model")
-    student_size = load_config(model, revision, trust, "student.model").get_text_config().vocab_size
-    if vocabulary_hash(tokenizer) == teacher["vocabulary_hash"]:
-        tokenizer.chat_template = teacher["chat_template"]
-        return tokenizer, True
-    if not KINDS[manifest["targets"]["kind"]].columns and not experiment.targets.online:
-        return tokenizer, False
-    name, size = Path(manifest["teacher"]["model"]).name, teacher["vocab_size"]
-    student_has = f"{student_size:,}" if student_size != size else f"{student_size:,} others"
-    raise InputError(
-        f"teacher and student do not share a vocabulary: {name} has {size:,} tokens, {model} has {student_has}.\n"
-        "Token-level targets need one tokenizer. Use targets.kind: none (text only), or a student of the same family."
-    )
-
-
-def _own_template(experiment: Experiment, tokenizer: Any) -> ChatTemplate:
-    """The chat template of a student with another vocabulary than the teacher's.
-
-    Raises:
-        InputError: it has none.
-    """
-    model, revision, trust = origin(experiment)
-    if tokenizer.chat_template is None:
-        raise InputError(f"student.model: the tokenizer of {model} has no chat template, so its turns cannot be told apart")
-    return ChatTemplate(tokenizer, end_token_ids(model, revision, load_config(model, revision, trust), tokenizer))
-
-
-def _tokenise_again(dataset: Any, chat: ChatTemplate) -> Any:
-    """Text-only rows in the ids of another tokenizer, through its own chat template.
-
-    An answer that was cut off has no token that ends it. Rows that the template refuses are left out, and counted.
-    """
-    import datasets
-
-    left_out = LeftOut()
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("completion_start", pa.int32())])
-
-    def converted() -> Iterator[dict[str, Any]]:
-        for row in dataset.with_format(None):
-            (*prompt, answer), tools = whole_conversation(row)
-            turn = Turn(prompt, [answer], tools, plain=not prompt)
-            try:
-                prompt_ids, completion_ids = turn.token_ids(chat)
-            except UnusableError as error:
-                left_out.add(error.at(f"row {row['id']}"))
-                continue
-            if row["finish_reason"] != "stop" and len(completion_ids) > 1 and completion_ids[-1] in chat.end_ids:
-                completion_ids = completion_ids[:-1]
-            yield {"input_ids": [*prompt_ids, *completion_ids], "completion_start": len(prompt_ids)}
-
-    rows, parts = converted(), []
-    while part := list(islice(rows, ROW_GROUP)):
-        parts.append(pa.Table.from_pylist(part, schema))
-    table = pa.concat_tables([schema.empty_table(), *parts])
-    left_out.close("train", len(table))
-    return datasets.Dataset(table).with_format("numpy")
+    if vocabulary_hash(tokenizer) != manifest["tokenizer"]["vocabulary_hash"]:
+        raise InputError(f"student.model: {model} has another vocabulary than {training_dataset(experiment)}")
+    tokenizer.chat_template = manifest["tokenizer"]["chat_template"]
+    return tokenizer
 
 
 def _online_teacher(experiment: Experiment, arguments: Any) -> Any:
@@ -560,9 +505,9 @@ def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:
 
 def _say_plan(experiment: Experiment, manifest: dict[str, Any] | None) -> None:
     if manifest is None:
-        say("train", f"{experiment.dataset_directory} does not exist yet")
+        say("train", f"{training_dataset(experiment)} does not exist yet")
     else:
         rows = sum(entry["rows"] for entry in manifest["shards"] if entry["split"] == "train")
         tokens = sum(entry["tokens"] for entry in manifest["shards"] if entry["split"] == "train")
-        say("train", f"{counted(rows, 'row')}, {counted(tokens, 'completion token')} in {experiment.dataset_directory}")
+        say("train", f"{counted(rows, 'row')}, {counted(tokens, 'completion token')} in {training_dataset(experiment)}")
     say("train", f"would write {experiment.directory('student')}")

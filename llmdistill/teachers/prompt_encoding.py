@@ -9,10 +9,10 @@ from llmdistill.models.chat_template import ChatTemplate, Conversation
 from llmdistill.models.licence import licence_of, named
 from llmdistill.models.loading import (
     context_length,
+    describe_tokenizer,
     end_token_ids,
     load_config,
     load_tokenizer,
-    special_token_ids,
     vocabulary_hash,
 )
 from llmdistill.runs import record
@@ -122,11 +122,7 @@ class PromptEncoder:
             },
             "tokenizer": {
                 **({"of": self.experiment.tokenizer[0]} if teacher.abilities.api else {}),
-                "vocab_size": self.vocab_size,
-                "vocabulary_hash": vocabulary_hash(self.tokenizer),
-                "end_token_ids": self.end_ids,
-                "special_token_ids": special_token_ids(self.tokenizer),
-                "chat_template": self.tokenizer.chat_template,
+                **describe_tokenizer(self.tokenizer, self.vocab_size, self.end_ids),
             },
             "targets": self.experiment.targets.stored.describe(self.experiment.targets.kept),
             "seed": self.experiment.seed,

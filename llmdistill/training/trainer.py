@@ -24,12 +24,15 @@ from llmdistill.data.collator import (
     first_items,
     in_place_of_logits,
     some_tokens,
+    teacher_batch,
 )
 from llmdistill.data.importance import importance, log_importance
-from llmdistill.data.targets import KINDS, kind_of
+from llmdistill.data.targets import KINDS, Chunks, TextOnly, kind_of
 from llmdistill.errors import NonFiniteError
 from llmdistill.losses import fused
+from llmdistill.losses.classes import ClassTable
 from llmdistill.losses.hidden_states import LayerMatch
+from llmdistill.models.root_classes import RootClasses
 from llmdistill.students.adapters import check_mergeable
 from llmdistill.training.arguments import DistillConfig
 from llmdistill.training.callbacks import last_checkpoint, trained_tokens
@@ -57,6 +60,9 @@ class DistillTrainer(trl.SFTTrainer):
     targets of the dataset are ignored. `hidden` and `attention` then add terms for its hidden states and attention maps,
     with their own weights.
 
+    With a dataset from `retokenize`, whose targets are in another vocabulary than the student's, `classes` are those of the
+    dataset (`RootClasses.load`), and the divergence is over classes.
+
     Raises:
         TypeError: an argument is something else than it must be.
         ValueError: the arguments conflict with each other, with the dataset or with the model.
@@ -72,6 +78,7 @@ class DistillTrainer(trl.SFTTrainer):
         train_dataset: Any = None,
         teacher: Any = None,
         eval_dataset: Any = None,
+        classes: RootClasses | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -87,6 +94,9 @@ class DistillTrainer(trl.SFTTrainer):
             eval_dataset = self._prepared(args, eval_dataset, teacher, "eval_dataset")
         in_a_line = args.packing or args.padding_free
         collator = DistillCollator(0, args.max_length, in_a_line, args.position_weights, args.reduction == "sequence", True)
+        collator.classes, collator.for_teacher = classes, classes is not None and teacher is not None
+        if classes is not None and any(args.layers()):
+            raise ValueError("hidden and attention need a student with the teacher's vocabulary")
         kwargs["data_collator"] = kwargs.get("data_collator") or collator
         if args.hidden and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, a projector is used after it
@@ -121,6 +131,7 @@ class DistillTrainer(trl.SFTTrainer):
             columns = [name for name in self._signature_columns if name in train_dataset.column_names]
             self.train_dataset = Packs(train_dataset.select_columns(columns), args.max_length or 0)
         self._flops = training_flops(self.model, self.model.get_output_embeddings())
+        self._table = None if classes is None else ClassTable.of(classes, self.accelerator.device)
         self._since: float | None = None
         self._step: list[tuple[torch.Tensor, list[str]]] = []  # of each micro-batch of a step the loss and the rows
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
@@ -160,7 +171,7 @@ class DistillTrainer(trl.SFTTrainer):
         kind = kind_of(columns)
         if args.uses_targets and teacher is None and not kind.columns:
             raise ValueError(f"alpha is {args.alpha}, but {name} has no soft targets; train on its text with alpha 0")
-        if args.position_weights != "uniform" and (teacher is not None or not kind.columns):
+        if args.position_weights != "uniform" and (teacher is not None or kind in (TextOnly, Chunks)):
             raise ValueError(f"position_weights is {args.position_weights}, which needs stored soft targets")
         if teacher is None:
             if reason := kind.refuses(args.loss, args.temperature):
@@ -179,6 +190,7 @@ class DistillTrainer(trl.SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["id", "input_ids", "completion_start"]
         self._signature_columns += sorted({name for kind in KINDS.values() for name in kind.columns})
+        self._signature_columns += ["target_places", "teacher_ids", "teacher_start"]
         if self.args.sequence_alpha:
             self._signature_columns += ["importance", "token_logprobs"]
 
@@ -218,6 +230,8 @@ class DistillTrainer(trl.SFTTrainer):
             raise ValueError("the logits of a whole batch are never computed")
         objective, head = self.args.objective(self._progress()), self._head
         labels_N = completion_labels(inputs)
+        if self._table is not None and "target_soft" in inputs:
+            inputs = {**inputs, "target_table": self._table}
         if self.teacher is not None:
             with torch.no_grad(), self._watched(self.teacher, "teacher") as theirs:
                 inputs = {**inputs, "teacher_logits": self._teacher_logits(inputs)}
@@ -250,6 +264,7 @@ class DistillTrainer(trl.SFTTrainer):
     def _teacher_logits(self, inputs: Any) -> torch.Tensor | fused.ChunkedLogits:
         """The online teacher's logits that predict each completion token, computed by the chunk where its output layer allows."""
         head = self._teacher_head
+        inputs = teacher_batch(inputs) if "teacher_positions" in inputs else inputs
         if head is None:
             return completion_logits(self.teacher, inputs)
         _, hidden_ND = in_place_of_logits(self.teacher, inputs, lambda hidden_ND: (hidden_ND.new_zeros(()), hidden_ND))

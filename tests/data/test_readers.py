@@ -12,7 +12,7 @@ import torch
 from llmdistill.data.dataset import Row, rows_to_table, write_shard
 from llmdistill.data.targets import KINDS
 
-WITH_TARGETS = [name for name, kind in KINDS.items() if kind.columns]
+WITH_TARGETS = [name for name, kind in KINDS.items() if kind.size]
 
 
 @pytest.fixture(scope="module", params=WITH_TARGETS)

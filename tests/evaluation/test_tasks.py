@@ -46,7 +46,9 @@ def files(tmp_path):
 
 
 def run(names, models, tokenizer, limit=None):
-    return run_tasks(load_tasks(read_tasks([str(name) for name in names]), limit), models, tokenizer, 2, limit)
+    return run_tasks(
+        load_tasks(read_tasks([str(name) for name in names]), limit), models, dict.fromkeys(models, tokenizer), 2, limit
+    )
 
 
 def test_scores_are_those_of_the_likelihood_worked_out_here(files, tiny):

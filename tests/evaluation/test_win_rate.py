@@ -49,10 +49,13 @@ def compared(tiny, directory, monkeypatch, pairs, prefers, probability=0.9, **se
     tokenizer = load_tokenizer(str(tiny), None)
     monkeypatch.setattr(judge, "open_engine", lambda *_: StubJudge(tokenizer, prefers, probability))
     answers = {name: [pair[place] for pair in pairs] for place, name in enumerate(("the student", "the teacher"))}
-    monkeypatch.setattr(win_rate, "write_answers", lambda model, rows, *_: answers[model][: len(rows)])
-    rows = [{"id": f"r{n}", "prompt": [{"role": "user", "content": f"question {n}"}]} for n in range(len(pairs))]
+    monkeypatch.setattr(win_rate, "write_answers", lambda model, prompts, *_: answers[model][: len(prompts)])
+    ids = {"input_ids": np.array([3, 4]), "completion_start": 1}
+    rows = [{"id": f"r{n}", "prompt": [{"role": "user", "content": f"question {n}"}], **ids} for n in range(len(pairs))]
     models = {"student": "the student", "teacher": "the teacher"}
-    got = Comparison(wanted, wanted.eval.win_rate).measure(models, rows, [row["id"] for row in rows], tokenizer, [2], directory)
+    tokenizers, ends = (dict.fromkeys(models, value) for value in (tokenizer, [2]))
+    conversations = [row["id"] for row in rows]
+    got = Comparison(wanted, wanted.eval.win_rate).measure(models, rows, conversations, tokenizers, ends, directory)
     assert models == {}  # the judge has the memory
     return got
 
@@ -128,11 +131,11 @@ def test_only_the_first_of_a_prompts_rows_counts(tiny, tmp_path):
 def test_answers_written_together_are_those_written_alone(tiny):
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
     generator = np.random.default_rng(0)
-    rows = [{"input_ids": generator.integers(3, 2000, 4 + 3 * n), "completion_start": 3 + 2 * n} for n in range(5)]
+    prompts = [generator.integers(3, 2000, 3 + 2 * n).tolist() for n in range(5)]
     with StageBar("eval", 5) as bar:
-        got = write_answers(model, rows, tokenizer, [2], 2, 6, bar)
-    for row, answer in zip(rows, got, strict=True):
-        ids = torch.from_numpy(row["input_ids"][: row["completion_start"]])[None]
+        got = write_answers(model, prompts, tokenizer, [2], 2, 6, bar)
+    for prompt, answer in zip(prompts, got, strict=True):
+        ids = torch.tensor([prompt])
         alone = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, pad_token_id=2)
         assert answer == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True).strip()
 

@@ -19,6 +19,7 @@ from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.score import score
+from tests.factories import write_foreign
 
 pytestmark = pytest.mark.slow
 
@@ -212,15 +213,22 @@ def test_plain_text_is_learned_from_its_second_token_on(experiment_file, tmp_pat
     assert min(sizes) > 5, "each text is its own prompt"
 
 
-def test_a_dataset_in_another_vocabulary_is_refused(experiment_file):
-    experiment = load_experiment(experiment_file)
+def test_a_dataset_in_another_vocabulary_is_read_by_its_text(experiment_file, tiny, tmp_path):
+    foreign = write_foreign(tmp_path / "foreign")
+    changes = [("teacher.model", f'"{foreign}"'), ("output", f"{tmp_path}/written")]
+    experiment = load_experiment(experiment_file, changes)
     generate(experiment)
-    file = experiment.directory("data") / "dataset.json"
-    manifest = json.loads(file.read_text())
-    manifest["tokenizer"]["vocabulary_hash"] = "other"
-    file.write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="was written with another vocabulary"):
-        scored(experiment_file, experiment.directory("data"))
+    written = load_dataset(experiment.directory("data")).with_format(None)
+    rows = {row["id"]: row for row in scored(experiment_file, experiment.directory("data"))}
+    tokenizer = load_tokenizer(str(tiny), None)
+    assert 0 < len(rows) <= len(written)
+    for row in written:
+        if found := rows.get(row["id"]):
+            ids = found["input_ids"][int(found["completion_start"]) :]
+            text = row["completion"][0]["content"].removesuffix("\ufffd" if row["finish_reason"] == "length" else "")
+            kept = tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"])  # it has no token for some bytes
+            assert tokenizer.decode(ids, skip_special_tokens=True).strip() == kept.strip()
+            assert (2 in ids) == (row["finish_reason"] == "stop")
 
 
 SYSTEM = "Answer as a pirate would."

@@ -4,18 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from llmdistill.config import load_experiment
 from llmdistill.config.machine import Precision
 from llmdistill.config.shipped import page
-from llmdistill.data.dataset import Row, load_dataset
+from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
-from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
-from llmdistill.stages.train import _arguments, _tokenise_again, train
-from tests.factories import write_rows
+from llmdistill.stages.train import _arguments, train
 from tests.integration.processes import rewind
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]
@@ -194,43 +191,3 @@ def test_report_to_reaches_the_trainer(experiment_file, tmp_path):
     experiment = load_experiment(experiment_file, [("train.args.report_to", "[wandb]")])
     passed = _arguments(experiment, tmp_path, False, FLOAT32).report_to
     assert get_reporting_integration_callbacks(passed) == [WandbCallback]
-
-
-@pytest.fixture
-def other_tokenizer(smollm2):
-    """The demo's with one more token: another vocabulary."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    tokenizer.add_tokens(["<new>"])
-    return tokenizer
-
-
-def text_rows_of(directory, rows):
-    made = []
-    for number, (prompt, answer, reason) in enumerate(rows):
-        messages = [{"role": role, "content": text} for role, text in prompt]
-        completion = [{"role": "assistant", "content": answer}]
-        ids, unknown = np.array([5, 6]), np.full(2, np.nan)
-        made.append(Row(str(number), messages, completion, [3, 4], ids, reason, unknown, None))
-    return load_dataset(write_rows(directory, made, kind="none"))
-
-
-def test_in_another_vocabulary_only_whole_answers_end(other_tokenizer, tmp_path, capsys):
-    """A cut answer has no end token, and no answer goes on after its own."""
-    user = [("user", "q")]
-    rows = text_rows_of(tmp_path / "rows", [(user, "It is so.", "stop"), (user, "It is", "length"), (user, "", "stop")])
-    found = _tokenise_again(rows, ChatTemplate(other_tokenizer, [2]))
-    texts = [other_tokenizer.decode(row["input_ids"][int(row["completion_start"]) :]) for row in found]
-    assert texts == ["It is so.<|im_end|>", "It is"]
-    assert "left out 1 of 3 rows: row 2: the answer is empty" in capsys.readouterr().out
-
-
-def test_in_another_vocabulary_what_a_template_refuses_is_left_out(other_tokenizer, tmp_path):
-    other_tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    )
-    asked = [([("system", "Be brief."), ("user", "q")], "a", "stop"), ([("user", "q")], "a", "stop")]
-    chat = ChatTemplate(other_tokenizer, [2])
-    assert len(_tokenise_again(text_rows_of(tmp_path / "both", asked), chat)) == 1
-    with pytest.raises(InputError, match="row 0: the chat template refuses it: System role not supported"):
-        _tokenise_again(text_rows_of(tmp_path / "one", asked[:1]), chat)

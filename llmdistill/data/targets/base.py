@@ -34,6 +34,8 @@ class SoftTargets(ABC):
     """The key of the section `targets` that says how many tokens are kept at a position; None where none are."""
     columns: ClassVar[tuple[str, ...]]
     """Of a shard; they begin with `target_`."""
+    made_by: ClassVar[str | None] = None
+    """The stage that makes such targets, where no engine keeps them and `targets.kind` does not name them."""
     most_likely: ClassVar[bool] = False
     """Whether the kept tokens are the most likely ones, which every engine can name; others are chosen inside the engine."""
     distinct: ClassVar[bool] = True
@@ -99,6 +101,22 @@ class SoftTargets(ABC):
     def after(self, start: int) -> Self:
         """The targets of all positions but the first `start`."""
         return type(self)(*(getattr(self, field.name)[start:] for field in fields(self)))
+
+    def at(self, places: Array) -> Self:
+        """The targets of some positions, in this order."""
+        return type(self)(*(getattr(self, field.name)[places] for field in fields(self)))
+
+    def of_classes(self, class_V: Array, dropped: int | None = None) -> Self:
+        """The same over classes of tokens: `ids_NK` are classes, each with what its tokens weigh together.
+
+        Args:
+            class_V: the class of each token.
+            dropped: a class that is left out; what it weighs goes to the tail, or to the others where there is none.
+
+        Raises:
+            ValueError: this kind cannot be told over classes.
+        """
+        raise ValueError(f"targets of kind {self.name} cannot be told over classes of tokens")
 
     def within(self, vocab_size: int) -> Self:
         """The same without tokens from `vocab_size` on, which a padded output layer has and a tokenizer does not know.

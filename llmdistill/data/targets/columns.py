@@ -19,6 +19,12 @@ def list_array(values: Array, lengths: Array) -> "pa.ListArray":
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
+def list_column(parts: Sequence[Array], dtype: Any) -> "pa.ListArray":
+    """An Arrow list column, a list from each array."""
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    return list_array(np.concatenate([np.empty(0), *parts]).astype(dtype), lengths)
+
+
 def id_type(vocab_size: int) -> "type[np.unsignedinteger[Any]]":
     """The type in which ids are stored: 16 bits where the vocabulary has at most 65,536 tokens, else 32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
@@ -52,3 +58,48 @@ def entropies_of(row: Mapping[str, Any], positions: int) -> Array:
 def by_position(flat: Array, positions: int) -> Array:
     """A flat column of as many values at every position, shape (positions, K)."""
     return flat.reshape(positions, len(flat) // max(positions, 1))
+
+
+def log(values: Array) -> Array:
+    """Natural logarithms as float32, −inf for zero."""
+    with np.errstate(divide="ignore"):
+        logs: Array = np.log(values).astype(np.float32)
+    return logs
+
+
+def merged(class_NK: Array, weights_NK: Array) -> tuple[Array, Array]:
+    """The distinct classes of each position, in ascending order, and what their tokens weigh together, both (N, K).
+
+    Places that are left over have the class −1 and the weight 0.
+
+    Args:
+        class_NK: the class of each token.
+        weights_NK: what it weighs, not its logarithm.
+    """
+    positions, k = class_NK.shape
+    there_NK = weights_NK > 0
+    order_NK = np.argsort(np.where(there_NK, class_NK, np.iinfo(np.int64).max), axis=1, kind="stable")
+    sorted_NK, there_NK = np.take_along_axis(class_NK, order_NK, axis=1), np.take_along_axis(there_NK, order_NK, axis=1)
+    is_first_NK = np.diff(sorted_NK, axis=1, prepend=-1) != 0
+    place_NK = (is_first_NK & there_NK).cumsum(axis=1) - 1
+    flat = (np.arange(positions)[:, None] * k + place_NK)[there_NK]
+    classes_NK = np.full((positions, k), -1, dtype=np.int64)
+    classes_NK.reshape(-1)[flat] = sorted_NK[there_NK]
+    sums = np.bincount(flat, np.take_along_axis(weights_NK, order_NK, axis=1)[there_NK], minlength=positions * k)
+    return classes_NK, sums.reshape(positions, k)
+
+
+def entropy_within(class_NK: Array, weights_NK: Array, classes_NK: Array, sums_NK: Array) -> Array:
+    """What of a sample's entropy is between tokens of the same class, in nats, (N,): Σ w log(w of its class / w).
+
+    Args:
+        class_NK: the class of each token.
+        weights_NK: what it weighs.
+        classes_NK: of `merged`.
+        sums_NK: of `merged`.
+    """
+    of_class_NKK = (class_NK[:, :, None] == classes_NK[:, None, :]) & (sums_NK > 0)[:, None, :]
+    sum_NK = (of_class_NKK * sums_NK[:, None, :]).sum(axis=2)
+    ratio_NK = np.divide(sum_NK, weights_NK, out=np.ones_like(sum_NK), where=(weights_NK > 0) & (sum_NK > 0))
+    within_N: Array = (weights_NK * np.log(ratio_NK)).sum(axis=1)
+    return within_N

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from llmdistill.data.targets.columns import Array, entropies_of, entropy_column, id_type, list_array
+from llmdistill.data.targets.columns import Array, entropies_of, entropy_column, entropy_within, id_type, list_array, log, merged
 from llmdistill.data.targets.unbiased import UnbiasedSample
 
 if TYPE_CHECKING:
@@ -89,16 +89,21 @@ class Multinomial(UnbiasedSample):
         counts_NK[held_NK] = columns["target_counts"]
         return cls(gaps_NK.cumsum(axis=1) * held_NK, counts_NK, columns["target_entropy"])
 
+    def of_classes(self, class_V: Array, dropped: int | None = None) -> Self:
+        class_NK = class_V[self.ids_NK]
+        counts_NK = self.counts_NK if dropped is None else self.counts_NK * (class_NK != dropped)
+        classes_NK, sums_NK = merged(class_NK, counts_NK)
+        total_N1 = np.maximum(counts_NK.sum(axis=1, keepdims=True), 1)
+        entropy_N = self.entropy_N - entropy_within(class_NK, counts_NK / total_N1, classes_NK, sums_NK / total_N1)
+        return type(self)(classes_NK, sums_NK.astype(np.int64), entropy_N.astype(np.float32))
+
     def within(self, vocab_size: int) -> Self:
         is_there_NK = self.ids_NK < vocab_size
         return type(self)(self.ids_NK * is_there_NK, self.counts_NK * is_there_NK, self.entropy_N)
 
     def logweights(self) -> Array:
         """log(count / n), float32."""
-        with np.errstate(divide="ignore"):
-            total_N1 = np.maximum(self.counts_NK.sum(1, keepdims=True), 1)
-            logweights_NK: Array = np.log(self.counts_NK / total_N1, dtype=np.float32)
-        return logweights_NK
+        return log(self.counts_NK / np.maximum(self.counts_NK.sum(1, keepdims=True), 1))
 
     @classmethod
     def sentence(cls, described: Mapping[str, Any]) -> str:

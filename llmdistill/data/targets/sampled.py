@@ -11,10 +11,13 @@ from llmdistill.data.targets.columns import (
     by_position,
     entropies_of,
     entropy_column,
+    entropy_within,
     half_precision,
     id_type,
     joined,
     list_array,
+    log,
+    merged,
 )
 from llmdistill.data.targets.unbiased import UnbiasedSample
 
@@ -111,6 +114,15 @@ class Sampled(UnbiasedSample):
         logweights_NK = np.full(gaps_NK.shape, -np.inf, dtype=np.float32)
         logweights_NK[is_exact_NK] = columns["target_logprobs"]
         return cls(ids_NK, _share_the_rest(logweights_NK, exact_N), exact_N, columns["target_entropy"])
+
+    def of_classes(self, class_V: Array, dropped: int | None = None) -> Self:
+        class_NK, weights_NK = class_V[self.ids_NK], np.exp(self.logweights_NK.astype(np.float64))
+        if dropped is not None:
+            weights_NK *= class_NK != dropped
+            weights_NK /= np.maximum(weights_NK.sum(axis=1, keepdims=True), 1e-30)
+        classes_NK, sums_NK = merged(class_NK, weights_NK)
+        entropy_N = self.entropy_N - entropy_within(class_NK, weights_NK, classes_NK, sums_NK)
+        return type(self)(classes_NK, log(sums_NK), self.exact_N, entropy_N.astype(np.float32))
 
     def within(self, vocab_size: int) -> Self:
         is_there_NK = self.ids_NK < vocab_size

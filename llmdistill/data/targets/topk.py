@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from llmdistill.data.targets.base import SoftTargets
-from llmdistill.data.targets.columns import Array, by_position, half_precision, id_type, joined, list_array
+from llmdistill.data.targets.columns import Array, by_position, half_precision, id_type, joined, list_array, log, merged
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,6 +77,14 @@ class TopK(SoftTargets):
         total_N1 = np.exp(logprobs_NK).sum(axis=1, keepdims=True) + tail_N[:, None]
         ids_NK = by_position(columns["target_ids"].astype(np.int64, copy=False), len(tail_N))
         return cls(ids_NK, logprobs_NK - np.log(total_N1), tail_N / total_N1[:, 0])
+
+    def of_classes(self, class_V: Array, dropped: int | None = None) -> Self:
+        class_NK, p_NK, tail_N = class_V[self.ids_NK], np.exp(self.logprobs_NK.astype(np.float64)), self.tail_N
+        if dropped is not None:
+            tail_N = tail_N + (p_NK * (class_NK == dropped)).sum(axis=1)
+            p_NK *= class_NK != dropped
+        classes_NK, sums_NK = merged(class_NK, p_NK)
+        return type(self)(classes_NK, log(sums_NK), tail_N.astype(np.float32))
 
     def within(self, vocab_size: int) -> Self:
         is_there_NK = self.ids_NK < vocab_size

@@ -123,7 +123,7 @@ def test_a_loss_is_refused_where_it_would_be_biased(kind, name):
     assert (kind.refuses(name, 2.0) is None) == (not kind.unbiased)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if kind.columns], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if kind.size], ids=lambda kind: kind.name)
 def test_what_is_kept_is_that_of_the_distribution(kind):
     """Without repeats where the kind says so, the most likely tokens where it says so; and the columns tell the kind."""
     logprobs = (torch.randn(50, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2).log_softmax(-1)

@@ -1,0 +1,189 @@
+"""Which position of a teacher's text a position of the same text in a student's tokens belongs to.
+
+Positions are matched by where their tokens begin, in bytes. The student's token at such a place has the teacher's
+distribution as its soft target if a teacher's token begins there, too, and the roots of both tokens agree (`root_classes`).
+Everywhere else it is learnt as a hard label.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One tokenizer's view of texts.
+
+    Attributes:
+        bytes_of: each token's bytes by its id; None for special tokens.
+        class_V: each token's root class.
+        end_ids: the tokens that end a text.
+    """
+
+    bytes_of: Sequence[bytes | None]
+    class_V: Array
+    end_ids: frozenset[int]
+
+    def bytes(self, ids: Array) -> bytes:
+        """What tokens stand for, without special ones."""
+        return b"".join(self.bytes_of[token] or b"" for token in ids.tolist())
+
+    def lengths(self, ids: Array) -> Array:
+        """Bytes of each token; 0 for special ones."""
+        return np.array([len(self.bytes_of[token] or b"") for token in ids.tolist()], dtype=np.int64)
+
+    def begins(self, ids: Array) -> Array:
+        """Where each token begins, in bytes."""
+        lengths_T = self.lengths(ids)
+        begins_T: Array = np.cumsum(lengths_T) - lengths_T
+        return begins_T
+
+    def is_silent(self, ids: Array) -> Array:
+        """Whether each token is a special one that ends nothing."""
+        ends = np.array([token in self.end_ids for token in ids.tolist()], dtype=bool)
+        return (self.lengths(ids) == 0) & ~ends
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Of each position of a student's text, shape (N,): the teacher's position, or why there is none.
+
+    Attributes:
+        place_N: which of the teacher's positions; −1 where the label is hard.
+        inside: positions that begin inside a teacher's token, or whose text is not the teacher's.
+        disagree: positions where the roots of the two tokens differ.
+    """
+
+    place_N: Array
+    inside: int
+    disagree: int
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """How many positions there are, and of each sort."""
+        soft = int((self.place_N >= 0).sum())
+        return {"positions": len(self.place_N), "soft": soft, "inside": self.inside, "disagree": self.disagree}
+
+
+_SORTS = {
+    "soft": "with a soft target",
+    "inside": "inside a teacher token",
+    "disagree": "where the two tokens have different roots",
+}
+
+
+def shares(counts: Mapping[str, int]) -> str:
+    """In words, from the counts of many rows: how many positions there are, and of each sort."""
+    total = max(counts["positions"], 1)
+    return f"of {counts['positions']:,} positions " + ", ".join(f"{counts[n] / total:.1%} {what}" for n, what in _SORTS.items())
+
+
+def align(teacher: Side, student: Side, their_ids: Array, own_ids: Array, their_start: int = 0, own_start: int = 0) -> Alignment:
+    """Match the positions of one text in two tokenizations.
+
+    A text that one side has with other white space in front, as some chat templates strip it, is matched behind that. Where
+    the texts differ otherwise, the positions behind the first difference have no partner.
+
+    Args:
+        teacher: how its tokens read.
+        student: how its own read.
+        their_ids: the teacher's tokens.
+        own_ids: the student's.
+        their_start: the teacher's first position with a distribution; what is before it counts for the places alone.
+        own_start: the student's first position that is learnt.
+    """
+    size, same, shift = _met(teacher, student, their_ids, own_ids)
+    ids_N, begins_N = own_ids[own_start:], student.begins(own_ids)[own_start:] + shift
+    reached_N = (begins_N >= 0) & (begins_N <= same) & ~student.is_silent(ids_N)
+    place_N = np.where(reached_N, _places(teacher, their_ids, their_start, size)[begins_N * reached_N], -1)
+    met_N = place_N >= 0
+    class_M = teacher.class_V[their_ids[their_start:][place_N[met_N]]]
+    agrees_N = np.zeros_like(met_N)
+    agrees_N[met_N] = student.class_V[ids_N[met_N]] == class_M
+    return Alignment(np.where(agrees_N, place_N, -1), int((~met_N).sum()), int((met_N & ~agrees_N).sum()))
+
+
+def _met(teacher: Side, student: Side, their_ids: Array, own_ids: Array) -> tuple[int, int, int]:
+    """Bytes of the teacher's text, how many of them are the student's, too, and what is added to a place in the student's."""
+    theirs, own = teacher.bytes(their_ids), student.bytes(own_ids)
+    if theirs != own and theirs.lstrip() == own.lstrip():
+        return len(theirs), len(theirs), len(theirs) - len(own)
+    return len(theirs), _common(theirs, own), 0
+
+
+def _places(side: Side, ids: Array, start: int, size: int) -> Array:
+    """For each byte of a text, and its end, which position's token begins there; −1 where none does.
+
+    Where a special token stands that ends nothing, the position behind it has seen what the student does not see.
+    """
+    begins_T, numbers_T, silent_T = side.begins(ids), np.arange(len(ids)) - start, side.is_silent(ids)
+    place_at = np.full(size + 1, -1, dtype=np.int64)
+    told_T = ~silent_T & (numbers_T >= 0)
+    place_at[begins_T[told_T]] = numbers_T[told_T]
+    place_at[begins_T[silent_T & (numbers_T >= 0)]] = -1
+    return place_at
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """Bytes that two texts begin with alike."""
+    size = min(len(a), len(b))
+    different = np.flatnonzero(np.frombuffer(a, np.uint8, size) != np.frombuffer(b, np.uint8, size))
+    return int(different[0]) if len(different) else size
+
+
+def chunks(
+    teacher: Side,
+    student: Side,
+    their_ids: Array,
+    own_ids: Array,
+    their_start: int,
+    own_start: int,
+    logprobs_N: Array,
+) -> tuple[Array, Array]:
+    """The smallest stretches of text that begin and end with a token on both sides (Minixhofer et al. 2025, arXiv 2503.20083).
+
+    The probability of such a chunk is the product of its tokens', in either tokenization. Those with special tokens inside, and
+    those behind the first difference of the texts, are none.
+
+    Args:
+        teacher: how its tokens read.
+        student: how its own read.
+        their_ids: the teacher's tokens.
+        own_ids: the student's.
+        their_start: the teacher's first position with a log-probability.
+        own_start: the student's first position that is learnt.
+        logprobs_N: the teacher's log-probabilities of its tokens from `their_start` on.
+
+    Returns:
+        At the student's last token of each chunk how many of its tokens it has, else 0; and the teacher's log-probability of
+        it there, else 0. Both (N,).
+    """
+    size, same, shift = _met(teacher, student, their_ids, own_ids)
+    begins_T, begins_N = _bounds(teacher, their_ids, their_start), _bounds(student, own_ids, own_start) + shift
+    bounds = np.intersect1d(begins_T, begins_N)
+    both_end = begins_T[-1] > size and begins_N[-1] > size
+    bounds = bounds[bounds <= same + both_end]
+    first_T, first_N = np.searchsorted(begins_T[:-1], bounds), np.searchsorted(begins_N[:-1], bounds)
+    silent = [
+        np.concatenate([[0], np.cumsum(side.is_silent(ids))])[first]
+        for side, ids, first in (
+            (teacher, their_ids[their_start:], first_T), (student, own_ids[own_start:], first_N)
+        )
+    ]  # fmt: skip
+    whole = (np.diff(silent[0]) == 0) & (np.diff(silent[1]) == 0) & (np.diff(first_T) > 0) & (np.diff(first_N) > 0)
+    sums = np.diff(np.concatenate([[0.0], np.cumsum(logprobs_N)])[first_T])
+    sizes_N, found_N = np.zeros(len(own_ids) - own_start, dtype=np.int64), np.zeros(len(own_ids) - own_start)
+    ends = first_N[1:][whole] - 1
+    sizes_N[ends], found_N[ends] = np.diff(first_N)[whole], sums[whole]
+    return sizes_N, found_N
+
+
+def _bounds(side: Side, ids: Array, start: int) -> Array:
+    """Where each token from `start` on begins, in bytes, and where the last ends; an end token has a byte of its own."""
+    begins_T = side.begins(ids)
+    ended = len(ids) > 0 and int(ids[-1]) in side.end_ids
+    return np.append(begins_T[start:], int(side.lengths(ids).sum()) + ended)

@@ -1,0 +1,213 @@
+"""The loss for a student with another vocabulary than its teacher's, on root classes (`models.root_classes`).
+
+Let ρ(u) be the class of token u, p_c the teacher's weight on class c, q the student's softmax, Q_c = Σ q(u) over the
+student's tokens of class c, and y the token that was written. Where the position has a soft target:
+
+    L = D(p_C ‖ Q_C) − log( q(y) / Q_{ρ(y)} )
+
+D is the divergence over classes, which never exceeds the one over tokens (data processing). The second term is the choice
+within the class; its expectation over the text is its cross-entropy. With forward KL and a sample of the teacher's tokens,
+D = −Σ w_c log Q_c − entropy is unbiased, since w_c is linear in the weights. At every other position L = −log q(y). With
+equal vocabularies every token is its own class, and L is the loss of `divergences`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmdistill.data.targets import KINDS
+from llmdistill.losses.divergences import SMALLEST, Objective, cross_entropy, wide
+from llmdistill.models.root_classes import RootClasses
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Root classes on a device; see `RootClasses`.
+
+    Attributes:
+        teacher_V: the class of each of the teacher's tokens.
+        student_V: of each of the student's.
+        members_V: the student's tokens, class by class.
+        starts_C: where each class begins in `members_V`, and its end (C + 1,).
+    """
+
+    teacher_V: Tensor
+    student_V: Tensor
+    members_V: Tensor
+    starts_C: Tensor
+
+    @classmethod
+    def of(cls, classes: RootClasses, device: Any = "cpu") -> "ClassTable":
+        """From the arrays of a dataset."""
+        arrays = (classes.teacher_V, classes.student_V, *classes.members)
+        return cls(*(torch.from_numpy(values).long().to(device) for values in arrays))
+
+    @property
+    def count(self) -> int:
+        """How many classes there are."""
+        return len(self.starts_C) - 1
+
+    def expand(self, class_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of classes, one behind the other (M,), and the place n · K + k of the class of each (M,).
+
+        Args:
+            class_NK: classes; −1 for none.
+        """
+        flat = class_NK.flatten()
+        start, end = self.starts_C[flat.clamp(min=0)], self.starts_C[flat.clamp(min=0) + 1]
+        size = (end - start) * (flat >= 0)
+        place_M = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), size)
+        offset_M = torch.arange(len(place_M), device=flat.device) - (size.cumsum(0) - size)[place_M]
+        return self.members_V[start[place_M] + offset_M], place_M
+
+
+def segment_logsumexp(values_M: Tensor, place_M: Tensor, count: int) -> Tensor:
+    """The log-sum-exp of the values of each place, shape (count,); `SMALLEST` where there are none."""
+    top = values_M.new_full((count,), SMALLEST).scatter_reduce(0, place_M, values_M.detach(), "amax")
+    total = torch.zeros_like(top).index_add(0, place_M, (values_M - top[place_M]).exp())
+    return torch.where(total > 0, top + total.clamp(min=torch.finfo(total.dtype).tiny).log(), top)
+
+
+def class_logits(logits_NV: Tensor, class_V: Tensor, count: int) -> Tensor:
+    """The log-probability of every class, (N, C), up to what float32 can tell from zero.
+
+    Args:
+        logits_NV: of a model whose tokens the classes are of; any float type.
+        class_V: the class of each token; tokens of a padded output layer have one, too.
+        count: of classes.
+    """
+    p_NV = wide(logits_NV)[:, : len(class_V)].softmax(dim=1)
+    p_NC = p_NV.new_zeros(len(p_NV), count).index_add(1, class_V[: p_NV.shape[1]], p_NV)
+    return p_NC.clamp(min=torch.finfo(p_NC.dtype).tiny).log()
+
+
+@dataclass(frozen=True)
+class ClassPicks:
+    """The logits of rows (n, V) that a loss over classes depends on, beside the log-sum-exp of the others.
+
+    They are flat (P,): those of the tokens of all stored classes (M), of the tokens of the labels' classes, and of the
+    labels (n). The same logit may be among them more than once.
+
+    Attributes:
+        table: the classes.
+        labels_n: the written tokens.
+        class_nK: the stored classes; −1 for none.
+        flat_P: where each stands in the flattened (n · V).
+        place_M: n · K + k of the stored class of each.
+        own_place_M: the row of each of the labels' classes.
+    """
+
+    table: ClassTable
+    labels_n: Tensor
+    class_nK: Tensor
+    flat_P: Tensor
+    place_M: Tensor
+    own_place_M: Tensor
+
+    @classmethod
+    def of(cls, table: ClassTable, class_nK: Tensor, labels_n: Tensor, width: int) -> "ClassPicks":
+        """Of stored classes and labels.
+
+        Args:
+            table: the classes.
+            class_nK: classes; −1 for none.
+            labels_n: the written tokens.
+            width: logits of a row.
+        """
+        token_M, place_M = table.expand(class_nK)
+        own_token_M, own_place_M = table.expand(table.student_V[labels_n])
+        row_P = torch.cat([place_M // class_nK.shape[1], own_place_M, torch.arange(len(labels_n), device=labels_n.device)])
+        flat_P = row_P * width + torch.cat([token_M, own_token_M, labels_n])
+        return cls(table, labels_n, class_nK, flat_P, place_M, own_place_M)
+
+    def take(self, logits_nV: Tensor) -> Tensor:
+        """The picked logits (P,)."""
+        return logits_nV.flatten()[self.flat_P]
+
+    def hide_(self, logits_nV: Tensor, value: float) -> None:
+        """In place: put a value where the tokens of the stored classes stand."""
+        logits_nV.view(-1)[self.flat_P[: len(self.place_M)]] = value
+
+    def add_(self, logits_nV: Tensor, values_P: Tensor) -> None:
+        """In place: add to the picked logits."""
+        logits_nV.view(-1).index_add_(0, self.flat_P, values_P)
+
+    def row_loss(
+        self, picked_P: Tensor, others_n1: Tensor, top_n1: Tensor, batch: Mapping[str, Any], objective: Objective
+    ) -> dict[str, Tensor]:
+        """The parts of the loss (n,): `ce`, the divergence and forward KL, `agreement`.
+
+        Args:
+            picked_P: the picked logits, in float32 or float64.
+            others_n1: the log-sum-exp of all logits but those of stored classes if the kind has a tail, else of all.
+            top_n1: the largest of those.
+            batch: of the collator, of these rows.
+            objective: what to compute.
+        """
+        kind, count = KINDS[batch["target_kind"]], len(self.labels_n)
+        stored_M, own_M, label_n = picked_P.split([len(self.place_M), len(self.own_place_M), count])
+        picked_nK = segment_logsumexp(stored_M, self.place_M, self.class_nK.numel()).view(self.class_nK.shape)
+        picked_nK = kind.present(picked_nK, batch)
+        all_n1 = torch.cat([picked_nK, others_n1], dim=1).logsumexp(dim=1, keepdim=True) if kind.has_tail else others_n1
+        ce_n = all_n1[:, 0] - label_n
+        choice_n = segment_logsumexp(own_M, self.own_place_M, count) - label_n
+        found = kind.loss_parts(picked_nK, others_n1, batch, objective)
+        with torch.no_grad():
+            agreement_n = self._agreement(stored_M, label_n, top_n1[:, 0], batch)
+        return {"ce": ce_n, "agreement": agreement_n} | with_labels(found, batch["target_soft"], ce_n, choice_n)
+
+    def _agreement(self, stored_M: Tensor, label_n: Tensor, top_n: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Whether the most likely token is of the teacher's most likely class; or is the label, where that is hard."""
+        best_nK = stored_M.new_full((self.class_nK.numel(),), SMALLEST).scatter_reduce(0, self.place_M, stored_M, "amax")
+        best_nK = best_nK.view(self.class_nK.shape)
+        best_n = torch.maximum(best_nK.amax(dim=1), top_n)
+        choice_n = best_nK.gather(1, KINDS[batch["target_kind"]].choice(batch))[:, 0]
+        return (torch.where(batch["target_soft"], choice_n, label_n) >= best_n).float()
+
+
+def with_labels(found: dict[str, Tensor], soft_N: Tensor, ce_N: Tensor, choice_N: Tensor) -> dict[str, Tensor]:
+    """Divergences over classes with the choice within the class, and cross-entropy where there is no soft target; (N,).
+
+    Args:
+        found: the divergences by name; what they are without a soft target does not matter, if it is finite.
+        soft_N: whether a position has one.
+        ce_N: −log q(y).
+        choice_N: −log of the label's share of its class.
+    """
+    return {name: torch.where(soft_N, value_N + choice_N, ce_N) for name, value_N in found.items()}
+
+
+def stored_parts(logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective) -> dict[str, Tensor]:
+    """The parts of the loss against stored targets, (N,).
+
+    Args:
+        logits_NV: the student's, any float type.
+        labels_N: the written tokens.
+        targets: a batch of the collator, with a `ClassTable` as `target_table`.
+        objective: what to compute.
+    """
+    logits_NV = wide(logits_NV)
+    picks = ClassPicks.of(targets["target_table"], targets["target_ids"], labels_N, logits_NV.shape[1])
+    picked_P, others_NV = picks.take(logits_NV), logits_NV
+    if KINDS[targets["target_kind"]].has_tail:
+        others_NV = logits_NV.clone()
+        picks.hide_(others_NV, SMALLEST)
+    others_N1, top_N1 = others_NV.logsumexp(dim=1, keepdim=True), others_NV.detach().amax(dim=1, keepdim=True)
+    return picks.row_loss(picked_P, others_N1, top_N1, targets, objective)
+
+
+def online_parts(logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective) -> dict[str, Tensor]:
+    """The parts of the loss against an online teacher's distributions; arguments as for `stored_parts`."""
+    table, soft_N = targets["target_table"], targets["target_soft"]
+    teacher_NC = class_logits(targets["teacher_logits"], table.teacher_V, table.count)
+    student_NC = class_logits(logits_NV, table.student_V, table.count)
+    ce_N = cross_entropy(logits_NV, labels_N)
+    choice_N = student_NC.gather(1, table.student_V[labels_N][:, None])[:, 0] + ce_N
+    with torch.no_grad():
+        same_N = student_NC.argmax(dim=1) == teacher_NC.argmax(dim=1)
+        agree_N = torch.where(soft_N, same_N, wide(logits_NV).argmax(dim=1) == labels_N)
+    found = with_labels(objective.divergences(teacher_NC, student_NC), soft_N, ce_N, choice_N)
+    return {"agreement": agree_N.float()} | found

@@ -1,0 +1,67 @@
+"""The loss of a batch from the student's logits: the plain form, which `fused` equals without holding the logits.
+
+Which divergence a batch calls for, the kind of its targets says (`SoftTargets.loss_parts`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmdistill.data.targets import KINDS
+from llmdistill.losses.chunks import chunk_parts
+from llmdistill.losses.classes import online_parts, stored_parts
+from llmdistill.losses.divergences import Objective, cross_entropy, picked_logits
+
+
+def distillation_loss(
+    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, its tokens weighted and summed, and the detached sums of its parts, unweighted.
+
+    Args:
+        logits_NV: the student's logits, any float type.
+        labels_N: the completion tokens.
+        targets: a batch of the collator; `target_kind` decides the form, and without soft targets it is cross-entropy.
+            `teacher_logits` (N, V), of a teacher that runs beside the student, come before any stored ones. With
+            `target_table`, a `ClassTable`, teacher and student have different vocabularies (`losses.classes`).
+        objective: what to compute.
+    """
+    if "teacher_logits" in targets and "target_table" not in targets:  # one vocabulary may be padded further than the other
+        targets = {**targets, "teacher_logits": targets["teacher_logits"][:, : logits_NV.shape[1]]}
+    parts = {"ce": cross_entropy(logits_NV, labels_N)}
+    with torch.set_grad_enabled(objective.alpha > 0 and torch.is_grad_enabled()):
+        parts = _soft_parts(logits_NV, labels_N, targets, objective, parts["ce"]) | parts
+    if "agreement" not in parts and (choice_N1 := teacher_choice(targets)) is not None:
+        with torch.no_grad():
+            parts["agreement"] = (logits_NV.gather(1, choice_N1)[:, 0] >= logits_NV.amax(dim=1)).float()
+    return objective.total(parts, targets)
+
+
+def _soft_parts(
+    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective, ce_N: Tensor
+) -> dict[str, Tensor]:
+    """The divergences by name, (N,); none for text only."""
+    if "target_table" in targets:
+        of_classes = online_parts if "teacher_logits" in targets else stored_parts
+        return of_classes(logits_NV, labels_N, targets, objective)
+    if "teacher_logits" in targets:
+        teacher_NV = targets["teacher_logits"]
+        return objective.divergences(teacher_NV, logits_NV[:, : teacher_NV.shape[1]])
+    if "target_kind" not in targets:
+        return {}
+    if "target_chunk" in targets:
+        return chunk_parts(ce_N, targets, objective)
+    kind = KINDS[targets["target_kind"]]
+    picked_NK, rest_N1 = picked_logits(logits_NV, targets["target_ids"], kind.has_tail)
+    return kind.loss_parts(kind.present(picked_NK, targets), rest_N1, targets, objective)
+
+
+def teacher_choice(targets: Mapping[str, Any]) -> Tensor | None:
+    """The teacher's most likely token, shape (N, 1): of a sample the one with the largest weight; None for text only."""
+    if "teacher_logits" in targets:
+        return targets["teacher_logits"].argmax(dim=1, keepdim=True)
+    if "target_kind" not in targets or "target_chunk" in targets:
+        return None
+    return targets["target_ids"].gather(1, KINDS[targets["target_kind"]].choice(targets))
