@@ -30,7 +30,7 @@ def asked(smollm2, monkeypatch):
     class Double(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            sent.append({**body, "key": self.headers["x-api-key"], "path": self.path})
+            sent.append({**body, "key": self.headers["Authorization"], "path": self.path})
             content = json.dumps(given.pop(0)).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -72,7 +72,7 @@ def test_text_is_stored_in_the_students_tokens(asked):
     ask, tokenizer = asked
     sent, (made,) = ask(answer())
     assert sent[0]["path"] == "/v1/messages"
-    assert sent[0]["key"] == "no-secret"
+    assert sent[0]["key"] == "Bearer no-secret"
     assert sent[0]["system"] == "Be short."
     assert sent[0]["messages"] == [{"role": "user", "content": "hello"}]
     assert made.ids.tolist() == [*tokenizer.encode(TEXT, add_special_tokens=False), 2]
