@@ -14,7 +14,9 @@ from pydantic import (
 )
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl", "total_variation", "neg_log_acceptance"
+]
 
 
 _SECRET = re.compile(r"(hub|hf|auth|access)[_-]token|^-*token$|api[_-]?key|password|passwd|secret|credential", re.IGNORECASE)

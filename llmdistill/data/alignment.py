@@ -146,8 +146,8 @@ def chunks(
 ) -> tuple[Array, Array]:
     """The smallest stretches of text that begin and end with a token on both sides (Minixhofer et al. 2025, arXiv 2503.20083).
 
-    The probability of such a chunk is the product of its tokens', in either tokenization. Those with special tokens inside, and
-    those behind the first difference of the texts, are none.
+    The probability of such a chunk is the product of its tokens', in either tokenization. Those with special tokens inside, with
+    a token whose log-probability is unknown (NaN), or behind the first difference of the texts, are none.
 
     Args:
         teacher: how its tokens read.
@@ -168,14 +168,14 @@ def chunks(
     both_end = begins_T[-1] > size and begins_N[-1] > size
     bounds = bounds[bounds <= same + both_end]
     first_T, first_N = np.searchsorted(begins_T[:-1], bounds), np.searchsorted(begins_N[:-1], bounds)
-    silent = [
-        np.concatenate([[0], np.cumsum(side.is_silent(ids))])[first]
-        for side, ids, first in (
-            (teacher, their_ids[their_start:], first_T), (student, own_ids[own_start:], first_N)
-        )
-    ]  # fmt: skip
-    whole = (np.diff(silent[0]) == 0) & (np.diff(silent[1]) == 0) & (np.diff(first_T) > 0) & (np.diff(first_N) > 0)
-    sums = np.diff(np.concatenate([[0.0], np.cumsum(logprobs_N)])[first_T])
+    unusable = (
+        (teacher.is_silent(their_ids[their_start:]) | np.isnan(logprobs_N), first_T),
+        (student.is_silent(own_ids[own_start:]), first_N),
+    )
+    whole = (np.diff(first_T) > 0) & (np.diff(first_N) > 0)
+    for bad, first in unusable:
+        whole &= np.diff(np.concatenate([[0], np.cumsum(bad)])[first]) == 0
+    sums = np.diff(np.concatenate([[0.0], np.cumsum(np.nan_to_num(logprobs_N))])[first_T])
     sizes_N, found_N = np.zeros(len(own_ids) - own_start, dtype=np.int64), np.zeros(len(own_ids) - own_start)
     ends = first_N[1:][whole] - 1
     sizes_N[ends], found_N[ends] = np.diff(first_N)[whole], sums[whole]

@@ -12,6 +12,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from llmdistill import __version__
 from llmdistill.data.dataset import MANIFEST, SPLITS, shard_files
 from llmdistill.errors import InputError, RemoteError
+from llmdistill.models.root_classes import FILE as CLASSES
 from llmdistill.runs.progress import counted, say
 from llmdistill.runs.record import RUN_FILE, read_json, read_run
 
@@ -76,7 +77,7 @@ def _contents(directory: Path) -> tuple[Kind, dict[str, Path]]:
         raise InputError(f"{directory}: not finished; run `{run['stage']}` again to continue")
     if (directory / MANIFEST).is_file():
         shards = [file for split in SPLITS for file in shard_files(directory, split)]
-        others = [directory / name for name in (MANIFEST, "README.md", RUN_FILE)]  # what was rejected stays at home
+        others = [directory / name for name in (MANIFEST, "README.md", RUN_FILE, CLASSES)]  # what was rejected stays at home
         return "dataset", {file.name: file for file in [*shards, *others] if file.is_file()}
     if run.get("stage") == "train":
         return "model", _model_files(directory)

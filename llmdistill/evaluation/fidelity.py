@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmdistill.evaluation import across
+from llmdistill.evaluation.drafts import MODES, draft_sums
 from llmdistill.evaluation.metrics import CONFIDENCES, ENTROPIES, POSITIONS, QUANTITIES, Positions
 from llmdistill.evaluation.statistics import Array
 from llmdistill.models.loading import continue_prompts
@@ -50,14 +51,16 @@ def fidelity(
     Returns:
         `tokens`, `ended`, whether the text ends, and for every model `NAME QUANTITY` of all quantities of the metrics: `NAME
         kl`, `NAME top1`, … Of them `confidence` and `truth` are in groups by the confidence. `tokens by position`, `tokens
-        by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too. With classes there are also `NAME
+        by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too; and of every model as a draft what
+        `draft_sums` returns, and `NAME MODE by position`. With classes, of which no draft can be made, there are also `NAME
         text_nll`, of the whole text, `positions`, and the sums of `entropy` and `class_entropy` of the teacher.
     """
     parts: dict[str, list[Array]] = {}
     batches = _batches(models, rows, batch_size, list(end_ids)) if classes is None else _across(models, rows, batch_size, classes)
     for values, row_N, count, whole in batches:
+        position_N = values.pop("position")
         groups = {
-            "position": np.searchsorted(POSITIONS, values.pop("position"), side="right") - 1,
+            "position": np.searchsorted(POSITIONS, position_N, side="right") - 1,
             "entropy": np.searchsorted(ENTROPIES, values.pop("entropy").clip(min=0), side="right") - 1,
         }
         sizes = {"position": len(POSITIONS), "entropy": len(ENTROPIES)}
@@ -67,6 +70,11 @@ def fidelity(
             for model in models:
                 sums[f"{model} kl by {name}"] = _sums(row_N, group_N, values[f"{model} kl"], count, sizes[name])
         for model in models:
+            if classes is None:
+                sums |= draft_sums(values, model, row_N, position_N, count)
+            for mode, quantity in MODES.items() if classes is None else ():
+                accepted_N = values[f"{model} {quantity}"]
+                sums[f"{model} {mode} by position"] = _sums(row_N, groups["position"], accepted_N, count, len(POSITIONS))
             confidence_N, truth_N = values.pop(f"{model} confidence"), values.pop(f"{model} truth")
             bin_N = (confidence_N * CONFIDENCES).astype(int).clip(max=CONFIDENCES - 1)
             for name, value_N in (("confidence", confidence_N), ("truth", truth_N)):

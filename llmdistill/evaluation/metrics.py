@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llmdistill.evaluation import drafts
 from llmdistill.evaluation.statistics import Array, Draws
 
 Tensor = Any  # of torch, which is not imported here: who only shows metrics does not need it
@@ -172,6 +173,21 @@ def _bits_per_byte(sums: Sums) -> dict[str, float]:
     return sums.draws.interval(sums.text_nll / np.log(2), sums.text_bytes, least=0)
 
 
+def _draft(sums: Sums) -> dict[str, Any] | None:
+    """The model as the teacher's draft, with each mode's acceptance by position, too; None where vocabularies differ."""
+    if f"{sums.model} text_nll" in sums.measured:
+        return None
+    found = drafts.figures(sums.model, sums.measured, sums.draws)
+    for mode, figures in found.items():
+        groups = zip(POSITIONS, sums[f"{mode} by position"].T, sums.measured["tokens by position"].T, strict=True)
+        figures["by_position"] = [
+            {"from": begin, "tokens": int(tokens.sum()), **sums.draws.share(accepted, tokens)}
+            for begin, accepted, tokens in groups
+            if np.count_nonzero(sums.draws.sums(tokens)) >= _FEWEST
+        ]
+    return found
+
+
 def _kl_by(group: str, begins: tuple[float, ...]) -> Callable[[Sums], list[dict[str, Any]]]:
     """The KL in groups of positions, of those that enough conversations have."""
 
@@ -317,6 +333,19 @@ METRICS = (
         compute=lambda sums: sums.draws.share(sums["early"], sums.tokens - sums.ended),
         quantities={"early": lambda at: at.ends_N * ~at.end_N},
         factor=100,
+    ),
+    Metric(
+        "draft",
+        "as a draft model",
+        "",
+        None,
+        compute=_draft,
+        quantities={
+            # As one minus the total variation it is exactly one for equal distributions, which a sum of probabilities is not.
+            "overlap": lambda at: 1 - (at.p_NV - at.log_q_NV.exp()).abs().sum(-1) / 2,
+            "collision": lambda at: (at.p_NV * at.log_q_NV.exp()).sum(-1),
+        },
+        tables=(),
     ),
     Metric("sequence_kl", "KL over whole texts", "nats a text", "lower", compute=_sequence_kl, tables=()),
 )

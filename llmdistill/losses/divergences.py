@@ -66,8 +66,8 @@ def topk_divergence(
 ) -> Tensor:
     """The divergence on the stored support and one bucket for everything else, times temperature².
 
-    At K = V it equals the dense one. At temperature 1 an f-divergence (all but `adaptive_kl`) never exceeds the dense
-    one, by the data-processing inequality. A temperature T ≠ 1 is applied to the K + 1 outcomes, the bucket softened as
+    At K = V it equals the dense one. At temperature 1 all but `adaptive_kl`, being functions of f-divergences, never exceed the
+    dense one, by the data-processing inequality. A temperature T ≠ 1 is applied to the K + 1 outcomes, the bucket softened as
     one of them, since what it holds is not stored.
 
     Args:
@@ -186,9 +186,27 @@ def total_variation(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
     return (log_p_NJ.exp() - log_q_NJ.exp()).abs().sum(dim=1) / 2
 
 
+def neg_log_acceptance(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
+    """−log Σ min(p, q): of the acceptance rate in speculative decoding, 1 − total variation (Leviathan et al., arXiv 2211.17192).
+
+    Its gradient is that of the total variation divided by the acceptance, so it does not vanish where little is accepted. The
+    sum is of logarithms: where p and q hardly overlap, probabilities would underflow.
+    """
+    return -torch.minimum(log_p_NJ, log_q_NJ).logsumexp(dim=1)
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
-    for function in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, adaptive_kl, total_variation)
+    for function in (
+        forward_kl,
+        reverse_kl,
+        jsd,
+        skew_kl,
+        skew_reverse_kl,
+        adaptive_kl,
+        total_variation,
+        neg_log_acceptance,
+    )
 }
 
 

@@ -16,7 +16,7 @@ from llmdistill.data.cards import with_results, write_card
 from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest
 from llmdistill.data.importance import effective_sample_size, importance, log_importance
 from llmdistill.errors import InputError
-from llmdistill.evaluation import serving
+from llmdistill.evaluation import drafts, serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
 from llmdistill.evaluation.fidelity import fidelity, own_text
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, metrics_of
@@ -288,6 +288,8 @@ def _add_speeds(metrics: dict[str, Any], served: dict[str, Any]) -> None:
     for described in metrics["models"]:
         described |= speeds[described["name"]]
         described["decode_tokens_per_s"] = described["decode"]["median"]
+        if "draft" in described:
+            drafts.add_speed_ups(described["draft"], described.get("decode_ratio"))
     metrics["decoding"] = {name: value for name, value in served.items() if name != "models"}
     metrics["headline"] = headline(metrics["models"], served["engine"], metrics.get("tasks"))
 
@@ -450,6 +452,9 @@ def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draw
 def _said(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is said at the end, each line with its label; the report has it all."""
     yield "eval", _summary(metrics)
+    student = next(model for model in metrics["models"] if model["name"] == "student")
+    if "draft" in student:
+        yield from (("eval", drafts.advice(best)) for best in drafts.best_cycles(student["draft"]))
     judged = metrics.get("win_rate", {"win_rate": None, "warnings": []})
     if judged["win_rate"]:
         yield "eval", f"student wins {_share(judged['win_rate'], 'prompts')} against the {judged['against']}, says the judge"

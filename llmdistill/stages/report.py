@@ -16,6 +16,7 @@ from llmdistill.data.budget import money
 from llmdistill.data.cards import describe_targets
 from llmdistill.data.dataset import MANIFEST
 from llmdistill.errors import InputError
+from llmdistill.evaluation import drafts
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, metrics_of
 from llmdistill.evaluation.picture import picture
 from llmdistill.evaluation.plots import Point, group_plot, interval_plot, loss_plot, size_plot
@@ -69,6 +70,7 @@ def _view(experiment: Experiment) -> Json:
         "change": _largest_change(metrics["samples"]),
         "judged": metrics.get("win_rate"),
         "exports": _exports(experiment),
+        "draft": _draft(experiment, models["teacher"], models["student"]),
         "profiles": _profiles(models),
         "columns": metrics_of("across" if "classes" in metrics["held_out"] else "models"),
         "measures": list(_measures(metrics["models"])),
@@ -164,6 +166,33 @@ def _exports(experiment: Experiment) -> list[Json]:
         return []
     served = {entry["name"]: entry for entry in (found.get("serving") or {}).get("models", [])}
     return [{**made, "served": served.get(made["name"])} for made in found["formats"]]
+
+
+_DRAFTS = {
+    "sampled": "sampled drafts",
+    "greedy": "greedy drafts",
+    "temperature_0": "temperature 0",
+    "unweighted": "sampled drafts, q not kept",
+}
+
+
+def _draft(experiment: Experiment, teacher: Json, student: Json) -> Json | None:
+    """The student as a draft model in speculative decoding, and how it is served where that is faster."""
+    draft = student.get("draft")
+    if draft is None:
+        return None
+    best, modes = drafts.best_cycles(draft), [draft[mode] for mode in _DRAFTS]
+    faster = next((cycle for cycle in best if cycle["speed_up"]["mean"] > 1), None)
+    revision = experiment.teacher.revision
+    return {
+        "labels": list(_DRAFTS.values()),
+        "cycles": list(zip(*(mode["cycles"] for mode in modes[:3]), strict=True)),  # vLLM has these
+        "acceptance": [mode["acceptance"] for mode in modes],
+        "by_position": list(zip(*(mode["by_position"] for mode in modes), strict=True)),
+        "cost": draft.get("cost"),
+        "advice": [drafts.advice(cycle) for cycle in best],
+        "command": faster and drafts.serve_command(teacher["path"], revision, student["path"], faster),
+    }
 
 
 def _profiles(models: dict[str, Json]) -> Json:

@@ -75,6 +75,8 @@ def test_chunks_begin_and_end_on_both_sides():
     # Not across a special token, nor behind a difference.
     sizes, _ = chunks(*sides(), np.array([0, 5, 1]), np.array([0, 1]), 0, 0, log_p)
     assert sizes.tolist() == [1, 0]
+    sizes, _ = chunks(*sides(), np.array([0, 1, 2]), np.array([0, 1, 2]), 0, 0, np.array([-1, np.nan, -2]))
+    assert sizes.tolist() == [1, 0, 1]
     sizes, _ = chunks(*sides(), np.array([0, 1, 2]), np.array([0, 2, 2]), 0, 0, log_p)
     assert sizes.tolist() == [1, 0, 0]
 

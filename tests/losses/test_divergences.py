@@ -43,6 +43,7 @@ REFERENCES = {
     "skew_reverse_kl": lambda p, q, b=0.1: kl(q, b * q + (1 - b) * p),
     "adaptive_kl": adaptive,
     "total_variation": lambda p, q: (p - q).abs().sum(-1) / 2,
+    "neg_log_acceptance": lambda p, q: -torch.minimum(p, q).sum(-1).log(),
 }
 
 
@@ -118,6 +119,8 @@ def test_merging_outcomes_never_makes_two_distributions_easier_to_tell_apart(nam
     most = dense(name, teacher, student) * (1 + 1e-5) + 1e-5
     assert (losses.topk_divergence(name, student, ids, logprobs, tail).double() <= most).all()
     rounded = tail.where(tail > 2**-24, 0.0)
+    if name == "neg_log_acceptance":  # the mass that rounding has taken from Σ min(p, q) may have been much of it
+        most = -((-most).exp() - 2**-24).clamp(min=0).log()
     assert (losses.topk_divergence(name, student, ids, logprobs, rounded).double() <= most).all()
 
 
@@ -208,6 +211,16 @@ def test_a_sure_student_keeps_the_digits_of_what_is_outside():
     outside = torch.tensor(2.0, dtype=torch.float64) / (torch.tensor(40.0, dtype=torch.float64).exp() + 2)
     want = 0.5 * torch.log(0.5 / (1 - outside)) + 0.5 * torch.log(0.5 / outside)
     torch.testing.assert_close(got[0].double(), want, rtol=1e-5, atol=0)
+
+
+def test_the_acceptance_of_distributions_that_hardly_overlap_keeps_its_digits():
+    """Each model gives exp(−60) to the other's choice; total variation is 1 there, and has no gradient."""
+    teacher, student = torch.tensor([[60.0, 0.0]]), torch.tensor([[0.0, 60.0]], requires_grad=True)
+    loss = losses.divergence("neg_log_acceptance", teacher, student)
+    loss.sum().backward()
+    exact = -torch.tensor(2.0, dtype=torch.float64).log() + 60
+    torch.testing.assert_close(loss.detach().double(), exact[None], rtol=1e-6, atol=0)
+    torch.testing.assert_close(student.grad, torch.tensor([[-0.5, 0.5]]), rtol=1e-5, atol=1e-6)
 
 
 def test_cross_entropy_is_in_float32_whatever_the_logits():

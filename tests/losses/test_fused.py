@@ -588,7 +588,7 @@ def test_under_ddp_every_parameter_takes_part(name, find_unused, tmp_path, monke
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "total_variation", "neg_log_acceptance"])
 @pytest.mark.parametrize("fused_form", [True, False])
 def test_targets_that_the_student_does_not_have_are_part_of_the_rest(loss, fused_form):
     """A teacher padded further than its student: on the outcomes that both have, in float64."""

@@ -69,6 +69,11 @@ def test_an_interrupted_evaluation_goes_on_with_what_it_has(experiment_file, mon
     for model, other in zip(metrics["models"], whole["models"], strict=True):
         assert (model["kl"], model["own_text"]) == (other["kl"], other["own_text"])
     assert metrics["decoding"]["dtype"] == "float32"
+    draft = metrics["models"][0]["draft"]  # the teacher's own: all is accepted, and a draft costs as much as what it saves
+    assert draft["sampled"]["acceptance"]["mean"] == draft["temperature_0"]["acceptance"]["mean"] == 1
+    assert draft["cost"] == {"median": 1, "low": 1, "high": 1}
+    assert [cycle["gamma"] for cycle in draft["sampled"]["cycles"]] == list(range(1, 8)), "answers of eight tokens"
+    assert {cycle["speed_up"]["mean"] for cycle in draft["sampled"]["cycles"]} == {1}
 
 
 def test_greedy_text_is_greedy_whatever_the_model_was_published_with(tiny):

@@ -89,6 +89,11 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
         raise InputError(
             f"{directory}: {form} does not support targets of kind {kind.name}; use --to jsonl to export the text only"
         )
+    if "alignment" in manifest and form not in ("jsonl", "preferences"):
+        raise InputError(
+            f"{directory}: its targets are in the tokens of {manifest['teacher']['model']}, its rows in those of another "
+            f"tokenizer, which {form} does not support; export the dataset that it was made from"
+        )
     if exact_k is not None and (form != "distillkit" or not kind.most_likely):
         raise InputError("--exact-k is for --to distillkit and targets of kind topk: only those lie on a curve over their rank")
     files = {split: found for split in SPLITS if (found := shard_files(directory, split))}
