@@ -31,12 +31,12 @@ demo: $(TEACHER)
 
 # Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other. Threads of vLLM
 # servers are not bound to cores, of which they would all take the same. The long files come first, so that both end together.
-PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3:.readers $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3:.anthropic:.readers $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: check $(TEACHER) .torchao .s3 .schemas .mkdocs .readers
+test: check $(TEACHER) .torchao .s3 .anthropic .llamacpp .schemas .mkdocs .readers
 	$(PYTEST) --durations 15 tests/integration tests
 
-test-fast: $(TEACHER) .torchao .s3 .schemas .readers
+test-fast: $(TEACHER) .torchao .s3 .anthropic .schemas .readers
 	$(PYTEST) --ignore=tests/integration -m "not slow"
 
 # Kills, doubles and full disks at more moments than `make test` takes; the table of docs/reliability.md.
@@ -56,6 +56,14 @@ chaos: $(TEACHER) .torchao
 	$(PIP) --target $@ s3fs==2026.9.0 aiobotocore==3.10.0 aioitertools==0.13.0 boto3==1.43.117 botocore==1.43.117 s3transfer==0.19.3 \
 		moto==5.2.5 blinker==1.9.0 flask==3.1.3 flask-cors==6.0.5 itsdangerous==2.2.0 py-partiql-parser==0.6.3 responses==0.26.3 \
 		werkzeug==3.1.9 xmltodict==1.0.4
+
+# Beside the environment, being for one engine alone.
+.anthropic: .venv/.ready
+	$(PIP) --target $@ anthropic==2.14.0
+
+# Beside the environment, being for one test alone: llama.cpp with its server.
+.llamacpp: .venv/.ready
+	$(PIP) --target $@ xllamacpp==2026.10.11549
 
 # Beside the environment, not in it: accelerate imports DeepSpeed wherever it finds it. Needs a C++ compiler.
 .deepspeed: .venv/.ready
@@ -105,4 +113,4 @@ gpu-check:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_JSON)
 
 clean:
-	rm -rf .venv .deepspeed .llmcompressor .mkdocs .readers .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .anthropic .deepspeed .llamacpp .llmcompressor .mkdocs .readers .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

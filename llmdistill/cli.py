@@ -21,7 +21,7 @@ from llmdistill import __version__
 from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.config.help import keys_help
 from llmdistill.config.shipped import SHIPPED, page
-from llmdistill.errors import BusyError, InputError, NonFiniteError, RemoteError
+from llmdistill.errors import BudgetError, BusyError, InputError, NonFiniteError, RemoteError
 from llmdistill.runs.quiet import quiet_libraries
 from llmdistill.stages.table import STAGES, Stage
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _leave_it_to_the_first()
         _complain(arguments, error)
         sys.exit(2)
-    except (BusyError, RemoteError, NonFiniteError) as error:
+    except (BudgetError, BusyError, RemoteError, NonFiniteError) as error:
         _complain(arguments, error)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -41,6 +41,13 @@ class RemoteError(Exception):
     """
 
 
+class BudgetError(Exception):
+    """What is left of `teacher.budget` is not enough for the next shard; finished work is kept.
+
+    The command line prints only the message and exits with status 1.
+    """
+
+
 class BusyError(Exception):
     """Another process works in the same directory; a retry may succeed.
 

@@ -8,8 +8,8 @@ import pytest
 from tests.conftest import run_cli
 
 NAMES = (
-    "HF_TOKEN", "WANDB_API_KEY", "VLLM_API_KEY", "OPENAI_API_KEY", "GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD",
-    "AZURE_CLIENT_SECRET", "REGISTRY_AUTH", "GOOGLE_CREDENTIALS",
+    "HF_TOKEN", "WANDB_API_KEY", "VLLM_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GITHUB_TOKEN",
+    "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "AZURE_CLIENT_SECRET", "REGISTRY_AUTH", "GOOGLE_CREDENTIALS",
 )  # fmt: skip
 PLANTED = {name: f"planted-{number}-of-{name.lower()}" for number, name in enumerate(NAMES)}
 
@@ -44,8 +44,25 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    do_POST = do_GET
+
     def log_message(self, *arguments):
         pass
+
+
+def test_an_error_of_an_endpoint_shows_no_key(experiment_file, tiny, tmp_path):
+    pytest.importorskip("openai", reason="the extra `api` is not installed")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        teacher = f"{{model: large, engine: openai, url: '{url}', tokenizer: {tiny}, licence: mit}}"
+        own = ["--student", f"{{model: {tiny}}}"]
+        done = run_cli("generate", experiment_file, "--teacher", teacher, *own, **PLANTED)
+        server.shutdown()
+    assert done.returncode == 2
+    assert "no such key: Bearer ***" in done.stderr
+    assert not leaks(done.stdout + done.stderr)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and leaks(file.read_bytes().decode(errors="replace"))]
 
 
 @pytest.mark.parametrize("ending", ["", "\n"])  # a secret that is mounted as a file ends in a line break

@@ -10,12 +10,13 @@ from llmdistill.config.reading import dump_experiment, explain, keys, load_exper
 from llmdistill.config.section import Section
 from llmdistill.config.student import Prune
 from llmdistill.config.targets import Targets
-from llmdistill.config.teacher import Teacher
+from llmdistill.config.teacher import Price, Teacher
 from llmdistill.config.train import Train
 
 __all__ = [
     "Experiment",
     "Generate",
+    "Price",
     "Prompts",
     "Prune",
     "Score",

@@ -79,6 +79,51 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _endpoint_can_do_it(self) -> "Experiment":
+        teacher, can = self.teacher, self.teacher.abilities
+        if not can.api:
+            return self
+        engine, soft = f"teacher.engine {teacher.engine}", bool(self.targets.stored.columns)
+        kind = f"targets.kind {self.targets.kind}"
+        if soft and not can.logprobs:
+            raise ValueError(f"{engine} gives no log-probabilities, so it does not support {kind}; set targets.kind to none")
+        if not self.targets.stored.most_likely and not can.every_kind:
+            raise ValueError(
+                f"{engine} gives the most likely tokens only, so it does not support {kind}, which is drawn from the whole "
+                "distribution; set targets.kind to topk or none"
+            )
+        if soft and teacher.tokenizer is None:
+            raise ValueError(f"{kind} needs teacher.tokenizer, which its token ids are of; give it, or set targets.kind to none")
+        if teacher.tokenizer is None and self.student.model is None:
+            raise ValueError(
+                f"{engine} gives text: whose tokens it is stored in is not said; give teacher.tokenizer or student.model"
+            )
+        if self.targets.online or self.student.prune or self.student.config is not None:
+            key = "targets.kind online" if self.targets.online else "student.prune" if self.student.prune else "student.config"
+            raise ValueError(f"{key} needs the teacher's weights, which {engine} does not have")
+        if (self.score or self.rounds) and not (teacher.api == "completions" and can.logprobs):
+            key = "score" if self.score else "rounds"
+            raise ValueError(f"{key} needs a teacher that reads given text; {engine} does with teacher.api: completions only")
+        if self.generate.rereads and soft and teacher.api != "completions":
+            key = "json_schema" if self.generate.json_schema is not None else "thinking: removed"
+            raise ValueError(
+                f"generate.{key} needs a teacher that reads its text again for {kind}; {engine} does with teacher.api: "
+                "completions only; set targets.kind to none"
+            )
+        return self
+
+    @property
+    def tokenizer(self) -> tuple[str, str | None, str]:
+        """Name and revision of the tokenizer that the teacher's text is stored in, and the key that names it."""
+        teacher = self.teacher
+        if not teacher.abilities.api:
+            return teacher.model, teacher.revision, "teacher.model"
+        if teacher.tokenizer is not None:
+            return teacher.tokenizer, None, "teacher.tokenizer"
+        assert self.student.model is not None
+        return self.student.model, self.student.revision, "student.model"
+
+    @model_validator(mode="after")
     def _rounds_have_targets(self) -> "Experiment":
         if self.rounds and not self.targets.stored.columns:
             raise ValueError(f"rounds needs stored soft targets, but targets.kind is {self.targets.kind}")

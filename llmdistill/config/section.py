@@ -56,7 +56,7 @@ def _check_url(url: str) -> str:
     if not valid or any(character.isspace() for character in url):
         raise ValueError("must be an address such as http://node7:8000")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError("must not contain a user, a key or options; an API key is read from the environment (VLLM_API_KEY)")
+        raise ValueError("must not contain a user, a key or options; an API key is read from the environment (VLLM_API_KEY, …)")
     return url
 
 

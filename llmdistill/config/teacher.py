@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from llmdistill.config.machine import Runtime
 from llmdistill.config.section import Dtype, PassedOn, Section, ServerUrl
 
-EngineName = Literal["vllm", "server", "transformers"]
+EngineName = Literal["vllm", "server", "openai", "anthropic", "transformers"]
 DEFAULT_ENGINE: EngineName = "vllm"
 
 
@@ -21,9 +21,21 @@ class Abilities:
     determinism: str
     """What a second run reproduces, for `dataset.json`."""
     package: str | None = None
-    """The package that has to be installed, from the extra `generate`."""
+    """The package that has to be installed."""
+    extra: str = "generate"
+    """The extra that has it."""
     remote: bool = False
     """Whether it is a server at `teacher.url`, which decides the model and the precision itself."""
+    address: str | None = None
+    """Where a remote one is if `teacher.url` does not say it."""
+    key: str | None = None
+    """The environment variable that the key of a remote one is read from."""
+    api: bool = False
+    """Whether conversations go in and text comes out, billed by the token; token ids are those of `teacher.tokenizer`."""
+    logprobs: bool = True
+    """Whether it gives log-probabilities."""
+    every_kind: bool = True
+    """Whether tokens can be chosen inside it from the full distribution, not the most likely ones alone."""
     whole_distribution: bool = False
     """Whether it gives full distributions, so that those of several models can be averaged."""
     repeats: bool = True
@@ -37,9 +49,38 @@ class Abilities:
 
 
 _BATCHED = "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched"
+_HOSTED = "rows and ids are the same on every run; what the model behind the address writes may differ"
 ENGINES: dict[EngineName, Abilities] = {
     "vllm": Abilities("llmdistill.teachers.vllm:VllmEngine", _BATCHED, package="vllm", grammar=True, runtime="vllm"),
-    "server": Abilities("llmdistill.teachers.server:ServerEngine", _BATCHED, remote=True, repeats=False, grammar=True),
+    "server": Abilities(
+        "llmdistill.teachers.server:ServerEngine", _BATCHED, remote=True, key="VLLM_API_KEY", repeats=False, grammar=True
+    ),
+    "openai": Abilities(
+        "llmdistill.teachers.openai:OpenAIEngine",
+        _HOSTED,
+        package="openai",
+        extra="api",
+        remote=True,
+        address="https://api.openai.com/v1",
+        key="OPENAI_API_KEY",
+        api=True,
+        every_kind=False,
+        repeats=False,
+        grammar=True,
+    ),
+    "anthropic": Abilities(
+        "llmdistill.teachers.anthropic:AnthropicEngine",
+        _HOSTED,
+        package="anthropic",
+        extra="anthropic",
+        remote=True,
+        address="https://api.anthropic.com",
+        key="ANTHROPIC_API_KEY",
+        api=True,
+        logprobs=False,
+        every_kind=False,
+        repeats=False,
+    ),
     "transformers": Abilities(
         "llmdistill.teachers.transformers:TransformersEngine",
         "bit-exact: the same configuration, machine, versions and number of threads give the same bytes",
@@ -52,7 +93,8 @@ ENGINES: dict[EngineName, Abilities] = {
 
 def engines_with(ability: str) -> str:
     """The names of the engines with an ability, in words."""
-    return " and ".join(name for name, abilities in ENGINES.items() if getattr(abilities, ability))
+    names = [name for name, abilities in ENGINES.items() if getattr(abilities, ability)]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 class Member(Section):
@@ -66,24 +108,54 @@ class Member(Section):
     """Weight of this teacher in the mean, relative to the others."""
 
 
+class Price(Section):
+    """What the endpoint charges, in one currency, per million tokens."""
+
+    input: float = Field(ge=0)
+    """Of prompts."""
+    output: float = Field(ge=0)
+    """Of what the model writes, hidden reasoning included."""
+    cached_input: float | None = Field(default=None, ge=0)
+    """Of prompt tokens that the endpoint has in its cache; `input` if not set."""
+    batch_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of these prices that a request of `teacher.batch` costs."""
+
+
 class Teacher(Section):
     """The model that writes the text and gives the next-token distributions."""
 
     model: str
-    """Model directory or name on the Hugging Face Hub."""
+    """Model directory or name on the Hugging Face Hub; the endpoint's own name (engines openai, anthropic)."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     engine: EngineName = DEFAULT_ENGINE
-    """`vllm`: vLLM in the same process, the fastest. `server`: a running vLLM server at `url`. `transformers`: the exact
-    reference, without vLLM."""
+    """`vllm`: vLLM in the same process, the fastest. `server`: a running vLLM server at `url`. `openai`: any endpoint with
+    OpenAI's API, at `url`. `anthropic`: Anthropic's API, text only. `transformers`: the exact reference, without vLLM."""
     url: ServerUrl | None = None
-    """Address of the vLLM server, such as http://node7:8000 (engine server). An API key is read from VLLM_API_KEY."""
+    """Address of the server, such as http://node7:8000 (engine server) or https://openrouter.ai/api/v1 (engine openai, whose
+    default is OpenAI's own). An API key is read from VLLM_API_KEY, OPENAI_API_KEY or ANTHROPIC_API_KEY."""
     served_model_name: str | None = None
     """Name of the model on the server, if it differs from `model` (engine server)."""
     concurrency: int = Field(default=64, ge=1)
-    """Concurrent requests (engine server)."""
+    """Concurrent requests (engines server, openai, anthropic)."""
     timeout: float = Field(default=600, gt=0)
-    """Seconds without a response after which a request is retried (engine server)."""
+    """Seconds without a response after which a request is retried (engines server, openai, anthropic)."""
+    api: Literal["chat", "completions"] = "chat"
+    """`chat`: the endpoint gets messages. `completions`: it gets the token ids of the prompt (engine openai)."""
+    tokenizer: str | None = None
+    """Directory or Hub name of the tokenizer of the model behind the endpoint, if it is known (engine openai): needed for soft
+    targets. Without it text alone is stored, in the tokens of `student.model`."""
+    request_args: PassedOn = {}
+    """More fields of every request, such as `{reasoning_effort: low}`; one that is null is not sent (engines openai,
+    anthropic)."""
+    batch: bool = False
+    """Send each shard as one batch file, at a lower price, with the answers within a day (engine openai)."""
+    price: Price | None = None
+    budget: float | None = Field(default=None, gt=0)
+    """Most to spend on this dataset, in the currency of `price`. No shard is begun that may cost more than what is left."""
+    licence: str | None = None
+    """Licence or terms under which the output may be used: a name such as `apache-2.0`, or the address of the terms (required
+    by engines openai and anthropic)."""
     dtype: Dtype = "auto"
     """Compute precision. `auto`: bfloat16 where the hardware supports it, else float16 (GPU) or float32. All workers of one
     dataset use the precision that the first one chose."""
@@ -132,8 +204,34 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _url_goes_with_a_remote_engine(self) -> "Teacher":
-        if self.abilities.remote != (self.url is not None):
-            raise ValueError(
-                f"engine {engines_with('remote')} needs url, where `vllm serve` listens, and no other engine has one"
-            )
+        if self.url is None and self.abilities.remote and self.abilities.address is None:
+            raise ValueError(f"engine {self.engine} needs url, where `vllm serve` listens")
+        if self.url is not None and not self.abilities.remote:
+            raise ValueError(f"engine {self.engine} has no url; engines {engines_with('remote')} have one")
         return self
+
+    @model_validator(mode="after")
+    def _keys_of_an_endpoint(self) -> "Teacher":
+        if not self.abilities.api:
+            own = ("api", "tokenizer", "request_args", "batch", "price", "budget")
+            given = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]
+            if given:
+                raise ValueError(f"{given[0]} is for engines {engines_with('api')}, engine is {self.engine}")
+            return self
+        if not (self.licence or "").strip():
+            raise ValueError(
+                f"licence is missing: engine {self.engine} needs the licence or the terms under which the output of {self.model} "
+                "may be used; it goes into the cards of the dataset and of the student"
+            )
+        if self.budget is not None and self.price is None:
+            raise ValueError("budget needs price, in the same currency")
+        if self.engine != "openai" and (given := [name for name in ("tokenizer", "batch") if getattr(self, name)]):
+            raise ValueError(f"{given[0]} is for engine openai, engine is {self.engine}")
+        if self.api == "completions" and (self.tokenizer is None or self.engine != "openai"):
+            raise ValueError("api: completions sends the token ids of the prompt: it needs engine openai and tokenizer")
+        return self
+
+    @property
+    def endpoint(self) -> str:
+        """The address of a remote engine."""
+        return (self.url or self.abilities.address or "").rstrip("/")

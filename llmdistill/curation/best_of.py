@@ -50,9 +50,11 @@ def best_of(settings: BestOf, context: StepContext) -> Check:
 
 
 def _likelihoods(rows: pa.Table) -> Iterator[float | Failed]:
-    """The mean log-probability that the teacher gave to the answer's tokens, at temperature 1."""
+    """The mean log-probability that the teacher gave to the answer's tokens, at temperature 1, of those where it is known."""
     for logprobs in rows["token_logprobs"]:
-        mean = float(np.mean(logprobs.values.to_numpy())) if len(logprobs) else float("nan")
+        known = logprobs.values.to_numpy(zero_copy_only=False) if len(logprobs) else np.empty(0)
+        known = known[~np.isnan(known)]
+        mean = float(np.mean(known)) if len(known) else float("nan")
         yield mean if np.isfinite(mean) else Failed("no log-probabilities of its tokens are known")
 
 

@@ -19,7 +19,6 @@ from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, 
 from llmdistill.data.dataset import Messages
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
-from llmdistill.models.loading import context_length
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.runs import lock, record
 from llmdistill.runs.progress import working
@@ -97,10 +96,12 @@ class DigitReader:
 
     def __init__(self, experiment: Experiment, teacher: Teacher, scale: list[int]) -> None:
         _, self.fingerprint = fingerprints(teacher)
+        if teacher.abilities.api and teacher.tokenizer is None:
+            raise InputError(f"teacher.tokenizer is missing: {teacher.model} judges by the log-probabilities of digits")
         self.kept = Targets(kind="topk", k=_K)
         self.chat = PromptEncoder(experiment.model_copy(update={"teacher": teacher, "targets": self.kept}), self.fingerprint)
         self.digits = digit_ids(self.chat.tokenizer, scale)
-        self.context = teacher.max_model_len or min(context_length(self.chat.config) or _CONTEXT, _CONTEXT)
+        self.context = teacher.max_model_len or min(self.chat.context or _CONTEXT, _CONTEXT)
         self._engine: Engine | None = None
 
     def ask(self, requests: list[Request]) -> Iterable[Completion]:
@@ -110,7 +111,16 @@ class DigitReader:
             with working("judge", "starting the judge"):
                 sampling = Generate(temperature=0, max_tokens=1)
                 self._engine = open_engine(
-                    EngineSpec(teacher, sampling, self.kept, end_ids, self.context, seed, known_ids=self.chat.known_ids)
+                    EngineSpec(
+                        teacher,
+                        sampling,
+                        self.kept,
+                        end_ids,
+                        self.context,
+                        seed,
+                        known_ids=self.chat.known_ids,
+                        template=self.chat.template,
+                    )
                 )
         return self._engine.generate([requests])
 
@@ -151,7 +161,11 @@ class _Asked:
         new = {key: number for number, key in enumerate(keys) if key not in self.known}
         prompt_ids = {key: self.reader.chat.told_ids(questions[number], f"row {ids[number]}") for key, number in new.items()}
         too_long = {key: len(tokens) for key, tokens in prompt_ids.items() if len(tokens) >= self.reader.context}
-        requests = [Request(new[key], tokens, 0) for key, tokens in prompt_ids.items() if key not in too_long]
+        requests = [
+            Request(new[key], tokens, 0, messages=self.reader.chat.told(questions[new[key]]))
+            for key, tokens in prompt_ids.items()
+            if key not in too_long
+        ]
         if requests:
             self._store({keys[done.index]: (ids[done.index], self._score(done)) for done in self.reader.ask(requests)})
         for key in keys:

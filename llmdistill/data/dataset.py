@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 _LIST_ENTRIES = 1 << 30
 _FAILED = b"llmdistill.failed"
+_BILL = b"llmdistill.bill"
 ROW_GROUP = 1000  # rows; what a reader has to hold at a time
 MANIFEST = "dataset.json"
 Split = Literal["train", "test"]
@@ -124,6 +125,19 @@ def with_failed(table: pa.Table, failed: Mapping[str, int]) -> pa.Table:
     return table.replace_schema_metadata({**(table.schema.metadata or {}), _FAILED: json.dumps(dict(failed)).encode()})
 
 
+def with_bill(table: pa.Table, bill: Mapping[str, Any]) -> pa.Table:
+    """The rows of a shard, and what an endpoint billed for them, in the file's metadata."""
+    if not bill:
+        return table
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), _BILL: json.dumps(dict(bill)).encode()})
+
+
+def billed(shards: "Iterable[Shard]") -> list[dict[str, Any]]:
+    """What an endpoint billed for shards, of those for which it did."""
+    found = (json.loads((pq.read_schema(shard.file).metadata or {}).get(_BILL, b"null")) for shard in shards)
+    return [entry for entry in found if entry]
+
+
 def failed_rows(shards: "Iterable[Shard]") -> dict[str, int]:
     """How many rows were given up in the making of shards, by reason."""
     total: Counter[str] = Counter()
@@ -176,13 +190,18 @@ def storable(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
-def check_logprobs(row: Row) -> None:
+def check_logprobs(row: Row, unknown: bool = False) -> None:
     """Refuse what no teacher's log-probabilities can be, before it is stored.
+
+    Args:
+        row: to be stored.
+        unknown: whether that of a token may be NaN, which says that it is not known.
 
     Raises:
         NonFiniteError: one of a token or of the soft targets is not a number, or above zero.
     """
-    stored = [row.token_logprobs] if row.targets is None else [row.token_logprobs, row.targets.logweights()]
+    written = np.nan_to_num(row.token_logprobs, nan=0.0) if unknown else row.token_logprobs
+    stored = [written] if row.targets is None else [written, row.targets.logweights()]
     for values in map(np.asarray, stored):
         if np.isnan(values).any() or (values > 1e-3).any():
             raise NonFiniteError(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision
+from llmdistill.data.budget import Budget, bill, money, whole_bill
 from llmdistill.data.dataset import (
     MANIFEST,
     Row,
@@ -26,6 +27,7 @@ from llmdistill.data.dataset import (
     is_damaged,
     remove_leftovers,
     rows_to_table,
+    with_bill,
     with_failed,
     write_manifest,
     write_shard,
@@ -35,7 +37,7 @@ from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.runs import lock, record
 from llmdistill.runs.progress import StageBar, counted, say, working
-from llmdistill.teachers import Completion, Engine, EngineSpec, Request, open_engine, teacher_precision
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request, open_engine, shared_file, teacher_precision
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 
@@ -169,10 +171,13 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
             say(name, f"{known:,} of {counted(count, 'shard')} there, the others are for other workers to make")
             return
         described = source.chat.description() | {"precision": precision.recorded} | source.description()
+        described |= whole_bill(directory, experiment)
         source.left_out.write(directory / "rejected.parquet")
         failed = failed_rows(there)
         for reason, lost in failed.items():
             say("warning", f"{lost:,} of {len(source.requests):,} rows were given up: the server gave {reason}")
+        if "total" in described.get("cost", {}):
+            say(name, f"cost {money(described['cost']['paid'])}")
         if failed:
             described["failed"] = failed
         write_manifest(directory, there, described | {"source": inputs})
@@ -203,7 +208,15 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
     def rows_of(index: int) -> int:
         return min(size, everything - index * size)
 
-    shards = (source.requests[index * size : (index + 1) * size] for index in missing)
+    def requests_of(index: int) -> Sequence[Request]:
+        return source.requests[index * size : (index + 1) * size]
+
+    waiting, budget = iter(missing), Budget(experiment, directory, requests_of, source.reads)
+    if experiment.teacher.price and (first := next(waiting, None)) is not None:
+        budget.check(first)
+        most = budget.most(first)
+        say(name, f"costs at most about {money(most)} a shard, {money(most * making.count)} for all {making.count:,}")
+        waiting = chain([first], waiting)
     made: list[dict[str, Any]] = []
 
     def store(index: int, completions: list[Completion]) -> None:
@@ -211,13 +224,15 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
         if failed.total() > len(completions) / 2:
             why, count = failed.most_common(1)[0]
             raise RemoteError(
-                f"{experiment.teacher.url or name}: {count:,} of {len(completions):,} answers had {why}; not stored"
+                f"{experiment.teacher.endpoint or name}: {count:,} of {len(completions):,} answers had {why}; not stored"
             )
         rows = [source.row(completion) for completion in completions if not completion.failed]
         for row in rows:
-            check_logprobs(row)
+            check_logprobs(row, unknown=experiment.teacher.abilities.api)
         table = with_failed(rows_to_table(rows, chat.vocab_size), failed)
+        table = with_bill(table, bill(completions, experiment, engine.gives))
         shard = write_shard(directory, "train", index, making.count, table)
+        budget.finished(index)
         made.append(describe_shard(shard))
         shared.put(shard)
 
@@ -232,6 +247,8 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
             reads_with=chat.vocab_size if source.reads else None,
             known_ids=chat.known_ids,
             vocab_size=chat.vocab_size,
+            template=chat.template,
+            shared=shared_file(directory),
         )
         engine = open_engine(spec)
     part = making.worker.part(making.count)
@@ -243,8 +260,13 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
     if not source.reads:
         bar.count_tokens(lambda: engine.tokens, experiment.generate.max_tokens)
     with bar:
-        for completion in _by_shard(source.run(engine, shards), size, rows_of, store):
-            bar.advance(tokens=len(completion.ids))
+        while True:
+            shards = (requests_of(index) for index in budget.within(waiting))
+            for completion in _by_shard(source.run(engine, shards), size, rows_of, store):
+                bar.advance(tokens=len(completion.ids))
+            if budget.held is None:
+                break
+            budget.check(budget.held)
         stored = bytes_per_position(made)
         bar.advance(0, facts=[f"{stored:.0f} B/position"] if stored else [])
         tokens = bar.tokens

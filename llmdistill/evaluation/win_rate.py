@@ -135,7 +135,7 @@ class Comparison:
             question = self.template.render({"prompt": prompt, "answer_1": first, "answer_2": second}, origin)
             tokens = self.reader.chat.told_ids(question, origin)
             if len(tokens) < self.reader.context:
-                requests.append(Request(number, tokens, 0))
+                requests.append(Request(number, tokens, 0, messages=self.reader.chat.told(question)))
         values: list[float | None] = [None] * len(shown)
         texts = ["(too long for the judge)"] * len(shown)
         digits: list[list[float] | None] = [None] * len(shown)

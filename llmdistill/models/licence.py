@@ -1,5 +1,6 @@
 """The licence of a model, as its card says it, and what licences say of training on a model's output."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def licence_of(model: str, revision: str | None = None) -> dict[str, str]:
     return _head(card)
 
 
+def named(licence: str) -> dict[str, str]:
+    """A licence that is given by the Hub's name for it, or as terms or their address, in the form of `licence_of`."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        return {"license": licence}
+    return {"license": "other", "license_link" if licence.startswith("http") else "license_name": licence}
+
+
 def _head(card: Path) -> dict[str, str]:
     try:
         parts = card.read_text(encoding="utf-8").split("---", 2)
@@ -62,7 +70,8 @@ def sentence(licence: dict[str, str]) -> str:
             "The licence of the teacher is not known to llmdistill. "
             "It, and the licence of the prompts, may apply to what is made from them."
         )
-    name = licence.get("license_name") or licence.get("license") or licence["license_link"]
+    other = licence.get("license") == "other"
+    name = licence.get("license_name") or (licence.get("license_link") if other else None) or licence.get("license") or "other"
     bound = restriction(licence)
     warning = f" **Mind: {bound}.**" if bound else ""
     return (

@@ -26,6 +26,16 @@ def check_model_exists(model: str, key: str) -> None:
         raise InputError(f"{key}: {model} is neither a model directory (it has no config.json) nor a name on the Hub")
 
 
+def check_tokenizer_exists(tokenizer: str, key: str) -> None:
+    """Refuse, before anything is loaded, a path that is no directory with a tokenizer.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if not any((Path(tokenizer) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        check_model_exists(tokenizer, key)
+
+
 def load_config(model: str, revision: str | None, trust_remote_code: bool = False, key: str = "teacher.model") -> Any:
     """The model's configuration.
 
@@ -44,7 +54,7 @@ def load_tokenizer(model: str, revision: str | None, trust_remote_code: bool = F
     Raises:
         InputError: there is no such model, or it has no tokenizer.
     """
-    check_model_exists(model, key)
+    check_tokenizer_exists(model, key)
     from transformers import AutoTokenizer
 
     return _found(
@@ -246,19 +256,20 @@ def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any)
     Those that the model itself ends with, that of the tokenizer, and the one that the chat template writes behind an answer.
     """
     ends = own_end_ids(model, revision, config, tokenizer)
-    more = [tokenizer.eos_token_id, _end_of_turn(tokenizer)]
+    more = [tokenizer.eos_token_id, end_of_turn(tokenizer)]
     return ends + [end for end in dict.fromkeys(more) if end is not None and end not in ends]
 
 
 def own_end_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
-    """The tokens that a model ends its text with, from its generation configuration; loads no weights."""
+    """The tokens that a model ends its text with, from its generation configuration; loads no weights, and needs no `config`."""
     generation = generation_config(model, revision)
-    known = [generation.eos_token_id] if generation else [config.get_text_config().eos_token_id, tokenizer.eos_token_id]
+    own = config.get_text_config().eos_token_id if config else None
+    known = [generation.eos_token_id] if generation else [own, tokenizer.eos_token_id]
     end = next((value for value in known if value is not None), None)
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
+def end_of_turn(tokenizer: Any) -> int | None:
     """The special token that the chat template writes behind an answer, if it writes one."""
     if not tokenizer.chat_template:
         return None

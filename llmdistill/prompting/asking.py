@@ -15,9 +15,9 @@ from llmdistill.data.dataset import Messages, finished_shards, read_batches, sto
 from llmdistill.data.shards import Share
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
-from llmdistill.models.loading import context_length
+from llmdistill.models.chat_template import Conversation
 from llmdistill.runs.progress import StageBar, counted, working
-from llmdistill.teachers import Engine, EngineSpec, Request, open_engine, row_seed
+from llmdistill.teachers import Engine, EngineSpec, Request, open_engine, row_seed, shared_file
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 # Tokens reserved for a question and its answer where `teacher.max_model_len` does not say: how long the questions of a
@@ -54,6 +54,10 @@ class PromptFormat(Protocol):
         """What the teacher sees."""
         ...
 
+    def messages(self, messages: Messages) -> Conversation | None:
+        """What an endpoint that takes conversations is sent; None where it is no conversation."""
+        ...
+
     def answer(self, ids: Array, finish_reason: str) -> Answer:
         """What it wrote."""
         ...
@@ -68,6 +72,10 @@ class ChatFormat:
     def ids(self, messages: Messages, origin: str) -> Sequence[int]:
         """Through its chat template, up to where its turn begins."""
         return self.chat.prompt_ids(messages, origin)
+
+    def messages(self, messages: Messages) -> Conversation | None:
+        """As they are."""
+        return messages
 
     def answer(self, ids: Array, finish_reason: str) -> Answer:
         """Without special tokens."""
@@ -90,7 +98,7 @@ class Asker:
         self.sampling = Generate(**experiment.prompts.sampling.model_dump())
         longest = self.sampling.max_tokens
         chat.check_length(longest + 1, "the shortest question and the longest answer", "prompts.sampling.max_tokens")
-        limit = context_length(chat.config)
+        limit = chat.context
         self.context = experiment.teacher.max_model_len or min(max(_CONTEXT, 2 * longest), limit or 2 * longest + _CONTEXT)
         self.tokens = 0
         self.seconds = 0.0
@@ -155,7 +163,8 @@ class Asker:
                     answers[shard][index] = Answer("", TOO_LONG)
                     bar.advance()
                 else:
-                    yield Request(index, ids, row_seed(question.id, self.experiment.seed))
+                    messages = prompt_format.messages(question.messages)
+                    yield Request(index, ids, row_seed(question.id, self.experiment.seed), messages=messages)
 
         def store(shard: int) -> None:
             given = [answer for _, answer in sorted(answers.pop(shard).items())]
@@ -191,6 +200,8 @@ class Asker:
                     self.context,
                     self.experiment.seed,
                     known_ids=self.chat.known_ids,
+                    template=self.chat.template,
+                    shared=shared_file(self.experiment.directory("prompts")),
                 )
                 self._engine = open_engine(spec)
         return self._engine

@@ -21,6 +21,12 @@ class PreQueryFormat:
     """
 
     def __init__(self, chat: PromptEncoder) -> None:
+        teacher = chat.experiment.teacher
+        if teacher.abilities.api and teacher.api == "chat":
+            raise InputError(
+                f"teacher.engine {teacher.engine} sends conversations, and magpie has none: set teacher.api to completions, or "
+                "remove the step"
+            )
         self.tokenizer = chat.tokenizer
         self._special = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         _, after = around_user_turn(self.tokenizer, [])
@@ -31,6 +37,9 @@ class PreQueryFormat:
         before, _ = around_user_turn(self.tokenizer, messages)
         ids: list[int] = self.tokenizer(before, add_special_tokens=False)["input_ids"]
         return ids
+
+    def messages(self, messages: Messages) -> None:
+        """It is no conversation."""
 
     def answer(self, ids: Array, finish_reason: str) -> Answer:
         """What was written up to a special token, or to what the template puts after a user's turn.

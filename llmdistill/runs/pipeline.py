@@ -58,6 +58,7 @@ def stages(experiment: Experiment) -> list[StageRun]:
     experiment = experiment.with_(jobs=None)  # no stage reads it, and lines of shell in it may hold a secret
     made = [] if experiment.prompts is None or not experiment.prompts.steps else ["prompts"]
     first = ["score"] if experiment.score else [*made, "generate"]
+    teacher = experiment.teacher.abilities
     cut, exported = ["prune"] if experiment.student.prune else [], ["export"] if experiment.export else []
     own = ["retokenize"] if is_needed(experiment) else []
     return [
@@ -65,7 +66,8 @@ def stages(experiment: Experiment) -> list[StageRun]:
         # The first student is that of no rounds; everything after it is about the last one.
         StageRun("train", experiment.with_(rounds=None)),
         *_rounds(experiment),
-        *(StageRun(command, experiment) for command in ["eval", *exported, "report"]),
+        # What compares with the teacher needs its weights.
+        *(StageRun(command, experiment) for command in (exported if teacher.api else ["eval", *exported, "report"])),
     ]
 
 
@@ -189,6 +191,8 @@ def _check_files(experiment: Experiment) -> None:
 
 def say_estimate(experiment: Experiment) -> None:
     """Say about how long the stages that are not done will take here; nothing where that cannot be told."""
+    if experiment.teacher.abilities.api:
+        return None
     missing = [stage for stage in stages(experiment) if how_far(Path(experiment.output), stage.name) != "done"]
     if not missing or experiment.prompts is None:
         return

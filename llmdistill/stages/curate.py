@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.curation.steps import COLUMNS, Array, Check, Failed, StepContext, step_inputs, step_named
+from llmdistill.data.budget import money
 from llmdistill.data.dataset import (
     MANIFEST,
     SPLITS,
@@ -127,6 +128,8 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         for log in sorted((scratch / "logs").iterdir()):
             shutil.move(log, directory / log.name)
         write_manifest(directory, shards, _description(manifest, claim.inputs, accounts, len(verdicts)))
+        if (paid := manifest.get("cost", {}).get("paid")) is not None:
+            say("curate", f"a kept row cost {money(paid / max(train + test, 1))}")
         record.finish(directory, _results(manifest, accounts, len(verdicts), train + test, time.monotonic() - started))
         bar.summary = _sum(accounts, train, test)
     if experiment.eval.held_out:  # said before training, not after it
@@ -158,7 +161,7 @@ def _description(manifest: dict[str, Any], inputs: dict[str, str], accounts: lis
     """For `dataset.json`."""
     description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
     description |= {"prompts": manifest.get("prompts", [])}
-    description |= {"left_out": manifest["left_out"]} if "left_out" in manifest else {}
+    description |= {key: manifest[key] for key in ("left_out", "cost", "gives") if key in manifest}
     description |= {"source": inputs, "versions": record.versions(), "rows_in": rows_in}
     return description | {"steps": [account.described() for account in accounts]}
 

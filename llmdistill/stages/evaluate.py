@@ -92,6 +92,11 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     Raises:
         InputError: a model or the held-out rows are missing, or the vocabularies differ.
     """
+    if experiment.teacher.abilities.api:
+        raise InputError(
+            f"teacher.engine {experiment.teacher.engine}: `eval` compares the student with the teacher's weights, which are not "
+            "here; write an experiment with the same output and a teacher whose weights are"
+        )
     directory, plan = experiment.directory("eval"), _plan(experiment)
     if dry_run:
         _check_models(plan.subjects, but=experiment.output)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmdistill.config import Experiment
+from llmdistill.data.budget import estimate
 from llmdistill.data.dataset import Row, read_manifest
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, is_whole, make_dataset
@@ -15,7 +16,7 @@ from llmdistill.prompting.turns import as_columns
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, counted, say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_inputs, prepared_prompts
-from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_id, row_seed
+from llmdistill.teachers import Completion, Engine, Request, row_id, row_seed, teacher_inputs
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 from llmdistill.teachers.thinking import answer_start
 
@@ -34,7 +35,7 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
         InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
     """
     directory = experiment.directory("data")
-    models, fingerprint = fingerprints(experiment.teacher)
+    models, fingerprint = teacher_inputs(experiment)
     prepared = prepared_prompts(experiment)
     if prepared is None:
         if dry_run:
@@ -44,7 +45,7 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
     state = record.claim(*claim)
 
     if dry_run:
-        _say_plan(experiment, len(prepared.prompts), len(prepared.prompts) * experiment.generate.samples)
+        _say_plan(experiment, prepared)
     elif state == "done" and is_whole(directory):
         say("generate", f"{directory} is finished ({counted(read_manifest(directory)['rows'], 'row')})")
     else:
@@ -54,7 +55,7 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
 
 def claims(experiment: Experiment) -> list[record.Claim]:
     """The dataset, and what it depends on."""
-    models, _ = fingerprints(experiment.teacher)
+    models, _ = teacher_inputs(experiment)
     return [_claim(experiment, {**prepared_inputs(experiment), **models})]
 
 
@@ -68,7 +69,9 @@ class _Prompts:
 
     def __init__(self, chat: PromptEncoder, prepared: Prepared) -> None:
         self.chat = chat
-        self.reads = chat.experiment.generate.rereads
+        soft = bool(chat.experiment.targets.stored.columns)
+        self.writes_twice = chat.experiment.generate.rereads
+        self.reads = self.writes_twice and (soft or not chat.experiment.teacher.abilities.api)  # what is not known is not read
         self._traces: dict[int, Array] = {}  # of rows that are read and not yet stored
         self._prompts = prepared.prompts
         self._usable = array("q")  # the numbers of those that the teacher can be asked
@@ -118,7 +121,7 @@ class _Prompts:
         return row_id(self.prompt(number).content, self.chat.fingerprint, self.sampling, sample)
 
     def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        return self._write_and_read(engine, shards) if self.reads else engine.generate(shards)
+        return self._write_and_read(engine, shards) if self.writes_twice else engine.generate(shards)
 
     def _write_and_read(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Every shard is written, then read as it is stored.
@@ -127,15 +130,21 @@ class _Prompts:
         """
         for requests in shards:
             request_of = {request.index: request for request in requests}
-            texts, reason_of = [], {}
+            texts, reason_of, usage_of = [], {}, {}
             for completion in engine.generate([requests]):
                 if completion.failed:
                     yield completion
                     continue
                 start, reason_of[completion.index] = self._answer(completion)
                 self._traces[completion.index] = completion.ids[:start]
+                if not self.reads:
+                    yield replace(completion.behind(start), finish_reason=reason_of[completion.index])
+                    continue
+                usage_of[completion.index] = completion.usage
                 texts.append(replace(request_of[completion.index], completion_ids=completion.ids[start:].tolist()))
-            for read in engine.score([texts]):
+            for read in engine.score([texts] if texts else []):
+                written = usage_of[read.index]
+                read = replace(read, usage=read.usage + written if read.usage and written else read.usage)
                 yield read if read.failed else replace(read, finish_reason=reason_of[read.index])
 
     def _answer(self, completion: Completion) -> tuple[int, str]:
@@ -149,6 +158,8 @@ class _Prompts:
         number = completion.index // self.sampling.samples
         prompt, prompt_ids = self.prompt(number), self.prompt_ids(number)
         provenance: dict[str, Any] = {"lineage": prompt.lineage}
+        if completion.teacher_tokens is not None:
+            provenance["teacher_tokens"] = [list(values) for values in completion.teacher_tokens]
         trace = self._traces.pop(completion.index, None)
         if self.sampling.thinking == "masked":
             start, reason = self._answer(completion)
@@ -192,10 +203,14 @@ class _Requests(Sequence[Request]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = index // self.prompts.sampling.samples
         seed = row_seed(self.prompts.id(index), self.prompts.chat.experiment.seed)
-        return Request(index, self.prompts.told_ids(number), seed)
+        prompt = self.prompts.prompt(number)
+        messages = self.prompts.chat.told(prompt.messages)
+        return Request(index, self.prompts.told_ids(number), seed, messages=messages, tools=prompt.tools)
 
 
-def _say_plan(experiment: Experiment, prompts: int, rows: int) -> None:
+def _say_plan(experiment: Experiment, prepared: Prepared) -> None:
+    prompts = len(prepared.prompts)
+    rows = prompts * experiment.generate.samples
     count, there = count_shards(experiment, rows), count_finished(experiment.directory("data"))
     tokens = rows * experiment.generate.max_tokens
     per_position = experiment.targets.stored.bytes_per_token * experiment.targets.kept
@@ -208,6 +223,9 @@ def _say_plan(experiment: Experiment, prompts: int, rows: int) -> None:
         f"would write {directory}  ({there:,} of {counted(count, 'shard')} there)",
         markup=False,
     )
+    if experiment.teacher.price:
+        letters = sum(len(str(message.get("content"))) for prompt in prepared.prompts for message in prompt.messages)
+        say("generate", f"costs {estimate(experiment, letters * experiment.generate.samples, rows)}")
 
 
 def _human(number: float) -> str:

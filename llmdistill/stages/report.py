@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from llmdistill.config import Experiment
+from llmdistill.data.budget import money
 from llmdistill.data.cards import describe_targets
 from llmdistill.data.dataset import MANIFEST
 from llmdistill.errors import InputError
@@ -378,8 +379,19 @@ def _data(experiment: Experiment) -> Json:
         "sampling": manifest["sampling"],
         "targets": describe_targets(manifest),
     }
+    described["cost"] = _cost(manifest.get("cost", {}), splits["train"]["rows"] + splits["test"]["rows"])
     made = manifest.get("prompts", [])
     return {"missing": None, "steps": steps, "prompts": made if len(made) > 1 else [], **described}
+
+
+def _cost(cost: Json, kept: int) -> str | None:
+    """What the teacher's endpoint was paid, in words; None of a teacher that bills nothing."""
+    if not cost:
+        return None
+    tokens = f"{cost['input_tokens']:,} tokens in, {cost['output_tokens']:,} out"
+    if "paid" not in cost:
+        return tokens
+    return f"{money(cost['paid'])} for {tokens}: {money(cost['paid'] / max(kept, 1))} a kept row"
 
 
 def _lineage(experiment: Experiment) -> Json:

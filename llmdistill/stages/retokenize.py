@@ -97,7 +97,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     manifest = experiment.dataset_directory / MANIFEST
     settings = experiment.model_dump(mode="json", include={"retokenize", "shard_mb"})
     settings["student"] = experiment.student.model_dump(mode="json", include={"model", "revision"})
-    settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
+    settings["teacher"] = dict(zip(("model", "revision"), experiment.tokenizer, strict=False))
     model, revision, _ = _student(experiment)
     inputs = {str(manifest): record.sha256(manifest), model: record.model_fingerprint(model, revision)}
     return [record.Claim(experiment.directory("retokenized"), "retokenize", settings, inputs)]
@@ -106,14 +106,15 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 def is_needed(experiment: Experiment) -> bool:
     """Whether the student is a model with another vocabulary than the dataset; False where there is no such model yet."""
     student, teacher = experiment.student, experiment.teacher
-    if student.model is None or student.model == teacher.model:
+    theirs, revision, _ = experiment.tokenizer
+    if student.model is None or student.model == theirs:
         return False
     manifest = experiment.dataset_directory / MANIFEST
     try:
         own = _vocabulary(student.model, student.revision, student.trust_remote_code)
         if manifest.is_file():
             return own != read_manifest(experiment.dataset_directory)["tokenizer"]["vocabulary_hash"]
-        return own != _vocabulary(teacher.model, teacher.revision, teacher.trust_remote_code)
+        return own != _vocabulary(theirs, revision, teacher.trust_remote_code)
     except InputError:  # what is wrong with it, the stages that load it say
         return False
 
@@ -192,9 +193,10 @@ def sides_of(experiment: Experiment, manifest: Mapping[str, Any]) -> Sides:
     """
     teacher, theirs = experiment.teacher, manifest.get("teacher_tokenizer", manifest["tokenizer"])
     source = experiment.dataset_directory
-    their_tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+    name, their_revision, key = experiment.tokenizer
+    their_tokenizer = load_tokenizer(name, their_revision, teacher.trust_remote_code, key)
     if vocabulary_hash(their_tokenizer) != theirs["vocabulary_hash"]:
-        raise InputError(f"teacher.model: {source} was written with another vocabulary than that of {teacher.model}")
+        raise InputError(f"{key}: {source} was written with another vocabulary than that of {name}")
     model, revision, trust = _student(experiment)
     tokenizer, config = (
         load_tokenizer(model, revision, trust, "student.model"),
@@ -207,7 +209,7 @@ def sides_of(experiment: Experiment, manifest: Mapping[str, Any]) -> Sides:
         raise InputError(f"student.model: neither the configuration nor the tokenizer of {model} names a token that ends a text")
     size = config.get_text_config().vocab_size
     sides = (
-        Vocabulary.of(their_tokenizer, theirs["end_token_ids"], theirs["vocab_size"], "teacher.model"),
+        Vocabulary.of(their_tokenizer, theirs["end_token_ids"], theirs["vocab_size"], key),
         Vocabulary.of(tokenizer, end_ids, size, "student.model"),
     )
     classes = root_classes(*sides)

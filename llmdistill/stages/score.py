@@ -18,7 +18,7 @@ from llmdistill.prompting.sources import files_hash, metadata, read_tables
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns, stored_ids
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
-from llmdistill.teachers import Completion, Engine, Request, fingerprints, row_seed, stable_id
+from llmdistill.teachers import Completion, Engine, Request, row_seed, stable_id, teacher_inputs
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 
@@ -36,7 +36,7 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
     if experiment.score is None:
         raise InputError("the key score is missing: `score` needs score.source")
     directory, source = experiment.directory("data"), Path(experiment.score.source)
-    _, fingerprint = fingerprints(experiment.teacher)
+    _, fingerprint = teacher_inputs(experiment)
     is_dataset = source.is_dir() and any(SHARD_NAME.fullmatch(file.name) for file in source.iterdir())
     texts: _Conversations | _Stored = _Stored(experiment.score) if is_dataset else _Conversations(experiment.score)
     if is_dataset:
@@ -56,7 +56,7 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
 def claims(experiment: Experiment) -> list[record.Claim]:
     """The dataset, and what it depends on."""
     assert experiment.score is not None
-    models, _ = fingerprints(experiment.teacher)
+    models, _ = teacher_inputs(experiment)
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "score", "targets"})
     settings["generate"] = {"rows_per_shard": experiment.generate.rows_per_shard}
     inputs = files_hash(experiment.score.source, "score.source") | models

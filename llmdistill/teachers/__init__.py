@@ -2,7 +2,7 @@
 
 All engines take the same requests and give the same completions; `transformers` is the exact reference, `vllm` is
 fast, `server` is a vLLM that runs elsewhere. They agree on the distribution for the same token ids within the precision
-of the weights.
+of the weights. `openai` and `anthropic` send conversations to whatever is behind an address, and store what it gives.
 """
 
 import hashlib
@@ -11,24 +11,51 @@ import json
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
-from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.config import Experiment, Generate, Price, Targets, Teacher
 from llmdistill.config.machine import Precision
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
-from llmdistill.models.loading import check_model_exists, model_precision
+from llmdistill.models.chat_template import ChatTemplate, Conversation
+from llmdistill.models.loading import check_model_exists, check_tokenizer_exists, model_precision
 from llmdistill.runs.record import model_fingerprint
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue, or with `completion_ids` a text to score; `seed` alone decides its random numbers."""
+    """A prompt to continue, or with `completion_ids` a text to score; `seed` alone decides its random numbers.
+
+    `messages` are the prompt as a conversation, with `tools` if it offers some; engines that take token ids need none.
+    """
 
     index: int
     prompt_ids: Sequence[int]
     seed: int
     completion_ids: Sequence[int] = ()
+    messages: Conversation | None = None
+    tools: Sequence[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The tokens that an endpoint bills; `cached` are those of the input that it had in its cache."""
+
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(self.input + other.input, self.output + other.output, self.cached + other.cached)
+
+    def cost(self, price: Price | None, batch: bool = False) -> float | None:
+        """What it costs, in the currency of the price."""
+        if price is None:
+            return None
+        cached = price.input if price.cached_input is None else price.cached_input
+        whole = price.input * (self.input - self.cached) + cached * self.cached + price.output * self.output
+        return whole * (price.batch_share if batch else 1) / 1e6
 
 
 @dataclass(frozen=True)
@@ -36,7 +63,9 @@ class Completion:
     """What the teacher wrote, or read, for the request of the same index; its end token included if it was emitted.
 
     `sampling_logprob` is the logarithm of the probability with which it wrote just this, at the sampling temperature.
-    `failed` says why there is nothing, of a request that was given up.
+    `failed` says why there is nothing, of a request that was given up. `usage` is what an endpoint bills for it.
+    `teacher_tokens` are, where the teacher's tokenizer is not known, the bytes that each of its tokens has of the text, and
+    their log-probabilities.
     """
 
     index: int
@@ -46,11 +75,14 @@ class Completion:
     targets: SoftTargets | None
     sampling_logprob: float | None = None
     failed: str | None = None
+    usage: Usage | None = None
+    teacher_tokens: tuple[list[int], list[float | None]] | None = None
 
     def behind(self, start: int) -> "Completion":
         """The same without its first `start` tokens."""
         kept = self.targets and self.targets.after(start)
-        return replace(self, ids=self.ids[start:], token_logprobs=self.token_logprobs[start:], targets=kept)
+        rest = self.token_logprobs[start:]
+        return replace(self, ids=self.ids[start:], token_logprobs=rest, targets=kept, teacher_tokens=None)
 
 
 @dataclass(frozen=True)
@@ -68,6 +100,8 @@ class EngineSpec:
         known_ids: how many token ids the tokenizer knows, where the output layer is padded with more: those are never written
             nor kept, and have no part in the distribution.
         vocab_size: of its output layer, where answers come from outside and are checked.
+        template: what an endpoint's text is encoded by.
+        shared: the file in which the workers of one dataset share an endpoint's limits and what was spent.
     """
 
     teacher: Teacher
@@ -79,6 +113,8 @@ class EngineSpec:
     reads_with: int | None = None
     known_ids: int | None = None
     vocab_size: int | None = None
+    template: ChatTemplate | None = None
+    shared: Path | None = None
 
 
 class Engine(Protocol):
@@ -88,6 +124,8 @@ class Engine(Protocol):
 
     tokens: int
     """Completion tokens that it has written or read so far, those of unfinished completions included where it knows them."""
+    gives: dict[str, Any] | None = None
+    """What a probe has found that an endpoint gives, for `dataset.json`."""
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request; completions come in any order, each as soon as it is there."""
@@ -107,7 +145,8 @@ def check_engine(teacher: Teacher) -> None:
     package = teacher.abilities.package
     if package and importlib.util.find_spec(package) is None:
         raise InputError(
-            f"teacher.engine is {teacher.engine}, which is not installed: install the extra `generate`, or use transformers"
+            f"teacher.engine is {teacher.engine}, which is not installed: install the extra `{teacher.abilities.extra}`"
+            + ("" if teacher.abilities.api else ", or use transformers")
         )
 
 
@@ -121,6 +160,8 @@ def fingerprints(teacher: Teacher, key: str = "teacher") -> tuple[dict[str, str]
     Raises:
         InputError: one of the models is not there.
     """
+    if teacher.abilities.api:
+        return _endpoint_fingerprints(teacher)
     check_model_exists(teacher.model, f"{key}.model")
     for number, more in enumerate(teacher.ensemble):
         check_model_exists(more.model, f"{key}.ensemble.{number}.model")
@@ -131,6 +172,27 @@ def fingerprints(teacher: Teacher, key: str = "teacher") -> tuple[dict[str, str]
     whole = [[found[model], weight] for model, _, weight in members]
     how = [teacher.system, teacher.template_args] if teacher.template_args else [teacher.system]
     return found, found[teacher.model] if alone else stable_id(whole, *how)
+
+
+def _endpoint_fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
+    """By the names alone; where it is served, and how the requests are sent, may change between two tries."""
+    found = f"{teacher.model}@{teacher.engine}"
+    how = [teacher.system, teacher.template_args, teacher.request_args]
+    return {teacher.model: found}, stable_id(found, *how) if any(how) else found
+
+
+def teacher_inputs(experiment: Experiment) -> tuple[dict[str, str], str]:
+    """`fingerprints` of an experiment's teacher, and what identifies its tokenizer where that is apart from it.
+
+    Raises:
+        InputError: one of the models is not there.
+    """
+    found, whole = fingerprints(experiment.teacher)
+    name, revision, key = experiment.tokenizer
+    if experiment.teacher.abilities.api:
+        check_tokenizer_exists(name, key)
+        found = {**found, name: model_fingerprint(name, revision)}
+    return found, whole
 
 
 def teacher_precision(teacher: Teacher) -> Precision:
@@ -147,6 +209,11 @@ def open_engine(spec: EngineSpec) -> Engine:
     teacher = spec.teacher.model_copy(update={"dtype": teacher_precision(spec.teacher).dtype})
     engine: type[Engine] = pkgutil.resolve_name(teacher.abilities.implementation)
     return engine(replace(spec, teacher=teacher))
+
+
+def shared_file(directory: Path) -> Path:
+    """Where the workers of the dataset in a directory share an endpoint's limits and what was spent."""
+    return directory.parent / f".{directory.name}.endpoint"
 
 
 def row_id(messages: list[dict[str, str]], teacher: str, sampling: Generate, sample: int) -> str:

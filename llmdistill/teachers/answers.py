@@ -1,0 +1,66 @@
+"""What a server's answer must be like, whichever server it is: nothing of it is stored before it is checked."""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from llmdistill.data.targets import Array
+
+ROUNDING = 1e-3  # by which a log-probability may be above zero, and probabilities add up to more than one
+
+
+class UnusableAnswerError(ValueError):
+    """An answer that cannot be right; the message says why."""
+
+
+class FinalAnswerError(UnusableAnswerError):
+    """An answer that is of no use and would be the same again, such as a refusal."""
+
+
+def check_logprobs(values: Iterable[Any]) -> None:
+    """Refuse what no log-probability can be.
+
+    Raises:
+        UnusableAnswerError: one is not a finite number, or is above zero.
+    """
+    for value in values:
+        if type(value) not in (int, float) or not -math.inf < value <= ROUNDING:
+            raise UnusableAnswerError("log-probabilities that are none")
+
+
+def check_sums(logprobs_NK: Array) -> None:
+    """Refuse probabilities that add up to more than one.
+
+    Raises:
+        UnusableAnswerError: those of a position do.
+    """
+    if (np.exp(logprobs_NK.astype(np.float64)).sum(axis=1) > 1 + ROUNDING).any():
+        raise UnusableAnswerError("probabilities that add up to more than one")
+
+
+def token_ids(given: Any, vocab_size: int | None) -> Array:
+    """Token ids of the vocabulary, at least one.
+
+    Raises:
+        UnusableAnswerError: they are none.
+    """
+    if not isinstance(given, list) or not all(type(token) is int for token in given):
+        raise UnusableAnswerError("token ids that are no whole numbers")
+    ids = np.array(given, dtype=object)
+    if not given or min(given) < 0 or (vocab_size is not None and max(given) >= vocab_size):
+        raise UnusableAnswerError("token ids outside the vocabulary" if given else "no tokens")
+    return ids.astype(np.int64)
+
+
+def message(response: Any) -> str:
+    """The server's own words, from a response with an error status."""
+    try:
+        content = response.json()
+        content = content[0] if isinstance(content, list) and content else content  # as Gemini's endpoint wraps them
+        error = content.get("error", content)
+        return str(error.get("message", error) if isinstance(error, dict) else error)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return f"{response.status_code} {response.text[:200]}"

@@ -1,0 +1,79 @@
+"""A teacher behind Anthropic's API: conversations go in, text comes out; it gives no log-probabilities."""
+
+from typing import Any
+
+import anthropic
+import httpx2
+import numpy as np
+
+from llmdistill.runs.progress import say
+from llmdistill.teachers import Completion, EngineSpec, Request, Usage
+from llmdistill.teachers.answers import FinalAnswerError
+from llmdistill.teachers.endpoint import Body, EndpointEngine
+from llmdistill.teachers.remote import Response
+
+_CONNECT_SECONDS = 10.0
+_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
+_REFUSED = {"refusal": "a refusal (stop_reason refusal)", "tool_use": "a call of a tool"}
+
+
+class AnthropicEngine(EndpointEngine):
+    """Its text is stored in the tokens of the student."""
+
+    faults = (httpx2.HTTPError, anthropic.AnthropicError)
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.client = anthropic.AsyncAnthropic(
+            api_key=self.api_key or "none",
+            base_url=self.teacher.endpoint,
+            max_retries=0,
+            timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
+        )
+        self.gives = {"logprobs": False}
+        say("teacher", f"{self.teacher.model} at {self.teacher.endpoint}: gives text, no log-probabilities")
+
+    async def written(self, request: Request) -> Completion:
+        """What the endpoint writes for a request."""
+        body = self._body(request)
+        return await self.paid(request, lambda: self._post(body), lambda answer: self._completion(request, answer))
+
+    def _body(self, request: Request) -> Body:
+        sampling, messages = self.sampling, request.messages or []
+        system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
+        body: Body = {
+            "model": self.teacher.model,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            **({"top_p": sampling.top_p} if sampling.top_p < 1 else {}),
+            **({"top_k": sampling.top_k} if sampling.top_k else {}),
+            **({"system": system} if system else {}),
+            "messages": [message for message in messages if message["role"] != "system"],
+            **({"tools": list(request.tools)} if request.tools else {}),
+        }
+        return {name: value for name, value in {**body, **self.teacher.request_args}.items() if value is not None}
+
+    async def _post(self, body: Body) -> Response:
+        try:
+            response: Response = await self.client.post("/v1/messages", body=body, cast_to=httpx2.Response)
+            return response
+        except anthropic.APIStatusError as error:
+            return error.response
+
+    def usage(self, answer: Any) -> Usage:
+        """What the answer says; there, tokens that were read from the cache or written to it are not part of the input."""
+        told = answer.get("usage") or {}
+        read, written = (int(told.get(f"cache_{name}_input_tokens") or 0) for name in ("read", "creation"))
+        return Usage(int(told.get("input_tokens") or 0) + read + written, int(told.get("output_tokens") or 0), read)
+
+    def _completion(self, request: Request, answer: Any) -> Completion:
+        reason = answer["stop_reason"]
+        if reason not in _REASONS:
+            raise FinalAnswerError(_REFUSED.get(reason, "a finish reason other than end_turn or max_tokens"))
+        if any(part["type"] == "thinking" for part in answer["content"]) and self.sampling.thinking != "removed":
+            raise FinalAnswerError("a reasoning trace apart from the answer (set generate.thinking to removed)")
+        text = "".join(part["text"] for part in answer["content"] if part["type"] == "text")
+        if not text:
+            raise FinalAnswerError("no text")
+        ids = np.array(self.encoded(request, text, _REASONS[reason]), dtype=np.int64)
+        return Completion(request.index, ids, _REASONS[reason], np.full(len(ids), np.nan, dtype=np.float32), None)

@@ -1,0 +1,112 @@
+"""What the engines of endpoints that bill by the token share: limits, what is spent, and reading an answer."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llmdistill.errors import InputError, UnusableError
+from llmdistill.models.loading import end_of_turn
+from llmdistill.teachers import Completion, EngineSpec, Request, Usage
+from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, message
+from llmdistill.teachers.limits import Limits
+from llmdistill.teachers.remote import RemoteEngine, Response, given_up, key_of
+
+Body = dict[str, Any]
+_PAID_TRIES = 1  # of an answer that cannot be used: each is paid
+NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that waiting does not help
+
+
+class EndpointEngine(RemoteEngine):
+    """Sends conversations, and keeps to what the endpoint and its other workers leave."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec.teacher)
+        assert spec.template is not None
+        self.sampling, self.kept, self.template = spec.sampling, spec.kept, spec.template
+        self.variable = spec.teacher.abilities.key or ""
+        self.api_key = key_of(self.variable)
+        self.limits = Limits(spec.shared, spec.teacher.price)
+        tokenizer = self.template.tokenizer
+        end = end_of_turn(tokenizer)
+        self.end_id: int = tokenizer.eos_token_id if end is None else end
+
+    def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Continue every request."""
+        return self.answers(batches, self.written)
+
+    def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Endpoints read no given text, but for those that say so."""
+        raise InputError(f"{self.teacher.endpoint} cannot score given text")
+
+    async def written(self, request: Request) -> Completion:
+        """What the endpoint writes for a request."""
+        raise NotImplementedError
+
+    async def paid(
+        self, request: Request, send: Callable[[], Awaitable[Response]], read: Callable[[Any], Completion]
+    ) -> Completion:
+        """One answer, with what it costs, also where it is of no use.
+
+        Args:
+            request: what is asked.
+            send: sends it.
+            read: what is made of the JSON of the answer.
+        """
+        usage = Usage()
+
+        def understand(answer: Any) -> Completion:
+            nonlocal usage
+            found = self.usage(answer)
+            usage += found
+            self.limits.spend(found)
+            try:
+                return read(answer)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise UnusableAnswerError(f"an answer of another shape ({type(error).__name__}: {error})") from None
+
+        async def allowed() -> None:
+            while wait := self.limits.pause(len(request.prompt_ids) + self.sampling.max_tokens):
+                await asyncio.sleep(wait)
+
+        try:
+            completion = await self.call(send, understand, unusable_tries=_PAID_TRIES, before=allowed)
+        except UnusableAnswerError as error:
+            return given_up(request, str(error), usage)
+        return replace(completion, usage=usage)
+
+    def usage(self, answer: Any) -> Usage:
+        """The tokens that an answer says it bills."""
+        raise NotImplementedError
+
+    def encoded(self, request: Request, text: str, finish_reason: str) -> list[int]:
+        """The ids of an answer of which only the text is known, its end token included if the model stopped.
+
+        Raises:
+            FinalAnswerError: the chat template refuses it.
+        """
+        try:
+            _, ids = self.template.turn_ids(request.messages or [], {"role": "assistant", "content": text}, request.tools)
+        except UnusableError as error:
+            raise FinalAnswerError(error.reason) from None
+        ends = ids[-1] in self.template.end_ids
+        if finish_reason == "stop":
+            return ids if ends else [*ids, self.end_id]
+        return ids[:-1] if ends else ids
+
+    def refusal(self, response: Response) -> str:
+        """With what may have led to it."""
+        said = message(response)
+        if response.status_code == 401 and not self.api_key:
+            return f"{said}; {self.variable} is not set in the environment"
+        if response.status_code == 404:
+            return f"{said}; see teacher.model and teacher.url, which mostly ends in /v1"
+        return said
+
+    def after(self, response: Response) -> float | None:
+        """Take over what it says of its limits."""
+        return self.limits.learn(response.headers, response.status_code)
+
+    def is_final(self, response: Response) -> bool:
+        """Also where no money is left."""
+        return super().is_final(response) or (response.status_code == 429 and any(name in response.text for name in NO_QUOTA))

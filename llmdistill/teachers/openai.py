@@ -1,0 +1,179 @@
+"""A teacher behind any endpoint with OpenAI's API: OpenAI, vLLM, SGLang, llama.cpp, Ollama, OpenRouter and others.
+
+What such an endpoint gives differs, so one request at the start finds out (see `probe`), and what the configuration asks for
+and is not given is refused before anything else is paid. docs/api-teachers.md has the table.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+
+from llmdistill.runs.progress import say
+from llmdistill.teachers import Completion, EngineSpec, Request, Usage
+from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError
+from llmdistill.teachers.batches import Batches
+from llmdistill.teachers.endpoint import Body, EndpointEngine
+from llmdistill.teachers.probe import Gives, probe
+from llmdistill.teachers.remote import Response
+from llmdistill.teachers.token_matching import Matched, TokenMatcher, entries_of, teacher_tokens
+
+_CONNECT_SECONDS = 10.0
+_PATHS = {"chat": "/chat/completions", "completions": "/completions"}
+# What servers of open models take from the model's generation configuration, or have of their own, where it is not said; and
+# what makes vLLM name tokens by their ids. Those that an endpoint does not know are not sent to it; see `probe`.
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+IDS = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+
+
+class OpenAIEngine(EndpointEngine):
+    """Conversations or token ids go in; text comes out, with tokens, ids and log-probabilities as far as they are given."""
+
+    faults = (httpx2.HTTPError, openai.OpenAIError)
+
+    def __init__(self, spec: EngineSpec) -> None:
+        super().__init__(spec)
+        self.client = openai.AsyncOpenAI(
+            api_key=self.api_key or "none",  # servers of one's own ask for none
+            base_url=self.teacher.endpoint,
+            max_retries=0,
+            timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
+        )
+        known = self.teacher.tokenizer is not None
+        self.matcher = TokenMatcher(self.template.tokenizer, self.end_id, self.kept) if known else None
+        self.found: Gives = self.wait(probe(self, reads=spec.reads_with is not None))
+        self.gives = asdict(self.found)
+        say("teacher", f"{self.teacher.model} at {self.teacher.endpoint}: {self.found}")
+        self.batches = Batches(self, spec.shared) if self.teacher.batch else None
+
+    def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Continue every request, one by one or a batch file a shard."""
+        return self.batches.generate(batches) if self.batches else super().generate(batches)
+
+    def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        """Read every request's text, as the echo of a prompt."""
+        return self.answers(batches, self._read)
+
+    async def written(self, request: Request) -> Completion:
+        """What the endpoint writes for a request."""
+        body = self.body(request, self.found.top_logprobs, self.found.taken)
+        return await self.paid(request, lambda: self.post(body), lambda answer: self.completion(request, answer))
+
+    def body(self, request: Request, top: int | None, taken: Sequence[str]) -> Body:
+        """A request's body.
+
+        Args:
+            request: what is asked.
+            top: log-probabilities to ask for at each token; None for none at all.
+            taken: the names of `NEUTRAL` and `IDS` that the endpoint knows.
+        """
+        sampling = self.sampling
+        extra = {**NEUTRAL, **IDS, "seed": request.seed >> 32}  # 31 bits: some endpoints take no more
+        body: Body = {
+            "model": self.teacher.model,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            **{name: value for name, value in extra.items() if name in taken},
+            **({"top_k": sampling.top_k} if sampling.top_k else {}),
+            **({"min_tokens": sampling.min_tokens} if sampling.min_tokens else {}),
+        }
+        if sampling.json_schema is not None:
+            schema = {"name": "answer", "schema": sampling.json_schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if self.teacher.api == "completions":
+            body |= {"prompt": list(request.prompt_ids), **({} if top is None else {"logprobs": top})}
+        else:
+            body |= {"messages": list(request.messages or []), **({"tools": list(request.tools)} if request.tools else {})}
+            if self.teacher.template_args and "return_token_ids" in taken:
+                body["chat_template_kwargs"] = self.teacher.template_args
+            if top is not None:
+                body |= {"logprobs": True, **({"top_logprobs": top} if top else {})}
+        return {name: value for name, value in {**body, **self.teacher.request_args}.items() if value is not None}
+
+    async def post(self, body: Body) -> Response:
+        """The response to a body, whatever its status."""
+        try:
+            response: Response = await self.client.post(_PATHS[self.teacher.api], body=body, cast_to=httpx2.Response)
+            return response
+        except openai.APIStatusError as error:
+            return error.response
+
+    def usage(self, answer: Any) -> Usage:
+        """What the answer says; nothing if it does not say it."""
+        told = answer.get("usage") or {}
+        cached = (told.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return Usage(int(told.get("prompt_tokens") or 0), int(told.get("completion_tokens") or 0), int(cached))
+
+    def completion(self, request: Request, answer: Any) -> Completion:
+        """What is kept of an answer.
+
+        Raises:
+            UnusableAnswerError: it is of no use.
+        """
+        (choice,) = answer["choices"]
+        text, reason = self._text(choice), str(choice["finish_reason"])
+        matched, tokens = self._matched(choice, text, reason == "stop"), None
+        if matched is None:
+            ids = np.array(self.encoded(request, text, reason), dtype=np.int64)
+            matched = Matched(ids, np.full(len(ids), np.nan, dtype=np.float32), None)
+            entries = entries_of(choice.get("logprobs"))
+            if self.found.bytes and entries and self.matcher is None:
+                tokens = teacher_tokens(entries, text)
+        if not len(matched.ids) or len(matched.ids) > 2 * self.sampling.max_tokens + 1:
+            raise FinalAnswerError("more tokens than were asked for" if len(matched.ids) else "no tokens")
+        return Completion(request.index, matched.ids, reason, matched.logprobs, matched.targets, teacher_tokens=tokens)
+
+    def _text(self, choice: Any) -> str:
+        """The text of an answer.
+
+        Raises:
+            FinalAnswerError: there is none, and why.
+        """
+        message, reason = choice.get("message") or {}, choice["finish_reason"]
+        if message.get("refusal"):
+            raise FinalAnswerError("a refusal (message.refusal)")
+        if reason == "content_filter":
+            raise FinalAnswerError("an answer that its content filter has cut (finish_reason content_filter)")
+        if message.get("tool_calls"):
+            raise FinalAnswerError("a call of a tool")
+        if reason not in ("stop", "length"):
+            raise FinalAnswerError("a finish reason other than stop or length")
+        if (message.get("reasoning_content") or message.get("reasoning")) and self.sampling.thinking != "removed":
+            raise FinalAnswerError("a reasoning trace apart from the answer (set generate.thinking to removed)")
+        text = choice["text"] if self.teacher.api == "completions" else message.get("content")
+        if not isinstance(text, str) or not text:
+            raise FinalAnswerError("no text")
+        return text
+
+    def _matched(self, choice: Any, text: str, stopped: bool) -> Matched | None:
+        """The tokens that the endpoint names as those of the tokenizer; None where it names none, or the tokenizer is unknown."""
+        if self.matcher is None:
+            return None
+        if not self.found.logprobs or not (self.found.token_ids or self.found.bytes):
+            return None
+        matched = self.matcher.match(entries_of(choice["logprobs"]), stopped)
+        if self.template.decode(matched.ids).strip() != text.strip():
+            raise FinalAnswerError("tokens of another text than the answer")
+        return matched
+
+    async def _read(self, request: Request) -> Completion:
+        """Score by the echo of a prompt; the token that the endpoint insists on writing after it is dropped."""
+        start, ids = len(request.prompt_ids), list(request.completion_ids)
+        asked = Request(request.index, [*request.prompt_ids, *ids], request.seed)
+        body = {**self.body(asked, self.found.top_logprobs, self.found.taken), "echo": True, "max_tokens": 1, "temperature": 0}
+
+        def read(answer: Any) -> Completion:
+            assert self.matcher is not None
+            (choice,) = answer["choices"]
+            entries = entries_of(choice["logprobs"])[start : start + len(ids)]
+            matched = self.matcher.match(entries, stopped=False)
+            if matched.ids.tolist() != ids:
+                raise UnusableAnswerError("an echo of other tokens than those that were sent")
+            reason = "stop" if ids[-1] in self.template.end_ids else "length"
+            return Completion(request.index, matched.ids, reason, matched.logprobs, matched.targets)
+
+        return await self.paid(request, lambda: self.post(body), read)

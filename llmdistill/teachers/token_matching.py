@@ -1,0 +1,176 @@
+"""From the tokens that an endpoint names, by ids or by bytes, to the ids of a tokenizer.
+
+An entry is what OpenAI's API gives for a token: `token`, `bytes`, `logprob` and, of a written one, `top_logprobs`, a list of
+the same for the most likely tokens. Three things in it are no values: a log-probability of -9999.0 says "outside the most
+likely tokens", null `bytes` say that the token is no text, and empty ones that the server does not show it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmdistill.config import Targets
+from llmdistill.data.targets import Array, SoftTargets
+from llmdistill.models.token_bytes import token_bytes
+from llmdistill.teachers.answers import FinalAnswerError, check_logprobs, check_sums, token_ids
+
+OUTSIDE = -9999.0
+_BY_ID = "token_id:"
+_REPLACEMENT = "\ufffd".encode()
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What was written: ids (N,), the log-probability of each, NaN where it is not known, and the targets."""
+
+    ids: Array
+    logprobs: Array
+    targets: SoftTargets | None
+
+
+class TokenMatcher:
+    """Knows a tokenizer's tokens by their bytes, and its special tokens by their names.
+
+    Args:
+        tokenizer: of the model behind the endpoint.
+        end_id: the token that ends its turn.
+        kept: the targets to keep.
+    """
+
+    def __init__(self, tokenizer: Any, end_id: int, kept: Targets) -> None:
+        self.tokenizer, self.end_id, self.kept = tokenizer, end_id, kept
+        self._special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._by_bytes: dict[bytes, list[int]] = {}
+        for number, content in enumerate(token_bytes(tokenizer, "teacher.tokenizer")):
+            if content:
+                self._by_bytes.setdefault(content, []).append(number)
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+
+    def match(self, entries: Sequence[Entry], stopped: bool) -> Matched:
+        """The ids, log-probabilities and targets of written tokens, the end token included if the model stopped.
+
+        Endpoints that do not show the end token give no distribution where it stands. Of such a position nothing is known but
+        the token: all probability is in the tail, where it adds nothing to a divergence, and the log-probability is NaN.
+
+        Raises:
+            FinalAnswerError: a token is not one of the tokenizer's, or the distributions cannot be right.
+        """
+        k, ids, rows = self.kept.kept, [], []
+        for place, entry in enumerate(entries):
+            token = self.find(entry)
+            if token is None:
+                if not (stopped and place + 1 == len(entries)):
+                    raise FinalAnswerError("a written token that the endpoint does not show")
+                token = self.end_id
+            ids.append(token)
+            rows.append(self._alternatives(entry, token, k))
+        logprobs = [_known(entry["logprob"]) for entry in entries]
+        if stopped and (not ids or ids[-1] not in self._special.values()):
+            ids.append(self.end_id)
+            logprobs.append(np.nan)
+            rows.append(([self.end_id] * k, [-np.inf] * k))
+        found = token_ids(ids, self.vocab_size)
+        ids_NK = np.array([row[0] for row in rows], dtype=np.int64).reshape(len(ids), k)
+        logprobs_NK = np.array([row[1] for row in rows], dtype=np.float32).reshape(len(ids), k)
+        check_sums(logprobs_NK)
+        return Matched(found, np.array(logprobs, dtype=np.float32), self.kept.stored.from_kept(ids_NK, logprobs_NK))
+
+    def find(self, entry: Entry) -> int | None:
+        """The id of a token; None where the endpoint hides it.
+
+        Raises:
+            FinalAnswerError: it is no token of the tokenizer.
+        """
+        token, given = str(entry["token"]), entry.get("bytes")
+        if (number := id_of(entry)) is not None:
+            return int(token_ids([number], self.vocab_size)[0])
+        if token in self._special:
+            return self._special[token]
+        content = bytes_of(entry)
+        if content is None:
+            raise FinalAnswerError("a token without bytes" if given is None else "bytes that are none")
+        if not content:
+            return None
+        found = self._by_bytes.get(content, [])
+        if not found or content == _REPLACEMENT:
+            raise FinalAnswerError("tokens that teacher.tokenizer does not have")
+        return found[0] if len(found) == 1 else self._as_encoded(content, found)
+
+    def _as_encoded(self, content: bytes, found: list[int]) -> int:
+        """Of several tokens with the same bytes, that which the tokenizer uses for them."""
+        text = content.decode("utf-8", errors="replace")
+        for encoded in (self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.encode(text)):
+            if len(encoded) == 1 and encoded[0] in found:
+                return int(encoded[0])
+        raise FinalAnswerError("bytes that are those of several tokens")
+
+    def _alternatives(self, entry: Entry, written: int, k: int) -> tuple[list[int], list[float]]:
+        """The k most likely tokens, most likely first; what the endpoint gives no probability or no name of is in the tail."""
+        if not k:
+            return [], []
+        given = entry.get("top_logprobs") or []
+        if len(given) < k:
+            raise FinalAnswerError("fewer log-probabilities a token than were asked for")
+        shown = [other for other in given if other["logprob"] != OUTSIDE]
+        check_logprobs(other["logprob"] for other in shown)
+        shown = sorted(shown, key=lambda other: -other["logprob"])[:k]
+        named = [(token, other["logprob"]) for other in shown if (token := self.find(other)) is not None]
+        if len({token for token, _ in named}) < len(named):
+            raise FinalAnswerError("the same token twice at one position")
+        lacking = k - len(named)
+        filler = named[0][0] if named else written  # stands for no token, as its weight is zero
+        return [token for token, _ in named] + [filler] * lacking, [value for _, value in named] + [-np.inf] * lacking
+
+
+def id_of(entry: Entry) -> int | None:
+    """The id that an endpoint gives for a token: as `id` (llama.cpp), as `token_id` (Fireworks), or in its name (vLLM)."""
+    given = entry.get("id", entry.get("token_id"))
+    if type(given) is int:
+        return given
+    name = str(entry["token"]).partition(_BY_ID)
+    return int(name[2]) if name[1] and not name[0] and name[2].isdecimal() else None
+
+
+def bytes_of(entry: Entry) -> bytes | None:
+    """The bytes of a token; None where there are none."""
+    given = entry.get("bytes")
+    if not isinstance(given, list) or not all(type(value) is int and 0 <= value < 256 for value in given):
+        return None
+    return bytes(given)
+
+
+def entries_of(logprobs: Any) -> list[Entry]:
+    """The entries of a choice's `logprobs`, of either API; none if it is null."""
+    if not logprobs:
+        return []
+    if logprobs.get("content") is not None:
+        return list(logprobs["content"])
+    tops = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
+    entries = []
+    for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True):
+        others = [{"token": other, "logprob": likely} for other, likely in (top or {}).items()]
+        entries.append({"token": token, "logprob": value, "top_logprobs": others})
+    return entries
+
+
+def teacher_tokens(entries: Sequence[Entry], text: str) -> tuple[list[int], list[float | None]]:
+    """How many bytes of the text each token has, and its log-probability, None where it is outside the most likely ones.
+
+    Raises:
+        FinalAnswerError: the tokens are not those of the text.
+    """
+    content = [bytes_of(entry) or b"" for entry in entries]
+    if b"".join(content) != text.encode():
+        raise FinalAnswerError("tokens of another text than the answer")
+    values = [_known(entry["logprob"]) for entry in entries]
+    return [len(part) for part in content], [None if np.isnan(value) else value for value in values]
+
+
+def _known(value: Any) -> float:
+    if value == OUTSIDE:
+        return float("nan")
+    check_logprobs([value])
+    return float(value)

