@@ -81,6 +81,11 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _endpoint_can_do_it(self) -> "Experiment":
         teacher, can = self.teacher, self.teacher.abilities
+        if self.targets.stored.of_text and (not can.api or teacher.tokenizer is not None):
+            raise ValueError(
+                f"targets.kind {self.targets.kind} is for teachers behind an API whose tokenizer is not known; with targets.kind "
+                "none, `retokenize` makes chunks for a student with another tokenizer"
+            )
         if not can.api:
             return self
         engine, soft = f"teacher.engine {teacher.engine}", bool(self.targets.stored.columns)
@@ -92,7 +97,7 @@ class Experiment(Section):
                 f"{engine} gives the most likely tokens only, so it does not support {kind}, which is drawn from the whole "
                 "distribution; set targets.kind to topk or none"
             )
-        if soft and teacher.tokenizer is None:
+        if soft and teacher.tokenizer is None and not self.targets.stored.of_text:
             raise ValueError(f"{kind} needs teacher.tokenizer, which its token ids are of; give it, or set targets.kind to none")
         if teacher.tokenizer is None and self.student.model is None:
             raise ValueError(

@@ -8,7 +8,7 @@ from llmdistill.config.section import Section
 from llmdistill.data.targets import KINDS, SoftTargets, TextOnly
 
 _ONLINE = "online"  # the one value that is not a kind of stored targets
-_SUMMARIES = {name: kind.summary for name, kind in KINDS.items() if kind.made_by is None}
+_SUMMARIES = {name: kind.summary for name, kind in KINDS.items()}
 _SUMMARIES[_ONLINE] = "nothing; the teacher runs during training"
 if TYPE_CHECKING:
     Kind = str  # the names are known at run time only

@@ -135,6 +135,19 @@ def _common(a: bytes, b: bytes) -> int:
     return int(different[0]) if len(different) else size
 
 
+def told_chunks(contents: Sequence[bytes], logprobs_N: Array, student: Side, own_ids: Array) -> tuple[Array, Array]:
+    """`chunks` of a text whose teacher told the bytes of its tokens, and their log-probabilities, but no ids.
+
+    Args:
+        contents: of each of the teacher's tokens.
+        logprobs_N: of each; NaN where it is unknown.
+        student: how the student's tokens read.
+        own_ids: those of the text.
+    """
+    teacher = Side(contents, np.empty(0), frozenset())
+    return chunks(teacher, student, np.arange(len(contents)), own_ids, 0, 0, logprobs_N)
+
+
 def chunks(
     teacher: Side,
     student: Side,

@@ -79,7 +79,7 @@ class DistillCollator:
             batch |= self._teachers(rows, counts)
         entropy_N = np.zeros(counts.sum())
         if kind.columns:
-            if "target_places" in rows[0] and kind.made_by is None:
+            if "target_places" in rows[0] and not kind.of_text:
                 soft, batch["target_soft"] = self._of_classes(kind, rows, counts)
             else:
                 soft = kind.of_rows(rows, counts)

@@ -15,7 +15,10 @@ from llmdistill.errors import InputError
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"
 # Runs of spaces, a contraction, CRLF, a tab, digits, characters of two to four bytes, a sequence of joined emoji, code.
-_PROBE = "Hello  world, don't\r\n\t 12345 caf\u00e9 \U0001f600 \u65e5\u672c\u8a9e \U0001f468\u200d\U0001f469 \u0627\u0644\n\ndef f(x):\n    return x"
+_PROBE = (
+    "Hello  world, don't\r\n\t 12345 caf\u00e9 \U0001f600 \u65e5\u672c\u8a9e \U0001f468\u200d\U0001f469 \u0627\u0644\n\n"
+    "def f(x):\n    return x"
+)
 
 
 def token_bytes(tokenizer: Any, key: str = "tokenizer") -> list[bytes | None]:

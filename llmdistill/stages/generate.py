@@ -158,8 +158,6 @@ class _Prompts:
         number = completion.index // self.sampling.samples
         prompt, prompt_ids = self.prompt(number), self.prompt_ids(number)
         provenance: dict[str, Any] = {"lineage": prompt.lineage}
-        if completion.teacher_tokens is not None:
-            provenance["teacher_tokens"] = [list(values) for values in completion.teacher_tokens]
         trace = self._traces.pop(completion.index, None)
         if self.sampling.thinking == "masked":
             start, reason = self._answer(completion)

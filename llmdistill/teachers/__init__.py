@@ -64,8 +64,6 @@ class Completion:
 
     `sampling_logprob` is the logarithm of the probability with which it wrote just this, at the sampling temperature.
     `failed` says why there is nothing, of a request that was given up. `usage` is what an endpoint bills for it.
-    `teacher_tokens` are, where the teacher's tokenizer is not known, the bytes that each of its tokens has of the text, and
-    their log-probabilities.
     """
 
     index: int
@@ -76,13 +74,11 @@ class Completion:
     sampling_logprob: float | None = None
     failed: str | None = None
     usage: Usage | None = None
-    teacher_tokens: tuple[list[int], list[float | None]] | None = None
 
     def behind(self, start: int) -> "Completion":
         """The same without its first `start` tokens."""
         kept = self.targets and self.targets.after(start)
-        rest = self.token_logprobs[start:]
-        return replace(self, ids=self.ids[start:], token_logprobs=rest, targets=kept, teacher_tokens=None)
+        return replace(self, ids=self.ids[start:], token_logprobs=self.token_logprobs[start:], targets=kept)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import httpx2
 import numpy as np
 import openai
 
+from llmdistill.data.alignment import Side
+from llmdistill.models.token_bytes import token_bytes
 from llmdistill.runs.progress import say
 from llmdistill.teachers import Completion, EngineSpec, Request, Usage
 from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError
@@ -19,7 +21,7 @@ from llmdistill.teachers.batches import Batches
 from llmdistill.teachers.endpoint import Body, EndpointEngine
 from llmdistill.teachers.probe import Gives, probe
 from llmdistill.teachers.remote import Response
-from llmdistill.teachers.token_matching import Matched, TokenMatcher, entries_of, teacher_tokens
+from llmdistill.teachers.token_matching import Matched, TokenMatcher, chunks_of, entries_of
 
 _CONNECT_SECONDS = 10.0
 _PATHS = {"chat": "/chat/completions", "completions": "/completions"}
@@ -44,6 +46,7 @@ class OpenAIEngine(EndpointEngine):
         )
         known = self.teacher.tokenizer is not None
         self.matcher = TokenMatcher(self.template.tokenizer, self.end_id, self.kept) if known else None
+        self.side = self._side() if self.kept.stored.of_text else None
         self.found: Gives = self.wait(probe(self, reads=spec.reads_with is not None))
         self.gives = asdict(self.found)
         say("teacher", f"{self.teacher.model} at {self.teacher.endpoint}: {self.found}")
@@ -116,16 +119,19 @@ class OpenAIEngine(EndpointEngine):
         """
         (choice,) = answer["choices"]
         text, reason = self._text(choice), str(choice["finish_reason"])
-        matched, tokens = self._matched(choice, text, reason == "stop"), None
+        matched = self._matched(choice, text, reason == "stop")
         if matched is None:
             ids = np.array(self.encoded(request, text, reason), dtype=np.int64)
-            matched = Matched(ids, np.full(len(ids), np.nan, dtype=np.float32), None)
-            entries = entries_of(choice.get("logprobs"))
-            if self.found.bytes and entries and self.matcher is None:
-                tokens = teacher_tokens(entries, text)
+            chunks = chunks_of(entries_of(choice["logprobs"]), text, self.side, ids) if self.side else None
+            matched = Matched(ids, np.full(len(ids), np.nan, dtype=np.float32), chunks)
         if not len(matched.ids) or len(matched.ids) > 2 * self.sampling.max_tokens + 1:
             raise FinalAnswerError("more tokens than were asked for" if len(matched.ids) else "no tokens")
-        return Completion(request.index, matched.ids, reason, matched.logprobs, matched.targets, teacher_tokens=tokens)
+        return Completion(request.index, matched.ids, reason, matched.logprobs, matched.targets)
+
+    def _side(self) -> Side:
+        """How the tokens read that text is stored in."""
+        ends = frozenset([*self.template.end_ids, self.end_id])
+        return Side(token_bytes(self.template.tokenizer, "student.model"), np.empty(0), ends)
 
     def _text(self, choice: Any) -> str:
         """The text of an answer.

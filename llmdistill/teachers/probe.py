@@ -63,7 +63,7 @@ async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
     entries = entries_of(choice.get("logprobs"))
     given = len(entries[0].get("top_logprobs") or []) if entries else 0
     by_id = bool(entries) and all(id_of(entry) is not None for entry in [entries[0], *(entries[0].get("top_logprobs") or [])])
-    with_bytes = bool(entries) and not by_id and bytes_of(entries[0]) is not None
+    with_bytes = bool(entries) and bytes_of(entries[0]) is not None
     scores = reads and await _echoes(engine, body)
     found = Gives(bool(entries), top if entries else None, by_id, with_bytes, scores, taken)
     _check(engine, found, given)
@@ -84,7 +84,7 @@ async def _accepted(engine: OpenAIEngine, request: Request, kept: int) -> tuple[
     """
     from llmdistill.teachers.openai import IDS, NEUTRAL
 
-    taken = [*NEUTRAL, *IDS, "seed"]
+    taken = [*NEUTRAL, *(IDS if engine.matcher else ()), "seed"]
     tops: list[int | None] = [kept + 1, kept] if kept else [0, None]
     while True:
         body = engine.body(request, tops[0], taken)
@@ -127,6 +127,10 @@ def _check(engine: OpenAIEngine, found: Gives, given: int) -> None:
         raise InputError(
             f"targets.kind {kept.kind}: {where} gives neither the ids nor the bytes of tokens, so that they cannot be told; "
             "set targets.kind to none"
+        )
+    if kept.stored.of_text and not found.bytes:
+        raise InputError(
+            f"targets.kind {kept.kind}: {where} gives no log-probabilities with the bytes of tokens; set targets.kind to none"
         )
     if soft and given < soft:
         raise InputError(f"targets.k is {soft}, but {where} gives the {given} most likely tokens; lower targets.k")

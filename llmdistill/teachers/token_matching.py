@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from llmdistill.config import Targets
-from llmdistill.data.targets import Array, SoftTargets
+from llmdistill.data.alignment import Side, told_chunks
+from llmdistill.data.targets import Array, Chunks, SoftTargets
 from llmdistill.models.token_bytes import token_bytes
 from llmdistill.teachers.answers import FinalAnswerError, check_logprobs, check_sums, token_ids
 
@@ -156,17 +157,23 @@ def entries_of(logprobs: Any) -> list[Entry]:
     return entries
 
 
-def teacher_tokens(entries: Sequence[Entry], text: str) -> tuple[list[int], list[float | None]]:
-    """How many bytes of the text each token has, and its log-probability, None where it is outside the most likely ones.
+def chunks_of(entries: Sequence[Entry], text: str, side: Side, ids: Array) -> Chunks:
+    """The chunks of a text whose tokens an endpoint names by their bytes, in the tokens of another tokenizer.
+
+    Args:
+        entries: of the written tokens.
+        text: that they spell.
+        side: how the other tokenizer's tokens read.
+        ids: its tokens of the text.
 
     Raises:
         FinalAnswerError: the tokens are not those of the text.
     """
-    content = [bytes_of(entry) or b"" for entry in entries]
-    if b"".join(content) != text.encode():
+    contents = [bytes_of(entry) or b"" for entry in entries]
+    if b"".join(contents) != text.encode():
         raise FinalAnswerError("tokens of another text than the answer")
-    values = [_known(entry["logprob"]) for entry in entries]
-    return [len(part) for part in content], [None if np.isnan(value) else value for value in values]
+    values_N = np.array([_known(entry["logprob"]) for entry in entries])
+    return Chunks(np.empty((len(ids), 0), dtype=np.int64), *told_chunks(contents, values_N, side, ids))
 
 
 def _known(value: Any) -> float:

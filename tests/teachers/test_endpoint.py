@@ -33,7 +33,7 @@ def endpoint(tokenizer, monkeypatch):
 
 
 def opened(url, smollm2, tokenizer, kind="topk", k=K, shared=None, sampling=None, **teacher):
-    known = {} if kind == "none" else {"tokenizer": str(smollm2)}
+    known = {} if kind in ("none", "chunks") else {"tokenizer": str(smollm2)}
     settings = Teacher(model="large", engine="openai", url=url, licence="mit", **known, **teacher)
     ends = end_token_ids(str(smollm2), None, None, tokenizer)
     spec = EngineSpec(
@@ -97,15 +97,21 @@ def test_an_unknown_end_adds_nothing_to_a_divergence(endpoint, smollm2, tokenize
         assert all(part[0].item() > 0.01 for part in parts.values())
 
 
-def test_text_alone_is_stored_in_the_students_tokens_with_the_teachers_own_beside_it(endpoint, smollm2, tokenizer):
+@pytest.mark.parametrize("kind", ["none", "chunks"])
+def test_text_is_stored_in_the_students_tokens_with_the_chunks_of_both(endpoint, smollm2, tokenizer, kind):
     with serving(endpoint) as url:
-        (made,) = answers(opened(url, smollm2, tokenizer, kind="none"), tokenizer, "hello")
+        (made,) = answers(opened(url, smollm2, tokenizer, kind=kind), tokenizer, "hello")
     text = "You said “hello” — naïve 🦙."
     assert made.ids.tolist() == [*tokenizer.encode(text, add_special_tokens=False), END]
     assert np.isnan(made.token_logprobs).all()
-    lengths, values = made.teacher_tokens
-    assert sum(lengths) == len(text.encode())
-    assert np.allclose(values, math.log(0.5))
+    if kind == "none":
+        assert made.targets is None
+        return
+    assert made.targets.sizes_N.sum() == len(made.ids) - 1  # but for the end, which the endpoint does not show
+    # The endpoint says one half of every token: a chunk of n of its tokens has n · log ½.
+    halves = made.targets.logprobs_N[made.targets.sizes_N > 0] / math.log(0.5)
+    assert np.allclose(halves, halves.round())
+    assert (halves >= 1).all()
 
 
 @pytest.mark.parametrize("limit", [3, 80])

@@ -34,8 +34,8 @@ class SoftTargets(ABC):
     """The key of the section `targets` that says how many tokens are kept at a position; None where none are."""
     columns: ClassVar[tuple[str, ...]]
     """Of a shard; they begin with `target_`."""
-    made_by: ClassVar[str | None] = None
-    """The stage that makes such targets, where no engine keeps them and `targets.kind` does not name them."""
+    of_text: ClassVar[bool] = False
+    """Whether they are made of the log-probabilities of the written tokens, and not of a distribution."""
     most_likely: ClassVar[bool] = False
     """Whether the kept tokens are the most likely ones, which every engine can name; others are chosen inside the engine."""
     distinct: ClassVar[bool] = True

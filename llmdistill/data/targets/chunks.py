@@ -31,9 +31,9 @@ class Chunks(SoftTargets):
     logprobs_N: Array
 
     name = "chunks"
-    summary = "the log-probabilities of the written tokens, for another vocabulary"
+    summary = "the log-probabilities of what an endpoint wrote, in the student's tokens"
     columns = ("target_chunks", "target_chunk_logprobs")
-    made_by = "retokenize"
+    of_text = True
     most_likely = True
 
     @classmethod
@@ -59,6 +59,11 @@ class Chunks(SoftTargets):
     def decode(cls, columns: Mapping[str, Array]) -> Self:
         sizes_N = columns["target_chunks"].astype(np.int64)
         return cls(np.empty((len(sizes_N), 0), dtype=np.int64), sizes_N, columns["target_chunk_logprobs"].astype(np.float32))
+
+    def after(self, start: int) -> Self:
+        rest = super().after(start)
+        sizes_N = np.where(rest.sizes_N <= np.arange(1, len(rest) + 1), rest.sizes_N, 0)  # a chunk that begins before is none
+        return type(self)(rest.ids_NK, sizes_N, rest.logprobs_N)
 
     def logweights(self) -> Array:
         return np.empty((len(self), 0), dtype=np.float32)
