@@ -149,6 +149,8 @@ class _Prompts:
         number = completion.index // self.sampling.samples
         prompt, prompt_ids = self.prompt(number), self.prompt_ids(number)
         provenance: dict[str, Any] = {"lineage": prompt.lineage}
+        if session := prompt.lineage.get("source", {}).get("conversation"):
+            provenance["conversation"] = session
         trace = self._traces.pop(completion.index, None)
         if self.sampling.thinking == "masked":
             start, reason = self._answer(completion)

@@ -15,8 +15,8 @@ from llmdistill.data.dataset import (
     MANIFEST,
     MESSAGES,
     ROW_GROUP,
-    conversation_keys,
     conversation_of,
+    prompt_keys,
     read_batches,
     read_manifest,
     remove_leftovers,
@@ -287,7 +287,7 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
     for directory, entries in shards.items():
         files = [directory / entry["file"] for entry in entries]
         for rows in read_batches(files, ["prompt", "completion", "metadata"]):
-            there.update(conversation_keys(rows))
+            there.update(prompt_keys(rows))
     counts = Counts()
 
     def unknown() -> Iterator[Prompt]:

@@ -14,7 +14,7 @@ from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_sha
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import vocabulary_hash
 from llmdistill.prompting.formats import RowReader
-from llmdistill.prompting.sources import files_hash, metadata, read_tables
+from llmdistill.prompting.sources import files_hash, metadata, read_answered
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
@@ -105,15 +105,18 @@ class _Conversations:
         self.texts: list[Text] | None = None  # those that the teacher can read, once `prepare` has looked
         self.left_out = LeftOut(section)
         reader = RowReader(section)
-        for entry in read_tables(section.source, "score.source"):
+        for entry in read_answered(section.source, section, "score.source"):
             try:
                 entry.check()
+                if entry.refused:
+                    raise UnusableError(entry.refused, entry.origin)
                 fields = reader.read(entry.fields, entry.origin)
                 turns = list(learned_turns(fields, entry.origin, section.turns == "all", section.tool_calls))
             except UnusableError as error:
                 self.left_out.add(error, entry.fields)
                 continue
-            provenance = {"conversation": stable_id(fields)} if len(turns) > 1 else {}
+            session = entry.conversation or (stable_id(fields) if len(turns) > 1 else None)
+            provenance = {"conversation": session} if session else {}
             self.turns += [(entry.origin, turn, metadata(fields, ("text",)), provenance) for turn in turns]
         self.left_out.check_share(len(self.turns))
         reader.close("score", section.source)
