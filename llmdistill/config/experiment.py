@@ -70,6 +70,12 @@ class Experiment(Section):
                 f"engine {engine} returns each token once, so it does not support targets.kind {self.targets.kind}; "
                 "use sampled or topk"
             )
+        if self.teacher.in_turn and self.generate.rereads:
+            key = "json_schema" if self.generate.json_schema is not None else "thinking: removed"
+            raise ValueError(
+                f"generate.{key} makes the teacher read its text again, which an ensemble of engine {engine} does not support; "
+                "`generate` with one teacher and `score` its dataset with the ensemble"
+            )
         if self.generate.json_schema is not None and not can.grammar:
             raise ValueError(
                 f"generate.json_schema needs constrained decoding, which teacher.engine {engines_with('grammar')} support"

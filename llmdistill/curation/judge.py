@@ -96,6 +96,8 @@ class DigitReader:
     """
 
     def __init__(self, experiment: Experiment, teacher: Teacher, scale: list[int]) -> None:
+        if teacher.in_turn:
+            raise InputError(f"an ensemble judges with engine transformers only, not with {teacher.engine}")
         _, self.fingerprint = fingerprints(teacher)
         self.kept = Targets(kind="topk", k=_K)
         self.chat = PromptEncoder(experiment.model_copy(update={"teacher": teacher, "targets": self.kept}), self.fingerprint)

@@ -5,6 +5,7 @@ workers may make one dataset, none knows of the others, and whichever sees the l
 """
 
 import re
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,6 +94,7 @@ class Share:
 
 
 EVERYTHING = Share(0, 1)
+_STAGING = ".ensemble"  # in a dataset's directory: what the members of an ensemble say, until their mean is stored
 
 
 class Source(Protocol):
@@ -176,6 +178,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
         if failed:
             described["failed"] = failed
         write_manifest(directory, there, described | {"source": inputs})
+    shutil.rmtree(directory / _STAGING, ignore_errors=True)
     shared.decide()
     record.finish(directory, {"rows": len(source.requests) - sum(failed.values()), **made})
     shared.finish()
@@ -232,6 +235,7 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
             reads_with=chat.vocab_size if source.reads else None,
             known_ids=chat.known_ids,
             vocab_size=chat.vocab_size,
+            staging=directory / _STAGING,
         )
         engine = open_engine(spec)
     part = making.worker.part(making.count)

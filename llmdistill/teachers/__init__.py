@@ -11,6 +11,7 @@ import json
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from llmdistill.config import Generate, Targets, Teacher
@@ -20,15 +21,21 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import check_model_exists, model_precision
 from llmdistill.runs.record import model_fingerprint
 
+_IN_TURN = "llmdistill.teachers.ensemble:EnsembleEngine"
+
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue, or with `completion_ids` a text to score; `seed` alone decides its random numbers."""
+    """A prompt to continue, or with `completion_ids` a text to score; `seed` alone decides its random numbers.
+
+    `asked_NJ` are token ids for each token of the text, whose log-probabilities are wanted too.
+    """
 
     index: int
     prompt_ids: Sequence[int]
     seed: int
     completion_ids: Sequence[int] = ()
+    asked_NJ: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class Completion:
     """What the teacher wrote, or read, for the request of the same index; its end token included if it was emitted.
 
     `sampling_logprob` is the logarithm of the probability with which it wrote just this, at the sampling temperature.
-    `failed` says why there is nothing, of a request that was given up.
+    `failed` says why there is nothing, of a request that was given up. Of a member of an ensemble, `said` is what the targets
+    are made of.
     """
 
     index: int
@@ -46,11 +54,32 @@ class Completion:
     targets: SoftTargets | None
     sampling_logprob: float | None = None
     failed: str | None = None
+    said: "Said | None" = None
 
     def behind(self, start: int) -> "Completion":
         """The same without its first `start` tokens."""
         kept = self.targets and self.targets.after(start)
         return replace(self, ids=self.ids[start:], token_logprobs=self.token_logprobs[start:], targets=kept)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a member of an ensemble says at N tokens.
+
+    Attributes:
+        ids_NK: the tokens that it kept.
+        logprobs_NK: their log-probabilities.
+        asked_NJ: the log-probabilities of the tokens that it was asked for.
+    """
+
+    ids_NK: Array
+    logprobs_NK: Array
+    asked_NJ: Array
+
+    @classmethod
+    def of(cls, ids_NK: Array, logprobs_NK: Array, kept: int) -> "Said":
+        """From the kept tokens and behind them those that were asked for."""
+        return cls(ids_NK[:, :kept], logprobs_NK[:, :kept], logprobs_NK[:, kept:])
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,8 @@ class EngineSpec:
         known_ids: how many token ids the tokenizer knows, where the output layer is padded with more: those are never written
             nor kept, and have no part in the distribution.
         vocab_size: of its output layer, where answers come from outside and are checked.
+        staging: a directory for what the members of an ensemble say, where they are loaded one after the other.
+        asked: for a member of an ensemble, how many log-probabilities its requests ask for at every token; else None.
     """
 
     teacher: Teacher
@@ -79,6 +110,8 @@ class EngineSpec:
     reads_with: int | None = None
     known_ids: int | None = None
     vocab_size: int | None = None
+    staging: Path | None = None
+    asked: int | None = None
 
 
 class Engine(Protocol):
@@ -95,6 +128,10 @@ class Engine(Protocol):
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Give every request's own completion back, with the teacher's distribution at each of its tokens."""
+        ...
+
+    def close(self) -> None:
+        """Give its memory back; only the engines of an ensemble's members are asked for it."""
         ...
 
 
@@ -143,9 +180,9 @@ def teacher_precision(teacher: Teacher) -> Precision:
 
 
 def open_engine(spec: EngineSpec) -> Engine:
-    """Load the teacher into the engine that the configuration names."""
+    """Load the teacher into the engine that the configuration names, or make ready to load its members in turn."""
     teacher = spec.teacher.model_copy(update={"dtype": teacher_precision(spec.teacher).dtype})
-    engine: type[Engine] = pkgutil.resolve_name(teacher.abilities.implementation)
+    engine: type[Engine] = pkgutil.resolve_name(_IN_TURN if teacher.in_turn else teacher.abilities.implementation)
     return engine(replace(spec, teacher=teacher))
 
 

@@ -74,6 +74,9 @@ class ServerEngine(Engine):
         """Read every request's text."""
         return self._answers(batches, self._read)
 
+    def close(self) -> None:
+        """Nothing is held here."""
+
     def _start(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 

@@ -7,14 +7,14 @@ The columns are described in docs/dataset.md.
 
 from collections.abc import Sequence
 
-from llmdistill.data.targets.base import SoftTargets
+from llmdistill.data.targets.base import MemberTokens, SoftTargets
 from llmdistill.data.targets.columns import Array, list_array
 from llmdistill.data.targets.multinomial import Multinomial
 from llmdistill.data.targets.sampled import Sampled
 from llmdistill.data.targets.text_only import TextOnly
 from llmdistill.data.targets.topk import TopK
 
-__all__ = ["KINDS", "Array", "Multinomial", "Sampled", "SoftTargets", "TextOnly", "TopK", "kind_of", "list_array"]
+__all__ = ["KINDS", "Array", "MemberTokens", "Multinomial", "Sampled", "SoftTargets", "TextOnly", "TopK", "kind_of", "list_array"]
 
 KINDS: dict[str, type[SoftTargets]] = {kind.name: kind for kind in (Sampled, Multinomial, TopK, TextOnly)}
 """By name. A new kind is a module of this package and its entry here."""
