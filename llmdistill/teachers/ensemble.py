@@ -51,7 +51,9 @@ class EnsembleEngine(Engine):
         self.members = [teacher.model_copy(update={"ensemble": [], **update}) for update in ({}, *also)]
         weights = np.array([teacher.weight, *(more.weight for more in teacher.ensemble)], dtype=np.float64)
         self.log_weights_M = np.log(weights / weights.sum())
-        self.sizes = [_check_length(member, spec.max_model_len, number) for number, member in enumerate(self.members)]
+        # What was written is read with the one token more that vLLM insists on.
+        self.length = spec.max_model_len + (spec.reads_with is None)
+        self.sizes = [_check_length(member, self.length, number) for number, member in enumerate(self.members)]
         self.common = min([*self.sizes, *([spec.known_ids] if spec.known_ids else [])])  # the ids that all of them have
         kind = spec.kept.stored
         self.kept = min(kind.of_member(spec.kept.kept), self.common - 1) if kind.size else 0
@@ -120,6 +122,7 @@ class EnsembleEngine(Engine):
             spec,
             teacher=self.members[step.member],
             kept=Targets.model_validate({"kind": kind.name, kind.size: self.kept}) if keeps else Targets(kind="none"),
+            max_model_len=spec.max_model_len if writes else self.length,
             seed=spec.seed + number,
             reads_with=None if writes else size,
             known_ids=self.common if self.common < size else None,
