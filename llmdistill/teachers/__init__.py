@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.config import Experiment, Generate, Targets, Teacher
 from llmdistill.config.machine import Precision
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
@@ -146,6 +146,20 @@ def check_engine(teacher: Teacher) -> None:
         raise InputError(
             f"teacher.engine is {teacher.engine}, which is not installed: install the extra `generate`, or use transformers"
         )
+
+
+def all_fingerprints(experiment: Experiment) -> tuple[dict[str, str], dict[str, str]]:
+    """What identifies each model of all teachers by its path or name, and each teacher as a whole by its own name.
+
+    Raises:
+        InputError: one of the models is not there.
+    """
+    models: dict[str, str] = {}
+    wholes: dict[str, str] = {}
+    for name, teacher in experiment.routed.items():
+        found, wholes[name] = fingerprints(teacher, f"teachers.{name}" if name else "teacher")
+        models |= found
+    return models, wholes
 
 
 def fingerprints(teacher: Teacher, key: str = "teacher") -> tuple[dict[str, str], str]:

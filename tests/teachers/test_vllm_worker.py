@@ -39,5 +39,5 @@ def test_the_table_of_what_is_read_knows_where_the_runner_is():
     reading = _know_what_is_read(runner)
     runner.num_prompt_logprobs["b"] = 2
     assert [(key, value, reading.current) for key, value in runner.num_prompt_logprobs.items()] == [("a", 1, "a"), ("b", 2, "b")]
-    with pytest.raises(RuntimeError, match="no num_prompt_logprobs; use engine transformers"):
+    with pytest.raises(RuntimeError, match="num_prompt_logprobs; use engine transformers"):
         _know_what_is_read(SimpleNamespace())
