@@ -166,6 +166,11 @@ class Experiment(Section):
         return self.teachers or {"": self.teacher}
 
     @property
+    def main(self) -> str:
+        """The name of the teacher that does what is done once."""
+        return DEFAULT if DEFAULT in self.teachers else next(iter(self.routed))
+
+    @property
     def who(self) -> set[str]:
         """The keys that say which teachers there are, and which rows they get."""
         return {"teacher", "teachers", "route"} if self.teachers else {"teacher"}

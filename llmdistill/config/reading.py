@@ -94,14 +94,14 @@ def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tupl
     for name, field in section.model_fields.items():
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, Section)]
         if inner and issubclass(inner[0], Step):
-            yield f"{prefix}{name}", "LIST", field.description or ""
+            yield f"{prefix}{name}", "LIST", (field.description or "").replace("\n", " ")
             for step, settings in inner[0].step_types().items():
                 yield from keys(settings, f"{prefix}{name}.N.{step}.")
         elif inner and get_origin(field.annotation) is list:
-            yield f"{prefix}{name}", "LIST", field.description or ""
+            yield f"{prefix}{name}", "LIST", (field.description or "").replace("\n", " ")
             yield from keys(inner[0], f"{prefix}{name}.N.")
         elif inner and get_origin(field.annotation) is dict:
-            yield f"{prefix}{name}", "DICT", field.description or ""
+            yield f"{prefix}{name}", "DICT", (field.description or "").replace("\n", " ")
             yield from keys(inner[0], f"{prefix}{name}.{'NAME' if name == 'teachers' else 'STAGE'}.")
         elif inner:
             yield from keys(inner[0], f"{prefix}{name}.")

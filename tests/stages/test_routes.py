@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,8 +15,10 @@ from llmdistill.data.shards import Layout, Share
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.curate import curate
+from llmdistill.stages.evaluate import evaluate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.score import score
+from llmdistill.stages.train import train
 from tests.factories import write_noisy
 
 DOMAINS = ("math", "code", "art")  # of which the last names no teacher
@@ -84,8 +87,6 @@ def test_every_row_is_its_own_teachers(file, models, tmp_path):
 
 
 def load_dataset_of(shard):
-    import pyarrow.parquet as pq
-
     return pq.read_table(shard, columns=["metadata"])["metadata"].to_pylist()
 
 
@@ -199,3 +200,34 @@ def test_a_layout_counts_every_part_by_itself():
     ]
     assert [layout.shard_of(row) for row in range(10)] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 4]
     assert [layout.part_of(row) for row in range(10)] == [0] * 5 + [2] * 4 + [3]
+
+
+def test_the_student_is_measured_against_each_rows_own_teacher(file, models, tmp_path):
+    """Against the KL in float64 over the vocabulary, for each teacher's held-out rows."""
+    experiment = load_experiment(file, [("eval.held_out", "0.5"), ("eval.own_prompts", "4"), ("eval.own_tokens", "6")])
+    for stage in (generate, curate, train, evaluate):
+        stage(experiment)
+    directory = experiment.directory("eval")
+    metrics = json.loads((directory / "metrics.json").read_text())
+    rows = list(load_dataset(experiment.directory("curated"), "test"))
+    student = load_model(str(experiment.directory("student"))).double()
+    kl = {name: [] for name in models}
+    for row in rows:
+        name = metadata_and_provenance(str(row["metadata"]))[1]["teacher"]
+        ids, start = torch.tensor(row["input_ids"]).long()[None], int(row["completion_start"])
+        with torch.inference_mode():
+            p, q = (
+                model(ids).logits[0, start - 1 : -1, :49152].log_softmax(-1)
+                for model in (load_model(str(models[name])).double(), student)
+            )
+        kl[name] += (p.exp() * (p - q)).sum(-1).tolist()
+    assert [entry["name"] for entry in metrics["teachers"] if "models" not in entry] == ["default"], "it has a single prompt"
+    for entry in metrics["teachers"][:2]:
+        (found,) = [model["kl"]["mean"] for model in entry["models"] if model["name"] == "student"] or [0.0]
+        assert entry["tokens"] == len(kl[entry["name"]])
+        np.testing.assert_allclose(found, np.mean(kl[entry["name"]]), rtol=1e-4)
+    whole = {model["name"]: model["kl"]["mean"] for model in metrics["models"]}
+    np.testing.assert_allclose(whole["student"], np.mean(np.concatenate(list(kl.values()))), rtol=1e-4)
+    assert abs(whole["teacher"]) < 1e-6
+    assert set(pq.read_table(directory / "rows.parquet")["teacher"].to_pylist()) <= models.keys()
+    assert "(math, 17 rows)" in (experiment.directory("data") / "README.md").read_text()
