@@ -17,6 +17,7 @@ from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
 from llmdistill.stages.generate import generate
+from llmdistill.stages.report import report
 from llmdistill.stages.score import score
 from llmdistill.stages.train import train
 from tests.factories import write_noisy
@@ -230,4 +231,8 @@ def test_the_student_is_measured_against_each_rows_own_teacher(file, models, tmp
     np.testing.assert_allclose(whole["student"], np.mean(np.concatenate(list(kl.values()))), rtol=1e-4)
     assert abs(whole["teacher"]) < 1e-6
     assert set(pq.read_table(directory / "rows.parquet")["teacher"].to_pylist()) <= models.keys()
+    report(experiment)
+    text = (tmp_path / "run/report.md").read_text()
+    assert "3 teachers: every row was compared with its own." in text
+    assert "math: student" in text
     assert "(math, 17 rows)" in (experiment.directory("data") / "README.md").read_text()
