@@ -35,8 +35,8 @@ Line = dict[str, str]
 
 
 def addition(generator: random.Random) -> tuple[str, str]:
-    """Two numbers of two digits, and their sum."""
-    first, second = generator.randint(10, 99), generator.randint(10, 99)
+    """Two small numbers, and their sum."""
+    first, second = generator.randint(10, 60), generator.randint(2, 30)
     return f"Add {first} and {second}.", str(first + second)
 
 
