@@ -255,7 +255,7 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
     name, source, layout = making.name, making.source, making.layout
     experiment = source.chat.experiment
     made: list[dict[str, Any]] = []
-    part = making.worker.part(len(layout))
+    mine = making.worker.part(len(layout))
     there = {shard.index for shard in finished_shards(making.directory, "train")} | making.shared.indices()
     tokens, seconds, engine = 0, 0.0, None
     for number, shards in groupby(missing, key=lambda index: layout.shards[index][0]):
@@ -263,7 +263,7 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
             engine.close()
         engine = _open(making, source.parts[number])
         started = time.monotonic()
-        rows = {index: len(layout.shards[index][1]) for index in part if layout.shards[index][0] == number}
+        rows = {index: len(layout.shards[index][1]) for index in mine if layout.shards[index][0] == number}
         # What is written is counted token by token, what is read a row at a time.
         bar = StageBar(name, sum(rows.values()), sum(rows[index] for index in there if index in rows))
         if not source.reads:
