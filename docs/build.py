@@ -15,7 +15,12 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/configuration.md"
 _START = "<!-- Written by `python docs/build.py` from here on. -->\n"
 # Sections that the configuration has more than once: the keys of the second are listed under the first.
-_REPEATED = {"curate.N.judge.teacher": "teacher", "curate.N.best_of.judge": "curate.N.judge", "eval.win_rate.judge": "teacher"}
+_REPEATED = {
+    "teachers.NAME": "teacher",
+    "curate.N.judge.teacher": "teacher",
+    "curate.N.best_of.judge": "curate.N.judge",
+    "eval.win_rate.judge": "teacher",
+}
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -32,6 +32,25 @@ def write_tiny(directory: Path, smollm2: Path, vocab_size: int = 49152) -> Path:
     return directory
 
 
+def write_noisy(model: Path, directory: Path, seed: int, noise: float = 0.1, padding: int = 0) -> Path:
+    """A model that is like another one but for some noise, with its output layer padded by some tokens."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from llmdistill.models.loading import load_model
+
+    other = load_model(str(model), dtype="float32")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
+    if padding:
+        other.resize_token_embeddings(other.config.vocab_size + padding, mean_resizing=False)
+    other.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(model).save_pretrained(directory)
+    return directory
+
+
 def make_row(name: str, prompt_ids: Any, completion_ids: Any, token_logprobs: Any = None, soft: Any = None) -> Any:
     """A row whose prompt and answer read as its name; the teacher's log-probabilities are zero unless given."""
     import numpy as np

@@ -25,7 +25,12 @@ from tests.factories import make_row, write_rows
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-SAME = {"curate.N.judge.teacher": "teacher", "curate.N.best_of.judge": "curate.N.judge", "eval.win_rate.judge": "teacher"}
+SAME = {
+    "teachers.NAME": "teacher",
+    "curate.N.judge.teacher": "teacher",
+    "curate.N.best_of.judge": "curate.N.judge",
+    "eval.win_rate.judge": "teacher",
+}
 
 
 def test_the_configuration_page_has_every_key_as_its_docstring_says():

@@ -1,7 +1,7 @@
 """The experiment: one YAML file, a section a stage, checked strictly before anything runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
@@ -14,6 +14,7 @@ from llmdistill.config.prompts import Prompts
 from llmdistill.config.refresh import Refresh
 from llmdistill.config.retokenize import Retokenize
 from llmdistill.config.rounds import Rounds, as_section
+from llmdistill.config.route import DEFAULT, Route
 from llmdistill.config.section import Section, StoreUrl
 from llmdistill.config.student import Student
 from llmdistill.config.targets import Targets
@@ -34,6 +35,11 @@ class Experiment(Section):
     shard_mb: float = Field(default=256, gt=0)
     """Size of the shards that `curate` writes, in megabytes."""
     teacher: Teacher
+    teachers: dict[str, Teacher] = {}
+    """Several teachers instead of `teacher`, by names of your own; each writes or reads the rows that `route` gives it. They
+    need the same vocabulary and chat template. `default` gets the rows that name no other one. What is done by one teacher alone,
+    such as steps of `prompts`, it does, or else the first."""
+    route: Route | None = None
     prompts: Prompts | None = None
     generate: Generate = Generate()
     score: Score | None = None
@@ -49,6 +55,43 @@ class Experiment(Section):
     export: Export | None = None
     jobs: Jobs | None = None
     watch: Watch = Watch()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _teachers_stand_for_the_teacher(cls, tree: Any) -> Any:
+        """With several, `teacher` is the one of them that does what is done once; it is not written down as a choice."""
+        teachers = tree.get("teachers") if isinstance(tree, dict) else None
+        if not teachers or not isinstance(teachers, dict):
+            return tree
+        if "teacher" in tree:
+            raise ValueError("teacher and teachers: give one of them")
+        try:
+            main = Teacher.model_validate(teachers.get(DEFAULT, next(iter(teachers.values()))))
+        except ValidationError:  # said at `teachers`
+            main = Teacher(model="teachers")
+        return {**tree, "teacher": main}
+
+    @model_validator(mode="after")
+    def _routes_lead_to_teachers(self) -> "Experiment":
+        if bool(self.teachers) != bool(self.route):
+            raise ValueError("teachers and route: one needs the other")
+        if not self.teachers or self.route is None:
+            return self
+        self.model_fields_set.discard("teacher")
+        if len(self.teachers) < 2:
+            raise ValueError("teachers: needs at least two; use teacher for one")
+        for key, name in self.route.named.items():
+            if name not in self.teachers:
+                raise ValueError(f"route.{key}: there is no teacher {name}, only {', '.join(self.teachers)}")
+        for key in ("engine", "dtype"):
+            values = {name: getattr(teacher, key) for name, teacher in self.teachers.items()}
+            if len(set(values.values())) > 1:
+                listed = ", ".join(f"{name} {value}" for name, value in values.items())
+                raise ValueError(f"teachers: all need the same {key}, but they have {listed}")
+        if self.targets.online or self.rounds or self.eval.win_rate:
+            key = "targets.kind: online" if self.targets.online else "rounds" if self.rounds else "eval.win_rate"
+            raise ValueError(f"{key} needs a single teacher, not teachers")
+        return self
 
     @field_validator("output")
     @classmethod
@@ -71,6 +114,12 @@ class Experiment(Section):
             raise ValueError(
                 f"engine {engine} returns each token once, so it does not support targets.kind {self.targets.kind}; "
                 "use sampled or topk"
+            )
+        if self.teacher.in_turn and self.generate.rereads:
+            key = "json_schema" if self.generate.json_schema is not None else "thinking: removed"
+            raise ValueError(
+                f"generate.{key} makes the teacher read its text again, which an ensemble of engine {engine} does not support; "
+                "`generate` with one teacher and `score` its dataset with the ensemble"
             )
         if self.generate.json_schema is not None and not can.grammar:
             raise ValueError(
@@ -162,6 +211,21 @@ class Experiment(Section):
         if self.train.attention and self.student.attn_implementation not in (None, "eager"):
             raise ValueError("train.attention needs eager attention and selects it itself; remove student.attn_implementation")
         return self
+
+    @property
+    def routed(self) -> dict[str, Teacher]:
+        """The teachers by their names; of a single one the name is empty."""
+        return self.teachers or {"": self.teacher}
+
+    @property
+    def main(self) -> str:
+        """The name of the teacher that does what is done once."""
+        return DEFAULT if DEFAULT in self.teachers else next(iter(self.routed))
+
+    @property
+    def who(self) -> set[str]:
+        """The keys that say which teachers there are, and which rows they get."""
+        return {"teacher", "teachers", "route"} if self.teachers else {"teacher"}
 
     def directory(self, name: Directory) -> Path:
         """Directory of the run with this name; for `student`, that of the last round."""

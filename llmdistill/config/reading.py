@@ -94,15 +94,15 @@ def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tupl
     for name, field in section.model_fields.items():
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, Section)]
         if inner and issubclass(inner[0], Step):
-            yield f"{prefix}{name}", "LIST", field.description or ""
+            yield f"{prefix}{name}", "LIST", (field.description or "").replace("\n", " ")
             for step, settings in inner[0].step_types().items():
                 yield from keys(settings, f"{prefix}{name}.N.{step}.")
         elif inner and get_origin(field.annotation) is list:
-            yield f"{prefix}{name}", "LIST", field.description or ""
+            yield f"{prefix}{name}", "LIST", (field.description or "").replace("\n", " ")
             yield from keys(inner[0], f"{prefix}{name}.N.")
         elif inner and get_origin(field.annotation) is dict:
-            yield f"{prefix}{name}", "DICT", field.description or ""
-            yield from keys(inner[0], f"{prefix}{name}.STAGE.")
+            yield f"{prefix}{name}", "DICT", (field.description or "").replace("\n", " ")
+            yield from keys(inner[0], f"{prefix}{name}.{'NAME' if name == 'teachers' else 'STAGE'}.")
         elif inner:
             yield from keys(inner[0], f"{prefix}{name}.")
         else:
@@ -150,6 +150,7 @@ def explain(detail: Any) -> str:
         known = [name for name, _, _ in keys()]
         known += sorted({prefix for name in known for prefix in _prefixes(name)})
         named = re.sub(r"\.stages\.[\w-]+\.", ".stages.STAGE.", re.sub(r"\.\d+\.", ".N.", key))
+        named = re.sub(r"^teachers\.[^.]+\.", "teachers.NAME.", named)
         near = difflib.get_close_matches(named, known, n=1, cutoff=0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
         if not near and key.startswith("train."):

@@ -1,6 +1,7 @@
 """What the parts of the configuration have in common: they are strict; and types that more than one of them has."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
@@ -19,7 +20,9 @@ Divergence = Literal[
 ]
 
 
-_SECRET = re.compile(r"(hub|hf|auth|access)[_-]token|^-*token$|api[_-]?key|password|passwd|secret|credential", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(hub|hf|auth|access)[_-]token|^-*token$|api[_-]?key|password|passwd|secret|credential|authorization|cookie", re.IGNORECASE
+)
 
 
 def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -42,8 +45,20 @@ def _look_for_secrets(value: Any) -> None:
         raise ValueError("an address with a user or a password would be written to run.json; set it in the environment")
 
 
+def is_secret(name: str) -> bool:
+    """Whether a field of this name would hold a secret."""
+    return _SECRET.search(name) is not None
+
+
+def without_secrets(value: Any) -> Any:
+    """The value with nothing in the place of what is named like a secret, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: None if is_secret(str(name)) else without_secrets(inner) for name, inner in value.items()}
+    return [without_secrets(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _check_name(name: str) -> None:
-    if _SECRET.search(name):
+    if is_secret(name):
         raise ValueError(f"{name} would be written to run.json; set it in the environment (HF_TOKEN, WANDB_API_KEY, …)")
 
 

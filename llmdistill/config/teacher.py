@@ -37,7 +37,9 @@ class Abilities:
     every_kind: bool = True
     """Whether tokens can be chosen inside it from the full distribution, not the most likely ones alone."""
     whole_distribution: bool = False
-    """Whether it gives full distributions, so that those of several models can be averaged."""
+    """Whether it gives full distributions, so that those of several models can be averaged as they come."""
+    any_token: bool = False
+    """Whether it gives the log-probabilities of any tokens in finished text, so that several models can be averaged in turn."""
     repeats: bool = True
     """Whether it can return a token more than once per position."""
     grammar: bool = False
@@ -51,7 +53,9 @@ class Abilities:
 _BATCHED = "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched"
 _HOSTED = "rows and ids are the same on every run; what the model behind the address writes may differ"
 ENGINES: dict[EngineName, Abilities] = {
-    "vllm": Abilities("llmdistill.teachers.vllm:VllmEngine", _BATCHED, package="vllm", grammar=True, runtime="vllm"),
+    "vllm": Abilities(
+        "llmdistill.teachers.vllm:VllmEngine", _BATCHED, package="vllm", grammar=True, any_token=True, runtime="vllm"
+    ),
     "server": Abilities(
         "llmdistill.teachers.server:ServerEngine", _BATCHED, remote=True, key="VLLM_API_KEY", repeats=False, grammar=True
     ),
@@ -85,6 +89,7 @@ ENGINES: dict[EngineName, Abilities] = {
         "llmdistill.teachers.transformers:TransformersEngine",
         "bit-exact: the same configuration, machine, versions and number of threads give the same bytes",
         whole_distribution=True,
+        any_token=True,
         continuous_batching=False,
     ),
 }
@@ -174,7 +179,8 @@ class Teacher(Section):
     template_args: PassedOn = {}
     """Variables of the chat template, such as `{enable_thinking: false}`. The stored prompts are rendered with them."""
     ensemble: list[Member] = []
-    """More teachers with the same tokenizer. Soft targets are the weighted mean of all distributions (engine transformers)."""
+    """More teachers with the same tokenizer. Soft targets are of the weighted mean of all distributions. Engine transformers
+    holds all of them and also samples from the mean; engine vllm loads one after the other, and `model` writes."""
     weight: float = Field(default=1.0, gt=0)
     """Weight of `model` in the mean of the ensemble, relative to the others."""
 
@@ -183,13 +189,17 @@ class Teacher(Section):
         """What its engine can do."""
         return ENGINES[self.engine]
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether it is an ensemble whose members are loaded one after the other."""
+        return bool(self.ensemble) and not self.abilities.whole_distribution
+
     @model_validator(mode="after")
-    def _an_ensemble_needs_whole_distributions(self) -> "Teacher":
-        if self.ensemble and not self.abilities.whole_distribution:
+    def _an_ensemble_needs_the_probabilities_of_any_token(self) -> "Teacher":
+        if self.ensemble and not self.abilities.any_token:
             raise ValueError(
-                "an ensemble needs the full distribution of each teacher, which only engine "
-                f"{engines_with('whole_distribution')} gives; to write with vLLM, `generate` with one teacher first and `score` "
-                "its dataset with the ensemble"
+                "an ensemble needs each teacher's probabilities of tokens that another one chose, which only engine "
+                f"{engines_with('any_token')} give"
             )
         return self
 

@@ -95,6 +95,8 @@ class DigitReader:
     """
 
     def __init__(self, experiment: Experiment, teacher: Teacher, scale: list[int]) -> None:
+        if teacher.in_turn:
+            raise InputError(f"an ensemble judges with engine transformers only, not with {teacher.engine}")
         _, self.fingerprint = fingerprints(teacher)
         if teacher.abilities.api and teacher.tokenizer is None:
             raise InputError(f"teacher.tokenizer is missing: {teacher.model} judges by the log-probabilities of digits")

@@ -39,6 +39,18 @@ def write_card(file: Path, make: Callable[[], str]) -> None:
         write_text(file, text)
 
 
+def _writers(manifest: dict[str, Any]) -> str:
+    """The teachers, in words."""
+
+    def named(teacher: dict[str, Any]) -> str:
+        return f"`{teacher['model']}`" + (f" at `{teacher['commit']}`" if teacher.get("commit") else "")
+
+    several = manifest.get("teachers")
+    if not several:
+        return named(manifest["teacher"])
+    return ", ".join(f"{named(teacher)} ({name}, {teacher['rows']:,} rows)" for name, teacher in several.items())
+
+
 def dataset_card(manifest: dict[str, Any]) -> str:
     """The README.md of a dataset, from its `dataset.json`."""
     splits = list(dict.fromkeys(shard["split"] for shard in manifest["shards"]))
@@ -51,7 +63,7 @@ def dataset_card(manifest: dict[str, Any]) -> str:
     }
     teacher, sampling = manifest["teacher"], manifest["sampling"]
     facts = {
-        "written by": f"`{teacher['model']}`" + (f" at `{teacher['commit']}`" if teacher.get("commit") else ""),
+        "written by": _writers(manifest),
         "engine": teacher["engine"],
         "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown",
         "soft targets": describe_targets(manifest),

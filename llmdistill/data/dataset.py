@@ -519,11 +519,16 @@ def conversation_keys(rows: pa.Table) -> list[str]:
     several turns of one conversation are rows, that conversation.
     """
     keys: list[str] = []
-    columns = (rows[name].to_pylist() for name in ("prompt", "completion", "metadata"))
-    for prompt, completion, metadata in zip(*columns, strict=True):
+    for prompt, metadata in zip(prompt_keys(rows), rows["metadata"].to_pylist(), strict=True):
         whole = json.loads(metadata).get(OURS, {}).get("conversation") if '"conversation"' in metadata else None
-        keys.append(json.dumps(whole) if whole else conversation_of(prompt or completion))
+        keys.append(json.dumps(whole) if whole else prompt)
     return keys
+
+
+def prompt_keys(rows: pa.Table) -> list[str]:
+    """What `conversation_of` says of each row's prompt, from `prompt` and `completion`; of text without a prompt, of the text."""
+    columns = (rows[name].to_pylist() for name in ("prompt", "completion"))
+    return [conversation_of(prompt or completion) for prompt, completion in zip(*columns, strict=True)]
 
 
 def conversation_of(prompt: Sequence[Mapping[str, str]]) -> str:

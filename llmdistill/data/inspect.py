@@ -61,6 +61,8 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
         ("sampling", ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown"),
         ("targets", ", ".join([kind.name, *(f"{key} = {kept[key]}" for key in [kind.size] if key in kept)])),
     ]
+    several = manifest.get("teachers", {})
+    facts[1:1] = [(f"  {name}", f"{one['model']}, {one['rows']:,} rows") for name, one in several.items()]
     if kind.columns:
         facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes a position"))
     if "alignment" in manifest:

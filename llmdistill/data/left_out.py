@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill.config.rows import RowReading
+from llmdistill.config.section import without_secrets
 from llmdistill.errors import InputError, UnreadableError, UnusableError
 from llmdistill.runs import lock
 from llmdistill.runs.progress import say
@@ -48,7 +49,7 @@ class LeftOut:
         self.reasons[error.reason] += 1
         self._first.setdefault(error.reason, str(error))
         place = str(error).removesuffix(f": {error.reason}")
-        row = "" if fields is None else json.dumps(fields, ensure_ascii=False, default=str)
+        row = "" if fields is None else json.dumps(without_secrets(fields), ensure_ascii=False, default=str)
         self._rows.append({"place": place, "reason": error.reason, "row": row.encode(errors="replace").decode()})
 
     def close(self, stage: str, used: int) -> None:

@@ -5,11 +5,14 @@ workers may make one dataset, none knows of the others, and whichever sees the l
 """
 
 import re
+import shutil
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,13 +98,61 @@ class Share:
 
 
 EVERYTHING = Share(0, 1)
+_STAGING = ".ensemble"  # in a dataset's directory: what the members of an ensemble say, until their mean is stored
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one teacher, which stand together and share no shard with those of another one.
+
+    Attributes:
+        name: of the teacher; empty where there is a single one.
+        chat: the teacher without its weights.
+        rows: how many there are.
+        max_model_len: tokens of the longest sequence.
+    """
+
+    name: str
+    chat: PromptEncoder
+    rows: int
+    max_model_len: int
+
+
+class Layout:
+    """Which rows each shard holds, and of which part.
+
+    Args:
+        rows: of each part.
+        size: of a shard, at most.
+    """
+
+    def __init__(self, rows: Sequence[int], size: int) -> None:
+        ends = [sum(rows[: part + 1]) for part in range(len(rows))]
+        self.shards = [
+            (part, range(start, min(start + size, end)))
+            for part, end in enumerate(ends)
+            for start in range(end - rows[part], end, size)
+        ]
+        self._starts = [held.start for _, held in self.shards]
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def shard_of(self, row: int) -> int:
+        """The number of the shard that holds a row."""
+        return bisect_right(self._starts, row) - 1
+
+    def part_of(self, row: int) -> int:
+        """The number of the part that a row is of."""
+        return bisect_right(self._ends, row)
 
 
 class Source(Protocol):
     """The rows of a dataset before the teacher has seen them."""
 
-    chat: PromptEncoder
-    max_model_len: int
+    chat: PromptEncoder  # of the teacher that stands for all of them
+    parts: list[Part]
     reads: bool  # whether the text is there already
     left_out: LeftOut
 
@@ -123,9 +174,9 @@ class Source(Protocol):
         ...
 
 
-def count_shards(experiment: Experiment, rows: int) -> int:
-    """How many shards so many rows make."""
-    return -(-rows // experiment.generate.rows_per_shard)
+def count_shards(experiment: Experiment, rows: Iterable[int]) -> int:
+    """How many shards the rows of some parts make."""
+    return sum(-(-count // experiment.generate.rows_per_shard) for count in rows)
 
 
 def count_finished(directory: Path) -> int:
@@ -149,7 +200,8 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
     """
     experiment = source.chat.experiment
     directory, name, settings, inputs = claim
-    count = count_shards(experiment, len(source.requests))
+    layout = Layout([part.rows for part in source.parts], experiment.generate.rows_per_shard)
+    count = len(layout)
     shared = SharedShards(experiment, directory)
     shared.join(name, settings, inputs)
     precision = shared.precision(teacher_precision(experiment.teacher))
@@ -162,7 +214,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
         missing = shared.lacking(worker.shards(name, directory, count))
         if (first := next(missing, None)) is not None:
             (directory / MANIFEST).unlink(missing_ok=True)
-            made = _make(_Making(name, directory, source, worker, count, shared, precision), chain([first], missing))
+            made = _make(_Making(name, directory, source, worker, layout, shared, precision), chain([first], missing))
         gathered = shared.gather(count)
     with lock.in_turn(directory / MANIFEST):
         there = finished_shards(directory, "train")
@@ -172,6 +224,9 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
             return
         described = source.chat.description() | {"precision": precision.recorded} | source.description()
         described |= whole_bill(directory, experiment)
+        if experiment.teachers:
+            described["teachers"] = {part.name: part.chat.description()["teacher"] | {"rows": part.rows} for part in source.parts}
+            described["route"] = experiment.model_dump(mode="json", include={"route"}, exclude_defaults=True)["route"]
         source.left_out.write(directory / "rejected.parquet")
         failed = failed_rows(there)
         for reason, lost in failed.items():
@@ -181,6 +236,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
         if failed:
             described["failed"] = failed
         write_manifest(directory, there, described | {"source": inputs})
+    shutil.rmtree(directory / _STAGING, ignore_errors=True)
     shared.decide()
     record.finish(directory, {"rows": len(source.requests) - sum(failed.values()), **made})
     shared.finish()
@@ -188,103 +244,122 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
 
 @dataclass(frozen=True)
 class _Making:
-    """What the shards of a dataset are made of, by whom and where: `count` of them, in a stage's `directory`."""
+    """What the shards of a dataset are made of, by whom and where: those of `layout`, in a stage's `directory`."""
 
     name: str
     directory: Path
     source: Source
     worker: Worker
-    count: int
+    layout: Layout
     shared: SharedShards
     precision: Precision
 
 
 def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
-    """Run the engine over the missing shards; each is stored as soon as its last row is there. How fast it was."""
-    name, directory, source, shared = making.name, making.directory, making.source, making.shared
-    chat, experiment = source.chat, source.chat.experiment
-    size, everything = experiment.generate.rows_per_shard, len(source.requests)
-
-    def rows_of(index: int) -> int:
-        return min(size, everything - index * size)
+    """Run the engines over the missing shards; each is stored as soon as its last row is there. How fast it was."""
+    name, source, layout = making.name, making.source, making.layout
+    experiment = source.chat.experiment
 
     def requests_of(index: int) -> Sequence[Request]:
-        return source.requests[index * size : (index + 1) * size]
+        return [source.requests[row] for row in layout.shards[index][1]]
 
-    waiting, budget = iter(missing), Budget(experiment, directory, requests_of, source.reads)
+    waiting, budget = iter(missing), Budget(experiment, making.directory, requests_of, source.reads)
     if experiment.teacher.price and (first := next(waiting, None)) is not None:
         budget.check(first)
         most = budget.most(first)
-        say(name, f"costs at most about {money(most)} a shard, {money(most * making.count)} for all {making.count:,}")
+        say(name, f"costs at most about {money(most)} a shard, {money(most * len(layout))} for all {len(layout):,}")
         waiting = chain([first], waiting)
     made: list[dict[str, Any]] = []
+    mine = making.worker.part(len(layout))
+    tokens, seconds, engine, current = 0, 0.0, None, None
+    while True:
+        for number, shards in groupby(budget.within(waiting), key=lambda index: layout.shards[index][0]):
+            if engine is None or number != current:
+                if engine is not None:
+                    engine.close()
+                engine, current = _open(making, source.parts[number]), number
+            started = time.monotonic()
+            there = {shard.index for shard in finished_shards(making.directory, "train")} | making.shared.indices()
+            rows = {index: len(layout.shards[index][1]) for index in mine if layout.shards[index][0] == number}
+            # What is written is counted token by token, what is read a row at a time.
+            bar = StageBar(name, sum(rows.values()), sum(rows[index] for index in there if index in rows))
+            if not source.reads:
+                bar.count_tokens(partial(getattr, engine, "tokens"), experiment.generate.max_tokens)
 
-    def store(index: int, completions: list[Completion]) -> None:
-        failed = Counter(completion.failed for completion in completions if completion.failed)
-        if failed.total() > len(completions) / 2:
-            why, count = failed.most_common(1)[0]
-            raise RemoteError(
-                f"{experiment.teacher.endpoint or name}: {count:,} of {len(completions):,} answers had {why}; not stored"
-            )
-        rows = [source.row(completion) for completion in completions if not completion.failed]
-        for row in rows:
-            check_logprobs(row, unknown=experiment.teacher.abilities.api)
-        table = with_failed(rows_to_table(rows, chat.vocab_size), failed)
-        table = with_bill(table, bill(completions, experiment, engine.gives))
-        shard = write_shard(directory, "train", index, making.count, table)
-        budget.finished(index)
-        made.append(describe_shard(shard))
-        shared.put(shard)
+            def store(index: int, completions: list[Completion], gives: Any = engine.gives) -> None:
+                made.append(_store(making, index, completions, gives))
+                budget.finished(index)
 
-    with working(name, "starting the teacher"):
+            with bar:
+                for completion in _by_shard(source.run(engine, map(requests_of, shards)), layout, store):
+                    bar.advance(tokens=len(completion.ids))
+                stored = bytes_per_position(made)
+                bar.advance(0, facts=[f"{stored:.0f} B/position"] if stored else [])
+            tokens, seconds = tokens + bar.tokens, seconds + time.monotonic() - started
+        if budget.held is None:
+            return record.speed(tokens, seconds)
+        budget.check(budget.held)
+
+
+def _open(making: _Making, part: Part) -> Engine:
+    """The engine of a part's teacher."""
+    chat, experiment = part.chat, part.chat.experiment
+    with working(making.name, f"starting the teacher {part.name}".rstrip()):
         spec = EngineSpec(
             teacher=experiment.teacher.model_copy(update={"dtype": making.precision.dtype}),
             sampling=experiment.generate,
             kept=experiment.targets,
             end_ids=chat.end_ids,
-            max_model_len=source.max_model_len,
+            max_model_len=part.max_model_len,
             seed=experiment.seed,
-            reads_with=chat.vocab_size if source.reads else None,
+            reads_with=chat.vocab_size if making.source.reads else None,
             known_ids=chat.known_ids,
             vocab_size=chat.vocab_size,
             template=chat.template,
-            shared=shared_file(directory),
+            shared=shared_file(making.directory),
+            staging=making.directory / _STAGING,
         )
-        engine = open_engine(spec)
-    part = making.worker.part(making.count)
-    there = {shard.index for shard in finished_shards(directory, "train")} | shared.indices()
-    done = sum(rows_of(index) for index in there if index in part)
-    started = time.monotonic()
-    # What is written is counted token by token, what is read a row at a time.
-    bar = StageBar(name, sum(map(rows_of, part)), done)
-    if not source.reads:
-        bar.count_tokens(lambda: engine.tokens, experiment.generate.max_tokens)
-    with bar:
-        while True:
-            shards = (requests_of(index) for index in budget.within(waiting))
-            for completion in _by_shard(source.run(engine, shards), size, rows_of, store):
-                bar.advance(tokens=len(completion.ids))
-            if budget.held is None:
-                break
-            budget.check(budget.held)
-        stored = bytes_per_position(made)
-        bar.advance(0, facts=[f"{stored:.0f} B/position"] if stored else [])
-        tokens = bar.tokens
-    return record.speed(tokens, time.monotonic() - started)
+        return open_engine(spec)
+
+
+def _store(making: _Making, index: int, completions: list[Completion], gives: dict[str, Any] | None) -> dict[str, Any]:
+    """Store the rows of a shard; what `dataset.json` says of it.
+
+    Args:
+        making: the dataset.
+        index: of the shard.
+        completions: its rows.
+        gives: what an endpoint gives.
+
+    Raises:
+        RemoteError: most of its rows were given up.
+    """
+    experiment = making.source.parts[making.layout.shards[index][0]].chat.experiment
+    failed = Counter(completion.failed for completion in completions if completion.failed)
+    if failed.total() > len(completions) / 2:
+        why, count = failed.most_common(1)[0]
+        where = experiment.teacher.endpoint or making.name
+        raise RemoteError(f"{where}: {count:,} of {len(completions):,} answers had {why}; not stored")
+    rows = [making.source.row(completion) for completion in completions if not completion.failed]
+    for row in rows:
+        check_logprobs(row, unknown=experiment.teacher.abilities.api)
+    table = with_failed(rows_to_table(rows, making.source.chat.vocab_size), failed)
+    table = with_bill(table, bill(completions, experiment, gives))
+    shard = write_shard(making.directory, "train", index, len(making.layout), table)
+    described = describe_shard(shard)
+    making.shared.put(shard)
+    return described
 
 
 def _by_shard(
-    completions: Iterator[Completion],
-    size: int,
-    rows_of: Callable[[int], int],
-    store: Callable[[int, list[Completion]], None],
+    completions: Iterator[Completion], layout: Layout, store: Callable[[int, list[Completion]], None]
 ) -> Iterator[Completion]:
     """Pass completions on; store a shard as soon as its last row is there, in the order of its requests."""
     pending: dict[int, list[Completion]] = {}
     for completion in completions:
-        index = completion.index // size
+        index = layout.shard_of(completion.index)
         rows = pending.setdefault(index, [])
         rows.append(completion)
-        if len(rows) == rows_of(index):
+        if len(rows) == len(layout.shards[index][1]):
             store(index, sorted(pending.pop(index), key=lambda row: row.index))
         yield completion

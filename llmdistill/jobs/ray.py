@@ -51,7 +51,7 @@ def resources(settings: Ray, stage: StageRun) -> dict[str, float]:
     asked = of_stage(settings, stage.command)
     gpus = asked.gpus
     if gpus is None:
-        gpus = stage.experiment.teacher.tensor_parallel_size if stage.shared else 1
+        gpus = max(teacher.tensor_parallel_size for teacher in stage.experiment.routed.values()) if stage.shared else 1
         if not STAGES[stage.command].uses_model:
             gpus = 0
     return {"num_gpus": gpus, "num_cpus": 1 if asked.cpus is None else asked.cpus}

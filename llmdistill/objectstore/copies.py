@@ -239,7 +239,10 @@ def _reads(experiment: Experiment, name: str) -> list[Path]:
     learned = [train.dataset, *experiment.mixed_datasets]
     student = [experiment.student.model, experiment.first_student if experiment.rounds else None]
     named: dict[str, list[str | Path | None]] = {
-        "generate": [experiment.teacher.model, *((prompts.source, *prompts.known) if prompts else ())],
+        "generate": [
+            *(teacher.model for teacher in experiment.routed.values()),
+            *((prompts.source, *prompts.known) if prompts else ()),
+        ],
         "score": [score.source if score else None],
         "prune": [train.dataset],
         "train": [*learned, *student],

@@ -188,6 +188,8 @@ class Asker:
     def _open(self) -> Engine:
         if self._engine is None:
             teacher = self.experiment.teacher
+            if teacher.in_turn:
+                teacher = teacher.model_copy(update={"ensemble": []})
             if self.precision is not None:
                 teacher = teacher.model_copy(update={"dtype": self.precision.dtype})
             text_only = Targets(kind="none")

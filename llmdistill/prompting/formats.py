@@ -13,6 +13,7 @@ from typing import Any
 from llmdistill.config.rows import FORMATS, RowReading
 from llmdistill.errors import UnreadableError
 from llmdistill.prompting.template import Fields
+from llmdistill.prompting.traffic import Recorded
 from llmdistill.runs.progress import say
 
 # Who speaks in ShareGPT's `from`, and in other files that have it.
@@ -84,7 +85,9 @@ def read_row(fields: Fields, settings: RowReading, origin: str) -> tuple[Fields,
         if theirs not in fields:
             raise UnreadableError(f"has no field {theirs} (columns.{ours}), only {_listed(fields)}", origin)
     renamed = {theirs: ours for ours, theirs in settings.columns.items()}
-    fields = {renamed.get(name, name): value for name, value in fields.items() if name in renamed or name not in settings.columns}
+    if renamed:
+        kept = {name: value for name, value in fields.items() if name in renamed or name not in settings.columns}
+        fields = {renamed.get(name, name): value for name, value in kept.items()}
     name = settings.format if settings.format != "auto" else next((key for key, form in FORMS.items() if form.fits(fields)), None)
     if name is None:
         raise UnreadableError(
@@ -259,6 +262,7 @@ def _is_prompt(value: Any) -> bool:
 
 # In the order in which they are tried.
 FORMS: dict[str, Form] = {
+    "requests": Form("recorded requests", lambda row: isinstance(row, Recorded), _messages),
     "messages": Form(
         "OpenAI chat (messages)", lambda row: "messages" in row and not _turns_field(row, "from", "value"), _messages
     ),

@@ -10,7 +10,7 @@ import re
 import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,11 +18,13 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from llmdistill.config.prompts import Combine, HubDataset, Passages, Prompts
+from llmdistill.config.rows import RowReading
 from llmdistill.config.shipped import find
 from llmdistill.data.dataset import MANIFEST, metadata_and_provenance, read_batches, shard_files, storable
 from llmdistill.errors import InputError, UnreadableError
 from llmdistill.prompting.passages import Starts, split_text
 from llmdistill.prompting.template import Fields
+from llmdistill.prompting.traffic import is_recorded, read_recorded, session_of
 from llmdistill.runs.record import sha256
 
 TEXTTABLES_ = (".jsonl", ".json", ".csv", ".tsv")
@@ -48,6 +50,11 @@ class Entry:
     def origin(self) -> str:
         """Its place in words."""
         return describe_place(self.place)
+
+    @property
+    def conversation(self) -> str | None:
+        """The session that it belongs to, where that is known."""
+        return self.place.get("conversation")
 
     def check(self) -> None:
         """Refuse a row that cannot be read.
@@ -86,7 +93,7 @@ def read_source(section: Prompts, token_starts: Starts | None = None) -> Iterato
     if section.dataset is not None and section.passages:
         entries = _cut_rows(entries, section.passages, token_starts)
     found = False
-    for entry in islice(entries, section.limit):
+    for entry in _taken(islice(entries, section.limit), section, "prompts.source"):
         found = True
         yield entry
     if not found:
@@ -197,6 +204,45 @@ def _hash_of(files: list[Path]) -> str:
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
+
+
+def read_answered(source: str, settings: RowReading, key: str) -> Iterator[Entry]:
+    """The rows of tables whose answers are to be read; of recorded requests, those without one are refused.
+
+    Args:
+        source: as for `read_tables`.
+        settings: how rows are to be read.
+        key: of the configuration that names the source.
+
+    Raises:
+        InputError: naming the file and the line, or the key.
+    """
+    return _taken(read_tables(source, key), settings, key, answered=True)
+
+
+def _taken(entries: Iterable[Entry], settings: RowReading, key: str, answered: bool = False) -> Iterator[Entry]:
+    """The entries with their sessions; of recorded requests, no more than is taken of them.
+
+    Raises:
+        InputError: no request has a field that the settings name.
+    """
+    unseen: set[str] | None = None
+    for entry in entries:
+        try:
+            if entry.unreadable:
+                yield entry
+            elif settings.format == "requests" or (settings.format == "auto" and is_recorded(entry.fields)):
+                taken = read_recorded(entry.fields, settings, entry.origin)
+                unseen = (set(settings.metadata) if unseen is None else unseen) - taken.keys()
+                place = {**entry.place, "conversation": taken.conversation}
+                yield Entry(taken, place, taken.unanswered if answered else None)
+            else:
+                session = session_of(entry.fields, settings, entry.origin)
+                yield replace(entry, place={**entry.place, "conversation": session}) if session else entry
+        except UnreadableError as error:
+            yield Entry({}, entry.place, error.reason, unreadable=True)
+    if unseen:
+        raise InputError(f"{key.removesuffix('.source')}.metadata: no recorded request has the field {min(unseen)}")
 
 
 def read_tables(source: str, key: str) -> Iterator[Entry]:
@@ -343,7 +389,8 @@ def _dataset_rows(directory: Path) -> Iterator[Entry]:
             other, ours = metadata_and_provenance(row["metadata"])
             asked = {"prompt": ours["messages"][:-1] if "messages" in ours else row["prompt"]}
             tools = {"tools": ours["tools"]} if ours.get("tools") else {}
-            yield Entry({**other, **asked, **tools}, {"dataset": str(directory), "row": number})
+            session = {"conversation": ours["conversation"]} if "conversation" in ours else {}
+            yield Entry({**other, **asked, **tools}, {"dataset": str(directory), "row": number, **session})
 
 
 def _parquet_rows(file: Path) -> Iterator[Entry]:

@@ -22,7 +22,7 @@ from llmdistill.errors import InputError
 from llmdistill.models.demo_teacher import WHEEL
 from llmdistill.models.loading import check_model_exists
 from llmdistill.prompting.formats import read_row
-from llmdistill.prompting.sources import Entry, read_source, read_tables
+from llmdistill.prompting.sources import Entry, read_answered, read_source
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.prompting.turns import Turn, given_prompt, learned_turns
 from llmdistill.runs.record import write_text
@@ -160,7 +160,7 @@ def _source(kind: str, path: Path, directory: Path) -> _Source:
         raise InputError(f"--{kind}: no file was named; nothing was written")
     named = _from(directory, path)
     if kind == "text":
-        return _Source(named, sum(1 for entry in read_tables(str(path), "--text") for _ in _turns(entry)))
+        return _Source(named, sum(1 for entry in _answered(path) for _ in _turns(entry)))
     if kind == "documents":
         passages = read_source(Prompts(source=str(path), passages=Passages(size=1000)))
         rows = _QUESTIONS * sum(1 for passage in passages if passage.refused is None)
@@ -178,6 +178,10 @@ def _source(kind: str, path: Path, directory: Path) -> _Source:
             given_prompt(read_row(entry.fields, RowReading(), entry.origin)[0], entry.origin)
         rows += 1
     return _Source(named, rows, _INSTRUCT, {_INSTRUCT: _shipped(_INSTRUCT)}) if template else _Source(named, rows)
+
+
+def _answered(path: Path) -> Iterator[Entry]:
+    return (entry for entry in read_answered(str(path), RowReading(), "--text") if entry.refused is None)
 
 
 def _turns(entry: Entry) -> Iterator[Turn]:

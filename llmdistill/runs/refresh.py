@@ -19,7 +19,7 @@ from llmdistill.runs.pipeline import run_stages, stages
 from llmdistill.runs.progress import say
 from llmdistill.stages.prompts import prepared_prompts, prompts_inputs
 from llmdistill.stages.retokenize import is_needed
-from llmdistill.teachers import stable_id, teacher_inputs
+from llmdistill.teachers import all_fingerprints, stable_id
 
 _FILE = "refresh.json"
 _LINK = "promoted"
@@ -82,7 +82,7 @@ def _made_from(experiment: Experiment) -> str:
     """What a version follows from: the configuration, the prompts, the teacher."""
     assert experiment.prompts is not None
     settings = experiment.model_dump(mode="json", exclude={"output", "jobs", "refresh", "watch"})
-    return stable_id(settings, prompts_inputs(experiment.prompts), teacher_inputs(experiment)[0])
+    return stable_id(settings, prompts_inputs(experiment.prompts), all_fingerprints(experiment)[0])
 
 
 def _versions(output: Path) -> list[dict[str, Any]]:

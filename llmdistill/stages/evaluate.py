@@ -18,9 +18,10 @@ from llmdistill.data.importance import effective_sample_size, importance, log_im
 from llmdistill.errors import InputError
 from llmdistill.evaluation import drafts, serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
-from llmdistill.evaluation.fidelity import fidelity, own_text
+from llmdistill.evaluation.fidelity import own_text
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, metrics_of
 from llmdistill.evaluation.parts import Parts
+from llmdistill.evaluation.routes import by_teacher, fidelity_to_own, lines, teachers_of_rows
 from llmdistill.evaluation.serving import Served
 from llmdistill.evaluation.statistics import Array, Draws, check_clusters, interval_text
 from llmdistill.evaluation.task_scores import measure_tasks
@@ -70,6 +71,8 @@ class _Loaded:
         draws: resamples of the prompts.
         end_ids: the tokens that end a completion, of each model.
         sides: where the student has another vocabulary than the teacher, both; else None.
+        teachers: the name of each row's teacher; empty where there is a single one.
+        dtype: that the models are in.
     """
 
     models: dict[str, Any]
@@ -79,6 +82,8 @@ class _Loaded:
     draws: Draws
     end_ids: dict[str, list[int]]
     sides: Sides | None
+    teachers: list[str]
+    dtype: str
 
     @property
     def classes(self) -> RootClasses | None:
@@ -99,11 +104,11 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         )
     directory, plan = experiment.directory("eval"), _plan(experiment)
     if dry_run:
-        _check_models(plan.subjects, but=experiment.output)
+        _check_models([*plan.subjects, *_other_teachers(experiment)], but=experiment.output)
         say("eval", f"would compare {', '.join(subject.name for subject in plan.subjects)} and write {directory}")
         return
     manifest = read_manifest(training_dataset(experiment))
-    _check_models(plan.subjects)
+    _check_models([*plan.subjects, *_other_teachers(experiment)])
     claim = _claim(experiment, plan)
     if record.claim(*claim) == "done":
         say("eval", f"{directory} is finished")
@@ -111,7 +116,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     if plan.comparison:
         plan.comparison.check()
     tasks = load_tasks(plan.tasks, experiment.eval.task_limit)
-    for subject in plan.subjects:
+    for subject in (*plan.subjects, *_other_teachers(experiment)):
         _check_vocabulary(subject, manifest)
     rows = held_out_rows(experiment)
     prompts = conversation_keys(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
@@ -128,7 +133,8 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         tokenizers = {subject.name: _tokenizer(experiment, subject, manifest) for subject in plan.subjects}
         ends = {name: _described(manifest, name)["end_token_ids"] for name in models}
         sides = sides_of(experiment, manifest) if "alignment" in manifest else None
-    loaded = _Loaded(models, tokenizers, rows, prompts, draws, ends, sides)
+    teachers = teachers_of_rows(experiment, rows.with_format(None)["metadata"])
+    loaded = _Loaded(models, tokenizers, rows, prompts, draws, ends, sides, teachers, precision.dtype)
 
     measured = parts.arrays("fidelity", lambda: _measure(experiment, loaded))
     found: dict[str, Any] = {}
@@ -191,6 +197,7 @@ def _claim(experiment: Experiment, plan: _Plan) -> record.Claim:
 def _inputs(experiment: Experiment, plan: _Plan) -> dict[str, str]:
     """Path or name and hash of what is read."""
     inputs = {subject.path: record.model_fingerprint(subject.path, subject.revision) for subject in plan.subjects}
+    inputs |= {other.model: record.model_fingerprint(other.model, other.revision) for other in experiment.teachers.values()}
     manifests = [directory / MANIFEST for directory in (training_dataset(experiment), *experiment.mixed_datasets)]
     inputs |= {str(file): record.sha256(file) for file in manifests}
     inputs |= {name: record.sha256(file) for name, file in files_of(plan.tasks).items()}
@@ -231,13 +238,16 @@ def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
     """The sums of `fidelity` over every held-out row."""
     models = loaded.models
     with StageBar("eval", len(loaded.rows)) as bar:
-        return fidelity(
+        return fidelity_to_own(
+            experiment,
             models,
             loaded.rows,
-            experiment.eval.batch_size,
-            loaded.end_ids["teacher"],
-            lambda rows, tokens: bar.advance(rows, tokens * len(models)),
-            loaded.classes,
+            loaded.teachers,
+            loaded.dtype,
+            batch_size=experiment.eval.batch_size,
+            end_ids=loaded.end_ids["teacher"],
+            report=lambda rows, tokens: bar.advance(rows, tokens * len(models)),
+            classes=loaded.classes,
         )
 
 
@@ -265,12 +275,16 @@ def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, me
         held_out["classes"] = _shared(loaded.classes, measured)
     if weights is not None:
         held_out["effective_rows"] = effective_sample_size(weights)
-    return {
+    metrics = {
         "schema_version": METRICS_VERSION,
         "held_out": held_out,
         "models": described,
         "differences": list(_differences(subjects, measured, loaded.draws, text_bytes)),
     }
+    if experiment.teachers:
+        names = [subject.name for subject in subjects]
+        metrics["teachers"] = by_teacher(experiment, names, measured, loaded.teachers, loaded.prompts)
+    return metrics
 
 
 def _shared(classes: RootClasses, measured: dict[str, Array]) -> dict[str, Any]:
@@ -325,8 +339,10 @@ def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[st
         classes = None if name == "teacher" else loaded.classes  # the teacher's own text is compared with nobody
         if classes and loaded.sides:
             written = [loaded.sides.with_teachers(row, loaded.rows[row["number"]]) for row in written]
-        pair = {"teacher": models["teacher"], name: models[name]}
-        sums = fidelity(pair, written, settings.batch_size, loaded.end_ids["teacher"], classes=classes)
+        compared = {"teacher": models["teacher"], name: models[name]}
+        teachers = [loaded.teachers[row["number"]] for row in written]
+        how = {"batch_size": settings.batch_size, "end_ids": loaded.end_ids["teacher"], "classes": classes}
+        sums = fidelity_to_own(experiment, compared, written, teachers, loaded.dtype, **how)
         draws = Draws.of([loaded.prompts[row["number"]] for row in written], settings.resamples, experiment.seed)
         metrics = [metric for metric in OWN_TEXT_METRICS if not (loaded.classes and metric.name == "teacher_nll")]
         return {
@@ -373,7 +389,8 @@ def _write(experiment: Experiment, directory: Path, metrics: dict[str, Any], mea
     flat = {name: values for name, values in measured.items() if values.ndim == 1}
     names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in loaded.prompts]
     ids = [str(value) for value in loaded.rows.with_format(None)["id"]]
-    pq.write_table(pa.table({"id": ids, "conversation": names, **flat}), directory / "rows.parquet")
+    teachers = {"teacher": loaded.teachers} if experiment.teachers else {}
+    pq.write_table(pa.table({"id": ids, "conversation": names, **teachers, **flat}), directory / "rows.parquet")
     record.write_json(directory / "metrics.json", metrics)
     card = experiment.directory("student") / "README.md"
     if card.is_file():
@@ -411,6 +428,12 @@ def _subjects(experiment: Experiment) -> list[Served]:
     if experiment.train.compare_text_only:
         found.append(Served("student, text only", str(experiment.directory("student-text-only"))))
     return found
+
+
+def _other_teachers(experiment: Experiment) -> list[Served]:
+    """Those that stand beside the main one."""
+    others = {name: teacher for name, teacher in experiment.teachers.items() if name != experiment.main}
+    return [Served(f"teachers.{name}", t.model, t.revision, t.trust_remote_code) for name, t in others.items()]
 
 
 def _served_by_vllm(experiment: Experiment, subjects: list[Served]) -> dict[str, Any]:
@@ -452,6 +475,7 @@ def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draw
 def _said(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is said at the end, each line with its label; the report has it all."""
     yield "eval", _summary(metrics)
+    yield from (("eval", line) for line in lines(metrics.get("teachers", [])))
     student = next(model for model in metrics["models"] if model["name"] == "student")
     if "draft" in student:
         yield from (("eval", drafts.advice(best)) for best in drafts.best_cycles(student["draft"]))
@@ -460,6 +484,7 @@ def _said(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "eval", f"student wins {_share(judged['win_rate'], 'prompts')} against the {judged['against']}, says the judge"
     tasks = metrics.get("tasks", {"tasks": [], "warnings": []})
     warnings = [*metrics["warnings"], *tasks["warnings"]]
+    warnings += [entry["warning"] for entry in metrics.get("teachers", []) if entry.get("warning")]
     warnings += [f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task["warning"]]
     yield from (("warning", text) for text in [*warnings, *judged["warnings"]])
 

@@ -1,6 +1,7 @@
 """`llmdistill generate`: the teacher continues the prompts; text and soft targets are stored in one pass."""
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,15 +10,16 @@ from llmdistill.config import Experiment
 from llmdistill.data.budget import estimate
 from llmdistill.data.dataset import Row, read_manifest
 from llmdistill.data.left_out import LeftOut
-from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, is_whole, make_dataset
+from llmdistill.data.shards import EVERYTHING, Layout, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError, UnusableError
+from llmdistill.prompting.routing import said, teachers_of
 from llmdistill.prompting.turns import as_columns
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, counted, say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_inputs, prepared_prompts
-from llmdistill.teachers import Completion, Engine, Request, row_id, row_seed, teacher_inputs
-from llmdistill.teachers.prompt_encoding import PromptEncoder
+from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, row_id, row_seed
+from llmdistill.teachers.prompt_encoding import PromptEncoder, encoders
 from llmdistill.teachers.thinking import answer_start
 
 NO_ANSWER = "no_answer"  # the finish reason of a reasoning trace that has not ended, or with nothing behind it
@@ -35,53 +37,64 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
         InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
     """
     directory = experiment.directory("data")
-    models, fingerprint = teacher_inputs(experiment)
+    models, wholes = all_fingerprints(experiment)
     prepared = prepared_prompts(experiment)
     if prepared is None:
         if dry_run:
             return say("generate", "answers all prompts that `prompts` makes")
         raise InputError(f"{experiment.directory('prompts')}: does not exist; run `prompts` first, or `run` for all stages")
+    rows = ((prompt.metadata, prompt.lineage.get("source", {}), prompt.origin) for prompt in prepared.prompts)
+    names = teachers_of(experiment, len(prepared.prompts), rows)
     claim = _claim(experiment, {**prepared.inputs, **models})
     state = record.claim(*claim)
 
     if dry_run:
-        _say_plan(experiment, prepared)
+        _say_plan(experiment, prepared, names)
     elif state == "done" and is_whole(directory):
         say("generate", f"{directory} is finished ({counted(read_manifest(directory)['rows'], 'row')})")
     else:
-        make_dataset(claim, _Prompts(PromptEncoder(experiment, fingerprint), prepared), worker)
+        make_dataset(claim, _Prompts(experiment, encoders(experiment, wholes), prepared, names), worker)
     return None
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:
     """The dataset, and what it depends on."""
-    models, _ = teacher_inputs(experiment)
+    models, _ = all_fingerprints(experiment)
     return [_claim(experiment, {**prepared_inputs(experiment), **models})]
 
 
 def _claim(experiment: Experiment, inputs: dict[str, str]) -> record.Claim:
-    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts", "generate", "targets"})
+    settings = experiment.model_dump(mode="json", include={"seed", "prompts", "generate", "targets", *experiment.who})
     return record.Claim(experiment.directory("data"), "generate", settings, inputs)
 
 
 class _Prompts:
-    """The rows to make: prompts as the teacher's token ids, as often as they are to be answered."""
+    """The rows to make: prompts as the teacher's token ids, as often as they are to be answered; those of a teacher together."""
 
-    def __init__(self, chat: PromptEncoder, prepared: Prepared) -> None:
-        self.chat = chat
-        soft = bool(chat.experiment.targets.stored.columns)
-        self.writes_twice = chat.experiment.generate.rereads
-        self.reads = self.writes_twice and (soft or not chat.experiment.teacher.abilities.api)  # what is not known is not read
+    def __init__(self, experiment: Experiment, chats: dict[str, PromptEncoder], prepared: Prepared, names: list[str]) -> None:
+        self.chat = next(chat for chat in chats.values() if chat.experiment.teacher == experiment.teacher)
+        soft = bool(experiment.targets.stored.columns)
+        self.writes_twice = experiment.generate.rereads
+        self.reads = self.writes_twice and (soft or not experiment.teacher.abilities.api)  # what is not known is not read
         self._traces: dict[int, Array] = {}  # of rows that are read and not yet stored
         self._prompts = prepared.prompts
         self._usable = array("q")  # the numbers of those that the teacher can be asked
         self.left_out = LeftOut()
         self.steps = prepared.steps
-        self.sampling = chat.experiment.generate
+        self.sampling = experiment.generate
         self._ids = array("i")  # of all prompts as the teacher sees them, one after the other
         self._starts = array("q", [0])
-        longest, what = 0, f"its prompt and generate.max_tokens {self.sampling.max_tokens:,}"
+        self.parts = [self._part(name, chat, names) for name, chat in chats.items()]
+        self.left_out.close("generate", len(self._usable))
+        self.layout = Layout([part.rows for part in self.parts], self.sampling.rows_per_shard)
+        self.requests = _Requests(self)
+
+    def _part(self, name: str, chat: PromptEncoder, names: list[str]) -> Part:
+        """Encode the prompts of a teacher."""
+        longest, before, what = 0, len(self._usable), f"its prompt and generate.max_tokens {self.sampling.max_tokens:,}"
         for number, prompt in enumerate(self._prompts):
+            if names[number] != name:
+                continue
             try:
                 ids = chat.told_ids(prompt.messages, prompt.origin, prompt.tools)
                 chat.check_length(len(ids) + self.sampling.max_tokens, what, prompt.origin)
@@ -92,9 +105,8 @@ class _Prompts:
             self._ids.extend(ids)
             self._starts.append(len(self._ids))
             longest = max(longest, len(ids))
-        self.left_out.close("generate", len(self._usable))
-        self.max_model_len = chat.experiment.teacher.max_model_len or longest + self.sampling.max_tokens
-        self.requests = _Requests(self)
+        length = chat.experiment.teacher.max_model_len or longest + self.sampling.max_tokens
+        return Part(name, chat, (len(self._usable) - before) * self.sampling.samples, length)
 
     def __len__(self) -> int:
         return len(self._usable)
@@ -104,21 +116,26 @@ class _Prompts:
         found: Prompt = self._prompts[self._usable[number]]
         return found
 
+    def part(self, index: int) -> Part:
+        """The part that a row is of."""
+        return self.parts[self.layout.part_of(index)]
+
     def told_ids(self, number: int) -> Sequence[int]:
         """The token ids of a prompt as the teacher sees it."""
         return self._ids[self._starts[number] : self._starts[number + 1]]
 
-    def prompt_ids(self, number: int) -> Sequence[int]:
-        """The token ids of a prompt as it is stored."""
-        if self.chat.experiment.teacher.system is None:
+    def prompt_ids(self, index: int) -> Sequence[int]:
+        """The token ids of a row's prompt as it is stored."""
+        number, chat = index // self.sampling.samples, self.part(index).chat
+        if chat.experiment.teacher.system is None:
             return self.told_ids(number)
         prompt = self.prompt(number)
-        return self.chat.prompt_ids(prompt.messages, prompt.origin, prompt.tools)
+        return chat.prompt_ids(prompt.messages, prompt.origin, prompt.tools)
 
     def id(self, index: int) -> str:
         """The stable name of a row."""
         number, sample = divmod(index, self.sampling.samples)
-        return row_id(self.prompt(number).content, self.chat.fingerprint, self.sampling, sample)
+        return row_id(self.prompt(number).content, self.part(index).chat.fingerprint, self.sampling, sample)
 
     def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         return self._write_and_read(engine, shards) if self.writes_twice else engine.generate(shards)
@@ -155,9 +172,12 @@ class _Prompts:
         return (len(completion.ids) - 1, NO_ANSWER) if start is None else (start, completion.finish_reason)
 
     def row(self, completion: Completion) -> Row:
-        number = completion.index // self.sampling.samples
-        prompt, prompt_ids = self.prompt(number), self.prompt_ids(number)
+        prompt, prompt_ids = self.prompt(completion.index // self.sampling.samples), self.prompt_ids(completion.index)
         provenance: dict[str, Any] = {"lineage": prompt.lineage}
+        if teacher := self.part(completion.index).name:
+            provenance["teacher"] = teacher
+        if session := prompt.lineage.get("source", {}).get("conversation"):
+            provenance["conversation"] = session
         trace = self._traces.pop(completion.index, None)
         if self.sampling.thinking == "masked":
             start, reason = self._answer(completion)
@@ -206,17 +226,18 @@ class _Requests(Sequence[Request]):
         return Request(index, self.prompts.told_ids(number), seed, messages=messages, tools=prompt.tools)
 
 
-def _say_plan(experiment: Experiment, prepared: Prepared) -> None:
-    prompts = len(prepared.prompts)
-    rows = prompts * experiment.generate.samples
-    count, there = count_shards(experiment, rows), count_finished(experiment.directory("data"))
+def _say_plan(experiment: Experiment, prepared: Prepared, names: list[str]) -> None:
+    samples, prompts = experiment.generate.samples, len(names)
+    rows, each = prompts * samples, [number * samples for number in Counter(names).values()]
+    count, there = count_shards(experiment, each), count_finished(experiment.directory("data"))
     tokens = rows * experiment.generate.max_tokens
     per_position = experiment.targets.stored.bytes_per_token * experiment.targets.kept
     size = tokens * (per_position + 3)
     directory = experiment.directory("data")
-    samples = f" × {experiment.generate.samples} samples" if experiment.generate.samples > 1 else ""
+    routed = f" ({said(names)})" if experiment.teachers else ""
+    times = f" × {samples} samples" if samples > 1 else ""
     console.print(
-        f"{counted(prompts, 'prompt')}{samples} = {counted(rows, 'row')}, up to {_human(tokens)} tokens, "
+        f"{counted(prompts, 'prompt')}{routed}{times} = {counted(rows, 'row')}, up to {_human(tokens)} tokens, "
         f"at most about {_human_bytes(size)} ({per_position:.0f} B/position) in {counted(count, 'shard')}\n"
         f"would write {directory}  ({there:,} of {counted(count, 'shard')} there)",
         markup=False,

@@ -15,8 +15,8 @@ from llmdistill.data.dataset import (
     MANIFEST,
     MESSAGES,
     ROW_GROUP,
-    conversation_keys,
     conversation_of,
+    prompt_keys,
     read_batches,
     read_manifest,
     remove_leftovers,
@@ -38,7 +38,7 @@ from llmdistill.prompting.template import Fields, PromptTemplate
 from llmdistill.prompting.turns import as_columns, given_prompt, more_than_text
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
-from llmdistill.teachers import stable_id, teacher_inputs, teacher_precision
+from llmdistill.teachers import all_fingerprints, stable_id, teacher_precision
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 PROMPTS_FILE = "prompts.parquet"
@@ -117,7 +117,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
             "the key prompts.steps is missing: without steps there is nothing to do, `generate` reads prompts.source itself"
         )
     directory = experiment.directory("prompts")
-    models, _ = teacher_inputs(experiment)
+    models, _ = all_fingerprints(experiment)
     plan, starts = Plan(section), token_starts(experiment)
     counts = Counts()
     for entry in read_source(section, starts):
@@ -147,7 +147,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
 
 def claims(experiment: Experiment) -> list[record.Claim]:
     """The prompts, and what they depend on."""
-    models, _ = teacher_inputs(experiment)
+    models, _ = all_fingerprints(experiment)
     inputs = prompts_inputs(experiment.prompts or Prompts()) | models
     return [record.Claim(experiment.directory("prompts"), "prompts", _settings(experiment), inputs)]
 
@@ -287,7 +287,7 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
     for directory, entries in shards.items():
         files = [directory / entry["file"] for entry in entries]
         for rows in read_batches(files, ["prompt", "completion", "metadata"]):
-            there.update(conversation_keys(rows))
+            there.update(prompt_keys(rows))
     counts = Counts()
 
     def unknown() -> Iterator[Prompt]:

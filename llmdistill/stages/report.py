@@ -20,6 +20,7 @@ from llmdistill.evaluation import drafts
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, metrics_of
 from llmdistill.evaluation.picture import picture
 from llmdistill.evaluation.plots import Point, group_plot, interval_plot, loss_plot, size_plot
+from llmdistill.evaluation.routes import lines
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs.progress import console, say
 from llmdistill.runs.record import check_shape, read_json, read_run, write_bytes, write_text
@@ -81,11 +82,18 @@ def _view(experiment: Experiment) -> Json:
         "intervals": interval_plot((name, model["kl"]) for name, model in models.items() if name != "teacher"),
         "findings": _findings(metrics["differences"]),
         "verdict": _verdict(metrics["differences"]),
-        "cautions": _cautions(metrics, models),
+        "cautions": [*_of_teachers(metrics.get("teachers", [])), *_cautions(metrics, models)],
         "training": _training(experiment),
         "data": _data(experiment),
         "lineage": _lineage(experiment),
     }
+
+
+def _of_teachers(entries: list[Json]) -> list[str]:
+    """What is said where rows have teachers of their own."""
+    if not entries:
+        return []
+    return [f"{len(entries)} teachers: every row was compared with its own.", *lines(entries)]
 
 
 def _task_warnings(tasks: Json | None) -> list[str]:

@@ -1,5 +1,6 @@
 """`llmdistill score`: the teacher reads finished text; it is stored with soft targets, as `generate` stores its own."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +11,17 @@ import pyarrow.parquet as pq
 from llmdistill.config import Experiment, Score
 from llmdistill.data.dataset import SHARD_NAME, SPLITS, Messages, Row, load_dataset, metadata_and_provenance, read_manifest
 from llmdistill.data.left_out import LeftOut
-from llmdistill.data.shards import EVERYTHING, Worker, count_finished, count_shards, is_whole, make_dataset
+from llmdistill.data.shards import EVERYTHING, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import vocabulary_hash
 from llmdistill.prompting.formats import RowReader
-from llmdistill.prompting.sources import files_hash, metadata, read_tables
+from llmdistill.prompting.routing import Routed, said, teachers_of
+from llmdistill.prompting.sources import Entry, files_hash, metadata, read_answered
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns, stored_ids
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
-from llmdistill.teachers import Completion, Engine, Request, row_seed, stable_id, teacher_inputs
-from llmdistill.teachers.prompt_encoding import PromptEncoder
+from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, row_seed, stable_id
+from llmdistill.teachers.prompt_encoding import PromptEncoder, encoders
 
 
 def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING) -> None:
@@ -36,28 +38,30 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
     if experiment.score is None:
         raise InputError("the key score is missing: `score` needs score.source")
     directory, source = experiment.directory("data"), Path(experiment.score.source)
-    _, fingerprint = teacher_inputs(experiment)
+    _, wholes = all_fingerprints(experiment)
     is_dataset = source.is_dir() and any(SHARD_NAME.fullmatch(file.name) for file in source.iterdir())
     texts: _Conversations | _Stored = _Stored(experiment.score) if is_dataset else _Conversations(experiment.score)
     if is_dataset:
         read_manifest(source, "score.source")
+    names = teachers_of(experiment, len(texts), texts.routed())
     (claim,) = claims(experiment)
     state = record.claim(*claim)
     if dry_run:
-        count = count_shards(experiment, len(texts))
-        say("score", f"{counted(len(texts), 'row')} of {source} in {counted(count, 'shard')}")
+        count = count_shards(experiment, Counter(names).values())
+        where = f" ({said(names)})" if experiment.teachers else ""
+        say("score", f"{counted(len(texts), 'row')}{where} of {source} in {counted(count, 'shard')}")
         say("score", f"would write {directory}  ({count_finished(directory):,} of {counted(count, 'shard')} there)")
     elif state == "done" and is_whole(directory):
         say("score", f"{directory} is finished ({counted(read_manifest(directory)['rows'], 'row')})")
     else:
-        make_dataset(claim, _Texts(PromptEncoder(experiment, fingerprint), texts), worker)
+        make_dataset(claim, _Texts(experiment, encoders(experiment, wholes), texts, names), worker)
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:
     """The dataset, and what it depends on."""
     assert experiment.score is not None
-    models, _ = teacher_inputs(experiment)
-    settings = experiment.model_dump(mode="json", include={"seed", "teacher", "score", "targets"})
+    models, _ = all_fingerprints(experiment)
+    settings = experiment.model_dump(mode="json", include={"seed", "score", "targets", *experiment.who})
     settings["generate"] = {"rows_per_shard": experiment.generate.rows_per_shard}
     inputs = files_hash(experiment.score.source, "score.source") | models
     return [record.Claim(experiment.directory("data"), "score", settings, inputs)]
@@ -85,8 +89,12 @@ class _Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def prepare(self, chat: PromptEncoder) -> int:
-        """Check everything against the teacher; the length of the longest sequence, in tokens."""
+    def routed(self) -> Iterable[Routed]:
+        """Of each text its fields, its place, and that in words: what its teacher is told by."""
+        ...
+
+    def prepare(self, chats: Mapping[str, PromptEncoder], names: Sequence[str]) -> list[Part]:
+        """Check everything against its teacher, and put the texts of a teacher together."""
         ...
 
     def text(self, index: int) -> Text: ...
@@ -101,20 +109,24 @@ class _Conversations:
     sampling: dict[str, Any] = {}
 
     def __init__(self, section: Score) -> None:
-        self.turns: list[tuple[str, Turn, dict[str, Any], dict[str, Any]]] = []
+        self.turns: list[tuple[Entry, Turn, dict[str, Any], dict[str, Any]]] = []
         self.texts: list[Text] | None = None  # those that the teacher can read, once `prepare` has looked
         self.left_out = LeftOut(section)
         reader = RowReader(section)
-        for entry in read_tables(section.source, "score.source"):
+        for entry in read_answered(section.source, section, "score.source"):
             try:
                 entry.check()
+                if entry.refused:
+                    raise UnusableError(entry.refused, entry.origin)
                 fields = reader.read(entry.fields, entry.origin)
                 turns = list(learned_turns(fields, entry.origin, section.turns == "all", section.tool_calls))
             except UnusableError as error:
                 self.left_out.add(error, entry.fields)
                 continue
-            provenance = {"conversation": stable_id(fields)} if len(turns) > 1 else {}
-            self.turns += [(entry.origin, turn, metadata(fields, ("text",)), provenance) for turn in turns]
+            session = entry.conversation or (stable_id(fields) if len(turns) > 1 else None)
+            provenance = {"conversation": session} if session else {}
+            other, place = metadata(fields, ("text",)), Entry({}, entry.place)
+            self.turns += [(place, turn, other, provenance) for turn in turns]
         self.left_out.check_share(len(self.turns))
         reader.close("score", section.source)
         if not self.turns and not self.left_out.reasons:
@@ -123,11 +135,24 @@ class _Conversations:
     def __len__(self) -> int:
         return len(self.turns if self.texts is None else self.texts)
 
-    def prepare(self, chat: PromptEncoder) -> int:
+    def routed(self) -> Iterable[Routed]:
+        return ((other, entry.place, entry.origin) for entry, _, other, _ in self.turns)
+
+    def prepare(self, chats: Mapping[str, PromptEncoder], names: Sequence[str]) -> list[Part]:
+        self.texts = []
+        parts = [self._part(name, chat, names) for name, chat in chats.items()]
+        self.left_out.close("score", len(self.texts))
+        return parts
+
+    def _part(self, name: str, chat: PromptEncoder, names: Sequence[str]) -> Part:
+        """Take the texts of a teacher."""
         texts: list[Text] = []
         seen: dict[str, int] = {}
         longest = 0
-        for origin, turn, other, provenance in self.turns:
+        for (entry, turn, other, provenance), its in zip(self.turns, names, strict=True):
+            if its != name:
+                continue
+            origin = entry.origin
             try:
                 told_ids, prompt_ids, completion_ids = _token_ids(turn, chat, origin)
                 length = len(told_ids) + len(completion_ids) + 1
@@ -145,13 +170,13 @@ class _Conversations:
                 prompt_ids,
                 completion_ids,
                 metadata=other,
-                provenance=provenance | turn.provenance,
+                provenance=provenance | turn.provenance | ({"teacher": name} if name else {}),
                 told_ids=told_ids,
             )
             texts.append(text)
-        self.texts = texts
-        self.left_out.close("score", len(texts))
-        return chat.experiment.teacher.max_model_len or longest
+        assert self.texts is not None
+        self.texts += texts
+        return Part(name, chat, len(texts), chat.experiment.teacher.max_model_len or longest)
 
     def text(self, index: int) -> Text:
         assert self.texts is not None
@@ -188,50 +213,71 @@ class _Stored:
         columns += self.sampled
         parts = [load_dataset(directory, split).select_columns(columns) for split in SPLITS if split in there]
         self.rows = datasets.concatenate_datasets(parts)
+        self.order: list[int] | None = None  # of the rows that are read, those of a teacher together, once `prepare` has looked
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows if self.order is None else self.order)
 
-    def prepare(self, chat: PromptEncoder) -> int:
-        import pyarrow.compute as pc
+    def routed(self) -> Iterable[Routed]:
+        for identity, text in zip(self.rows["id"], self.rows["metadata"], strict=True):
+            other, ours = metadata_and_provenance(str(text))
+            yield other, ours.get("lineage", {}).get("source", {}), f"{self.directory} row {identity}"
 
-        self.chat = chat
-        self.same = self.manifest["tokenizer"]["vocabulary_hash"] == vocabulary_hash(chat.tokenizer)
-        if not self.same:
-            self._leave_out()
-        longest = pc.max(pc.list_value_length(self.rows.data.column("input_ids"))).as_py()
-        if chat.experiment.teacher.system is not None or not self.same:
-            texts = map(self.text, range(len(self)))
-            longest = max(len(text.told_ids or text.prompt_ids) + len(text.completion_ids) for text in texts)
-        chat.check_length(longest + 1, "the tokens of its longest row and the one that vLLM adds", str(self.directory))
-        return chat.experiment.teacher.max_model_len or longest + 1
+    def prepare(self, chats: Mapping[str, PromptEncoder], names: Sequence[str]) -> list[Part]:
+        first = next(iter(chats.values()))  # all have one vocabulary and one template
+        self.same = self.manifest["tokenizer"]["vocabulary_hash"] == vocabulary_hash(first.tokenizer)
+        usable = range(len(self.rows)) if self.same else self._usable(first)
+        self.order = order = [number for name in chats for number in usable if names[number] == name]
+        self.encoders = [(name, chats[name]) for name in (names[number] for number in order)]
+        parts, start = [], 0
+        for name, chat in chats.items():
+            count = sum(names[number] == name for number in order)
+            parts.append(Part(name, chat, count, self._longest(chat, range(start, start + count))))
+            start += count
+        return parts
 
-    def _leave_out(self) -> None:
-        """Of rows in another vocabulary, leave out those that the teacher's chat template refuses."""
+    def _usable(self, chat: PromptEncoder) -> list[int]:
+        """Of rows in another vocabulary, those that the teacher's chat template takes."""
         used = []
         for number, row in enumerate(self.rows.with_format(None)):
             try:
-                stored_ids(row, self.chat.template)
+                stored_ids(row, chat.template)
             except UnusableError as error:
                 self.left_out.add(error.at(f"{self.directory} row {row['id']}"))
                 continue
             used.append(number)
         self.left_out.close("score", len(used))
-        self.rows = self.rows.select(used)
+        return used
+
+    def _longest(self, chat: PromptEncoder, places: range) -> int:
+        """Check the texts of a teacher, by their places in `order`; the length of the longest sequence."""
+        import pyarrow.compute as pc
+
+        assert self.order is not None
+        lengths = pc.list_value_length(self.rows.data.column("input_ids")).to_numpy()
+        longest = int(lengths[[self.order[place] for place in places]].max(initial=0))
+        if chat.experiment.teacher.system is not None or not self.same:
+            texts = map(self.text, places)
+            longest = max((len(text.told_ids or text.prompt_ids) + len(text.completion_ids) for text in texts), default=0)
+        chat.check_length(longest + 1, "the tokens of its longest row and the one that vLLM adds", str(self.directory))
+        return chat.experiment.teacher.max_model_len or longest + 1
 
     def text(self, index: int) -> Text:
-        row = self.rows[index]
+        assert self.order is not None
+        place, (name, chat) = self.order[index], self.encoders[index]
+        row = self.rows[place]
         ids, start = row["input_ids"].tolist(), int(row["completion_start"])
         messages = ([dict(m) for m in row["prompt"]], [dict(m) for m in row["completion"]])
         sampled = float(row["sampling_logprob"]) if self.sampled else None
         other, provenance = metadata_and_provenance(str(row["metadata"]))
+        provenance |= {"teacher": name} if name else {}
+        system = chat.experiment.teacher.system
         whole = provenance["messages"][:-1] if "messages" in provenance else messages[0]
         prompt_ids, completion_ids = ids[:start], ids[start:]
         if not self.same:
-            prompt_ids, completion_ids = stored_ids(self.rows.with_format(None)[index], self.chat.template)
-        system = self.chat.experiment.teacher.system
+            prompt_ids, completion_ids = stored_ids(self.rows.with_format(None)[place], chat.template)
         origin = f"{self.directory} row {row['id']}"
-        told_ids = None if system is None else self.chat.told_ids(whole, origin, provenance.get("tools"))
+        told_ids = None if system is None else chat.told_ids(whole, origin, provenance.get("tools"))
         reason = str(row["finish_reason"])
         return Text(str(row["id"]), *messages, prompt_ids, completion_ids, reason, sampled, other, provenance, told_ids)
 
@@ -254,16 +300,16 @@ class _Requests(Sequence[Request]):
 
 
 class _Texts:
-    """The rows to make, from whatever holds the text."""
+    """The rows to make, from whatever holds the text; those of a teacher together."""
 
     reads = True
 
-    def __init__(self, chat: PromptEncoder, texts: _Source) -> None:
-        self.chat = chat
+    def __init__(self, experiment: Experiment, chats: dict[str, PromptEncoder], texts: _Source, names: list[str]) -> None:
+        self.chat = next(chat for chat in chats.values() if chat.experiment.teacher == experiment.teacher)
         self.texts = texts
-        self.max_model_len = texts.prepare(chat)
+        self.parts = texts.prepare(chats, names)
         self.left_out = texts.left_out
-        self.requests = _Requests(texts, chat.experiment.seed)
+        self.requests = _Requests(texts, experiment.seed)
 
     def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         return engine.score(shards)

@@ -22,18 +22,22 @@ from llmdistill.models.chat_template import ChatTemplate, Conversation
 from llmdistill.models.loading import check_model_exists, check_tokenizer_exists, model_precision
 from llmdistill.runs.record import model_fingerprint
 
+_IN_TURN = "llmdistill.teachers.ensemble:EnsembleEngine"
+
 
 @dataclass(frozen=True)
 class Request:
     """A prompt to continue, or with `completion_ids` a text to score; `seed` alone decides its random numbers.
 
     `messages` are the prompt as a conversation, with `tools` if it offers some; engines that take token ids need none.
+    `asked_NJ` are token ids for each token of the text, whose log-probabilities are wanted too.
     """
 
     index: int
     prompt_ids: Sequence[int]
     seed: int
     completion_ids: Sequence[int] = ()
+    asked_NJ: Array | None = None
     messages: Conversation | None = None
     tools: Sequence[Any] | None = None
 
@@ -63,7 +67,8 @@ class Completion:
     """What the teacher wrote, or read, for the request of the same index; its end token included if it was emitted.
 
     `sampling_logprob` is the logarithm of the probability with which it wrote just this, at the sampling temperature.
-    `failed` says why there is nothing, of a request that was given up. `usage` is what an endpoint bills for it.
+    `failed` says why there is nothing, of a request that was given up. `usage` is what an endpoint bills for it. Of a member of
+    an ensemble, `said` is what the targets are made of.
     """
 
     index: int
@@ -74,11 +79,32 @@ class Completion:
     sampling_logprob: float | None = None
     failed: str | None = None
     usage: Usage | None = None
+    said: "Said | None" = None
 
     def behind(self, start: int) -> "Completion":
         """The same without its first `start` tokens."""
         kept = self.targets and self.targets.after(start)
         return replace(self, ids=self.ids[start:], token_logprobs=self.token_logprobs[start:], targets=kept)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a member of an ensemble says at N tokens.
+
+    Attributes:
+        ids_NK: the tokens that it kept.
+        logprobs_NK: their log-probabilities.
+        asked_NJ: the log-probabilities of the tokens that it was asked for.
+    """
+
+    ids_NK: Array
+    logprobs_NK: Array
+    asked_NJ: Array
+
+    @classmethod
+    def of(cls, ids_NK: Array, logprobs_NK: Array, kept: int) -> "Said":
+        """From the kept tokens and behind them those that were asked for."""
+        return cls(ids_NK[:, :kept], logprobs_NK[:, :kept], logprobs_NK[:, kept:])
 
 
 @dataclass(frozen=True)
@@ -98,6 +124,8 @@ class EngineSpec:
         vocab_size: of its output layer, where answers come from outside and are checked.
         template: what an endpoint's text is encoded by.
         shared: the file in which the workers of one dataset share an endpoint's limits and what was spent.
+        staging: a directory for what the members of an ensemble say, where they are loaded one after the other.
+        asked: for a member of an ensemble, how many log-probabilities its requests ask for at every token; else None.
     """
 
     teacher: Teacher
@@ -111,6 +139,8 @@ class EngineSpec:
     vocab_size: int | None = None
     template: ChatTemplate | None = None
     shared: Path | None = None
+    staging: Path | None = None
+    asked: int | None = None
 
 
 class Engine(Protocol):
@@ -131,6 +161,10 @@ class Engine(Protocol):
         """Give every request's own completion back, with the teacher's distribution at each of its tokens."""
         ...
 
+    def close(self) -> None:
+        """Give its memory back; only the engines of an ensemble's members are asked for it."""
+        ...
+
 
 def check_engine(teacher: Teacher) -> None:
     """Refuse an engine that is not installed.
@@ -144,6 +178,24 @@ def check_engine(teacher: Teacher) -> None:
             f"teacher.engine is {teacher.engine}, which is not installed: install the extra `{teacher.abilities.extra}`"
             + ("" if teacher.abilities.api else ", or use transformers")
         )
+
+
+def all_fingerprints(experiment: Experiment) -> tuple[dict[str, str], dict[str, str]]:
+    """What identifies each model of all teachers by its path or name, and each teacher as a whole by its own name.
+
+    Raises:
+        InputError: one of the models is not there.
+    """
+    models: dict[str, str] = {}
+    wholes: dict[str, str] = {}
+    for name, teacher in experiment.routed.items():
+        found, wholes[name] = fingerprints(teacher, f"teachers.{name}" if name else "teacher")
+        models |= found
+    if experiment.teacher.abilities.api:  # its tokenizer is apart from it
+        tokenizer, revision, key = experiment.tokenizer
+        check_tokenizer_exists(tokenizer, key)
+        models |= {tokenizer: model_fingerprint(tokenizer, revision)}
+    return models, wholes
 
 
 def fingerprints(teacher: Teacher, key: str = "teacher") -> tuple[dict[str, str], str]:
@@ -177,20 +229,6 @@ def _endpoint_fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
     return {teacher.model: found}, stable_id(found, *how) if any(how) else found
 
 
-def teacher_inputs(experiment: Experiment) -> tuple[dict[str, str], str]:
-    """`fingerprints` of an experiment's teacher, and what identifies its tokenizer where that is apart from it.
-
-    Raises:
-        InputError: one of the models is not there.
-    """
-    found, whole = fingerprints(experiment.teacher)
-    name, revision, key = experiment.tokenizer
-    if experiment.teacher.abilities.api:
-        check_tokenizer_exists(name, key)
-        found = {**found, name: model_fingerprint(name, revision)}
-    return found, whole
-
-
 def teacher_precision(teacher: Teacher) -> Precision:
     """What a teacher computes in."""
     if teacher.abilities.remote:
@@ -201,9 +239,9 @@ def teacher_precision(teacher: Teacher) -> Precision:
 
 
 def open_engine(spec: EngineSpec) -> Engine:
-    """Load the teacher into the engine that the configuration names."""
+    """Load the teacher into the engine that the configuration names, or make ready to load its members in turn."""
     teacher = spec.teacher.model_copy(update={"dtype": teacher_precision(spec.teacher).dtype})
-    engine: type[Engine] = pkgutil.resolve_name(teacher.abilities.implementation)
+    engine: type[Engine] = pkgutil.resolve_name(_IN_TURN if teacher.in_turn else teacher.abilities.implementation)
     return engine(replace(spec, teacher=teacher))
 
 

@@ -19,6 +19,35 @@ from llmdistill.runs import record
 from llmdistill.teachers import check_engine
 
 
+def encoders(experiment: Experiment, fingerprints: dict[str, str]) -> "dict[str, PromptEncoder]":
+    """Those of all teachers, by their names; of a single one the name is empty.
+
+    Args:
+        experiment: the configuration.
+        fingerprints: of the teachers.
+
+    Raises:
+        InputError: a teacher is not usable, or they do not make the same token ids of the same text.
+    """
+    found = {
+        name: PromptEncoder(experiment.model_copy(update={"teacher": teacher}), fingerprints[name])
+        for name, teacher in experiment.routed.items()
+    }
+    name, first = next(iter(found.items()))
+    for other, chat in found.items():
+        for what, mine, its in (
+            ("vocabulary", vocabulary_hash(first.tokenizer), vocabulary_hash(chat.tokenizer)),
+            ("chat template", first.tokenizer.chat_template, chat.tokenizer.chat_template),
+            ("end tokens", sorted(first.end_ids), sorted(chat.end_ids)),
+        ):
+            if mine != its:
+                raise InputError(
+                    f"teachers.{other}: {chat.experiment.teacher.model} has another {what} than {first.experiment.teacher.model} "
+                    f"(teachers.{name}), so their rows are no common dataset; make one of each, with `teacher`"
+                )
+    return found
+
+
 class PromptEncoder:
     """Turns conversations into the token ids that the teacher sees.
 

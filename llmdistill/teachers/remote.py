@@ -68,6 +68,9 @@ class RemoteEngine(Engine):
         self._places = asyncio.Semaphore(teacher.concurrency)
         self.tokens = 0
 
+    def close(self) -> None:
+        """Nothing is held here."""
+
     def start(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
         """Run something in the event loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -12,7 +12,7 @@ from llmdistill.config import Generate
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.targets import Array, draw
 from llmdistill.models.loading import load_model
-from llmdistill.teachers import Completion, Engine, EngineSpec, Request
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said
 
 
 class TransformersEngine(Engine):
@@ -35,6 +35,7 @@ class TransformersEngine(Engine):
         self.kept = spec.kept
         self.known_ids = spec.known_ids
         self.end_ids = spec.end_ids
+        self.is_member = spec.asked is not None
         self.end_tensor = torch.tensor(spec.end_ids, device=self.device)
         self.tokens = 0
 
@@ -64,13 +65,22 @@ class TransformersEngine(Engine):
             ids_T = torch.tensor(request.completion_ids, device=logprobs_TV.device)
             self.tokens += len(ids_T)
             kept_ids, kept_logprobs = self._keep(logprobs_TV, self._uniforms(request, len(ids_T)))
+            said = None
+            if self.is_member:
+                asked_NJ = torch.as_tensor(np.empty((len(ids_T), 0), np.int64) if request.asked_NJ is None else request.asked_NJ)
+                said = Said(kept_ids, kept_logprobs, logprobs_TV.gather(1, asked_NJ.to(logprobs_TV.device)).cpu().numpy())
             yield Completion(
                 request.index,
                 np.asarray(request.completion_ids, dtype=np.int64),
                 "stop" if request.completion_ids[-1] in self.end_ids else "length",
                 logprobs_TV.gather(1, ids_T[:, None])[:, 0].cpu().numpy(),
-                self.kept.stored.from_kept(kept_ids, kept_logprobs),
+                None if said else self.kept.stored.from_kept(kept_ids, kept_logprobs),
+                said=said,
             )
+
+    def close(self) -> None:
+        """Let go of the models."""
+        self.models = []
 
     def _uniforms(self, request: Request, positions: int) -> torch.Tensor:
         """The random numbers of a row's targets; a stream of its own, so that the kind of targets changes no text."""
@@ -128,15 +138,16 @@ class TransformersEngine(Engine):
         """What a row of the batch wrote, in so many steps."""
         ids = np.array([step.token_B[row] for step in steps], dtype=np.int64)
         tempered = [step.tempered_B[row] for step in steps if step.tempered_B is not None]
+        kept_ids = np.stack([step.kept_ids_BK[row] for step in steps])
+        kept_logprobs = np.stack([step.kept_logprobs_BK[row] for step in steps])
         return Completion(
             request.index,
             ids,
             "stop" if ids[-1] in self.end_ids else "length",
             np.array([step.logprob_B[row] for step in steps], dtype=np.float32),
-            self.kept.stored.from_kept(
-                np.stack([step.kept_ids_BK[row] for step in steps]), np.stack([step.kept_logprobs_BK[row] for step in steps])
-            ),
+            None if self.is_member else self.kept.stored.from_kept(kept_ids, kept_logprobs),
             float(sum(tempered)) if tempered else None,
+            said=Said.of(kept_ids, kept_logprobs, self.kept.kept) if self.is_member else None,
         )
 
     def _logprobs(self, logits_NV: Sequence[torch.Tensor]) -> torch.Tensor:

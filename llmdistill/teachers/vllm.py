@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from llmdistill.config import Generate, Targets
-from llmdistill.data.targets import Array, SoftTargets
+from llmdistill.config import Generate
+from llmdistill.data.targets import Array
 from llmdistill.runs.quiet import quiet_libraries
-from llmdistill.teachers import Completion, Engine, EngineSpec, Request, guard
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said, guard
+from llmdistill.teachers.vllm_worker import ASKED
 
 # Requests inside the engine at a time: more than it runs at once, so that it is never idle while a shard is written.
 _QUEUE = 2048
@@ -36,7 +37,8 @@ class VllmEngine(Engine):
         # How much a temperature takes off a log-probability at a position comes as one more of the position's numbers.
         self.tempered = spec.sampling.shows_everything and spec.sampling.temperature != 1
         self.tokens = 0
-        extended = self.tempered or not spec.kept.stored.most_likely or spec.known_ids is not None
+        self.asked = spec.asked
+        extended = bool(self.tempered or not spec.kept.stored.most_likely or spec.known_ids is not None or spec.asked)
         arguments = self._arguments(spec)
         if extended:
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
@@ -44,8 +46,8 @@ class VllmEngine(Engine):
         self.llm = vllm.LLM(**{**arguments, **spec.teacher.engine_args})
         if extended:
             temperature = spec.sampling.temperature if self.tempered else None
-            asked = (spec.kept.stored.name, spec.kept.kept, spec.seed, temperature, spec.known_ids)
-            self.llm.collective_rpc("sample_targets", args=asked)
+            settings = (spec.kept.stored.name, spec.kept.kept, spec.seed, temperature, spec.known_ids, spec.asked or 0)
+            self.llm.collective_rpc("sample_targets", args=settings)
         self._params = vllm.SamplingParams
         self._sampling = self._sampling_arguments(spec.sampling, spec.end_ids)
 
@@ -62,7 +64,7 @@ class VllmEngine(Engine):
             "tensor_parallel_size": teacher.tensor_parallel_size,
             "trust_remote_code": teacher.trust_remote_code,
             "max_model_len": spec.max_model_len,
-            "max_logprobs": max(spec.kept.kept + self.tempered, 1),
+            "max_logprobs": max(spec.kept.kept + max(self.tempered, spec.asked or 0), 1),
             "logprobs_mode": "raw_logprobs",
             "use_tqdm_on_load": False,
         }
@@ -109,12 +111,17 @@ class VllmEngine(Engine):
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Read every request's text in one prefill; the token that vLLM insists on writing after it is dropped."""
-        params = self._params(temperature=0, max_tokens=1, prompt_logprobs=self.kept.kept, flat_logprobs=True, detokenize=False)
+        wanted = {"prompt_logprobs": self.kept.kept + (self.asked or 0), "flat_logprobs": True, "detokenize": False}
+        params = self._params(temperature=0, max_tokens=1, **wanted)
         starts: dict[str, int] = {}
 
         def remember(request: Request) -> Any:
             starts[str(request.index)] = len(request.prompt_ids)
-            return params
+            if request.asked_NJ is None:
+                return params
+            # The distribution of a token stands in the row of the one before it.
+            asked = {"first_row": len(request.prompt_ids) - 1, "ids": request.asked_NJ.astype(np.int32).tobytes()}
+            return self._params(temperature=0, max_tokens=1, **wanted, extra_args={ASKED: asked})
 
         for output in self._outputs(batches, remember, reads=True):
             start = starts.pop(output.request_id)
@@ -152,10 +159,22 @@ class VllmEngine(Engine):
         normalisers = np.asarray(flat.logprobs, dtype=np.float64)[self.kept.kept + 1 :: self.kept.kept + 2]
         return float(written / self.sampling.temperature - normalisers.sum())
 
+    def close(self) -> None:
+        """End vLLM's processes, or let go of the model where it runs in this one."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
     def _completion(self, request_id: str, ids: Array, finish_reason: str, flat: Any) -> Completion:
-        token_logprobs, targets = flat_logprobs(flat, self.kept)
+        token_logprobs, kept_ids, kept_logprobs = flat_logprobs(flat, self.kept.kept + (self.asked or 0))
         if len(ids) != len(token_logprobs):
             raise RuntimeError(f"vLLM returned {len(ids)} tokens with {len(token_logprobs)} distributions")
+        if self.asked is not None:
+            said = Said.of(kept_ids, kept_logprobs, self.kept.kept)
+            return Completion(int(request_id), ids, finish_reason, token_logprobs, None, said=said)
+        targets = self.kept.stored.from_kept(kept_ids, kept_logprobs)
         return Completion(int(request_id), ids, finish_reason, token_logprobs, targets)
 
 
@@ -185,13 +204,13 @@ def _end_with_this_process() -> "subprocess.Popen[bytes]":
     )
 
 
-def flat_logprobs(flat: Any, kept: Targets) -> tuple[Array, SoftTargets | None]:
-    """The written tokens' log-probabilities and the targets from vLLM's `FlatLogprobs`.
+def flat_logprobs(flat: Any, count: int) -> tuple[Array, Array, Array]:
+    """The written tokens' log-probabilities, and the ids and log-probabilities of so many others, from vLLM's `FlatLogprobs`.
 
     vLLM puts the written token first at every position, before those that were asked for, whatever its rank; it stands
     there twice when it is one of them.
     """
     positions = len(flat.start_indices)
-    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, -1)[:, : kept.kept + 1]
-    ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(positions, -1)[:, : kept.kept + 1]
-    return logprobs[:, 0], kept.stored.from_kept(ids[:, 1:], logprobs[:, 1:])
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, -1)[:, : count + 1]
+    ids = np.asarray(flat.token_ids, dtype=np.int64).reshape(positions, -1)[:, : count + 1]
+    return logprobs[:, 0], ids[:, 1:], logprobs[:, 1:]

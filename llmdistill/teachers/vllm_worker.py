@@ -1,8 +1,9 @@
 """Runs inside vLLM's workers: the sample is drawn there, from the full distribution, and only it travels.
 
 vLLM loads the class by name (`worker_extension_cls`) and calls its method by `collective_rpc`, both public. What the
-method replaces is not: the two functions by which the sampler makes the log-probabilities and picks those to return. If a
-version of vLLM does without them, the call fails at start; nothing falls back to another kind of targets.
+method replaces is not: the two functions by which the sampler makes the log-probabilities and picks those to return, and
+the table of requests whose prompts are read. If a version of vLLM does without them, the call fails at start; nothing falls
+back to another kind of targets.
 """
 
 import math
@@ -11,6 +12,10 @@ from typing import Any
 import torch
 
 from llmdistill.data.targets import KINDS
+
+ASKED = "llmdistill_asked"
+"""Of a request's `extra_args`: the tokens whose log-probabilities are wanted in its text, `ids` (N, J) as bytes of int32, of
+which the first row belongs to the row `first_row` of the prompt's log-probabilities."""
 
 
 class SampleTargets:
@@ -25,6 +30,7 @@ class SampleTargets:
         seed: int | str,
         temperature: float | None = None,
         known_ids: int | str | None = None,
+        asked: int | str = 0,
     ) -> None:
         """From now on, log-probabilities are returned of the tokens that a kind of targets keeps.
 
@@ -35,6 +41,7 @@ class SampleTargets:
             temperature: that of the sampling; where one more log-probability than `kept` is asked for, it is
                 log Σ p^(1/temperature), what a tempered log-probability is short of being normalised.
             known_ids: ids from here on are padding of the output layer: they get no probability.
+            asked: log-probabilities that each text asks for at every token, of ids of its own (`ASKED`).
 
         Raises:
             RuntimeError: this worker's sampler does not return log-probabilities in the known way.
@@ -46,6 +53,7 @@ class SampleTargets:
             if not callable(getattr(sampler, name, None)):
                 raise RuntimeError(f"targets.kind {kind}: this version of vLLM has no Sampler.{name}; use engine transformers")
         kept, generator = int(kept), torch.Generator().manual_seed(int(seed))  # a server passes strings on
+        reading = _know_what_is_read(self.model_runner) if int(asked) else None
 
         def gather_logprobs(logprobs_NV: torch.Tensor, n: int, token_ids: torch.Tensor) -> Any:
             shape = (len(logprobs_NV), KINDS[kind].uniforms(kept))
@@ -54,7 +62,11 @@ class SampleTargets:
             ids_NK = torch.cat([token_ids[:, None], kept_Nn], dim=1)
             kept_NK = logprobs_NV.gather(1, ids_NK)
             rank_N = torch.zeros_like(token_ids)  # nobody looks at it, and to count costs as much as to sample
-            if n > kept and temperature:
+            if reading is not None:
+                asked_NJ = _asked_ids(self.model_runner.requests[reading.current], len(logprobs_NV), int(asked))
+                ids_NK = torch.cat([ids_NK, asked_NJ.to(ids_NK.device)], dim=1)
+                kept_NK = logprobs_NV.gather(1, ids_NK)
+            elif n > kept and temperature:
                 normaliser_N1 = _log_sum(logprobs_NV, temperature)
                 ids_NK = torch.cat([ids_NK, torch.zeros_like(ids_NK[:, :1])], dim=1)
                 kept_NK = torch.cat([kept_NK, normaliser_N1], dim=1)
@@ -69,6 +81,41 @@ class SampleTargets:
         sampler.compute_logprobs = lambda logits_NV: _logprobs(_without_padding(logits_NV, known_ids))
         if known_ids is not None:
             sampler.forward = forward
+
+
+class _Reading(dict[str, int]):
+    """The requests whose prompts get log-probabilities; remembers which one the runner has come to, as it goes through them."""
+
+    current: str = ""
+
+    def items(self) -> Any:
+        for key, value in super().items():
+            self.current = key
+            yield key, value
+
+
+def _know_what_is_read(runner: Any) -> _Reading:
+    """Have the runner keep its table in one that says where it is.
+
+    Raises:
+        RuntimeError: it has no such table.
+    """
+    if not isinstance(getattr(runner, "num_prompt_logprobs", None), dict):
+        raise RuntimeError(
+            "teacher.ensemble: this version of vLLM has no ModelRunner.num_prompt_logprobs; use engine transformers"
+        )
+    runner.num_prompt_logprobs = _Reading(runner.num_prompt_logprobs)
+    found: _Reading = runner.num_prompt_logprobs
+    return found
+
+
+def _asked_ids(request: Any, rows: int, asked: int) -> torch.Tensor:
+    """What a request asks for in the next so many rows of its prompt, (rows, J); token 0 where it asks for nothing."""
+    wanted = request.sampling_params.extra_args[ASKED]
+    ids_NJ = torch.frombuffer(bytearray(wanted["ids"]), dtype=torch.int32).view(-1, asked).long()
+    places = torch.arange(rows) + request.num_computed_tokens - wanted["first_row"]
+    is_there = (places >= 0) & (places < len(ids_NJ))
+    return ids_NJ[places.clamp(0, len(ids_NJ) - 1)] * is_there[:, None]
 
 
 def _logprobs(logits_NV: torch.Tensor) -> torch.Tensor:

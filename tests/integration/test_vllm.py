@@ -17,6 +17,7 @@ from llmdistill import load_dataset
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.models.loading import load_model, load_tokenizer
 from tests.conftest import ROOT, run_cli
+from tests.factories import write_noisy
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
@@ -292,3 +293,52 @@ def test_text_by_a_json_schema_has_the_distribution_that_no_grammar_has_touched(
     torch.testing.assert_close(batch["target_logprobs"], logprobs_NV.gather(1, batch["target_ids"]), atol=0.02, rtol=1e-3)
     # The grammar left one token at many places: masked, its probability would be one.
     assert written.mean() < -1
+
+
+def test_the_mean_of_two_teachers_that_vllm_loads_one_after_the_other(smollm2, tmp_path):
+    """What vLLM's first teacher writes and both read, against transformers' mean over the whole vocabulary in float32."""
+    other = write_noisy(smollm2, tmp_path / "other", 0, noise=0.01)
+    file = tmp_path / "experiment.yaml"
+    file.write_text(
+        f"""
+output: {tmp_path}/run
+teacher: {{model: {smollm2}, engine: vllm, dtype: float32, weight: 2, ensemble: [{{model: {other}, weight: 1}}]}}
+prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 12}}
+generate: {{max_tokens: 32, rows_per_shard: 5}}
+targets: {{kind: sampled, n: 12}}
+"""
+    )
+    result = run_cli("generate", file)
+    assert result.returncode == 0, result.stderr
+    assert "pass 3 of 3" in result.stdout
+    topk = ["--score.source", tmp_path / "run/data", "--output", tmp_path / "read", "--targets", "{kind: topk, k: 20}"]
+    result = run_cli("score", file, *topk)
+    assert result.returncode == 0, result.stderr
+
+    rows = load_dataset(tmp_path / "run/data")
+    assert not list((tmp_path / "run/data").glob(".ensemble*"))
+    batch = DistillCollator(0)([rows[n] for n in range(len(rows))])
+    with torch.inference_mode():
+        each = [completion_logits(load_model(str(model), dtype="float32"), batch).softmax(-1) for model in (smollm2, other)]
+    assert (each[0] - each[1]).abs().sum(1).mean() > 0.2, "two teachers that say the same would show nothing"
+    p_NV = (2 * each[0] + each[1]) / 3
+    labels = batch["labels"][batch["labels"] != -100][:, None]
+    written = torch.from_numpy(np.concatenate([row["token_logprobs"] for row in rows]))
+    torch.testing.assert_close(written, p_NV.gather(1, labels)[:, 0].log(), atol=2e-3, rtol=1e-3)
+
+    weights = batch["target_logweights"].double().exp()
+    torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]), atol=3e-3, rtol=0)
+    f_VF = torch.randn(p_NV.shape[1], 20, generator=torch.Generator().manual_seed(0))
+    difference = (weights[..., None] * f_VF[batch["target_ids"]]).sum(1) - p_NV @ f_VF
+    assert (difference.mean(0).abs() < 4 * difference.std(0) / len(difference) ** 0.5).all()
+    entropy_N = -(weights * p_NV.gather(1, batch["target_ids"]).log()).sum(1)
+    torch.testing.assert_close(batch["target_entropy"].double(), entropy_N, atol=0.02, rtol=2e-3)
+    exact = (p_NV * -p_NV.log()).nan_to_num().sum(1)
+    off = batch["target_entropy"] - exact
+    assert off.mean().abs() < 4 * off.std() / len(off) ** 0.5
+
+    read = DistillCollator(0)(list(load_dataset(tmp_path / "read/data")))
+    assert read["input_ids"].tolist() == batch["input_ids"].tolist()
+    torch.testing.assert_close(read["target_logprobs"].exp(), p_NV.gather(1, read["target_ids"]), atol=2e-3, rtol=5e-3)
+    torch.testing.assert_close(read["target_tail"], 1 - p_NV.gather(1, read["target_ids"]).sum(1), atol=3e-3, rtol=0)
+    assert (read["target_ids"][:, :3] == p_NV.topk(3).indices).float().mean() > 0.99

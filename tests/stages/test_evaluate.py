@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmdistill.config import load_experiment
+from llmdistill.evaluation import routes
 from llmdistill.evaluation.parts import Parts
 from llmdistill.models.loading import continue_prompts, load_model
 from llmdistill.stages import evaluate as stage
@@ -42,13 +43,13 @@ def test_an_interrupted_evaluation_goes_on_with_what_it_has(experiment_file, mon
     experiment = load_experiment(experiment_file, [("eval.own_prompts", "2")])
     for before in (generate, curate, train):
         before(experiment)
-    fidelity, asked = stage.fidelity, []
+    fidelity, asked = routes.fidelity, []
 
     def counted(models, rows, *args, **kwargs):
         asked.append(len(rows))
         return fidelity(models, rows, *args, **kwargs)
 
-    monkeypatch.setattr(stage, "fidelity", counted)
+    monkeypatch.setattr(routes, "fidelity", counted)
     with monkeypatch.context() as patch:
         patch.setattr(stage, "samples", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -10,11 +10,13 @@ import torch
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.config.teacher import ENGINES, Abilities, Member, engines_with
+from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
 from llmdistill.teachers import Engine, EngineSpec, Request, check_engine, open_engine, row_id, row_seed, teacher_precision
 from llmdistill.teachers.transformers import TransformersEngine, sample
 from llmdistill.teachers.vllm import flat_logprobs
+from tests.factories import write_noisy
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -27,7 +29,8 @@ def test_the_sampled_token_beside_the_top_k_is_never_counted_as_one_of_them():
         token_ids = [7, 5, 7, 9, 1, 2]
         logprobs = np.log([0.3, 0.6, 0.3, 0.01, 0.5, 0.4]).tolist()
 
-    chosen, kept = flat_logprobs(Flat, Targets(kind="topk", k=2))
+    chosen, *found = flat_logprobs(Flat, 2)
+    kept = TopK.from_kept(*found)
     assert kept.ids_NK.tolist() == [[5, 7], [1, 2]]
     np.testing.assert_allclose(np.exp(chosen), [0.3, 0.01], rtol=1e-6)
     np.testing.assert_allclose(kept.tail_N, [0.1, 0.1], rtol=1e-5)
@@ -175,18 +178,8 @@ def test_an_engine_that_is_not_installed_is_said_before_anything_is_written(monk
 @pytest.fixture(scope="module")
 def three_teachers(tiny, tmp_path_factory):
     """The tiny model and two that are like it but for some noise, the last with a vocabulary padded further."""
-    directories = [tiny]
-    for number in (1, 2):
-        model = load_model(str(tiny))
-        torch.manual_seed(number)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        if number == 2:
-            model.resize_token_embeddings(49152 + 64, mean_resizing=False)
-        directories.append(tmp_path_factory.mktemp("ensemble") / str(number))
-        model.save_pretrained(directories[-1])
-    return directories
+    directory = tmp_path_factory.mktemp("ensemble")
+    return [tiny, write_noisy(tiny, directory / "1", 1), write_noisy(tiny, directory / "2", 2, padding=64)]
 
 
 @pytest.mark.parametrize("kind", ["topk", "sampled"])

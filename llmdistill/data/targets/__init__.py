@@ -7,7 +7,7 @@ The columns are described in docs/dataset.md.
 
 from collections.abc import Sequence
 
-from llmdistill.data.targets.base import SoftTargets
+from llmdistill.data.targets.base import MemberTokens, SoftTargets
 from llmdistill.data.targets.chunks import Chunks
 from llmdistill.data.targets.columns import Array, list_array, list_column
 from llmdistill.data.targets.multinomial import Multinomial
@@ -19,6 +19,7 @@ __all__ = [
     "KINDS",
     "Array",
     "Chunks",
+    "MemberTokens",
     "Multinomial",
     "Sampled",
     "SoftTargets",

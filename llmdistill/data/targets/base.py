@@ -17,6 +17,48 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class MemberTokens:
+    """What the M members of an ensemble kept at N positions, and what each of them says of all of it.
+
+    Attributes:
+        ids_MNK: the tokens that each member kept by its own distribution.
+        logprobs_LMNK: the log-probability by every member (L, as many as M) of every token that any of them kept (M, K).
+        log_weights_M: of the members in the mean; natural logarithms of numbers that add up to one.
+    """
+
+    ids_MNK: Array
+    logprobs_LMNK: Array
+    log_weights_M: Array
+
+    @property
+    def mean_MNK(self) -> Array:
+        """The log-probability of every token by the mean."""
+        weighted = self.logprobs_LMNK.astype(np.float64) + self.log_weights_M[:, None, None, None]
+        mean: Array = np.logaddexp.reduce(weighted, axis=0)
+        return mean
+
+    def merged(self, weights_MNK: Array) -> tuple[Array, Array, Array]:
+        """The distinct tokens of each position: ids, sums of weights and log-probability by the mean, (N, M·K) each.
+
+        Where a position has fewer, the last ones weigh nothing and have the log-probability −inf.
+        """
+        ids_NJ, weights_NJ, mean_NJ = (_side_by_side(values) for values in (self.ids_MNK, weights_MNK, self.mean_MNK))
+        order_NJ = np.argsort(ids_NJ, axis=1, kind="stable")
+        ids_NJ, weights_NJ, mean_NJ = (np.take_along_axis(values, order_NJ, 1) for values in (ids_NJ, weights_NJ, mean_NJ))
+        is_first_NJ = np.diff(ids_NJ, axis=1, prepend=-1) != 0
+        at = np.arange(len(ids_NJ))[:, None], is_first_NJ.cumsum(axis=1) - 1
+        distinct_NJ, sums_NJ, logprobs_NJ = np.zeros_like(ids_NJ), np.zeros(ids_NJ.shape), np.full(ids_NJ.shape, -np.inf)
+        distinct_NJ[at], logprobs_NJ[at] = ids_NJ, mean_NJ
+        np.add.at(sums_NJ, at, weights_NJ)
+        return distinct_NJ, sums_NJ, logprobs_NJ
+
+
+def _side_by_side(values_MNK: Array) -> Array:
+    side_by_side: Array = np.concatenate(list(values_MNK), axis=1)
+    return side_by_side
+
+
+@dataclass(frozen=True)
 class SoftTargets(ABC):
     """Soft targets of one kind at N positions: arrays whose first dimension is N, of which every kind has `ids_NK`.
 
@@ -74,6 +116,24 @@ class SoftTargets(ABC):
     @abstractmethod
     def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> "SoftTargets | None":
         """Targets from the tokens of `keep` and their log-probabilities; None where nothing is stored."""
+
+    # Mixing: what an ensemble asks whose members are read one after the other.
+
+    @classmethod
+    def of_member(cls, n: int) -> int:
+        """How many tokens each member keeps, by `keep`, where the mixture is to have n."""
+        return n
+
+    @classmethod
+    def mix(cls, members: "MemberTokens", n: int, uniform_NU: Array) -> "SoftTargets | None":
+        """The targets of the mean of several teachers' distributions, from what each of them kept.
+
+        Args:
+            members: what they kept.
+            n: tokens kept or drawn.
+            uniform_NU: numbers in [0, 1), as many a position as `uniforms` says, independent of those that the members kept by.
+        """
+        raise NotImplementedError(f"targets of kind {cls.name} of several teachers")
 
     # Storing: what shards, the collator and exports ask.
 

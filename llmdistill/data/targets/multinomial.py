@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from llmdistill.data.targets.base import MemberTokens
 from llmdistill.data.targets.columns import Array, entropies_of, entropy_column, entropy_within, id_type, list_array, log, merged
 from llmdistill.data.targets.unbiased import UnbiasedSample
 
@@ -54,6 +55,14 @@ class Multinomial(UnbiasedSample):
         distinct_NK[rows_Nn, place_Nn] = sorted_Nn
         np.add.at(counts_NK, (rows_Nn, place_Nn), 1)
         return cls(distinct_NK, counts_NK, -logprobs_NK.mean(axis=1, dtype=np.float64).astype(np.float32))
+
+    @classmethod
+    def mix(cls, members: MemberTokens, n: int, uniform_NU: Array) -> Self:
+        """For each draw a member is drawn by its weight, and its own draw is taken: n independent draws from the mean."""
+        ends_M = np.exp(members.log_weights_M).cumsum()
+        member_Nn = np.minimum(np.searchsorted(ends_M, uniform_NU, side="right"), len(ends_M) - 1)
+        at = member_Nn, np.arange(len(member_Nn))[:, None], np.arange(n)
+        return cls.from_kept(members.ids_MNK[at], members.mean_MNK[at])
 
     @classmethod
     def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from llmdistill.data.targets.base import MemberTokens
 from llmdistill.data.targets.columns import (
     Array,
     by_position,
@@ -24,6 +25,8 @@ from llmdistill.data.targets.unbiased import UnbiasedSample
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
+
+_MOST = 255  # tokens of a member's sample
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,45 @@ class Sampled(UnbiasedSample):
         return draw.sample(logprobs_NV, n, uniform_NU[:, 0])
 
     @classmethod
-    def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> Self:
+    def from_kept(cls, ids_NK: Array, logprobs_NK: Array, sizes_NK: Array | None = None) -> Self:
+        """From drawn tokens; `sizes_NK` is what they were drawn in proportion to, if not their probabilities."""
+        k = ids_NK.shape[1]
+        sizes_NK = np.exp(logprobs_NK.astype(np.float64)) if sizes_NK is None else sizes_NK
+        exact_N, rank_NK = _exact(sizes_NK)
+        order_NK = np.lexsort((ids_NK, rank_NK >= exact_N[:, None]), axis=1)
+        ids_NK, logprobs_NK, sizes_NK = (np.take_along_axis(values, order_NK, 1) for values in (ids_NK, logprobs_NK, sizes_NK))
+        is_exact_NK = np.arange(k) < exact_N[:, None]
+        with np.errstate(divide="ignore"):
+            stored_NK = np.log(sizes_NK).astype(np.float16).astype(np.float32)
+        logweights_NK = _share_the_rest(np.where(is_exact_NK, stored_NK, -np.inf), exact_N)
+        entropy_N = -(np.exp(logweights_NK) * logprobs_NK).sum(axis=1)
+        return cls(ids_NK.astype(np.int64), logweights_NK, exact_N, entropy_N)
+
+    @classmethod
+    def of_member(cls, n: int) -> int:
+        return min(2 * n, _MOST)
+
+    @classmethod
+    def mix(cls, members: MemberTokens, n: int, uniform_NU: Array) -> Self:
+        """A sample of the members' samples.
+
+        A member m with the weight v_m has drawn a sample with weights w_m from p_m, with E[Σ w_m f] = Σ p_m f. So the union
+        of all, in which a token weighs W = Σ_m v_m w_m, is a sample of the mean p̄ = Σ_m v_m p_m: E[Σ W f] = Σ p̄ f. W adds
+        up to one, and is a distribution over at most M·K tokens, from which n are drawn in turn: E[Σ w f | W] = Σ W f, so
+        E[Σ w f] = Σ p̄ f. What all members kept exactly weighs p̄ in the union, and in the end if it is exact there too.
+        `entropy_N`, −Σ w log p̄, is the case f = −log p̄: an unbiased estimate of the entropy of the mean.
+        """
         import torch
 
         from llmdistill.data.targets import draw
 
-        k = ids_NK.shape[1]
-        p_NK = np.exp(logprobs_NK.astype(np.float64))
-        descending_NK = -np.sort(-p_NK, axis=1)
-        exact_N = draw.count_exact(torch.from_numpy(descending_NK)).numpy()
-        rank_NK = np.argsort(np.argsort(-p_NK, axis=1, kind="stable"), axis=1, kind="stable")
-        order_NK = np.lexsort((ids_NK, rank_NK >= exact_N[:, None]), axis=1)
-        ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1).astype(np.int64)
-        logprobs_NK = np.take_along_axis(logprobs_NK, order_NK, axis=1)
-        is_exact_NK = np.arange(k) < exact_N[:, None]
-        stored_NK = logprobs_NK.astype(np.float16).astype(np.float32)
-        logweights_NK = _share_the_rest(np.where(is_exact_NK, stored_NK, -np.inf), exact_N)
-        return cls(ids_NK, logweights_NK, exact_N, -(np.exp(logweights_NK) * logprobs_NK).sum(axis=1))
+        own_MNK = members.logprobs_LMNK[np.arange(len(members.ids_MNK)), np.arange(len(members.ids_MNK))]
+        weights_MNK = _weights(np.exp(own_MNK.astype(np.float64))) * np.exp(members.log_weights_M)[:, None, None]
+        ids_NJ, sums_NJ, logprobs_NJ = members.merged(weights_MNK)
+        with np.errstate(divide="ignore"):
+            log_sums_NJ = torch.from_numpy(np.log(sums_NJ))
+        at_Nn = draw.sample(log_sums_NJ, n, torch.from_numpy(uniform_NU[:, 0])).numpy()
+        return cls.from_kept(*(np.take_along_axis(values, at_Nn, 1) for values in (ids_NJ, logprobs_NJ, sums_NJ)))
 
     @classmethod
     def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
@@ -144,6 +169,27 @@ class Sampled(UnbiasedSample):
     def facts(cls, described: Mapping[str, Any], column: Callable[[str], Array]) -> dict[str, str]:
         exact = column("target_exact")
         return {"kept exactly": f"{exact.mean():.1f} of {described['n']} tokens a position, the others by an unbiased draw"}
+
+
+def _exact(sizes_NK: Array) -> tuple[Array, Array]:
+    """How many of a sample's tokens are there for certain, (N,), and the rank of each by its size, (N, K)."""
+    import torch
+
+    from llmdistill.data.targets import draw
+
+    order_NK = np.argsort(-sizes_NK, axis=1, kind="stable")
+    exact_N: Array = draw.count_exact(torch.from_numpy(np.take_along_axis(sizes_NK, order_NK, 1))).numpy()
+    return exact_N, np.argsort(order_NK, axis=1, kind="stable")
+
+
+def _weights(sizes_MNK: Array) -> Array:
+    """What the tokens of samples weigh, from what they were drawn in proportion to, in float64."""
+    sizes_RK = sizes_MNK.reshape(-1, sizes_MNK.shape[-1])
+    exact_R, rank_RK = _exact(sizes_RK)
+    is_exact_RK = rank_RK < exact_R[:, None]
+    left_R = np.maximum(1 - (sizes_RK * is_exact_RK).sum(axis=1), 1e-12)
+    shares_R = left_R / (sizes_RK.shape[1] - exact_R)
+    return np.where(is_exact_RK, sizes_RK, shares_R[:, None]).reshape(sizes_MNK.shape)
 
 
 def _share_the_rest(logweights_NK: Array, exact_N: Array) -> Array:

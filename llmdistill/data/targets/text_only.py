@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmdistill.data.targets.base import SoftTargets
+from llmdistill.data.targets.base import MemberTokens, SoftTargets
 from llmdistill.data.targets.columns import Array
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ class TextOnly(SoftTargets):
 
     @classmethod
     def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> None:
+        return None
+
+    @classmethod
+    def mix(cls, members: MemberTokens, n: int, uniform_NU: Array) -> None:
         return None
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from llmdistill.data.targets.base import SoftTargets
+from llmdistill.data.targets.base import MemberTokens, SoftTargets
 from llmdistill.data.targets.columns import Array, by_position, half_precision, id_type, joined, list_array, log, merged
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ class TopK(SoftTargets):
         """The mass outside is what is missing to one, never below zero."""
         mass_N = np.exp(logprobs_NK.astype(np.float64)).sum(axis=1)
         return cls(ids_NK.astype(np.int64), logprobs_NK.astype(np.float32), np.maximum(1.0 - mass_N, 0.0).astype(np.float32))
+
+    @classmethod
+    def mix(cls, members: MemberTokens, n: int, uniform_NU: Array) -> Self:
+        """The most likely of the tokens that are among the k most likely of a member; all probabilities are exact."""
+        ids_NJ, _, logprobs_NJ = members.merged(np.zeros(members.ids_MNK.shape))
+        order_NK = np.argsort(-logprobs_NJ, axis=1, kind="stable")[:, :n]
+        return cls.from_kept(np.take_along_axis(ids_NJ, order_NK, 1), np.take_along_axis(logprobs_NJ, order_NK, 1))
 
     @classmethod
     def from_dense(cls, logprobs_NV: Array, k: int) -> Self:

@@ -1,0 +1,95 @@
+"""Fidelity where every row has a teacher of its own: each is measured against that one, and each teacher's rows by themselves."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmdistill.config import Experiment
+from llmdistill.data.dataset import metadata_and_provenance
+from llmdistill.evaluation.fidelity import fidelity
+from llmdistill.evaluation.metrics import METRICS, Sums
+from llmdistill.evaluation.statistics import Array, Draws, check_clusters, interval_text
+from llmdistill.models.loading import load_model
+
+
+def teachers_of_rows(experiment: Experiment, metadata: Sequence[str]) -> list[str]:
+    """The name of each row's teacher, from its column `metadata`; rows from elsewhere are the main one's."""
+    named = (metadata_and_provenance(str(text))[1].get("teacher") for text in metadata)
+    return [name if name in experiment.routed else experiment.main for name in named]
+
+
+def fidelity_to_own(
+    experiment: Experiment,
+    models: Mapping[str, Any],
+    rows: Any,
+    names: Sequence[str],
+    dtype: str,
+    **arguments: Any,
+) -> dict[str, Array]:
+    """The sums of `fidelity`, in the order of the rows, each against the teacher that it names.
+
+    Args:
+        experiment: the configuration.
+        models: by their names; `teacher` is the main one, the others are loaded in turn.
+        rows: a sequence of them.
+        names: of each row's teacher.
+        dtype: that models are loaded in.
+        arguments: of `fidelity`.
+    """
+    parts, order = [], []
+    for name, teacher in experiment.routed.items():
+        numbers = [number for number, its in enumerate(names) if its == name]
+        if not numbers:
+            continue
+        own = models["teacher"]
+        if name != experiment.main:
+            own = load_model(teacher.model, teacher.revision, dtype, teacher.trust_remote_code, f"teachers.{name}.model")
+        held = rows.select(numbers) if hasattr(rows, "select") else [rows[number] for number in numbers]
+        parts.append(fidelity({**models, "teacher": own}, held, **arguments))
+        order += numbers
+    back = np.argsort(order)
+    return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
+
+
+def by_teacher(
+    experiment: Experiment, subjects: Sequence[str], measured: dict[str, Array], names: Sequence[str], prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What `metrics.json` has of every teacher's rows: the measures of each model but the teacher, against it alone."""
+    found = []
+    for name, teacher in experiment.teachers.items():
+        numbers = np.array([number for number, its in enumerate(names) if its == name], dtype=np.int64)
+        held = [prompts[number] for number in numbers]
+        entry: dict[str, Any] = {"name": name, "path": teacher.model, "rows": len(numbers), "prompts": len(set(held))}
+        if entry["prompts"] < 2:
+            entry["warning"] = f"{entry['prompts']} held-out prompts of {name}, too few for an interval; raise eval.held_out"
+        else:
+            sums = {key: values[numbers] for key, values in measured.items()}
+            draws = Draws.of(held, experiment.eval.resamples, experiment.seed)
+            entry["warning"] = check_clusters(entry["prompts"], f"held-out prompts of {name}", "raise eval.held_out")
+            entry["tokens"] = int(sums["tokens"].sum())
+            others = [subject for subject in subjects if subject != "teacher"]
+            entry["models"] = [{"name": subject, **_of(Sums(subject, sums, draws))} for subject in others]
+        found.append(entry)
+    return found
+
+
+def _of(sums: Sums) -> dict[str, Any]:
+    values = {metric.name: metric.compute(sums) for metric in METRICS if metric.name in ("kl", "top1")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def lines(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """What is said of every teacher's rows."""
+    said = []
+    for entry in entries:
+        if "models" not in entry:
+            continue
+        models = {model["name"]: model for model in entry["models"]}
+        (kl, ends), (before, its_ends) = (interval_text(models[name]["kl"], ".2f") for name in ("student", "student before"))
+        top, its = interval_text(models["student"]["top1"], ".0f", 100)
+        said.append(
+            f"{entry['name']}: student {kl} nats from its teacher ({ends}), before {before} ({its_ends}); "
+            f"{top}% of its next-token choices ({its}), on {entry['rows']:,} rows"
+        )
+    return said
