@@ -91,6 +91,10 @@ class Experiment(Section):
         if self.targets.online or self.rounds or self.eval.win_rate:
             key = "targets.kind: online" if self.targets.online else "rounds" if self.rounds else "eval.win_rate"
             raise ValueError(f"{key} needs a single teacher, not teachers")
+        if self.teacher.abilities.api:
+            raise ValueError(
+                f"teachers: engine {self.teacher.engine} bills each dataset by itself; make one of each, with teacher"
+            )
         return self
 
     @field_validator("output")

@@ -92,7 +92,11 @@ def test_overrides(file, key, value, attribute, expected):
         ("train.learning_rate", "1e-5", "go under train.args (train.args.learning_rate)"),
         ("train.alpha", "lots", "train.alpha should be a valid number"),
         ("train.alpha", "1.5", "train.alpha should be less than or equal to 1, got 1.5"),
-        ("targets.kind", "top", "targets.kind should be 'sampled', 'multinomial', 'topk', 'none' or 'online', got 'top'"),
+        (
+            "targets.kind",
+            "top",
+            "targets.kind should be 'sampled', 'multinomial', 'topk', 'none', 'chunks' or 'online', got 'top'",
+        ),
         ("student", "{model: x, prune: {layers: 2}}", "either student.model or student.prune"),
         ("curate", "[{repetition: {}, length: {}}]", "exactly one key"),
         ("curate", "[{repetiton: {}}]", "did you mean curate.N.repetition?"),
