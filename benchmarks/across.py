@@ -6,8 +6,8 @@ Shares: the demo's teacher against the tokenizers of `mistral_common` (byte-leve
 and, if its directory is given, Gemma's, on the teacher's own text and on Python: positions with a soft target, and how much of
 the teacher's entropy there the root classes keep, from its full distributions.
 
-Cost: one training step of the demo's student with the 32,768 tokens on 16 sampled targets a position over classes, against
-the same step with as many targets in its own tokens; interleaved, medians.
+Cost: one training step of the demo's student with the first 32,768 tokens of Mistral's byte-level BPE on 16 sampled targets a
+position over classes, against the same step with as many targets in its own tokens; interleaved, medians.
 
 Outcome: that student, its embeddings made from the teacher's by the mean over each token's bytes, trained by soft targets over
 root classes, by chunks (log-probabilities of the written tokens alone), by an online teacher, by TRL's GOLD and ULD losses
@@ -15,6 +15,7 @@ root classes, by chunks (log-probabilities of the written tokens alone), by an o
 the held-out text with 95% intervals by bootstrap over prompts; differences to the text alone are paired.
 """
 
+import json
 import shutil
 import statistics
 import tempfile
@@ -44,6 +45,11 @@ from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
 from llmdistill.stages.retokenize import Sides, retokenize, sides_of
 
 SOFT, CHUNKS, ONLINE, GOLD, ULD, TEXT = "root classes", "chunks", "root classes, online", "TRL GOLD", "TRL ULD", "text alone"
+SMALL = 32_768  # tokens of the student's tokenizer
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 Array = np.ndarray[Any, Any]
 
 
@@ -86,13 +92,19 @@ def mistral(name: str) -> Any:
     data = Path(mistral_common.__file__).parent / "data"
     if name == "tekken":
         return convert_tekken_tokenizer(str(data / "tekken_240911.json"))
+    if name == "small tekken":  # its tokens are in the order of their merges: the first ones are a tokenizer, too
+        content = json.loads((data / "tekken_240911.json").read_text())
+        content["config"]["default_vocab_size"] = SMALL
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "tekken.json"
+            file.write_text(json.dumps(content))
+            tokenizer = convert_tekken_tokenizer(str(file))
+        tokenizer.chat_template = TEMPLATE
+        return tokenizer
     with tempfile.TemporaryDirectory() as directory:
         shutil.copy(data / "mistral_instruct_tokenizer_240323.model.v3", Path(directory) / "tokenizer.model")
         tokenizer = LlamaTokenizerFast.from_pretrained(directory)
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
-        "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-    )
+    tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
@@ -157,7 +169,7 @@ def shared(
 
 def write_student(experiment: Experiment, directory: Path) -> Path:
     """The demo's student before training with another tokenizer: each new embedding is the mean of the old ones of its bytes."""
-    tokenizer, old = mistral("v3"), AutoTokenizer.from_pretrained(experiment.teacher.model)
+    tokenizer, old = mistral("small tekken"), AutoTokenizer.from_pretrained(experiment.teacher.model)
     student = load_model(str(experiment.directory("student-before")), dtype="float32")
     before = student.get_input_embeddings().weight.detach().clone()
     sides = vocabulary(tokenizer, len(tokenizer))
@@ -280,8 +292,6 @@ def students(
 
 def chunked_rows(experiment: Experiment, scratch: Path) -> Any:
     """The same rows as if the teacher had told no more than the log-probabilities of its tokens."""
-    import json
-
     source, directory = Path(str(experiment.train.dataset)), scratch / "text"
     if not directory.exists():
         shutil.copytree(source, directory)

@@ -59,10 +59,17 @@ def measure(experiment: Any, rounds: int) -> Any:
     vllm: Any = importlib.import_module("vllm") if experiment.teacher.engine == "vllm" else None
     prepared = prepared_prompts(experiment)
     assert prepared is not None
-    source = _Prompts(PromptEncoder(experiment, fingerprints(experiment.teacher)[1]), prepared)
+    chat = PromptEncoder(experiment, fingerprints(experiment.teacher)[1])
+    source = _Prompts(experiment, {"": chat}, prepared, [""] * len(prepared.prompts))
     chat, requests = source.chat, list(source.requests)
+    longest = source.parts[0].max_model_len
     spec = EngineSpec(
-        experiment.teacher, experiment.generate, experiment.targets, chat.end_ids, source.max_model_len + 1, experiment.seed
+        experiment.teacher,
+        experiment.generate,
+        experiment.targets,
+        chat.end_ids,
+        source.parts[0].max_model_len + 1,
+        experiment.seed,
     )
     engine: Any = open_engine(spec)
     sampling = experiment.generate
@@ -82,18 +89,15 @@ def measure(experiment: Any, rounds: int) -> Any:
 
     def stored(made):
         """The loop of `shards`, into a directory that is thrown away."""
-        size, tokens = sampling.rows_per_shard, 0
-
-        def rows_of(index):
-            return min(size, len(requests) - index * size)
+        layout, tokens = shards.Layout([len(requests)], sampling.rows_per_shard), 0
 
         with tempfile.TemporaryDirectory() as directory:
 
             def store(index, completions):
                 table = rows_to_table([source.row(completion) for completion in completions], chat.vocab_size)
-                write_shard(Path(directory), "train", index, -(-len(requests) // size), table)
+                write_shard(Path(directory), "train", index, len(layout), table)
 
-            for completion in shards._by_shard(made, size, rows_of, store):
+            for completion in shards._by_shard(made, layout, store):
                 tokens += len(completion.ids)
                 texts[completion.index] = completion.ids
         return tokens

@@ -23,10 +23,9 @@ from found import argument_parser, report
 from transformers.utils import logging
 
 from llmdistill.config import load_experiment
-from llmdistill.evaluation.fidelity import continue_prompts
 from llmdistill.evaluation.statistics import pairs_interval, share_interval
 from llmdistill.models.chat_template import ChatTemplate
-from llmdistill.models.loading import end_token_ids, load_config, load_model, load_tokenizer
+from llmdistill.models.loading import continue_prompts, end_token_ids, load_config, load_model, load_tokenizer
 from llmdistill.stages.table import STAGES
 
 MONTHS = [calendar.month_name[number] for number in range(1, 13)]
