@@ -68,7 +68,7 @@ def measure(experiment: Any, rounds: int) -> Any:
         experiment.generate,
         experiment.targets,
         chat.end_ids,
-        source.parts[0].max_model_len + 1,
+        longest + 1,
         experiment.seed,
     )
     engine: Any = open_engine(spec)

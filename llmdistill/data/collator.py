@@ -87,7 +87,7 @@ class DistillCollator:
                     soft = soft.within(self.vocab_size)
             batch |= soft.batch()
             if self.position_weights != "uniform":
-                entropy_N = soft.entropies()
+                entropy_N = soft.entropies() * batch.get("target_soft", True)
         batch["token_weights"] = self._weights(entropy_N, counts)
         if "importance" in rows[0]:
             batch["token_importance"] = np.repeat(np.array([row["importance"] for row in rows], dtype=np.float32), counts)

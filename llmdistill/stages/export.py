@@ -27,6 +27,7 @@ from llmdistill.models.loading import (
 )
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
+from llmdistill.stages.retokenize import training_dataset
 from llmdistill.students.adapters import base_of, merge_adapters
 from llmdistill.students.formats import FORMATS, ExportFormat, Source, stored_dtype
 
@@ -55,7 +56,7 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
             _check_source(settings, source)
         say("export", f"would write {', '.join(str(directory / form) for form in settings.formats)}")
         return
-    manifest = read_manifest(experiment.dataset_directory)
+    manifest = read_manifest(training_dataset(experiment))
     _check_source(settings, source)
     _check_libraries(experiment, settings)
     (claim,) = claims(experiment)
@@ -111,7 +112,7 @@ def _inputs(experiment: Experiment, source: Path) -> dict[str, str]:
     """Path or name and hash of what is read; of adapters their base, too."""
     models = [base_of(source)] if (source / "adapter_config.json").is_file() else []
     inputs = {model: record.model_fingerprint(model, None) for model in (*models, str(source))}
-    manifest = experiment.dataset_directory / MANIFEST
+    manifest = training_dataset(experiment) / MANIFEST
     return inputs | {str(manifest): record.sha256(manifest)}
 
 
@@ -121,7 +122,7 @@ def _held_out(experiment: Experiment) -> _HeldOut:
     Raises:
         InputError: they belong to fewer than two prompts.
     """
-    rows = load_dataset(experiment.dataset_directory, "test")
+    rows = load_dataset(training_dataset(experiment), "test")
     prompts = conversation_keys(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
     check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     return _HeldOut(rows, Draws.of(prompts, experiment.eval.resamples, experiment.seed))
@@ -200,7 +201,7 @@ def _source(experiment: Experiment, form: ExportFormat, model: str) -> Source:
     tokenizer = load_tokenizer(model, None, key="export.model")
     if not form.by_gptq(settings):
         return Source(model, tokenizer, settings, [])
-    rows = load_dataset(experiment.dataset_directory, "train")
+    rows = load_dataset(training_dataset(experiment), "train")
     chosen = random.Random(experiment.seed).sample(range(len(rows)), min(settings.calibration_rows, len(rows)))  # noqa: S311
     return Source(model, tokenizer, settings, [[int(token) for token in rows[number]["input_ids"]] for number in chosen])
 

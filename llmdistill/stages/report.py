@@ -24,6 +24,7 @@ from llmdistill.evaluation.routes import lines
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs.progress import console, say
 from llmdistill.runs.record import check_shape, read_json, read_run, write_bytes, write_text
+from llmdistill.stages.retokenize import training_dataset
 
 SCHEMA_VERSION = 2
 Json = dict[str, Any]
@@ -361,7 +362,7 @@ def _points(entries: list[Json], key: str) -> list[Point]:
 
 def _data(experiment: Experiment) -> Json:
     """From the rows that the teacher wrote to those trained on, as steps of a waterfall."""
-    file = experiment.dataset_directory / MANIFEST
+    file = training_dataset(experiment) / MANIFEST
     manifest = read_json(file)
     if manifest is None:
         return {"missing": str(file)}
@@ -410,6 +411,7 @@ def _lineage(experiment: Experiment) -> Json:
             experiment.directory("prompts"),
             experiment.directory("data"),
             experiment.dataset_directory,
+            training_dataset(experiment),
             experiment.directory("student"),
             experiment.directory("student-text-only"),
             experiment.directory("eval"),

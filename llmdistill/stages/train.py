@@ -271,6 +271,7 @@ def _check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dic
         for what, mine, theirs in (
             ("targets", manifest["targets"], other["targets"]),
             ("vocabulary", manifest["tokenizer"]["vocabulary_hash"], other["tokenizer"]["vocabulary_hash"]),
+            ("classes", *(one.get("alignment", {}).get("classes_hash") for one in (manifest, other))),
         ):
             if mine != theirs:
                 raise InputError(f"train.mix.datasets: {directory} has other {what} than {training_dataset(experiment)}")

@@ -9,19 +9,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmdistill.config import load_experiment
-from llmdistill.data.collator import DistillCollator
+from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits
 from llmdistill.data.dataset import Row, load_dataset, read_manifest
 from llmdistill.errors import InputError
+from llmdistill.losses import Objective, distillation_loss
+from llmdistill.losses.classes import ClassTable
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import vocabulary_hash
 from llmdistill.models.root_classes import RootClasses
 from llmdistill.prompting.turns import stored_ids
+from llmdistill.runs.pipeline import stages
 from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.report import report
 from llmdistill.stages.retokenize import is_needed, retokenize
 from llmdistill.stages.score import score
+from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import train
 from tests.factories import write_foreign, write_rows
 
@@ -281,3 +285,34 @@ def test_evaluation_across_vocabularies_equals_its_definitions(tiny, foreign, ex
     page = (made.directory("eval").parent / "report.html").read_text()
     assert "bits per byte" in page
     assert f"{classes.count:,} root classes" in page
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_logged_loss_is_that_of_all_rows(tiny, foreign, experiment, packing):
+    """A step on all rows at once, padded or packed, against the plain loss on held logits."""
+    args = {"per_device_train_batch_size": 8, "max_steps": 1, "packing": packing, "max_length": 512}
+    made = experiment(tiny, foreign, "topk", *((f"train.args.{key}", json.dumps(value)) for key, value in args.items()))
+    directory = made.directory("retokenized")
+    classes, rows = RootClasses.load(directory), list(load_dataset(directory))
+    batch = DistillCollator(0, classes=classes)(rows) | {"target_table": ClassTable.of(classes)}
+    with torch.no_grad():
+        logits = completion_logits(AutoModelForCausalLM.from_pretrained(foreign), batch)
+        _, sums = distillation_loss(logits, completion_labels(batch), batch, Objective())
+    assert trained(made)[0]["kl"] == pytest.approx(float(sums["kl"]) / len(batch["positions"]), rel=1e-4)
+
+
+def test_rounds_and_export_read_the_students_tokens(tiny, foreign, experiment, tmp_path):
+    """Every stage of a run with a round: what the student writes is read by the teacher in its own tokens, and comes back."""
+    changes = [("rounds", "1"), *EVAL, ("export", "{formats: [int8]}"), ("train.args.save_steps", "1")]
+    made = experiment(tiny, foreign, "topk", *changes)
+    done = []
+    for stage in stages(made):
+        STAGES[stage.command].function(stage.experiment)
+        done.append(stage.name)
+    assert done[1:4] == ["curate", "retokenize", "train"]
+    assert "round-1-retokenize" in done
+    round_one = read_manifest(tmp_path / "run/rounds/1/retokenized")
+    assert round_one["alignment"]["positions"] > 0
+    assert round_one["alignment"]["classes_hash"] == read_manifest(tmp_path / "run/retokenized")["alignment"]["classes_hash"]
+    results = json.loads((tmp_path / "run/export/export.json").read_text())
+    assert results["formats"][0]["name"] == "int8"
