@@ -20,7 +20,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
 from llmdistill.stages.retokenize import Sides, retokenize, sides_of
 
 SOFT, CHUNKS, ONLINE, GOLD, ULD, TEXT = "root classes", "chunks", "root classes, online", "TRL GOLD", "TRL ULD", "text alone"
+WAYS = [SOFT, TEXT, CHUNKS, ONLINE, GOLD, ULD]
 SMALL = 32_768  # tokens of the student's tokenizer
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--gemma", type=Path, help="directory with Gemma's tokenizer")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trl-seeds", type=int, default=3, help="for TRL's losses, which take four times as long")
     parser.add_argument("--only", choices=("shares", "cost", "outcome"))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -77,8 +79,8 @@ def main() -> None:
                 figures["cost"] = cost(own, 1 if arguments.smoke else 7)
                 aims["step_over_one_tokenizer"] = figures["cost"]["ratio"]
             if arguments.only in (None, "outcome"):
-                steps, seeds = (2, 1) if arguments.smoke else (arguments.steps, arguments.seeds)
-                figures["outcome"] = outcome(own, Path(scratch), steps, seeds)
+                how = (2, 1, 1) if arguments.smoke else (arguments.steps, arguments.seeds, arguments.trl_seeds)
+                figures["outcome"] = outcome(own, Path(scratch), *how)
                 aims["bits_per_byte_below_text"] = -figures["outcome"][SOFT]["difference"]["high"]
     print()
     report(figures, aims, arguments.json)
@@ -236,7 +238,7 @@ def step(student: Any, head: fused.Head, batch: dict[str, Any]) -> torch.Tensor:
     return loss / len(labels_N)
 
 
-def outcome(experiment: Experiment, scratch: Path, steps: int, seeds: int) -> dict[str, Any]:
+def outcome(experiment: Experiment, scratch: Path, steps: int, seeds: int, trl_seeds: int) -> dict[str, Any]:
     """Bits per byte on the held-out rows of every way to train, and the paired difference to the text alone."""
     directory = experiment.directory("retokenized")
     test, classes = load_dataset(directory, "test"), RootClasses.load(directory)
@@ -244,7 +246,8 @@ def outcome(experiment: Experiment, scratch: Path, steps: int, seeds: int) -> di
     sides = sides_of(experiment, read(directory))
     found: dict[str, list[dict[str, Array]]] = {}
     for seed in range(seeds):
-        for name, student in students(experiment, sides, teacher, classes, steps, seed, scratch):
+        ways = WAYS if seed < trl_seeds else [way for way in WAYS if way not in (GOLD, ULD)]
+        for name, student in students(experiment, sides, teacher, ways, steps, seed, scratch):
             measured = fidelity({"teacher": teacher, "student": student}, test, 8, classes=classes)
             found.setdefault(name, []).append(measured)
             print(f"seed {seed}  {name:<22}{measured['student text_nll'].sum():.0f} nats", flush=True)
@@ -259,7 +262,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def students(
-    experiment: Experiment, sides: Sides, teacher: Any, classes: RootClasses, steps: int, seed: int, scratch: Path
+    experiment: Experiment, sides: Sides, teacher: Any, ways: Sequence[str], steps: int, seed: int, scratch: Path
 ) -> Iterator[tuple[str, Any]]:
     """The student after training in every way, with one seed; and as it was, with the first."""
     assert experiment.student.model is not None
@@ -272,7 +275,7 @@ def students(
     recipe |= {"report_to": "none", "disable_tqdm": True, "use_cpu": not torch.accelerator.is_available()}
     recipe["bf16"] = training_precision(recipe["use_cpu"], None, False).dtype == "bfloat16"
     recipe = {key: value for key, value in recipe.items() if key not in ("logging_steps", "save_steps", "save_total_limit")}
-    for name in (SOFT, CHUNKS, ONLINE, GOLD, ULD, TEXT):
+    for name in ways:
         uld = trl_loss(sides, name == GOLD) if name in (GOLD, ULD) else None  # its configuration resets accelerate's state
         arguments = DistillConfig(output_dir=str(scratch / "training"), alpha=0.0 if name == TEXT else 1.0, **recipe)
         student = load_model(experiment.student.model, dtype="float32")
@@ -282,7 +285,7 @@ def students(
             args=arguments,
             train_dataset=chunked if name == CHUNKS else rows,
             teacher=teacher if name in (ONLINE, GOLD, ULD) else None,
-            classes=None if name == CHUNKS else classes,
+            classes=None if name == CHUNKS else sides.classes,
         )
         if isinstance(trainer, _Uld):
             trainer.prepare(sides, uld)
@@ -365,7 +368,7 @@ def byte_offsets(side: Side, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> t
         places = (labels_T != -100).nonzero()[:, 0]
         ids = ids_T[places].numpy()
         begins = side.begins(ids)
-        found[row, places] = torch.from_numpy(np.stack([begins, begins + side.lengths(ids)], axis=1))
+        found[row, places] = torch.from_numpy(np.stack([begins, begins + side.length_V[ids]], axis=1))
     return found
 
 
@@ -387,7 +390,7 @@ def summary(found: dict[str, list[dict[str, Array]]], test: Any) -> dict[str, An
     )
     for name, seeds in found.items():
         mean = mean_interval(bits(seeds), per_prompt, draws)
-        difference = mean_interval(bits(seeds) - bits(found[TEXT]), per_prompt, draws)
+        difference = mean_interval(bits(seeds) - bits(found[TEXT][: len(seeds)]), per_prompt, draws)
         by_seed = [
             float((bits([one]) - bits([text])).sum() / per_prompt.sum()) for one, text in zip(seeds, found[TEXT], strict=False)
         ]

@@ -7,6 +7,7 @@ Everywhere else it is learnt as a hard label.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,24 +29,24 @@ class Side:
     class_V: Array
     end_ids: frozenset[int]
 
+    @cached_property
+    def length_V(self) -> Array:
+        """Bytes of each token; 0 for special ones."""
+        return np.array([len(string or b"") for string in self.bytes_of], dtype=np.int64)
+
     def bytes(self, ids: Array) -> bytes:
         """What tokens stand for, without special ones."""
         return b"".join(self.bytes_of[token] or b"" for token in ids.tolist())
 
-    def lengths(self, ids: Array) -> Array:
-        """Bytes of each token; 0 for special ones."""
-        return np.array([len(self.bytes_of[token] or b"") for token in ids.tolist()], dtype=np.int64)
-
     def begins(self, ids: Array) -> Array:
         """Where each token begins, in bytes."""
-        lengths_T = self.lengths(ids)
+        lengths_T = self.length_V[ids]
         begins_T: Array = np.cumsum(lengths_T) - lengths_T
         return begins_T
 
     def is_silent(self, ids: Array) -> Array:
         """Whether each token is a special one that ends nothing."""
-        ends = np.array([token in self.end_ids for token in ids.tolist()], dtype=bool)
-        return (self.lengths(ids) == 0) & ~ends
+        return (self.length_V[ids] == 0) & ~np.isin(ids, list(self.end_ids))
 
 
 @dataclass(frozen=True)
@@ -199,4 +200,4 @@ def _bounds(side: Side, ids: Array, start: int) -> Array:
     """Where each token from `start` on begins, in bytes, and where the last ends; an end token has a byte of its own."""
     begins_T = side.begins(ids)
     ended = len(ids) > 0 and int(ids[-1]) in side.end_ids
-    return np.append(begins_T[start:], int(side.lengths(ids).sum()) + ended)
+    return np.append(begins_T[start:], int(side.length_V[ids].sum()) + ended)
