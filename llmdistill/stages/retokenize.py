@@ -5,6 +5,7 @@ student's has its target from (`data.alignment`), and for the whole dataset the 
 (`models.root_classes`).
 """
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -60,6 +61,8 @@ def retokenize(experiment: Experiment, dry_run: bool = False) -> None:
         check_model_exists(_student(experiment)[0], "student.model")
         return say("retokenize", f"would write {directory} in the tokens of {_student(experiment)[0]}")
     manifest = read_manifest(source)
+    if "alignment" in manifest:
+        raise InputError(f"{source}: is in the tokens of {manifest['student']['model']}; retokenize what it was made from")
     (claim,) = claims(experiment)
     done = record.claim(*claim) == "done"
     if dry_run:
@@ -71,25 +74,34 @@ def retokenize(experiment: Experiment, dry_run: bool = False) -> None:
     record.begin(*claim, experiment.seed)
     for leftover in [*directory.glob("*.parquet"), *directory.glob(".*.unfinished")]:
         leftover.unlink()
+    try:
+        return _write(experiment, manifest, claim, sides)
+    except InputError:  # wrong input leaves nothing behind
+        shutil.rmtree(directory)
+        raise
+
+
+def _write(experiment: Experiment, manifest: Mapping[str, Any], claim: record.Claim, sides: "Sides") -> None:
+    """Both splits, the classes and the manifest."""
+    directory, leave_out = claim.directory, experiment.retokenize.special_tokens == "leave_out"
     sides.classes.save(directory)
     started = time.monotonic()
     counts: Counter[str] = Counter()
     left_out = LeftOut()
-    rows = sum(shard["rows"] for shard in manifest["shards"])
-    with StageBar("retokenize", rows) as bar:
-        writers = {split: SplitWriter(directory, split, int(experiment.shard_mb * 1e6)) for split in SPLITS}
+    writers = {split: SplitWriter(directory, split, int(experiment.shard_mb * 1e6)) for split in SPLITS}
+    with StageBar("retokenize", sum(shard["rows"] for shard in manifest["shards"])) as bar:
         for split, writer in writers.items():
-            for table in read_batches(shard_files(source, split)):
-                made = _table(table, sides, experiment.retokenize.special_tokens == "leave_out", counts, left_out)
-                writer.write(made)
-                bar.advance(len(table), tokens=pa.compute.sum(pa.compute.list_value_length(made["token_logprobs"])).as_py() or 0)
+            for table in read_batches(shard_files(experiment.dataset_directory, split)):
+                before = counts["positions"]
+                writer.write(_table(table, sides, leave_out, counts, left_out))
+                bar.advance(len(table), tokens=counts["positions"] - before)
         used = sum(writer.rows for writer in writers.values())
         left_out.close("retokenize", used)
-        left_out.write(directory / "left-out.parquet")
+        left_out.write(directory / "rejected.parquet")
         shards = [shard for writer in writers.values() for shard in writer.publish()]
         write_manifest(directory, shards, _description(manifest, sides, claim.inputs, counts, left_out))
         record.finish(directory, {"rows": used, **counts, **record.speed(counts["positions"], time.monotonic() - started)})
-    return say("retokenize", shares(counts))
+    say("retokenize", shares(counts))
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:

@@ -316,3 +316,19 @@ def test_rounds_and_export_read_the_students_tokens(tiny, foreign, experiment, t
     assert round_one["alignment"]["classes_hash"] == read_manifest(tmp_path / "run/retokenized")["alignment"]["classes_hash"]
     results = json.loads((tmp_path / "run/export/export.json").read_text())
     assert results["formats"][0]["name"] == "int8"
+
+
+def test_a_template_that_refuses_every_row_leaves_nothing_behind(tiny, foreign, experiment, tmp_path):
+    directory = tmp_path / "refusing"
+    shutil.copytree(foreign, directory)
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(InputError, match="the chat template refuses it: no; nor can any of the 11 other rows be used"):
+        experiment(tiny, directory, "topk")
+    assert not (tmp_path / "run/retokenized").exists()
+
+
+def test_what_is_in_a_students_tokens_is_not_retokenized_again(tiny, foreign, experiment, tmp_path):
+    made = experiment(tiny, foreign, "topk")
+    again = made.with_(output=str(tmp_path / "again"), train=made.train.with_(dataset=str(made.directory("retokenized"))))
+    with pytest.raises(InputError, match=r"is in the tokens of .*foreign; retokenize what it was made from"):
+        retokenize(again)
