@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,22 +19,17 @@ from pathlib import Path
 import pytest
 
 from tests.factories import write_experiment
+from tests.forked import context
 
 FIRST, _, LAST = os.environ.get("CHAOS_SEEDS", "1").partition("-")
 SEEDS = range(int(FIRST), int(LAST or FIRST) + 1)
 STAGES = ("generate", "curate", "prune", "train", "eval", "export", "report")
-PRELOADED = ["trl", "peft", "llmdistill.cli", "llmdistill.training.trainer", "llmdistill.teachers.transformers"]
-PRELOADED += [
-    f"llmdistill.stages.{name}" for name in ("generate", "score", "curate", "prune", "train", "evaluate", "export", "report")
-]
 # A process that is still being started ends by the signal itself.
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
 OUTPUTS = {"generate": "data", "curate": "curated", "prune": "student-before", "train": "student", "convert": "jsonl"}
 ROOM = "size=900m"
 GRACE = 60  # seconds from SIGTERM to the end, on a machine with two other tests
 TRIED: Counter[tuple[str, str, str]] = Counter()
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(PRELOADED)
 
 
 def command(words: list[str], directory: Path, log: str, jump: float) -> None:

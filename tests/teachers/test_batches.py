@@ -1,12 +1,15 @@
 """Batch files against a double of an endpoint over HTTP, which counts what it bills."""
 
+import contextlib
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -14,6 +17,7 @@ from transformers import AutoTokenizer
 from llmdistill import load_dataset
 from llmdistill.data.dataset import read_manifest
 from tests.conftest import ROOT, run_cli
+from tests.forked import context
 from tests.teachers.endpoint import Endpoint, serving
 
 pytest.importorskip("openai", reason="the extra `api` is not installed")
@@ -98,28 +102,39 @@ def test_a_row_that_never_has_an_answer_is_counted(experiment, endpoint):
     assert read_manifest(experiment.parent / "run/data")["failed"] == {"an error in the batch (server_error)": 1}
 
 
+def forked(words, log):
+    """The command in a process that has done the imports, with short pauses; what it says goes to a file."""
+    from llmdistill import cli
+    from llmdistill.teachers import batches
+
+    batches.POLL, batches.SETTLES = 0.1, 0.5
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.chdir(ROOT)
+    with Path(log).open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        cli.main(words)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_twenty_kills_pay_nothing_twice_and_lose_no_row(experiment, endpoint):
     """At random moments of what comes after the imports; the double goes on with what it has been sent.
 
     A try that has finished before it was killed is followed by one that makes the dataset anew, of the batches that are there.
     """
-    generator, kills = random.Random(0), 0
+    generator, kills, log = random.Random(0), 0, experiment.parent / "log"
     with serving(endpoint) as url:
         while kills < 20:
             endpoint.delay = 1e9 if kills < 8 else 0.0  # no batch ends before the eighth kill
             calls = len(endpoint.times)
-            process = subprocess.Popen(command(experiment, url), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            while len(endpoint.times) == calls and process.poll() is None:
-                time.sleep(0.01)  # the imports
-            wait = time.monotonic() + generator.uniform(0, 0.8)
-            while time.monotonic() < wait and process.poll() is None:
-                time.sleep(0.005)
-            finished = process.poll() is not None
+            words = ["generate", str(experiment), "--teacher.url", url]
+            process = context.Process(target=forked, args=(words, str(log)))
+            process.start()
+            while len(endpoint.times) == calls and process.is_alive():
+                time.sleep(0.01)
+            process.join(generator.uniform(0, 0.8))
+            finished = not process.is_alive()
             process.kill()
-            output, _ = process.communicate()
-            assert process.returncode in (0, -signal.SIGKILL), output.decode()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
             kills += not finished
             if finished:
                 shutil.rmtree(experiment.parent / "run/data")
