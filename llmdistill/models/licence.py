@@ -70,7 +70,7 @@ def sentence(licence: dict[str, str]) -> str:
             "The licence of the teacher is not known to llmdistill. "
             "It, and the licence of the prompts, may apply to what is made from them."
         )
-    other = licence.get("license") == "other"
+    other = licence.get("license", "other") == "other"
     name = licence.get("license_name") or (licence.get("license_link") if other else None) or licence.get("license") or "other"
     bound = restriction(licence)
     warning = f" **Mind: {bound}.**" if bound else ""

@@ -8,10 +8,18 @@ import pytest
 import trl
 from transformers import AutoTokenizer
 
+from llmdistill.config import Teacher
 from llmdistill.errors import InputError
 from llmdistill.prompting.magpie import PreQueryFormat, around_user_turn
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # as the models have them
+
+
+def chat_of(tokenizer):
+    teacher = Teacher(model="m", engine="transformers")
+    return SimpleNamespace(tokenizer=tokenizer, experiment=SimpleNamespace(teacher=teacher))
+
+
 SYSTEM = [{"role": "system", "content": "Be kind."}]
 
 
@@ -72,7 +80,7 @@ def test_real_templates(tokenizer, name, before, before_with_system, after):
 
 def test_the_demo_teacher_sees_what_its_own_template_writes(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    ids = PreQueryFormat(SimpleNamespace(tokenizer=tokenizer)).ids(SYSTEM, "here")
+    ids = PreQueryFormat(chat_of(tokenizer)).ids(SYSTEM, "here")
     assert tokenizer.decode(ids) == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
     whole = tokenizer.apply_chat_template([*SYSTEM, {"role": "user", "content": "Hello."}], return_dict=True)["input_ids"]
     assert whole[: len(ids)] == list(ids)
@@ -92,7 +100,7 @@ def test_the_demo_teacher_sees_what_its_own_template_writes(tiny):
 def test_a_turn_ends_where_the_template_ends_it(tokenizer, tiny, template, written, finish_reason, text, ended):
     model = tokenizer(template) if template else AutoTokenizer.from_pretrained(tiny)
     ids = np.array(model(written, add_special_tokens=False)["input_ids"])
-    answer = PreQueryFormat(SimpleNamespace(tokenizer=model)).answer(ids, finish_reason)
+    answer = PreQueryFormat(chat_of(model)).answer(ids, finish_reason)
     assert (answer.text, answer.finish_reason) == (text, ended)
 
 
@@ -109,4 +117,4 @@ def test_a_turn_ends_where_the_template_ends_it(tokenizer, tiny, template, writt
 )
 def test_a_template_without_a_users_turn_is_refused(tokenizer, template, message):
     with pytest.raises(InputError, match=f"teacher.model: .*{message}"):
-        PreQueryFormat(SimpleNamespace(tokenizer=tokenizer(template)))
+        PreQueryFormat(chat_of(tokenizer(template)))

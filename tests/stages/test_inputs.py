@@ -8,6 +8,7 @@ import pytest
 
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_tokenizer, vocabulary_hash
 from llmdistill.runs import record
 from llmdistill.stages.table import STAGES
 from tests.conftest import run_cli
@@ -150,7 +151,8 @@ def place(tiny, text_rows, tmp_path):
     for name in ("text", "mixed", "run/data"):
         shutil.copytree(text_rows, tmp_path / name)
         manifest = record.read_json(tmp_path / name / "dataset.json")
-        record.write_json(tmp_path / name / "dataset.json", manifest | {"tokenizer": {"vocabulary_hash": "x"}})
+        vocabulary = vocabulary_hash(load_tokenizer(str(tiny), None))
+        record.write_json(tmp_path / name / "dataset.json", manifest | {"tokenizer": {"vocabulary_hash": vocabulary}})
     return tmp_path
 
 

@@ -111,7 +111,7 @@ def test_text_is_stored_in_the_students_tokens_with_the_chunks_of_both(endpoint,
     # The endpoint says one half of every token: a chunk of n of its tokens has n · log ½.
     halves = made.targets.logprobs_N[made.targets.sizes_N > 0] / math.log(0.5)
     assert np.allclose(halves, halves.round())
-    assert (halves >= 1).all()
+    assert (halves > 0.99).all()
 
 
 @pytest.mark.parametrize("limit", [3, 80])

@@ -76,7 +76,7 @@ def test_a_trace_is_not_learned_and_the_targets_are_those_of_what_is_stored(expe
         ([("generate.min_tokens", "9")], "min_tokens is 9, more than max_tokens 8"),
         (
             [("generate.json_schema", "{type: object}")],
-            "json_schema needs constrained decoding, which teacher.engine vllm and server support",
+            "json_schema needs constrained decoding, which teacher.engine vllm, server and openai support",
         ),
         ([("generate.json_schema", "{type: thing}"), ("teacher.engine", "vllm")], "is not a valid JSON schema"),
         (
