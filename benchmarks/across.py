@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--gemma", type=Path, help="directory with Gemma's tokenizer")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trl-seeds", type=int, default=3, help="for TRL's losses, which take four times as long")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="to train the student")
     parser.add_argument("--only", choices=("shares", "cost", "outcome"))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -79,8 +79,9 @@ def main() -> None:
                 figures["cost"] = cost(own, 1 if arguments.smoke else 7)
                 aims["step_over_one_tokenizer"] = figures["cost"]["ratio"]
             if arguments.only in (None, "outcome"):
-                how = (2, 1, 1) if arguments.smoke else (arguments.steps, arguments.seeds, arguments.trl_seeds)
-                figures["outcome"] = outcome(own, Path(scratch), *how)
+                steps, seeds = (2, 1) if arguments.smoke else (arguments.steps, arguments.seeds)
+                ways = [way for way in WAYS if way in (SOFT, TEXT, *arguments.ways)]
+                figures["outcome"] = outcome(own, Path(scratch), steps, seeds, ways)
                 aims["bits_per_byte_below_text"] = -figures["outcome"][SOFT]["difference"]["high"]
     print()
     report(figures, aims, arguments.json)
@@ -238,7 +239,7 @@ def step(student: Any, head: fused.Head, batch: dict[str, Any]) -> torch.Tensor:
     return loss / len(labels_N)
 
 
-def outcome(experiment: Experiment, scratch: Path, steps: int, seeds: int, trl_seeds: int) -> dict[str, Any]:
+def outcome(experiment: Experiment, scratch: Path, steps: int, seeds: int, ways: list[str]) -> dict[str, Any]:
     """Bits per byte on the held-out rows of every way to train, and the paired difference to the text alone."""
     directory = experiment.directory("retokenized")
     test, classes = load_dataset(directory, "test"), RootClasses.load(directory)
@@ -246,7 +247,6 @@ def outcome(experiment: Experiment, scratch: Path, steps: int, seeds: int, trl_s
     sides = sides_of(experiment, read(directory))
     found: dict[str, list[dict[str, Array]]] = {}
     for seed in range(seeds):
-        ways = WAYS if seed < trl_seeds else [way for way in WAYS if way not in (GOLD, ULD)]
         for name, student in students(experiment, sides, teacher, ways, steps, seed, scratch):
             measured = fidelity({"teacher": teacher, "student": student}, test, 8, classes=classes)
             found.setdefault(name, []).append(measured)
