@@ -34,7 +34,7 @@ from transformers.utils import logging
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import Experiment, load_experiment
 from llmdistill.config.machine import training_precision
-from llmdistill.data.alignment import Side, align
+from llmdistill.data.alignment import Side, Texts, align
 from llmdistill.data.collator import DistillCollator, completion_labels, in_place_of_logits, teacher_batch
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import draw_clusters, mean_interval
@@ -157,7 +157,7 @@ def shared(
     for text in texts:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         own_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        found = align(side, own, np.array(ids), np.array(own_ids), 1, 1)
+        found = align(Texts(side, own, np.array(ids), np.array(own_ids), 1, 1))
         for key, value in found.counted.items():
             counts[key] = counts.get(key, 0) + value
         with torch.inference_mode():

@@ -8,28 +8,47 @@ from typing import Any
 def write_tiny(directory: Path, smollm2: Path, vocab_size: int = 49152) -> Path:
     """A random llama with the demo teacher's tokenizer: 4 layers, hidden size 32, in float32; starts in a second."""
     import torch
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 4, "max_position_embeddings": 256, "initializer_range": 0.4}
+    return _write_llama(directory, AutoTokenizer.from_pretrained(smollm2), vocab_size, 1, 2, **sizes)
+
+
+def _write_llama(directory: Path, tokenizer: Any, vocab_size: int, begin: int, end: int, **sizes: Any) -> Path:
+    """A random llama of hidden size 32 with its tokenizer; `begin` and `end` are tokens."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
         tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        initializer_range=0.4,
+        **ids,
+        **sizes,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(smollm2).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory
+
+
+def nearby(model: Path) -> Any:
+    """The model with noise on every weight, as a student that is not far."""
+    import torch
+
+    from llmdistill.models.loading import load_model
+
+    torch.manual_seed(3)
+    student = load_model(str(model))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.03)
+    return student
 
 
 def write_noisy(model: Path, directory: Path, seed: int, noise: float = 0.1, padding: int = 0) -> Path:
@@ -160,26 +179,8 @@ def write_foreign(
 ) -> Path:
     """A random llama of 2 layers whose tokenizer is not the demo teacher's; in float32."""
     import torch
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = small_tokenizer(text, size)
     torch.manual_seed(1)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=end, pad_token_id=end)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return _write_llama(directory, tokenizer, len(tokenizer), 0, end, num_hidden_layers=2, max_position_embeddings=512)

@@ -83,13 +83,14 @@ def shares(counts: Mapping[str, int]) -> str:
     return f"of {counts['positions']:,} positions " + ", ".join(f"{counts[n] / total:.1%} {what}" for n, what in _SORTS.items())
 
 
-def align(teacher: Side, student: Side, their_ids: Array, own_ids: Array, their_start: int = 0, own_start: int = 0) -> Alignment:
-    """Match the positions of one text in two tokenizations.
+@dataclass(frozen=True)
+class Texts:
+    """One text in two tokenizations.
 
     A text that one side has with other white space in front, as some chat templates strip it, is matched behind that. Where
-    the texts differ otherwise, the positions behind the first difference have no partner.
+    the texts differ otherwise, what is behind the first difference has no partner.
 
-    Args:
+    Attributes:
         teacher: how its tokens read.
         student: how its own read.
         their_ids: the teacher's tokens.
@@ -97,23 +98,35 @@ def align(teacher: Side, student: Side, their_ids: Array, own_ids: Array, their_
         their_start: the teacher's first position with a distribution; what is before it counts for the places alone.
         own_start: the student's first position that is learnt.
     """
-    size, same, shift = _met(teacher, student, their_ids, own_ids)
-    ids_N, begins_N = own_ids[own_start:], student.begins(own_ids)[own_start:] + shift
+
+    teacher: Side
+    student: Side
+    their_ids: Array
+    own_ids: Array
+    their_start: int = 0
+    own_start: int = 0
+
+    @cached_property
+    def met(self) -> tuple[int, int, int]:
+        """Bytes of the teacher's text, how many of them are the student's, too, and what is added to a place in the student's."""
+        theirs, own = self.teacher.bytes(self.their_ids), self.student.bytes(self.own_ids)
+        if theirs != own and theirs.lstrip() == own.lstrip():
+            return len(theirs), len(theirs), len(theirs) - len(own)
+        return len(theirs), _common(theirs, own), 0
+
+
+def align(texts: Texts) -> Alignment:
+    """Match the positions of one text in two tokenizations."""
+    (size, same, shift), student = texts.met, texts.student
+    ids_N, begins_N = texts.own_ids[texts.own_start :], student.begins(texts.own_ids)[texts.own_start :] + shift
     reached_N = (begins_N >= 0) & (begins_N <= same) & ~student.is_silent(ids_N)
-    place_N = np.where(reached_N, _places(teacher, their_ids, their_start, size)[begins_N * reached_N], -1)
+    place_at = _places(texts.teacher, texts.their_ids, texts.their_start, size)
+    place_N = np.where(reached_N, place_at[begins_N * reached_N], -1)
     met_N = place_N >= 0
-    class_M = teacher.class_V[their_ids[their_start:][place_N[met_N]]]
+    class_M = texts.teacher.class_V[texts.their_ids[texts.their_start :][place_N[met_N]]]
     agrees_N = np.zeros_like(met_N)
     agrees_N[met_N] = student.class_V[ids_N[met_N]] == class_M
     return Alignment(np.where(agrees_N, place_N, -1), int((~met_N).sum()), int((met_N & ~agrees_N).sum()))
-
-
-def _met(teacher: Side, student: Side, their_ids: Array, own_ids: Array) -> tuple[int, int, int]:
-    """Bytes of the teacher's text, how many of them are the student's, too, and what is added to a place in the student's."""
-    theirs, own = teacher.bytes(their_ids), student.bytes(own_ids)
-    if theirs != own and theirs.lstrip() == own.lstrip():
-        return len(theirs), len(theirs), len(theirs) - len(own)
-    return len(theirs), _common(theirs, own), 0
 
 
 def _places(side: Side, ids: Array, start: int, size: int) -> Array:
@@ -146,51 +159,39 @@ def told_chunks(contents: Sequence[bytes], logprobs_N: Array, student: Side, own
         own_ids: those of the text.
     """
     teacher = Side(contents, np.empty(0), frozenset())
-    return chunks(teacher, student, np.arange(len(contents)), own_ids, 0, 0, logprobs_N)
+    return chunks(Texts(teacher, student, np.arange(len(contents)), own_ids), logprobs_N)
 
 
-def chunks(
-    teacher: Side,
-    student: Side,
-    their_ids: Array,
-    own_ids: Array,
-    their_start: int,
-    own_start: int,
-    logprobs_N: Array,
-) -> tuple[Array, Array]:
+def chunks(texts: Texts, logprobs_N: Array) -> tuple[Array, Array]:
     """The smallest stretches of text that begin and end with a token on both sides (Minixhofer et al. 2025, arXiv 2503.20083).
 
     The probability of such a chunk is the product of its tokens', in either tokenization. Those with special tokens inside, with
     a token whose log-probability is unknown (NaN), or behind the first difference of the texts, are none.
 
     Args:
-        teacher: how its tokens read.
-        student: how its own read.
-        their_ids: the teacher's tokens.
-        own_ids: the student's.
-        their_start: the teacher's first position with a log-probability.
-        own_start: the student's first position that is learnt.
+        texts: the text.
         logprobs_N: the teacher's log-probabilities of its tokens from `their_start` on.
 
     Returns:
         At the student's last token of each chunk how many of its tokens it has, else 0; and the teacher's log-probability of
         it there, else 0. Both (N,).
     """
-    size, same, shift = _met(teacher, student, their_ids, own_ids)
-    begins_T, begins_N = _bounds(teacher, their_ids, their_start), _bounds(student, own_ids, own_start) + shift
+    size, same, shift = texts.met
+    begins_T = _bounds(texts.teacher, texts.their_ids, texts.their_start)
+    begins_N = _bounds(texts.student, texts.own_ids, texts.own_start) + shift
     bounds = np.intersect1d(begins_T, begins_N)
     both_end = begins_T[-1] > size and begins_N[-1] > size
     bounds = bounds[bounds <= same + both_end]
     first_T, first_N = np.searchsorted(begins_T[:-1], bounds), np.searchsorted(begins_N[:-1], bounds)
     unusable = (
-        (teacher.is_silent(their_ids[their_start:]) | np.isnan(logprobs_N), first_T),
-        (student.is_silent(own_ids[own_start:]), first_N),
+        (texts.teacher.is_silent(texts.their_ids[texts.their_start :]) | np.isnan(logprobs_N), first_T),
+        (texts.student.is_silent(texts.own_ids[texts.own_start :]), first_N),
     )
     whole = (np.diff(first_T) > 0) & (np.diff(first_N) > 0)
     for bad, first in unusable:
         whole &= np.diff(np.concatenate([[0], np.cumsum(bad)])[first]) == 0
     sums = np.diff(np.concatenate([[0.0], np.cumsum(np.nan_to_num(logprobs_N))])[first_T])
-    sizes_N, found_N = np.zeros(len(own_ids) - own_start, dtype=np.int64), np.zeros(len(own_ids) - own_start)
+    sizes_N, found_N = np.zeros(len(begins_N) - 1, dtype=np.int64), np.zeros(len(begins_N) - 1)
     ends = first_N[1:][whole] - 1
     sizes_N[ends], found_N[ends] = np.diff(first_N)[whole], sums[whole]
     return sizes_N, found_N

@@ -10,12 +10,13 @@ once, at its last token. Tokens in no chunk are learnt as hard labels.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmdistill.losses.divergences import DIVERGENCES, SMALLEST, Objective, wide
+from llmdistill.losses.divergences import SMALLEST, Objective, wide
 
 _NEAREST = 1e-7  # to a probability of one
 
@@ -34,10 +35,7 @@ def chunk_parts(ce_N: Tensor, targets: Mapping[str, Any], objective: Objective) 
     log_q_M = -ce_N.new_zeros(int(ends_N.sum())).index_add(0, chunk_N[inside_N] - first, ce_N[inside_N])
     log_p_M = wide(targets["target_logprobs"])[ends_N].to(log_q_M.dtype)
     outcomes = [_outcomes(log_MJ / objective.temperature) for log_MJ in (log_p_M, log_q_M)]
-    mixture = {} if objective.beta is None else {"beta": objective.beta}
-    made = {"kl": DIVERGENCES["forward_kl"](*outcomes)}
-    if objective.loss != "forward_kl":
-        made[objective.loss] = DIVERGENCES[objective.loss](*outcomes, **mixture)
+    made = replace(objective, temperature=1.0).divergences(*outcomes)
     hard_N = torch.where(inside_N, torch.zeros_like(ce_N), ce_N)
     return {name: hard_N.masked_scatter(ends_N, value_M * objective.temperature) for name, value_M in made.items()}
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config import Experiment
-from llmdistill.data.alignment import Alignment, Side, align, chunks, shares
+from llmdistill.data.alignment import Alignment, Side, Texts, align, chunks, shares
 from llmdistill.data.dataset import (
     MANIFEST,
     SPLITS,
@@ -193,7 +193,7 @@ class Sides:
             _, their_ids = stored_ids(told, self.teacher_chat)
         except UnusableError:  # nothing but white space, which templates refuse: the end alone is compared
             their_ids = sorted(self.teacher.end_ids)[:1]
-        place_N = align(self.teacher, self.student, np.array(their_ids), ids).place_N
+        place_N = align(Texts(self.teacher, self.student, np.array(their_ids), ids)).place_N
         return {**row, "teacher_ids": np.array([*prompt, *their_ids]), "teacher_start": len(prompt), "target_places": place_N}
 
 
@@ -272,11 +272,10 @@ def _row(row: Mapping[str, Any], sides: Sides, leave_out: bool) -> _Row:
     if sides.masked:
         start += int(np.searchsorted(sides.student.begins(np.array(ids)), len(_trace(row).encode())))
     # Prompts are written by two templates; text without one is the same text from its first token on.
-    answers = (their_ids[their_start:], own_ids[start:], 0, 0)
-    texts = answers if row["prompt"] else (their_ids, own_ids, their_start, start)
-    alignment = align(sides.teacher, sides.student, *texts)
-    sizes_N, logprobs_N = chunks(sides.teacher, sides.student, *texts, np.array(row["token_logprobs"], dtype=np.float64))
-    return _Row(own_ids, start, alignment, Chunks(np.empty((len(sizes_N), 0)), sizes_N, logprobs_N))
+    answers = (their_ids[their_start:], own_ids[start:])
+    texts = Texts(sides.teacher, sides.student, *(answers if row["prompt"] else (their_ids, own_ids, their_start, start)))
+    sizes_N, logprobs_N = chunks(texts, np.array(row["token_logprobs"], dtype=np.float64))
+    return _Row(own_ids, start, align(texts), Chunks(np.empty((len(sizes_N), 0)), sizes_N, logprobs_N))
 
 
 def _trace(row: Mapping[str, Any]) -> str:

@@ -213,6 +213,7 @@ class _Stored:
         columns += self.sampled
         parts = [load_dataset(directory, split).select_columns(columns) for split in SPLITS if split in there]
         self.rows = datasets.concatenate_datasets(parts)
+        self.encoded: dict[int, tuple[list[int], list[int]]] = {}  # of rows in another vocabulary, in the teacher's tokens
         self.order: list[int] | None = None  # of the rows that are read, those of a teacher together, once `prepare` has looked
 
     def __len__(self) -> int:
@@ -226,7 +227,9 @@ class _Stored:
     def prepare(self, chats: Mapping[str, PromptEncoder], names: Sequence[str]) -> list[Part]:
         first = next(iter(chats.values()))  # all have one vocabulary and one template
         self.same = self.manifest["tokenizer"]["vocabulary_hash"] == vocabulary_hash(first.tokenizer)
-        usable = range(len(self.rows)) if self.same else self._usable(first)
+        if not self.same:
+            self._encode(first)
+        usable = range(len(self.rows)) if self.same else self.encoded
         self.order = order = [number for name in chats for number in usable if names[number] == name]
         self.encoders = [(name, chats[name]) for name in (names[number] for number in order)]
         parts, start = [], 0
@@ -236,18 +239,14 @@ class _Stored:
             start += count
         return parts
 
-    def _usable(self, chat: PromptEncoder) -> list[int]:
-        """Of rows in another vocabulary, those that the teacher's chat template takes."""
-        used = []
+    def _encode(self, chat: PromptEncoder) -> None:
+        """Rows in another vocabulary, those that the teacher's chat template takes."""
         for number, row in enumerate(self.rows.with_format(None)):
             try:
-                stored_ids(row, chat.template)
+                self.encoded[number] = stored_ids(row, chat.template)
             except UnusableError as error:
                 self.left_out.add(error.at(f"{self.directory} row {row['id']}"))
-                continue
-            used.append(number)
-        self.left_out.close("score", len(used))
-        return used
+        self.left_out.close("score", len(self.encoded))
 
     def _longest(self, chat: PromptEncoder, places: range) -> int:
         """Check the texts of a teacher, by their places in `order`; the length of the longest sequence."""
@@ -273,9 +272,7 @@ class _Stored:
         provenance |= {"teacher": name} if name else {}
         system = chat.experiment.teacher.system
         whole = provenance["messages"][:-1] if "messages" in provenance else messages[0]
-        prompt_ids, completion_ids = ids[:start], ids[start:]
-        if not self.same:
-            prompt_ids, completion_ids = stored_ids(self.rows.with_format(None)[place], chat.template)
+        prompt_ids, completion_ids = self.encoded.get(place, (ids[:start], ids[start:]))
         origin = f"{self.directory} row {row['id']}"
         told_ids = None if system is None else chat.told_ids(whole, origin, provenance.get("tools"))
         reason = str(row["finish_reason"])

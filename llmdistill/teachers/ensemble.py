@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill.config import Targets, Teacher
-from llmdistill.data.targets import Array, MemberTokens, list_array
+from llmdistill.data.targets import Array, MemberTokens, list_column
 from llmdistill.errors import InputError
 from llmdistill.models.loading import context_length, load_config
 from llmdistill.runs import lock
@@ -195,20 +195,17 @@ def _write(file: Path, rows: list[Completion]) -> None:
     """What a pass says of a shard; it appears when it is whole."""
     said = [row.said for row in rows]
     assert all(part is not None for part in said)
-
-    def column(arrays: list[Array], kind: Any) -> pa.Array:
-        return list_array(np.concatenate([array.ravel() for array in arrays]).astype(kind), np.array([a.size for a in arrays]))
-
+    told = [part for part in said if part]
     table = pa.table(
         {
             "index": pa.array([row.index for row in rows], pa.int64()),
             "finish_reason": pa.array([row.finish_reason for row in rows], pa.string()),
             "sampling_logprob": pa.array([row.sampling_logprob for row in rows], pa.float64()),
-            "ids": column([row.ids for row in rows], np.int32),
-            "token_logprobs": column([row.token_logprobs for row in rows], np.float32),
-            "kept_ids": column([part.ids_NK for part in said if part], np.int32),
-            "kept_logprobs": column([part.logprobs_NK for part in said if part], np.float32),
-            "asked": column([part.asked_NJ for part in said if part], np.float32),
+            "ids": list_column([row.ids for row in rows], np.int32),
+            "token_logprobs": list_column([row.token_logprobs for row in rows], np.float32),
+            "kept_ids": list_column([part.ids_NK.ravel() for part in told], np.int32),
+            "kept_logprobs": list_column([part.logprobs_NK.ravel() for part in told], np.float32),
+            "asked": list_column([part.asked_NJ.ravel() for part in told], np.float32),
         }
     )
     with lock.written(file) as unfinished:

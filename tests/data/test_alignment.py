@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmdistill.data.alignment import Side, align, chunks
+from llmdistill.data.alignment import Side, Texts, align, chunks
 from llmdistill.models.root_classes import Vocabulary, root_classes
 
 THEIRS = [b"a", b"b", b"c", b"ab", b"\n", None, None]  # the last two are special, the last ends a text
@@ -26,7 +26,7 @@ def sides():
 
 
 def aligned(theirs, own, *starts):
-    found = align(*sides(), np.array(theirs), np.array(own), *starts)
+    found = align(Texts(*sides(), np.array(theirs), np.array(own), *starts))
     return found.place_N.tolist(), found.inside, found.disagree
 
 
@@ -66,18 +66,18 @@ def test_a_token_in_front_of_the_text_moves_nothing():
 def test_chunks_begin_and_end_on_both_sides():
     log_p = np.log([0.5, 0.25, 0.125])
     # ab|c|end and a|bc|end: abc is one chunk of 0.5 · 0.25.
-    sizes, logprobs = chunks(*sides(), np.array([3, 2, 6]), np.array([0, 3, 6]), 0, 0, log_p)
+    sizes, logprobs = chunks(Texts(*sides(), np.array([3, 2, 6]), np.array([0, 3, 6])), log_p)
     assert sizes.tolist() == [0, 2, 1]
     assert np.exp(logprobs) == pytest.approx([1, 0.125, 0.125])
     # The end is one only where both texts end.
-    sizes, _ = chunks(*sides(), np.array([3, 2]), np.array([0, 3, 6]), 0, 0, log_p[:2])
+    sizes, _ = chunks(Texts(*sides(), np.array([3, 2]), np.array([0, 3, 6])), log_p[:2])
     assert sizes.tolist() == [0, 2, 0]
     # Not across a special token, nor behind a difference.
-    sizes, _ = chunks(*sides(), np.array([0, 5, 1]), np.array([0, 1]), 0, 0, log_p)
+    sizes, _ = chunks(Texts(*sides(), np.array([0, 5, 1]), np.array([0, 1])), log_p)
     assert sizes.tolist() == [1, 0]
-    sizes, _ = chunks(*sides(), np.array([0, 1, 2]), np.array([0, 1, 2]), 0, 0, np.array([-1, np.nan, -2]))
+    sizes, _ = chunks(Texts(*sides(), np.array([0, 1, 2]), np.array([0, 1, 2])), np.array([-1, np.nan, -2]))
     assert sizes.tolist() == [1, 0, 1]
-    sizes, _ = chunks(*sides(), np.array([0, 1, 2]), np.array([0, 2, 2]), 0, 0, log_p)
+    sizes, _ = chunks(Texts(*sides(), np.array([0, 1, 2]), np.array([0, 2, 2])), log_p)
     assert sizes.tolist() == [1, 0, 0]
 
 
@@ -95,7 +95,8 @@ def test_every_soft_position_begins_where_its_partner_does(text, seed):
         return np.array([*ids, 6])
 
     theirs, own = encode(THEIRS), encode(OWN)
-    found = align(teacher, student, theirs, own)
+    texts = Texts(teacher, student, theirs, own)
+    found = align(texts)
     assert found.counted["positions"] == len(own) == found.counted["soft"] + found.inside + found.disagree
     for position, place in enumerate(found.place_N.tolist()):
         before = teacher.bytes(theirs[:place])
@@ -103,6 +104,6 @@ def test_every_soft_position_begins_where_its_partner_does(text, seed):
             assert before == student.bytes(own[:position])
             assert teacher.class_V[theirs[place]] == student.class_V[own[position]]
     log_p = rng.uniform(-3, 0, len(theirs))
-    sizes, logprobs = chunks(teacher, student, theirs, own, 0, 0, log_p)
+    sizes, logprobs = chunks(texts, log_p)
     assert sizes.sum() == len(own)  # every token is in a chunk, and nothing of the teacher's is lost
     assert logprobs.sum() == pytest.approx(log_p.sum())

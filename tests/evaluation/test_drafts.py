@@ -16,6 +16,7 @@ from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.metrics import METRICS, Sums
 from llmdistill.evaluation.statistics import Draws
 from llmdistill.models.loading import load_model
+from tests.factories import nearby
 
 BY_NAME = {metric.name: metric for metric in METRICS}
 GAMMAS = range(1, MOST + 1)
@@ -68,12 +69,7 @@ def test_cycles_begin_where_little_is_accepted():
 
 @pytest.fixture(scope="module")
 def models(tiny):
-    torch.manual_seed(3)
-    student = load_model(str(tiny))
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.03)
-    return {"teacher": load_model(str(tiny)), "copy": load_model(str(tiny)), "student": student}
+    return {"teacher": load_model(str(tiny)), "copy": load_model(str(tiny)), "student": nearby(tiny)}
 
 
 @pytest.fixture(scope="module")

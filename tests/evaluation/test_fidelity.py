@@ -8,6 +8,7 @@ from llmdistill.evaluation.fidelity import fidelity, own_text, token_view
 from llmdistill.evaluation.metrics import CONFIDENCES, ENTROPIES, METRICS, POSITIONS, Sums
 from llmdistill.evaluation.statistics import Draws
 from llmdistill.models.loading import load_model, load_tokenizer
+from tests.factories import nearby
 
 END = 7
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -15,12 +16,7 @@ BY_NAME = {metric.name: metric for metric in METRICS}
 
 @pytest.fixture(scope="module")
 def models(tiny):
-    torch.manual_seed(3)
-    student = load_model(str(tiny))
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.03)
-    return {"teacher": load_model(str(tiny)), "student": student}
+    return {"teacher": load_model(str(tiny)), "student": nearby(tiny)}
 
 
 @pytest.fixture(scope="module")

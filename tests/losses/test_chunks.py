@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill import losses
 from llmdistill.data.targets import Chunks
-from llmdistill.losses import DIVERGENCES, Objective, fused
+from llmdistill.losses import DIVERGENCES, Objective
+from tests.losses.forms import assert_both_forms
 
 N, D, V = 9, 6, 20
 SIZES = np.array([0, 0, 3, 1, 0, 2, 0, 0, 0])  # three chunks, then three tokens of none; one of them is the row before's
@@ -40,16 +40,10 @@ def by_the_formula(logits, labels, loss, alpha, temperature):
 @pytest.mark.parametrize("loss", DIVERGENCES)
 def test_values_and_gradients_are_those_of_the_formula(loss, temperature, rows):
     hidden, layer, labels, batch = problem()
-    objective = Objective(loss, 0.7, temperature)
-    exact, exact_hidden = (value.detach().double().requires_grad_() for value in (layer.weight, hidden))
-    want = by_the_formula(exact_hidden @ exact.T, labels, loss, 0.7, temperature)
-    wanted = torch.autograd.grad(want, (exact_hidden, exact))
-    plain, _ = losses.distillation_loss(hidden @ layer.weight.T, labels, batch, objective)
-    got, _ = fused.distillation_loss(hidden, fused.Head(layer), labels, batch, objective, chunk_bytes=rows * 4 * V)
-    for found in (plain, got):
-        torch.testing.assert_close(found.double(), want, rtol=2e-5, atol=2e-5)
-        for ours, theirs in zip(torch.autograd.grad(found, (hidden, layer.weight)), wanted, strict=True):
-            torch.testing.assert_close(ours.double(), theirs, rtol=5e-4, atol=5e-5)
+    assert_both_forms(
+        hidden, layer, labels, batch, Objective(loss, 0.7, temperature),
+        lambda logits: by_the_formula(logits, labels, loss, 0.7, temperature), rows, (2e-5, 2e-5), (5e-4, 5e-5),
+    )  # fmt: skip
 
 
 def test_the_chunk_of_each_token():

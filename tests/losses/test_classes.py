@@ -12,6 +12,7 @@ from llmdistill.data.targets import KINDS, Multinomial, Sampled, TopK
 from llmdistill.losses import DIVERGENCES, Objective, fused
 from llmdistill.losses.classes import ClassTable, segment_logsumexp
 from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
+from tests.losses.forms import assert_both_forms
 
 N, D, V, T, K, C = 11, 8, 30, 24, 6, 9
 
@@ -87,17 +88,10 @@ CASES = [("sampled", "forward_kl"), ("multinomial", "forward_kl"), *(("topk", na
 def test_values_and_gradients_are_those_of_the_formula(kind, loss, rows):
     hidden, layer, labels, teacher, soft, classes = problem()
     stored, batch = batch_of(kind, teacher, classes, soft)
-    objective = Objective(loss, alpha=0.7)
-    exact = layer.weight.detach().double().requires_grad_()
-    exact_hidden = hidden.detach().double().requires_grad_()
-    want = by_the_formula(exact_hidden @ exact.T, labels, stored, classes, soft, kind, loss, 0.7)
-    wanted = torch.autograd.grad(want, (exact_hidden, exact))
-    plain, _ = losses.distillation_loss(hidden @ layer.weight.T, labels, batch, objective)
-    got, _ = fused.distillation_loss(hidden, fused.Head(layer), labels, batch, objective, chunk_bytes=rows * 4 * V)
-    for found in (plain, got):
-        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
-        for ours, theirs in zip(torch.autograd.grad(found, (hidden, layer.weight)), wanted, strict=True):
-            torch.testing.assert_close(ours.double(), theirs, rtol=2e-4, atol=2e-5)
+    assert_both_forms(
+        hidden, layer, labels, batch, Objective(loss, alpha=0.7),
+        lambda logits: by_the_formula(logits, labels, stored, classes, soft, kind, loss, 0.7), rows, (1e-5, 1e-5), (2e-4, 2e-5),
+    )  # fmt: skip
 
 
 def test_both_forms_give_the_same_parts():

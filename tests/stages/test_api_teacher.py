@@ -1,14 +1,12 @@
 """`generate` with a teacher behind an address, from the command line: cost, budget, cards, and what is refused at once."""
 
-import json
-
 import pytest
 from transformers import AutoTokenizer
 
 from llmdistill import load_dataset
 from llmdistill.data.dataset import read_manifest
 from tests.conftest import run_cli
-from tests.teachers.endpoint import Endpoint, serving
+from tests.teachers.endpoint import Endpoint, serving, write_numbers
 
 pytest.importorskip("openai", reason="the extra `api` is not installed")
 ROWS, SHARD, MOST = 12, 4, 40
@@ -22,8 +20,7 @@ def endpoint(smollm2):
 
 @pytest.fixture
 def experiment(smollm2, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Number {n}."}) + "\n" for n in range(ROWS)))
+    prompts = write_numbers(tmp_path, ROWS)
     file = tmp_path / "experiment.yaml"
     file.write_text(
         f"""

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 END = 2
@@ -226,3 +227,10 @@ def looked_at(endpoint: Endpoint, name: str) -> dict[str, Any]:
                 batch[key] = f"{name}-{key}" if lines else None
             batch["status"] = "completed"
     return batch
+
+
+def write_numbers(directory: Path, rows: int) -> Path:
+    """A file of so many prompts: `Number 0.`, `Number 1.`, and so on."""
+    file = directory / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Number {n}."}) + "\n" for n in range(rows)))
+    return file

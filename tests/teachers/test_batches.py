@@ -1,7 +1,6 @@
 """Batch files against a double of an endpoint over HTTP, which counts what it bills."""
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -18,7 +17,7 @@ from llmdistill import load_dataset
 from llmdistill.data.dataset import read_manifest
 from tests.conftest import ROOT, run_cli
 from tests.forked import context
-from tests.teachers.endpoint import Endpoint, serving
+from tests.teachers.endpoint import Endpoint, serving, write_numbers
 
 pytest.importorskip("openai", reason="the extra `api` is not installed")
 ROWS, SHARD = 12, 4
@@ -39,8 +38,7 @@ def endpoint(smollm2):
 
 @pytest.fixture
 def experiment(smollm2, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Number {n}."}) + "\n" for n in range(ROWS)))
+    prompts = write_numbers(tmp_path, ROWS)
     file = tmp_path / "experiment.yaml"
     file.write_text(
         f"""

@@ -160,9 +160,9 @@ class SoftTargets(ABC):
 
     def after(self, start: int) -> Self:
         """The targets of all positions but the first `start`."""
-        return type(self)(*(getattr(self, field.name)[start:] for field in fields(self)))
+        return self.at(slice(start, None))
 
-    def at(self, places: Array) -> Self:
+    def at(self, places: Array | slice) -> Self:
         """The targets of some positions, in this order."""
         return type(self)(*(getattr(self, field.name)[places] for field in fields(self)))
 

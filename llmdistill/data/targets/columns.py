@@ -22,7 +22,7 @@ def list_array(values: Array, lengths: Array) -> "pa.ListArray":
 def list_column(parts: Sequence[Array], dtype: Any) -> "pa.ListArray":
     """An Arrow list column, a list from each array."""
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
-    return list_array(np.concatenate([np.empty(0), *parts]).astype(dtype), lengths)
+    return list_array(np.concatenate([np.empty(0, dtype), *(part.astype(dtype) for part in parts)]), lengths)
 
 
 def id_type(vocab_size: int) -> "type[np.unsignedinteger[Any]]":
