@@ -1,7 +1,8 @@
 """Students cut out of the teacher: what each part of it does on some text, what stays, and the smaller model.
 
-For models whose layers are built as those of llama: qwen, gemma, mistral, olmo, granite, smollm3. Importance is that of Minitron (Muralidharan et al.
-2024, arXiv 2407.14679), measured by activations in one pass over a calibration set, and block influence for layers.
+For models whose layers are built as those of llama: qwen, gemma, mistral, olmo, granite, smollm3. Importance is that of
+Minitron (Muralidharan et al. 2024, arXiv 2407.14679), measured by activations in one pass over a calibration set, and block
+influence for layers.
 """
 
 import copy
