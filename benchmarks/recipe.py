@@ -34,7 +34,8 @@ from llmdistill.losses.hidden_states import of_pruned
 from llmdistill.models.loading import load_model
 from llmdistill.stages.prune import calibration_and_others
 from llmdistill.stages.table import STAGES
-from llmdistill.students.pruning import Kept, choose, measure, prune_model
+from llmdistill.students.layer_choice import parts_kept
+from llmdistill.students.pruning import Kept, prune_model
 from llmdistill.students.refit import refit
 
 Array = np.ndarray[Any, Any]
@@ -74,6 +75,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
     "start": {
         "pruned without refit": Variant(start=PLAIN),
         "pruned without refit, learning rate 1e-3": Variant({"learning_rate": 1e-3}, PLAIN),
+        "layers by KL": Variant(start={"by": "kl"}),
         "evenly spaced layers": Variant(start={"by": "even"}),
         "ridge 0.1": Variant(start={"ridge": 0.1}),
         "64 calibration rows": Variant(start={"calibration_rows": 64}),
@@ -165,7 +167,7 @@ class Bench:
         first = max(1, self.steps // 3)
         bigger, kept = self.start({"layers": (self.teacher.config.num_hidden_layers + layers) // 2})
         bigger = self.run(bigger, kept, variant, seed, first).eval()
-        inner = choose(self.settings, bigger.config, measure(bigger, self.calibration))
+        inner, _, _ = parts_kept(self.settings, bigger, self.calibration)
         student = prune_model(bigger, inner)
         kept = Kept([kept.layers[number] for number in inner.layers], inner.neurons, inner.heads, inner.hidden)
         refit(student, self.teacher, kept, self.calibration, self.settings.ridge)
@@ -182,7 +184,7 @@ class Bench:
         if key not in self._starts:
             settings = self.settings.with_(**changes)
             rows, _ = calibration_and_others(self.experiment, settings.calibration_rows)
-            kept = choose(settings, self.teacher.config, measure(self.teacher, rows))
+            kept, _, _ = parts_kept(settings, self.teacher, rows)
             student = prune_model(self.teacher, kept)
             if settings.refit:
                 refit(student, self.teacher, kept, rows, settings.ridge)
@@ -215,8 +217,12 @@ class Bench:
         if "hidden" in recipe:
             recipe["hidden"] = {**recipe["hidden"], "layers": of_pruned(kept.layers, len(self.teacher.get_decoder().layers))}
         if variant.lora:
-            student = get_peft_model(student, LoraConfig(r=variant.lora, lora_alpha=2 * variant.lora, target_modules="all-linear"))
-        with trainer_of(student, recipe, self.rows(variant.samples), self.teacher if variant.online else None, variant) as trainer:
+            student = get_peft_model(
+                student, LoraConfig(r=variant.lora, lora_alpha=2 * variant.lora, target_modules="all-linear")
+            )
+        with trainer_of(
+            student, recipe, self.rows(variant.samples), self.teacher if variant.online else None, variant
+        ) as trainer:
             trainer.train()
         return student.merge_and_unload() if variant.lora else student
 

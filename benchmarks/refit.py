@@ -5,7 +5,7 @@
 
 Every student is pruned from the same teacher by the same measurements on the first training rows. Printed are nats per
 token on the held-out rows (the first 83 completion tokens of twelve of them, as `llmdistill prune` says it), before any
-training, and the processor's time for the refit.
+training, and the processor's time for measuring, choosing and the refit.
 """
 
 import time
@@ -19,8 +19,9 @@ from found import argument_parser, report
 from llmdistill.config import Experiment, load_experiment
 from llmdistill.config.student import Prune
 from llmdistill.models.loading import load_model
-from llmdistill.stages.prune import TeacherKl, calibration_and_others
-from llmdistill.students.pruning import choose, measure, prune_model
+from llmdistill.stages.prune import calibration_and_others, rounded
+from llmdistill.students.layer_choice import TeacherKl, parts_kept
+from llmdistill.students.pruning import prune_model
 from llmdistill.students.refit import refit
 
 
@@ -45,6 +46,7 @@ def students(config: Any) -> dict[str, dict[str, Any]]:
     return {
         f"{of_layers}, by block influence": {"layers": layers},
         "the same, ridge 0.1": {"layers": layers, "ridge": 0.1},
+        f"{of_layers}, by KL": {"layers": layers, "by": "kl"},
         f"{of_layers}, evenly spaced": {"layers": layers, "by": "even"},
         f"{neurons:,} of {config.intermediate_size:,} neurons": {"intermediate_size": neurons},
         f"{heads} of {config.num_key_value_heads} key-value heads": {"key_value_heads": heads},
@@ -57,18 +59,18 @@ def measure_all(experiment: Experiment, rows: int) -> dict[str, Any]:
     teacher = load_model(experiment.teacher.model, experiment.teacher.revision, "float32")
     calibration, others = calibration_and_others(experiment, rows)
     tokens = sum(len(row["input_ids"]) for row in calibration)
-    importance, nearness = measure(teacher, calibration), TeacherKl(teacher, others)
+    nearness = TeacherKl(teacher, others)
     found = {}
     print(f"| {len(calibration)} rows, {tokens:,} tokens | cut | refitted | seconds |\n| --- | ---: | ---: | ---: |")
     for name, section in students(teacher.config).items():
         settings = Prune(**section)
-        kept = choose(settings, teacher.config, importance)
-        student = prune_model(teacher, kept)
-        before = nearness.kl(student, torch.bfloat16)
         start = time.process_time()
+        kept, _, _ = parts_kept(settings, teacher, calibration)
+        student = prune_model(teacher, kept)
+        before = nearness.kl(rounded(student, torch.bfloat16))
         refit(student, teacher, kept, calibration, settings.ridge)
         seconds = time.process_time() - start
-        found[name] = [before, nearness.kl(student, torch.bfloat16), seconds]
+        found[name] = [before, nearness.kl(rounded(student, torch.bfloat16)), seconds]
         print(f"| {name} | {before:.2f} | {found[name][1]:.2f} | {seconds:.0f} |", flush=True)
     return {"rows": rows, "tokens": tokens, "kl": found}
 

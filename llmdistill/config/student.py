@@ -18,8 +18,9 @@ class Prune(Section):
 
     layers: int | list[int] | None = None
     """Number of layers to keep, or a list of the layers to keep (counted from 0)."""
-    by: Literal["block_influence", "even"] = "block_influence"
-    """How layers are chosen: those that change their input most on the dataset, or evenly spaced ones."""
+    by: Literal["block_influence", "kl", "even"] = "block_influence"
+    """How layers are chosen: those that change their input most on the dataset (`block_influence`), by removing one after the
+    other the layer whose removal and refit cost the least KL from the teacher (`kl`; minutes), or evenly spaced ones."""
     intermediate_size: int | None = Field(default=None, ge=1)
     """Feed-forward neurons to keep in every layer: those with the largest activation on the dataset."""
     key_value_heads: int | None = Field(default=None, ge=1)
@@ -39,10 +40,21 @@ class Prune(Section):
             raise ValueError("give at least one of layers, intermediate_size, key_value_heads and hidden_size")
         return self
 
+    @model_validator(mode="after")
+    def _kl_is_after_a_refit(self) -> "Prune":
+        if self.by == "kl" and not self.refit:
+            raise ValueError("by is kl, the KL after a refit, but refit is false; remove one of them")
+        return self
+
+    @property
+    def by_kl(self) -> bool:
+        """Whether the layers to keep are chosen by trying."""
+        return self.by == "kl" and isinstance(self.layers, int)
+
     @property
     def measured(self) -> bool:
         """Whether rows of the dataset are needed, for the refit or to choose what to keep."""
-        by_influence = self.by == "block_influence" and isinstance(self.layers, int)
+        by_influence = self.by != "even" and isinstance(self.layers, int)
         return self.refit or by_influence or any((self.intermediate_size, self.key_value_heads, self.hidden_size))
 
 

@@ -94,29 +94,31 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
 
     Everything is measured and solved in float32.
     """
-    from llmdistill.students.pruning import choose, decoder_of, measure, prune_model
+    from llmdistill.students.layer_choice import TeacherKl, parts_kept
+    from llmdistill.students.pruning import decoder_of, prune_model
 
     teacher = experiment.teacher
     model = load_model(teacher.model, teacher.revision, "float32", teacher.trust_remote_code)
     calibration, others = calibration_and_others(experiment, settings.calibration_rows) if settings.measured else ([], [])
     decoder_of(model)  # another architecture is refused before anything of it is looked for
-    importance = measure(model, calibration) if settings.measured else None
+    kept, importance, removed = parts_kept(settings, model, calibration)
     config = model.config.get_text_config()
-    kept = choose(settings, config, importance)
     student = prune_model(model, kept)
     sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in (model, student)]
     results = {"parameters_before": sizes[0], "parameters": sizes[1], **_indices(kept, config)}
-    lines = _what_went(settings, config, kept, importance)
+    if removed:
+        results["removed"] = [{"layer": layer, "kl": kl} for layer, kl in removed]
+    lines = _what_went(settings, config, kept, importance, removed)
     dtype = _stored_dtype(experiment)
     nearness = TeacherKl(model, others) if others else None
-    near = {"cut": nearness.kl(student, dtype)} if nearness else {}
+    near = {"cut": nearness.kl(rounded(student, dtype))} if nearness else {}
     if settings.refit:
         from llmdistill.students.refit import refit
 
         errors = refit(student, model, kept, calibration, settings.ridge)
         results["refit"] = [{"layer": layer, "before": a, "after": b} for layer, (a, b) in zip(kept.layers, errors, strict=True)]
         if nearness:
-            near["refitted"] = nearness.kl(student, dtype)
+            near["refitted"] = nearness.kl(rounded(student, dtype))
     if others:
         results["kl_from_teacher"] = {**near, "rows": len(others)}
         lines.append(_how_near(near, len(others)))
@@ -153,35 +155,11 @@ def _stored_dtype(experiment: Experiment) -> Any:
     return load_config(teacher.model, teacher.revision, teacher.trust_remote_code).dtype or torch.float32
 
 
-class TeacherKl:
-    """How far a student is from the teacher on some rows, whose teacher's distributions are computed once; in float32."""
-
-    def __init__(self, teacher: Any, rows: list[dict[str, Any]]) -> None:
-        import torch
-
-        from llmdistill.data.collator import DistillCollator, completion_logits, text_only
-
-        text = text_only(rows)
-        self._batches = [DistillCollator(0)(text[start : start + _BATCH]) for start in range(0, len(text), _BATCH)]
-        self._batches = [{name: values.to(teacher.device) for name, values in batch.items()} for batch in self._batches]
-        with torch.inference_mode():
-            self._logprobs = [completion_logits(teacher, batch).float().log_softmax(-1) for batch in self._batches]
-
-    def kl(self, student: Any, dtype: Any) -> float:
-        """KL(teacher ‖ student) in nats per token, of the student as saved: its weights are rounded to `dtype`, in place."""
-        import torch
-
-        from llmdistill.data.collator import completion_logits
-
-        for parameter in student.parameters():
-            parameter.data = parameter.data.to(dtype).float()
-        total, tokens = 0.0, 0
-        with torch.inference_mode():
-            for batch, theirs_NV in zip(self._batches, self._logprobs, strict=True):
-                ours_NV = completion_logits(student, batch).float().log_softmax(-1)
-                total += float(torch.nn.functional.kl_div(ours_NV, theirs_NV, reduction="sum", log_target=True))
-                tokens += len(theirs_NV)
-        return total / tokens
+def rounded(student: Any, dtype: Any) -> Any:
+    """The student as it would be saved, in place: weights rounded to a precision, kept in float32."""
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    return student
 
 
 def _how_near(near: dict[str, float], rows: int) -> str:
@@ -202,13 +180,16 @@ def _indices(kept: Any, config: Any) -> dict[str, Any]:
     return found
 
 
-def _what_went(settings: Prune, config: Any, kept: Any, importance: Any) -> list[str]:
+def _what_went(settings: Prune, config: Any, kept: Any, importance: Any, removed: list[tuple[int, float]]) -> list[str]:
     """A line for every kind of part that lost some, with what the removed ones did."""
     lines = []
     if len(kept.layers) < config.num_hidden_layers:
         gone = np.setdiff1d(np.arange(config.num_hidden_layers), kept.layers)
         why = "as listed" if isinstance(settings.layers, list) else "evenly spaced" if settings.by == "even" else ""
-        if importance is not None:
+        if removed:
+            steps = ", ".join(f"{layer} ({kl:.2f})" for layer, kl in removed)
+            why = f"by KL after a refit, in nats a token: without {steps}"
+        elif importance is not None:
             most, least = importance.layers[gone].max(), importance.layers[kept.layers].min()
             influence = f"block influence: up to {most:.3f} in those that go, from {least:.3f} in those that stay"
             why = f"{why}; {influence}" if why else f"by {influence}"

@@ -76,11 +76,11 @@ def refit(
     Raises:
         InputError: the layers are not built so that this solution is exact, or what they compute is not finite.
     """
-    batches = _batches(rows, batch_size, student.device)
+    batches = batches_of(rows, batch_size, student.device)
     paths = residual_paths(student, rows)
     if isinstance(paths, str):
         raise InputError(f"student.prune.refit: {paths}; set it to false")
-    theirs, ours = _Sweep(teacher, batches), _Sweep(student, batches)
+    theirs, ours = Sweep(teacher, batches), Sweep(student, batches)
     channels = torch.as_tensor(kept.hidden, device=student.device)
     errors, done = [], 0
     for number, source in of_pruned(kept.layers, len(theirs.layers)):
@@ -89,12 +89,26 @@ def refit(
         done = source + 1
         masks = (batch["attention_mask"].bool() for batch in batches)
         targets = [states_BTD[mask_BT][:, channels] for states_BTD, mask_BT in zip(theirs.states, masks, strict=True)]
-        errors.append(_refit_layer(ours, number, targets, paths[number], ridge))
+        ours.states, error = solve(ours, number, targets, paths[number], ridge)
+        errors.append(error)
     return errors
 
 
-def _refit_layer(sweep: "_Sweep", number: int, targets: list[Tensor], path: Path, ridge: float) -> tuple[float, float]:
-    """Solve for one layer and move the states behind it; the error before and after, as `refit` returns it."""
+def solve(
+    sweep: "Sweep", number: int, targets: list[Tensor], path: Path, ridge: float
+) -> tuple[list[Tensor], tuple[float, float]]:
+    """Solve for the `down_proj` of layer `number`, in place.
+
+    Args:
+        sweep: stands in front of the layer, and stays there.
+        number: of the layer.
+        targets: what its output should be, batch by batch, shape (N, D).
+        path: of the layer.
+        ridge: as in `refit`.
+
+    Returns:
+        The hidden states behind the layer, and the sum of squared errors over that of the targets, before and after.
+    """
     layer = sweep.layers[number]
     weight_DF = layer.mlp.down_proj.weight
     gain_D = _gain(layer) if path.norm else torch.ones_like(weight_DF[:, 0])
@@ -112,12 +126,11 @@ def _refit_layer(sweep: "_Sweep", number: int, targets: list[Tensor], path: Path
     if after > errors[-1]:
         weight_DF.copy_(old_DF)
         states, after = sweep.moved(number, targets)
-    sweep.states = states
     whole = sum(float(target_ND.double().square().sum()) for target_ND in targets) or 1.0
-    return errors[0] / whole, after / whole
+    return states, (errors[0] / whole, after / whole)
 
 
-def _solution(sweep: "_Sweep", number: int, targets: list[Tensor], gain_D: Tensor | None, ridge: float) -> tuple[float, Tensor]:
+def _solution(sweep: "Sweep", number: int, targets: list[Tensor], gain_D: Tensor | None, ridge: float) -> tuple[float, Tensor]:
     """Σ R² of a layer as it is, and what to add to scale · g · W, shape (D, F), by the equations on all batches."""
     down = sweep.layers[number].mlp.down_proj
     size, width = down.in_features, down.out_features
@@ -144,9 +157,10 @@ def _gain(layer: Any) -> Tensor:
 
 
 def _divisors(x_ND: Tensor, y_ND: Tensor, gain_D: Tensor) -> Tensor:
-    """The d of each position in y = g · x / d, shape (N, 1), by least squares over the channels."""
+    """The d of each position in y = g · x / d, shape (N, 1), by least squares over the channels; infinite where y is 0."""
     scaled_ND = x_ND * gain_D
-    return scaled_ND.square().sum(-1, keepdim=True) / (scaled_ND * y_ND).sum(-1, keepdim=True)
+    product_N1 = (scaled_ND * y_ND).sum(-1, keepdim=True)
+    return torch.where(product_N1 == 0, torch.inf, scaled_ND.square().sum(-1, keepdim=True) / product_N1)
 
 
 def ridge_solution(gram_FF: Tensor, cross_FD: Tensor, ridge: float) -> Tensor:
@@ -176,7 +190,7 @@ def residual_paths(model: Any, rows: Sequence[dict[str, Any]]) -> list[Path] | s
         The paths, or, for people, why there are none.
     """
     ids = [int(number) for number in rows[0]["input_ids"][:_PROBE_TOKENS]]
-    (batch,) = _batches([{"input_ids": ids, "completion_start": 0}], 1, model.device)
+    (batch,) = batches_of([{"input_ids": ids, "completion_start": 0}], 1, model.device)
     found = []
     for number, (states_BTD, args, kwargs) in enumerate(_calls(model, batch)):
         layer = model.get_decoder().layers[number]
@@ -242,7 +256,7 @@ class _Seen(NamedTuple):
         return cls(inside[0], inside[1], inside[-1], output_BTD)
 
 
-class _Sweep:
+class Sweep:
     """A model's hidden states in front of one layer after the other, on all batches; `states` are of shape (B, T, D)."""
 
     def __init__(self, model: Any, batches: list[Batch]) -> None:
@@ -293,8 +307,8 @@ def _calls(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[Any, ...], dict
     return calls
 
 
-def _batches(rows: Sequence[dict[str, Any]], batch_size: int, device: Any) -> list[Batch]:
-    """The rows' ids and masks, padded."""
+def batches_of(rows: Sequence[dict[str, Any]], batch_size: int, device: Any) -> list[Batch]:
+    """The rows' ids and masks, padded, on a device."""
     collate = DistillCollator(pad_token_id=0)
     text = text_only(rows)
     batches = [collate(text[start : start + batch_size]) for start in range(0, len(text), batch_size)]
