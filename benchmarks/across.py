@@ -42,7 +42,8 @@ from llmdistill.losses import Objective, fused
 from llmdistill.losses.classes import ClassTable
 from llmdistill.models.loading import load_model
 from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
-from llmdistill.stages.retokenize import Sides, retokenize, sides_of
+from llmdistill.stages.retokenize import retokenize
+from llmdistill.students.sides import Sides, sides_of
 
 SOFT, CHUNKS, ONLINE, GOLD, ULD, TEXT = "root classes", "chunks", "root classes, online", "TRL GOLD", "TRL ULD", "text alone"
 WAYS = [SOFT, TEXT, CHUNKS, ONLINE, GOLD, ULD]

@@ -26,7 +26,9 @@ def describe_targets(manifest: Mapping[str, Any]) -> str:
     said = KINDS[targets["kind"]].sentence(targets)
     if "alignment" not in manifest:
         return said
-    return f"{said}; in the tokens of {manifest['student']['model']}, {shares(manifest['alignment'])}"
+    several = manifest["alignment"].get("teachers") or {"": manifest["alignment"]}
+    shared = "; ".join(f"{name}: {shares(one)}" if name else shares(one) for name, one in several.items())
+    return f"{said}; in the tokens of {manifest['student']['model']}, {shared}"
 
 
 def write_card(file: Path, make: Callable[[], str]) -> None:

@@ -236,7 +236,7 @@ def stored_parts(logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any]
 def online_parts(
     logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective, number: int = 0
 ) -> dict[str, Tensor]:
-    """The parts of the loss against the distributions of an online teacher, of this number in the table; else as `stored_parts`."""
+    """The parts of the loss against an online teacher's distributions, the table's of this number; else as `stored_parts`."""
     table, soft_N, teacher_NV = targets["target_table"], targets["target_soft"], targets["teacher_logits"]
     ce_N = cross_entropy(logits_NV, labels_N)
     if table.are_tokens[number]:

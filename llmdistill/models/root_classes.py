@@ -100,7 +100,7 @@ class RootClasses:
 
 def save_classes(by_teacher: "Mapping[str, RootClasses]", directory: Path) -> None:
     """Write those of each teacher beside a dataset's shards; of a single one the name is empty."""
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{side}{name and f'.{name}'}": values.astype(np.int32)
         for name, classes in by_teacher.items()
         for side, values in (("teacher", classes.teacher_V), ("student", classes.student_V))

@@ -24,7 +24,7 @@ from llmdistill.evaluation.routes import lines
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs.progress import console, say
 from llmdistill.runs.record import check_shape, read_json, read_run, write_bytes, write_text
-from llmdistill.stages.retokenize import training_dataset
+from llmdistill.students.sides import training_dataset
 
 SCHEMA_VERSION = 2
 Json = dict[str, Any]
@@ -63,6 +63,7 @@ def _view(experiment: Experiment) -> Json:
         "teacher": models["teacher"],
         "teacher_name": Path(models["teacher"]["path"]).name,
         "held_out": metrics["held_out"],
+        "classes": _classes(metrics["held_out"].get("classes")),
         "decoding": metrics["decoding"],
         "warnings": [*metrics.get("warnings", []), *_task_warnings(metrics.get("tasks"))],
         "samples": metrics["samples"],
@@ -88,6 +89,13 @@ def _view(experiment: Experiment) -> Json:
         "data": _data(experiment),
         "lineage": _lineage(experiment),
     }
+
+
+def _classes(shared: Json | None) -> str:
+    """Over how many classes models of different vocabularies are compared, in words."""
+    if shared is None or not isinstance(shared["count"], dict):
+        return f"{shared['count']:,} root classes" if shared else ""
+    return f"root classes of each teacher ({', '.join(f'{name} {count:,}' for name, count in shared['count'].items())})"
 
 
 def _of_teachers(entries: list[Json]) -> list[str]:
