@@ -140,7 +140,7 @@ def test_by_the_file_that_a_row_comes_from(file, tmp_path):
         ([("teacher", "{model: x}")], "teacher and teachers: give one of them"),
         ([("route", "{column: a, files: {b: math}}")], "route: needs either column or files"),
         ([("route", "null")], "teachers and route: one needs the other"),
-        ([("train.hidden", "{layers: {0: 0}}"), ("targets.kind", "online")], "train.hidden needs a single teacher"),
+        ([("train.hidden", "{weight: 1.0}"), ("targets.kind", "online")], "train.hidden needs a single teacher"),
         ([("rounds.n", "1"), ("targets.kind", "sampled")], "rounds needs a single teacher"),
         ([("teachers.code.model", "/nowhere")], r"teachers\.code\.model"),
     ],
