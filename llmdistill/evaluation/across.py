@@ -55,7 +55,7 @@ def batches(
 
     from llmdistill.losses.classes import ClassTable, class_logits
 
-    ends = np.unique(classes.student_V[list(end_ids)]).tolist()
+    ends = np.unique(classes.student_V[[token for token in end_ids if token < len(classes.student_V)]]).tolist()
     table = ClassTable.of(classes, models[TEACHER].device)
     for first in range(0, len(rows), batch_size):
         chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]

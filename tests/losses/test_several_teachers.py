@@ -36,7 +36,7 @@ def rows_of(name, kind, count=3, seed=0, dense=None):
         theirs, own, start = 4 + number, 5 + 2 * number, 2
         logits = torch.randn(theirs, SIZES[name], generator=generator) * 2
         if name == "same":
-            own, logits = theirs, logits.index_fill(1, torch.arange(V, SIZES[name]), -40.0)
+            own = theirs  # what pads its output layer has probability, too
         logprobs = logits.log_softmax(-1)
         soft = KINDS[kind]
         ids = soft.keep(logprobs, K, torch.rand(theirs, soft.uniforms(K), generator=generator))

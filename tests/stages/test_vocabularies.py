@@ -162,7 +162,9 @@ def test_from_prompts_to_figures(models, experiment, kind, third):
     text = (run.directory("eval").parent / "report.md").read_text()
     assert f"far {classes['far'].count:,}" in text
     assert "2 teachers: every row was compared with its own." in text
-    assert "near: of" in text or "near: " in text
+    shared = f"near: of {counts['near']['positions']:,} positions"
+    assert shared in text
+    assert shared in (run.directory("retokenized") / "README.md").read_text()
 
 
 def check_figures(run, models, metrics, classes):
