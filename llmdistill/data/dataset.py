@@ -413,6 +413,7 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
     check_shape(file, manifest, {"shards": list, "teacher": dict, "sampling": dict, "targets": dict})
     if (kind := manifest["targets"].get("kind")) not in targets.KINDS:
         raise InputError(f"{file}: targets.kind is {kind!r}, this version reads {', '.join(targets.KINDS)}")
+    _check_teachers(file, manifest)
     for number, entry in enumerate(manifest["shards"]):
         check_shape(file, entry, {"file": str, "split": str, "rows": int, "tokens": int, "bytes": int}, f"shards.{number}")
         if not SHARD_NAME.fullmatch(entry["file"]):
@@ -420,6 +421,20 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
         if not (directory / entry["file"]).is_file():
             raise InputError(f"{directory / entry['file']}: the shard is missing")
     return manifest
+
+
+def _check_teachers(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse what `dataset.json` cannot say of several teachers; where one has a tokenizer of its own, so have the others.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    teachers = check_shape(file, manifest.get("teachers", {}), {}, "teachers")
+    for name, teacher in teachers.items():
+        check_shape(file, teacher, {"model": str, "rows": int}, f"teachers.{name}")
+    for name, teacher in teachers.items() if any("tokenizer" in teacher for teacher in teachers.values()) else ():
+        needed = {"vocab_size": int, "vocabulary_hash": str, "end_token_ids": list, "special_token_ids": list}
+        check_shape(file, teacher.get("tokenizer"), needed, f"teachers.{name}.tokenizer")
 
 
 def has_several_tokenizers(manifest: Mapping[str, Any]) -> bool:

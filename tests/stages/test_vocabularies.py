@@ -336,6 +336,21 @@ def test_a_dataset_in_several_vocabularies_is_not_read_as_one(models, experiment
         retokenize(load_experiment(single))
 
 
+def test_a_manifest_that_says_nothing_of_a_teachers_tokens_is_refused(models, experiment):
+    run = experiment(str(models["near"]))
+    generate(run)
+    file = run.directory("data") / "dataset.json"
+    manifest = json.loads(file.read_text())
+    del manifest["teachers"]["far"]["tokenizer"]["vocab_size"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"teachers\.far\.tokenizer\.vocab_size must be .*, got nothing"):
+        load_dataset(run.directory("data"))
+    del manifest["teachers"]["far"]["tokenizer"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"teachers\.far\.tokenizer must be a mapping"):
+        load_dataset(run.directory("data"))
+
+
 def test_a_row_with_ids_of_another_vocabulary_is_refused(models, experiment):
     """An id that the other teacher has, and the row's own does not."""
     from llmdistill.data.dataset import _check_rows
