@@ -365,3 +365,20 @@ def test_a_row_with_ids_of_another_vocabulary_is_refused(models, experiment):
         _check_rows(file, {"near": 2, "far": 49152})
     with pytest.raises(InputError, match=r"row 0: is of the teacher 'near', but those of the dataset are far"):
         _check_rows(file, {"far": 49152})
+
+
+def test_reasoning_traces_are_read_in_their_own_teachers_tokens(models, experiment):
+    """A trace ends with a letter that both models write sooner or later; it stands in the prompt, and its text beside it."""
+    changes = [("generate.thinking", "masked"), ("generate.thinking_end", "s"), ("generate.max_tokens", "40")]
+    run = experiment(str(models["near"]), *changes, ("curate", "[{finish_reason: {keep: [stop, length]}}]"))
+    generate(run)
+    tokenizers, ended = {name: AutoTokenizer.from_pretrained(models[name]) for name in NAMES}, dict.fromkeys(NAMES, 0)
+    for row in load_dataset(run.directory("data")):
+        trace = metadata_and_provenance(str(row["metadata"]))[1]["thinking"]
+        tokenizer, ids, start = tokenizers[name_of(row)], row["input_ids"], int(row["completion_start"])
+        assert tokenizer.decode(ids[:start], skip_special_tokens=True).endswith(trace)
+        if str(row["finish_reason"]) != "no_answer":
+            assert "s" in trace
+            assert tokenizer.decode(ids[start:], skip_special_tokens=True) == row["completion"][0]["content"]
+            ended[name_of(row)] += 1
+    assert min(ended.values()) > 0
