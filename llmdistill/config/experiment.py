@@ -162,6 +162,12 @@ class Experiment(Section):
         if self.targets.online or self.student.prune or self.student.config is not None:
             key = "targets.kind online" if self.targets.online else "student.prune" if self.student.prune else "student.config"
             raise ValueError(f"{key} needs the teacher's weights, which {engine} does not have")
+        weights = [name for name in ("own_prompts", "own_tokens") if name in self.eval.model_fields_set]
+        if weights and self.eval.own_prompts:
+            raise ValueError(
+                f"eval.{weights[0]} needs the teacher's weights, which {engine} does not have, to read the models' own text; "
+                "remove it"
+            )
         if (self.score or self.rounds) and not (teacher.api == "completions" and can.logprobs):
             key = "score" if self.score else "rounds"
             raise ValueError(f"{key} needs a teacher that reads given text; {engine} does with teacher.api: completions only")

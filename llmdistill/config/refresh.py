@@ -12,4 +12,4 @@ class Refresh(Section):
     """Share of the training rows that come from earlier versions. `eval` also measures on their held-out rows."""
     margin: float = Field(default=0.02, ge=0)
     """Non-inferiority margin in nats per token: the limit for the upper end of the paired 95% interval of the new student's KL
-    minus the promoted one's."""
+    minus the promoted one's; with a teacher behind an API, of their NLL of its text."""

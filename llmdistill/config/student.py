@@ -29,8 +29,7 @@ class Prune(Section):
     calibration_rows: int = Field(default=64, ge=1)
     """Rows of the dataset used to measure activations and to solve the refit."""
     refit: bool = True
-    """Refit every layer's down_proj by ridge regression, so that the student's hidden states are close to the teacher's. Not
-    available for models with a norm after down_proj (gemma): there it is skipped, and an error if set to true."""
+    """Refit every layer's down_proj by ridge regression, so that the student's hidden states are close to the teacher's."""
     ridge: float = Field(default=1.0, ge=0.01)
     """Ridge penalty that keeps refitted weights near the original ones, relative to the mean squared activation."""
 

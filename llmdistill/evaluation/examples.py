@@ -20,7 +20,7 @@ def _question(prompt: list[dict[str, str]]) -> str:
 
 
 def samples(models: dict[str, Any], rows: Any, tokenizers: dict[str, Any], count: int, new_tokens: int) -> list[dict[str, Any]]:
-    """The models' greedy answers to the first held-out prompts."""
+    """The models' greedy answers to the first held-out prompts; of a teacher that is none of them, the beginning of its text."""
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     for row in rows:
@@ -29,11 +29,19 @@ def samples(models: dict[str, Any], rows: Any, tokenizers: dict[str, Any], count
             continue
         seen.add(question)
         answers = {}
+        if "teacher" not in models:
+            ids, start = np.asarray(row["input_ids"]), int(row["completion_start"])
+            answers["teacher"] = _decoded(tokenizers["student"], ids[start : start + new_tokens])
         for name, model in models.items():
             written_BT = continue_prompts(model, [prompt_ids_of(row, name)], new_tokens, (), do_sample=False)
-            answers[name] = tokenizers[name].decode(written_BT[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers[name] = _decoded(tokenizers[name], written_BT[0])
         found.append({"prompt": question, "answers": answers})
     return found
+
+
+def _decoded(tokenizer: Any, ids: Any) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 def views(models: dict[str, Any], rows: Any, tokenizer: Any) -> list[dict[str, Any]]:
@@ -51,9 +59,16 @@ def views(models: dict[str, Any], rows: Any, tokenizer: Any) -> list[dict[str, A
     ]
 
 
-def won_and_lost(measured: dict[str, Array], rows: Any, rival: str) -> dict[str, Any]:
-    """The rows where the student is nearest to the teacher beside a rival, and where it is farthest; KL in nats per token."""
-    mine, theirs = (measured[f"{name} kl"] / np.maximum(measured["tokens"], 1) for name in ("student", rival))
+def won_and_lost(measured: dict[str, Array], rows: Any, rival: str, by: str) -> dict[str, Any]:
+    """The rows where the student is nearest to the teacher beside a rival, and where it is farthest.
+
+    Args:
+        measured: sums over the tokens of each row.
+        rows: the rows.
+        rival: another model.
+        by: `kl`, or `nll` of the teacher's text, in nats per token.
+    """
+    mine, theirs = (measured[f"{name} {by}"] / np.maximum(measured["tokens"], 1) for name in ("student", rival))
     order = np.argsort(mine - theirs, kind="stable")
     count = min(_EXAMPLES, len(order) // 2)
 
@@ -70,6 +85,7 @@ def won_and_lost(measured: dict[str, Array], rows: Any, rival: str) -> dict[str,
 
     return {
         "rival": rival,
+        "by": by,
         "won": shown(order[:count]),
         "lost": shown(order[::-1][:count]),
         "better": float((mine < theirs).mean()),

@@ -1,11 +1,12 @@
 """The metrics of `eval`, one entry each: what is summed at every token, what is made of the sums, and how it is shown.
 
-`evaluation/fidelity.py` sums the `quantities`, `stages/evaluate.py` computes the values for `metrics.json`, and the reports and
-model cards show them. A metric in the first table of the report (`tables` has "models") is a mean over tokens of the quantity
-of its own name; the student is compared with its rivals by it.
+`evaluation/fidelity.py` sums the `quantities`, or `evaluation/text.py` those that need no weights of the teacher;
+`stages/evaluate.py` computes the values for `metrics.json`, and the reports and model cards show them. A metric in the first
+table of the report (`tables` has "models", or "text") is a mean of the quantity of its own name; the student is compared
+with its rivals by it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -22,13 +23,13 @@ ENTROPIES = (0.0, 0.05, 0.25, 0.5, 1.0, 2.0, 3.0)
 """Where groups of positions begin by the entropy of the teacher, in nats."""
 CONFIDENCES = 10
 """Groups of equal width by the probability of the model's most likely token."""
-Table = Literal["models", "across", "measures", "runs"]
+Table = Literal["models", "across", "text", "measures", "runs"]
 _FEWEST = 5  # conversations that a group of positions must be in
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The teacher and a model at N completion tokens.
+    """The teacher and a model at N completion tokens; what is of the teacher is None where its weights are not here.
 
     Attributes:
         log_p_NV: the teacher's log-probabilities.
@@ -123,10 +124,12 @@ class Metric:
         compute: what `metrics.json` has of it, from the sums; None where it is not defined.
         quantities: what is summed over tokens for it, each from the distributions there; shape (N,).
         factor: from the value to the unit.
-        tables: where it has a column or row: the models of a report, or those of different vocabularies (`across`), its further
-            measures, the page that compares runs.
+        tables: where it has a column or row: the models of a report, or those of different vocabularies (`across`), or those
+            whose teacher's weights are not here (`text`), its further measures, the page that compares runs.
         definition: in model cards, where no note explains the label.
         difference: how a difference in it is said.
+        of_text: whether it follows from the teacher's text, or what was stored with it, without the teacher's weights.
+        over: the sizes that it is a mean over, among what is summed.
     """
 
     name: str
@@ -139,6 +142,8 @@ class Metric:
     tables: tuple[Table, ...] = ("measures",)
     definition: str = ""
     difference: Difference | None = None
+    of_text: bool = False
+    over: str = "tokens"
 
     @property
     def heading(self) -> str:
@@ -149,6 +154,18 @@ class Metric:
 def metrics_of(table: Table) -> list[Metric]:
     """Those that a table shows, of held-out text."""
     return [metric for metric in METRICS if table in metric.tables]
+
+
+def has_teacher(models: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the teacher is among the models of a `metrics.json`; it is not where its weights were not there."""
+    return any(model["name"] == "teacher" for model in models)
+
+
+def first_table(metrics: Mapping[str, Any]) -> list[Metric]:
+    """The metrics in the first table of a report, from its `metrics.json`."""
+    if has_teacher(metrics["models"]):
+        return metrics_of("across" if "classes" in metrics["held_out"] else "models")
+    return [metric for metric in metrics_of("text") if all(metric.name in model for model in metrics["models"])]
 
 
 def per_token(quantity: str) -> Callable[[Sums], dict[str, float]]:
@@ -166,6 +183,13 @@ def per_token_share(quantity: str) -> Callable[[Sums], dict[str, float]]:
         return sums.draws.share(sums[quantity], sums.tokens)
 
     return compute
+
+
+def _stored_kl(sums: Sums) -> dict[str, float] | None:
+    """Over the positions with stored targets; None where there are none."""
+    if f"{sums.model} stored_kl" not in sums.measured or not sums.measured["stored"].any():
+        return None
+    return sums.draws.interval(sums["stored_kl"], sums.measured["stored"], least=0)
 
 
 def _bits_per_byte(sums: Sums) -> dict[str, float]:
@@ -279,7 +303,8 @@ METRICS = (
         "lower",
         compute=per_token("nll"),
         quantities={"nll": lambda at: -at.log_q_NV.gather(1, at.labels_N[:, None])[:, 0]},
-        tables=("models",),
+        tables=("models", "text"),
+        of_text=True,
         definition="NLL of the teacher's text",
         difference=Difference(
             "NLL", "nats per token", "It predicts the teacher’s text better by {}", "It predicts the teacher’s text worse by {}"
@@ -291,13 +316,49 @@ METRICS = (
         "bits per byte",
         "lower",
         compute=_bits_per_byte,
-        tables=("measures", "across"),
+        tables=("measures", "across", "text"),
+        of_text=True,
         definition="bits per byte of the teacher's text",
         difference=Difference(
             "bits per byte",
             "bits per byte",
             "It predicts the teacher’s text better by {}",
             "It predicts the teacher’s text worse by {}",
+        ),
+    ),
+    Metric(
+        "written",
+        "the written token is its most likely",
+        "%",
+        "higher",
+        compute=lambda sums: sums.draws.share(sums["written"], sums.tokens),
+        quantities={"written": lambda at: at.q_top.indices[:, 0] == at.labels_N},
+        factor=100,
+        tables=("measures", "text"),
+        of_text=True,
+        definition="the token that the teacher wrote is the most likely one",
+        difference=Difference(
+            "the tokens that the teacher wrote",
+            "percentage points",
+            "The teacher’s token is its most likely one {} more often",
+            "The teacher’s token is its most likely one {} less often",
+        ),
+    ),
+    Metric(
+        "stored_kl",
+        "KL over the stored tokens",
+        "nats per token",
+        "lower",
+        compute=_stored_kl,
+        tables=("text",),
+        of_text=True,
+        over="stored",
+        definition="KL(teacher ‖ student) over the stored tokens and the rest as one, which is at most the whole KL",
+        difference=Difference(
+            "KL over the stored tokens",
+            "nats per token",
+            "Over the stored tokens it is {} closer to the teacher",
+            "Over the stored tokens it is {} farther from the teacher",
         ),
     ),
     Metric("kl_by_position", "KL by position", "nats per token", "lower", compute=_kl_by("position", POSITIONS), tables=()),
@@ -324,6 +385,7 @@ METRICS = (
         compute=_end,
         quantities={"end": lambda at: at.ends_N * at.end_N},
         factor=100,
+        of_text=True,
     ),
     Metric(
         "early_end",
@@ -333,6 +395,7 @@ METRICS = (
         compute=lambda sums: sums.draws.share(sums["early"], sums.tokens - sums.ended),
         quantities={"early": lambda at: at.ends_N * ~at.end_N},
         factor=100,
+        of_text=True,
     ),
     Metric(
         "draft",
@@ -387,3 +450,6 @@ OWN_TEXT_METRICS = (
 
 QUANTITIES = {name: quantity for metric in METRICS for name, quantity in metric.quantities.items()}
 """All that is summed over tokens."""
+
+QUANTITIES_OF_TEXT = {name: quantity for metric in METRICS if metric.of_text for name, quantity in metric.quantities.items()}
+"""Those that need no distribution of the teacher."""

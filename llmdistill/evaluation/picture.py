@@ -40,14 +40,14 @@ def picture(view: Mapping[str, Any], labels: Mapping[str, str]) -> bytes:
             page.text(left + 20, 342 + 25 * row, line, 20)
         page.text(left + 20, 394, card["note"], 17, _SOFT, most=wide - 40)
     if view["intervals"]:
-        _intervals(page, view["intervals"], labels)
+        _intervals(page, view["intervals"], view["near"]["title"], labels)
     return page.png()
 
 
-def _intervals(page: "_Page", plot: Mapping[str, Any], labels: Mapping[str, str]) -> None:
+def _intervals(page: "_Page", plot: Mapping[str, Any], title: str, labels: Mapping[str, str]) -> None:
     """A dot with whiskers a model, on the scale of the report's figure."""
     start, end = 400, 940
-    page.text(_MARGIN, 448, "KL from the teacher, nats per token, with 95% intervals", 17, _SOFT)
+    page.text(_MARGIN, 448, f"{title}, nats per token, with 95% intervals", 17, _SOFT)
     for number, row in enumerate(plot["rows"][:4]):
         middle = 492 + 33 * number
         color = _MARKS.get(row["name"], _OTHER)
@@ -74,7 +74,7 @@ class _Page:
         self, x: float, y: float, text: str, size: float, color: str = _INK, bold: bool = False, most: float | None = None
     ) -> None:
         """A line of text from its upper left corner, smaller where it would be wider than `most`."""
-        text = text.translate(_PLAIN)
+        text = " ".join(text.translate(_PLAIN).split())
         if most is not None:
             size *= min(1.0, most / max(self._width(text, size), 1e-9))
         at, stroke = (x * _SCALE, y * _SCALE), size / 40 * _SCALE if bold else 0

@@ -1,4 +1,7 @@
-"""What the scores of single items say of the models: means, paired differences, and the share of the teacher's that is kept."""
+"""What the scores of single items say of the models: means, paired differences, and the share of the teacher's that is kept.
+
+A teacher behind an API, whose weights are not here, has no score, of which nothing can be kept: its answers would be paid.
+"""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +39,11 @@ def measure_tasks(
     shown = experiment.teacher.template_args
     table, about, warnings = run_tasks(tasks, models, tokenizers, settings.batch_size, settings.task_limit, shown)
     pq.write_table(table, directory / "tasks.parquet")
-    how = {"chat_template": tokenizers[TEACHER].chat_template is not None, "limit": settings.task_limit, "warnings": warnings}
+    how = {
+        "chat_template": tokenizers.get(TEACHER, tokenizers[STUDENT]).chat_template is not None,
+        "limit": settings.task_limit,
+        "warnings": warnings,
+    }
     return {"tasks": {**how, **summarise(table, about, settings.resamples, experiment.seed)}}
 
 
@@ -146,8 +153,10 @@ def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str]
 def _kept(tasks: list[_Task], floor: float) -> dict[str, float] | None:
     """The student's score above a floor as a share of the teacher's, both from the same items.
 
-    None where the teacher is not above the floor in every resample: the share has no meaning then.
+    None where the teacher is not above the floor in every resample: the share has no meaning then. None without a teacher, too.
     """
+    if TEACHER not in tasks[0].scores:
+        return None
     ours, theirs = ([task.ratio(model) for task in tasks] for model in (STUDENT, TEACHER))
     student, teacher = (
         np.mean([np.append(each.value, each.values) for each in found], axis=0) - floor for found in (ours, theirs)

@@ -22,7 +22,7 @@ from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
 from llmdistill.evaluation.across import prompt_ids_of
 from llmdistill.evaluation.statistics import Array, Draws, Estimate, check_clusters
-from llmdistill.models.loading import continue_prompts, vocabulary_hash
+from llmdistill.models.loading import continue_prompts, load_tokenizer, vocabulary_hash
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import Request, fingerprints, stable_id
@@ -85,8 +85,9 @@ class Comparison:
         """Let both models answer and the judge compare; write `verdicts.parquet`, and give what belongs into `metrics.json`.
 
         Args:
-            models: by name; **emptied**, so that the judge has the memory.
-            rows: held out, with `id`, `prompt`, `input_ids` and `completion_start`.
+            models: by name; **emptied**, so that the judge has the memory. The answers of a teacher that is none of them are
+                those that are stored.
+            rows: held out, with `id`, `prompt`, `completion`, `input_ids` and `completion_start`.
             conversations: the one that each row belongs to.
             tokenizers: of each model.
             end_ids: the tokens that end an answer of each.
@@ -95,9 +96,10 @@ class Comparison:
         asked = _distinct(rows, conversations, self.settings.prompts)
         names = (STUDENT, self.settings.against)
         size, longest = self.experiment.eval.batch_size, self.settings.max_tokens
-        with StageBar("eval", 2 * len(asked)) as bar:
-            answers = {}
-            for name in names:
+        written = [name for name in names if name in models]
+        answers = {name: [_stored_answer(row) for row in asked] for name in names if name not in written}
+        with StageBar("eval", len(written) * len(asked)) as bar:
+            for name in written:
                 prompts_ids = [prompt_ids_of(row, name) for row in asked]
                 answers[name] = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], size, longest, bar)
         models.clear()
@@ -107,7 +109,7 @@ class Comparison:
         pq.write_table(table, directory / "verdicts.parquet")
         settings, eval_ = self.settings, self.experiment.eval
         result = win_rate(table, eval_.resamples, self.experiment.seed)
-        warnings = [self._family_warning(tokenizers["teacher"]), result.pop("warning")]
+        warnings = [self._family_warning(), result.pop("warning")]
         return {
             "against": settings.against,
             "judge": {"model": settings.judge.model, "engine": settings.judge.engine},
@@ -117,11 +119,16 @@ class Comparison:
             "warnings": [text for text in warnings if text],
         }
 
-    def _family_warning(self, tokenizer: Any) -> str | None:
+    def _family_warning(self) -> str | None:
         """A judge favours text like its own (Panickssery et al. 2024, arXiv 2404.13076)."""
         teacher = self.experiment.teacher
-        if record.model_fingerprint(teacher.model, teacher.revision) == self.inputs[self.settings.judge.model]:
+        models, _ = fingerprints(teacher)
+        if models[teacher.model] == self.inputs[self.settings.judge.model]:
             return "the judge is the teacher itself and favours its own text; choose a model of another family"
+        if teacher.abilities.api and teacher.tokenizer is None:
+            return None  # nothing is known of its family
+        name, revision, key = self.experiment.tokenizer
+        tokenizer = load_tokenizer(name, revision, teacher.trust_remote_code, key)
         if vocabulary_hash(tokenizer) == vocabulary_hash(self.reader.chat.tokenizer):
             return "the judge has the teacher's tokenizer and may favour its family; choose a model of another family"
         return None
@@ -153,6 +160,11 @@ class Comparison:
             columns[f"judge_{name}"] = texts[part]
             columns[f"digits_{name}"] = pa.array(digits[part], pa.list_(pa.float64()))
         return pa.table(columns)
+
+
+def _stored_answer(row: dict[str, Any]) -> str:
+    """What the teacher has written."""
+    return "\n".join(str(message["content"]) for message in row["completion"]).strip()
 
 
 def _value(digit: int, student_first: bool) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from llmdistill.errors import InputError
-from llmdistill.evaluation.metrics import metrics_of
+from llmdistill.evaluation.metrics import has_teacher, metrics_of
 from llmdistill.evaluation.plots import interval_plot, size_plot
 from llmdistill.evaluation.statistics import Draws, holm, two_sided_p
 from llmdistill.runs.progress import console, say
@@ -76,15 +76,19 @@ def _names(directories: list[Path]) -> list[str]:
 
 
 def _check_teachers(directories: list[Path]) -> None:
-    """Refuse runs whose students were measured against different teachers.
+    """Refuse runs whose students were measured against different teachers, or without the weights of one.
 
     Raises:
-        InputError: naming the first two.
+        InputError: naming it, or the first two.
     """
     teachers = {}
     for directory in directories:
         run = read_run(directory / "eval") or {}
         metrics = read_metrics(directory / "eval" / "metrics.json")
+        if not has_teacher(metrics["models"]):
+            raise InputError(
+                f"{directory}: its teacher is behind an API, and runs are compared by the KL from the teacher's weights"
+            )
         model = next(found["path"] for found in metrics["models"] if found["name"] == "teacher")
         teachers[directory] = (run.get("inputs", {}).get(model), model)
     first, *others = teachers.items()

@@ -58,7 +58,6 @@ def stages(experiment: Experiment) -> list[StageRun]:
     experiment = experiment.with_(jobs=None)  # no stage reads it, and lines of shell in it may hold a secret
     made = [] if experiment.prompts is None or not experiment.prompts.steps else ["prompts"]
     first = ["score"] if experiment.score else [*made, "generate"]
-    teacher = experiment.teacher.abilities
     cut, exported = ["prune"] if experiment.student.prune else [], ["export"] if experiment.export else []
     own = ["retokenize"] if is_needed(experiment) else []
     return [
@@ -66,8 +65,7 @@ def stages(experiment: Experiment) -> list[StageRun]:
         # The first student is that of no rounds; everything after it is about the last one.
         StageRun("train", experiment.with_(rounds=None)),
         *_rounds(experiment),
-        # What compares with the teacher needs its weights.
-        *(StageRun(command, experiment) for command in (exported if teacher.api else ["eval", *exported, "report"])),
+        *(StageRun(command, experiment) for command in ("eval", *exported, "report")),
     ]
 
 

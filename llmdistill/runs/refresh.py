@@ -13,6 +13,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config.train import Mix
 from llmdistill.errors import InputError
+from llmdistill.evaluation.metrics import has_teacher
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs import lock, record
 from llmdistill.runs.pipeline import run_stages, stages
@@ -132,9 +133,10 @@ def _decide(experiment: Experiment, output: Path, versions: list[dict[str, Any]]
     if not any(entry.get("promoted") for entry in versions):
         return {"promoted": True, "reason": "it is the first"}
     metrics = record.read_json(output / "versions" / str(versions[-1]["version"]) / "eval" / "metrics.json")
-    found = next(d for d in metrics["differences"] if d["worse"] == "student before" and d["metric"] == "kl")
+    by, what = ("kl", "KL from the teacher") if has_teacher(metrics["models"]) else ("nll", "NLL of the teacher's text")
+    found = next(d for d in metrics["differences"] if d["worse"] == "student before" and d["metric"] == by)
     margin = experiment.refresh.margin
-    reason = f"its KL from the teacher differs by {_interval(found)} nats per token from the previous version's"
+    reason = f"its {what} differs by {_interval(found)} nats per token from the previous version's"
     worse = found["high"] > margin
     if worse:
         reason += f", and the margin is {margin:g}"

@@ -1,4 +1,7 @@
-"""`llmdistill eval`: how far the student is from the teacher on held-out text, with intervals, and what it costs."""
+"""`llmdistill eval`: how far the student is from the teacher on held-out text, with intervals, and what it costs.
+
+Of a teacher behind an API, whose weights are not here, its text alone is known: `teacher` is then none of the models.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -21,11 +24,13 @@ from llmdistill.evaluation.examples import samples, views, won_and_lost
 from llmdistill.evaluation.fidelity import own_text
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, metrics_of
 from llmdistill.evaluation.parts import Parts
-from llmdistill.evaluation.routes import by_teacher, fidelity_to_own, lines, shared, teachers_of_rows
+from llmdistill.evaluation.routes import by_teacher, fidelity_to_own, shared, teachers_of_rows
 from llmdistill.evaluation.serving import Served
-from llmdistill.evaluation.statistics import Array, Draws, check_clusters, interval_text
+from llmdistill.evaluation.statistics import Array, Draws, check_clusters
+from llmdistill.evaluation.summary import final_lines, headline
 from llmdistill.evaluation.task_scores import measure_tasks
 from llmdistill.evaluation.tasks import TaskFile, files_of, load_tasks, read_tasks
+from llmdistill.evaluation.text import text_sums
 from llmdistill.evaluation.win_rate import Comparison
 from llmdistill.models.loading import (
     check_model_exists,
@@ -95,6 +100,11 @@ class _Loaded:
         """The tokens that end a completion of the rows."""
         return self.end_ids["student" if self.sides else "teacher"]
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher's weights are here."""
+        return "teacher" in self.models
+
 
 def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     """Write `OUTPUT/eval/metrics.json`, and `rows.parquet` with every row's own numbers.
@@ -102,11 +112,6 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     Raises:
         InputError: a model or the held-out rows are missing, or the vocabularies differ.
     """
-    if experiment.teacher.abilities.api:
-        raise InputError(
-            f"teacher.engine {experiment.teacher.engine}: `eval` compares the student with the teacher's weights, which are not "
-            "here; write an experiment with the same output and a teacher whose weights are"
-        )
     directory, plan = experiment.directory("eval"), _plan(experiment)
     if dry_run:
         _check_models([*plan.subjects, *_other_teachers(experiment)], but=experiment.output)
@@ -137,7 +142,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         models = _load(plan.subjects, precision.dtype)
         tokenizers = {subject.name: _tokenizer(experiment, subject, manifest) for subject in plan.subjects}
         ends = {name: _described(manifest, name)["end_token_ids"] for name in models}
-        sides = sides_of(experiment, manifest) if "alignment" in manifest else None
+        sides = sides_of(experiment, manifest) if "alignment" in manifest and "teacher" in models else None
     teachers = teachers_of_rows(experiment, rows.with_format(None)["metadata"])
     rows = _with_main_prompts(rows, teachers, experiment, sides, manifest) if sides and experiment.teachers else rows
     loaded = _Loaded(models, tokenizers, rows, prompts, draws, ends, sides, teachers, precision.dtype)
@@ -146,7 +151,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     found: dict[str, Any] = {}
     if tasks:
         found |= parts.result("tasks", lambda: measure_tasks(tasks, models, tokenizers, experiment, directory))
-    own = _own_texts(loaded, experiment, parts) if experiment.eval.own_prompts else {}
+    own = _own_texts(loaded, experiment, parts) if experiment.eval.own_prompts and loaded.has_teacher else {}
     found |= parts.result("texts", lambda: _texts(experiment, loaded, measured))
     metrics = _metrics(experiment, plan.subjects, loaded, measured) | found | {"warnings": [warning] if warning else []}
     _add_own_texts(metrics, own, experiment)
@@ -161,7 +166,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     _write(experiment, directory, metrics, measured, loaded)
     record.finish(directory, {"headline": metrics["headline"]})
     parts.remove()
-    for stage, text in _said(metrics):
+    for stage, text in final_lines(metrics):
         say(stage, text)
 
 
@@ -251,18 +256,24 @@ def _with_main_prompts(
 
 def _tokenizer(experiment: Experiment, subject: Served, manifest: dict[str, Any]) -> Any:
     """The tokenizer whose ids a model is given: with one vocabulary the teacher's, which every student has, too."""
-    teacher = experiment.teacher
     if "alignment" not in manifest or subject.name == "teacher":
-        return load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+        name, revision, key = experiment.tokenizer
+        return load_tokenizer(name, revision, experiment.teacher.trust_remote_code, key)
     tokenizer = load_tokenizer(subject.path, subject.revision, subject.trust_remote_code, f"the model `{subject.name}`")
     tokenizer.chat_template = manifest["tokenizer"]["chat_template"]
     return tokenizer
 
 
 def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
-    """The sums of `fidelity` over every held-out row."""
+    """The sums of `fidelity` over every held-out row; of `text_sums` where there is no teacher."""
     models = loaded.models
     with StageBar("eval", len(loaded.rows)) as bar:
+
+        def report(rows: int, tokens: int) -> None:
+            bar.advance(rows, tokens * len(models))
+
+        if not loaded.has_teacher:
+            return text_sums(models, loaded.rows, experiment.eval.batch_size, loaded.end_ids["student"], report)
         return fidelity_to_own(
             experiment,
             models,
@@ -272,20 +283,21 @@ def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
             loaded.classes,
             batch_size=experiment.eval.batch_size,
             end_ids=loaded.ends,
-            report=lambda rows, tokens: bar.advance(rows, tokens * len(models)),
+            report=report,
         )
 
 
 def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, measured: dict[str, Array]) -> dict[str, Any]:
     """The content of `metrics.json`, but for what needs more of the models than their distributions on held-out text."""
     text_bytes, weights = _text_bytes(loaded.rows), _importance(loaded.rows)
+    shown = [metric for metric in METRICS if loaded.has_teacher or metric.of_text]
     described = [
         {
             "name": subject.name,
             "path": subject.path,
             "parameters": sum(parameter.numel() for parameter in loaded.models[subject.name].parameters()),
             "bytes": model_bytes(subject.path),
-            **_computed(METRICS, Sums(subject.name, measured, loaded.draws, text_bytes, weights)),
+            **_computed(shown, Sums(subject.name, measured, loaded.draws, text_bytes, weights)),
         }
         for subject in subjects
     ]
@@ -300,13 +312,15 @@ def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, me
         held_out["classes"] = shared(next(iter(loaded.classes.values())), measured)
         if experiment.teachers:
             held_out["classes"]["count"] = {name: classes.count for name, classes in loaded.classes.items()}
-    if weights is not None:
+    if measured.get("stored", np.zeros(1)).any():
+        held_out["stored"] = float(measured["stored"].sum() / tokens.sum())
+    if weights is not None and loaded.has_teacher:
         held_out["effective_rows"] = effective_sample_size(weights)
     metrics = {
         "schema_version": METRICS_VERSION,
         "held_out": held_out,
         "models": described,
-        "differences": list(_differences(subjects, measured, loaded.draws, text_bytes)),
+        "differences": list(_differences(subjects, measured | {"bytes": text_bytes}, loaded.draws)),
     }
     if experiment.teachers:
         names = [subject.name for subject in subjects]
@@ -402,8 +416,8 @@ def _texts(experiment: Experiment, loaded: _Loaded, measured: dict[str, Array]) 
     with working("eval", "writing samples"):
         return {
             "samples": samples(models, rows, loaded.tokenizers, settings.samples, settings.sample_tokens),
-            "views": [] if loaded.classes else views(models, rows, loaded.tokenizers["teacher"]),
-            "examples": won_and_lost(measured, rows, rival),
+            "views": views(models, rows, loaded.tokenizers["teacher"]) if loaded.has_teacher and not loaded.classes else [],
+            "examples": won_and_lost(measured, rows, rival, "kl" if loaded.has_teacher else "nll"),
         }
 
 
@@ -420,29 +434,12 @@ def _write(experiment: Experiment, directory: Path, metrics: dict[str, Any], mea
         write_card(card, lambda: with_results(card.read_text(encoding="utf-8"), metrics))
 
 
-def headline(models: list[dict[str, Any]], engine: str, tasks: dict[str, Any] | None = None) -> str:
-    """The one line: how much smaller and faster the student is, and what it keeps."""
-    by_name = {model["name"]: model for model in models}
-    teacher, student = by_name["teacher"], by_name["student"]
-    smaller = 1 - student["parameters"] / teacher["parameters"]
-    faster = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
-    where = " in vLLM" if engine == "vllm" else ""
-    size = f"{smaller:.0%} smaller" if smaller > 0 else f"{-smaller:.0%} larger" if smaller < 0 else "same size"
-    keeps = "keeps " + _share(student["top1"], "the teacher's next-token choices")
-    if tasks and tasks["together"]["kept"]:
-        keeps += f" and {_share(tasks['together']['kept'], 'its task score')}"
-    return f"{size} · {faster:.1f}× {'faster' if faster >= 1 else 'the speed'}{where} · {keeps}"
-
-
-def _share(kept: dict[str, float], of: str) -> str:
-    mean, ends = interval_text(kept, ".0f", 100)
-    return f"{mean}% of {of} (95% CI {ends})"
-
-
 def _subjects(experiment: Experiment) -> list[Served]:
-    teacher = experiment.teacher
-    found = [
-        Served("teacher", teacher.model, teacher.revision, teacher.trust_remote_code, teacher.tensor_parallel_size),
+    """The models: the teacher first, if its weights are here."""
+    teacher, found = experiment.teacher, []
+    if not teacher.abilities.api:
+        found = [Served("teacher", teacher.model, teacher.revision, teacher.trust_remote_code, teacher.tensor_parallel_size)]
+    found += [
         Served("student before", *before(experiment)),
         Served("student", str(experiment.directory("student"))),
     ]
@@ -482,41 +479,16 @@ def _check_vocabulary(subject: Served, manifest: dict[str, Any]) -> None:
     )
 
 
-def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draws, text_bytes: Array) -> Iterator[dict[str, Any]]:
+def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draws) -> Iterator[dict[str, Any]]:
     """The student minus each of its rivals, on the same rows and draws."""
+    compared = metrics_of("models" if subjects[0].name == "teacher" else "text")
     for rival in subjects:
         if rival.name.startswith("student") and rival.name != "student":
-            for metric in metrics_of("models"):
-                sums = measured[f"student {metric.name}"] - measured[f"{rival.name} {metric.name}"]
-                found = draws.interval(sums, measured["tokens"])
-                yield {"better": "student", "worse": rival.name, "metric": metric.name, **found}
+            for metric in compared:
+                if f"student {metric.name}" in measured and measured[metric.over].any():
+                    sums = measured[f"student {metric.name}"] - measured[f"{rival.name} {metric.name}"]
+                    found = draws.interval(sums, measured[metric.over])
+                    yield {"better": "student", "worse": rival.name, "metric": metric.name, **found}
             nats = [Sums(name, measured, draws).text_nll for name in ("student", rival.name)]
-            found = draws.interval((nats[0] - nats[1]) / np.log(2), text_bytes)
+            found = draws.interval((nats[0] - nats[1]) / np.log(2), measured["bytes"])
             yield {"better": "student", "worse": rival.name, "metric": "bits_per_byte", **found}
-
-
-def _said(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is said at the end, each line with its label; the report has it all."""
-    yield "eval", _summary(metrics)
-    yield from (("eval", line) for line in lines(metrics.get("teachers", [])))
-    student = next(model for model in metrics["models"] if model["name"] == "student")
-    if "draft" in student:
-        yield from (("eval", drafts.advice(best)) for best in drafts.best_cycles(student["draft"]))
-    judged = metrics.get("win_rate", {"win_rate": None, "warnings": []})
-    if judged["win_rate"]:
-        yield "eval", f"student wins {_share(judged['win_rate'], 'prompts')} against the {judged['against']}, says the judge"
-    tasks = metrics.get("tasks", {"tasks": [], "warnings": []})
-    warnings = [*metrics["warnings"], *tasks["warnings"]]
-    warnings += [entry["warning"] for entry in metrics.get("teachers", []) if entry.get("warning")]
-    warnings += [f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task["warning"]]
-    yield from (("warning", text) for text in [*warnings, *judged["warnings"]])
-
-
-def _summary(metrics: dict[str, Any]) -> str:
-    kl = {model["name"]: interval_text(model["kl"], ".2f") for model in metrics["models"]}
-    (student, ends), (untrained, its_ends) = kl["student"], kl["student before"]
-    said = f"student {student} nats from the teacher ({ends}), before {untrained} ({its_ends})"
-    if "student, text only" in kl:
-        text_only, its_ends = kl["student, text only"]
-        said += f", same steps without soft targets {text_only} ({its_ends})"
-    return said

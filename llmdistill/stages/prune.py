@@ -101,7 +101,6 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
     model = load_model(teacher.model, teacher.revision, "float32", teacher.trust_remote_code)
     calibration, others = calibration_and_others(experiment, settings.calibration_rows) if settings.measured else ([], [])
     decoder_of(model)  # another architecture is refused before anything of it is looked for
-    no_refit = _no_refit(settings, model, calibration)
     importance = measure(model, calibration) if settings.measured else None
     config = model.config.get_text_config()
     kept = choose(settings, config, importance)
@@ -112,37 +111,19 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
     dtype = _stored_dtype(experiment)
     nearness = TeacherKl(model, others) if others else None
     near = {"cut": nearness.kl(student, dtype)} if nearness else {}
-    if settings.refit and no_refit is None:
+    if settings.refit:
         from llmdistill.students.refit import refit
 
         errors = refit(student, model, kept, calibration, settings.ridge)
         results["refit"] = [{"layer": layer, "before": a, "after": b} for layer, (a, b) in zip(kept.layers, errors, strict=True)]
         if nearness:
             near["refitted"] = nearness.kl(student, dtype)
-    elif settings.refit:
-        lines.append(f"no refit: {no_refit}")
     if others:
         results["kl_from_teacher"] = {**near, "rows": len(others)}
         lines.append(_how_near(near, len(others)))
     elif settings.measured:
         lines.append(f"all rows of {training_dataset(experiment)} were measured; none is left for the KL from the teacher")
     return student.to(dtype), results, lines
-
-
-def _no_refit(settings: Prune, model: Any, rows: list[dict[str, Any]]) -> str | None:
-    """Why this model is not refitted though it should be by default.
-
-    Raises:
-        InputError: the refit is asked for.
-    """
-    if not settings.refit:
-        return None
-    from llmdistill.students.refit import residual_scales
-
-    found = residual_scales(model, rows)
-    if isinstance(found, str) and "refit" in settings.model_fields_set:
-        raise InputError(f"student.prune.refit is true, but {found}; set it to false")
-    return found if isinstance(found, str) else None
 
 
 def calibration_and_others(experiment: Experiment, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

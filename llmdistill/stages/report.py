@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from llmdistill.data.cards import describe_targets
 from llmdistill.data.dataset import MANIFEST
 from llmdistill.errors import InputError
 from llmdistill.evaluation import drafts
-from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, metrics_of
+from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, first_table, has_teacher, metrics_of
 from llmdistill.evaluation.picture import picture
 from llmdistill.evaluation.plots import Point, group_plot, interval_plot, loss_plot, size_plot
 from llmdistill.evaluation.routes import lines
@@ -56,39 +56,70 @@ def _view(experiment: Experiment) -> Json:
     """Everything that the templates show."""
     metrics = read_metrics(experiment.directory("eval") / "metrics.json")
     models: dict[str, Json] = {model["name"]: model for model in metrics["models"]}
+    columns, teacher = first_table(metrics), models.get("teacher")
+    path = teacher["path"] if teacher else experiment.teacher.model
+    near, data = _NEARNESS["kl" if teacher else "nll"], _data(experiment)
+    cautions = [*_of_teachers(metrics.get("teachers", [])), *_cautions(metrics, models), *([] if teacher else _of_sampling(data))]
     return {
         "headline": metrics["headline"],
         "output": experiment.output,
         "models": list(models.values()),
-        "teacher": models["teacher"],
-        "teacher_name": Path(models["teacher"]["path"]).name,
+        "teacher": path,
+        "teacher_name": Path(path).name,
+        "missing": None if teacher else _MISSING,
+        "near": near,
         "held_out": metrics["held_out"],
         "classes": _classes(metrics["held_out"].get("classes")),
         "decoding": metrics["decoding"],
         "warnings": [*metrics.get("warnings", []), *_task_warnings(metrics.get("tasks"))],
         "samples": metrics["samples"],
-        "cards": _cards(models["teacher"], models["student"], metrics.get("tasks")),
+        "cards": _cards(models, metrics.get("tasks")),
         "tasks": metrics.get("tasks"),
+        "task_rival": _rival(metrics["tasks"]) if metrics.get("tasks") else None,
         "task_plots": list(_task_plots(metrics.get("tasks"))),
         "change": _largest_change(metrics["samples"]),
         "judged": metrics.get("win_rate"),
         "exports": _exports(experiment),
-        "draft": _draft(experiment, models["teacher"], models["student"]),
+        "draft": _draft(experiment, path, models["student"]),
         "profiles": _profiles(models),
-        "columns": metrics_of("across" if "classes" in metrics["held_out"] else "models"),
-        "measures": list(_measures(metrics["models"])),
+        "columns": columns,
+        "measures": list(_measures(metrics["models"], [] if teacher else columns)),
         "own_text": metrics.get("own_text"),
-        "sizes": size_plot([(name, (model["bytes"] or 0) / 1e6, percent(model["top1"])) for name, model in models.items()]),
+        "sizes": _sizes(models) if teacher else None,
         "views": [_view_of_tokens(view) for view in metrics["views"]],
         "examples": metrics["examples"],
-        "intervals": interval_plot((name, model["kl"]) for name, model in models.items() if name != "teacher"),
+        "intervals": interval_plot((name, model[near["metric"]]) for name, model in models.items() if name != "teacher"),
         "findings": _findings(metrics["differences"]),
         "verdict": _verdict(metrics["differences"]),
-        "cautions": [*_of_teachers(metrics.get("teachers", [])), *_cautions(metrics, models)],
+        "cautions": cautions,
         "training": _training(experiment),
-        "data": _data(experiment),
+        "data": data,
         "lineage": _lineage(experiment),
     }
+
+
+# How near a model is to its teacher: by its distributions, or, without its weights, by its text.
+_NEARNESS: dict[str, Json] = {
+    "kl": {
+        "metric": "kl",
+        "title": "KL from the teacher",
+        "note": "The teacher itself is at 0.",
+        "better": "← closer to the teacher",
+        "failed": "Training did not bring the student closer to the teacher.",
+    },
+    "nll": {
+        "metric": "nll",
+        "title": "NLL of the teacher’s text",
+        "note": "Where the text was sampled at temperature 1, the difference of two models estimates that of their KL.",
+        "better": "← predicts it better",
+        "failed": "Training did not make the student predict the teacher’s text better.",
+    },
+}
+_MISSING = (
+    "The teacher is behind an API, so what needs its weights is not here: the KL from the teacher over the vocabulary, the share "
+    "of its next-token choices, calibration, the models’ own text, the token view, the student as a draft model, and the "
+    "teacher’s size, speed and task scores."
+)
 
 
 def _classes(shared: Json | None) -> str:
@@ -125,8 +156,12 @@ def read_metrics(file: Path) -> Json:
     return metrics
 
 
-def _cards(teacher: Json, student: Json, tasks: Json | None) -> list[Json]:
+def _cards(models: dict[str, Json], tasks: Json | None) -> list[Json]:
     """The headline figures, each with its source."""
+    student = models["student"]
+    if "teacher" not in models:
+        return _cards_of_text(models["student before"], student, tasks)
+    teacher = models["teacher"]
     saved = 1 - student["parameters"] / teacher["parameters"]
     speed = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
     times = f"{speed:.1f}×"
@@ -144,19 +179,41 @@ def _cards(teacher: Json, student: Json, tasks: Json | None) -> list[Json]:
     ]
 
 
+def _cards_of_text(before: Json, student: Json, tasks: Json | None) -> list[Json]:
+    """Those that need no weights of the teacher."""
+    (bits, ends), (untrained, _) = (interval_text(model["bits_per_byte"], ".2f") for model in (student, before))
+    length = {
+        "figure": bits,
+        "label": "bits per byte of the teacher’s text",
+        "note": f"95% CI {ends}; {untrained} before training",
+    }
+    size = f"{megabytes(student['bytes'])}, {tokens_per_second(student)} tokens/s"
+    return [
+        length,
+        _kept_card(student["written"], "of the teacher’s tokens are its first choice"),
+        *([_kept_card(tasks["together"]["models"]["student"], "right on the tasks")] if tasks else []),
+        {"figure": parameters(student["parameters"]), "label": "parameters", "note": size},
+    ]
+
+
 def _kept_card(share: Json, label: str) -> Json:
     mean, ends = interval_text(share, ".0f", 100)
     return {"figure": f"{mean}%", "label": label, "note": f"95% CI {ends}"}
 
 
 def _task_plots(tasks: Json | None) -> Iterator[Json]:
-    """The student's differences to the teacher, and to the student of the text alone, on every task in percentage points."""
-    for rival in ("teacher", "student, text only") if tasks else ():
+    """The student's differences to the teacher or, without it, to itself before, and to the student of the text alone."""
+    for rival in (_rival(tasks), "student, text only") if tasks else ():
         rows = []
         for entry in [*tasks["tasks"], {"name": "all together", **tasks["together"]}] if tasks else []:
             rows += [(entry["name"], percent(found)) for found in entry["differences"] if found["against"] == rival]
         if plot := interval_plot(rows, with_zero=True):
             yield {"rival": rival, "plot": plot}
+
+
+def _rival(tasks: Json) -> str:
+    """Whom the student is tested against on tasks."""
+    return "teacher" if "teacher" in tasks["together"]["models"] else "student before"
 
 
 def _largest_change(samples: list[Json]) -> Json | None:
@@ -193,7 +250,7 @@ _DRAFTS = {
 }
 
 
-def _draft(experiment: Experiment, teacher: Json, student: Json) -> Json | None:
+def _draft(experiment: Experiment, teacher: str, student: Json) -> Json | None:
     """The student as a draft model in speculative decoding, and how it is served where that is faster."""
     draft = student.get("draft")
     if draft is None:
@@ -208,7 +265,7 @@ def _draft(experiment: Experiment, teacher: Json, student: Json) -> Json | None:
         "by_position": list(zip(*(mode["by_position"] for mode in modes), strict=True)),
         "cost": draft.get("cost"),
         "advice": [drafts.advice(cycle) for cycle in best],
-        "command": faster and drafts.serve_command(teacher["path"], revision, student["path"], faster),
+        "command": faster and drafts.serve_command(teacher, revision, student["path"], faster),
     }
 
 
@@ -216,10 +273,10 @@ def _profiles(models: dict[str, Json]) -> Json:
     """The KL by position and by the teacher's entropy, of every model but the teacher, as figures."""
     found = {}
     for by in ("position", "entropy"):
-        begins = sorted({group["from"] for model in models.values() for group in model[f"kl_by_{by}"]})
+        begins = sorted({group["from"] for model in models.values() for group in model.get(f"kl_by_{by}", [])})
         names = [f"{begin:g}–" for begin in begins]
         curves = {
-            name: [{"group": begins.index(group["from"]), **group} for group in model[f"kl_by_{by}"]]
+            name: [{"group": begins.index(group["from"]), **group} for group in model.get(f"kl_by_{by}", [])]
             for name, model in models.items()
             if name != "teacher"
         }
@@ -227,9 +284,14 @@ def _profiles(models: dict[str, Json]) -> Json:
     return found
 
 
-def _measures(models: list[Json]) -> Iterator[Json]:
-    """A row for each metric beside those of the first table, with each model's interval, where any has it."""
-    rows = [(metric, [model.get(metric.name) for model in models]) for metric in metrics_of("measures")]
+def _sizes(models: dict[str, Json]) -> Json | None:
+    """Size against agreement with the teacher, as a figure."""
+    return size_plot([(name, (model["bytes"] or 0) / 1e6, percent(model["top1"])) for name, model in models.items()])
+
+
+def _measures(models: list[Json], shown: Sequence[Metric] = ()) -> Iterator[Json]:
+    """A row for each metric beside those that are shown, with each model's interval, where any has it."""
+    rows = [(metric, [model.get(metric.name) for model in models]) for metric in metrics_of("measures") if metric not in shown]
     rows += [(metric, [(model.get("own_text") or {}).get(metric.name) for model in models]) for metric in OWN_TEXT_METRICS]
     for metric, values in rows:
         if any(values):
@@ -288,8 +350,9 @@ _VERDICTS = {
 
 
 def _verdict(differences: list[Json]) -> str | None:
-    """Whether it was worth it, in one sentence: by the KL, against the text alone if there is such a student."""
-    by_rival = {found["worse"]: found for found in differences if found["metric"] == "kl"}
+    """Whether it was worth it, in one sentence: against the text alone if there is such a student, by the KL or else the text."""
+    measured = {found["metric"] for found in differences}
+    by_rival = {found["worse"]: found for found in differences if found["metric"] == ("kl" if "kl" in measured else "nll")}
     rival = next((name for name in _VERDICTS if name in by_rival), None)
     if rival is None:
         return None
@@ -328,8 +391,9 @@ def _cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
     """What a reader should know before trusting the figures."""
     said = []
     before, prompts = models.get("student before"), metrics["held_out"]["prompts"]
-    if before and not models["student"]["kl"]["mean"] < before["kl"]["mean"]:
-        said.append("Training did not bring the student closer to the teacher.")
+    near = _NEARNESS["kl" if has_teacher(metrics["models"]) else "nll"]
+    if before and not models["student"][near["metric"]]["mean"] < before[near["metric"]]["mean"]:
+        said.append(near["failed"])
     if prompts < _FEW_PROMPTS:
         said.append(f"With {prompts} held-out prompts the intervals are approximate.")
     said.append(
@@ -337,6 +401,18 @@ def _cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
         "not the variation between training runs: each student was trained once."
     )
     return said
+
+
+def _of_sampling(data: Json) -> list[str]:
+    """What is said where the likelihood of the text does not compare distances from the teacher."""
+    whole = {"temperature": 1, "top_p": 1, "top_k": 0}
+    sampling = data.get("sampling") or {}
+    if all(sampling.get(key, value) == value for key, value in whole.items()):
+        return []
+    return [
+        "The text was not sampled at temperature 1 from the teacher’s whole distribution: its NLL says how well the models "
+        "predict this text, not which is nearer to the teacher, and favours a student trained on the text alone."
+    ]
 
 
 def _training(experiment: Experiment) -> Json:

@@ -1,7 +1,8 @@
 """Students cut out of the teacher: what each part of it does on some text, what stays, and the smaller model.
 
-For models whose layers are built as those of llama, qwen and gemma. Importance is that of Minitron (Muralidharan et al.
-2024, arXiv 2407.14679), measured by activations in one pass over a calibration set, and block influence for layers.
+For models whose layers are built as those of llama: qwen, gemma, mistral, olmo, granite, smollm3. Importance is that of
+Minitron (Muralidharan et al. 2024, arXiv 2407.14679), measured by activations in one pass over a calibration set, and block
+influence for layers.
 """
 
 import copy
@@ -30,14 +31,15 @@ _AXES = {
     "down_proj": ("hidden", "neurons"),
     "embed_tokens": ("all", "hidden"),
     "lm_head": ("all", "hidden"),
-    "q_norm": ("all",),  # over the head's own dimension
-    "k_norm": ("all",),
+    "q_norm": ("heads",),  # over all heads together (olmo2); one shared by the heads is not cut (qwen3, gemma3)
+    "k_norm": ("key_values",),
     "norm": ("hidden",),
     "input_layernorm": ("hidden",),
     "post_attention_layernorm": ("hidden",),
     "pre_feedforward_layernorm": ("hidden",),
     "post_feedforward_layernorm": ("hidden",),
 }
+_NORMS = [name for name in _AXES if name.endswith("_layernorm")]
 # Settings of a module that follow from the model's sizes, or from where the layer stands.
 _SIZES = re.compile("size|heads|features|dim|normalized_shape|layer_idx")
 
@@ -144,7 +146,7 @@ def prune_model(teacher: Any, kept: Kept) -> Any:
             indices["key_values"] = _expanded(kept.heads[place], head_dim)
             indices["heads"] = _expanded(kept.heads[place], queries * head_dim)
             name = f"{match[1]}{place}{match[3]}"
-        state[name] = _select(name, tensor, indices)
+        state[name] = _select(name, tensor, indices, head_dim)
     _cut_lists(config, kept.layers)
     config.head_dim = head_dim
     config.num_key_value_heads = len(kept.heads[0])
@@ -213,13 +215,16 @@ def check_layers(teacher: Any, student: Any, kept: Kept) -> None:
         raise InputError(f"{refused} they give other logits than in the teacher (by {off:.0%})")
 
 
-def _select(name: str, tensor: Tensor, indices: dict[str, Array]) -> Tensor:
+def _select(name: str, tensor: Tensor, indices: dict[str, Array], head_dim: int) -> Tensor:
     *_, module, kind = name.split(".")
     axes = _AXES.get(module)
     if axes is None or kind not in ("weight", "bias"):
-        raise InputError(f"student.prune: cannot prune the parameter {name}; llama, qwen and gemma models can be pruned")
+        raise InputError(
+            f"student.prune: cannot prune the parameter {name}; models built as llama can be pruned (qwen, gemma, olmo, …)"
+        )
+    shared = module in ("q_norm", "k_norm") and len(tensor) == head_dim
     for number, axis in enumerate(axes[: tensor.ndim]):
-        if axis != "all":
+        if axis != "all" and not shared:
             tensor = tensor.index_select(number, torch.as_tensor(indices[axis], device=tensor.device))
     return tensor
 
@@ -270,8 +275,7 @@ def measure(teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 8) -
             layer.register_forward_hook(watch_layer(number), with_kwargs=True),
             layer.self_attn.o_proj.register_forward_pre_hook(watch_heads(number)),
             layer.mlp.down_proj.register_forward_pre_hook(watch_neurons(number)),
-            layer.input_layernorm.register_forward_hook(watch_norm),
-            layer.post_attention_layernorm.register_forward_hook(watch_norm),
+            *(getattr(layer, norm).register_forward_hook(watch_norm) for norm in _NORMS if hasattr(layer, norm)),
         ]
     collate = DistillCollator(pad_token_id=0)
     try:
@@ -298,10 +302,10 @@ def decoder_of(model: Any) -> Any:
     try:
         decoder, config = model.get_decoder(), model.config
         sizes = [config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size, config.hidden_size]
-        parts = [(layer.input_layernorm, layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder.layers]
+        parts = [(layer.post_attention_layernorm, layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder.layers]
         known = len(parts) == sizes[0]
     except (AttributeError, RuntimeError):  # of a configuration with sizes for single layers, or of several models
         known = False
     if not known:
-        raise InputError(f"student.prune: {type(model).__name__} is not built as llama, qwen and gemma models are")
+        raise InputError(f"student.prune: {type(model).__name__} is not built as llama models are (qwen, gemma, olmo, …)")
     return decoder

@@ -3,14 +3,17 @@
 Where layers go, the next one gets another input than it used to. From the first layer to the last, each `down_proj` is
 therefore solved again by ridge regression, on what the student refitted so far makes of the calibration rows. ReplaceMe
 (Shopkhoev et al. 2025, arXiv 2505.02819) puts one linear map behind the MLP before a gap and folds it into `down_proj`; here
-all of `down_proj` is free, which contains that map, and every layer that stays is refitted.
+all of `down_proj` is free, which contains that map, and every layer that stays is refitted. Where a norm follows `down_proj`
+(gemma, olmo2), the same equations are solved a few times with the norm's divisors held fixed.
 
 Shapes: B rows of a batch, T tokens, N positions of a batch that are not padding, D hidden size, F feed-forward neurons.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +26,21 @@ from llmdistill.students.pruning import Kept
 Batch = dict[str, Tensor]
 _PROBE_TOKENS = 8
 _NOT_LINEAR = 1e-3  # share of a change in a layer's output; rounding to float32 is a thousandth of it, a norm leaves about 1
+_NORM = "post_feedforward_layernorm"  # behind the MLP and before the sum: gemma, olmo2
+_STEPS = 4  # with the norm's divisors held fixed; the first one or two do nearly all
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a layer adds what `down_proj` gives: its output = what does not depend on it + scale · norm(down_proj(a)).
+
+    Attributes:
+        scale: 1 for most models; granite's residual_multiplier.
+        norm: whether a norm by the root mean square stands between them.
+    """
+
+    scale: float
+    norm: bool = False
 
 
 @torch.no_grad()
@@ -36,12 +54,13 @@ def refit(
 
         W ← W + ΔW,  ΔWᵀ = (AᵀA + ridge · mean(diag AᵀA) · I)⁻¹ Aᵀ R / s
 
-    s is the factor with which the layer adds the MLP's output, 1 for most models (granite's residual_multiplier). On these
-    rows Σ R² never grows by this step. A bias stays as it is. Where channels went, Y is the teacher's state on those that
-    stayed.
+    s is the factor with which the layer adds the MLP's output, 1 for most models (granite's residual_multiplier). If a norm
+    x ↦ g · x / d(x) follows `down_proj`, each position of A is divided by its d, column j of R/s by g_j, the penalty is on
+    g_j · ΔW_j, and the step is repeated with the new d for as long as Σ R² falls, four times at most. On these rows Σ R² never
+    grows by this. A bias stays as it is. Where channels went, Y is the teacher's state on those that stayed.
 
-    Teacher and student go through the rows layer by layer, the teacher once and the student twice. Memory holds three hidden
-    states of every position, 12 · D bytes, and the equations, 16 · F · (F + D) bytes whatever the number of rows.
+    Teacher and student go through the rows layer by layer, the teacher once and the student twice. Memory holds four hidden
+    states of every position, 16 · D bytes, and the equations, 16 · F · (F + D) bytes whatever the number of rows.
 
     Args:
         student: cut out of the teacher by `prune_model`, in float32.
@@ -58,9 +77,9 @@ def refit(
         InputError: the layers are not built so that this solution is exact, or what they compute is not finite.
     """
     batches = _batches(rows, batch_size, student.device)
-    scales = residual_scales(student, rows)
-    if isinstance(scales, str):
-        raise InputError(f"student.prune.refit: {scales}")
+    paths = residual_paths(student, rows)
+    if isinstance(paths, str):
+        raise InputError(f"student.prune.refit: {paths}; set it to false")
     theirs, ours = _Sweep(teacher, batches), _Sweep(student, batches)
     channels = torch.as_tensor(kept.hidden, device=student.device)
     errors, done = [], 0
@@ -70,30 +89,64 @@ def refit(
         done = source + 1
         masks = (batch["attention_mask"].bool() for batch in batches)
         targets = [states_BTD[mask_BT][:, channels] for states_BTD, mask_BT in zip(theirs.states, masks, strict=True)]
-        errors.append(_refit_layer(ours, number, targets, scales[number], ridge))
+        errors.append(_refit_layer(ours, number, targets, paths[number], ridge))
     return errors
 
 
-def _refit_layer(sweep: "_Sweep", number: int, targets: list[Tensor], scale: float, ridge: float) -> tuple[float, float]:
+def _refit_layer(sweep: "_Sweep", number: int, targets: list[Tensor], path: Path, ridge: float) -> tuple[float, float]:
     """Solve for one layer and move the states behind it; the error before and after, as `refit` returns it."""
+    layer = sweep.layers[number]
+    weight_DF = layer.mlp.down_proj.weight
+    gain_D = _gain(layer) if path.norm else torch.ones_like(weight_DF[:, 0])
+    factor_D1 = path.scale * gain_D[:, None]
+    errors: list[float] = []
+    for _ in range(_STEPS if path.norm else 1):
+        error, solution_DF = _solution(sweep, number, targets, gain_D if path.norm else None, ridge)
+        if errors and error >= errors[-1]:
+            break
+        errors.append(error)
+        old_DF = weight_DF.clone()
+        # Where the gain is 0 the weight has no effect.
+        weight_DF += torch.where(factor_D1 == 0, 0, solution_DF / factor_D1).to(weight_DF.dtype)
+    states, after = sweep.moved(number, targets)
+    if after > errors[-1]:
+        weight_DF.copy_(old_DF)
+        states, after = sweep.moved(number, targets)
+    sweep.states = states
+    whole = sum(float(target_ND.double().square().sum()) for target_ND in targets) or 1.0
+    return errors[0] / whole, after / whole
+
+
+def _solution(sweep: "_Sweep", number: int, targets: list[Tensor], gain_D: Tensor | None, ridge: float) -> tuple[float, Tensor]:
+    """Σ R² of a layer as it is, and what to add to scale · g · W, shape (D, F), by the equations on all batches."""
     down = sweep.layers[number].mlp.down_proj
     size, width = down.in_features, down.out_features
     gram_FF = torch.zeros(size, size, dtype=torch.float64, device=down.weight.device)
     cross_FD = torch.zeros(size, width, dtype=torch.float64, device=down.weight.device)
-    before = whole = 0.0
+    error = 0.0
     for index, target_ND in enumerate(targets):
-        a_NF, out_ND = sweep.inputs_and_outputs(number, index)
-        gap_ND = target_ND - out_ND
+        seen, mask_BT = sweep.seen(number, index), sweep.masks[index]
+        gap_ND = target_ND - seen.output_BTD[mask_BT]
+        a_NF = seen.input_BTF[mask_BT]
+        if gain_D is not None:
+            a_NF = a_NF / _divisors(seen.down_BTD[mask_BT], seen.added_BTD[mask_BT], gain_D)
         # With the ridge the equations are well-conditioned: products in float32 lose nothing that counts, and are fast.
         gram_FF += a_NF.T @ a_NF
         cross_FD += a_NF.T @ gap_ND
-        before += float(gap_ND.double().square().sum())
-        whole += float(target_ND.double().square().sum())
-    down.weight += (ridge_solution(gram_FF, cross_FD, ridge).T / scale).to(down.weight.dtype)
-    sweep.advance(number)
-    pairs = zip(targets, sweep.states, sweep.masks, strict=True)
-    after = sum(float((y_ND - states_BTD[mask_BT]).double().square().sum()) for y_ND, states_BTD, mask_BT in pairs)
-    return before / (whole or 1), after / (whole or 1)
+        error += float(gap_ND.double().square().sum())
+    return error, ridge_solution(gram_FF, cross_FD, ridge).T
+
+
+def _gain(layer: Any) -> Tensor:
+    """The factors g of the norm behind `down_proj`, shape (D,): what it makes of ones, whose root mean square is 1."""
+    found_1D: Tensor = getattr(layer, _NORM)(torch.ones_like(layer.mlp.down_proj.weight[:, :1].T))
+    return found_1D[0]
+
+
+def _divisors(x_ND: Tensor, y_ND: Tensor, gain_D: Tensor) -> Tensor:
+    """The d of each position in y = g · x / d, shape (N, 1), by least squares over the channels."""
+    scaled_ND = x_ND * gain_D
+    return scaled_ND.square().sum(-1, keepdim=True) / (scaled_ND * y_ND).sum(-1, keepdim=True)
 
 
 def ridge_solution(gram_FF: Tensor, cross_FD: Tensor, ridge: float) -> Tensor:
@@ -113,38 +166,80 @@ def ridge_solution(gram_FF: Tensor, cross_FD: Tensor, ridge: float) -> Tensor:
 
 
 @torch.no_grad()
-def residual_scales(model: Any, rows: Sequence[dict[str, Any]]) -> list[float] | str:
-    """For every layer the s in: its output = what does not depend on `down_proj` + s · the output of `down_proj`.
+def residual_paths(model: Any, rows: Sequence[dict[str, Any]]) -> list[Path] | str:
+    """For every layer how it adds the output of `down_proj`.
 
-    It is measured, by adding known numbers to the output of `down_proj`, so no list of architectures has to be right.
+    It is measured, by adding known numbers behind `down_proj`, or behind a norm that follows it, so no list of architectures
+    has to be right.
 
     Returns:
-        The factors, or, for people, why there are none.
+        The paths, or, for people, why there are none.
     """
     ids = [int(number) for number in rows[0]["input_ids"][:_PROBE_TOKENS]]
     (batch,) = _batches([{"input_ids": ids, "completion_start": 0}], 1, model.device)
     found = []
     for number, (states_BTD, args, kwargs) in enumerate(_calls(model, batch)):
         layer = model.get_decoder().layers[number]
-        plain_BTD = layer(states_BTD, *args, **kwargs)
-        if not isinstance(plain_BTD, Tensor):
+        output = partial(layer, states_BTD, *args, **kwargs)
+        if not isinstance(output(), Tensor):
             return f"the layers of {type(model).__name__} return more than hidden states"
-        noise = torch.Generator().manual_seed(number)
-        added_BTD = torch.randn(plain_BTD.shape, generator=noise).to(plain_BTD) * plain_BTD.square().mean().sqrt()
-        handle = layer.mlp.down_proj.register_forward_hook(lambda module, args, output, more=added_BTD: output + more)
-        try:
-            change_BTD = layer(states_BTD, *args, **kwargs) - plain_BTD
-        finally:
-            handle.remove()
-        scale = float((change_BTD * added_BTD).sum() / added_BTD.square().sum())
-        # Written so that what is not a number fails.
-        if not (scale != 0 and (change_BTD - scale * added_BTD).norm() <= _NOT_LINEAR * change_BTD.norm()):
-            return (
-                f"layer {number} of {type(model).__name__} is not linear in down_proj, for example because a norm follows "
-                "it (gemma, olmo2), so there is no closed form"
-            )
-        found.append(scale)
+        scale, norm = _linear_in(layer.mlp.down_proj, output, number), False
+        if scale is None and _norm_follows(layer, output):
+            scale, norm = _linear_in(getattr(layer, _NORM), output, number), True
+        if scale is None:
+            return f"layer {number} of {type(model).__name__} is linear neither in down_proj nor in an RMS norm behind it"
+        found.append(Path(scale, norm))
     return found
+
+
+def _linear_in(module: Any, output: Callable[[], Tensor], seed: int) -> float | None:
+    """The factor with which a layer's output moves with that of a module in it; None if it is not linear in it."""
+    plain_BTD = output()
+    noise = torch.Generator().manual_seed(seed)
+    added_BTD = torch.randn(plain_BTD.shape, generator=noise).to(plain_BTD) * plain_BTD.square().mean().sqrt()
+    handle = module.register_forward_hook(lambda module, args, output: output + added_BTD)
+    try:
+        change_BTD = output() - plain_BTD
+    finally:
+        handle.remove()
+    scale = float((change_BTD * added_BTD).sum() / added_BTD.square().sum())
+    # Written so that what is not a number fails.
+    linear = scale != 0 and bool((change_BTD - scale * added_BTD).norm() <= _NOT_LINEAR * change_BTD.norm())
+    return scale if linear else None
+
+
+def _norm_follows(layer: Any, output: Callable[[], Tensor]) -> bool:
+    """Whether the output of `down_proj` goes through a norm by the root mean square, without a shift."""
+    if not hasattr(layer, _NORM):
+        return False
+    seen = _Seen.of(layer, output)
+    gain_D = _gain(layer)
+    want_BTD = seen.down_BTD * gain_D / _divisors(seen.down_BTD, seen.added_BTD, gain_D)
+    return bool((seen.added_BTD - want_BTD).norm() <= _NOT_LINEAR * want_BTD.norm())
+
+
+class _Seen(NamedTuple):
+    """What passes in a layer: the input and the output of `down_proj`, that of the norm behind it, and the layer's."""
+
+    input_BTF: Tensor
+    down_BTD: Tensor
+    added_BTD: Tensor  # down_BTD where no norm follows
+    output_BTD: Tensor
+
+    @classmethod
+    def of(cls, layer: Any, output: Callable[[], Tensor]) -> "_Seen":
+        """Call the layer and keep what passes."""
+        inside: list[Tensor] = []
+        modules = [layer.mlp.down_proj, *([getattr(layer, _NORM)] if hasattr(layer, _NORM) else [])]
+        handles = [
+            module.register_forward_hook(lambda module, args, output: inside.extend((args[0], output))) for module in modules
+        ]
+        try:
+            output_BTD = output()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return cls(inside[0], inside[1], inside[-1], output_BTD)
 
 
 class _Sweep:
@@ -163,20 +258,20 @@ class _Sweep:
         found: Tensor = self.layers[number](self.states[index], *args, **kwargs)
         return found
 
+    def seen(self, number: int, index: int) -> _Seen:
+        """What passes in layer `number` on batch `index`."""
+        return _Seen.of(self.layers[number], partial(self.output, number, index))
+
     def advance(self, number: int) -> None:
         """Move all states behind layer `number`."""
         for index in range(len(self.states)):
             self.states[index] = self.output(number, index)
 
-    def inputs_and_outputs(self, number: int, index: int) -> tuple[Tensor, Tensor]:
-        """The input of the layer's `down_proj` (N, F) and the layer's output (N, D) on batch `index`."""
-        seen: list[Tensor] = []
-        handle = self.layers[number].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            output_BTD = self.output(number, index)
-        finally:
-            handle.remove()
-        return seen[0][self.masks[index]], output_BTD[self.masks[index]]
+    def moved(self, number: int, targets: list[Tensor]) -> tuple[list[Tensor], float]:
+        """The states behind layer `number`, and the sum of their squared distances from targets of shape (N, D)."""
+        states = [self.output(number, index) for index in range(len(self.states))]
+        pairs = zip(targets, states, self.masks, strict=True)
+        return states, sum(float((y_ND - states_BTD[mask_BT]).double().square().sum()) for y_ND, states_BTD, mask_BT in pairs)
 
 
 def _calls(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:

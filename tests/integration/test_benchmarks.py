@@ -55,7 +55,7 @@ def test_every_other(script, tmp_path):
     done = run(script, "--smoke", "--json", tmp_path / "found.json")
     found = found_by(done, tmp_path / "found.json")
     assert "| --- |" in done.stdout or "| ---: |" in done.stdout
-    assert found["aims"] or script == "recipes.py"  # which only compares
+    assert found["aims"] or script == "recipe.py"  # which only compares
 
 
 @pytest.fixture

@@ -506,8 +506,8 @@ def test_train_killed_midway_goes_on_with_the_same_losses(experiment_file, by):
 
 
 def test_sigterm_ends_with_status_143_and_keeps_what_is_finished(experiment_file):
-    many = ["--generate.rows_per_shard", "1", "--generate.max_tokens", "64"]
-    process = start("generate", experiment_file, *many)
+    long = ["--generate.rows_per_shard", "1", "--generate.max_tokens", "64", "--generate.samples", "500"]  # minutes of work
+    process = start("generate", experiment_file, *long)
     data = experiment_file.parent / "run/data"
     wait_for(lambda: list(data.glob("train-*.parquet")), process)
     os.kill(process.pid, signal.SIGTERM)

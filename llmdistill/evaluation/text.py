@@ -1,0 +1,80 @@
+"""What can be told of models without the teacher's weights: how they predict its text, and what was stored with it.
+
+Of targets of kind `topk`, which an endpoint gives, the KL is over the stored tokens and everything outside them as one outcome:
+by the data-processing inequality at most the KL over the vocabulary. Over root classes there is no such number: the teacher's
+tokens that are not stored are in the classes of stored ones, too, and how likely they are is not known.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmdistill.data.targets import TopK, kind_of
+from llmdistill.evaluation.fidelity import Report
+from llmdistill.evaluation.metrics import QUANTITIES_OF_TEXT, Positions
+from llmdistill.evaluation.statistics import Array
+
+
+def text_sums(
+    models: dict[str, Any],
+    rows: Any,
+    batch_size: int,
+    end_ids: Sequence[int],
+    report: Report = lambda rows, tokens: None,
+) -> dict[str, Array]:
+    """Each row's sums over its completion tokens, shape (rows,).
+
+    Args:
+        models: by name, all with the tokens of the rows.
+        rows: with `input_ids` and `completion_start`, and maybe soft targets.
+        batch_size: rows in one forward pass.
+        end_ids: the tokens that end a completion.
+        report: is told the rows and tokens that are done, after every batch.
+
+    Returns:
+        `tokens`, `ended`, and for every model `NAME QUANTITY` of the quantities that need no teacher: `NAME nll`, `NAME written`,
+        … Where the rows have targets of kind `topk` in their own tokens, also `stored`, the positions of which something is
+        known, and `NAME stored_kl`.
+    """
+    import torch
+
+    from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits, text_only
+
+    device = next(iter(models.values())).device
+    size = min(int(model.config.get_text_config().vocab_size) for model in models.values())
+    collate = DistillCollator(pad_token_id=0, vocab_size=size)
+    parts: dict[str, list[Array]] = {}
+    for first in range(0, len(rows), batch_size):
+        chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
+        lengths = [len(row["input_ids"]) - int(row["completion_start"]) for row in chunk]
+        stored = kind_of(list(chunk[0])) is TopK and "target_places" not in chunk[0]
+        made = collate(chunk if stored else text_only(chunk))
+        batch = {name: value if isinstance(value, str) else value.to(device) for name, value in made.items()}
+        labels_N = completion_labels(batch)
+        end_N = torch.isin(labels_N, torch.tensor(list(end_ids), device=device))
+        found: dict[str, Any] = {"tokens": torch.ones_like(labels_N), "ended": end_N}
+        if stored:
+            # All is in the tail of an end that the endpoint did not show: of the teacher nothing is known there.
+            logprobs_NK: Any = batch["target_logprobs"]
+            found["stored"] = stored_N = logprobs_NK.exp().sum(1) > 0
+        with torch.inference_mode():
+            for name, model in models.items():
+                logits_NV = completion_logits(model, batch).float()
+                at = Positions(None, None, None, logits_NV.log_softmax(-1), labels_N, end_N, list(end_ids))
+                found |= {f"{name} {quantity}": value(at) for quantity, value in QUANTITIES_OF_TEXT.items()}
+                if stored:
+                    found[f"{name} stored_kl"] = torch.where(stored_N, _stored_kl(logits_NV, batch), 0)
+        row_N = np.repeat(np.arange(len(chunk)), lengths)
+        for name, value_N in found.items():
+            parts.setdefault(name, []).append(np.bincount(row_N, value_N.double().cpu().numpy(), minlength=len(chunk)))
+        report(len(chunk), sum(lengths))
+    return {name: np.concatenate(sums) for name, sums in parts.items()}
+
+
+def _stored_kl(logits_NV: Any, batch: Mapping[str, Any]) -> Any:
+    """KL(p ‖ q) over the stored tokens and the rest as one, (N,)."""
+    from llmdistill.losses.divergences import Objective, picked_logits
+
+    picked_NK, rest_N1 = picked_logits(logits_NV, batch["target_ids"], apart=True)
+    return TopK.loss_parts(TopK.present(picked_NK, batch), rest_N1, batch, Objective())["kl"]
