@@ -85,7 +85,7 @@ def batches(
             p_SC = log_C[TEACHER].exp()
             sums["class_entropy"] = _by_row(-(p_SC * log_C[TEACHER]).sum(-1), row_N[soft_N], len(chunk))
             sums["positions"] = np.bincount(row_N, minlength=len(chunk))
-            top_S5, end_S = p_SC.topk(5).indices, torch.isin(class_S, torch.tensor(ends, device=class_S.device))
+            top_S5, end_S = p_SC.topk(5).indices, torch.isin(class_S, torch.tensor(ends, dtype=torch.long, device=class_S.device))
             for name, log_q_SC in log_C.items():
                 found[name] = Positions(log_C[TEACHER], p_SC, top_S5, log_q_SC, class_S, end_S, ends)
         yield chunk, sums, found, row_N[soft_N], position_N[soft_N]
