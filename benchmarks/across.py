@@ -42,7 +42,8 @@ from llmdistill.losses import Objective, fused
 from llmdistill.losses.classes import ClassTable
 from llmdistill.models.loading import load_model
 from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
-from llmdistill.stages.retokenize import Sides, retokenize, sides_of
+from llmdistill.stages.retokenize import retokenize
+from llmdistill.students.sides import Sides, sides_of
 
 SOFT, CHUNKS, ONLINE, GOLD, ULD, TEXT = "root classes", "chunks", "root classes, online", "TRL GOLD", "TRL ULD", "text alone"
 WAYS = [SOFT, TEXT, CHUNKS, ONLINE, GOLD, ULD]
@@ -163,7 +164,7 @@ def shared(
         with torch.inference_mode():
             log_p_NV = teacher(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
         p_SV = log_p_NV[torch.from_numpy(found.place_N[found.place_N >= 0])].exp()
-        p_SC = torch.zeros(len(p_SV), table.count).index_add(1, table.teacher_V, p_SV)
+        p_SC = torch.zeros(len(p_SV), table.count).index_add(1, table.teacher_V[0], p_SV)
         whole -= float(torch.special.xlogy(p_SV, p_SV).sum())
         kept -= float(torch.special.xlogy(p_SC, p_SC).sum())
     row = {name: counts[name] / counts["positions"] for name in ("soft", "inside", "disagree")}
@@ -244,7 +245,7 @@ def outcome(experiment: Experiment, scratch: Path, steps: int, seeds: int, ways:
     directory = experiment.directory("retokenized")
     test, classes = load_dataset(directory, "test"), RootClasses.load(directory)
     teacher = load_model(experiment.teacher.model, dtype="float32")
-    sides = sides_of(experiment, read(directory))
+    sides = sides_of(experiment, read(directory))[""]
     found: dict[str, list[dict[str, Array]]] = {}
     for seed in range(seeds):
         for name, student in students(experiment, sides, teacher, ways, steps, seed, scratch):
@@ -327,7 +328,7 @@ class _Uld(DistillTrainer):
         theirs = teacher_batch(inputs)
         teacher_ids = theirs["input_ids"]
         with torch.no_grad():
-            teacher_logits = self.teacher(input_ids=teacher_ids, attention_mask=theirs["attention_mask"]).logits
+            teacher_logits = self.teachers[0](input_ids=teacher_ids, attention_mask=theirs["attention_mask"]).logits
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         teacher_labels = torch.full_like(teacher_ids, -100)
         for row, start in enumerate(inputs["starts"].tolist()):

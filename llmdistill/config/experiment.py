@@ -36,9 +36,10 @@ class Experiment(Section):
     """Size of the shards that `curate` writes, in megabytes."""
     teacher: Teacher
     teachers: dict[str, Teacher] = {}
-    """Several teachers instead of `teacher`, by names of your own; each writes or reads the rows that `route` gives it. They
-    need the same vocabulary and chat template. `default` gets the rows that name no other one. What is done by one teacher alone,
-    such as steps of `prompts`, it does, or else the first."""
+    """Several teachers instead of `teacher`, by names of your own; each writes or reads the rows that `route` gives it. Where
+    their vocabularies, chat templates or end tokens differ, `retokenize` brings all rows into the student's tokens. `default`
+    gets the rows that name no other one. What is done by one teacher alone, such as steps of `prompts`, it does, or else the
+    first."""
     route: Route | None = None
     prompts: Prompts | None = None
     generate: Generate = Generate()
@@ -88,9 +89,11 @@ class Experiment(Section):
             if len(set(values.values())) > 1:
                 listed = ", ".join(f"{name} {value}" for name, value in values.items())
                 raise ValueError(f"teachers: all need the same {key}, but they have {listed}")
-        if self.targets.online or self.rounds or self.eval.win_rate:
-            key = "targets.kind: online" if self.targets.online else "rounds" if self.rounds else "eval.win_rate"
-            raise ValueError(f"{key} needs a single teacher, not teachers")
+        single: dict[str, Any] = {"rounds": self.rounds, "eval.win_rate": self.eval.win_rate}
+        single |= {"train.hidden": self.train.hidden, "train.attention": self.train.attention}
+        for key, value in single.items():
+            if value:
+                raise ValueError(f"{key} needs a single teacher, not teachers")
         if self.teacher.abilities.api:
             raise ValueError(
                 f"teachers: engine {self.teacher.engine} bills each dataset by itself; make one of each, with teacher"

@@ -10,4 +10,4 @@ class Retokenize(Section):
 
     special_tokens: Literal["hard_label", "leave_out"] = "hard_label"
     """What to do with a completion that has special tokens in it, other than the one that ends it: learn the text without them,
-    with a hard label behind each, or leave the row out."""
+    with a hard label behind each, or leave the row out. Rows that are in the student's tokens already stay as they are."""

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from llmdistill.config.curate import Malformed
 from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, completion_ids, questions
+from llmdistill.data.dataset import has_several_tokenizers, teacher_names
 
 # Shapes of the tokens that mark turns in chat templates, where they were written as text.
 _MARKERS = re.compile(
@@ -21,11 +22,15 @@ _FENCE = re.compile(r"^[ \t]{0,3}(?:[-*+>] |\d+[.)] )*[ \t]*(`{3,}|~{3,})(.*)$",
 
 def malformed(settings: Malformed, context: StepContext) -> Check:
     """By what a whole answer of one turn does not have."""
-    special = set(context.manifest["tokenizer"].get("special_token_ids", []))
+    several = has_several_tokenizers(context.manifest)
+    of_each = {name: teacher["tokenizer"] for name, teacher in context.manifest["teachers"].items()} if several else {}
+    described = of_each or {"": context.manifest["tokenizer"]}
+    special = {name: set(tokenizer.get("special_token_ids", [])) for name, tokenizer in described.items()}
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        for question, answer, ids in zip(questions(rows), answers(rows), completion_ids(rows), strict=True):
-            inside = special.intersection(ids[:-1].tolist())
+        names = teacher_names(rows) if several else [""] * len(rows)
+        for question, answer, ids, name in zip(questions(rows), answers(rows), completion_ids(rows), names, strict=True):
+            inside = special[name].intersection(ids[:-1].tolist())
             yield f"the special token {min(inside)} inside" if inside else malformation(question, answer)
 
     return check

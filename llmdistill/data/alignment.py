@@ -8,7 +8,7 @@ Everywhere else it is learnt as a hard label.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -62,12 +62,14 @@ class Alignment:
     place_N: Array
     inside: int
     disagree: int
+    SORTS: ClassVar = ("positions", "soft", "inside", "disagree")
+    """What is counted."""
 
     @property
     def counted(self) -> dict[str, int]:
         """How many positions there are, and of each sort."""
         soft = int((self.place_N >= 0).sum())
-        return {"positions": len(self.place_N), "soft": soft, "inside": self.inside, "disagree": self.disagree}
+        return dict(zip(self.SORTS, (len(self.place_N), soft, self.inside, self.disagree), strict=True))
 
 
 _SORTS = {

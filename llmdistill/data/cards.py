@@ -26,7 +26,9 @@ def describe_targets(manifest: Mapping[str, Any]) -> str:
     said = KINDS[targets["kind"]].sentence(targets)
     if "alignment" not in manifest:
         return said
-    return f"{said}; in the tokens of {manifest['student']['model']}, {shares(manifest['alignment'])}"
+    several = manifest["alignment"].get("teachers") or {"": manifest["alignment"]}
+    shared = "; ".join(f"{name}: {shares(one)}" if name else shares(one) for name, one in several.items())
+    return f"{said}; in the tokens of {manifest['student']['model']}, {shared}"
 
 
 def write_card(file: Path, make: Callable[[], str]) -> None:
@@ -149,12 +151,13 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
     }
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
     rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
+    writers = _writers(manifest) if manifest.get("teachers") else f"`{manifest['teacher']['model']}`"
     targets = "none stored, the teacher ran during training" if experiment.targets.online else describe_targets(manifest)
     facts = {
         "starts from": _starts_from(student, base),
         "loss": _describe_loss(arguments),
         "temperature": f"{arguments.temperature:g}",
-        "data": f"{counted(rows, 'row')}, {counted(tokens, 'completion token')}, written by `{manifest['teacher']['model']}`",
+        "data": f"{counted(rows, 'row')}, {counted(tokens, 'completion token')}, written by {writers}",
         "soft targets": targets,
         "steps": f"{results['steps']:,.0f}",
         "last logged": ", ".join(f"{key} {results[key]:.3f} nats per token" for key in ("kl", "ce") if key in results),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from llmdistill.data import targets
-from llmdistill.models.root_classes import RootClasses
+from llmdistill.models.root_classes import RootClasses, by_name
 
 # A token's weight in the loss, from how undecided the teacher was there, in nats.
 POSITION_WEIGHTS: dict[str, Callable[[targets.Array], targets.Array]] = {
@@ -48,9 +48,11 @@ class DistillCollator:
         with_ids: put the rows' `id` into the batch.
         vocab_size: of the student's output layer; targets from there on are given to the others. None if there are none.
         classes: of rows from `retokenize`, whose targets are in the teacher's tokens: they become targets over classes, and
-            `target_soft` (N,) says which positions have one.
-        for_teacher: of such rows, give what a teacher that runs beside the student needs in the place of stored targets:
-            `their_input_ids` and so on, in its own tokens, and `teacher_positions` (N,), where its logits stand.
+            `target_soft` (N,) says which positions have one. Of several teachers by their names; then `target_teacher` (N,) is
+            the number of each position's, in this order, by the row's `teacher`.
+        for_teacher: give what a teacher that runs beside the student needs in the place of stored targets, in its own tokens:
+            of teacher number 0 `their_0_input_ids` and so on, and `teacher_positions` (N,), where its logits stand.
+        teachers: the names of several teachers of rows that are in one vocabulary.
     """
 
     pad_token_id: int
@@ -60,8 +62,9 @@ class DistillCollator:
     by_sequence: bool = False
     with_ids: bool = False
     vocab_size: int | None = None
-    classes: RootClasses | None = None
+    classes: "RootClasses | Mapping[str, RootClasses] | None" = None
     for_teacher: bool = False
+    teachers: Sequence[str] = ()
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """One batch from rows as `load_dataset` gives them, or from packs of such rows."""
@@ -75,12 +78,15 @@ class DistillCollator:
         batch |= {"lengths": lengths, "pack_sizes": np.array([len(pack) for pack in packs])}
         batch |= {"positions": np.flatnonzero(batch["labels"] != -100) - 1}  # the shift
         kind = targets.TextOnly if self.for_teacher else targets.kind_of(list(rows[0]))
-        if self.for_teacher and "target_places" in rows[0]:
-            batch |= self._teachers(rows, counts)
+        numbers = self._numbers(rows)
+        if numbers is not None and (self.for_teacher or not kind.of_text):
+            batch["target_teacher"] = np.repeat(numbers, counts)
+        if self.for_teacher:
+            batch |= self._teachers(rows, counts, numbers)
         entropy_N = np.zeros(counts.sum())
         if kind.columns:
             if "target_places" in rows[0] and not kind.of_text:
-                soft, batch["target_soft"] = self._of_classes(kind, rows, counts)
+                soft, batch["target_soft"] = self._of_classes(kind, rows, counts, numbers)
             else:
                 soft = kind.of_rows(rows, counts)
                 if self.vocab_size is not None:
@@ -114,31 +120,64 @@ class DistillCollator:
         labels_T = np.where(place_T >= np.repeat(starts, lengths), input_ids_T, -100)
         return {"input_ids": input_ids_T[None], "position_ids": place_T[None], "labels": labels_T[None]}
 
+    def _numbers(self, rows: Sequence[Any]) -> targets.Array | None:
+        """The number of each row's teacher; None where there is a single one.
+
+        Raises:
+            ValueError: a row is of another teacher.
+        """
+        names = list(self.classes if isinstance(self.classes, Mapping) else self.teachers)
+        if names in ([], [""]):
+            return None
+        for row in rows:
+            if str(row["teacher"]) not in names:
+                raise ValueError(f"a row is of the teacher {row['teacher']}, but those of the dataset are {', '.join(names)}")
+        return np.array([names.index(str(row["teacher"])) for row in rows])
+
     def _of_classes(
-        self, kind: type[targets.SoftTargets], rows: Sequence[Any], counts: targets.Array
+        self, kind: type[targets.SoftTargets], rows: Sequence[Any], counts: targets.Array, numbers: targets.Array | None
     ) -> tuple[targets.SoftTargets, targets.Array]:
         """The targets over classes at every position, and which have one; at the others they are of any position."""
         if self.classes is None:
-            raise ValueError("the rows have another vocabulary than their targets; give their classes (RootClasses.load)")
+            raise ValueError("the rows have another vocabulary than their targets; give their classes (load_classes)")
         places, theirs = _places(rows, counts)
         index_N = np.concatenate([place + before for place, before in zip(places, theirs.cumsum() - theirs, strict=True)])
         soft_N = np.concatenate(places) >= 0
-        soft = kind.of_rows(rows, theirs).at(np.where(soft_N, index_N, 0))
-        return soft.of_classes(self.classes.teacher_V, self.classes.dropped), soft_N
+        soft = kind.of_rows(rows, theirs).at(np.where(soft_N, index_N, np.repeat(theirs.cumsum() - theirs, counts)))
+        teacher_N = np.repeat(np.zeros(len(rows), dtype=np.int64) if numbers is None else numbers, counts)
+        parts, order = [], []
+        for number, classes in enumerate(by_name(self.classes).values()):  # no id meets the classes of another vocabulary
+            its = np.flatnonzero(teacher_N == number)
+            parts.append(soft.at(its).of_classes(classes.teacher_V, classes.dropped))
+            order.append(its)
+        return targets.SoftTargets.together(parts).at(np.argsort(np.concatenate(order))), soft_N
 
-    def _teachers(self, rows: Sequence[Any], counts: targets.Array) -> dict[str, targets.Array]:
-        """The rows in the teacher's tokens as far as they are needed, and where in them the logits for each token stand."""
+    def _teachers(self, rows: Sequence[Any], counts: targets.Array, numbers: targets.Array | None) -> dict[str, targets.Array]:
+        """The rows in their teachers' tokens as far as they are needed, and where in them the logits for each token stand."""
+        if "target_places" not in rows[0]:  # one vocabulary: a token is the teacher's own
+            if numbers is None:
+                return {}
+            rows = [_in_own_tokens(row, count) for row, count in zip(rows, counts, strict=True)]
         places, theirs = _places(rows, counts)
         starts = np.array([int(row["teacher_start"]) for row in rows])
         ids = [np.asarray(row["teacher_ids"])[: start + count] for row, start, count in zip(rows, starts, theirs, strict=True)]
-        lengths = np.array([len(sequence) for sequence in ids])
-        shown = (self._in_a_line if self.padding_free else self._below_each_other)(ids, starts, lengths)
-        del shown["labels"]
-        begins = np.arange(len(rows)) * lengths.max() if not self.padding_free else lengths.cumsum() - lengths
+        batch: dict[str, targets.Array] = {}
+        begins = np.zeros(len(rows), dtype=np.int64)
+        for number in range(1 if numbers is None else numbers.max() + 1):
+            its = np.arange(len(rows)) if numbers is None else np.flatnonzero(numbers == number)
+            if not len(its):
+                continue
+            lengths = np.array([len(ids[row]) for row in its])
+            shown = (self._in_a_line if self.padding_free else self._below_each_other)(
+                [ids[row] for row in its], starts[its], lengths
+            )
+            del shown["labels"]
+            begins[its] = lengths.cumsum() - lengths if self.padding_free else np.arange(len(its)) * lengths.max()
+            batch |= {f"their_{number}_{name}": values for name, values in shown.items()}
         positions = [place + start + begin - 1 for place, start, begin in zip(places, starts, begins, strict=True)]  # the shift
         soft_N = np.concatenate(places) >= 0
-        batch = {f"their_{name}": values for name, values in shown.items()}
-        return batch | {"target_soft": soft_N, "teacher_positions": np.where(soft_N, np.concatenate(positions), 0)}
+        first_N = np.repeat(begins, counts)  # of the row: a place that is there, where none is meant
+        return batch | {"target_soft": soft_N, "teacher_positions": np.where(soft_N, np.concatenate(positions), first_N)}
 
     def _weights(self, entropy_N: targets.Array, counts: targets.Array) -> targets.Array:
         weights_N = POSITION_WEIGHTS[self.position_weights](entropy_N)
@@ -154,10 +193,18 @@ def _places(rows: Sequence[Any], counts: targets.Array) -> tuple[list[targets.Ar
     return places, np.array([max(int(place.max(initial=-1)) + 1, 1) for place in places])
 
 
-def teacher_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What `completion_logits` of a teacher with another vocabulary is given: its own tokens and positions."""
-    theirs = {name.removeprefix("their_"): values for name, values in batch.items() if name.startswith("their_")}
-    return {**theirs, "positions": batch["teacher_positions"]}
+def _in_own_tokens(row: Any, count: int) -> dict[str, Any]:
+    """A row of one vocabulary as `retokenize` would store it."""
+    return {"teacher_ids": row["input_ids"], "teacher_start": row["completion_start"], "target_places": np.arange(count)}
+
+
+def teacher_batch(batch: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
+    """What `completion_logits` of a teacher that runs beside the student is given: its own rows, in its own tokens."""
+    prefix, positions_N = f"their_{number}_", batch["teacher_positions"]
+    if "target_teacher" in batch:
+        positions_N = positions_N[batch["target_teacher"] == number]
+    theirs = {name.removeprefix(prefix): values for name, values in batch.items() if name.startswith(prefix)}
+    return {**theirs, "positions": positions_N}
 
 
 def text_only(rows: Sequence[Any]) -> list[dict[str, Any]]:

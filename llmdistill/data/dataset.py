@@ -413,6 +413,7 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
     check_shape(file, manifest, {"shards": list, "teacher": dict, "sampling": dict, "targets": dict})
     if (kind := manifest["targets"].get("kind")) not in targets.KINDS:
         raise InputError(f"{file}: targets.kind is {kind!r}, this version reads {', '.join(targets.KINDS)}")
+    _check_teachers(file, manifest)
     for number, entry in enumerate(manifest["shards"]):
         check_shape(file, entry, {"file": str, "split": str, "rows": int, "tokens": int, "bytes": int}, f"shards.{number}")
         if not SHARD_NAME.fullmatch(entry["file"]):
@@ -422,6 +423,25 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
     return manifest
 
 
+def _check_teachers(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse what `dataset.json` cannot say of several teachers; where one has a tokenizer of its own, so have the others.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    teachers = check_shape(file, manifest.get("teachers", {}), {}, "teachers")
+    for name, teacher in teachers.items():
+        check_shape(file, teacher, {"model": str, "rows": int}, f"teachers.{name}")
+    for name, teacher in teachers.items() if any("tokenizer" in teacher for teacher in teachers.values()) else ():
+        needed = {"vocab_size": int, "vocabulary_hash": str, "end_token_ids": list, "special_token_ids": list}
+        check_shape(file, teacher.get("tokenizer"), needed, f"teachers.{name}.tokenizer")
+
+
+def has_several_tokenizers(manifest: Mapping[str, Any]) -> bool:
+    """Whether the rows are in the tokens of teachers that have other ids, or another template, each; from `dataset.json`."""
+    return "alignment" not in manifest and any("tokenizer" in teacher for teacher in manifest.get("teachers", {}).values())
+
+
 def shard_files(directory: Path, split: Split) -> list[Path]:
     """The shards of one split, each checked against the checksum in its name, and its rows against each other.
 
@@ -429,7 +449,9 @@ def shard_files(directory: Path, split: Split) -> list[Path]:
         InputError: naming the file whose bytes are not what they were, or whose rows no teacher can have written.
     """
     manifest = read_manifest(directory)
-    vocab_size = manifest.get("tokenizer", {}).get("vocab_size")
+    sizes = {"": manifest.get("tokenizer", {}).get("vocab_size") or np.inf}
+    if has_several_tokenizers(manifest):
+        sizes = {name: teacher["tokenizer"]["vocab_size"] for name, teacher in manifest["teachers"].items()}
     files = [directory / entry["file"] for entry in manifest["shards"] if entry["split"] == split]
     for file in files:
         match = SHARD_NAME.fullmatch(file.name)
@@ -437,12 +459,16 @@ def shard_files(directory: Path, split: Split) -> list[Path]:
             raise InputError(
                 f"{file}: the checksum does not match; the file was damaged or changed. Delete it and generate it again"
             )
-        _check_rows(file, vocab_size)
+        _check_rows(file, sizes)
     return files
 
 
-def _check_rows(file: Path, vocab_size: int | None) -> None:
+def _check_rows(file: Path, sizes: Mapping[str, float]) -> None:
     """Refuse a shard without rows or columns, or with token ids or places that cannot be.
+
+    Args:
+        file: the shard.
+        sizes: of the vocabularies by the teachers' names; of a single one the name is empty.
 
     Raises:
         InputError: naming the file and the row.
@@ -457,7 +483,7 @@ def _check_rows(file: Path, vocab_size: int | None) -> None:
         if not is_it(schema.field(name).type):
             raise InputError(f"{file}: the column {name} cannot be of the type {schema.field(name).type}")
     first = 0
-    for rows in read_batches([file], ["input_ids", "completion_start", "token_logprobs"]):
+    for rows in read_batches([file], ["input_ids", "completion_start", "token_logprobs", *([] if "" in sizes else ["metadata"])]):
         starts, lengths, written = (
             pc.fill_null(values, -1).to_numpy()
             for values in (
@@ -471,12 +497,31 @@ def _check_rows(file: Path, vocab_size: int | None) -> None:
         if (wrong := np.flatnonzero(written != lengths - starts)).size:
             raise InputError(f"{file}: row {first + wrong[0]}: token_logprobs has not one value for each completion token")
         ids = pc.list_flatten(rows["input_ids"]).fill_null(-1).to_numpy()
-        if (wrong := np.flatnonzero((ids < 0) | (ids >= (vocab_size or np.inf)))).size:
+        limits: Any = sizes[""] if "" in sizes else np.repeat(_limits(file, rows, first, sizes), lengths)
+        if (wrong := np.flatnonzero((ids < 0) | (ids >= limits))).size:
             row = first + int(np.searchsorted(lengths.cumsum(), wrong[0], side="right"))
             raise InputError(f"{file}: row {row}: the token id {ids[wrong[0]]} is outside of the vocabulary")
         first += len(rows)
     if not first:
         raise InputError(f"{file}: has no rows")
+
+
+def _limits(file: Path, rows: pa.Table, first: int, sizes: Mapping[str, float]) -> targets.Array:
+    """The size of the vocabulary of each row's teacher.
+
+    Raises:
+        InputError: a row names none of them.
+    """
+    names = teacher_names(rows)
+    for number, name in enumerate(names, first):
+        if name not in sizes:
+            raise InputError(f"{file}: row {number}: is of the teacher {name!r}, but those of the dataset are {', '.join(sizes)}")
+    return np.array([sizes[name] for name in names])
+
+
+def teacher_names(rows: pa.Table) -> list[str]:
+    """The name of each row's teacher, from `metadata`; empty where it is not named."""
+    return [str(metadata_and_provenance(text)[1].get("teacher", "")) for text in rows["metadata"].to_pylist()]
 
 
 def load_dataset(directory: str | Path, split: Split = "train") -> "datasets.Dataset":

@@ -62,13 +62,19 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
         ("targets", ", ".join([kind.name, *(f"{key} = {kept[key]}" for key in [kind.size] if key in kept)])),
     ]
     several = manifest.get("teachers", {})
-    facts[1:1] = [(f"  {name}", f"{one['model']}, {one['rows']:,} rows") for name, one in several.items()]
+    facts[1:1] = [(f"  {name}", f"{one['model']}, {one['rows']:,} rows{_vocabulary(one)}") for name, one in several.items()]
     if kind.columns:
         facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes a position"))
     if "alignment" in manifest:
         facts.append(("student", f"{manifest['student']['model']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"))
         facts.append(("alignment", shares(manifest["alignment"])))
+        facts += [(f"  {name}", shares(one)) for name, one in manifest["alignment"].get("teachers", {}).items()]
     return [*facts, *kind.facts(kept, partial(_some, files)).items(), ("repeats", manifest["determinism"])]
+
+
+def _vocabulary(teacher: dict[str, Any]) -> str:
+    """Of a teacher whose tokens are not those of the others."""
+    return f", vocabulary {teacher['tokenizer']['vocab_size']:,}" if "tokenizer" in teacher else ""
 
 
 def _waterfall(manifest: dict[str, Any]) -> Table:

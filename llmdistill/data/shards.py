@@ -41,7 +41,7 @@ from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.runs import lock, record
 from llmdistill.runs.progress import StageBar, counted, say, working
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, open_engine, shared_file, teacher_precision
-from llmdistill.teachers.prompt_encoding import PromptEncoder
+from llmdistill.teachers.prompt_encoding import PromptEncoder, have_several_tokenizers
 
 
 class Worker(Protocol):
@@ -225,7 +225,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
         described = source.chat.description() | {"precision": precision.recorded} | source.description()
         described |= whole_bill(directory, experiment)
         if experiment.teachers:
-            described["teachers"] = {part.name: part.chat.description()["teacher"] | {"rows": part.rows} for part in source.parts}
+            described["teachers"] = _teachers(source.parts)
             described["route"] = experiment.model_dump(mode="json", include={"route"}, exclude_defaults=True)["route"]
         source.left_out.write(directory / "rejected.parquet")
         failed = failed_rows(there)
@@ -240,6 +240,20 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
     shared.decide()
     record.finish(directory, {"rows": len(source.requests) - sum(failed.values()), **made})
     shared.finish()
+
+
+def _teachers(parts: Sequence[Part]) -> dict[str, Any]:
+    """What `dataset.json` says of each of several teachers; with its tokenizer, where they differ in it."""
+    several = have_several_tokenizers({part.name: part.chat for part in parts})
+    described = {part.name: part.chat.description() for part in parts}
+    return {
+        part.name: {
+            **described[part.name]["teacher"],
+            "rows": part.rows,
+            **({"tokenizer": described[part.name]["tokenizer"]} if several else {}),
+        }
+        for part in parts
+    }
 
 
 @dataclass(frozen=True)
@@ -343,7 +357,8 @@ def _store(making: _Making, index: int, completions: list[Completion], gives: di
     rows = [making.source.row(completion) for completion in completions if not completion.failed]
     for row in rows:
         check_logprobs(row, unknown=experiment.teacher.abilities.api)
-    table = with_failed(rows_to_table(rows, making.source.chat.vocab_size), failed)
+    largest = max(part.chat.vocab_size for part in making.source.parts)  # all shards store their ids in one type
+    table = with_failed(rows_to_table(rows, largest), failed)
     table = with_bill(table, bill(completions, experiment, gives))
     shard = write_shard(making.directory, "train", index, len(making.layout), table)
     described = describe_shard(shard)

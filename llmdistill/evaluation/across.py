@@ -26,14 +26,16 @@ def ids_of(row: Mapping[str, Any], name: str) -> tuple[Array, int]:
 
 
 def prompt_ids_of(row: Mapping[str, Any], name: str) -> list[int]:
-    """The prompt of a row as a model sees it."""
+    """The prompt of a row as a model sees it; the main teacher, of a row of another, in its own tokens."""
+    if name == TEACHER and "main_prompt" in row:
+        return [int(token) for token in row["main_prompt"]]
     ids, start = ids_of(row, name)
     prompt: list[int] = ids[:start].tolist()
     return prompt
 
 
 def batches(
-    models: dict[str, Any], rows: Any, batch_size: int, classes: RootClasses
+    models: dict[str, Any], rows: Any, batch_size: int, classes: RootClasses, end_ids: Sequence[int]
 ) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any], dict[str, Positions], Array, Array]]:
     """Batches of rows with the distributions of all models over classes.
 
@@ -42,6 +44,7 @@ def batches(
         rows: of `retokenize`.
         batch_size: rows in one forward pass.
         classes: of the rows.
+        end_ids: the student's tokens that end a text.
 
     Yields:
         The rows; the sums over each row of −log q of its whole text by every model, in its own tokens, `NAME text_nll` (rows,);
@@ -52,7 +55,7 @@ def batches(
 
     from llmdistill.losses.classes import ClassTable, class_logits
 
-    end = classes.count - 2
+    ends = np.unique(classes.student_V[[token for token in end_ids if token < len(classes.student_V)]]).tolist()
     table = ClassTable.of(classes, models[TEACHER].device)
     for first in range(0, len(rows), batch_size):
         chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
@@ -72,19 +75,19 @@ def batches(
                 nll_N = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
                 sums[f"{name} text_nll"] = _by_row(nll_N, model_row_N, len(chunk))
                 shared = torch.from_numpy(index_N[soft_N] if name == TEACHER else np.flatnonzero(soft_N)).to(logits_NV.device)
-                of_V = table.teacher_V if name == TEACHER else table.student_V
+                of_V = table.teacher_V[0] if name == TEACHER else table.student_GV[0]
                 log_C[name] = class_logits(logits_NV[shared], of_V, table.count)
                 if name == TEACHER:
                     log_p_SV = logits_NV[shared].log_softmax(-1)
                     sums["entropy"] = _by_row(-(log_p_SV.exp() * log_p_SV).sum(-1), row_N[soft_N], len(chunk))
                 else:
-                    class_S = table.student_V[labels_N[shared]]
+                    class_S = table.student_GV[0][labels_N[shared]]
             p_SC = log_C[TEACHER].exp()
             sums["class_entropy"] = _by_row(-(p_SC * log_C[TEACHER]).sum(-1), row_N[soft_N], len(chunk))
             sums["positions"] = np.bincount(row_N, minlength=len(chunk))
-            top_S5 = p_SC.topk(5).indices
+            top_S5, end_S = p_SC.topk(5).indices, torch.isin(class_S, torch.tensor(ends, dtype=torch.long, device=class_S.device))
             for name, log_q_SC in log_C.items():
-                found[name] = Positions(log_C[TEACHER], p_SC, top_S5, log_q_SC, class_S, class_S == end, [end])
+                found[name] = Positions(log_C[TEACHER], p_SC, top_S5, log_q_SC, class_S, end_S, ends)
         yield chunk, sums, found, row_N[soft_N], position_N[soft_N]
 
 

@@ -25,7 +25,7 @@ def samples(models: dict[str, Any], rows: Any, tokenizers: dict[str, Any], count
     seen: set[str] = set()
     for row in rows:
         question = _question(row["prompt"])
-        if len(found) == count or question in seen:
+        if len(found) == count or question in seen or not all(prompt_ids_of(row, name) for name in models):
             continue
         seen.add(question)
         answers = {}

@@ -43,7 +43,7 @@ def fidelity(
         models: by name; one of them is called `teacher`.
         rows: with `input_ids` and `completion_start`.
         batch_size: rows in one forward pass.
-        end_ids: the tokens that end a completion.
+        end_ids: the tokens that end a completion, of the student where the vocabularies differ.
         report: is told the rows and tokens that are done, after every batch.
         classes: of rows from `retokenize`, whose teacher has another vocabulary: everything is over classes then, at the
             positions that both share.
@@ -56,7 +56,11 @@ def fidelity(
         text_nll`, of the whole text, `positions`, and the sums of `entropy` and `class_entropy` of the teacher.
     """
     parts: dict[str, list[Array]] = {}
-    batches = _batches(models, rows, batch_size, list(end_ids)) if classes is None else _across(models, rows, batch_size, classes)
+    batches = (
+        _batches(models, rows, batch_size, list(end_ids))
+        if classes is None
+        else _across(models, rows, batch_size, classes, end_ids)
+    )
     for values, row_N, count, whole in batches:
         position_N = values.pop("position")
         groups = {
@@ -123,7 +127,8 @@ def own_text(
 
     seen: dict[tuple[int, ...], int] = {}
     for number, row in enumerate(rows):
-        seen.setdefault(tuple(across.prompt_ids_of(row, name)), number)
+        if prompt_ids := across.prompt_ids_of(row, name):
+            seen.setdefault(tuple(prompt_ids), number)
         if len(seen) == count:
             break
     prompts = sorted(seen, key=len)  # of like length in one batch
@@ -169,10 +174,10 @@ def _batches(
 
 
 def _across(
-    models: dict[str, Any], rows: Any, batch_size: int, classes: RootClasses
+    models: dict[str, Any], rows: Any, batch_size: int, classes: RootClasses, end_ids: Sequence[int]
 ) -> Iterator[tuple[dict[str, Array], Array, int, dict[str, Array]]]:
     """The same over classes, for models of two vocabularies."""
-    for chunk, sums, positions, row_N, position_N in across.batches(models, rows, batch_size, classes):
+    for chunk, sums, positions, row_N, position_N in across.batches(models, rows, batch_size, classes, end_ids):
         teacher = positions["teacher"]
         found = {"entropy": -(teacher.p_NV * teacher.log_p_NV).sum(-1), "ended": teacher.end_N}
         for name, at in positions.items():

@@ -11,6 +11,18 @@ from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.metrics import METRICS, Sums
 from llmdistill.evaluation.statistics import Array, Draws, check_clusters, interval_text
 from llmdistill.models.loading import load_model
+from llmdistill.models.root_classes import RootClasses
+
+_TOLD = ("kl", "top1", "bits_per_byte")  # metrics of every teacher's rows
+
+
+def shared(classes: RootClasses, sums: Mapping[str, Array]) -> dict[str, Any]:
+    """How much of a text is compared where the vocabularies differ: positions, and the teacher's entropy there."""
+    return {
+        "count": classes.count,
+        "positions": float(sums["tokens"].sum() / max(sums["positions"].sum(), 1)),
+        "entropy": float(sums["class_entropy"].sum() / max(sums["entropy"].sum(), 1e-12)),
+    }
 
 
 def teachers_of_rows(experiment: Experiment, metadata: Sequence[str]) -> list[str]:
@@ -25,6 +37,7 @@ def fidelity_to_own(
     rows: Any,
     names: Sequence[str],
     dtype: str,
+    classes: Mapping[str, RootClasses] | None,
     **arguments: Any,
 ) -> dict[str, Array]:
     """The sums of `fidelity`, in the order of the rows, each against the teacher that it names.
@@ -35,6 +48,7 @@ def fidelity_to_own(
         rows: a sequence of them.
         names: of each row's teacher.
         dtype: that models are loaded in.
+        classes: of each teacher's vocabulary and the student's, where they differ.
         arguments: of `fidelity`.
     """
     parts, order = [], []
@@ -46,14 +60,21 @@ def fidelity_to_own(
         if name != experiment.main:
             own = load_model(teacher.model, teacher.revision, dtype, teacher.trust_remote_code, f"teachers.{name}.model")
         held = rows.select(numbers) if hasattr(rows, "select") else [rows[number] for number in numbers]
-        parts.append(fidelity({**models, "teacher": own}, held, **arguments))
+        compared = classes[name] if classes else None
+        parts.append(fidelity({**models, "teacher": own}, held, classes=compared, **arguments))
         order += numbers
     back = np.argsort(order)
     return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
 
 
 def by_teacher(
-    experiment: Experiment, subjects: Sequence[str], measured: dict[str, Array], names: Sequence[str], prompts: Sequence[str]
+    experiment: Experiment,
+    subjects: Sequence[str],
+    measured: dict[str, Array],
+    names: Sequence[str],
+    prompts: Sequence[str],
+    text_bytes: Array,
+    classes: Mapping[str, RootClasses] | None = None,
 ) -> list[dict[str, Any]]:
     """What `metrics.json` has of every teacher's rows: the measures of each model but the teacher, against it alone."""
     found = []
@@ -69,13 +90,15 @@ def by_teacher(
             entry["warning"] = check_clusters(entry["prompts"], f"held-out prompts of {name}", "raise eval.held_out")
             entry["tokens"] = int(sums["tokens"].sum())
             others = [subject for subject in subjects if subject != "teacher"]
-            entry["models"] = [{"name": subject, **_of(Sums(subject, sums, draws))} for subject in others]
+            if classes:
+                entry["classes"] = shared(classes[name], sums)
+            entry["models"] = [{"name": subject, **_of(Sums(subject, sums, draws, text_bytes[numbers]))} for subject in others]
         found.append(entry)
     return found
 
 
 def _of(sums: Sums) -> dict[str, Any]:
-    values = {metric.name: metric.compute(sums) for metric in METRICS if metric.name in ("kl", "top1")}
+    values = {metric.name: metric.compute(sums) for metric in METRICS if metric.name in _TOLD}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -90,6 +113,15 @@ def lines(entries: Sequence[dict[str, Any]]) -> list[str]:
         top, its = interval_text(models["student"]["top1"], ".0f", 100)
         said.append(
             f"{entry['name']}: student {kl} nats from its teacher ({ends}), before {before} ({its_ends}); "
-            f"{top}% of its next-token choices ({its}), on {entry['rows']:,} rows"
+            f"{top}% of its next-token choices ({its}), on {entry['rows']:,} rows" + _compared(entry, models["student"])
         )
     return said
+
+
+def _compared(entry: dict[str, Any], student: dict[str, Any]) -> str:
+    """Over how much of a text that is, where the vocabularies differ, and what the whole of it costs."""
+    if "classes" not in entry:
+        return ""
+    bits, ends = interval_text(student["bits_per_byte"], ".3f")
+    count, share = entry["classes"]["count"], entry["classes"]["positions"]
+    return f", at {share:.1%} of positions over {count:,} classes; {bits} bits per byte ({ends})"

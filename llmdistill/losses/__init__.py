@@ -1,6 +1,6 @@
 """Losses: pure functions of tensors, with no trainer in sight."""
 
-from llmdistill.losses.distillation import distillation_loss, teacher_choice
+from llmdistill.losses.distillation import RoutedLogits, distillation_loss, teacher_choice
 from llmdistill.losses.divergences import (
     DIVERGENCES,
     SMALLEST,
@@ -28,6 +28,7 @@ __all__ = [
     "DIVERGENCES",
     "SMALLEST",
     "Objective",
+    "RoutedLogits",
     "adaptive_kl",
     "cross_entropy",
     "distillation_loss",

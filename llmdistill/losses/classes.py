@@ -15,40 +15,75 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmdistill.data.targets import KINDS
 from llmdistill.losses.divergences import SMALLEST, Objective, cross_entropy, wide
-from llmdistill.models.root_classes import RootClasses
+from llmdistill.models.root_classes import RootClasses, by_name
 
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Root classes on a device; see `RootClasses`.
+    """Root classes on a device, of one teacher or of several; see `RootClasses`.
+
+    The classes of several teachers are numbered one teacher after the other, so the tokens of any class are found alike.
 
     Attributes:
-        teacher_V: the class of each of the teacher's tokens.
-        student_V: of each of the student's.
-        members_V: the student's tokens, class by class.
-        starts_C: where each class begins in `members_V`, and its end (C + 1,).
+        teacher_V: the class of each of a teacher's tokens, in its own numbers, by teacher.
+        student_GV: of each of the student's tokens, in the own numbers of every teacher.
+        are_tokens: of every teacher, whether its classes are single tokens; then it has the student's vocabulary.
+        first_G: the number of each teacher's first class, and how many there are (G + 1,).
+        members_M: the student's tokens, class by class, all of them once for every teacher.
+        starts_C: where each class begins in `members_M`, and its end (C + 1,).
     """
 
-    teacher_V: Tensor
-    student_V: Tensor
-    members_V: Tensor
+    teacher_V: tuple[Tensor, ...]
+    student_GV: Tensor
+    are_tokens: tuple[bool, ...]
+    first_G: Tensor
+    members_M: Tensor
     starts_C: Tensor
 
     @classmethod
-    def of(cls, classes: RootClasses, device: Any = "cpu") -> "ClassTable":
-        """From the arrays of a dataset."""
-        arrays = (classes.teacher_V, classes.student_V, *classes.members)
-        return cls(*(torch.from_numpy(values).long().to(device) for values in arrays))
+    def of(cls, classes: "RootClasses | Mapping[str, RootClasses]", device: Any = "cpu") -> "ClassTable":
+        """From the arrays of a dataset; teachers are counted in their order there."""
+        each = list(by_name(classes).values())
+        size = len(each[0].student_V)
+        members, starts = zip(*(one.members for one in each), strict=True)
+        begins = np.concatenate([start[:-1] + size * number for number, start in enumerate(starts)])
+
+        def put(values: Any) -> Tensor:
+            return torch.from_numpy(np.asarray(values)).long().to(device)
+
+        return cls(
+            tuple(put(one.teacher_V) for one in each),
+            put(np.stack([one.student_V for one in each])),
+            tuple(one.are_tokens for one in each),
+            put(np.concatenate([[0], np.cumsum([one.count for one in each])])),
+            put(np.concatenate(members)),
+            put(np.append(begins, size * len(each))),
+        )
 
     @property
     def count(self) -> int:
         """How many classes there are."""
         return len(self.starts_C) - 1
+
+    def numbered(self, class_nK: Tensor, teacher_n: Tensor | None) -> Tensor:
+        """Classes in a teacher's own numbers as they are numbered here; −1 for none stays.
+
+        Args:
+            class_nK: classes.
+            teacher_n: the number of the teacher of each row; None where there is a single one.
+        """
+        return class_nK if teacher_n is None else class_nK + self.first_G[teacher_n][:, None] * (class_nK >= 0)
+
+    def classes_of(self, token_n: Tensor, teacher_n: Tensor | None) -> Tensor:
+        """The classes of the student's tokens, (n, 1), in the own numbers of each row's teacher."""
+        found_n: Tensor = self.student_GV[0 if teacher_n is None else teacher_n, token_n]
+        return found_n[:, None]
 
     def expand(self, class_NK: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of classes, one behind the other (M,), and the place n · K + k of the class of each (M,).
@@ -61,7 +96,7 @@ class ClassTable:
         size = (end - start) * (flat >= 0)
         place_M = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), size)
         offset_M = torch.arange(len(place_M), device=flat.device) - (size.cumsum(0) - size)[place_M]
-        return self.members_V[start[place_M] + offset_M], place_M
+        return self.members_M[start[place_M] + offset_M], place_M
 
 
 def segment_logsumexp(values_M: Tensor, place_M: Tensor, count: int) -> Tensor:
@@ -92,7 +127,6 @@ class ClassPicks:
     labels (n). The same logit may be among them more than once.
 
     Attributes:
-        table: the classes.
         labels_n: the written tokens.
         class_nK: the stored classes; −1 for none.
         flat_P: where each stands in the flattened (n · V).
@@ -100,7 +134,6 @@ class ClassPicks:
         own_place_M: the row of each of the labels' classes.
     """
 
-    table: ClassTable
     labels_n: Tensor
     class_nK: Tensor
     flat_P: Tensor
@@ -108,20 +141,21 @@ class ClassPicks:
     own_place_M: Tensor
 
     @classmethod
-    def of(cls, table: ClassTable, class_nK: Tensor, labels_n: Tensor, width: int) -> "ClassPicks":
+    def of(cls, batch: Mapping[str, Any], labels_n: Tensor, width: int) -> "ClassPicks":
         """Of stored classes and labels.
 
         Args:
-            table: the classes.
-            class_nK: classes; −1 for none.
+            batch: of the collator, with a `ClassTable` as `target_table`.
             labels_n: the written tokens.
             width: logits of a row.
         """
+        table, teacher_n = batch["target_table"], batch.get("target_teacher")
+        class_nK = table.numbered(batch["target_ids"], teacher_n)
         token_M, place_M = table.expand(class_nK)
-        own_token_M, own_place_M = table.expand(table.student_V[labels_n])
+        own_token_M, own_place_M = table.expand(table.numbered(table.classes_of(labels_n, teacher_n), teacher_n))
         row_P = torch.cat([place_M // class_nK.shape[1], own_place_M, torch.arange(len(labels_n), device=labels_n.device)])
         flat_P = row_P * width + torch.cat([token_M, own_token_M, labels_n])
-        return cls(table, labels_n, class_nK, flat_P, place_M, own_place_M)
+        return cls(labels_n, class_nK, flat_P, place_M, own_place_M)
 
     def take(self, logits_nV: Tensor) -> Tensor:
         """The picked logits (P,)."""
@@ -190,7 +224,7 @@ def stored_parts(logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any]
         objective: what to compute.
     """
     logits_NV = wide(logits_NV)
-    picks = ClassPicks.of(targets["target_table"], targets["target_ids"], labels_N, logits_NV.shape[1])
+    picks = ClassPicks.of(targets, labels_N, logits_NV.shape[1])
     picked_P, others_NV = picks.take(logits_NV), logits_NV
     if KINDS[targets["target_kind"]].has_tail:
         others_NV = logits_NV.clone()
@@ -199,13 +233,20 @@ def stored_parts(logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any]
     return picks.row_loss(picked_P, others_N1, top_N1, targets, objective)
 
 
-def online_parts(logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective) -> dict[str, Tensor]:
-    """The parts of the loss against an online teacher's distributions; arguments as for `stored_parts`."""
-    table, soft_N = targets["target_table"], targets["target_soft"]
-    teacher_NC = class_logits(targets["teacher_logits"], table.teacher_V, table.count)
-    student_NC = class_logits(logits_NV, table.student_V, table.count)
+def online_parts(
+    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective, number: int = 0
+) -> dict[str, Tensor]:
+    """The parts of the loss against an online teacher's distributions, the table's of this number; else as `stored_parts`."""
+    table, soft_N, teacher_NV = targets["target_table"], targets["target_soft"], targets["teacher_logits"]
     ce_N = cross_entropy(logits_NV, labels_N)
-    choice_N = student_NC.gather(1, table.student_V[labels_N][:, None])[:, 0] + ce_N
+    if table.are_tokens[number]:
+        size = min(teacher_NV.shape[1], logits_NV.shape[1])
+        teacher_NC, student_NC, choice_N = teacher_NV[:, :size], logits_NV[:, :size], torch.zeros_like(ce_N)
+    else:
+        student_V, count = table.student_GV[number], int(table.first_G[number + 1] - table.first_G[number])
+        teacher_NC = class_logits(teacher_NV, table.teacher_V[number], count)
+        student_NC = class_logits(logits_NV, student_V, count)
+        choice_N = student_NC.gather(1, student_V[labels_N][:, None])[:, 0] + ce_N
     with torch.no_grad():
         same_N = student_NC.argmax(dim=1) == teacher_NC.argmax(dim=1)
         agree_N = torch.where(soft_N, same_N, wide(logits_NV).argmax(dim=1) == labels_N)

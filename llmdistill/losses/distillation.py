@@ -3,7 +3,7 @@
 Which divergence a batch calls for, the kind of its targets says (`SoftTargets.loss_parts`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,35 @@ from llmdistill.losses.classes import online_parts, stored_parts
 from llmdistill.losses.divergences import Objective, cross_entropy, picked_logits
 
 
+class RoutedLogits:
+    """The logits of several online teachers, each at its own positions among N.
+
+    Args:
+        teacher_N: the number of the teacher of each position.
+        logits: by that number, those of the teacher's positions in their order, (n, V of its own) or `ChunkedLogits`.
+    """
+
+    def __init__(self, teacher_N: Tensor, logits: Mapping[int, Any]) -> None:
+        self.teacher_N = teacher_N
+        self.logits = logits
+
+    def __getitem__(self, rows: slice) -> "RoutedLogits":
+        """Those of some positions."""
+        first, end, _ = rows.indices(len(self.teacher_N))
+        found = {}
+        for number, logits in self.logits.items():
+            its_N = self.teacher_N == number
+            before, there = int(its_N[:first].sum()), int(its_N[first:end].sum())
+            if there:
+                found[number] = logits[before : before + there]
+        return RoutedLogits(self.teacher_N[first:end], found)
+
+    def each(self) -> Iterator[tuple[int, Tensor, Any]]:
+        """Every teacher's number, its positions and its logits there."""
+        for number, logits in self.logits.items():
+            yield number, (self.teacher_N == number).nonzero()[:, 0], logits
+
+
 def distillation_loss(
     logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -24,28 +53,48 @@ def distillation_loss(
         logits_NV: the student's logits, any float type.
         labels_N: the completion tokens.
         targets: a batch of the collator; `target_kind` decides the form, and without soft targets it is cross-entropy.
-            `teacher_logits` (N, V), of a teacher that runs beside the student, come before any stored ones. With
-            `target_table`, a `ClassTable`, teacher and student have different vocabularies (`losses.classes`).
+            `teacher_logits` (N, V), of a teacher that runs beside the student, or `RoutedLogits` of several, come before any
+            stored ones. With `target_table`, a `ClassTable`, teacher and student have different vocabularies (`losses.classes`).
         objective: what to compute.
     """
+    if isinstance(theirs := targets.get("teacher_logits"), RoutedLogits):
+        places, parts_of = [], []
+        for number, place_n, logits_nV in theirs.each():
+            here = {name: targets[name][place_n] for name in ("target_soft",) if name in targets}
+            here |= {name: targets[name] for name in ("target_table",) if name in targets}
+            here["teacher_logits"] = logits_nV
+            places.append(place_n)
+            parts_of.append(_parts(logits_NV[place_n], labels_N[place_n], here, objective, number))
+        back_N = torch.cat(places).argsort()
+        parts = {name: torch.cat([found[name] for found in parts_of])[back_N] for name in parts_of[0]}
+    else:
+        parts = _parts(logits_NV, labels_N, targets, objective)
+    return objective.total(parts, targets)
+
+
+def _parts(
+    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective, number: int = 0
+) -> dict[str, Tensor]:
+    """The parts of the loss by name, (N,), where an online teacher, if there is one, is that of a number in `target_table`."""
     if "teacher_logits" in targets and "target_table" not in targets:  # one vocabulary may be padded further than the other
         targets = {**targets, "teacher_logits": targets["teacher_logits"][:, : logits_NV.shape[1]]}
     parts = {"ce": cross_entropy(logits_NV, labels_N)}
     with torch.set_grad_enabled(objective.alpha > 0 and torch.is_grad_enabled()):
-        parts = _soft_parts(logits_NV, labels_N, targets, objective, parts["ce"]) | parts
+        parts = _soft_parts(logits_NV, labels_N, targets, objective, parts["ce"], number) | parts
     if "agreement" not in parts and (choice_N1 := teacher_choice(targets)) is not None:
         with torch.no_grad():
             parts["agreement"] = (logits_NV.gather(1, choice_N1)[:, 0] >= logits_NV.amax(dim=1)).float()
-    return objective.total(parts, targets)
+    return parts
 
 
 def _soft_parts(
-    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective, ce_N: Tensor
+    logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective, ce_N: Tensor, number: int
 ) -> dict[str, Tensor]:
     """The divergences by name, (N,); none for text only."""
+    if "target_table" in targets and "teacher_logits" in targets:
+        return online_parts(logits_NV, labels_N, targets, objective, number)
     if "target_table" in targets:
-        of_classes = online_parts if "teacher_logits" in targets else stored_parts
-        return of_classes(logits_NV, labels_N, targets, objective)
+        return stored_parts(logits_NV, labels_N, targets, objective)
     if "teacher_logits" in targets:
         teacher_NV = targets["teacher_logits"]
         return objective.divergences(teacher_NV, logits_NV[:, : teacher_NV.shape[1]])

@@ -245,7 +245,7 @@ def _classes(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective
 
     def chunk_loss(rows: slice, logits_nV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         here = some_tokens(targets, rows)
-        picks = ClassPicks.of(here["target_table"], here["target_ids"], labels_N[rows], logits_nV.shape[1])
+        picks = ClassPicks.of(here, labels_N[rows], logits_nV.shape[1])
 
         def row_loss(picked_P: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return objective.total(picks.row_loss(picked_P, others_n1, top_n1, here, objective), here)

@@ -57,6 +57,22 @@ class RootClasses:
         sizes_C = np.bincount(self.student_V, minlength=self.count)
         return order_V, np.concatenate([[0], np.cumsum(sizes_C)])
 
+    @classmethod
+    def of_one_vocabulary(cls, teacher: int, student: int) -> "RootClasses":
+        """Every token is its own class; those that pad the teacher's output layer further than the student's are the last.
+
+        Args:
+            teacher: size of the teacher's output layer.
+            student: of the student's.
+        """
+        return cls(np.minimum(np.arange(teacher), student), np.arange(student))
+
+    @property
+    def are_tokens(self) -> bool:
+        """Whether they are those of `of_one_vocabulary`."""
+        same = type(self).of_one_vocabulary(len(self.teacher_V), len(self.student_V))
+        return np.array_equal(self.teacher_V, same.teacher_V) and np.array_equal(self.student_V, same.student_V)
+
     @property
     def hash(self) -> str:
         """Of the content."""
@@ -67,26 +83,57 @@ class RootClasses:
 
     def save(self, directory: Path) -> None:
         """Write it beside a dataset's shards."""
-        with lock.written(directory / FILE) as unfinished, unfinished.open("wb") as stream:
-            np.savez_compressed(stream, teacher=self.teacher_V.astype(np.int32), student=self.student_V.astype(np.int32))
-        fsync_directory(directory)
+        save_classes({"": self}, directory)
 
     @classmethod
     def load(cls, directory: Path) -> "RootClasses":
-        """Read those of a dataset.
+        """Read those of a dataset of a single teacher.
 
         Raises:
-            InputError: they are not there, or are none.
+            InputError: they are not there, are none, or are of several teachers.
         """
-        file = directory / FILE
-        try:
-            with np.load(file, allow_pickle=False) as found:
-                sides = {name: found[name] for name in ("teacher", "student")}
-        except (OSError, KeyError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
-        if not all(side.ndim == 1 and side.size and side.dtype.kind == "i" and side.min() >= 0 for side in sides.values()):
-            raise InputError(f"{file}: holds no classes of two vocabularies")
-        return cls(sides["teacher"].astype(np.int64), sides["student"].astype(np.int64))
+        found = load_classes(directory)
+        if "" not in found:
+            raise InputError(f"{directory / FILE}: holds classes of several teachers, {', '.join(found)}; use load_classes")
+        return found[""]
+
+
+def save_classes(by_teacher: "Mapping[str, RootClasses]", directory: Path) -> None:
+    """Write those of each teacher beside a dataset's shards; of a single one the name is empty."""
+    arrays: dict[str, Any] = {
+        f"{side}{name and f'.{name}'}": values.astype(np.int32)
+        for name, classes in by_teacher.items()
+        for side, values in (("teacher", classes.teacher_V), ("student", classes.student_V))
+    }
+    with lock.written(directory / FILE) as unfinished, unfinished.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    fsync_directory(directory)
+
+
+def load_classes(directory: Path) -> "dict[str, RootClasses]":
+    """The classes of each of a dataset's teachers by its name; of a single one the name is empty.
+
+    Raises:
+        InputError: they are not there, or are none.
+    """
+    file = directory / FILE
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            names = [name.removeprefix("teacher").removeprefix(".") for name in stored.files if name.startswith("teacher")]
+            found = {name: [stored[f"{side}{name and f'.{name}'}"] for side in ("teacher", "student")] for name in names}
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+    sides = [side for pair in found.values() for side in pair]
+    if not sides or not all(side.ndim == 1 and side.size and side.dtype.kind == "i" and side.min() >= 0 for side in sides):
+        raise InputError(f"{file}: holds no classes of two vocabularies")
+    if len({len(student) for _, student in found.values()}) > 1:
+        raise InputError(f"{file}: holds classes of students of different sizes")
+    return {name: RootClasses(*(side.astype(np.int64) for side in pair)) for name, pair in found.items()}
+
+
+def by_name(classes: "RootClasses | Mapping[str, RootClasses]") -> "dict[str, RootClasses]":
+    """Those of each teacher by its name; of a single one the name is empty."""
+    return {"": classes} if isinstance(classes, RootClasses) else dict(classes)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from llmdistill.runs.estimate import estimate, said
 from llmdistill.runs.progress import say, working
 from llmdistill.runs.status import how_far
 from llmdistill.stages.prompts import prepared_prompts
-from llmdistill.stages.retokenize import is_needed
 from llmdistill.stages.table import STAGES
+from llmdistill.students.sides import is_needed
 
 CONFIGS = "configs"  # in `output`: what each stage was started with
 

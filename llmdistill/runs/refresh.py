@@ -19,7 +19,7 @@ from llmdistill.runs import lock, record
 from llmdistill.runs.pipeline import run_stages, stages
 from llmdistill.runs.progress import say
 from llmdistill.stages.prompts import prepared_prompts, prompts_inputs
-from llmdistill.stages.retokenize import is_needed
+from llmdistill.students.sides import is_needed
 from llmdistill.teachers import all_fingerprints, stable_id
 
 _FILE = "refresh.json"

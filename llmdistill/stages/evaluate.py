@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 from llmdistill.config import Experiment
 from llmdistill.config.machine import inference_precision
 from llmdistill.data.cards import with_results, write_card
-from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest
+from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest, whole_conversation
 from llmdistill.data.importance import effective_sample_size, importance, log_importance
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnusableError
 from llmdistill.evaluation import drafts, serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
 from llmdistill.evaluation.fidelity import own_text
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, metrics_of
 from llmdistill.evaluation.parts import Parts
-from llmdistill.evaluation.routes import by_teacher, fidelity_to_own, teachers_of_rows
+from llmdistill.evaluation.routes import by_teacher, fidelity_to_own, shared, teachers_of_rows
 from llmdistill.evaluation.serving import Served
 from llmdistill.evaluation.statistics import Array, Draws, check_clusters
 from llmdistill.evaluation.summary import final_lines, headline
@@ -43,8 +43,8 @@ from llmdistill.models.loading import (
 from llmdistill.models.root_classes import RootClasses
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
-from llmdistill.stages.retokenize import Sides, sides_of, training_dataset
 from llmdistill.students.origins import before
+from llmdistill.students.sides import Sides, sides_of, tokenizer_of, training_dataset
 
 METRICS_VERSION = 2
 
@@ -75,7 +75,7 @@ class _Loaded:
         prompts: the conversation that each row belongs to.
         draws: resamples of the prompts.
         end_ids: the tokens that end a completion, of each model.
-        sides: where the student has another vocabulary than the teacher, both; else None.
+        sides: where the student has another vocabulary than a teacher, both, by the teachers' names; else None.
         teachers: the name of each row's teacher; empty where there is a single one.
         dtype: that the models are in.
     """
@@ -86,14 +86,19 @@ class _Loaded:
     prompts: list[str]
     draws: Draws
     end_ids: dict[str, list[int]]
-    sides: Sides | None
+    sides: dict[str, Sides] | None
     teachers: list[str]
     dtype: str
 
     @property
-    def classes(self) -> RootClasses | None:
-        """In which the vocabularies are compared."""
-        return self.sides.classes if self.sides else None
+    def classes(self) -> dict[str, RootClasses] | None:
+        """In which the vocabularies are compared, by the teachers' names."""
+        return {name: sides.classes for name, sides in self.sides.items()} if self.sides else None
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a completion of the rows."""
+        return self.end_ids["student" if self.sides else "teacher"]
 
     @property
     def has_teacher(self) -> bool:
@@ -139,6 +144,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
         ends = {name: _described(manifest, name)["end_token_ids"] for name in models}
         sides = sides_of(experiment, manifest) if "alignment" in manifest and "teacher" in models else None
     teachers = teachers_of_rows(experiment, rows.with_format(None)["metadata"])
+    rows = _with_main_prompts(rows, teachers, experiment, sides, manifest) if sides and experiment.teachers else rows
     loaded = _Loaded(models, tokenizers, rows, prompts, draws, ends, sides, teachers, precision.dtype)
 
     measured = parts.arrays("fidelity", lambda: _measure(experiment, loaded))
@@ -225,8 +231,27 @@ def _load(subjects: list[Served], dtype: str) -> dict[str, Any]:
 
 def _described(manifest: dict[str, Any], name: str) -> dict[str, Any]:
     """What the dataset says of the tokenizer of a model."""
+    if "alignment" in manifest and name.startswith("teachers."):
+        return tokenizer_of(manifest, name.removeprefix("teachers."))
     described: dict[str, Any] = manifest.get("teacher_tokenizer" if name == "teacher" else "tokenizer", manifest["tokenizer"])
     return described
+
+
+def _with_main_prompts(
+    rows: Any, teachers: list[str], experiment: Experiment, sides: dict[str, Sides], manifest: dict[str, Any]
+) -> Any:
+    """The rows, each with its prompt in the tokens of the main teacher, which answers all; empty if its template refuses it."""
+    chat, found, own = sides[experiment.main].teacher_chat, [], tokenizer_of(manifest, experiment.main)
+    for row, name in zip(rows.with_format(None), teachers, strict=True):
+        prompt_ids = row["teacher_ids"][: row["teacher_start"]]
+        if tokenizer_of(manifest, name) != own:
+            (*messages, _), tools = whole_conversation(row)
+            try:
+                prompt_ids = chat.prompt_ids(messages, tools)
+            except UnusableError:
+                prompt_ids = []
+        found.append(prompt_ids)
+    return rows.with_format(None).add_column("main_prompt", found).with_format("numpy")
 
 
 def _tokenizer(experiment: Experiment, subject: Served, manifest: dict[str, Any]) -> Any:
@@ -255,10 +280,10 @@ def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
             loaded.rows,
             loaded.teachers,
             loaded.dtype,
+            loaded.classes,
             batch_size=experiment.eval.batch_size,
-            end_ids=loaded.end_ids["teacher"],
+            end_ids=loaded.ends,
             report=report,
-            classes=loaded.classes,
         )
 
 
@@ -284,7 +309,9 @@ def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, me
         "resamples": experiment.eval.resamples,
     }
     if loaded.classes:
-        held_out["classes"] = _shared(loaded.classes, measured)
+        held_out["classes"] = shared(next(iter(loaded.classes.values())), measured)
+        if experiment.teachers:
+            held_out["classes"]["count"] = {name: classes.count for name, classes in loaded.classes.items()}
     if measured.get("stored", np.zeros(1)).any():
         held_out["stored"] = float(measured["stored"].sum() / tokens.sum())
     if weights is not None and loaded.has_teacher:
@@ -297,17 +324,8 @@ def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, me
     }
     if experiment.teachers:
         names = [subject.name for subject in subjects]
-        metrics["teachers"] = by_teacher(experiment, names, measured, loaded.teachers, loaded.prompts)
+        metrics["teachers"] = by_teacher(experiment, names, measured, loaded.teachers, loaded.prompts, text_bytes, loaded.classes)
     return metrics
-
-
-def _shared(classes: RootClasses, measured: dict[str, Array]) -> dict[str, Any]:
-    """How much of the held-out text is compared where the vocabularies differ: positions, and the teacher's entropy there."""
-    return {
-        "count": classes.count,
-        "positions": float(measured["tokens"].sum() / max(measured["positions"].sum(), 1)),
-        "entropy": float(measured["class_entropy"].sum() / max(measured["entropy"].sum(), 1e-12)),
-    }
 
 
 def _add_speeds(metrics: dict[str, Any], served: dict[str, Any]) -> None:
@@ -350,13 +368,18 @@ def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[st
         ends = loaded.end_ids[name]
         written = own_text(models[name], loaded.rows, settings.own_prompts, settings.own_tokens, ends, experiment.seed, name)
         text_bytes = np.array([_own_bytes(row, loaded.tokenizers[name]) for row in written])
-        classes = None if name == "teacher" else loaded.classes  # the teacher's own text is compared with nobody
-        if classes and loaded.sides:
-            written = [loaded.sides.with_teachers(row, loaded.rows[row["number"]]) for row in written]
-        compared = {"teacher": models["teacher"], name: models[name]}
         teachers = [loaded.teachers[row["number"]] for row in written]
-        how = {"batch_size": settings.batch_size, "end_ids": loaded.end_ids["teacher"], "classes": classes}
-        sums = fidelity_to_own(experiment, compared, written, teachers, loaded.dtype, **how)
+        ours = bool(loaded.sides) and name != "teacher"  # the teacher's own text is compared with nobody
+        if ours and loaded.sides:
+            asked = ((row, loaded.rows[row["number"]], loaded.sides[its]) for row, its in zip(written, teachers, strict=True))
+            written = [sides.with_teachers(row, prompt) for row, prompt, sides in asked]
+        elif loaded.sides:
+            teachers = [experiment.main] * len(written)
+        compared = {"teacher": models["teacher"], name: models[name]}
+        ends = loaded.ends if ours else loaded.end_ids["teacher"]
+        how = {"batch_size": settings.batch_size, "end_ids": ends}
+        classes = loaded.classes if ours else None
+        sums = fidelity_to_own(experiment, compared, written, teachers, loaded.dtype, classes, **how)
         draws = Draws.of([loaded.prompts[row["number"]] for row in written], settings.resamples, experiment.seed)
         metrics = [metric for metric in OWN_TEXT_METRICS if not (loaded.classes and metric.name == "teacher_nll")]
         return {

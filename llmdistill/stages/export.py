@@ -27,9 +27,9 @@ from llmdistill.models.loading import (
 )
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
-from llmdistill.stages.retokenize import training_dataset
 from llmdistill.students.adapters import base_of, merge_adapters
 from llmdistill.students.formats import FORMATS, ExportFormat, Source, stored_dtype
+from llmdistill.students.sides import training_dataset
 
 EXPORT_VERSION = 1
 RESULTS = "export.json"

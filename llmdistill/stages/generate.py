@@ -168,14 +168,15 @@ class _Prompts:
         """Where the answer begins and how it ends; a trace without one leaves its last token, and says `no_answer`."""
         if self.sampling.thinking == "kept":
             return 0, completion.finish_reason
-        start = answer_start(self.chat.tokenizer, completion.ids, self.sampling.thinking_end)
+        start = answer_start(self.part(completion.index).chat.tokenizer, completion.ids, self.sampling.thinking_end)
         return (len(completion.ids) - 1, NO_ANSWER) if start is None else (start, completion.finish_reason)
 
     def row(self, completion: Completion) -> Row:
         prompt, prompt_ids = self.prompt(completion.index // self.sampling.samples), self.prompt_ids(completion.index)
+        part = self.part(completion.index)
         provenance: dict[str, Any] = {"lineage": prompt.lineage}
-        if teacher := self.part(completion.index).name:
-            provenance["teacher"] = teacher
+        if part.name:
+            provenance["teacher"] = part.name
         if session := prompt.lineage.get("source", {}).get("conversation"):
             provenance["conversation"] = session
         trace = self._traces.pop(completion.index, None)
@@ -184,8 +185,8 @@ class _Prompts:
             trace = completion.ids[:start]
             prompt_ids, completion = [*prompt_ids, *trace.tolist()], replace(completion.behind(start), finish_reason=reason)
         if self.sampling.thinking != "kept":
-            provenance["thinking"] = "" if trace is None else self.chat.template.decode(trace)
-        answer = {"role": "assistant", "content": self.chat.template.decode(completion.ids)}
+            provenance["thinking"] = "" if trace is None else part.chat.template.decode(trace)
+        answer = {"role": "assistant", "content": part.chat.template.decode(completion.ids)}
         if prompt.uses_tools:
             provenance |= {"messages": [*prompt.messages, answer], "tools": prompt.tools}
         return Row(
@@ -222,7 +223,7 @@ class _Requests(Sequence[Request]):
         number = index // self.prompts.sampling.samples
         seed = row_seed(self.prompts.id(index), self.prompts.chat.experiment.seed)
         prompt = self.prompts.prompt(number)
-        messages = self.prompts.chat.told(prompt.messages)
+        messages = self.prompts.part(index).chat.told(prompt.messages)
         return Request(index, self.prompts.told_ids(number), seed, messages=messages, tools=prompt.tools)
 
 

@@ -11,6 +11,7 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer
 from llmdistill.runs import record
 from llmdistill.runs.progress import say, working
+from llmdistill.students.sides import training_dataset
 
 # The KL from the teacher is a first look, not an evaluation: so many rows, and so many of the first tokens of each.
 _LOOKED_AT = 12
@@ -29,7 +30,7 @@ def prune(experiment: Experiment, dry_run: bool = False) -> None:
     directory = experiment.directory("student-before")
     check_model_exists(experiment.teacher.model, "teacher.model")
     if dry_run:
-        rows = f" by rows of {experiment.dataset_directory}" if experiment.student.prune.measured else ""
+        rows = f" by rows of {training_dataset(experiment)}" if experiment.student.prune.measured else ""
         say("prune", f"would write {directory}{rows}")
     elif not ensure_pruned(experiment):
         say("prune", f"{directory} is finished")
@@ -41,7 +42,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     assert settings is not None
     inputs = {teacher.model: record.model_fingerprint(teacher.model, teacher.revision)}
     if settings.measured:
-        inputs[str(experiment.dataset_directory / MANIFEST)] = _dataset_hash(experiment)
+        inputs[str(training_dataset(experiment) / MANIFEST)] = _dataset_hash(experiment)
     claimed = {
         "teacher": teacher.model_dump(mode="json", include={"model", "revision"}),
         "student": {"prune": settings.model_dump(mode="json")},
@@ -81,12 +82,12 @@ def ensure_pruned(experiment: Experiment) -> bool:
 
 def _dataset_hash(experiment: Experiment) -> str:
     try:
-        read_manifest(experiment.dataset_directory)
+        read_manifest(training_dataset(experiment))
     except InputError as error:
         raise InputError(
             f"{error}; student.prune needs its rows (only listed or evenly spaced layers with student.prune.refit false do not)"
         ) from None
-    return record.sha256(experiment.dataset_directory / MANIFEST)
+    return record.sha256(training_dataset(experiment) / MANIFEST)
 
 
 def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any], list[str]]:
@@ -123,13 +124,13 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
         results["kl_from_teacher"] = {**near, "rows": len(others)}
         lines.append(_how_near(near, len(others)))
     elif settings.measured:
-        lines.append(f"all rows of {experiment.dataset_directory} were measured; none is left for the KL from the teacher")
+        lines.append(f"all rows of {training_dataset(experiment)} were measured; none is left for the KL from the teacher")
     return student.to(dtype), results, lines
 
 
 def calibration_and_others(experiment: Experiment, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of calibration, and others from held-out prompts, or where there are none from the rest of the training rows."""
-    directory = experiment.dataset_directory
+    directory = training_dataset(experiment)
     rows = load_dataset(directory, "train")
     count = min(count, len(rows))
     calibration = [rows[number] for number in range(count)]

@@ -24,7 +24,7 @@ from llmdistill.evaluation.routes import lines
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs.progress import console, say
 from llmdistill.runs.record import check_shape, read_json, read_run, write_bytes, write_text
-from llmdistill.stages.retokenize import training_dataset
+from llmdistill.students.sides import training_dataset
 
 SCHEMA_VERSION = 2
 Json = dict[str, Any]
@@ -69,6 +69,7 @@ def _view(experiment: Experiment) -> Json:
         "missing": None if teacher else _MISSING,
         "near": near,
         "held_out": metrics["held_out"],
+        "classes": _classes(metrics["held_out"].get("classes")),
         "decoding": metrics["decoding"],
         "warnings": [*metrics.get("warnings", []), *_task_warnings(metrics.get("tasks"))],
         "samples": metrics["samples"],
@@ -119,6 +120,13 @@ _MISSING = (
     "of its next-token choices, calibration, the models’ own text, the token view, the student as a draft model, and the "
     "teacher’s size, speed and task scores."
 )
+
+
+def _classes(shared: Json | None) -> str:
+    """Over how many classes models of different vocabularies are compared, in words."""
+    if shared is None or not isinstance(shared["count"], dict):
+        return f"{shared['count']:,} root classes" if shared else ""
+    return f"root classes of each teacher ({', '.join(f'{name} {count:,}' for name, count in shared['count'].items())})"
 
 
 def _of_teachers(entries: list[Json]) -> list[str]:

@@ -9,7 +9,16 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment, Score
-from llmdistill.data.dataset import SHARD_NAME, SPLITS, Messages, Row, load_dataset, metadata_and_provenance, read_manifest
+from llmdistill.data.dataset import (
+    SHARD_NAME,
+    SPLITS,
+    Messages,
+    Row,
+    has_several_tokenizers,
+    load_dataset,
+    metadata_and_provenance,
+    read_manifest,
+)
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.shards import EVERYTHING, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.errors import InputError, UnusableError
@@ -225,11 +234,10 @@ class _Stored:
             yield other, ours.get("lineage", {}).get("source", {}), f"{self.directory} row {identity}"
 
     def prepare(self, chats: Mapping[str, PromptEncoder], names: Sequence[str]) -> list[Part]:
-        first = next(iter(chats.values()))  # all have one vocabulary and one template
-        self.same = self.manifest["tokenizer"]["vocabulary_hash"] == vocabulary_hash(first.tokenizer)
-        if not self.same:
-            self._encode(first)
-        usable = range(len(self.rows)) if self.same else self.encoded
+        hashes = {name: vocabulary_hash(chat.tokenizer) for name, chat in chats.items()}
+        stored = [vocabulary == hashes[name] for vocabulary, name in zip(self._vocabularies(), names, strict=True)]
+        self._encode(chats, names, [number for number, same in enumerate(stored) if not same])
+        usable = [number for number, same in enumerate(stored) if same or number in self.encoded]
         self.order = order = [number for name in chats for number in usable if names[number] == name]
         self.encoders = [(name, chats[name]) for name in (names[number] for number in order)]
         parts, start = [], 0
@@ -239,14 +247,23 @@ class _Stored:
             start += count
         return parts
 
-    def _encode(self, chat: PromptEncoder) -> None:
-        """Rows in another vocabulary, those that the teacher's chat template takes."""
-        for number, row in enumerate(self.rows.with_format(None)):
+    def _vocabularies(self) -> Iterator[str]:
+        """The hash of the vocabulary that each row is stored in."""
+        teachers = self.manifest["teachers"] if has_several_tokenizers(self.manifest) else {}
+        for text in self.rows["metadata"]:
+            writer = metadata_and_provenance(str(text))[1].get("teacher") if teachers else None
+            yield (teachers[writer] if writer else self.manifest)["tokenizer"]["vocabulary_hash"]
+
+    def _encode(self, chats: Mapping[str, PromptEncoder], names: Sequence[str], numbers: Sequence[int]) -> None:
+        """Rows in another vocabulary than their teacher's, those that its chat template takes."""
+        rows = self.rows.with_format(None)
+        for number in numbers:
             try:
-                self.encoded[number] = stored_ids(row, chat.template)
+                self.encoded[number] = stored_ids(rows[number], chats[names[number]].template)
             except UnusableError as error:
-                self.left_out.add(error.at(f"{self.directory} row {row['id']}"))
-        self.left_out.close("score", len(self.encoded))
+                self.left_out.add(error.at(f"{self.directory} row {rows[number]['id']}"))
+        if numbers:
+            self.left_out.close("score", len(self.rows) - len(numbers) + len(self.encoded))
 
     def _longest(self, chat: PromptEncoder, places: range) -> int:
         """Check the texts of a teacher, by their places in `order`; the length of the longest sequence."""
@@ -255,7 +272,7 @@ class _Stored:
         assert self.order is not None
         lengths = pc.list_value_length(self.rows.data.column("input_ids")).to_numpy()
         longest = int(lengths[[self.order[place] for place in places]].max(initial=0))
-        if chat.experiment.teacher.system is not None or not self.same:
+        if chat.experiment.teacher.system is not None or self.encoded:
             texts = map(self.text, places)
             longest = max((len(text.told_ids or text.prompt_ids) + len(text.completion_ids) for text in texts), default=0)
         chat.check_length(longest + 1, "the tokens of its longest row and the one that vLLM adds", str(self.directory))

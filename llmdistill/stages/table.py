@@ -100,7 +100,7 @@ STAGES: dict[str, Stage] = {
             "make the student by pruning the teacher",
             ("teacher", "student.prune"),
             "prune",
-            reads=("curated",),
+            reads=("curated", "retokenized"),
             writes=("student-before",),
         ),
         Stage(

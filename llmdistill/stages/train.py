@@ -14,12 +14,14 @@ from llmdistill.data.dataset import (
     MANIFEST,
     ROW_GROUP,
     conversation_keys,
+    has_several_tokenizers,
     is_held_out,
     load_dataset,
     read_manifest,
 )
 from llmdistill.data.targets import KINDS
 from llmdistill.errors import InputError, no_such_key
+from llmdistill.evaluation.routes import teachers_of_rows
 from llmdistill.models.loading import (
     check_model_exists,
     context_length,
@@ -28,11 +30,10 @@ from llmdistill.models.loading import (
     vocabulary_hash,
     whole_on_every_process,
 )
-from llmdistill.models.root_classes import RootClasses
+from llmdistill.models.root_classes import RootClasses, load_classes
 from llmdistill.objectstore.copies import upload_checkpoints
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say, working
-from llmdistill.stages.retokenize import training_dataset
 from llmdistill.students.origins import (
     begin_student,
     is_sharded,
@@ -43,6 +44,7 @@ from llmdistill.students.origins import (
     save_student,
 )
 from llmdistill.students.quantization import fake_quantise, unfake
+from llmdistill.students.sides import training_dataset
 from llmdistill.training.callbacks import last_checkpoint, show_progress, stop_with_a_checkpoint
 from llmdistill.training.traps import traps
 
@@ -79,6 +81,10 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         _say_plan(experiment, None)
         return
     if dataset != experiment.dataset_directory and not dataset.is_dir():
+        if has_several_tokenizers(read_manifest(experiment.dataset_directory)):
+            raise InputError(
+                f"teachers: the rows of {experiment.dataset_directory} are in the tokens of each; run `retokenize` first"
+            )
         raise InputError(
             f"student.model: {experiment.student.model} has another vocabulary than {experiment.dataset_directory}; "
             "run `retokenize` first"
@@ -119,6 +125,9 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         settings["targets"] = {"kind": experiment.targets.kind}
     if experiment.student.model is None or online:
         settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
+    if online and experiment.teachers:
+        named = experiment.teachers.items()
+        settings["teachers"] = {name: one.model_dump(mode="json", include={"model", "revision"}) for name, one in named}
     if experiment.train.fake_quantize and experiment.export and experiment.export.group_size:
         settings["export"] = {"group_size": experiment.export.group_size}
     return settings
@@ -132,9 +141,8 @@ def _models_and_files(experiment: Experiment) -> dict[str, str]:
     """
     model, revision, _ = origin(experiment)
     found = {model: record.model_fingerprint(model, revision)}
-    teacher = experiment.teacher
-    if experiment.targets.online:
-        check_model_exists(teacher.model, "teacher.model")
+    for name, teacher in experiment.routed.items() if experiment.targets.online else ():
+        check_model_exists(teacher.model, f"teachers.{name}.model" if name else "teacher.model")
         found[teacher.model] = record.model_fingerprint(teacher.model, teacher.revision)
     for name in _MAY_NAME_A_FILE:
         value = experiment.train.args.get(name)
@@ -151,9 +159,9 @@ class _Materials:
         precision: what the student is trained in.
         arguments: a `DistillConfig`.
         student: before training, or as it was left.
-        teacher: where the targets are computed during training, else None.
+        teacher: where the targets are computed during training, else None; of several, each by its name.
         tokenizer: the student's.
-        classes: of rows from `retokenize`, else None.
+        classes: of rows from `retokenize`, by the teachers' names, else None.
         rows: of the training split, as they are stored.
         dataset: what is trained on.
         validation: what is set aside of it, if anything is.
@@ -164,7 +172,7 @@ class _Materials:
     student: Any
     teacher: Any
     tokenizer: Any
-    classes: RootClasses | None
+    classes: dict[str, RootClasses] | None
     rows: Any
     dataset: Any
     validation: Any
@@ -178,14 +186,18 @@ def _materials(
     tokenizer = _tokenizer(experiment, manifest)
     directory_read = training_dataset(experiment)
     rows = _mixed(experiment, load_dataset(directory_read, "train"))
-    classes = RootClasses.load(directory_read) if "alignment" in manifest else None
+    if experiment.targets.online and experiment.teachers and "teacher" not in rows.column_names:
+        names = teachers_of_rows(experiment, rows.with_format(None)["metadata"])
+        rows = rows.add_column("teacher", names).with_format("numpy")
+    classes = load_classes(directory_read) if "alignment" in manifest else None
     dataset, validation = _split(experiment, rows)
     dataset, validation = _learnable(dataset, arguments), validation and _learnable(validation, arguments)
     student = load_student(experiment)
     if experiment.train.fake_quantize:
         fake_quantise(student, experiment.export.group_size if experiment.export else None)
     teacher = None if text_only else _online_teacher(experiment, arguments)
-    pair_layers(experiment, arguments, student, teacher)
+    if any(arguments.layers()):
+        pair_layers(experiment, arguments, student, teacher)
     _check_fit(arguments, dataset, student, teacher)
     return _Materials(precision, arguments, student, teacher, tokenizer, classes, rows, dataset, validation)
 
@@ -268,6 +280,11 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
 def _check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict[str, Any]]) -> None:
     """Refuse to mix what is not of one vocabulary and one kind of targets."""
     for directory, other in zip(experiment.mixed_datasets, mixed, strict=True):
+        if has_several_tokenizers(other):
+            raise InputError(
+                f"train.mix.datasets: the rows of {directory} are in the tokens of several teachers; mix in what `retokenize` "
+                "makes of them"
+            )
         for what, mine, theirs in (
             ("targets", manifest["targets"], other["targets"]),
             ("vocabulary", manifest["tokenizer"]["vocabulary_hash"], other["tokenizer"]["vocabulary_hash"]),
@@ -469,12 +486,15 @@ def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> Any:
 
 
 def _online_teacher(experiment: Experiment, arguments: Any) -> Any:
-    """The teacher to run beside the student, if the targets are not to be stored ones and the loss needs it."""
-    teacher = experiment.teacher
+    """The teacher to run beside the student, or all of them by name, where targets are not stored ones and the loss needs it."""
     if not experiment.targets.online or not (arguments.uses_targets or any(arguments.layers())):
         return None
     with whole_on_every_process():
-        return load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, device="cpu")
+        loaded = {
+            name: load_model(teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, device="cpu")
+            for name, teacher in experiment.routed.items()
+        }
+    return loaded if experiment.teachers else loaded[""]
 
 
 def _trained(experiment: Experiment, trainer: Any) -> Any:

@@ -1,5 +1,6 @@
 """The teacher without its weights: its tokenizer, its chat template, and what a dataset says of it."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,7 @@ from llmdistill.models.loading import (
     load_tokenizer,
     vocabulary_hash,
 )
+from llmdistill.models.token_bytes import token_bytes
 from llmdistill.runs import record
 from llmdistill.teachers import check_engine
 
@@ -27,25 +29,33 @@ def encoders(experiment: Experiment, fingerprints: dict[str, str]) -> "dict[str,
         fingerprints: of the teachers.
 
     Raises:
-        InputError: a teacher is not usable, or they do not make the same token ids of the same text.
+        InputError: a teacher is not usable; or they have different tokens, and `retokenize` could not bring all of them into the
+            student's.
     """
     found = {
         name: PromptEncoder(experiment.model_copy(update={"teacher": teacher}), fingerprints[name])
         for name, teacher in experiment.routed.items()
     }
-    name, first = next(iter(found.items()))
-    for other, chat in found.items():
-        for what, mine, its in (
-            ("vocabulary", vocabulary_hash(first.tokenizer), vocabulary_hash(chat.tokenizer)),
-            ("chat template", first.tokenizer.chat_template, chat.tokenizer.chat_template),
-            ("end tokens", sorted(first.end_ids), sorted(chat.end_ids)),
-        ):
-            if mine != its:
+    if have_several_tokenizers(found):  # said before anything is written, not when all of it is there
+        for name, chat in found.items():
+            token_bytes(chat.tokenizer, f"teachers.{name}.model")
+        student = experiment.student
+        if student.model is not None:
+            key = "student.model"
+            tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code, key)
+            token_bytes(tokenizer, key)
+            own = vocabulary_hash(tokenizer)
+            if not tokenizer.chat_template and all(vocabulary_hash(chat.tokenizer) != own for chat in found.values()):
                 raise InputError(
-                    f"teachers.{other}: {chat.experiment.teacher.model} has another {what} than {first.experiment.teacher.model} "
-                    f"(teachers.{name}), so their rows are no common dataset; make one of each, with `teacher`"
+                    f"{key}: {student.model} has no chat template, and no teacher has its vocabulary, so there is none to "
+                    "write the prompts of all teachers by; choose another student"
                 )
     return found
+
+
+def have_several_tokenizers(chats: "Mapping[str, PromptEncoder]") -> bool:
+    """Whether teachers do not all make the same token ids of the same conversation and its end."""
+    return len({(vocabulary_hash(c.tokenizer), c.tokenizer.chat_template, tuple(sorted(c.end_ids))) for c in chats.values()}) > 1
 
 
 class PromptEncoder:

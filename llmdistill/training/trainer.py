@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from llmdistill.errors import NonFiniteError
 from llmdistill.losses import fused
 from llmdistill.losses.classes import ClassTable
 from llmdistill.losses.hidden_states import LayerMatch
-from llmdistill.models.root_classes import RootClasses
+from llmdistill.models.root_classes import RootClasses, by_name
 from llmdistill.students.adapters import check_mergeable
 from llmdistill.training.arguments import DistillConfig
 from llmdistill.training.callbacks import last_checkpoint, trained_tokens
@@ -61,7 +61,9 @@ class DistillTrainer(trl.SFTTrainer):
     with their own weights.
 
     With a dataset from `retokenize`, whose targets are in another vocabulary than the student's, `classes` are those of the
-    dataset (`RootClasses.load`), and the divergence is over classes.
+    dataset (`RootClasses.load`), and the divergence is over classes. Where its rows have several teachers, they are those of
+    each by its name (`load_classes`), and every row is compared in those of the teacher that its column `teacher` names. Online
+    teachers may be several, too: models by these names.
 
     Raises:
         TypeError: an argument is something else than it must be.
@@ -78,13 +80,13 @@ class DistillTrainer(trl.SFTTrainer):
         train_dataset: Any = None,
         teacher: Any = None,
         eval_dataset: Any = None,
-        classes: RootClasses | None = None,
+        classes: RootClasses | Mapping[str, RootClasses] | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config.name_or_path
             args = DistillConfig(f"{Path(name).name}-distilled")
-        _check_given(args, teacher, kwargs)
+        _check_given(args, teacher, classes, kwargs)
         train_dataset = self._prepared(args, train_dataset, teacher, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
@@ -94,9 +96,11 @@ class DistillTrainer(trl.SFTTrainer):
             eval_dataset = self._prepared(args, eval_dataset, teacher, "eval_dataset")
         in_a_line = args.packing or args.padding_free
         collator = DistillCollator(0, args.max_length, in_a_line, args.position_weights, args.reduction == "sequence", True)
-        collator.classes, collator.for_teacher = classes, classes is not None and teacher is not None
-        if classes is not None and any(args.layers()):
-            raise ValueError("hidden and attention need a student with the teacher's vocabulary")
+        several = isinstance(teacher, Mapping)
+        collator.classes, collator.for_teacher = classes, teacher is not None and (several or classes is not None)
+        collator.teachers = list(teacher) if several else []
+        if any(args.layers()) and (several or classes is not None):
+            raise ValueError("hidden and attention need a single teacher, and a student with its vocabulary")
         kwargs["data_collator"] = kwargs.get("data_collator") or collator
         if args.hidden and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, a projector is used after it
@@ -117,15 +121,16 @@ class DistillTrainer(trl.SFTTrainer):
             )
         if getattr(self.model, "peft_config", {}):
             check_mergeable(self.model)
-        self.teacher = teacher and teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        ordered = by_name(classes) if several and classes is not None else teacher  # as the collator counts them
+        beside = [teacher[name] for name in ordered] if several else [] if teacher is None else [teacher]
+        self.teachers = [one.to(self.accelerator.device).eval().requires_grad_(False) for one in beside]
         self.match = self._match(args)
         with self.accelerator.autocast():
             if in_a_line:
-                check_apart(self.model)
-                if self.teacher is not None:
-                    check_apart(self.teacher)
+                for checked in (self.model, *self.teachers):
+                    check_apart(checked)
             self._head = fused.find_head(self.model)
-            self._teacher_head = None if self.teacher is None else fused.find_head(self.teacher)
+            self._teacher_heads = [fused.find_head(one) for one in self.teachers]
         if args.packing:
             self._set_signature_columns_if_needed()
             columns = [name for name in self._signature_columns if name in train_dataset.column_names]
@@ -182,7 +187,7 @@ class DistillTrainer(trl.SFTTrainer):
     def _match(self, args: DistillConfig) -> LayerMatch | None:
         if not any(args.layers()):
             return None
-        match = LayerMatch(self.model, self.teacher, *args.layers(), args.seed)
+        match = LayerMatch(self.model, self.teachers[0], *args.layers(), args.seed)
         if match.projector and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("hidden states of different sizes need a projector, which is not trained under FSDP or DeepSpeed")
         return match
@@ -190,7 +195,7 @@ class DistillTrainer(trl.SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["id", "input_ids", "completion_start"]
         self._signature_columns += sorted({name for kind in KINDS.values() for name in kind.columns})
-        self._signature_columns += ["target_places", "teacher_ids", "teacher_start"]
+        self._signature_columns += ["target_places", "teacher", "teacher_ids", "teacher_start"]
         if self.args.sequence_alpha:
             self._signature_columns += ["importance", "token_logprobs"]
 
@@ -232,8 +237,8 @@ class DistillTrainer(trl.SFTTrainer):
         labels_N = completion_labels(inputs)
         if self._table is not None and "target_soft" in inputs:
             inputs = {**inputs, "target_table": self._table}
-        if self.teacher is not None:
-            with torch.no_grad(), self._watched(self.teacher, "teacher") as theirs:
+        if self.teachers:
+            with torch.no_grad(), self._watched(self.teachers[0], "teacher") as theirs:
                 inputs = {**inputs, "teacher_logits": self._teacher_logits(inputs)}
         with self._watched(model, "student") as mine:
             if head is None or not head.is_in(model):
@@ -261,13 +266,22 @@ class DistillTrainer(trl.SFTTrainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
 
-    def _teacher_logits(self, inputs: Any) -> torch.Tensor | fused.ChunkedLogits:
-        """The online teacher's logits that predict each completion token, computed by the chunk where its output layer allows."""
-        head = self._teacher_head
-        inputs = teacher_batch(inputs) if "teacher_positions" in inputs else inputs
+    def _teacher_logits(self, inputs: Any) -> Any:
+        """The online teacher's logits that predict each completion token, or those of several, each in its own tokens."""
+        if "teacher_positions" not in inputs:
+            return self._logits_of(0, inputs)
+        if "target_teacher" not in inputs:
+            return self._logits_of(0, teacher_batch(inputs))
+        theirs = inputs["target_teacher"]
+        there = {number: self._logits_of(number, teacher_batch(inputs, number)) for number in theirs.unique().tolist()}
+        return losses.RoutedLogits(theirs, there)
+
+    def _logits_of(self, number: int, inputs: Any) -> torch.Tensor | fused.ChunkedLogits:
+        """One online teacher's, computed by the chunk where its output layer allows."""
+        teacher, head = self.teachers[number], self._teacher_heads[number]
         if head is None:
-            return completion_logits(self.teacher, inputs)
-        _, hidden_ND = in_place_of_logits(self.teacher, inputs, lambda hidden_ND: (hidden_ND.new_zeros(()), hidden_ND))
+            return completion_logits(teacher, inputs)
+        _, hidden_ND = in_place_of_logits(teacher, inputs, lambda hidden_ND: (hidden_ND.new_zeros(()), hidden_ND))
         return fused.ChunkedLogits(hidden_ND, head)
 
     def _watched(self, model: Any, side: Literal["student", "teacher"]) -> Any:
@@ -376,17 +390,22 @@ class DistillTrainer(trl.SFTTrainer):
         return {name: getattr(objective, name) for name, end in ends.items() if end is not None}
 
 
-def _check_given(args: Any, teacher: Any, others: dict[str, Any]) -> None:
+def _check_given(args: Any, teacher: Any, classes: Any, others: dict[str, Any]) -> None:
     """Refuse arguments of `DistillTrainer` that are something else than they must be.
 
     Raises:
         TypeError: naming it.
-        ValueError: `compute_metrics` is given.
+        ValueError: `compute_metrics` is given, or the classes are not those of the teachers.
     """
     if not isinstance(args, DistillConfig):
         raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
-    if teacher is not None and not isinstance(teacher, torch.nn.Module):
-        raise TypeError(f"teacher must be a model that is loaded, got {type(teacher).__name__}")
+    for one in teacher.values() if isinstance(teacher, Mapping) else [teacher]:
+        if one is not None and not isinstance(one, torch.nn.Module):
+            raise TypeError(f"teacher must be a model that is loaded, got {type(one).__name__}")
+    if classes is not None and teacher is not None:
+        names, theirs = ([""] if not isinstance(given, Mapping) else sorted(given) for given in (classes, teacher))
+        if names != theirs:
+            raise ValueError(f"classes are those of {', '.join(names)}, but the teachers are {', '.join(theirs)}")
     if others.get("compute_metrics") is not None:
         raise ValueError("compute_metrics is not supported: the logits of a whole batch are never computed")
     if not isinstance(others.get("data_collator"), DistillCollator | None):

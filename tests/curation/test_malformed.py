@@ -60,6 +60,15 @@ def test_special_tokens_inside_are_found_in_the_ids(tmp_path):
     assert reasons == [None, "the special token 2 inside", None]
 
 
+def test_a_special_token_of_one_teacher_is_text_of_another(tmp_path):
+    fields = [{"llmdistill": {"teacher": name}} for name in ("math", "code")]
+    rows = table(["a", "b"], ids=[[9, 4, 2, 5, 7], [9, 4, 2, 5, 7]], fields=fields)
+    teachers = {name: {"tokenizer": {"special_token_ids": ids}} for name, ids in (("math", [2, 7]), ("code", [5]))}
+    manifest = {"tokenizer": {"special_token_ids": [0]}, "teachers": teachers}
+    reasons, _ = apply_step(tmp_path, {"malformed": None}, rows, manifest=manifest)
+    assert reasons == ["the special token 2 inside", "the special token 5 inside"]
+
+
 @pytest.mark.parametrize(
     "answer",
     [

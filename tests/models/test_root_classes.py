@@ -5,7 +5,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmdistill.errors import InputError
-from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
+from llmdistill.models.root_classes import RootClasses, Vocabulary, load_classes, root_classes, save_classes
 from llmdistill.models.token_bytes import token_bytes
 from tests.factories import sentencepiece_tokenizer, small_tokenizer
 
@@ -83,6 +83,28 @@ def test_classes_are_stored_and_read(vocabularies, tmp_path):
     (tmp_path / "classes.npz").write_bytes(b"none")
     with pytest.raises(InputError, match=r"classes\.npz: cannot be read"):
         RootClasses.load(tmp_path)
+
+
+def test_classes_of_several_teachers_are_read_by_their_names(vocabularies, tmp_path):
+    both = {
+        "a/b.teacher": root_classes(vocabularies["smollm2"], vocabularies["small"]),
+        "same": RootClasses.of_one_vocabulary(7, vocabularies["small"].size),
+    }
+    save_classes(both, tmp_path)
+    found = load_classes(tmp_path)
+    assert {name: classes.hash for name, classes in found.items()} == {name: classes.hash for name, classes in both.items()}
+    assert [classes.are_tokens for classes in found.values()] == [False, True]
+    with pytest.raises(
+        InputError, match=r"classes\.npz: holds classes of several teachers, a/b\.teacher, same; use load_classes"
+    ):
+        RootClasses.load(tmp_path)
+
+
+def test_tokens_that_pad_the_teachers_output_layer_are_dropped():
+    classes = RootClasses.of_one_vocabulary(5, 3)
+    assert classes.teacher_V.tolist() == [0, 1, 2, 3, 3]
+    assert classes.dropped == 3
+    assert RootClasses.of_one_vocabulary(3, 5).dropped is None
 
 
 def test_the_bytes_of_ids_are_the_text(vocabularies, smollm2):

@@ -23,10 +23,11 @@ from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.report import report
-from llmdistill.stages.retokenize import is_needed, retokenize
+from llmdistill.stages.retokenize import retokenize
 from llmdistill.stages.score import score
 from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import train
+from llmdistill.students.sides import is_needed
 from tests.factories import write_foreign, write_rows
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]

@@ -23,7 +23,15 @@ import yaml
 from llmdistill import __version__
 from llmdistill.data import targets
 from llmdistill.data.convert import distillkit
-from llmdistill.data.dataset import MANIFEST, SPLITS, Split, read_manifest, shard_files, whole_conversation
+from llmdistill.data.dataset import (
+    MANIFEST,
+    SPLITS,
+    Split,
+    has_several_tokenizers,
+    read_manifest,
+    shard_files,
+    whole_conversation,
+)
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
 from llmdistill.runs.progress import StageBar, console
@@ -93,6 +101,11 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
         raise InputError(
             f"{directory}: its targets are in the tokens of {manifest['teacher']['model']}, its rows in those of another "
             f"tokenizer, which {form} does not support; export the dataset that it was made from"
+        )
+    if has_several_tokenizers(manifest) and form not in ("jsonl", "preferences"):
+        raise InputError(
+            f"{directory}: its rows are in the tokens of their own teachers, {', '.join(manifest['teachers'])}, which {form} "
+            "does not support; use --to jsonl to export the text only"
         )
     if exact_k is not None and (form != "distillkit" or not kind.most_likely):
         raise InputError("--exact-k is for --to distillkit and targets of kind topk: only those lie on a curve over their rank")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from llmdistill.data.targets.columns import Array
+from llmdistill.data.targets.columns import Array, joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -157,6 +157,11 @@ class SoftTargets(ABC):
         """The targets of stored rows, one behind the other, of each its first so many positions."""
         parts = [cls.truncate(row, count) for row, count in zip(rows, positions, strict=True)]
         return cls.decode({name: np.concatenate([part[name] for part in parts]) for name in cls.columns})
+
+    @staticmethod
+    def together(parts: "Sequence[SoftTargets]") -> "SoftTargets":
+        """Targets of one kind, one behind the other, with as many tokens at a position."""
+        return type(parts[0])(*(joined(parts, field.name) for field in fields(parts[0])))
 
     def after(self, start: int) -> Self:
         """The targets of all positions but the first `start`."""
