@@ -76,6 +76,8 @@ class SoftTargets(ABC):
     """The key of the section `targets` that says how many tokens are kept at a position; None where none are."""
     columns: ClassVar[tuple[str, ...]]
     """Of a shard; they begin with `target_`."""
+    of_writer: ClassVar[bool] = False
+    """Whether their tokens are those that the model that wrote the text has drawn, of which another one says what it thinks."""
     of_text: ClassVar[bool] = False
     """Whether they are made of the log-probabilities of the written tokens, and not of a distribution."""
     most_likely: ClassVar[bool] = False
@@ -194,6 +196,10 @@ class SoftTargets(ABC):
     @abstractmethod
     def logweights(self) -> Array:
         """Natural logarithms of what the tokens of `ids_NK` weigh, (N, K); −inf where there is no token."""
+
+    def told(self) -> Array:
+        """What they hold of the teacher's log-probabilities, or of their sums; −inf for none."""
+        return self.logweights()
 
     def outcomes(self) -> Array:
         """The probabilities of all stored outcomes, (N, J): of the tokens and, if there is one, of the tail."""
