@@ -63,6 +63,7 @@ def retokenize(experiment: Experiment, dry_run: bool = False) -> None:
     manifest = read_manifest(source)
     if "alignment" in manifest:
         raise InputError(f"{source}: is in the tokens of {manifest['student']['model']}; retokenize what it was made from")
+    check_kind(manifest["targets"]["kind"], str(source))
     (claim,) = claims(experiment)
     done = record.claim(*claim) == "done"
     if dry_run:
@@ -129,6 +130,23 @@ def is_needed(experiment: Experiment) -> bool:
         return own != _vocabulary(theirs, revision, teacher.trust_remote_code)
     except InputError:  # what is wrong with it, the stages that load it say
         return False
+
+
+def check_kind(name: str, where: str) -> None:
+    """Refuse targets that cannot be told over classes of tokens.
+
+    Args:
+        name: of the kind.
+        where: what has them.
+
+    Raises:
+        InputError: naming what can.
+    """
+    if not KINDS[name].over_classes:
+        raise InputError(
+            f"{where}: targets of kind {name} cannot be told over classes of tokens, which a student with another tokenizer "
+            "needs; set targets.kind to sampled (with loss forward_kl) or topk"
+        )
 
 
 def training_dataset(experiment: Experiment) -> Path:

@@ -86,6 +86,8 @@ class SoftTargets(ABC):
     """Whether the kept tokens of a position all differ; where they do not, the number of stored ones varies."""
     unbiased: ClassVar[bool] = False
     """Whether weighted sums over the kept tokens equal those over the vocabulary in expectation."""
+    over_classes: ClassVar[bool] = True
+    """Whether they can be told over classes of tokens (`of_classes`), as a student with another tokenizer needs."""
     has_tail: ClassVar[bool] = False
     """Whether what is outside the kept tokens is one more outcome of the loss; see `loss_parts`."""
     relative_error: ClassVar[float] = 0

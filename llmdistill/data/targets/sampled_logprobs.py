@@ -56,6 +56,7 @@ class SampledLogprobs(SoftTargets):
     size = "n"
     columns: ClassVar[tuple[str, ...]] = ("target_ids", "target_logprobs", "target_exact")
     unbiased = True
+    over_classes = False  # f of a sum is not the sum of f
     relative_error = 2**-11  # float16
     bytes_per_token = 3.4
     unbounded: ClassVar[str] = "reverse_kl"

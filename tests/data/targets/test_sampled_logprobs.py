@@ -1,5 +1,7 @@
 """Targets of kinds `sampled_logprobs` and `sampled_by_student`: the codec, and what the design weights are."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -34,8 +36,7 @@ def test_they_come_back(kind, lengths, n, vocab, seed, scale):
     sequences = []
     for length in lengths:
         made = random_samples(generator, length, n, 13, scale)[kind is SampledByStudent]
-        ids = made.ids_NK + vocab - 13
-        sequences.append(kind(ids, *(getattr(made, field) for field in list(kind.__dataclass_fields__)[1:])))
+        sequences.append(replace(made, ids_NK=made.ids_NK + vocab - 13))
     table = pa.table(kind.encode(sequences, vocab))
     assert kind_of(table.column_names) is kind
     for row, want in zip(table.to_pylist(), sequences, strict=True):
