@@ -201,11 +201,6 @@ class Experiment(Section):
         own = self.own_targets.stored
         if reason := train.against(own):
             raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; {_instead(train)}")
-        if own.of_writer and self.rounds.teacher_share:
-            raise ValueError(
-                f"rounds.teacher_share is {self.rounds.teacher_share:g}, but for {train.loss} the sample is drawn from the "
-                "student, and the teacher's text has none of that kind; remove it, or set targets.kind to topk"
-            )
         return self
 
     @model_validator(mode="after")

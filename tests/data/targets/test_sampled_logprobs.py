@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmdistill.data.targets import SampledByStudent, SampledLogprobs, kind_of
+from llmdistill.data.collator import DistillCollator, completion_labels
+from llmdistill.data.targets import Sampled, SampledByStudent, SampledLogprobs, kind_of
+from llmdistill.losses import Objective, distillation_loss
 
 
 def random_samples(generator, positions, n, vocab, scale):
@@ -92,3 +94,39 @@ def test_tokens_that_the_student_lacks_weigh_nothing():
     assert left.ids_NK.max() < 30
     assert np.isneginf(left.logdesign_NK[gone]).all()
     np.testing.assert_allclose(np.exp(left.logprobs_NK + left.logdesign_NK).sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "jsd"])
+def test_beside_the_teachers_text_each_row_learns_from_its_own_sample(loss):
+    """Rows of both kinds in one batch: the student's by the loss, the teacher's by forward KL, as in batches of their own."""
+    generator = np.random.default_rng(0)
+    _, own, _ = random_samples(generator, 5, 6, 40, 1.0)
+    logprobs = torch.from_numpy(generator.normal(size=(4, 40))).log_softmax(-1)
+    ids = Sampled.keep(logprobs, 6, torch.from_numpy(generator.random((4, 1))))
+    its = Sampled.from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
+    rows = []
+    for soft, empty in ((own, ["target_entropy"]), (its, ["target_logdesign", "target_logratio"])):
+        text = {"input_ids": np.arange(len(soft) + 2), "completion_start": 2}
+        (row,) = pa.table(type(soft).encode([soft], 40)).to_pylist()
+        row = {name: np.array(values) for name, values in row.items()}
+        rows.append((text | row, text | row | {name: np.empty(0, np.float32) for name in empty}))
+    logits = torch.from_numpy(generator.normal(size=(9, 40)))
+    objective = Objective(loss, 0.8)
+
+    def learnt(batch, logits):
+        leaf = logits.clone().requires_grad_()
+        value, sums = distillation_loss(leaf, completion_labels(batch), batch, objective)
+        return torch.autograd.grad(value, leaf)[0], sums
+
+    mixed = DistillCollator(0)([row for _, row in rows])
+    assert mixed["target_kind"] == "sampled_by_student"
+    gradient, sums = learnt(mixed, logits)
+    alone, own_sums = learnt(DistillCollator(0)([rows[0][0]]), logits[:5])
+    torch.testing.assert_close(gradient[:5], alone)
+    batch = DistillCollator(0)([rows[1][0]])
+    assert batch["target_kind"] == "sampled"
+    objective = Objective("forward_kl", 0.8)
+    theirs, their_sums = learnt(batch, logits[5:])
+    torch.testing.assert_close(gradient[5:], theirs)
+    assert sums[loss].item() == pytest.approx((own_sums[loss] + their_sums["kl"]).item(), rel=1e-5)
+    assert sums["agreement"] == own_sums["agreement"] + their_sums["agreement"]
