@@ -199,9 +199,8 @@ def test_what_has_no_sample_of_its_writer_is_refused(drawn, tmp_path):
         assert result.returncode == 2
         assert said in result.stderr
         assert not (tmp_path / "out").exists()
-    result = run_cli(
-        "generate", arguments[1], "--targets", "{kind: sampled_by_student}", "--output", tmp_path / "out", "--dry-run"
-    )
+    targets = ("--targets", "{kind: sampled_by_student}", "--train.loss", "reverse_kl")
+    result = run_cli("generate", arguments[1], *targets, "--output", tmp_path / "out", "--dry-run")
     assert result.returncode == 2
     assert "for rounds set it to sampled" in result.stderr
 
