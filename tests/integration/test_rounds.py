@@ -52,6 +52,19 @@ def test_a_number_is_short_for_a_section(tiny, tmp_path):
             ],
             "rounds with loss jsd and targets.kind sampled needs the teacher's probabilities of tokens that the student has",
         ),
+        (
+            [("targets", "{kind: sampled_logprobs}"), ("teacher.engine", "vllm"), ("teacher.ensemble", "[{model: other}]")],
+            "targets.kind sampled_logprobs needs the whole distribution of the ensemble, .* use engine transformers",
+        ),
+        (
+            [
+                ("rounds", "{loss: jsd}"),
+                ("targets", "{kind: sampled}"),
+                ("teacher.engine", "vllm"),
+                ("teacher.ensemble", "[{model: other}]"),
+            ],
+            "give, not an ensemble whose members are loaded in turn",
+        ),
         ([("rounds", "{n: 0}")], "rounds.n should be greater than or equal to 1"),
     ],
 )
