@@ -129,8 +129,8 @@ class Experiment(Section):
         if self.teacher.in_turn and self.targets.stored is SampledLogprobs:
             raise ValueError(
                 f"targets.kind {self.targets.kind} needs the whole distribution of the ensemble, which engine {engine} does not "
-                f"have: it loads one teacher after the other; use engine {engines_with('whole_distribution')}, or set targets.kind "
-                "to topk"
+                f"have: it loads one teacher after the other; use engine {engines_with('whole_distribution')}, or set "
+                "targets.kind to topk"
             )
         if self.teacher.in_turn and self.generate.rereads:
             key = "json_schema" if self.generate.json_schema is not None else "thinking: removed"
