@@ -81,11 +81,12 @@ class SampledByStudent(SampledLogprobs):
     def of_rows(cls, rows: Sequence[Mapping[str, Any]], positions: Sequence[int] | Array) -> Self:
         """Rows without a `target_logratio` are the teacher's, of kind `sampled`."""
         by_teacher = [len(row["target_logratio"]) == 0 for row in rows]
-        if not any(by_teacher):
+        if not any(by_teacher) or not sum(positions):
             return super().of_rows(rows, positions)
         parts = [
             cls.of_teachers(Sampled.of_rows([row], [count])) if theirs else super(SampledByStudent, cls).of_rows([row], [count])
             for row, count, theirs in zip(rows, positions, by_teacher, strict=True)
+            if count
         ]
         return cls(*(joined(parts, field.name) for field in fields(cls)))
 
