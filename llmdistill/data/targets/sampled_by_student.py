@@ -44,7 +44,7 @@ class SampledByStudent(SampledLogprobs):
     name = "sampled_by_student"
     summary = "the same sample drawn from the student that wrote the text, which rounds make of `sampled`"
     columns = ("target_ids", "target_logprobs", "target_exact", "target_logdesign", "target_logratio")
-    bytes_per_token = 4.8
+    bytes_per_token = 4.3
     of_writer = True
     unbounded = "forward_kl"
     lacks = "teacher has mass that the student has not"
