@@ -2,9 +2,9 @@
 
     python benchmarks/rounds.py
 
-The demo four times from the same prompts: all steps on the teacher's text; and two thirds of them, then the last third on the
-student's own text with reverse KL. Both with sampled targets, where the sample on its own text is the student's, and with top-64
-targets and the tail. Runs with one kind of targets have the same rows and the same pruned student.
+The demo five times from the same prompts: all steps on the teacher's text; and two thirds of them, then the last third on the
+student's own text with reverse KL, or on as many rows of each. Both with sampled targets, where the sample on its own text is the
+student's, and with top-64 targets and the tail. Runs with one kind of targets have the same rows and the same pruned student.
 Prints the KL on held-out teacher text and, on text that each student samples itself, KL(student ‖ teacher) and the teacher's
 negative log-likelihood, in nats per token with 95% intervals.
 """
@@ -25,10 +25,11 @@ from llmdistill.stages.table import STAGES
 
 SAMPLED, TOP = "{kind: sampled, n: 16}", "{kind: topk, k: 64}"
 WAYS = (
-    ("the teacher's text alone, sampled", SAMPLED, False),
-    ("then its own, sampled from the student", SAMPLED, True),
-    ("the teacher's text alone, top-64", TOP, False),
-    ("then its own, top-64 and tail", TOP, True),
+    ("the teacher's text alone, sampled", SAMPLED, None),
+    ("then its own, sampled from the student", SAMPLED, 0.0),
+    ("then half its own, sampled from the student", SAMPLED, 0.5),
+    ("the teacher's text alone, top-64", TOP, None),
+    ("then its own, top-64 and tail", TOP, 0.0),
 )
 
 
@@ -59,7 +60,7 @@ def compare(arguments, tiny):
     both = {"train.compare_text_only": "false", "eval.tasks": "[]", "export": "null"}
     both |= {"eval.own_prompts": "34", "eval.own_tokens": "96", "generate.temperature": "1.0", "eval.samples": "0"}
     table, firsts = [], {}
-    for number, (name, targets, rounds) in enumerate(WAYS):
+    for number, (name, targets, share) in enumerate(WAYS):
         output = arguments.output / str(number)
         first = firsts.setdefault(targets, output)
         if first != output and not output.exists():
@@ -68,11 +69,11 @@ def compare(arguments, tiny):
             relink(output, first)
         overrides = [*both.items(), ("targets", targets), *tiny, ("output", str(output))]
         last = arguments.steps // 3
-        steps = arguments.steps - last if rounds else arguments.steps
+        steps = arguments.steps if share is None else arguments.steps - last
         overrides += [("train.args.max_steps", str(steps))]
-        if rounds:
+        if share is not None:
             settings = {"n": 1, "loss": "reverse_kl", "args": {"max_steps": last, "warmup_steps": 2, "learning_rate": 5e-4}}
-            overrides += [("rounds", json.dumps(settings))]
+            overrides += [("rounds", json.dumps(settings | {"teacher_share": share}))]
         if arguments.smoke:  # in this process: starting one for each stage takes longer than all of it
             for stage in stages(load_experiment(arguments.config, overrides)):
                 STAGES[stage.command].function(stage.experiment)

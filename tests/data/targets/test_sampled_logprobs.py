@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdistill.data.collator import DistillCollator, completion_labels
+from llmdistill.data.convert.exports import export_dataset
 from llmdistill.data.targets import Sampled, SampledByStudent, SampledLogprobs, kind_of
+from llmdistill.errors import InputError
 from llmdistill.losses import Objective, distillation_loss
+from llmdistill.stages.retokenize import check_kind
+from tests.factories import make_row, write_rows
 
 
 def random_samples(generator, positions, n, vocab, scale):
@@ -130,3 +134,15 @@ def test_beside_the_teachers_text_each_row_learns_from_its_own_sample(loss):
     torch.testing.assert_close(gradient[5:], theirs)
     assert sums[loss].item() == pytest.approx((own_sums[loss] + their_sums["kl"]).item(), rel=1e-5)
     assert sums["agreement"] == own_sums["agreement"] + their_sums["agreement"]
+
+
+def test_what_cannot_be_told_over_classes_or_exported_is_refused(tmp_path):
+    """A sum of f over the tokens of a class is not f of their sums; and a sample of another model is no distribution."""
+    with pytest.raises(InputError, match="here: targets of kind sampled_by_student cannot be told over classes of tokens"):
+        check_kind("sampled_by_student", "here")
+    check_kind("sampled", "here")
+    _, own, _ = random_samples(np.random.default_rng(0), 4, 6, 40, 1.0)
+    source = write_rows(tmp_path / "own", [make_row("x", [1], np.arange(4), soft=own)], "sampled_by_student", n=6)
+    for form in ("axolotl", "distillkit"):
+        with pytest.raises(InputError, match=f"{form} does not support targets of kind sampled_by_student"):
+            export_dataset(source, tmp_path / "out", form)
