@@ -69,5 +69,5 @@ def _control(terms: Terms, logratio_N: Tensor) -> tuple[Tensor, Tensor]:
         by_p_N, by_q_N = torch.autograd.grad(terms(log_p_N, log_q_N).sum(), (log_p_N, log_q_N))
     zero = logratio_N.new_zeros(1)
     d = terms(zero, zero + SMALLEST)
-    d_N = by_p_N / log_p_N.detach().exp() if d > _INFINITE else d.expand_as(by_p_N)  # ∂f/∂p, where f(1, 0) is infinite
+    d_N = torch.where(d > _INFINITE, by_p_N / log_p_N.detach().exp(), d)  # ∂f/∂p, where f(1, 0) is infinite
     return by_q_N[:, None], d_N[:, None]
