@@ -2,8 +2,9 @@
 
     python benchmarks/rounds.py
 
-The demo with top-64 targets, twice from the same rows and the same pruned student: all steps on the teacher's text; and two
-thirds of them, then the last third on the student's own text with reverse KL.
+The demo five times from the same prompts: all steps on the teacher's text; and two thirds of them, then the last third on the
+student's own text with reverse KL, or on as many rows of each. Both with sampled targets, where the sample on its own text is the
+student's, and with top-64 targets and the tail. Runs with one kind of targets have the same rows and the same pruned student.
 Prints the KL on held-out teacher text and, on text that each student samples itself, KL(student ‖ teacher) and the teacher's
 negative log-likelihood, in nats per token with 95% intervals.
 """
@@ -22,10 +23,14 @@ from llmdistill.runs.pipeline import stages
 from llmdistill.runs.record import read_json
 from llmdistill.stages.table import STAGES
 
-WAYS = {
-    "teacher's text alone": None,
-    "then own text": {"teacher_share": 0.0},
-}
+SAMPLED, TOP = "{kind: sampled, n: 16}", "{kind: topk, k: 64}"
+WAYS = (
+    ("the teacher's text alone, sampled", SAMPLED, None),
+    ("then its own, sampled from the student", SAMPLED, 0.0),
+    ("then half its own, sampled from the student", SAMPLED, 0.5),
+    ("the teacher's text alone, top-64", TOP, None),
+    ("then its own, top-64 and tail", TOP, 0.0),
+)
 
 
 def main() -> None:
@@ -52,22 +57,23 @@ def main() -> None:
 
 def compare(arguments, tiny):
     """A row for each way."""
-    both = {"targets": "{kind: topk, k: 64}", "train.compare_text_only": "false", "eval.tasks": "[]", "export": "null"}
+    both = {"train.compare_text_only": "false", "eval.tasks": "[]", "export": "null"}
     both |= {"eval.own_prompts": "34", "eval.own_tokens": "96", "generate.temperature": "1.0", "eval.samples": "0"}
-    table, first = [], None
-    for number, (name, rounds) in enumerate(WAYS.items()):
+    table, firsts = [], {}
+    for number, (name, targets, share) in enumerate(WAYS):
         output = arguments.output / str(number)
-        if first and not output.exists():
+        first = firsts.setdefault(targets, output)
+        if first != output and not output.exists():
             for part in ("data", "curated", "student-before"):
                 shutil.copytree(first / part, output / part)
             relink(output, first)
-        overrides = [*both.items(), *tiny, ("output", str(output))]
+        overrides = [*both.items(), ("targets", targets), *tiny, ("output", str(output))]
         last = arguments.steps // 3
-        steps = arguments.steps - last if rounds else arguments.steps
+        steps = arguments.steps if share is None else arguments.steps - last
         overrides += [("train.args.max_steps", str(steps))]
-        if rounds:
+        if share is not None:
             settings = {"n": 1, "loss": "reverse_kl", "args": {"max_steps": last, "warmup_steps": 2, "learning_rate": 5e-4}}
-            overrides += [("rounds", json.dumps(settings | rounds))]
+            overrides += [("rounds", json.dumps(settings | {"teacher_share": share}))]
         if arguments.smoke:  # in this process: starting one for each stage takes longer than all of it
             for stage in stages(load_experiment(arguments.config, overrides)):
                 STAGES[stage.command].function(stage.experiment)
@@ -76,7 +82,6 @@ def compare(arguments, tiny):
             subprocess.run([sys.executable, "-m", "llmdistill", "run", str(arguments.config), *words], check=True)
         model = next(m for m in read_json(output / "eval/metrics.json")["models"] if m["name"] == "student")
         table.append({"trained on": name, "held out": model["kl"], **model["own_text"]})
-        first = first or output
     return table
 
 

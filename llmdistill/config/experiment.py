@@ -20,7 +20,14 @@ from llmdistill.config.student import Student
 from llmdistill.config.targets import Targets
 from llmdistill.config.teacher import Teacher, engines_with
 from llmdistill.config.train import Train
+from llmdistill.data.targets import Sampled, SampledByStudent, SampledLogprobs
 from llmdistill.stages.table import Directory
+
+
+def _instead(train: Train) -> str:
+    """What to do where targets are not of the kind that a loss needs."""
+    fits = train.against(SampledLogprobs) is None
+    return f"set targets.kind to {f'{SampledLogprobs.name} or ' if fits else ''}topk"
 
 
 class Experiment(Section):
@@ -111,7 +118,7 @@ class Experiment(Section):
     def _loss_fits_the_targets(self) -> "Experiment":
         reason = self.train.against(self.targets.stored)
         if reason and self.train.dataset is None:
-            raise ValueError(f"{reason}; set targets.kind to topk")
+            raise ValueError(f"{reason}; {_instead(self.train)}")
         return self
 
     @model_validator(mode="after")
@@ -121,6 +128,12 @@ class Experiment(Section):
             raise ValueError(
                 f"engine {engine} returns each token once, so it does not support targets.kind {self.targets.kind}; "
                 "use sampled or topk"
+            )
+        if self.teacher.in_turn and self.targets.stored is SampledLogprobs:
+            raise ValueError(
+                f"targets.kind {self.targets.kind} needs the whole distribution of the ensemble, which engine {engine} does not "
+                f"have: it loads one teacher after the other; use engine {engines_with('whole_distribution')}, or set "
+                "targets.kind to topk"
             )
         if self.teacher.in_turn and self.generate.rereads:
             key = "json_schema" if self.generate.json_schema is not None else "thinking: removed"
@@ -192,17 +205,31 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _rounds_have_targets(self) -> "Experiment":
-        if self.rounds and not self.targets.stored.columns:
-            raise ValueError(f"rounds needs stored soft targets, but targets.kind is {self.targets.kind}")
-        loss = self.rounds and self.rounds.loss
-        if not loss:
+        if self.rounds is None:
             return self
+        if not self.targets.stored.columns or self.targets.stored.of_writer:
+            raise ValueError(f"rounds needs stored soft targets, but targets.kind is {self.targets.kind}")
         try:
-            train = self.train.with_(loss=loss)
+            train = self.train.with_(loss=self.rounds.loss or self.train.loss)
         except ValidationError as error:
             raise ValueError(f"rounds.loss: train.{error.errors()[0]['ctx']['error']}") from None
-        if reason := train.against(self.targets.stored):
-            raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; set targets.kind to topk")
+        own = self.own_targets.stored
+        if reason := train.against(own):
+            raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; {_instead(train)}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_sample_of_the_writer_is_read(self) -> "Experiment":
+        stored = (self.own_targets if self.rounds else self.targets).stored
+        if not stored.of_writer:
+            return self
+        key = f"rounds with loss {self.round_loss} and targets.kind sampled" if self.rounds else f"targets.kind {stored.name}"
+        if not self.teacher.abilities.any_token or self.teacher.in_turn:
+            raise ValueError(
+                f"{key} needs the teacher's probabilities of tokens that the student has drawn, which engines "
+                f"{engines_with('any_token')} give, not an ensemble whose members are loaded in turn; use another engine, or set "
+                "targets.kind to topk"
+            )
         return self
 
     @model_validator(mode="after")
@@ -224,6 +251,17 @@ class Experiment(Section):
         if self.train.attention and self.student.attn_implementation not in (None, "eager"):
             raise ValueError("train.attention needs eager attention and selects it itself; remove student.attn_implementation")
         return self
+
+    @property
+    def round_loss(self) -> str:
+        """The divergence in the rounds."""
+        return (self.rounds and self.rounds.loss) or self.train.loss
+
+    @property
+    def own_targets(self) -> Targets:
+        """What rounds store of the teacher on the student's text: of a sample that cannot tell their loss, the student's own."""
+        drawn = self.targets.stored is Sampled and self.round_loss != "forward_kl"
+        return Targets(kind=SampledByStudent.name, n=self.targets.n) if drawn else self.targets
 
     @property
     def routed(self) -> dict[str, Teacher]:

@@ -13,11 +13,13 @@ class Rounds(Section):
     n: int = Field(default=1, ge=1)
     """Number of rounds; `rounds: 2` is short for `rounds: {n: 2}`."""
     teacher_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training rows of a round that come from the teacher's text."""
+    """Share of the training rows of a round that come from the teacher's text. With targets.kind sampled they are learnt by
+    forward KL, whatever the loss of the rounds."""
     limit: int | None = Field(default=None, ge=1)
     """Prompts that the student answers per round: the first N of the training split; all if not set."""
     loss: Divergence | None = None
-    """Divergence in the rounds; `train.loss` if not set."""
+    """Divergence in the rounds; `train.loss` if not set. For another one than forward_kl, targets.kind sampled is a sample that
+    the student draws."""
     args: PassedOn = {}
     """Arguments of `trl.SFTConfig` that override `train.args` in the rounds."""
 

@@ -21,7 +21,8 @@ class Targets(Section):
 
     kind: Kind = Field(default="sampled", description=" ".join(f"`{name}`: {summary}." for name, summary in _SUMMARIES.items()))
     n: int = Field(default=16, ge=2, le=255)
-    """Tokens per position: kept (kind sampled), or drawn (kind multinomial, which needs about three times as many)."""
+    """Tokens per position: kept (kinds sampled, sampled_logprobs), or drawn (kind multinomial, which needs about three times as
+    many)."""
     k: int = Field(default=64, ge=1)
     """Tokens kept per position (kind topk)."""
 

@@ -201,7 +201,7 @@ def check_logprobs(row: Row, unknown: bool = False) -> None:
         NonFiniteError: one of a token or of the soft targets is not a number, or above zero.
     """
     written = np.nan_to_num(row.token_logprobs, nan=0.0) if unknown else row.token_logprobs
-    stored = [written] if row.targets is None else [written, row.targets.logweights()]
+    stored = [written] if row.targets is None else [written, row.targets.told()]
     for values in map(np.asarray, stored):
         if np.isnan(values).any() or (values > 1e-3).any():
             raise NonFiniteError(

@@ -16,7 +16,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmdistill.config import Experiment
+from llmdistill.config import Experiment, Targets
 from llmdistill.config.machine import Precision
 from llmdistill.data.budget import Budget, bill, money, whole_bill
 from llmdistill.data.dataset import (
@@ -318,11 +318,14 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
 def _open(making: _Making, part: Part) -> Engine:
     """The engine of a part's teacher."""
     chat, experiment = part.chat, part.chat.experiment
+    kept, asked = experiment.targets, None
+    if kept.stored.of_writer:
+        kept, asked = Targets(kind="none"), kept.kept
     with working(making.name, f"starting the teacher {part.name}".rstrip()):
         spec = EngineSpec(
             teacher=experiment.teacher.model_copy(update={"dtype": making.precision.dtype}),
             sampling=experiment.generate,
-            kept=experiment.targets,
+            kept=kept,
             end_ids=chat.end_ids,
             max_model_len=part.max_model_len,
             seed=experiment.seed,
@@ -332,6 +335,7 @@ def _open(making: _Making, part: Part) -> Engine:
             template=chat.template,
             shared=shared_file(making.directory),
             staging=making.directory / _STAGING,
+            asked=asked,
         )
         return open_engine(spec)
 

@@ -23,6 +23,7 @@ from llmdistill.losses.divergences import (
     weighted_kl,
     wide,
 )
+from llmdistill.losses.sampled import sampled_divergence
 
 __all__ = [
     "DIVERGENCES",
@@ -37,6 +38,7 @@ __all__ = [
     "jsd",
     "neg_log_acceptance",
     "reverse_kl",
+    "sampled_divergence",
     "sampled_kl",
     "sequence_kl",
     "skew_kl",

@@ -3,8 +3,9 @@
 Let p be the teacher, q the student's softmax, y the token that was written. A divergence is defined once, on the
 log-probabilities of two distributions over the same J outcomes. For an online teacher the outcomes are the vocabulary
 (`divergence`); for stored top-k targets they are the K tokens of the support and, last, everything outside it
-(`topk_divergence`). Sampled targets allow forward KL alone (`sampled_kl`). Every function returns a tensor of shape (N,);
-the caller sums it and divides by the completion tokens of the whole global batch.
+(`topk_divergence`). The weights of a sample allow forward KL alone (`sampled_kl`); with its log-probabilities there are
+others (`losses.sampled`). Every function returns a tensor of shape (N,); the caller sums it and divides by the completion
+tokens of the whole global batch.
 """
 
 import inspect

@@ -13,6 +13,7 @@ from llmdistill.config import Experiment, Prompts, Score, Targets, Teacher, dump
 from llmdistill.config.teacher import DEFAULT_ENGINE
 from llmdistill.config.train import Mix
 from llmdistill.curation.steps import step_inputs
+from llmdistill.data.targets import SampledLogprobs
 from llmdistill.errors import InputError
 from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.runs import record
@@ -20,6 +21,7 @@ from llmdistill.runs.estimate import estimate, said
 from llmdistill.runs.progress import say, working
 from llmdistill.runs.status import how_far
 from llmdistill.stages.prompts import prepared_prompts
+from llmdistill.stages.retokenize import check_kind
 from llmdistill.stages.table import STAGES
 from llmdistill.students.sides import is_needed
 
@@ -54,12 +56,18 @@ class StageRun:
 
 
 def stages(experiment: Experiment) -> list[StageRun]:
-    """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it."""
+    """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it.
+
+    Raises:
+        InputError: the student has another tokenizer, and the targets are of a kind that it cannot learn from.
+    """
     experiment = experiment.with_(jobs=None)  # no stage reads it, and lines of shell in it may hold a secret
     made = [] if experiment.prompts is None or not experiment.prompts.steps else ["prompts"]
     first = ["score"] if experiment.score else [*made, "generate"]
     cut, exported = ["prune"] if experiment.student.prune else [], ["export"] if experiment.export else []
     own = ["retokenize"] if is_needed(experiment) else []
+    for targets in (experiment.targets, experiment.own_targets) if own else ():
+        check_kind(targets.stored.name, experiment.student.model or "student.model")
     return [
         *(StageRun(command, experiment) for command in [*first, "curate", *own, *cut]),
         # The first student is that of no rounds; everything after it is about the last one.
@@ -70,7 +78,10 @@ def stages(experiment: Experiment) -> list[StageRun]:
 
 
 def _rounds(experiment: Experiment) -> Iterator[StageRun]:
-    """What each round adds: the student writes, the teacher reads it, the rows are filtered as ever, the student learns."""
+    """What each round adds: the student writes, the teacher reads it, the rows are filtered as ever, the student learns.
+
+    Where the targets are of a sample of the student's, it draws that as it writes.
+    """
     settings = experiment.rounds
     if settings is None:
         return
@@ -83,21 +94,25 @@ def _rounds(experiment: Experiment) -> Iterator[StageRun]:
     if settings.teacher_share:
         changes["mix"] = Mix(datasets=[learned], share=settings.teacher_share)
     train = experiment.train.with_(**changes)
-    student = experiment.first_student
+    student, targets = experiment.first_student, experiment.own_targets
+    drawn = Targets(kind=SampledLogprobs.name, n=targets.n) if targets.stored.of_writer else Targets(kind="none")
     for number in range(1, settings.n + 1):
-        here = _below(experiment, f"rounds/{number}").with_(rounds=None, seed=experiment.seed + number)
+        here = _below(experiment, f"rounds/{number}").with_(
+            rounds=None, seed=experiment.seed + number, targets=targets, train=train
+        )
         written = _below(here, "written").with_(
             teacher=Teacher(model=str(student), engine=engine, dtype=teacher.dtype, batch_size=teacher.batch_size),
             prompts=Prompts(source=curated, limit=settings.limit),
             generate=experiment.generate.with_(samples=1),
-            targets=Targets(kind="none"),
+            targets=drawn,
+            train=experiment.train,
         )
         yield StageRun("generate", written, number)
         yield StageRun("score", here.with_(score=Score(source=str(written.directory("data")))), number)
         yield StageRun("curate", here.with_(eval=experiment.eval.with_(held_out=0)), number)
         if own:
             yield StageRun("retokenize", here, number)
-        yield StageRun("train", here.with_(student=experiment.student.continued(str(student)), train=train), number)
+        yield StageRun("train", here.with_(student=experiment.student.continued(str(student))), number)
         student = here.directory("student")
 
 

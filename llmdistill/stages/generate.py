@@ -11,7 +11,7 @@ from llmdistill.data.budget import estimate
 from llmdistill.data.dataset import Row, read_manifest
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.shards import EVERYTHING, Layout, Part, Worker, count_finished, count_shards, is_whole, make_dataset
-from llmdistill.data.targets import Array
+from llmdistill.data.targets import Array, SampledLogprobs
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.routing import said, teachers_of
 from llmdistill.prompting.turns import as_columns
@@ -36,6 +36,11 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
     Raises:
         InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
     """
+    if experiment.targets.stored.of_writer:
+        raise InputError(
+            f"targets.kind is {experiment.targets.kind}, which `score` makes of a dataset with targets.kind "
+            f"{SampledLogprobs.name}; for rounds set it to sampled"
+        )
     directory = experiment.directory("data")
     models, wholes = all_fingerprints(experiment)
     prepared = prepared_prompts(experiment)

@@ -56,6 +56,7 @@ def retokenize(experiment: Experiment, dry_run: bool = False) -> None:
     manifest = read_manifest(source)
     if "alignment" in manifest:
         raise InputError(f"{source}: is in the tokens of {manifest['student']['model']}; retokenize what it was made from")
+    check_kind(manifest["targets"]["kind"], str(source))
     (claim,) = claims(experiment)
     done = record.claim(*claim) == "done"
     if dry_run:
@@ -141,6 +142,23 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     model, revision, _ = student_of(experiment)
     inputs = {str(manifest): record.sha256(manifest), model: record.model_fingerprint(model, revision)}
     return [record.Claim(experiment.directory("retokenized"), "retokenize", settings, inputs)]
+
+
+def check_kind(name: str, where: str) -> None:
+    """Refuse targets that cannot be told over classes of tokens.
+
+    Args:
+        name: of the kind.
+        where: what has them.
+
+    Raises:
+        InputError: naming what can.
+    """
+    if not KINDS[name].over_classes:
+        raise InputError(
+            f"{where}: targets of kind {name} cannot be told over classes of tokens, which a student with another tokenizer "
+            "needs; set targets.kind to sampled (with loss forward_kl) or topk"
+        )
 
 
 def _table(table: pa.Table, making: _Making) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from llmdistill.data.dataset import (
 )
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.shards import EVERYTHING, Part, Worker, count_finished, count_shards, is_whole, make_dataset
+from llmdistill.data.targets import SampledByStudent, SampledLogprobs
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import vocabulary_hash
 from llmdistill.prompting.formats import RowReader
@@ -49,9 +50,10 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
     directory, source = experiment.directory("data"), Path(experiment.score.source)
     _, wholes = all_fingerprints(experiment)
     is_dataset = source.is_dir() and any(SHARD_NAME.fullmatch(file.name) for file in source.iterdir())
-    texts: _Conversations | _Stored = _Stored(experiment.score) if is_dataset else _Conversations(experiment.score)
-    if is_dataset:
-        read_manifest(source, "score.source")
+    drawn = experiment.targets.stored.of_writer
+    if drawn and not is_dataset:
+        raise InputError(f"score.source: {_no_sample(experiment, source)}")
+    texts: _Conversations | _Stored = _Stored(experiment, drawn) if is_dataset else _Conversations(experiment.score)
     names = teachers_of(experiment, len(texts), texts.routed())
     (claim,) = claims(experiment)
     state = record.claim(*claim)
@@ -78,7 +80,10 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 @dataclass(frozen=True)
 class Text:
-    """A conversation with its answer, as token ids too; `told_ids` is the prompt as the teacher sees it, if that differs."""
+    """A conversation with its answer, as token ids too; `told_ids` is the prompt as the teacher sees it, if that differs.
+
+    `sample` is what the model that wrote it has drawn, where the targets are to be of that.
+    """
 
     id: str
     prompt: Messages
@@ -90,6 +95,7 @@ class Text:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     told_ids: Sequence[int] | None = None
+    sample: SampledLogprobs | None = None
 
 
 class _Source(Protocol):
@@ -206,20 +212,29 @@ def _token_ids(turn: Turn, chat: PromptEncoder, origin: str) -> tuple[list[int],
 class _Stored:
     """The rows of a dataset, all of its splits. Their ids stay as they are, and their token ids, if they are the teacher's."""
 
-    def __init__(self, section: Score) -> None:
+    def __init__(self, experiment: Experiment, drawn: bool) -> None:
         import datasets
 
+        section, self.drawn = experiment.score, drawn
+        assert section is not None
         self.directory = directory = Path(section.source)
         if section.turns != "last" or not section.tool_calls:
             raise InputError(f"score.turns and score.tool_calls are for tables; the rows of {directory} are read as they are")
         self.left_out = LeftOut()
         self.manifest = read_manifest(directory, "score.source")
+        if drawn and self.manifest["targets"]["kind"] != SampledLogprobs.name:
+            raise InputError(f"score.source: {_no_sample(experiment, directory)}")
+        if drawn and self.manifest["targets"]["n"] != experiment.targets.n:
+            drawn_n = self.manifest["targets"]["n"]
+            raise InputError(
+                f"targets.n is {experiment.targets.n}, but the sample in {directory} has {drawn_n} tokens a position"
+            )
         self.sampling = self.manifest["sampling"]
         there = {entry["split"] for entry in self.manifest["shards"]}
         schema = pq.read_schema(directory / self.manifest["shards"][0]["file"])
         self.sampled = [name for name in schema.names if name == "sampling_logprob"]  # true of the text, whoever reads it
         columns = ["id", "prompt", "completion", "input_ids", "completion_start", "finish_reason", "metadata"]
-        columns += self.sampled
+        columns += [*self.sampled, *(SampledLogprobs.columns if drawn else ())]
         parts = [load_dataset(directory, split).select_columns(columns) for split in SPLITS if split in there]
         self.rows = datasets.concatenate_datasets(parts)
         self.encoded: dict[int, tuple[list[int], list[int]]] = {}  # of rows in another vocabulary, in the teacher's tokens
@@ -236,7 +251,13 @@ class _Stored:
     def prepare(self, chats: Mapping[str, PromptEncoder], names: Sequence[str]) -> list[Part]:
         hashes = {name: vocabulary_hash(chat.tokenizer) for name, chat in chats.items()}
         stored = [vocabulary == hashes[name] for vocabulary, name in zip(self._vocabularies(), names, strict=True)]
-        self._encode(chats, names, [number for number, same in enumerate(stored) if not same])
+        others = [number for number, same in enumerate(stored) if not same]
+        if self.drawn and others:
+            other = chats[names[others[0]]].experiment.teacher.model
+            raise InputError(
+                f"{self.directory}: its samples are of another vocabulary than that of {other}; set targets.kind to topk"
+            )
+        self._encode(chats, names, others)
         usable = [number for number, same in enumerate(stored) if same or number in self.encoded]
         self.order = order = [number for name in chats for number in usable if names[number] == name]
         self.encoders = [(name, chats[name]) for name in (names[number] for number in order)]
@@ -293,7 +314,16 @@ class _Stored:
         origin = f"{self.directory} row {row['id']}"
         told_ids = None if system is None else chat.told_ids(whole, origin, provenance.get("tools"))
         reason = str(row["finish_reason"])
-        return Text(str(row["id"]), *messages, prompt_ids, completion_ids, reason, sampled, other, provenance, told_ids)
+        sample = SampledLogprobs.of_rows([row], [len(completion_ids)]) if self.drawn else None
+        made = (str(row["id"]), *messages, prompt_ids, completion_ids, reason, sampled, other, provenance, told_ids)
+        return Text(*made, sample=sample)
+
+
+def _no_sample(experiment: Experiment, source: Path) -> str:
+    return (
+        f"{source} has no sample of the model that wrote it, which targets.kind {experiment.targets.kind} needs: a dataset with "
+        f"targets.kind {SampledLogprobs.name}"
+    )
 
 
 class _Requests(Sequence[Request]):
@@ -310,7 +340,8 @@ class _Requests(Sequence[Request]):
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         text = self.texts.text(index)
-        return Request(index, text.told_ids or text.prompt_ids, row_seed(text.id, self.seed), text.completion_ids)
+        asked_NJ = None if text.sample is None else text.sample.ids_NK
+        return Request(index, text.told_ids or text.prompt_ids, row_seed(text.id, self.seed), text.completion_ids, asked_NJ)
 
 
 class _Texts:
@@ -326,7 +357,12 @@ class _Texts:
         self.requests = _Requests(texts, experiment.seed)
 
     def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        return engine.score(shards)
+        for read in engine.score(shards):
+            sample = self.texts.text(read.index).sample
+            if sample is None or read.said is None:
+                yield read
+            else:
+                yield replace(read, targets=SampledByStudent.of_sample(sample, read.said.asked_NJ), said=None)
 
     def row(self, completion: Completion) -> Row:
         text = self.texts.text(completion.index)

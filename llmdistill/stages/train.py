@@ -19,7 +19,7 @@ from llmdistill.data.dataset import (
     load_dataset,
     read_manifest,
 )
-from llmdistill.data.targets import KINDS
+from llmdistill.data.targets import KINDS, Sampled, SampledByStudent
 from llmdistill.errors import InputError, no_such_key
 from llmdistill.evaluation.routes import teachers_of_rows
 from llmdistill.models.loading import (
@@ -290,8 +290,25 @@ def _check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dic
             ("vocabulary", manifest["tokenizer"]["vocabulary_hash"], other["tokenizer"]["vocabulary_hash"]),
             ("classes", *(one.get("alignment", {}).get("classes_hash") for one in (manifest, other))),
         ):
-            if mine != theirs:
+            if mine != theirs and not (what == "targets" and _are_the_teachers(mine, theirs)):
                 raise InputError(f"train.mix.datasets: {directory} has other {what} than {training_dataset(experiment)}")
+
+
+def _are_the_teachers(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether targets are the teacher's sample of its own text, which a student learns beside its own sample of its own text."""
+    return mine["kind"] == SampledByStudent.name and theirs["kind"] == Sampled.name and mine["n"] == theirs["n"]
+
+
+def _with_columns(rows: Any, others: Any) -> Any:
+    """The rows with the columns of soft targets that only others have, as empty lists."""
+    import datasets
+    import pyarrow as pa
+
+    for name in sorted(set(others.column_names) - set(rows.column_names)):
+        if name.startswith("target_"):
+            empty = pa.nulls(len(rows), others.data.schema.field(name).type).fill_null([])
+            rows = datasets.concatenate_datasets([rows, datasets.Dataset(pa.table({name: empty}))], axis=1)
+    return rows.with_format("numpy")
 
 
 def _mixed(experiment: Experiment, rows: Any) -> Any:
@@ -303,6 +320,7 @@ def _mixed(experiment: Experiment, rows: Any) -> Any:
     import numpy as np
 
     others = datasets.concatenate_datasets([load_dataset(directory, "train") for directory in mix.datasets])
+    rows, others = _with_columns(rows, others), _with_columns(others, rows)
     wanted = min(round(len(rows) * mix.share / (1 - mix.share)), len(others))
     drawn = np.sort(np.random.default_rng(experiment.seed).permutation(len(others))[:wanted])
     say("train", f"{counted(len(rows), 'row')}, and {wanted:,} of the {len(others):,} of other datasets")

@@ -68,7 +68,7 @@ class Completion:
 
     `sampling_logprob` is the logarithm of the probability with which it wrote just this, at the sampling temperature.
     `failed` says why there is nothing, of a request that was given up. `usage` is what an endpoint bills for it. Of a member of
-    an ensemble, `said` is what the targets are made of.
+    an ensemble, and of the reader of a sample that another model has drawn, `said` is what the targets are made of.
     """
 
     index: int
@@ -89,7 +89,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Said:
-    """What a member of an ensemble says at N tokens.
+    """What a member of an ensemble, or the reader of another model's sample, says at N tokens.
 
     Attributes:
         ids_NK: the tokens that it kept.
@@ -125,7 +125,8 @@ class EngineSpec:
         template: what an endpoint's text is encoded by.
         shared: the file in which the workers of one dataset share an endpoint's limits and what was spent.
         staging: a directory for what the members of an ensemble say, where they are loaded one after the other.
-        asked: for a member of an ensemble, how many log-probabilities its requests ask for at every token; else None.
+        asked: where its requests ask for the log-probabilities of tokens of their own, how many at every token; else None. It
+            then gives what it `said`, and no targets.
     """
 
     teacher: Teacher

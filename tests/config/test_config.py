@@ -95,7 +95,7 @@ def test_overrides(file, key, value, attribute, expected):
         (
             "targets.kind",
             "top",
-            "targets.kind should be 'sampled', 'multinomial', 'topk', 'none', 'chunks' or 'online', got 'top'",
+            "targets.kind should be 'sampled', 'sampled_logprobs', 'sampled_by_student', 'multinomial', 'topk', ",
         ),
         ("student", "{model: x, prune: {layers: 2}}", "either student.model or student.prune"),
         ("curate", "[{repetition: {}, length: {}}]", "exactly one key"),

@@ -136,7 +136,7 @@ def test_a_truncated_and_a_missing_shard(directory):
         ({"format": "other"}, "schema_version is"),
         (
             {"targets": {"kind": "of tomorrow"}},
-            "targets.kind is 'of tomorrow', this version reads sampled, multinomial, topk, none",
+            "targets.kind is 'of tomorrow', this version reads sampled, sampled_logprobs, sampled_by_student, multinomial, topk",
         ),
     ],
 )

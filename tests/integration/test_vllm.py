@@ -342,3 +342,40 @@ targets: {{kind: sampled, n: 12}}
     torch.testing.assert_close(read["target_logprobs"].exp(), p_NV.gather(1, read["target_ids"]), atol=2e-3, rtol=5e-3)
     torch.testing.assert_close(read["target_tail"], 1 - p_NV.gather(1, read["target_ids"]).sum(1), atol=3e-3, rtol=0)
     assert (read["target_ids"][:, :3] == p_NV.topk(3).indices).float().mean() > 0.99
+
+
+def test_what_a_student_draws_in_vllm_the_teacher_tells_in_vllm(smollm2, tmp_path):
+    """The sample is by the student's distribution, its log-probabilities are the teacher's, as transformers has both."""
+    student = write_noisy(smollm2, tmp_path / "student", 0, noise=0.01)
+    file = tmp_path / "experiment.yaml"
+    file.write_text(
+        f"""
+output: {tmp_path}/run
+teacher: {{model: {student}, engine: vllm, dtype: float32}}
+prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 6}}
+generate: {{max_tokens: 24, rows_per_shard: 6}}
+targets: {{kind: sampled_logprobs, n: 12}}
+"""
+    )
+    result = run_cli("generate", file)
+    assert result.returncode == 0, result.stderr
+    own = ["--targets", "{kind: sampled_by_student, n: 12}", "--train.loss", "reverse_kl", "--teacher.model", smollm2]
+    result = run_cli("score", file, *own, "--score.source", tmp_path / "run/data", "--output", tmp_path / "read")
+    assert result.returncode == 0, result.stderr
+
+    rows = load_dataset(tmp_path / "read/data")
+    batch = DistillCollator(0)([rows[n] for n in range(len(rows))])
+    assert batch["target_kind"] == "sampled_by_student"
+    with torch.inference_mode():
+        log_p, log_q = (
+            completion_logits(load_model(str(model), dtype="float32"), batch).log_softmax(-1) for model in (smollm2, student)
+        )
+    ids = batch["target_ids"]
+    assert (log_p - log_q).gather(1, ids).abs().mean() > 0.1, "two models that say the same would show nothing"
+    torch.testing.assert_close(batch["target_logprobs"], log_p.gather(1, ids), atol=0.02, rtol=1e-3)
+    # The design weights give back the student's distribution: exact tokens weigh what they are, the others share the rest.
+    exact = batch["target_logdesign"] == 0
+    weights = (log_q.gather(1, ids) + batch["target_logdesign"]).exp()
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(ids)), atol=0.02, rtol=0)
+    shares = weights.masked_fill(exact, 0)
+    torch.testing.assert_close(shares.amax(1), shares.sum(1) / (~exact).sum(1), atol=0.01, rtol=0.05)

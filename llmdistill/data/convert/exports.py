@@ -93,7 +93,7 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
     kind = targets.KINDS[manifest["targets"]["kind"]]
     if form == "preferences" and not list(directory.glob("best_of-*.jsonl")):
         raise InputError(f"{directory}: no preference pairs; curate with the step best_of and several samples per prompt")
-    if not (kind.columns and kind.distinct) and form not in ("jsonl", "preferences"):
+    if (not (kind.columns and kind.distinct) or kind.of_writer) and form not in ("jsonl", "preferences"):
         raise InputError(
             f"{directory}: {form} does not support targets of kind {kind.name}; use --to jsonl to export the text only"
         )

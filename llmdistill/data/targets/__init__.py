@@ -12,6 +12,8 @@ from llmdistill.data.targets.chunks import Chunks
 from llmdistill.data.targets.columns import Array, list_array, list_column
 from llmdistill.data.targets.multinomial import Multinomial
 from llmdistill.data.targets.sampled import Sampled
+from llmdistill.data.targets.sampled_by_student import SampledByStudent
+from llmdistill.data.targets.sampled_logprobs import SampledLogprobs
 from llmdistill.data.targets.text_only import TextOnly
 from llmdistill.data.targets.topk import TopK
 
@@ -22,6 +24,8 @@ __all__ = [
     "MemberTokens",
     "Multinomial",
     "Sampled",
+    "SampledByStudent",
+    "SampledLogprobs",
     "SoftTargets",
     "TextOnly",
     "TopK",
@@ -30,7 +34,9 @@ __all__ = [
     "list_column",
 ]
 
-KINDS: dict[str, type[SoftTargets]] = {kind.name: kind for kind in (Sampled, Multinomial, TopK, TextOnly, Chunks)}
+KINDS: dict[str, type[SoftTargets]] = {
+    kind.name: kind for kind in (Sampled, SampledLogprobs, SampledByStudent, Multinomial, TopK, TextOnly, Chunks)
+}
 """By name. A new kind is a module of this package and its entry here."""
 
 

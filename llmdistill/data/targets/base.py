@@ -76,6 +76,8 @@ class SoftTargets(ABC):
     """The key of the section `targets` that says how many tokens are kept at a position; None where none are."""
     columns: ClassVar[tuple[str, ...]]
     """Of a shard; they begin with `target_`."""
+    of_writer: ClassVar[bool] = False
+    """Whether their tokens are those that the model that wrote the text has drawn, of which another one says what it thinks."""
     of_text: ClassVar[bool] = False
     """Whether they are made of the log-probabilities of the written tokens, and not of a distribution."""
     most_likely: ClassVar[bool] = False
@@ -84,6 +86,8 @@ class SoftTargets(ABC):
     """Whether the kept tokens of a position all differ; where they do not, the number of stored ones varies."""
     unbiased: ClassVar[bool] = False
     """Whether weighted sums over the kept tokens equal those over the vocabulary in expectation."""
+    over_classes: ClassVar[bool] = True
+    """Whether they can be told over classes of tokens (`of_classes`), as a student with another tokenizer needs."""
     has_tail: ClassVar[bool] = False
     """Whether what is outside the kept tokens is one more outcome of the loss; see `loss_parts`."""
     relative_error: ClassVar[float] = 0
@@ -199,6 +203,10 @@ class SoftTargets(ABC):
     @abstractmethod
     def logweights(self) -> Array:
         """Natural logarithms of what the tokens of `ids_NK` weigh, (N, K); −inf where there is no token."""
+
+    def told(self) -> Array:
+        """What they hold of the teacher's log-probabilities, or of their sums; −inf for none."""
+        return self.logweights()
 
     def outcomes(self) -> Array:
         """The probabilities of all stored outcomes, (N, J): of the tokens and, if there is one, of the tail."""

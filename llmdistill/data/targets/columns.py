@@ -43,6 +43,29 @@ def half_precision(values: Array) -> Array:
     return values.astype(np.float16).astype(np.float32)
 
 
+def exact_first(ids_NK: Array, exact_N: Array, rank_NK: Array) -> Array:
+    """The order of a position's tokens in a shard, (N, K): the `exact_N` of the lowest rank first, each part by ids."""
+    order_NK: Array = np.lexsort((ids_NK, rank_NK >= exact_N[:, None]), axis=1)
+    return order_NK
+
+
+def id_gaps(ids_NK: Array, exact_N: Array) -> Array:
+    """Of ids in the order of `exact_first` the differences to the one before; each part counts from zero."""
+    gaps_NK = np.diff(ids_NK, axis=1, prepend=0)
+    np.put_along_axis(gaps_NK, exact_N[:, None], np.take_along_axis(ids_NK, exact_N[:, None], axis=1), axis=1)
+    return gaps_NK
+
+
+def ids_from_gaps(gaps_NK: Array, exact_N: Array) -> Array:
+    """The ids again."""
+    is_exact_NK = np.arange(gaps_NK.shape[1]) < exact_N[:, None]
+    sums_NK = gaps_NK.cumsum(axis=1)
+    # The second part counts from zero again: what the first part has summed up to is taken off.
+    before_N = np.take_along_axis(sums_NK, np.maximum(exact_N - 1, 0)[:, None], axis=1)[:, 0] * (exact_N > 0)
+    ids_NK: Array = sums_NK - np.where(is_exact_NK, 0, before_N[:, None])
+    return ids_NK
+
+
 def entropy_column(sequences: Sequence[Any]) -> "pa.Array":
     """The teacher's `entropy_N` at every position."""
     lengths = np.array([len(sequence.entropy_N) for sequence in sequences])

@@ -13,8 +13,11 @@ from llmdistill.data.targets.columns import (
     entropies_of,
     entropy_column,
     entropy_within,
+    exact_first,
     half_precision,
+    id_gaps,
     id_type,
+    ids_from_gaps,
     joined,
     list_array,
     log,
@@ -62,8 +65,8 @@ class Sampled(UnbiasedSample):
         """From drawn tokens; `sizes_NK` is what they were drawn in proportion to, if not their probabilities."""
         k = ids_NK.shape[1]
         sizes_NK = np.exp(logprobs_NK.astype(np.float64)) if sizes_NK is None else sizes_NK
-        exact_N, rank_NK = _exact(sizes_NK)
-        order_NK = np.lexsort((ids_NK, rank_NK >= exact_N[:, None]), axis=1)
+        exact_N, rank_NK = exact_and_rank(sizes_NK)
+        order_NK = exact_first(ids_NK, exact_N, rank_NK)
         ids_NK, logprobs_NK, sizes_NK = (np.take_along_axis(values, order_NK, 1) for values in (ids_NK, logprobs_NK, sizes_NK))
         is_exact_NK = np.arange(k) < exact_N[:, None]
         with np.errstate(divide="ignore"):
@@ -104,9 +107,7 @@ class Sampled(UnbiasedSample):
         k = sequences[0].ids_NK.shape[1]
         exact_N = joined(sequences, "exact_N")
         is_exact_NK = np.arange(k) < exact_N[:, None]
-        ids_NK = joined(sequences, "ids_NK")
-        gaps_NK = np.diff(ids_NK, axis=1, prepend=0)
-        np.put_along_axis(gaps_NK, exact_N[:, None], np.take_along_axis(ids_NK, exact_N[:, None], axis=1), axis=1)
+        gaps_NK = id_gaps(joined(sequences, "ids_NK"), exact_N)
         logprobs = half_precision(joined(sequences, "logweights_NK")[is_exact_NK])
         stored = np.array([int(sequence.exact_N.sum()) for sequence in sequences])
         return {
@@ -132,10 +133,7 @@ class Sampled(UnbiasedSample):
         exact_N = columns["target_exact"].astype(np.int64)
         gaps_NK = by_position(columns["target_ids"].astype(np.int64, copy=False), len(exact_N))
         is_exact_NK = np.arange(gaps_NK.shape[1]) < exact_N[:, None]
-        sums_NK = gaps_NK.cumsum(axis=1)
-        # The second part counts from zero again: what the first part has summed up to is taken off.
-        before_N = np.take_along_axis(sums_NK, np.maximum(exact_N - 1, 0)[:, None], axis=1)[:, 0] * (exact_N > 0)
-        ids_NK = sums_NK - np.where(is_exact_NK, 0, before_N[:, None])
+        ids_NK = ids_from_gaps(gaps_NK, exact_N)
         logweights_NK = np.full(gaps_NK.shape, -np.inf, dtype=np.float32)
         logweights_NK[is_exact_NK] = columns["target_logprobs"]
         return cls(ids_NK, _share_the_rest(logweights_NK, exact_N), exact_N, columns["target_entropy"])
@@ -171,7 +169,7 @@ class Sampled(UnbiasedSample):
         return {"kept exactly": f"{exact.mean():.1f} of {described['n']} tokens a position, the others by an unbiased draw"}
 
 
-def _exact(sizes_NK: Array) -> tuple[Array, Array]:
+def exact_and_rank(sizes_NK: Array) -> tuple[Array, Array]:
     """How many of a sample's tokens are there for certain, (N,), and the rank of each by its size, (N, K)."""
     import torch
 
@@ -185,7 +183,7 @@ def _exact(sizes_NK: Array) -> tuple[Array, Array]:
 def _weights(sizes_MNK: Array) -> Array:
     """What the tokens of samples weigh, from what they were drawn in proportion to, in float64."""
     sizes_RK = sizes_MNK.reshape(-1, sizes_MNK.shape[-1])
-    exact_R, rank_RK = _exact(sizes_RK)
+    exact_R, rank_RK = exact_and_rank(sizes_RK)
     is_exact_RK = rank_RK < exact_R[:, None]
     left_R = np.maximum(1 - (sizes_RK * is_exact_RK).sum(axis=1), 1e-12)
     shares_R = left_R / (sizes_RK.shape[1] - exact_R)
