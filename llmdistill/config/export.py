@@ -14,8 +14,8 @@ class Export(Section):
 
     formats: list[Form] = Field(default=["safetensors"], min_length=1)
     """`safetensors`: unquantised. `int8`: 8-bit weights (torchao). `w8a8`: 8-bit weights and activations, `w4a16`: 4-bit weights,
-    both in compressed-tensors for vLLM. `gguf-f16`, `gguf-q8_0`, `gguf-q4_k_m`: one GGUF file for llama.cpp and Ollama, with 16, 8
-    or about 5 bits a weight; `gguf` is all three. Each is written to a directory of that name."""
+    both in compressed-tensors for vLLM. `gguf-f16`, `gguf-q8_0`, `gguf-q4_k_m`: one GGUF file for llama.cpp and Ollama, with 16,
+    8 or about 5 bits a weight; `gguf` is all three. Each is written to a directory of that name."""
     model: str | None = None
     """Model directory, or a directory of adapters (peft), which are merged first; the output of `train` if not set."""
     dtype: Dtype = "auto"

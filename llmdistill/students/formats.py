@@ -51,7 +51,7 @@ class ExportFormat:
 
     Attributes:
         name: the format's, and that of its directory.
-        library: the module that writes it, where `export.rounding` does not need another one.
+        libraries: the modules that write and load it, where `export.rounding` does not need another one.
         loaded_by: who loads it.
         write: writes a model's weights and configuration into an empty directory, and says how in a few words.
         load: loads what was written, in a precision, to be measured.
@@ -61,7 +61,7 @@ class ExportFormat:
     """
 
     name: Form
-    library: str
+    libraries: tuple[str, ...]
     loaded_by: str
     write: Callable[[Source, Path], str]
     load: Callable[[str, str], Any]
@@ -84,8 +84,9 @@ class ExportFormat:
                 f"export.rounding is gptq, which needs llm-compressor for {self.name}: install the extra "
                 f"`gptq` (see {page('export')} for its use beside vLLM), or set export.rounding to nearest"
             )
-        if importlib.util.find_spec(self.library) is None:
-            raise InputError(f"export.formats has {self.name}, which needs {self.library}: install the extra `{self.extra}`")
+        for library in self.libraries:
+            if importlib.util.find_spec(library) is None:
+                raise InputError(f"export.formats has {self.name}, which needs {library}: install the extra `{self.extra}`")
 
 
 def stored_dtype(settings: Export) -> str:
@@ -219,7 +220,7 @@ def _write_gguf(quantisation: Quantisation, source: Source, directory: Path) -> 
         config.save_pretrained(directory)
     if written.unfitting:
         say("export", f"{quantisation}: {counted(written.unfitting, 'weight')} in a wider type, the rows being no whole blocks")
-    return describe(written, quantisation)
+    return describe(written)
 
 
 def _load_gguf(directory: str, dtype: str) -> Any:
@@ -229,10 +230,10 @@ def _load_gguf(directory: str, dtype: str) -> Any:
         return load_model(directory, dtype=dtype, key="export", gguf_file=file.name)
 
 
-def _gguf(name: Form, quantisation: Quantisation, library: str) -> ExportFormat:
+def _gguf(name: Form, quantisation: Quantisation, *more: str) -> ExportFormat:
     return ExportFormat(
         name,
-        library,
+        ("gguf", "accelerate", *more),
         "llama.cpp, Ollama and transformers",
         partial(_write_gguf, quantisation),
         _load_gguf,
@@ -244,20 +245,20 @@ def _gguf(name: Form, quantisation: Quantisation, library: str) -> ExportFormat:
 FORMATS: dict[str, ExportFormat] = {
     entry.name: entry
     for entry in (
-        ExportFormat("safetensors", "transformers", "everything", _write_whole, _load),
-        ExportFormat("int8", "torchao", "transformers and vLLM, with torchao installed", _write_int8, _load),
-        ExportFormat("w8a8", "compressed_tensors", "vLLM and transformers", _write_w8a8, _load_compressed, rounded=True),
+        ExportFormat("safetensors", ("transformers",), "everything", _write_whole, _load),
+        ExportFormat("int8", ("torchao",), "transformers and vLLM, with torchao installed", _write_int8, _load),
+        ExportFormat("w8a8", ("compressed_tensors",), "vLLM and transformers", _write_w8a8, _load_compressed, rounded=True),
         ExportFormat(
             "w4a16",
-            "compressed_tensors",
+            ("compressed_tensors",),
             "vLLM and transformers",
             _write_w4a16,
             _load_compressed,
             rounded=True,
             check=lambda model, tokenizer, settings: fitting_group_size(model, settings.group_size),
         ),
-        _gguf("gguf-f16", "F16", "gguf"),
-        _gguf("gguf-q8_0", "Q8_0", "gguf"),
+        _gguf("gguf-f16", "F16"),
+        _gguf("gguf-q8_0", "Q8_0"),
         _gguf("gguf-q4_k_m", "Q4_K_M", "libgguf"),
     )
 }

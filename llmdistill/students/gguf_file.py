@@ -199,8 +199,8 @@ def _rope_factors(model: Any) -> Any:
     return (plain / scaled).numpy().astype(np.float32)
 
 
-def describe(written: Written, quantisation: Quantisation) -> str:
+def describe(written: Written) -> str:
     """What is in a file, in a few words."""
     types = ", ".join(f"{number} in {kind}" for kind, number in sorted(written.types.items()))
     odd = f"; {written.unfitting} of them in a wider type, as their rows are not whole blocks" if written.unfitting else ""
-    return f"{quantisation}, weights rounded by block: {types}{odd}"
+    return f"weights by type: {types}{odd}"

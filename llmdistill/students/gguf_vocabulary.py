@@ -14,7 +14,8 @@ _SPLITS = {
 # Text on which ways of splitting differ: cases, digits, marks, spaces, line ends, punctuation and scripts of all kinds.
 _PROBE = (
     "Hello world, it's HERE'S camelCase WORDs don'T we'Re I'M 3.14 12345 1,000,000 ½ ²³ ٣٤٥ x2y 7a\n\n \n\t\t tab  two   "
-    "three\r\n    indented(); // c++ ->\n!!!\n ...?? /a/b/\n\n\u00a0nbsp e\u0301te\u0301 naïve कान्ति ไทยนี้ 中文字符。日本語 한국어 "
+    "three\r\n    indented(); // c++ ->\n!!!\n ...?? /a/b/\n\n\u00a0nbsp e\u0301te\u0301 naïve कान्ति ไทยนี้ 中文字符。日本語 "
+    "한국어 "
     '👩‍💻🚀🚀 _under_score_ $100 #tag @me <|x|> {"k": [1]}\u2028\u3000wide \ufeff end  '
 )
 
