@@ -5,7 +5,7 @@ from typing import Any
 
 from llmdistill.errors import InputError
 
-# How text is split before its bytes are merged, by the name that llama.cpp knows it under. Pieces split one after the other.
+# How text is split before its bytes are merged, by the name that llama.cpp knows it under.
 _SPLITS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -14,9 +14,8 @@ _SPLITS = {
 # Text on which ways of splitting differ: cases, digits, marks, spaces, line ends, punctuation and scripts of all kinds.
 _PROBE = (
     "Hello world, it's HERE'S camelCase WORDs don'T we'Re I'M 3.14 12345 1,000,000 ½ ²³ ٣٤٥ x2y 7a\n\n \n\t\t tab  two   "
-    "three\r\n    indented(); // c++ ->\n!!!\n ...?? /a/b/\n\n\u00a0nbsp e\u0301te\u0301 naïve कान्ति ไทยนี้ 中文字符。日本語 "
-    "한국어 "
-    '👩‍💻🚀🚀 _under_score_ $100 #tag @me <|x|> {"k": [1]}\u2028\u3000wide \ufeff end  '
+    "three\r\n    indented(); // c++ ->\n!!!\n ...?? /a/b/\n\n\u00a0nbsp e\u0301te\u0301 naïve कान्ति ไทยนี้ 中文字符。 "
+    "日本語 한국어 👩‍💻🚀🚀 _under_score_ $100 #tag @me <|x|> {'k': [1]}\u2028\u3000wide \ufeff end  "
 )
 
 
@@ -55,10 +54,9 @@ def write_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, ends: list[in
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in _definition(tokenizer)["merges"]])
-    end = tokenizer.eos_token_id
     ids = {"bos": tokenizer.bos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
-    known_ends = dict.fromkeys([*([end] if end is not None else []), *ends])
-    ids |= dict(zip(("eos", "eot", "eom"), known_ends, strict=False))  # llama.cpp stops at each
+    own_first = sorted(ends, key=lambda end: end != tokenizer.eos_token_id)
+    ids |= dict(zip(("eos", "eot", "eom"), own_first, strict=False))  # llama.cpp stops at each
     for name, number in ids.items():
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)

@@ -60,7 +60,7 @@ def modelfile(file: str, tokenizer: Any, ends: list[int], generation: Any) -> st
             lines.append(f'SYSTEM """{turns.system}"""')
     elif tokenizer.chat_template:
         lines.append("# TEMPLATE is left to Ollama: the chat template in the file does more than to write turn behind turn.")
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(end)}"' for end in ends]
+    lines += [f'PARAMETER stop "{tokenizer.decode([end])}"' for end in ends]
     settings = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
     lines += [f"PARAMETER {name} {value}" for name, value in settings.items() if value is not None]
     return "\n".join(lines) + "\n"

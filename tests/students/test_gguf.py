@@ -149,11 +149,11 @@ def decoded(directory):
 IDS = torch.randint(0, 500, (2, 60), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-@pytest.mark.parametrize("alone", [True, False], ids=["file alone", "measured"])
+@pytest.mark.parametrize(
+    ("name", "alone"), [(name, False) for name in STUDENTS] + [(name, True) for name in READ_FROM_THE_FILE_ALONE]
+)
 def test_transformers_reads_the_students_logits_from_a_file_in_16_bits(exported, name, alone):
-    if alone and name not in READ_FROM_THE_FILE_ALONE:
-        pytest.skip("transformers does not read this from the file")
+    """With the configuration beside it, as it is measured, and from the file alone."""
     model, directory, _ = exported(name, "gguf-f16")
     rounded = student_of(name)
     with torch.no_grad():
