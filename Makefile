@@ -61,7 +61,7 @@ chaos: $(TEACHER) .torchao
 .anthropic: .venv/.ready
 	$(PIP) --target $@ anthropic==2.14.0
 
-# Beside the environment, being for one test alone: llama.cpp with its server.
+# Beside the environment, being for tests alone: llama.cpp with its server.
 .llamacpp: .venv/.ready
 	$(PIP) --target $@ xllamacpp==2026.10.11549
 

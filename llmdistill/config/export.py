@@ -1,12 +1,12 @@
 """The section `export`: the formats in which the student is written for serving."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmdistill.config.section import Dtype, Section
 
-Form = Literal["safetensors", "int8", "w8a8", "w4a16"]
+Form = Literal["safetensors", "int8", "w8a8", "w4a16", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m"]
 
 
 class Export(Section):
@@ -14,7 +14,8 @@ class Export(Section):
 
     formats: list[Form] = Field(default=["safetensors"], min_length=1)
     """`safetensors`: unquantised. `int8`: 8-bit weights (torchao). `w8a8`: 8-bit weights and activations, `w4a16`: 4-bit weights,
-    both in compressed-tensors for vLLM. Each is written to a directory of that name."""
+    both in compressed-tensors for vLLM. `gguf-f16`, `gguf-q8_0`, `gguf-q4_k_m`: one GGUF file for llama.cpp and Ollama, with 16,
+    8 or about 5 bits a weight; `gguf` is all three. Each is written to a directory of that name."""
     model: str | None = None
     """Model directory, or a directory of adapters (peft), which are merged first; the output of `train` if not set."""
     dtype: Dtype = "auto"
@@ -26,6 +27,14 @@ class Export(Section):
     """Weights of a row that share a scale in w4a16; the largest of 128, 64 and 32 that fits the student if not set."""
     calibration_rows: int = Field(default=128, ge=1)
     """Rows of the dataset used to calibrate gptq."""
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _all_of_gguf(cls, formats: Any) -> Any:
+        if not isinstance(formats, list):
+            return formats
+        three = [form for form in get_args(Form) if form.startswith("gguf-")]
+        return [form for name in formats for form in (three if name == "gguf" else [name])]
 
     @model_validator(mode="after")
     def _each_once(self) -> "Export":

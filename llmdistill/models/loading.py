@@ -71,6 +71,7 @@ def load_model(
     device: str | None = None,
     quantization_config: Any = None,
     attn_implementation: str | None = None,
+    gguf_file: str | None = None,
 ) -> Any:
     """The model in evaluation mode, on the accelerator if there is one and no device is given.
 
@@ -83,6 +84,7 @@ def load_model(
         device: where it goes.
         quantization_config: transformers' own, to quantise it while it loads.
         attn_implementation: how attention is computed.
+        gguf_file: the file in the directory with the weights, which are decoded; the shape is that of `config.json`.
 
     Raises:
         InputError: there is no such model, or its weights do not fit into the memory that is free.
@@ -101,6 +103,8 @@ def load_model(
     how: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         how["attn_implementation"] = attn_implementation
+    if gguf_file is not None:
+        how |= {"gguf_file": gguf_file, "config": load_config(model, revision, trust_remote_code, key)}
     if quantization_config is not None:  # such a model is made where it stays
         place = device if device == "cpu" else torch.accelerator.current_device_index()
         how |= {"quantization_config": quantization_config, "device_map": {"": place}}
@@ -324,8 +328,8 @@ def model_bytes(directory: str) -> int | None:
     if not path.is_dir():
         return None
     index = read_json(path / "model.safetensors.index.json")
-    names = set(index["weight_map"].values()) if index else {file.name for file in path.glob("*.safetensors")}
-    return sum((path / name).stat().st_size for name in names)
+    files = [path / name for name in set(index["weight_map"].values())] if index else list(path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files or path.glob("*.gguf"))
 
 
 def _found(model: str, key: str, load: Any) -> Any:

@@ -153,7 +153,7 @@ def _check_fit(source: Path, settings: Export, manifest: dict[str, Any]) -> None
     """What the student's shape does not allow, from its configuration alone.
 
     Raises:
-        InputError: it has other tokens than the held-out rows, or its layers do not divide into groups.
+        InputError: it has other tokens than the held-out rows, or a format does not fit its layers or tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -170,8 +170,9 @@ def _check_fit(source: Path, settings: Export, manifest: dict[str, Any]) -> None
     if checks:
         with torch.device("meta"):
             shape = AutoModelForCausalLM.from_config(config)
+        tokenizer = load_tokenizer(model, None, key="export.model")
         for check in checks:
-            check(shape, settings)
+            check(shape, tokenizer, settings)
 
 
 @contextmanager

@@ -9,14 +9,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmdistill.config.export import Export, Form
 from llmdistill.config.shipped import page
 from llmdistill.errors import InputError
-from llmdistill.models.loading import load_model
-from llmdistill.runs.progress import counted
+from llmdistill.models.loading import end_token_ids, generation_config, load_model
+from llmdistill.runs.progress import counted, say
+from llmdistill.students.gguf_file import check_gguf, describe, write_gguf
+from llmdistill.students.gguf_types import Quantisation
+from llmdistill.students.ollama import modelfile
 from llmdistill.students.quantization import fitting_group_size
 
 
@@ -47,21 +51,23 @@ class ExportFormat:
 
     Attributes:
         name: the format's, and that of its directory.
-        library: the module that writes it, where `export.rounding` does not need another one.
+        libraries: the modules that write and load it, where `export.rounding` does not need another one.
         loaded_by: who loads it.
         write: writes a model's weights and configuration into an empty directory, and says how in a few words.
         load: loads what was written, in a precision, to be measured.
         rounded: whether `export.rounding` decides how its weights are rounded.
-        check: refuses a model whose shape it does not fit; the model has no weights.
+        check: refuses a model whose shape, or tokenizer, it does not fit; the model has no weights.
+        extra: what to install for the library.
     """
 
     name: Form
-    library: str
+    libraries: tuple[str, ...]
     loaded_by: str
     write: Callable[[Source, Path], str]
     load: Callable[[str, str], Any]
     rounded: bool = False
-    check: Callable[[Any, Export], Any] | None = None
+    check: Callable[[Any, Any, Export], Any] | None = None
+    extra: str = "export"
 
     def by_gptq(self, settings: Export) -> bool:
         """Whether rows of the dataset are needed to round its weights."""
@@ -78,8 +84,9 @@ class ExportFormat:
                 f"export.rounding is gptq, which needs llm-compressor for {self.name}: install the extra "
                 f"`gptq` (see {page('export')} for its use beside vLLM), or set export.rounding to nearest"
             )
-        if importlib.util.find_spec(self.library) is None:
-            raise InputError(f"export.formats has {self.name}, which needs {self.library}: install the extra `export`")
+        for library in self.libraries:
+            if importlib.util.find_spec(library) is None:
+                raise InputError(f"export.formats has {self.name}, which needs {library}: install the extra `{self.extra}`")
 
 
 def stored_dtype(settings: Export) -> str:
@@ -191,24 +198,67 @@ def _quiet() -> Iterator[None]:
     from loguru import logger
 
     logger.disable("compressed_tensors")
+    with _silent():
+        yield
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the warnings and bars of libraries."""
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), warnings.catch_warnings(action="ignore"):
         yield
+
+
+def _write_gguf(quantisation: Quantisation, source: Source, directory: Path) -> str:
+    """One file, what Ollama needs beside it, and what transformers does not read from the file."""
+    model, tokenizer, file = source.load(), source.tokenizer, f"model-{quantisation}.gguf"
+    ends = end_token_ids(source.model, None, model.config, tokenizer)
+    written = write_gguf(model, tokenizer, ends, quantisation, directory / file)
+    own = generation_config(source.model, None)
+    (directory / "Modelfile").write_text(modelfile(file, tokenizer, ends, own), encoding="utf-8")
+    for config in filter(None, (model.config, own)):
+        config.save_pretrained(directory)
+    if written.unfitting:
+        say("export", f"{quantisation}: {counted(written.unfitting, 'weight')} in a wider type, the rows being no whole blocks")
+    return describe(written)
+
+
+def _load_gguf(directory: str, dtype: str) -> Any:
+    """Its weights decoded by transformers."""
+    (file,) = Path(directory).glob("*.gguf")
+    with _silent():
+        return load_model(directory, dtype=dtype, key="export", gguf_file=file.name)
+
+
+def _gguf(name: Form, quantisation: Quantisation, *more: str) -> ExportFormat:
+    return ExportFormat(
+        name,
+        ("gguf", "accelerate", *more),
+        "llama.cpp, Ollama and transformers",
+        partial(_write_gguf, quantisation),
+        _load_gguf,
+        check=lambda model, tokenizer, settings: check_gguf(model, tokenizer),
+        extra="gguf",
+    )
 
 
 FORMATS: dict[str, ExportFormat] = {
     entry.name: entry
     for entry in (
-        ExportFormat("safetensors", "transformers", "everything", _write_whole, _load),
-        ExportFormat("int8", "torchao", "transformers and vLLM, with torchao installed", _write_int8, _load),
-        ExportFormat("w8a8", "compressed_tensors", "vLLM and transformers", _write_w8a8, _load_compressed, rounded=True),
+        ExportFormat("safetensors", ("transformers",), "everything", _write_whole, _load),
+        ExportFormat("int8", ("torchao",), "transformers and vLLM, with torchao installed", _write_int8, _load),
+        ExportFormat("w8a8", ("compressed_tensors",), "vLLM and transformers", _write_w8a8, _load_compressed, rounded=True),
         ExportFormat(
             "w4a16",
-            "compressed_tensors",
+            ("compressed_tensors",),
             "vLLM and transformers",
             _write_w4a16,
             _load_compressed,
             rounded=True,
-            check=lambda model, settings: fitting_group_size(model, settings.group_size),
+            check=lambda model, tokenizer, settings: fitting_group_size(model, settings.group_size),
         ),
+        _gguf("gguf-f16", "F16"),
+        _gguf("gguf-q8_0", "Q8_0"),
+        _gguf("gguf-q4_k_m", "Q4_K_M", "libgguf"),
     )
 }

@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmdistill.config import keys, load_experiment
 from llmdistill.config.export import Form
@@ -146,6 +147,82 @@ def test_eight_bit_weights_by_torchao(run):
     assert 0 < made["int8"]["kl"]["mean"] < 0.1
 
 
+def test_gguf_is_a_file_in_each_of_three_types(run):
+    """With rows of 32 and 64 weights there are no blocks of 256."""
+    pytest.importorskip("libgguf", reason="the extra `gguf` is not installed")
+    output, made, screen = run(formats=["gguf"])
+    assert list(made) == ["gguf-f16", "gguf-q8_0", "gguf-q4_k_m"]
+    costs = [made[name]["kl"]["mean"] for name in made]
+    assert costs[0] < 1e-4 < costs[1] < 1e-2 < costs[2]
+    linear, others = 0, 0
+    for weight in weights(output / "student").values():
+        linear, others = linear + (weight.ndim > 1) * weight.numel(), others + (weight.ndim == 1) * weight.numel()
+    linear -= 49152 * 32  # the output layer is the embeddings
+    header = made["gguf-f16"]["bytes"] - 2 * linear - 4 * others  # the tokenizer, above all
+    assert 1e6 < header < 2e6
+    assert abs(made["gguf-q8_0"]["bytes"] - linear * 34 / 32 - 4 * others - header) < 2000
+    assert made["gguf-f16"]["how"] == "weights by type: 15 in F16, 5 in F32"
+    odd = "15 of them in a wider type, as their rows are not whole blocks"
+    assert made["gguf-q4_k_m"]["how"] == f"weights by type: 5 in F32, 12 in Q5_0, 3 in Q8_0; {odd}"
+    assert "Q4_K_M: 15 weights in a wider type, the rows being no whole blocks" in screen
+    assert "Converting" not in screen
+    directory = output / "export/gguf-q8_0"
+    assert (directory / "Modelfile").read_text().startswith('FROM ./model-Q8_0.gguf\nTEMPLATE """{{ range .Messages }}')
+    assert "Exported by llmdistill as gguf-q8_0: weights by type: 5 in F32, 15 in Q8_0" in (directory / "README.md").read_text()
+    assert not list((output / "export").glob(".*"))
+
+
+def test_what_a_gguf_file_costs_is_the_divergence_of_what_transformers_reads_from_it(run, tmp_path):
+    pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
+    output, made, _ = run(formats=["gguf-q8_0"])
+    directory = output / "export/gguf-q8_0"
+    read = AutoModelForCausalLM.from_pretrained(directory, gguf_file="model-Q8_0.gguf", dtype=torch.float32).double()
+    student, kl = load_model(str(output / "student"), device="cpu").double(), []
+    for row in load_dataset(output / "curated", "test"):
+        ids, start = torch.tensor(row["input_ids"], dtype=torch.long)[None], int(row["completion_start"])
+        p, q = (model(ids).logits[0, start - 1 : -1].log_softmax(-1) for model in (student, read))
+        kl.append(torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1))
+    assert made["gguf-q8_0"]["kl"]["mean"] == pytest.approx(torch.cat(kl).mean().item(), rel=0.02)
+    (tmp_path / "alone").mkdir()  # beside the tokenizer's own files transformers does not read the template in this one
+    (tmp_path / "alone/model.gguf").symlink_to(directory / "model-Q8_0.gguf")
+    tokenizers = [
+        AutoTokenizer.from_pretrained(output / "student"),
+        AutoTokenizer.from_pretrained(tmp_path / "alone", gguf_file="model.gguf"),
+    ]
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+    texts = [row["prompt"][0]["content"] for row in load_dataset(output / "curated", "test")]
+    assert tokenizers[0](texts)["input_ids"] == tokenizers[1](texts)["input_ids"]
+
+
+def test_a_stopped_export_leaves_no_half_of_a_file(run, tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
+    write, weights_written = gguf.GGUFWriter.write_tensor_data, []
+
+    def stop(writer, *arguments, **options):
+        weights_written.append(write(writer, *arguments, **options))
+        if len(weights_written) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(formats=["gguf-f16"])
+    assert not list((tmp_path / "run/export").rglob("*.gguf"))
+    monkeypatch.undo()
+    _, made, _ = run(formats=["gguf-f16"])
+    assert made["gguf-f16"]["kl"]["mean"] < 1e-4
+
+
+def test_a_student_that_gguf_cannot_hold_is_refused_before_anything_is_written(run, tmp_path):
+    pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
+    file = tmp_path / "run/student/config.json"
+    file.write_text(file.read_text().replace('"hidden_act": "silu"', '"hidden_act": "gelu"'))
+    with pytest.raises(
+        InputError, match=r"export\.formats has gguf, which is not written for a student whose hidden_act is gelu"
+    ):
+        run(formats=["safetensors", "gguf-f16"])
+    assert not (tmp_path / "run/export").exists()
+
+
 def test_finished_forms_are_kept_and_more_can_be_asked_for(run):
     output, first, _ = run(formats=["safetensors"])
     written = (output / "export/safetensors/model.safetensors").stat().st_mtime_ns
@@ -171,7 +248,8 @@ def test_finished_forms_are_kept_and_more_can_be_asked_for(run):
         ),
         ({"model": "nowhere/at/all"}, "export.model: nowhere/at/all is neither a model directory"),
         ({"formats": ["int8", "int8"]}, "export: formats lists int8 twice"),
-        ({"formats": ["gguf"]}, "export.formats"),
+        ({"formats": ["gguf", "gguf-f16"]}, "export: formats lists gguf-f16 twice"),
+        ({"formats": ["awq"]}, "export.formats"),
         ({"formats": []}, "export.formats"),
     ],
 )
@@ -187,6 +265,8 @@ def test_other_settings_and_missing_libraries_are_refused(run, tmp_path, monkeyp
         run(formats=["w8a8"], rounding="gptq")
     with pytest.raises(InputError, match="int8, which needs torchao"):
         run(formats=["int8"])
+    with pytest.raises(InputError, match="gguf-f16, which needs gguf: install the extra `gguf`"):
+        run(formats=["gguf"])
     monkeypatch.undo()
     assert not (tmp_path / "run/export").exists()
     run(formats=["safetensors"])
