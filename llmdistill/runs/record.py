@@ -127,7 +127,8 @@ def made_from(directories: Collection[Path], output: Path) -> list[Path]:
 
 
 def _run_files(output: Path) -> list[Path]:
-    return [*output.glob(f"*/{RUN_FILE}"), *output.glob(f"rounds/*/*/{RUN_FILE}")]
+    patterns = ("*", "rounds/*", "rounds/*/*", "rounds/*/written/*")
+    return [file for pattern in patterns for file in output.glob(f"{pattern}/{RUN_FILE}")]
 
 
 def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from llmdistill.config import Experiment, Generate, Price, Targets, Teacher
 from llmdistill.config.machine import Precision
@@ -126,6 +126,7 @@ class EngineSpec:
         shared: the file in which the workers of one dataset share an endpoint's limits and what was spent.
         staging: a directory for what the members of an ensemble say, where they are loaded one after the other.
         asked: for a member of an ensemble, how many log-probabilities its requests ask for at every token; else None.
+        beside_training: which model it is, where it stays in memory while the student trains (`teachers.resident`); else None.
     """
 
     teacher: Teacher
@@ -141,6 +142,7 @@ class EngineSpec:
     shared: Path | None = None
     staging: Path | None = None
     asked: int | None = None
+    beside_training: Literal["teacher", "student"] | None = None
 
 
 class Engine(Protocol):
@@ -162,8 +164,16 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give its memory back; only the engines of an ensemble's members are asked for it."""
+        """Give its memory back; only the engines of an ensemble's members and of micro-rounds are asked for it."""
         ...
+
+    def rest(self) -> None:
+        """Until `wake`, leave the accelerator's memory to others where it can; the student's weights may go."""
+        return
+
+    def wake(self, weights: Iterable[tuple[str, Any]] | None = None) -> None:
+        """Go on after `rest`, with other weights if some are given, by the names that they have in the checkpoint."""
+        return
 
 
 def check_engine(teacher: Teacher) -> None:
