@@ -18,7 +18,7 @@ from llmdistill.prompting.turns import as_columns
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, counted, say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_inputs, prepared_prompts
-from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine, row_id, row_seed, stable_id
+from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine, row_id, row_seed
 from llmdistill.teachers.prompt_encoding import PromptEncoder, encoders
 from llmdistill.teachers.thinking import answer_start
 
@@ -31,20 +31,17 @@ class Writer:
 
     Attributes:
         opened: gives its engine.
-        made_from: path and hash of what its weights follow from.
+        fingerprint: what identifies its weights.
+        made_from: path and hash of what they follow from.
         prompts: how many it answers.
         prepared: gives them; called only if rows are missing.
     """
 
     opened: Opened
+    fingerprint: str
     made_from: dict[str, str]
     prompts: int
     prepared: Callable[[], Prepared]
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies its weights."""
-        return stable_id(sorted(self.made_from.values()))
 
 
 def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING, writer: Writer | None = None) -> None:

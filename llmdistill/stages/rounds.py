@@ -160,14 +160,21 @@ class _MicroRounds:
 
     def _writer(self, number: int) -> generate.Writer:
         """The student of a round: it follows from the first one, how it trains, and the rows of the round before."""
-        first = str(self.experiment.first_student)
+        first, teacher = str(self.experiment.first_student), self.experiment.teacher.model
         made_from = {first: self.claim.inputs[first]}
+        fingerprint = made_from[first]
         if number:
-            before = self._of(number - 1).curated.directory("curated") / MANIFEST
+            before = self._of(number - 1).curated.directory("curated")
             made_from[str(self.claim.directory)] = stable_id(self.claim.settings)
-            made_from[str(before)] = record.sha256(before)
+            made_from[str(before / MANIFEST)] = record.sha256(before / MANIFEST)
+            # No paths: a row has the same id on any machine.
+            how = self.learner.train.model_dump(mode="json", exclude={"dataset": True, "mix": {"datasets"}})
+            ids = load_dataset(before, "train")["id"]
+            fingerprint = stable_id(fingerprint, self.claim.inputs[teacher], how, number, list(ids))
         seed = self._of(number).whole.seed
-        return generate.Writer(lambda spec: self.writer.open(spec), made_from, self._prompts, lambda: self._drawn(seed))
+        return generate.Writer(
+            lambda spec: self.writer.open(spec), fingerprint, made_from, self._prompts, lambda: self._drawn(seed)
+        )
 
     @cached_property
     def arguments(self) -> Any:
