@@ -215,8 +215,12 @@ class Bench:
         if "hidden" in recipe:
             recipe["hidden"] = {**recipe["hidden"], "layers": of_pruned(kept.layers, len(self.teacher.get_decoder().layers))}
         if variant.lora:
-            student = get_peft_model(student, LoraConfig(r=variant.lora, lora_alpha=2 * variant.lora, target_modules="all-linear"))
-        with trainer_of(student, recipe, self.rows(variant.samples), self.teacher if variant.online else None, variant) as trainer:
+            student = get_peft_model(
+                student, LoraConfig(r=variant.lora, lora_alpha=2 * variant.lora, target_modules="all-linear")
+            )
+        with trainer_of(
+            student, recipe, self.rows(variant.samples), self.teacher if variant.online else None, variant
+        ) as trainer:
             trainer.train()
         return student.merge_and_unload() if variant.lora else student
 

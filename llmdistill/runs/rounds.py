@@ -39,7 +39,13 @@ def round_of(experiment: Experiment, name: str, number: int, student: str) -> Ro
     assert settings is not None
     here = below(experiment, f"rounds/{name}").with_(rounds=None, seed=experiment.seed + number)
     written = below(here, "written").with_(
-        teacher=Teacher(model=student, engine=teacher.students_engine, dtype=teacher.dtype, batch_size=teacher.batch_size),
+        teacher=Teacher(
+            model=student,
+            engine=teacher.students_engine,
+            dtype=teacher.dtype,
+            batch_size=teacher.batch_size,
+            template_args=teacher.template_args,  # as it was trained
+        ),
         prompts=Prompts(source=str(experiment.directory("curated")), limit=None if settings.every else settings.limit),
         generate=experiment.generate.with_(samples=1),
         targets=Targets(kind="none"),

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ def rounds(experiment: Experiment, dry_run: bool = False) -> None:
     plan = f"{counted(settings.n, 'round')} of {counted(settings.every, 'step')}; would write {directory}"
     if dry_run and not (first / "config.json").is_file():
         return say("rounds", plan)
-    claim, *_ = claims(experiment)
+    claim = _claim(experiment)
     state = record.claim(*claim)
     if dry_run:
         say("rounds", plan)
@@ -53,6 +52,12 @@ def rounds(experiment: Experiment, dry_run: bool = False) -> None:
 
 def claims(experiment: Experiment) -> list[record.Claim]:
     """The student, the rows of the rounds that are there, and what they depend on."""
+    claim = _claim(experiment)
+    return [claim, *_MicroRounds(experiment, claim).there()]
+
+
+def _claim(experiment: Experiment) -> record.Claim:
+    """The student's directory."""
     first, curated = experiment.first_student, experiment.directory("curated") / MANIFEST
     if not (first / "config.json").is_file():
         raise InputError(f"{first}: does not exist; run `train` first, or `run` for all stages")
@@ -62,8 +67,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     mixed = {str(path / MANIFEST): record.sha256(path / MANIFEST) for path in experiment.mixed_datasets}
     inputs = {str(first): record.model_fingerprint(str(first), None), str(curated): record.sha256(curated), **mixed}
     inputs[experiment.teacher.model] = record.model_fingerprint(experiment.teacher.model, experiment.teacher.revision)
-    claim = record.Claim(experiment.directory("student"), "rounds", settings, inputs)
-    return [claim, *_MicroRounds(experiment, claim).there()]
+    return record.Claim(experiment.directory("student"), "rounds", settings, inputs)
 
 
 class _MicroRounds:
@@ -106,12 +110,12 @@ class _MicroRounds:
     def there(self) -> Iterator[record.Claim]:
         """The datasets of all rounds, as far as they have been begun."""
         for number in range(self.settings.n):
-            if not Path(self._of(number).written.output).is_dir():
+            made = self._of(number)
+            if not made.written.directory("data").is_dir():
                 return
-            for claim in self._claims(number):
-                yield claim
-                if record.claim(*claim) != "done":
-                    return
+            yield from self._claims(number)
+            if not (made.curated.directory("curated") / MANIFEST).is_file():
+                return
 
     def _feed(self, trainer: Any) -> None:
         from llmdistill.training.rounds import train_in_rounds
@@ -222,5 +226,5 @@ class _MicroRounds:
     @cached_property
     def _longest(self) -> int:
         """Tokens of the longest prompt and answer."""
-        starts = load_dataset(self.experiment.directory("curated"), "train").with_format("arrow")["completion_start"]
-        return int(np.max(starts)) + self.experiment.generate.max_tokens
+        rows = load_dataset(self.experiment.directory("curated"), "train").select_columns(["completion_start"])
+        return int(rows.with_format("arrow")[:]["completion_start"].to_numpy().max()) + self.experiment.generate.max_tokens

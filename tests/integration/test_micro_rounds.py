@@ -270,7 +270,7 @@ def test_what_cannot_be_is_refused(prepared, tmp_path, changes, said):
 
 def test_an_api_teacher_is_refused(prepared, tmp_path):
     file, _ = prepared
-    teacher = "{model: m, engine: openai, url: http://localhost:1, tokenizer: t, api: completions}"
+    teacher = "{model: m, engine: openai, url: http://localhost:1, tokenizer: t, api: completions, licence: mit}"
     changes = [("teacher", teacher), ("student", "{model: s}"), ("eval", "{}")]
     with pytest.raises(InputError, match=r"rounds\.every does not support teacher\.engine openai"):
         load_experiment(file, [*overrides(tmp_path / "run"), *changes])
