@@ -50,10 +50,13 @@ def prepared(tiny, tmp_path_factory):
 def undisturbed(prepared):
     """The same, with its micro-rounds, in one go."""
     file, directory = prepared
-    output = directory / "undisturbed"
-    shutil.copytree(directory / "run", output)
-    rounds(load_experiment(file, overrides(output)))
-    return output
+    rounds(load_experiment(file, overrides(directory / "run")))
+    return directory / "run"
+
+
+def copied(directory, output):
+    """The experiment as it was before its rounds, in another directory."""
+    return shutil.copytree(directory / "run", output, ignore=shutil.ignore_patterns("rounds"))
 
 
 def step(output, number):
@@ -99,8 +102,7 @@ def test_each_round_is_written_by_the_weights_of_its_step(undisturbed, tiny):
 def test_the_text_is_that_of_the_checkpoint(prepared, tmp_path):
     """At temperature 0 the rows are what `model.generate` of transformers writes with the checkpoint of that step."""
     file, directory = prepared
-    output = tmp_path / "run"
-    shutil.copytree(directory / "run", output)
+    output = copied(directory, tmp_path / "run")
     rounds(load_experiment(file, [*overrides(output), ("generate.temperature", "0")]))
     texts = []
     for number in range(1, N):
@@ -185,7 +187,7 @@ def test_a_killed_run_ends_in_the_same_rows_and_weights(prepared, undisturbed, t
 def test_steps_without_a_checkpoint_are_trained_again_on_the_same_rows(prepared, tmp_path):
     micro = MICRO.replace("save_total_limit", "save_steps: 100, save_total_limit")
     file, directory = prepared
-    shutil.copytree(directory / "run", tmp_path / "other")
+    copied(directory, tmp_path / "other")
     rounds(load_experiment(file, overrides(tmp_path / "other", micro)))
     _kill_and_go_on(prepared, tmp_path / "run", "training step 6", micro, tmp_path / "other")
 
@@ -193,7 +195,7 @@ def test_steps_without_a_checkpoint_are_trained_again_on_the_same_rows(prepared,
 def _kill_and_go_on(prepared, output, moment, micro, reference):
     """What was stored before the kill stays, and in the end everything is that of a run that was not killed."""
     file, directory = prepared
-    shutil.copytree(directory / "run", output)
+    copied(directory, output)
     settings = overrides(output, micro)
     process = context.Process(target=_killed, args=(moment, file, settings))
     process.start()
@@ -212,8 +214,7 @@ def _kill_and_go_on(prepared, output, moment, micro, reference):
 def test_a_terminated_run_goes_on(prepared, undisturbed, tmp_path):
     """SIGTERM while the student writes ends the process at once, with the exit status of a stage that was preempted."""
     file, directory = prepared
-    output = tmp_path / "run"
-    shutil.copytree(directory / "run", output)
+    output = copied(directory, tmp_path / "run")
     process = context.Process(target=_killed, args=("rounds/step-4/written/data", file, overrides(output), signal.SIGTERM))
     process.start()
     process.join()
@@ -239,8 +240,7 @@ def test_a_finished_run_does_nothing_and_other_settings_are_refused(prepared, un
 
 def test_the_share_of_the_teachers_rows(prepared, tmp_path):
     file, directory = prepared
-    output = tmp_path / "run"
-    shutil.copytree(directory / "run", output)
+    output = copied(directory, tmp_path / "run")
     micro = "{n: 2, every: 2, teacher_share: 0.5, loss: reverse_kl, args: {learning_rate: 1.0e-2}}"
     result = run_cli("rounds", file, *(f"--{name}={value}" for name, value in overrides(output, micro)))
     assert result.returncode == 0, result.stderr
