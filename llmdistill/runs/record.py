@@ -140,6 +140,15 @@ def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str,
     ]
 
 
+def lasting(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings without those that may change between two tries."""
+    return {
+        name: lasting(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if f"{prefix}{name}" not in _FREE_SETTINGS
+    }
+
+
 def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, **more: Any) -> None:
     """Write `run.json` with status `unfinished`; `more` are further keys of it."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -169,10 +169,11 @@ class _MicroRounds:
         fingerprint = made_from[first]
         if number:
             before = self._of(number - 1).curated.directory("curated")
-            made_from[str(self.claim.directory)] = stable_id(self.claim.settings)
+            settings = record.lasting(self.claim.settings)
+            made_from[str(self.claim.directory)] = stable_id(settings)
             made_from[str(before / MANIFEST)] = record.sha256(before / MANIFEST)
             # No paths: a row has the same id on any machine.
-            how = self.learner.train.model_dump(mode="json", exclude={"dataset": True, "mix": {"datasets"}})
+            how = {name: value for name, value in settings["train"].items() if name not in ("dataset", "mix")}
             ids = load_dataset(before, "train")["id"]
             fingerprint = stable_id(fingerprint, self.claim.inputs[teacher], how, number, list(ids))
         seed = self._of(number).whole.seed

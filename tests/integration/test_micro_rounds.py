@@ -230,6 +230,8 @@ def test_a_finished_run_does_nothing_and_other_settings_are_refused(prepared, un
     rounds(load_experiment(file, overrides(undisturbed)))
     assert "rounds/student is finished" in capsys.readouterr().out.replace("\n", "")
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
+    memory = [("teacher.engine_args", "{gpu_memory_utilization: 0.5}"), ("train.args.run_name", "again")]
+    assert check_stale(load_experiment(file, [*overrides(undisturbed), *memory])) == {}
     other = load_experiment(file, overrides(undisturbed, MICRO.replace("1.0e-2", "2.0e-2")))
     with pytest.raises(InputError, match=r"rounds\.args\.learning_rate was 0\.01, is 0\.02"):
         rounds(other)
