@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --sections loss,step            # some of it
     python benchmarks/gpu.py --smoke                         # tiny sizes, on any machine: does it run?
 
-It needs no download and no vLLM: models have random weights, rows have random targets. Each section runs in its own process and
-prints what it lacks; a failure does not stop the others. The exit status is 1 if any failed.
+It needs no download and, but for `rounds`, no vLLM: models have random weights, rows have random targets. Each section runs in
+its own process and prints what it lacks; a failure does not stop the others. The exit status is 1 if any failed.
 
 - **loss**: the fused loss in every precision, for every divergence and kind of target, and for a plain, tied, soft-capped and
   LoRA-adapted output layer: the relative error of the loss and of every gradient against the plain form in float64, beside
@@ -20,6 +20,8 @@ prints what it lacks; a failure does not stop the others. The exit status is 1 i
   padded rows; and the trainer's `padding_free` and `packing` against its padded batches.
 - **compile**: the trainer's step with `torch_compile` beside the one without.
 - **engine**: positions per second that the engine `transformers` scores, and tokens per second that it generates.
+- **rounds**: whole rounds beside micro-rounds (docs/rounds.md): the tokens that the student writes, per second of writing,
+  scoring, training and starting. It needs vLLM.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gpu_loss
+import gpu_rounds
 import gpu_training
 import synthetic
 from found import Found
@@ -186,6 +189,7 @@ SECTIONS: dict[str, tuple[Callable[[bool, Found], None], tuple[str, ...], bool]]
     "packing": (gpu_training.packing, TRAINING, False),
     "compile": (gpu_training.compiled, TRAINING, True),
     "engine": (engine, ("pydantic",), False),
+    "rounds": (gpu_rounds.rounds, TRAINING, False),
 }
 
 if __name__ == "__main__":

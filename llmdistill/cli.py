@@ -263,6 +263,8 @@ def _chat(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _stage(arguments: argparse.Namespace, rest: list[str]) -> None:
     """One stage, watched, with what it reads and writes in the object store if there is one."""
     experiment = _experiment(arguments, rest)
+    if arguments.command == "train":
+        experiment = experiment.with_(rounds=None)  # it makes the student before the rounds
     function = STAGES[arguments.command].function
     options: dict[str, Any] = {}
     if getattr(arguments, "shards", None):

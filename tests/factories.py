@@ -15,20 +15,29 @@ def write_tiny(directory: Path, smollm2: Path, vocab_size: int = 49152) -> Path:
     return _write_llama(directory, AutoTokenizer.from_pretrained(smollm2), vocab_size, 1, 2, **sizes)
 
 
+def write_tiny_for_vllm(directory: Path, smollm2: Path) -> Path:
+    """A random llama that vLLM runs on a CPU, where heads have to have at least 32 channels; with 512 positions."""
+    import torch
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.3}
+    return _write_llama(directory, AutoTokenizer.from_pretrained(smollm2), 49152, 1, 2, **sizes)
+
+
 def _write_llama(directory: Path, tokenizer: Any, vocab_size: int, begin: int, end: int, **sizes: Any) -> Path:
-    """A random llama of hidden size 32 with its tokenizer; `begin` and `end` are tokens."""
+    """A random llama of hidden size 32, if not told otherwise, with its tokenizer; `begin` and `end` are tokens."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
         intermediate_size=64,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
         **ids,
-        **sizes,
+        **{"hidden_size": 32, **sizes},
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(**ids)

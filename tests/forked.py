@@ -8,7 +8,8 @@ import multiprocessing
 PRELOADED = ["trl", "peft", "llmdistill.cli", "llmdistill.training.trainer", "llmdistill.teachers.transformers"]
 PRELOADED += ["llmdistill.teachers.openai"]
 PRELOADED += [
-    f"llmdistill.stages.{name}" for name in ("generate", "score", "curate", "prune", "train", "evaluate", "export", "report")
+    f"llmdistill.stages.{name}"
+    for name in ("generate", "score", "curate", "prune", "train", "rounds", "evaluate", "export", "report")
 ]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOADED)

@@ -13,7 +13,7 @@ from llmdistill.config.jobs import Jobs, Watch
 from llmdistill.config.prompts import Prompts
 from llmdistill.config.refresh import Refresh
 from llmdistill.config.retokenize import Retokenize
-from llmdistill.config.rounds import Rounds, as_section
+from llmdistill.config.rounds import Rounds, against_micro_rounds, as_section
 from llmdistill.config.route import DEFAULT, Route
 from llmdistill.config.section import Section, StoreUrl
 from llmdistill.config.student import Student
@@ -233,6 +233,12 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _micro_rounds_fit(self) -> "Experiment":
+        if self.rounds and self.rounds.every and (reason := against_micro_rounds(self)):
+            raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
     def _traces_without_an_answer_go(self) -> "Experiment":
         if self.generate.thinking != "kept" and not any(step.finish_reason for step in self.curate):
             raise ValueError(
@@ -280,7 +286,7 @@ class Experiment(Section):
 
     def directory(self, name: Directory) -> Path:
         """Directory of the run with this name; for `student`, that of the last round."""
-        return Path(self.output) / (f"rounds/{self.rounds.n}/{name}" if self.rounds and name == "student" else name)
+        return Path(self.output) / (f"rounds/{self.rounds.last}student" if self.rounds and name == "student" else name)
 
     @property
     def first_student(self) -> Path:

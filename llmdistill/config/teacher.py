@@ -190,6 +190,11 @@ class Teacher(Section):
         return ENGINES[self.engine]
 
     @property
+    def students_engine(self) -> EngineName:
+        """What a student writes with in rounds: this teacher's engine, or the default one in place of one that runs elsewhere."""
+        return DEFAULT_ENGINE if self.abilities.remote else self.engine
+
+    @property
     def in_turn(self) -> bool:
         """Whether it is an ensemble whose members are loaded one after the other."""
         return bool(self.ensemble) and not self.abilities.whole_distribution

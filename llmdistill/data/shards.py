@@ -98,6 +98,7 @@ class Share:
 
 
 EVERYTHING = Share(0, 1)
+Opened = Callable[[EngineSpec], Engine]
 _STAGING = ".ensemble"  # in a dataset's directory: what the members of an ensemble say, until their mean is stored
 
 
@@ -190,13 +191,14 @@ def is_whole(directory: Path) -> bool:
     return manifest is not None and all((directory / entry["file"]).is_file() for entry in manifest["shards"])
 
 
-def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
+def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Opened = open_engine) -> None:
     """Make this worker's missing shards; then, if all are there, complete the dataset.
 
     Args:
         claim: the dataset's directory, the stage, and what the rows depend on.
         source: the rows.
         worker: knows which shards are its own.
+        opened: gives the engine; called only if shards are missing.
     """
     experiment = source.chat.experiment
     directory, name, settings, inputs = claim
@@ -214,7 +216,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker) -> None:
         missing = shared.lacking(worker.shards(name, directory, count))
         if (first := next(missing, None)) is not None:
             (directory / MANIFEST).unlink(missing_ok=True)
-            made = _make(_Making(name, directory, source, worker, layout, shared, precision), chain([first], missing))
+            made = _make(_Making(name, directory, source, worker, layout, shared, precision, opened), chain([first], missing))
         gathered = shared.gather(count)
     with lock.in_turn(directory / MANIFEST):
         there = finished_shards(directory, "train")
@@ -267,6 +269,7 @@ class _Making:
     layout: Layout
     shared: SharedShards
     precision: Precision
+    opened: Opened
 
 
 def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
@@ -337,7 +340,7 @@ def _open(making: _Making, part: Part) -> Engine:
             staging=making.directory / _STAGING,
             asked=asked,
         )
-        return open_engine(spec)
+        return making.opened(spec)
 
 
 def _store(making: _Making, index: int, completions: list[Completion], gives: dict[str, Any] | None) -> dict[str, Any]:

@@ -7,18 +7,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llmdistill.config import Experiment, Prompts, Score, Targets, Teacher, dump_experiment
-from llmdistill.config.teacher import DEFAULT_ENGINE
-from llmdistill.config.train import Mix
+from llmdistill.config import Experiment, dump_experiment
 from llmdistill.curation.steps import step_inputs
-from llmdistill.data.targets import SampledLogprobs
 from llmdistill.errors import InputError
 from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.runs import record
 from llmdistill.runs.estimate import estimate, said
 from llmdistill.runs.progress import say, working
+from llmdistill.runs.rounds import round_of
 from llmdistill.runs.status import how_far
 from llmdistill.stages.prompts import prepared_prompts
 from llmdistill.stages.retokenize import check_kind
@@ -59,7 +56,7 @@ def stages(experiment: Experiment) -> list[StageRun]:
     """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it.
 
     Raises:
-        InputError: the student has another tokenizer, and the targets are of a kind that it cannot learn from.
+        InputError: the student has another tokenizer, which the kind of targets or micro-rounds do not support.
     """
     experiment = experiment.with_(jobs=None)  # no stage reads it, and lines of shell in it may hold a secret
     made = [] if experiment.prompts is None or not experiment.prompts.steps else ["prompts"]
@@ -80,46 +77,31 @@ def stages(experiment: Experiment) -> list[StageRun]:
 def _rounds(experiment: Experiment) -> Iterator[StageRun]:
     """What each round adds: the student writes, the teacher reads it, the rows are filtered as ever, the student learns.
 
-    Where the targets are of a sample of the student's, it draws that as it writes.
+    Raises:
+        InputError: micro-rounds of a student with another vocabulary.
     """
     settings = experiment.rounds
     if settings is None:
         return
-    teacher, own = experiment.teacher, is_needed(experiment)
-    curated, learned = (str(experiment.directory(name)) for name in ("curated", "retokenized" if own else "curated"))
-    engine = DEFAULT_ENGINE if teacher.abilities.remote else teacher.engine
-    changes: dict[str, Any] = {"compare_text_only": False, "args": experiment.train.args | settings.args}
-    if settings.loss:
-        changes["loss"] = settings.loss
-    if settings.teacher_share:
-        changes["mix"] = Mix(datasets=[learned], share=settings.teacher_share)
-    train = experiment.train.with_(**changes)
-    student, targets = experiment.first_student, experiment.own_targets
-    drawn = Targets(kind=SampledLogprobs.name, n=targets.n) if targets.stored.of_writer else Targets(kind="none")
-    for number in range(1, settings.n + 1):
-        here = _below(experiment, f"rounds/{number}").with_(
-            rounds=None, seed=experiment.seed + number, targets=targets, train=train
-        )
-        written = _below(here, "written").with_(
-            teacher=Teacher(model=str(student), engine=engine, dtype=teacher.dtype, batch_size=teacher.batch_size),
-            prompts=Prompts(source=curated, limit=settings.limit),
-            generate=experiment.generate.with_(samples=1),
-            targets=drawn,
-            train=experiment.train,
-        )
-        yield StageRun("generate", written, number)
-        yield StageRun("score", here.with_(score=Score(source=str(written.directory("data")))), number)
-        yield StageRun("curate", here.with_(eval=experiment.eval.with_(held_out=0)), number)
+    own = is_needed(experiment)
+    if settings.every:
         if own:
-            yield StageRun("retokenize", here, number)
-        yield StageRun("train", here.with_(student=experiment.student.continued(str(student))), number)
-        student = here.directory("student")
-
-
-def _below(experiment: Experiment, name: str) -> Experiment:
-    """The experiment in a directory of its output, and of its store if it has one."""
-    store = f"{experiment.store.rstrip('/')}/{name}" if experiment.store else None
-    return experiment.with_(output=str(Path(experiment.output) / name), store=store)
+            raise InputError(
+                f"rounds.every does not support student.model {experiment.student.model}, which has another vocabulary than the "
+                "teacher; remove rounds.every"
+            )
+        yield StageRun("rounds", experiment)
+        return
+    student = experiment.first_student
+    for number in range(1, settings.n + 1):
+        made = round_of(experiment, str(number), number, str(student))
+        yield StageRun("generate", made.written, number)
+        yield StageRun("score", made.scored, number)
+        yield StageRun("curate", made.curated, number)
+        if own:
+            yield StageRun("retokenize", made.whole, number)
+        yield StageRun("train", made.whole.with_(student=experiment.student.continued(str(student))), number)
+        student = made.whole.directory("student")
 
 
 def run_pipeline(experiment: Experiment, remake: bool = False) -> None:

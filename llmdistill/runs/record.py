@@ -127,7 +127,8 @@ def made_from(directories: Collection[Path], output: Path) -> list[Path]:
 
 
 def _run_files(output: Path) -> list[Path]:
-    return [*output.glob(f"*/{RUN_FILE}"), *output.glob(f"rounds/*/*/{RUN_FILE}")]
+    patterns = ("*", "rounds/*", "rounds/*/*", "rounds/*/written/*")
+    return [file for pattern in patterns for file in output.glob(f"{pattern}/{RUN_FILE}")]
 
 
 def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:
@@ -137,6 +138,15 @@ def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str,
         for key, old, new in _differences({**run["settings"], "input": run["inputs"]}, {**settings, "input": inputs})
         if not any(key == free or key.startswith(f"{free}.") for free in _FREE_SETTINGS)
     ]
+
+
+def lasting(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings without those that may change between two tries."""
+    return {
+        name: lasting(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if f"{prefix}{name}" not in _FREE_SETTINGS
+    }
 
 
 def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, **more: Any) -> None:

@@ -2,15 +2,15 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmdistill.config import Experiment
 from llmdistill.data.budget import estimate
 from llmdistill.data.dataset import Row, read_manifest
 from llmdistill.data.left_out import LeftOut
-from llmdistill.data.shards import EVERYTHING, Layout, Part, Worker, count_finished, count_shards, is_whole, make_dataset
+from llmdistill.data.shards import EVERYTHING, Layout, Opened, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.data.targets import Array, SampledLogprobs
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.routing import said, teachers_of
@@ -18,20 +18,40 @@ from llmdistill.prompting.turns import as_columns
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, counted, say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_inputs, prepared_prompts
-from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, row_id, row_seed
+from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine, row_id, row_seed
 from llmdistill.teachers.prompt_encoding import PromptEncoder, encoders
 from llmdistill.teachers.thinking import answer_start
 
 NO_ANSWER = "no_answer"  # the finish reason of a reasoning trace that has not ended, or with nothing behind it
 
 
-def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING) -> None:
+@dataclass(frozen=True)
+class Writer:
+    """A model in memory that writes in place of the weights in `teacher.model`, which has its tokenizer and chat template.
+
+    Attributes:
+        opened: gives its engine.
+        fingerprint: what identifies its weights.
+        made_from: path and hash of what they follow from.
+        prompts: how many it answers.
+        prepared: gives them; called only if rows are missing.
+    """
+
+    opened: Opened
+    fingerprint: str
+    made_from: dict[str, str]
+    prompts: int
+    prepared: Callable[[], Prepared]
+
+
+def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING, writer: Writer | None = None) -> None:
     """Write the dataset `OUTPUT/data`, going on where an interrupted run stopped.
 
     Args:
         experiment: the configuration.
         dry_run: only say what would be done.
         worker: knows which shards are its own to make.
+        writer: the model that writes, where it is in memory.
 
     Raises:
         InputError: the prompts, the teacher or the output directory are not usable; nothing was written.
@@ -42,15 +62,15 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
             f"{SampledLogprobs.name}; for rounds set it to sampled"
         )
     directory = experiment.directory("data")
-    models, wholes = all_fingerprints(experiment)
-    prepared = prepared_prompts(experiment)
+    models, wholes = all_fingerprints(experiment) if writer is None else (writer.made_from, {"": writer.fingerprint})
+    prepared = prepared_prompts(experiment) if writer is None else writer.prepared()
     if prepared is None:
         if dry_run:
             return say("generate", "answers all prompts that `prompts` makes")
         raise InputError(f"{experiment.directory('prompts')}: does not exist; run `prompts` first, or `run` for all stages")
     rows = ((prompt.metadata, prompt.lineage.get("source", {}), prompt.origin) for prompt in prepared.prompts)
     names = teachers_of(experiment, len(prepared.prompts), rows)
-    claim = _claim(experiment, {**prepared.inputs, **models})
+    claim = _claim(experiment, {**prepared.inputs, **models}, writer)
     state = record.claim(*claim)
 
     if dry_run:
@@ -58,18 +78,21 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
     elif state == "done" and is_whole(directory):
         say("generate", f"{directory} is finished ({counted(read_manifest(directory)['rows'], 'row')})")
     else:
-        make_dataset(claim, _Prompts(experiment, encoders(experiment, wholes), prepared, names), worker)
+        opened = open_engine if writer is None else writer.opened
+        make_dataset(claim, _Prompts(experiment, encoders(experiment, wholes), prepared, names), worker, opened)
     return None
 
 
-def claims(experiment: Experiment) -> list[record.Claim]:
+def claims(experiment: Experiment, writer: Writer | None = None) -> list[record.Claim]:
     """The dataset, and what it depends on."""
-    models, _ = all_fingerprints(experiment)
-    return [_claim(experiment, {**prepared_inputs(experiment), **models})]
+    models = all_fingerprints(experiment)[0] if writer is None else writer.made_from
+    return [_claim(experiment, {**prepared_inputs(experiment), **models}, writer)]
 
 
-def _claim(experiment: Experiment, inputs: dict[str, str]) -> record.Claim:
+def _claim(experiment: Experiment, inputs: dict[str, str], writer: Writer | None) -> record.Claim:
     settings = experiment.model_dump(mode="json", include={"seed", "prompts", "generate", "targets", *experiment.who})
+    if writer is not None:
+        settings["drawn"] = writer.prompts
     return record.Claim(experiment.directory("data"), "generate", settings, inputs)
 
 

@@ -20,7 +20,7 @@ from llmdistill.data.dataset import (
     read_manifest,
 )
 from llmdistill.data.left_out import LeftOut
-from llmdistill.data.shards import EVERYTHING, Part, Worker, count_finished, count_shards, is_whole, make_dataset
+from llmdistill.data.shards import EVERYTHING, Opened, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.data.targets import SampledByStudent, SampledLogprobs
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import vocabulary_hash
@@ -30,17 +30,18 @@ from llmdistill.prompting.sources import Entry, files_hash, metadata, read_answe
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns, stored_ids
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
-from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, row_seed, stable_id
+from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine, row_seed, stable_id
 from llmdistill.teachers.prompt_encoding import PromptEncoder, encoders
 
 
-def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING) -> None:
+def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING, opened: Opened = open_engine) -> None:
     """Write the dataset `OUTPUT/data`, going on where an interrupted run stopped.
 
     Args:
         experiment: the configuration.
         dry_run: only say what would be done.
         worker: knows which shards are its own to make.
+        opened: gives the teacher's engine.
 
     Raises:
         InputError: the text, the teacher or the output directory are not usable; nothing was written.
@@ -65,7 +66,7 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
     elif state == "done" and is_whole(directory):
         say("score", f"{directory} is finished ({counted(read_manifest(directory)['rows'], 'row')})")
     else:
-        make_dataset(claim, _Texts(experiment, encoders(experiment, wholes), texts, names), worker)
+        make_dataset(claim, _Texts(experiment, encoders(experiment, wholes), texts, names), worker, opened)
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Directory = Literal[
-    "prompts", "data", "curated", "retokenized", "student-before", "student", "student-text-only", "eval", "export", "judge"
+    "prompts",
+    "data",
+    "curated",
+    "retokenized",
+    "student-before",
+    "student",
+    "student-text-only",
+    "rounds/student",
+    "eval",
+    "export",
+    "judge",
 ]
 
 
@@ -119,6 +129,14 @@ STAGES: dict[str, Stage] = {
             "train",
             reads=("curated", "retokenized"),
             writes=("student-before", "student", "student-text-only"),
+        ),
+        Stage(
+            "rounds",
+            "train the student on its own text in micro-rounds, within one process",
+            ("teacher", "generate", "targets", "curate", "student", "train", "rounds"),
+            "rounds",
+            reads=("curated",),
+            writes=("rounds/student",),
         ),
         Stage(
             "eval",

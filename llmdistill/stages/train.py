@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         )
     manifest = read_manifest(dataset)
     _check_loss(experiment, manifest)
-    _check_mix(experiment, manifest, mixed)
+    check_mix(experiment, manifest, mixed)
     states = [(claim, record.claim(*claim)) for claim in claims(experiment)]
     if dry_run:
         _say_plan(experiment, manifest)
@@ -100,7 +101,7 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         if state == "done":
             say("train", f"{claim.directory} is finished")
         else:
-            _train_one(experiment, manifest, claim)
+            train_one(experiment, manifest, claim)
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:
@@ -182,16 +183,16 @@ def _materials(
     experiment: Experiment, manifest: dict[str, Any], directory: Path, text_only: bool, precision: Precision
 ) -> _Materials:
     """Everything loaded, and checked against each other."""
-    arguments = _arguments(experiment, directory, text_only, precision)
+    arguments = arguments_of(experiment, directory, text_only, precision)
     tokenizer = _tokenizer(experiment, manifest)
     directory_read = training_dataset(experiment)
-    rows = _mixed(experiment, load_dataset(directory_read, "train"))
+    rows = mixed_rows(experiment, load_dataset(directory_read, "train"))
     if experiment.targets.online and experiment.teachers and "teacher" not in rows.column_names:
         names = teachers_of_rows(experiment, rows.with_format(None)["metadata"])
         rows = rows.add_column("teacher", names).with_format("numpy")
     classes = load_classes(directory_read) if "alignment" in manifest else None
     dataset, validation = _split(experiment, rows)
-    dataset, validation = _learnable(dataset, arguments), validation and _learnable(validation, arguments)
+    dataset, validation = learnable(dataset, arguments), validation and learnable(validation, arguments)
     student = load_student(experiment)
     if experiment.train.fake_quantize:
         fake_quantise(student, experiment.export.group_size if experiment.export else None)
@@ -202,13 +203,22 @@ def _materials(
     return _Materials(precision, arguments, student, teacher, tokenizer, classes, rows, dataset, validation)
 
 
-def _train_one(experiment: Experiment, manifest: dict[str, Any], claim: record.Claim) -> None:
-    """Train one student, from its last checkpoint if there is one, and save it."""
-    directory, text_only = claim.directory, claim.settings["text_only"]
-    with working("train", "loading the student"):
+def train_one(
+    experiment: Experiment, manifest: dict[str, Any], claim: record.Claim, prepare: Callable[[Any], None] | None = None
+) -> None:
+    """Train one student, from its last checkpoint if there is one, and save it.
+
+    Args:
+        experiment: the configuration.
+        manifest: of the dataset.
+        claim: of the directory that the student is saved in.
+        prepare: called with the trainer before it trains.
+    """
+    directory, text_only = claim.directory, claim.settings.get("text_only", False)
+    with working(claim.stage, "loading the student"):
         from accelerate.utils import broadcast_object_list
 
-        precision = _precision(experiment, claim)
+        precision = settled(experiment, claim)
         made = _materials(experiment, manifest, directory, text_only, precision)
     if made.arguments.process_index == 0:
         record.begin_computing(*claim, experiment.seed, precision)
@@ -217,11 +227,13 @@ def _train_one(experiment: Experiment, manifest: dict[str, Any], claim: record.C
         for text in [] if text_only else traps(experiment.student, made.arguments, manifest, made.rows, parameters):
             say("warning", text)
     trainer = _trainer(experiment, made)
-    show_progress(trainer, "text only" if text_only else "train")
+    show_progress(trainer, "text only" if text_only else claim.stage)
     # What one process finds counts for all: another may still see a shared disk as it was.
     (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
     upload_checkpoints(experiment, trainer, directory)
     stop = stop_with_a_checkpoint(trainer)
+    if prepare:
+        prepare(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
         if trainer.is_world_process_zero():
@@ -277,7 +289,7 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
         raise InputError(f"{reason}, and {dataset} has {kind.name} ones; use targets.kind topk")
 
 
-def _check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict[str, Any]]) -> None:
+def check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict[str, Any]]) -> None:
     """Refuse to mix what is not of one vocabulary and one kind of targets."""
     for directory, other in zip(experiment.mixed_datasets, mixed, strict=True):
         if has_several_tokenizers(other):
@@ -311,7 +323,7 @@ def _with_columns(rows: Any, others: Any) -> Any:
     return rows.with_format("numpy")
 
 
-def _mixed(experiment: Experiment, rows: Any) -> Any:
+def mixed_rows(experiment: Experiment, rows: Any) -> Any:
     """The rows with those of other datasets among them, as many as make up their share, drawn without repeats."""
     mix = experiment.train.mix
     if mix is None:
@@ -349,7 +361,7 @@ def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
     return dataset.select(rows[0]), dataset.select(rows[1])
 
 
-def _learnable(dataset: Any, arguments: Any) -> Any:
+def learnable(dataset: Any, arguments: Any) -> Any:
     """The rows with a completion token to learn; the number of the others is said.
 
     Raises:
@@ -420,14 +432,14 @@ def _evaluation(experiment: Experiment) -> dict[str, Any]:
     return found
 
 
-def _precision(experiment: Experiment, claim: record.Claim) -> Precision:
+def settled(experiment: Experiment, claim: record.Claim) -> Precision:
     """What the products are computed in: as the training was begun, as configured, or as this machine is good at."""
     asked = experiment.train.args
     found = training_precision(asked.get("use_cpu", False), asked.get("bf16"), asked.get("fp16", False))
     return record.settled_precision(claim.directory, claim.settings, claim.inputs, found)
 
 
-def _arguments(experiment: Experiment, directory: Path, text_only: bool, precision: Precision) -> Any:
+def arguments_of(experiment: Experiment, directory: Path, text_only: bool, precision: Precision) -> Any:
     """The `DistillConfig`, with errors that name the key.
 
     Raises:

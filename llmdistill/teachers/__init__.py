@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from llmdistill.config import Experiment, Generate, Price, Targets, Teacher
 from llmdistill.config.machine import Precision
@@ -127,6 +127,7 @@ class EngineSpec:
         staging: a directory for what the members of an ensemble say, where they are loaded one after the other.
         asked: where its requests ask for the log-probabilities of tokens of their own, how many at every token; else None. It
             then gives what it `said`, and no targets.
+        beside_training: which model it is, where it stays in memory while the student trains (`teachers.resident`); else None.
     """
 
     teacher: Teacher
@@ -142,6 +143,7 @@ class EngineSpec:
     shared: Path | None = None
     staging: Path | None = None
     asked: int | None = None
+    beside_training: Literal["teacher", "student"] | None = None
 
 
 class Engine(Protocol):
@@ -163,8 +165,16 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give its memory back; only the engines of an ensemble's members are asked for it."""
+        """Give its memory back; only the engines of an ensemble's members and of micro-rounds are asked for it."""
         ...
+
+    def rest(self) -> None:
+        """Until `wake`, leave the accelerator's memory to others where it can; the student's weights may go."""
+        return
+
+    def wake(self, weights: Iterable[tuple[str, Any]] | None = None) -> None:
+        """Go on after `rest`, with other weights if some are given, by the names that they have in the checkpoint."""
+        return
 
 
 def check_engine(teacher: Teacher) -> None:

@@ -16,16 +16,21 @@ from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said
 
 
 class TransformersEngine(Engine):
-    """Decodes batches in order; a batch's composition is fixed by the configuration, so results repeat exactly."""
+    """Decodes batches in order; a batch's composition is fixed by the configuration, so results repeat exactly.
 
-    def __init__(self, spec: EngineSpec) -> None:
+    Args:
+        spec: what it is made from.
+        models: those of `spec.teacher`, if they are in memory.
+    """
+
+    def __init__(self, spec: EngineSpec, models: Sequence[PreTrainedModel] | None = None) -> None:
         teacher = spec.teacher
         members = [(teacher.model, teacher.revision, teacher.weight, "teacher.model")]
         members += [
             (more.model, more.revision, more.weight, f"teacher.ensemble.{number}.model")
             for number, more in enumerate(teacher.ensemble)
         ]
-        self.models: list[PreTrainedModel] = [
+        self.models: list[PreTrainedModel] = list(models or ()) or [
             load_model(model, revision, teacher.dtype, teacher.trust_remote_code, key) for model, revision, _, key in members
         ]
         self.device = self.models[0].device

@@ -29,6 +29,7 @@ class VllmEngine(Engine):
 
     def __init__(self, spec: EngineSpec) -> None:
         prepare_environment()
+        _choose_process(spec)
         import vllm
 
         self.kept = spec.kept
@@ -39,8 +40,10 @@ class VllmEngine(Engine):
         self.tokens = 0
         self.asked = spec.asked
         extended = bool(self.tempered or not spec.kept.stored.most_likely or spec.known_ids is not None or spec.asked)
+        self._sleep_level = _sleep_level(spec)
+        self._rests = False
         arguments = self._arguments(spec)
-        if extended:
+        if extended or spec.beside_training:
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
         self._guard = _end_with_this_process()
         self.llm = vllm.LLM(**{**arguments, **spec.teacher.engine_args})
@@ -68,6 +71,8 @@ class VllmEngine(Engine):
             "logprobs_mode": "raw_logprobs",
             "use_tqdm_on_load": False,
         }
+        if self._sleep_level:
+            arguments["enable_sleep_mode"] = True
         if spec.reads_with:
             # Every token of a prefill gets a whole distribution then, which vLLM does not reckon with: it has to fit.
             arguments["max_num_batched_tokens"] = max(_READ_BYTES // (4 * spec.reads_with), _SEQUENCES)
@@ -159,6 +164,24 @@ class VllmEngine(Engine):
         normalisers = np.asarray(flat.logprobs, dtype=np.float64)[self.kept.kept + 1 :: self.kept.kept + 2]
         return float(written / self.sampling.temperature - normalisers.sum())
 
+    def rest(self) -> None:
+        """Free the accelerator's memory; the teacher's weights wait in the machine's, the student's are not kept."""
+        if self._sleep_level and not self._rests:
+            self.llm.sleep(level=self._sleep_level)
+            self._rests = True
+
+    def wake(self, weights: Iterable[tuple[str, Any]] | None = None) -> None:
+        """Take the memory back, and other weights if some are given; what was computed with the old ones is forgotten."""
+        if self._rests:
+            self.llm.wake_up(tags=["weights"])
+        if weights is not None:
+            self.llm.collective_rpc("take_weights", args=(weights,))
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("vLLM kept its prefix cache, which is that of other weights")
+        if self._rests:
+            self.llm.wake_up(tags=["kv_cache"])
+            self._rests = False
+
     def close(self) -> None:
         """End vLLM's processes, or let go of the model where it runs in this one."""
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -191,6 +214,31 @@ def prepare_environment(kv_cache_gib: int = 2) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if current_platform.is_cpu() and cores <= _FEW_CORES:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def _sleep_level(spec: EngineSpec) -> int:
+    """How deep the engine sleeps while the student trains: 1 keeps the weights in the machine's memory, 2 does not.
+
+    0 is not at all: on a CPU vLLM has no such mode.
+    """
+    from vllm.platforms import current_platform
+
+    if spec.beside_training is None or current_platform.is_cpu():
+        return 0
+    return {"teacher": 1, "student": 2}[spec.beside_training]
+
+
+def _choose_process(spec: EngineSpec) -> None:
+    """The student's engine is in this process, so that weights are handed over by reference.
+
+    vLLM lets one engine of a process sleep, so the teacher's is in another one.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if spec.beside_training == "student" or (spec.beside_training and not current_platform.is_cpu()):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(spec.beside_training == "teacher"))
+        envs.disable_envs_cache()  # an engine that was started in this process has it read
 
 
 def _end_with_this_process() -> "subprocess.Popen[bytes]":

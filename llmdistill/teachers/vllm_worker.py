@@ -7,6 +7,7 @@ back to another kind of targets.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ class SampleTargets:
     """Mixed into vLLM's worker class."""
 
     model_runner: Any
+
+    def take_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Go on with other weights.
+
+        Args:
+            weights: all of them, by their names in the checkpoint.
+        """
+        self.model_runner.reload_weights(weights_iterator=iter(weights))
+        head = getattr(self.model_runner.get_model(), "lm_head", None)
+        if head is not None and hasattr(head, "cpu_linear"):  # made of the old weights where the head shares the embedding's
+            head.quant_method.process_weights_after_loading(head)
 
     def sample_targets(
         self,

@@ -2,8 +2,8 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -132,9 +132,7 @@ class DistillTrainer(trl.SFTTrainer):
             self._head = fused.find_head(self.model)
             self._teacher_heads = [fused.find_head(one) for one in self.teachers]
         if args.packing:
-            self._set_signature_columns_if_needed()
-            columns = [name for name in self._signature_columns if name in train_dataset.column_names]
-            self.train_dataset = Packs(train_dataset.select_columns(columns), args.max_length or 0)
+            self.train_dataset = Packs(self._read_columns(train_dataset), args.max_length or 0)
         self._flops = training_flops(self.model, self.model.get_output_embeddings())
         self._table = None if classes is None else ClassTable.of(classes, self.accelerator.device)
         self._since: float | None = None
@@ -191,6 +189,24 @@ class DistillTrainer(trl.SFTTrainer):
         if match.projector and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("hidden states of different sizes need a projector, which is not trained under FSDP or DeepSpeed")
         return match
+
+    def learned_rows(self, dataset: Any) -> Any:
+        """Those of a `load_dataset` to learn from, checked as the `train_dataset` was; for who gives rows while it trains."""
+        return self._read_columns(self._prepared(self.args, dataset, self.teachers or None, "rows"))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes time inside is no training: the speed does not count it."""
+        start = time.perf_counter()
+        yield
+        self._router.clear()
+        if self._since is not None:
+            self._since += time.perf_counter() - start
+
+    def _read_columns(self, dataset: Any) -> Any:
+        """The rows with the columns that the collator reads, and no others."""
+        self._set_signature_columns_if_needed()
+        return dataset.select_columns([name for name in self._signature_columns if name in dataset.column_names])
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["id", "input_ids", "completion_start"]

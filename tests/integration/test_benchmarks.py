@@ -73,7 +73,7 @@ def test_gpu(tmp_path):
     assert found["failures"] == []
     if found["device"] == "CPU":
         assert found["skipped"] == ["compile: needs a GPU"]
-    assert {"loss", "step", "layer", "showcase", "packing", "engine"} <= found["rows"].keys()
+    assert {"loss", "step", "layer", "showcase", "packing", "engine", "rounds"} <= found["rows"].keys()
     assert found["aims"]["gpu_packing_gradient_difference"] < 1e-5
     assert found["aims"]["gpu_packing_trainer_difference"] < 1e-5
     errors = {row["dtype"]: row["fused weight"] for row in found["rows"]["loss"] if row["head"] == "plain"}

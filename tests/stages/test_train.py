@@ -12,7 +12,7 @@ from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
-from llmdistill.stages.train import _arguments, train
+from llmdistill.stages.train import arguments_of, train
 from tests.integration.processes import rewind
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]
@@ -170,24 +170,24 @@ def test_checkpointing_by_fsdp_where_it_does_not_work(experiment_file, tmp_path,
         overrides += [("train.args.fsdp", "true"), ("train.args.fsdp_config", "{activation_checkpointing: true}")]
     experiment = load_experiment(experiment_file, overrides)
     if message is None:
-        assert _arguments(experiment, tmp_path, False, FLOAT32).gradient_checkpointing is False
+        assert arguments_of(experiment, tmp_path, False, FLOAT32).gradient_checkpointing is False
         return
     with pytest.raises(InputError, match=message):
-        _arguments(experiment, tmp_path, False, FLOAT32)
+        arguments_of(experiment, tmp_path, False, FLOAT32)
 
 
 def test_one_process_uses_one_gpu_and_says_so(experiment_file, tmp_path, monkeypatch, capsys):
     from llmdistill.training.arguments import DistillConfig
 
     monkeypatch.setattr(DistillConfig, "n_gpu", property(lambda arguments: getattr(arguments, "_n_gpu", None) or 4))
-    assert _arguments(load_experiment(experiment_file), tmp_path, False, FLOAT32).n_gpu == 1
+    assert arguments_of(load_experiment(experiment_file), tmp_path, False, FLOAT32).n_gpu == 1
     assert f"uses one of 4 GPUs; see {page('distributed')}" in capsys.readouterr().out
 
 
 def test_report_to_reaches_the_trainer(experiment_file, tmp_path):
     from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
-    assert _arguments(load_experiment(experiment_file), tmp_path, False, FLOAT32).report_to == []
+    assert arguments_of(load_experiment(experiment_file), tmp_path, False, FLOAT32).report_to == []
     experiment = load_experiment(experiment_file, [("train.args.report_to", "[wandb]")])
-    passed = _arguments(experiment, tmp_path, False, FLOAT32).report_to
+    passed = arguments_of(experiment, tmp_path, False, FLOAT32).report_to
     assert get_reporting_integration_callbacks(passed) == [WandbCallback]

@@ -1,0 +1,92 @@
+"""Training whose rows are made while it trains: every few steps, by the student as it then is."""
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+
+class RoundRows(torch.utils.data.Dataset[Any]):
+    """As many places as the steps of a round take rows.
+
+    The rows of the round fill them in random order, several times if they are fewer; if they are more, some are left out.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.rows: Any = None
+        self._order = np.empty(0, dtype=np.int64)
+
+    def fill(self, rows: Any, seed: int) -> None:
+        """Go on with the rows of another round."""
+        self.rows, self._order = rows, np.random.default_rng(seed).permutation(len(rows))
+
+    def __len__(self) -> int:
+        return self.places
+
+    def __getitem__(self, place: int) -> Any:
+        return self.rows[int(self._order[place % len(self._order)])]
+
+
+def train_in_rounds(trainer: Any, every: int, rows_of: Callable[[int, Any], Any]) -> None:
+    """From now on the trainer's epochs are rounds of `every` steps, each on rows of its own.
+
+    The trainer asks for the first batch of an epoch after `on_epoch_begin`, and for none of the next one before: so the rows are
+    made with the weights behind the last step. A training that goes on from a checkpoint inside a round asks for the rows of
+    that round again.
+
+    Args:
+        trainer: a `DistillTrainer` of a single process.
+        every: optimiser steps of a round.
+        rows_of: gives the rows of a round, from 0, as a `load_dataset`; is called with its number and the student in
+            evaluation mode. The random numbers that it draws are not those of the training, and SIGTERM ends it at once.
+    """
+    at_once = signal.getsignal(signal.SIGTERM)
+    rows = RoundRows(round_places(trainer.args, every))
+
+    class Rounds(TrainerCallback):
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            number = state.global_step // every
+            student = trainer.accelerator.unwrap_model(trainer.model)
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()  # for the engines
+            student.eval()
+            with trainer.paused(), _own_random_numbers(), _on_sigterm(at_once):
+                found = rows_of(number, student)
+            student.train()
+            rows.fill(trainer.learned_rows(found), args.seed + number)
+
+    trainer.train_dataset = rows
+    trainer.add_callback(Rounds())
+
+
+def round_places(arguments: Any, every: int) -> int:
+    """How many rows so many steps take, from the training arguments of a single process."""
+    return int(every * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps)
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """What is drawn inside is drawn for nobody else: a round that was written before a stop is not written again after it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _on_sigterm(handler: Any) -> Iterator[None]:
+    """SIGTERM is for this handler, and not for the trainer, which would wait for the end of the next step."""
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
