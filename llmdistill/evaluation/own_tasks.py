@@ -13,7 +13,7 @@ from llmdistill.models.loading import context_length
 from llmdistill.runs.progress import StageBar
 from llmdistill.tasks.task import Item, Task, check_targets, items_file, read_items, read_task
 
-_MORE_TOKENS = 32  # an answer may have, beside twice the tokens of the longest right one; a wrong one may never end
+_TIMES, _MORE_TOKENS = 3, 64  # of the tokens of the longest right answer: room for indentation and a fence, and an end
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _prompts(
 ) -> tuple[list[list[int]], int]:
     """The token ids of each prompt, and how many tokens an answer may have."""
     chat, found = ChatTemplate(tokenizer, end_ids, template_args), []
-    longest = 2 * max(len(tokenizer(item.output, add_special_tokens=False)["input_ids"]) for item in items) + _MORE_TOKENS
+    longest = _TIMES * max(len(tokenizer(item.output, add_special_tokens=False)["input_ids"]) for item in items) + _MORE_TOKENS
     context = context_length(model.config)
     for item in items:
         try:

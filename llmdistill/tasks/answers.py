@@ -100,7 +100,12 @@ def problem(validator: Any, value: Any, file: str | Path) -> str | None:
         raise InputError(f"{file}: refers to {unresolved.ref}, which is not in the file; references are not fetched") from None
     except RecursionError:
         return "$: nested too deep for the schema"
-    return f"{error.json_path}: {error.message}" if error else None
+    return storable(f"{error.json_path}: {error.message}") if error else None
+
+
+def storable(text: str) -> str:
+    """Text without what JSON can write and UTF-8 cannot: half of a surrogate pair."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def contradiction(schema: Any, path: str = "$") -> str | None:

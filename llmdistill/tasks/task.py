@@ -20,7 +20,7 @@ from llmdistill.config.section import Section
 from llmdistill.config.shipped import find
 from llmdistill.errors import InputError
 from llmdistill.runs.record import read_json
-from llmdistill.tasks.answers import validator_of
+from llmdistill.tasks.answers import storable, validator_of
 from llmdistill.tasks.database import Database
 
 Kind = Literal["extract", "classify", "sql", "tools", "generate"]
@@ -222,11 +222,11 @@ def read_items(file: Path) -> list[Item]:
             raise InputError(f"{origin}: not valid JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("input"), str) or not row["input"].strip():
             raise InputError(f"{origin}: input must be text")
-        output = row.get("output")
-        if not isinstance(output, str):
-            output = json.dumps(output, ensure_ascii=False)
-        if output in ("null", ""):
+        if row.get("output") in (None, ""):
             raise InputError(f"{origin}: output is missing")
+        output = row["output"] if isinstance(row["output"], str) else json.dumps(row["output"], ensure_ascii=False)
+        if storable(row["input"] + output) != row["input"] + output:
+            raise InputError(f"{origin}: holds half of a surrogate pair, which is no text")
         identity = str(row.get("id", number - 1))
         if identity in seen:
             raise InputError(f"{origin}: the id {identity} is that of {seen[identity]}, too")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmdistill.errors import InputError
-from llmdistill.tasks.answers import canonical, contradiction, problem, read_answer
+from llmdistill.tasks.answers import canonical, contradiction, problem, read_answer, storable
 from llmdistill.tasks.task import Item, Task, check_targets
 
 METRIC = "call_match"
@@ -40,7 +40,7 @@ def verdict(task: Task, answer: str) -> str | None:
     except ValueError as error:
         return f"no call: {error}"
     if name not in task.validators:
-        return f"no such function: {name[:60]}"
+        return storable(f"no such function: {name[:60]}")
     return problem(task.validators[name], arguments, task.file)
 
 

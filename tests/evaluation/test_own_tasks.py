@@ -32,7 +32,7 @@ def test_every_model_answers_greedily_through_its_template(tmp_path, tiny):
     rows, tables = run_own(own, {"a": model, "b": model}, dict.fromkeys("ab", tokenizer), {"a": [2], "b": [2]}, 2, None)
     assert [(row["model"], row["item"]) for row in rows] == [(name, f"i{n}") for name in "ab" for n in range(3)]
     assert [row["target"] for row in rows] == LINES["classify"] * 2
-    longest = 2 * max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in ("good", "bad")) + 32
+    longest = 3 * max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in ("good", "bad")) + 64
     for row, number in zip(rows, (0, 1, 2, 0, 1, 2), strict=True):
         messages = [
             {"role": "system", "content": "Do it.\n\nAnswer with one of these labels alone:\ngood\nbad"},
@@ -56,6 +56,7 @@ def test_right_answers_are_scored_one_and_wrong_ones_less(tmp_path, tiny, monkey
     written = iter([targets, [targets[0]] * 3])
     monkeypatch.setattr("llmdistill.evaluation.own_tasks.write_answers", lambda *_: next(written))
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    model.config.max_position_embeddings = 1024  # nothing is written
     names = ("teacher", "student")
     models, ends = dict.fromkeys(names, model), {name: [2] for name in names}
     rows, tables = run_own(own, models, dict.fromkeys(names, tokenizer), ends, 2, None)
@@ -119,5 +120,5 @@ def test_a_template_that_refuses_and_a_prompt_that_does_not_fit(tmp_path, tiny):
         run()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     model.config.max_position_embeddings = 40
-    with pytest.raises(InputError, match=r"test.jsonl line 1: \d+ tokens and 34 of an answer are more than the context of 40"):
+    with pytest.raises(InputError, match=r"test.jsonl line 1: \d+ tokens and 67 of an answer are more than the context of 40"):
         run()

@@ -1,6 +1,7 @@
 """Tasks of a user's own through the stages: curated by one, evaluated on two, shown in the report, all without lm-eval."""
 
 import json
+import shutil
 import sys
 
 import pyarrow.parquet as pq
@@ -16,15 +17,25 @@ from tests.tasks.make import write_task
 
 
 @pytest.mark.slow
-def test_from_curate_to_the_report(experiment_file, tmp_path, monkeypatch):
+def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
+    wide = shutil.copytree(
+        tiny, tmp_path / "wide"
+    )  # the tiny model's context of 256 tokens is too short for a schema and an order
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
     file = write_task(tmp_path, "classify", "test: labels.jsonl")
     lines = [{"input": f"Number {n}", "output": label} for n, label in enumerate(["good", "bad", "good"])]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = write_task(tmp_path, "generate")
     small = [("own_prompts", "0"), ("samples", "0"), ("sample_tokens", "2"), ("task_limit", "3")]
     tasks = ("eval.tasks", f"[configs/tasks/orders.yaml, {file}]")
-    changes = [*((f"eval.{key}", value) for key, value in small), tasks, ("curate", f"[{{task: {{file: {text}}}}}]")]
+    changes = [
+        ("teacher.model", str(wide)),
+        *((f"eval.{key}", value) for key, value in small),
+        tasks,
+        ("curate", f"[{{task: {{file: {text}}}}}]"),
+    ]
     experiment = load_experiment(experiment_file, changes)
     evaluate(experiment, dry_run=True)
     for stage in (generate, curate, train, evaluate, report):

@@ -2,6 +2,8 @@ import json
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmdistill.errors import InputError
 from llmdistill.tasks.queries import same_rows
@@ -47,6 +49,22 @@ def test_rows_that_differ_in_the_last_bits_find_their_partners():
     assert same_rows(mixed, mixed[::-1], ordered=False)
     assert not same_rows(mixed, mixed[::-1], ordered=True)
     assert not same_rows(mixed, [*mixed[:-1], ("",)], ordered=False)
+
+
+VALUES = st.none() | st.integers(-3, 3) | st.sampled_from([0.1, 2.5, -1e6]) | st.sampled_from(["a", "b", ""]) | st.just(b"a")
+
+
+@given(st.lists(st.tuples(VALUES, VALUES), max_size=8), st.randoms(use_true_random=False))
+def test_the_order_and_the_last_bits_of_rows_do_not_count(rows, random):
+    def near(value):
+        return value * (1 + random.uniform(-1, 1) * 1e-12) if isinstance(value, float) else value
+
+    shuffled = [tuple(map(near, row)) for row in random.sample(rows, len(rows))]
+    assert same_rows(shuffled, rows, ordered=False)
+    assert not same_rows([*shuffled, (1, 1)], rows, ordered=False)
+    if rows:
+        changed = [*shuffled[1:], (*shuffled[0][:1], "another")]
+        assert not same_rows(changed, rows, ordered=False)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,9 @@ def test_items(tmp_path):
         ('{"input": " ", "output": "x"}', "line 2: input must be text"),
         ('{"input": "x"}', "line 2: output is missing"),
         ('{"input": "x", "output": ""}', "line 2: output is missing"),
+        ('{"input": "x", "output": null}', "line 2: output is missing"),
+        ('{"input": "\\ud800", "output": "y"}', "line 2: holds half of a surrogate pair"),
+        ('{"input": "x", "output": {"a": "\\ud800"}}', "line 2: holds half of a surrogate pair"),
         ('{"input": "x", "output": "y", "id": "a"}', "line 2: the id a is that of .*line 1, too"),
     ],
 )

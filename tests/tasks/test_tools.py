@@ -30,6 +30,7 @@ def test_verdicts(task):
     assert verdict(task, call("book", nights=2)) == "$: 'city' is a required property"
     assert verdict(task, call("book", city="Rome", nights="two")) == "$.nights: 'two' is not of type 'integer'"
     assert verdict(task, call("fly", city="Rome")) == "no such function: fly"
+    assert verdict(task, call("\ud800")) == "no such function: ?", "a reason can be stored"
     assert verdict(task, json.dumps([{"name": "now"}])).startswith("no call: ")
     assert verdict(task, '{"name": "now", "arguments": "soon"}').startswith("no call: ")
     assert verdict(task, '{"name": "now", "arguments": [1]}') == "$: [1] is not of type 'object'"
