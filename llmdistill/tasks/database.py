@@ -26,8 +26,9 @@ class Database:
     """
 
     def __init__(self, script: Path) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="llmdistill-")
-        self._file = Path(self._directory.name) / "database"
+        directory = tempfile.TemporaryDirectory(prefix="llmdistill-")
+        weakref.finalize(self, directory.cleanup)
+        self._file = Path(directory.name) / "database"
         connection = sqlite3.connect(self._file)
         try:
             connection.set_authorizer(_no_other_files)
