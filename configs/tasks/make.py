@@ -122,6 +122,7 @@ def main() -> None:
         "copying": copying,
         "facts": facts,
         "format": formats,
+        "orders": orders,
         "reading": reading,
     }.items():
         random = Random(f"{SEED} {name}")
@@ -243,6 +244,21 @@ def formats(random: Random) -> Iterator[Item]:
             f"Write for {other}, who is {that}, what stands here for {somebody}, who is {this}: {wanted.format(somebody, this)}"
         )
         yield choice(random, asked, wanted.format(other, that), [record.format(other, that) for record in wrong])
+
+
+def orders(random: Random) -> Iterator[Item]:
+    """What a task of one's own holds: an input and its output."""
+    forms = [
+        "{name} would like {count} {colour}{item}, please.",
+        "Please put aside {count} {colour}{item} for {name}.",
+        "Hello, this is {name}. I need {count} {colour}{item} by Friday.",
+        "{count} {colour}{item} for {name}, as every week.",
+    ]
+    for n, name in enumerate(random.sample(NAMES, 10) * 2):
+        item, count = random.choice(THINGS), random.randint(2, 12)
+        colour = random.choice(COLOURS) if n % 4 else None
+        text = forms[n % len(forms)].format(name=name, count=count, item=item, colour=f"{colour} " if colour else "")
+        yield {"input": text, "output": {"customer": name, "item": item, "colour": colour, "count": count}}
 
 
 def reading(random: Random) -> Iterator[Item]:

@@ -93,6 +93,13 @@ class JsonSchema(Section):
     """Path of the JSON schema."""
 
 
+class Task(Section):
+    """Keep rows whose answer a task of your own can accept: JSON of its schema, a label, a query that runs, a valid call."""
+
+    file: str
+    """YAML file of the task."""
+
+
 class Regex(Section):
     """Keep rows by a regular expression."""
 
@@ -208,6 +215,8 @@ class CurateStep(Step):
     """Check that Python code parses."""
     json_schema: JsonSchema | None = None
     """Check against a JSON schema."""
+    task: Task | None = None
+    """Check against a task of your own."""
     regex: Regex | None = None
     """Filter by regular expression."""
     judge: Judge | None = None

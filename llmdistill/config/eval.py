@@ -49,8 +49,8 @@ class Eval(Section):
     """Engine in which speed is measured, here and by `export`. `vllm` measures prefill, decoding and memory as served; it starts
     vLLM once per model."""
     tasks: list[str] = []
-    """Benchmark tasks: YAML files in lm-eval's format, such as configs/tasks/facts.yaml, or names of lm-eval's own tasks, whose
-    data is on the Hub."""
+    """Tasks: YAML files with the key `kind`, such as configs/tasks/orders.yaml, for tasks of your own; YAML files in lm-eval's
+    format, such as configs/tasks/facts.yaml; or names of lm-eval's own tasks, whose data is on the Hub."""
     task_limit: int | None = Field(default=None, ge=2)
     """Use only the first N items of each task."""
     win_rate: WinRate | None = None

@@ -1,4 +1,4 @@
-"""Processes that check answers by a program, for the steps `math` and `python`.
+"""Processes that check answers by a program, for the steps `math` and `python`, and queries of tasks.
 
 What a model wrote can keep such a program busy for ever, fill the memory or crash it. It runs in processes of its own,
 which get no part of the environment, and are killed when a row takes too long; that row has failed, no other.
@@ -27,9 +27,9 @@ class Workers:
 
     def __init__(self, timeout_s: float, first: Request, context: StepContext) -> None:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._free: SimpleQueue[_Worker] = SimpleQueue()
+        self._free: SimpleQueue[Worker] = SimpleQueue()
         for _ in range(count):
-            worker = _Worker(timeout_s, first)
+            worker = Worker(timeout_s, first)
             context.closing.callback(worker.kill)
             self._free.put(worker)
         self._threads = ThreadPoolExecutor(count)
@@ -47,7 +47,7 @@ class Workers:
             self._free.put(worker)
 
 
-class _Worker:
+class Worker:
     """One process, started when it is needed; `first` is a request on which nothing depends, to do the imports."""
 
     def __init__(self, timeout_s: float, first: Request) -> None:

@@ -1,6 +1,6 @@
 """A process of its own that checks one answer after the other, so that it can be killed: see verify.py.
 
-It reads a JSON object a line, `{"check": "math" | "python", …}`, and answers each with a line: `null`, or
+It reads a JSON object a line, `{"check": "math" | "python" | "sql", …}`, and answers each with a line: `null`, or
 `{"rejected": why}`, or `{"failed": why it cannot be told}`.
 """
 
@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from llmdistill.tasks.queries import check_query
+
 _MEMORY = 4 << 30  # bytes of address space: a formula like 9**9**9 ends here, and not the machine
 
 
@@ -20,7 +22,7 @@ def main() -> None:
     """Answer until the input ends; with nobody left to kill it, a check that goes on for ever ends by an alarm."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     warnings.simplefilter("ignore")  # of escapes in strings
-    checks: dict[str, Callable[..., str | None]] = {"math": check_math, "python": check_python}
+    checks: dict[str, Callable[..., str | None]] = {"math": check_math, "python": check_python, "sql": check_query}
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
+from llmdistill.evaluation.own_tasks import OwnTask, run_own
 from llmdistill.evaluation.statistics import (
     Array,
     Draws,
@@ -26,22 +27,36 @@ from llmdistill.evaluation.statistics import (
     mean_of,
     residual_errors,
 )
-from llmdistill.evaluation.tasks import About, run_tasks
+from llmdistill.evaluation.tasks import SCHEMA, About, run_tasks
 
 STUDENT, TEACHER = "student", "teacher"
 
 
 def measure_tasks(
-    tasks: dict[str, tuple[str, Any]], models: dict[str, Any], tokenizers: dict[str, Any], experiment: Experiment, directory: Path
+    tasks: dict[str, tuple[str, Any]],
+    models: dict[str, Any],
+    tokenizers: dict[str, Any],
+    end_ids: dict[str, list[int]],
+    experiment: Experiment,
+    directory: Path,
 ) -> dict[str, Any]:
     """Run the tasks, write `tasks.parquet`, and give what belongs into `metrics.json` under `tasks`."""
-    settings = experiment.eval
-    shown = experiment.teacher.template_args
-    table, about, warnings = run_tasks(tasks, models, tokenizers, settings.batch_size, settings.task_limit, shown)
+    settings, shown = experiment.eval, experiment.teacher.template_args
+    size, limit = settings.batch_size, settings.task_limit
+    own = [task for _, task in tasks.values() if isinstance(task, OwnTask)]
+    others = {name: entry for name, entry in tasks.items() if not isinstance(entry[1], OwnTask)}
+    table, about, warnings = SCHEMA.empty_table(), dict[str, About](), list[str]()
+    if own:  # the cheaper ones first
+        rows, tables = run_own(own, models, tokenizers, end_ids, size, limit, shown)
+        table = pa.Table.from_pylist(rows, SCHEMA)
+        about = {each.task.name: About(str(each.task.file), each.task.rules.METRIC, None, tables[each.task.name]) for each in own}
+    if others:
+        measured, described, warnings = run_tasks(others, models, tokenizers, size, limit, shown)
+        table, about = pa.concat_tables([table, measured]), about | described
     pq.write_table(table, directory / "tasks.parquet")
     how = {
         "chat_template": tokenizers.get(TEACHER, tokenizers[STUDENT]).chat_template is not None,
-        "limit": settings.task_limit,
+        "limit": limit,
         "warnings": warnings,
     }
     return {"tasks": {**how, **summarise(table, about, settings.resamples, experiment.seed)}}
@@ -107,6 +122,7 @@ class _Task:
             "differences": [self._difference(rival) for rival in rivals],
             "kept": _kept([self], 0),
             "kept_above_chance": _kept([self], about.chance or 0),
+            **about.tables,
         }
 
     def _mean(self, model: str) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Tasks with right answers, by lm-eval: read, checked and run on models that are loaded already.
 
-A task is a YAML file in lm-eval's own format with its data beside it, or the name of one of lm-eval's tasks.
+A task is a YAML file in lm-eval's own format with its data beside it, or the name of one of lm-eval's tasks. A file with the
+key `kind` is a task of a user's own, which own_tasks.py runs and which needs no lm-eval.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 from llmdistill.config import read_yaml
 from llmdistill.config.shipped import find
 from llmdistill.errors import InputError
+from llmdistill.evaluation.own_tasks import OwnTask, check_count, read_own
 from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.models.loading import plain_generation
 from llmdistill.runs.progress import StageBar
@@ -49,35 +51,45 @@ class TaskFile:
 
 @dataclass(frozen=True)
 class About:
-    """What is said of a task once: its metric, and what guessing gives (None if that is not known)."""
+    """What is said of a task once.
+
+    Attributes:
+        source: where it comes from.
+        metric: that the score of an item is.
+        chance: what guessing gives; None if that is not known.
+        tables: what a task of a user's own says beside its score.
+    """
 
     source: str
     metric: str
     chance: float | None
+    tables: dict[str, Any] = field(default_factory=dict)
 
 
-def read_tasks(names: Sequence[str]) -> list[TaskFile | str]:
+def read_tasks(names: Sequence[str]) -> list[TaskFile | OwnTask | str]:
     """The entries of `eval.tasks`: files read and checked, names of lm-eval's own tasks as they are.
 
     Raises:
-        InputError: lm-eval is not installed, or a file or its data is not usable.
+        InputError: lm-eval is needed and not installed, or a file or its data is not usable.
     """
-    if names and importlib.util.find_spec("lm_eval") is None:
-        raise InputError("eval.tasks needs lm-eval, which is not installed: install the extra `tasks`")
     found = [_read(Path(name)) if name.endswith((".yaml", ".yml")) or "/" in name else name for name in names]
+    if importlib.util.find_spec("lm_eval") is None and not all(isinstance(task, OwnTask) for task in found):
+        raise InputError("eval.tasks needs lm-eval, which is not installed: install the extra `tasks`")
     seen: dict[str, str] = {}
     for name, task in zip(names, found, strict=True):
-        called = task if isinstance(task, str) else task.config["task"]
+        called = task if isinstance(task, str) else task.task.name if isinstance(task, OwnTask) else task.config["task"]
         if called in seen:
             raise InputError(f"eval.tasks: {name} and {seen[called]} are both called {called}")
         seen[called] = name
     return found
 
 
-def _read(file: Path) -> TaskFile:
+def _read(file: Path) -> TaskFile | OwnTask:
     """One file, without what would run code: `!function` is no tag of safe YAML."""
     found = find(file)
     config = read_yaml(file, "eval.tasks")
+    if "kind" in config:
+        return read_own(file)
     for key in ("include", "class", "group"):
         if key in config:
             raise InputError(f"{file}: {key} is not supported; write the whole task in this file")
@@ -107,24 +119,29 @@ def _read(file: Path) -> TaskFile:
     return TaskFile(file, config, files)
 
 
-def files_of(tasks: Sequence[TaskFile | str]) -> dict[str, Path]:
+def files_of(tasks: Sequence[TaskFile | OwnTask | str]) -> dict[str, Path]:
     """All files that the tasks are read from, by their paths as the experiment would name them."""
-    return {name: path for task in tasks if isinstance(task, TaskFile) for name, path in task.files.items()}
+    return {name: path for task in tasks if not isinstance(task, str) for name, path in task.files.items()}
 
 
-def load_tasks(tasks: Sequence[TaskFile | str], limit: int | None) -> dict[str, tuple[str, Any]]:
-    """Every task by its name: where it comes from, and lm-eval's object with its items.
+def load_tasks(entries: Sequence[TaskFile | OwnTask | str], limit: int | None) -> dict[str, tuple[str, Any]]:
+    """Every task by its name: where it comes from, and lm-eval's object with its items, or the user's own task.
 
     Raises:
         InputError: there is no such task, its data cannot be read or reached, or it runs code that the model writes.
     """
+    loaded: dict[str, tuple[str, Any]] = {}
+    for own in entries:
+        if isinstance(own, OwnTask):
+            check_count(own, limit)
+            loaded[own.task.name] = (str(own.task.file), own)
+    tasks = [task for task in entries if not isinstance(task, OwnTask)]
     if not tasks:
-        return {}
+        return loaded
     import datasets
     from lm_eval.tasks import TaskManager
 
     datasets.disable_progress_bars()
-    loaded: dict[str, tuple[str, Any]] = {}
     with _quiet():
         manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))  # reads 14,000 files if it does
         for task in tasks:

@@ -201,7 +201,8 @@ def write_answers(
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
         written_BT = continue_prompts(model, [prompts[n] for n in chunk], max_tokens, end_ids, do_sample=False)
-        for number, written in zip(chunk, tokenizer.batch_decode(written_BT, skip_special_tokens=True), strict=True):
+        texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for number, written in zip(chunk, texts, strict=True):
             answers[number] = written.strip()
         bar.advance(len(chunk))
     return [answers[number] for number in range(len(prompts))]

@@ -23,6 +23,7 @@ from llmdistill.evaluation import drafts, serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
 from llmdistill.evaluation.fidelity import own_text
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, metrics_of
+from llmdistill.evaluation.own_tasks import OwnTask
 from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.routes import by_teacher, fidelity_to_own, shared, teachers_of_rows
 from llmdistill.evaluation.serving import Served
@@ -60,7 +61,7 @@ class _Plan:
     """
 
     subjects: list[Served]
-    tasks: list[TaskFile | str]
+    tasks: list[TaskFile | OwnTask | str]
     comparison: Comparison | None
 
 
@@ -150,7 +151,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     measured = parts.arrays("fidelity", lambda: _measure(experiment, loaded))
     found: dict[str, Any] = {}
     if tasks:
-        found |= parts.result("tasks", lambda: measure_tasks(tasks, models, tokenizers, experiment, directory))
+        found |= parts.result("tasks", lambda: measure_tasks(tasks, models, tokenizers, ends, experiment, directory))
     own = _own_texts(loaded, experiment, parts) if experiment.eval.own_prompts and loaded.has_teacher else {}
     found |= parts.result("texts", lambda: _texts(experiment, loaded, measured))
     metrics = _metrics(experiment, plan.subjects, loaded, measured) | found | {"warnings": [warning] if warning else []}

@@ -7,7 +7,7 @@ from tests.curation.steps import apply_step, table
 
 
 def test_a_process_that_dies_fails_the_row_it_had(tmp_path, monkeypatch):
-    asked = verify._Worker._exchange
+    asked = verify.Worker._exchange
 
     def shoot(process, request, timeout_s):
         if request.get("code") == "die":
@@ -15,7 +15,7 @@ def test_a_process_that_dies_fails_the_row_it_had(tmp_path, monkeypatch):
             process.wait()
         return asked(process, request, timeout_s)
 
-    monkeypatch.setattr(verify._Worker, "_exchange", staticmethod(shoot))
+    monkeypatch.setattr(verify.Worker, "_exchange", staticmethod(shoot))
     rows = table(["```python\nx\n```", "```python\ndie\n```", "```python\ny\n```"])
     monkeypatch.setattr(python, "python_blocks", lambda answer: [answer.splitlines()[1]])
     verdicts, _ = apply_step(tmp_path, {"python": None}, rows)

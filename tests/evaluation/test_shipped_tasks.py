@@ -8,10 +8,12 @@ import sys
 import pytest
 import yaml
 
+from llmdistill.evaluation.tasks import read_tasks
 from tests.conftest import ROOT
 
 TASKS = ROOT / "configs/tasks"
-NAMES = sorted(file.stem for file in TASKS.glob("*.yaml"))
+OWN = ["orders"]  # the form of a user's own task
+NAMES = sorted(file.stem for file in TASKS.glob("*.yaml") if file.stem not in OWN)
 
 
 def items(name):
@@ -20,7 +22,7 @@ def items(name):
 
 def test_the_script_writes_the_files_that_are_here(tmp_path):
     subprocess.run([sys.executable, TASKS / "make.py", "--out", tmp_path], check=True)
-    assert sorted(file.stem for file in tmp_path.iterdir()) == NAMES
+    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted([*NAMES, *OWN])
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (TASKS / file.name).read_bytes(), file.name
 
@@ -48,6 +50,18 @@ def test_a_task_file_names_its_own_data(name):
     task = yaml.safe_load((TASKS / f"{name}.yaml").read_text())
     assert task["task"] == name
     assert task["dataset_kwargs"]["data_files"] == {"test": f"{name}.jsonl"}
+
+
+def test_the_task_in_the_form_of_ones_own_can_be_learned_from():
+    """Every output meets the schema, and stands in its input."""
+    (own,) = read_tasks(["configs/tasks/orders.yaml"])
+    own.task.rules.check_outputs(own.task, own.items)
+    assert len(own.items) == len({item.input for item in own.items}) == 20
+    assert set(own.files) == {f"configs/tasks/orders{end}" for end in (".yaml", ".schema.json", ".jsonl")}
+    for row in items("orders"):
+        order = row["output"]
+        assert re.search(rf"\b{order['count']} {order['colour'] + ' ' if order['colour'] else ''}{order['item']}\b", row["input"])
+        assert order["customer"] in row["input"]
 
 
 def test_sums_are_right():

@@ -158,6 +158,8 @@ def every_step(tmp_path, tiny):
     """Each step, set so that it rejects some of the rows below and keeps others."""
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "number"}')
+    task = tmp_path / "task.yaml"
+    task.write_text("kind: classify\ndescription: A number.\nlabels: ['3', '4']\n")
     return {
         "finish_reason": {"keep": ["stop"]},
         "length": {"min_tokens": 4},
@@ -168,6 +170,7 @@ def every_step(tmp_path, tiny):
         "math": {"without": "keep"},
         "python": None,
         "json_schema": {"file": str(schema)},
+        "task": {"file": str(task)},
         "regex": {"pattern": "tide|\\d"},
         "judge": {
             "teacher": {"model": str(tiny), "engine": "transformers", "dtype": "float32"},
@@ -241,7 +244,8 @@ def test_no_step_changes_a_row(name, tmp_path, tiny, monkeypatch):
 
 
 def test_a_second_run_gives_the_same_bytes(tmp_path, tiny):
-    steps = [{name: value} for name, value in every_step(tmp_path, tiny).items() if name not in ("json_schema", "judge")]
+    left_out = ("json_schema", "task", "judge")
+    steps = [{name: value} for name, value in every_step(tmp_path, tiny).items() if name not in left_out]
     for name in ("one", "two"):
         curated(tmp_path / name, mixed_rows(), steps)
     one, two = ({file.name: file for file in (tmp_path / name / "curated").iterdir()} for name in ("one", "two"))

@@ -61,6 +61,9 @@ dataset_path: @/folder
 test_split: test
 output_type: generate_until
 """,
+    "own.yaml": "{kind: extract, description: d, schema: own.schema.json, test: own.jsonl}",
+    "own.schema.json": "{}",
+    "own.jsonl": '{"input": "a", "output": 1}\n{"input": "b", "output": 2}\n',
     "task.jsonl": '{"question": "?", "answer": "!"}\n',
     "folder/data.jsonl": '{"question": "?", "answer": "!"}\n',
     "source.jsonl": '{"instruction": "a"}\n{"instruction": "b"}\n',
@@ -91,6 +94,8 @@ JUDGED = {"curate": [{"judge": SETTINGS}]}
 BEST_OF = {"curate": [{"best_of": {"judge": SETTINGS}}]}
 COMPARED = {"eval": {"win_rate": {"judge": JUDGE, "template": "@/compare.yaml"}}}
 TASK = {"eval": {"tasks": ["@/task.yaml"]}}
+OWN = {"eval": {"tasks": ["@/own.yaml"]}}
+CHECKED = {"curate": [{"task": {"file": "@/own.yaml"}}]}
 STUDENT = {"student": {"model": "@/student"}}
 
 
@@ -114,6 +119,8 @@ READ = [
     ("score", {"score": {"source": "@/chat.jsonl"}}, "member", "teacher.ensemble.0.model"),
     ("curate", {"curate": [{"contamination": {"against": ["@/tests.jsonl"]}}]}, "tests.jsonl", "curate.0.contamination.against"),
     ("curate", {"curate": [{"json_schema": {"file": "@/schema.json"}}]}, "schema.json", "curate.0.json_schema.file"),
+    ("curate", CHECKED, "own.yaml", "curate.0.task.file"),
+    ("curate", CHECKED, "own.schema.json", "own.yaml: schema"),
     ("curate", JUDGED, "rubric.yaml", "curate.0.judge.template"),
     ("curate", JUDGED, "judge", "curate.0.judge.teacher.model"),
     ("curate", JUDGED, "member", "curate.0.judge.teacher.ensemble.0.model"),
@@ -127,6 +134,9 @@ READ = [
     ("train", {"train": {**TEXT, "args": {"fsdp_config": "@/fsdp.json"}}}, "fsdp.json", "train.args.fsdp_config"),
     ("eval", TASK, "task.yaml", "eval.tasks"),
     ("eval", TASK, "task.jsonl", "dataset_kwargs.data_files"),
+    ("eval", OWN, "own.yaml", "eval.tasks"),
+    ("eval", OWN, "own.schema.json", "own.yaml: schema"),
+    ("eval", OWN, "own.jsonl", "own.yaml: test"),
     ("eval", COMPARED, "compare.yaml", "eval.win_rate.template"),
     ("eval", COMPARED, "judge", "eval.win_rate.judge.model"),
     ("eval", COMPARED, "member", "eval.win_rate.judge.ensemble.0.model"),

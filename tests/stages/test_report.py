@@ -407,6 +407,34 @@ def test_tasks_are_compared_with_the_student_of_the_text_alone(experiment: Exper
     assert "the student minus the student trained on text only: 5 percentage points (95% interval 1–9)." in text
 
 
+def test_a_task_of_ones_own_is_shown_with_its_fields_and_confusions(experiment: Experiment) -> None:
+    """What a file or a model has written stays text."""
+    found = metrics()["tasks"]
+    (entry,) = found["tasks"]
+    shares = {"precision": 0.5, "recall": None, "f1": 0.25}
+    fields = [{"field": "", **shares}, {"field": HOSTILE, **shares}, {"field": "(others)", **shares, "f1": 0.0}]
+    names = list(entry["models"])
+    entry |= {"metric": "exact_match", "valid": dict.fromkeys(names, 0.75)}
+    entry |= {"fields": {name: fields[: 3 if name == "student" else 2] for name in names}}
+    entry |= {"confusion": {name: {"labels": [HOSTILE, "(no label)"], "counts": [[7, 2]]} for name in names}}
+    change(experiment, tasks=found)
+    page, text = pages(experiment)
+    parsed = Page(page).text
+    assert parsed.count(HOSTILE) == 9 + 3, "beside what is there in every report: a field, a row and a column"
+    shown = " ".join(parsed.split())
+    assert "<b>|factsexact_match120" in shown
+    assert "Answers that could be accepted, right or wrong: teacher 75%, student before training 75%, student 75%" in shown
+    tight = shown.replace(" ", "")
+    assert "allfields50–25252525" in tight
+    assert "(others)50–––0–" in tight
+    assert "By the metric that stands with the name" in shown
+    assert "| <b>|facts (exact\\_match) |".replace("<b>|", "\\<b\\>\\|") in text
+    assert "| all fields | 50 | – | 25 | 25 | 25 | 25 |" in text
+    assert "| (others) | 50 | – | – | – | 0 | – |" in text
+    assert "| 7 | 2 |" in text
+    assert "<script>" not in text.replace("`````text\n" + HOSTILE, "").replace("\\<script\\>", "")
+
+
 def test_the_picture(experiment: Experiment) -> None:
     pages(experiment)
     with Image.open(Path(experiment.output, "report.png")) as image:

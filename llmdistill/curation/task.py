@@ -1,0 +1,34 @@
+"""The step of `curate` that rejects what a task of a user's own cannot accept as an answer."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from llmdistill.config.curate import Task
+from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, excerpt
+from llmdistill.runs.record import sha256
+from llmdistill.tasks.task import read_task
+
+
+def inputs(settings: Task, key: str) -> dict[str, str]:
+    """The task's file and those that it names, but for its held-out items.
+
+    Raises:
+        InputError: one is missing, or cannot be used.
+    """
+    return {name: sha256(file) for name, file in read_task(settings.file, f"{key}.file").files.items()}
+
+
+def task(settings: Task, context: StepContext) -> Check:
+    """By the verdict of the task's kind; nothing is known of the right answer."""
+    read = read_task(settings.file, f"{context.key}.file")
+
+    def check(rows: pa.Table) -> Iterator[str | None]:
+        for answer in answers(rows):
+            found = read.rules.verdict(read, answer)
+            yield found and excerpt(found, 200)
+
+    return check
+
+
+STEP = CurationStep(task, inputs)

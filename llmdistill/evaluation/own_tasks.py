@@ -1,0 +1,130 @@
+"""Tasks of a user's own (`llmdistill/tasks`) as part of `eval.tasks`: every model answers the held-out items greedily."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmdistill.errors import InputError, UnusableError
+from llmdistill.evaluation.statistics import check_clusters
+from llmdistill.evaluation.win_rate import write_answers
+from llmdistill.models.chat_template import ChatTemplate
+from llmdistill.models.loading import context_length
+from llmdistill.runs.progress import StageBar
+from llmdistill.tasks.task import Item, Task, check_targets, items_file, read_items, read_task
+
+_TIMES, _MORE_TOKENS = 3, 64  # of the tokens of the longest right answer: room for indentation and a fence, and an end
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """A task with its held-out items; `files` are it and all that it names, by their paths as the experiment would name them."""
+
+    task: Task
+    items: list[Item]
+    files: dict[str, Path]
+
+
+def read_own(file: Path) -> OwnTask:
+    """A task file and its test; what is wrong in either is said before a model is loaded.
+
+    Raises:
+        InputError: a file is missing or cannot be used, a right answer could not be accepted, or there are too few items.
+    """
+    task = read_task(file, "eval.tasks")
+    name, found = items_file(task)
+    items = read_items(found)
+    check_targets(items, lambda output: task.rules.verdict(task, output))
+    own = OwnTask(task, items, {**task.files, name: found})
+    check_count(own, None)
+    return own
+
+
+def check_count(own: OwnTask, limit: int | None) -> None:
+    """Refuse too few items for an interval.
+
+    Raises:
+        InputError: there are.
+    """
+    clusters = {item.cluster for item in own.items[:limit]}
+    check_clusters(len(clusters), f"items of the task {own.task.file}", "give it more")
+
+
+def run_own(
+    tasks: Sequence[OwnTask],
+    models: dict[str, Any],
+    tokenizers: dict[str, Any],
+    end_ids: dict[str, list[int]],
+    batch_size: int,
+    limit: int | None,
+    template_args: dict[str, Any] | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Every model on the same items.
+
+    Args:
+        tasks: read and checked.
+        models: by name.
+        tokenizers: of each, with its chat template.
+        end_ids: the tokens that end an answer of each.
+        batch_size: sequences in one forward pass.
+        limit: the first items of each task only.
+        template_args: more variables of the chat template.
+
+    Returns:
+        The rows of `tasks.parquet`; and for each task `valid`, the share of answers that could be accepted, by model, and what
+        its kind tells beside the score, such as `fields`, by model.
+
+    Raises:
+        InputError: a model has no chat template, or an item does not fit into its context.
+        UnusableError: its template refuses an item.
+    """
+    asked = [(own.task, own.items[:limit], name) for name in models for own in tasks]
+    # All of them before the first answer: what a template refuses is found out at once.
+    prompts = [
+        _prompts(task, items, models[name], tokenizers[name], end_ids[name], template_args or {}) for task, items, name in asked
+    ]
+    rows: list[dict[str, Any]] = []
+    tables: dict[str, dict[str, Any]] = {own.task.name: {"valid": {}} for own in tasks}
+    with StageBar("eval", sum(len(items) for _, items, _ in asked)) as bar:
+        for (task, items, name), (prompts_ids, longest) in zip(asked, prompts, strict=True):
+            bar.advance(0, facts=[f"{name} on {task.name}"])
+            answers = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], batch_size, longest, bar)
+            rows += [_row(task, name, item, answer) for item, answer in zip(items, answers, strict=True)]
+            about = tables[task.name]
+            about["valid"][name] = sum(task.rules.verdict(task, answer) is None for answer in answers) / len(answers)
+            pairs = [(answer, item.output) for item, answer in zip(items, answers, strict=True)]
+            for kind, table in task.rules.tables(task, pairs).items():
+                about.setdefault(kind, {})[name] = table
+        bar.advance(0, facts=["models on tasks"])
+    return rows, tables
+
+
+def _prompts(
+    task: Task, items: list[Item], model: Any, tokenizer: Any, end_ids: list[int], template_args: dict[str, Any]
+) -> tuple[list[list[int]], int]:
+    """The token ids of each prompt, and how many tokens an answer may have."""
+    chat, found = ChatTemplate(tokenizer, end_ids, template_args), []
+    longest = _TIMES * max(len(tokenizer(item.output, add_special_tokens=False)["input_ids"]) for item in items) + _MORE_TOKENS
+    context = context_length(model.config)
+    for item in items:
+        try:
+            found.append(chat.prompt_ids(task.prompt(item.input)))
+        except UnusableError as error:
+            raise error.at(item.origin) from None
+        if context and len(found[-1]) + longest > context:
+            raise InputError(
+                f"{item.origin}: {len(found[-1]):,} tokens and {longest:,} of an answer are more than the context of {context:,}"
+            )
+    return found, longest
+
+
+def _row(task: Task, model: str, item: Item, answer: str) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "item": item.id,
+        "cluster": item.cluster,
+        "model": model,
+        "score": task.rules.score(task, answer, item.output)[task.rules.METRIC],
+        "answer": answer,
+        "target": item.output,
+    }

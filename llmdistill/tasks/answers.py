@@ -1,0 +1,132 @@
+"""What is read of a model's answer: its one fenced block, JSON, a canonical form of JSON, and the check against a schema."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from llmdistill.errors import InputError
+
+_FENCED = re.compile(r"^(```+|~~~+)[^\n]*\n(.*?)^\1[`~]*\s*$", re.DOTALL | re.MULTILINE)
+_DEPTH = 100
+
+
+def unfenced(answer: str) -> str:
+    """The content of the one fenced block in an answer, or else the answer itself."""
+    blocks = _FENCED.findall(answer)
+    return blocks[0][1] if len(blocks) == 1 else answer
+
+
+def read_answer(answer: str) -> Any:
+    """The answer as JSON, or the content of its one fenced block.
+
+    Raises:
+        ValueError: it is no JSON, has a number that is not finite, or is nested more than 100 deep.
+    """
+    try:
+        value = json.loads(unfenced(answer), parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError(f"nested more than {_DEPTH} deep") from None
+    level, depth = [value], 0
+    while level := [inner for outer in level if isinstance(outer, dict | list) for inner in _inside(outer)]:
+        if (depth := depth + 1) > _DEPTH:
+            raise ValueError(f"nested more than {_DEPTH} deep")
+    return value
+
+
+def _inside(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large")
+    return number
+
+
+def canonical(value: Any) -> str:
+    """JSON in one form: equal text for equal values, whatever the order of keys; 1.0 is 1, as in JSON schema."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def validator_of(schema: Any, file: str | Path) -> Any:
+    """What checks JSON against a schema; nothing that the schema refers to is fetched.
+
+    Args:
+        schema: as read from JSON.
+        file: and key where it stands, for errors.
+
+    Raises:
+        InputError: it is no valid JSON schema.
+    """
+    import jsonschema
+    from referencing import Registry
+
+    if not isinstance(schema, dict | bool):
+        raise InputError(f"{file}: no JSON schema: it must be an object")
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise InputError(f"{file}: not a valid JSON schema: {error.message}") from None
+    return kind(schema, registry=Registry())
+
+
+def problem(validator: Any, value: Any, file: str | Path) -> str | None:
+    """Where and how a value breaks the schema; None if it does not.
+
+    Raises:
+        InputError: the schema refers to what is not in its file.
+    """
+    from referencing.exceptions import Unresolvable
+
+    try:
+        error = next(validator.iter_errors(value), None)
+    except Unresolvable as unresolved:
+        raise InputError(f"{file}: refers to {unresolved.ref}, which is not in the file; references are not fetched") from None
+    except RecursionError:
+        return "$: nested too deep for the schema"
+    return storable(f"{error.json_path}: {error.message}") if error else None
+
+
+def storable(text: str) -> str:
+    """Text without what JSON can write and UTF-8 cannot: half of a surrogate pair."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def contradiction(schema: Any, path: str = "$") -> str | None:
+    """Where a schema asks for what cannot be, of the plain cases: empty ranges, and required properties that are not allowed.
+
+    Properties and items are looked into; alternatives and references are not.
+    """
+    if schema is False and path == "$":
+        return "$: false allows nothing"
+    if not isinstance(schema, dict):
+        return None
+    for low, high in (("minimum", "maximum"), ("minLength", "maxLength"), ("minItems", "maxItems")):
+        if low in schema and high in schema and schema[low] > schema[high]:
+            return f"{path}: {low} is {schema[low]}, more than {high}, {schema[high]}"
+    if schema.get("enum") == []:
+        return f"{path}: enum is empty"
+    properties = schema.get("properties", {})
+    for name in schema.get("required", []):
+        if properties.get(name) is False or (
+            schema.get("additionalProperties") is False and name not in properties and "patternProperties" not in schema
+        ):
+            return f"{path}: {name} is required, but not allowed"
+    parts = [(f"{path}.{name}", inner) for name, inner in properties.items()] + [(f"{path}[]", schema.get("items"))]
+    return next((found for where, inner in parts if (found := contradiction(inner, where))), None)

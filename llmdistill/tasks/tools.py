@@ -1,0 +1,94 @@
+"""The kind `tools`: a request to one call of a function, `{"name": …, "arguments": {…}}`.
+
+The score is 1 for the same function with equal arguments: what is left out has the schema's default, and 1.0 is 1. A call in
+OpenAI's form (`{"type": "function", "function": {…}}`, with arguments as text) is read as well.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from llmdistill.errors import InputError
+from llmdistill.tasks.answers import canonical, contradiction, problem, read_answer, storable
+from llmdistill.tasks.task import Item, Task, check_targets
+
+METRIC = "call_match"
+
+
+def instructions(task: Task) -> str:
+    """The functions."""
+    shown = json.dumps(task.functions, ensure_ascii=False)
+    return f'Answer with one call of one of these functions alone, as JSON: {{"name": …, "arguments": {{…}}}}.\n{shown}'
+
+
+def check_outputs(task: Task, items: Sequence[Item]) -> None:
+    """Refuse outputs that do not match their function's schema, and a schema that cannot be met.
+
+    Raises:
+        InputError: naming each line.
+    """
+    for name, schema in task.schemas.items():
+        if found := contradiction(schema):
+            raise InputError(f"{task.file}: tools: {name} cannot be called: {found}")
+    check_targets(items, lambda output: verdict(task, output))
+
+
+def verdict(task: Task, answer: str) -> str | None:
+    """Why an answer is no call that matches its schema; None if it is one."""
+    try:
+        name, arguments = _call(answer)
+    except ValueError as error:
+        return f"no call: {error}"
+    if name not in task.validators:
+        return storable(f"no such function: {name[:60]}")
+    return problem(task.validators[name], arguments, task.file)
+
+
+def score(task: Task, answer: str, target: str) -> dict[str, float]:
+    """`call_match`: 1 for the same function with equal arguments, else 0."""
+    try:
+        called, wanted = (_normalised(task, *_call(text)) for text in (answer, target))
+    except ValueError:
+        return {METRIC: 0.0}
+    return {METRIC: float(called == wanted)}
+
+
+def tables(task: Task, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Nothing more than the scores."""
+    return {}
+
+
+def _call(answer: str) -> tuple[str, Any]:
+    """Name and arguments.
+
+    Raises:
+        ValueError: it is no call.
+    """
+    found = read_answer(answer)
+    if isinstance(found, dict) and found.get("type") == "function":
+        found = found.get("function")
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise ValueError('not {"name": …, "arguments": {…}}')
+    arguments = found.get("arguments", {})
+    return found["name"], read_answer(arguments) if isinstance(arguments, str) else arguments
+
+
+def _normalised(task: Task, name: str, arguments: Any) -> tuple[str, str]:
+    return name, canonical(with_defaults(task.schemas.get(name), arguments))
+
+
+def with_defaults(schema: Any, value: Any) -> Any:
+    """A value with the schema's defaults in the place of properties that it leaves out, at any depth of objects and lists."""
+    if not isinstance(schema, dict):
+        return value
+    if isinstance(value, list):
+        return [with_defaults(schema.get("items"), inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    properties: dict[str, Any] = schema.get("properties", {})
+    defaults = {
+        name: inner["default"]
+        for name, inner in properties.items()
+        if name not in value and isinstance(inner, dict) and "default" in inner
+    }
+    return {name: with_defaults(properties.get(name), inner) for name, inner in {**defaults, **value}.items()}

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+
+from llmdistill.errors import InputError, UnusableError
+from llmdistill.evaluation.own_tasks import run_own
+from llmdistill.evaluation.task_scores import summarise
+from llmdistill.evaluation.tasks import About, files_of, load_tasks, read_tasks
+from llmdistill.models.loading import load_model, load_tokenizer
+from tests.tasks.make import write_task
+
+LINES = {
+    "extract": [{"name": "Ann"}, {"name": "Bob", "age": 3}, {"name": "Cat"}],
+    "classify": ["good", "bad", "good"],
+    "sql": ["SELECT name FROM people", "SELECT 1", "SELECT 2"],
+    "tools": [{"name": "now"}, {"name": "book", "arguments": {"city": "Rome"}}, {"name": "now"}],
+    "generate": ["Yes.", "No.", "A longer answer."],
+}
+
+
+def write(directory, kind, lines=None):
+    file = write_task(directory, kind, "test: test.jsonl")
+    rows = [{"input": f"Number {n}.", "output": output, "id": f"i{n}"} for n, output in enumerate(lines or LINES[kind])]
+    (directory / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_every_model_answers_greedily_through_its_template(tmp_path, tiny):
+    """Each prompt alone through transformers' own `generate`, against answers in batches of two."""
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    own = read_tasks([write(tmp_path, "classify")])
+    rows, tables = run_own(own, {"a": model, "b": model}, dict.fromkeys("ab", tokenizer), {"a": [2], "b": [2]}, 2, None)
+    assert [(row["model"], row["item"]) for row in rows] == [(name, f"i{n}") for name in "ab" for n in range(3)]
+    assert [row["target"] for row in rows] == LINES["classify"] * 2
+    longest = 3 * max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in ("good", "bad")) + 64
+    for row, number in zip(rows, (0, 1, 2, 0, 1, 2), strict=True):
+        messages = [
+            {"role": "system", "content": "Do it.\n\nAnswer with one of these labels alone:\ngood\nbad"},
+            {"role": "user", "content": f"Number {number}."},
+        ]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        written = model.generate(**ids, do_sample=False, max_new_tokens=longest, eos_token_id=[2], pad_token_id=2)
+        text = tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert (row["answer"], row["score"]) == (text, float(text == row["target"]))
+    assert set(tables) == {"classify"}
+    assert tables["classify"]["valid"] == dict.fromkeys("ab", sum(row["answer"] in ("good", "bad") for row in rows[:3]) / 3)
+    assert tables["classify"]["confusion"]["a"]["labels"] == ["good", "bad", "(no label)"]
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_right_answers_are_scored_one_and_wrong_ones_less(tmp_path, tiny, monkeypatch, kind):
+    """A model that writes the targets, and one that writes the first of them always."""
+    file = write(tmp_path, kind)
+    own = read_tasks([file])
+    targets = [item.output for item in own[0].items]
+    written = iter([targets, [targets[0]] * 3])
+    monkeypatch.setattr("llmdistill.evaluation.own_tasks.write_answers", lambda *_: next(written))
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    model.config.max_position_embeddings = 1024  # nothing is written
+    names = ("teacher", "student")
+    models, ends = dict.fromkeys(names, model), {name: [2] for name in names}
+    rows, tables = run_own(own, models, dict.fromkeys(names, tokenizer), ends, 2, None)
+    assert [row["score"] for row in rows[:4]] == [1, 1, 1, 1]
+    assert rows[4]["score"] < 1
+    assert tables[kind]["valid"] == {"teacher": 1, "student": 1}
+
+    import pyarrow as pa
+
+    from llmdistill.evaluation.tasks import SCHEMA
+
+    about = {kind: About(file, "m", None, tables[kind])}
+    (entry,) = summarise(pa.Table.from_pylist(rows, SCHEMA), about, 200, 0)["tasks"]
+    assert entry["models"]["teacher"]["mean"] == 1
+    assert entry["kept"]["mean"] == pytest.approx(sum(row["score"] for row in rows[3:]) / 3)
+    assert entry["valid"] == {"teacher": 1, "student": 1}
+    beside = {"extract": {"fields"}, "classify": {"confusion"}}
+    assert {"fields", "confusion"} & entry.keys() == beside.get(kind, set())
+
+
+def test_no_lm_eval_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    file = write(tmp_path, "sql")
+    own = read_tasks([file])
+    assert list(load_tasks(own, None)) == ["sql"]
+    assert set(files_of(own)) == {file, *(str(tmp_path / name) for name in ("people.sql", "test.jsonl"))}
+    with pytest.raises(InputError, match="needs lm-eval"):
+        read_tasks([file, "hellaswag"])
+
+
+def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path):
+    file = write(tmp_path, "classify", ["good", "ugly"])
+    with pytest.raises(InputError, match=r"test.jsonl line 2: output: not a label: ugly"):
+        read_tasks([file])
+    with pytest.raises(InputError, match=r"1 item of the task .*classify.yaml, but an interval needs at least 2"):
+        read_tasks([write(tmp_path, "classify", ["good"])])
+    write_task(tmp_path, "classify")
+    with pytest.raises(InputError, match=r"classify.yaml: the key test is missing"):
+        read_tasks([file])
+    own = read_tasks([write(tmp_path, "classify")])
+    (tmp_path / "more").mkdir()
+    with pytest.raises(InputError, match="are both called classify"):
+        read_tasks([file, write(tmp_path / "more", "classify")])
+    lines = [json.dumps({"input": "x", "output": "good", "cluster": str(n // 2)}) for n in range(4)]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    own = read_tasks([file])
+    assert load_tasks(own, None)
+    with pytest.raises(InputError, match=r"1 item of the task .*classify.yaml"):
+        load_tasks(own, 2)
+
+
+def test_a_template_that_refuses_and_a_prompt_that_does_not_fit(tmp_path, tiny):
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    own = read_tasks([write(tmp_path, "classify", ["good", "bad"])])
+
+    def run():
+        return run_own(own, {"a": model}, {"a": tokenizer}, {"a": [2]}, 2, None)
+
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UnusableError, match=r"test.jsonl line 1: the chat template does not show"):
+        run()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    model.config.max_position_embeddings = 40
+    with pytest.raises(InputError, match=r"test.jsonl line 1: \d+ tokens and 67 of an answer are more than the context of 40"):
+        run()

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmdistill.tasks.answers import canonical, contradiction, read_answer, unfenced
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12
+)
+
+
+def backwards(value):
+    """The same value with every object's keys the other way round, and its whole numbers as floats where they are exact."""
+    if isinstance(value, dict):
+        return {key: backwards(value[key]) for key in reversed(value)}
+    if isinstance(value, list):
+        return [backwards(inner) for inner in value]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+        return float(value)
+    return value
+
+
+def same(one, other):
+    """Equality as JSON schema has it, written out: numbers by value, true is not 1."""
+    if isinstance(one, bool) or isinstance(other, bool) or one is None or other is None:
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return isinstance(one, str) == isinstance(other, str) and one == other
+
+
+@given(JSON)
+def test_canonical_json_ignores_order_and_the_form_of_numbers(value):
+    assert canonical(value) == canonical(backwards(value))
+    assert same(json.loads(canonical(value)), value)
+
+
+@given(JSON, JSON)
+def test_canonical_json_tells_apart_what_differs(one, other):
+    assert (canonical(one) == canonical(other)) == same(one, other)
+
+
+def test_true_is_not_one():
+    assert len({canonical(value) for value in (True, 1, "1", None, False, 0, "", [], {}, [1])}) == 10
+    assert canonical(1.0) == canonical(1) == "1"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("NaN", "NaN is no JSON number"), ("1e999", "too large"), ("[" * 102 + "]" * 102, "nested"), ("[" * 100_000, "nested")],
+)
+def test_what_is_no_json(text, why):
+    with pytest.raises(ValueError, match=why):
+        read_answer(text)
+
+
+def test_one_fenced_block_is_the_answer():
+    assert unfenced("Here:\n```json\n{}\n```\nDone.") == "{}\n"
+    assert unfenced("```\na\n```\n```\nb\n```") == "```\na\n```\n```\nb\n```"
+    assert read_answer("[" * 101 + "]" * 101)
+
+
+@pytest.mark.parametrize(
+    ("schema", "found"),
+    [
+        (False, "$: false allows nothing"),
+        ({"properties": {"a": {"minimum": 3, "maximum": 2}}}, "$.a: minimum is 3, more than maximum, 2"),
+        ({"items": {"minLength": 3, "maxLength": 2}}, "$[]: minLength is 3, more than maxLength, 2"),
+        ({"required": ["b"], "properties": {"a": {}}, "additionalProperties": False}, "$: b is required, but not allowed"),
+        ({"required": ["a"], "properties": {"a": False}}, "$: a is required, but not allowed"),
+        ({"required": ["a"], "properties": {"a": {"minimum": 1, "maximum": 1}, "b": False}}, None),
+        (True, None),
+    ],
+)
+def test_contradictions(schema, found):
+    assert contradiction(schema) == found
