@@ -220,24 +220,27 @@ def test_creating_is_not_tried_again_before_it_is_known_whether_it_was_heard(ant
 
 
 @pytest.mark.slow
-def test_a_kill_at_each_call_pays_nothing_twice_and_loses_no_row(experiment, endpoint):
-    """The first try is killed between its first call and the answer, the second between its second and the answer, and so on."""
-    step, log, killed = 0, experiment.parent / "log", True
+@pytest.mark.parametrize(
+    ("experiment", "calls"),
+    [("openai", range(8)), ("anthropic", [0, 0, 1, 2, 0, 1])],  # that creates, lists, looks into, looks at, and reads
+    indirect=["experiment"],
+)
+def test_a_kill_between_a_call_and_its_answer_pays_nothing_twice_and_loses_no_row(experiment, endpoint, calls):
+    """Each try is killed at another of its calls; it goes on where the one before was."""
+    whole, log, kills = ["--generate.rows_per_shard", str(ROWS)], experiment.parent / "log", 0
     endpoint.delay = 0.15
     with serving(endpoint) as url:
-        while killed:
+        for call in calls:
             begun = len(endpoint.times)
-            process = context.Process(
-                target=forked, args=(words(experiment, url, "--generate.rows_per_shard", str(ROWS)), str(log))
-            )
-            endpoint.headers = lambda number, at=begun + step, process=process: process.kill() if number == at else None
+            process = context.Process(target=forked, args=(words(experiment, url, *whole), str(log)))
+            endpoint.headers = lambda number, at=begun + call, process=process: process.kill() if number == at else None
             process.start()
             process.join(120)
             assert process.exitcode in (0, -signal.SIGKILL), log.read_text()
-            killed, step = process.exitcode != 0, step + 1
+            kills += process.exitcode != 0
         endpoint.headers = lambda number: {}
-        rows = run(experiment, url, "--generate.rows_per_shard", str(ROWS))
-    assert step > 4
+        rows = run(experiment, url, *whole)
+    assert kills > 4
     assert rows_billed(endpoint) == {str(n): 1 for n in range(ROWS)}
     assert len(endpoint.batches) == 1
     assert [said(row) for row in rows] == [f"You said “Number {n}.” — naïve 🦙." for n in range(ROWS)]
