@@ -537,7 +537,7 @@ def test_the_shipped_configuration_of_two_tokenizers_runs_to_its_report(smollm2,
     metrics = json.loads((run / "eval/metrics.json").read_text())
     (found,) = [model for model in metrics["models"] if model["name"] == "student"]
     for figure in ("kl", "bits_per_byte"):
-        assert 0 < found[figure]["low"] <= found[figure]["mean"] <= found[figure]["high"]
+        assert 0 <= found[figure]["low"] <= found[figure]["mean"] <= found[figure]["high"] > 0  # two prompts: it may begin at 0
     page = (run / "report.html").read_text()
     assert share in page
     assert f"{metrics['held_out']['classes']['count']:,} root classes" in page

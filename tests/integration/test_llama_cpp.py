@@ -102,5 +102,7 @@ def test_the_shipped_configuration_runs_to_its_report(address, smollm2, tiny, tm
     metrics = json.loads((run / "eval/metrics.json").read_text())
     (student,) = [model for model in metrics["models"] if model["name"] == "student"]
     for figure in ("nll", "bits_per_byte"):
-        assert 0 < student[figure]["low"] <= student[figure]["mean"] <= student[figure]["high"]
+        assert (
+            0 <= student[figure]["low"] <= student[figure]["mean"] <= student[figure]["high"] > 0
+        )  # two prompts: it may begin at 0
     assert "bits per byte" in (run / "report.html").read_text()

@@ -222,7 +222,7 @@ def test_creating_is_not_tried_again_before_it_is_known_whether_it_was_heard(ant
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "calls"),
-    [("openai", range(8)), ("anthropic", [0, 0, 1, 2, 0, 1])],  # that creates, lists, looks into, looks at, and reads
+    [("openai", [0, 1, 2, 3, 1, 2]), ("anthropic", [0, 0, 1, 2, 0, 1])],  # the last two look at the batch and read it
     indirect=["experiment"],
 )
 def test_a_kill_between_a_call_and_its_answer_pays_nothing_twice_and_loses_no_row(experiment, endpoint, calls):
@@ -240,7 +240,7 @@ def test_a_kill_between_a_call_and_its_answer_pays_nothing_twice_and_loses_no_ro
             kills += process.exitcode != 0
         endpoint.headers = lambda number: {}
         rows = run(experiment, url, *whole)
-    assert kills > 4
+    assert kills > 3
     assert rows_billed(endpoint) == {str(n): 1 for n in range(ROWS)}
     assert len(endpoint.batches) == 1
     assert [said(row) for row in rows] == [f"You said “Number {n}.” — naïve 🦙." for n in range(ROWS)]
