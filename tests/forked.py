@@ -6,7 +6,7 @@ There is one forkserver for all tests of a process: it is started once, with one
 import multiprocessing
 
 PRELOADED = ["trl", "peft", "llmdistill.cli", "llmdistill.training.trainer", "llmdistill.teachers.transformers"]
-PRELOADED += ["llmdistill.teachers.openai"]
+PRELOADED += ["llmdistill.teachers.openai", "llmdistill.teachers.anthropic"]
 PRELOADED += [
     f"llmdistill.stages.{name}"
     for name in ("generate", "score", "curate", "prune", "train", "rounds", "evaluate", "export", "report")

@@ -154,7 +154,7 @@ class Teacher(Section):
     """More fields of every request, such as `{reasoning_effort: low}`; one that is null is not sent (engines openai,
     anthropic)."""
     batch: bool = False
-    """Send each shard as one batch file, at a lower price, with the answers within a day (engine openai)."""
+    """Send each shard as one batch, at a lower price, with the answers within a day (engines openai, anthropic)."""
     price: Price | None = None
     budget: float | None = Field(default=None, gt=0)
     """Most to spend on this dataset, in the currency of `price`. No shard is begun that may cost more than what is left."""
@@ -240,8 +240,8 @@ class Teacher(Section):
             )
         if self.budget is not None and self.price is None:
             raise ValueError("budget needs price, in the same currency")
-        if self.engine != "openai" and (given := [name for name in ("tokenizer", "batch") if getattr(self, name)]):
-            raise ValueError(f"{given[0]} is for engine openai, engine is {self.engine}")
+        if self.engine != "openai" and self.tokenizer:
+            raise ValueError(f"tokenizer is for engine openai, engine is {self.engine}")
         if self.api == "completions" and (self.tokenizer is None or self.engine != "openai"):
             raise ValueError("api: completions sends the token ids of the prompt: it needs engine openai and tokenizer")
         return self

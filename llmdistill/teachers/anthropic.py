@@ -9,6 +9,7 @@ import numpy as np
 from llmdistill.runs.progress import say
 from llmdistill.teachers import Completion, EngineSpec, Request, Usage
 from llmdistill.teachers.answers import FinalAnswerError
+from llmdistill.teachers.anthropic_batches import AnthropicBatches
 from llmdistill.teachers.endpoint import Body, EndpointEngine
 from llmdistill.teachers.remote import Response
 
@@ -32,13 +33,15 @@ class AnthropicEngine(EndpointEngine):
         )
         self.gives = {"logprobs": False}
         say("teacher", f"{self.teacher.model} at {self.teacher.endpoint}: gives text, no log-probabilities")
+        self.batches = AnthropicBatches(self, spec.shared) if self.teacher.batch else None
 
     async def written(self, request: Request) -> Completion:
         """What the endpoint writes for a request."""
-        body = self._body(request)
-        return await self.paid(request, lambda: self._post(body), lambda answer: self._completion(request, answer))
+        body = self.body(request)
+        return await self.paid(request, lambda: self._post(body), lambda answer: self.completion(request, answer))
 
-    def _body(self, request: Request) -> Body:
+    def body(self, request: Request) -> Body:
+        """A request's body."""
         sampling, messages = self.sampling, request.messages or []
         system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
         body: Body = {
@@ -66,7 +69,12 @@ class AnthropicEngine(EndpointEngine):
         read, written = (int(told.get(f"cache_{name}_input_tokens") or 0) for name in ("read", "creation"))
         return Usage(int(told.get("input_tokens") or 0) + read + written, int(told.get("output_tokens") or 0), read)
 
-    def _completion(self, request: Request, answer: Any) -> Completion:
+    def completion(self, request: Request, answer: Any) -> Completion:
+        """What is kept of an answer.
+
+        Raises:
+            UnusableAnswerError: it is of no use.
+        """
         reason = answer["stop_reason"]
         if reason not in _REASONS:
             raise FinalAnswerError(_REFUSED.get(reason, "a finish reason other than end_turn or max_tokens"))

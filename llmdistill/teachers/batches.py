@@ -1,9 +1,8 @@
-"""Batch files of OpenAI's API: a shard is one batch, whose answers cost half and come within a day.
+"""Batches: a shard is one batch, whose answers cost half and come within a day.
 
-What is paid is paid once. Before a batch is created, its random name is on the disk, and the batch carries it as metadata: a
-worker that was killed in between finds the batch again by listing those that are there. The results of a finished batch can
-be read as often as one likes. A claim also holds the hash of what was asked, so that answers to other questions are never
-taken.
+What is paid is paid once. Before a batch is created, its random name is on the disk, and the batch carries it: a worker that was
+killed in between finds the batch again among all that are there. The results of a finished batch can be read as often as one
+likes. A claim also holds the hash of what was asked, so that answers to other questions are never taken.
 """
 
 import asyncio
@@ -12,45 +11,110 @@ import json
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import openai
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs import lock, record
+from llmdistill.runs.progress import say
 from llmdistill.teachers import Completion, Request, Usage, remote
 from llmdistill.teachers.answers import UnusableAnswerError
 from llmdistill.teachers.remote import given_up
 
 if TYPE_CHECKING:
-    from llmdistill.teachers.openai import OpenAIEngine
+    from llmdistill.teachers.endpoint import EndpointEngine
 
-ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-LABEL = "llmdistill"  # the key of a batch's metadata that has its name
 POLL = 30.0  # seconds between two looks at a batch
 SETTLES = 60.0  # seconds after which a batch that was created stands in the list of all
 _WAITING = 8  # batches of one worker that are unfinished at a time
 _TRIES = 3  # batches for the rows of one shard: those without an answer are asked for again
-_ENDED = ("completed", "failed", "expired", "cancelled")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is on the disk of a batch.
+
+    Attributes:
+        file: where it is.
+        asked: the hash of what the batch asks.
+        name: a random one, which the batch carries.
+        since: the time at which it was to be created.
+        id: what the API calls the batch; None while that is not known.
+    """
+
+    file: Path
+    asked: str
+    name: str
+    since: float
+    id: str | None
+
+    def write(self) -> None:
+        """So that it is there as a whole or not at all."""
+        record.write_json(self.file, {"asked": self.asked, "name": self.name, "since": self.since, "id": self.id})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a batch has for a request.
+
+    Attributes:
+        index: of the request, as the batch spells it.
+        answer: the body of the answer; None if there is none.
+        reason: why there is none.
+    """
+
+    index: str
+    answer: Any
+    reason: str = ""
 
 
 class Batches:
-    """Makes shards by batches.
+    """Makes shards by batches; how an API creates, lists and reads them is in a class of its own.
 
     Args:
         engine: whose client, bodies and checks are used.
         shared: the file beside the dataset, beside which the claims are kept.
     """
 
-    def __init__(self, engine: "OpenAIEngine", shared: Path | None) -> None:
+    def __init__(self, engine: "EndpointEngine", shared: Path | None) -> None:
         if shared is None:
             raise InputError("teacher.batch is for `generate`: other stages wait for every answer")
         self.engine = engine
         self.directory = shared.with_suffix(".batches")
         self._turn = asyncio.Lock()
+
+    def line(self, request: Request) -> bytes:
+        """What a request asks, as a line of JSON that is always the same."""
+        raise NotImplementedError
+
+    async def create(self, claim: Claim, requests: Sequence[Request]) -> str:
+        """Try once to create a batch that carries the claim's name; what the API calls it."""
+        raise NotImplementedError
+
+    async def find(self, claim: Claim, requests: Sequence[Request]) -> tuple[str | None, bool]:
+        """What the API calls the batch that carries the claim's name.
+
+        Returns:
+            None if no batch is known to carry it; and whether one that is listed may yet turn out to.
+        """
+        raise NotImplementedError
+
+    async def ended(self, claim: Claim) -> Any:
+        """The batch if nothing more comes, else None.
+
+        Raises:
+            InputError: the endpoint refuses what is in it.
+        """
+        raise NotImplementedError
+
+    async def results(self, claim: Claim, batch: Any) -> list[Result]:
+        """What a batch that has ended has for its requests, in any order."""
+        raise NotImplementedError
 
     def generate(self, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """The answers of each shard, as soon as its batch has ended; several shards wait at a time."""
@@ -81,114 +145,70 @@ class Batches:
             left = [request for request in requests if request.index not in found]
             if not left:
                 break
-            claim = self.directory / f"{requests[0].index:08d}-{attempt + 1}.json"
-            batch = await self._ended(await self._id(claim, left))
-            answered, failed = await self._results(batch, left)
-            found |= answered
-            reasons |= failed
+            claim = await self._claim(self.directory / f"{requests[0].index:08d}-{attempt + 1}.json", left)
+            while (batch := await self.ended(claim)) is None:
+                await asyncio.sleep(POLL)
+            by_index = {str(request.index): request for request in left}
+            for result in await self.results(claim, batch):
+                request = by_index.get(result.index)
+                if request is None or request.index in found:
+                    continue
+                if result.answer is None:
+                    reasons[request.index] = result.reason
+                else:
+                    found[request.index] = self._completion(request, result.answer)
         return [found.get(request.index) or given_up(request, _reason(reasons, request)) for request in requests]
 
-    async def _id(self, claim: Path, requests: list[Request]) -> str:
-        """The batch of a claim: the one that is there, or a new one."""
-        content = b"".join(self._line(request) for request in requests)
-        digest = hashlib.sha256(content).hexdigest()
+    async def _claim(self, file: Path, requests: list[Request]) -> Claim:
+        """The claim of a batch that is there: a found one, or a new one."""
+        digest = hashlib.sha256(b"".join(self.line(request) for request in requests)).hexdigest()
         self.directory.mkdir(parents=True, exist_ok=True)
         async with self._turn:
-            with lock.in_turn(claim):
-                held = record.read_json(claim)
-                if held is None or held.get("asked") != digest:
+            with lock.in_turn(file):
+                held = record.read_json(file)
+                fresh = held is None or held.get("asked") != digest
+                if fresh:
                     held = {"asked": digest, "name": secrets.token_hex(16), "since": time.time(), "id": None}
-                    record.write_json(claim, held)
-                    fresh = True
-                else:
-                    fresh = False
-                if held["id"] is None:
-                    found = None if fresh else await self._listed(held)
-                    held["id"] = found or await self._create(content, held["name"])
-                    record.write_json(claim, held)
-        return str(held["id"])
+                claim = Claim(file, **held)
+                if fresh:
+                    claim.write()
+                if claim.id is None:
+                    found = None if fresh else await self._found(claim, requests)
+                    claim = replace(claim, id=found or await self._created(claim, requests))
+                    claim.write()
+        return claim
 
-    def _line(self, request: Request) -> bytes:
-        engine = self.engine
-        body = engine.body(request, engine.found.top_logprobs, engine.found.taken)
-        line = {"custom_id": str(request.index), "method": "POST", "url": ENDPOINTS[engine.teacher.api], "body": body}
-        return json.dumps(line, ensure_ascii=False, sort_keys=True).encode() + b"\n"
-
-    async def _create(self, content: bytes, name: str) -> str:
-        """Upload what is asked, which costs nothing, and create the batch under its name, which does.
+    async def _created(self, claim: Claim, requests: list[Request]) -> str:
+        """What the API calls a new batch.
 
         Creating is not tried again by itself: whether the first try was heard is known by the list of all batches alone.
         """
-        client, url = self.engine.client, self.engine.teacher.endpoint
-        file = await self._patient(lambda: client.files.create(file=(f"{name}.jsonl", content), purpose="batch"))
+        url, reason = self.engine.teacher.endpoint, ""
         for _ in range(remote.TRIES):
             try:
-                batch = await client.batches.create(
-                    input_file_id=file.id,
-                    endpoint=ENDPOINTS[self.engine.teacher.api],  # type: ignore[arg-type]
-                    completion_window="24h",
-                    metadata={LABEL: name},
-                )
-                return str(batch.id)
-            except openai.OpenAIError as error:
+                return await self.create(claim, requests)
+            except self.engine.faults as error:
+                self._check(error)
                 reason = str(error)
-                if isinstance(error, openai.APIStatusError) and self.engine.is_final(error.response):
-                    raise InputError(f"{url} refuses: {self.engine.refusal(error.response)}") from None
-            if found := await self._listed({"name": name, "since": time.time()}):
+            if found := await self._found(replace(claim, since=time.time()), requests):
                 return found
         raise RemoteError(f"{url}: failed {remote.TRIES} times; last error: {reason}")
 
-    async def _listed(self, held: dict[str, Any]) -> str | None:
-        """The batch with a name, if it was created; looked for until it would be there."""
+    async def _found(self, claim: Claim, requests: list[Request]) -> str | None:
+        """What the API calls the batch of a claim, if it was created; looked for until that is certain."""
+        told = False
         while True:
-            late = time.time() > held["since"] + SETTLES
-            async for batch in await self._patient(self._all):
-                if (batch.metadata or {}).get(LABEL) == held["name"]:
-                    return str(batch.id)
-            if late:
-                return None
+            late = time.time() > claim.since + SETTLES
+            found, open_question = await self.find(claim, requests)
+            if found or (late and not open_question):
+                return found
+            if open_question and not told:
+                say(
+                    "teacher",
+                    f"waiting for a batch to end, to see whether it is that of {claim.file}, so that none is paid twice",
+                )
+                told = True
             await asyncio.sleep(min(POLL, SETTLES / 4))
-
-    async def _all(self) -> Any:
-        return await self.engine.client.batches.list(limit=100)
-
-    async def _ended(self, identity: str) -> Any:
-        """The batch, once nothing more comes.
-
-        Raises:
-            InputError: the endpoint refuses what is in it.
-        """
-        client = self.engine.client
-        while True:
-            batch = await self._patient(lambda: client.batches.retrieve(identity))
-            if batch.status in _ENDED:
-                break
-            await asyncio.sleep(POLL)
-        if batch.status == "failed":
-            errors = batch.errors.data if batch.errors and batch.errors.data else []
-            said = errors[0].message if errors else "the batch has failed"
-            raise InputError(f"{self.engine.teacher.endpoint} refuses the batch {identity}: {said}")
-        return batch
-
-    async def _results(self, batch: Any, requests: list[Request]) -> tuple[dict[int, Completion], dict[int, str]]:
-        """The answers of a batch that has ended, by index, in whatever order they are in; and why others have none."""
-        by_index = {str(request.index): request for request in requests}
-        found: dict[int, Completion] = {}
-        reasons: dict[int, str] = {}
-        for name in (batch.output_file_id, batch.error_file_id):
-            text = await self._content(name) if name else ""
-            for line in filter(None, text.split("\n")):
-                entry = json.loads(line)
-                request = by_index.get(str(entry.get("custom_id")))
-                if request is None or request.index in found:
-                    continue
-                response = entry.get("response") or {}
-                if response.get("status_code") == 200:
-                    found[request.index] = self._completion(request, response["body"])
-                    continue
-                error = entry.get("error") or (response.get("body") or {}).get("error") or {}
-                reasons[request.index] = f"an error in the batch ({error.get('code') or response.get('status_code')})"
-        return found, reasons
 
     def _completion(self, request: Request, answer: Any) -> Completion:
         usage = Usage()
@@ -199,32 +219,38 @@ class Batches:
             return given_up(request, str(error), usage)
         except (LookupError, TypeError, AttributeError) as error:
             return given_up(request, f"an answer of another shape ({type(error).__name__})", usage)
-        return Completion(**{**vars(made), "usage": usage})
+        return replace(made, usage=usage)
 
-    async def _content(self, name: str) -> str:
-        async def read() -> str:
-            content = await self.engine.client.files.content(name)
-            text = content.text
-            for line in filter(None, text.split("\n")):
-                json.loads(line)  # cut off in the middle is a fault of the network
-            return text
-
-        return await self._patient(read)
-
-    async def _patient(self, call: Any) -> Any:
+    async def patient(self, call: Callable[[], Awaitable[T]]) -> T:
         """A call that costs nothing, again and again while the fault is the endpoint's or the network's."""
         reason = ""
+        faults: tuple[type[Exception], ...] = (*self.engine.faults, ValueError)
         for attempt in range(remote.TRIES):
             try:
                 return await call()
-            except openai.APIStatusError as error:
-                if self.engine.is_final(error.response):
-                    raise InputError(f"{self.engine.teacher.endpoint} refuses: {self.engine.refusal(error.response)}") from None
-                reason = str(error)
-            except (*self.engine.faults, ValueError) as error:
+            except faults as error:
+                self._check(error)
                 reason = str(error)
             await asyncio.sleep(min(0.5 * 2**attempt, remote.LONGEST_PAUSE))
         raise RemoteError(f"{self.engine.teacher.endpoint}: failed {remote.TRIES} times; last error: {reason}")
+
+    def _check(self, error: Exception) -> None:
+        """Refuse a response that would be the same again."""
+        response = getattr(error, "response", None)
+        if response is not None and self.engine.is_final(response):
+            raise InputError(f"{self.engine.teacher.endpoint} refuses: {self.engine.refusal(response)}") from None
+
+
+def lines(text: str) -> list[Any]:
+    """The objects in a text that has one a line.
+
+    Raises:
+        ValueError: it has something else, such as a line that a fault of the network has cut off.
+    """
+    found = [json.loads(line) for line in text.split("\n") if line]
+    if not all(isinstance(entry, dict) for entry in found):
+        raise ValueError("a line that is no JSON object")
+    return found
 
 
 def _reason(reasons: dict[int, str], request: Request) -> str:

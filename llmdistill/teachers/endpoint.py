@@ -9,6 +9,7 @@ from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import end_of_turn
 from llmdistill.teachers import Completion, EngineSpec, Request, Usage
 from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, message
+from llmdistill.teachers.batches import Batches
 from llmdistill.teachers.limits import Limits
 from llmdistill.teachers.remote import RemoteEngine, Response, given_up, key_of
 
@@ -19,6 +20,9 @@ NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that wa
 
 class EndpointEngine(RemoteEngine):
     """Sends conversations, and keeps to what the endpoint and its other workers leave."""
+
+    batches: Batches | None = None
+    """What makes shards by batches, with `teacher.batch`."""
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec.teacher)
@@ -32,8 +36,8 @@ class EndpointEngine(RemoteEngine):
         self.end_id: int = tokenizer.eos_token_id if end is None else end
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Continue every request."""
-        return self.answers(batches, self.written)
+        """Continue every request, one by one or a batch a shard."""
+        return self.batches.generate(batches) if self.batches else self.answers(batches, self.written)
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Endpoints read no given text, but for those that say so."""
@@ -77,6 +81,14 @@ class EndpointEngine(RemoteEngine):
 
     def usage(self, answer: Any) -> Usage:
         """The tokens that an answer says it bills."""
+        raise NotImplementedError
+
+    def completion(self, request: Request, answer: Any) -> Completion:
+        """What is kept of an answer.
+
+        Raises:
+            UnusableAnswerError: it is of no use.
+        """
         raise NotImplementedError
 
     def encoded(self, request: Request, text: str, finish_reason: str) -> list[int]:

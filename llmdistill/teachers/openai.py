@@ -17,8 +17,8 @@ from llmdistill.models.token_bytes import token_bytes
 from llmdistill.runs.progress import say
 from llmdistill.teachers import Completion, EngineSpec, Request, Usage
 from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError
-from llmdistill.teachers.batches import Batches
 from llmdistill.teachers.endpoint import Body, EndpointEngine
+from llmdistill.teachers.openai_batches import OpenAIBatches
 from llmdistill.teachers.probe import Gives, probe
 from llmdistill.teachers.remote import Response
 from llmdistill.teachers.token_matching import Matched, TokenMatcher, chunks_of, entries_of
@@ -50,11 +50,7 @@ class OpenAIEngine(EndpointEngine):
         self.found: Gives = self.wait(probe(self, reads=spec.reads_with is not None))
         self.gives = asdict(self.found)
         say("teacher", f"{self.teacher.model} at {self.teacher.endpoint}: {self.found}")
-        self.batches = Batches(self, spec.shared) if self.teacher.batch else None
-
-    def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Continue every request, one by one or a batch file a shard."""
-        return self.batches.generate(batches) if self.batches else super().generate(batches)
+        self.batches = OpenAIBatches(self, spec.shared) if self.teacher.batch else None
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Read every request's text, as the echo of a prompt."""

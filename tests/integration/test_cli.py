@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from llmdistill import cli, load_dataset
+from llmdistill.data.dataset import read_manifest
 from tests.conftest import ROOT, run_cli
+from tests.factories import write_foreign
 
 
 @pytest.fixture(scope="module")
@@ -513,3 +515,29 @@ def test_sigterm_ends_with_status_143_and_keeps_what_is_finished(experiment_file
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     assert list(data.glob("train-*.parquet"))
+
+
+def test_the_shipped_configuration_of_two_tokenizers_runs_to_its_report(smollm2, tmp_path):
+    """`configs/other-tokenizer.yaml`, with the exact engine and small models, few prompts and few steps."""
+    student, run = write_foreign(tmp_path / "student"), tmp_path / "run"
+    train = "{max_steps: 3, save_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-3, gradient_checkpointing: false}"
+    done = run_cli(
+        "run", "configs/other-tokenizer.yaml", "--output", run, "--teacher.model", smollm2, "--teacher.engine", "transformers",
+        "--teacher.tensor_parallel_size", 1, "--prompts.limit", 8, "--generate.samples", 1, "--generate.max_tokens", 16,
+        "--student.model", student, "--train.args", train,
+        "--eval", "{held_out: 0.25, resamples: 200, own_prompts: 0, samples: 1, sample_tokens: 4}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alignment = read_manifest(run / "retokenized")["alignment"]
+    rows = [row for split in ("train", "test") for row in load_dataset(run / "retokenized", split)]
+    assert alignment["positions"] == sum(len(row["input_ids"]) - int(row["completion_start"]) for row in rows)
+    assert alignment["soft"] == sum(int((row["target_places"] >= 0).sum()) for row in rows) > 0
+    share = f"{100 * alignment['soft'] / alignment['positions']:.1f}% with a soft target"
+    assert share in done.stdout
+    metrics = json.loads((run / "eval/metrics.json").read_text())
+    (found,) = [model for model in metrics["models"] if model["name"] == "student"]
+    for figure in ("kl", "bits_per_byte"):
+        assert 0 <= found[figure]["low"] <= found[figure]["mean"] <= found[figure]["high"] > 0  # two prompts: it may begin at 0
+    page = (run / "report.html").read_text()
+    assert share in page
+    assert f"{metrics['held_out']['classes']['count']:,} root classes" in page

@@ -1,6 +1,7 @@
 """llama.cpp's own server, as xllamacpp carries it, as a teacher: the demo teacher in the quantised file that it was made from."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import torch
 
 from llmdistill import load_dataset
 from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.dataset import read_manifest
 from llmdistill.models.loading import load_model
 from tests.conftest import ROOT, run_cli
 from tests.integration.test_server import free_port
@@ -78,3 +80,29 @@ student: {{model: {smollm2}}}
     assert known_NK.float().mean() > 0.99
     same = (batch["target_ids"][:, :, None] == logprobs_NV.topk(20).indices[:, None, :]).any(-1)
     assert same[known_NK].float().mean() > 0.9
+
+
+def test_the_shipped_configuration_runs_to_its_report(address, smollm2, tiny, tmp_path):
+    """`configs/api.yaml`, with this server and small models, few prompts and few steps."""
+    train = "{max_steps: 3, save_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-3, gradient_checkpointing: false}"
+    done = run_cli(
+        "run", "configs/api.yaml", "--output", tmp_path / "run", "--teacher.model", "small", "--teacher.url", address,
+        "--teacher.tokenizer", smollm2, "--teacher.concurrency", 1, "--prompts.limit", 8, "--generate.max_tokens", 24,
+        "--generate.rows_per_shard", 4, "--curate.0.finish_reason.keep", "[stop, length]", "--student.model", tiny,
+        "--train.args", train, "--eval", "{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    manifest = read_manifest(run / "data")
+    assert manifest["rows"] == 8
+    assert (manifest["gives"]["logprobs"], manifest["gives"]["top_logprobs"], manifest["gives"]["token_ids"]) == (True, 21, True)
+    cost = manifest["cost"]
+    assert 0 < cost["total"] < 5
+    assert cost["total"] == pytest.approx((0.1 * cost["input_tokens"] + 0.3 * cost["output_tokens"]) / 1e6)
+    metrics = json.loads((run / "eval/metrics.json").read_text())
+    (student,) = [model for model in metrics["models"] if model["name"] == "student"]
+    for figure in ("nll", "bits_per_byte"):
+        assert (
+            0 <= student[figure]["low"] <= student[figure]["mean"] <= student[figure]["high"] > 0
+        )  # two prompts: it may begin at 0
+    assert "bits per byte" in (run / "report.html").read_text()

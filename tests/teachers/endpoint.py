@@ -1,4 +1,5 @@
-"""A double of an endpoint with OpenAI's API: real HTTP on this machine, made-up answers, and a count of what it bills.
+"""A double of an endpoint with OpenAI's API and of Anthropic's batches: real HTTP on this machine, made-up answers, and a count
+of what it bills.
 
 It writes a text that follows from the last message, in the tokens of a real tokenizer, each with a distribution that follows
 from its place. A test changes answers (`change`) or whole responses (`fault`), and reads what was asked and billed.
@@ -11,9 +12,11 @@ import random
 import re
 import threading
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ class Endpoint:
         fault: given the number of a call and its path, a status with headers and a body to send instead; or "cut", "reset".
         change: changes an answer before it is sent.
         delay: seconds that a batch takes.
+        lost: whether a request of a batch gets no answer, by its number; for Anthropic's also "expired" or "canceled".
     """
 
     def __init__(self, tokenizer: Any, most: int = 20) -> None:
@@ -47,7 +51,7 @@ class Endpoint:
         self.batches: dict[str, dict[str, Any]] = {}
         self.delay = 0.3
         self.losses: dict[str, set[str]] = {}
-        self.lost: Callable[[str], bool] = lambda custom_id: False
+        self.lost: Callable[[str], Any] = lambda custom_id: False
         self.keys: set[str] = set()
         self.lock = threading.Lock()
 
@@ -159,6 +163,8 @@ def serving(endpoint: Endpoint):
                 return 200, {"id": name, "object": "file", "bytes": 1, "created_at": 0, "filename": "x", "purpose": "batch"}
             if found := re.fullmatch(r"/files/([\w-]+)/content", path):
                 return 200, endpoint.files[found[1]]
+            if path.startswith("/messages/batches"):
+                return message_batches(endpoint, self.command, self.path.removeprefix("/v1/messages/batches"), content)
             if path == "/batches" and self.command == "POST":
                 return 200, new_batch(endpoint, json.loads(content))
             if path == "/batches":
@@ -227,6 +233,85 @@ def looked_at(endpoint: Endpoint, name: str) -> dict[str, Any]:
                 batch[key] = f"{name}-{key}" if lines else None
             batch["status"] = "completed"
     return batch
+
+
+def message_batches(endpoint: Endpoint, command: str, path: str, content: bytes) -> tuple[int, Any]:
+    """Anthropic's calls: one that creates a batch, a list in pages of two, one batch, and its results, in any order."""
+    name, _, query = path.strip("/").partition("?")
+    if command == "POST":
+        return new_message_batch(endpoint, json.loads(content)["requests"])
+    with endpoint.lock:
+        everything = {identity: seen(batch, endpoint) for identity, batch in reversed(endpoint.batches.items())}
+    if name.endswith("/results"):
+        identity = name.removesuffix("/results")
+        lines = [message_result(endpoint, identity, request) for request in endpoint.batches[identity]["requests"]]
+        random.Random(identity).shuffle(lines)
+        return 200, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if name:
+        return 200, everything[name]
+    order = list(everything)
+    after = urllib.parse.parse_qs(query).get("after_id")
+    rest = order[order.index(after[0]) + 1 :] if after else order
+    page = rest[:2]
+    ends = {"first_id": page[0], "last_id": page[-1]} if page else {"first_id": None, "last_id": None}
+    return 200, {"data": [everything[identity] for identity in page], "has_more": len(rest) > 2, **ends}
+
+
+def new_message_batch(endpoint: Endpoint, requests: list[dict[str, Any]], delay: float | None = None) -> tuple[int, Any]:
+    """Take a batch in, and bill each of its rows that will have an answer; `delay` is its own, if it has one."""
+    names = [request["custom_id"] for request in requests]
+    if len(set(names)) < len(names) or not all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", name) for name in names):
+        return 400, {"type": "error", "error": {"type": "invalid_request_error", "message": "custom_id"}}
+    with endpoint.lock:
+        identity = f"msgbatch_{len(endpoint.batches)}"
+        endpoint.batches[identity] = {"id": identity, "requests": requests, "created": time.time(), "delay": delay, "losses": {}}
+        losses = {name: kind for name in names if (kind := endpoint.lost(name.rpartition("-")[2]))}
+        endpoint.batches[identity]["losses"] = losses
+        endpoint.billed.update(name.rpartition("-")[2] for name in names if name not in losses)
+        return 200, seen(endpoint.batches[identity], endpoint)
+
+
+def seen(batch: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """A batch as Anthropic shows it now."""
+    delay = endpoint.delay if batch["delay"] is None else batch["delay"]
+    ended = time.time() > batch["created"] + delay
+    counts = Counter(batch["losses"].get(request["custom_id"], "succeeded") for request in batch["requests"])
+    counts["errored"] += counts.pop(True, 0)
+    shown = counts if ended else {"processing": len(batch["requests"])}
+    date = datetime.fromtimestamp(batch["created"], UTC).isoformat().replace("+00:00", "Z")
+    return {
+        "id": batch["id"],
+        "type": "message_batch",
+        "archived_at": batch.get("archived_at"),
+        "cancel_initiated_at": None,
+        "created_at": date,
+        "ended_at": date if ended else None,
+        "expires_at": date,
+        "processing_status": "ended" if ended else "in_progress",
+        "request_counts": {name: shown.get(name, 0) for name in ("processing", "succeeded", "errored", "canceled", "expired")},
+        "results_url": "http://elsewhere.invalid/results" if ended else None,
+    }
+
+
+def message_result(endpoint: Endpoint, identity: str, request: dict[str, Any]) -> dict[str, Any]:
+    """A line of the results."""
+    name, body = request["custom_id"], request["params"]
+    kind = endpoint.batches[identity]["losses"].get(name)
+    if kind is True:
+        error = {"type": "error", "error": {"type": "api_error", "message": "Internal server error"}}
+        return {"custom_id": name, "result": {"type": "errored", "error": error}}
+    if kind:
+        return {"custom_id": name, "result": {"type": kind}}
+    answer = endpoint.answer(body)
+    (choice,) = answer["choices"]
+    message = {
+        "type": "message",
+        "role": "assistant",
+        "content": [{"type": "text", "text": choice["message"]["content"]}],
+        "stop_reason": {"stop": "end_turn", "length": "max_tokens"}[choice["finish_reason"]],
+        "usage": {"input_tokens": answer["usage"]["prompt_tokens"], "output_tokens": answer["usage"]["completion_tokens"]},
+    }
+    return {"custom_id": name, "result": {"type": "succeeded", "message": endpoint.change(message, body)}}
 
 
 def write_numbers(directory: Path, rows: int) -> Path:
