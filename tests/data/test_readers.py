@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmdistill.data.dataset import Row, rows_to_table, write_shard
-from llmdistill.data.targets import KINDS
+from llmdistill.data.targets import KINDS, SampledLogprobs
 
 WITH_TARGETS = [name for name, kind in KINDS.items() if kind.size]
 
@@ -20,8 +20,11 @@ def shard(request, tmp_path_factory):
     kind, generator, rows = KINDS[request.param], np.random.default_rng(0), []
     for number in range(5):
         logprobs = torch.from_numpy(generator.normal(size=(4 + number, 1000)) * 2).log_softmax(-1)
-        ids = kind.keep(logprobs, 12, torch.from_numpy(generator.random((len(logprobs), kind.uniforms(12)))))
-        soft = kind.from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
+        drawn = SampledLogprobs if kind.of_writer else kind  # what the student draws, the teacher tells
+        ids = drawn.keep(logprobs, 12, torch.from_numpy(generator.random((len(logprobs), drawn.uniforms(12)))))
+        soft = drawn.from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
+        if kind.of_writer:
+            soft = kind.of_sample(soft, logprobs.gather(1, ids).numpy() - 0.5)
         message = [{"role": "user", "content": f"q{number}"}]
         written = np.arange(len(logprobs))
         row = Row(str(number), message, message, [1, 2, 3], written, "stop", np.full(len(written), -0.5), soft, -1.0)
