@@ -201,7 +201,8 @@ def test_wrong_input_ends_the_pipeline_and_keeps_what_is_there(cluster, tiny, tm
 def test_cancelling_ends_all_of_it(cluster, tiny, tmp_path):
     file = write_experiment(tiny, tmp_path)
     output = tmp_path / "run"
-    assert run_cli("submit", file, "--output", output, *settings(1), **cluster).returncode == 0
+    long = ["--generate.rows_per_shard", "1", "--generate.max_tokens", "64", "--generate.samples", "500"]  # minutes of work
+    assert run_cli("submit", file, "--output", output, *settings(1), *long, **cluster).returncode == 0
     cancelled = run_cli("cancel", output, **cluster)
     assert cancelled.returncode == 0, cancelled.stderr
     assert "generate (" in cancelled.stdout
