@@ -29,13 +29,15 @@ def difference(low, high):
         ((-0.2, -0.1), (-0.1, -0.02), False),
     ],
 )
-def test_only_what_is_not_worse_is_promoted(tiny, tmp_path, kl, tasks, promoted):
+@pytest.mark.parametrize("models", [["teacher", "student"], ["student"]], ids=["with its weights", "behind an API"])
+def test_only_what_is_not_worse_is_promoted(tiny, tmp_path, models, kl, tasks, promoted):
     from llmdistill.config import load_experiment
 
     file = write_experiment(tiny, tmp_path)
     experiment = load_experiment(file, [("refresh", "{margin: 0.02}")])
     output = tmp_path / "run"
-    metrics = {"differences": [difference(*kl)]}
+    by = "kl" if "teacher" in models else "nll"
+    metrics = {"models": [{"name": name} for name in models], "differences": [{**difference(*kl), "metric": by}]}
     if tasks:
         metrics["tasks"] = {"together": {"differences": [{"against": "student before", **difference(*tasks)}]}}
     (output / "versions/2/eval").mkdir(parents=True)
