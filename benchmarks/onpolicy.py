@@ -11,6 +11,7 @@ over repeated draws. A noise falls with the square root of the positions, a bias
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class Measured:
         self.total += float((log_q.exp() * (log_q - log_p)).sum())
         samples = [self._samples(log_p, log_q, n) for _ in range(self.repeats) for n in (8, 16, 32)]
         for loss in ("reverse_kl", *OTHERS):
-            exact = dense(log_q, lambda logits, loss=loss: losses.divergence(loss, log_p, logits))
+            exact = dense(log_q, partial(losses.divergence, loss, log_p))
             for block, part in blocks(start, len(log_p)):
                 self._put(self.exact.setdefault(loss, []), block, exact[part].sum(0).numpy())
             found = {TOP: [top_k(loss, log_p, log_q, log_p, 64)]}

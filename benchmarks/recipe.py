@@ -261,7 +261,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         ]
         super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for part in self.parts:
             part.step()
 

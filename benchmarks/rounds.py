@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import synthetic
 from found import argument_parser, report
@@ -59,7 +60,8 @@ def compare(arguments, tiny):
     """A row for each way."""
     both = {"train.compare_text_only": "false", "eval.tasks": "[]", "export": "null"}
     both |= {"eval.own_prompts": "34", "eval.own_tokens": "96", "generate.temperature": "1.0", "eval.samples": "0"}
-    table, firsts = [], {}
+    table: list[Any] = []
+    firsts: dict[str, Any] = {}
     for number, (name, targets, share) in enumerate(WAYS):
         output = arguments.output / str(number)
         first = firsts.setdefault(targets, output)
