@@ -100,6 +100,7 @@ def test_it_carries_what_stands_at_the_top_of_the_repository(wheel):
         *ROOT.glob("prompts/**/*.*"),
         *ROOT.glob("configs/**/*.yaml"),
         *ROOT.glob("configs/**/*.jsonl"),
+        *ROOT.glob("configs/**/*.json"),
         *ROOT.glob("docs/**/*.md"),
     ]
     assert carried == {f"llmdistill/shipped/{file.relative_to(ROOT)}": file.read_bytes() for file in files}
