@@ -19,19 +19,11 @@ import numpy as np
 import synthetic
 import torch
 from found import argument_parser, report
-from targets import TEACHER, encoded_size
+from targets import TEACHER, distributions, encoded_size
 from torch import Tensor
 
 from llmdistill import losses
-from llmdistill.config import Generate, Prompts, Targets, Teacher
-from llmdistill.config.student import Prune
-from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.targets import SampledByStudent, SampledLogprobs, SoftTargets, TopK
-from llmdistill.models.loading import load_model, load_tokenizer
-from llmdistill.stages.prompts import load_prompts
-from llmdistill.students.pruning import choose, prune_model
-from llmdistill.teachers import EngineSpec, Request
-from llmdistill.teachers.transformers import TransformersEngine
 
 BLOCK = 125
 SIZES = (125, 250, 500, 1000, 5000)
@@ -53,7 +45,9 @@ def main() -> None:
         if arguments.smoke:
             arguments.positions, arguments.repeats = 2 * BLOCK, 2
         measured = Measured(arguments.repeats)
-        for log_p, log_q, written in texts(arguments.positions, teacher, arguments.student):
+        for log_p, log_q, written in distributions(
+            arguments.positions, teacher, arguments.student, lambda layers: max(layers - 4, 1), dtype="float32", by_student=True
+        ):
             measured.add(log_p, log_q, written)
     sizes = [size for size in SIZES if size <= arguments.positions]
     print(f"reverse KL {measured.reverse_kl:.2f} nats, {arguments.positions:,} positions\n")
@@ -271,44 +265,6 @@ def own_log_ratio(soft: SampledByStudent, log_q: Tensor) -> Tensor:
     """The mean log ratio of the sample's own drawn tokens."""
     drawn = torch.from_numpy(np.arange(log_q.shape[1]) >= soft.exact_N[:, None])
     return ((log_q - torch.from_numpy(np.asarray(soft.logprobs_NK))) * drawn).sum(1) / drawn.sum(1)
-
-
-def texts(positions: int, teacher_path: str, student_path: str | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Log-probabilities of teacher and student and the written tokens, of each text that the student writes."""
-    tokenizer = load_tokenizer(teacher_path, None)
-    prompts = load_prompts(Prompts(source="prompts/seeds/general.jsonl", template="prompts/instruct.yaml"))
-    ids = [
-        tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for prompt in prompts
-    ]
-    engine = TransformersEngine(
-        EngineSpec(
-            teacher=Teacher(model=teacher_path, engine="transformers", dtype="float32", batch_size=16),
-            sampling=Generate(max_tokens=96, temperature=1.0),
-            kept=Targets(kind="none"),
-            end_ids=[tokenizer.eos_token_id],
-            max_model_len=max(map(len, ids)) + 96,
-        )
-    )
-    (teacher,) = engine.models
-    fewer = Prune(layers=max(teacher.config.num_hidden_layers - 4, 1), by="even")
-    student = (
-        load_model(student_path, dtype="float32") if student_path else prune_model(teacher, choose(fewer, teacher.config, None))
-    )
-    engine.models = [student.eval()]
-    left = positions
-    for start in range(0, len(ids), 16):
-        batch = [Request(index, ids[index], seed=index) for index in range(start, min(start + 16, len(ids)))]
-        for completion, request in zip(engine.generate([batch]), batch, strict=True):
-            row = {"input_ids": [*request.prompt_ids, *completion.ids], "completion_start": len(request.prompt_ids)}
-            with torch.inference_mode():
-                collated = DistillCollator(0)([row])
-                both = [completion_logits(model, collated)[:left].float().log_softmax(-1) for model in (teacher, student)]
-            yield both[0].clone(), both[1].clone(), torch.from_numpy(completion.ids[: len(both[0])])[:, None]
-            left -= len(both[0])
-            if not left:
-                return
-    raise SystemExit(f"the seed list gives {positions - left:,} positions only")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ import torch
 from found import argument_parser, report
 
 from llmdistill.config import Generate, Prompts, Targets, Teacher
+from llmdistill.config.section import Dtype
 from llmdistill.config.student import Prune
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.convert.distillkit import Compression, pack
@@ -101,7 +102,7 @@ def measure(temperature: float, positions: int, teacher: str, student: str | Non
     exact_norms, exact_sums = [], []
     pending: dict[str, Any] = {}
     count = 0
-    for log_p, log_q in distributions(temperature, positions, teacher, student):
+    for log_p, log_q, _ in distributions(positions, teacher, student, lambda layers: layers // 2, temperature):
         exact = log_q.exp() - log_p.exp()
         exact_norms.append(exact.norm(dim=1).numpy())
         gradients = {"exact": exact}
@@ -202,9 +203,25 @@ def capture(log_p: torch.Tensor, config: Compression) -> tuple[dict[str, Array],
 
 
 def distributions(
-    temperature: float, positions: int, teacher_path: str, student_path: str | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Log-probabilities of teacher and student at the completion positions of text that the teacher writes."""
+    positions: int,
+    teacher_path: str,
+    student_path: str | None,
+    layers: Callable[[int], int],
+    temperature: float = 1.0,
+    dtype: Dtype = "auto",
+    by_student: bool = False,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Log-probabilities of teacher and student (N, V) and the written tokens (N, 1), text by text.
+
+    Args:
+        positions: how many there are in all.
+        teacher_path: the teacher's directory.
+        student_path: the student's; None for the teacher with fewer layers.
+        layers: how many of so many stay then.
+        temperature: of the text.
+        dtype: of both models.
+        by_student: whether the student writes, and not the teacher.
+    """
     tokenizer = load_tokenizer(teacher_path, None)
     prompts = load_prompts(Prompts(source="prompts/seeds/general.jsonl", template="prompts/instruct.yaml"))
     ids = [
@@ -213,7 +230,7 @@ def distributions(
     ]
     engine = TransformersEngine(
         EngineSpec(
-            teacher=Teacher(model=teacher_path, engine="transformers", batch_size=16),
+            teacher=Teacher(model=teacher_path, engine="transformers", dtype=dtype, batch_size=16),
             sampling=Generate(max_tokens=96, temperature=temperature),
             kept=Targets(kind="none"),
             end_ids=[tokenizer.eos_token_id],
@@ -221,8 +238,11 @@ def distributions(
         )
     )
     (teacher,) = engine.models
-    half = choose(Prune(layers=teacher.config.num_hidden_layers // 2, by="even"), teacher.config, None)
-    student = load_model(student_path) if student_path else prune_model(teacher, half)
+    fewer = Prune(layers=layers(teacher.config.num_hidden_layers), by="even")
+    kept = choose(fewer, teacher.config, None)
+    student = load_model(student_path, dtype=dtype) if student_path else prune_model(teacher, kept)
+    if by_student:
+        engine.models = [student.eval()]
     requests = [Request(index, prompt_ids, seed=index) for index, prompt_ids in enumerate(ids)]
     left = positions
     for start in range(0, len(requests), 16):
@@ -233,7 +253,7 @@ def distributions(
                 collated = DistillCollator(0)([row])
                 both = [completion_logits(model, collated)[:left].float().log_softmax(-1) for model in (teacher, student)]
             left -= len(both[0])
-            yield both[0].clone(), both[1].clone()
+            yield both[0].clone(), both[1].clone(), torch.from_numpy(completion.ids[: len(both[0])])[:, None]
             if not left:
                 return
     raise SystemExit(f"the seed list gives {positions - left:,} positions only")

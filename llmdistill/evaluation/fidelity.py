@@ -100,7 +100,7 @@ def token_view(teacher: Any, student: Any, row: Any, tokenizer: Any, most: int) 
     cut: dict[str, Any] = {"input_ids": np.asarray(row["input_ids"])[: start + most], "completion_start": start}
     batch = {name: values.to(teacher.device) for name, values in DistillCollator(pad_token_id=0)([cut]).items()}
     with torch.inference_mode():
-        size = _common_size((teacher, student))
+        size = common_size((teacher, student))
         p_NV, q_NV = (completion_logits(model, batch)[:, :size].float().log_softmax(-1) for model in (teacher, student))
         kl_N = (p_NV.exp() * (p_NV - q_NV)).sum(-1).tolist()
         p_best, q_best = p_NV.topk(5), q_NV.topk(5)
@@ -153,7 +153,7 @@ def _batches(
 
     from llmdistill.data.collator import DistillCollator, completion_logits, text_only
 
-    collate, size = DistillCollator(pad_token_id=0), _common_size(models.values())
+    collate, size = DistillCollator(pad_token_id=0), common_size(models.values())
     for first in range(0, len(rows), batch_size):
         chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
         lengths = np.array([len(row["input_ids"]) - int(row["completion_start"]) for row in chunk])
@@ -189,7 +189,7 @@ def _arrays(found: dict[str, Any]) -> dict[str, Array]:
     return {name: value.double().cpu().numpy() for name, value in found.items()}
 
 
-def _common_size(models: Iterable[Any]) -> int:
+def common_size(models: Iterable[Any]) -> int:
     """The tokens that all models have: the output layer of one may be padded further than another's."""
     return min(int(model.config.get_text_config().vocab_size) for model in models)
 

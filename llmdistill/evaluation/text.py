@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmdistill.data.targets import TopK, kind_of
-from llmdistill.evaluation.fidelity import Report
+from llmdistill.evaluation.fidelity import Report, common_size
 from llmdistill.evaluation.metrics import QUANTITIES_OF_TEXT, Positions
 from llmdistill.evaluation.statistics import Array
 
@@ -42,8 +42,7 @@ def text_sums(
     from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits, text_only
 
     device = next(iter(models.values())).device
-    size = min(int(model.config.get_text_config().vocab_size) for model in models.values())
-    collate = DistillCollator(pad_token_id=0, vocab_size=size)
+    collate = DistillCollator(pad_token_id=0, vocab_size=common_size(models.values()))
     parts: dict[str, list[Array]] = {}
     for first in range(0, len(rows), batch_size):
         chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]

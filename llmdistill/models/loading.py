@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -297,6 +297,11 @@ def vocabulary_hash(tokenizer: Any) -> str:
     """Identifies which token has which id; models of one family agree here even when their matrices are padded apart."""
     content = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def token_identity(tokenizer: Any, end_ids: Iterable[int]) -> tuple[Any, ...]:
+    """What two tokenizers have alike if they make the same token ids of the same conversation and its end."""
+    return vocabulary_hash(tokenizer), tokenizer.chat_template, tuple(sorted(end_ids))
 
 
 def describe_tokenizer(tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from llmdistill.students.sides import training_dataset
 # The KL from the teacher is a first look, not an evaluation: so many rows, and so many of the first tokens of each.
 _LOOKED_AT = 12
 _TOKENS = 83
-_BATCH = 4
 
 
 def prune(experiment: Experiment, dry_run: bool = False) -> None:

@@ -4,7 +4,6 @@ Block influence looks at each layer of the whole model. What a layer is worth de
 refit makes good; so here each removal is tried.
 """
 
-import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,11 +17,10 @@ from llmdistill.data.collator import DistillCollator, completion_logits, replace
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 from llmdistill.students.pruning import Importance, Kept, choose, measure, prune_model
-from llmdistill.students.refit import Path, Sweep, batches_of, refit, residual_paths, solve
+from llmdistill.students.refit import ResidualPath, Sweep, batches_of, refit, residual_paths, solve
 
 _CANDIDATES = 10  # layers tried for each removal, those with the least block influence in the student so far
 _JUDGED = 4  # one calibration row in so many is not solved on: the KL is measured on it
-
 
 Removed = list[tuple[int, float]]  # layers in the order in which they went, each with the KL that it left
 
@@ -90,15 +88,16 @@ def layers_by_kl(teacher: Any, rows: Sequence[dict[str, Any]], keep: int, ridge:
     if isinstance(paths, str):
         raise InputError(f"student.prune.by: kl refits, but {paths}; choose block_influence")
     nearness = TeacherKl(teacher, judged)
-    layers, removed = list(range(teacher.config.num_hidden_layers)), []
-    student = copy.deepcopy(teacher)
+    layers = list(range(teacher.config.num_hidden_layers))
+    removed: Removed = []
     while len(layers) > keep:
+        kept = choose(Prune(layers=layers), teacher.config, None)
+        student = prune_model(teacher, kept)
+        if removed:
+            refit(student, teacher, kept, solved_on, ridge)
         tried = _tried(student, teacher, layers, solved_on, nearness, paths, ridge)
         place, kl = min(tried, key=lambda found: found[1])
         removed.append((layers.pop(place), kl))
-        kept = choose(Prune(layers=layers), teacher.config, None)
-        student = prune_model(teacher, kept)
-        refit(student, teacher, kept, solved_on, ridge)
     return layers, removed
 
 
@@ -109,7 +108,7 @@ def _tried(
     layers: list[int],
     rows: Sequence[dict[str, Any]],
     nearness: TeacherKl,
-    paths: list[Path],
+    paths: list[ResidualPath],
     ridge: float,
 ) -> list[tuple[int, float]]:
     """The place of each candidate in the student, and the KL without it."""

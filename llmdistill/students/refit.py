@@ -31,7 +31,7 @@ _STEPS = 4  # with the norm's divisors held fixed; the first one or two do nearl
 
 
 @dataclass(frozen=True)
-class Path:
+class ResidualPath:
     """How a layer adds what `down_proj` gives: its output = what does not depend on it + scale · norm(down_proj(a)).
 
     Attributes:
@@ -95,7 +95,7 @@ def refit(
 
 
 def solve(
-    sweep: "Sweep", number: int, targets: list[Tensor], path: Path, ridge: float
+    sweep: "Sweep", number: int, targets: list[Tensor], path: ResidualPath, ridge: float
 ) -> tuple[list[Tensor], tuple[float, float]]:
     """Solve for the `down_proj` of layer `number`, in place.
 
@@ -180,7 +180,7 @@ def ridge_solution(gram_FF: Tensor, cross_FD: Tensor, ridge: float) -> Tensor:
 
 
 @torch.no_grad()
-def residual_paths(model: Any, rows: Sequence[dict[str, Any]]) -> list[Path] | str:
+def residual_paths(model: Any, rows: Sequence[dict[str, Any]]) -> list[ResidualPath] | str:
     """For every layer how it adds the output of `down_proj`.
 
     It is measured, by adding known numbers behind `down_proj`, or behind a norm that follows it, so no list of architectures
@@ -202,7 +202,7 @@ def residual_paths(model: Any, rows: Sequence[dict[str, Any]]) -> list[Path] | s
             scale, norm = _linear_in(getattr(layer, _NORM), output, number), True
         if scale is None:
             return f"layer {number} of {type(model).__name__} is linear neither in down_proj nor in an RMS norm behind it"
-        found.append(Path(scale, norm))
+        found.append(ResidualPath(scale, norm))
     return found
 
 

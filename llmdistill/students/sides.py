@@ -18,36 +18,42 @@ from llmdistill.data.alignment import Side, Texts, align
 from llmdistill.data.dataset import MANIFEST, has_several_tokenizers, metadata_and_provenance, read_manifest
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
-from llmdistill.models.loading import describe_tokenizer, end_token_ids, load_config, load_tokenizer, vocabulary_hash
+from llmdistill.models.loading import (
+    describe_tokenizer,
+    end_token_ids,
+    load_config,
+    load_tokenizer,
+    token_identity,
+    vocabulary_hash,
+)
 from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
 from llmdistill.prompting.turns import stored_ids
 from llmdistill.runs.progress import say
-
-
-def several_tokenizers(experiment: Experiment) -> bool:
-    """Whether the dataset's rows are in more than one vocabulary, or with more than one chat template or set of end tokens."""
-    if (experiment.dataset_directory / MANIFEST).is_file():
-        return has_several_tokenizers(read_manifest(experiment.dataset_directory))
-    found = {_identity(teacher.model, teacher.revision, teacher.trust_remote_code) for teacher in experiment.teachers.values()}
-    return len(found) > 1
 
 
 def is_needed(experiment: Experiment) -> bool:
     """Whether the student has other tokens than the dataset, or that has those of several; False if there is no such model."""
     student, teacher = experiment.student, experiment.teacher
     theirs, revision, _ = experiment.tokenizer
-    manifest = experiment.dataset_directory / MANIFEST
     try:
-        if several_tokenizers(experiment):
+        there = (experiment.dataset_directory / MANIFEST).is_file()
+        manifest = read_manifest(experiment.dataset_directory) if there else None
+        if has_several_tokenizers(manifest) if manifest else _are_several(experiment):
             return True
         if student.model is None or student.model == theirs:
             return False
         own = _vocabulary(student.model, student.revision, student.trust_remote_code)
-        if manifest.is_file():
-            return own != read_manifest(experiment.dataset_directory)["tokenizer"]["vocabulary_hash"]
+        if manifest:
+            return own != manifest["tokenizer"]["vocabulary_hash"]
         return own != _vocabulary(theirs, revision, teacher.trust_remote_code)
     except InputError:  # what is wrong with it, the stages that load it say
         return False
+
+
+def _are_several(experiment: Experiment) -> bool:
+    """Whether the teachers' rows will be in more than one vocabulary, or with more than one template or set of end tokens."""
+    found = {_identity(teacher.model, teacher.revision, teacher.trust_remote_code) for teacher in experiment.teachers.values()}
+    return len(found) > 1
 
 
 def training_dataset(experiment: Experiment) -> Path:
@@ -63,8 +69,7 @@ def _vocabulary(model: str, revision: str | None, trust_remote_code: bool) -> st
 @cache
 def _identity(model: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, ...]:
     tokenizer, config = (load(model, revision, trust_remote_code) for load in (load_tokenizer, load_config))
-    ends = end_token_ids(model, revision, config, tokenizer)
-    return vocabulary_hash(tokenizer), tokenizer.chat_template, tuple(sorted(ends))
+    return token_identity(tokenizer, end_token_ids(model, revision, config, tokenizer))
 
 
 def student_of(experiment: Experiment) -> tuple[str, str | None, bool]:

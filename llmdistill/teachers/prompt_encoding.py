@@ -14,6 +14,7 @@ from llmdistill.models.loading import (
     end_token_ids,
     load_config,
     load_tokenizer,
+    token_identity,
     vocabulary_hash,
 )
 from llmdistill.models.token_bytes import token_bytes
@@ -55,7 +56,7 @@ def encoders(experiment: Experiment, fingerprints: dict[str, str]) -> "dict[str,
 
 def have_several_tokenizers(chats: "Mapping[str, PromptEncoder]") -> bool:
     """Whether teachers do not all make the same token ids of the same conversation and its end."""
-    return len({(vocabulary_hash(c.tokenizer), c.tokenizer.chat_template, tuple(sorted(c.end_ids))) for c in chats.values()}) > 1
+    return len({token_identity(chat.tokenizer, chat.end_ids) for chat in chats.values()}) > 1
 
 
 class PromptEncoder:

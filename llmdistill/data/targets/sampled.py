@@ -32,8 +32,53 @@ if TYPE_CHECKING:
 _MOST = 255  # tokens of a member's sample
 
 
+class ProportionalSample:
+    """How K tokens at each of N positions are drawn in proportion to their probability, and how their ids are stored.
+
+    The first `exact_N` tokens of a position are there for certain, the others by the draw; each part is in ascending order of
+    ids, of which the gaps are stored.
+    """
+
+    @classmethod
+    def uniforms(cls, n: int) -> int:
+        """One number a position."""
+        return 1
+
+    @classmethod
+    def keep(cls, logprobs_NV: "Tensor", n: int, uniform_NU: "Tensor") -> "Tensor":
+        """The ids of a drawn sample, (N, n)."""
+        from llmdistill.data.targets import draw
+
+        return draw.sample(logprobs_NV, n, uniform_NU[:, 0])
+
+    @staticmethod
+    def encode_sample(sequences: Sequence[Any], vocab_size: int, logprobs: "pa.Array") -> "dict[str, pa.Array]":
+        """The columns of the ids, of the log-probabilities that a kind stores of them, and of how many are exact."""
+        lengths, exact_N = np.array([len(sequence) for sequence in sequences]), joined(sequences, "exact_N")
+        gaps_NK = id_gaps(joined(sequences, "ids_NK"), exact_N)
+        return {
+            "target_ids": list_array(gaps_NK.ravel().astype(id_type(vocab_size)), lengths * gaps_NK.shape[1]),
+            "target_logprobs": logprobs,
+            "target_exact": list_array(exact_N.astype(np.uint8), lengths),
+        }
+
+    @staticmethod
+    def truncate_ids(row: Mapping[str, Any], positions: int) -> dict[str, Array]:
+        """Those columns of a row, of its first so many positions."""
+        exact_N = np.asarray(row["target_exact"])
+        k = len(row["target_ids"]) // len(exact_N)
+        return {"target_ids": np.asarray(row["target_ids"])[: positions * k], "target_exact": exact_N[:positions]}
+
+    @staticmethod
+    def decode_ids(columns: Mapping[str, Array]) -> tuple[Array, Array]:
+        """The ids (N, K) and how many are exact (N,)."""
+        exact_N = columns["target_exact"].astype(np.int64)
+        gaps_NK = by_position(columns["target_ids"].astype(np.int64, copy=False), len(exact_N))
+        return ids_from_gaps(gaps_NK, exact_N), exact_N
+
+
 @dataclass(frozen=True)
-class Sampled(UnbiasedSample):
+class Sampled(ProportionalSample, UnbiasedSample):
     """An unbiased sample of K tokens at each of N positions.
 
     In a row the first `exact` tokens have their own probability as weight, the others share what is left equally;
@@ -49,16 +94,6 @@ class Sampled(UnbiasedSample):
     columns = ("target_ids", "target_logprobs", "target_exact", "target_entropy")
     relative_error = 2**-11  # float16
     bytes_per_token = 2.2
-
-    @classmethod
-    def uniforms(cls, n: int) -> int:
-        return 1
-
-    @classmethod
-    def keep(cls, logprobs_NV: "Tensor", n: int, uniform_NU: "Tensor") -> "Tensor":
-        from llmdistill.data.targets import draw
-
-        return draw.sample(logprobs_NV, n, uniform_NU[:, 0])
 
     @classmethod
     def from_kept(cls, ids_NK: Array, logprobs_NK: Array, sizes_NK: Array | None = None) -> Self:
@@ -103,39 +138,25 @@ class Sampled(UnbiasedSample):
 
     @classmethod
     def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
-        lengths = np.array([len(sequence) for sequence in sequences])
-        k = sequences[0].ids_NK.shape[1]
-        exact_N = joined(sequences, "exact_N")
-        is_exact_NK = np.arange(k) < exact_N[:, None]
-        gaps_NK = id_gaps(joined(sequences, "ids_NK"), exact_N)
+        is_exact_NK = np.arange(sequences[0].ids_NK.shape[1]) < joined(sequences, "exact_N")[:, None]
         logprobs = half_precision(joined(sequences, "logweights_NK")[is_exact_NK])
         stored = np.array([int(sequence.exact_N.sum()) for sequence in sequences])
-        return {
-            "target_ids": list_array(gaps_NK.ravel().astype(id_type(vocab_size)), lengths * k),
-            "target_logprobs": list_array(logprobs, stored),
-            "target_exact": list_array(exact_N.astype(np.uint8), lengths),
-            "target_entropy": entropy_column(sequences),
-        }
+        made = cls.encode_sample(sequences, vocab_size, list_array(logprobs, stored))
+        return made | {"target_entropy": entropy_column(sequences)}
 
     @classmethod
     def truncate(cls, row: Mapping[str, Any], positions: int) -> dict[str, Array]:
-        exact_N = np.asarray(row["target_exact"])
-        k = len(row["target_ids"]) // len(exact_N)
-        return {
-            "target_ids": np.asarray(row["target_ids"])[: positions * k],
-            "target_logprobs": np.asarray(row["target_logprobs"])[: int(exact_N[:positions].sum())],
-            "target_exact": exact_N[:positions],
+        ids = cls.truncate_ids(row, positions)
+        return ids | {
+            "target_logprobs": np.asarray(row["target_logprobs"])[: int(ids["target_exact"].sum())],
             "target_entropy": entropies_of(row, positions),
         }
 
     @classmethod
     def decode(cls, columns: Mapping[str, Array]) -> Self:
-        exact_N = columns["target_exact"].astype(np.int64)
-        gaps_NK = by_position(columns["target_ids"].astype(np.int64, copy=False), len(exact_N))
-        is_exact_NK = np.arange(gaps_NK.shape[1]) < exact_N[:, None]
-        ids_NK = ids_from_gaps(gaps_NK, exact_N)
-        logweights_NK = np.full(gaps_NK.shape, -np.inf, dtype=np.float32)
-        logweights_NK[is_exact_NK] = columns["target_logprobs"]
+        ids_NK, exact_N = cls.decode_ids(columns)
+        logweights_NK = np.full(ids_NK.shape, -np.inf, dtype=np.float32)
+        logweights_NK[np.arange(ids_NK.shape[1]) < exact_N[:, None]] = columns["target_logprobs"]
         return cls(ids_NK, _share_the_rest(logweights_NK, exact_N), exact_N, columns["target_entropy"])
 
     def of_classes(self, class_V: Array, dropped: int | None = None) -> Self:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from llmdistill.data.targets.columns import Array, by_position, half_precision, ids_from_gaps, joined, list_array
+from llmdistill.data.targets.columns import Array, by_position, half_precision, joined, list_array
 from llmdistill.data.targets.sampled import Sampled
 from llmdistill.data.targets.sampled_logprobs import SampledLogprobs
 
@@ -112,13 +112,12 @@ class SampledByStudent(SampledLogprobs):
 
     @classmethod
     def decode(cls, columns: Mapping[str, Array]) -> Self:
-        exact_N = columns["target_exact"].astype(np.int64)
-        gaps_NK = by_position(columns["target_ids"].astype(np.int64, copy=False), len(exact_N))
+        ids_NK, exact_N = cls.decode_ids(columns)
         logprobs_NK = by_position(columns["target_logprobs"].astype(np.float32, copy=False), len(exact_N))
-        logdesign_NK = np.zeros(gaps_NK.shape, dtype=np.float32)
-        logdesign_NK[np.arange(gaps_NK.shape[1]) >= exact_N[:, None]] = columns["target_logdesign"]
+        logdesign_NK = np.zeros(ids_NK.shape, dtype=np.float32)
+        logdesign_NK[np.arange(ids_NK.shape[1]) >= exact_N[:, None]] = columns["target_logdesign"]
         logratio_N = columns["target_logratio"].astype(np.float32)
-        ids_NK, none_N = ids_from_gaps(gaps_NK, exact_N), np.full(len(exact_N), np.nan, dtype=np.float32)
+        none_N = np.full(len(exact_N), np.nan, dtype=np.float32)
         return cls(ids_NK, logprobs_NK, logdesign_NK, exact_N, logratio_N, none_N)
 
     @classmethod

@@ -15,13 +15,10 @@ from llmdistill.data.targets.columns import (
     by_position,
     exact_first,
     half_precision,
-    id_gaps,
-    id_type,
-    ids_from_gaps,
     joined,
     list_array,
 )
-from llmdistill.data.targets.sampled import exact_and_rank
+from llmdistill.data.targets.sampled import ProportionalSample, exact_and_rank
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +34,7 @@ _LEAST_LEFT = 1e-12  # of the mass that tokens share which are not there for cer
 
 
 @dataclass(frozen=True)
-class SampledLogprobs(SoftTargets):
+class SampledLogprobs(ProportionalSample, SoftTargets):
     """A sample of K tokens at each of N positions, their log-probabilities and design weights.
 
     Attributes:
@@ -65,16 +62,6 @@ class SampledLogprobs(SoftTargets):
     """Where."""
 
     @classmethod
-    def uniforms(cls, n: int) -> int:
-        return 1
-
-    @classmethod
-    def keep(cls, logprobs_NV: "Tensor", n: int, uniform_NU: "Tensor") -> "Tensor":
-        from llmdistill.data.targets import draw
-
-        return draw.sample(logprobs_NV, n, uniform_NU[:, 0])
-
-    @classmethod
     def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> "SampledLogprobs":
         exact_N, rank_NK = exact_and_rank(np.exp(logprobs_NK.astype(np.float64)))
         order_NK = exact_first(ids_NK, exact_N, rank_NK)
@@ -83,31 +70,20 @@ class SampledLogprobs(SoftTargets):
 
     @classmethod
     def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
-        lengths = np.array([len(sequence) for sequence in sequences])
-        exact_N, logprobs_NK = joined(sequences, "exact_N"), joined(sequences, "logprobs_NK")
-        gaps_NK = id_gaps(joined(sequences, "ids_NK"), exact_N)
-        return {
-            "target_ids": list_array(gaps_NK.ravel().astype(id_type(vocab_size)), lengths * gaps_NK.shape[1]),
-            "target_logprobs": list_array(half_precision(logprobs_NK.ravel()), lengths * gaps_NK.shape[1]),
-            "target_exact": list_array(exact_N.astype(np.uint8), lengths),
-        }
+        stored = np.array([sequence.logprobs_NK.size for sequence in sequences])
+        logprobs = half_precision(joined(sequences, "logprobs_NK").ravel())
+        return cls.encode_sample(sequences, vocab_size, list_array(logprobs, stored))
 
     @classmethod
     def truncate(cls, row: Mapping[str, Any], positions: int) -> dict[str, Array]:
-        exact_N = np.asarray(row["target_exact"])
-        k = len(row["target_ids"]) // len(exact_N)
-        return {
-            "target_ids": np.asarray(row["target_ids"])[: positions * k],
-            "target_logprobs": np.asarray(row["target_logprobs"])[: positions * k],
-            "target_exact": exact_N[:positions],
-        }
+        ids = cls.truncate_ids(row, positions)
+        return ids | {"target_logprobs": np.asarray(row["target_logprobs"])[: len(ids["target_ids"])]}
 
     @classmethod
     def decode(cls, columns: Mapping[str, Array]) -> Self:
-        exact_N = columns["target_exact"].astype(np.int64)
-        gaps_NK = by_position(columns["target_ids"].astype(np.int64, copy=False), len(exact_N))
+        ids_NK, exact_N = cls.decode_ids(columns)
         logprobs_NK = by_position(columns["target_logprobs"].astype(np.float32, copy=False), len(exact_N))
-        return cls(ids_from_gaps(gaps_NK, exact_N), logprobs_NK, _logdesign(logprobs_NK, exact_N), exact_N)
+        return cls(ids_NK, logprobs_NK, _logdesign(logprobs_NK, exact_N), exact_N)
 
     def within(self, vocab_size: int) -> Self:
         is_there_NK = self.ids_NK < vocab_size
