@@ -52,9 +52,11 @@ def main() -> None:
     """Train the specialists and the student; print the table and the aims."""
     parser = argument_parser(__doc__)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--steps", type=int, default=120, help="of each specialist, of eight rows; the student has twice as many")
-    parser.add_argument("--prompts", type=int, default=400, help="of each domain, for the specialist to answer")
-    parser.add_argument("--tests", type=int, default=200, help="held-out prompts of each domain")
+    parser.add_argument(
+        "--steps", type=int, default=120, help="of each specialist, of eight rows; the student has four times as many"
+    )
+    parser.add_argument("--prompts", type=int, default=1200, help="of each domain, for the specialist to answer")
+    parser.add_argument("--tests", type=int, default=400, help="held-out prompts of each domain")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as name:
@@ -167,7 +169,7 @@ def distil(arguments: Any, directory: Path, models: dict[str, str], held_out: se
                 "student": {"model": arguments.model},
                 "train": {
                     "args": {
-                        "max_steps": 2 * arguments.steps,
+                        "max_steps": 4 * arguments.steps,
                         "per_device_train_batch_size": 8,
                         "learning_rate": 1e-4,
                         "gradient_checkpointing": False,

@@ -46,8 +46,9 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
     tree = read_yaml(file)
     for key, value in overrides:
         try:
-            _set(tree, key.split("."), yaml.load(value, Loader=_Loader))
-            origin = key.split(".")[1] if key.startswith("student.") else None
+            read = yaml.load(value, Loader=_Loader)
+            _set(tree, key.split("."), read)
+            origin = key.split(".")[1] if key.startswith("student.") and read is not None else None
             if origin in ORIGINS:  # they are alternatives: one on the command line replaces another in the file
                 tree["student"] = {name: kept for name, kept in tree["student"].items() if name == origin or name not in ORIGINS}
         except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):

@@ -133,6 +133,8 @@ def estimate(experiment: Experiment, characters: int, rows: int) -> str | None:
     if cost is None:
         return None
     left = f", the budget is {teacher.budget:g}" if teacher.budget else ""
+    if teacher.budget and cost > teacher.budget:
+        left += ", which may not be enough"
     return f"at most about {money(cost)} for {usage.input:,} tokens in and {usage.output:,} out{left}"
 
 

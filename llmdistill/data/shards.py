@@ -204,6 +204,8 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
     directory, name, settings, inputs = claim
     layout = Layout([part.rows for part in source.parts], experiment.generate.rows_per_shard)
     count = len(layout)
+    if count and not directory.exists():
+        Budget(experiment, directory, partial(_requests, source, layout), source.reads).check(0)
     shared = SharedShards(experiment, directory)
     shared.join(name, settings, inputs)
     precision = shared.precision(teacher_precision(experiment.teacher))
@@ -272,14 +274,17 @@ class _Making:
     opened: Opened
 
 
+def _requests(source: Source, layout: Layout, index: int) -> Sequence[Request]:
+    """Those of a shard."""
+    return [source.requests[row] for row in layout.shards[index][1]]
+
+
 def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
     """Run the engines over the missing shards; each is stored as soon as its last row is there. How fast it was."""
     name, source, layout = making.name, making.source, making.layout
     experiment = source.chat.experiment
 
-    def requests_of(index: int) -> Sequence[Request]:
-        return [source.requests[row] for row in layout.shards[index][1]]
-
+    requests_of = partial(_requests, source, layout)
     waiting, budget = iter(missing), Budget(experiment, making.directory, requests_of, source.reads)
     if experiment.teacher.price and (first := next(waiting, None)) is not None:
         budget.check(first)

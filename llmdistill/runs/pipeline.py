@@ -1,9 +1,10 @@
 """`llmdistill run`: every stage in order, each in a process of its own, as a scheduler would start them."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ from llmdistill.errors import InputError
 from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.runs import record
 from llmdistill.runs.estimate import estimate, said
-from llmdistill.runs.progress import say, working
+from llmdistill.runs.progress import counted, say, working
 from llmdistill.runs.rounds import round_of
 from llmdistill.runs.status import how_far
-from llmdistill.stages.prompts import prepared_prompts
+from llmdistill.stages.prompts import Prompt, count_splits, prepared_prompts
 from llmdistill.stages.retokenize import check_kind
 from llmdistill.stages.table import STAGES
-from llmdistill.students.sides import is_needed
+from llmdistill.stages.train import check_arguments
+from llmdistill.students.origins import origin
+from llmdistill.students.sides import check_tokenizers, is_needed
 
 CONFIGS = "configs"  # in `output`: what each stage was started with
 
@@ -115,11 +118,11 @@ def run_pipeline(experiment: Experiment, remake: bool = False) -> None:
         InputError: what the last stages read is not usable, or there is work of other settings, which is better known
             before the first.
     """
-    _check_files(experiment)
+    _check_inputs(experiment)
     for directory, why in check_stale(experiment, remake).items():
         say("run", f"removes {directory}: {why}")
         shutil.rmtree(directory)
-    say_estimate(experiment)
+    check_plan(experiment)
     run_stages(stages(experiment))
 
 
@@ -133,7 +136,7 @@ def dry_run(experiment: Experiment, remake: bool = False) -> None:
     Raises:
         InputError: a stage could not run with this configuration.
     """
-    _check_files(experiment)
+    _check_inputs(experiment)
     if stale := check_stale(experiment, remake):
         for directory, why in stale.items():
             say("run", f"would remove {directory} and make it again: {why}")
@@ -144,7 +147,7 @@ def dry_run(experiment: Experiment, remake: bool = False) -> None:
             say(f"round {stage.round}", f"{stage.command} would write {written[0]}")
         else:
             STAGES[stage.command].function(stage.experiment, dry_run=True)
-    say_estimate(experiment)
+    check_plan(experiment)
 
 
 def check_stale(experiment: Experiment, remake: bool = False) -> dict[Path, str]:
@@ -178,24 +181,33 @@ def check_stale(experiment: Experiment, remake: bool = False) -> dict[Path, str]
     return stale
 
 
-def _check_files(experiment: Experiment) -> None:
-    """The files that the configuration names for the stages after the teacher's work are there and can be read."""
+def _check_inputs(experiment: Experiment) -> None:
+    """What the configuration names for the stages after the teacher's work is there and can be used."""
     step_inputs(experiment.curate)
     read_tasks(experiment.eval.tasks)
+    origin(experiment)
+    check_tokenizers(experiment)
+    if importlib.util.find_spec("trl"):
+        check_arguments(experiment.train.args, "train.args")
+        check_arguments(experiment.rounds.args if experiment.rounds else {}, "rounds.args")
 
 
-def say_estimate(experiment: Experiment) -> None:
-    """Say about how long the stages that are not done will take here; nothing where that cannot be told."""
-    if experiment.teacher.abilities.api:
-        return None
+def check_plan(experiment: Experiment) -> None:
+    """Check the held-out split, and say about how long the stages that are not done will take here, as far as both can be told.
+
+    Raises:
+        InputError: the prompts leave a split empty.
+    """
     missing = [stage for stage in stages(experiment) if how_far(Path(experiment.output), stage.name) != "done"]
     if not missing or experiment.prompts is None:
         return
     prepared = prepared_prompts(experiment)
+    if prepared is not None and any(stage.command == "curate" for stage in missing):
+        _check_splits(experiment, prepared.prompts)
+    if experiment.teacher.abilities.api:
+        return
     if prepared is None:
         return say("run", "the time can be estimated once `prompts` has finished")
-    if any(stage.command == "curate" for stage in missing):
-        _warn_of_few(experiment, len(prepared.prompts))
     with working("run", "measuring this machine"):
         each = estimate(experiment, sorted({stage.command for stage in missing}), len(prepared.prompts))
     seconds: dict[str, float] = {}
@@ -204,21 +216,31 @@ def say_estimate(experiment: Experiment) -> None:
             seconds[stage.command] = seconds.get(stage.command, 0.0) + each[stage.command]
     if seconds:
         say("run", said(seconds))
-    return None
 
 
-def _warn_of_few(experiment: Experiment, prompts: int) -> None:
-    """Say what `curate` will say, before the teacher has worked."""
+def _check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
+    """What `curate` would find, before the teacher has worked: which prompts are held out does not depend on the answers.
+
+    Raises:
+        InputError: a split is empty.
+    """
     from llmdistill.evaluation.statistics import check_clusters
 
-    if not experiment.eval.held_out:
+    share = experiment.eval.held_out
+    if not share:
         return
+    train, test = count_splits(experiment, prompts)
+    if not (train and test):
+        raise InputError(
+            f"eval.held_out: {share:g} of {counted(train + test, 'conversation')} leaves {train:,} to train on and {test:,} held "
+            "out; give it more prompts, or change eval.held_out or seed"
+        )
     try:
-        warning = check_clusters(round(prompts * experiment.eval.held_out), "held-out prompts", "raise eval.held_out")
+        warning = check_clusters(test, "held-out prompts", "raise eval.held_out")
     except InputError as error:
         warning = str(error)
     if warning:
-        say("warning", f"about {warning.removeprefix('only ')}")
+        say("warning", warning)
 
 
 def run_stages(stages: list[StageRun]) -> None:

@@ -205,8 +205,8 @@ class _Prompts:
         provenance: dict[str, Any] = {"lineage": prompt.lineage}
         if part.name:
             provenance["teacher"] = part.name
-        if session := prompt.lineage.get("source", {}).get("conversation"):
-            provenance["conversation"] = session
+        if prompt.session:
+            provenance["conversation"] = prompt.session
         trace = self._traces.pop(completion.index, None)
         if self.sampling.thinking == "masked":
             start, reason = self._answer(completion)

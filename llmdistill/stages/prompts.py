@@ -16,6 +16,7 @@ from llmdistill.data.dataset import (
     MESSAGES,
     ROW_GROUP,
     conversation_of,
+    is_held_out,
     prompt_keys,
     read_batches,
     read_manifest,
@@ -70,6 +71,11 @@ class Prompt:
     def uses_tools(self) -> bool:
         """Whether there is more to it than roles and contents."""
         return more_than_text(self.messages, self.tools)
+
+    @property
+    def session(self) -> str | None:
+        """The conversation that it is a part of, if its source says so."""
+        return self.lineage.get("source", {}).get("conversation")
 
     @property
     def content(self) -> Any:
@@ -301,6 +307,13 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
     if not left and not empty:
         raise InputError(f"prompts.known: all {len(prepared.prompts):,} prompts are in {', '.join(known)}")
     return Prepared(left, prepared.inputs | _known_inputs(section), [*prepared.steps, {"name": "known", **counts.described()}])
+
+
+def count_splits(experiment: Experiment, prompts: Iterable[Prompt]) -> tuple[int, int]:
+    """How many conversations `curate` will train on, and how many it will hold out, if it rejects none."""
+    keys = {json.dumps(prompt.session) if prompt.session else conversation_of(as_columns(prompt.messages)) for prompt in prompts}
+    held_out = sum(is_held_out(key, experiment.seed, experiment.eval.held_out) for key in keys)
+    return len(keys) - held_out, held_out
 
 
 def _prepared(experiment: Experiment) -> Prepared | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -439,6 +439,24 @@ def settled(experiment: Experiment, claim: record.Claim) -> Precision:
     return record.settled_precision(claim.directory, claim.settings, claim.inputs, found)
 
 
+def check_arguments(args: Iterable[str], key: str) -> None:
+    """Check the names of arguments of `trl.SFTConfig`; `key` is the one that they stand under.
+
+    Raises:
+        InputError: there is no such argument, or it cannot be chosen here.
+    """
+    from llmdistill.training.arguments import DistillConfig
+
+    names = [field.name for field in dataclasses.fields(DistillConfig)]
+    for name in args:
+        if name == "push_to_hub" or name.startswith("hub_"):
+            raise InputError(f"{key}.{name} would upload the checkpoints; upload the trained student with `llmdistill push`")
+        if name in _REFUSED:
+            raise InputError(f"{key}.{name} {_REFUSED[name]}")
+        if name not in names:
+            raise no_such_key(key, name, names, "trl.SFTConfig has no such argument")
+
+
 def arguments_of(experiment: Experiment, directory: Path, text_only: bool, precision: Precision) -> Any:
     """The `DistillConfig`, with errors that name the key.
 
@@ -449,14 +467,7 @@ def arguments_of(experiment: Experiment, directory: Path, text_only: bool, preci
 
     from llmdistill.training.arguments import DistillConfig
 
-    names = [field.name for field in dataclasses.fields(DistillConfig)]
-    for name in experiment.train.args:
-        if name == "push_to_hub" or name.startswith("hub_"):
-            raise InputError(f"train.args.{name} would upload the checkpoints; upload the trained student with `llmdistill push`")
-        if name in _REFUSED:
-            raise InputError(f"train.args.{name} {_REFUSED[name]}")
-        if name not in names:
-            raise no_such_key("train.args", name, names, "trl.SFTConfig has no such argument")
+    check_arguments(experiment.train.args, "train.args")
     defaults = {
         "seed": experiment.seed,
         "bf16": precision.dtype == "bfloat16",

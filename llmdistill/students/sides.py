@@ -27,6 +27,7 @@ from llmdistill.models.loading import (
     vocabulary_hash,
 )
 from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
+from llmdistill.models.token_bytes import token_bytes
 from llmdistill.prompting.turns import stored_ids
 from llmdistill.runs.progress import say
 
@@ -142,6 +143,25 @@ class Sides:
             return sorted(self.teacher.end_ids)[:1]
 
 
+def check_tokenizers(experiment: Experiment) -> None:
+    """Check what `retokenize` needs of the tokenizers, if it is needed, before the teacher has worked.
+
+    Raises:
+        InputError: the bytes of the tokens of one cannot be told, or the student's answers have no end.
+    """
+    if not is_needed(experiment):
+        return
+    theirs = [_tokenizer(experiment, name) for name in experiment.routed]
+    model, key, tokenizer, _, end_ids = _own(experiment)
+    for other, named in theirs:
+        token_bytes(other, named)
+    token_bytes(tokenizer, key)
+    own = vocabulary_hash(tokenizer)
+    borrows = experiment.teachers and not tokenizer.chat_template and own in [vocabulary_hash(other) for other, _ in theirs]
+    if not (end_ids or borrows):
+        raise _no_end(model, key)
+
+
 @dataclass(frozen=True)
 class _Student:
     """The student's tokenizer, its end tokens and the size of its output layer."""
@@ -166,12 +186,10 @@ def sides_of(experiment: Experiment, manifest: Mapping[str, Any]) -> dict[str, S
     known: dict[Any, RootClasses] = {}
     found: dict[str, Sides] = {}
     for name, teacher in experiment.routed.items():
-        model, revision, key = experiment.model_copy(update={"teacher": teacher}).tokenizer
-        key = f"teachers.{name}.model" if name else key
-        tokenizer = load_tokenizer(model, revision, teacher.trust_remote_code, key)
+        tokenizer, key = _tokenizer(experiment, name)
         theirs = tokenizer_of(manifest, name)
         if vocabulary_hash(tokenizer) != theirs["vocabulary_hash"]:
-            raise InputError(f"{key}: {source} was written with another vocabulary than that of {model}")
+            raise InputError(f"{key}: {source} was written with another vocabulary than that of {tokenizer.name_or_path}")
         chat = ChatTemplate(tokenizer, theirs["end_token_ids"], teacher.template_args)
         found[name] = _sides(chat, theirs, student, manifest, key, known)
     own = vocabulary_hash(student.tokenizer)
@@ -196,11 +214,28 @@ def teacher_of(row: Mapping[str, Any], sides: Mapping[str, Sides], main: str) ->
     return name if name in sides else main
 
 
-def _student(experiment: Experiment, manifest: Mapping[str, Any]) -> _Student:
+def _tokenizer(experiment: Experiment, name: str) -> tuple[Any, str]:
+    """The tokenizer of the teacher of that name, and the key that names it."""
+    teacher = experiment.routed[name]
+    model, revision, key = experiment.model_copy(update={"teacher": teacher}).tokenizer
+    key = f"teachers.{name}.model" if name else key
+    return load_tokenizer(model, revision, teacher.trust_remote_code, key), key
+
+
+def _own(experiment: Experiment) -> tuple[str, str, Any, Any, list[int]]:
+    """The student's name, the key that gives it, its tokenizer, configuration and end tokens."""
     model, revision, trust = student_of(experiment)
     key = "student.model" if experiment.student.model else "teacher.model"
     tokenizer, config = load_tokenizer(model, revision, trust, key), load_config(model, revision, trust, key)
-    end_ids = end_token_ids(model, revision, config, tokenizer)
+    return model, key, tokenizer, config, end_token_ids(model, revision, config, tokenizer)
+
+
+def _no_end(model: str, key: str) -> InputError:
+    return InputError(f"{key}: neither the configuration nor the tokenizer of {model} names a token that ends a text")
+
+
+def _student(experiment: Experiment, manifest: Mapping[str, Any]) -> _Student:
+    model, key, tokenizer, config, end_ids = _own(experiment)
     own = vocabulary_hash(tokenizer)
     names = [name for name in experiment.teachers if tokenizer_of(manifest, name)["vocabulary_hash"] == own]
     if not tokenizer.chat_template and names:  # a base model after an instruction-tuned teacher of its family
@@ -209,7 +244,7 @@ def _student(experiment: Experiment, manifest: Mapping[str, Any]) -> _Student:
         tokenizer.chat_template, end_ids = theirs["chat_template"], theirs["end_token_ids"]
         say("retokenize", f"{model} has no chat template; it gets the one of teachers.{name}, and its end tokens")
     if not end_ids:
-        raise InputError(f"{key}: neither the configuration nor the tokenizer of {model} names a token that ends a text")
+        raise _no_end(model, key)
     return _Student(model, tokenizer, end_ids, config.get_text_config().vocab_size)
 
 

@@ -243,7 +243,7 @@ def _endpoint_fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
 def teacher_precision(teacher: Teacher) -> Precision:
     """What a teacher computes in."""
     if teacher.abilities.remote:
-        return Precision("auto", "in what the server was started with")
+        return Precision("auto", "what the server was started with")
     return model_precision(
         teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, "teacher.model", teacher.abilities.runtime
     )

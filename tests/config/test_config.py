@@ -84,6 +84,11 @@ def test_overrides(file, key, value, attribute, expected):
     assert found == expected
 
 
+def test_taking_away_what_another_origin_has_replaced_changes_nothing(file):
+    found = load_experiment(file, [("student.model", "x"), ("student.prune", "null")])
+    assert (found.student.model, found.student.prune) == ("x", None)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

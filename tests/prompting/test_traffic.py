@@ -214,8 +214,8 @@ def test_the_shipped_experiment_reads_its_log(monkeypatch):
     monkeypatch.chdir(ROOT)
     section = load_experiment(ROOT / "configs/traffic.yaml").prompts
     prompts = load_prompts(section)
-    assert len(prompts) == 13
-    assert len({prompt.lineage["source"]["conversation"] for prompt in prompts}) == 8
+    assert len(prompts) == 41
+    assert len({prompt.lineage["source"]["conversation"] for prompt in prompts}) == 36
     assert prompts[0].metadata == {"request.model": "big-model", "request.metadata.topic": "support"}
 
 

@@ -47,8 +47,8 @@ def choices(kind, path=None, gpu=False):
 
 
 def dry_run(file, monkeypatch, capsys):
-    """What the dry run of all stages says; the time that it takes here is not measured."""
-    monkeypatch.setattr(pipeline, "say_estimate", lambda experiment: None)
+    """What the dry run of all stages says; a few prompts are enough for it, and no time is measured."""
+    monkeypatch.setattr(pipeline, "check_plan", lambda experiment: None)
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", str(file), "--dry-run"])

@@ -1,15 +1,18 @@
 """What `run` says before it begins."""
 
+import json
+
 import pytest
 
 from llmdistill.config import load_experiment
+from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
 from llmdistill.runs import record
 from llmdistill.runs.pipeline import check_stale, dry_run, run_pipeline
 from llmdistill.stages import train
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
-from tests.factories import write_experiment
+from tests.factories import write_experiment, write_foreign
 
 
 def test_a_dry_run_shows_every_round_before_there_is_a_student(tiny, tmp_path, capsys):
@@ -29,12 +32,45 @@ def test_a_dry_run_shows_every_round_before_there_is_a_student(tiny, tmp_path, c
     [
         ("curate", "[{contamination: {against: [nowhere.jsonl]}}]", r"nowhere\.jsonl"),
         ("eval.tasks", "[nowhere.yaml]", r"nowhere\.yaml: no such file"),
+        ("student", "{}", r"student needs one of the keys student\.model"),
+        ("student.model", "./nowhere", r"student\.model: .*nowhere"),
+        ("train.args.learning_rat", "1", r"train\.args\.learning_rat: .*did you mean train\.args\.learning_rate"),
+        ("rounds", "{n: 1, args: {max_step: 1}}", r"rounds\.args\.max_step: .*did you mean rounds\.args\.max_steps"),
     ],
 )
 def test_what_later_stages_read_is_looked_for_before_the_first(tiny, tmp_path, start, key, value, error):
     file = write_experiment(tiny, tmp_path)
     with pytest.raises(InputError, match=error):
         start(load_experiment(file, [(key, value)]))
+    assert not (tmp_path / "run").exists()
+
+
+def foreign(directory, changed):
+    """A student of another vocabulary whose tokenizer is changed."""
+    write_foreign(directory)
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    return directory
+
+
+def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused_before_the_teacher_works(tiny, tmp_path):
+    words = {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}, "pre_tokenizer": {"type": "Whitespace"}}
+    student = foreign(tmp_path / "student", words)
+    with pytest.raises(InputError, match=r"student\.model: the bytes of the tokens of .* cannot be told"):
+        run_pipeline(load_experiment(write_experiment(tiny, tmp_path), [("student.model", str(student))]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_whose_answers_have_no_end_is_refused_before_the_teacher_works(tiny, tmp_path):
+    student = foreign(tmp_path / "student", {})
+    for file in student.glob("*.json"):
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps({name: value for name, value in said.items() if name not in ("eos_token", "eos_token_id")}))
+    (student / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(
+        InputError, match=r"student\.model: neither the configuration nor the tokenizer of .* names a token that ends"
+    ):
+        run_pipeline(load_experiment(write_experiment(tiny, tmp_path), [("student.model", str(student))]))
     assert not (tmp_path / "run").exists()
 
 
@@ -72,7 +108,7 @@ def test_work_of_other_settings_is_named_whole_and_once(begun, tmp_path):
 
 
 def test_remake_removes_what_is_stale_and_nothing_else(begun, tmp_path, monkeypatch, capsys):
-    for name in ("say_estimate", "run_stages"):
+    for name in ("check_plan", "run_stages"):
         monkeypatch.setattr(f"llmdistill.runs.pipeline.{name}", lambda *_: None)
     dry_run(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
     assert "would remove" in capsys.readouterr().out
@@ -81,6 +117,22 @@ def test_remake_removes_what_is_stale_and_nothing_else(begun, tmp_path, monkeypa
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
 
 
-def test_too_few_held_out_prompts_are_said_before_the_teacher_works(tiny, tmp_path, capsys):
-    dry_run(load_experiment(write_experiment(tiny, tmp_path)))
-    assert "about 6 held-out prompts: with fewer than 12" in capsys.readouterr().out
+def test_too_few_held_out_prompts_are_said_before_the_teacher_works(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llmdistill.runs.pipeline.estimate", lambda *_: {})
+    file = write_experiment(tiny, tmp_path)
+    dry_run(load_experiment(file))
+    said = capsys.readouterr().out
+    experiment = load_experiment(file)
+    generate(experiment)
+    curate(experiment)
+    held_out = {row["prompt"][-1]["content"] for row in load_dataset(experiment.directory("curated"), "test")}
+    assert 2 <= len(held_out) < 12
+    assert f"only {len(held_out)} held-out prompts: with fewer than 12" in said
+
+
+@pytest.mark.parametrize("start", [dry_run, run_pipeline])
+@pytest.mark.parametrize(("share", "sides"), [("1e-06", "24 to train on and 0 held out"), ("0.999999", "0 to train on and 24")])
+def test_prompts_that_leave_a_split_empty_are_refused_before_the_teacher_works(tiny, tmp_path, start, share, sides):
+    with pytest.raises(InputError, match=f"eval.held_out: {share} of 24 conversations leaves {sides}"):
+        start(load_experiment(write_experiment(tiny, tmp_path), [("eval.held_out", share)]))
+    assert not (tmp_path / "run").exists()

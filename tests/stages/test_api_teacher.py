@@ -73,6 +73,7 @@ def test_a_budget_stops_between_shards_and_more_money_goes_on(experiment, endpoi
         assert little.returncode == 2
         assert f"one shard of {SHARD} rows may cost up to" in little.stderr
         assert not endpoint.billed
+        assert not (experiment.parent / "run").exists()
         stopped = generate(experiment, url, "--teacher.budget", 1.5 * most)
         assert stopped.returncode == 1
         assert "all finished shards are kept; raise teacher.budget and run the same command to continue" in stopped.stderr
@@ -90,9 +91,11 @@ def test_a_dry_run_asks_nobody_and_says_the_cost(experiment, smollm2):
     done = run_cli("run", experiment, "--dry-run", "--teacher.budget", 3)
     assert done.returncode == 0, done.stderr
     assert "costs at most about" in done.stdout + done.stderr
-    assert "the budget is 3" in done.stdout + done.stderr
+    assert "the budget is 3\n" in done.stdout + done.stderr
     said = [line.split()[0] for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     assert {"eval", "report"} <= set(said)
+    little = run_cli("generate", experiment, "--dry-run", "--teacher.budget", 1e-6)
+    assert "the budget is 1e-06, which may not be enough" in little.stdout + little.stderr
 
 
 @pytest.mark.parametrize(
