@@ -16,7 +16,8 @@ from llmdistill.config import Experiment
 from llmdistill.errors import InputError
 from llmdistill.evaluation.drafts import add_speed_ups
 from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, smooth, spread, thin
-from llmdistill.stages.report import cell, fenced, report
+from llmdistill.evaluation.report.words import cell, fenced
+from llmdistill.stages.report import report
 
 HEADLINE = "40% smaller · 1.9× faster · keeps 61% of the teacher's next-token choices (95% CI 59 to 63)"
 HOSTILE = "<script>alert(1)</script>\n{{ 7*7 }} | a | b |\n````\n<img src=x onerror=alert(1)> https://example.org/x.png\n```"
@@ -579,9 +580,9 @@ def test_cells_and_fences() -> None:
 
 
 def test_what_a_kept_row_cost_is_what_was_paid_over_the_rows_kept():
-    from llmdistill.stages.report import _cost
+    from llmdistill.evaluation.report.provenance import cost_text
 
     cost = {"input_tokens": 120_000, "cached_tokens": 0, "output_tokens": 450_000, "total": 1.9, "paid": 2.0}
-    assert _cost(cost, 800) == "2.00 for 120,000 tokens in, 450,000 out: 0.0025 a kept row"
-    assert _cost({key: cost[key] for key in ("input_tokens", "output_tokens")}, 800) == "120,000 tokens in, 450,000 out"
-    assert _cost({}, 800) is None
+    assert cost_text(cost, 800) == "2.00 for 120,000 tokens in, 450,000 out: 0.0025 a kept row"
+    assert cost_text({key: cost[key] for key in ("input_tokens", "output_tokens")}, 800) == "120,000 tokens in, 450,000 out"
+    assert cost_text({}, 800) is None
