@@ -1,13 +1,13 @@
 """Tasks of a user's own (`llmdistill/tasks`) as part of `eval.tasks`: every model answers the held-out items greedily."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.evaluation.statistics import check_clusters
-from llmdistill.evaluation.win_rate import write_answers
+from llmdistill.evaluation.writing import Written, write_answers
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import context_length
 from llmdistill.runs.progress import StageBar
@@ -58,6 +58,7 @@ def run_own(
     batch_size: int,
     limit: int | None,
     template_args: dict[str, Any] | None = None,
+    references: Mapping[tuple[str, str], str] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Every model on the same items.
 
@@ -69,10 +70,11 @@ def run_own(
         batch_size: sequences in one forward pass.
         limit: the first items of each task only.
         template_args: more variables of the chat template.
+        references: the teacher's answers, by task and item, where it is none of the models.
 
     Returns:
-        The rows of `tasks.parquet`; and for each task `valid`, the share of answers that could be accepted, by model, and what
-        its kind tells beside the score, such as `fields`, by model.
+        The rows of `tasks.parquet`; and for each task, by model, `valid`, the share of answers that could be accepted,
+        `max_tokens`, where answers were cut, and what its kind tells beside the score, such as `fields`.
 
     Raises:
         InputError: a model has no chat template, or an item does not fit into its context.
@@ -84,15 +86,22 @@ def run_own(
         _prompts(task, items, models[name], tokenizers[name], end_ids[name], template_args or {}) for task, items, name in asked
     ]
     rows: list[dict[str, Any]] = []
-    tables: dict[str, dict[str, Any]] = {own.task.name: {"valid": {}} for own in tasks}
+    tables: dict[str, dict[str, Any]] = {own.task.name: {"valid": {}, "max_tokens": {}} for own in tasks}
+    told = dict(references or {})
     with StageBar("eval", sum(len(items) for _, items, _ in asked)) as bar:
         for (task, items, name), (prompts_ids, longest) in zip(asked, prompts, strict=True):
             bar.advance(0, facts=[f"{name} on {task.name}"])
             answers = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], batch_size, longest, bar)
-            rows += [_row(task, name, item, answer) for item, answer in zip(items, answers, strict=True)]
+            if name == "teacher":
+                told |= {(task.name, item.id): answer.text for item, answer in zip(items, answers, strict=True)}
+            rows += [
+                _row(task, name, item, answer, None if name == "teacher" else told.get((task.name, item.id)))
+                for item, answer in zip(items, answers, strict=True)
+            ]
             about = tables[task.name]
-            about["valid"][name] = sum(task.rules.verdict(task, answer) is None for answer in answers) / len(answers)
-            pairs = [(answer, item.output) for item, answer in zip(items, answers, strict=True)]
+            about["valid"][name] = sum(task.rules.verdict(task, answer.text) is None for answer in answers) / len(answers)
+            about["max_tokens"][name] = longest
+            pairs = [(answer.text, item.output) for item, answer in zip(items, answers, strict=True)]
             for kind, table in task.rules.tables(task, pairs).items():
                 about.setdefault(kind, {})[name] = table
         bar.advance(0, facts=["models on tasks"])
@@ -118,13 +127,28 @@ def _prompts(
     return found, longest
 
 
-def _row(task: Task, model: str, item: Item, answer: str) -> dict[str, Any]:
+def _row(task: Task, model: str, item: Item, answer: Written, reference: str | None) -> dict[str, Any]:
     return {
         "task": task.name,
         "item": item.id,
         "cluster": item.cluster,
         "model": model,
-        "score": task.rules.score(task, answer, item.output)[task.rules.METRIC],
-        "answer": answer,
+        "score": task.rules.score(task, answer.text, item.output)[task.rules.METRIC],
+        "answer": answer.text,
         "target": item.output,
+        "input": item.input,
+        "logprobs": answer.logprobs,
+        "agrees": None if reference is None else agrees(task, answer.text, reference),
     }
+
+
+def agrees(task: Task, answer: str, reference: str) -> bool | None:
+    """Whether an answer is the same as the teacher's, by the measure of its kind; None of free text, which has no such measure.
+
+    An answer of the teacher that cannot be accepted has only the same text as its equal.
+    """
+    if task.settings.kind == "generate":
+        return None
+    if answer == reference or task.rules.verdict(task, reference) is not None:
+        return answer == reference
+    return bool(task.rules.score(task, answer, reference)[task.rules.METRIC] == 1)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
+from llmdistill.evaluation.cascade import cascade
 from llmdistill.evaluation.own_tasks import OwnTask, run_own
 from llmdistill.evaluation.statistics import (
     Array,
@@ -90,13 +91,14 @@ class _Task:
     """One task's scores, every model's in the same order of items."""
 
     def __init__(self, name: str, table: pa.Table, resamples: int, seed: int) -> None:
-        self.name = name
+        self.name, self.seed = name, seed
         by_model = {
             model: table.filter(pc.equal(table["model"], model)).sort_by("item")
             for model in pc.unique(table["model"]).to_pylist()
         }
         first = next(iter(by_model.values()))
         assert all(rows["item"].equals(first["item"]) for rows in by_model.values())
+        self.rows = by_model
         self.scores: dict[str, Array] = {model: rows["score"].to_numpy() for model, rows in by_model.items()}
         self.draws = Draws.of(first["cluster"].to_pylist(), resamples, seed)
         self.items = np.ones(len(first))
@@ -123,7 +125,16 @@ class _Task:
             "kept": _kept([self], 0),
             "kept_above_chance": _kept([self], about.chance or 0),
             **about.tables,
+            **self._cascade(),
         }
+
+    def _cascade(self) -> dict[str, Any]:
+        """When to ask the teacher, where its answers are known and can be told to be the student's."""
+        rows = self.rows.get(STUDENT)
+        if rows is None or TEACHER not in self.scores or rows["agrees"].null_count:
+            return {}
+        agrees, clusters = rows["agrees"].to_numpy(), rows["cluster"].to_pylist()
+        return {"cascade": cascade(rows["logprobs"].to_pylist(), agrees, self.scores, clusters, self.draws, self.seed)}
 
     def _mean(self, model: str) -> dict[str, float]:
         scores = self.scores[model]

@@ -36,6 +36,10 @@ SCHEMA = pa.schema(
         "score": pa.float64(),
         "answer": pa.string(),
         "target": pa.string(),
+        # The rest of tasks of a user's own alone.
+        "input": pa.string(),
+        "logprobs": pa.list_(pa.float32()),  # of the answer's tokens, in nats
+        "agrees": pa.bool_(),  # with the teacher's answer
     }
 )
 

@@ -20,7 +20,7 @@ from llmdistill.evaluation.report.findings import (
 )
 from llmdistill.evaluation.report.models import cards, draft_of, exports, measures, profiles, sizes
 from llmdistill.evaluation.report.provenance import data_of, lineage, training
-from llmdistill.evaluation.report.tasks import rival_of, task_plots, task_warnings
+from llmdistill.evaluation.report.tasks import cascades, rival_of, task_plots, task_warnings
 from llmdistill.evaluation.report.texts import largest_change, view_of_tokens
 from llmdistill.evaluation.report.words import LABELS, template_environment
 from llmdistill.runs.progress import console, say
@@ -74,6 +74,7 @@ def _view(experiment: Experiment) -> Json:
         "tasks": metrics.get("tasks"),
         "task_rival": rival_of(metrics["tasks"]) if metrics.get("tasks") else None,
         "task_plots": list(task_plots(metrics.get("tasks"))),
+        "cascades": cascades(metrics.get("tasks")),
         "change": largest_change(metrics["samples"]),
         "judged": metrics.get("win_rate"),
         "exports": exports(experiment),

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +15,11 @@ from PIL import Image
 
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
+from llmdistill.evaluation.cascade import cascade
 from llmdistill.evaluation.drafts import add_speed_ups
-from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, smooth, spread, thin
+from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, share_plot, smooth, spread, thin
 from llmdistill.evaluation.report.words import cell, fenced
+from llmdistill.evaluation.statistics import Draws
 from llmdistill.stages.report import report
 
 HEADLINE = "40% smaller · 1.9× faster · keeps 61% of the teacher's next-token choices (95% CI 59 to 63)"
@@ -406,6 +409,47 @@ def test_tasks_are_compared_with_the_student_of_the_text_alone(experiment: Exper
     page, text = pages(experiment)
     assert "Student minus student trained on text only on the same items" in " ".join(Page(page).text.split())
     assert "the student minus the student trained on text only: 5 percentage points (95% interval 1–9)." in text
+
+
+def own_cascade(n: int = 400) -> dict[str, Any]:
+    """As `cascade` gives it: the n answers agree down to half of them, then every tenth does not; the teacher is right."""
+    agrees = np.array([number < n / 2 or number % 10 > 0 for number in range(n)])
+    names = [str(number) for number in range(n)]
+    right = {"student": agrees.astype(float), "teacher": np.ones(n)}
+    tokens = [[-0.01 * number, -0.01] for number in range(n)]
+    return cascade(tokens, agrees, right, names, Draws.of(names, 100, 0), 0)
+
+
+def test_when_to_ask_the_teacher_is_said_drawn_and_read_aloud(experiment: Experiment) -> None:
+    """Of 400 items none may disagree for 99%, so the 200 before the first that does are answered; for 90% all 20 may."""
+    found = metrics()["tasks"]
+    (entry,) = found["tasks"]
+    entry |= {"metric": "accuracy", "valid": dict.fromkeys(entry["models"], 1.0), "cascade": own_cascade()}
+    change(experiment, tasks=found)
+    page, text = pages(experiment)
+    said = "the student answers 50% of the requests (95% CI 45 to 55), and the answers are the teacher’s on at least 99% of all"
+    for shown in (" ".join(Page(page).text.split()), text):
+        assert "Alone, the student gives the teacher’s answer on 95.0% of the items" in shown
+        assert said in shown
+        assert "(95% confidence; 100.0% on these items)" in shown
+        assert "too few" not in shown
+    assert "| 99% | −2 | 50 (45–55) | 100.0 | 100.0 |" in text
+    assert "| 90% | −4 | 100.0 (99.0–100.0) | 95.0 | 95.0 |" in text
+    (label,) = [value for name, value in Page(page).attributes if name == "aria-label" and "share of requests" in str(value)]
+    assert label is not None
+    assert label.endswith("49%: 100.0% and 100.0%; 76%: 97.2% and 97.2%; 100%: 95.0% and 95.0%.")
+    entry["cascade"] = own_cascade(50)
+    change(experiment, tasks=found)
+    for shown in pages(experiment):
+        assert "50 independent items are too few to show a higher agreement, even without one disagreement" in shown
+        assert "95% takes 59, 99% takes 299." in shown
+
+
+def test_a_figure_of_shares_has_its_ends_where_they_belong() -> None:
+    plot = share_plot({"a": [(0, 100), (50, 90), (100, 60)]}, [(50, "x")])
+    assert plot["lines"][0]["line"].startswith("M44.0 10.0L")
+    assert plot["marks"] == [((plot["left"] + plot["width"] - 10) / 2, "x")]
+    assert plot["lines"][0]["line"].split("L")[-1].startswith("470.0 ")
 
 
 def test_a_task_of_ones_own_is_shown_with_its_fields_and_confusions(experiment: Experiment) -> None:
