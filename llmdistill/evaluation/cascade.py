@@ -19,7 +19,7 @@ import numpy as np
 from llmdistill.evaluation.statistics import Array, Draws, cluster_numbers
 
 TARGETS = (0.9, 0.95, 0.99)
-CONFIDENCE = 0.95
+LEVEL = 0.95
 _FOLDS = 5
 _GROUPS = 10  # of items with like confidence
 _POINTS = 50  # of a curve
@@ -105,13 +105,13 @@ def most_failures(clusters: int, target: float) -> int | None:
     from scipy.stats import binom
 
     # The bound is below 1 − target where so few disagreements are that unlikely if their share is 1 − target.
-    allowed = int((binom.cdf(np.arange(clusters), clusters, 1 - target) <= 1 - CONFIDENCE).sum())
+    allowed = int((binom.cdf(np.arange(clusters), clusters, 1 - target) <= 1 - LEVEL).sum())
     return allowed - 1 if allowed else None
 
 
 def items_needed(target: float) -> int:
     """The fewest items that can show an agreement: so many without one disagreement."""
-    return math.ceil(math.log(1 - CONFIDENCE) / math.log(target))
+    return math.ceil(math.log(1 - LEVEL) / math.log(target))
 
 
 def threshold(scores: Array, agrees: Array, cluster: Array, most: int) -> float | None:
@@ -129,7 +129,7 @@ def _for(target: float, scores: Array, agrees: Array, right: dict[str, Array], c
     """The threshold for an agreement, and what it gives."""
     clusters = int(cluster.max()) + 1
     most = most_failures(clusters, target)
-    found = {"target": target, "confidence": CONFIDENCE, "items_needed": items_needed(target)}
+    found = {"target": target, "level": LEVEL, "items_needed": items_needed(target)}
     if most is None:
         return {**found, "threshold": None, "shown": False}
     lowest = threshold(scores, agrees, cluster, most)

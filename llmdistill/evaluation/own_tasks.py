@@ -59,6 +59,7 @@ def run_own(
     limit: int | None,
     template_args: dict[str, Any] | None = None,
     references: Mapping[tuple[str, str], str] | None = None,
+    stage: str = "eval",
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Every model on the same items.
 
@@ -71,6 +72,7 @@ def run_own(
         limit: the first items of each task only.
         template_args: more variables of the chat template.
         references: the teacher's answers, by task and item, where it is none of the models.
+        stage: that says how far it is.
 
     Returns:
         The rows of `tasks.parquet`; and for each task, by model, `valid`, the share of answers that could be accepted,
@@ -88,7 +90,7 @@ def run_own(
     rows: list[dict[str, Any]] = []
     tables: dict[str, dict[str, Any]] = {own.task.name: {"valid": {}, "max_tokens": {}} for own in tasks}
     told = dict(references or {})
-    with StageBar("eval", sum(len(items) for _, items, _ in asked)) as bar:
+    with StageBar(stage, sum(len(items) for _, items, _ in asked)) as bar:
         for (task, items, name), (prompts_ids, longest) in zip(asked, prompts, strict=True):
             bar.advance(0, facts=[f"{name} on {task.name}"])
             answers = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], batch_size, longest, bar)

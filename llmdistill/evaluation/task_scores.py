@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.evaluation.cascade import cascade
+from llmdistill.evaluation.examples import apart
 from llmdistill.evaluation.own_tasks import OwnTask, run_own
 from llmdistill.evaluation.statistics import (
     Array,
@@ -125,13 +126,17 @@ class _Task:
             "kept": _kept([self], 0),
             "kept_above_chance": _kept([self], about.chance or 0),
             **about.tables,
-            **self._cascade(),
+            **(self._beside_the_teacher() if "valid" in about.tables and TEACHER in self.scores else {}),
         }
 
+    def _beside_the_teacher(self) -> dict[str, Any]:
+        """Of a task of a user's own: the items on which the student is worse or better, and when to ask the teacher."""
+        ours, theirs = self.rows[STUDENT], self.rows[TEACHER]
+        return {"apart": apart(ours, theirs), **self._cascade()}
+
     def _cascade(self) -> dict[str, Any]:
-        """When to ask the teacher, where its answers are known and can be told to be the student's."""
-        rows = self.rows.get(STUDENT)
-        if rows is None or TEACHER not in self.scores or rows["agrees"].null_count:
+        rows = self.rows[STUDENT]
+        if rows["agrees"].null_count:  # free text
             return {}
         agrees, clusters = rows["agrees"].to_numpy(), rows["cluster"].to_pylist()
         return {"cascade": cascade(rows["logprobs"].to_pylist(), agrees, self.scores, clusters, self.draws, self.seed)}

@@ -152,7 +152,7 @@ STAGES: dict[str, Stage] = {
             "write the student for serving, quantised or not, and measure the loss in fidelity",
             ("export", "eval.speed"),
             "export",
-            reads=("curated", "retokenized", "student"),
+            reads=("curated", "retokenized", "student", "eval"),
             writes=("export",),
             after_rounds=True,
         ),

@@ -8,16 +8,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmdistill.config import load_experiment
+from llmdistill.errors import InputError
 from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
+from llmdistill.stages.export import export
 from llmdistill.stages.generate import generate
 from llmdistill.stages.report import report
 from llmdistill.stages.train import train
+from llmdistill.tasks.task import read_task
 from tests.tasks.make import write_task
 
 
 @pytest.mark.slow
-def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch):
+def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     wide = shutil.copytree(
         tiny, tmp_path / "wide"
@@ -38,8 +41,12 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch)
     ]
     experiment = load_experiment(experiment_file, changes)
     evaluate(experiment, dry_run=True)
-    for stage in (generate, curate, train, evaluate, report):
+    for stage in (generate, curate, train, export):
         stage(experiment)
+    assert "the tasks, which are not evaluated: run `eval`, then `export` again" in " ".join(capsys.readouterr().out.split())
+    for stage in (evaluate, export, report):
+        stage(experiment)
+    screen = capsys.readouterr().out
 
     names = ["teacher", "student before", "student"]
     rows = pq.read_table(experiment.directory("eval") / "tasks.parquet").to_pylist()
@@ -70,3 +77,40 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch)
     page = (tmp_path / "run/report.html").read_text()
     assert "orders" in page
     assert "right label" in page
+    check_export(experiment, rows, screen)
+
+
+def check_export(experiment, rows, screen):
+    """The whole student, exported as it is, answers as the student does; what a server needs is beside its weights."""
+    directory = experiment.directory("export")
+    (made,) = json.loads((directory / "export.json").read_text())["formats"]
+    told = json.loads((directory / "safetensors/cascade.json").read_text())["tasks"]
+    assert list(told) == ["orders", "classify"]
+    for entry in made["tasks"]["tasks"]:
+        name = entry["name"]
+        by_model = {
+            model: [row for row in rows if (row["task"], row["model"]) == (name, model)] for model in ("teacher", "student")
+        }
+        mean = sum(row["score"] for row in by_model["student"]) / 3
+        assert entry["models"]["student"]["mean"] == entry["models"]["student, not exported"]["mean"] == mean
+        agreeing = [row["agrees"] for row in by_model["student"]]
+        assert agreeing == [one["answer"] == two["answer"] for one, two in zip(*by_model.values(), strict=True)], (
+            "no two are alike"
+        )
+        assert entry["cascade"]["agreement"]["mean"] == sum(agreeing) / 3
+        task = read_task(entry["source"], "")
+        assert [{"role": "system", "content": told[name]["system"]}, {"role": "user", "content": "x"}] == task.prompt("x")
+        assert told[name]["max_tokens"] == entry["max_tokens"]["student"]
+        assert told[name]["measured"] == {"items": 3, "clusters": 3, "dtype": "float32"}
+        assert [(t["target"], t["items_needed"], t["threshold"]) for t in told[name]["thresholds"]] == [
+            (0.9, 29, None),
+            (0.95, 59, None),
+            (0.99, 299, None),
+        ]
+    assert "on orders; " in (directory / "safetensors/README.md").read_text()
+    lines = [line for line in screen.splitlines() if line.startswith("eval ")]
+    assert "on classify; " in lines[-1], "the last that eval says is what is kept"
+    export(experiment)
+    shorter = experiment.with_(eval=experiment.eval.with_(task_limit=2))
+    with pytest.raises(InputError, match=r"the items of configs/tasks/orders\.yaml are others"):
+        export(shorter)

@@ -47,7 +47,7 @@ def _said(cascade: Json) -> list[str]:
         said.append(
             "If the teacher is asked wherever the student’s confidence is below the threshold, "
             f"the student answers {share}% of the requests (95% CI {ends}), and the answers are the teacher’s on at least "
-            f"{best['target']:.0%} of all requests ({best['confidence']:.0%} confidence; {best['agreement']:.1%} on these items)."
+            f"{best['target']:.0%} of all requests ({best['level']:.0%} confidence; {best['agreement']:.1%} on these items)."
         )
     missing = [entry for entry in cascade["thresholds"] if not entry["shown"]]
     if missing:
