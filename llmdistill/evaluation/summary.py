@@ -82,7 +82,7 @@ def final_lines(metrics: Json) -> Iterator[tuple[str, str]]:
     warnings += [entry["warning"] for entry in metrics.get("teachers", []) if entry.get("warning")]
     warnings += [f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task["warning"]]
     yield from (("warning", text) for text in [*warnings, *judged["warnings"]])
-    yield from (("eval", f"student {line}") for line in task_lines(tasks))
+    yield from (("eval", f"the student {line}") for line in task_lines(tasks))
 
 
 def _summary(metrics: Json) -> str:

@@ -20,7 +20,7 @@ from llmdistill.evaluation.report.findings import (
 )
 from llmdistill.evaluation.report.models import cards, draft_of, exports, measures, profiles, sizes
 from llmdistill.evaluation.report.provenance import data_of, lineage, training
-from llmdistill.evaluation.report.tasks import cascades, rival_of, task_plots, task_warnings
+from llmdistill.evaluation.report.tasks import cascades, rival_of, task_plots, task_verdicts, task_warnings
 from llmdistill.evaluation.report.texts import largest_change, view_of_tokens
 from llmdistill.evaluation.report.words import LABELS, template_environment
 from llmdistill.runs.progress import console, say
@@ -46,7 +46,9 @@ def report(experiment: Experiment, dry_run: bool = False) -> None:
     write_bytes(shared, picture(view, LABELS))
     say("report", str(page))
     console.print()
-    return console.print(view["headline"], markup=False)
+    for line in (view["headline"], *(verdict["text"] for verdict in view["task_verdicts"])):
+        console.print(line, markup=False)
+    return None
 
 
 def _view(experiment: Experiment) -> Json:
@@ -74,6 +76,7 @@ def _view(experiment: Experiment) -> Json:
         "tasks": metrics.get("tasks"),
         "task_rival": rival_of(metrics["tasks"]) if metrics.get("tasks") else None,
         "task_plots": list(task_plots(metrics.get("tasks"))),
+        "task_verdicts": task_verdicts(metrics.get("tasks")),
         "cascades": cascades(metrics.get("tasks")),
         "change": largest_change(metrics["samples"]),
         "judged": metrics.get("win_rate"),

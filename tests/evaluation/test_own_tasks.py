@@ -1,11 +1,14 @@
 import json
+import math
 
+import pyarrow as pa
 import pytest
 
 from llmdistill.errors import InputError, UnusableError
+from llmdistill.evaluation.examples import apart
 from llmdistill.evaluation.own_tasks import agrees, run_own
 from llmdistill.evaluation.task_scores import summarise
-from llmdistill.evaluation.tasks import About, files_of, load_tasks, read_tasks
+from llmdistill.evaluation.tasks import SCHEMA, About, files_of, load_tasks, read_tasks
 from llmdistill.evaluation.writing import Written
 from llmdistill.models.loading import load_model, load_tokenizer
 from tests.tasks.make import make_task, write_task
@@ -65,10 +68,6 @@ def test_right_answers_are_scored_one_and_wrong_ones_less(tmp_path, tiny, monkey
     assert rows[4]["score"] < 1
     assert tables[kind]["valid"] == {"teacher": 1, "student": 1}
 
-    import pyarrow as pa
-
-    from llmdistill.evaluation.tasks import SCHEMA
-
     about = {kind: About(file, "m", None, tables[kind])}
     (entry,) = summarise(pa.Table.from_pylist(rows, SCHEMA), about, 200, 0)["tasks"]
     assert entry["models"]["teacher"]["mean"] == 1
@@ -77,6 +76,14 @@ def test_right_answers_are_scored_one_and_wrong_ones_less(tmp_path, tiny, monkey
     beside = {"extract": {"fields"}, "classify": {"confusion"}}
     assert {"fields", "confusion"} & entry.keys() == beside.get(kind, set())
     assert ("cascade" in entry) == (kind != "generate")
+    lost = [row["item"] for row in rows[3:] if row["score"] < 1]
+    assert (entry["apart"]["worse"], entry["apart"]["better"], entry["apart"]["won"]) == (len(lost), 0, [])
+    assert sorted(found["item"] for found in entry["apart"]["lost"]) == lost
+    for found in entry["apart"]["lost"]:
+        number = int(found["item"][1:])
+        answers = (found["input"], found["target"], found["teacher"], found["student"])
+        assert answers == (f"Number {number}.", targets[number], targets[number], targets[0])
+        assert found["probability"] == pytest.approx(math.exp(-0.1))
     if kind != "generate":  # the teacher's answers are right, so that to agree is to be right
         assert entry["cascade"]["agreement"]["mean"] == entry["models"]["student"]["mean"]
 
@@ -168,3 +175,15 @@ def test_a_template_that_refuses_and_a_prompt_that_does_not_fit(tmp_path, tiny):
     model.config.max_position_embeddings = 40
     with pytest.raises(InputError, match=r"test.jsonl line 1: \d+ tokens and 67 of an answer are more than the context of 40"):
         run()
+
+
+def test_the_items_that_differ_most_and_of_these_the_most_certain_are_first():
+    def table(scores, logprobs):
+        texts = {name: ["x"] * 4 for name in ("input", "target", "answer")}
+        return pa.table({"item": list("abcd"), "score": scores, "logprobs": [[value] for value in logprobs], **texts})
+
+    found = apart(table([0.5, 0.0, 0.0, 1.0], [-1.0, -3.0, -2.0, -1.0]), table([1.0, 1.0, 1.0, 0.5], [0.0] * 4))
+    assert [item["item"] for item in found["lost"]] == ["c", "b", "a"]
+    assert [item["item"] for item in found["won"]] == ["d"]
+    assert (found["worse"], found["better"]) == (3, 1)
+    assert found["lost"][0]["probability"] == pytest.approx(math.exp(-2))

@@ -20,6 +20,7 @@ from llmdistill.evaluation.drafts import add_speed_ups
 from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, share_plot, smooth, spread, thin
 from llmdistill.evaluation.report.words import cell, fenced
 from llmdistill.evaluation.statistics import Draws
+from llmdistill.evaluation.summary import task_verdict
 from llmdistill.stages.report import report
 
 HEADLINE = "40% smaller · 1.9× faster · keeps 61% of the teacher's next-token choices (95% CI 59 to 63)"
@@ -409,6 +410,54 @@ def test_tasks_are_compared_with_the_student_of_the_text_alone(experiment: Exper
     page, text = pages(experiment)
     assert "Student minus student trained on text only on the same items" in " ".join(Page(page).text.split())
     assert "the student minus the student trained on text only: 5 percentage points (95% interval 1–9)." in text
+
+
+def test_the_verdict_on_a_task_of_ones_own_comes_first(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is kept, with a link to the items that are worse, which are shown as they are; and as the last line on the screen."""
+    found = metrics()["tasks"]
+    (entry,) = found["tasks"]
+    told = dict.fromkeys(("item", "input", "target", "teacher", "student"), HOSTILE) | {"probability": 0.912}
+    entry |= {"name": "invoices", "items": 1000, "kept": interval(0.984, 0.972, 0.993), "metric": "exact_match"}
+    entry |= {"valid": dict.fromkeys(entry["models"], 1.0)}
+    entry |= {"apart": {"worse": 12, "better": 1, "lost": [told] * 11, "won": [{**told, "item": "i7"}]}}
+    change(experiment, tasks=found)
+    page, text = pages(experiment)
+    verdict = "The student keeps 98.4% (95% CI 97.2 to 99.3) of the teacher on invoices; 12 of 1,000 items are worse, 1 better."
+    assert " ".join(capsys.readouterr().out.split()).endswith(verdict)
+    parsed = Page(page)
+    shown = " ".join(parsed.text.split())
+    assert shown.index(verdict) < shown.index("Soft targets helped")
+    assert ("href", "#worse-1") in parsed.attributes
+    assert ("id", "worse-1") in parsed.attributes
+    assert parsed.text.count(HOSTILE) == 9 + 11 * 5 + 4
+    assert "<script" not in page
+    assert "12 of 1,000 items are worse than the teacher’s" in shown
+    assert "The first 11; all are in eval/tasks.parquet." in shown
+    assert "1 item is better" in shown
+    assert shown.index("of its task score kept") < shown.index("40% smaller")
+    cards = [shown.index(label) for label in ("of its task score kept", "smaller 134.5M", "of the teacher’s next-token")]
+    assert cards == sorted(cards)
+    assert text.index(cell(verdict)) < text.index(HEADLINE)
+    rows = [line for line in text.splitlines() if line.endswith("| 91% |")]
+    assert len(rows) == 10 + 1
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 7 for row in rows)
+    outside = re.sub(r"^(`{3,})text\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"(?<!\\)<", outside)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"kept": interval(1.01, 0.99, 1.03)}, "keeps 101.0% (95% CI 99.0 to 103.0) of the teacher on t"),
+        ({"kept": None}, "scores 50.0% (95% CI 40.0 to 60.0) on t"),
+        (
+            {"kept": None, "apart": {"worse": 1, "better": 2}},
+            "scores 50.0% (95% CI 40.0 to 60.0) on t; 1 of 9 items are worse, 2 better",
+        ),
+    ],
+)
+def test_what_is_said_where_nothing_is_kept_or_more_than_all(entry: dict[str, Any], said: str) -> None:
+    assert task_verdict({"name": "t", "items": 9, "models": {"student": interval(0.5, 0.4, 0.6)}, **entry}) == said
 
 
 def own_cascade(n: int = 400) -> dict[str, Any]:

@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 
 def cards(models: dict[str, Json], tasks: Json | None) -> list[Json]:
-    """The headline figures, each with its source."""
+    """The headline figures, each with its source; what is kept on tasks of a user's own comes first."""
     student = models["student"]
     if "teacher" not in models:
         return _cards_of_text(models["student before"], student, tasks)
@@ -25,7 +25,10 @@ def cards(models: dict[str, Json], tasks: Json | None) -> list[Json]:
     times = f"{speed:.1f}×"
     size = f"{parameters(teacher['parameters'])} → {parameters(student['parameters'])} parameters"
     rate = f"{tokens_per_second(teacher)} → {tokens_per_second(student)} tokens/s"
+    kept = [_kept_card(tasks["together"]["kept"], "of its task score kept")] if tasks and tasks["together"]["kept"] else []
+    own = [task for task in (tasks or {"tasks": []})["tasks"] if "valid" in task]
     return [
+        *(kept if own else []),
         {"figure": f"{abs(saved):.0%}", "label": "smaller" if saved >= 0 else "larger", "note": size},
         {
             "figure": times,
@@ -33,7 +36,7 @@ def cards(models: dict[str, Json], tasks: Json | None) -> list[Json]:
             "note": rate,
         },
         _kept_card(student["top1"], "of the teacher’s next-token choices kept"),
-        *([_kept_card(tasks["together"]["kept"], "of its task score kept")] if tasks and tasks["together"]["kept"] else []),
+        *([] if own else kept),
     ]
 
 

@@ -6,8 +6,21 @@ from typing import Any
 from llmdistill.evaluation.plots import interval_plot, share_plot
 from llmdistill.evaluation.report.words import percent
 from llmdistill.evaluation.statistics import interval_text
+from llmdistill.evaluation.summary import task_verdict
 
 Json = dict[str, Any]
+
+
+def task_verdicts(tasks: Json | None) -> list[Json]:
+    """Of each task of a user's own, what is kept of the teacher; `worse`, where the items that are worse are shown."""
+    own = [task for task in (tasks or {"tasks": []})["tasks"] if "valid" in task]
+    return [
+        {
+            "text": f"The student {task_verdict(task)}.",
+            "worse": f"worse-{number}" if task.get("apart", {"worse": 0})["worse"] else None,
+        }
+        for number, task in enumerate(own, start=1)
+    ]
 
 
 def task_warnings(tasks: Json | None) -> list[str]:
