@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.errors import InputError, UnusableError
+from llmdistill.evaluation.serving import Requests
 from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.evaluation.writing import Written, write_answers
 from llmdistill.models.chat_template import ChatTemplate
@@ -85,7 +86,8 @@ def run_own(
     asked = [(own.task, own.items[:limit], name) for name in models for own in tasks]
     # All of them before the first answer: what a template refuses is found out at once.
     prompts = [
-        _prompts(task, items, models[name], tokenizers[name], end_ids[name], template_args or {}) for task, items, name in asked
+        _prompts(task, items, models[name].config, tokenizers[name], end_ids[name], template_args or {})
+        for task, items, name in asked
     ]
     rows: list[dict[str, Any]] = []
     tables: dict[str, dict[str, Any]] = {own.task.name: {"valid": {}, "max_tokens": {}} for own in tasks}
@@ -110,13 +112,34 @@ def run_own(
     return rows, tables
 
 
+def requests_of(
+    own: OwnTask, count: int, limit: int | None, config: Any, tokenizer: Any, end_ids: list[int], template_args: dict[str, Any]
+) -> Requests:
+    """The first items of a task, as a server is asked them.
+
+    Args:
+        own: the task.
+        count: of the items.
+        limit: of those that are evaluated, whose longest right answer decides where answers are cut.
+        config: of the model.
+        tokenizer: the model's.
+        end_ids: the tokens that end its answers.
+        template_args: more variables of the chat template.
+
+    Raises:
+        InputError: an item does not fit into the model's context.
+    """
+    prompts, longest = _prompts(own.task, own.items[:limit], config, tokenizer, end_ids, template_args)
+    return Requests(prompts[:count], longest, end_ids)
+
+
 def _prompts(
-    task: Task, items: list[Item], model: Any, tokenizer: Any, end_ids: list[int], template_args: dict[str, Any]
+    task: Task, items: list[Item], config: Any, tokenizer: Any, end_ids: list[int], template_args: dict[str, Any]
 ) -> tuple[list[list[int]], int]:
     """The token ids of each prompt, and how many tokens an answer may have."""
     chat, found = ChatTemplate(tokenizer, end_ids, template_args), []
     longest = _TIMES * max(len(tokenizer(item.output, add_special_tokens=False)["input_ids"]) for item in items) + _MORE_TOKENS
-    context = context_length(model.config)
+    context = context_length(config)
     for item in items:
         try:
             found.append(chat.prompt_ids(task.prompt(item.input)))

@@ -124,6 +124,7 @@ class _Task:
             "models": {model: self._mean(model) for model in models},
             "differences": [self._difference(rival) for rival in rivals],
             "kept": _kept([self], 0),
+            "kept_by_model": {model: _kept([self], 0, model) for model in models if model != TEACHER},
             "kept_above_chance": _kept([self], about.chance or 0),
             **about.tables,
             **(self._beside_the_teacher() if "valid" in about.tables and TEACHER in self.scores else {}),
@@ -182,14 +183,14 @@ def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str]
     }
 
 
-def _kept(tasks: list[_Task], floor: float) -> dict[str, float] | None:
-    """The student's score above a floor as a share of the teacher's, both from the same items.
+def _kept(tasks: list[_Task], floor: float, model: str = STUDENT) -> dict[str, float] | None:
+    """A model's score above a floor as a share of the teacher's, both from the same items.
 
     None where the teacher is not above the floor in every resample: the share has no meaning then. None without a teacher, too.
     """
     if TEACHER not in tasks[0].scores:
         return None
-    ours, theirs = ([task.ratio(model) for task in tasks] for model in (STUDENT, TEACHER))
+    ours, theirs = ([task.ratio(name) for task in tasks] for name in (model, TEACHER))
     student, teacher = (
         np.mean([np.append(each.value, each.values) for each in found], axis=0) - floor for found in (ours, theirs)
     )
@@ -199,7 +200,7 @@ def _kept(tasks: list[_Task], floor: float) -> dict[str, float] | None:
     squares = np.zeros(len(kept))
     for task, one, other in zip(tasks, ours, theirs, strict=True):
         weights = np.vstack([np.ones(len(task.sizes)), task.draws.draws])
-        columns = np.stack([*(task.draws.sums(task.scores[model]) for model in (STUDENT, TEACHER)), task.sizes])
+        columns = np.stack([*(task.draws.sums(task.scores[name]) for name in (model, TEACHER)), task.sizes])
         means = [np.append(each.value, each.values) for each in (one, other)]
         coefficients = np.stack([np.ones_like(kept), -kept, kept * means[1] - means[0]], axis=1)
         squares += residual_errors(columns, coefficients, task.sizes, weights) ** 2

@@ -16,6 +16,11 @@ class Written:
     logprobs: list[float]
 
 
+def answer_length(ids: Sequence[int], end_ids: Sequence[int]) -> int:
+    """Tokens of an answer that may be padded behind the token that ends it, which is one of them."""
+    return next((place for place, token in enumerate(ids, start=1) if token in end_ids), len(ids))
+
+
 class _Recorder:
     """Among the logits processors of `generate`: keeps log q of the most likely token, which greedy decoding takes."""
 
@@ -49,7 +54,6 @@ def write_answers(
         texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         logprobs_BT = torch.stack(recorder.steps, dim=1).tolist()
         for number, text, ids, logprobs in zip(chunk, texts, written_BT.tolist(), logprobs_BT, strict=True):
-            length = next((place for place, token in enumerate(ids, start=1) if token in end_ids), len(ids))
-            answers[number] = Written(text.strip(), logprobs[:length])
+            answers[number] = Written(text.strip(), logprobs[: answer_length(ids, end_ids)])
         bar.advance(len(chunk))
     return [answers[number] for number in range(len(prompts))]

@@ -18,6 +18,7 @@ from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.exported_tasks import CASCADE, MeasuredTasks, for_a_server, measured_tasks, on_tasks
 from llmdistill.evaluation.fidelity import fidelity
+from llmdistill.evaluation.own_tasks import requests_of
 from llmdistill.evaluation.statistics import Draws, check_clusters, interval_text
 from llmdistill.evaluation.summary import task_lines
 from llmdistill.models.loading import (
@@ -81,11 +82,12 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
             record.write_json(directory / RESULTS, results)
             say("export", _summary(made, results["bytes"]))
         results = _results(directory)
-        for made in _without_tasks(results, tasks):
+        unmeasured = _without_tasks(results, tasks)
+        for made in unmeasured:
             _on_tasks(experiment, model, made, tasks, manifest["tokenizer"]["end_token_ids"])
             record.write_json(directory / RESULTS, results)
-        if experiment.eval.speed == "vllm" and (missing or "serving" not in results):
-            results["serving"] = _serve(experiment, model, results["formats"])
+        if experiment.eval.speed == "vllm" and (missing or unmeasured or "serving" not in results):
+            results["serving"] = _serve(experiment, model, results["formats"], tasks, manifest["tokenizer"]["end_token_ids"])
             record.write_json(directory / RESULTS, results)
     record.finish(directory, {made["name"]: made["bytes"] for made in results["formats"]})
 
@@ -260,10 +262,17 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
     return made
 
 
-def _serve(experiment: Experiment, model: str, formats: list[dict[str, Any]]) -> dict[str, Any]:
+def _serve(
+    experiment: Experiment, model: str, formats: list[dict[str, Any]], tasks: MeasuredTasks | None, end_ids: list[int]
+) -> dict[str, Any]:
     """The student and every form of it in vLLM, side by side."""
     models = [serving.Served("student", model), *(serving.Served(made["name"], made["path"]) for made in formats)]
-    served = serving.by_vllm(models, experiment.eval.batch_size, experiment.eval.sample_tokens)
+    requests: dict[str, dict[str, serving.Requests]] = {}
+    if tasks and (count := experiment.eval.timed_requests):
+        config, tokenizer = load_config(model, None, key="export.model"), load_tokenizer(model, None, key="export.model")
+        how = (count, experiment.eval.task_limit, config, tokenizer, end_ids, experiment.teacher.template_args)
+        requests = {own.task.name: dict.fromkeys((one.name for one in models), requests_of(own, *how)) for own in tasks.tasks}
+    served = serving.by_vllm(models, experiment.eval.batch_size, experiment.eval.sample_tokens, requests)
     for entry in served["models"]:
         say("export", _speed_summary(entry))
     return served

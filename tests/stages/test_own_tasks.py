@@ -31,7 +31,7 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch,
     lines = [{"input": f"Number {n}", "output": label} for n, label in enumerate(["good", "bad", "good"])]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = write_task(tmp_path, "generate")
-    small = [("own_prompts", "0"), ("samples", "0"), ("sample_tokens", "2"), ("task_limit", "3")]
+    small = [("own_prompts", "0"), ("samples", "0"), ("sample_tokens", "2"), ("task_limit", "3"), ("timed_requests", "2")]
     tasks = ("eval.tasks", f"[configs/tasks/orders.yaml, {file}]")
     changes = [
         ("teacher.model", str(wide)),
@@ -66,6 +66,13 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch,
             scores = [row["score"] for row in rows if (row["task"], row["model"]) == (task["name"], name)]
             assert task["models"][name]["mean"] == sum(scores) / 3
         assert list(task["valid"]) == names
+    whole = json.loads((experiment.directory("eval") / "metrics.json").read_text())
+    for model in whole["models"]:
+        assert {name: figures["count"] for name, figures in model["requests"].items()} == {"orders": 2, "classify": 2}
+    repriced = experiment.with_(eval=experiment.eval.with_(price_per_hour=2.0))
+    evaluate(repriced)  # is finished: nothing that was measured depends on the price
+    report(repriced)
+    assert "a million requests cost" in (tmp_path / "run/report.md").read_text()
     everything = orders["fields"]["student"][0]
     assert everything["true_positives"] + everything["false_negatives"] == 3 * 4, "four fields of three records"
     assert [sum(row) for row in labels["confusion"]["teacher"]["counts"]] == [2, 1]

@@ -460,6 +460,46 @@ def test_what_is_said_where_nothing_is_kept_or_more_than_all(entry: dict[str, An
     assert task_verdict({"name": "t", "items": 9, "models": {"student": interval(0.5, 0.4, 0.6)}, **entry}) == said
 
 
+def timed(p50: float, per_s: float) -> dict[str, Any]:
+    """As `serving.request_figures` gives it."""
+    return {"facts": {"count": 32, "p50_s": p50, "p95_s": 2 * p50, "per_s": per_s, "tokens_per_s": 20 * per_s}}
+
+
+def test_whether_it_was_worth_it(experiment: Experiment) -> None:
+    """A row for what is there, and columns for what was measured: 3.6 an hour is 0.001 a second, so 0.5 a second cost 2,000."""
+    found, models = metrics()["tasks"], metrics()["models"]
+    (entry,) = found["tasks"]
+    entry |= {"name": "facts", "metric": "accuracy", "valid": dict.fromkeys(entry["models"], 1.0)}
+    entry["kept_by_model"] = {"student before": interval(0.21, 0.1, 0.3), "student": interval(0.984, 0.972, 0.993)}
+    entry["kept_by_model"]["student, text only"] = None
+    change(experiment, tasks=found)
+    page, text = pages(experiment)
+    for model in ("teacher | 50 (40–60) | – | 269 MB", "student | 50 (40–60) | 98.4 (97.2–99.3) | 161 MB"):
+        assert f"\n| {model} |\n" in text
+    assert "latency" not in text, "it was not measured"
+
+    for model, figures in zip(models, (timed(2, 0.5), timed(1, 1), timed(1, 1), timed(1, 1)), strict=True):
+        model["requests"] = figures
+    change(experiment, tasks=found, models=models)
+    file = Path(experiment.output) / "export/export.json"
+    exported = json.loads(file.read_text())
+    exported["formats"][0]["tasks"] = {"tasks": [{**entry, "kept": interval(0.9, 0.85, 0.95)}]}
+    exported["serving"]["models"][0]["requests"] = timed(0.25, 4)
+    write(file, exported)
+    page, text = pages(experiment.with_(eval=experiment.eval.with_(price_per_hour=3.6)))
+    table = text[text.index("| model | accuracy, % |") :].partition("\n\n")[0].splitlines()
+    assert table[2:] == [
+        "| teacher | 50 (40–60) | – | 2,000 | 4,000 | 10 | 269 MB | 2,000.00 |",
+        "| student before training | 50 (40–60) | 21.0 (10.0–30.0) | 1,000 | 2,000 | 20 | – | 1,000.00 |",
+        "| student trained on text only | 50 (40–60) | – | 1,000 | 2,000 | 20 | – | 1,000.00 |",
+        "| student | 50 (40–60) | 98.4 (97.2–99.3) | 1,000 | 2,000 | 20 | 161 MB | 1,000.00 |",
+        "| exported as w8a8 | 50 (40–60) | 90.0 (85.0–95.0) | 250 | 500 | 80 | 110 MB | 250.00 |",
+    ]
+    shown = " ".join(Page(page).text.split())
+    assert "student 5040–60 98.497.2–99.3 1,0002,00020 161 MB 1,000.00" in shown
+    assert "a machine at 3.60 an hour that answers 8 requests at once and is never idle" in shown
+
+
 def own_cascade(n: int = 400) -> dict[str, Any]:
     """As `cascade` gives it: the n answers agree down to half of them, then every tenth does not; the teacher is right."""
     agrees = np.array([number < n / 2 or number % 10 > 0 for number in range(n)])

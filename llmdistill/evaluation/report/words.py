@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from llmdistill.data.budget import money
 from llmdistill.evaluation.statistics import interval_text
 
 Json = dict[str, Any]
@@ -26,7 +27,7 @@ def template_environment() -> jinja2.Environment:
     )
     environment.filters |= {
         filter.__name__: filter
-        for filter in (cell, estimate, fenced, interval, label, megabytes, moment, parameters, tokens_per_second, visible)
+        for filter in (cell, estimate, fenced, interval, label, megabytes, moment, money, parameters, tokens_per_second, visible)
     }
     return environment
 
@@ -71,9 +72,9 @@ def estimate(interval: Json, factor: float = 1, least: int | None = None) -> tup
     return mean.replace("-", "−"), "" if low == high else ends.replace("-", "−")
 
 
-def interval(found: Json, factor: float = 1) -> str:
+def interval(found: Json, factor: float = 1, least: int | None = None) -> str:
     """As `estimate`, in one text: `mean (low–high)`."""
-    mean, ends = estimate(found, factor)
+    mean, ends = estimate(found, factor, least)
     return f"{mean} ({ends})" if ends else mean
 
 
