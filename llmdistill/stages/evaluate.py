@@ -206,7 +206,6 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 def _claim(experiment: Experiment, plan: _Plan) -> record.Claim:
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
-    del settings["eval"]["price_per_hour"]  # nothing that is measured depends on it
     return record.Claim(experiment.directory("eval"), "eval", settings, _inputs(experiment, plan))
 
 
@@ -450,6 +449,8 @@ def _subjects(experiment: Experiment) -> list[Served]:
     ]
     if experiment.rounds:
         found.append(Served("student, first round", str(experiment.first_student)))
+    if experiment.train.compare_examples:
+        found.append(Served("student, examples only", str(experiment.directory("student-examples"))))
     if experiment.train.compare_text_only:
         found.append(Served("student, text only", str(experiment.directory("student-text-only"))))
     return found

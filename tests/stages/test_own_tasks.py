@@ -6,9 +6,11 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
+from llmdistill.models.loading import load_model
 from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
 from llmdistill.stages.export import export
@@ -31,12 +33,15 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch,
     lines = [{"input": f"Number {n}", "output": label} for n, label in enumerate(["good", "bad", "good"])]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = write_task(tmp_path, "generate")
+    examples = [{"input": f"Example {n}", "output": label} for n, label in enumerate(["good", "bad"] * 4)]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in examples))
     small = [("own_prompts", "0"), ("samples", "0"), ("sample_tokens", "2"), ("task_limit", "3"), ("timed_requests", "2")]
     tasks = ("eval.tasks", f"[configs/tasks/orders.yaml, {file}]")
     changes = [
         ("teacher.model", str(wide)),
         *((f"eval.{key}", value) for key, value in small),
         tasks,
+        ("train.compare_examples", f"{{task: {file}, file: {tmp_path}/examples.jsonl}}"),
         ("curate", f"[{{task: {{file: {text}}}}}]"),
     ]
     experiment = load_experiment(experiment_file, changes)
@@ -48,7 +53,7 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch,
         stage(experiment)
     screen = capsys.readouterr().out
 
-    names = ["teacher", "student before", "student"]
+    names = ["teacher", "student before", "student", "student, examples only"]
     rows = pq.read_table(experiment.directory("eval") / "tasks.parquet").to_pylist()
     assert {(row["task"], row["model"], row["item"]) for row in rows} == {
         (task, model, item)
@@ -56,7 +61,8 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch,
         for model in names
         for item in items
     }
-    assert len(rows) == 2 * 3 * 3
+    assert len(rows) == 2 * 4 * 3
+    check_examples(experiment, tmp_path)
     metrics = json.loads((experiment.directory("eval") / "metrics.json").read_text())["tasks"]
     orders, labels = metrics["tasks"]
     assert (orders["name"], orders["source"], orders["metric"]) == ("orders", "configs/tasks/orders.yaml", "exact_match")
@@ -85,6 +91,22 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch,
     assert "orders" in page
     assert "right label" in page
     check_export(experiment, rows, screen)
+
+
+def check_examples(experiment, directory):
+    """As many steps as the student, from the same weights, on other text."""
+    states, cards = {}, {}
+    for name in ("student", "student-examples"):
+        states[name] = json.loads((experiment.directory(name) / "trainer_state.json").read_text())
+        cards[name] = (experiment.directory(name) / "README.md").read_text()
+    assert states["student-examples"]["global_step"] == states["student"]["global_step"] > 1
+    weights = [load_model(str(experiment.directory(name)), device="cpu").state_dict() for name in states]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert f"the examples in {directory}/examples.jsonl" in cards["student-examples"]
+    assert "the examples in" not in cards["student"]
+    inputs = json.loads((experiment.directory("student-examples") / "run.json").read_text())["inputs"]
+    assert {f"{directory}/{name}" for name in ("classify.yaml", "examples.jsonl", "labels.jsonl")} <= set(inputs)
+    assert "| student trained on the examples only |" in (directory / "run/report.md").read_text()
 
 
 def check_export(experiment, rows, screen):

@@ -21,6 +21,7 @@ def training(experiment: Experiment) -> Json:
     for name, directory in (
         ("student", experiment.directory("student")),
         ("student, text only", experiment.directory("student-text-only")),
+        ("student, examples only", experiment.directory("student-examples")),
     ):
         state = read_json(directory / "trainer_state.json")
         if state is not None:
@@ -98,12 +99,13 @@ def lineage(experiment: Experiment) -> Json:
             training_dataset(experiment),
             experiment.directory("student"),
             experiment.directory("student-text-only"),
+            experiment.directory("student-examples"),
             experiment.directory("eval"),
             experiment.directory("export"),
         )
     ):
         run = read_run(directory)
-        if run is not None or directory.name not in ("prompts", "student-text-only", "export"):
+        if run is not None or directory.name not in ("prompts", "student-text-only", "student-examples", "export"):
             stages.append({"directory": str(directory), "name": directory.name, "run": run})
     found = sorted(
         (package, version, stage["name"])

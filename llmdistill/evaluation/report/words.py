@@ -13,7 +13,11 @@ from llmdistill.evaluation.statistics import interval_text
 Json = dict[str, Any]
 
 
-LABELS = {"student before": "student before training", "student, text only": "student trained on text only"}
+LABELS = {
+    "student before": "student before training",
+    "student, text only": "student trained on text only",
+    "student, examples only": "student trained on the examples only",
+}
 
 
 def template_environment() -> jinja2.Environment:

@@ -6,7 +6,7 @@ from llmdistill.evaluation.report.words import LABELS
 
 Json = dict[str, Any]
 
-_ORDER = ("teacher", "student before", "student, text only", "student, first round", "student")
+_ORDER = ("teacher", "student before", "student, examples only", "student, text only", "student, first round", "student")
 
 
 def worth(tasks: Json | None, models: dict[str, Json], exports: list[Json], price: float | None) -> dict[str, Json]:
