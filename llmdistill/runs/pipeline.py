@@ -21,6 +21,7 @@ from llmdistill.stages.prompts import prepared_prompts
 from llmdistill.stages.retokenize import check_kind
 from llmdistill.stages.table import STAGES
 from llmdistill.students.sides import is_needed
+from llmdistill.training.examples import read_examples
 
 CONFIGS = "configs"  # in `output`: what each stage was started with
 
@@ -182,6 +183,8 @@ def _check_files(experiment: Experiment) -> None:
     """The files that the configuration names for the stages after the teacher's work are there and can be read."""
     step_inputs(experiment.curate)
     read_tasks(experiment.eval.tasks)
+    if examples := experiment.train.compare_examples:
+        read_examples(examples)
 
 
 def say_estimate(experiment: Experiment) -> None:

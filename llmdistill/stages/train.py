@@ -78,6 +78,8 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         InputError: the dataset, the student or the output directory are not usable; nothing was written.
     """
     _models_and_files(experiment)
+    if examples := experiment.train.compare_examples:
+        read_examples(examples)
     dataset = training_dataset(experiment)
     mixed = [read_manifest(directory, "train.mix.datasets") for directory in experiment.mixed_datasets]
     if dry_run and not (dataset / MANIFEST).is_file():
