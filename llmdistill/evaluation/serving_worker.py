@@ -64,7 +64,8 @@ def _load(settings: dict[str, Any]) -> Any:
         dtype=precision.dtype,
         max_model_len=settings["max_model_len"],
         max_num_seqs=batch,
-        max_num_batched_tokens=max(batch * length, 2048),  # all prompts are read in one step
+        # All prompts are read in one step.
+        max_num_batched_tokens=max(batch * length, settings["max_model_len"], 2048),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
         gpu_memory_utilization=0.01,  # what is not asked for otherwise is not kept from the other engines
