@@ -53,5 +53,9 @@ class Eval(Section):
     format, such as configs/tasks/facts.yaml; or names of lm-eval's own tasks, whose data is on the Hub."""
     task_limit: int | None = Field(default=None, ge=2)
     """Use only the first N items of each task."""
+    timed_requests: int = Field(default=32, ge=0)
+    """Items of each task of your own on which every model is timed, one at a time and then together; 0 skips this."""
+    price_per_hour: float | None = Field(default=None, gt=0)
+    """Price of the machine per hour, in any currency: the report then has the cost of a million requests of each task."""
     win_rate: WinRate | None = None
     """Judged win rate of the student's answers against another model's."""

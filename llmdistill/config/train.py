@@ -46,6 +46,15 @@ class Mix(Section):
     """Share of all training rows that come from them; less if they have too few rows."""
 
 
+class Examples(Section):
+    """A task of your own with examples of it, none of which is among its held-out items."""
+
+    task: str
+    """The task's YAML file, which says how a model is asked."""
+    file: str
+    """JSONL file of `{"input": …, "output": …}`."""
+
+
 class Train(Section):
     """How the student is trained."""
 
@@ -84,6 +93,8 @@ class Train(Section):
     """Quantisation-aware training (torchao) for this export format; export with `export.rounding: nearest`."""
     compare_text_only: bool = False
     """Also train a second student for the same steps on the text only (alpha 0), for comparison in `eval`."""
+    compare_examples: Examples | None = None
+    """Also train a student for the same steps on the examples of a task alone, for comparison in `eval`."""
     args: PassedOn = {}
     """Any argument of `trl.SFTConfig`: learning_rate, num_train_epochs, report_to, …"""
 
@@ -103,10 +114,11 @@ class Train(Section):
             raise ValueError(f"beta_end is {self.beta_end}, but beta is not set")
         if self.early_stopping and not self.validation:
             raise ValueError("early_stopping needs validation, the share of the training prompts to validate on")
-        if self.early_stopping and self.compare_text_only:
-            raise ValueError(
-                "compare_text_only trains for the same number of steps, which early_stopping does not fix; remove one of them"
-            )
+        for name in ("compare_text_only", "compare_examples"):
+            if self.early_stopping and getattr(self, name):
+                raise ValueError(
+                    f"{name} trains for the same number of steps, which early_stopping does not fix; remove one of them"
+                )
         return self
 
     @property

@@ -137,8 +137,15 @@ def _describe_loss(arguments: Any) -> str:
     return " + ".join(terms) + weighted + (", equal weight for every sequence" if arguments.reduction == "sequence" else "")
 
 
-def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, arguments: Any, results: dict[str, float]) -> str:
-    """The README.md of a trained student; `arguments` are its `DistillConfig`."""
+def model_card(
+    experiment: Experiment,
+    manifest: dict[str, Any],
+    name: str,
+    arguments: Any,
+    results: dict[str, float],
+    examples: str | None = None,
+) -> str:
+    """The README.md of a trained student; `arguments` are its `DistillConfig`, `examples` the file that it has seen alone."""
     student = experiment.student
     base = student.model or experiment.teacher.model
     head = {
@@ -153,11 +160,15 @@ def model_card(experiment: Experiment, manifest: dict[str, Any], name: str, argu
     rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
     writers = _writers(manifest) if manifest.get("teachers") else f"`{manifest['teacher']['model']}`"
     targets = "none stored, the teacher ran during training" if experiment.targets.online else describe_targets(manifest)
+    if examples:
+        written, targets = f"the examples in {examples}", "none"
+    else:
+        written = f"{counted(rows, 'row')}, {counted(tokens, 'completion token')}, written by {writers}"
     facts = {
         "starts from": _starts_from(student, base),
         "loss": _describe_loss(arguments),
         "temperature": f"{arguments.temperature:g}",
-        "data": f"{counted(rows, 'row')}, {counted(tokens, 'completion token')}, written by {writers}",
+        "data": written,
         "soft targets": targets,
         "steps": f"{results['steps']:,.0f}",
         "last logged": ", ".join(f"{key} {results[key]:.3f} nats per token" for key in ("kl", "ce") if key in results),

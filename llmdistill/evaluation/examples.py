@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from llmdistill.evaluation.across import prompt_ids_of
 from llmdistill.evaluation.fidelity import token_view
@@ -12,6 +13,7 @@ from llmdistill.models.loading import continue_prompts
 
 _VIEWED, _VIEWED_TOKENS = 3, 96  # texts shown token by token, and how much of each
 _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 600
+_ITEMS = 25  # of a task, of those won and of those lost
 
 
 def _question(prompt: list[dict[str, str]]) -> str:
@@ -90,3 +92,31 @@ def won_and_lost(measured: dict[str, Array], rows: Any, rival: str, by: str) -> 
         "lost": shown(order[::-1][:count]),
         "better": float((mine < theirs).mean()),
     }
+
+
+def apart(student: pa.Table, teacher: pa.Table) -> dict[str, Any]:
+    """The items of a task on which the student is worse or better than the teacher: how many, and the first of each.
+
+    Those that differ most are first, and of these the ones that the student was most certain of.
+
+    Args:
+        student: its rows of `tasks.parquet`.
+        teacher: the teacher's, of the same items in the same order.
+    """
+    gain = student["score"].to_numpy() - teacher["score"].to_numpy()
+    logprobs = np.array([np.sum(tokens) for tokens in student["logprobs"].to_pylist()])
+
+    def shown(sign: int) -> list[dict[str, Any]]:
+        numbers = [int(number) for number in np.lexsort((-logprobs, -sign * gain)) if sign * gain[number] > 0]
+        return [
+            {
+                "item": student["item"][number].as_py(),
+                **{name: student[name][number].as_py()[:_EXAMPLE_CHARACTERS] for name in ("input", "target")},
+                "student": student["answer"][number].as_py()[:_EXAMPLE_CHARACTERS],
+                "teacher": teacher["answer"][number].as_py()[:_EXAMPLE_CHARACTERS],
+                "probability": float(np.exp(logprobs[number])),
+            }
+            for number in numbers[:_ITEMS]
+        ]
+
+    return {"worse": int((gain < 0).sum()), "better": int((gain > 0).sum()), "lost": shown(-1), "won": shown(1)}

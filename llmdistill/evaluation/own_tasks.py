@@ -1,13 +1,14 @@
 """Tasks of a user's own (`llmdistill/tasks`) as part of `eval.tasks`: every model answers the held-out items greedily."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmdistill.errors import InputError, UnusableError
+from llmdistill.evaluation.serving import Requests
 from llmdistill.evaluation.statistics import check_clusters
-from llmdistill.evaluation.win_rate import write_answers
+from llmdistill.evaluation.writing import Written, write_answers
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import context_length
 from llmdistill.runs.progress import StageBar
@@ -58,6 +59,8 @@ def run_own(
     batch_size: int,
     limit: int | None,
     template_args: dict[str, Any] | None = None,
+    references: Mapping[tuple[str, str], str] | None = None,
+    stage: str = "eval",
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Every model on the same items.
 
@@ -69,10 +72,12 @@ def run_own(
         batch_size: sequences in one forward pass.
         limit: the first items of each task only.
         template_args: more variables of the chat template.
+        references: the teacher's answers, by task and item, where it is none of the models.
+        stage: that says how far it is.
 
     Returns:
-        The rows of `tasks.parquet`; and for each task `valid`, the share of answers that could be accepted, by model, and what
-        its kind tells beside the score, such as `fields`, by model.
+        The rows of `tasks.parquet`; and for each task, by model, `valid`, the share of answers that could be accepted,
+        `max_tokens`, where answers were cut, and what its kind tells beside the score, such as `fields`.
 
     Raises:
         InputError: a model has no chat template, or an item does not fit into its context.
@@ -81,31 +86,60 @@ def run_own(
     asked = [(own.task, own.items[:limit], name) for name in models for own in tasks]
     # All of them before the first answer: what a template refuses is found out at once.
     prompts = [
-        _prompts(task, items, models[name], tokenizers[name], end_ids[name], template_args or {}) for task, items, name in asked
+        _prompts(task, items, models[name].config, tokenizers[name], end_ids[name], template_args or {})
+        for task, items, name in asked
     ]
     rows: list[dict[str, Any]] = []
-    tables: dict[str, dict[str, Any]] = {own.task.name: {"valid": {}} for own in tasks}
-    with StageBar("eval", sum(len(items) for _, items, _ in asked)) as bar:
+    tables: dict[str, dict[str, Any]] = {own.task.name: {"valid": {}, "max_tokens": {}} for own in tasks}
+    told = dict(references or {})
+    with StageBar(stage, sum(len(items) for _, items, _ in asked)) as bar:
         for (task, items, name), (prompts_ids, longest) in zip(asked, prompts, strict=True):
             bar.advance(0, facts=[f"{name} on {task.name}"])
             answers = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], batch_size, longest, bar)
-            rows += [_row(task, name, item, answer) for item, answer in zip(items, answers, strict=True)]
+            if name == "teacher":
+                told |= {(task.name, item.id): answer.text for item, answer in zip(items, answers, strict=True)}
+            rows += [
+                _row(task, name, item, answer, None if name == "teacher" else told.get((task.name, item.id)))
+                for item, answer in zip(items, answers, strict=True)
+            ]
             about = tables[task.name]
-            about["valid"][name] = sum(task.rules.verdict(task, answer) is None for answer in answers) / len(answers)
-            pairs = [(answer, item.output) for item, answer in zip(items, answers, strict=True)]
+            about["valid"][name] = sum(task.rules.verdict(task, answer.text) is None for answer in answers) / len(answers)
+            about["max_tokens"][name] = longest
+            pairs = [(answer.text, item.output) for item, answer in zip(items, answers, strict=True)]
             for kind, table in task.rules.tables(task, pairs).items():
                 about.setdefault(kind, {})[name] = table
         bar.advance(0, facts=["models on tasks"])
     return rows, tables
 
 
+def requests_of(
+    own: OwnTask, count: int, limit: int | None, config: Any, tokenizer: Any, end_ids: list[int], template_args: dict[str, Any]
+) -> Requests:
+    """The first items of a task, as a server is asked them.
+
+    Args:
+        own: the task.
+        count: of the items.
+        limit: of those that are evaluated, whose longest right answer decides where answers are cut.
+        config: of the model.
+        tokenizer: the model's.
+        end_ids: the tokens that end its answers.
+        template_args: more variables of the chat template.
+
+    Raises:
+        InputError: an item does not fit into the model's context.
+    """
+    prompts, longest = _prompts(own.task, own.items[:limit], config, tokenizer, end_ids, template_args)
+    return Requests(prompts[:count], longest, end_ids)
+
+
 def _prompts(
-    task: Task, items: list[Item], model: Any, tokenizer: Any, end_ids: list[int], template_args: dict[str, Any]
+    task: Task, items: list[Item], config: Any, tokenizer: Any, end_ids: list[int], template_args: dict[str, Any]
 ) -> tuple[list[list[int]], int]:
     """The token ids of each prompt, and how many tokens an answer may have."""
     chat, found = ChatTemplate(tokenizer, end_ids, template_args), []
     longest = _TIMES * max(len(tokenizer(item.output, add_special_tokens=False)["input_ids"]) for item in items) + _MORE_TOKENS
-    context = context_length(model.config)
+    context = context_length(config)
     for item in items:
         try:
             found.append(chat.prompt_ids(task.prompt(item.input)))
@@ -118,13 +152,28 @@ def _prompts(
     return found, longest
 
 
-def _row(task: Task, model: str, item: Item, answer: str) -> dict[str, Any]:
+def _row(task: Task, model: str, item: Item, answer: Written, reference: str | None) -> dict[str, Any]:
     return {
         "task": task.name,
         "item": item.id,
         "cluster": item.cluster,
         "model": model,
-        "score": task.rules.score(task, answer, item.output)[task.rules.METRIC],
-        "answer": answer,
+        "score": task.rules.score(task, answer.text, item.output)[task.rules.METRIC],
+        "answer": answer.text,
         "target": item.output,
+        "input": item.input,
+        "logprobs": answer.logprobs,
+        "agrees": None if reference is None else agrees(task, answer.text, reference),
     }
+
+
+def agrees(task: Task, answer: str, reference: str) -> bool | None:
+    """Whether an answer is the same as the teacher's, by the measure of its kind; None of free text, which has no such measure.
+
+    An answer of the teacher that cannot be accepted has only the same text as its equal.
+    """
+    if task.settings.kind == "generate":
+        return None
+    if answer == reference or task.rules.verdict(task, reference) is not None:
+        return answer == reference
+    return bool(task.rules.score(task, answer, reference)[task.rules.METRIC] == 1)

@@ -27,7 +27,8 @@ def picture(view: Mapping[str, Any], labels: Mapping[str, str]) -> bytes:
     page.text(_MARGIN, 46, "Distillation report", 20, _SOFT)
     page.text(_MARGIN, 76, f"{view['teacher_name']}, distilled", 44, bold=True, most=WIDTH - 2 * _MARGIN)
     down = 146
-    for line in page.wrapped(view["verdict"] or view["headline"], 23, WIDTH - 2 * _MARGIN)[:3]:
+    said = " ".join(verdict["text"] for verdict in view["task_verdicts"]) or view["verdict"] or view["headline"]
+    for line in page.wrapped(said, 23, WIDTH - 2 * _MARGIN)[:3]:
         page.text(_MARGIN, down, line, 23)
         down += 32
     cards = view["cards"]

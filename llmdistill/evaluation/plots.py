@@ -129,6 +129,24 @@ def size_plot(points: Iterable[tuple[str, float, dict[str, float]]]) -> dict[str
     return {"dots": [{**dot, "label": label} for dot, label in zip(dots, labels, strict=True)], **_frame(across.ticks(), up)}
 
 
+def share_plot(curves: dict[str, list[Point]], marks: Sequence[tuple[float, str]]) -> dict[str, Any]:
+    """Percentages against a percentage, as lines.
+
+    Args:
+        curves: points of each line, by its name.
+        marks: percentages across that are marked, each with its label.
+    """
+    bottom = _LOSS_HEIGHT - _LOSS_BOTTOM
+    across = Axis(0.0, 100.0, _LOSS_LEFT, WIDTH - 10)
+    lowest = min(y for points in curves.values() for _, y in points)
+    up = Axis(max(0.0, lowest - max(0.06 * (100 - lowest), 0.5)), 100.0, bottom, 10)
+    lines = [
+        {"name": name, "line": "M" + "L".join(f"{across.place(x)} {up.place(y)}" for x, y in points)}
+        for name, points in curves.items()
+    ]
+    return {"lines": lines, "marks": [(across.place(x), text) for x, text in marks], **_frame(across.ticks(), up)}
+
+
 def spread(places: Sequence[float], apart: float, low: float, high: float) -> list[float]:
     """The places, in ascending order, moved as little as it takes to lie `apart` from each other, between `low` and `high`."""
     groups: list[tuple[float, int]] = []  # the middle of neighbours that touch, and how many they are

@@ -6,16 +6,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 
 from llmdistill.config.machine import inference_precision
 from llmdistill.errors import InputError
 from llmdistill.evaluation.serving_worker import KV_CACHE_BYTES
-from llmdistill.models.loading import load_config, model_bytes
+from llmdistill.evaluation.writing import answer_length
+from llmdistill.models.loading import continue_prompts, load_config, model_bytes
 from llmdistill.runs.progress import StageBar, working
 
 _ROUNDS = {"vllm": 5, "transformers": 3}
@@ -34,6 +37,24 @@ class Served:
     tensor_parallel_size: int = 1
 
 
+@dataclass(frozen=True)
+class Requests:
+    """What a model is timed on beside random tokens: prompts as token ids, where answers are cut, and what ends them."""
+
+    prompts: list[list[int]]
+    max_tokens: int
+    end_ids: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max(map(len, self.prompts)) + self.max_tokens
+
+
+Tasks = Mapping[str, Mapping[str, Requests]]
+"""Requests by task and model."""
+
+
 def check_vllm(key: str) -> None:
     """Refuse vLLM where it is not installed.
 
@@ -44,7 +65,7 @@ def check_vllm(key: str) -> None:
         raise InputError(f"{key} is vllm, which is not installed: install the extra `generate`, or use transformers")
 
 
-def by_vllm(models: list[Served], batch: int, new_tokens: int) -> dict[str, Any]:
+def by_vllm(models: list[Served], batch: int, new_tokens: int, tasks: Tasks) -> dict[str, Any]:
     """Reading speed, writing speed and peak memory of every model in an engine of its own.
 
     The engines run beside each other and take turns, so that what the machine does besides hits all of them; where they do
@@ -54,20 +75,25 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int) -> dict[str, Any]
         models: the first is what the others are compared with.
         batch: sequences at a time.
         new_tokens: tokens written after each prompt.
+        tasks: requests of tasks.
 
     Returns:
         How it was measured, and under `models` one entry each, in order: `prefill` and `decode` in tokens a second and
         `decode_ratio` to the first model round by round, each with `median`, `low` and `high`, the lowest and highest round;
-        `peak_bytes`, of weights, cache and engine; or `failed`, why vLLM does not load it.
+        `peak_bytes`, of weights, cache and engine; `requests` of each task, as `request_figures` gives it; or `failed`, why vLLM
+        does not load it.
     """
     settings = {"batch": batch, "prompt_tokens": _PROMPT_TOKENS["vllm"], "new_tokens": max(new_tokens, 2)}
+    asked = [requests.longest for by_model in tasks.values() for requests in by_model.values()]
+    longest = max(settings["prompt_tokens"] + settings["new_tokens"], *asked, 0)
     together, rounds = _fit_together(models), _ROUNDS["vllm"]
     found: dict[str, list[dict[str, float]]] = {model.name: [] for model in models}
+    requests: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     version = ""
     with StageBar("speed", rounds * len(models)) as bar:
         for group in [models] if together else [[model] for model in models]:
-            engines = {model.name: _Engine(model, settings) for model in group}
+            engines = {model.name: _Engine(model, {**settings, "max_model_len": longest}) for model in group}
             try:
                 for name, engine in engines.items():
                     with working("speed", f"starting vLLM for {name}"):
@@ -79,6 +105,11 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int) -> dict[str, Any]
                         if name not in failed:
                             found[name].append(engine.ask())
                         bar.advance()
+                for task, by_model in tasks.items():
+                    for name, engine in engines.items():
+                        if name not in failed:
+                            answered = engine.ask(json.dumps(asdict(by_model[name])))
+                            requests.setdefault(name, {})[task] = request_figures(**answered)
             finally:
                 for engine in engines.values():
                     engine.stop()
@@ -90,6 +121,7 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int) -> dict[str, Any]
             "prefill": spread([values["prefill_tokens_per_s"] for values in found[model.name]]),
             **_decoding([values["decode_tokens_per_s"] for values in found[model.name]], found[models[0].name]),
             "peak_bytes": int(max(values["peak_bytes"] for values in found[model.name])),
+            **({"requests": requests[model.name]} if tasks else {}),
         }
         for model in models
     ]
@@ -97,8 +129,8 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int) -> dict[str, Any]
     return {**about, "kv_cache_bytes": KV_CACHE_BYTES, "models": entries}
 
 
-def by_transformers(models: dict[str, Any], batch: int, new_tokens: int) -> dict[str, Any]:
-    """Greedy decoding of loaded models, which take turns; as `by_vllm`, with the writing speed alone.
+def by_transformers(models: dict[str, Any], batch: int, new_tokens: int, tasks: Tasks) -> dict[str, Any]:
+    """Greedy decoding of loaded models, which take turns; as `by_vllm`, with the writing speed and the requests alone.
 
     The models are converted to the precision that this machine is good at, and stay so.
     """
@@ -126,12 +158,55 @@ def by_transformers(models: dict[str, Any], batch: int, new_tokens: int) -> dict
                 )
                 speeds[name].append({"decode_tokens_per_s": batch * new_tokens / (time.perf_counter() - start)})
     first = next(iter(speeds.values()))
+    requests = {task: _answered_in_turn(models, by_model, batch) for task, by_model in tasks.items()}
     entries = [
-        {"name": name, **_decoding([value["decode_tokens_per_s"] for value in values], first)} for name, values in speeds.items()
+        {
+            "name": name,
+            **_decoding([value["decode_tokens_per_s"] for value in values], first),
+            **({"requests": {task: figures[name] for task, figures in requests.items()}} if requests else {}),
+        }
+        for name, values in speeds.items()
     ]
     about = {"engine": "transformers", "version": transformers.__version__, "dtype": precision.dtype}
     about |= {"batch": batch, "prompt_tokens": prompt_tokens}
     return {**about, "new_tokens": new_tokens, "rounds": rounds, "in_turns": True, "models": entries}
+
+
+def _answered_in_turn(models: dict[str, Any], requests: Mapping[str, Requests], batch: int) -> dict[str, dict[str, float]]:
+    """What requests cost every model: each request alone, from one model to the next, and then all together."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    together: dict[str, dict[str, float]] = {}
+
+    def answer(name: str, prompts: list[list[int]]) -> tuple[float, int]:
+        """Seconds and tokens."""
+        asked, start = requests[name], time.perf_counter()
+        written_BT = continue_prompts(models[name], prompts, asked.max_tokens, asked.end_ids, do_sample=False).tolist()
+        return time.perf_counter() - start, sum(answer_length(ids, asked.end_ids) for ids in written_BT)
+
+    count = len(next(iter(requests.values())).prompts)
+    with StageBar("speed", 2 * count * len(models)) as bar:
+        for number in range(count):
+            for name in models:
+                seconds[name].append(answer(name, [requests[name].prompts[number]])[0])
+                bar.advance()
+        for name in models:
+            batches = [answer(name, requests[name].prompts[first : first + batch]) for first in range(0, count, batch)]
+            together[name] = {"seconds": sum(time for time, _ in batches), "tokens": sum(tokens for _, tokens in batches)}
+            bar.advance(count)
+    return {name: request_figures(seconds[name], **together[name]) for name in models}
+
+
+def request_figures(latencies: list[float], seconds: float, tokens: float) -> dict[str, float]:
+    """`p50_s` and `p95_s` of the latency of a request alone; `per_s` and `tokens_per_s`, how many a server does at once.
+
+    Args:
+        latencies: in seconds, of every request alone.
+        seconds: that all took together.
+        tokens: of all answers.
+    """
+    p50, p95 = np.percentile(latencies, [50, 95])
+    per_s = {"per_s": len(latencies) / seconds, "tokens_per_s": tokens / seconds}
+    return {"count": len(latencies), "p50_s": float(p50), "p95_s": float(p95), **per_s}
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """A process of its own that serves one model with vLLM and times it, a round whenever it is told: see serving.py.
 
-It reads its settings as one line of JSON and answers with a line once the model is loaded; then every line that it reads is
-answered by the figures of a round.
+It reads its settings as one line of JSON and answers with a line once the model is loaded; then every empty line that it reads is
+answered by the figures of a round, and one of JSON, which holds requests, by how long they took.
 """
 
 import importlib
@@ -40,8 +40,9 @@ def main() -> None:
         sys.exit(1)
     answers.write(json.dumps({"version": importlib.import_module("vllm").__version__}) + "\n")
     answers.flush()
-    for number, _ in enumerate(sys.stdin, start=1):
-        answers.write(json.dumps(_round(llm, settings, number)) + "\n")
+    for number, line in enumerate(sys.stdin, start=1):
+        found = _requests(llm, **json.loads(line)) if line.strip() else _round(llm, settings, number)
+        answers.write(json.dumps(found) + "\n")
         answers.flush()
 
 
@@ -61,9 +62,10 @@ def _load(settings: dict[str, Any]) -> Any:
     return vllm.LLM(
         **model,
         dtype=precision.dtype,
-        max_model_len=length,
+        max_model_len=settings["max_model_len"],
         max_num_seqs=batch,
-        max_num_batched_tokens=max(batch * length, 2048),  # all prompts are read in one step
+        # All prompts are read in one step.
+        max_num_batched_tokens=max(batch * length, settings["max_model_len"], 2048),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
         gpu_memory_utilization=0.01,  # what is not asked for otherwise is not kept from the other engines
@@ -99,6 +101,23 @@ def _round(llm: Any, settings: dict[str, Any], number: int) -> dict[str, float]:
         "decode_tokens_per_s": batch * (new_tokens - 1) / writing,
         "peak_bytes": peak,
     }
+
+
+def _requests(llm: Any, prompts: list[list[int]], max_tokens: int, end_ids: list[int]) -> dict[str, Any]:
+    """Every request alone, and then all of them together."""
+    import vllm
+
+    params = vllm.SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=end_ids, detokenize=False)
+
+    def answered(asked: list[list[int]]) -> tuple[float, int]:
+        """Seconds and tokens."""
+        start = time.perf_counter()
+        found = llm.generate([{"prompt_token_ids": ids} for ids in asked], params, use_tqdm=False)
+        return time.perf_counter() - start, sum(len(answer.outputs[0].token_ids) for answer in found)
+
+    latencies = [answered([ids])[0] for ids in prompts]
+    seconds, tokens = answered(prompts)
+    return {"latencies": latencies, "seconds": seconds, "tokens": tokens}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,31 @@ def headline(models: list[Json], engine: str, tasks: Json | None = None) -> str:
     return f"{size} · {faster:.1f}× {'faster' if faster >= 1 else 'the speed'}{where} · {keeps}"
 
 
+def task_verdict(task: Json) -> str:
+    """What a student keeps of the teacher on a task of a user's own, or its score where there is no such share."""
+    worse = ""
+    if apart := task.get("apart"):
+        worse = f"; {apart['worse']:,} of {task['items']:,} items are worse, {apart['better']:,} better"
+    if task["kept"]:
+        mean, ends = interval_text(task["kept"], ".1f", 100)
+        return f"keeps {mean}% (95% CI {ends}) of the teacher on {task['name']}{worse}"
+    mean, ends = interval_text(task["models"]["student"], ".1f", 100)
+    return f"scores {mean}% (95% CI {ends}) on {task['name']}{worse}"
+
+
+def task_lines(tasks: Json) -> Iterator[str]:
+    """A line for each task of a user's own: what is kept of the teacher's score, and from when on the student may answer."""
+    for task in tasks["tasks"]:
+        if "valid" not in task:
+            continue
+        said = task_verdict(task)
+        shown = [entry for entry in task.get("cascade", {"thresholds": []})["thresholds"] if entry["shown"]]
+        if shown:
+            mean, ends = interval_text(shown[-1]["answered"], ".0f", 100)
+            said += f"; at {shown[-1]['target']:.0%} agreement it answers {mean}% of requests itself (95% CI {ends})"
+        yield said
+
+
 def _headline_of_text(models: list[Json], tasks: Json | None) -> str:
     by_name = {model["name"]: model for model in models}
     (bits, ends), (before, _) = (interval_text(by_name[name]["bits_per_byte"], ".2f") for name in ("student", "student before"))
@@ -57,6 +82,7 @@ def final_lines(metrics: Json) -> Iterator[tuple[str, str]]:
     warnings += [entry["warning"] for entry in metrics.get("teachers", []) if entry.get("warning")]
     warnings += [f"{task['name']}: {task['warning']}" for task in tasks["tasks"] if task["warning"]]
     yield from (("warning", text) for text in [*warnings, *judged["warnings"]])
+    yield from (("eval", f"the student {line}") for line in task_lines(tasks))
 
 
 def _summary(metrics: Json) -> str:

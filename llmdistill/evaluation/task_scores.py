@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
+from llmdistill.evaluation.cascade import cascade
+from llmdistill.evaluation.examples import apart
 from llmdistill.evaluation.own_tasks import OwnTask, run_own
 from llmdistill.evaluation.statistics import (
     Array,
@@ -90,13 +92,14 @@ class _Task:
     """One task's scores, every model's in the same order of items."""
 
     def __init__(self, name: str, table: pa.Table, resamples: int, seed: int) -> None:
-        self.name = name
+        self.name, self.seed = name, seed
         by_model = {
             model: table.filter(pc.equal(table["model"], model)).sort_by("item")
             for model in pc.unique(table["model"]).to_pylist()
         }
         first = next(iter(by_model.values()))
         assert all(rows["item"].equals(first["item"]) for rows in by_model.values())
+        self.rows = by_model
         self.scores: dict[str, Array] = {model: rows["score"].to_numpy() for model, rows in by_model.items()}
         self.draws = Draws.of(first["cluster"].to_pylist(), resamples, seed)
         self.items = np.ones(len(first))
@@ -121,9 +124,23 @@ class _Task:
             "models": {model: self._mean(model) for model in models},
             "differences": [self._difference(rival) for rival in rivals],
             "kept": _kept([self], 0),
+            "kept_by_model": {model: _kept([self], 0, model) for model in models if model != TEACHER},
             "kept_above_chance": _kept([self], about.chance or 0),
             **about.tables,
+            **(self._beside_the_teacher() if "valid" in about.tables and TEACHER in self.scores else {}),
         }
+
+    def _beside_the_teacher(self) -> dict[str, Any]:
+        """Of a task of a user's own: the items on which the student is worse or better, and when to ask the teacher."""
+        ours, theirs = self.rows[STUDENT], self.rows[TEACHER]
+        return {"apart": apart(ours, theirs), **self._cascade()}
+
+    def _cascade(self) -> dict[str, Any]:
+        rows = self.rows[STUDENT]
+        if rows["agrees"].null_count:  # free text
+            return {}
+        agrees, clusters = rows["agrees"].to_numpy(), rows["cluster"].to_pylist()
+        return {"cascade": cascade(rows["logprobs"].to_pylist(), agrees, self.scores, clusters, self.draws, self.seed)}
 
     def _mean(self, model: str) -> dict[str, float]:
         scores = self.scores[model]
@@ -166,14 +183,14 @@ def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str]
     }
 
 
-def _kept(tasks: list[_Task], floor: float) -> dict[str, float] | None:
-    """The student's score above a floor as a share of the teacher's, both from the same items.
+def _kept(tasks: list[_Task], floor: float, model: str = STUDENT) -> dict[str, float] | None:
+    """A model's score above a floor as a share of the teacher's, both from the same items.
 
     None where the teacher is not above the floor in every resample: the share has no meaning then. None without a teacher, too.
     """
     if TEACHER not in tasks[0].scores:
         return None
-    ours, theirs = ([task.ratio(model) for task in tasks] for model in (STUDENT, TEACHER))
+    ours, theirs = ([task.ratio(name) for task in tasks] for name in (model, TEACHER))
     student, teacher = (
         np.mean([np.append(each.value, each.values) for each in found], axis=0) - floor for found in (ours, theirs)
     )
@@ -183,7 +200,7 @@ def _kept(tasks: list[_Task], floor: float) -> dict[str, float] | None:
     squares = np.zeros(len(kept))
     for task, one, other in zip(tasks, ours, theirs, strict=True):
         weights = np.vstack([np.ones(len(task.sizes)), task.draws.draws])
-        columns = np.stack([*(task.draws.sums(task.scores[model]) for model in (STUDENT, TEACHER)), task.sizes])
+        columns = np.stack([*(task.draws.sums(task.scores[name]) for name in (model, TEACHER)), task.sizes])
         means = [np.append(each.value, each.values) for each in (one, other)]
         coefficients = np.stack([np.ones_like(kept), -kept, kept * means[1] - means[0]], axis=1)
         squares += residual_errors(columns, coefficients, task.sizes, weights) ** 2

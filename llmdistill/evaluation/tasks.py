@@ -36,6 +36,10 @@ SCHEMA = pa.schema(
         "score": pa.float64(),
         "answer": pa.string(),
         "target": pa.string(),
+        # The rest of tasks of a user's own alone.
+        "input": pa.string(),
+        "logprobs": pa.list_(pa.float32()),  # of the answer's tokens, in nats
+        "agrees": pa.bool_(),  # with the teacher's answer
     }
 )
 
@@ -72,7 +76,7 @@ def read_tasks(names: Sequence[str]) -> list[TaskFile | OwnTask | str]:
     Raises:
         InputError: lm-eval is needed and not installed, or a file or its data is not usable.
     """
-    found = [_read(Path(name)) if name.endswith((".yaml", ".yml")) or "/" in name else name for name in names]
+    found = [_read(Path(name)) if _is_file(name) else name for name in names]
     if importlib.util.find_spec("lm_eval") is None and not all(isinstance(task, OwnTask) for task in found):
         raise InputError("eval.tasks needs lm-eval, which is not installed: install the extra `tasks`")
     seen: dict[str, str] = {}
@@ -82,6 +86,20 @@ def read_tasks(names: Sequence[str]) -> list[TaskFile | OwnTask | str]:
             raise InputError(f"eval.tasks: {name} and {seen[called]} are both called {called}")
         seen[called] = name
     return found
+
+
+def read_own_tasks(names: Sequence[str]) -> list[OwnTask]:
+    """Those of `eval.tasks` that are a user's own; lm-eval is not needed.
+
+    Raises:
+        InputError: a file or its data is not usable.
+    """
+    found = [_read(Path(name)) for name in names if _is_file(name)]
+    return [task for task in found if isinstance(task, OwnTask)]
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or "/" in name
 
 
 def _read(file: Path) -> TaskFile | OwnTask:

@@ -22,7 +22,8 @@ from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
 from llmdistill.evaluation.across import prompt_ids_of
 from llmdistill.evaluation.statistics import Array, Draws, Estimate, check_clusters
-from llmdistill.models.loading import continue_prompts, load_tokenizer, vocabulary_hash
+from llmdistill.evaluation.writing import write_answers
+from llmdistill.models.loading import load_tokenizer, vocabulary_hash
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import Request, fingerprints, stable_id
@@ -96,12 +97,13 @@ class Comparison:
         asked = _distinct(rows, conversations, self.settings.prompts)
         names = (STUDENT, self.settings.against)
         size, longest = self.experiment.eval.batch_size, self.settings.max_tokens
-        written = [name for name in names if name in models]
-        answers = {name: [_stored_answer(row) for row in asked] for name in names if name not in written}
-        with StageBar("eval", len(written) * len(asked)) as bar:
-            for name in written:
+        writers = [name for name in names if name in models]
+        answers = {name: [_stored_answer(row) for row in asked] for name in names if name not in writers}
+        with StageBar("eval", len(writers) * len(asked)) as bar:
+            for name in writers:
                 prompts_ids = [prompt_ids_of(row, name) for row in asked]
-                answers[name] = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], size, longest, bar)
+                written = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], size, longest, bar)
+                answers[name] = [answer.text for answer in written]
         models.clear()
         prompts = [as_text(row["prompt"]) for row in asked]
         table = self._verdicts([str(row["id"]) for row in asked], prompts, *(answers[name] for name in names))
@@ -184,28 +186,6 @@ def _distinct(rows: Any, conversations: Sequence[str], count: int) -> list[dict[
             {**row, "prompt": prompt, "conversation": conversation},
         )
     return list(found.values())
-
-
-def write_answers(
-    model: Any,
-    prompts: list[list[int]],
-    tokenizer: Any,
-    end_ids: Sequence[int],
-    batch_size: int,
-    max_tokens: int,
-    bar: StageBar,
-) -> list[str]:
-    """A model's greedy answer to each prompt, given as token ids, without special tokens."""
-    answers: dict[int, str] = {}
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # alike in length, so that little is padded
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        written_BT = continue_prompts(model, [prompts[n] for n in chunk], max_tokens, end_ids, do_sample=False)
-        texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for number, written in zip(chunk, texts, strict=True):
-            answers[number] = written.strip()
-        bar.advance(len(chunk))
-    return [answers[number] for number in range(len(prompts))]
 
 
 def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:

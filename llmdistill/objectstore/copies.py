@@ -277,7 +277,7 @@ def _bring_own(copy: Copy) -> None:
             return
         if copy.seal():
             copy.fetch()
-        elif copy.directory.name in ("student", "student-text-only"):
+        elif copy.directory.name in ("student", "student-text-only", "student-examples"):
             _bring_checkpoints(copy)
     except DamagedError as error:
         say("store", f"{error}; it is made again")

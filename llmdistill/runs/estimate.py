@@ -71,7 +71,7 @@ def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[st
     share = _student_share(experiment, speed)
     row = experiment.generate.max_tokens + _PROMPT_TOKENS
     held_out = max(rows * experiment.eval.held_out, 1)
-    students = 1 + experiment.train.compare_text_only
+    students = 1 + experiment.train.compare_text_only + (experiment.train.compare_examples is not None)
     models = 1 + share * (1 + students)  # the teacher, the student before, and those trained, in times of the teacher
     found = {
         "generate": _VLLM_START * speed.start

@@ -24,6 +24,7 @@ from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import check_arguments
 from llmdistill.students.origins import origin
 from llmdistill.students.sides import check_tokenizers, is_needed
+from llmdistill.training.examples import read_examples
 
 CONFIGS = "configs"  # in `output`: what each stage was started with
 
@@ -190,6 +191,8 @@ def _check_inputs(experiment: Experiment) -> None:
     if importlib.util.find_spec("trl"):
         check_arguments(experiment.train.args, "train.args")
         check_arguments(experiment.rounds.args if experiment.rounds else {}, "rounds.args")
+    if examples := experiment.train.compare_examples:
+        read_examples(examples)
 
 
 def check_plan(experiment: Experiment) -> None:

@@ -27,7 +27,7 @@ _PACKAGES += [*(engine.package for engine in ENGINES.values() if engine.package)
 # Where and how fast a stage runs may change between two tries; what comes out may not.
 _FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "engine_args", "url", "concurrency", "timeout")}
 _FREE_SETTINGS |= {f"teacher.{name}" for name in ("batch", "price", "budget", "licence")}
-_FREE_SETTINGS |= {"train.args.report_to", "train.args.run_name"}
+_FREE_SETTINGS |= {"train.args.report_to", "train.args.run_name", "eval.price_per_hour"}
 
 
 class Claim(NamedTuple):

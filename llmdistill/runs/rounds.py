@@ -63,7 +63,11 @@ def round_training(experiment: Experiment) -> Train:
     """How the student trains in the rounds."""
     settings = experiment.rounds
     assert settings is not None
-    changes: dict[str, Any] = {"compare_text_only": False, "args": experiment.train.args | settings.args}
+    changes: dict[str, Any] = {
+        "compare_text_only": False,
+        "compare_examples": None,
+        "args": experiment.train.args | settings.args,
+    }
     if settings.loss:
         changes["loss"] = settings.loss
     if settings.teacher_share:

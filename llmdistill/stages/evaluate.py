@@ -23,10 +23,10 @@ from llmdistill.evaluation import drafts, serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
 from llmdistill.evaluation.fidelity import own_text
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, metrics_of
-from llmdistill.evaluation.own_tasks import OwnTask
+from llmdistill.evaluation.own_tasks import OwnTask, requests_of
 from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.routes import by_teacher, fidelity_to_own, shared, teachers_of_rows
-from llmdistill.evaluation.serving import Served
+from llmdistill.evaluation.serving import Requests, Served
 from llmdistill.evaluation.statistics import Array, Draws, check_clusters
 from llmdistill.evaluation.summary import final_lines, headline
 from llmdistill.evaluation.task_scores import measure_tasks
@@ -137,7 +137,8 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     parts = Parts(directory / "parts")
     # Before the models are loaded here: they might not fit into the memory together.
     by_vllm = experiment.eval.speed == "vllm"
-    served = parts.result("speed", lambda: _served_by_vllm(experiment, plan.subjects)) if by_vllm else None
+    requests = _requests(experiment, plan, manifest)
+    served = parts.result("speed", lambda: _served_by_vllm(experiment, plan.subjects, requests)) if by_vllm else None
     draws = Draws.of(prompts, experiment.eval.resamples, experiment.seed)
     with working("eval", "loading the models"):
         models = _load(plan.subjects, precision.dtype)
@@ -158,7 +159,9 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     _add_own_texts(metrics, own, experiment)
     # The last of these models: what is timed is in the precision that it is used in, the judge needs the memory.
     timed = experiment.eval
-    served = served or parts.result("speed", lambda: serving.by_transformers(models, timed.batch_size, timed.sample_tokens))
+    served = served or parts.result(
+        "speed", lambda: serving.by_transformers(models, timed.batch_size, timed.sample_tokens, requests)
+    )
     _add_speeds(metrics, served)
     if comparison := plan.comparison:
         metrics["win_rate"] = parts.result(
@@ -446,6 +449,8 @@ def _subjects(experiment: Experiment) -> list[Served]:
     ]
     if experiment.rounds:
         found.append(Served("student, first round", str(experiment.first_student)))
+    if experiment.train.compare_examples:
+        found.append(Served("student, examples only", str(experiment.directory("student-examples"))))
     if experiment.train.compare_text_only:
         found.append(Served("student, text only", str(experiment.directory("student-text-only"))))
     return found
@@ -457,9 +462,22 @@ def _other_teachers(experiment: Experiment) -> list[Served]:
     return [Served(f"teachers.{name}", t.model, t.revision, t.trust_remote_code) for name, t in others.items()]
 
 
-def _served_by_vllm(experiment: Experiment, subjects: list[Served]) -> dict[str, Any]:
+def _requests(experiment: Experiment, plan: _Plan, manifest: dict[str, Any]) -> dict[str, dict[str, Requests]]:
+    """What every model is timed on, by task and model."""
+    settings, found = experiment.eval, dict[str, dict[str, Requests]]()
+    own = [task for task in plan.tasks if isinstance(task, OwnTask)] if settings.timed_requests else []
+    for subject in plan.subjects if own else []:
+        tokenizer, ends = _tokenizer(experiment, subject, manifest), _described(manifest, subject.name)["end_token_ids"]
+        config = load_config(subject.path, subject.revision, subject.trust_remote_code, f"the model `{subject.name}`")
+        how = (settings.timed_requests, settings.task_limit, config, tokenizer, ends, experiment.teacher.template_args)
+        for task in own:
+            found.setdefault(task.task.name, {})[subject.name] = requests_of(task, *how)
+    return found
+
+
+def _served_by_vllm(experiment: Experiment, subjects: list[Served], requests: dict[str, dict[str, Requests]]) -> dict[str, Any]:
     """The cost of every model in vLLM."""
-    served = serving.by_vllm(subjects, experiment.eval.batch_size, experiment.eval.sample_tokens)
+    served = serving.by_vllm(subjects, experiment.eval.batch_size, experiment.eval.sample_tokens, requests)
     for entry in served["models"]:
         if "failed" in entry:
             raise InputError(

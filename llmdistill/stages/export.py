@@ -16,8 +16,11 @@ from llmdistill.data.cards import without_results, write_card
 from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
+from llmdistill.evaluation.exported_tasks import CASCADE, MeasuredTasks, for_a_server, measured_tasks, on_tasks
 from llmdistill.evaluation.fidelity import fidelity
+from llmdistill.evaluation.own_tasks import requests_of
 from llmdistill.evaluation.statistics import Draws, check_clusters, interval_text
+from llmdistill.evaluation.summary import task_lines
 from llmdistill.models.loading import (
     check_model_exists,
     load_config,
@@ -61,9 +64,10 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
     _check_libraries(experiment, settings)
     (claim,) = claims(experiment)
     state = record.claim(*claim)
-    there = {made["name"] for made in _results(directory)["formats"]}
+    results, tasks = _results(directory), measured_tasks(experiment)
+    there = {made["name"] for made in results["formats"]}
     missing = [form for form in settings.formats if form not in there]
-    if state == "done" and not missing:
+    if state == "done" and not missing and not _without_tasks(results, tasks):
         say("export", f"{directory} is finished")
         return
     _check_fit(source, settings, manifest)
@@ -78,10 +82,32 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
             record.write_json(directory / RESULTS, results)
             say("export", _summary(made, results["bytes"]))
         results = _results(directory)
-        if experiment.eval.speed == "vllm":
-            results["serving"] = _serve(experiment, model, results["formats"])
+        unmeasured = _without_tasks(results, tasks)
+        for made in unmeasured:
+            _on_tasks(experiment, model, made, tasks, manifest["tokenizer"]["end_token_ids"])
+            record.write_json(directory / RESULTS, results)
+        if experiment.eval.speed == "vllm" and (missing or unmeasured or "serving" not in results):
+            results["serving"] = _serve(experiment, model, results["formats"], tasks, manifest["tokenizer"]["end_token_ids"])
             record.write_json(directory / RESULTS, results)
     record.finish(directory, {made["name"]: made["bytes"] for made in results["formats"]})
+
+
+def _without_tasks(results: dict[str, Any], tasks: MeasuredTasks | None) -> list[dict[str, Any]]:
+    """The forms that have not answered the tasks as `eval` has measured them."""
+    return [made for made in results["formats"] if tasks and made.get("tasks", {}).get("of") != tasks.sha256]
+
+
+def _on_tasks(experiment: Experiment, source: str, made: dict[str, Any], tasks: MeasuredTasks | None, end_ids: list[int]) -> None:
+    """Measure a form on the tasks, and say so in its entry, on its card and in `cascade.json` beside its weights."""
+    assert tasks is not None
+    name, path = made["name"], Path(made["path"])
+    with working("export", f"loading {name}"):
+        model, tokenizer = FORMATS[name].load(str(path), made["dtype"]), load_tokenizer(str(path), None, key="export")
+    made["tasks"] = on_tasks(tasks, model, tokenizer, end_ids, experiment)
+    record.write_json(path / CASCADE, for_a_server(tasks, made["tasks"], made["dtype"], experiment.teacher.template_args))
+    write_card(path / "README.md", lambda: _card(Path(source), FORMATS[name], made))
+    for line in task_lines(made["tasks"]):
+        say("export", f"{name:<11} {line}")
 
 
 def _check_libraries(experiment: Experiment, settings: Export) -> None:
@@ -215,7 +241,7 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
     with working("export", f"writing {name}"), record.new_directory(path) as unfinished:
         how = form.write(source, unfinished)
         source.tokenizer.save_pretrained(unfinished)
-        write_card(unfinished / "README.md", lambda: _card(Path(source.model), form, how))
+        write_card(unfinished / "README.md", lambda: _card(Path(source.model), form, {"how": how}))
     with working("export", f"loading {name}"):
         models = {"teacher": load_model(source.model, dtype=dtype), name: form.load(str(path), dtype)}
     with StageBar(name, len(held_out.rows)) as bar:
@@ -232,25 +258,32 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
         "top1": draws.share(measured[f"{name} top1"], tokens),
         "held_out": {"rows": len(held_out.rows), "tokens": int(tokens.sum()), "prompts": draws.draws.shape[1]},
     }
-    write_card(path / "README.md", lambda: _card(Path(source.model), form, how, made))
+    write_card(path / "README.md", lambda: _card(Path(source.model), form, made))
     return made
 
 
-def _serve(experiment: Experiment, model: str, formats: list[dict[str, Any]]) -> dict[str, Any]:
+def _serve(
+    experiment: Experiment, model: str, formats: list[dict[str, Any]], tasks: MeasuredTasks | None, end_ids: list[int]
+) -> dict[str, Any]:
     """The student and every form of it in vLLM, side by side."""
     models = [serving.Served("student", model), *(serving.Served(made["name"], made["path"]) for made in formats)]
-    served = serving.by_vllm(models, experiment.eval.batch_size, experiment.eval.sample_tokens)
+    requests: dict[str, dict[str, serving.Requests]] = {}
+    if tasks and (count := experiment.eval.timed_requests):
+        config, tokenizer = load_config(model, None, key="export.model"), load_tokenizer(model, None, key="export.model")
+        how = (count, experiment.eval.task_limit, config, tokenizer, end_ids, experiment.teacher.template_args)
+        requests = {own.task.name: dict.fromkeys((one.name for one in models), requests_of(own, *how)) for own in tasks.tasks}
+    served = serving.by_vllm(models, experiment.eval.batch_size, experiment.eval.sample_tokens, requests)
     for entry in served["models"]:
         say("export", _speed_summary(entry))
     return served
 
 
-def _card(model: Path, form: ExportFormat, how: str, made: dict[str, Any] | None = None) -> str:
+def _card(model: Path, form: ExportFormat, made: dict[str, Any]) -> str:
     """The student's own card without its results, which are not those of this form; and what became of it here."""
     card = model / "README.md"
     text = without_results(card.read_text(encoding="utf-8")) if card.is_file() else f"# {model.name}\n"
     measured = ""
-    if made:
+    if "kl" in made:
         (kl, kl_ends), (top1, top1_ends) = interval_text(made["kl"], ".3g"), interval_text(made["top1"], ".1f", 100)
         held_out = made["held_out"]
         measured = (
@@ -258,7 +291,10 @@ def _card(model: Path, form: ExportFormat, how: str, made: dict[str, Any] | None
             f"is {kl} nats per token from the student before export (95% CI {kl_ends}) and has the same most likely token at "
             f"{top1}% (95% CI {top1_ends}) of them. The student's own results are in its card.\n"
         )
-    said = f"Exported by llmdistill as {form.name}: {how}. Loaded by {form.loaded_by}."
+    if "tasks" in made:
+        lines = "".join(f"- {line}\n" for line in task_lines(made["tasks"]))
+        measured += f"\nOn the tasks; when to ask the teacher instead is in `{CASCADE}`:\n\n{lines}"
+    said = f"Exported by llmdistill as {form.name}: {made['how']}. Loaded by {form.loaded_by}."
     return f"{text.rstrip()}\n\n## This copy\n\n{said}\n{measured}"
 
 

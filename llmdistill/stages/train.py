@@ -10,6 +10,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision, training_precision
 from llmdistill.config.shipped import page
+from llmdistill.config.train import Examples
 from llmdistill.data.cards import model_card, write_card
 from llmdistill.data.dataset import (
     MANIFEST,
@@ -47,6 +48,7 @@ from llmdistill.students.origins import (
 from llmdistill.students.quantization import fake_quantise, unfake
 from llmdistill.students.sides import training_dataset
 from llmdistill.training.callbacks import last_checkpoint, show_progress, stop_with_a_checkpoint
+from llmdistill.training.examples import example_rows, read_examples
 from llmdistill.training.traps import traps
 
 # Set by keys of their own; given under train.args they would contradict them.
@@ -70,12 +72,14 @@ _TEXT_ONLY |= {"loss": "forward_kl", "temperature": 1.0, "position_weights": "un
 
 
 def train(experiment: Experiment, dry_run: bool = False) -> None:
-    """Write `OUTPUT/student`, and `OUTPUT/student-text-only` if asked for, going on from the last checkpoint.
+    """Write `OUTPUT/student`, and the students that it is to be compared with, going on from the last checkpoint.
 
     Raises:
         InputError: the dataset, the student or the output directory are not usable; nothing was written.
     """
     _models_and_files(experiment)
+    if examples := experiment.train.compare_examples:
+        read_examples(examples)
     dataset = training_dataset(experiment)
     mixed = [read_manifest(directory, "train.mix.datasets") for directory in experiment.mixed_datasets]
     if dry_run and not (dataset / MANIFEST).is_file():
@@ -105,17 +109,22 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:
-    """The student and, if asked for, the one of the text alone, and what they depend on."""
+    """The student and, if asked for, those of the text alone and of a task's examples alone, and what they depend on."""
     directories = {experiment.directory("student"): False}
     if experiment.train.compare_text_only:
         directories[experiment.directory("student-text-only")] = True
     settings = _settings(experiment)
     manifests = [directory / MANIFEST for directory in (training_dataset(experiment), *experiment.mixed_datasets)]
     inputs = {str(file): record.sha256(file) for file in manifests} | _models_and_files(experiment)
-    return [
+    found = [
         record.Claim(directory, "train", {**settings, "text_only": text_only}, inputs)
         for directory, text_only in directories.items()
     ]
+    if examples := experiment.train.compare_examples:
+        _, _, read = read_examples(examples)
+        told = {**settings, "text_only": True, "examples_only": True}
+        found.append(record.Claim(experiment.directory("student-examples"), "train", told, inputs | read))
+    return found
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -179,11 +188,11 @@ class _Materials:
     validation: Any
 
 
-def _materials(
-    experiment: Experiment, manifest: dict[str, Any], directory: Path, text_only: bool, precision: Precision
-) -> _Materials:
+def _materials(experiment: Experiment, manifest: dict[str, Any], claim: record.Claim, precision: Precision) -> _Materials:
     """Everything loaded, and checked against each other."""
-    arguments = arguments_of(experiment, directory, text_only, precision)
+    text_only, examples = claim.settings.get("text_only", False), _examples_of(experiment, claim)
+    more = {"max_steps": _steps_of_the_student(experiment)} if examples else {}
+    arguments = arguments_of(experiment, claim.directory, text_only, precision, more)
     tokenizer = _tokenizer(experiment, manifest)
     directory_read = training_dataset(experiment)
     rows = mixed_rows(experiment, load_dataset(directory_read, "train"))
@@ -192,6 +201,9 @@ def _materials(
         rows = rows.add_column("teacher", names).with_format("numpy")
     classes = load_classes(directory_read) if "alignment" in manifest else None
     dataset, validation = _split(experiment, rows)
+    if examples:
+        ends = manifest["tokenizer"]["end_token_ids"]
+        dataset = example_rows(examples, tokenizer, ends, experiment.teacher.template_args)
     dataset, validation = learnable(dataset, arguments), validation and learnable(validation, arguments)
     student = load_student(experiment)
     if experiment.train.fake_quantize:
@@ -201,6 +213,18 @@ def _materials(
         pair_layers(experiment, arguments, student, teacher)
     _check_fit(arguments, dataset, student, teacher)
     return _Materials(precision, arguments, student, teacher, tokenizer, classes, rows, dataset, validation)
+
+
+def _examples_of(experiment: Experiment, claim: record.Claim) -> Examples | None:
+    """What a student learns instead of the dataset."""
+    return experiment.train.compare_examples if claim.settings.get("examples_only") else None
+
+
+def _steps_of_the_student(experiment: Experiment) -> int:
+    """For how many steps the student was trained, before those that it is compared with."""
+    state = record.read_json(experiment.directory("student") / "trainer_state.json")
+    assert state is not None
+    return int(state["global_step"])
 
 
 def train_one(
@@ -215,11 +239,12 @@ def train_one(
         prepare: called with the trainer before it trains.
     """
     directory, text_only = claim.directory, claim.settings.get("text_only", False)
+    examples = _examples_of(experiment, claim)
     with working(claim.stage, "loading the student"):
         from accelerate.utils import broadcast_object_list
 
         precision = settled(experiment, claim)
-        made = _materials(experiment, manifest, directory, text_only, precision)
+        made = _materials(experiment, manifest, claim, precision)
     if made.arguments.process_index == 0:
         record.begin_computing(*claim, experiment.seed, precision)
         begin_student(made.student, directory)
@@ -227,7 +252,7 @@ def train_one(
         for text in [] if text_only else traps(experiment.student, made.arguments, manifest, made.rows, parameters):
             say("warning", text)
     trainer = _trainer(experiment, made)
-    show_progress(trainer, "text only" if text_only else claim.stage)
+    show_progress(trainer, "examples only" if examples else "text only" if text_only else claim.stage)
     # What one process finds counts for all: another may still see a shared disk as it was.
     (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
     upload_checkpoints(experiment, trainer, directory)
@@ -239,7 +264,7 @@ def train_one(
         if trainer.is_world_process_zero():
             print(f"terminated; the same command goes on from step {trainer.state.global_step:,}", file=sys.stderr)
         sys.exit(143)
-    _save(experiment, manifest, directory, trainer, made)
+    _save(experiment, manifest, directory, trainer, made, examples.file if examples else None)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -262,7 +287,9 @@ def _trainer(experiment: Experiment, made: _Materials) -> Any:
     return trainer
 
 
-def _save(experiment: Experiment, manifest: dict[str, Any], directory: Path, trainer: Any, made: _Materials) -> None:
+def _save(
+    experiment: Experiment, manifest: dict[str, Any], directory: Path, trainer: Any, made: _Materials, examples: str | None
+) -> None:
     """Write the trained student, its card and its record; by one process."""
     trained = _trained(experiment, trainer)
     if trained is None:
@@ -271,7 +298,9 @@ def _save(experiment: Experiment, manifest: dict[str, Any], directory: Path, tra
     save_student(trained, made.tokenizer, experiment, directory, manifest["tokenizer"]["end_token_ids"])
     trainer.state.save_to_json(str(directory / "trainer_state.json"))
     results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
-    write_card(directory / "README.md", lambda: model_card(experiment, manifest, directory.name, made.arguments, results))
+    write_card(
+        directory / "README.md", lambda: model_card(experiment, manifest, directory.name, made.arguments, results, examples)
+    )
     record.finish(directory, results)
 
 
@@ -457,8 +486,10 @@ def check_arguments(args: Iterable[str], key: str) -> None:
             raise no_such_key(key, name, names, "trl.SFTConfig has no such argument")
 
 
-def arguments_of(experiment: Experiment, directory: Path, text_only: bool, precision: Precision) -> Any:
-    """The `DistillConfig`, with errors that name the key.
+def arguments_of(
+    experiment: Experiment, directory: Path, text_only: bool, precision: Precision, more: dict[str, Any] | None = None
+) -> Any:
+    """The `DistillConfig`, with errors that name the key; `more` are arguments that nobody has configured.
 
     Raises:
         InputError: an argument that TRL does not have, or does not take.
@@ -483,7 +514,9 @@ def arguments_of(experiment: Experiment, directory: Path, text_only: bool, preci
     }
     ours = {"output_dir": str(directory / "checkpoints")} | experiment.train.model_dump(include=set(_LOSS))
     try:
-        arguments = DistillConfig(**{**defaults, **experiment.train.args, **ours, **(_TEXT_ONLY if text_only else {})})
+        arguments = DistillConfig(
+            **{**defaults, **experiment.train.args, **ours, **(_TEXT_ONLY if text_only else {}), **(more or {})}
+        )
     except (TypeError, ValueError) as error:
         raise InputError(f"train.args: {error}") from None
     _check_checkpointing(arguments, experiment)

@@ -8,8 +8,8 @@ import pytest
 
 from llmdistill.data.cards import with_results
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, QUANTITIES, Metric, Sums, metrics_of, per_token
+from llmdistill.evaluation.report.models import measures
 from llmdistill.evaluation.statistics import Draws, interval_text
-from llmdistill.stages import report
 from tests.stages.test_report import metrics
 
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -76,7 +76,7 @@ def test_a_new_metric_is_shown_wherever_metrics_are(monkeypatch):
     content = metrics()
     for number, model in enumerate(content["models"]):
         model["new"] = {"mean": number, "low": number - 0.5, "high": number + 0.5}
-    assert [row["values"][1]["mean"] for row in report._measures(content["models"]) if row["name"] == "something new"] == [1]
+    assert [row["values"][1]["mean"] for row in measures(content["models"]) if row["name"] == "something new"] == [1]
     assert metrics_of("runs")[-1].heading == "nats ↓"
     assert "| new, defined, nats | 2 (95% CI 1.5 to 2.5) |" in with_results("## Configuration", content)
 

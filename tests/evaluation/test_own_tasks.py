@@ -1,13 +1,17 @@
 import json
+import math
 
+import pyarrow as pa
 import pytest
 
 from llmdistill.errors import InputError, UnusableError
-from llmdistill.evaluation.own_tasks import run_own
+from llmdistill.evaluation.examples import apart
+from llmdistill.evaluation.own_tasks import agrees, run_own
 from llmdistill.evaluation.task_scores import summarise
-from llmdistill.evaluation.tasks import About, files_of, load_tasks, read_tasks
+from llmdistill.evaluation.tasks import SCHEMA, About, files_of, load_tasks, read_tasks
+from llmdistill.evaluation.writing import Written
 from llmdistill.models.loading import load_model, load_tokenizer
-from tests.tasks.make import write_task
+from tests.tasks.make import make_task, write_task
 
 LINES = {
     "extract": [{"name": "Ann"}, {"name": "Bob", "age": 3}, {"name": "Cat"}],
@@ -53,7 +57,7 @@ def test_right_answers_are_scored_one_and_wrong_ones_less(tmp_path, tiny, monkey
     file = write(tmp_path, kind)
     own = read_tasks([file])
     targets = [item.output for item in own[0].items]
-    written = iter([targets, [targets[0]] * 3])
+    written = iter([[Written(text, [-0.1]) for text in texts] for texts in (targets, [targets[0]] * 3)])
     monkeypatch.setattr("llmdistill.evaluation.own_tasks.write_answers", lambda *_: next(written))
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
     model.config.max_position_embeddings = 1024  # nothing is written
@@ -64,10 +68,6 @@ def test_right_answers_are_scored_one_and_wrong_ones_less(tmp_path, tiny, monkey
     assert rows[4]["score"] < 1
     assert tables[kind]["valid"] == {"teacher": 1, "student": 1}
 
-    import pyarrow as pa
-
-    from llmdistill.evaluation.tasks import SCHEMA
-
     about = {kind: About(file, "m", None, tables[kind])}
     (entry,) = summarise(pa.Table.from_pylist(rows, SCHEMA), about, 200, 0)["tasks"]
     assert entry["models"]["teacher"]["mean"] == 1
@@ -75,6 +75,59 @@ def test_right_answers_are_scored_one_and_wrong_ones_less(tmp_path, tiny, monkey
     assert entry["valid"] == {"teacher": 1, "student": 1}
     beside = {"extract": {"fields"}, "classify": {"confusion"}}
     assert {"fields", "confusion"} & entry.keys() == beside.get(kind, set())
+    assert ("cascade" in entry) == (kind != "generate")
+    lost = [row["item"] for row in rows[3:] if row["score"] < 1]
+    assert (entry["apart"]["worse"], entry["apart"]["better"], entry["apart"]["won"]) == (len(lost), 0, [])
+    assert sorted(found["item"] for found in entry["apart"]["lost"]) == lost
+    for found in entry["apart"]["lost"]:
+        number = int(found["item"][1:])
+        answers = (found["input"], found["target"], found["teacher"], found["student"])
+        assert answers == (f"Number {number}.", targets[number], targets[number], targets[0])
+        assert found["probability"] == pytest.approx(math.exp(-0.1))
+    if kind != "generate":  # the teacher's answers are right, so that to agree is to be right
+        assert entry["cascade"]["agreement"]["mean"] == entry["models"]["student"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "teacher", "same", "other"),
+    [
+        ("extract", '{"name": "Ann", "age": 3}', '```json\n{"age": 3.0, "name": "Ann"}\n```', '{"name": "Ann"}'),
+        ("extract", "no JSON", "no JSON", '{"name": "Ann"}'),
+        ("extract", '{"age": 3}', '{"age": 3}', '{"age":3}'),
+        ("classify", "good", "good", "bad"),
+        ("classify", "so-so", "so-so", "so so"),
+        ("sql", "SELECT name FROM people WHERE age < 25", "SELECT 'Bob'", "SELECT 'Ann'"),
+        ("sql", "SELECT nothing", "SELECT nothing", "SELECT  nothing"),
+        (
+            "tools",
+            '{"name": "book", "arguments": {"city": "Rome"}}',
+            '{"name":"book","arguments":{"nights":1,"city":"Rome"}}',
+            "{}",
+        ),
+        ("tools", "{}", "{}", '{"name": "now"}'),
+    ],
+)
+def test_an_answer_agrees_by_the_measure_of_its_kind(tmp_path, kind, teacher, same, other):
+    """Equal records, rows and calls; an answer of the teacher that cannot be accepted is met by the same text alone."""
+    task = make_task(tmp_path, kind)
+    assert agrees(task, same, teacher) is True
+    assert agrees(task, other, teacher) is False
+
+
+def test_free_text_neither_agrees_nor_disagrees(tmp_path):
+    assert agrees(make_task(tmp_path, "generate"), "Yes.", "Yes.") is None
+
+
+def test_agreement_with_a_teacher_that_answered_elsewhere(tmp_path, tiny):
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    own = read_tasks([write(tmp_path, "classify")])
+    rows, tables = run_own(own, {"student": model}, {"student": tokenizer}, {"student": [2]}, 2, None)
+    assert [row["agrees"] for row in rows] == [None] * 3
+    longest = tables["classify"]["max_tokens"]["student"]
+    assert all(1 <= len(row["logprobs"]) <= longest and max(row["logprobs"]) < 0 for row in rows)
+    told = {("classify", "i0"): rows[0]["answer"], ("classify", "i1"): "good"}
+    again, _ = run_own(own, {"student": model}, {"student": tokenizer}, {"student": [2]}, 2, None, references=told)
+    assert [row["agrees"] for row in again] == [True, False, None]
 
 
 def test_no_lm_eval_is_needed(tmp_path, monkeypatch):
@@ -122,3 +175,15 @@ def test_a_template_that_refuses_and_a_prompt_that_does_not_fit(tmp_path, tiny):
     model.config.max_position_embeddings = 40
     with pytest.raises(InputError, match=r"test.jsonl line 1: \d+ tokens and 67 of an answer are more than the context of 40"):
         run()
+
+
+def test_the_items_that_differ_most_and_of_these_the_most_certain_are_first():
+    def table(scores, logprobs):
+        texts = {name: ["x"] * 4 for name in ("input", "target", "answer")}
+        return pa.table({"item": list("abcd"), "score": scores, "logprobs": [[value] for value in logprobs], **texts})
+
+    found = apart(table([0.5, 0.0, 0.0, 1.0], [-1.0, -3.0, -2.0, -1.0]), table([1.0, 1.0, 1.0, 0.5], [0.0] * 4))
+    assert [item["item"] for item in found["lost"]] == ["c", "b", "a"]
+    assert [item["item"] for item in found["won"]] == ["d"]
+    assert (found["worse"], found["better"]) == (3, 1)
+    assert found["lost"][0]["probability"] == pytest.approx(math.exp(-2))

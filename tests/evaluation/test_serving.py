@@ -1,5 +1,7 @@
 """The figures that come out of rounds; the engine itself is under test in tests/integration/test_export.py."""
 
+import json
+
 import pytest
 
 from llmdistill.errors import InputError
@@ -15,14 +17,19 @@ class Worker:
 
     def __init__(self, model, settings):
         self.name, self.rounds, self.running = model.name, iter(WRITES[model.name]), False
+        assert settings["max_model_len"] == 128 + 32
 
     def start(self):
         self.asked.append(f"start {self.name}")
         self.running = True
         return {"failed": "no such format"} if self.name == "broken" else {"version": "9.9"}
 
-    def ask(self):
+    def ask(self, line=""):
         assert self.running
+        if line:
+            assert json.loads(line) == {"prompts": [[3, 4]] * 4, "max_tokens": 9, "end_ids": [2]}
+            self.asked.append(f"requests {self.name}")
+            return {"latencies": [1.0, 2.0, 3.0, 4.0], "seconds": 5.0, "tokens": 40}
         self.asked.append(self.name)
         speed = next(self.rounds)
         return {"prefill_tokens_per_s": 10 * speed, "decode_tokens_per_s": speed, "peak_bytes": 1000 + speed}
@@ -38,7 +45,8 @@ def measured(monkeypatch):
         monkeypatch.setattr(serving, "_Engine", Worker)
         monkeypatch.setattr(serving, "_fit_together", lambda models: together)
         monkeypatch.setattr(Worker, "asked", [])
-        return serving.by_vllm([serving.Served(name, "x") for name in WRITES], 8, 32)
+        requests = serving.Requests([[3, 4]] * 4, 9, [2])
+        return serving.by_vllm([serving.Served(name, "x") for name in WRITES], 8, 32, {"t": dict.fromkeys(WRITES, requests)})
 
     return measure
 
@@ -52,8 +60,11 @@ def test_figures_of_rounds(measured, together):
     assert teacher["decode_ratio"] == {"median": 1, "low": 1, "high": 1}
     assert student["peak_bytes"] == 1300
     assert broken == {"name": "broken", "failed": "no such format"}
+    wanted = {"count": 4, "p50_s": 2.5, "p95_s": pytest.approx(3.85), "per_s": 0.8, "tokens_per_s": 8}
+    assert teacher["requests"] == student["requests"] == {"t": wanted}
     assert (found["version"], found["in_turns"], found["rounds"]) == ("9.9", together, 5)
     turns = [name for name in Worker.asked if " " not in name]
+    assert [name for name in Worker.asked if "requests" in name] == ["requests teacher", "requests student"]
     assert turns == (["teacher", "student"] * 5 if together else ["teacher"] * 5 + ["student"] * 5)
     first_stop = next(n for n, what in enumerate(Worker.asked) if what.startswith("stop"))
     assert (first_stop > Worker.asked.index("start student")) == together
@@ -87,7 +98,15 @@ def test_transformers_models_take_turns(tiny):
     from llmdistill.models.loading import load_model
 
     models = {name: load_model(str(tiny), device="cpu") for name in ("teacher", "student")}
-    found = serving.by_transformers(models, 2, 3)
+    requests = {"teacher": serving.Requests([[5, 6, 7], [8, 9], [5]], 4, [2]), "student": serving.Requests([[5, 6]] * 3, 2, [2])}
+    found = serving.by_transformers(models, 2, 3, {"t": requests})
+    for entry in found["models"]:
+        figures = entry["requests"]["t"]
+        assert figures["count"] == 3
+        assert 0 < figures["p50_s"] <= figures["p95_s"]
+    figures = {entry["name"]: entry["requests"]["t"] for entry in found["models"]}
+    tokens = {name: figure["tokens_per_s"] / figure["per_s"] for name, figure in figures.items()}
+    assert tokens == {"teacher": pytest.approx(4), "student": pytest.approx(2)}, "no answer ended by itself"
     assert found["engine"] == "transformers"
     for entry in found["models"]:
         assert 0 < entry["decode"]["low"] <= entry["decode"]["median"] <= entry["decode"]["high"]

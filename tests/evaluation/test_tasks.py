@@ -80,6 +80,7 @@ def test_scores_are_those_of_the_likelihood_worked_out_here(files, tiny):
             "score": float(best == row["answer"]),
             "answer": row["choices"][best],
             "target": row["choices"][row["answer"]],
+            **dict.fromkeys(("input", "logprobs", "agrees")),
         }
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import scipy.optimize
-import torch
 
 from llmdistill.config import Experiment
 from llmdistill.curation import judge
@@ -12,9 +11,9 @@ from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
 from llmdistill.evaluation import win_rate
 from llmdistill.evaluation.statistics import Draws
-from llmdistill.evaluation.win_rate import Comparison, length_controlled, write_answers
+from llmdistill.evaluation.win_rate import Comparison, length_controlled
+from llmdistill.evaluation.writing import Written
 from llmdistill.models.loading import load_model, load_tokenizer
-from llmdistill.runs.progress import StageBar
 from llmdistill.teachers import Completion
 
 
@@ -49,7 +48,7 @@ def compared(tiny, directory, monkeypatch, pairs, prefers, probability=0.9, **se
     tokenizer = load_tokenizer(str(tiny), None)
     monkeypatch.setattr(judge, "open_engine", lambda *_: StubJudge(tokenizer, prefers, probability))
     answers = {name: [pair[place] for pair in pairs] for place, name in enumerate(("the student", "the teacher"))}
-    monkeypatch.setattr(win_rate, "write_answers", lambda model, prompts, *_: answers[model][: len(prompts)])
+    monkeypatch.setattr(win_rate, "write_answers", lambda model, prompts, *_: [Written(text, []) for text in answers[model]])
     ids = {"input_ids": np.array([3, 4]), "completion_start": 1}
     rows = [{"id": f"r{n}", "prompt": [{"role": "user", "content": f"question {n}"}], **ids} for n in range(len(pairs))]
     models = {"student": "the student", "teacher": "the teacher"}
@@ -126,18 +125,6 @@ def test_only_the_first_of_a_prompts_rows_counts(tiny, tmp_path):
     prompts = [np.array([{"role": np.str_("user"), "content": np.str_(text)}]) for text in "aabcd"]  # as a dataset may give them
     rows = [{"id": str(n), "prompt": prompt} for n, prompt in enumerate(prompts)]
     assert [row["id"] for row in win_rate._distinct(rows, "abcde", 3)] == ["0", "2", "3"]
-
-
-def test_answers_written_together_are_those_written_alone(tiny):
-    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
-    generator = np.random.default_rng(0)
-    prompts = [generator.integers(3, 2000, 3 + 2 * n).tolist() for n in range(5)]
-    with StageBar("eval", 5) as bar:
-        got = write_answers(model, prompts, tokenizer, [2], 2, 6, bar)
-    for prompt, answer in zip(prompts, got, strict=True):
-        ids = torch.tensor([prompt])
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, pad_token_id=2)
-        assert answer == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def controlled_rate(outcome, longer):

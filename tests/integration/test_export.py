@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from llmdistill.config import load_experiment
-from llmdistill.evaluation.serving import Served, by_vllm
+from llmdistill.evaluation.serving import Requests, Served, by_vllm
+from llmdistill.evaluation.writing import answer_length
+from llmdistill.models.loading import continue_prompts, load_model
 from llmdistill.students.formats import FORMATS
 from tests.conftest import ROOT, run_cli
 from tests.factories import write_experiment
@@ -79,11 +81,19 @@ def test_what_a_model_costs_in_vllm(smollm2, tmp_path):
     for file in smollm2.iterdir():
         if file.suffix != ".safetensors":
             (broken / file.name).write_bytes(file.read_bytes())
-    found = by_vllm([Served("model", str(smollm2)), Served("broken", str(broken))], 2, 8)
+    prompts = [[1, 5, 6, 7], list(range(5, 205)), [9, 8]]
+    requests = Requests(prompts, 12, [2])
+    models = [Served("model", str(smollm2)), Served("broken", str(broken))]
+    found = by_vllm(models, 2, 8, {"t": {"model": requests, "broken": requests}})
     model, failed = found["models"]
     assert 0 < model["decode"]["low"] <= model["decode"]["median"] <= model["decode"]["high"]
     assert model["prefill"]["median"] > model["decode"]["median"]  # many tokens in one pass against one
     assert (smollm2 / "model.safetensors").stat().st_size < model["peak_bytes"] < 8 << 30
+    figures, loaded = model["requests"]["t"], load_model(str(smollm2), dtype="float32")
+    assert figures["count"] == 3
+    assert 0 < figures["p50_s"] <= figures["p95_s"]
+    written = [answer_length(continue_prompts(loaded, [ids], 12, [2], do_sample=False)[0].tolist(), [2]) for ids in prompts]
+    assert 3 * figures["tokens_per_s"] / figures["per_s"] == pytest.approx(sum(written), abs=6), "as long, but for precision"
     assert set(failed) == {"name", "failed"}
     assert found["version"]
 

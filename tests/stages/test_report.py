@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +15,13 @@ from PIL import Image
 
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
+from llmdistill.evaluation.cascade import cascade
 from llmdistill.evaluation.drafts import add_speed_ups
-from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, smooth, spread, thin
-from llmdistill.stages.report import cell, fenced, report
+from llmdistill.evaluation.plots import fit_axis, interval_plot, loss_plot, share_plot, smooth, spread, thin
+from llmdistill.evaluation.report.words import cell, fenced
+from llmdistill.evaluation.statistics import Draws
+from llmdistill.evaluation.summary import task_verdict
+from llmdistill.stages.report import report
 
 HEADLINE = "40% smaller · 1.9× faster · keeps 61% of the teacher's next-token choices (95% CI 59 to 63)"
 HOSTILE = "<script>alert(1)</script>\n{{ 7*7 }} | a | b |\n````\n<img src=x onerror=alert(1)> https://example.org/x.png\n```"
@@ -407,6 +412,135 @@ def test_tasks_are_compared_with_the_student_of_the_text_alone(experiment: Exper
     assert "the student minus the student trained on text only: 5 percentage points (95% interval 1–9)." in text
 
 
+def test_the_verdict_on_a_task_of_ones_own_comes_first(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is kept, with a link to the items that are worse, which are shown as they are; and as the last line on the screen."""
+    found = metrics()["tasks"]
+    (entry,) = found["tasks"]
+    told = dict.fromkeys(("item", "input", "target", "teacher", "student"), HOSTILE) | {"probability": 0.912}
+    entry |= {"name": "invoices", "items": 1000, "kept": interval(0.984, 0.972, 0.993), "metric": "exact_match"}
+    entry |= {"valid": dict.fromkeys(entry["models"], 1.0)}
+    entry |= {"apart": {"worse": 12, "better": 1, "lost": [told] * 11, "won": [{**told, "item": "i7"}]}}
+    change(experiment, tasks=found)
+    page, text = pages(experiment)
+    verdict = "The student keeps 98.4% (95% CI 97.2 to 99.3) of the teacher on invoices; 12 of 1,000 items are worse, 1 better."
+    assert " ".join(capsys.readouterr().out.split()).endswith(verdict)
+    parsed = Page(page)
+    shown = " ".join(parsed.text.split())
+    assert shown.index(verdict) < shown.index("Soft targets helped")
+    assert ("href", "#worse-1") in parsed.attributes
+    assert ("id", "worse-1") in parsed.attributes
+    assert parsed.text.count(HOSTILE) == 9 + 11 * 5 + 4
+    assert "<script" not in page
+    assert "12 of 1,000 items are worse than the teacher’s" in shown
+    assert "The first 11; all are in eval/tasks.parquet." in shown
+    assert "1 item is better" in shown
+    assert shown.index("of its task score kept") < shown.index("40% smaller")
+    cards = [shown.index(label) for label in ("of its task score kept", "smaller 134.5M", "of the teacher’s next-token")]
+    assert cards == sorted(cards)
+    assert text.index(cell(verdict)) < text.index(HEADLINE)
+    rows = [line for line in text.splitlines() if line.endswith("| 91% |")]
+    assert len(rows) == 10 + 1
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 7 for row in rows)
+    outside = re.sub(r"^(`{3,})text\n.*?\n\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"(?<!\\)<", outside)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"kept": interval(1.01, 0.99, 1.03)}, "keeps 101.0% (95% CI 99.0 to 103.0) of the teacher on t"),
+        ({"kept": None}, "scores 50.0% (95% CI 40.0 to 60.0) on t"),
+        (
+            {"kept": None, "apart": {"worse": 1, "better": 2}},
+            "scores 50.0% (95% CI 40.0 to 60.0) on t; 1 of 9 items are worse, 2 better",
+        ),
+    ],
+)
+def test_what_is_said_where_nothing_is_kept_or_more_than_all(entry: dict[str, Any], said: str) -> None:
+    assert task_verdict({"name": "t", "items": 9, "models": {"student": interval(0.5, 0.4, 0.6)}, **entry}) == said
+
+
+def timed(p50: float, per_s: float) -> dict[str, Any]:
+    """As `serving.request_figures` gives it."""
+    return {"facts": {"count": 32, "p50_s": p50, "p95_s": 2 * p50, "per_s": per_s, "tokens_per_s": 20 * per_s}}
+
+
+def test_whether_it_was_worth_it(experiment: Experiment) -> None:
+    """A row for what is there, and columns for what was measured: 3.6 an hour is 0.001 a second, so 0.5 a second cost 2,000."""
+    found, models = metrics()["tasks"], metrics()["models"]
+    (entry,) = found["tasks"]
+    entry |= {"name": "facts", "metric": "accuracy", "valid": dict.fromkeys(entry["models"], 1.0)}
+    entry["kept_by_model"] = {"student before": interval(0.21, 0.1, 0.3), "student": interval(0.984, 0.972, 0.993)}
+    entry["kept_by_model"]["student, text only"] = None
+    change(experiment, tasks=found)
+    page, text = pages(experiment)
+    for model in ("teacher | 50 (40–60) | – | 269 MB", "student | 50 (40–60) | 98.4 (97.2–99.3) | 161 MB"):
+        assert f"\n| {model} |\n" in text
+    assert "latency" not in text, "it was not measured"
+
+    for model, figures in zip(models, (timed(2, 0.5), timed(1, 1), timed(1, 1), timed(1, 1)), strict=True):
+        model["requests"] = figures
+    change(experiment, tasks=found, models=models)
+    file = Path(experiment.output) / "export/export.json"
+    exported = json.loads(file.read_text())
+    exported["formats"][0]["tasks"] = {"tasks": [{**entry, "kept": interval(0.9, 0.85, 0.95)}]}
+    exported["serving"]["models"][0]["requests"] = timed(0.25, 4)
+    write(file, exported)
+    page, text = pages(experiment.with_(eval=experiment.eval.with_(price_per_hour=3.6)))
+    table = text[text.index("| model | accuracy, % |") :].partition("\n\n")[0].splitlines()
+    assert table[2:] == [
+        "| teacher | 50 (40–60) | – | 2,000 | 4,000 | 10 | 269 MB | 2,000.00 |",
+        "| student before training | 50 (40–60) | 21.0 (10.0–30.0) | 1,000 | 2,000 | 20 | – | 1,000.00 |",
+        "| student trained on text only | 50 (40–60) | – | 1,000 | 2,000 | 20 | – | 1,000.00 |",
+        "| student | 50 (40–60) | 98.4 (97.2–99.3) | 1,000 | 2,000 | 20 | 161 MB | 1,000.00 |",
+        "| exported as w8a8 | 50 (40–60) | 90.0 (85.0–95.0) | 250 | 500 | 80 | 110 MB | 250.00 |",
+    ]
+    shown = " ".join(Page(page).text.split())
+    assert "student 5040–60 98.497.2–99.3 1,0002,00020 161 MB 1,000.00" in shown
+    assert "a machine at 3.60 an hour that answers 8 requests at once and is never idle" in shown
+
+
+def own_cascade(n: int = 400) -> dict[str, Any]:
+    """As `cascade` gives it: the n answers agree down to half of them, then every tenth does not; the teacher is right."""
+    agrees = np.array([number < n / 2 or number % 10 > 0 for number in range(n)])
+    names = [str(number) for number in range(n)]
+    right = {"student": agrees.astype(float), "teacher": np.ones(n)}
+    tokens = [[-0.01 * number, -0.01] for number in range(n)]
+    return cascade(tokens, agrees, right, names, Draws.of(names, 100, 0), 0)
+
+
+def test_when_to_ask_the_teacher_is_said_drawn_and_read_aloud(experiment: Experiment) -> None:
+    """Of 400 items none may disagree for 99%, so the 200 before the first that does are answered; for 90% all 20 may."""
+    found = metrics()["tasks"]
+    (entry,) = found["tasks"]
+    entry |= {"metric": "accuracy", "valid": dict.fromkeys(entry["models"], 1.0), "cascade": own_cascade()}
+    change(experiment, tasks=found)
+    page, text = pages(experiment)
+    said = "the student answers 50% of the requests (95% CI 45 to 55), and the answers are the teacher’s on at least 99% of all"
+    for shown in (" ".join(Page(page).text.split()), text):
+        assert "Alone, the student gives the teacher’s answer on 95.0% of the items" in shown
+        assert said in shown
+        assert "(95% confidence; 100.0% on these items)" in shown
+        assert "too few" not in shown
+    assert "| 99% | −2 | 50 (45–55) | 100.0 | 100.0 |" in text
+    assert "| 90% | −4 | 100.0 (99.0–100.0) | 95.0 | 95.0 |" in text
+    (label,) = [value for name, value in Page(page).attributes if name == "aria-label" and "share of requests" in str(value)]
+    assert label is not None
+    assert label.endswith("49%: 100.0% and 100.0%; 76%: 97.2% and 97.2%; 100%: 95.0% and 95.0%.")
+    entry["cascade"] = own_cascade(50)
+    change(experiment, tasks=found)
+    for shown in pages(experiment):
+        assert "50 independent items are too few to show a higher agreement, even without one disagreement" in shown
+        assert "95% takes 59, 99% takes 299." in shown
+
+
+def test_a_figure_of_shares_has_its_ends_where_they_belong() -> None:
+    plot = share_plot({"a": [(0, 100), (50, 90), (100, 60)]}, [(50, "x")])
+    assert plot["lines"][0]["line"].startswith("M44.0 10.0L")
+    assert plot["marks"] == [((plot["left"] + plot["width"] - 10) / 2, "x")]
+    assert plot["lines"][0]["line"].split("L")[-1].startswith("470.0 ")
+
+
 def test_a_task_of_ones_own_is_shown_with_its_fields_and_confusions(experiment: Experiment) -> None:
     """What a file or a model has written stays text."""
     found = metrics()["tasks"]
@@ -579,9 +713,9 @@ def test_cells_and_fences() -> None:
 
 
 def test_what_a_kept_row_cost_is_what_was_paid_over_the_rows_kept():
-    from llmdistill.stages.report import _cost
+    from llmdistill.evaluation.report.provenance import cost_text
 
     cost = {"input_tokens": 120_000, "cached_tokens": 0, "output_tokens": 450_000, "total": 1.9, "paid": 2.0}
-    assert _cost(cost, 800) == "2.00 for 120,000 tokens in, 450,000 out: 0.0025 a kept row"
-    assert _cost({key: cost[key] for key in ("input_tokens", "output_tokens")}, 800) == "120,000 tokens in, 450,000 out"
-    assert _cost({}, 800) is None
+    assert cost_text(cost, 800) == "2.00 for 120,000 tokens in, 450,000 out: 0.0025 a kept row"
+    assert cost_text({key: cost[key] for key in ("input_tokens", "output_tokens")}, 800) == "120,000 tokens in, 450,000 out"
+    assert cost_text({}, 800) is None

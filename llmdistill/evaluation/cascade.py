@@ -1,0 +1,174 @@
+"""When to ask the teacher: the student answers, and where it is not confident enough, the teacher does (a cascade).
+
+The confidence is log q of the student's whole answer, the sum over its tokens: the maximum class probability of Hendrycks &
+Gimpel (2017, arXiv 1610.02136) where the classes are answers (Chow-Sum in Gupta et al. 2024, arXiv 2404.10136). An answer
+agrees where it is the teacher's by the measure of the task; what the teacher answers itself agrees by definition.
+
+The share of requests in which the cascade disagrees falls with the threshold, so one confidence bound of it, at the lowest
+threshold that it allows, holds without a correction for having looked at all of them (Bates et al. 2021, arXiv 2101.02703,
+theorem 1). It is the exact one of Clopper & Pearson (1934). Items of one cluster count as one, which disagrees if any of
+them does.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from llmdistill.evaluation.statistics import Array, Draws, cluster_numbers
+
+TARGETS = (0.9, 0.95, 0.99)
+LEVEL = 0.95
+_FOLDS = 5
+_GROUPS = 10  # of items with like confidence
+_POINTS = 50  # of a curve
+
+
+def cascade(
+    logprobs: Sequence[Sequence[float]],
+    agrees: Array,
+    right: dict[str, Array],
+    clusters: Sequence[str],
+    draws: Draws,
+    seed: int,
+) -> dict[str, Any]:
+    """What `metrics.json` says of a task under `cascade`.
+
+    Args:
+        logprobs: of the tokens of each of the student's answers, in nats.
+        agrees: whether each is the teacher's; shape (items,).
+        right: scores of `student` and `teacher`; shape (items,) each.
+        clusters: what is drawn together.
+        draws: resamples of the clusters.
+        seed: of the folds.
+    """
+    sums = np.array([math.fsum(tokens) for tokens in logprobs])
+    others = {"mean": [np.mean(tokens) for tokens in logprobs], "min": [min(tokens) for tokens in logprobs]}
+    cluster = cluster_numbers(clusters)
+    answered = sums[:, None] >= _points(sums)  # (items, points)
+    return {
+        "clusters": int(cluster.max()) + 1,
+        "agreement": draws.share(agrees.astype(float), np.ones(len(sums))),
+        "auroc": {"sum": auroc(sums, agrees), **{name: auroc(np.array(values), agrees) for name, values in others.items()}},
+        "calibration": _calibration(sums, agrees, cluster, seed),
+        "none": _at(None, np.zeros(len(sums), bool), agrees, right),
+        "curve": [_at(threshold, here, agrees, right) for threshold, here in zip(_points(sums), answered.T, strict=True)],
+        "thresholds": [_for(target, sums, agrees, right, cluster, draws) for target in TARGETS],
+    }
+
+
+def auroc(scores: Array, positive: Array) -> float | None:
+    """How likely a positive item scores higher than another one, ties half (Hanley & McNeil 1982); None without both."""
+    from scipy.stats import rankdata
+
+    n = int(positive.sum())
+    if n in (0, len(positive)):
+        return None
+    return float((rankdata(scores)[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+
+def platt(scores: Array, positive: Array) -> tuple[float, float]:
+    """Slope a and intercept b of P(positive) = sigmoid(a·score + b) (Platt 1999), with his targets, which keep both finite.
+
+    They are (N₊ + 1) / (N₊ + 2) and 1 / (N₋ + 2) for the N₊ positive and the N₋ other items.
+    """
+    from scipy.optimize import minimize
+
+    n = positive.sum()
+    target = np.where(positive, (n + 1) / (n + 2), 1 / (len(positive) - n + 2))
+    middle, spread = scores.mean(), scores.std() or 1.0
+    x = np.stack([(scores - middle) / spread, np.ones(len(scores))])
+
+    def loss(weights: Array) -> tuple[float, Array]:
+        logit = weights @ x
+        return float((np.logaddexp(0, logit) - target * logit).sum()), x @ (_sigmoid(logit) - target)
+
+    a, b = minimize(loss, np.zeros(2), jac=True, method="BFGS", options={"gtol": 1e-8}).x
+    return float(a / spread), float(b - a * middle / spread)
+
+
+def cross_fitted(scores: Array, positive: Array, cluster: Array, seed: int) -> Array:
+    """The calibrated probability of each item by a fit on the others: of five folds of clusters, the four without it."""
+    count = int(cluster.max()) + 1
+    fold = np.random.default_rng(seed).permutation(np.arange(count) % _FOLDS)[cluster]
+    found = np.empty(len(scores))
+    for number in np.unique(fold):
+        here = fold == number
+        a, b = platt(scores[~here], positive[~here])
+        found[here] = _sigmoid(a * scores[here] + b)
+    return found
+
+
+def most_failures(clusters: int, target: float) -> int | None:
+    """How many of so many clusters may disagree for the target to be shown at 95% confidence; None if not even 0 are enough."""
+    from scipy.stats import binom
+
+    # The bound is below 1 − target where so few disagreements are that unlikely if their share is 1 − target.
+    allowed = int((binom.cdf(np.arange(clusters), clusters, 1 - target) <= 1 - LEVEL).sum())
+    return allowed - 1 if allowed else None
+
+
+def items_needed(target: float) -> int:
+    """The fewest items that can show an agreement: so many without one disagreement."""
+    return math.ceil(math.log(1 - LEVEL) / math.log(target))
+
+
+def threshold(scores: Array, agrees: Array, cluster: Array, most: int) -> float | None:
+    """The lowest of the scores from which on at most so many clusters have an item that disagrees; None if there is none."""
+    lowest, failed = None, set[int]()
+    for score in np.unique(scores)[::-1]:
+        failed |= set(cluster[(scores == score) & ~agrees].tolist())
+        if len(failed) > most:
+            break
+        lowest = float(score)
+    return lowest
+
+
+def _for(target: float, scores: Array, agrees: Array, right: dict[str, Array], cluster: Array, draws: Draws) -> dict[str, Any]:
+    """The threshold for an agreement, and what it gives."""
+    clusters = int(cluster.max()) + 1
+    most = most_failures(clusters, target)
+    found = {"target": target, "level": LEVEL, "items_needed": items_needed(target)}
+    if most is None:
+        return {**found, "threshold": None, "shown": False}
+    lowest = threshold(scores, agrees, cluster, most)
+    here = np.zeros(len(scores), bool) if lowest is None else scores >= lowest
+    figures = _at(lowest, here, agrees, right)
+    return {**found, **figures, "shown": True, "answered": draws.share(here.astype(float), np.ones(len(scores)))}
+
+
+def _at(threshold: float | None, answered: Array, agrees: Array, right: dict[str, Array]) -> dict[str, Any]:
+    """What a cascade does whose student answers these items."""
+    return {
+        "threshold": threshold,
+        "answered": float(answered.mean()),
+        "agreement": float((~answered | agrees).mean()),
+        "agreement_of_answered": float(agrees[answered].mean()) if answered.any() else None,
+        "score": float(np.where(answered, right["student"], right["teacher"]).mean()),
+    }
+
+
+def _points(scores: Array) -> Array:
+    """Thresholds from the highest score to the lowest, fifty at most."""
+    distinct = np.unique(scores)[::-1]
+    return distinct[np.unique(np.linspace(0, len(distinct) - 1, _POINTS).round().astype(int))]
+
+
+def _calibration(scores: Array, agrees: Array, cluster: Array, seed: int) -> dict[str, Any]:
+    """Platt's fit on all items, and how far off it is on items that it was not made from."""
+    slope, intercept = platt(scores, agrees)
+    p = cross_fitted(scores, agrees, cluster, seed)
+    groups = np.array_split(np.argsort(p, kind="stable"), min(_GROUPS, len(p)))
+    error = sum(len(group) * abs(p[group].mean() - agrees[group].mean()) for group in groups) / len(p)
+    return {
+        "slope": slope,
+        "intercept": intercept,
+        "error": float(error),
+        "brier": float(((p - agrees) ** 2).mean()),
+        "brier_of_the_rate": float(agrees.mean() * (1 - agrees.mean())),
+    }
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-np.clip(x, -700, 700)))

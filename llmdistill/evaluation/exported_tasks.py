@@ -1,0 +1,135 @@
+"""An exported form on the tasks of a user's own that `eval` has measured: its score, and when a server should ask the teacher.
+
+The form answers the same items; the teacher's and the student's answers are those of `eval/tasks.parquet`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llmdistill.config import Experiment
+from llmdistill.errors import InputError
+from llmdistill.evaluation.own_tasks import OwnTask, run_own
+from llmdistill.evaluation.task_scores import STUDENT, TEACHER, summarise
+from llmdistill.evaluation.tasks import SCHEMA, About, read_own_tasks
+from llmdistill.runs import record
+from llmdistill.runs.progress import say
+
+UNEXPORTED = "student, not exported"
+CASCADE = "cascade.json"
+CASCADE_VERSION = 1
+_CONFIDENCE = "sum of the log-probabilities of all tokens of the greedy answer, the end token included, in nats"
+
+
+@dataclass(frozen=True)
+class MeasuredTasks:
+    """What `eval` has measured of the tasks.
+
+    Attributes:
+        tasks: as their files are now.
+        rows: of `eval/tasks.parquet`: the teacher's, and the student's, which is called `UNEXPORTED`.
+        sha256: of that file.
+    """
+
+    tasks: list[OwnTask]
+    rows: pa.Table
+    sha256: str
+
+    @property
+    def references(self) -> dict[tuple[str, str], str]:
+        """The teacher's answers, by task and item."""
+        rows = self.rows.filter(pc.equal(self.rows["model"], TEACHER)).select(["task", "item", "answer"]).to_pylist()
+        return {(row["task"], row["item"]): row["answer"] for row in rows}
+
+
+def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
+    """The tasks of a user's own, if there are any and `eval` is finished.
+
+    Raises:
+        InputError: a task cannot be used, or has other items than were evaluated.
+    """
+    own = read_own_tasks(experiment.eval.tasks)
+    directory = experiment.directory("eval")
+    file = directory / "tasks.parquet"
+    if not own:
+        return None
+    if not (directory / "metrics.json").is_file() or not file.is_file():
+        say("export", "does not measure the forms on the tasks, which are not evaluated: run `eval`, then `export` again")
+        return None
+    table = pq.read_table(file)
+    if not table.schema.equals(SCHEMA):
+        raise InputError(f"{file}: has other columns than this version writes; run `eval` again")
+    student = table.filter(pc.equal(table["model"], STUDENT))
+    for task in own:
+        answered = student.filter(pc.equal(student["task"], task.task.name)).select(["item", "input", "target"]).to_pylist()
+        items = [
+            {"item": item.id, "input": item.input, "target": item.output} for item in task.items[: experiment.eval.task_limit]
+        ]
+        if answered != items:
+            raise InputError(f"{file}: the items of {task.task.file} are others; run `eval` again before `export`")
+    names = pa.array([task.task.name for task in own])
+    teacher = table.filter(pc.equal(table["model"], TEACHER))
+    place = student.schema.get_field_index("model")
+    student = student.set_column(place, SCHEMA.field("model"), pa.array([UNEXPORTED] * len(student), pa.string()))
+    rows = pa.concat_tables([teacher, student])
+    return MeasuredTasks(own, rows.filter(pc.is_in(rows["task"], names)), record.sha256(file))
+
+
+def on_tasks(measured: MeasuredTasks, model: Any, tokenizer: Any, end_ids: list[int], experiment: Experiment) -> dict[str, Any]:
+    """What `export.json` says of a form under `tasks`: what `metrics.json` says of the student, with the form in its place.
+
+    Args:
+        measured: by `eval`.
+        model: the form.
+        tokenizer: its own.
+        end_ids: the tokens that end an answer.
+        experiment: the configuration.
+    """
+    settings = experiment.eval
+    rows, tables = run_own(
+        measured.tasks,
+        {STUDENT: model},
+        {STUDENT: tokenizer},
+        {STUDENT: end_ids},
+        settings.batch_size,
+        settings.task_limit,
+        experiment.teacher.template_args,
+        measured.references,
+        "export",
+    )
+    table = pa.concat_tables([measured.rows, pa.Table.from_pylist(rows, SCHEMA)])
+    about = {
+        own.task.name: About(str(own.task.file), own.task.rules.METRIC, None, tables[own.task.name]) for own in measured.tasks
+    }
+    return {"of": measured.sha256, **summarise(table, about, settings.resamples, experiment.seed)}
+
+
+def for_a_server(measured: MeasuredTasks, found: dict[str, Any], dtype: str, template_args: dict[str, Any]) -> dict[str, Any]:
+    """The content of `cascade.json`: how each task is asked, and from which confidence on an answer is kept.
+
+    Args:
+        measured: by `eval`.
+        found: by `on_tasks`.
+        dtype: in which the form answered.
+        template_args: more variables of the chat template.
+    """
+    by_name = {own.task.name: own.task for own in measured.tasks}
+    return {
+        "schema_version": CASCADE_VERSION,
+        "tasks": {
+            entry["name"]: {
+                "system": by_name[entry["name"]].prompt("")[0]["content"],
+                "template_args": template_args,
+                "max_tokens": entry["max_tokens"][STUDENT],
+                "confidence": _CONFIDENCE,
+                "measured": {"items": entry["items"], "clusters": entry["clusters"], "dtype": dtype},
+                "calibration": {key: entry["cascade"]["calibration"][key] for key in ("slope", "intercept")},
+                "thresholds": entry["cascade"]["thresholds"],
+            }
+            for entry in found["tasks"]
+            if "cascade" in entry
+        },
+    }

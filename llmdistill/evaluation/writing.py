@@ -1,0 +1,59 @@
+"""Greedy answers of a model, each with the log-probabilities of its tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmdistill.models.loading import continue_prompts
+from llmdistill.runs.progress import StageBar
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer: its text without special tokens, and log q of every token, in nats, of the one that ended it, too."""
+
+    text: str
+    logprobs: list[float]
+
+
+def answer_length(ids: Sequence[int], end_ids: Sequence[int]) -> int:
+    """Tokens of an answer that may be padded behind the token that ends it, which is one of them."""
+    return next((place for place, token in enumerate(ids, start=1) if token in end_ids), len(ids))
+
+
+class _Recorder:
+    """Among the logits processors of `generate`: keeps log q of the most likely token, which greedy decoding takes."""
+
+    def __init__(self) -> None:
+        self.steps: list[Any] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.steps.append(scores.float().log_softmax(-1).amax(-1).cpu())
+        return scores
+
+
+def write_answers(
+    model: Any,
+    prompts: list[list[int]],
+    tokenizer: Any,
+    end_ids: Sequence[int],
+    batch_size: int,
+    max_tokens: int,
+    bar: StageBar,
+) -> list[Written]:
+    """A model's greedy answer to each prompt, given as token ids."""
+    import torch
+
+    answers: dict[int, Written] = {}
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # alike in length, so that little is padded
+    for start in range(0, len(order), batch_size):
+        chunk, recorder = order[start : start + batch_size], _Recorder()
+        written_BT = continue_prompts(
+            model, [prompts[n] for n in chunk], max_tokens, end_ids, do_sample=False, logits_processor=[recorder]
+        )
+        texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        logprobs_BT = torch.stack(recorder.steps, dim=1).tolist()
+        for number, text, ids, logprobs in zip(chunk, texts, written_BT.tolist(), logprobs_BT, strict=True):
+            answers[number] = Written(text.strip(), logprobs[: answer_length(ids, end_ids)])
+        bar.advance(len(chunk))
+    return [answers[number] for number in range(len(prompts))]

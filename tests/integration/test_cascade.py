@@ -1,0 +1,79 @@
+"""The confidence that a real vLLM server gives is the one that `eval` measures, and the documentation's cascade uses it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from llmdistill.evaluation.own_tasks import read_own, run_own
+from llmdistill.models.loading import end_token_ids, load_model, load_tokenizer
+from tests.conftest import ROOT
+from tests.integration.test_server import free_port
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("openai", reason="openai is not installed")
+pytestmark = pytest.mark.engine
+ITEMS = 6
+
+
+@pytest.fixture(scope="module")
+def port(smollm2, tmp_path_factory):
+    """One server that is both student and teacher."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--host", "127.0.0.1"]
+    command += ["--port", port, "--dtype", "float32", "--max-model-len", 1024, "--enforce-eager", "--generation-config", "vllm"]
+    command += ["--served-model-name", "student", "teacher"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("w") as stream:
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_the_documented_cascade(smollm2, port, tmp_path, monkeypatch):
+    own = read_own(ROOT / "configs/tasks/orders.yaml")
+    model, tokenizer = load_model(str(smollm2), dtype="float32"), load_tokenizer(str(smollm2), None)
+    ends = end_token_ids(str(smollm2), None, model.config, tokenizer)
+    rows, tables = run_own([own], {"student": model}, {"student": tokenizer}, {"student": ends}, 3, ITEMS)
+    confidences = [sum(row["logprobs"]) for row in rows]
+    kept = sorted(confidences)[ITEMS // 2]
+    told = {"system": own.task.prompt("")[0]["content"], "max_tokens": tables["orders"]["max_tokens"]["student"]}
+    told["thresholds"] = [{"target": 0.99, "threshold": kept - 1e-2}]
+    (tmp_path / "cascade.json").write_text(json.dumps({"tasks": {"orders": told}}))
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+    code = code.replace("(8000, 8001)", f"({port}, {port})").replace("localhost", "127.0.0.1")
+    code = code.replace("runs/orders/export/safetensors/", f"{tmp_path}/")
+    example: dict = {}
+    exec(code, example)
+    asked, create = [], type(example["student"].chat.completions).create
+
+    def recorded(self, **how):
+        found = create(self, **how)
+        content = found.choices[0].logprobs.content if how.get("logprobs") else []
+        asked.append((how["model"], sum(token.logprob for token in content)))
+        return found
+
+    monkeypatch.setattr(type(example["student"].chat.completions), "create", recorded)
+    for item, row, confidence in zip(own.items[:ITEMS], rows, confidences, strict=True):
+        asked.clear()
+        assert example["answer"](item.input).strip() == row["answer"]
+        assert asked[0] == ("student", pytest.approx(confidence, abs=5e-3))
+        assert [name for name, _ in asked] == (["student"] if confidence >= kept else ["student", "teacher"])
