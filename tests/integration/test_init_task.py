@@ -1,8 +1,10 @@
 """`init --task` with real models on the CPU: from twelve examples to the report, whatever the teacher makes of them."""
 
 import json
+import re
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +17,7 @@ from llmdistill.stages.prompts import prompts
 from llmdistill.stages.report import report
 from llmdistill.stages.train import train
 from llmdistill.tasks.task import read_items, read_task
+from tests.conftest import ROOT
 
 LINES = ["The shop opens at nine.", "Rain falls on the old town.", "My cat sleeps under the table.", "Two trains leave at noon."]
 SMALL = [  # what the experiment asks for, made little; an answer may be cut
@@ -88,3 +91,24 @@ def test_a_held_out_example_among_the_rows_is_left_out_and_said(begin, tiny, sig
     for text, detail in why.items():
         place = held_out.index(next(one for one in held_out if one.upper() == text)) + 1
         assert detail == f"test.jsonl line {place} input: {text.lower()}"
+
+
+def test_the_python_of_the_page_runs(begin, tiny, sigterm, capsys):
+    experiment = begin(tiny)(("output", "runs/teacher"), ("prompts", "{source: test.jsonl, task: task.yaml}"))
+    generate(experiment)
+    page = (ROOT / "docs/your-task.md").read_text()
+    score, look, ask = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    capsys.readouterr()
+    exec(score, names := {})
+    *wrong, mean = capsys.readouterr().out.splitlines()
+    held_out = {item.input: item.output for item in read_items(Path("test.jsonl"))}
+    assert len(names["scores"]) == len(held_out) == 9
+    assert mean == f"{sum(names['scores']) / 9:.2f} of 9"
+    assert {row["input"]: row["right"] for row in map(json.loads, wrong)}.items() <= held_out.items()
+    exec(ask, names)
+    assert names["messages"] == read_task("task.yaml", "eval.tasks").prompt("Where is my parcel?")
+    made = [{"prompt": names["messages"]}]
+    Path("runs/first/prompts").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(made), "runs/first/prompts/prompts.parquet")
+    exec(look, {})
+    assert capsys.readouterr().out == "Where is my parcel?\n"
