@@ -11,8 +11,10 @@ import yaml
 from llmdistill import cli
 from llmdistill.config import load_experiment, shipped
 from llmdistill.errors import InputError
+from llmdistill.prompting.plan import Plan
 from llmdistill.runs import pipeline
 from llmdistill.runs.init import Choices, init
+from llmdistill.runs.init_task import KINDS as OF_TASKS
 from llmdistill.runs.init_task import TaskChoices, split
 from llmdistill.tasks.task import Item, read_items, read_task
 from tests.conftest import ROOT, run_cli
@@ -158,12 +160,17 @@ def test_settings_follow_from_the_lengths_of_the_examples(here):
     assert (step.max_overlap, step.examples, step.template) == (0.7, 2, "prompts/inputs.yaml")
 
 
-def test_inputs_of_several_lines_are_asked_for_one_by_one(here):
+def test_inputs_of_several_lines_are_asked_for_one_by_one(here, monkeypatch):
     write("generate.jsonl", [{"input": f"Hello,\n{n}", "output": "x"} for n in range(40)])
     begin("generate")
     step = load_experiment(Path("first/experiment.yaml")).prompts.steps[0].self_instruct
     assert (step.template, step.samples, step.examples) == ("prompts/long_input.yaml", 80, 6)
     assert Path("first/prompts/long_input.yaml").read_bytes() == (ROOT / "prompts/long_input.yaml").read_bytes()
+    monkeypatch.chdir("first")
+    plan = Plan(load_experiment(Path("experiment.yaml")).prompts)
+    asked = plan.templates["prompts/long_input.yaml"].render({**plan.task, "examples": ["Hello,\n1", "Hello,\n{{ 2 }}"]}, "x")
+    assert "Do it: “well”." in asked[0]["content"]
+    assert "--- input 2 ---\nHello,\n{{ 2 }}\n" in asked[0]["content"]
 
 
 def test_labels_are_those_of_the_examples_or_those_that_are_named(here):
@@ -294,6 +301,12 @@ def test_the_command_says_what_to_type_next(here):
     assert result.stdout == (
         f"{written}\nnext:\n  cd {here}/mine\n  llmdistill run experiment.yaml --dry-run\n  llmdistill run experiment.yaml\n"
     )
+
+
+def test_the_help_names_every_kind(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["init", "--help"])
+    assert f"{{{','.join(OF_TASKS)}}}" in capsys.readouterr().out
 
 
 def test_on_a_terminal_what_no_flag_says_is_asked_for(here):
