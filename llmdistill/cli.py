@@ -132,11 +132,16 @@ def _no_more(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _init(arguments: argparse.Namespace, rest: list[str]) -> None:
     _no_more(arguments, rest)
     from llmdistill.runs.init import Choices, init, init_demo
+    from llmdistill.runs.init_task import TaskChoices
 
     directory = Path(arguments.directory)
-    kind = next((kind for kind in ("prompts", "text", "documents") if getattr(arguments, kind) is not None), None)
-    path = getattr(arguments, kind) if kind else None
-    choices = Choices(kind, path, arguments.teacher, arguments.student, arguments.gpu)
+    kind = next((kind for kind in ("prompts", "text", "documents", "task") if getattr(arguments, kind) is not None), None)
+    path = getattr(arguments, kind) if kind not in (None, "task") else None
+    names = ("examples", "description", "schema", "labels", "database", "tools")
+    task = TaskChoices(arguments.task, **{name: getattr(arguments, name) for name in names})
+    if task.given and kind != "task":
+        raise InputError(f"--{task.given[0]} is for --task")
+    choices = Choices(kind, path, arguments.teacher, arguments.student, arguments.gpu, task)
     if not arguments.demo:
         init(directory, choices)
     elif choices == Choices():
@@ -404,6 +409,12 @@ def _add_init(commands: Any) -> None:
     data.add_argument(
         "--documents", type=Path, metavar="PATH", help="your text or Markdown files, about which the teacher writes questions"
     )
+    data.add_argument(
+        "--task",
+        choices=("extract", "classify", "sql", "tools", "generate"),
+        help="your task, by what an answer is: JSON, a label, a query, a function call or text",
+    )
+    _add_task(command)
     command.add_argument("--teacher", metavar="MODEL", help="a name on the Hugging Face Hub, or a directory")
     command.add_argument("--student", metavar="MODEL", help="the same for the student, which must have the teacher's tokenizer")
     command.add_argument(
@@ -412,6 +423,19 @@ def _add_init(commands: Any) -> None:
         help="whether this machine has a GPU (default: if nvidia-smi or rocm-smi is found)",
     )
     command.set_defaults(call=_init)
+
+
+def _add_task(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("your task, with --task")
+    for flag, metavar, text in (
+        ("examples", "FILE", 'JSONL with ten lines or more: {"input": …, "output": …}'),
+        ("description", "TEXT", "what is to be done with an input, as models are told"),
+        ("schema", "FILE", "extract: JSON schema of an answer"),
+        ("labels", "A,B", "classify: the labels (default: those of the examples)"),
+        ("database", "FILE", "sql: SQL that makes the tables and their rows, for SQLite"),
+        ("tools", "FILE", "tools: JSON list of function schemas in OpenAI's form"),
+    ):
+        group.add_argument(f"--{flag}", metavar=metavar, type=Path if metavar == "FILE" else str, help=text)
 
 
 def _add_command(commands: Any, name: str, described: Stage | Command) -> None:

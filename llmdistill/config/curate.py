@@ -171,6 +171,8 @@ class Contamination(Section):
 
     against: list[str] = Field(min_length=1)
     """JSON, JSONL, YAML or text files; every string in them is searched for."""
+    fields: list[str] | None = Field(default=None, min_length=1)
+    """Search only for the strings in these fields of their rows: `[input]` of a task's examples, whose outputs may be common."""
     ngram: int = Field(default=13, ge=2)
     """Words in an n-gram. Shorter strings are searched for as a whole; those under eight words must be the whole prompt."""
 

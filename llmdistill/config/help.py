@@ -31,6 +31,7 @@ _COMMON = {
     "prompts": (
         "source",
         "template",
+        "task",
         "limit",
         "steps",
     ),

@@ -109,6 +109,8 @@ class Novelty(Section):
     """Field to compare."""
     max_overlap: float = Field(default=0.7, gt=0, le=1)
     """Maximum ROUGE-L with any item kept before."""
+    against: list[str] = []
+    """Files whose rows items must not be similar to either, by the same field: held-out examples, for instance."""
 
 
 class PromptStep(Step):
@@ -158,6 +160,8 @@ class Prompts(RowReading):
     sampling: Sampling = Sampling()
     template: str | None = None
     """Template file (YAML with Jinja) that turns the fields of a row into messages."""
+    task: str | None = None
+    """Task of your own (YAML file), in place of a template: its messages, about the field `input` of a row."""
     system: str | None = None
     """System message added to every prompt that has none."""
 
@@ -167,6 +171,13 @@ class Prompts(RowReading):
             raise ValueError("give either prompts.source or prompts.dataset, not both")
         if self.source is None and self.dataset is None and not (self.steps and self.steps[0].magpie):
             raise ValueError("the key prompts.source is missing; it is optional only if the first step is magpie")
+        return self
+
+    @model_validator(mode="after")
+    def _a_task_has_its_own_messages(self) -> "Prompts":
+        for name in ("template", "system"):
+            if self.task is not None and getattr(self, name) is not None:
+                raise ValueError(f"prompts.task says all that a model is told; remove prompts.{name}")
         return self
 
     @property

@@ -63,7 +63,11 @@ def dump_experiment(experiment: Experiment) -> str:
     """YAML of what is set in an experiment, which `load_experiment` reads back as the same one; defaults are left out."""
     # A default that is written down would be a choice: `student.prune.refit: true` is refused where the default is not.
     # No key has another default than null and may be null, so that null need not be written either.
-    tree = experiment.model_dump(exclude_unset=True, exclude_none=True)
+    return dump_yaml(experiment.model_dump(exclude_unset=True, exclude_none=True))
+
+
+def dump_yaml(tree: dict[str, Any]) -> str:
+    """YAML that `read_yaml` reads back as the same mapping."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 

@@ -44,19 +44,19 @@ def inputs(settings: Contamination, key: str) -> dict[str, str]:
     """The files with the texts of tests.
 
     Raises:
-        InputError: one is missing, or cannot be read.
+        InputError: one is missing, cannot be read, or has none of the fields.
     """
     found: dict[str, str] = {}
     for file in settings.against:
         found |= file_input(file, f"{key}.against")
-        for _ in _read(Path(file), f"{key}.against"):
+        for _ in _parts(settings, file, key):
             pass
     return found
 
 
 def contamination(settings: Contamination, context: StepContext) -> Check:
     """By n-grams of words that stand in the files too; every pair of a row and a string that share one is logged."""
-    trees = (tree for file in settings.against for tree in _read(Path(file), f"{context.key}.against"))
+    trees = (tree for file in settings.against for tree in _parts(settings, file, context.key))
     # A string that stands there several times, as a question does before several answers to it, is one.
     distinct: dict[tuple[str, ...], _Text] = {}
     for origin, tree in trees:
@@ -122,6 +122,22 @@ def _matches(found: list[str], indices: list[_Index], texts: list[_Text]) -> Ite
                     shared.setdefault(int(index.texts[entry]), []).append(" ".join(ngram))
         for number, ngrams in shared.items():
             yield texts[number].origin, ngrams[0], len(ngrams)
+
+
+def _parts(settings: Contamination, file: str, key: str) -> Iterator[tuple[str, Any]]:
+    """What is searched for in a file, each part with its place.
+
+    Raises:
+        InputError: it cannot be read, or a part of it has none of the fields.
+    """
+    for origin, tree in _read(Path(file), f"{key}.against"):
+        if settings.fields is None:
+            yield origin, tree
+            continue
+        chosen = {name: tree[name] for name in settings.fields if name in tree} if isinstance(tree, dict) else {}
+        if not chosen:
+            raise InputError(f"{origin}: has no field {' or '.join(settings.fields)} ({key}.fields)")
+        yield origin, chosen
 
 
 def _read(file: Path, key: str) -> Iterator[tuple[str, Any]]:

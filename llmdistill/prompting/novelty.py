@@ -1,10 +1,15 @@
 """How much of a text is in another one already: ROUGE-L, against everything that was kept so far."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
+
+from llmdistill.config.prompts import Novelty
+from llmdistill.prompting.sources import read_files
+from llmdistill.prompting.template import check_field
 
 # Words; of scripts that put no spaces between them, each character by itself.
 _WORD = re.compile(
@@ -47,3 +52,16 @@ class Pool:
             if word not in self._words:
                 self._words[word] = chr(_FIRST_CHARACTER + len(self._words) % _CHARACTERS)
         return "".join(self._words[word] for word in words)
+
+
+def read_others(settings: Novelty, key: str) -> Iterator[tuple[str, str]]:
+    """Text and place of every row of the files in `against`.
+
+    Raises:
+        InputError: a file cannot be read, or a row lacks the field.
+    """
+    for file in settings.against:
+        for entry in read_files(file, f"{key}.against"):
+            entry.check()
+            check_field(entry.fields, settings.field, entry.origin, f"{key}.against")
+            yield str(entry.fields[settings.field]), entry.origin

@@ -7,7 +7,9 @@ from pathlib import Path
 from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, Prompts, SelfInstruct
 from llmdistill.config.section import Section
 from llmdistill.errors import InputError
+from llmdistill.prompting.novelty import read_others
 from llmdistill.prompting.sources import Entry, files_hash, read_list
+from llmdistill.prompting.task_prompt import TaskPrompt, read_task_prompt
 from llmdistill.prompting.template import PromptTemplate, check_field, compile_text
 from llmdistill.runs.record import file_input
 
@@ -33,9 +35,18 @@ class Plan:
         self._source_is_there = self.section.from_where is not None
         for number, step in enumerate(self.section.steps):
             self._follow(step.settings, f"prompts.steps.{number}.{step.name}")
-        self.final = self._load(self.section.template, "prompts.template") if self.section.template else None
-        for name in self.final.head.variables if self.final else ("prompt",) if self.section.steps else ():
-            self._need(name, "prompts.template")
+        self.final = final_template(self.section)
+        if self.section.template:
+            self.inputs |= file_input(self.section.template, "prompts.template")
+        elif isinstance(self.final, TaskPrompt):
+            self.inputs |= self.final.inputs
+        for name in self.final.variables if self.final else ("prompt",) if self.section.steps else ():
+            self._need(name, "prompts.task" if self.section.task else "prompts.template")
+
+    @property
+    def task(self) -> dict[str, str]:
+        """What the task tells a model, as a variable for templates; nothing where there is no task."""
+        return {"task": self.final.told} if isinstance(self.final, TaskPrompt) else {}
 
     def check(self, entry: Entry) -> None:
         """Refuse a row of the source that lacks a field, or has one that a list brings too.
@@ -55,12 +66,12 @@ class Plan:
             files = {"template": [settings.template]} if isinstance(settings, Ask) else {"templates": settings.templates}
             templates = [self._load(file, f"{key}.{name}") for name, several in files.items() for file in several]
             for template in templates:
-                for name in template.head.variables:
+                for name in template.variables:
                     self._need(name, f"the template {template.head.name}")
             self._made |= {template.answer.field for template in templates}
         elif isinstance(settings, SelfInstruct):
             template = self._load(settings.template, f"{key}.template")
-            if template.head.variables != ["examples"]:
+            if template.variables != ["examples"]:
                 raise InputError(f"{key}.template: {settings.template} must have the variable examples and no other")
             self._need(template.answer.field, key)
             self._made, self._source_is_there = {template.answer.field}, False
@@ -72,6 +83,10 @@ class Plan:
             self._combine(settings, key)
         elif isinstance(settings, Novelty):
             self._need(settings.field, key)
+            for file in settings.against:
+                self.inputs |= files_hash(file, f"{key}.against")
+            for _ in read_others(settings, key):
+                pass
 
     def _combine(self, settings: Combine, key: str) -> None:
         entries = read_list(settings, key)
@@ -101,6 +116,17 @@ class Plan:
         return self.templates[file]
 
 
+def final_template(section: Prompts) -> PromptTemplate | TaskPrompt | None:
+    """What turns the fields of an item into a conversation; None where they hold one.
+
+    Raises:
+        InputError: it is missing, or cannot be used.
+    """
+    if section.task:
+        return read_task_prompt(section.task)
+    return PromptTemplate(Path(section.template), "prompts.template") if section.template else None
+
+
 def describe_steps(section: Prompts, items: int) -> Iterator[tuple[str, str]]:
     """What each step asks of the teacher, as far as that is known before the teacher has answered.
 
@@ -112,7 +138,8 @@ def describe_steps(section: Prompts, items: int) -> Iterator[tuple[str, str]]:
     for step in section.steps:
         settings = step.settings
         if isinstance(settings, Novelty):
-            yield step.name, f"rejects items that overlap by more than {settings.max_overlap:g}"
+            others = f", also with {', '.join(settings.against)}" if settings.against else ""
+            yield step.name, f"rejects items that overlap by more than {settings.max_overlap:g}{others}"
             known = None
         elif isinstance(settings, Combine):
             known = known and known * settings.samples

@@ -14,7 +14,7 @@ from llmdistill.errors import InputError
 from llmdistill.prompting.asking import TOO_LONG, Answer, Asker, ChatFormat, PromptFormat, Question
 from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items
 from llmdistill.prompting.magpie import PreQueryFormat
-from llmdistill.prompting.novelty import Pool
+from llmdistill.prompting.novelty import Pool, read_others
 from llmdistill.prompting.sources import read_list
 from llmdistill.prompting.template import PromptTemplate, compile_text, read_answer, render_text
 from llmdistill.teachers import row_id, row_seed, stable_id
@@ -24,11 +24,12 @@ _OWN_EXAMPLES = 0.25  # of the examples of a later round, as in the paper: 2 of 
 
 @dataclass(frozen=True)
 class PromptStepContext:
-    """What the steps need: the teacher, the templates by their paths, and the experiment's seed."""
+    """What the steps need: the teacher, the templates by their paths, the experiment's seed, and what a task tells a model."""
 
     asker: Asker
     templates: dict[str, PromptTemplate]
     seed: int
+    task: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _self_instruct(context: PromptStepContext, settings: SelfInstruct, files: Fi
     for number in range(1, settings.rounds + 1):
         chance = random.Random(row_seed(f"round {number}", context.seed))  # noqa: S311
         shown = [_examples(chance, settings.examples, seeds, made) for _ in range(settings.samples)]
-        items = [Item("", {"examples": [item.fields[name] for item in examples]}, {}) for examples in shown]
+        items = [Item("", {**context.task, "examples": [item.fields[name] for item in examples]}, {}) for examples in shown]
         answered = about.answered_in_memory("self_instruct", items, files.round(number))
         for examples, (item, question, answer) in zip(shown, answered, strict=True):
             seen = [{"id": example.id, **example.lineage.get("source", {})} for example in examples]
@@ -153,6 +154,8 @@ def _combine(context: PromptStepContext, settings: Combine, files: Files, writer
 
 def _novelty(context: PromptStepContext, settings: Novelty, files: Files, writer: ItemWriter) -> None:
     pool = Pool()
+    for text, place in read_others(settings, "prompts.steps: novelty"):
+        pool.add(text, place)
     for item in read_items(files.source):
         _is_new(writer, pool, item, settings.field, settings.max_overlap)
 

@@ -121,6 +121,11 @@ class PromptTemplate:
             self._messages.append((message.role, text))
 
     @property
+    def variables(self) -> list[str]:
+        """Fields that an item must have."""
+        return self.head.variables
+
+    @property
     def answer(self) -> AnswerFormat:
         """How to read what is answered.
 
@@ -137,7 +142,7 @@ class PromptTemplate:
         Raises:
             InputError: naming the item's origin and the variable.
         """
-        for name in self.head.variables:
+        for name in self.variables:
             check_field(fields, name, origin, f"the template {self.head.name}")
 
     def render(self, fields: Fields, origin: str) -> Messages:

@@ -6,10 +6,10 @@ import math
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
@@ -25,6 +25,8 @@ from llmdistill.prompting.formats import read_row
 from llmdistill.prompting.sources import Entry, read_answered, read_source
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.prompting.turns import Turn, given_prompt, learned_turns
+from llmdistill.runs.init_task import SEEDS, TaskChoices, task_parts
+from llmdistill.runs.questions import answer
 from llmdistill.runs.record import write_text
 
 # What is asked about data of each kind.
@@ -32,6 +34,7 @@ _DATA = {
     "prompts": "File with a prompt in each row (.jsonl, .csv, .parquet) or on each line (.txt)",
     "text": "JSONL file with finished conversations, or text",
     "documents": "Folder of text or Markdown files",
+    "task": "",
     "none": "",
 }
 # Teacher and student with one tokenizer, under Apache-2.0: for one GPU, and for a CPU.
@@ -51,21 +54,23 @@ class Choices:
     """What the flags say; None is what they leave open."""
 
     kind: str | None = None
-    """`prompts`, `text`, `documents` or `none`."""
+    """`prompts`, `text`, `documents`, `task` or `none`."""
     path: Path | None = None
     teacher: str | None = None
     student: str | None = None
     gpu: bool | None = None
+    task: TaskChoices = field(default_factory=TaskChoices)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the rows come from, and the files that are written beside the experiment for it."""
+    """Where the rows come from, the files that are written beside the experiment for it, and what else follows from it."""
 
     path: str
     rows: int
     template: str | None = None
     files: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def init(directory: Path, choices: Choices) -> None:
@@ -76,13 +81,13 @@ def init(directory: Path, choices: Choices) -> None:
     Raises:
         InputError: a file cannot be used, or exists already; nothing was written.
     """
-    kind = choices.kind or _answer("Your data", "none", list(_DATA))
-    path = choices.path or Path(_answer(_DATA[kind], "") if _DATA[kind] else "")
+    kind = choices.kind or answer("Your data", "none", list(_DATA))
+    path = choices.path or Path(answer(_DATA[kind], "") if _DATA[kind] else "")
     gpu = choices.gpu
     if gpu is None:
-        gpu = _answer("A GPU on this machine", "yes" if _finds_gpu() else "no", ["yes", "no"]) == "yes"
+        gpu = answer("A GPU on this machine", "yes" if _finds_gpu() else "no", ["yes", "no"]) == "yes"
     teacher, student = _models(choices, gpu)
-    source = _source(kind, path.expanduser(), directory)
+    source = _of_task(choices.task, gpu) if kind == "task" else _source(kind, path.expanduser(), directory)
     if not source.rows:
         raise InputError(f"{path}: contains no usable rows")
     environment = jinja2.Environment(  # noqa: S701 - the template is YAML
@@ -92,6 +97,7 @@ def init(directory: Path, choices: Choices) -> None:
         kind=kind,
         source=_scalar(source.path),
         template=source.template,
+        task=source.settings,
         samples=min(math.ceil(_ROWS / source.rows), 8),
         questions=_QUESTIONS,
         held_out=min(max(_HELD_OUT / source.rows, 0.05), 0.25),
@@ -125,18 +131,6 @@ def init_demo(directory: Path) -> None:
     _say_next(directory, [*commands, f"llmdistill run demo.yaml{without_vllm}"])
 
 
-def _answer(question: str, default: str, choices: list[str] | None = None) -> str:
-    """What is typed on a terminal; elsewhere the default."""
-    if not sys.stdin.isatty():
-        return default
-    from rich.prompt import Prompt
-
-    try:
-        return str(Prompt.ask(question, choices=choices, default=default, show_default=bool(default)))
-    except EOFError:
-        raise InputError("no answer; nothing was written") from None
-
-
 def _finds_gpu() -> bool:
     return any(shutil.which(tool) for tool in ("nvidia-smi", "rocm-smi"))
 
@@ -144,11 +138,18 @@ def _finds_gpu() -> bool:
 def _models(choices: Choices, gpu: bool) -> tuple[str, str]:
     """Teacher and student; who names one names the other, too."""
     usual_teacher, usual_student = _MODELS[gpu]
-    teacher = choices.teacher or _answer("Teacher", "" if choices.student else usual_teacher)
-    student = choices.student or _answer("Student", usual_student if teacher == usual_teacher else "")
+    teacher = choices.teacher or answer("Teacher", "" if choices.student else usual_teacher)
+    student = choices.student or answer("Student", usual_student if teacher == usual_teacher else "")
     if not (teacher and student):
         raise InputError("give both --teacher and --student: soft targets need one tokenizer, so one follows from the other")
     return teacher, student
+
+
+def _of_task(choices: TaskChoices, gpu: bool) -> _Source:
+    """The inputs that the teacher is to write for a task of the user's own."""
+    parts = task_parts(choices, gpu)
+    files = {**parts.files, parts.template: _shipped(parts.template)}
+    return _Source(SEEDS, parts.rows, parts.template, files, parts.settings)
 
 
 def _source(kind: str, path: Path, directory: Path) -> _Source:

@@ -16,6 +16,7 @@ from llmdistill.config import Experiment, Generate
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import check_model_exists, context_length, load_model, load_tokenizer, plain_generation
+from llmdistill.prompting.task_prompt import read_task_prompt
 from llmdistill.runs.progress import console, printable, say, working
 
 _HELP = "/reset clears the conversation, /system TEXT sets the system message, /quit or Ctrl-D exits, Ctrl-C stops an answer"
@@ -25,6 +26,8 @@ _SIDE_BY_SIDE = 80  # columns of a terminal from which on two answers stand besi
 def chat(experiment: Experiment, dry_run: bool = False) -> None:
     """Answer what is typed, or what comes in a pipe line by line, until it ends.
 
+    With `prompts.task` each line is an input of the task, and a conversation of its own.
+
     Raises:
         InputError: a model is not there, or has no chat template.
     """
@@ -32,14 +35,16 @@ def chat(experiment: Experiment, dry_run: bool = False) -> None:
     if dry_run:
         say("chat", f"would load {teacher.model} and {student}")
         return
+    task = experiment.prompts.task if experiment.prompts else None
+    told = read_task_prompt(task).told if task else None
     check_model_exists(teacher.model, "teacher.model")
     check_model_exists(student, "the student, which `train` writes")
     with working("chat", "loading the models") if sys.stdout.isatty() else nullcontext():
         how = (teacher.revision, teacher.dtype, teacher.trust_remote_code)
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
         speakers = [
-            Speaker("teacher", load_model(teacher.model, *how), tokenizer, teacher.system, teacher.template_args),
-            Speaker("student", load_model(student), load_tokenizer(student, None), variables=teacher.template_args),
+            Speaker("teacher", load_model(teacher.model, *how), tokenizer, teacher.system or told, teacher.template_args),
+            Speaker("student", load_model(student), load_tokenizer(student, None), told, teacher.template_args),
         ]
     if sys.stdin.isatty():
         console.print(_HELP, style="dim", markup=False)
@@ -56,6 +61,9 @@ def chat(experiment: Experiment, dry_run: bool = False) -> None:
         elif command.startswith("/"):
             console.print(_HELP, markup=False)
         elif line.strip():
+            if task:
+                for speaker in speakers:
+                    speaker.history.clear()
             _answer(speakers, line.strip(), experiment.generate)
 
 

@@ -32,9 +32,10 @@ from llmdistill.prompting.formats import RowReader
 from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.passages import Starts
-from llmdistill.prompting.plan import Plan, describe_steps
+from llmdistill.prompting.plan import Plan, describe_steps, final_template
 from llmdistill.prompting.sources import metadata, read_source, source_hash
 from llmdistill.prompting.steps import Files, PromptStepContext, run_step
+from llmdistill.prompting.task_prompt import TaskPrompt
 from llmdistill.prompting.template import Fields, PromptTemplate
 from llmdistill.prompting.turns import as_columns, given_prompt, more_than_text
 from llmdistill.runs import record
@@ -141,7 +142,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     if any(isinstance(step.settings, Magpie) for step in section.steps):
         PreQueryFormat(chat)
     asker = Asker(experiment, chat, worker)
-    context = PromptStepContext(asker, plan.templates, experiment.seed)
+    context = PromptStepContext(asker, plan.templates, experiment.seed, plan.task)
     asker.precision = record.begin_computing(*claim, experiment.seed, teacher_precision(teacher))
     remove_leftovers(directory)
     try:
@@ -242,7 +243,7 @@ def load_prompts(section: Prompts, starts: Starts | None = None, counts: Counts 
     bad = LeftOut(section)
 
     def rendered() -> Iterator[Prompt]:
-        template = PromptTemplate(Path(section.template), "prompts.template") if section.template else None
+        template = final_template(section)
         seen, reader = _Seen(), RowReader(section)
         for entry in read_source(section, starts):
             reason = entry.refused
@@ -396,7 +397,7 @@ class _Seen:
 
 def _render(
     section: Prompts,
-    template: PromptTemplate | None,
+    template: PromptTemplate | TaskPrompt | None,
     fields: Fields,
     lineage: dict[str, Any],
     origin: str,
@@ -407,9 +408,9 @@ def _render(
     messages: list[dict[str, Any]] = template.render(fields, origin) if template else given_prompt(fields, origin)
     if section.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": section.system}, *messages]
-    used = template.head.variables if template else ()
+    used = template.variables if template else ()
     tools = None if template else fields.get("tools")
-    return Prompt(messages, origin, metadata(fields, used), {**lineage, "template": section.template}, tools)
+    return Prompt(messages, origin, metadata(fields, used), {**lineage, "template": section.template or section.task}, tools)
 
 
 def _stored(prompt: Prompt) -> dict[str, Any]:

@@ -10,6 +10,15 @@ from llmdistill.errors import InputError
 
 _FENCED = re.compile(r"^(```+|~~~+)[^\n]*\n(.*?)^\1[`~]*\s*$", re.DOTALL | re.MULTILINE)
 _DEPTH = 100
+_RANGES = (  # keywords of JSON schema between which no value may be left
+    ("minimum", "maximum"),
+    ("exclusiveMinimum", "maximum"),
+    ("minimum", "exclusiveMaximum"),
+    ("exclusiveMinimum", "exclusiveMaximum"),
+    ("minLength", "maxLength"),
+    ("minItems", "maxItems"),
+    ("minProperties", "maxProperties"),
+)
 
 
 def unfenced(answer: str) -> str:
@@ -111,22 +120,28 @@ def storable(text: str) -> str:
 def contradiction(schema: Any, path: str = "$") -> str | None:
     """Where a schema asks for what cannot be, of the plain cases: empty ranges, and required properties that are not allowed.
 
-    Properties and items are looked into; alternatives and references are not.
+    Properties, items and `allOf` are looked into; alternatives and references are not.
     """
     if schema is False and path == "$":
         return "$: false allows nothing"
     if not isinstance(schema, dict):
         return None
-    for low, high in (("minimum", "maximum"), ("minLength", "maxLength"), ("minItems", "maxItems")):
-        if low in schema and high in schema and schema[low] > schema[high]:
-            return f"{path}: {low} is {schema[low]}, more than {high}, {schema[high]}"
+    for low, high in _RANGES:
+        if low not in schema or high not in schema or isinstance(schema[low], bool) or isinstance(schema[high], bool):
+            continue  # of draft 4, where `exclusiveMinimum` is true or false
+        strict = low.startswith("exclusive") or high.startswith("exclusive")
+        if schema[low] > schema[high] or (strict and schema[low] == schema[high]):
+            return f"{path}: {low} is {schema[low]}, {'not less' if strict else 'more'} than {high}, {schema[high]}"
     if schema.get("enum") == []:
         return f"{path}: enum is empty"
-    properties = schema.get("properties", {})
-    for name in schema.get("required", []):
+    if "const" in schema and schema["const"] not in schema.get("enum", [schema["const"]]):
+        return f"{path}: const is not in enum"
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    for name in required if isinstance(required, list) else []:  # a boolean in draft 3
         if properties.get(name) is False or (
             schema.get("additionalProperties") is False and name not in properties and "patternProperties" not in schema
         ):
             return f"{path}: {name} is required, but not allowed"
     parts = [(f"{path}.{name}", inner) for name, inner in properties.items()] + [(f"{path}[]", schema.get("items"))]
+    parts += [(path, inner) for inner in schema.get("allOf", [])]
     return next((found for where, inner in parts if (found := contradiction(inner, where))), None)

@@ -24,14 +24,14 @@ from llmdistill.tasks.answers import storable, validator_of
 from llmdistill.tasks.database import Database
 
 Kind = Literal["extract", "classify", "sql", "tools", "generate"]
-_NEEDS: dict[Kind, tuple[str, ...]] = {
+NEEDS: dict[Kind, tuple[str, ...]] = {
     "extract": ("schema",),
     "classify": ("labels",),
     "sql": ("database",),
     "tools": ("tools",),
     "generate": (),
 }
-_OF_ONE_KIND = ("schema", "labels", "database", "tools")
+OF_ONE_KIND = ("schema", "labels", "database", "tools")
 _NAMED = 10  # lines of a file that one error names
 
 
@@ -118,17 +118,24 @@ def read_task(file: str | Path, key: str) -> Task:
     Raises:
         InputError: it, or a file that it names, is missing or cannot be used.
     """
-    file = Path(file)
-    tree = read_yaml(file, key)
+    return task_of(read_yaml(Path(file), key), Path(file))
+
+
+def task_of(tree: dict[str, Any], file: Path) -> Task:
+    """A task by the content of its file, which need not be there itself; what it names has to be.
+
+    Raises:
+        InputError: the content, or a file that it names, cannot be used.
+    """
     try:
         settings = TaskSettings.model_validate(tree)
     except ValidationError as error:
         raise InputError("\n".join(f"{file}: {_explained(detail)}" for detail in error.errors())) from None
     kind = settings.kind
-    for name in _OF_ONE_KIND:
-        if name in _NEEDS[kind] and tree.get(name) is None:
+    for name in OF_ONE_KIND:
+        if name in NEEDS[kind] and tree.get(name) is None:
             raise InputError(f"{file}: the key {name} is missing, which kind {kind} needs")
-        if name not in _NEEDS[kind] and name in tree:
+        if name not in NEEDS[kind] and name in tree:
             raise InputError(f"{file}: {name} is no key of kind {kind}")
     _check_labels(file, settings.labels or [])
     files = {str(file): find(file)}
@@ -157,7 +164,7 @@ def read_task(file: str | Path, key: str) -> Task:
 
 def _explained(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        return f"no such key {detail['loc'][0]}; a task has kind, description, {', '.join(_OF_ONE_KIND)} and test"
+        return f"no such key {detail['loc'][0]}; a task has kind, description, {', '.join(OF_ONE_KIND)} and test"
     return explain(detail)
 
 

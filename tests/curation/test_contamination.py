@@ -57,6 +57,25 @@ def test_a_string_of_a_few_words_is_looked_for_as_a_whole(tmp_path):
     assert [reason is None for reason in reasons] == [False, True, True]
 
 
+def test_only_some_fields_are_searched_for(tmp_path):
+    items = [
+        {"input": QUESTION, "output": "SELECT name FROM sheep WHERE left_over IS NOT NULL AND colour = 'white' ORDER BY name"}
+    ]
+    file = write(tmp_path, "test.jsonl", json.dumps(items[0]) + "\n")
+    rows = table([items[0]["output"], items[0]["output"]], prompts=["Which white sheep are left?", QUESTION])
+    reasons, _ = apply_step(tmp_path, {"contamination": {"against": [file]}}, rows)
+    assert [reason.split(": ")[0] for reason in reasons] == [f"{file} line 1 output", f"{file} line 1 input"]
+    reasons, facts = apply_step(tmp_path, {"contamination": {"against": [file], "fields": ["input"]}}, rows)
+    assert [reason and reason.split(": ")[0] for reason in reasons] == [None, f"{file} line 1 input"]
+    assert facts["strings"] == 1
+    other = write(tmp_path, "other.jsonl", '{"input": "x"}\n{"text": "y"}\n')
+    with pytest.raises(InputError, match=r"other.jsonl line 2: has no field input or q \(curate.0.contamination.fields\)"):
+        apply_step(tmp_path, {"contamination": {"against": [other], "fields": ["input", "q"]}}, rows)
+    text = write(tmp_path, "other.txt", "x")
+    with pytest.raises(InputError, match=r"other.txt: has no field input"):
+        apply_step(tmp_path, {"contamination": {"against": [text], "fields": ["input"]}}, rows)
+
+
 def test_what_many_items_share_is_the_wording_of_the_task(tmp_path):
     wording = "Answer the following question with exactly one word and do not explain your answer in any way"
     items = [{"q": f"{wording}: {' '.join(f'{n}x{k}' for k in range(13))}"} for n in range(11)]

@@ -15,6 +15,8 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages import chat as module
 from llmdistill.stages.chat import Speaker, chat, printable
+from llmdistill.tasks.task import read_task
+from tests.tasks.make import write_task
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +96,16 @@ def test_the_teachers_own_system_message_is_not_the_students(experiment, talk):
     experiment.teacher.system = "You are wise."
     _, told = talk("Hi")
     assert told == {"teacher": ["You are wise.", "Hi"], "student": [None, "Hi"]}
+
+
+def test_of_a_task_each_line_is_an_input(experiment, talk, tmp_path):
+    file = write_task(tmp_path, "classify")
+    experiment.prompts.task = str(file)
+    _, told = talk("Hi", "Again")
+    system = read_task(file, "eval.tasks").prompt("")[0]["content"]
+    assert told == {name: [system, "Again"] for name in ("teacher", "student")}
+    _, told = talk("/system Be brief.", "Hi")
+    assert told["student"] == ["Be brief.", "Hi"]
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_program(talk, monkeypatch):

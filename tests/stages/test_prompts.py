@@ -17,7 +17,9 @@ from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting import asking
 from llmdistill.stages.generate import generate
 from llmdistill.stages.prompts import load_prompts, prepared_prompts, prompts
+from llmdistill.tasks.task import read_task
 from llmdistill.teachers import Completion, prompt_encoding
+from tests.tasks.make import write_task
 
 TEMPLATE = """
 name: capital
@@ -110,6 +112,39 @@ def test_the_seed_lists_are_what_they_say(write):
     assert set(Counter(task.metadata["topic"] for task in tasks).values()) == {12}
     persona = TEMPLATE.replace("country", "persona")
     assert len(load_prompts(Prompts(source="prompts/seeds/personas.jsonl", template=write("t.yaml", persona)))) == 100
+
+
+def test_a_task_asks_about_the_input_of_a_row_as_evaluation_does(write, tmp_path):
+    task = write_task(tmp_path, "classify")
+    source = write("p.jsonl", '{"input": "Fine {{ 1 }}.", "output": "good", "topic": "x"}\n')
+    (prompt,) = load_prompts(Prompts(source=source, task=str(task)))
+    assert prompt.messages == read_task(task, "eval.tasks").prompt("Fine {{ 1 }}.")
+    assert prompt.metadata == {"output": "good", "topic": "x"}
+    assert prompt.lineage["template"] == str(task)
+    task.write_text(task.read_text().replace("Do it.", "Do it well."))
+    assert load_prompts(Prompts(source=source, task=str(task)))[0].messages[0]["content"].startswith("Do it well.")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "x"}', "line 1: prompts.task needs the field input; the line has text"),
+        ('{"input": ["x"]}', "line 1: input must be text"),
+        ('{"input": " "}', "line 1: input must be text"),
+    ],
+)
+def test_a_row_without_an_input_is_refused(write, tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        load_prompts(Prompts(source=write("p.jsonl", row), task=str(write_task(tmp_path, "classify"))))
+
+
+def test_a_task_is_there_and_takes_no_other_messages(write, tmp_path):
+    source = write("p.jsonl", '{"input": "x"}')
+    with pytest.raises(InputError, match=r"nowhere.yaml: no such file \(prompts.task\)"):
+        load_prompts(Prompts(source=source, task="nowhere.yaml"))
+    for other in ("template", "system"):
+        with pytest.raises(ValueError, match=f"remove prompts.{other}"):
+            Prompts(source=source, task="t.yaml", **{other: "x"})
 
 
 QUESTION = """
@@ -272,6 +307,49 @@ def test_novelty_keeps_the_first_of_what_is_alike(experiment, teach):
     assert made == ["Name three red birds.", "Sing."]  # the third overlaps by 2 · 3 / (4 + 4) = 0.75
     assert steps["1 novelty"]["reasons"] == {"overlap": 2}
     assert [text for *_, text in left] == ["name three RED birds", "Name three blue birds."]
+
+
+def test_what_is_like_a_held_out_example_is_no_prompt(experiment, teach, write, tmp_path):
+    held_out = write("test.jsonl", '{"input": "Where is my blue parcel?", "output": "good"}\n')
+    task = write_task(tmp_path, "classify")
+    lines = [
+        "Here are more:",
+        "1. Where is my red parcel?",
+        "2. I was charged twice.",
+        "3. My cup is broken.",
+        "4. The lamp is late.",
+    ]
+    teacher = teach(lambda seen, _: "\n".join(lines))
+    steps = [
+        {"self_instruct": {"template": "prompts/inputs.yaml", "samples": 1, "examples": 2, "keep_parents": False}},
+        {"novelty": {"field": "input", "against": [held_out]}},
+    ]
+    rows = [{"input": "My cup is broken!", "output": "bad"}, {"input": "All is well.", "output": "good"}]
+    chosen = experiment(steps, rows, template=None, task=str(task))
+    prompts(chosen)
+    made, lineages, counts, left = outcome(chosen)
+    assert made == ["I was charged twice.", "The lamp is late."]
+    assert ("2 novelty", "rejected", "overlap", "Where is my red parcel?") in left
+    assert counts["1 self_instruct"]["reasons"] == {"overlap": 1}, "the seed itself"
+    assert lineages[0]["template"] == str(task)
+    told = read_task(task, "eval.tasks").prompt("")[0]["content"]
+    assert f"Task:\n{told}\n\nInputs of the task:\n" in teacher.asked[0]
+    asked = pq.read_table(chosen.directory("prompts") / "prompts.parquet").to_pylist()[0]["prompt"]
+    assert asked == read_task(task, "eval.tasks").prompt("I was charged twice.")
+    inputs = json.loads((chosen.directory("prompts") / "run.json").read_text())["inputs"]
+    assert {held_out, str(task)} <= set(inputs)
+    rejected = pq.read_table(chosen.directory("prompts") / "rejected.parquet").to_pylist()
+    (step,) = [json.loads(row["lineage"])["steps"][-1] for row in rejected if row["step"] == "2 novelty"]
+    assert (step["with"], step["overlap"]) == (f"{held_out} line 1", 0.8)  # four of five words each: 2 · 4 / (5 + 5)
+
+
+def test_files_to_keep_apart_from_are_checked_before_anything_is_asked(experiment, write):
+    for file, message in (
+        ("nowhere.jsonl", r"nowhere.jsonl: no such file \(prompts.steps.0.novelty.against\)"),
+        (write("other.jsonl", '{"text": "x"}\n'), r"line 1: prompts.steps.0.novelty.against needs the field instruction"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prompts(experiment([{"novelty": {"against": [file]}}], [{"instruction": "x"}]), dry_run=True)
 
 
 def test_evolving_rewrites_what_the_round_before_has_made(experiment, teach):

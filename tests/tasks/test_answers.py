@@ -73,6 +73,14 @@ def test_one_fenced_block_is_the_answer():
         ({"items": {"minLength": 3, "maxLength": 2}}, "$[]: minLength is 3, more than maxLength, 2"),
         ({"required": ["b"], "properties": {"a": {}}, "additionalProperties": False}, "$: b is required, but not allowed"),
         ({"required": ["a"], "properties": {"a": False}}, "$: a is required, but not allowed"),
+        ({"exclusiveMinimum": 2, "maximum": 2}, "$: exclusiveMinimum is 2, not less than maximum, 2"),
+        ({"minimum": 2, "exclusiveMaximum": 2}, "$: minimum is 2, not less than exclusiveMaximum, 2"),
+        ({"exclusiveMinimum": 3, "exclusiveMaximum": 2}, "$: exclusiveMinimum is 3, not less than exclusiveMaximum, 2"),
+        ({"allOf": [{}, {"minProperties": 2, "maxProperties": 1}]}, "$: minProperties is 2, more than maxProperties, 1"),
+        ({"const": 3, "enum": [1, 2]}, "$: const is not in enum"),
+        ({"const": 1, "enum": [1, 2], "exclusiveMinimum": 0, "maximum": 1}, None),
+        ({"minimum": 3, "exclusiveMinimum": True, "maximum": 3, "exclusiveMaximum": False}, None),  # draft 4, where it is a flag
+        ({"properties": {"a": {"required": True}}}, None),  # draft 3
         ({"required": ["a"], "properties": {"a": {"minimum": 1, "maximum": 1}, "b": False}}, None),
         (True, None),
     ],

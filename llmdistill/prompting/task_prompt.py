@@ -1,0 +1,49 @@
+"""A task of a user's own in the place of a template: a row's field `input` is asked as training and evaluation ask it."""
+
+from dataclasses import dataclass
+
+from llmdistill.data.dataset import Messages
+from llmdistill.errors import InputError
+from llmdistill.prompting.template import Fields, check_field
+from llmdistill.runs.record import sha256
+from llmdistill.tasks.task import Task, read_task
+
+KEY = "prompts.task"
+
+
+@dataclass(frozen=True)
+class TaskPrompt:
+    """What `prompts.task` names."""
+
+    task: Task
+    variables: tuple[str, ...] = ("input",)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Path and hash of its files, but for its held-out items."""
+        return {name: sha256(file) for name, file in self.task.files.items()}
+
+    @property
+    def told(self) -> str:
+        """What a model is told before the input."""
+        return self.task.prompt("")[0]["content"]
+
+    def render(self, fields: Fields, origin: str) -> Messages:
+        """The conversation about an item.
+
+        Raises:
+            InputError: naming the item's origin, whose input is missing or no text.
+        """
+        check_field(fields, "input", origin, KEY)
+        if not isinstance(fields["input"], str) or not fields["input"].strip():
+            raise InputError(f"{origin}: input must be text ({KEY})")
+        return self.task.prompt(fields["input"])
+
+
+def read_task_prompt(file: str) -> TaskPrompt:
+    """What `prompts.task` names; loads no model.
+
+    Raises:
+        InputError: it, or a file that it names, is missing or cannot be used.
+    """
+    return TaskPrompt(read_task(file, KEY))
