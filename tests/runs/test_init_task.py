@@ -62,7 +62,7 @@ def test_each_kind_is_a_whole_experiment_of_its_own_files(here, monkeypatch, cap
         file.unlink()
     monkeypatch.chdir(here / "first")
     monkeypatch.setattr(shipped, "SHIPPED", here / "nowhere")
-    monkeypatch.setattr(pipeline, "say_estimate", lambda experiment: None)
+    monkeypatch.setattr(pipeline, "check_plan", lambda experiment: None)
     experiment = load_experiment(Path("experiment.yaml"))
     assert experiment.teacher.engine == ("vllm" if gpu else "transformers")
     assert (experiment.prompts.task, experiment.eval.tasks) == ("task.yaml", ["task.yaml"])
