@@ -30,11 +30,15 @@ demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml
 
 # One task: a teacher that a grammar makes good at it, and a student of half its layers. Under two hours on two cores.
-task-demo: $(TEACHER)
-	$(BIN)/python configs/task-demo/make.py --out runs/task-demo
-	test -f runs/task-demo/examples/dataset.json || $(BIN)/llmdistill convert runs/task-demo/examples.jsonl runs/task-demo/examples --from jsonl --teacher $(TEACHER)
+TASK_DEMO := runs/task-demo
+task-demo: $(TASK_DEMO)/examples/dataset.json
 	$(BIN)/llmdistill train configs/task-demo/teacher.yaml
 	$(BIN)/llmdistill run configs/task-demo/student.yaml
+
+$(TASK_DEMO)/examples/dataset.json: $(wildcard configs/task-demo/make.py configs/task-demo/payments.*) | $(TEACHER)
+	rm -rf $(@D)
+	$(BIN)/python configs/task-demo/make.py --out $(TASK_DEMO)
+	$(BIN)/llmdistill convert $(TASK_DEMO)/examples.jsonl $(@D) --from jsonl --teacher $(TEACHER)
 
 # Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other. Threads of vLLM
 # servers are not bound to cores, of which they would all take the same. The long files come first, so that both end together.

@@ -137,14 +137,18 @@ def test_the_commands_of_the_makefile_dry_run(made, smollm2):
     (made / "models").mkdir()
     (made / "models/SmolLM2-135M-Instruct").symlink_to(smollm2)
     (made / "configs").symlink_to(ROOT / "configs")
-    (recipe,) = re.findall(r"^task-demo: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)
-    commands = [line.split("llmdistill ", 1)[1].split() for line in recipe.splitlines() if "/llmdistill " in line]
-    assert [command[0] for command in commands] == ["convert", "train", "run"]
-    for command in commands:
-        arguments = [argument.replace("$(TEACHER)", "models/SmolLM2-135M-Instruct") for argument in command]
+    commands = re.findall(r"^\t\$\(BIN\)/llmdistill (.*task-demo.*|.*TASK_DEMO.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert sorted(command.split()[0] for command in commands) == ["convert", "run", "train"]
+    variables = {
+        "$(TASK_DEMO)": "runs/task-demo",
+        "$(@D)": "runs/task-demo/examples",
+        "$(TEACHER)": "models/SmolLM2-135M-Instruct",
+    }
+    for line in sorted(commands, key=lambda line: ["convert", "train", "run"].index(line.split()[0])):
+        command = re.sub(r"\$\(.*?\)", lambda found: variables[found.group()], line).split()
         dry = [] if command[0] == "convert" else ["--dry-run"]
         done = subprocess.run(
-            [sys.executable, "-m", "llmdistill", *arguments, *dry], cwd=made, capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", "llmdistill", *command, *dry], cwd=made, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         if command[0] == "train":
