@@ -29,7 +29,7 @@ $(TEACHER): .venv/.ready
 demo: $(TEACHER)
 	$(BIN)/llmdistill run configs/demo.yaml
 
-# One task: a teacher that a grammar makes good at it, and a student of half its layers. Under two hours on two cores.
+# One task: a teacher that a grammar makes good at it, and a student of half its layers.
 TASK_DEMO := runs/task-demo
 task-demo: $(TASK_DEMO)/examples/dataset.json
 	$(BIN)/llmdistill train configs/task-demo/teacher.yaml
