@@ -1,6 +1,5 @@
 """`llmdistill run`: every stage in order, each in a process of its own, as a scheduler would start them."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -188,7 +187,8 @@ def _check_inputs(experiment: Experiment) -> None:
     read_tasks(experiment.eval.tasks)
     origin(experiment)
     check_tokenizers(experiment)
-    if importlib.util.find_spec("trl"):
+    # Without TRL its arguments are not known, and a dry run needs none.
+    with suppress(ImportError), working("run", "checking the configuration"):
         check_arguments(experiment.train.args, "train.args")
         check_arguments(experiment.rounds.args if experiment.rounds else {}, "rounds.args")
     if examples := experiment.train.compare_examples:
