@@ -121,7 +121,7 @@ def for_a_server(measured: MeasuredTasks, found: dict[str, Any], dtype: str, tem
         "schema_version": CASCADE_VERSION,
         "tasks": {
             entry["name"]: {
-                "system": by_name[entry["name"]].prompt("")[0]["content"],
+                "system": by_name[entry["name"]].told,
                 "template_args": template_args,
                 "max_tokens": entry["max_tokens"][STUDENT],
                 "confidence": _CONFIDENCE,

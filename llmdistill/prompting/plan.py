@@ -46,7 +46,7 @@ class Plan:
     @property
     def task(self) -> dict[str, str]:
         """What the task tells a model, as a variable for templates; nothing where there is no task."""
-        return {"task": self.final.told} if isinstance(self.final, TaskPrompt) else {}
+        return {"task": self.final.task.told} if isinstance(self.final, TaskPrompt) else {}
 
     def check(self, entry: Entry) -> None:
         """Refuse a row of the source that lacks a field, or has one that a list brings too.

@@ -23,11 +23,6 @@ class TaskPrompt:
         """Path and hash of its files, but for its held-out items."""
         return {name: sha256(file) for name, file in self.task.files.items()}
 
-    @property
-    def told(self) -> str:
-        """What a model is told before the input."""
-        return self.task.prompt("")[0]["content"]
-
     def render(self, fields: Fields, origin: str) -> Messages:
         """The conversation about an item.
 

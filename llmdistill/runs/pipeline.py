@@ -227,7 +227,7 @@ def _check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
     Raises:
         InputError: a split is empty.
     """
-    from llmdistill.evaluation.statistics import check_clusters
+    from llmdistill.stages.curate import warn_of_few
 
     share = experiment.eval.held_out
     if not share:
@@ -238,12 +238,7 @@ def _check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
             f"eval.held_out: {share:g} of {counted(train + test, 'conversation')} leaves {train:,} to train on and {test:,} held "
             "out; give it more prompts, or change eval.held_out or seed"
         )
-    try:
-        warning = check_clusters(test, "held-out prompts", "raise eval.held_out")
-    except InputError as error:
-        warning = str(error)
-    if warning:
-        say("warning", warning)
+    warn_of_few(test)
 
 
 def run_stages(stages: list[StageRun]) -> None:

@@ -36,7 +36,7 @@ def chat(experiment: Experiment, dry_run: bool = False) -> None:
         say("chat", f"would load {teacher.model} and {student}")
         return
     task = experiment.prompts.task if experiment.prompts else None
-    told = read_task_prompt(task).told if task else None
+    told = read_task_prompt(task).task.told if task else None
     check_model_exists(teacher.model, "teacher.model")
     check_model_exists(student, "the student, which `train` writes")
     with working("chat", "loading the models") if sys.stdout.isatty() else nullcontext():

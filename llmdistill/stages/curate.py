@@ -133,13 +133,18 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         record.finish(directory, _results(manifest, accounts, len(verdicts), train + test, time.monotonic() - started))
         bar.summary = _sum(accounts, train, test)
     if experiment.eval.held_out:  # said before training, not after it
-        try:
-            warning = check_clusters(prompts, "held-out prompts", "raise eval.held_out")
-        except InputError as error:
-            warning = str(error)
-        if warning:
-            say("warning", warning)
+        warn_of_few(prompts)
     return None
+
+
+def warn_of_few(prompts: int) -> None:
+    """Say whether so few held-out prompts have no interval, or one that may be too narrow."""
+    try:
+        warning = check_clusters(prompts, "held-out prompts", "raise eval.held_out")
+    except InputError as error:
+        warning = str(error)
+    if warning:
+        say("warning", warning)
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:

@@ -102,10 +102,14 @@ class Task:
         """The module of its kind."""
         return importlib.import_module(f"llmdistill.tasks.{self.settings.kind}")
 
+    @property
+    def told(self) -> str:
+        """What every model is told before the input."""
+        return "\n\n".join(part for part in (self.settings.description.strip(), self.rules.instructions(self)) if part)
+
     def prompt(self, text: str) -> list[dict[str, str]]:
         """The messages by which every model is asked, for prompts, training and evaluation alike."""
-        told = "\n\n".join(part for part in (self.settings.description.strip(), self.rules.instructions(self)) if part)
-        return [{"role": "system", "content": told}, {"role": "user", "content": text}]
+        return [{"role": "system", "content": self.told}, {"role": "user", "content": text}]
 
 
 def read_task(file: str | Path, key: str) -> Task:

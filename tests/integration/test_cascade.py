@@ -1,19 +1,14 @@
 """The confidence that a real vLLM server gives is the one that `eval` measures, and the documentation's cascade uses it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 
-import httpx
 import pytest
 
 from llmdistill.evaluation.own_tasks import read_own, run_own
 from llmdistill.models.loading import end_token_ids, load_model, load_tokenizer
 from tests.conftest import ROOT
-from tests.integration.test_server import free_port
+from tests.integration.servers import vllm_server
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("openai", reason="openai is not installed")
@@ -24,27 +19,10 @@ ITEMS = 6
 @pytest.fixture(scope="module")
 def port(smollm2, tmp_path_factory):
     """One server that is both student and teacher."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--host", "127.0.0.1"]
-    command += ["--port", port, "--dtype", "float32", "--max-model-len", 1024, "--enforce-eager", "--generation-config", "vllm"]
-    command += ["--served-model-name", "student", "teacher"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("w") as stream:
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=stream, stderr=stream)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(1)
+    options = ["--dtype", "float32", "--max-model-len", 1024, "--generation-config", "vllm"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with vllm_server(log, smollm2, *options, "--served-model-name", "student", "teacher") as port:
         yield port
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def test_the_documented_cascade(smollm2, port, tmp_path, monkeypatch):

