@@ -42,6 +42,8 @@ class TaskSettings(Section):
     """What an answer is: `extract`: JSON; `classify`: a label; `sql`: a query; `tools`: a function call; `generate`: text."""
     description: str = Field(min_length=1)
     """What is to be done with the input, as the model is told."""
+    describe_answers: bool = True
+    """Tell the model the schema, labels, tables or functions too. Models that have been trained on the task do without."""
     schema_file: str | None = Field(default=None, alias="schema")
     """JSON schema that answers match (`extract`)."""
     labels: list[str] | None = Field(default=None, min_length=2)
@@ -105,7 +107,8 @@ class Task:
     @property
     def told(self) -> str:
         """What every model is told before the input."""
-        return "\n\n".join(part for part in (self.settings.description.strip(), self.rules.instructions(self)) if part)
+        answers = self.rules.instructions(self) if self.settings.describe_answers else ""
+        return "\n\n".join(part for part in (self.settings.description.strip(), answers) if part)
 
     def prompt(self, text: str) -> list[dict[str, str]]:
         """The messages by which every model is asked, for prompts, training and evaluation alike."""
@@ -168,7 +171,7 @@ def task_of(tree: dict[str, Any], file: Path) -> Task:
 
 def _explained(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        return f"no such key {detail['loc'][0]}; a task has kind, description, {', '.join(OF_ONE_KIND)} and test"
+        return f"no such key {detail['loc'][0]}; a task has kind, description, describe_answers, {', '.join(OF_ONE_KIND)} and test"
     return explain(detail)
 
 

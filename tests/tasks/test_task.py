@@ -24,6 +24,9 @@ def test_every_kind_is_read_and_asks_with_what_it_needs(tmp_path, kind):
         "generate": "Do it.",
     }
     assert system["content"].endswith(shown[kind])
+    make_task(tmp_path, kind)
+    (tmp_path / f"{kind}.yaml").write_text((tmp_path / f"{kind}.yaml").read_text() + "describe_answers: false\n")
+    assert read_task(tmp_path / f"{kind}.yaml", "task").told == "Do it."
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,7 @@ def test_every_kind_is_read_and_asks_with_what_it_needs(tmp_path, kind):
         ("extract", ("person.json", "nobody.json"), "extract.yaml: schema: nobody.json is not there"),
         ("extract", ("schema:", "labels: [a, b]\nschema:"), "extract.yaml: labels is no key of kind extract"),
         ("extract", ("description: Do it.", ""), "extract.yaml: the key description is missing"),
-        ("extract", ("schema:", "shema: x\nschema:"), "extract.yaml: no such key shema; a task has kind, description, schema"),
+        ("extract", ("schema:", "shema: x\nschema:"), "extract.yaml: no such key shema; a task has kind, description, describe_answers, schema"),
         ("extract", ("kind: extract", "kind: !!python/name:os.system"), "extract.yaml: not valid YAML"),
         ("classify", ("[good, bad]", "[good]"), "classify.yaml: labels"),
         ("classify", ("[good, bad]", "[good, good]"), "classify.yaml: labels: 'good' is there twice"),
