@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the files into a directory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--examples", type=int, default=1600, help="notes with right answers, for the teacher")
-    parser.add_argument("--inputs", type=int, default=3000, help="notes without, which the teacher answers for the student")
+    parser.add_argument("--examples", type=int, default=1000, help="notes with right answers, for the teacher")
+    parser.add_argument("--inputs", type=int, default=2000, help="notes without, which the teacher answers for the student")
     parser.add_argument("--tests", type=int, default=1000, help="held-out notes")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
