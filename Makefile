@@ -42,12 +42,12 @@ $(TASK_DEMO)/examples/dataset.json: $(wildcard configs/task-demo/make.py configs
 
 # Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other. Threads of vLLM
 # servers are not bound to cores, of which they would all take the same. The long files come first, so that both end together.
-PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3:.anthropic:.readers $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3:.anthropic:.readers:.notebook $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: check $(TEACHER) .torchao .s3 .anthropic .llamacpp .schemas .mkdocs .readers
+test: check $(TEACHER) .torchao .s3 .anthropic .llamacpp .schemas .mkdocs .readers .notebook
 	$(PYTEST) --durations 15 tests/integration tests
 
-test-fast: $(TEACHER) .torchao .s3 .anthropic .schemas .readers
+test-fast: $(TEACHER) .torchao .s3 .anthropic .schemas .readers .notebook
 	$(PYTEST) --ignore=tests/integration -m "not slow"
 
 # Kills, doubles and full disks at more moments than `make test` takes; the table of docs/reliability.md.
@@ -94,6 +94,13 @@ test-gptq: .llmcompressor $(TEACHER)
 .readers: .venv/.ready
 	$(PIP) --target $@ duckdb==2.0.1 polars==2.1.0 polars-runtime-32==2.1.0
 
+# What runs the notebook of examples/.
+.notebook: .venv/.ready
+	$(PIP) --target $@ nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0 ipython==9.18.1 ipython_pygments_lexers==1.1.1 \
+		asttokens==3.0.2 comm==0.2.3 debugpy==1.8.22 executing==2.3.0 fastjsonschema==2.22.3 jedi==0.20.1 jupyter_client==8.10.0 \
+		jupyter_core==5.9.1 matplotlib-inline==0.2.2 nest-asyncio2==1.7.4 parso==0.8.7 pexpect==4.9.0 prompt_toolkit==3.0.53 \
+		ptyprocess==0.7.0 pure_eval==0.2.4 stack-data==0.6.3 tornado==6.6.1 traitlets==5.16.1 wcwidth==0.9.4
+
 # The schemas of SkyPilot and Kubernetes, which jobs are checked against.
 .schemas: .venv/.ready
 	$(PIP) --target $@ skypilot==0.14.1 kubernetes-validate==1.37.0 importlib_resources==7.1.0
@@ -124,4 +131,4 @@ gpu-check:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_JSON)
 
 clean:
-	rm -rf .venv .anthropic .deepspeed .llamacpp .llmcompressor .mkdocs .readers .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .anthropic .deepspeed .llamacpp .llmcompressor .mkdocs .notebook .readers .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

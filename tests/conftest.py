@@ -4,14 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.factories import make_row, write_experiment, write_rows, write_tiny
+from tests.forked import can_fork, run_forked
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 ROOT = Path(__file__).parent.parent
 
 
@@ -55,16 +55,19 @@ def text_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(directory, rows, kind="none")
 
 
-def run_cli(*arguments: object, timeout: int = 600, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """The command as a user runs it."""
-    return subprocess.run(
-        [sys.executable, "-m", "llmdistill", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-    )
+def run_cli(
+    *arguments: object, timeout: int = 600, fresh: bool = False, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """The command as a user runs it; unless `fresh`, a fork of a process that has done the imports, where that is the same."""
+    words = [str(argument) for argument in arguments]
+    environment = {**os.environ, **environment}
+    command = [sys.executable, "-m", "llmdistill", *words]
+    if fresh or not can_fork(environment):
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
+    with tempfile.TemporaryDirectory() as directory:
+        out, err = Path(directory, "out"), Path(directory, "err")
+        status = run_forked(words, ROOT, environment, out, err, timeout)
+        return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
 
 
 @pytest.fixture

@@ -1,9 +1,16 @@
-"""Commands in processes that have done the imports, so that they can be killed at any moment of what comes after them.
+"""Commands in processes that have done the imports, which take seconds, and can be killed at any moment of what comes after.
 
 There is one forkserver for all tests of a process: it is started once, with one list of modules.
 """
 
 import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 PRELOADED = ["trl", "peft", "llmdistill.cli", "llmdistill.training.trainer", "llmdistill.teachers.transformers"]
 PRELOADED += ["llmdistill.teachers.openai", "llmdistill.teachers.anthropic"]
@@ -13,3 +20,57 @@ PRELOADED += [
 ]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOADED)
+
+_READ_ONCE = ("PYTHON", "HF_", "OMP_")  # variables that the interpreter or a library reads when it is started
+_AT_START = dict(os.environ)
+
+
+def can_fork(environment: Mapping[str, str]) -> bool:
+    """Whether a forked process sees these variables as one that is started with them."""
+    names = [name for name in {*environment, *_AT_START} if name.startswith(_READ_ONCE)]
+    return all(environment.get(name) == _AT_START.get(name) for name in names)
+
+
+def run_forked(
+    words: Sequence[str], directory: Path, environment: Mapping[str, str], out: Path, err: Path, timeout: float
+) -> int:
+    """The exit status of a command, whose output goes to two files; minus the number of the signal that ended it.
+
+    Raises:
+        TimeoutError: it takes longer; it is killed.
+    """
+    process = context.Process(target=_command, args=(list(words), str(directory), dict(environment), str(out), str(err)))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"{words} takes more than {timeout} s: {err.read_text()}")
+    return process.exitcode
+
+
+def _command(words: list[str], directory: str, environment: dict[str, str], out: str, err: str) -> NoReturn:
+    from llmdistill.__main__ import run
+    from llmdistill.runs import pipeline
+
+    class Stage:
+        """What `llmdistill run` starts a stage by: a fork of the process that has done the imports, not of its own."""
+
+        def __init__(self, command: list[str]) -> None:
+            self.process = context.Process(target=_command, args=(command[3:], directory, environment, out, err))
+            self.process.start()
+            self.terminate = self.process.terminate
+
+        def wait(self) -> int:
+            self.process.join()
+            assert self.process.exitcode is not None
+            return self.process.exitcode
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    for stream, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = ["llmdistill", *words]
+    pipeline.subprocess = SimpleNamespace(Popen=lambda command: nullcontext(Stage(command)))
+    run()

@@ -171,7 +171,9 @@ def task_of(tree: dict[str, Any], file: Path) -> Task:
 
 def _explained(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        return f"no such key {detail['loc'][0]}; a task has kind, description, describe_answers, {', '.join(OF_ONE_KIND)} and test"
+        return (
+            f"no such key {detail['loc'][0]}; a task has kind, description, describe_answers, {', '.join(OF_ONE_KIND)} and test"
+        )
     return explain(detail)
 
 

@@ -13,7 +13,7 @@ from tests.integration.servers import vllm_server
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("openai", reason="openai is not installed")
 pytestmark = pytest.mark.engine
-ITEMS = 6
+ITEMS = 3
 
 
 @pytest.fixture(scope="module")

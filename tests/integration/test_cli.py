@@ -45,7 +45,7 @@ eval:
     win_rate: {{judge: {{model: {tiny}, engine: transformers}}, prompts: 3, max_tokens: 2}}}}
 """
     )
-    result = run_cli("run", file)
+    result = run_cli("run", file, fresh=True)
     assert result.returncode == 0, result.stderr
     return file, result.stdout
 

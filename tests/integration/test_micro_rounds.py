@@ -15,6 +15,7 @@ from llmdistill.cli import _preempted
 from llmdistill.config import load_experiment
 from llmdistill.data import shards
 from llmdistill.data.dataset import read_manifest
+from llmdistill.data.targets import SampledByStudent
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
 from llmdistill.runs.pipeline import check_stale, stages
@@ -75,11 +76,16 @@ def rows_of(output):
     return found
 
 
-def log_probabilities(model, row):
+def all_log_probabilities(model, row):
+    """Of every token at every position of the completion."""
     ids, start = torch.from_numpy(row["input_ids"]).long(), int(row["completion_start"])
     with torch.inference_mode():
-        logits = model(ids[None]).logits[0, start - 1 : -1]
-    return logits.log_softmax(-1).gather(1, ids[start:, None])[:, 0].numpy()
+        return model(ids[None]).logits[0, start - 1 : -1].log_softmax(-1).numpy()
+
+
+def log_probabilities(model, row):
+    written = row["input_ids"][int(row["completion_start"]) :, None]
+    return np.take_along_axis(all_log_probabilities(model, row), written, 1)[:, 0]
 
 
 def test_each_round_is_written_by_the_weights_of_its_step(undisturbed, tiny):
@@ -114,6 +120,28 @@ def test_the_text_is_that_of_the_checkpoint(prepared, tmp_path):
             assert made[0].tolist() == row["input_ids"].tolist()
             texts.append(made[0, start:].tolist())
     assert len({tuple(text) for text in texts}) > 1
+
+
+def test_each_student_draws_its_own_sample(tiny, tmp_path):
+    """With sampled targets the ids are drawn from the weights of the step; the log-probabilities are the teacher's."""
+    output = tmp_path / "run"
+    experiment = load_experiment(write_experiment(tiny, tmp_path), [*overrides(output), ("targets", "{kind: sampled, n: 6}")])
+    for command in ("generate", "curate", "prune", "train"):
+        STAGES[command].function(experiment.with_(rounds=None))
+    rounds(experiment)
+    teacher = load_model(str(tiny), dtype="float32")
+    students = [output / "student", *(output / f"rounds/student/checkpoints/checkpoint-{n * EVERY}" for n in range(1, N))]
+    for number, student in enumerate(students):
+        model = load_model(str(student), dtype="float32")
+        assert read_manifest(step(output, number) / "curated")["targets"]["kind"] == "sampled_by_student"
+        for row in load_dataset(step(output, number) / "curated"):
+            log_p, log_q = (all_log_probabilities(of, row) for of in (teacher, model))
+            soft = SampledByStudent.of_rows([row], [len(log_p)])
+            np.testing.assert_allclose(soft.logprobs_NK, np.take_along_axis(log_p, soft.ids_NK, 1), rtol=2**-10, atol=1e-3)
+            weights = np.exp(np.take_along_axis(log_q, soft.ids_NK, 1) + soft.logdesign_NK)
+            np.testing.assert_allclose(weights.sum(1), 1, atol=1e-2)  # as those of a systematic sample do
+    history = read_json(output / "rounds/student/trainer_state.json")["log_history"]
+    assert all(np.isfinite(entry["reverse_kl"]) for entry in history if "reverse_kl" in entry)
 
 
 def test_rounds_are_datasets_with_their_lineage(undisturbed):

@@ -1,0 +1,45 @@
+"""The notebook of examples/ runs from its first cell to its last, with little data, and has outputs of a whole run."""
+
+import importlib.util
+import json
+
+import pytest
+
+from tests.conftest import ROOT
+
+NOTEBOOK = json.loads((ROOT / "examples/task.ipynb").read_text())
+SMALL = """
+TEACHER, EXAMPLES, INPUTS, TRAIN = {teacher!r}, 20, 24, {{"max_steps": 2, "per_device_train_batch_size": 2}}
+MORE = ["--teacher.dtype", "float32", "--generate.max_tokens", 4, "--curate", [{{"finish_reason": {{"keep": ["length"]}}}}]]
+EVAL = {{"held_out": 0.2, "own_prompts": 0, "samples": 0, "sample_tokens": 2, "resamples": 200, "tasks": ["task.yaml"]}}
+MORE += ["--eval", EVAL]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("nbclient") is None, reason="nbclient is not installed")
+def test_it_runs(tiny, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    notebook = nbformat.from_dict(NOTEBOOK)
+    nbformat.validate(notebook)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source += SMALL.format(teacher=str(tiny))
+    NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    here = tmp_path / "runs/notebook/experiment"
+    assert (here / "runs/first/report.html").is_file()
+    pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(pictures) == 1
+
+
+def test_its_outputs_are_of_a_whole_run():
+    """One after the other, without an error, and with no path of the machine that it ran on."""
+    cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert "/home/" not in json.dumps(outputs)
+    assert str(ROOT) not in json.dumps(outputs)
