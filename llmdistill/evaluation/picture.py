@@ -6,6 +6,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from llmdistill.evaluation.statistics import digits, interval_text
+
 WIDTH, HEIGHT = 1200, 630  # what chats and sites show of a link
 _SCALE = 2  # pixels a unit
 _MARGIN = 60
@@ -47,7 +49,7 @@ def picture(view: Mapping[str, Any], labels: Mapping[str, str]) -> bytes:
 
 def _intervals(page: "_Page", plot: Mapping[str, Any], title: str, labels: Mapping[str, str]) -> None:
     """A dot with whiskers a model, on the scale of the report's figure."""
-    start, end = 400, 940
+    start, end = 400, 910
     page.text(_MARGIN, 448, f"{title}, nats per token, with 95% intervals", 17, _SOFT)
     for number, row in enumerate(plot["rows"][:4]):
         middle = 492 + 33 * number
@@ -60,8 +62,8 @@ def _intervals(page: "_Page", plot: Mapping[str, Any], title: str, labels: Mappi
         for x in (low, high):
             page.line((x, middle - 7), (x, middle + 7), color, 3)
         page.dot(mean, middle, 6, color)
-        text = f"{estimate['mean']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
-        page.text(end + 20, middle - 11, text, 18)
+        text, ends = interval_text(estimate, f".{digits(estimate['low'], estimate['high'], 2)}f")
+        page.text(end + 20, middle - 11, f"{text} ({ends})", 18, most=WIDTH - _MARGIN - end - 20)
 
 
 class _Page:

@@ -42,6 +42,12 @@ def interval_text(interval: Mapping[str, float], form: str, factor: float = 1, t
     return mean, f"{low}{to}{high}"
 
 
+def digits(low: float, high: float, least: int) -> int:
+    """Decimals that show an interval's half-width, at least `least` and at most five."""
+    half = (high - low) / 2
+    return min(5, max(least, -math.floor(math.log10(half)))) if half > 0 and math.isfinite(half) else least
+
+
 def _signed(number: str) -> str:
     """A formatted number without the sign of a zero: not -0.00."""
     return number.removeprefix("-") if not number.strip("-0.,e+") else number

@@ -52,6 +52,11 @@ def report(experiment: Experiment, dry_run: bool = False) -> None:
     return None
 
 
+def _name(model: Path) -> str:
+    """A model's, for a title; a student of another run has that of the run."""
+    return model.parent.name if model.name == "student" and model.parent.name else model.name
+
+
 def _view(experiment: Experiment) -> Json:
     """Everything that the templates show."""
     metrics = read_metrics(experiment.directory("eval") / "metrics.json")
@@ -66,7 +71,7 @@ def _view(experiment: Experiment) -> Json:
         "output": experiment.output,
         "models": list(models.values()),
         "teacher": path,
-        "teacher_name": Path(path).name,
+        "teacher_name": _name(Path(path)),
         "missing": None if teacher else MISSING,
         "near": near,
         "held_out": metrics["held_out"],

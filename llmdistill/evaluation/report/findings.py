@@ -3,9 +3,8 @@
 from typing import Any
 
 from llmdistill.evaluation.metrics import METRICS, has_teacher
-from llmdistill.evaluation.report.words import digits
 from llmdistill.evaluation.routes import lines
-from llmdistill.evaluation.statistics import interval_text
+from llmdistill.evaluation.statistics import digits, interval_text
 
 Json = dict[str, Any]
 _FEW_PROMPTS = 30

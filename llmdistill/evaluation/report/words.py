@@ -1,6 +1,5 @@
 """Numbers, names and texts as the pages show them: the filters of the templates."""
 
-import math
 import re
 from datetime import datetime
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jinja2
 
 from llmdistill.data.budget import money
-from llmdistill.evaluation.statistics import interval_text
+from llmdistill.evaluation.statistics import digits, interval_text
 
 Json = dict[str, Any]
 
@@ -104,9 +103,3 @@ def fenced(text: str) -> str:
     """Text as a block of code whose fence is longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
-
-
-def digits(low: float, high: float, least: int) -> int:
-    """Decimals that show an interval's half-width, at least `least` and at most five."""
-    half = (high - low) / 2
-    return min(5, max(least, -math.floor(math.log10(half)))) if half > 0 and math.isfinite(half) else least
