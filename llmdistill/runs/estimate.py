@@ -6,6 +6,7 @@ were fitted on whole runs of `configs/demo.yaml`.
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmdistill.config import Experiment
+from llmdistill.evaluation.tasks import read_own_tasks
 
 # Seconds of a whole stage for each second of what is timed here: norms, attention, caches, Python.
 _DECODING, _READING, _TRAINING = 1.4, 1.3, 0.95
@@ -23,7 +25,8 @@ _READ_ROWS = 1024  # tokens in one pass of reading and training
 _SMALL_BATCH = 8
 _PROMPT_TOKENS = 64
 _ITEM_TOKENS = 140  # read for one item of a task, its choices together
-_TIMED_ROUNDS = 3  # of decoding in `eval`
+_TIMED_ROUNDS = {"transformers": 3, "vllm": 5}  # of decoding in `eval`
+_SERVED_PROMPT = 128  # tokens that vLLM reads in each
 _OPTIMISER_BYTES = 28  # a parameter: gradient, weight and two moments, read and written
 
 
@@ -72,6 +75,7 @@ def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[st
     row = experiment.generate.max_tokens + _PROMPT_TOKENS
     held_out = max(rows * experiment.eval.held_out, 1)
     students = 1 + experiment.train.compare_text_only + (experiment.train.compare_examples is not None)
+    own = [min(len(task.items), experiment.eval.task_limit or len(task.items)) for task in read_own_tasks(experiment.eval.tasks)]
     models = 1 + share * (1 + students)  # the teacher, the student before, and those trained, in times of the teacher
     found = {
         "generate": _VLLM_START * speed.start
@@ -81,9 +85,10 @@ def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[st
         "curate": start,
         "prune": start + _READING * row * _pruning_rows(experiment, rows) * speed.read,
         "train": start + students * _training(experiment, speed, rows, row, share),
-        "eval": start + models * _evaluation(experiment, speed, held_out * row),
+        "eval": start + models * _evaluation(experiment, speed, held_out * row, own),
         "export": start
-        + len(experiment.export.formats if experiment.export else []) * _READING * 3 * held_out * row * speed.read,
+        + len(experiment.export.formats if experiment.export else [])
+        * (_READING * 3 * held_out * row * speed.read + share * _own_tasks(experiment, speed, own)),
         "report": start,
     }
     if not experiment.teacher.abilities.continuous_batching:
@@ -120,14 +125,35 @@ def _training(experiment: Experiment, speed: Speed, rows: int, row_tokens: int, 
     return float(steps * (_TRAINING * passes * share * batch * row_tokens * speed.train + update))
 
 
-def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float) -> float:
-    """Seconds for one model of the teacher's size."""
+def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float, own: list[int]) -> float:
+    """Seconds for one model of the teacher's size, with so many items of each task of the user's own."""
     settings = experiment.eval
-    items = len(settings.tasks) * (settings.task_limit or 100)
+    items = (len(settings.tasks) - len(own)) * (settings.task_limit or 100)
     read = held_out_tokens + items * _ITEM_TOKENS + 2 * settings.own_prompts * settings.own_tokens
-    steps = _TIMED_ROUNDS * settings.sample_tokens + settings.samples * settings.sample_tokens / 4
+    steps = settings.samples * settings.sample_tokens / 4
     steps += 3 * settings.own_tokens if settings.own_prompts else 0
-    return _READING * read * speed.read + _DECODING * steps * speed.small
+    requests = sum(min(count, settings.timed_requests) for count in own)  # one at a time
+    steps += requests * experiment.generate.max_tokens
+    spent = _READING * read * speed.read + _DECODING * steps * speed.small + _own_tasks(experiment, speed, own)
+    if settings.speed == "transformers":
+        return spent + _DECODING * _TIMED_ROUNDS["transformers"] * settings.sample_tokens * speed.small
+    timed = settings.batch_size * _SERVED_PROMPT * speed.read + settings.sample_tokens * _step(speed, settings.batch_size)
+    return spent + _VLLM_START * speed.start + _DECODING * _TIMED_ROUNDS["vllm"] * timed
+
+
+def _own_tasks(experiment: Experiment, speed: Speed, own: list[int]) -> float:
+    """Seconds in which a model of the teacher's size answers so many items of each task."""
+    batch, answer = experiment.eval.batch_size, experiment.generate.max_tokens
+    steps = sum(math.ceil(count / batch) for count in own) * answer
+    return _READING * sum(own) * _PROMPT_TOKENS * speed.read + _DECODING * steps * _step(speed, batch)
+
+
+def _step(speed: Speed, batch: int) -> float:
+    """Seconds of the products of a decoding step of so many sequences, on a line through those that were measured."""
+    if batch <= _SMALL_BATCH or speed.batch <= _SMALL_BATCH:
+        return speed.small
+    slope = max(speed.decode - speed.small, 0.0) / (speed.batch - _SMALL_BATCH)
+    return speed.small + slope * (batch - _SMALL_BATCH)
 
 
 def measure(experiment: Experiment, batch: int) -> Speed | None:

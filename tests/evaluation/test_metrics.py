@@ -9,7 +9,7 @@ import pytest
 from llmdistill.data.cards import with_results
 from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, QUANTITIES, Metric, Sums, metrics_of, per_token
 from llmdistill.evaluation.report.models import measures
-from llmdistill.evaluation.statistics import Draws, interval_text
+from llmdistill.evaluation.statistics import Draws, digits, interval_text
 from tests.stages.test_report import metrics
 
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -86,3 +86,10 @@ def test_an_interval_as_text():
     assert interval_text(interval, ".2f") == ("0.12", "-0.05 to 0.30")
     assert interval_text(interval, "+.1f", 100, "–") == ("+12.3", "-5.0–+30.0")
     assert interval_text(interval, ".1%") == ("12.3%", "-5.0% to 30.0%")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "want"), [(0.5, 0.5, 2), (1.42, 2.23, 2), (0.12, 0.19, 2), (0.0005, 0.0013, 4), (0, 1e-9, 5)]
+)
+def test_an_interval_is_shown_with_the_digits_of_its_half_width(low, high, want):
+    assert digits(low, high, 2) == want

@@ -1,5 +1,7 @@
 """The estimate before a run: plain sums of what was measured."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from llmdistill.config import load_experiment
@@ -38,6 +40,18 @@ def test_more_samples_take_longer(seconds, experiment):
     added = 3 * rows * (estimate._DECODING * 36 / SPEED.batch * SPEED.decode + estimate._PROMPT_TOKENS * SPEED.read)
     once, longer = seconds(teacher=vllm)["generate"], seconds(teacher=vllm, generate=more)["generate"]
     assert longer - once == pytest.approx(added)
+
+
+def test_items_of_ones_own_tasks_are_answered_in_batches(seconds, experiment, monkeypatch):
+    """200 of 300 items, in batches of 8 and answers of 36 tokens: by the teacher, and by two students of its size."""
+    settings = experiment.eval.model_copy(update={"batch_size": 8, "task_limit": 200, "timed_requests": 0})
+    task = SimpleNamespace(items=[None] * 300)
+    before = seconds(eval=settings)["eval"]
+    monkeypatch.setattr(estimate, "read_own_tasks", lambda names: [task])
+    after = seconds(eval=settings.model_copy(update={"tasks": ["own.yaml"]}))["eval"]
+    each = estimate._DECODING * 200 / 8 * 36 * SPEED.small + estimate._READING * 200 * estimate._PROMPT_TOKENS * SPEED.read
+    students = 1 + 1 + experiment.train.compare_text_only
+    assert after - before == pytest.approx(each * (1 + students * estimate._student_share(experiment, SPEED)))
 
 
 def test_only_what_is_asked_for_is_estimated(seconds):
