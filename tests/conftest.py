@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -55,19 +55,14 @@ def text_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(directory, rows, kind="none")
 
 
-def run_cli(
-    *arguments: object, timeout: int = 600, fresh: bool = False, **environment: str
-) -> "subprocess.CompletedProcess[str]":
+def run_cli(*arguments: object, timeout: int = 600, fresh: bool = False, **environment: str) -> CompletedProcess[str]:
     """The command as a user runs it; unless `fresh`, a fork of a process that has done the imports, where that is the same."""
     words = [str(argument) for argument in arguments]
     environment = {**os.environ, **environment}
+    if not fresh and can_fork(environment):
+        return run_forked(["llmdistill", *words], ROOT, environment, timeout)
     command = [sys.executable, "-m", "llmdistill", *words]
-    if fresh or not can_fork(environment):
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
-    with tempfile.TemporaryDirectory() as directory:
-        out, err = Path(directory, "out"), Path(directory, "err")
-        status = run_forked(words, ROOT, environment, out, err, timeout)
-        return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import math
-import subprocess
+import os
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.forked import run_forked
 
 OTHERS = sorted(
     file.name
@@ -18,13 +19,8 @@ OTHERS = sorted(
 
 
 def run(script, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=500,
-    )
+    """It, in a process forked from one that has done the imports."""
+    return run_forked([str(ROOT / "benchmarks" / script), *map(str, arguments)], ROOT, os.environ, 500)
 
 
 def found_by(done, file):
