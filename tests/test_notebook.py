@@ -1,4 +1,4 @@
-"""The notebook of examples/ runs from its first cell to its last, with little data, and has outputs of a whole run."""
+"""The notebook of examples/ runs from its first cell to its last, with little data."""
 
 import importlib.util
 import json
@@ -32,14 +32,3 @@ def test_it_runs(tiny, tmp_path):
     assert (here / "runs/first/report.html").is_file()
     pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
     assert len(pictures) == 1
-
-
-def test_its_outputs_are_of_a_whole_run():
-    """One after the other, without an error, and with no path of the machine that it ran on."""
-    cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert outputs
-    assert not [output for output in outputs if output["output_type"] == "error"]
-    assert "/home/" not in json.dumps(outputs)
-    assert str(ROOT) not in json.dumps(outputs)
