@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from llmdistill.evaluation.statistics import digits, interval_text
+from llmdistill.evaluation.statistics import nats_text
 
 WIDTH, HEIGHT = 1200, 630  # what chats and sites show of a link
 _SCALE = 2  # pixels a unit
@@ -62,7 +62,7 @@ def _intervals(page: "_Page", plot: Mapping[str, Any], title: str, labels: Mappi
         for x in (low, high):
             page.line((x, middle - 7), (x, middle + 7), color, 3)
         page.dot(mean, middle, 6, color)
-        text, ends = interval_text(estimate, f".{digits(estimate['low'], estimate['high'], 2)}f")
+        text, ends = nats_text(estimate)
         page.text(end + 20, middle - 11, f"{text} ({ends})", 18, most=WIDTH - _MARGIN - end - 20)
 
 

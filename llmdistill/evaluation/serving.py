@@ -21,8 +21,8 @@ from llmdistill.evaluation.writing import answer_length
 from llmdistill.models.loading import continue_prompts, load_config, model_bytes
 from llmdistill.runs.progress import StageBar, working
 
-_ROUNDS = {"vllm": 5, "transformers": 3}
-_PROMPT_TOKENS = {"vllm": 128, "transformers": 16}
+ROUNDS = {"vllm": 5, "transformers": 3}
+PROMPT_TOKENS = {"vllm": 128, "transformers": 16}
 _ENGINE_BYTES = 3 << 30  # that vLLM takes beside twice the weights, generously
 
 
@@ -83,10 +83,10 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int, tasks: Tasks) -> 
         `peak_bytes`, of weights, cache and engine; `requests` of each task, as `request_figures` gives it; or `failed`, why vLLM
         does not load it.
     """
-    settings = {"batch": batch, "prompt_tokens": _PROMPT_TOKENS["vllm"], "new_tokens": max(new_tokens, 2)}
+    settings = {"batch": batch, "prompt_tokens": PROMPT_TOKENS["vllm"], "new_tokens": max(new_tokens, 2)}
     asked = [requests.longest for by_model in tasks.values() for requests in by_model.values()]
     longest = max(settings["prompt_tokens"] + settings["new_tokens"], *asked, 0)
-    together, rounds = _fit_together(models), _ROUNDS["vllm"]
+    together, rounds = _fit_together(models), ROUNDS["vllm"]
     found: dict[str, list[dict[str, float]]] = {model.name: [] for model in models}
     requests: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
@@ -141,7 +141,7 @@ def by_transformers(models: dict[str, Any], batch: int, new_tokens: int, tasks: 
     for model in models.values():
         model.to(getattr(torch, precision.dtype))
 
-    prompt_tokens, rounds = _PROMPT_TOKENS["transformers"], _ROUNDS["transformers"]
+    prompt_tokens, rounds = PROMPT_TOKENS["transformers"], ROUNDS["transformers"]
     speeds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     with torch.inference_mode(), working("speed", "timing"):
         for _ in range(rounds):

@@ -48,6 +48,11 @@ def digits(low: float, high: float, least: int) -> int:
     return min(5, max(least, -math.floor(math.log10(half)))) if half > 0 and math.isfinite(half) else least
 
 
+def nats_text(interval: Mapping[str, float]) -> tuple[str, str]:
+    """As `interval_text`, with the decimals that the interval warrants, two at least."""
+    return interval_text(interval, f".{digits(interval['low'], interval['high'], 2)}f")
+
+
 def _signed(number: str) -> str:
     """A formatted number without the sign of a zero: not -0.00."""
     return number.removeprefix("-") if not number.strip("-0.,e+") else number

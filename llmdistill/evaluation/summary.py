@@ -6,7 +6,7 @@ from typing import Any
 from llmdistill.evaluation import drafts
 from llmdistill.evaluation.metrics import has_teacher
 from llmdistill.evaluation.routes import lines
-from llmdistill.evaluation.statistics import digits, interval_text
+from llmdistill.evaluation.statistics import interval_text, nats_text
 
 Json = dict[str, Any]
 
@@ -85,13 +85,9 @@ def final_lines(metrics: Json) -> Iterator[tuple[str, str]]:
     yield from (("eval", f"the student {line}") for line in task_lines(tasks))
 
 
-def _nats(found: Json) -> tuple[str, str]:
-    return interval_text(found, f".{digits(found['low'], found['high'], 2)}f")
-
-
 def _summary(metrics: Json) -> str:
     metric, unit = ("kl", "nats from the teacher") if has_teacher(metrics["models"]) else ("nll", "nats per token of its text")
-    found = {model["name"]: _nats(model[metric]) for model in metrics["models"]}
+    found = {model["name"]: nats_text(model[metric]) for model in metrics["models"]}
     (student, ends), (untrained, its_ends) = found["student"], found["student before"]
     said = f"student {student} {unit} ({ends}), before {untrained} ({its_ends})"
     if "student, text only" in found:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmdistill.config import Experiment
+from llmdistill.evaluation import serving
 from llmdistill.evaluation.tasks import read_own_tasks
 
 # Seconds of a whole stage for each second of what is timed here: norms, attention, caches, Python.
@@ -25,8 +26,6 @@ _READ_ROWS = 1024  # tokens in one pass of reading and training
 _SMALL_BATCH = 8
 _PROMPT_TOKENS = 64
 _ITEM_TOKENS = 140  # read for one item of a task, its choices together
-_TIMED_ROUNDS = {"transformers": 3, "vllm": 5}  # of decoding in `eval`
-_SERVED_PROMPT = 128  # tokens that vLLM reads in each
 _OPTIMISER_BYTES = 28  # a parameter: gradient, weight and two moments, read and written
 
 
@@ -136,9 +135,11 @@ def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float, ow
     steps += requests * experiment.generate.max_tokens
     spent = _READING * read * speed.read + _DECODING * steps * speed.small + _own_tasks(experiment, speed, own)
     if settings.speed == "transformers":
-        return spent + _DECODING * _TIMED_ROUNDS["transformers"] * settings.sample_tokens * speed.small
-    timed = settings.batch_size * _SERVED_PROMPT * speed.read + settings.sample_tokens * _step(speed, settings.batch_size)
-    return spent + _VLLM_START * speed.start + _DECODING * _TIMED_ROUNDS["vllm"] * timed
+        return spent + _DECODING * serving.ROUNDS["transformers"] * settings.sample_tokens * speed.small
+    timed = settings.batch_size * serving.PROMPT_TOKENS["vllm"] * speed.read + settings.sample_tokens * _step(
+        speed, settings.batch_size
+    )
+    return spent + _VLLM_START * speed.start + _DECODING * serving.ROUNDS["vllm"] * timed
 
 
 def _own_tasks(experiment: Experiment, speed: Speed, own: list[int]) -> float:

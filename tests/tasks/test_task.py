@@ -38,7 +38,11 @@ def test_every_kind_is_read_and_asks_with_what_it_needs(tmp_path, kind):
         ("extract", ("person.json", "nobody.json"), "extract.yaml: schema: nobody.json is not there"),
         ("extract", ("schema:", "labels: [a, b]\nschema:"), "extract.yaml: labels is no key of kind extract"),
         ("extract", ("description: Do it.", ""), "extract.yaml: the key description is missing"),
-        ("extract", ("schema:", "shema: x\nschema:"), "extract.yaml: no such key shema; a task has kind, description,"),
+        (
+            "extract",
+            ("schema:", "shema: x\nschema:"),
+            "extract.yaml: no such key shema; a task has kind, description, describe_answers, schema",
+        ),
         ("extract", ("kind: extract", "kind: !!python/name:os.system"), "extract.yaml: not valid YAML"),
         ("classify", ("[good, bad]", "[good]"), "classify.yaml: labels"),
         ("classify", ("[good, bad]", "[good, good]"), "classify.yaml: labels: 'good' is there twice"),
