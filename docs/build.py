@@ -71,7 +71,7 @@ def _description(name: str) -> str:
     for found in (field.annotation, *get_args(field.annotation)):
         if isinstance(found, type) and issubclass(found, Section):
             return f"{found.__doc__}\n\n"
-    return f"{field.description}\n\n"
+    return f"{Experiment.help_texts()[name]}\n\n"
 
 
 if __name__ == "__main__":

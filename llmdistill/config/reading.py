@@ -96,29 +96,30 @@ def read_yaml(file: Path, key: str | None = None) -> dict[str, Any]:
 
 def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Every key of the configuration with its type and its help, in the order of the file."""
+    texts = section.help_texts()
     for name, field in section.model_fields.items():
+        text = texts.get(name, "")
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type) and issubclass(t, Section)]
         if inner and issubclass(inner[0], Step):
-            yield f"{prefix}{name}", "LIST", (field.description or "").replace("\n", " ")
+            yield f"{prefix}{name}", "LIST", text
             for step, settings in inner[0].step_types().items():
                 yield from keys(settings, f"{prefix}{name}.N.{step}.")
         elif inner and get_origin(field.annotation) is list:
-            yield f"{prefix}{name}", "LIST", (field.description or "").replace("\n", " ")
+            yield f"{prefix}{name}", "LIST", text
             yield from keys(inner[0], f"{prefix}{name}.N.")
         elif inner and get_origin(field.annotation) is dict:
-            yield f"{prefix}{name}", "DICT", (field.description or "").replace("\n", " ")
+            yield f"{prefix}{name}", "DICT", text
             yield from keys(inner[0], f"{prefix}{name}.{'NAME' if name == 'teachers' else 'STAGE'}.")
         elif inner:
             yield from keys(inner[0], f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _type_name(field.annotation), _with_default(field)
+            yield f"{prefix}{name}", _type_name(field.annotation), _with_default(field, text)
 
 
-def _with_default(field: Any) -> str:
-    description = (field.description or "").replace("\n", " ")
+def _with_default(field: Any, text: str) -> str:
     if field.is_required():
-        return f"{description} (required)"
-    return description if field.default in (None, {}, []) else f"{description} (default {field.default})"
+        return f"{text} (required)"
+    return text if field.default in (None, {}, []) else f"{text} (default {field.default})"
 
 
 def _type_name(annotation: Any) -> str:

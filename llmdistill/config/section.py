@@ -1,7 +1,11 @@
 """What the parts of the configuration have in common: they are strict; and types that more than one of them has."""
 
+import ast
+import inspect
 import re
 from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
@@ -99,7 +103,7 @@ StoreUrl = Annotated[str, AfterValidator(_check_store)]
 class Section(BaseModel):
     """A section of the configuration. Unknown keys are errors; the docstring under a field is its help text."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     def with_(self, **changes: Any) -> Self:
         """A copy with other values of some keys, checked as if it had been read from a file.
@@ -108,6 +112,27 @@ class Section(BaseModel):
             ValueError: the values do not fit.
         """
         return type(self).model_validate({**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
+    @classmethod
+    @cache
+    def help_texts(cls) -> dict[str, str]:
+        """Of each field its description, or the docstring under it, on one line.
+
+        Read when asked for: pydantic's `use_attribute_docstrings` looks for them at import, which takes seconds
+        where many modules are loaded.
+        """
+        texts = {name: field.description for name, field in cls.model_fields.items() if field.description}
+        for base in reversed(cls.__mro__):
+            if (
+                not issubclass(base, Section) or base.__pydantic_generic_metadata__["origin"]
+            ):  # one with its parameters has no source
+                continue
+            (definition,) = ast.parse(inspect.getsource(base)).body
+            for field, text in pairwise(definition.body):  # type: ignore[attr-defined]
+                match field, text:
+                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                        texts[name] = " ".join(text.split())
+        return texts
 
 
 def check_schema(schema: dict[str, Any] | None) -> None:
