@@ -141,7 +141,7 @@ def _init(arguments: argparse.Namespace, rest: list[str]) -> None:
     task = TaskChoices(arguments.task, **{name: getattr(arguments, name) for name in names})
     if task.given and kind != "task":
         raise InputError(f"--{task.given[0]} is for --task")
-    choices = Choices(kind, path, arguments.teacher, arguments.student, arguments.gpu, task)
+    choices = Choices(kind, path, arguments.teacher, arguments.student, arguments.gpu, task, arguments.layers)
     if not arguments.demo:
         init(directory, choices)
     elif choices == Choices():
@@ -168,7 +168,7 @@ def _inspect(arguments: argparse.Namespace, rest: list[str]) -> None:
     _no_more(arguments, rest)
     from llmdistill.data.inspect import inspect
 
-    inspect(Path(arguments.directory), arguments.verify)
+    inspect(Path(arguments.directory), arguments.verify, Path(arguments.task) if arguments.task else None)
 
 
 def _push(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -355,6 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show the contents of a dataset", allow_abbrev=False)
     inspect.add_argument("directory", metavar="DIR", help="the dataset's directory")
     inspect.add_argument("--verify", action="store_true", help="also verify the checksum of every shard")
+    inspect.add_argument("--task", metavar="FILE", help="score answers to the held-out examples of a task of your own")
     inspect.set_defaults(call=_inspect)
     for name, text, call in (
         ("status", "show the progress of a run", _status),
@@ -416,7 +417,9 @@ def _add_init(commands: Any) -> None:
     )
     _add_task(command)
     command.add_argument("--teacher", metavar="MODEL", help="a name on the Hugging Face Hub, or a directory")
-    command.add_argument("--student", metavar="MODEL", help="the same for the student, which must have the teacher's tokenizer")
+    student = command.add_mutually_exclusive_group()
+    student.add_argument("--student", metavar="MODEL", help="the same for the student, which must have the teacher's tokenizer")
+    student.add_argument("--layers", type=int, metavar="N", help="make the student from N of the teacher's layers")
     command.add_argument(
         "--gpu",
         action=argparse.BooleanOptionalAction,

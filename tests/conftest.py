@@ -15,6 +15,11 @@ from tests.forked import can_fork, run_forked
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first, so that two processes end together."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _float32():
     """What is computed in this process is compared with references in float32, on whatever machine the tests run."""
@@ -37,7 +42,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model, with the demo teacher's whole vocabulary."""
+    """The small model, with the first tokens of the demo teacher's vocabulary."""
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny", smollm2)
 
 
@@ -55,11 +60,11 @@ def text_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(directory, rows, kind="none")
 
 
-def run_cli(*arguments: object, timeout: int = 600, fresh: bool = False, **environment: str) -> CompletedProcess[str]:
-    """The command as a user runs it; unless `fresh`, a fork of a process that has done the imports, where that is the same."""
+def run_cli(*arguments: object, timeout: int = 600, **environment: str) -> CompletedProcess[str]:
+    """The command as a user runs it, as a fork of a process that has done the imports where that is the same."""
     words = [str(argument) for argument in arguments]
     environment = {**os.environ, **environment}
-    if not fresh and can_fork(environment):
+    if can_fork(environment):
         return run_forked(["llmdistill", *words], ROOT, environment, timeout)
     command = [sys.executable, "-m", "llmdistill", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)

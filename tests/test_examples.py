@@ -15,7 +15,7 @@ from llmdistill.data.targets import Sampled, TopK
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models.loading import load_model, load_tokenizer
 from tests.conftest import ROOT
-from tests.factories import write_rows
+from tests.factories import VOCAB, write_rows
 
 spec = importlib.util.spec_from_file_location("distill_loop", ROOT / "examples/distill_loop.py")
 loop = importlib.util.module_from_spec(spec)
@@ -48,7 +48,7 @@ def test_its_loss_is_that_of_the_package(tiny):
     row = loop.write(teacher, tokenizer, "Say it.", 12, 8)
     student = loop.half(teacher, 2)
     soft = Sampled.from_kept(row["targets"].numpy(), row["logprobs"].numpy())
-    columns = Sampled.encode([soft], 49152)
+    columns = Sampled.encode([soft], VOCAB)
     stored = {name: column[0].values.to_numpy() for name, column in columns.items()}
     batch = DistillCollator(0)([{"input_ids": row["ids"][0].numpy(), "completion_start": row["start"], **stored}])
     labels = batch["labels"][batch["labels"] != -100]
@@ -69,7 +69,7 @@ def test_trl_scripts_run(script, tiny, tmp_path, monkeypatch):
     data = tmp_path / "data"
     rows, generator = [], torch.Generator().manual_seed(0)
     for number in range(4):
-        log_p = torch.randn(5, 49152, generator=generator).log_softmax(-1)
+        log_p = torch.randn(5, VOCAB, generator=generator).log_softmax(-1)
         ids = log_p.topk(4).indices
         soft = TopK.from_kept(ids.numpy(), log_p.gather(1, ids).numpy())
         asked, said = ([{"role": role, "content": str(number)}] for role in ("user", "assistant"))

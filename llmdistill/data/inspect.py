@@ -13,27 +13,32 @@ from rich.text import Text
 from llmdistill.data import targets
 from llmdistill.data.alignment import shares
 from llmdistill.data.dataset import MANIFEST, SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
+from llmdistill.errors import InputError
 from llmdistill.runs.progress import console, counted, printable
 from llmdistill.runs.record import check_shape
+from llmdistill.tasks.task import Item, Task, items_file, read_items, read_task
 
 _BAR = 24  # characters for all rows
+_WRONG = 10  # answers that are printed
 _LOOKED_AT = 8  # shards, of which the first rows tell about the targets; so that a large dataset takes no longer
 
 
-def inspect(directory: Path, verify: bool = False) -> None:
+def inspect(directory: Path, verify: bool = False, task: Path | None = None) -> None:
     """Print counts, bytes a position, kept mass and a sample, from `dataset.json` and a few rows.
 
     Args:
         directory: the dataset's.
         verify: read every shard and check it against the checksum in its name.
+        task: file of a task of your own, by which answers to its held-out examples are scored, in place of the sample.
 
     Raises:
-        InputError: there is no complete dataset of this schema, or a shard is damaged.
+        InputError: there is no complete dataset of this schema, a shard is damaged, or no row asks a held-out example.
     """
     manifest = read_manifest(directory)
     check_shape(directory / MANIFEST, manifest, {"tokenizer": dict, "determinism": str, "shards": list})
     checked = sum(len(shard_files(directory, split)) for split in SPLITS) if verify else 0
     everything = [directory / entry["file"] for entry in manifest["shards"]]
+    scored = _scored(directory, everything, read_task(task, "--task")) if task else []
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(manifest, everything):
         table.add_row(f"[bold]{name}[/bold]", escape(printable(value)))
@@ -49,7 +54,38 @@ def inspect(directory: Path, verify: bool = False) -> None:
             console.print(f"[bold]{split:<6}[/bold] {text}")
     if verify:
         console.print(f"[bold]intact[/bold] the rows and checksums of {counted(checked, 'shard')}")
-    _print_sample(everything[0])
+    if task:
+        _print_scored(scored)
+    else:
+        _print_sample(everything[0])
+
+
+def _scored(directory: Path, files: list[Path], task: Task) -> list[tuple[float, Item, str]]:
+    """The score of every answer to a held-out example, with the example and the answer; the lowest first."""
+    name, file = items_file(task)
+    items = {item.input: item for item in read_items(file)}
+    rows = (row for table in read_batches(files, ["prompt", "completion"]) for row in table.to_pylist())
+    answers = ((items.get(row["prompt"][-1]["content"]), row["completion"][-1]["content"]) for row in rows if row["prompt"])
+    metric = task.rules.METRIC
+    scored = [(task.rules.score(task, answer, item.output)[metric], item, answer) for item, answer in answers if item]
+    if not scored:
+        raise InputError(f"{directory}: no row asks an example of {name}, which {task.file} (--task) names as its test")
+    return sorted(scored, key=lambda entry: entry[0])
+
+
+def _print_scored(scored: list[tuple[float, Item, str]]) -> None:
+    """The mean score, and the worst answers beside the right ones."""
+    wrong = [entry for entry in scored if entry[0] < 1]
+    mean = sum(score for score, _, _ in scored) / len(scored)
+    of = f"{len(scored) - len(wrong):,} of {counted(len(scored), 'answer')} to held-out examples are right"
+    console.print(f"[bold]task  [/bold] {of} · score {mean:.2f}")
+    for score, item, answer in wrong[:_WRONG]:
+        told = {"input": item.input, "answer": answer, "right": item.output}
+        text = Text("\n").join(Text(f"{name:<6} {printable(value)}") for name, value in told.items())
+        title = Text(f"{printable(item.origin)} · score {score:.2f}")
+        console.print(Panel(text, title=title, title_align="left"), soft_wrap=False)
+    if len(wrong) > _WRONG:
+        console.print(f"and {len(wrong) - _WRONG:,} more")
 
 
 def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]:

@@ -60,6 +60,8 @@ class Choices:
     student: str | None = None
     gpu: bool | None = None
     task: TaskChoices = field(default_factory=TaskChoices)
+    layers: int | None = None
+    """Of the teacher, which the student is made of in place of `student`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def init(directory: Path, choices: Choices) -> None:
         held_out=min(max(_HELD_OUT / source.rows, 0.05), 0.25),
         gpu=gpu,
         teacher=_scalar(_model_from(directory, teacher, "--teacher")),
-        student=_scalar(_model_from(directory, student, "--student")),
+        student=_scalar(_model_from(directory, student, "--student")) if student else None,
+        layers=choices.layers,
     )
     _write(directory, {"experiment.yaml": text, **source.files})
     missing = _extras({"generate": "vllm", "train": "trl"} if gpu else {"train": "trl"})
@@ -135,10 +138,14 @@ def _finds_gpu() -> bool:
     return any(shutil.which(tool) for tool in ("nvidia-smi", "rocm-smi"))
 
 
-def _models(choices: Choices, gpu: bool) -> tuple[str, str]:
-    """Teacher and student; who names one names the other, too."""
+def _models(choices: Choices, gpu: bool) -> tuple[str, str | None]:
+    """Teacher and student, if that is another model; who names one names the other, too."""
     usual_teacher, usual_student = _MODELS[gpu]
     teacher = choices.teacher or answer("Teacher", "" if choices.student else usual_teacher)
+    if choices.layers is not None:
+        if choices.layers < 1:
+            raise InputError(f"--layers is {choices.layers}, but must be at least 1")
+        return teacher, None
     student = choices.student or answer("Student", usual_student if teacher == usual_teacher else "")
     if not (teacher and student):
         raise InputError("give both --teacher and --student: soft targets need one tokenizer, so one follows from the other")

@@ -14,6 +14,7 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.prompting.template import PromptTemplate
 from tests.curation.steps import apply_step, table
+from tests.factories import VOCAB
 
 ROWS = table(["It is 4.", "It is a fish.", "Four"], prompts=["What is 2 + 2?", "What is 2 + 2?", "And 1 + 3?"])
 
@@ -35,7 +36,7 @@ def expected(model, prompt, answer):
 
 
 def test_scores_are_those_of_a_forward_pass_and_are_kept(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_K", 49152)  # a random model has no digits among its most likely tokens
+    monkeypatch.setattr(module, "_K", VOCAB)  # a random model has no digits among its most likely tokens
     reasons, _ = apply_step(tmp_path, step(tiny, min_mass=1e-9, min_score=5), ROWS)
     (file,) = (tmp_path / "judge").rglob("*.parquet")
     kept = {row["id"]: row for row in pq.read_table(file).to_pylist()}

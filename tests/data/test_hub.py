@@ -21,6 +21,7 @@ from llmdistill.data.cards import model_card
 from llmdistill.data.dataset import finished_shards, read_manifest, rows_to_table, write_manifest, write_shard
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs import record
+from tests import factories
 from tests.conftest import run_cli
 from tests.data.test_dataset import DESCRIPTION, VOCAB, make_row
 
@@ -263,7 +264,7 @@ def test_a_student_arrives_whole_and_alone(hub, student, tmp_path):
     }  # fmt: skip
     assert files == bytes_of(student, names)
     pulled = pull(files, tmp_path / "pulled")
-    assert AutoModelForCausalLM.from_pretrained(pulled).num_parameters() > 49152 * 32
+    assert AutoModelForCausalLM.from_pretrained(pulled).num_parameters() > factories.VOCAB * 32
     assert AutoTokenizer.from_pretrained(pulled).chat_template
 
 

@@ -10,7 +10,7 @@ from llmdistill.evaluation.metrics import METRICS, Sums
 from llmdistill.evaluation.statistics import Draws
 from llmdistill.evaluation.text import text_sums
 from llmdistill.models.loading import load_model
-from tests.factories import nearby
+from tests.factories import VOCAB, nearby
 
 END, K = 7, 16
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -37,7 +37,7 @@ def rows(models):
         soft = TopK.from_dense(p_NV, K)
         if count == 9:
             soft.logprobs_NK[-1], soft.tail_N[-1] = -np.inf, 1
-        columns = {name: values.values.to_numpy() for name, values in TopK.encode([soft], 49152).items()}
+        columns = {name: values.values.to_numpy() for name, values in TopK.encode([soft], VOCAB).items()}
         rows.append({"input_ids": ids, "completion_start": 3, **columns})
     return rows
 

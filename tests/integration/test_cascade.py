@@ -8,6 +8,7 @@ import pytest
 from llmdistill.evaluation.own_tasks import read_own, run_own
 from llmdistill.models.loading import end_token_ids, load_model, load_tokenizer
 from tests.conftest import ROOT
+from tests.factories import write_tiny_for_vllm
 from tests.integration.servers import vllm_server
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -17,19 +18,24 @@ ITEMS = 3
 
 
 @pytest.fixture(scope="module")
-def port(smollm2, tmp_path_factory):
+def model(smollm2, tmp_path_factory):
+    return write_tiny_for_vllm(tmp_path_factory.mktemp("model") / "tiny", smollm2)
+
+
+@pytest.fixture(scope="module")
+def port(model, tmp_path_factory):
     """One server that is both student and teacher."""
-    options = ["--dtype", "float32", "--max-model-len", 1024, "--generation-config", "vllm"]
+    options = ["--dtype", "float32", "--generation-config", "vllm"]
     log = tmp_path_factory.mktemp("server") / "log"
-    with vllm_server(log, smollm2, *options, "--served-model-name", "student", "teacher") as port:
+    with vllm_server(log, model, *options, "--served-model-name", "student", "teacher") as port:
         yield port
 
 
-def test_the_documented_cascade(smollm2, port, tmp_path, monkeypatch):
+def test_the_documented_cascade(model, port, tmp_path, monkeypatch):
     own = read_own(ROOT / "configs/tasks/orders.yaml")
-    model, tokenizer = load_model(str(smollm2), dtype="float32"), load_tokenizer(str(smollm2), None)
-    ends = end_token_ids(str(smollm2), None, model.config, tokenizer)
-    rows, tables = run_own([own], {"student": model}, {"student": tokenizer}, {"student": ends}, 3, ITEMS)
+    student, tokenizer = load_model(str(model), dtype="float32"), load_tokenizer(str(model), None)
+    ends = end_token_ids(str(model), None, student.config, tokenizer)
+    rows, tables = run_own([own], {"student": student}, {"student": tokenizer}, {"student": ends}, 3, ITEMS)
     confidences = [sum(row["logprobs"]) for row in rows]
     kept = sorted(confidences)[ITEMS // 2]
     told = {"system": own.task.prompt("")[0]["content"], "max_tokens": tables["orders"]["max_tokens"]["student"]}

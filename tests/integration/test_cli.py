@@ -2,12 +2,8 @@
 
 import json
 import os
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from llmdistill import cli, load_dataset
 from llmdistill.data.dataset import read_manifest
 from tests.conftest import ROOT, run_cli
 from tests.factories import write_foreign
+from tests.forked import start_forked
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ eval:
     win_rate: {{judge: {{model: {tiny}, engine: transformers}}, prompts: 3, max_tokens: 2}}}}
 """
     )
-    result = run_cli("run", file, fresh=True)
+    result = run_cli("run", file)
     assert result.returncode == 0, result.stderr
     return file, result.stdout
 
@@ -441,60 +438,27 @@ def test_dry_run_writes_nothing_and_needs_no_torch(experiment_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "llmdistill", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "it ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_generate_killed_at_random_moments_ends_in_the_same_bytes(experiment_file):
-    """kill −9 after one shard more each time; the resumed dataset is the undisturbed one to the byte."""
-    many = ["--generate.rows_per_shard", "2", "--generate.max_tokens", "24"]
-    undisturbed = experiment_file.parent / "undisturbed"
-    assert run_cli("generate", experiment_file, *many, "--output", undisturbed).returncode == 0
-    data = experiment_file.parent / "run/data"
-    dice = random.Random(0)
-    for kills in range(1, 4):
-        process = start("generate", experiment_file, *many)
-        wait_for(lambda done=kills: len(list(data.glob("train-*.parquet"))) >= done, process)
-        time.sleep(dice.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (data / "dataset.json").exists()
-    kept = {path.name: path.stat().st_mtime_ns for path in data.glob("train-*.parquet")}
-    assert run_cli("generate", experiment_file, *many).returncode == 0
-    names = {path.name for path in data.glob("*.parquet")}
-    assert names == {path.name for path in (undisturbed / "data").glob("*.parquet")}
-    assert len(names) == 12
-    for path in data.glob("*.parquet"):
-        assert path.read_bytes() == (undisturbed / "data" / path.name).read_bytes()
-        assert kept.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns, "a finished shard was made again"
-
-
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
-def test_train_killed_midway_goes_on_with_the_same_losses(experiment_file, by):
+def test_train_that_is_ended_goes_on_with_the_same_losses(experiment_file):
+    """SIGTERM: the step is finished, and kept whatever its number."""
     longer = ["--train.args.max_steps", "40", "--train.args.save_steps", "5"]
     for stage in ("generate", "curate"):
         assert run_cli(stage, experiment_file).returncode == 0
-    undisturbed = experiment_file.parent / "undisturbed"
+    undisturbed, err = experiment_file.parent / "undisturbed", experiment_file.parent / "err"
     dataset = ["--train.dataset", experiment_file.parent / "run/curated"]
     assert run_cli("train", experiment_file, *longer, *dataset, "--output", undisturbed).returncode == 0
     student = experiment_file.parent / "run/student"
-    process = start("train", experiment_file, *longer, *dataset)
-    wait_for(lambda: (student / "checkpoints/checkpoint-10/trainer_state.json").exists(), process)
-    process.send_signal(by)
-    _, said = process.communicate()
-    if by == signal.SIGTERM:  # the step is finished, and kept whatever its number
-        assert process.returncode == 143
-        step = int(re.search(r"the same command goes on from step (\d+)", said)[1])
-        assert (student / f"checkpoints/checkpoint-{step}/trainer_state.json").exists()
+    words = ["llmdistill", *map(str, ["train", experiment_file, *longer, *dataset])]
+    process = start_forked(words, ROOT, os.environ, experiment_file.parent / "out", err)
+    deadline = time.monotonic() + 120
+    while not (student / "checkpoints/checkpoint-10/trainer_state.json").exists():
+        assert process.is_alive(), "it ended before it was told to"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    step = int(re.search(r"the same command goes on from step (\d+)", err.read_text())[1])
+    assert (student / f"checkpoints/checkpoint-{step}/trainer_state.json").exists()
     assert json.loads((student / "run.json").read_text())["status"] == "unfinished"
     assert run_cli("train", experiment_file, *longer, *dataset).returncode == 0
     curves = []
@@ -507,22 +471,12 @@ def test_train_killed_midway_goes_on_with_the_same_losses(experiment_file, by):
         assert curves[1][step] == pytest.approx(values, rel=1e-5)
 
 
-def test_sigterm_ends_with_status_143_and_keeps_what_is_finished(experiment_file):
-    long = ["--generate.rows_per_shard", "1", "--generate.max_tokens", "64", "--generate.samples", "500"]  # minutes of work
-    process = start("generate", experiment_file, *long)
-    data = experiment_file.parent / "run/data"
-    wait_for(lambda: list(data.glob("train-*.parquet")), process)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    assert list(data.glob("train-*.parquet"))
-
-
-def test_the_shipped_configuration_of_two_tokenizers_runs_to_its_report(smollm2, tmp_path):
+def test_the_shipped_configuration_of_two_tokenizers_runs_to_its_report(tiny, tmp_path):
     """`configs/other-tokenizer.yaml`, with the exact engine and small models, few prompts and few steps."""
     student, run = write_foreign(tmp_path / "student"), tmp_path / "run"
     train = "{max_steps: 3, save_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-3, gradient_checkpointing: false}"
     done = run_cli(
-        "run", "configs/other-tokenizer.yaml", "--output", run, "--teacher.model", smollm2, "--teacher.engine", "transformers",
+        "run", "configs/other-tokenizer.yaml", "--output", run, "--teacher.model", tiny, "--teacher.engine", "transformers",
         "--teacher.tensor_parallel_size", 1, "--prompts.limit", 8, "--generate.samples", 1, "--generate.max_tokens", 16,
         "--student.model", student, "--train.args", train,
         "--eval", "{held_out: 0.25, resamples: 200, own_prompts: 0, samples: 1, sample_tokens: 4}",

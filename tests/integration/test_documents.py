@@ -1,8 +1,7 @@
 """A folder of Markdown files becomes a curated dataset with soft targets, the same one each time, with every row counted."""
 
 import json
-import subprocess
-import sys
+import os
 import time
 
 import pyarrow.parquet as pq
@@ -12,6 +11,7 @@ from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.runs.pipeline import stages
 from tests.conftest import ROOT, run_cli
+from tests.forked import start_forked
 
 # The tiny teacher writes no sentences: what it writes up to the first e is taken for a question, long or short.
 TEMPLATE = """
@@ -64,15 +64,15 @@ def test_a_second_run_from_nothing_gives_the_same_bytes(made):
 def test_a_kill_while_the_teacher_is_asked_loses_nothing(made):
     """kill −9 once the first shard of answers is there: the same command ends in the bytes of the undisturbed run."""
     killed = made / "killed/prompts"
-    command = [sys.executable, "-m", "llmdistill", "prompts", made / "experiment.yaml", "--output", made / "killed"]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
+    words = ["llmdistill", "prompts", str(made / "experiment.yaml"), "--output", str(made / "killed")]
+    process = start_forked(words, ROOT, os.environ, made / "out", made / "err")
     deadline = time.monotonic() + 120
     while not (there := list(killed.glob("1-ask/train-*.parquet"))):
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.kill()
-    process.wait()
+    process.join()
     kept = {path: path.stat().st_mtime_ns for path in there}
     assert not (killed / "prompts.parquet").exists()
     assert run_cli("prompts", made / "experiment.yaml", "--output", made / "killed").returncode == 0

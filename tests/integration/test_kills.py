@@ -1,11 +1,8 @@
 """Work that is killed at any moment, repeatedly, ends in the same dataset."""
 
-import multiprocessing
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +14,7 @@ from llmdistill.data.shards import Share
 from llmdistill.stages.generate import generate
 from llmdistill.stages.score import score
 from tests.conftest import ROOT, run_cli
+from tests.forked import context, start_forked
 
 WORKERS = 3
 KILLS = 34
@@ -46,10 +44,6 @@ def shards(directory):
     return {file.name: file.read_bytes() for file in directory.glob("train-*.parquet")}
 
 
-def start(command):
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
 def work(stage, file, overrides, share):
     """What a worker process does."""
     run = {"generate": generate, "score": score}[stage]
@@ -74,8 +68,6 @@ def test_kills_at_random_moments_lose_nothing(prepared, stage):
     and there are kills left, another one is begun. (The workers are forked from a process that has done the imports.)
     """
     file, directory = prepared
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmdistill.stages.generate", "llmdistill.stages.score", "llmdistill.teachers.transformers"])
     undisturbed = directory / ("undisturbed/data" if stage == "generate" else "undisturbed-score/data")
     chance, kills, begun = random.Random(stage), 0, 0
     while kills < KILLS // 2:
@@ -114,15 +106,16 @@ def test_kills_at_random_moments_lose_nothing(prepared, stage):
 
 def test_sigterm_keeps_finished_shards_and_says_so(prepared):
     file, directory = prepared
-    worker = start([sys.executable, "-m", "llmdistill", "generate", str(file), "--output", str(directory / "terminated")])
+    words, err = ["llmdistill", "generate", str(file), "--output", str(directory / "terminated")], directory / "err"
+    worker = start_forked(words, ROOT, os.environ, directory / "out", err)
     deadline = time.monotonic() + 120
     while not list((directory / "terminated/data").glob("train-*.parquet")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    worker.send_signal(signal.SIGTERM)
-    _, errors = worker.communicate(timeout=60)
-    assert worker.returncode == 143
-    assert "finished work is kept" in errors
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 143
+    assert "finished work is kept" in err.read_text()
     kept = shards(directory / "terminated/data")
     assert run_cli("generate", file, "--output", directory / "terminated").returncode == 0
     assert kept.items() <= shards(directory / "terminated/data").items() == shards(directory / "undisturbed/data").items()

@@ -114,6 +114,7 @@ def test_an_absolute_path_stays_as_it_is(here):
         (choices("documents", "asked.jsonl"), "prompts.passages.field is missing"),
         (Choices("none", teacher="models/tiny"), "give both --teacher and --student"),
         (Choices("none", student="models/tiny"), "give both --teacher and --student"),
+        (Choices("none", teacher="models/tiny", layers=0), "--layers is 0, but must be at least 1"),
         (Choices("none", None, "./tiny", "models/tiny"), "--teacher: ./tiny is neither a model directory"),
         (Choices("none", None, "models/tiny", "./tiny"), "--student: ./tiny is neither a model directory"),
     ],
@@ -166,6 +167,12 @@ def typed(text, *arguments):
             timeout=100,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         )
+
+
+def test_a_student_of_some_of_the_teachers_layers(here):
+    init(Path("first"), Choices("none", teacher="models/tiny", layers=2, gpu=False))
+    student = load_experiment(here / "first/experiment.yaml").student
+    assert (student.model, student.prune.layers) == (None, 2)
 
 
 def test_on_a_terminal_what_no_flag_says_is_asked_for(here):

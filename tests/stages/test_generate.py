@@ -15,6 +15,7 @@ from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.train import train
+from tests.factories import VOCAB
 
 TEMPLATE = """{% if tools %}TOOLS {{ tools | tojson }}
 {% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
@@ -80,9 +81,9 @@ def test_ids_that_pad_the_output_layer_are_never_written_kept_or_learned(experim
     """A teacher padded further than its student; its padding is likelier than any token."""
     padded = tmp_path / "padded"
     model = load_model(str(tiny))
-    model.resize_token_embeddings(49152 + 256, mean_resizing=False)
+    model.resize_token_embeddings(VOCAB + 256, mean_resizing=False)
     with torch.no_grad():
-        model.get_output_embeddings().weight[49152:] = 4 * model.get_output_embeddings().weight[:256]
+        model.get_output_embeddings().weight[VOCAB:] = 4 * model.get_output_embeddings().weight[:256]
     model.save_pretrained(padded)
     load_tokenizer(str(tiny), None).save_pretrained(padded)
     chosen = [("teacher.model", str(padded)), ("targets", kind), ("student", f"{{model: {tiny}}}"), ("eval.own_prompts", "2")]
@@ -90,6 +91,6 @@ def test_ids_that_pad_the_output_layer_are_never_written_kept_or_learned(experim
     for stage in (generate, curate, train, evaluate):
         stage(experiment)
     for row in load_dataset(experiment.directory("data")):
-        assert row["input_ids"].max() < 49152
+        assert row["input_ids"].max() < VOCAB
     metrics = json.loads((experiment.directory("eval") / "metrics.json").read_text())
     assert metrics["models"][0]["kl"]["mean"] == 0

@@ -20,7 +20,7 @@ from llmdistill.stages.generate import generate
 from llmdistill.stages.report import report
 from llmdistill.stages.score import score
 from llmdistill.stages.train import train
-from tests.factories import write_noisy
+from tests.factories import VOCAB, write_noisy
 
 DOMAINS = ("math", "code", "art")  # of which the last names no teacher
 
@@ -52,7 +52,7 @@ def own_logprobs(model, row):
     """Of the completion's tokens, in float64."""
     ids, start = torch.tensor(row["input_ids"]).long(), int(row["completion_start"])
     with torch.inference_mode():
-        logits = load_model(str(model)).double()(ids[None]).logits[0, start - 1 : -1, :49152]
+        logits = load_model(str(model)).double()(ids[None]).logits[0, start - 1 : -1, :VOCAB]
     return logits.log_softmax(-1).gather(1, ids[start:, None])[:, 0].numpy()
 
 
@@ -201,7 +201,7 @@ def test_the_student_is_measured_against_each_rows_own_teacher(file, models, tmp
         ids, start = torch.tensor(row["input_ids"]).long()[None], int(row["completion_start"])
         with torch.inference_mode():
             p, q = (
-                model(ids).logits[0, start - 1 : -1, :49152].log_softmax(-1)
+                model(ids).logits[0, start - 1 : -1, :VOCAB].log_softmax(-1)
                 for model in (load_model(str(models[name])).double(), student)
             )
         kl[name] += (p.exp() * (p - q)).sum(-1).tolist()

@@ -29,7 +29,7 @@ from llmdistill.stages.score import score
 from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import train
 from llmdistill.students.sides import is_needed
-from tests.factories import write_foreign, write_noisy
+from tests.factories import VOCAB, write_foreign, write_noisy
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]
 
@@ -108,7 +108,7 @@ def test_the_raw_rows_are_each_in_their_own_teachers_tokens(models, experiment, 
     manifest = read_manifest(directory)
     tokenizers = {name: AutoTokenizer.from_pretrained(models[name]) for name in NAMES}
     sizes = {name: one["tokenizer"]["vocab_size"] for name, one in manifest["teachers"].items()}
-    assert sizes == {"near": 49152, "far": len(tokenizers["far"])}
+    assert sizes == {"near": VOCAB, "far": len(tokenizers["far"])}
     for row in load_dataset(directory):
         tokenizer, start = tokenizers[name_of(row)], int(row["completion_start"])
         assert row["completion"][0]["content"] == tokenizer.decode(row["input_ids"][start:], skip_special_tokens=True)
@@ -261,7 +261,7 @@ def test_online_teachers_of_one_vocabulary_score_their_own_rows(models, experime
         theirs = load_model(str(models[{"near": "near", "far": "sibling"}[name_of(row)]]))
         ids, start = torch.from_numpy(row["input_ids"]).long(), int(row["completion_start"])
         with torch.no_grad():
-            p, q = (model(ids[None]).logits[0, start - 1 : -1, :49152].double().log_softmax(-1) for model in (theirs, student))
+            p, q = (model(ids[None]).logits[0, start - 1 : -1, :VOCAB].double().log_softmax(-1) for model in (theirs, student))
         total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + len(p)
     history = json.loads((run.directory("student") / "trainer_state.json").read_text())["log_history"]
     assert history[0]["kl"] == pytest.approx(total / tokens, rel=1e-4)
@@ -362,9 +362,9 @@ def test_a_row_with_ids_of_another_vocabulary_is_refused(models, experiment):
     file = run.directory("data") / manifest["shards"][0]["file"]
     _check_rows(file, sizes)
     with pytest.raises(InputError, match=r"row 0: the token id \d+ is outside of the vocabulary"):
-        _check_rows(file, {"near": 2, "far": 49152})
+        _check_rows(file, {"near": 2, "far": VOCAB})
     with pytest.raises(InputError, match=r"row 0: is of the teacher 'near', but those of the dataset are far"):
-        _check_rows(file, {"far": 49152})
+        _check_rows(file, {"far": VOCAB})
 
 
 def test_reasoning_traces_are_read_in_their_own_teachers_tokens(models, experiment):

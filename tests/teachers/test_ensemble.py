@@ -18,7 +18,7 @@ from llmdistill.stages.generate import generate
 from llmdistill.teachers import EngineSpec, Request, ensemble, row_seed
 from llmdistill.teachers.ensemble import EnsembleEngine
 from llmdistill.teachers.transformers import TransformersEngine
-from tests.factories import write_noisy
+from tests.factories import VOCAB, write_noisy
 
 WEIGHTS = (5, 2, 3)
 KEPT = {kind: Targets(kind=kind, n=6, k=6) for kind in ("topk", "sampled", "multinomial")}
@@ -48,7 +48,7 @@ def mean_of(models, request, ids):
     text = torch.tensor([*request.prompt_ids, *ids])
     with torch.inference_mode():
         logits = [load_model(str(model)).double()(text[None]).logits[0, len(request.prompt_ids) - 1 : -1] for model in models]
-    each = [logits_TV[:, :49152].softmax(-1) for logits_TV in logits]
+    each = [logits_TV[:, :VOCAB].softmax(-1) for logits_TV in logits]
     return sum(weight / sum(WEIGHTS) * p for weight, p in zip(WEIGHTS, each, strict=True))
 
 
@@ -87,7 +87,7 @@ def test_weighted_sums_are_unbiased(models, requests, tmp_path):
     """Of random functions over many draws of the targets of one text, against the mean over the whole vocabulary."""
     text = replace(requests[0], completion_ids=[100, 200, 300])
     many = [replace(text, index=n, seed=row_seed(str(n), 1)) for n in range(300)]
-    f_VF = np.random.default_rng(3).standard_normal((49152, 8))
+    f_VF = np.random.default_rng(3).standard_normal((VOCAB, 8))
     want = mean_of(models, text, text.completion_ids).numpy() @ f_VF
     found = []
     for made in engine_of(models, KEPT["sampled"], tmp_path).score([many]):

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.teachers import EngineSpec, Request, remote, server
+from tests.factories import VOCAB
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def changed(**changes):
         (changed(top_logprobs=[{"token_id:5": -0.1}] * 3), "not one distribution a token"),
         (changed(top_logprobs=[{"token_id:5": -0.1}, {}]), "another number of log-probabilities a token"),
         (changed(top_logprobs=[{"token_id:5": -0.1}, {"token_id:5": -1, "token_id:7": -2}]), "another number of log-prob"),
-        (changed(top_logprobs=[{"token_id:5": -0.1}, {"token_id:49152": -1}]), "token ids outside the vocabulary"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}, {"token_id:4096": -1}]), "token ids outside the vocabulary"),
         (changed(top_logprobs=[{"token_id:5": 0.7}, {"token_id:6": -1}]), "log-probabilities that are none"),
         (changed(logprobs=None), "an answer of another shape"),
         ({"text": "hello"}, "an answer of another shape"),
@@ -104,7 +105,7 @@ def test_an_answer_that_cannot_be_right_is_asked_for_again_and_given_up(monkeypa
     monkeypatch.setattr(httpx.AsyncClient, "request", answer)
     monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.0)
     teacher = Teacher(model="a/b", engine="server", url="http://host")
-    spec = EngineSpec(teacher, Generate(max_tokens=6), Targets(kind="topk", k=1), [5], 64, vocab_size=49152)
+    spec = EngineSpec(teacher, Generate(max_tokens=6), Targets(kind="topk", k=1), [5], 64, vocab_size=VOCAB)
     found = {made.index: made for made in server.ServerEngine(spec).generate([[Request(0, [3, 4], 7), Request(1, [3], 8)]])}
     assert found[0].failed.startswith(reason)
     assert found[1].failed is None

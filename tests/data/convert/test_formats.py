@@ -27,7 +27,7 @@ from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from tests.conftest import run_cli
 from tests.data.convert.test_distillkit import bits_of, curve
-from tests.factories import make_row, write_rows
+from tests.factories import make_row, write_rows, write_tiny
 
 K = 8
 
@@ -37,6 +37,12 @@ def _each_tokenizer_is_loaded_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(imports, "_Teacher", functools.cache(imports._Teacher))
         yield
+
+
+@pytest.fixture(scope="module")
+def tiny(smollm2, tmp_path_factory):
+    """With the whole vocabulary, so that ids take 16 bits."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny", smollm2, 49152)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,41 @@
+"""Answers to held-out examples of a task, scored by its rules."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmdistill.data.inspect import inspect
+from llmdistill.errors import InputError
+from tests.factories import make_row, write_rows
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task.yaml").write_text("kind: classify\ndescription: Say it.\nlabels: [a, b, '[red]c']\ntest: test.jsonl\n")
+    examples = [{"input": "a", "output": "a"}, {"input": "b", "output": "[red]c"}, {"input": "c", "output": "[red]c"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return Path("task.yaml")
+
+
+def answered(directory, *texts):
+    """A dataset in which every prompt is answered with itself."""
+    write_rows(directory, [make_row(text, [5], [6]) for text in texts], "none", 10)
+    manifest = json.loads((directory / "dataset.json").read_text())
+    (directory / "dataset.json").write_text(json.dumps({**manifest, "tokenizer": {"vocab_size": 10}, "determinism": "none"}))
+    return directory
+
+
+def test_answers_to_held_out_examples_are_scored_and_the_wrong_ones_shown(task, tmp_path, capsys):
+    inspect(answered(tmp_path / "data", "a", "b", "no example"), task=task)
+    said = capsys.readouterr().out
+    assert "1 of 2 answers to held-out examples are right · score 0.50" in said
+    assert "test.jsonl line 2 · score 0.00" in said
+    assert "right  [red]c" in said
+    assert "line 1" not in said
+
+
+def test_a_dataset_without_them_is_refused(task, tmp_path):
+    with pytest.raises(InputError, match=r"data: no row asks an example of test\.jsonl, which task\.yaml \(--task\) names"):
+        inspect(answered(tmp_path / "data", "x"), task=task)
