@@ -42,7 +42,7 @@ $(TASK_DEMO)/examples/dataset.json: $(wildcard configs/task-demo/make.py configs
 
 # Two files of tests at a time, each with one thread: a vLLM and a training fit into 16 GB beside each other. Threads of vLLM
 # servers are not bound to cores, of which they would all take the same.
-PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3:.anthropic:.readers:.notebook $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3:.anthropic:.readers:.notebook $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: check $(TEACHER) .torchao .s3 .anthropic .llamacpp .schemas .mkdocs .readers .notebook
 	$(PYTEST) --durations 15

@@ -6,12 +6,11 @@ There is one forkserver for all tests of a process: it is started once, with one
 import multiprocessing
 import os
 import runpy
-import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -27,12 +26,13 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOADED)
 
 _READ_ONCE = ("PYTHON", "HF_", "OMP_")  # variables that the interpreter or a library reads when it is started
+_SET_AGAIN = ("HF_TOKEN", "PYTHONWARNINGS")  # read when they are needed, or set by the command itself
 _AT_START = dict(os.environ)
 
 
 def can_fork(environment: Mapping[str, str]) -> bool:
     """Whether a forked process sees these variables as one that is started with them."""
-    names = [name for name in {*environment, *_AT_START} if name.startswith(_READ_ONCE) and name != "HF_TOKEN"]
+    names = [name for name in {*environment, *_AT_START} if name.startswith(_READ_ONCE) and name not in _SET_AGAIN]
     return all(environment.get(name) == _AT_START.get(name) for name in names)
 
 
@@ -98,33 +98,25 @@ def _program(words: list[str], directory: str, environment: dict[str, str], out:
 
 
 class _Racer:
-    """What a benchmark starts its workers by: a fork of itself, in place of a process that does the imports again."""
+    """What a benchmark starts its workers by: a fork of the process that has done the imports."""
 
     def __init__(self, command: list[str], **_: object) -> None:
-        its_input, told = os.pipe()
-        answers, its_output = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.dup2(its_input, 0)
-            os.dup2(its_output, 1)
-            os.close(told)
-            sys.argv = command[1:]
-            try:
-                runpy.run_path(command[1], run_name="__main__")
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        os.close(its_input)
-        os.close(its_output)
-        self.stdin, self.stdout = os.fdopen(told, "w"), os.fdopen(answers)
+        its_input, told = context.Pipe(duplex=False)
+        answers, its_output = context.Pipe(duplex=False)
+        self.process = context.Process(target=_race, args=(command[1:], str(Path.cwd()), its_input, its_output))
+        self.process.start()
+        self.stdin, self.stdout = os.fdopen(os.dup(told.fileno()), "w"), os.fdopen(os.dup(answers.fileno()))
+        for end in (its_input, told, answers, its_output):
+            end.close()
+        self.wait, self.kill = self.process.join, self.process.kill
 
-    def wait(self) -> None:
-        if self.pid:
-            os.waitpid(self.pid, 0)
-            self.pid = 0
 
-    def kill(self) -> None:
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            self.wait()
+def _race(words: list[str], directory: str, its_input: Connection, its_output: Connection) -> None:
+    os.chdir(directory)
+    os.dup2(its_input.fileno(), 0)
+    os.dup2(its_output.fileno(), 1)
+    its_output.close()
+    sys.stdin = os.fdopen(0)
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")

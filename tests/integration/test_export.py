@@ -14,7 +14,7 @@ from llmdistill.evaluation.writing import answer_length
 from llmdistill.models.loading import continue_prompts, load_model
 from llmdistill.students.formats import FORMATS
 from tests.conftest import ROOT, run_cli
-from tests.factories import write_experiment
+from tests.factories import write_experiment, write_tiny, write_tiny_for_vllm
 
 GPTQ = ROOT / ".llmcompressor"
 ASK = """
@@ -39,8 +39,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def experiment(tiny, tmp_path_factory):
+def experiment(smollm2, tmp_path_factory):
     """Up to the dataset; the tiny teacher has the tokenizer of the real one."""
+    tiny = write_tiny(tmp_path_factory.mktemp("model") / "tiny", smollm2, 49152)
     file = write_experiment(tiny, tmp_path_factory.mktemp("export"))
     for stage in ("generate", "curate"):
         assert run_cli(stage, file).returncode == 0
@@ -74,22 +75,22 @@ def test_a_quantised_model_answers_in_vllm(experiment, smollm2, tmp_path):
 
 @pytest.mark.engine
 def test_what_a_model_costs_in_vllm(smollm2, tmp_path):
-    """A real model is timed; one that vLLM does not load is told apart, with its reason."""
+    """A model is timed; one that vLLM does not load is told apart, with its reason."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    broken = tmp_path / "broken"
+    tiny, broken = write_tiny_for_vllm(tmp_path / "tiny", smollm2), tmp_path / "broken"
     broken.mkdir()
-    for file in smollm2.iterdir():
+    for file in tiny.iterdir():
         if file.suffix != ".safetensors":
             (broken / file.name).write_bytes(file.read_bytes())
     prompts = [[1, 5, 6, 7], list(range(5, 205)), [9, 8]]
     requests = Requests(prompts, 12, [2])
-    models = [Served("model", str(smollm2)), Served("broken", str(broken))]
+    models = [Served("model", str(tiny)), Served("broken", str(broken))]
     found = by_vllm(models, 2, 8, {"t": {"model": requests, "broken": requests}})
     model, failed = found["models"]
     assert 0 < model["decode"]["low"] <= model["decode"]["median"] <= model["decode"]["high"]
     assert model["prefill"]["median"] > model["decode"]["median"]  # many tokens in one pass against one
-    assert (smollm2 / "model.safetensors").stat().st_size < model["peak_bytes"] < 8 << 30
-    figures, loaded = model["requests"]["t"], load_model(str(smollm2), dtype="float32")
+    assert (tiny / "model.safetensors").stat().st_size < model["peak_bytes"] < 8 << 30
+    figures, loaded = model["requests"]["t"], load_model(str(tiny), dtype="float32")
     assert figures["count"] == 3
     assert 0 < figures["p50_s"] <= figures["p95_s"]
     written = [answer_length(continue_prompts(loaded, [ids], 12, [2], do_sample=False)[0].tolist(), [2]) for ids in prompts]

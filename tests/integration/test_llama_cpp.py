@@ -15,6 +15,7 @@ from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import read_manifest
 from llmdistill.models.loading import load_model
 from tests.conftest import ROOT, run_cli
+from tests.factories import write_tiny
 from tests.integration.servers import free_port
 
 pytest.importorskip("openai", reason="the extra `api` is not installed")
@@ -82,8 +83,9 @@ student: {{model: {smollm2}}}
     assert same[known_NK].float().mean() > 0.9
 
 
-def test_the_shipped_configuration_runs_to_its_report(address, smollm2, tiny, tmp_path):
+def test_the_shipped_configuration_runs_to_its_report(address, smollm2, tmp_path):
     """`configs/api.yaml`, with this server and small models, few prompts and few steps."""
+    tiny = write_tiny(tmp_path / "tiny", smollm2, 49152)
     train = "{max_steps: 3, save_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-3, gradient_checkpointing: false}"
     done = run_cli(
         "run", "configs/api.yaml", "--output", tmp_path / "run", "--teacher.model", "small", "--teacher.url", address,
