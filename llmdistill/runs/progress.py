@@ -5,6 +5,7 @@ first row is whole, and when nothing moves.
 """
 
 import os
+import sys
 import threading
 import time
 import unicodedata
@@ -29,7 +30,9 @@ _TOLD_FROM = 0.1  # share of the most tokens that there can be, from which on th
 _STEADY_ROWS = 1024  # rows after which their mean length is taken for that of the others
 _TURNS_TEXT = set(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]))  # its direction
 _IS_FIRST = os.environ.get("RANK", "0") == "0"  # one of many processes speaks
-console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not _IS_FIRST)
+# FORCE_COLOR, which Jupyter and CI set, asks for colours, and not for lines that move.
+_MOVES = None if sys.stdout.isatty() else False
+console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not _IS_FIRST, force_interactive=_MOVES)
 
 
 def say(stage: str, text: str) -> None:
@@ -85,7 +88,7 @@ class Activity:
 
     def show(self) -> None:
         """Put it on the terminal, with the time that it has taken."""
-        if not console.is_terminal or current.as_json:
+        if not console.is_interactive or current.as_json:
             return
         text = escape(without_secrets(f"{self.stage:<9} {self._with_time()}"))
         if self._status is None:
@@ -154,7 +157,7 @@ class StageBar:
             BarColumn(bar_width=20),
             TextColumn("{task.completed:.0f}/{task.total:.0f}{task.fields[text]}"),
             console=console,
-            disable=not console.is_terminal or current.as_json,
+            disable=not console.is_interactive or current.as_json,
         )
         self._task = self._progress.add_task(stage, total=total, completed=done, text="")
         self._reporting = _reporter.reporting(self)
@@ -179,7 +182,7 @@ class StageBar:
         self._reporting.__exit__(kind, error, trace)
         if kind is None and self.summary is not None:
             say(self.stage, self.summary)
-        elif kind is None and (current.as_json or not console.is_terminal):
+        elif kind is None and (current.as_json or not console.is_interactive):
             self.log(end=True)
 
     def advance(self, steps: int = 1, tokens: int = 0, facts: list[str] | None = None) -> None:
@@ -304,7 +307,7 @@ class _Reporter:
             if not self._going_on:
                 return
             item = self._going_on[-1]
-            if console.is_terminal and time.monotonic() - self._shown >= _REFRESH_SECONDS:
+            if console.is_interactive and time.monotonic() - self._shown >= _REFRESH_SECONDS:
                 item.show()
                 self._shown = time.monotonic()
             if current.watcher and current.watcher.is_due:
@@ -316,7 +319,7 @@ class _Reporter:
 
     @property
     def _logs(self) -> bool:
-        return current.as_json or not console.is_terminal
+        return current.as_json or not console.is_interactive
 
     def _look(self, item: Activity | StageBar) -> None:
         if current.watcher:

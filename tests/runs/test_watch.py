@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from llmdistill.runs.pipeline import stages
 from llmdistill.runs.progress import StageBar, say
 from llmdistill.runs.record import read_json
 from llmdistill.runs.watch import watched
-from tests.conftest import run_cli
+from tests.conftest import ROOT, run_cli
 
 SECRET = "hf_do-not-print-this"
 
@@ -220,6 +222,24 @@ def test_there_is_a_line_early_and_every_ten_seconds(clock, capsys):
                 said.append((clock[0] - 1000, out))
     assert [when for when, _ in said] == [3, 12, 21]
     assert said[1][1] == "generate  loading the teacher · 0:12\n"
+
+
+def test_colours_where_there_is_no_terminal_do_not_make_lines_move():
+    """FORCE_COLOR is set by Jupyter and by CI, whose logs show every step of an animation."""
+    program = """
+import time
+from llmdistill.runs.progress import StageBar, console, working
+console.print("[bold]ready[/bold]")
+with working("prune", "measuring"), StageBar("prune", 9) as bar:
+    time.sleep(0.5)
+    bar.advance(9)
+"""
+    environment = {**os.environ, "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    first, *others = done.stdout.splitlines()
+    assert first == "\x1b[1mready\x1b[0m"
+    assert len(others) <= 2, others
+    assert not any(code in done.stdout for code in ("\x1b[?25l", "\x1b[2K", "\r"))
 
 
 def test_the_rate_is_that_of_the_last_half_minute(clock):
