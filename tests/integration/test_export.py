@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +53,8 @@ def experiment(smollm2, tmp_path_factory):
 @pytest.mark.engine
 def test_a_quantised_model_answers_in_vllm(experiment, smollm2, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
+    if platform.machine() == "x86_64" and "vnni" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("without VNNI instructions oneDNN's 8-bit products saturate, and vLLM's answers are wrong (docs/export.md)")
     output = ["--output", tmp_path / "out", "--train.dataset", experiment.parent / "run/curated"]
     settings = ["--export.formats", "[w8a8]", "--export.rounding", "nearest", "--export.model", smollm2]
     result = run_cli("export", experiment, *output, *settings)
