@@ -24,7 +24,7 @@ from llmdistill.stages.report import report
 from llmdistill.stages.retokenize import retokenize
 from llmdistill.stages.train import train
 from tests.conftest import run_cli
-from tests.factories import write_foreign
+from tests.factories import write_foreign, write_tiny
 from tests.teachers.endpoint import Endpoint, distribution, serving, write_numbers
 
 pytest.importorskip("openai", reason="the extra `api` is not installed")
@@ -62,6 +62,12 @@ eval:
 """
     )
     return file
+
+
+@pytest.fixture(scope="module")
+def tiny(smollm2, tmp_path_factory):
+    """With the whole vocabulary, which is that of the judge."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny", smollm2, 49152)
 
 
 @pytest.fixture(scope="module")
