@@ -47,6 +47,12 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def whole_tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with the demo teacher's whole vocabulary, for what depends on it; a file's own `tiny` says why."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "whole", smollm2, 49152)
+
+
+@pytest.fixture(scope="session")
 def text_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of eight rows of uneven length without soft targets."""
     import numpy as np

@@ -85,16 +85,22 @@ def _program(words: list[str], directory: str, environment: dict[str, str], out:
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv = words
     if words[0] != "llmdistill":
-        sys.path.insert(0, str(Path(words[0]).parent))
-        import race
-
-        race.subprocess = SimpleNamespace(Popen=_Racer, PIPE=None)
-        runpy.run_path(words[0], run_name="__main__")
+        _script(words)
         return
+    sys.argv = words
     pipeline.subprocess = SimpleNamespace(Popen=lambda command: nullcontext(Stage(command)))
     run()
+
+
+def _script(words: list[str]) -> None:
+    """A benchmark by its path and arguments."""
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    import race
+
+    race.subprocess = SimpleNamespace(Popen=_Racer, PIPE=None)
+    runpy.run_path(words[0], run_name="__main__")
 
 
 class _Racer:
@@ -117,6 +123,4 @@ def _race(words: list[str], directory: str, its_input: Connection, its_output: C
     os.dup2(its_output.fileno(), 1)
     its_output.close()
     sys.stdin = os.fdopen(0)
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).parent))
-    runpy.run_path(words[0], run_name="__main__")
+    _script(words)

@@ -123,10 +123,8 @@ class Section(BaseModel):
         """
         texts = {name: field.description for name, field in cls.model_fields.items() if field.description}
         for base in reversed(cls.__mro__):
-            if (
-                not issubclass(base, Section) or base.__pydantic_generic_metadata__["origin"]
-            ):  # one with its parameters has no source
-                continue
+            if not issubclass(base, Section) or base.__pydantic_generic_metadata__["origin"]:
+                continue  # a generic class with its parameters filled in has no source of its own
             (definition,) = ast.parse(inspect.getsource(base)).body
             for field, text in pairwise(definition.body):  # type: ignore[attr-defined]
                 match field, text:

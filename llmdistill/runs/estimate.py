@@ -136,9 +136,8 @@ def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float, ow
     spent = _READING * read * speed.read + _DECODING * steps * speed.small + _own_tasks(experiment, speed, own)
     if settings.speed == "transformers":
         return spent + _DECODING * serving.ROUNDS["transformers"] * settings.sample_tokens * speed.small
-    timed = settings.batch_size * serving.PROMPT_TOKENS["vllm"] * speed.read + settings.sample_tokens * _step(
-        speed, settings.batch_size
-    )
+    prefill = settings.batch_size * serving.PROMPT_TOKENS["vllm"] * speed.read
+    timed = prefill + settings.sample_tokens * _step(speed, settings.batch_size)
     return spent + _VLLM_START * speed.start + _DECODING * serving.ROUNDS["vllm"] * timed
 
 

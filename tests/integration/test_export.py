@@ -16,7 +16,7 @@ from llmdistill.evaluation.writing import answer_length
 from llmdistill.models.loading import continue_prompts, load_model
 from llmdistill.students.formats import FORMATS
 from tests.conftest import ROOT, run_cli
-from tests.factories import write_experiment, write_tiny, write_tiny_for_vllm
+from tests.factories import write_experiment, write_tiny_for_vllm
 
 GPTQ = ROOT / ".llmcompressor"
 ASK = """
@@ -41,10 +41,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def experiment(smollm2, tmp_path_factory):
+def experiment(whole_tiny, tmp_path_factory):
     """Up to the dataset; the tiny teacher has the tokenizer of the real one."""
-    tiny = write_tiny(tmp_path_factory.mktemp("model") / "tiny", smollm2, 49152)
-    file = write_experiment(tiny, tmp_path_factory.mktemp("export"))
+    file = write_experiment(whole_tiny, tmp_path_factory.mktemp("export"))
     for stage in ("generate", "curate"):
         assert run_cli(stage, file).returncode == 0
     return file

@@ -15,7 +15,6 @@ from llmdistill.data.collator import DistillCollator, completion_logits
 from llmdistill.data.dataset import read_manifest
 from llmdistill.models.loading import load_model
 from tests.conftest import ROOT, run_cli
-from tests.factories import write_tiny
 from tests.integration.servers import free_port
 
 pytest.importorskip("openai", reason="the extra `api` is not installed")
@@ -83,14 +82,13 @@ student: {{model: {smollm2}}}
     assert same[known_NK].float().mean() > 0.9
 
 
-def test_the_shipped_configuration_runs_to_its_report(address, smollm2, tmp_path):
+def test_the_shipped_configuration_runs_to_its_report(address, smollm2, whole_tiny, tmp_path):
     """`configs/api.yaml`, with this server and small models, few prompts and few steps."""
-    tiny = write_tiny(tmp_path / "tiny", smollm2, 49152)
     train = "{max_steps: 3, save_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-3, gradient_checkpointing: false}"
     done = run_cli(
         "run", "configs/api.yaml", "--output", tmp_path / "run", "--teacher.model", "small", "--teacher.url", address,
         "--teacher.tokenizer", smollm2, "--teacher.concurrency", 1, "--prompts.limit", 8, "--generate.max_tokens", 24,
-        "--generate.rows_per_shard", 4, "--curate.0.finish_reason.keep", "[stop, length]", "--student.model", tiny,
+        "--generate.rows_per_shard", 4, "--curate.0.finish_reason.keep", "[stop, length]", "--student.model", whole_tiny,
         "--train.args", train, "--eval", "{held_out: 0.25, resamples: 200, samples: 1, sample_tokens: 4}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ import pytest
 from llmdistill.data.dataset import load_dataset, read_manifest
 from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli
-from tests.factories import write_cut_experiment, write_experiment, write_tiny
+from tests.factories import write_cut_experiment, write_experiment
 from tests.integration.servers import free_port
 from tests.integration.test_slurm import sharing_prompts, wait_for
 
@@ -36,9 +36,9 @@ cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
-def tiny(smollm2, tmp_path_factory):
+def tiny(whole_tiny):
     """With the whole vocabulary, so that there is time to kill an actor, or to cancel a job, at work."""
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny", smollm2, 49152)
+    return whole_tiny
 
 
 @pytest.fixture(scope="module")

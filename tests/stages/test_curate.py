@@ -31,16 +31,15 @@ from llmdistill.errors import InputError
 from llmdistill.stages.curate import curate
 from tests.conftest import ROOT
 from tests.curation.steps import make_experiment
-from tests.factories import write_tiny
 
 VOCAB = 40
 SENTENCE = "The tide rises and falls because the moon pulls at the sea and the earth turns under that pull every day, they say."
 
 
 @pytest.fixture(scope="module")
-def tiny(smollm2, tmp_path_factory):
+def tiny(whole_tiny):
     """With the whole vocabulary, in which the judge's question fits into the context."""
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny", smollm2, 49152)
+    return whole_tiny
 
 
 def make_row(number, text, prompt=None, length=4, reason="stop", fields=None):

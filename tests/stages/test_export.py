@@ -23,11 +23,17 @@ from llmdistill.stages.train import _settings, train
 from llmdistill.students.formats import FORMATS
 from llmdistill.students.quantization import fake_quantise, unfake
 from tests.conftest import ROOT, run_cli
-from tests.factories import VOCAB, write_experiment
+from tests.factories import write_experiment
 
 pytestmark = pytest.mark.slow
 
 QUANTISED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def tiny(whole_tiny):
+    """With the whole vocabulary, by which the sizes and costs here are told."""
+    return whole_tiny
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +107,7 @@ def test_quantised_weights_are_those_rounded_by_hand(run, form, bits, group):
         off = np.abs(found[name].double().numpy() - by_hand)
         tie = np.abs(weight.double().numpy() / scale % 1 - 0.5) < 1e-4  # half a step, which precision may decide either way
         assert (off[~tie] < 1e-6).all()
-        assert (off <= scale * (1 + 1e-5)).all()
+        assert (off <= scale * (1 + 1e-6)).all()
         assert tie.mean() < 1 / (group or 32) + 0.01  # a group's largest is at half a step: 7.5
     config = json.loads((output / "export" / form / "config.json").read_text())["quantization_config"]
     assert config["format"] == {"w4a16": "pack-quantized", "w8a8": "int-quantized"}[form]
@@ -153,13 +159,13 @@ def test_gguf_is_a_file_in_each_of_three_types(run):
     output, made, screen = run(formats=["gguf"])
     assert list(made) == ["gguf-f16", "gguf-q8_0", "gguf-q4_k_m"]
     costs = [made[name]["kl"]["mean"] for name in made]
-    assert costs[0] < 1e-4 < costs[1] < 2e-2 < costs[2]
+    assert costs[0] < 1e-4 < costs[1] < 1e-2 < costs[2]
     linear, others = 0, 0
     for weight in weights(output / "student").values():
         linear, others = linear + (weight.ndim > 1) * weight.numel(), others + (weight.ndim == 1) * weight.numel()
-    linear -= VOCAB * 32  # the output layer is the embeddings
+    linear -= 49152 * 32  # the output layer is the embeddings
     header = made["gguf-f16"]["bytes"] - 2 * linear - 4 * others  # the tokenizer, above all
-    assert 1e5 < header < 2e5
+    assert 1e6 < header < 2e6
     assert abs(made["gguf-q8_0"]["bytes"] - linear * 34 / 32 - 4 * others - header) < 2000
     assert made["gguf-f16"]["how"] == "weights by type: 15 in F16, 5 in F32"
     odd = "15 of them in a wider type, as their rows are not whole blocks"
@@ -276,8 +282,8 @@ def test_other_settings_and_missing_libraries_are_refused(run, tmp_path, monkeyp
 
 def test_a_student_with_other_tokens_is_refused(run, tmp_path):
     file = tmp_path / "run/student/config.json"
-    file.write_text(file.read_text().replace('"vocab_size": 4096', '"vocab_size": 4097'))
-    with pytest.raises(InputError, match="4,097 tokens, the dataset was written with 4,096"):
+    file.write_text(file.read_text().replace('"vocab_size": 49152', '"vocab_size": 49153'))
+    with pytest.raises(InputError, match="49,153 tokens, the dataset was written with 49,152"):
         run(formats=["safetensors"])
     assert not (tmp_path / "run/export").exists()
 

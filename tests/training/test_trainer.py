@@ -23,7 +23,7 @@ from tests.factories import VOCAB, make_row, write_rows
 from tests.training.steps import gradients_of_one_step
 
 K = 6
-ROUNDING = 3e-4  # of a gradient in float32, added up in another order; 6e-5 has been seen
+ROUNDING = 1e-4  # of a gradient in float32, added up in another order; 6e-5 has been seen
 LOSSES = ("loss", "ce", "kl", "eval_loss", "eval_ce", "eval_kl")
 
 

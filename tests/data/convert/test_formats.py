@@ -27,7 +27,7 @@ from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from tests.conftest import run_cli
 from tests.data.convert.test_distillkit import bits_of, curve
-from tests.factories import make_row, write_rows, write_tiny
+from tests.factories import make_row, write_rows
 
 K = 8
 
@@ -40,9 +40,9 @@ def _each_tokenizer_is_loaded_once():
 
 
 @pytest.fixture(scope="module")
-def tiny(smollm2, tmp_path_factory):
+def tiny(whole_tiny):
     """With the whole vocabulary, so that ids take 16 bits."""
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny", smollm2, 49152)
+    return whole_tiny
 
 
 @pytest.fixture(scope="module")
