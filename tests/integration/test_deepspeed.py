@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not DEEPSPEED.exists(), reason="`make test-deeps
 # DeepSpeed asks for an accelerator unless it is told of none.
 NO_ACCELERATOR = ["--train.args.use_cpu", "false", "--train.args.ddp_backend", "gloo"]
 PYTHONPATH = os.pathsep.join([str(DEEPSPEED), *filter(None, [os.environ.get("PYTHONPATH")])])
-STEPS = {"num_train_epochs": 2, "max_steps": -1, "gradient_accumulation_steps": 2, "max_length": 40, "save_steps": 2}
+STEPS = {"num_train_epochs": 2, "max_steps": -1, "gradient_accumulation_steps": 2, "max_length": 52, "save_steps": 2}
 STEPS = [word for name, value in STEPS.items() for word in (f"--train.args.{name}", value)]
 ADAPTERS = ["--student.lora.r", 4, "--targets.kind", "online"]
 

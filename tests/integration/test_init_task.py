@@ -33,7 +33,7 @@ SMALL = [  # what the experiment asks for, made little; an answer may be cut
 
 
 @pytest.fixture
-def begin(tiny, tmp_path, monkeypatch):
+def begin(whole_tiny, tmp_path, monkeypatch):
     """Twelve examples, and the experiment that `init` makes of them, small, as the working directory."""
 
     def begin(teacher):
@@ -42,7 +42,7 @@ def begin(tiny, tmp_path, monkeypatch):
         Path("examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = ["--task", "generate", "--examples", "examples.jsonl", "--description", "Repeat it in other words."]
         with pytest.raises(SystemExit) as ended:
-            cli.main(["init", "mine", *task, "--teacher", str(teacher), "--student", str(tiny), "--no-gpu"])
+            cli.main(["init", "mine", *task, "--teacher", str(teacher), "--student", str(whole_tiny), "--no-gpu"])
         assert ended.value.code == 0
         monkeypatch.chdir(tmp_path / "mine")
         return lambda *changes: load_experiment(Path("experiment.yaml"), [*SMALL, *changes])
@@ -75,9 +75,9 @@ def test_from_examples_to_the_report(begin, smollm2, sigterm):
     assert "task.yaml" in Path("runs/first/report.html").read_text()
 
 
-def test_a_held_out_example_among_the_rows_is_left_out_and_said(begin, tiny, sigterm):
+def test_a_held_out_example_among_the_rows_is_left_out_and_said(begin, whole_tiny, sigterm):
     """Also where the user's own prompts bring it in, in another case."""
-    load = begin(tiny)
+    load = begin(whole_tiny)
     held_out = [item.input for item in read_items(Path("test.jsonl"))]
     inputs = [*(text.upper() for text in held_out), *(f"Nothing of this kind, {n}." for n in range(12))]
     Path("inputs.jsonl").write_text("".join(json.dumps({"input": text}) + "\n" for text in inputs))
@@ -93,8 +93,8 @@ def test_a_held_out_example_among_the_rows_is_left_out_and_said(begin, tiny, sig
         assert detail == f"test.jsonl line {place} input: {text.lower()}"
 
 
-def test_the_python_of_the_page_runs(begin, tiny, sigterm, capsys):
-    begin(tiny)
+def test_the_python_of_the_page_runs(begin, whole_tiny, sigterm, capsys):
+    begin(whole_tiny)
     capsys.readouterr()
     page = (ROOT / "docs/your-task.md").read_text()
     look, ask = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)

@@ -17,7 +17,7 @@ from tests.integration.processes import LAUNCHES, files, losses, rewind, start, 
 
 # 24 rows in batches of 10: the last has rows for one process alone, and each of them fewer than asked for.
 WHOLE = {
-    "num_train_epochs": 2, "max_steps": -1, "gradient_accumulation_steps": 2, "max_length": 40, "save_steps": 1,
+    "num_train_epochs": 2, "max_steps": -1, "gradient_accumulation_steps": 2, "max_length": 52, "save_steps": 1,
     "save_total_limit": 4,
 }  # fmt: skip
 WHOLE = {f"train.args.{name}": value for name, value in WHOLE.items()}
