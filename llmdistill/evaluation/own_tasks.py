@@ -1,11 +1,13 @@
 """Tasks of a user's own (`llmdistill/tasks`) as part of `eval.tasks`: every model answers the held-out items greedily."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmdistill.errors import InputError, UnusableError
+from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.serving import Requests
 from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.evaluation.writing import Written, write_answers
@@ -61,6 +63,7 @@ def run_own(
     template_args: dict[str, Any] | None = None,
     references: Mapping[tuple[str, str], str] | None = None,
     stage: str = "eval",
+    parts: Parts | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Every model on the same items.
 
@@ -74,6 +77,7 @@ def run_own(
         template_args: more variables of the chat template.
         references: the teacher's answers, by task and item, where it is none of the models.
         stage: that says how far it is.
+        parts: where the answers of each model to each task are kept, of a run of the same tasks and models.
 
     Returns:
         The rows of `tasks.parquet`; and for each task, by model, `valid`, the share of answers that could be accepted,
@@ -84,6 +88,7 @@ def run_own(
         UnusableError: its template refuses an item.
     """
     asked = [(own.task, own.items[:limit], name) for name in models for own in tasks]
+    files = [f"answers-{number}" for number in range(len(asked))]
     # All of them before the first answer: what a template refuses is found out at once.
     prompts = [
         _prompts(task, items, models[name].config, tokenizers[name], end_ids[name], template_args or {})
@@ -92,10 +97,13 @@ def run_own(
     rows: list[dict[str, Any]] = []
     tables: dict[str, dict[str, Any]] = {own.task.name: {"valid": {}, "max_tokens": {}} for own in tasks}
     told = dict(references or {})
-    with StageBar(stage, sum(len(items) for _, items, _ in asked)) as bar:
-        for (task, items, name), (prompts_ids, longest) in zip(asked, prompts, strict=True):
+    counts = [len(items) for _, items, _ in asked]
+    done = sum(count for count, file in zip(counts, files, strict=True) if parts and parts.has(file))
+    with StageBar(stage, sum(counts), done) as bar:
+        for (task, items, name), (prompts_ids, longest), file in zip(asked, prompts, files, strict=True):
             bar.advance(0, facts=[f"{name} on {task.name}"])
-            answers = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], batch_size, longest, bar)
+            how = models[name], prompts_ids, tokenizers[name], end_ids[name], batch_size, longest, bar
+            answers = _kept(parts, file, partial(write_answers, *how))
             if name == "teacher":
                 told |= {(task.name, item.id): answer.text for item, answer in zip(items, answers, strict=True)}
             rows += [
@@ -150,6 +158,12 @@ def _prompts(
                 f"{item.origin}: {len(found[-1]):,} tokens and {longest:,} of an answer are more than the context of {context:,}"
             )
     return found, longest
+
+
+def _kept(parts: Parts | None, file: str, answer: Callable[[], list[Written]]) -> list[Written]:
+    if parts is None:
+        return answer()
+    return [Written(**entry) for entry in parts.result(file, lambda: [asdict(written) for written in answer()])]
 
 
 def _row(task: Task, model: str, item: Item, answer: Written, reference: str | None) -> dict[str, Any]:

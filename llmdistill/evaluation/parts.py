@@ -20,10 +20,14 @@ class Parts:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
+    def has(self, name: str) -> bool:
+        """Whether `result` has measured it."""
+        return (self.directory / f"{name}.json").exists()
+
     def result(self, name: str, measure: Callable[[], Any]) -> Any:
         """What JSON can hold, measured if it is not there."""
         file = self.directory / f"{name}.json"
-        if not file.exists():
+        if not self.has(name):
             write_json(file, {"result": measure()})
         found = read_json(file)
         assert found is not None

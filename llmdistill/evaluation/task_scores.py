@@ -18,6 +18,7 @@ from llmdistill.config import Experiment
 from llmdistill.evaluation.cascade import cascade
 from llmdistill.evaluation.examples import apart
 from llmdistill.evaluation.own_tasks import OwnTask, run_own
+from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.statistics import (
     Array,
     Draws,
@@ -40,6 +41,7 @@ def measure_tasks(
     tokenizers: dict[str, Any],
     end_ids: dict[str, list[int]],
     experiment: Experiment,
+    parts: Parts,
     directory: Path,
 ) -> dict[str, Any]:
     """Run the tasks, write `tasks.parquet`, and give what belongs into `metrics.json` under `tasks`."""
@@ -49,11 +51,11 @@ def measure_tasks(
     others = {name: entry for name, entry in tasks.items() if not isinstance(entry[1], OwnTask)}
     table, about, warnings = SCHEMA.empty_table(), dict[str, About](), list[str]()
     if own:  # the cheaper ones first
-        rows, tables = run_own(own, models, tokenizers, end_ids, size, limit, shown)
+        rows, tables = run_own(own, models, tokenizers, end_ids, size, limit, shown, parts=parts)
         table = pa.Table.from_pylist(rows, SCHEMA)
         about = {each.task.name: About(str(each.task.file), each.task.rules.METRIC, None, tables[each.task.name]) for each in own}
     if others:
-        measured, described, warnings = run_tasks(others, models, tokenizers, size, limit, shown)
+        measured, described, warnings = run_tasks(others, models, tokenizers, size, limit, shown, parts)
         table, about = pa.concat_tables([table, measured]), about | described
     pq.write_table(table, directory / "tasks.parquet")
     how = {

@@ -6,10 +6,12 @@ key `kind` is a task of a user's own, which own_tasks.py runs and which needs no
 
 import contextlib
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from llmdistill.config import read_yaml
 from llmdistill.config.shipped import find
 from llmdistill.errors import InputError
 from llmdistill.evaluation.own_tasks import OwnTask, check_count, read_own
+from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.models.loading import plain_generation
 from llmdistill.runs.progress import StageBar
@@ -218,7 +221,8 @@ def run_tasks(
     tokenizers: dict[str, Any],
     batch_size: int,
     limit: int | None,
-    template_args: dict[str, Any] | None = None,
+    template_args: dict[str, Any] | None,
+    parts: Parts,
 ) -> tuple[pa.Table, dict[str, About], list[str]]:
     """Every model on the same items: the score of each, what the tasks are, and what lm-eval warned of.
 
@@ -229,6 +233,7 @@ def run_tasks(
         batch_size: sequences in one forward pass.
         limit: the first items of each task only.
         template_args: more variables of the chat template.
+        parts: where the scores of each model on each task are kept.
 
     Raises:
         InputError: a task has no score of single items.
@@ -239,27 +244,36 @@ def run_tasks(
     rows: list[dict[str, Any]] = []
     about: dict[str, About] = {}
     warnings: list[str] = []
-    with StageBar("eval", len(tasks) * len(models)) as bar, torch.inference_mode():
-        for model_name, model in models.items():
-            tokenizer = tokenizers[model_name]
+    files = {pair: f"task-{number}" for number, pair in enumerate(itertools.product(models, tasks))}
+    done = sum(map(parts.has, files.values()))
+    with StageBar("eval", len(files), done) as bar, torch.inference_mode():
+
+        def measure(runner: Any, model: str, name: str) -> dict[str, Any]:
+            source, task = tasks[name]
+            bar.advance(0, facts=[f"{model} on {name}"])
+            with plain_generation(models[model]):
+                samples, cut = _run(runner, name, task, tokenizers[model].chat_template is not None, limit)
+            metric, described = _about(source, task, samples)
+            bar.advance(1)
+            scored = [_row(name, model, metric, sample, task) for sample in samples]
+            return {"rows": scored, "about": asdict(described), "cut": cut}
+
+        for model in models:
             with _quiet():
                 # Log-probabilities in float32: in bfloat16 many choices would tie.
                 runner = HFLM(
-                    model,
-                    tokenizer=tokenizer,
+                    models[model],
+                    tokenizer=tokenizers[model],
                     batch_size=batch_size,
                     softmax_dtype=torch.float32,
                     chat_template_args=template_args,
                 )
-            for name, (source, task) in tasks.items():
-                bar.advance(0, facts=[f"{model_name} on {name}"])
-                with plain_generation(model):
-                    samples, cut = _run(runner, name, task, tokenizer.chat_template is not None, limit)
-                metric, about[name] = _about(source, task, samples)
-                rows += [_row(name, model_name, metric, sample, task) for sample in samples]
-                if cut:
-                    warnings.append(f"{name}: {cut} requests were too long for {model_name} and were cut at their beginning")
-                bar.advance(1)
+            for name in tasks:
+                found = parts.result(files[model, name], partial(measure, runner, model, name))
+                rows += found["rows"]
+                about[name] = About(**found["about"])
+                if cut := found["cut"]:
+                    warnings.append(f"{name}: {cut} requests were too long for {model} and were cut at their beginning")
         bar.advance(0, facts=["models on tasks"])
     return pa.Table.from_pylist(rows, SCHEMA), about, warnings
 

@@ -7,7 +7,7 @@ Every pair is shown twice, each answer once in the first place, since judges fav
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from llmdistill.config.eval import WinRate
 from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.errors import InputError
 from llmdistill.evaluation.across import prompt_ids_of
+from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.statistics import Array, Draws, Estimate, check_clusters
 from llmdistill.evaluation.writing import write_answers
 from llmdistill.models.loading import load_tokenizer, vocabulary_hash
@@ -81,6 +82,7 @@ class Comparison:
         conversations: Sequence[str],
         tokenizers: dict[str, Any],
         end_ids: dict[str, list[int]],
+        parts: Parts,
         directory: Path,
     ) -> dict[str, Any]:
         """Let both models answer and the judge compare; write `verdicts.parquet`, and give what belongs into `metrics.json`.
@@ -92,6 +94,7 @@ class Comparison:
             conversations: the one that each row belongs to.
             tokenizers: of each model.
             end_ids: the tokens that end an answer of each.
+            parts: where the answers are kept.
             directory: of the stage.
         """
         asked = _distinct(rows, conversations, self.settings.prompts)
@@ -99,11 +102,15 @@ class Comparison:
         size, longest = self.experiment.eval.batch_size, self.settings.max_tokens
         writers = [name for name in names if name in models]
         answers = {name: [_stored_answer(row) for row in asked] for name in names if name not in writers}
-        with StageBar("eval", len(writers) * len(asked)) as bar:
-            for name in writers:
+        files = {name: f"win-rate-answers-{number}" for number, name in enumerate(writers)}
+        with StageBar("eval", len(writers) * len(asked), len(asked) * sum(map(parts.has, files.values()))) as bar:
+
+            def answer(name: str) -> list[str]:
                 prompts_ids = [prompt_ids_of(row, name) for row in asked]
                 written = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], size, longest, bar)
-                answers[name] = [answer.text for answer in written]
+                return [each.text for each in written]
+
+            answers |= {name: parts.result(file, partial(answer, name)) for name, file in files.items()}
         models.clear()
         prompts = [as_text(row["prompt"]) for row in asked]
         table = self._verdicts([str(row["id"]) for row in asked], prompts, *(answers[name] for name in names))

@@ -6,6 +6,7 @@ Of a teacher behind an API, whose weights are not here, its text alone is known:
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     measured = parts.arrays("fidelity", lambda: _measure(experiment, loaded))
     found: dict[str, Any] = {}
     if tasks:
-        found |= parts.result("tasks", lambda: measure_tasks(tasks, models, tokenizers, ends, experiment, directory))
+        found |= parts.result("tasks", lambda: measure_tasks(tasks, models, tokenizers, ends, experiment, parts, directory))
     own = _own_texts(loaded, experiment, parts) if experiment.eval.own_prompts and loaded.has_teacher else {}
     found |= parts.result("texts", lambda: _texts(experiment, loaded, measured))
     metrics = _metrics(experiment, plan.subjects, loaded, measured) | found | {"warnings": [warning] if warning else []}
@@ -165,7 +166,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     _add_speeds(metrics, served)
     if comparison := plan.comparison:
         metrics["win_rate"] = parts.result(
-            "win_rate", lambda: comparison.measure(models, rows, prompts, tokenizers, ends, directory)
+            "win_rate", lambda: comparison.measure(models, rows, prompts, tokenizers, ends, parts, directory)
         )
     _write(experiment, directory, metrics, measured, loaded)
     record.finish(directory, {"headline": metrics["headline"]})
@@ -392,12 +393,15 @@ def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[st
             **_computed(metrics, Sums(name, sums, draws, text_bytes)),
         }
 
-    found = {}
-    with StageBar("eval", len(models)) as bar:
-        for number, name in enumerate(models):
-            found[name] = parts.result(f"own-text-{number}", lambda name=name: measure(name))  # type: ignore[misc]
-            bar.advance(1, found[name]["tokens"], [f"own text of {name}"])
-    return found
+    files = {name: f"own-text-{number}" for number, name in enumerate(models)}
+    with StageBar("eval", len(models), sum(map(parts.has, files.values()))) as bar:
+
+        def measured(name: str) -> dict[str, Any]:
+            found = measure(name)
+            bar.advance(1, found["tokens"], [f"own text of {name}"])
+            return found
+
+        return {name: parts.result(file, partial(measured, name)) for name, file in files.items()}
 
 
 def _own_bytes(row: dict[str, Any], tokenizer: Any) -> int:

@@ -5,8 +5,10 @@ import pyarrow as pa
 import pytest
 
 from llmdistill.errors import InputError, UnusableError
+from llmdistill.evaluation import own_tasks
 from llmdistill.evaluation.examples import apart
 from llmdistill.evaluation.own_tasks import agrees, run_own
+from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.task_scores import summarise
 from llmdistill.evaluation.tasks import SCHEMA, About, files_of, load_tasks, read_tasks
 from llmdistill.evaluation.writing import Written
@@ -51,6 +53,30 @@ def test_every_model_answers_greedily_through_its_template(tmp_path, tiny):
     assert tables["classify"]["confusion"]["a"]["labels"] == ["good", "bad", "(no label)"]
 
 
+def test_answers_that_an_interrupted_run_had_are_not_written_again(tmp_path, tiny, monkeypatch):
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    own, names, asked = read_tasks([write(tmp_path, "classify")]), ("teacher", "student"), []
+    answer = own_tasks.write_answers
+
+    def counted(*how):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(*how)
+
+    def run(parts):
+        return run_own(
+            own, dict.fromkeys(names, model), dict.fromkeys(names, tokenizer), {name: [2] for name in names}, 2, None, parts=parts
+        )
+
+    monkeypatch.setattr(own_tasks, "write_answers", counted)
+    parts = Parts(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        run(parts)
+    assert run(parts) == run(None)
+    assert len(asked) == 2 + 1 + 2
+
+
 @pytest.mark.parametrize("kind", LINES)
 def test_right_answers_are_scored_one_and_wrong_ones_less(tmp_path, tiny, monkeypatch, kind):
     """A model that writes the targets, and one that writes the first of them always."""
@@ -58,7 +84,7 @@ def test_right_answers_are_scored_one_and_wrong_ones_less(tmp_path, tiny, monkey
     own = read_tasks([file])
     targets = [item.output for item in own[0].items]
     written = iter([[Written(text, [-0.1]) for text in texts] for texts in (targets, [targets[0]] * 3)])
-    monkeypatch.setattr("llmdistill.evaluation.own_tasks.write_answers", lambda *_: next(written))
+    monkeypatch.setattr(own_tasks, "write_answers", lambda *_: next(written))
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
     model.config.max_position_embeddings = 1024  # nothing is written
     names = ("teacher", "student")

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from llmdistill.errors import InputError
+from llmdistill.evaluation import tasks
+from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.tasks import TaskFile, files_of, load_tasks, read_tasks, run_tasks
 from llmdistill.models.loading import load_model, load_tokenizer
 
@@ -45,13 +47,16 @@ def files(tmp_path):
     return tmp_path
 
 
-def run(names, models, tokenizer, limit=None):
-    return run_tasks(
-        load_tasks(read_tasks([str(name) for name in names]), limit), models, dict.fromkeys(models, tokenizer), 2, limit
-    )
+@pytest.fixture
+def run(tmp_path):
+    def run(names, models, tokenizer, limit=None, parts="parts"):
+        found = load_tasks(read_tasks([str(name) for name in names]), limit)
+        return run_tasks(found, models, dict.fromkeys(models, tokenizer), 2, limit, None, Parts(tmp_path / parts))
+
+    return run
 
 
-def test_scores_are_those_of_the_likelihood_worked_out_here(files, tiny):
+def test_scores_are_those_of_the_likelihood_worked_out_here(files, tiny, run):
     """Every choice alone through the model, with the teacher's chat template, in float64."""
     import torch
 
@@ -84,7 +89,7 @@ def test_scores_are_those_of_the_likelihood_worked_out_here(files, tiny):
         }
 
 
-def test_written_answers_are_kept_as_text(files, tiny):
+def test_written_answers_are_kept_as_text(files, tiny, run):
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
     table, about, _ = run([files / "echo.yaml"], {"a": model, "b": model}, tokenizer, limit=2)
     assert about["echo"].chance is None
@@ -99,7 +104,26 @@ def test_written_answers_are_kept_as_text(files, tiny):
     assert table["answer"][0].as_py() == expected
 
 
-def test_too_long_requests_are_told(files, tiny):
+def test_what_an_interrupted_run_had_scored_is_not_scored_again(files, tiny, run, monkeypatch):
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    names, models = [files / "colours.yaml", files / "echo.yaml"], {"a": model, "b": model}
+    measure, asked = tasks._run, []
+
+    def counted(runner, name, *rest):
+        asked.append(name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return measure(runner, name, *rest)
+
+    monkeypatch.setattr(tasks, "_run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(names, models, tokenizer)
+    table, about, warnings = run(names, models, tokenizer)
+    assert asked == ["colours", "echo", "colours", "colours", "echo"]
+    assert (table, about, warnings) == run(names, models, tokenizer, parts="in one go")
+
+
+def test_too_long_requests_are_told(files, tiny, run):
     (files / "echo.jsonl").write_text('{"word": "short"}\n' + json.dumps({"word": "long " * 400}) + "\n")
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
     _, _, warnings = run([files / "echo.yaml"], {"a": model}, tokenizer)

@@ -10,6 +10,7 @@ from llmdistill.curation import judge
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
 from llmdistill.evaluation import win_rate
+from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.statistics import Draws
 from llmdistill.evaluation.win_rate import Comparison, length_controlled
 from llmdistill.evaluation.writing import Written
@@ -54,7 +55,9 @@ def compared(tiny, directory, monkeypatch, pairs, prefers, probability=0.9, **se
     models = {"student": "the student", "teacher": "the teacher"}
     tokenizers, ends = (dict.fromkeys(models, value) for value in (tokenizer, [2]))
     conversations = [row["id"] for row in rows]
-    got = Comparison(wanted, wanted.eval.win_rate).measure(models, rows, conversations, tokenizers, ends, directory)
+    got = Comparison(wanted, wanted.eval.win_rate).measure(
+        models, rows, conversations, tokenizers, ends, Parts(directory / "parts"), directory
+    )
     assert models == {}  # the judge has the memory
     return got
 
