@@ -6,12 +6,13 @@ agrees where it is the teacher's by the measure of the task; what the teacher an
 
 The share of requests in which the cascade disagrees falls with the threshold, so one confidence bound of it, at the lowest
 threshold that it allows, holds without a correction for having looked at all of them (Bates et al. 2021, arXiv 2101.02703,
-theorem 1). It is the exact one of Clopper & Pearson (1934). Items of one cluster count as one, which disagrees if any of
-them does.
+theorem 1). A cluster disagrees, with all of its items, if any of them does. Where clusters have one size, the bound is the
+exact one of Clopper & Pearson (1934), otherwise that of Hoeffding (1963, theorem 1) for the sizes of those that disagree.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,15 +47,16 @@ def cascade(
     sums = np.array([math.fsum(tokens) for tokens in logprobs])
     others = {"mean": [np.mean(tokens) for tokens in logprobs], "min": [min(tokens) for tokens in logprobs]}
     cluster = cluster_numbers(clusters)
+    by_cluster = Clusters.of(cluster)
     answered = sums[:, None] >= _points(sums)  # (items, points)
     return {
-        "clusters": int(cluster.max()) + 1,
+        "independent_items": by_cluster.independent_items,
         "agreement": draws.share(agrees.astype(float), np.ones(len(sums))),
         "auroc": {"sum": auroc(sums, agrees), **{name: auroc(np.array(values), agrees) for name, values in others.items()}},
         "calibration": _calibration(sums, agrees, cluster, seed),
         "none": _at(None, np.zeros(len(sums), bool), agrees, right),
         "curve": [_at(threshold, here, agrees, right) for threshold, here in zip(_points(sums), answered.T, strict=True)],
-        "thresholds": [_for(target, sums, agrees, right, cluster, draws) for target in TARGETS],
+        "thresholds": [_for(target, sums, agrees, right, by_cluster, draws) for target in TARGETS],
     }
 
 
@@ -100,39 +102,76 @@ def cross_fitted(scores: Array, positive: Array, cluster: Array, seed: int) -> A
     return found
 
 
-def most_failures(clusters: int, target: float) -> int | None:
-    """How many of so many clusters may disagree for the target to be shown at 95% confidence; None if not even 0 are enough."""
-    from scipy.stats import binom
+@dataclass(frozen=True)
+class Clusters:
+    """The items of a task by the clusters that they belong to, each of which disagrees as a whole or not at all.
 
-    # The bound is below 1 − target where so few disagreements are that unlikely if their share is 1 − target.
-    allowed = int((binom.cdf(np.arange(clusters), clusters, 1 - target) <= 1 - LEVEL).sum())
-    return allowed - 1 if allowed else None
+    Attributes:
+        cluster: of each item; shape (items,).
+        weights: of each cluster, its size as a share of the largest's; shape (clusters,). They are taken as given.
+    """
+
+    cluster: Array
+    weights: Array
+
+    @classmethod
+    def of(cls, cluster: Array) -> "Clusters":
+        """Of items with the numbers of their clusters."""
+        sizes = np.bincount(cluster)
+        return cls(cluster, sizes / sizes.max())
+
+    @property
+    def independent_items(self) -> float:
+        """As many items of their own tell as much: the items for each of the largest cluster."""
+        return float(self.weights.sum())
+
+    def risk(self, target: float) -> float:
+        """The mean weight of disagreeing clusters at which the target share of items agrees."""
+        return (1 - target) * float(self.weights.mean())
+
+    def items_needed(self, target: float) -> int:
+        """The fewest independent items that can show an agreement: so many without one disagreement."""
+        return math.ceil(math.log(1 - LEVEL) / math.log(1 - self.risk(target)) * self.weights.mean() - 1e-9)
+
+    def most(self, target: float) -> float | None:
+        """What the clusters that disagree may weigh for the target to be shown at 95% confidence; None if 0 is not enough."""
+        from scipy.optimize import brentq
+        from scipy.stats import binom
+
+        count, risk = len(self.weights), self.risk(target)
+        if (self.weights == 1).all():
+            # The bound is below the risk where so few disagreements are that unlikely if it is their share.
+            allowed = int((binom.cdf(np.arange(count), count, risk) <= 1 - LEVEL).sum())
+            return allowed - 1 if allowed else None
+
+        def missing(weight: float) -> float:
+            """Nats that the weight lacks of being shown."""
+            return -math.log(1 - LEVEL) - count * _relative_entropy(weight / count, risk)
+
+        return float(brentq(missing, 0.0, count * risk)) if missing(0.0) <= 0 else None
+
+    def threshold(self, scores: Array, agrees: Array, most: float) -> float | None:
+        """The lowest of the scores from which on the clusters with an item that disagrees weigh at most so much; or None."""
+        highest = np.full(len(self.weights), -np.inf)
+        np.maximum.at(highest, self.cluster[~agrees], scores[~agrees])  # of each cluster, where it disagrees first
+        fine = [score for score in np.unique(scores) if self.weights[highest >= score].sum() <= most + 1e-9]
+        return float(fine[0]) if fine else None
 
 
-def items_needed(target: float) -> int:
-    """The fewest items that can show an agreement: so many without one disagreement."""
-    return math.ceil(math.log(1 - LEVEL) / math.log(target))
+def _relative_entropy(p: float, q: float) -> float:
+    """Of two Bernoulli variables, KL(p ‖ q) in nats."""
+    return sum(a * math.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)) if a > 0)
 
 
-def threshold(scores: Array, agrees: Array, cluster: Array, most: int) -> float | None:
-    """The lowest of the scores from which on at most so many clusters have an item that disagrees; None if there is none."""
-    lowest, failed = None, set[int]()
-    for score in np.unique(scores)[::-1]:
-        failed |= set(cluster[(scores == score) & ~agrees].tolist())
-        if len(failed) > most:
-            break
-        lowest = float(score)
-    return lowest
-
-
-def _for(target: float, scores: Array, agrees: Array, right: dict[str, Array], cluster: Array, draws: Draws) -> dict[str, Any]:
+def _for(
+    target: float, scores: Array, agrees: Array, right: dict[str, Array], clusters: Clusters, draws: Draws
+) -> dict[str, Any]:
     """The threshold for an agreement, and what it gives."""
-    clusters = int(cluster.max()) + 1
-    most = most_failures(clusters, target)
-    found = {"target": target, "level": LEVEL, "items_needed": items_needed(target)}
+    most = clusters.most(target)
+    found = {"target": target, "level": LEVEL, "items_needed": clusters.items_needed(target)}
     if most is None:
         return {**found, "threshold": None, "shown": False}
-    lowest = threshold(scores, agrees, cluster, most)
+    lowest = clusters.threshold(scores, agrees, most)
     here = np.zeros(len(scores), bool) if lowest is None else scores >= lowest
     figures = _at(lowest, here, agrees, right)
     return {**found, **figures, "shown": True, "answered": draws.share(here.astype(float), np.ones(len(scores)))}

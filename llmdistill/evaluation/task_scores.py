@@ -23,11 +23,13 @@ from llmdistill.evaluation.statistics import (
     Array,
     Draws,
     Estimate,
+    Interval,
     check_clusters,
     clusters_needed,
     holm,
     mcnemar,
     mean_of,
+    pairs_interval,
     residual_errors,
 )
 from llmdistill.evaluation.tasks import SCHEMA, About, run_tasks
@@ -113,6 +115,14 @@ class _Task:
         first, *second = (self.scores[model] for model in models)
         return self.draws.ratio(first - second[0] if second else first, self.items)
 
+    def are_right_or_wrong(self, *models: str) -> bool:
+        """Whether these models' scores are 0 or 1."""
+        return all(np.isin(self.scores[model], (0, 1)).all() for model in models)
+
+    def least_half(self, *models: str) -> float:
+        """Half of the interval of the difference of two models that are right on the same items; 0 for other scores."""
+        return pairs_interval(np.zeros(len(self.sizes))).high if self.are_right_or_wrong(*models) else 0.0
+
     def described(self, about: About, models: Sequence[str], rivals: Sequence[str]) -> dict[str, Any]:
         """Its entry in `metrics.json`."""
         return {
@@ -152,7 +162,7 @@ class _Task:
     def _difference(self, rival: str) -> dict[str, Any]:
         ours, theirs = self.scores[STUDENT], self.scores[rival]
         needed = clusters_needed(self.draws.sums(ours - theirs), self.sizes)
-        binary = all(np.isin(scores, (0, 1)).all() for scores in (ours, theirs))
+        binary = self.are_right_or_wrong(STUDENT, rival)
         return {
             "of": STUDENT,
             "against": rival,
@@ -208,4 +218,7 @@ def _kept(tasks: list[_Task], floor: float, model: str = STUDENT) -> dict[str, f
         squares += residual_errors(columns, coefficients, task.sizes, weights) ** 2
     errors = np.sqrt(squares) / len(tasks) / teacher
     freedom = sum(each.freedom for each in ours)
-    return asdict(Estimate(float(kept[0]), float(errors[0]), kept[1:], errors[1:], freedom).interval())
+    found = Estimate(float(kept[0]), float(errors[0]), kept[1:], errors[1:], freedom).interval()
+    # Where the two are right and wrong on the same items, or nearly so, resamples tell too little: as a difference of shares.
+    least = math.sqrt(sum(task.least_half(model, TEACHER) ** 2 for task in tasks)) / len(tasks) / float(teacher[0])
+    return asdict(Interval(found.mean, min(found.low, found.mean - least), max(found.high, found.mean + least)))

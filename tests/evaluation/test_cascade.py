@@ -11,13 +11,11 @@ from statsmodels.stats.proportion import proportion_confint
 
 from llmdistill.evaluation.cascade import (
     TARGETS,
+    Clusters,
     auroc,
     cascade,
     cross_fitted,
-    items_needed,
-    most_failures,
     platt,
-    threshold,
 )
 from llmdistill.evaluation.statistics import Draws
 
@@ -32,8 +30,9 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(items):
 @pytest.mark.parametrize(("n", "most"), [(28, (None, None, None)), (29, (0, None, None)), (59, (1, 0, None))])
 def test_too_few_items_for_a_target(n, most):
     """Without one disagreement in n, 0.05^(1/n) is shown: 90% takes 29 items, 95% 59, 99% 299."""
-    assert tuple(most_failures(n, target) for target in TARGETS) == most
-    assert [items_needed(target) for target in TARGETS] == [29, 59, 299]
+    alone = Clusters.of(np.arange(n))
+    assert tuple(alone.most(target) for target in TARGETS) == most
+    assert [alone.items_needed(target) for target in TARGETS] == [29, 59, 299]
 
 
 @pytest.mark.parametrize("n", [298, 299, 473, 474, 1000, 5000])
@@ -41,7 +40,7 @@ def test_too_few_items_for_a_target(n, most):
 def test_the_bound_is_that_of_clopper_and_pearson(n, target):
     """Of statsmodels: the upper end of the two-sided 90% interval is the one-sided 95% bound."""
     below = [k for k in range(n) if proportion_confint(k, n, alpha=0.1, method="beta")[1] <= 1 - target]
-    assert most_failures(n, target) == (below[-1] if below else None)
+    assert Clusters.of(np.arange(n)).most(target) == (below[-1] if below else None)
 
 
 @given(
@@ -51,25 +50,55 @@ def test_the_bound_is_that_of_clopper_and_pearson(n, target):
 def test_the_threshold_is_the_lowest_that_lets_few_clusters_disagree(items, most):
     scores = np.array([score for score, _, _ in items], float)
     agrees = np.array([found for _, found, _ in items])
-    cluster = np.array([group for _, _, group in items])
-    fine = [s for s in scores if len({group for value, found, group in items if value >= s and not found}) <= most]
-    assert threshold(scores, agrees, cluster, most) == (min(fine) if fine else None)
+    groups = [group for _, _, group in items]
+    failing = {s: {group for value, found, group in items if value >= s and not found} for s in scores}
+    fine = [s for s in scores if sum(groups.count(group) for group in failing[s]) <= most * max(map(groups.count, groups))]
+    assert Clusters.of(np.array(groups)).threshold(scores, agrees, most) == (min(fine) if fine else None)
 
 
 def test_the_promised_agreement_holds_in_95_of_100_samples():
     """P(disagree | score s) = c (1 − s) with s uniform: a cascade with threshold t disagrees in c (1 − t)² / 2 of requests."""
     generator, c, n, target = np.random.default_rng(0), 0.4, 300, 0.95
-    most = most_failures(n, target)
+    clusters = Clusters.of(np.arange(n))
+    most = clusters.most(target)
     broken, answered = [], []
     for _ in range(1000):
         scores = generator.random(n)
         agrees = generator.random(n) >= c * (1 - scores)
-        found = threshold(scores, agrees, np.arange(n), most)
+        found = clusters.threshold(scores, agrees, most)
         broken.append(c * (1 - found) ** 2 / 2 > 1 - target)
         answered.append(1 - found)
     assert np.mean(broken) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1000)
     # Half of the requests could be answered if the distribution were known; it must not be far less.
     assert 0.35 < np.mean(answered) < 0.5
+
+
+@pytest.mark.parametrize("failing", [(0.6, 0.1), (0.05, 0.4), (0.3, 0.3)], ids=["large ones", "small ones", "all alike"])
+def test_the_promise_is_of_requests_where_clusters_differ_in_size(failing):
+    """One cluster in ten has 12 items, which agree or disagree together; the promise is kept whichever fail more often."""
+    generator, n, target = np.random.default_rng(1), 400, 0.9
+    broken = []
+    for _ in range(400):
+        is_large, confidence = generator.random(n) < 0.1, generator.random(n)
+        fails = generator.random(n) < np.where(is_large, *failing) * (1 - confidence)
+        cluster = np.repeat(np.arange(n), np.where(is_large, 12, 1))
+        clusters = Clusters.of(cluster)
+        found = clusters.threshold(confidence[cluster], ~fails[cluster], clusters.most(target))
+        share = (0.1 * 12 * failing[0] + 0.9 * failing[1]) / (0.1 * 12 + 0.9)  # of the items, by the definition of the draw
+        broken.append(share * (1 - found) ** 2 / 2 > 1 - target)
+    assert np.mean(broken) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+
+
+def test_a_few_large_clusters_that_disagree_are_not_hidden_by_many_small_ones():
+    """280 items alone agree, 20 clusters of 30 do not: 20 of 300 clusters, and 600 of 880 items."""
+    clusters = [str(n) for n in range(280)] + [f"large {n}" for n in range(20) for _ in range(30)]
+    agrees = np.arange(880) < 280
+    found = measured(np.linspace(-2, -1, 880), agrees, clusters=clusters)
+    assert found["independent_items"] == pytest.approx(880 / 30)
+    assert [entry["shown"] for entry in found["thresholds"]] == [False] * 3
+    assert [entry["items_needed"] for entry in found["thresholds"]] == [30, 60, 300]  # ln 20 ÷ (1 − target)
+    found = measured(np.linspace(-1, -2, 880), np.ones(880, bool), clusters=[str(n) for n in range(880)])
+    assert [entry["answered"]["mean"] for entry in found["thresholds"]] == [1, 1, 1]
 
 
 def test_platts_fit_is_the_logistic_regression_on_his_targets():

@@ -85,6 +85,31 @@ def test_kept_is_a_paired_ratio():
     assert (kept["low"], kept["high"]) == pytest.approx((want.low, want.high), abs=0.012)
 
 
+@pytest.mark.parametrize(("items", "half"), [(12, 0.198), (38, 0.0693), (1000, 0.00277)])
+def test_kept_is_not_certain_where_no_item_differs(items, half):
+    """Of 38 items a student that is worse on 3% of all loses none in three of ten samples: z √2 / (n + 2) on each side."""
+    right = np.arange(items) % 10 > 0
+    got = summarise(table({"a": dict.fromkeys(MODELS, right)}), {"a": ABOUT}, 200, 0)
+    teacher = right.mean()
+    for kept in (got["tasks"][0]["kept"], got["together"]["kept"]):
+        assert kept["mean"] == 1
+        assert (1 - kept["low"], kept["high"] - 1) == pytest.approx((half / teacher, half / teacher), rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("items", [38, 100, 300])
+def test_kept_holds_the_true_share_where_few_items_differ(items):
+    """The teacher has 95% right, the student 97% of those and a fifth of the others."""
+    generator, held, count = np.random.default_rng(items), 0, 300
+    for seed in range(count):
+        teacher = generator.random(items) < 0.95
+        student = np.where(teacher, generator.random(items) < 0.97, generator.random(items) < 0.2)
+        scores = {"teacher": teacher, "student before": teacher, "student": student}
+        kept = summarise(table({"a": scores}), {"a": ABOUT}, 200, seed)["tasks"][0]["kept"]
+        held += kept["low"] <= (0.95 * 0.97 + 0.05 * 0.2) / 0.95 <= kept["high"]
+    assert held / count > 0.93
+
+
 def test_all_tasks_count_alike_and_holm_is_over_them():
     scores = {"a": drawn(1, (0.9, 0.5, 0.8, 0.7), 300), "b": drawn(2, (0.6, 0.3, 0.55, 0.5), 40), "c": drawn(3, (0.5,) * 4, 60)}
     about = {name: About("x", "acc", chance) for name, chance in (("a", 0.25), ("b", 0.5), ("c", None))}

@@ -1,5 +1,6 @@
 """What is shown of tasks."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,7 +67,7 @@ def _said(cascade: Json) -> list[str]:
     if missing:
         few = ", ".join(f"{entry['target']:.0%} takes {entry['items_needed']}" for entry in missing)
         said.append(
-            f"{cascade['clusters']} independent items are too few to show a higher agreement, "
+            f"{math.floor(cascade['independent_items'] + 1e-6)} independent items are too few to show a higher agreement, "
             f"even without one disagreement: {few}."
         )
     return said
