@@ -61,24 +61,25 @@ def contamination(settings: Contamination, context: StepContext) -> Check:
     distinct: dict[tuple[str, ...], _Text] = {}
     for origin, tree in trees:
         for text in _strings(tree, origin):
-            distinct.setdefault(tuple(text.words) or (normalised(text.text),), text)
+            distinct.setdefault(_whole(text.text, text.words), text)
     texts = list(distinct.values())
     if not texts:
         raise InputError(f"{context.key}.against: {', '.join(settings.against)}: contain no text")
     searched = [text for text in texts if len(text.words) >= min(_SHORTEST, settings.ngram)]
-    short = {normalised(text.text): text.origin for text in texts if len(text.words) < min(_SHORTEST, settings.ngram)}
     indices, common = _indices(searched, settings.ngram)
-    context.facts |= {"strings": len(searched), "short_strings": len(short), "common_ngrams": common}
+    context.facts |= {"strings": len(searched), "short_strings": len(texts) - len(searched), "common_ngrams": common}
     log = context.closing.enter_context(context.log.open("w", encoding="utf-8", errors="replace"))
 
     def check(rows: pa.Table) -> Iterator[str | None]:
         for identity, prompt, answer in zip(rows["id"].to_pylist(), rows["prompt"].to_pylist(), answers(rows), strict=True):
             found = []
             for message in prompt:
-                text = message["content"]
-                found += [("prompt", *match) for match in _matches(words(text), indices, searched)]
-                if normalised(text) in short:
-                    found.append(("prompt", short[normalised(text)], normalised(text), 1))
+                text, its = message["content"], words(message["content"])
+                matches = list(_matches(its, indices, searched))
+                same = distinct.get(_whole(text, its))  # also where all of its n-grams are common
+                if same and same.origin not in {origin for origin, _, _ in matches}:
+                    matches.append((same.origin, normalised(text), 1))
+                found += [("prompt", *match) for match in matches]
             found += [("completion", *match) for match in _matches(words(answer), indices, searched)]
             for where, item, ngram, count in found:
                 entry = {"id": identity, "in": where, "item": item, "ngram": ngram, "shared_ngrams": count}
@@ -86,6 +87,11 @@ def contamination(settings: Contamination, context: StepContext) -> Check:
             yield f"{found[0][1]}: {found[0][2]}" if found else None
 
     return check
+
+
+def _whole(text: str, words: list[str]) -> tuple[str, ...]:
+    """What equal texts have in common: their words, or the text where it has none."""
+    return tuple(words) or (normalised(text),)
 
 
 def _indices(texts: list[_Text], longest: int) -> tuple[list[_Index], int]:

@@ -16,7 +16,7 @@ from llmdistill.data.dataset import MANIFEST, SPLITS, bytes_per_position, read_b
 from llmdistill.errors import InputError
 from llmdistill.runs.progress import console, counted, printable
 from llmdistill.runs.record import check_shape
-from llmdistill.tasks.task import Item, Task, items_file, read_items, read_task
+from llmdistill.tasks.task import Item, Task, check_targets, items_file, read_items, read_task
 
 _BAR = 24  # characters for all rows
 _WRONG = 10  # answers that are printed
@@ -32,7 +32,8 @@ def inspect(directory: Path, verify: bool = False, task: Path | None = None) -> 
         task: file of a task of your own, by which answers to its held-out examples are scored, in place of the sample.
 
     Raises:
-        InputError: there is no complete dataset of this schema, a shard is damaged, or no row asks a held-out example.
+        InputError: there is no complete dataset of this schema, a shard is damaged, no row asks a held-out example, or
+            an example's output could not be accepted.
     """
     manifest = read_manifest(directory)
     check_shape(directory / MANIFEST, manifest, {"tokenizer": dict, "determinism": str, "shards": list})
@@ -63,7 +64,9 @@ def inspect(directory: Path, verify: bool = False, task: Path | None = None) -> 
 def _scored(directory: Path, files: list[Path], task: Task) -> list[tuple[float, Item, str]]:
     """The score of every answer to a held-out example, with the example and the answer; the lowest first."""
     name, file = items_file(task)
-    items = {item.input: item for item in read_items(file)}
+    held_out = read_items(file)
+    check_targets(held_out, lambda output: task.rules.verdict(task, output))
+    items = {item.input: item for item in held_out}
     rows = (row for table in read_batches(files, ["prompt", "completion"]) for row in table.to_pylist())
     answers = ((items.get(row["prompt"][-1]["content"]), row["completion"][-1]["content"]) for row in rows if row["prompt"])
     metric = task.rules.METRIC

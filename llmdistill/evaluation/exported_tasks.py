@@ -46,10 +46,10 @@ class MeasuredTasks:
 
 
 def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
-    """The tasks of a user's own, if there are any and `eval` is finished.
+    """The tasks of a user's own, if there are any and `eval` has measured this student on them.
 
     Raises:
-        InputError: a task cannot be used, or has other items than were evaluated.
+        InputError: a task cannot be used, or it or the student are others than were evaluated.
     """
     own = read_own_tasks(experiment.eval.tasks)
     directory = experiment.directory("eval")
@@ -62,6 +62,16 @@ def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
     table = pq.read_table(file)
     if not table.schema.equals(SCHEMA):
         raise InputError(f"{file}: has other columns than this version writes; run `eval` again")
+    read = (record.read_run(directory) or {"inputs": {}})["inputs"]
+    changed = [name for task in own for name, path in task.files.items() if read.get(name) != record.sha256(path)]
+    source = (experiment.export and experiment.export.model) or str(experiment.directory("student"))
+    if record.model_fingerprint(source, None) != read.get(str(experiment.directory("student"))):
+        if source != str(experiment.directory("student")):
+            say("export", f"does not measure the forms on the tasks: {source} is not the student that `eval` has measured")
+            return None
+        changed.append(source)
+    if changed:
+        raise InputError(f"{', '.join(changed)}: not as `eval` has measured it ({file}); run `eval` again before `export`")
     student = table.filter(pc.equal(table["model"], STUDENT))
     for task in own:
         answered = student.filter(pc.equal(student["task"], task.task.name)).select(["item", "input", "target"]).to_pylist()

@@ -200,7 +200,8 @@ def _check(task: Any, source: str, limit: int | None) -> None:
 
 def _cluster(doc: Any, item: str) -> str:
     """What is drawn together: the item alone if it does not say with which others it belongs."""
-    return str(doc["cluster"]) if isinstance(doc, dict) and "cluster" in doc else item
+    cluster = doc.get("cluster") if isinstance(doc, dict) else None
+    return f"item {item}" if cluster is None else str(cluster)
 
 
 def _reason(error: Exception, task: TaskFile | str) -> str:
@@ -311,7 +312,8 @@ def _about(source: str, task: Any, samples: list[dict[str, Any]]) -> tuple[str, 
 
 def _row(task_name: str, model: str, metric: str, sample: dict[str, Any], task: Any) -> dict[str, Any]:
     doc = sample["doc"]
-    item = str(doc["id"]) if isinstance(doc, dict) and "id" in doc else str(sample["doc_id"])
+    identity = doc.get("id") if isinstance(doc, dict) else None
+    item = str(sample["doc_id"] if identity is None else identity)
     answer: Any = sample["filtered_resps"][0]
     target: Any = sample["target"]
     if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:

@@ -1,6 +1,5 @@
 """How much of a text is in another one already: ROUGE-L, against everything that was kept so far."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -10,11 +9,8 @@ from rapidfuzz.distance import Indel
 from llmdistill.config.prompts import Novelty
 from llmdistill.prompting.sources import read_files
 from llmdistill.prompting.template import check_field
+from llmdistill.tasks.rouge import rouge_words
 
-# Words; of scripts that put no spaces between them, each character by itself.
-_WORD = re.compile(
-    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]+"
-)
 _FIRST_CHARACTER = 0xE000  # past the surrogates, which no string may hold
 _CHARACTERS = 0x110000 - _FIRST_CHARACTER
 
@@ -47,7 +43,7 @@ class Pool:
         self.names.append(name)
 
     def _encoded(self, text: str) -> str:
-        words = _WORD.findall(text.lower())
+        words = rouge_words(text)
         for word in words:
             if word not in self._words:
                 self._words[word] = chr(_FIRST_CHARACTER + len(self._words) % _CHARACTERS)

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +89,34 @@ def validator_of(schema: Any, file: str | Path) -> Any:
 
     if not isinstance(schema, dict | bool):
         raise InputError(f"{file}: no JSON schema: it must be an object")
+    if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+        raise InputError(f"{file}: not a valid JSON schema: $schema must be text")
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise InputError(f"{file}: not a valid JSON schema: {error.message}") from None
-    return kind(schema, registry=Registry())
+    exact = {name: _multiple_of for name in ("multipleOf", "divisibleBy") if name in kind.VALIDATORS}
+    return jsonschema.validators.extend(kind, exact)(schema, registry=Registry())
+
+
+def _multiple_of(validator: Any, divisor: Any, value: Any, schema: Any) -> Iterator[Any]:
+    """`multipleOf` of numbers as they are written: 19.99 is a multiple of 0.01, as it is not in floating point."""
+    import jsonschema
+
+    if validator.is_type(value, "number") and _written(value) % _written(divisor):
+        yield jsonschema.ValidationError(f"{str(value)[:40]} is not a multiple of {divisor}")
+
+
+def _written(number: int | float) -> Fraction:
+    return Fraction(number) if isinstance(number, int) else Fraction(repr(number))
 
 
 def problem(validator: Any, value: Any, file: str | Path) -> str | None:
     """Where and how a value breaks the schema; None if it does not.
 
     Raises:
-        InputError: the schema refers to what is not in its file.
+        InputError: the schema refers to what is not in its file, or to what is no schema.
     """
     from referencing.exceptions import Unresolvable
 
@@ -109,6 +126,8 @@ def problem(validator: Any, value: Any, file: str | Path) -> str | None:
         raise InputError(f"{file}: refers to {unresolved.ref}, which is not in the file; references are not fetched") from None
     except RecursionError:
         return "$: nested too deep for the schema"
+    except (ValueError, TypeError, AttributeError) as reason:  # what a reference leads to is checked by nobody before
+        raise InputError(f"{file}: cannot be used as a JSON schema: {reason}") from None
     return storable(f"{error.json_path}: {error.message}") if error else None
 
 

@@ -1,9 +1,9 @@
 """The kind `generate`: free text. The score is the F1 of ROUGE-L (Lin 2004) over words, without case and punctuation."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from llmdistill.tasks.rouge import rouge_words
 from llmdistill.tasks.task import Item, Task, check_targets
 
 METRIC = "rouge_l"
@@ -25,21 +25,17 @@ def check_outputs(task: Task, items: Sequence[Item]) -> None:
 
 def verdict(task: Task, answer: str) -> str | None:
     """Why an answer is none; None if it is one."""
-    return None if _words(answer) else "has no word"
+    return None if rouge_words(answer) else "has no word"
 
 
 def score(task: Task, answer: str, target: str) -> dict[str, float]:
     """`rouge_l`: 2·LCS / (words of the answer + words of the target), LCS their longest common subsequence."""
     from rapidfuzz.distance import LCSseq
 
-    found, wanted = _words(answer), _words(target)
+    found, wanted = rouge_words(answer), rouge_words(target)
     return {METRIC: 2 * LCSseq.similarity(found, wanted) / max(len(found) + len(wanted), 1)}
 
 
 def tables(task: Task, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Nothing more than the scores."""
     return {}
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())

@@ -243,11 +243,12 @@ def read_items(file: Path) -> list[Item]:
         output = row["output"] if isinstance(row["output"], str) else json.dumps(row["output"], ensure_ascii=False)
         if storable(row["input"] + output) != row["input"] + output:
             raise InputError(f"{origin}: holds half of a surrogate pair, which is no text")
-        identity = str(row.get("id", number - 1))
+        named = {name: str(row[name]) for name in ("id", "cluster") if row.get(name) is not None}
+        identity = named.get("id", str(number - 1))
         if identity in seen:
             raise InputError(f"{origin}: the id {identity} is that of {seen[identity]}, too")
         seen[identity] = origin
-        items.append(Item(origin, identity, str(row.get("cluster", identity)), row["input"], output))
+        items.append(Item(origin, identity, named.get("cluster", f"item {identity}"), row["input"], output))
     if not items:
         raise InputError(f"{file}: holds no items")
     return items

@@ -7,6 +7,7 @@ OpenAI's form (`{"type": "function", "function": {…}}`, with arguments as text
 import json
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import unquote
 
 from llmdistill.errors import InputError
 from llmdistill.tasks.answers import canonical, contradiction, problem, read_answer, storable
@@ -78,17 +79,43 @@ def _normalised(task: Task, name: str, arguments: Any) -> tuple[str, str]:
 
 
 def with_defaults(schema: Any, value: Any) -> Any:
-    """A value with the schema's defaults in the place of properties that it leaves out, at any depth of objects and lists."""
-    if not isinstance(schema, dict):
-        return value
+    """A value with the schema's defaults in the place of properties that it leaves out, at any depth of objects and lists.
+
+    References within the schema and `allOf` are followed; of alternatives (`anyOf`, `oneOf`) no default is taken.
+    """
+    return _with_defaults(schema, value, schema)
+
+
+def _with_defaults(schema: Any, value: Any, root: Any) -> Any:
+    parts = _parts(schema, root, ())
     if isinstance(value, list):
-        return [with_defaults(schema.get("items"), inner) for inner in value]
+        items = next((part["items"] for part in parts if "items" in part), None)
+        return [_with_defaults(items, inner, root) for inner in value]
     if not isinstance(value, dict):
         return value
-    properties: dict[str, Any] = schema.get("properties", {})
+    properties = {name: inner for part in reversed(parts) for name, inner in part.get("properties", {}).items()}
     defaults = {
         name: inner["default"]
-        for name, inner in properties.items()
-        if name not in value and isinstance(inner, dict) and "default" in inner
+        for name, its in properties.items()
+        if name not in value
+        for inner in reversed(_parts(its, root, ()))
+        if "default" in inner
     }
-    return {name: with_defaults(properties.get(name), inner) for name, inner in {**defaults, **value}.items()}
+    return {name: _with_defaults(properties.get(name), inner, root) for name, inner in {**defaults, **value}.items()}
+
+
+def _parts(schema: Any, root: Any, seen: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A schema, and those that it refers to or combines, the nearest first."""
+    if not isinstance(schema, dict):
+        return []
+    found, reference = [schema], schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#") and reference not in seen:
+        found += _parts(_pointed(reference, root), root, (*seen, reference))
+    return found + [part for inner in schema.get("allOf", []) for part in _parts(inner, root, seen)]
+
+
+def _pointed(reference: str, root: Any) -> Any:
+    """What a JSON pointer leads to; None if nothing is there."""
+    for step in unquote(reference[1:]).split("/")[1:]:
+        root = root.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+    return root

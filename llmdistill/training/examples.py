@@ -4,6 +4,7 @@ from typing import Any
 
 from llmdistill.config.shipped import find
 from llmdistill.config.train import Examples
+from llmdistill.curation.ngrams import normalised
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.runs.record import file_input, sha256
@@ -25,9 +26,9 @@ def read_examples(settings: Examples) -> tuple[Task, list[Item], dict[str, str]]
     if task.settings.test is not None:
         name, file = items_file(task)
         inputs[name] = sha256(file)
-        held_out = {item.input.strip(): item.origin for item in read_items(file)}
+        held_out = {normalised(item.input): item.origin for item in read_items(file)}
         for item in items:
-            if origin := held_out.get(item.input.strip()):
+            if origin := held_out.get(normalised(item.input)):
                 raise InputError(f"{item.origin}: its input is that of {origin}, which is held out: nothing may be trained on it")
     return task, items, inputs
 

@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmdistill.curation.ngrams import words
+from llmdistill.curation.ngrams import normalised, words
 from llmdistill.errors import InputError
 from tests.curation.steps import apply_step, table
 
@@ -55,6 +56,21 @@ def test_a_string_of_a_few_words_is_looked_for_as_a_whole(tmp_path):
     )
     reasons, _ = apply_step(tmp_path, {"contamination": {"against": [file]}}, rows)
     assert [reason is None for reason in reasons] == [False, True, True]
+
+
+def test_a_prompt_that_is_a_string_of_a_test_is_found_whatever_it_shares_with_others(tmp_path):
+    """All n-grams of these stand in more than ten of them, as requests made by a form have; and punctuation is no difference."""
+    pairs = itertools.product(range(12), range(12))
+    test = [f"Please v{verb} the account of the new user in the d{place} department now!" for verb, place in pairs]
+    test += ["My parcel is late!", "Where is my parcel?", "?!"]
+    file = write(tmp_path, "test.jsonl", "".join(json.dumps({"input": text}) + "\n" for text in test))
+    prompts = [*test, test[0].upper().replace("!", ""), "my parcel is late", "Where is my parcel", "?!"]
+    fine = ["Please block the account of the old user", "Where is my parcel now?", "!?"]
+    rows = table(["x"] * len(prompts + fine), prompts=prompts + fine)
+    reasons, facts = apply_step(tmp_path, {"contamination": {"against": [file], "ngram": 8}}, rows)
+    assert facts["common_ngrams"] > 0
+    assert [reason is not None for reason in reasons] == [True] * len(prompts) + [False] * len(fine)
+    assert reasons[len(test)] == f"{file} line 1 input: {normalised(prompts[len(test)])}"
 
 
 def test_only_some_fields_are_searched_for(tmp_path):

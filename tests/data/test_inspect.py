@@ -36,6 +36,14 @@ def test_answers_to_held_out_examples_are_scored_and_the_wrong_ones_shown(task, 
     assert "line 1" not in said
 
 
+def test_a_right_answer_that_is_none_is_named(task, tmp_path):
+    dataset = answered(tmp_path / "data", "a", "b", "no example")
+    with Path("test.jsonl").open("a") as file:
+        file.write('{"input": "more", "output": "no label"}\n')
+    with pytest.raises(InputError, match=r"test.jsonl line \d+: output: not a label: no label"):
+        inspect(dataset, task=task)
+
+
 def test_a_dataset_without_them_is_refused(task, tmp_path):
     with pytest.raises(InputError, match=r"data: no row asks an example of test\.jsonl, which task\.yaml \(--task\) names"):
         inspect(answered(tmp_path / "data", "x"), task=task)

@@ -1,6 +1,7 @@
 """What a form is measured against, and what a server is told; the whole way is in tests/stages/test_own_tasks.py."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -8,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmdistill.config import Experiment
+from llmdistill.config.export import Export
 from llmdistill.errors import InputError
 from llmdistill.evaluation.cascade import cascade
 from llmdistill.evaluation.exported_tasks import for_a_server, measured_tasks
 from llmdistill.evaluation.statistics import Draws
 from llmdistill.evaluation.tasks import SCHEMA
+from llmdistill.runs import record
 from tests.tasks.make import write_task
 
 
@@ -47,6 +50,11 @@ def experiment(tmp_path):
     directory.mkdir()
     pq.write_table(pa.Table.from_pylist(rows + others, SCHEMA), directory / "tasks.parquet")
     (directory / "metrics.json").write_text("{}")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student/config.json").write_text("{}")
+    inputs = {str(path): record.sha256(path) for path in (file, tmp_path / "test.jsonl")}
+    inputs[str(tmp_path / "student")] = record.model_fingerprint(str(tmp_path / "student"), None)
+    (directory / "run.json").write_text(json.dumps({"stage": "eval", "status": "done", "inputs": inputs}))
     tree = {"output": str(tmp_path), "teacher": {"model": "m"}, "eval": {"tasks": [str(file), "hellaswag"]}}
     return Experiment.model_validate(tree)
 
@@ -74,6 +82,23 @@ def test_what_was_not_evaluated_or_by_another_version_is_said(experiment, tmp_pa
     assert "run `eval`, then `export` again" in " ".join(capsys.readouterr().out.split())
     assert measured_tasks(experiment.with_(eval=experiment.eval.with_(tasks=["hellaswag"]))) is None
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", ["classify.yaml", "test.jsonl", "student/config.json"])
+def test_what_has_changed_since_it_was_evaluated_is_not_compared(experiment, tmp_path, changed):
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    name = tmp_path / (changed if "student" not in changed else "student")
+    with pytest.raises(InputError, match=rf"^{name}: not as `eval` has measured it .*; run `eval` again before `export`"):
+        measured_tasks(experiment)
+
+
+def test_another_model_than_the_student_is_not_compared_and_that_is_said(experiment, tmp_path, capsys):
+    shutil.copytree(tmp_path / "student", tmp_path / "copy")
+    assert measured_tasks(experiment.with_(export=Export(model=str(tmp_path / "copy")))) is not None
+    (tmp_path / "copy/config.json").write_text('{"other": 1}')
+    assert measured_tasks(experiment.with_(export=Export(model=str(tmp_path / "copy")))) is None
+    assert "is not the student that `eval` has measured" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_server_is_told_how_to_ask_and_from_when_on_to_answer(experiment):

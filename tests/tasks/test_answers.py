@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmdistill.tasks.answers import canonical, contradiction, read_answer, unfenced
+from llmdistill.errors import InputError
+from llmdistill.tasks.answers import canonical, contradiction, problem, read_answer, unfenced, validator_of
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 JSON = st.recursive(
@@ -57,6 +58,31 @@ def test_true_is_not_one():
 def test_what_is_no_json(text, why):
     with pytest.raises(ValueError, match=why):
         read_answer(text)
+
+
+@pytest.mark.parametrize("number", ["19.99", "4.35", "0.29", "8.2", "-0.07", "0", "3", "1e22", "9" * 400])
+def test_multiples_are_of_the_numbers_as_they_are_written(number):
+    """In floating point 19.99 / 0.01 is 1998.9999999999998, and of 400 digits there is none."""
+    validator = validator_of({"multipleOf": 0.01}, "x")
+    assert problem(validator, read_answer(number), "x") is None
+    assert problem(validator, read_answer("19.995"), "x") == "$: 19.995 is not a multiple of 0.01"
+    old = validator_of({"$schema": "http://json-schema.org/draft-03/schema#", "divisibleBy": 7}, "x")
+    assert problem(old, 10**400, "x").endswith("is not a multiple of 7")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$schema": 5},
+        {"$schema": []},
+        {"properties": {"a": {"$ref": "#/required/x"}}, "required": ["a"]},
+        {"title": "x", "$ref": "#/title"},
+        {"$ref": "elsewhere.json"},
+    ],
+)
+def test_what_is_no_schema_or_leads_to_none_is_an_error_of_the_file(schema):
+    with pytest.raises(InputError, match=r"^order.json: "):
+        problem(validator_of(schema, "order.json"), {"a": 1}, "order.json")
 
 
 def test_one_fenced_block_is_the_answer():

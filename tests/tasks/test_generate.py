@@ -15,6 +15,7 @@ from tests.tasks.make import items, make_task
         ("the gunman kill police", "police killed the gunman", 2 / 4),
         ("The CAT, sat!", "the cat sat", 1),
         ("a b c d e f", "a c e", 2 * 3 / 9),
+        ("我喜欢吃苹果和香蕉", "我喜欢吃苹果和梨", 2 * 7 / 17),  # each character is a word
         ("", "a", 0),
         ("?", "!", 0),
     ],

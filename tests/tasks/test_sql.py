@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from llmdistill.errors import InputError
 from llmdistill.tasks.queries import same_rows
 from llmdistill.tasks.sql import is_ordered
-from tests.tasks.make import items, make_task
+from llmdistill.tasks.task import read_task
+from tests.tasks.make import SQL, items, make_task, write_task
 
 
 @pytest.fixture
@@ -109,9 +110,29 @@ def test_a_query_can_only_read(task, tmp_path, query):
     assert sorted(file.name for file in tmp_path.iterdir()) == before
 
 
+def test_what_sqlite_declares_when_it_is_first_used_can_be_read(tmp_path):
+    """JSON's table-valued functions, and tables of a full-text index."""
+    file = write_task(tmp_path, "sql")
+    more = """CREATE VIRTUAL TABLE "two"" notes" USING fts5(text);
+    INSERT INTO "two"" notes" VALUES ('hello there'), ('bye');"""
+    (tmp_path / "people.sql").write_text(SQL + more)
+    task = read_task(file, "eval.tasks")
+    queries = {
+        "SELECT p.name, j.value FROM people p, json_each('[1, 2]') j WHERE p.age = 22": "SELECT 'Bob', 1 UNION SELECT 'Bob', 2",
+        "SELECT count(*) FROM json_tree('{\"a\": [1]}')": "SELECT 3",
+        'SELECT text FROM "two"" notes" WHERE text MATCH \'hello\'': "SELECT 'hello there'",
+    }
+    for query, same in queries.items():
+        assert task.rules.verdict(task, query) is None
+        assert task.rules.score(task, query, same) == {"execution_accuracy": 1}
+    assert "does more than read" in task.rules.verdict(task, 'INSERT INTO "two"" notes" VALUES (1)')
+
+
 @pytest.mark.parametrize(
     ("query", "why"),
     [
+        ("EXPLAIN SELECT 1", "is no query"),
+        ("-- so\n /* it */ explain query plan SELECT 1", "is no query"),
         ("SELECT 1; DROP TABLE people", "does not run: You can only execute one statement at a time"),
         ("SELECT nowhere", "does not run: no such column: nowhere"),
         ("Who knows", 'does not run: near "Who": syntax error'),

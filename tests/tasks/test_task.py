@@ -96,7 +96,15 @@ def test_items(tmp_path):
     assert name == str(found) == str(tmp_path / "test.jsonl")
     first, second = read_items(found)
     assert (first.id, first.cluster, first.input, first.output) == ("a", "x", "Ann, 31", '{"name": "Änn", "age": 31}')
-    assert (second.id, second.cluster, second.output, second.origin) == ("2", "2", '{"name": "Bob"}', f"{found} line 3")
+    assert (second.id, second.cluster, second.output, second.origin) == ("2", "item 2", '{"name": "Bob"}', f"{found} line 3")
+
+
+def test_what_is_null_is_not_told(tmp_path):
+    """As tables write it; and an item alone has not the cluster that another one calls by its number."""
+    lines = [{"id": None, "cluster": None}, {"cluster": None}, {"id": "b", "cluster": 0}, {"id": "c", "cluster": 0}]
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"input": "x", "output": "y", **line}) for line in lines))
+    found = read_items(tmp_path / "test.jsonl")
+    assert [(item.id, item.cluster) for item in found] == [("0", "item 0"), ("1", "item 1"), ("b", "0"), ("c", "0")]
 
 
 @pytest.mark.parametrize(

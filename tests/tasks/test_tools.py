@@ -71,6 +71,28 @@ def test_arguments_with_and_without_their_defaults_are_one(arguments):
     assert with_defaults(BOOK, normalised) == normalised
 
 
+UNIT = {"properties": {"u": {"default": "C"}}}
+CHAIN = {"a": {"$ref": "#/$defs/b"}, "b": {"properties": {"o": {"$ref": "#/$defs/o"}}}, "o": UNIT}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"o": UNIT}},
+        {"properties": {"o": {"$ref": "#/$defs/O~1a%25"}}, "$defs": {"O/a%": UNIT}},
+        {"allOf": [{"properties": {"o": {"allOf": [UNIT, {"required": ["u"]}]}}}]},
+        {"$ref": "#/$defs/a", "$defs": CHAIN},
+        {"properties": {"o": {"$ref": "#/$defs/o"}}, "$defs": {"o": {"$ref": "#/$defs/o", **UNIT}}},
+    ],
+    ids=["inline", "reference", "allOf", "references in turn", "a reference to itself"],
+)
+def test_defaults_behind_references_and_combinations(schema):
+    assert with_defaults(schema, {"o": {}}) == {"o": {"u": "C"}}
+    assert with_defaults(schema, {"o": {"u": "F"}}) == {"o": {"u": "F"}}
+    nearest = {"properties": {"u": {"$ref": "#/$defs/u", "default": "here"}}, "$defs": {"u": {"default": "there"}}}
+    assert with_defaults(nearest, {}) == {"u": "here"}
+
+
 def test_outputs_are_checked_by_line(task, tmp_path):
     with pytest.raises(InputError, match=r"^test.jsonl line 2: output: no such function: fly$"):
         task.rules.check_outputs(task, items({"name": "now"}, {"name": "fly"}))
