@@ -209,6 +209,10 @@ class Experiment(Section):
             return self
         if not self.targets.stored.columns or self.targets.stored.of_writer:
             raise ValueError(f"rounds needs stored soft targets, but targets.kind is {self.targets.kind}")
+        if self.rounds.teacher_share and self.train.mix:
+            raise ValueError(
+                "rounds.teacher_share and train.mix both say what is mixed into the rows of a round; remove one of them"
+            )
         try:
             train = self.train.with_(loss=self.rounds.loss or self.train.loss)
         except ValidationError as error:
@@ -216,6 +220,11 @@ class Experiment(Section):
         own = self.own_targets.stored
         if reason := train.against(own):
             raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; {_instead(train)}")
+        if own.of_writer and train.position_weights != "uniform":
+            raise ValueError(
+                f"train.position_weights is {train.position_weights}, but rounds with loss {train.loss} and targets.kind sampled "
+                "learn from a sample of the student's, which cannot tell it; set it to uniform, or targets.kind to topk"
+            )
         return self
 
     @model_validator(mode="after")

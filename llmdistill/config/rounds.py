@@ -17,8 +17,8 @@ class Rounds(Section):
     """Micro-rounds: optimiser steps per round, of one training with one schedule, in a single process. If not set, every round is
     a training of its own."""
     teacher_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training rows of a round that come from the teacher's text. With targets.kind sampled they are learnt by
-    forward KL, whatever the loss of the rounds."""
+    """Share of the training rows of a round that come from the teacher's text, in place of train.mix. With targets.kind sampled
+    they are learnt by forward KL, whatever the loss of the rounds."""
     limit: int | None = Field(default=None, ge=1)
     """Prompts that the student answers per round: the first N of the training split; all if not set. In micro-rounds: N drawn at
     random for each round; as many as its steps train on if not set."""
@@ -26,7 +26,8 @@ class Rounds(Section):
     """Divergence in the rounds; `train.loss` if not set. For another one than forward_kl, targets.kind sampled is a sample that
     the student draws."""
     args: PassedOn = {}
-    """Arguments of `trl.SFTConfig` that override `train.args` in the rounds."""
+    """Arguments of `trl.SFTConfig` that override `train.args` in the rounds. save_steps and save_total_limit of micro-rounds are
+    only read here."""
 
     @property
     def last(self) -> str:

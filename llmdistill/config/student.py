@@ -46,6 +46,15 @@ class Prune(Section):
             raise ValueError("by is kl, the KL after a refit, but refit is false; remove one of them")
         return self
 
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> "Prune":
+        if self.by != "block_influence" and not isinstance(self.layers, int):
+            found = "layers is a list of them" if self.layers else "layers is not set"
+            raise ValueError(f"by is {self.by}, which chooses layers, but {found}; remove by, or give their number")
+        if not self.refit and self.ridge != type(self).model_fields["ridge"].default:
+            raise ValueError(f"ridge is {self.ridge}, but refit is false; remove one of them")
+        return self
+
     @property
     def by_kl(self) -> bool:
         """Whether the layers to keep are chosen by trying."""

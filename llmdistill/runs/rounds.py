@@ -7,7 +7,7 @@ from typing import Any
 from llmdistill.config import Experiment, Prompts, Score, Targets, Teacher
 from llmdistill.config.train import Mix, Train
 from llmdistill.data.targets import SampledLogprobs
-from llmdistill.students.sides import is_needed
+from llmdistill.students.sides import training_dataset
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ def round_of(experiment: Experiment, name: str, number: int, student: str) -> Ro
             dtype=teacher.dtype,
             batch_size=teacher.batch_size,
             template_args=teacher.template_args,  # as it was trained
+            trust_remote_code=experiment.student.trust_remote_code or teacher.trust_remote_code,
         ),
-        prompts=Prompts(source=str(experiment.directory("curated")), limit=None if settings.every else settings.limit),
+        prompts=Prompts(source=str(experiment.dataset_directory), limit=None if settings.every else settings.limit),
         generate=experiment.generate.with_(samples=1),
         targets=drawn,
         train=experiment.train,
@@ -60,19 +61,20 @@ def round_of(experiment: Experiment, name: str, number: int, student: str) -> Ro
 
 
 def round_training(experiment: Experiment) -> Train:
-    """How the student trains in the rounds."""
+    """How the student trains in the rounds: on their own datasets, and with no cross-entropy on what it wrote itself."""
     settings = experiment.rounds
     assert settings is not None
     changes: dict[str, Any] = {
+        "dataset": None,
+        "loss": experiment.round_loss,
+        "alpha": 1 - experiment.train.sequence_alpha,
+        "alpha_end": None,
         "compare_text_only": False,
         "compare_examples": None,
         "args": experiment.train.args | settings.args,
     }
-    if settings.loss:
-        changes["loss"] = settings.loss
     if settings.teacher_share:
-        learned = experiment.directory("retokenized" if is_needed(experiment) else "curated")
-        changes["mix"] = Mix(datasets=[str(learned)], share=settings.teacher_share)
+        changes["mix"] = Mix(datasets=[str(training_dataset(experiment))], share=settings.teacher_share)
     return experiment.train.with_(**changes)
 
 

@@ -13,9 +13,7 @@ from llmdistill.runs import record
 from llmdistill.runs.progress import say, working
 from llmdistill.students.sides import training_dataset
 
-# The KL from the teacher is a first look, not an evaluation: so many rows, and so many of the first tokens of each.
-_LOOKED_AT = 12
-_TOKENS = 83
+_LOOKED_AT = 12  # rows: the KL from the teacher is a first look, not an evaluation
 
 
 def prune(experiment: Experiment, dry_run: bool = False) -> None:
@@ -140,11 +138,7 @@ def calibration_and_others(experiment: Experiment, count: int) -> tuple[list[dic
         left = range(len(rows))
     # Evenly over all of them: rows of the same prompt stand side by side.
     places = sorted({int(place) for place in np.linspace(0, len(left) - 1, _LOOKED_AT).round()}) if left else []
-    others = []
-    for row in (rows[left[place]] for place in places):
-        start = int(row["completion_start"])
-        others.append({"input_ids": row["input_ids"][: start + _TOKENS], "completion_start": start})
-    return calibration, others
+    return calibration, [rows[left[place]] for place in places]
 
 
 def _stored_dtype(experiment: Experiment) -> Any:

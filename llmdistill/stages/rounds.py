@@ -20,7 +20,7 @@ from llmdistill.teachers import stable_id
 from llmdistill.teachers.resident import Resident
 
 # After a stop the steps since the last checkpoint are trained again, on the rows that are there. So one is written after every
-# round, and few are kept, unless the configuration says otherwise.
+# round, and few are kept, unless `rounds.args` says otherwise.
 _KEPT_CHECKPOINTS = 2
 
 
@@ -58,7 +58,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 def _claim(experiment: Experiment) -> record.Claim:
     """The student's directory."""
-    first, curated = experiment.first_student, experiment.directory("curated") / MANIFEST
+    first, curated = experiment.first_student, experiment.dataset_directory / MANIFEST
     if not (first / "config.json").is_file():
         raise InputError(f"{first}: does not exist; run `train` first, or `run` for all stages")
     names = {"seed", "teacher", "generate", "targets", "curate", "student", "rounds"}
@@ -90,7 +90,7 @@ class _MicroRounds:
             rounds=None,
             targets=experiment.own_targets,
             student=experiment.student.continued(str(experiment.first_student)),
-            train=training.with_(args=kept | training.args | set_here, dataset=str(first)),
+            train=training.with_(args=experiment.train.args | kept | self.settings.args | set_here, dataset=str(first)),
         )
 
     def train(self) -> None:
@@ -185,7 +185,7 @@ class _MicroRounds:
     @cached_property
     def arguments(self) -> Any:
         """The `DistillConfig` of the training."""
-        return train.arguments_of(self.learner, self.claim.directory, False, self.precision)
+        return train.arguments_of(self.learner, self.claim.directory, False, self.precision, key="rounds.args")
 
     @cached_property
     def precision(self) -> Precision:
@@ -228,5 +228,5 @@ class _MicroRounds:
     @cached_property
     def _longest(self) -> int:
         """Tokens of the longest prompt and answer."""
-        rows = load_dataset(self.experiment.directory("curated"), "train").select_columns(["completion_start"])
+        rows = load_dataset(self.experiment.dataset_directory, "train").select_columns(["completion_start"])
         return int(rows.with_format("arrow")[:]["completion_start"].to_numpy().max()) + self.experiment.generate.max_tokens

@@ -487,7 +487,12 @@ def check_arguments(args: Iterable[str], key: str) -> None:
 
 
 def arguments_of(
-    experiment: Experiment, directory: Path, text_only: bool, precision: Precision, more: dict[str, Any] | None = None
+    experiment: Experiment,
+    directory: Path,
+    text_only: bool,
+    precision: Precision,
+    more: dict[str, Any] | None = None,
+    key: str = "train.args",
 ) -> Any:
     """The `DistillConfig`, with errors that name the key; `more` are arguments that nobody has configured.
 
@@ -498,7 +503,7 @@ def arguments_of(
 
     from llmdistill.training.arguments import DistillConfig
 
-    check_arguments(experiment.train.args, "train.args")
+    check_arguments(experiment.train.args, key)
     defaults = {
         "seed": experiment.seed,
         "bf16": precision.dtype == "bfloat16",
@@ -518,7 +523,7 @@ def arguments_of(
             **{**defaults, **experiment.train.args, **ours, **(_TEXT_ONLY if text_only else {}), **(more or {})}
         )
     except (TypeError, ValueError) as error:
-        raise InputError(f"train.args: {error}") from None
+        raise InputError(f"{key}: {error}") from None
     _check_checkpointing(arguments, experiment)
     if experiment.student.quantize and is_sharded(arguments):
         raise InputError("student.quantize: quantised weights cannot be sharded; use one device or DDP, or remove it")

@@ -4,6 +4,7 @@ Block influence looks at each layer of the whole model. What a layer is worth de
 refit makes good; so here each removal is tried.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -21,6 +22,8 @@ from llmdistill.students.refit import ResidualPath, Sweep, batches_of, refit, re
 
 _CANDIDATES = 10  # layers tried for each removal, those with the least block influence in the student so far
 _JUDGED = 4  # one calibration row in so many is not solved on: the KL is measured on it
+_MOST_JUDGED = 16  # rows: the teacher's distributions on them are held
+_TOKENS = 83  # of a row's completion, on which the KL is measured
 
 Removed = list[tuple[int, float]]  # layers in the order in which they went, each with the KL that it left
 
@@ -37,14 +40,21 @@ def parts_kept(prune: Prune, teacher: Any, rows: Sequence[dict[str, Any]]) -> tu
     if not prune.by_kl:
         return kept, importance, []
     layers, removed = layers_by_kl(teacher, rows, len(kept.layers), prune.ridge)
-    return choose(prune.with_(layers=layers), config, importance), importance, removed
+    return choose(prune.with_(layers=layers, by="block_influence"), config, importance), importance, removed
 
 
 class TeacherKl:
-    """How far a student is from the teacher on some rows, whose teacher's distributions are computed once; in float32."""
+    """How far a student is from the teacher on the first 83 completion tokens of some rows; in float32.
+
+    The teacher's distributions are computed once and held: 4 · V bytes a token (V: vocabulary).
+    """
 
     def __init__(self, teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 4) -> None:
-        text = text_only(rows)
+        starts = [int(row["completion_start"]) for row in rows]
+        cut = [
+            {"input_ids": row["input_ids"][: at + _TOKENS], "completion_start": at} for row, at in zip(rows, starts, strict=True)
+        ]
+        text = text_only(cut)
         batches = [DistillCollator(0)(text[start : start + batch_size]) for start in range(0, len(text), batch_size)]
         self.batches = [{name: values.to(teacher.device) for name, values in batch.items()} for batch in batches]
         with torch.inference_mode():
@@ -65,8 +75,8 @@ def layers_by_kl(teacher: Any, rows: Sequence[dict[str, Any]], keep: int, ridge:
     """The layers that stay when, one after the other, the layer goes whose removal leaves the least KL from the teacher.
 
     For each of the ten layers with the least block influence in the student so far, the layer is left out, the `down_proj`
-    before it is solved again, and the KL is measured on a quarter of the rows; the others are solved on. The best one goes,
-    and the whole student is refitted. The first layer always stays, since nothing before it could be refitted.
+    before it is solved again, and the KL is measured on a quarter of the rows, 16 at most; the others are solved on. The best
+    one goes, and the whole student is refitted. The first layer always stays, since nothing before it could be refitted.
 
     Args:
         teacher: in float32.
@@ -80,8 +90,9 @@ def layers_by_kl(teacher: Any, rows: Sequence[dict[str, Any]], keep: int, ridge:
     Raises:
         InputError: there are too few rows, or the layers are not built so that they can be refitted.
     """
-    judged = list(rows[::_JUDGED])
-    solved_on = [row for number, row in enumerate(rows) if number % _JUDGED]
+    each = max(_JUDGED, math.ceil(len(rows) / _MOST_JUDGED))
+    judged = list(rows[::each])
+    solved_on = [row for number, row in enumerate(rows) if number % each]
     if not solved_on:
         raise InputError(f"student.prune.by: kl needs at least two calibration rows, there are {len(rows)}")
     paths = residual_paths(teacher, rows)

@@ -166,6 +166,8 @@ def _divisors(x_ND: Tensor, y_ND: Tensor, gain_D: Tensor) -> Tensor:
 def ridge_solution(gram_FF: Tensor, cross_FD: Tensor, ridge: float) -> Tensor:
     """(G + ridge · mean(diag G) · I)⁻¹ C, shape (F, D); zero where G is zero, since what is always zero has no effect.
 
+    The ridge is added to `gram_FF` in place: of a large F it is too large for a copy.
+
     Raises:
         InputError: the sums are not finite.
     """
@@ -174,9 +176,8 @@ def ridge_solution(gram_FF: Tensor, cross_FD: Tensor, ridge: float) -> Tensor:
         raise InputError("student.prune.refit: the hidden states of the calibration rows are not finite; set it to false")
     if mean == 0:
         return torch.zeros_like(cross_FD)
-    ridge_FF = gram_FF.clone()
-    ridge_FF.diagonal().add_(ridge * mean)
-    return torch.cholesky_solve(cross_FD, torch.linalg.cholesky(ridge_FF))
+    gram_FF.diagonal().add_(ridge * mean)
+    return torch.cholesky_solve(cross_FD, torch.linalg.cholesky(gram_FF))
 
 
 @torch.no_grad()

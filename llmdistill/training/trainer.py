@@ -176,6 +176,8 @@ class DistillTrainer(trl.SFTTrainer):
             raise ValueError(f"alpha is {args.alpha}, but {name} has no soft targets; train on its text with alpha 0")
         if args.position_weights != "uniform" and (teacher is not None or kind in (TextOnly, Chunks)):
             raise ValueError(f"position_weights is {args.position_weights}, which needs stored soft targets")
+        if args.position_weights != "uniform" and kind.of_writer:
+            raise ValueError(f"position_weights is {args.position_weights}, which a sample of the student's own cannot tell")
         if teacher is None:
             if reason := kind.refuses(args.loss, args.temperature):
                 raise ValueError(reason)

@@ -9,6 +9,7 @@ import torch
 from llmdistill.config.student import Prune
 from llmdistill.errors import InputError
 from llmdistill.losses.hidden_states import of_pruned
+from llmdistill.students import layer_choice
 from llmdistill.students.layer_choice import TeacherKl, layers_by_kl, parts_kept
 from llmdistill.students.pruning import choose, prune_model
 from tests.students.test_refit import ROWS, random_model, seen
@@ -33,6 +34,23 @@ def test_the_kl_is_that_of_all_completion_tokens():
     teacher = random_model()
     student = prune_model(teacher, choose(Prune(layers=[0, 3]), teacher.config, None))
     assert TeacherKl(teacher, MORE).kl(student) == pytest.approx(kl_by_hand(teacher, student, MORE), rel=1e-4)
+
+
+def test_what_is_held_of_the_teacher_does_not_grow_with_the_rows(monkeypatch):
+    """The first 83 completion tokens of 16 rows at most."""
+    rng, held = np.random.default_rng(0), []
+    rows = [{"input_ids": rng.integers(0, 32, 130), "completion_start": 3} for _ in range(100)]
+
+    class Counted(TeacherKl):
+        def __init__(self, teacher, rows):
+            super().__init__(teacher, rows)
+            held.append(sum(len(part) for part in self._logprobs))
+
+    monkeypatch.setattr(layer_choice, "TeacherKl", Counted)
+    monkeypatch.setattr(layer_choice, "_tried", lambda *_: [(1, 0.5)])
+    for count in (4, 64, 100):
+        layers_by_kl(random_model(), rows[:count], 3, RIDGE)
+    assert held == [83, 16 * 83, -(-100 // 7) * 83]
 
 
 def without(teacher, layer, rows):
@@ -88,3 +106,16 @@ def test_too_few_rows_are_refused():
 def test_the_kl_without_a_refit_is_not_offered():
     with pytest.raises(ValueError, match="by is kl, the KL after a refit, but refit is false"):
         Prune(layers=2, by="kl", refit=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"layers": [0, 1], "by": "kl"}, "by is kl, which chooses layers, but layers is a list of them"),
+        ({"intermediate_size": 10, "by": "even"}, "by is even, which chooses layers, but layers is not set"),
+        ({"layers": 2, "refit": False, "ridge": 0.1}, "ridge is 0.1, but refit is false"),
+    ],
+)
+def test_a_key_without_an_effect_is_refused(section, message):
+    with pytest.raises(ValueError, match=message):
+        Prune(**section)

@@ -9,7 +9,7 @@ that is what is learnt from them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -89,6 +89,17 @@ class SampledByStudent(SampledLogprobs):
             if count
         ]
         return cls(*(joined(parts, field.name) for field in fields(cls)))
+
+    def within(self, vocab_size: int) -> Self:
+        """Of the student's sample a token less, whose term is 0; of the teacher's the weights add up to 1 again."""
+        is_there_NK = self.ids_NK < vocab_size
+        if is_there_NK.all():
+            return self
+        weights_NK = np.where(is_there_NK, self.logdesign_NK, -np.inf)
+        total_N1 = np.exp(weights_NK).sum(axis=1, keepdims=True)
+        is_teachers_N1 = ~np.isnan(self.entropy_N)[:, None]
+        weights_NK = weights_NK - np.where(is_teachers_N1, np.log(np.maximum(total_N1, 1e-30)), 0)
+        return replace(self, ids_NK=np.where(is_there_NK, self.ids_NK, 0), logdesign_NK=weights_NK.astype(np.float32))
 
     @classmethod
     def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":

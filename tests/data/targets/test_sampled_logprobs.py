@@ -1,6 +1,6 @@
 """Targets of kinds `sampled_logprobs` and `sampled_by_student`: the codec, and what the design weights are."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +98,24 @@ def test_tokens_that_the_student_lacks_weigh_nothing():
     assert left.ids_NK.max() < 30
     assert np.isneginf(left.logdesign_NK[gone]).all()
     np.testing.assert_allclose(np.exp(left.logprobs_NK + left.logdesign_NK).sum(1), 1, rtol=1e-5)
+
+
+def test_a_token_that_the_student_lacks_changes_nothing_else_of_its_sample():
+    """Of the student's rows the terms of the others stay as they are; of the teacher's, beside them, the weights add up to 1."""
+    generator = np.random.default_rng(0)
+    _, own, _ = random_samples(generator, 6, 9, 40, 1.0)
+    logprobs = torch.from_numpy(generator.normal(size=(4, 40))).log_softmax(-1)
+    ids = Sampled.keep(logprobs, 9, torch.from_numpy(generator.random((4, 1))))
+    its = SampledByStudent.of_teachers(Sampled.from_kept(ids.numpy(), logprobs.gather(1, ids).numpy()))
+    both = SampledByStudent(*(np.concatenate([getattr(part, field.name) for part in (own, its)]) for field in fields(own)))
+    left, gone = both.within(30), both.ids_NK >= 30
+    assert gone[:6].any()
+    assert gone[6:].any()
+    np.testing.assert_array_equal(left.logprobs_NK, both.logprobs_NK)
+    assert np.isneginf(left.logdesign_NK[gone]).all()
+    np.testing.assert_array_equal(left.logdesign_NK[:6][~gone[:6]], both.logdesign_NK[:6][~gone[:6]])
+    np.testing.assert_allclose(np.exp(left.logdesign_NK[6:]).sum(1), 1, rtol=1e-5)
+    assert both.within(40) is both
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "jsd"])
