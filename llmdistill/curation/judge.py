@@ -18,7 +18,7 @@ from llmdistill.config.curate import Judge
 from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, answers
 from llmdistill.data.dataset import Messages
 from llmdistill.data.targets import TopK
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.runs import lock, record
 from llmdistill.runs.progress import working
@@ -161,17 +161,28 @@ class _Asked:
         ]
         keys = [stable_id(question) for question in questions]
         new = {key: number for number, key in enumerate(keys) if key not in self.known}
-        prompt_ids = {key: self.reader.chat.told_ids(questions[number], f"row {ids[number]}") for key, number in new.items()}
-        too_long = {key: len(tokens) for key, tokens in prompt_ids.items() if len(tokens) >= self.reader.context}
-        requests = [
-            Request(new[key], tokens, 0, messages=self.reader.chat.told(questions[new[key]]))
-            for key, tokens in prompt_ids.items()
-            if key not in too_long
-        ]
-        if requests:
-            self._store({keys[done.index]: (ids[done.index], self._score(done)) for done in self.reader.ask(requests)})
+        requests, failed = [], dict[str, Failed]()
+        for key, number in new.items():
+            try:
+                tokens = self.reader.chat.told_ids(questions[number], f"row {ids[number]}")
+            except UnusableError as error:
+                failed[key] = Failed(f"the judge cannot be asked: {error.reason}")
+                continue
+            if len(tokens) < self.reader.context:
+                requests.append(Request(number, tokens, 0, messages=self.reader.chat.told(questions[number])))
+            else:
+                failed[key] = Failed(f"{len(tokens):,} tokens are too long for the judge")
+        scored: dict[str, tuple[str, Score]] = {}
+        for done in self.reader.ask(requests) if requests else ():
+            key = keys[done.index]
+            if done.failed:
+                failed[key] = Failed(f"the judge gave no answer: {done.failed}")
+            else:
+                scored[key] = ids[done.index], self._score(done)
+        if scored:
+            self._store(scored)
         for key in keys:
-            yield Failed(f"{too_long[key]:,} tokens are too long for the judge") if key in too_long else self.known[key]
+            yield failed[key] if key in failed else self.known[key]
 
     def _score(self, completion: Completion) -> Score:
         p = self.reader.probabilities(completion)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.config.rows import FORMATS, RowReading
+from llmdistill.data.dataset import OURS
 from llmdistill.errors import UnreadableError
 from llmdistill.prompting.template import Fields
 from llmdistill.prompting.traffic import Recorded
@@ -24,7 +25,7 @@ _SPEAKERS = {
     **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "tool"),
     "function_call": "assistant",
 }
-_ANSWERS = ("output", "response", "answer", "completion", "target", "solution")
+_ANSWERS = ("output", "response", "completion", "solution", "answer", "target")  # a solution says more than its answer
 _CONTEXTS = ("input", "context")
 _QUESTIONS = ("question", "query", "problem")
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -81,6 +82,7 @@ def read_row(fields: Fields, settings: RowReading, origin: str) -> tuple[Fields,
     Raises:
         UnreadableError: it is of no form that is known, or not of the one that it should be of.
     """
+    check_reserved(fields, origin)
     for ours, theirs in settings.columns.items():
         if theirs not in fields:
             raise UnreadableError(f"has no field {theirs} (columns.{ours}), only {_listed(fields)}", origin)
@@ -103,6 +105,16 @@ def read_row(fields: Fields, settings: RowReading, origin: str) -> tuple[Fields,
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UnreadableError(f"cannot be read as {form.label}: {error}", origin) from None
     return {**{key: value for key, value in fields.items() if key not in used}, **found}, form.label
+
+
+def check_reserved(fields: Fields, origin: str) -> None:
+    """Refuse a row with the field that holds how a stored row was made.
+
+    Raises:
+        UnreadableError: it has it.
+    """
+    if OURS in fields:
+        raise UnreadableError(f"has a field {OURS}, which is reserved; give it another name", origin)
 
 
 def _listed(fields: Fields) -> str:
@@ -207,7 +219,7 @@ def _preference(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple
     messages = read[0]["messages"]
     if len(messages) > 1 and messages[: len(before)] == before:
         return {"messages": messages}, used
-    return {"messages": messages if len(messages) > 1 else [*before, *messages]}, used
+    return {"messages": _with_system(messages, fields) if len(messages) > 1 else [*before, *messages]}, used
 
 
 def _hh_rlhf(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:

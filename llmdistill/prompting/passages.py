@@ -12,9 +12,10 @@ from llmdistill.config.prompts import Passages
 
 Starts = Callable[[str], Sequence[int]]  # where each token of a text begins, in characters
 # Where a paragraph that is too long may be cut, best first.
-_CUTS = (r"\n", r"(?<=[.!?…])[\"”’)]*\s+|(?<=[。！？])", r"\s+")
-_BLANK_LINES = re.compile(r"\s*\n")
-_FRONT_MATTER = re.compile(r"---\n.*?\n(---|\.\.\.)\n", re.DOTALL)
+LINE_END = r"(?:\r\n|\n|\r(?!\n))"
+_CUTS = (LINE_END, r"(?<=[.!?…])[\"”’)]*\s+|(?<=[。！？])", r"\s+")
+_BLANK_LINES = re.compile(r"\s*[\r\n]")
+_FRONT_MATTER = re.compile(rf"---{LINE_END}.*?{LINE_END}(---|\.\.\.){LINE_END}", re.DOTALL)
 _HEADING_SEPARATOR = " › "
 
 
@@ -72,7 +73,7 @@ def _markdown_blocks(text: str) -> Iterator[_Block]:
     front = _FRONT_MATTER.match(text)
     offset = front.end() if front else 0
     tokens = MarkdownIt("commonmark").enable("table").parse(text[offset:])
-    lines = [offset, *(offset + match.end() for match in re.finditer("\n", text[offset:])), len(text)]
+    lines = [offset, *(offset + match.end() for match in re.finditer(LINE_END, text[offset:])), len(text)]
     opening = [(number, token) for number, token in enumerate(tokens) if token.level == 0 and token.map and token.nesting >= 0]
     if not opening:
         yield _Block(offset, len(text), ())
@@ -91,7 +92,7 @@ def _markdown_blocks(text: str) -> Iterator[_Block]:
 
 
 def _paragraphs(text: str) -> Iterator[_Block]:
-    places = [0, *(match.end() for match in re.finditer(r"\n[ \t]*\n\s*", text)), len(text)]
+    places = [0, *(match.end() for match in re.finditer(rf"{LINE_END}[ \t]*{LINE_END}\s*", text)), len(text)]
     return (_Block(start, end, ()) for start, end in pairwise(places) if start < end)
 
 

@@ -68,13 +68,13 @@ class Plan:
             for template in templates:
                 for name in template.variables:
                     self._need(name, f"the template {template.head.name}")
-            self._made |= {template.answer.field for template in templates}
+            self._made |= {name for template in templates for name in template.answer.names}
         elif isinstance(settings, SelfInstruct):
             template = self._load(settings.template, f"{key}.template")
             if template.variables != ["examples"]:
                 raise InputError(f"{key}.template: {settings.template} must have the variable examples and no other")
             self._need(template.answer.field, key)
-            self._made, self._source_is_there = {template.answer.field}, False
+            self._made, self._source_is_there = template.answer.names, False
         elif isinstance(settings, Magpie):
             for name in sorted(compile_text(settings.system or "", f"{key}.system").variables):
                 self._need(name, f"{key}.system")

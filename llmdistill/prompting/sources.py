@@ -22,7 +22,7 @@ from llmdistill.config.rows import RowReading
 from llmdistill.config.shipped import find
 from llmdistill.data.dataset import MANIFEST, metadata_and_provenance, read_batches, shard_files, storable
 from llmdistill.errors import InputError, UnreadableError
-from llmdistill.prompting.passages import Starts, split_text
+from llmdistill.prompting.passages import LINE_END, Starts, split_text
 from llmdistill.prompting.template import Fields
 from llmdistill.prompting.traffic import is_recorded, read_recorded, session_of
 from llmdistill.runs.record import sha256
@@ -33,6 +33,7 @@ _COMPRESSED = (".gz", ".bz2", ".zst")  # of text tables; decompressed as they ar
 _MARKDOWN = (".md", ".markdown")
 _DOCUMENTS = (*_MARKDOWN, ".txt")
 _KNOWN = ", ".join((*TABLES, *_DOCUMENTS))
+_OF_PROMPTS = {"prompt", "with_tools", "metadata", "lineage"}  # the columns of `prompts.parquet`
 _CONVERSATION = ("messages", "prompt", "completion", "tools")
 csv.field_size_limit(sys.maxsize)  # a cell may be a whole document
 
@@ -398,7 +399,14 @@ def _parquet_rows(file: Path) -> Iterator[Entry]:
     for batch in read_batches([file]):
         for fields in batch.to_pylist():
             number += 1
-            yield Entry(fields, {"file": str(file), "row": number})
+            yield Entry(_prompt_of(fields) if set(fields) == _OF_PROMPTS else fields, {"file": str(file), "row": number})
+
+
+def _prompt_of(stored: Fields) -> Fields:
+    """A row of `prompts.parquet`, as `prompts` has written it."""
+    whole = json.loads(stored["with_tools"]) if stored["with_tools"] else {"messages": stored["prompt"]}
+    tools = {"tools": whole["tools"]} if whole.get("tools") else {}
+    return {**json.loads(stored["metadata"]), "prompt": whole["messages"], **tools}
 
 
 def _hub_rows(section: HubDataset) -> Iterator[Entry]:
@@ -447,7 +455,7 @@ def _cut_rows(rows: Iterator[Entry], settings: Passages, token_starts: Starts | 
 def _cut(
     text: str, markdown: bool, fields: Fields, place: dict[str, Any], settings: Passages, token_starts: Starts | None
 ) -> Iterator[Entry]:
-    ends = [match.start() for match in re.finditer("\n", text)]
+    ends = [match.start() for match in re.finditer(LINE_END, text)]
     passages = split_text(text, markdown, settings, token_starts)
     reason = f"shorter than {settings.min_size} {settings.unit}"
     for passage in passages:

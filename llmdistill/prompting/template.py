@@ -53,6 +53,11 @@ class AnswerFormat(Section):
     json_schema: dict[str, Any] | None = None
     """What an object must be like (form json)."""
 
+    @property
+    def names(self) -> set[str]:
+        """The fields that every item has."""
+        return {self.field, *(self.json_schema or {}).get("required", [])}
+
     @model_validator(mode="after")
     def _is_usable(self) -> "AnswerFormat":
         try:
@@ -285,8 +290,11 @@ def _read_json(answer: AnswerFormat, text: str) -> Reading:
             value, _ = json.JSONDecoder().raw_decode(text, place)
         except (ValueError, RecursionError):
             continue
+        entries = value if isinstance(value, list) else [value]
+        if not any(isinstance(entry, dict | str) for entry in entries):
+            continue  # such as the number of a footnote
         reading = Reading([], [], [])
-        for entry in value if isinstance(value, list) else [value]:
+        for entry in entries:
             reason = _against(answer, entry)
             if reason:
                 reading.rejected.append((json.dumps(entry, ensure_ascii=False), reason))
@@ -295,6 +303,13 @@ def _read_json(answer: AnswerFormat, text: str) -> Reading:
         if reading.items or reading.rejected:
             return reading
     return Reading([], [], [(text, "no JSON")])
+
+
+def _can_show(answer: AnswerFormat, value: Any) -> bool:
+    """Whether a template can show it: text or a number; with a schema, which says what it may be, all but nothing."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None if answer.json_schema else isinstance(value, int | float)
 
 
 def _openings(text: str) -> Iterator[int]:
@@ -308,5 +323,5 @@ def _against(answer: AnswerFormat, entry: Any) -> str | None:
         if error:
             return f"against the schema: {error.json_path} {error.validator}"
     if isinstance(entry, dict):
-        return None if answer.field in entry else f"has no {answer.field}"
+        return next((f"has no {name}" for name in sorted(answer.names) if not _can_show(answer, entry.get(name))), None)
     return None if isinstance(entry, str) and entry.strip() else "no object"

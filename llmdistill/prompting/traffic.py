@@ -133,8 +133,8 @@ def _answer(fields: Fields) -> tuple[dict[str, Any] | None, str | None]:
     body = next((found for found in bodies if found), None)
     body = _parsed(body["body"]) if isinstance(body, dict) and "body" in body else body
     finish_reason = None
-    if isinstance(body, dict) and _parsed(body.get("choices")):
-        choice = _parsed(body["choices"])[0]
+    if isinstance(body, dict) and (choices := _parsed(body.get("choices"))):
+        choice = choices[0] if isinstance(choices, list) and isinstance(choices[0], dict) else {}
         finish_reason, body = choice.get("finish_reason"), choice.get("message")
     if isinstance(body, list) and _is_chat(body):
         body = body[-1]

@@ -15,6 +15,7 @@ from typing import Any
 
 from llmdistill.config import Experiment
 from llmdistill.evaluation import serving
+from llmdistill.evaluation.own_tasks import OwnTask
 from llmdistill.evaluation.tasks import read_own_tasks
 
 # Seconds of a whole stage for each second of what is timed here: norms, attention, caches, Python.
@@ -25,6 +26,8 @@ _SEQUENCES = 256  # that vLLM decodes together
 _READ_ROWS = 1024  # tokens in one pass of reading and training
 _SMALL_BATCH = 8
 _PROMPT_TOKENS = 64
+_CHARACTERS = 3.0  # of a token, in tasks of a user's own
+_LONGEST = 1.25  # of the answers of a batch, which is decoded until all have ended, in times their mean
 _ITEM_TOKENS = 140  # read for one item of a task, its choices together
 _OPTIMISER_BYTES = 28  # a parameter: gradient, weight and two moments, read and written
 
@@ -56,6 +59,22 @@ class Speed:
     batch: int
 
 
+@dataclass(frozen=True)
+class Asked:
+    """So many rows or items, and the tokens of the prompt and the answer of one."""
+
+    count: int
+    prompt: float
+    answer: float
+
+    @classmethod
+    def of_task(cls, own: OwnTask, limit: int | None) -> "Asked":
+        """The items of a task, by the characters of their inputs and right answers."""
+        items = own.items[:limit]
+        prompt, answer = (sum(map(len, texts)) / len(items) for texts in zip(*((i.input, i.output) for i in items), strict=True))
+        return cls(len(items), (len(own.task.told) + prompt) / _CHARACTERS, answer / _CHARACTERS)
+
+
 def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[str, float]:
     """Seconds of each stage; those that cannot be estimated are left out.
 
@@ -68,18 +87,21 @@ def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[st
     speed = measure(experiment, min(rows, _SEQUENCES))
     if speed is None:
         return {}
-    tokens = rows * experiment.generate.max_tokens
+    own = [Asked.of_task(task, experiment.eval.task_limit) for task in read_own_tasks(experiment.eval.tasks)]
+    asked = Asked(rows, _PROMPT_TOKENS, experiment.generate.max_tokens)
+    if own and experiment.prompts and experiment.prompts.task:  # answers like those to the items
+        asked = Asked(rows, own[0].prompt, min(own[0].answer, experiment.generate.max_tokens))
+    tokens = rows * asked.answer
     start = _STAGE_START * speed.start
     share = _student_share(experiment, speed)
-    row = experiment.generate.max_tokens + _PROMPT_TOKENS
+    row = asked.prompt + asked.answer
     held_out = max(rows * experiment.eval.held_out, 1)
     students = 1 + experiment.train.compare_text_only + (experiment.train.compare_examples is not None)
-    own = [min(len(task.items), experiment.eval.task_limit or len(task.items)) for task in read_own_tasks(experiment.eval.tasks)]
     models = 1 + share * (1 + students)  # the teacher, the student before, and those trained, in times of the teacher
     found = {
         "generate": _VLLM_START * speed.start
         + _DECODING * tokens / speed.batch * speed.decode
-        + rows * _PROMPT_TOKENS * speed.read,
+        + rows * asked.prompt * speed.read,
         "score": _VLLM_START * speed.start + _READING * tokens * speed.read,
         "curate": start,
         "prune": start + _READING * row * _pruning_rows(experiment, rows) * speed.read,
@@ -91,7 +113,7 @@ def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[st
         "report": start,
     }
     if not experiment.teacher.abilities.continuous_batching:
-        steps = tokens / min(experiment.teacher.batch_size, rows)
+        steps = _LONGEST * tokens / min(experiment.teacher.batch_size, rows)
         found["generate"] = start + _DECODING * steps * (speed.small if speed.batch > _SMALL_BATCH else speed.decode)
     return {name: found[name] for name in stages if name in found}
 
@@ -112,7 +134,7 @@ def _pruning_rows(experiment: Experiment, rows: int) -> float:
     return 3 * min(prune.calibration_rows, rows) + 4 * 12
 
 
-def _training(experiment: Experiment, speed: Speed, rows: int, row_tokens: int, share: float) -> float:
+def _training(experiment: Experiment, speed: Speed, rows: int, row_tokens: float, share: float) -> float:
     """Seconds of one training."""
     arguments = experiment.train.args
     batch = arguments.get("per_device_train_batch_size", 8) * arguments.get("gradient_accumulation_steps", 1)
@@ -124,15 +146,14 @@ def _training(experiment: Experiment, speed: Speed, rows: int, row_tokens: int, 
     return float(steps * (_TRAINING * passes * share * batch * row_tokens * speed.train + update))
 
 
-def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float, own: list[int]) -> float:
+def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float, own: list[Asked]) -> float:
     """Seconds for one model of the teacher's size, with so many items of each task of the user's own."""
     settings = experiment.eval
     items = (len(settings.tasks) - len(own)) * (settings.task_limit or 100)
     read = held_out_tokens + items * _ITEM_TOKENS + 2 * settings.own_prompts * settings.own_tokens
     steps = settings.samples * settings.sample_tokens / 4
     steps += 3 * settings.own_tokens if settings.own_prompts else 0
-    requests = sum(min(count, settings.timed_requests) for count in own)  # one at a time
-    steps += requests * experiment.generate.max_tokens
+    steps += sum(min(task.count, settings.timed_requests) * task.answer for task in own)  # one at a time
     spent = _READING * read * speed.read + _DECODING * steps * speed.small + _own_tasks(experiment, speed, own)
     if settings.speed == "transformers":
         return spent + _DECODING * serving.ROUNDS["transformers"] * settings.sample_tokens * speed.small
@@ -141,11 +162,12 @@ def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float, ow
     return spent + _VLLM_START * speed.start + _DECODING * serving.ROUNDS["vllm"] * timed
 
 
-def _own_tasks(experiment: Experiment, speed: Speed, own: list[int]) -> float:
-    """Seconds in which a model of the teacher's size answers so many items of each task."""
-    batch, answer = experiment.eval.batch_size, experiment.generate.max_tokens
-    steps = sum(math.ceil(count / batch) for count in own) * answer
-    return _READING * sum(own) * _PROMPT_TOKENS * speed.read + _DECODING * steps * _step(speed, batch)
+def _own_tasks(experiment: Experiment, speed: Speed, own: list[Asked]) -> float:
+    """Seconds in which a model of the teacher's size answers the items of each task."""
+    batch = experiment.eval.batch_size
+    steps = sum(math.ceil(task.count / batch) * _LONGEST * task.answer for task in own)
+    read = sum(task.count * task.prompt for task in own)
+    return _READING * read * speed.read + _DECODING * steps * _step(speed, batch)
 
 
 def _step(speed: Speed, batch: int) -> float:
@@ -216,7 +238,7 @@ def main() -> None:
     width, wide, vocabulary = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), config.vocab_size
 
     def seconds(call: Any) -> float:
-        """The median of several calls."""
+        """The shortest of several calls: what else the machine does now may have ended by then."""
         taken: list[float] = []
         begun = time.perf_counter()
         while len(taken) < 3 or (time.perf_counter() - begun < 0.15 and len(taken) < 50):
@@ -225,7 +247,7 @@ def main() -> None:
             if device != "cpu":
                 torch.accelerator.synchronize()
             taken.append(time.perf_counter() - one)
-        return sorted(taken)[len(taken) // 2]
+        return min(taken)
 
     def product(rows: int, n: int, dtype: Any) -> float:
         """Seconds per row and weight."""

@@ -28,7 +28,7 @@ from llmdistill.data.shards import EVERYTHING, Share
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting.asking import Asker, WaitingForOthersError
-from llmdistill.prompting.formats import RowReader
+from llmdistill.prompting.formats import RowReader, check_reserved
 from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.passages import Starts
@@ -127,9 +127,15 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     models, _ = all_fingerprints(experiment)
     plan, starts = Plan(section), token_starts(experiment)
     counts = Counts()
+    bad = LeftOut(section)
     for entry in read_source(section, starts):
-        plan.check(entry)
+        try:
+            entry.check()
+            plan.check(entry)
+        except UnusableError as error:
+            bad.add(error)
         counts.add(entry.refused)
+    bad.check_share(counts.kept)
     if section.from_where and not counts.kept:
         raise InputError(f"prompts.source: no usable prompts: {counts}")
     if dry_run:
@@ -403,14 +409,20 @@ def _render(
     origin: str,
     reader: RowReader | None = None,
 ) -> Prompt:
+    check_reserved(fields, origin)
+    answer: Fields = {}
     if template is None:
-        fields = (reader or RowReader(section)).read(fields, origin)
+        given, fields = fields, (reader or RowReader(section)).read(fields, origin)
+        # The teacher writes its own answer; the one that the row has stays known, to be compared with.
+        told = fields.get("completion")
+        answer = {name: value for name, value in given.items() if isinstance(told, str) and value == told and name not in fields}
     messages: list[dict[str, Any]] = template.render(fields, origin) if template else given_prompt(fields, origin)
     if section.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": section.system}, *messages]
     used = template.variables if template else ()
     tools = None if template else fields.get("tools")
-    return Prompt(messages, origin, metadata(fields, used), {**lineage, "template": section.template or section.task}, tools)
+    ancestors = {**lineage, "template": section.template or section.task}
+    return Prompt(messages, origin, metadata(fields, used) | answer, ancestors, tools)
 
 
 def _stored(prompt: Prompt) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from llmdistill.curation.steps import Failed
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.prompting.template import PromptTemplate
+from llmdistill.teachers import Request
+from llmdistill.teachers.remote import given_up
 from tests.curation.steps import apply_step, table
 from tests.factories import VOCAB
 
@@ -86,6 +88,28 @@ def test_a_row_that_is_too_long_has_failed(tiny, tmp_path):
     reasons, _ = apply_step(tmp_path, settings, long)
     assert isinstance(reasons[0], Failed)
     assert reasons[0].endswith("tokens are too long for the judge")
+
+
+def test_a_row_that_the_judge_cannot_be_asked_or_does_not_answer_has_failed(tiny, tmp_path, monkeypatch):
+    """The others have their scores, which are kept; the failed one is asked again."""
+    monkeypatch.setattr(module, "_K", VOCAB)
+    start = module.open_engine
+
+    class Unsure:
+        def __init__(self, *how):
+            self.engine = start(*how)
+
+        def generate(self, parts):
+            for done in self.engine.generate(parts):
+                yield given_up(Request(done.index, [], 0), "an answer of another shape") if done.index == 1 else done
+
+    monkeypatch.setattr(module, "open_engine", Unsure)
+    rows = table(["fine", "given up", "a <|im_end|> \U0010ff00 b", "fine, too"])
+    reasons, _ = apply_step(tmp_path, step(tiny, min_mass=1e-9, min_score=1), rows)
+    assert [isinstance(reason, Failed) for reason in reasons] == [False, True, True, False]
+    assert reasons[1] == "the judge gave no answer: an answer of another shape"
+    assert reasons[2].startswith("the judge cannot be asked: ")
+    assert sum(pq.read_metadata(file).num_rows for file in (tmp_path / "judge").rglob("*.parquet")) == 2
 
 
 def test_what_cannot_judge_is_refused(tmp_path, tiny):

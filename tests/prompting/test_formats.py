@@ -171,6 +171,12 @@ def test_what_a_form_does_not_use_stays():
     assert fields.keys() == {"messages", "rejected", "score"}
 
 
+def test_the_system_message_beside_a_whole_conversation_is_part_of_it():
+    row = {"system": "You are a pirate.", "prompt": Q, "chosen": [*ASKED, *ANSWERED], "rejected": []}
+    fields, _ = read_row(row, RowReading(), "a row")
+    assert fields["messages"] == [{"role": "system", "content": "You are a pirate."}, *ASKED, *ANSWERED]
+
+
 def test_an_unwanted_answer_is_not_learned():
     fields, _ = read_row({"prompt": Q, "completion": A, "label": False}, RowReading(), "a row")
     with pytest.raises(Exception, match="marked as not to be learned"):

@@ -71,6 +71,27 @@ def test_a_document_is_cut_at_its_headings():
     assert "# this is no heading" in texts(DOCUMENT, size=200, min_size=0)[1]
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+@pytest.mark.parametrize("markdown", [True, False])
+def test_other_ends_of_lines_cut_at_the_same_places(end, markdown):
+    document = "---\ntitle: t\n---\n" + DOCUMENT
+    settings = Passages(size=200, min_size=0)
+    wanted = [(p.heading, document[p.start : p.end]) for p in split_text(document, markdown, settings)]
+    other = document.replace("\n", end)
+    found = [(p.heading, other[p.start : p.end].replace(end, "\n")) for p in split_text(other, markdown, settings)]
+    if end == "\r":
+        assert found == wanted
+    else:  # each end of a line has one more character
+        assert [heading for heading, _ in found][:1] == [heading for heading, _ in wanted][:1]
+        assert "".join("".join(text.split()) for _, text in found) == "".join("".join(text.split()) for _, text in wanted)
+
+
+def test_line_ends_that_are_mixed_lose_nothing():
+    text = "# A\r\rpara one\r\r# B\r\n\npara two\r"
+    passages = split_text(text, True, Passages(size=200, min_size=0))
+    assert [(p.heading, text[p.start : p.end]) for p in passages] == [("A", "# A\r\rpara one"), ("B", "# B\r\n\npara two")]
+
+
 def test_a_short_one_is_joined_to_its_neighbour_under_the_heading_that_both_have():
     passages = split_text(DOCUMENT, True, Passages(size=200, min_size=60))
     assert [(passage.heading, passage.too_short) for passage in passages] == [("Garden", False), ("Garden", False)]

@@ -144,6 +144,9 @@ OBJECTS = AnswerFormat(
         (OBJECTS, '{"q": "a", "n": "one"}', True, [], [('{"q": "a", "n": "one"}', "against the schema: $.n type")], []),
         (OBJECTS, '{"q": "a', False, [], [], [('{"q": "a', "no JSON")]),
         (AnswerFormat(field="q", form="json"), '["a", "b", 3]', True, ["a", "b"], [("3", "no object")], []),
+        (AnswerFormat(field="q", form="json"), 'See [1]: {"q": "why?"}', True, ["why?"], [], []),
+        (AnswerFormat(field="q", form="json"), '[{"q": null}, {"q": ["a"]}]', True, [], 2, []),
+        (AnswerFormat(field="q", form="json"), "[1, 2]", True, [], [], [("[1, 2]", "no JSON")]),
     ],
 )
 def test_what_is_read_in_an_answer(answer, text, ended, items, rejected, failed):

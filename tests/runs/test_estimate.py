@@ -43,13 +43,14 @@ def test_more_samples_take_longer(seconds, experiment):
 
 
 def test_items_of_ones_own_tasks_are_answered_in_batches(seconds, experiment, monkeypatch):
-    """200 of 300 items, in batches of 8 and answers of 36 tokens: by the teacher, and by two students of its size."""
+    """200 of 300 items, in batches of 8, prompts of 50 tokens and answers of 20: by the teacher, and by its students."""
     settings = experiment.eval.model_copy(update={"batch_size": 8, "task_limit": 200, "timed_requests": 0})
-    task = SimpleNamespace(items=[None] * 300)
+    items = [SimpleNamespace(input="i" * 90, output="o" * 60)] * 300
+    task = SimpleNamespace(items=items, task=SimpleNamespace(told="t" * 60))
     before = seconds(eval=settings)["eval"]
     monkeypatch.setattr(estimate, "read_own_tasks", lambda names: [task])
     after = seconds(eval=settings.model_copy(update={"tasks": ["own.yaml"]}))["eval"]
-    each = estimate._DECODING * 200 / 8 * 36 * SPEED.small + estimate._READING * 200 * estimate._PROMPT_TOKENS * SPEED.read
+    each = estimate._DECODING * 200 / 8 * estimate._LONGEST * 20 * SPEED.small + estimate._READING * 200 * 50 * SPEED.read
     students = 1 + 1 + experiment.train.compare_text_only
     assert after - before == pytest.approx(each * (1 + students * estimate._student_share(experiment, SPEED)))
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -63,6 +64,28 @@ def test_what_a_line_says_beside_the_conversation_is_kept(write):
     assert prompt.metadata == {"answer": "Lima", "topic": {"of": ["geography"]}}
     (prompt,) = load_prompts(Prompts(source=write("q.jsonl", '{"prompt": "a", "answer": 1}')))
     assert prompt.metadata == {"answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "kept"),
+    [
+        ({"prompt": "What is 29 - 14?", "answer": "15"}, {"answer": "15"}),
+        ({"question": "What is 29 - 14?", "answer": "29 - 14 = 15 #### 15"}, {"answer": "29 - 14 = 15 #### 15"}),
+        ({"problem": "What?", "solution": "29 - 14 = 15", "answer": "15"}, {"solution": "29 - 14 = 15", "answer": "15"}),
+        ({"instruction": "Add", "input": "1 and 2", "output": "3", "level": 1}, {"output": "3", "level": 1}),
+        ({"prompt": "What?", "completion": "15", "topic": "sums"}, {"topic": "sums"}),
+    ],
+)
+def test_an_expected_answer_is_kept_under_its_name(write, row, kept):
+    """GSM8K, MATH and the like, whose answers are text, are checked against the teacher's by `math`."""
+    (prompt,) = load_prompts(Prompts(source=write("p.jsonl", json.dumps(row))))
+    assert prompt.metadata == kept
+
+
+def test_a_reserved_field_is_named_with_its_line_before_the_teacher_works(write):
+    source = write("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "llmdistill": {"a": 1}}')
+    with pytest.raises(InputError, match=r"p.jsonl line 2: has a field llmdistill, which is reserved"):
+        load_prompts(Prompts(source=source, max_bad_rows=0))
 
 
 def test_a_table_and_a_folder_of_documents_become_prompts(write, tmp_path):
@@ -594,6 +617,22 @@ def test_a_dry_run_counts_and_writes_nothing(experiment, capsys):
         generate(chosen)
 
 
+def test_a_line_that_cannot_be_read_is_left_out_and_a_null_is_no_item(experiment, teach, write):
+    """Neither stops the step: the line is one of 25, and the teacher's answer is rejected with its reason."""
+    answers = ['{"instruction": null}', '{"instruction": " "}', '[1] says {"instruction": "Why?"}']
+    answers += [json.dumps({"instruction": f"Is it {n}?"}) for n in range(3, 24)]
+    teach(lambda seen, _: answers[int(re.search(r"\d+", seen)[0])])
+    write("json.yaml", re.sub("answer: .*", "answer: {form: json, field: instruction}", QUESTION))
+    chosen = experiment([{"ask": {"template": "@json.yaml"}}], [{"text": f"text {n}"} for n in range(24)])
+    with Path(chosen.prompts.source).open("a") as file:
+        file.write("\n{broken\n")
+    prompts(chosen)
+    made = [prompt.messages[-1]["content"] for prompt in prepared_prompts(chosen).prompts]
+    assert made == ["Why?", *(f"Is it {n}?" for n in range(3, 24))]
+    rejected = pq.read_table(chosen.directory("prompts") / "rejected.parquet").to_pylist()
+    assert [row["reason"] for row in rejected if row["step"] == "1 ask"] == ["has no instruction"] * 2
+
+
 def test_nothing_left_is_an_error_that_says_where_to_look(experiment, teach):
     teach(lambda *_: "nothing to ask")
     with pytest.raises(InputError, match=r"no prompts are left; rejected.parquet says why"):
@@ -624,3 +663,13 @@ def test_made_prompts_are_a_source_for_another_experiment(experiment, teach):
     prompts(chosen)
     (other,) = load_prompts(Prompts(source=str(chosen.directory("prompts") / "prompts.parquet")))
     assert other.messages == prepared_prompts(chosen).prompts[0].messages
+
+
+def test_made_prompts_keep_their_tools_and_what_is_known_of_them(tmp_path):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    messages = [{"role": "user", "content": "Rain?"}]
+    rows = [{"prompt": messages, "with_tools": json.dumps({"messages": messages, "tools": tools}), "lineage": "{}"}]
+    rows = [{**rows[0], "metadata": json.dumps({"topic": "w", "answer": 3})}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "prompts.parquet")
+    (prompt,) = load_prompts(Prompts(source=str(tmp_path / "prompts.parquet")))
+    assert (prompt.messages, prompt.tools, prompt.metadata) == (messages, tools, {"topic": "w", "answer": 3})

@@ -275,6 +275,12 @@ class _TargetsReader:
             raise InputError(
                 f"{origin}: has from {fewest} to {most} targets a position, not {self.k}; --k {fewest} keeps as many"
             )
+        if min(ids_NK.min(), entries.ids_T.min()) < 0:
+            raise InputError(f"{origin}: holds a negative token id")
+        of_none = -1 - np.arange(ids_NK.shape[1])  # a place without a target is like no other
+        sorted_NK = np.sort(np.where(logprobs_NK > -np.inf, ids_NK, of_none), axis=1)
+        if (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any():
+            raise InputError(f"{origin}: has the same token twice among the targets of a position")
         highest = int(max(ids_NK.max(), entries.ids_T.max()))
         if highest >= self.teacher.vocab_size:
             raise InputError(

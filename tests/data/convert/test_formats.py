@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -278,6 +279,22 @@ def test_every_run_of_entries_becomes_a_row(tiny, tmp_path):
     assert found[0]["target_ids"].reshape(-1, 2).tolist() == [[7, 101], [2, 102]]
     np.testing.assert_allclose(found[1]["token_logprobs"], [-0.5])
     assert found[0]["prompt"][0]["role"] == "user"
+
+
+@pytest.mark.parametrize(
+    ("ids", "targets", "message"),
+    [
+        ([5, 6], [[6, 9], [0, 0]], None),
+        ([5, 6], [[6, -1], [0, 0]], "holds a negative token id"),
+        ([-5, 6], [[6, 9], [0, 0]], "holds a negative token id"),
+        ([5, 6], [[6, 6], [0, 0]], "has the same token twice among the targets of a position"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(tiny, tmp_path, ids, targets, message):
+    file = write_axolotl(tmp_path / "a.parquet", [(ids, targets, [[-0.5, -1.0]] * 2, [[1, 1], [0, 0]])])
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        import_dataset(file, tmp_path / "out", "axolotl", str(tiny))
+    assert (tmp_path / "out").exists() == (message is None)
 
 
 def test_padding_inside_an_entry_is_no_target(tiny, tmp_path):
