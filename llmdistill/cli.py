@@ -187,7 +187,7 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     for directory in directories:
         if not directory.is_dir():
             raise InputError(f"{directory}: no such directory; to compare runs, name the `output` of each")
-    compare(directories, Path(arguments.out or "comparison.html"))
+    compare(directories, Path(arguments.out or "comparison.html"), arguments.dry_run)
 
 
 def _convert(arguments: argparse.Namespace, rest: list[str]) -> None:

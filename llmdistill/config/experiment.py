@@ -37,7 +37,7 @@ class Experiment(Section):
     """Directory that all stages write to."""
     store: StoreUrl | None = None
     """URL of a copy of `output` in an object store: s3://BUCKET/PREFIX, gs://… or file:///…"""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Random seed for sampling, splitting, training and the bootstrap."""
     shard_mb: float = Field(default=256, gt=0)
     """Size of the shards that `curate` writes, in megabytes."""

@@ -103,7 +103,7 @@ StoreUrl = Annotated[str, AfterValidator(_check_store)]
 class Section(BaseModel):
     """A section of the configuration. Unknown keys are errors; the docstring under a field is its help text."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     def with_(self, **changes: Any) -> Self:
         """A copy with other values of some keys, checked as if it had been read from a file.

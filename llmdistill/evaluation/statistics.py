@@ -42,6 +42,26 @@ def interval_text(interval: Mapping[str, float], form: str, factor: float = 1, t
     return mean, f"{low}{to}{high}"
 
 
+def share_text(share: float) -> str:
+    """A share in percent, with the decimals without which one that is neither 0% nor 100% would look so: 99.6%."""
+    for decimals in range(4):
+        text = f"{share:.{decimals}%}"
+        if not 0 < share < 1 or 0 < float(text.rstrip("%")) < 100:
+            break
+    return text
+
+
+def share_interval_text(share: Mapping[str, float]) -> tuple[str, str]:
+    """As `interval_text` in percent, with as many decimals as `share_text` gives the mean."""
+    text = share_text(share["mean"])
+    return interval_text(share, f".{len(text.partition('.')[2].rstrip('%'))}f", 100)
+
+
+def times_text(ratio: float) -> str:
+    """How many times as fast, such as 1.8×, or 0.043×."""
+    return f"{ratio:.1f}×" if ratio >= 0.1 else f"{ratio:.2g}×"
+
+
 def digits(low: float, high: float, least: int) -> int:
     """Decimals that show an interval's half-width, at least `least` and at most five."""
     half = (high - low) / 2

@@ -6,7 +6,7 @@ from typing import Any
 from llmdistill.evaluation import drafts
 from llmdistill.evaluation.metrics import has_teacher
 from llmdistill.evaluation.routes import lines
-from llmdistill.evaluation.statistics import interval_text, nats_text
+from llmdistill.evaluation.statistics import interval_text, nats_text, share_interval_text, share_text, times_text
 
 Json = dict[str, Any]
 
@@ -20,11 +20,13 @@ def headline(models: list[Json], engine: str, tasks: Json | None = None) -> str:
     smaller = 1 - student["parameters"] / teacher["parameters"]
     faster = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
     where = " in vLLM" if engine == "vllm" else ""
-    size = f"{smaller:.0%} smaller" if smaller > 0 else f"{-smaller:.0%} larger" if smaller < 0 else "same size"
+    size = f"{share_text(abs(smaller))} {'smaller' if smaller > 0 else 'larger'}" if smaller else "same size"
+    speed = times_text(faster)
+    speed += " as fast" if speed == "1.0×" else " faster" if faster > 1 else " the speed"
     keeps = "keeps " + _share(student["top1"], "the teacher's next-token choices")
     if tasks and tasks["together"]["kept"]:
         keeps += f" and {_share(tasks['together']['kept'], 'its task score')}"
-    return f"{size} · {faster:.1f}× {'faster' if faster >= 1 else 'the speed'}{where} · {keeps}"
+    return f"{size} · {speed}{where} · {keeps}"
 
 
 def task_verdict(task: Json) -> str:
@@ -63,7 +65,7 @@ def _headline_of_text(models: list[Json], tasks: Json | None) -> str:
 
 
 def _share(kept: dict[str, float], of: str) -> str:
-    mean, ends = interval_text(kept, ".0f", 100)
+    mean, ends = share_interval_text(kept)
     return f"{mean}% of {of} (95% CI {ends})"
 
 

@@ -17,20 +17,22 @@ from llmdistill.stages.report import read_metrics
 Json = dict[str, Any]
 
 _COMPARED = [metric.name for metric in metrics_of("runs")]
-_STAGES = ("data", "curated", "student", "eval")
+_STAGES = ("data", "curated", "retokenized", "student-before")
 _RESAMPLES = 2000
 _MOST_KEYS = 12  # that are shown of what runs differ in
 
 
-def compare(directories: list[Path], out: Path) -> None:
+def compare(directories: list[Path], out: Path, dry_run: bool = False) -> None:
     """Write a page, and the same in Markdown beside it.
 
     Args:
         directories: the `output` of each run; the first is what the others are compared with.
         out: the page, which ends in `.html`.
+        dry_run: only say what would be written.
 
     Raises:
-        InputError: there are fewer than two, one has no evaluation, or they were not measured on the same rows.
+        InputError: there are fewer than two, one has no evaluation, they were not measured on the same rows, or the pages cannot
+            be written.
     """
     if len(directories) < 2:
         raise InputError(
@@ -38,6 +40,10 @@ def compare(directories: list[Path], out: Path) -> None:
         )
     if out.suffix != ".html":
         raise InputError(f"--out {out}: must end in .html")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no directory {out.parent}")
+    if (beside := out.with_suffix(".md")).exists() and not out.exists():
+        raise InputError(f"--out {out}: {beside}, which would be written beside it, is there already; choose another name")
     names = _names(directories)
     metrics = [read_metrics(directory / "eval" / "metrics.json") for directory in directories]
     _check_teachers(directories)
@@ -59,12 +65,15 @@ def compare(directories: list[Path], out: Path) -> None:
         "verdict": _verdict(names, differences),
         "metrics": metrics_of("runs"),
     }
+    if dry_run:
+        return say("report", f"would write {out} and {out.with_suffix('.md')}")
     environment = template_environment()
     for file in (out, out.with_suffix(".md")):
         write_text(file, environment.get_template(f"compare{file.suffix}.j2").render(view))
     say("report", str(out))
     console.print()
     console.print(view["verdict"], markup=False)
+    return None
 
 
 def _names(directories: list[Path]) -> list[str]:
@@ -121,6 +130,11 @@ def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:
                 f"{directory}: its held-out rows differ from those of {directories[0]}: {common:,} of {len(table):,} and "
                 f"{len(first):,} are the same; evaluate all runs on one dataset (train.dataset)"
             )
+        if table["tokens"] != first["tokens"]:
+            raise InputError(
+                f"{directory}: its held-out rows have other positions than in {directories[0]}: a student with another "
+                "vocabulary is measured over what both share, which cannot be compared"
+            )
     draws = Draws.of(first["conversation"].to_pylist(), _RESAMPLES, 0)
     return [
         {"tokens": table["tokens"].to_numpy()} | {name: table[f"student {name}"].to_numpy() for name in _COMPARED}
@@ -163,14 +177,21 @@ def _what_differs(directories: list[Path]) -> list[Json]:
     settings = []
     for directory in directories:
         found: Json = {}
-        for stage in _STAGES:
-            run = read_run(directory / stage)
+        student = Path(
+            next(m["path"] for m in read_metrics(directory / "eval" / "metrics.json")["models"] if m["name"] == "student")
+        )
+        of_student = student if student.is_dir() else directory / "student"
+        for made in (*(directory / stage for stage in _STAGES), of_student, directory / "eval"):
+            run = read_run(made)
             if run:
                 found |= _flat(run["settings"])
+        found["rounds"] = len(list((directory / "rounds").glob("*/student"))) or None
         settings.append(found)
     keys = sorted({key for found in settings for key in found})
     rows = [{"key": key, "values": [_shown(found.get(key)) for found in settings]} for key in keys]
-    return [row for row in rows if len(set(row["values"])) > 1][:_MOST_KEYS]
+    rows = [row for row in rows if len(set(row["values"])) > 1]
+    more = len(rows) - _MOST_KEYS
+    return [*rows[:_MOST_KEYS], *([{"key": f"and {more} more", "values": [""] * len(directories)}] if more > 0 else [])]
 
 
 def _flat(tree: Any, prefix: str = "") -> Json:

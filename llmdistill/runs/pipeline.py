@@ -12,7 +12,7 @@ from llmdistill.config import Experiment, dump_experiment
 from llmdistill.curation.steps import step_inputs
 from llmdistill.errors import InputError
 from llmdistill.evaluation.tasks import read_tasks
-from llmdistill.runs import record
+from llmdistill.runs import lock, record
 from llmdistill.runs.estimate import estimate, said
 from llmdistill.runs.progress import counted, say, working
 from llmdistill.runs.rounds import round_of
@@ -119,9 +119,11 @@ def run_pipeline(experiment: Experiment, remake: bool = False) -> None:
             before the first.
     """
     _check_inputs(experiment)
-    for directory, why in check_stale(experiment, remake).items():
-        say("run", f"removes {directory}: {why}")
-        shutil.rmtree(directory)
+    stale = check_stale(experiment, remake)
+    with lock.alone(stale, "run"):
+        for directory, why in stale.items():
+            say("run", f"removes {directory}: {why}")
+            shutil.rmtree(directory)
     check_plan(experiment)
     run_stages(stages(experiment))
 

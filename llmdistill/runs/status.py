@@ -110,8 +110,10 @@ def _has_begun(output: Path, name: str) -> bool:
 def _is_done(output: Path, name: str) -> bool:
     if STAGES[name].record is None:
         return (output / "report.html").exists()
-    run = _run(output, name)
-    return run is not None and run["status"] == "done"
+    # Those beside the first, such as the student of the text alone, are there from when they are begun.
+    beside = [record.read_run(output / directory) for directory in STAGES[name].writes]
+    runs = [_run(output, name), *(run for run in beside if run and run["stage"] == name)]
+    return all(run is not None and run["status"] == "done" for run in runs)
 
 
 def _run(output: Path, name: str) -> Any:

@@ -126,9 +126,10 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     """The exported formats, and what they depend on; more formats may be asked for later."""
     settings = experiment.export or Export()
     source = Path(settings.model or experiment.directory("student"))
+    timed = {"sample_tokens", "batch_size", "timed_requests"} if experiment.eval.speed == "vllm" else set()
     claimed = {
         "seed": experiment.seed,
-        "eval": experiment.eval.model_dump(mode="json", include={"resamples", "speed"}),
+        "eval": experiment.eval.model_dump(mode="json", include={"resamples", "dtype", "speed", *timed}),
         "export": settings.model_dump(mode="json", exclude={"formats"}),
     }
     return [record.Claim(experiment.directory("export"), "export", claimed, _inputs(experiment, source))]

@@ -8,6 +8,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.student import Prune
 from llmdistill.data.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.errors import InputError
+from llmdistill.evaluation.statistics import share_text
 from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer
 from llmdistill.runs import record
 from llmdistill.runs.progress import say, working
@@ -72,7 +73,7 @@ def ensure_pruned(experiment: Experiment) -> bool:
             "the refit does not reduce the KL here; raise student.prune.calibration_rows, or set student.prune.refit to false",
         )
     before, after = results["parameters_before"], results["parameters"]
-    smaller = f"{1 - after / before:.0%} smaller"
+    smaller = f"{share_text(1 - after / before)} smaller"
     say("prune", f"{before / 1e6:,.1f}M parameters become {after / 1e6:,.1f}M ({smaller}) in {directory}")
     return True
 

@@ -1,9 +1,10 @@
 """`llmdistill train`: the student learns from the dataset; the result is a directory that any engine loads."""
 
 import dataclasses
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from llmdistill.data.dataset import (
     has_several_tokenizers,
     is_held_out,
     load_dataset,
+    read_batches,
     read_manifest,
+    shard_files,
 )
 from llmdistill.data.targets import KINDS, Sampled, SampledByStudent
 from llmdistill.errors import InputError, no_such_key
@@ -65,6 +68,16 @@ _REFUSED |= {
     "ignore_data_skip": "would train on the same rows again after a stop",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "is not read: the stages say what is done"),
 }
+# Numbers among them: their kind, and the least that they can be.
+_NUMBERS: dict[str, tuple[type, float]] = {
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"), (float, 0)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio"), (float, 0)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), (int, 1)),
+    **dict.fromkeys(("max_steps", "max_length", "save_total_limit"), (int, 1)),
+    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), (int, 0)),
+}
+_MAY_BE_ZERO = ("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio")
+_OPTIONAL = ("max_length", "save_total_limit", "data_seed", "eval_steps", "warmup_ratio")
 _MAY_NAME_A_FILE = ("deepspeed", "fsdp_config", "accelerator_config")  # arguments of trl.SFTConfig
 # The second student's: cross-entropy on the text, and nothing of the soft targets.
 _TEXT_ONLY: dict[str, Any] = {"alpha": 0.0, "alpha_end": None, "beta": None, "beta_end": None, "sequence_alpha": 0.0}
@@ -122,7 +135,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     ]
     if examples := experiment.train.compare_examples:
         _, _, read = read_examples(examples)
-        told = {**settings, "text_only": True, "examples_only": True}
+        told = {**settings, "text_only": True, "examples_only": True, "template_args": experiment.teacher.template_args}
         found.append(record.Claim(experiment.directory("student-examples"), "train", told, inputs | read))
     return found
 
@@ -352,6 +365,28 @@ def _with_columns(rows: Any, others: Any) -> Any:
     return rows.with_format("numpy")
 
 
+def _held_out_prompts(directories: list[Path]) -> set[str]:
+    """What the held-out rows of some datasets are about, which no row of another may be."""
+    found: set[str] = set()
+    for directory in directories:
+        for table in read_batches(shard_files(directory, "test"), ["prompt", "completion", "metadata"]):
+            found.update(conversation_keys(table))
+    return found
+
+
+def _without(rows: Any, prompts: set[str]) -> Any:
+    """The rows that are about others; how many are not is said."""
+    if not prompts:
+        return rows
+    keys: list[str] = []
+    for table in rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow").iter(batch_size=ROW_GROUP):
+        keys += conversation_keys(table)
+    kept = [number for number, key in enumerate(keys) if key not in prompts]
+    if len(kept) < len(keys):
+        say("train", f"leaves out {counted(len(keys) - len(kept), 'row')}, whose prompts one of the mixed datasets holds out")
+    return rows.select(kept) if len(kept) < len(keys) else rows
+
+
 def mixed_rows(experiment: Experiment, rows: Any) -> Any:
     """The rows with those of other datasets among them, as many as make up their share, drawn without repeats."""
     mix = experiment.train.mix
@@ -361,6 +396,8 @@ def mixed_rows(experiment: Experiment, rows: Any) -> Any:
     import numpy as np
 
     others = datasets.concatenate_datasets([load_dataset(directory, "train") for directory in mix.datasets])
+    held_out = _held_out_prompts([training_dataset(experiment), *experiment.mixed_datasets])
+    rows, others = _without(rows, held_out), _without(others, held_out)
     rows, others = _with_columns(rows, others), _with_columns(others, rows)
     wanted = min(round(len(rows) * mix.share / (1 - mix.share)), len(others))
     drawn = np.sort(np.random.default_rng(experiment.seed).permutation(len(others))[:wanted])
@@ -468,11 +505,11 @@ def settled(experiment: Experiment, claim: record.Claim) -> Precision:
     return record.settled_precision(claim.directory, claim.settings, claim.inputs, found)
 
 
-def check_arguments(args: Iterable[str], key: str) -> None:
-    """Check the names of arguments of `trl.SFTConfig`; `key` is the one that they stand under.
+def check_arguments(args: Mapping[str, Any], key: str) -> None:
+    """Check arguments of `trl.SFTConfig`, their names and the numbers; `key` is the one that they stand under.
 
     Raises:
-        InputError: there is no such argument, or it cannot be chosen here.
+        InputError: there is no such argument, it cannot be chosen here, or what it is set to cannot be.
     """
     from llmdistill.training.arguments import DistillConfig
 
@@ -484,6 +521,25 @@ def check_arguments(args: Iterable[str], key: str) -> None:
             raise InputError(f"{key}.{name} {_REFUSED[name]}")
         if name not in names:
             raise no_such_key(key, name, names, "trl.SFTConfig has no such argument")
+        if name in _NUMBERS:
+            _check_number(args[name], *_NUMBERS[name], f"{key}.{name}")
+
+
+def _check_number(value: Any, kind: type, least: float, key: str) -> None:
+    """Refuse what transformers takes without a word, or stumbles over when the student is loaded.
+
+    Raises:
+        InputError: it is no number of the kind, or below the least, which is left out itself if it is a float.
+    """
+    if value is None and key.endswith(_OPTIONAL):
+        return
+    what = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not math.isfinite(value):
+        raise InputError(f"{key} is {value!r}, but must be {what}")
+    if value < least or (kind is float and value == least and not key.endswith(_MAY_BE_ZERO)):
+        bound = "at least" if kind is int or key.endswith(_MAY_BE_ZERO) else "above"
+        if not (key.endswith("max_steps") and value == -1):
+            raise InputError(f"{key} is {value}, but must be {bound} {least:g}")
 
 
 def arguments_of(

@@ -23,6 +23,9 @@ from llmdistill.evaluation.statistics import (
     pairs_interval,
     ratio,
     share_interval,
+    share_interval_text,
+    share_text,
+    times_text,
 )
 
 
@@ -118,6 +121,29 @@ def right_or_wrong(generator, n):
 def pairs(generator, n):
     """Where the models differ on two items in five; on fewer of few items, all that can happen is in most intervals."""
     return (generator.choice([1.0, -1.0, 0.0], size=n, p=[0.3, 0.1, 0.6]),), 0.2, Draws.pairs
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0, "0%"),
+        (1, "100%"),
+        (0.4, "40%"),
+        (0.01, "1%"),
+        (0.996, "99.6%"),
+        (0.9996, "99.96%"),
+        (0.0018, "0.2%"),
+        (1e-9, "0.000%"),
+    ],
+)
+def test_a_share_looks_like_all_or_nothing_only_if_it_is(share, text):
+    assert share_text(share) == text
+
+
+def test_an_interval_has_the_decimals_of_its_mean():
+    assert share_interval_text({"mean": 0.996, "low": 0.9951, "high": 0.9968}) == ("99.6", "99.5 to 99.7")
+    assert share_interval_text({"mean": 0.4, "low": 0.35, "high": 1.0}) == ("40", "35 to 100")
+    assert [times_text(ratio) for ratio in (1.84, 1.04, 0.5, 0.0432)] == ["1.8×", "1.0×", "0.5×", "0.043×"]
 
 
 @pytest.mark.slow

@@ -55,6 +55,50 @@ def test_equal_runs_are_not_shown_to_differ(tmp_path, capsys):
     assert "Their configurations are the same." in (tmp_path / "page.md").read_text()
 
 
+def test_rounds_and_keys_beyond_the_first_are_told(tmp_path):
+    """What the measured student was trained with, which of rounds is the last one's; and that keys are left out."""
+    one, two = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    for number in (1, 2):
+        told = {"stage": "train", "status": "done", "settings": {"train": {"loss": "reverse_kl", "alpha": 0.9}, "seed": 0}}
+        write(two / f"rounds/{number}/student/run.json", told)
+    evaluated = metrics()
+    next(model for model in evaluated["models"] if model["name"] == "student")["path"] = str(two / "rounds/2/student")
+    write(two / "eval/metrics.json", evaluated)
+    compare([one, two], tmp_path / "page.html")
+    text = (tmp_path / "page.md").read_text()
+    assert "| rounds | – | 2 |" in text
+    assert r"| train.loss | – | reverse\_kl |" in text
+    many = {"stage": "eval", "status": "done", "settings": {f"k{n:02}": n for n in range(30)}}
+    write(two / "eval/run.json", many)
+    compare([one, two], tmp_path / "page.html")
+    assert "| and 21 more |" in (tmp_path / "page.md").read_text()
+
+
+def test_a_student_that_was_measured_over_other_positions_is_refused(tmp_path):
+    """After `retokenize` the rows have the same ids and fewer positions, over classes."""
+    one, two = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    table = pq.read_table(two / "eval/rows.parquet")
+    fewer = pa.array([tokens - tokens // 3 for tokens in table["tokens"].to_pylist()])
+    pq.write_table(table.set_column(table.schema.get_field_index("tokens"), "tokens", fewer), two / "eval/rows.parquet")
+    with pytest.raises(
+        InputError, match=r"b: its held-out rows have other positions than in .*a: a student with another vocabulary"
+    ):
+        compare([one, two], tmp_path / "page.html")
+
+
+def test_a_comparison_is_written_where_it_can_be_and_over_nothing_else(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    with pytest.raises(InputError, match=r"there is no directory .*nowhere"):
+        compare(runs, tmp_path / "nowhere/page.html")
+    (tmp_path / "README.md").write_text("precious")
+    with pytest.raises(InputError, match=r"README.md, which would be written beside it, is there already"):
+        compare(runs, tmp_path / "README.html")
+    compare(runs, tmp_path / "page.html", dry_run=True)
+    assert "would write" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a", "b"]
+    assert (tmp_path / "README.md").read_text() == "precious"
+
+
 def test_bad_input_is_named(tmp_path):
     run = make_run(tmp_path / "a")
     with pytest.raises(InputError, match="a comparison needs at least two directories"):

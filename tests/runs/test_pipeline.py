@@ -1,17 +1,20 @@
 """What `run` says before it begins."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from llmdistill.config import load_experiment
 from llmdistill.data.dataset import load_dataset
-from llmdistill.errors import InputError
+from llmdistill.errors import BusyError, InputError
 from llmdistill.runs import record
 from llmdistill.runs.pipeline import check_stale, dry_run, run_pipeline
 from llmdistill.stages import train
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
+from tests.conftest import ROOT
 from tests.factories import write_experiment, write_foreign
 
 
@@ -115,6 +118,18 @@ def test_remake_removes_what_is_stale_and_nothing_else(begun, tmp_path, monkeypa
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curated", "data", "student"]
     run_pipeline(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+
+
+def test_remake_removes_nothing_in_which_another_process_works(begun, tmp_path):
+    holder = "import sys, time; from pathlib import Path; from llmdistill.runs import lock\n"
+    holder += "with lock.alone([Path(sys.argv[1])], 'curate'): print('held', flush=True); time.sleep(100)"
+    directory = tmp_path / "run/curated"
+    with subprocess.Popen([sys.executable, "-c", holder, str(directory)], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(BusyError, match="curated: `curate` works here"):
+            run_pipeline(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
+        process.kill()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["curated", "data", "student"]
 
 
 def test_too_few_held_out_prompts_are_said_before_the_teacher_works(tiny, tmp_path, monkeypatch, capsys):

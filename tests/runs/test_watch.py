@@ -201,6 +201,15 @@ def test_the_stages_of_a_run_without_jobs(tmp_path):
     assert list(said) == ["score", "curate", "round-1-generate", "round-1-score", "eval"]
 
 
+def test_training_is_done_when_the_students_beside_the_first_are(tmp_path):
+    for directory, state in (("student", "done"), ("student-text-only", "unfinished")):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "run.json").write_text(json.dumps({"stage": "train", "status": state}))
+    assert status.how_far(tmp_path, "train") == "not done"
+    (tmp_path / "student-text-only/run.json").write_text(json.dumps({"stage": "train", "status": "done"}))
+    assert status.how_far(tmp_path, "train") == "done"
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only the test moves, and no thread that reports by itself."""

@@ -8,7 +8,7 @@ from llmdistill.evaluation import drafts
 from llmdistill.evaluation.metrics import OWN_TEXT_METRICS, Metric, metrics_of
 from llmdistill.evaluation.plots import group_plot, size_plot
 from llmdistill.evaluation.report.words import megabytes, parameters, percent, tokens_per_second
-from llmdistill.evaluation.statistics import interval_text
+from llmdistill.evaluation.statistics import interval_text, share_interval_text, share_text, times_text
 from llmdistill.runs.record import read_json
 
 Json = dict[str, Any]
@@ -22,14 +22,14 @@ def cards(models: dict[str, Json], tasks: Json | None) -> list[Json]:
     teacher = models["teacher"]
     saved = 1 - student["parameters"] / teacher["parameters"]
     speed = student["decode_tokens_per_s"] / teacher["decode_tokens_per_s"]
-    times = f"{speed:.1f}×"
+    times = times_text(speed)
     size = f"{parameters(teacher['parameters'])} → {parameters(student['parameters'])} parameters"
     rate = f"{tokens_per_second(teacher)} → {tokens_per_second(student)} tokens/s"
     kept = [_kept_card(tasks["together"]["kept"], "of its task score kept")] if tasks and tasks["together"]["kept"] else []
     own = [task for task in (tasks or {"tasks": []})["tasks"] if "valid" in task]
     return [
         *(kept if own else []),
-        {"figure": f"{abs(saved):.0%}", "label": "smaller" if saved >= 0 else "larger", "note": size},
+        {"figure": share_text(abs(saved)), "label": "smaller" if saved >= 0 else "larger", "note": size},
         {
             "figure": times,
             "label": "as fast" if times == "1.0×" else "faster" if speed > 1 else "the teacher’s speed",
@@ -58,7 +58,7 @@ def _cards_of_text(before: Json, student: Json, tasks: Json | None) -> list[Json
 
 
 def _kept_card(share: Json, label: str) -> Json:
-    mean, ends = interval_text(share, ".0f", 100)
+    mean, ends = share_interval_text(share)
     return {"figure": f"{mean}%", "label": label, "note": f"95% CI {ends}"}
 
 
