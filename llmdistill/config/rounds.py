@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import Field
 
-from llmdistill.config.section import Divergence, PassedOn, Section
+from llmdistill.config.section import Divergence, Section
+from llmdistill.config.train import TrainingArguments
 
 
 class Rounds(Section):
@@ -25,7 +26,7 @@ class Rounds(Section):
     loss: Divergence | None = None
     """Divergence in the rounds; `train.loss` if not set. For another one than forward_kl, targets.kind sampled is a sample that
     the student draws."""
-    args: PassedOn = {}
+    args: TrainingArguments = {}
     """Arguments of `trl.SFTConfig` that override `train.args` in the rounds. save_steps and save_total_limit of micro-rounds are
     only read here."""
 

@@ -1,11 +1,53 @@
 """The section `train`: the dataset, the loss and the training arguments."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmdistill.config.section import Divergence, PassedOn, Section
 from llmdistill.data.targets import SoftTargets
+
+_Positive = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+_Count = Annotated[int, Field(ge=1)]
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class _Numbers(BaseModel):
+    """Arguments of `trl.SFTConfig` of which transformers takes a wrong number without a word, or stumbles over it late."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    learning_rate: _Positive = 1
+    num_train_epochs: _Positive = 1
+    max_steps: Literal[-1] | _Count = -1
+    per_device_train_batch_size: _Count = 1
+    per_device_eval_batch_size: _Count = 1
+    gradient_accumulation_steps: _Count = 1
+    max_length: _Count | None = None
+    weight_decay: _NotNegative = 0
+    max_grad_norm: _NotNegative = 0
+    warmup_steps: _NotNegative = 0
+    logging_steps: _Positive = 1
+    save_steps: _Positive = 1
+    eval_steps: _Positive | None = None
+    save_total_limit: _Count | None = None
+    seed: _Seed = 0
+    data_seed: _Seed | None = None
+
+
+def _check_numbers(args: dict[str, Any]) -> dict[str, Any]:
+    try:
+        _Numbers.model_validate(args)
+    except ValidationError as error:
+        found = error.errors()
+        name = found[0]["loc"][0]
+        why = [detail["msg"] for detail in found if detail["loc"][0] == name][-1]
+        raise ValueError(f"{name} is {args[str(name)]!r}: {why.replace('Input', 'it')}") from None
+    return args
+
+
+TrainingArguments = Annotated[PassedOn, AfterValidator(_check_numbers)]
 
 
 class Hidden(Section):
@@ -95,7 +137,7 @@ class Train(Section):
     """Also train a second student for the same steps on the text only (alpha 0), for comparison in `eval`."""
     compare_examples: Examples | None = None
     """Also train a student for the same steps on the examples of a task alone, for comparison in `eval`."""
-    args: PassedOn = {}
+    args: TrainingArguments = {}
     """Any argument of `trl.SFTConfig`: learning_rate, num_train_epochs, report_to, …"""
 
     @model_validator(mode="after")

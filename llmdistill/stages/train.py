@@ -1,10 +1,9 @@
 """`llmdistill train`: the student learns from the dataset; the result is a directory that any engine loads."""
 
 import dataclasses
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +67,6 @@ _REFUSED |= {
     "ignore_data_skip": "would train on the same rows again after a stop",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "is not read: the stages say what is done"),
 }
-# Numbers among them: their kind, and the least that they can be.
-_NUMBERS: dict[str, tuple[type, float]] = {
-    **dict.fromkeys(("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"), (float, 0)),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio"), (float, 0)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), (int, 1)),
-    **dict.fromkeys(("max_steps", "max_length", "save_total_limit"), (int, 1)),
-    **dict.fromkeys(("seed", "data_seed", "dataloader_num_workers"), (int, 0)),
-}
-_MAY_BE_ZERO = ("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio")
-_OPTIONAL = ("max_length", "save_total_limit", "data_seed", "eval_steps", "warmup_ratio")
 _MAY_NAME_A_FILE = ("deepspeed", "fsdp_config", "accelerator_config")  # arguments of trl.SFTConfig
 # The second student's: cross-entropy on the text, and nothing of the soft targets.
 _TEXT_ONLY: dict[str, Any] = {"alpha": 0.0, "alpha_end": None, "beta": None, "beta_end": None, "sequence_alpha": 0.0}
@@ -505,11 +494,11 @@ def settled(experiment: Experiment, claim: record.Claim) -> Precision:
     return record.settled_precision(claim.directory, claim.settings, claim.inputs, found)
 
 
-def check_arguments(args: Mapping[str, Any], key: str) -> None:
-    """Check arguments of `trl.SFTConfig`, their names and the numbers; `key` is the one that they stand under.
+def check_arguments(args: Iterable[str], key: str) -> None:
+    """Check the names of arguments of `trl.SFTConfig`; `key` is the one that they stand under.
 
     Raises:
-        InputError: there is no such argument, it cannot be chosen here, or what it is set to cannot be.
+        InputError: there is no such argument, or it cannot be chosen here.
     """
     from llmdistill.training.arguments import DistillConfig
 
@@ -521,25 +510,6 @@ def check_arguments(args: Mapping[str, Any], key: str) -> None:
             raise InputError(f"{key}.{name} {_REFUSED[name]}")
         if name not in names:
             raise no_such_key(key, name, names, "trl.SFTConfig has no such argument")
-        if name in _NUMBERS:
-            _check_number(args[name], *_NUMBERS[name], f"{key}.{name}")
-
-
-def _check_number(value: Any, kind: type, least: float, key: str) -> None:
-    """Refuse what transformers takes without a word, or stumbles over when the student is loaded.
-
-    Raises:
-        InputError: it is no number of the kind, or below the least, which is left out itself if it is a float.
-    """
-    if value is None and key.endswith(_OPTIONAL):
-        return
-    what = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float) or not math.isfinite(value):
-        raise InputError(f"{key} is {value!r}, but must be {what}")
-    if value < least or (kind is float and value == least and not key.endswith(_MAY_BE_ZERO)):
-        bound = "at least" if kind is int or key.endswith(_MAY_BE_ZERO) else "above"
-        if not (key.endswith("max_steps") and value == -1):
-            raise InputError(f"{key} is {value}, but must be {bound} {least:g}")
 
 
 def arguments_of(

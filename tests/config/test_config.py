@@ -126,6 +126,38 @@ def test_a_wrong_override_names_file_and_key(file, key, value, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("section", ["train", "rounds"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rate", "fast", "learning_rate is 'fast': it should be a valid number"),
+        ("learning_rate", ".nan", "learning_rate is nan: it should be a finite number"),
+        ("learning_rate", "0", "learning_rate is 0: it should be greater than 0"),
+        ("num_train_epochs", "[2]", r"num_train_epochs is [2]: it should be a valid number"),
+        ("max_steps", "0", "max_steps is 0: it should be greater than or equal to 1"),
+        ("per_device_train_batch_size", "true", "per_device_train_batch_size is True: it should be a valid integer"),
+        ("gradient_accumulation_steps", "1.5", "gradient_accumulation_steps is 1.5: it should be a valid integer"),
+        ("weight_decay", "-1", "weight_decay is -1: it should be greater than or equal to 0"),
+        ("max_length", "long", "max_length is 'long': it should be a valid integer"),
+        ("seed", "20261123182849", "seed is 20261123182849: it should be less than 4294967296"),
+    ],
+)
+def test_numbers_that_transformers_would_stumble_over_late_are_refused(file, section, name, value, message):
+    with pytest.raises(InputError) as error:
+        load_experiment(file, [("rounds", "{n: 1}"), (f"{section}.args.{name}", value)])
+    assert str(error.value) == f"{file}: {section}.args: {message}"
+
+
+@pytest.mark.parametrize("args", ["{max_steps: -1, max_length: null, weight_decay: 0}", "{learning_rate: 1e-4, save_steps: 0.1}"])
+def test_numbers_that_can_be_are_taken(file, args):
+    assert load_experiment(file, [("train.args", args)]).train.args
+
+
+def test_a_seed_is_one_that_every_library_takes(file):
+    with pytest.raises(InputError, match=r"seed should be less than 2147483648"):
+        load_experiment(file, [("seed", "20261123182849")])
+
+
 def test_a_loss_of_the_rounds_that_does_not_fit_is_named_before_the_first_stage(file):
     changes = [("targets", "{kind: topk}"), ("train", "{loss: jsd, beta: 0.3}"), ("rounds", "{loss: reverse_kl}")]
     with pytest.raises(InputError) as error:
