@@ -175,7 +175,7 @@ class Contamination(Section):
     """Search only for the strings in these fields of their rows: `[input]` of a task's examples, whose outputs may be common."""
     ngram: int = Field(default=13, ge=2)
     """Words in an n-gram. Shorter strings are searched for as a whole; those under eight words must be the whole prompt. A prompt
-    that is one of the strings, but for case and punctuation, is found in any case."""
+    that is one of the strings, but for case and punctuation, is always found."""
 
 
 PersonalKind = Literal["email", "phone", "credit_card", "iban", "ip_address", "us_ssn"]

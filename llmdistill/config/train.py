@@ -18,7 +18,7 @@ class _Numbers(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
-    learning_rate: _Positive = 1
+    learning_rate: _NotNegative = 1
     num_train_epochs: _Positive = 1
     max_steps: Literal[-1] | _Count = -1
     per_device_train_batch_size: _Count = 1

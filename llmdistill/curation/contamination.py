@@ -1,6 +1,7 @@
 """The step of `curate` that keeps the texts of tests out of the training data."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from llmdistill.prompting.sources import TABLES, ending_of, open_text, read_tabl
 from llmdistill.runs.record import file_input
 
 _SHORTEST = 8  # words of a string that is looked for inside other text; with fewer, it could be anything's
+_PUNCTUATION = re.compile(r"[.,;:!?…\"'“”‘’„¿¡。，、！？；：]")
 _COMMON = 10  # different strings that share an n-gram; in more, it is the wording of the tasks, not one of them
 
 
@@ -58,10 +60,10 @@ def contamination(settings: Contamination, context: StepContext) -> Check:
     """By n-grams of words that stand in the files too; every pair of a row and a string that share one is logged."""
     trees = (tree for file in settings.against for tree in _parts(settings, file, context.key))
     # A string that stands there several times, as a question does before several answers to it, is one.
-    distinct: dict[tuple[str, ...], _Text] = {}
+    distinct: dict[str, _Text] = {}
     for origin, tree in trees:
         for text in _strings(tree, origin):
-            distinct.setdefault(_whole(text.text, text.words), text)
+            distinct.setdefault(_whole(text.text), text)
     texts = list(distinct.values())
     if not texts:
         raise InputError(f"{context.key}.against: {', '.join(settings.against)}: contain no text")
@@ -76,7 +78,7 @@ def contamination(settings: Contamination, context: StepContext) -> Check:
             for message in prompt:
                 text, its = message["content"], words(message["content"])
                 matches = list(_matches(its, indices, searched))
-                same = distinct.get(_whole(text, its))  # also where all of its n-grams are common
+                same = distinct.get(_whole(text))  # also where all of its n-grams are common
                 if same and same.origin not in {origin for origin, _, _ in matches}:
                     matches.append((same.origin, normalised(text), 1))
                 found += [("prompt", *match) for match in matches]
@@ -89,9 +91,10 @@ def contamination(settings: Contamination, context: StepContext) -> Check:
     return check
 
 
-def _whole(text: str, words: list[str]) -> tuple[str, ...]:
-    """What equal texts have in common: their words, or the text where it has none."""
-    return tuple(words) or (normalised(text),)
+def _whole(text: str) -> str:
+    """What equal texts have in common: all but case, white space and the punctuation of sentences; 12 + 7 is not 12 - 7."""
+    plain = normalised(text)
+    return " ".join(_PUNCTUATION.sub(" ", plain).split()) or plain
 
 
 def _indices(texts: list[_Text], longest: int) -> tuple[list[_Index], int]:

@@ -7,10 +7,11 @@ agrees where it is the teacher's by the measure of the task; what the teacher an
 The share of requests in which the cascade disagrees falls with the threshold, so one confidence bound of it, at the lowest
 threshold that it allows, holds without a correction for having looked at all of them (Bates et al. 2021, arXiv 2101.02703,
 theorem 1). A cluster disagrees, with all of its items, if any of them does. Where clusters have one size, the bound is the
-exact one of Clopper & Pearson (1934), otherwise that of Hoeffding (1963, theorem 1) for the sizes of those that disagree.
+exact one of Clopper & Pearson (1934), otherwise Chernoff's (1952), whichever clusters are the ones that disagree.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ def cascade(
     by_cluster = Clusters.of(cluster)
     answered = sums[:, None] >= _points(sums)  # (items, points)
     return {
-        "independent_items": by_cluster.independent_items,
+        "clusters": len(by_cluster.sizes),
+        "largest_cluster": int(by_cluster.sizes.max()),
         "agreement": draws.share(agrees.astype(float), np.ones(len(sums))),
         "auroc": {"sum": auroc(sums, agrees), **{name: auroc(np.array(values), agrees) for name, values in others.items()}},
         "calibration": _calibration(sums, agrees, cluster, seed),
@@ -102,65 +104,80 @@ def cross_fitted(scores: Array, positive: Array, cluster: Array, seed: int) -> A
     return found
 
 
+def items_needed(target: float) -> int:
+    """The fewest independent items that can show an agreement: so many without one disagreement."""
+    return math.ceil(math.log(1 - LEVEL) / math.log(target))
+
+
 @dataclass(frozen=True)
 class Clusters:
     """The items of a task by the clusters that they belong to, each of which disagrees as a whole or not at all.
 
     Attributes:
         cluster: of each item; shape (items,).
-        weights: of each cluster, its size as a share of the largest's; shape (clusters,). They are taken as given.
+        sizes: of each cluster; shape (clusters,).
     """
 
     cluster: Array
-    weights: Array
+    sizes: Array
 
     @classmethod
     def of(cls, cluster: Array) -> "Clusters":
         """Of items with the numbers of their clusters."""
-        sizes = np.bincount(cluster)
-        return cls(cluster, sizes / sizes.max())
+        return cls(cluster, np.bincount(cluster))
 
-    @property
-    def independent_items(self) -> float:
-        """As many items of their own tell as much: the items for each of the largest cluster."""
-        return float(self.weights.sum())
-
-    def risk(self, target: float) -> float:
-        """The mean weight of disagreeing clusters at which the target share of items agrees."""
-        return (1 - target) * float(self.weights.mean())
-
-    def items_needed(self, target: float) -> int:
-        """The fewest independent items that can show an agreement: so many without one disagreement."""
-        return math.ceil(math.log(1 - LEVEL) / math.log(1 - self.risk(target)) * self.weights.mean() - 1e-9)
-
-    def most(self, target: float) -> float | None:
-        """What the clusters that disagree may weigh for the target to be shown at 95% confidence; None if 0 is not enough."""
-        from scipy.optimize import brentq
+    def most(self, target: float) -> int | None:
+        """How many items may be in clusters that disagree for the target to be shown at 95% confidence; None if not even 0."""
         from scipy.stats import binom
 
-        count, risk = len(self.weights), self.risk(target)
-        if (self.weights == 1).all():
-            # The bound is below the risk where so few disagreements are that unlikely if it is their share.
-            allowed = int((binom.cdf(np.arange(count), count, risk) <= 1 - LEVEL).sum())
-            return allowed - 1 if allowed else None
-
-        def missing(weight: float) -> float:
-            """Nats that the weight lacks of being shown."""
-            return -math.log(1 - LEVEL) - count * _relative_entropy(weight / count, risk)
-
-        return float(brentq(missing, 0.0, count * risk)) if missing(0.0) <= 0 else None
+        count, size = len(self.sizes), int(self.sizes[0])
+        if (self.sizes == size).all():
+            # The bound is below 1 − target where so few disagreements are that unlikely if it is their share.
+            allowed = int((binom.cdf(np.arange(count), count, 1 - target) <= 1 - LEVEL).sum())
+            return size * (allowed - 1) if allowed else None
+        items = range(len(self.cluster))
+        allowed = bisect_right(items, 1 - LEVEL, key=lambda few: likelihood(few, self.sizes, 1 - target))
+        return allowed - 1 if allowed else None
 
     def threshold(self, scores: Array, agrees: Array, most: float) -> float | None:
-        """The lowest of the scores from which on the clusters with an item that disagrees weigh at most so much; or None."""
-        highest = np.full(len(self.weights), -np.inf)
+        """The lowest of the scores from which on clusters with an item that disagrees have at most so many items; or None."""
+        highest = np.full(len(self.sizes), -np.inf)
         np.maximum.at(highest, self.cluster[~agrees], scores[~agrees])  # of each cluster, where it disagrees first
-        fine = [score for score in np.unique(scores) if self.weights[highest >= score].sum() <= most + 1e-9]
+        fine = [score for score in np.unique(scores) if self.sizes[highest >= score].sum() <= most]
         return float(fine[0]) if fine else None
 
 
-def _relative_entropy(p: float, q: float) -> float:
-    """Of two Bernoulli variables, KL(p ‖ q) in nats."""
-    return sum(a * math.log(a / b) for a, b in ((p, q), (1 - p, 1 - q)) if a > 0)
+def likelihood(items: int, sizes: Array, share: float) -> float:
+    """How likely it is at most that no more items disagree, where on average this share of them does.
+
+    Clusters disagree independently of each other, cluster i with a probability pᵢ, Σ mᵢ pᵢ = share · Σ mᵢ. This is Chernoff's
+    bound (1952) for the worst such p, min over θ of exp(θ · items) · Π (1 − pᵢ (1 − exp(−θ mᵢ))); of no item it is Π (1 − pᵢ).
+
+    Args:
+        items: that disagree.
+        sizes: mᵢ, shape (clusters,).
+        share: between 0 and 1.
+    """
+    from scipy.optimize import brentq, minimize_scalar
+
+    m, counts = np.unique(sizes, return_counts=True)
+    wanted = share * float(m @ counts)
+
+    def exponent(log_theta: float) -> float:
+        theta = math.exp(log_theta)
+        falls = -np.expm1(-theta * m)
+
+        def worst(log_price: float) -> Array:
+            """The p at which the product, whose logarithm is concave in p, falls by the same for each item more."""
+            return np.clip(1 / falls - 1 / (math.exp(log_price) * m), 0, 1)
+
+        low = high = math.log(float((falls / m).min()))  # where all are 0
+        while float((m * counts) @ worst(high)) < wanted:
+            high += 1
+        p = worst(brentq(lambda log_price: float((m * counts) @ worst(log_price)) - wanted, low, high))
+        return theta * items + float(counts @ np.log1p(-p * falls))
+
+    return math.exp(min(minimize_scalar(exponent, bounds=(-12, 4), method="bounded").fun, 0.0))
 
 
 def _for(
@@ -168,7 +185,7 @@ def _for(
 ) -> dict[str, Any]:
     """The threshold for an agreement, and what it gives."""
     most = clusters.most(target)
-    found = {"target": target, "level": LEVEL, "items_needed": clusters.items_needed(target)}
+    found = {"target": target, "level": LEVEL, "items_needed": items_needed(target)}
     if most is None:
         return {**found, "threshold": None, "shown": False}
     lowest = clusters.threshold(scores, agrees, most)

@@ -177,10 +177,10 @@ def _what_differs(directories: list[Path]) -> list[Json]:
     settings = []
     for directory in directories:
         found: Json = {}
-        student = Path(
-            next(m["path"] for m in read_metrics(directory / "eval" / "metrics.json")["models"] if m["name"] == "student")
-        )
-        of_student = student if student.is_dir() else directory / "student"
+        models = read_metrics(directory / "eval" / "metrics.json")["models"]
+        parts = Path(next(model["path"] for model in models if model["name"] == "student")).parts
+        # Below the run's own directory, wherever that is now.
+        of_student = directory.joinpath(*parts[parts.index("rounds") :]) if "rounds" in parts else directory / "student"
         for made in (*(directory / stage for stage in _STAGES), of_student, directory / "eval"):
             run = read_run(made)
             if run:

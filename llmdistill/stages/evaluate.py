@@ -207,7 +207,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 def _claim(experiment: Experiment, plan: _Plan) -> record.Claim:
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
-    if experiment.eval.tasks:
+    if experiment.eval.tasks and experiment.teacher.template_args:
         settings["teacher"] = {"template_args": experiment.teacher.template_args}  # with which every model is asked
     return record.Claim(experiment.directory("eval"), "eval", settings, _inputs(experiment, plan))
 

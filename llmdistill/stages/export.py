@@ -129,7 +129,10 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     timed = {"sample_tokens", "batch_size", "timed_requests"} if experiment.eval.speed == "vllm" else set()
     claimed = {
         "seed": experiment.seed,
-        "eval": experiment.eval.model_dump(mode="json", include={"resamples", "dtype", "speed", *timed}),
+        "eval": {
+            **experiment.eval.model_dump(mode="json", include={"resamples", "speed"}),
+            **experiment.eval.model_dump(mode="json", include={"dtype", *timed}, exclude_defaults=True),
+        },
         "export": settings.model_dump(mode="json", exclude={"formats"}),
     }
     return [record.Claim(experiment.directory("export"), "export", claimed, _inputs(experiment, source))]

@@ -131,6 +131,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     for entry in read_source(section, starts):
         try:
             entry.check()
+            check_reserved(entry.fields, entry.origin)
             plan.check(entry)
         except UnusableError as error:
             bad.add(error)

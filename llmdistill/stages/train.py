@@ -124,7 +124,8 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     ]
     if examples := experiment.train.compare_examples:
         _, _, read = read_examples(examples)
-        told = {**settings, "text_only": True, "examples_only": True, "template_args": experiment.teacher.template_args}
+        shown = {"template_args": template_args} if (template_args := experiment.teacher.template_args) else {}
+        told = {**settings, "text_only": True, "examples_only": True, **shown}
         found.append(record.Claim(experiment.directory("student-examples"), "train", told, inputs | read))
     return found
 
@@ -354,17 +355,15 @@ def _with_columns(rows: Any, others: Any) -> Any:
     return rows.with_format("numpy")
 
 
-def _held_out_prompts(directories: list[Path]) -> set[str]:
-    """What the held-out rows of some datasets are about, which no row of another may be."""
-    found: set[str] = set()
-    for directory in directories:
-        for table in read_batches(shard_files(directory, "test"), ["prompt", "completion", "metadata"]):
-            found.update(conversation_keys(table))
-    return found
+def _held_out_prompts(directory: Path) -> set[str]:
+    """What the held-out rows of a dataset are about."""
+    tables = read_batches(shard_files(directory, "test"), ["prompt", "completion", "metadata"])
+    return {key for table in tables for key in conversation_keys(table)}
 
 
-def _without(rows: Any, prompts: set[str]) -> Any:
-    """The rows that are about others; how many are not is said."""
+def _without(rows: Any, directory: Path, held_out: dict[Path, set[str]]) -> Any:
+    """The rows of a dataset that are about nothing that another one holds out; how many are is said."""
+    prompts = {prompt for other, found in held_out.items() if other != directory for prompt in found}
     if not prompts:
         return rows
     keys: list[str] = []
@@ -372,7 +371,7 @@ def _without(rows: Any, prompts: set[str]) -> Any:
         keys += conversation_keys(table)
     kept = [number for number, key in enumerate(keys) if key not in prompts]
     if len(kept) < len(keys):
-        say("train", f"leaves out {counted(len(keys) - len(kept), 'row')}, whose prompts one of the mixed datasets holds out")
+        say("train", f"leaves out {counted(len(keys) - len(kept), 'row')}, whose prompts another of the datasets holds out")
     return rows.select(kept) if len(kept) < len(keys) else rows
 
 
@@ -384,9 +383,13 @@ def mixed_rows(experiment: Experiment, rows: Any) -> Any:
     import datasets
     import numpy as np
 
-    others = datasets.concatenate_datasets([load_dataset(directory, "train") for directory in mix.datasets])
-    held_out = _held_out_prompts([training_dataset(experiment), *experiment.mixed_datasets])
-    rows, others = _without(rows, held_out), _without(others, held_out)
+    # What one of the datasets holds out is no row of the others; none has what it holds out itself.
+    held_out = {
+        directory: _held_out_prompts(directory) for directory in (training_dataset(experiment), *experiment.mixed_datasets)
+    }
+    rows = _without(rows, training_dataset(experiment), held_out)
+    parts = [_without(load_dataset(directory, "train"), directory, held_out) for directory in experiment.mixed_datasets]
+    others = datasets.concatenate_datasets(parts)
     rows, others = _with_columns(rows, others), _with_columns(others, rows)
     wanted = min(round(len(rows) * mix.share / (1 - mix.share)), len(others))
     drawn = np.sort(np.random.default_rng(experiment.seed).permutation(len(others))[:wanted])

@@ -83,25 +83,29 @@ def with_defaults(schema: Any, value: Any) -> Any:
 
     References within the schema and `allOf` are followed; of alternatives (`anyOf`, `oneOf`) no default is taken.
     """
-    return _with_defaults(schema, value, schema)
+    return _with_defaults(schema, value, schema, ())
 
 
-def _with_defaults(schema: Any, value: Any, root: Any) -> Any:
+def _with_defaults(schema: Any, value: Any, root: Any, inserted: tuple[int, ...]) -> Any:
+    """As `with_defaults`; `inserted` are the schemas whose defaults the value stands in, which would go on for ever."""
     parts = _parts(schema, root, ())
     if isinstance(value, list):
         items = next((part["items"] for part in parts if "items" in part), None)
-        return [_with_defaults(items, inner, root) for inner in value]
+        return [_with_defaults(items, inner, root, inserted) for inner in value]
     if not isinstance(value, dict):
         return value
     properties = {name: inner for part in reversed(parts) for name, inner in part.get("properties", {}).items()}
     defaults = {
         name: inner["default"]
         for name, its in properties.items()
-        if name not in value
+        if name not in value and id(its) not in inserted
         for inner in reversed(_parts(its, root, ()))
         if "default" in inner
     }
-    return {name: _with_defaults(properties.get(name), inner, root) for name, inner in {**defaults, **value}.items()}
+    return {
+        name: _with_defaults(its := properties.get(name), inner, root, () if name in value else (*inserted, id(its)))
+        for name, inner in {**defaults, **value}.items()
+    }
 
 
 def _parts(schema: Any, root: Any, seen: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def test_a_wrong_override_names_file_and_key(file, key, value, message):
     [
         ("learning_rate", "fast", "learning_rate is 'fast': it should be a valid number"),
         ("learning_rate", ".nan", "learning_rate is nan: it should be a finite number"),
-        ("learning_rate", "0", "learning_rate is 0: it should be greater than 0"),
+        ("learning_rate", "-1", "learning_rate is -1: it should be greater than or equal to 0"),
         ("num_train_epochs", "[2]", r"num_train_epochs is [2]: it should be a valid number"),
         ("max_steps", "0", "max_steps is 0: it should be greater than or equal to 1"),
         ("per_device_train_batch_size", "true", "per_device_train_batch_size is True: it should be a valid integer"),

@@ -62,10 +62,10 @@ def test_a_prompt_that_is_a_string_of_a_test_is_found_whatever_it_shares_with_ot
     """All n-grams of these stand in more than ten of them, as requests made by a form have; and punctuation is no difference."""
     pairs = itertools.product(range(12), range(12))
     test = [f"Please v{verb} the account of the new user in the d{place} department now!" for verb, place in pairs]
-    test += ["My parcel is late!", "Where is my parcel?", "?!"]
+    test += ["My parcel is late!", "Where is my parcel?", "?!", "What is 12 + 7?", "Is C++ hard?"]
     file = write(tmp_path, "test.jsonl", "".join(json.dumps({"input": text}) + "\n" for text in test))
     prompts = [*test, test[0].upper().replace("!", ""), "my parcel is late", "Where is my parcel", "?!"]
-    fine = ["Please block the account of the old user", "Where is my parcel now?", "!?"]
+    fine = ["Please block the account of the old user", "Where is my parcel now?", "!?", "What is 12 - 7?", "Is C hard?"]
     rows = table(["x"] * len(prompts + fine), prompts=prompts + fine)
     reasons, facts = apply_step(tmp_path, {"contamination": {"against": [file], "ngram": 8}}, rows)
     assert facts["common_ngrams"] > 0

@@ -39,6 +39,7 @@ def test_the_documented_cascade(model, port, tmp_path, monkeypatch):
     confidences = [sum(row["logprobs"]) for row in rows]
     kept = sorted(confidences)[ITEMS // 2]
     told = {"system": own.task.prompt("")[0]["content"], "max_tokens": tables["orders"]["max_tokens"]["student"]}
+    told["template_args"] = {}
     told["thresholds"] = [{"target": 0.99, "threshold": kept - 1e-2}]
     (tmp_path / "cascade.json").write_text(json.dumps({"tasks": {"orders": told}}))
 

@@ -152,7 +152,7 @@ def test_no_prompt_that_a_mixed_dataset_holds_out_is_trained_on(experiment_file,
     found = prompts_of(mixed_rows(mixed, rows))
     assert found
     assert not found & (ours | theirs)
-    assert capsys.readouterr().out.count("whose prompts one of the mixed datasets holds out") == 2
+    assert capsys.readouterr().out.count("whose prompts another of the datasets holds out") == 2
 
 
 def test_the_sequence_level_kl_needs_text_that_could_have_been_any(experiment_file, tmp_path):

@@ -77,6 +77,7 @@ def test_multiples_are_of_the_numbers_as_they_are_written(number):
         {"$schema": []},
         {"properties": {"a": {"$ref": "#/required/x"}}, "required": ["a"]},
         {"title": "x", "$ref": "#/title"},
+        {"properties": {"a": {"$ref": "#/x"}}, "x": {"multipleOf": 0}},
         {"$ref": "elsewhere.json"},
     ],
 )

@@ -93,6 +93,12 @@ def test_defaults_behind_references_and_combinations(schema):
     assert with_defaults(nearest, {}) == {"u": "here"}
 
 
+def test_a_default_that_would_hold_itself_is_put_in_once():
+    schema = {"properties": {"child": {"$ref": "#", "default": {}}, "n": {"default": 1}}}
+    assert with_defaults(schema, {}) == {"child": {"n": 1}, "n": 1}
+    assert with_defaults(schema, {"child": {"child": {}}}) == {"child": {"child": {"child": {"n": 1}, "n": 1}, "n": 1}, "n": 1}
+
+
 def test_outputs_are_checked_by_line(task, tmp_path):
     with pytest.raises(InputError, match=r"^test.jsonl line 2: output: no such function: fly$"):
         task.rules.check_outputs(task, items({"name": "now"}, {"name": "fly"}))

@@ -1,6 +1,5 @@
 """What is shown of tasks."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,9 +64,10 @@ def _said(cascade: Json) -> list[str]:
         )
     missing = [entry for entry in cascade["thresholds"] if not entry["shown"]]
     if missing:
+        sizes = f", of up to {cascade['largest_cluster']} rows each," if cascade["largest_cluster"] > 1 else ""
         few = ", ".join(f"{entry['target']:.0%} takes {entry['items_needed']}" for entry in missing)
         said.append(
-            f"{math.floor(cascade['independent_items'] + 1e-6)} independent items are too few to show a higher agreement, "
+            f"{cascade['clusters']} independent items{sizes} are too few to show a higher agreement, "
             f"even without one disagreement: {few}."
         )
     return said
