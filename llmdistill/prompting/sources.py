@@ -404,9 +404,14 @@ def _parquet_rows(file: Path) -> Iterator[Entry]:
 
 def _prompt_of(stored: Fields) -> Fields:
     """A row of `prompts.parquet`, as `prompts` has written it."""
-    whole = json.loads(stored["with_tools"]) if stored["with_tools"] else {"messages": stored["prompt"]}
-    tools = {"tools": whole["tools"]} if whole.get("tools") else {}
-    return {**json.loads(stored["metadata"]), "prompt": whole["messages"], **tools}
+    messages, tools = conversation_of_prompt(stored)
+    return {**json.loads(stored["metadata"]), "prompt": messages, **({"tools": tools} if tools else {})}
+
+
+def conversation_of_prompt(stored: Fields) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """The messages of a row of `prompts.parquet` as the chat template takes them, and the tools."""
+    whole = json.loads(stored["with_tools"]) if stored["with_tools"] else {"messages": stored["prompt"], "tools": None}
+    return whole["messages"], whole["tools"]
 
 
 def _hub_rows(section: HubDataset) -> Iterator[Entry]:

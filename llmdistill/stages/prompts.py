@@ -33,7 +33,7 @@ from llmdistill.prompting.items import Counts, Item, count_items, items_file, re
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.passages import Starts
 from llmdistill.prompting.plan import Plan, describe_steps, final_template
-from llmdistill.prompting.sources import metadata, read_source, source_hash
+from llmdistill.prompting.sources import conversation_of_prompt, metadata, read_source, source_hash
 from llmdistill.prompting.steps import Files, PromptStepContext, run_step
 from llmdistill.prompting.task_prompt import TaskPrompt
 from llmdistill.prompting.template import Fields, PromptTemplate
@@ -410,9 +410,10 @@ def _render(
     origin: str,
     reader: RowReader | None = None,
 ) -> Prompt:
-    check_reserved(fields, origin)
     answer: Fields = {}
-    if template is None:
+    if template:
+        check_reserved(fields, origin)
+    else:
         given, fields = fields, (reader or RowReader(section)).read(fields, origin)
         # The teacher writes its own answer; the one that the row has stays known, to be compared with.
         told = fields.get("completion")
@@ -434,8 +435,8 @@ def _stored(prompt: Prompt) -> dict[str, Any]:
 
 def _read(row: dict[str, Any], origin: str) -> Prompt:
     """The prompt of a stored row."""
-    whole = json.loads(row["with_tools"]) if row["with_tools"] else {"messages": row["prompt"], "tools": None}
-    return Prompt(whole["messages"], origin, json.loads(row["metadata"]), json.loads(row["lineage"]), whole["tools"])
+    messages, tools = conversation_of_prompt(row)
+    return Prompt(messages, origin, json.loads(row["metadata"]), json.loads(row["lineage"]), tools)
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:

@@ -126,12 +126,8 @@ def problem(validator: Any, value: Any, file: str | Path) -> str | None:
         raise InputError(f"{file}: refers to {unresolved.ref}, which is not in the file; references are not fetched") from None
     except RecursionError:
         return "$: nested too deep for the schema"
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-    ) as reason:  # what a reference leads to is checked by nobody before
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as reason:
+        # What a reference leads to has not been checked to be a schema.
         raise InputError(f"{file}: cannot be used as a JSON schema: {reason}") from None
     return storable(f"{error.json_path}: {error.message}") if error else None
 

@@ -85,9 +85,9 @@ def test_the_promise_is_of_requests_where_clusters_differ_in_size(failing):
         fails = generator.random(n) < np.where(is_large, *failing) * (1 - confidence)
         cluster = np.repeat(np.arange(n), np.where(is_large, 12, 1))
         clusters = Clusters.of(cluster)
-        allowed = most.setdefault(len(cluster), None) or clusters.most(target)
-        most[len(cluster)] = allowed
-        found = clusters.threshold(confidence[cluster], ~fails[cluster], allowed)
+        if len(cluster) not in most:  # which tells how many of the clusters are large
+            most[len(cluster)] = clusters.most(target)
+        found = clusters.threshold(confidence[cluster], ~fails[cluster], most[len(cluster)])
         share = (0.1 * 12 * failing[0] + 0.9 * failing[1]) / (0.1 * 12 + 0.9)  # of the items, by the definition of the draw
         broken.append(share * (1 - found) ** 2 / 2 > 1 - target)
     assert np.mean(broken) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
