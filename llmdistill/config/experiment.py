@@ -124,23 +124,26 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _engine_can_do_it(self) -> "Experiment":
         engine, can = self.teacher.engine, self.teacher.abilities
+        in_turn = any(teacher.in_turn for teacher in self.routed.values())
         if not self.targets.stored.distinct and not can.repeats:
             raise ValueError(
                 f"engine {engine} returns each token once, so it does not support targets.kind {self.targets.kind}; "
                 "use sampled or topk"
             )
-        if self.teacher.in_turn and self.targets.stored is SampledLogprobs:
+        if in_turn and self.targets.stored is SampledLogprobs:
             raise ValueError(
                 f"targets.kind {self.targets.kind} needs the whole distribution of the ensemble, which engine {engine} does not "
                 f"have: it loads one teacher after the other; use engine {engines_with('whole_distribution')}, or set "
                 "targets.kind to topk"
             )
-        if self.teacher.in_turn and self.generate.rereads:
+        if in_turn and self.generate.rereads:
             key = "json_schema" if self.generate.json_schema is not None else "thinking: removed"
             raise ValueError(
                 f"generate.{key} makes the teacher read its text again, which an ensemble of engine {engine} does not support; "
                 "`generate` with one teacher and `score` its dataset with the ensemble"
             )
+        if self.generate.min_tokens and engine == "anthropic":
+            raise ValueError(f"generate.min_tokens: engine {engine} has no such parameter; remove it")
         if self.generate.json_schema is not None and not can.grammar:
             raise ValueError(
                 f"generate.json_schema needs constrained decoding, which teacher.engine {engines_with('grammar')} support"

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from llmdistill.config.section import PassedOn, Section
+from llmdistill.config.section import PassedOn, Section, ServerUrl
 from llmdistill.stages.table import STAGES
 
 
@@ -193,7 +193,7 @@ class Kubernetes(NodeScheduler[KubernetesResources], Mounted, KubernetesResource
 class Ray(Scheduler[Resources], Resources):
     """The pipeline as one job on a Ray cluster whose nodes share a file system."""
 
-    address: str | None = None
+    address: ServerUrl | None = None
     """Address for job submission, such as http://head:8265; RAY_API_SERVER_ADDRESS if not set."""
 
 

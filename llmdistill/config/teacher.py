@@ -12,6 +12,12 @@ EngineName = Literal["vllm", "server", "openai", "anthropic", "transformers"]
 DEFAULT_ENGINE: EngineName = "vllm"
 
 
+# Fields of a request that the program sets itself and reads the answer by; and those that have a key of their own, with the key.
+_OWN_FIELDS = ("model", "messages", "prompt", "n", "stream", "echo", "logprobs", "top_logprobs", "system")
+_FIELDS_WITH_KEYS = {name: f"generate.{name}" for name in ("max_tokens", "min_tokens", "temperature", "top_p", "top_k")}
+_FIELDS_WITH_KEYS |= {"response_format": "generate.json_schema", "seed": "seed"}
+
+
 @dataclass(frozen=True)
 class Abilities:
     """What an engine can do."""
@@ -152,7 +158,7 @@ class Teacher(Section):
     targets. Without it text alone is stored, in the tokens of `student.model`."""
     request_args: PassedOn = {}
     """More fields of every request, such as `{reasoning_effort: low}`; one that is null is not sent (engines openai,
-    anthropic)."""
+    anthropic). `max_completion_tokens` is the most that an answer may take, hidden reasoning included."""
     batch: bool = False
     """Send each shard as one batch, at a lower price, with the answers within a day (engines openai, anthropic)."""
     price: Price | None = None
@@ -238,6 +244,14 @@ class Teacher(Section):
                 f"licence is missing: engine {self.engine} needs the licence or the terms under which the output of {self.model} "
                 "may be used; it goes into the cards of the dataset and of the student"
             )
+        for name, value in self.request_args.items():
+            if name in _OWN_FIELDS:
+                raise ValueError(f"request_args.{name}: llmdistill sets this field itself; remove it")
+            if value is not None and name in _FIELDS_WITH_KEYS:
+                raise ValueError(f"request_args.{name}: set {_FIELDS_WITH_KEYS[name]}; null is a field that is not sent")
+        most = self.request_args.get("max_completion_tokens")
+        if most is not None and not (type(most) is int and most > 0):
+            raise ValueError(f"request_args.max_completion_tokens is {most!r}: it is a number of tokens")
         if self.budget is not None and self.price is None:
             raise ValueError("budget needs price, in the same currency")
         if self.engine != "openai" and self.tokenizer:

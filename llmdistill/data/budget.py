@@ -8,7 +8,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.data.dataset import billed, finished_shards
 from llmdistill.errors import BudgetError, InputError
-from llmdistill.teachers import Completion, Request, Usage, shared_file
+from llmdistill.teachers import Completion, Request, Usage, longest_answer, shared_file
 from llmdistill.teachers.limits import spent
 
 CHARACTERS = 4  # of a token, where nothing is encoded yet
@@ -36,7 +36,8 @@ class Budget:
 
     def most(self, index: int) -> float:
         """The most that a shard may cost, as its prompts are encoded here."""
-        teacher, longest = self.experiment.teacher, self.experiment.generate.max_tokens
+        teacher = self.experiment.teacher
+        longest = longest_answer(teacher, self.experiment.generate)
         usage = Usage()
         for request in self.requests_of(index):
             prompt, given = len(request.prompt_ids), len(request.completion_ids)
@@ -128,7 +129,7 @@ def estimate(experiment: Experiment, characters: int, rows: int) -> str | None:
         rows: how many answers there will be.
     """
     teacher = experiment.teacher
-    usage = Usage(characters // CHARACTERS, rows * experiment.generate.max_tokens)
+    usage = Usage(characters // CHARACTERS, rows * longest_answer(teacher, experiment.generate))
     cost = usage.cost(teacher.price, teacher.batch)
     if cost is None:
         return None

@@ -99,6 +99,7 @@ class Share:
 
 EVERYTHING = Share(0, 1)
 Opened = Callable[[EngineSpec], Engine]
+_TELLING = 16  # rows of a shard from which on their failures tell something of the endpoint
 _STAGING = ".ensemble"  # in a dataset's directory: what the members of an ensemble say, until their mean is stored
 
 
@@ -362,7 +363,8 @@ def _store(making: _Making, index: int, completions: list[Completion], gives: di
     """
     experiment = making.source.parts[making.layout.shards[index][0]].chat.experiment
     failed = Counter(completion.failed for completion in completions if completion.failed)
-    if failed.total() > len(completions) / 2:
+    tells = len(completions) >= _TELLING or len(making.layout) == 1
+    if failed.total() == len(completions) or (failed.total() > len(completions) / 2 and tells):
         why, count = failed.most_common(1)[0]
         where = experiment.teacher.endpoint or making.name
         raise RemoteError(f"{where}: {count:,} of {len(completions):,} answers had {why}; not stored")

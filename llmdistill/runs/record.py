@@ -54,11 +54,18 @@ def forget_begun(directory: Path) -> None:
     """
     if directory.is_dir() and _finished(directory) == {RUN_FILE} and (read_run(directory) or {}).get("status") != "done":
         (directory / RUN_FILE).unlink(missing_ok=True)
+        for entry in directory.iterdir():
+            if entry.is_dir() and not any(entry.iterdir()):
+                entry.rmdir()
 
 
 def _finished(directory: Path) -> set[str]:
-    """The names in a directory, but for those of unfinished files."""
-    return {entry.name for entry in directory.iterdir() if not entry.name.endswith(".unfinished")}
+    """The names in a directory, but for those of unfinished files and of directories that are empty."""
+    return {
+        entry.name
+        for entry in directory.iterdir()
+        if not entry.name.endswith(".unfinished") and not (entry.is_dir() and not any(entry.iterdir()))
+    }
 
 
 class StaleError(InputError):
@@ -136,7 +143,7 @@ def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str,
     return [
         f"{key} was {_short(old)}, is {_short(new)}"
         for key, old, new in _differences({**run["settings"], "input": run["inputs"]}, {**settings, "input": inputs})
-        if not any(key == free or key.startswith(f"{free}.") for free in _FREE_SETTINGS)
+        if not any(_setting(key) == free or _setting(key).startswith(f"{free}.") for free in _FREE_SETTINGS)
     ]
 
 
@@ -145,8 +152,14 @@ def lasting(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return {
         name: lasting(value, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in settings.items()
-        if f"{prefix}{name}" not in _FREE_SETTINGS
+        if _setting(f"{prefix}{name}") not in _FREE_SETTINGS
     }
+
+
+def _setting(key: str) -> str:
+    """The setting of a key: each of several teachers (`teachers.NAME`) has those of one."""
+    section, *rest = key.split(".", 2)
+    return ".".join(["teacher", *rest[1:]]) if section == "teachers" else key
 
 
 def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, **more: Any) -> None:

@@ -11,7 +11,7 @@ from llmdistill.data.budget import estimate
 from llmdistill.data.dataset import Row, read_manifest
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.shards import EVERYTHING, Layout, Opened, Part, Worker, count_finished, count_shards, is_whole, make_dataset
-from llmdistill.data.targets import Array, SampledLogprobs
+from llmdistill.data.targets import SampledLogprobs
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.routing import said, teachers_of
 from llmdistill.prompting.turns import as_columns
@@ -104,7 +104,7 @@ class _Prompts:
         soft = bool(experiment.targets.stored.columns)
         self.writes_twice = experiment.generate.rereads
         self.reads = self.writes_twice and (soft or not experiment.teacher.abilities.api)  # what is not known is not read
-        self._traces: dict[int, Array] = {}  # of rows that are read and not yet stored
+        self._traces: dict[int, str] = {}  # of rows that are read and not yet stored
         self._prompts = prepared.prompts
         self._usable = array("q")  # the numbers of those that the teacher can be asked
         self.left_out = LeftOut()
@@ -181,7 +181,8 @@ class _Prompts:
                     yield completion
                     continue
                 start, reason_of[completion.index] = self._answer(completion)
-                self._traces[completion.index] = completion.ids[:start]
+                before = self.part(completion.index).chat.template.decode(completion.ids[:start])
+                self._traces[completion.index] = completion.trace or before
                 if not self.reads:
                     yield replace(completion.behind(start), finish_reason=reason_of[completion.index])
                     continue
@@ -193,10 +194,17 @@ class _Prompts:
                 yield read if read.failed else replace(read, finish_reason=reason_of[read.index])
 
     def _answer(self, completion: Completion) -> tuple[int, str]:
-        """Where the answer begins and how it ends; a trace without one leaves its last token, and says `no_answer`."""
-        if self.sampling.thinking == "kept":
+        """Where the answer begins and how it ends; a trace without one leaves its last token, and says `no_answer`.
+
+        What an endpoint gives apart from a trace is the answer, and so is what it ends by itself without any.
+        """
+        part = self.part(completion.index)
+        whole = completion.trace is not None
+        if self.sampling.thinking == "kept" or whole:
             return 0, completion.finish_reason
-        start = answer_start(self.part(completion.index).chat.tokenizer, completion.ids, self.sampling.thinking_end)
+        start = answer_start(part.chat.tokenizer, completion.ids, self.sampling.thinking_end)
+        if start is None and part.chat.experiment.teacher.abilities.api and completion.finish_reason == "stop":
+            return 0, completion.finish_reason
         return (len(completion.ids) - 1, NO_ANSWER) if start is None else (start, completion.finish_reason)
 
     def row(self, completion: Completion) -> Row:
@@ -207,13 +215,14 @@ class _Prompts:
             provenance["teacher"] = part.name
         if prompt.session:
             provenance["conversation"] = prompt.session
-        trace = self._traces.pop(completion.index, None)
+        trace = self._traces.pop(completion.index, "")
         if self.sampling.thinking == "masked":
             start, reason = self._answer(completion)
-            trace = completion.ids[:start]
-            prompt_ids, completion = [*prompt_ids, *trace.tolist()], replace(completion.behind(start), finish_reason=reason)
+            before = completion.ids[:start]
+            trace = part.chat.template.decode(before)
+            prompt_ids, completion = [*prompt_ids, *before.tolist()], replace(completion.behind(start), finish_reason=reason)
         if self.sampling.thinking != "kept":
-            provenance["thinking"] = "" if trace is None else part.chat.template.decode(trace)
+            provenance["thinking"] = trace
         answer = {"role": "assistant", "content": part.chat.template.decode(completion.ids)}
         if prompt.uses_tools:
             provenance |= {"messages": [*prompt.messages, answer], "tools": prompt.tools}

@@ -376,10 +376,11 @@ def _made_prompts(experiment: Experiment) -> Prepared | None:
 
 def token_starts(experiment: Experiment) -> Starts | None:
     """Where the teacher's tokens begin in a text, if passages are measured in them."""
-    section, teacher = experiment.prompts, experiment.teacher
+    section = experiment.prompts
     if section is None or section.passages is None or section.passages.unit != "tokens":
         return None
-    tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
+    model, revision, key = experiment.tokenizer
+    tokenizer = load_tokenizer(model, revision, experiment.teacher.trust_remote_code, key)
 
     def starts(text: str) -> list[int]:
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

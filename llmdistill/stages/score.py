@@ -281,6 +281,8 @@ class _Stored:
         rows = self.rows.with_format(None)
         for number in numbers:
             try:
+                if self.sampling.get("thinking") == "masked":
+                    raise UnusableError("its reasoning trace stands in its prompt, which is in another model's tokens")
                 self.encoded[number] = stored_ids(rows[number], chats[names[number]].template)
             except UnusableError as error:
                 self.left_out.add(error.at(f"{self.directory} row {rows[number]['id']}"))
@@ -313,7 +315,11 @@ class _Stored:
         whole = provenance["messages"][:-1] if "messages" in provenance else messages[0]
         prompt_ids, completion_ids = self.encoded.get(place, (ids[:start], ids[start:]))
         origin = f"{self.directory} row {row['id']}"
-        told_ids = None if system is None else chat.told_ids(whole, origin, provenance.get("tools"))
+        told_ids = None
+        if system is not None and whole:
+            tools = provenance.get("tools")
+            trace = prompt_ids[len(chat.prompt_ids(whole, origin, tools)) :]  # of generate.thinking: masked
+            told_ids = [*chat.told_ids(whole, origin, tools), *trace]
         reason = str(row["finish_reason"])
         sample = SampledLogprobs.of_rows([row], [len(completion_ids)]) if self.drawn else None
         made = (str(row["id"]), *messages, prompt_ids, completion_ids, reason, sampled, other, provenance, told_ids)

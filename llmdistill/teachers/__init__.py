@@ -67,7 +67,8 @@ class Completion:
     """What the teacher wrote, or read, for the request of the same index; its end token included if it was emitted.
 
     `sampling_logprob` is the logarithm of the probability with which it wrote just this, at the sampling temperature.
-    `failed` says why there is nothing, of a request that was given up. `usage` is what an endpoint bills for it. Of a member of
+    `failed` says why there is nothing, of a request that was given up. `trace` is the reasoning trace, where an endpoint gives it
+    apart from the answer. `usage` is what an endpoint bills for it. Of a member of
     an ensemble, and of the reader of a sample that another model has drawn, `said` is what the targets are made of.
     """
 
@@ -78,6 +79,7 @@ class Completion:
     targets: SoftTargets | None
     sampling_logprob: float | None = None
     failed: str | None = None
+    trace: str | None = None
     usage: Usage | None = None
     said: "Said | None" = None
 
@@ -175,6 +177,12 @@ class Engine(Protocol):
     def wake(self, weights: Iterable[tuple[str, Any]] | None = None) -> None:
         """Go on after `rest`, with other weights if some are given, by the names that they have in the checkpoint."""
         return
+
+
+def longest_answer(teacher: Teacher, sampling: Generate) -> int:
+    """The most tokens that an endpoint may write, and bill, for a request, its hidden reasoning included."""
+    longest: int = teacher.request_args.get("max_completion_tokens") or sampling.max_tokens
+    return longest
 
 
 def check_engine(teacher: Teacher) -> None:

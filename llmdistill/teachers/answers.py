@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from llmdistill.data.targets import Array
+from llmdistill.errors import InputError
 
 ROUNDING = 1e-3  # by which a log-probability may be above zero, and probabilities add up to more than one
 
@@ -18,6 +20,33 @@ class UnusableAnswerError(ValueError):
 
 class FinalAnswerError(UnusableAnswerError):
     """An answer that is of no use and would be the same again, such as a refusal."""
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """While an answer is read: what is not where it should be makes it unusable.
+
+    Raises:
+        UnusableAnswerError: it has another shape.
+    """
+    try:
+        yield
+    except (InputError, UnusableAnswerError):
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UnusableAnswerError(f"an answer of another shape ({type(error).__name__}: {error})") from None
+
+
+def only_choice(answer: Any) -> Any:
+    """The choice of an answer, of either of OpenAI's APIs.
+
+    Raises:
+        FinalAnswerError: there is none, as some endpoints' filters leave it, or more than the one that was asked for.
+    """
+    choices = answer["choices"]
+    if len(choices) != 1:
+        raise FinalAnswerError(f"{len(choices)} choices" if choices else "no choice")
+    return choices[0]
 
 
 def check_logprobs(values: Iterable[Any]) -> None:
@@ -55,8 +84,13 @@ def token_ids(given: Any, vocab_size: int | None) -> Array:
     return ids.astype(np.int64)
 
 
+def is_error(answer: Any) -> bool:
+    """Whether the body of an answer that came with a status of success is an error, as routers send it."""
+    return isinstance(answer, dict) and bool(answer.get("error")) and not (answer.get("choices") or answer.get("content"))
+
+
 def message(response: Any) -> str:
-    """The server's own words, from a response with an error status."""
+    """The server's own words, from a response with an error."""
     try:
         content = response.json()
         content = content[0] if isinstance(content, list) and content else content  # as Gemini's endpoint wraps them

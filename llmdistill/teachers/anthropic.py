@@ -78,10 +78,13 @@ class AnthropicEngine(EndpointEngine):
         reason = answer["stop_reason"]
         if reason not in _REASONS:
             raise FinalAnswerError(_REFUSED.get(reason, "a finish reason other than end_turn or max_tokens"))
-        if any(part["type"] == "thinking" for part in answer["content"]) and self.sampling.thinking != "removed":
+        traces = [part.get("thinking", "") for part in answer["content"] if part["type"] in ("thinking", "redacted_thinking")]
+        trace = "".join(traces) if traces else None
+        if trace is not None and self.sampling.thinking != "removed":
             raise FinalAnswerError("a reasoning trace apart from the answer (set generate.thinking to removed)")
         text = "".join(part["text"] for part in answer["content"] if part["type"] == "text")
         if not text:
             raise FinalAnswerError("no text")
         ids = np.array(self.encoded(request, text, _REASONS[reason]), dtype=np.int64)
-        return Completion(request.index, ids, _REASONS[reason], np.full(len(ids), np.nan, dtype=np.float32), None)
+        unknown = np.full(len(ids), np.nan, dtype=np.float32)
+        return Completion(request.index, ids, _REASONS[reason], unknown, None, trace=trace)

@@ -39,7 +39,7 @@ class AnthropicBatches(Batches):
     async def create(self, claim: Claim, requests: Sequence[Request]) -> str:
         """Send all requests, which costs."""
         asked = [{"custom_id": f"{claim.name}-{request.index}", "params": self.engine.body(request)} for request in requests]
-        batch = await self.engine.client.messages.batches.create(requests=asked)
+        batch = await self.once(self.engine.client.messages.batches.create(requests=asked))
         return str(batch.id)
 
     async def find(self, claim: Claim, requests: Sequence[Request]) -> tuple[str | None, bool]:

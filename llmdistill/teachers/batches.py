@@ -21,7 +21,7 @@ from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs import lock, record
 from llmdistill.runs.progress import say
 from llmdistill.teachers import Completion, Request, Usage, remote
-from llmdistill.teachers.answers import UnusableAnswerError
+from llmdistill.teachers.answers import UnusableAnswerError, reading
 from llmdistill.teachers.remote import given_up
 
 if TYPE_CHECKING:
@@ -73,6 +73,18 @@ class Result:
     reason: str = ""
 
 
+class RefusedBatchError(Exception):
+    """The endpoint has taken a batch and then refused it as a whole, unbilled.
+
+    Attributes:
+        crowded: whether that is for the batches that are there already.
+    """
+
+    def __init__(self, said: str, crowded: bool) -> None:
+        super().__init__(said)
+        self.crowded = crowded
+
+
 class Batches:
     """Makes shards by batches; how an API creates, lists and reads them is in a class of its own.
 
@@ -108,7 +120,7 @@ class Batches:
         """The batch if nothing more comes, else None.
 
         Raises:
-            InputError: the endpoint refuses what is in it.
+            RefusedBatchError: the endpoint has not begun with it.
         """
         raise NotImplementedError
 
@@ -145,9 +157,7 @@ class Batches:
             left = [request for request in requests if request.index not in found]
             if not left:
                 break
-            claim = await self._claim(self.directory / f"{requests[0].index:08d}-{attempt + 1}.json", left)
-            while (batch := await self.ended(claim)) is None:
-                await asyncio.sleep(POLL)
+            claim, batch = await self._ended(self.directory / f"{requests[0].index:08d}-{attempt + 1}.json", left)
             by_index = {str(request.index): request for request in left}
             for result in await self.results(claim, batch):
                 request = by_index.get(result.index)
@@ -158,6 +168,23 @@ class Batches:
                 else:
                     found[request.index] = self._completion(request, result.answer)
         return [found.get(request.index) or given_up(request, _reason(reasons, request)) for request in requests]
+
+    async def _ended(self, file: Path, requests: list[Request]) -> tuple[Claim, Any]:
+        """A batch that nothing more comes of, and its claim; where the endpoint has too many, it is created again later."""
+        told = False
+        while True:
+            claim = await self._claim(file, requests)
+            try:
+                if (batch := await self.ended(claim)) is not None:
+                    return claim, batch
+            except RefusedBatchError as error:
+                file.unlink()  # nothing of it is billed, and the next try may be taken
+                if not error.crowded:
+                    raise InputError(str(error)) from None
+                if not told:
+                    say("teacher", f"{error}; it is asked for again until others have ended")
+                told = True
+            await asyncio.sleep(POLL)
 
     async def _claim(self, file: Path, requests: list[Request]) -> Claim:
         """The claim of a batch that is there: a found one, or a new one."""
@@ -184,12 +211,13 @@ class Batches:
         Creating is not tried again by itself: whether the first try was heard is known by the list of all batches alone.
         """
         url, reason = self.engine.teacher.endpoint, ""
+        faults: tuple[type[Exception], ...] = (*self.engine.faults, TimeoutError)
         for _ in range(remote.TRIES):
             try:
                 return await self.create(claim, requests)
-            except self.engine.faults as error:
+            except faults as error:
                 self._check(error)
-                reason = str(error)
+                reason = _said(error)
             if found := await self._found(replace(claim, since=time.time()), requests):
                 return found
         raise RemoteError(f"{url}: failed {remote.TRIES} times; last error: {reason}")
@@ -213,32 +241,43 @@ class Batches:
     def _completion(self, request: Request, answer: Any) -> Completion:
         usage = Usage()
         try:
-            usage = self.engine.usage(answer)
-            made = self.engine.completion(request, answer)
+            with reading():
+                usage = self.engine.usage(answer)
+                made = self.engine.completion(request, answer)
         except UnusableAnswerError as error:
             return given_up(request, str(error), usage)
-        except (LookupError, TypeError, AttributeError) as error:
-            return given_up(request, f"an answer of another shape ({type(error).__name__})", usage)
         return replace(made, usage=usage)
+
+    async def once(self, call: Awaitable[T]) -> T:
+        """The answer to a call, which may take as long as any.
+
+        Raises:
+            TimeoutError: it takes longer.
+        """
+        async with asyncio.timeout(self.engine.teacher.timeout):
+            return await call
 
     async def patient(self, call: Callable[[], Awaitable[T]]) -> T:
         """A call that costs nothing, again and again while the fault is the endpoint's or the network's."""
         reason = ""
-        faults: tuple[type[Exception], ...] = (*self.engine.faults, ValueError)
-        for attempt in range(remote.TRIES):
+        faults: tuple[type[Exception], ...] = (*self.engine.faults, ValueError, TimeoutError)
+        for attempt in range(1, remote.TRIES + 1):
             try:
-                return await call()
+                return await self.once(call())
             except faults as error:
-                self._check(error)
-                reason = str(error)
-            await asyncio.sleep(min(0.5 * 2**attempt, remote.LONGEST_PAUSE))
+                asked = self._check(error)
+                reason = _said(error)
+            await asyncio.sleep((asked or 0) + remote.pause_after(attempt))
         raise RemoteError(f"{self.engine.teacher.endpoint}: failed {remote.TRIES} times; last error: {reason}")
 
-    def _check(self, error: Exception) -> None:
-        """Refuse a response that would be the same again."""
+    def _check(self, error: Exception) -> float | None:
+        """Refuse a response that would be the same again; the seconds that another wants the next try to wait."""
         response = getattr(error, "response", None)
-        if response is not None and self.engine.is_final(response):
+        if response is None:
+            return None
+        if self.engine.is_final(response):
             raise InputError(f"{self.engine.teacher.endpoint} refuses: {self.engine.refusal(response)}") from None
+        return self.engine.after(response)
 
 
 def lines(text: str) -> list[Any]:
@@ -251,6 +290,10 @@ def lines(text: str) -> list[Any]:
     if not all(isinstance(entry, dict) for entry in found):
         raise ValueError("a line that is no JSON object")
     return found
+
+
+def _said(error: Exception) -> str:
+    return "no whole answer in time (teacher.timeout)" if isinstance(error, TimeoutError) else str(error)
 
 
 def _reason(reasons: dict[int, str], request: Request) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import end_of_turn
-from llmdistill.teachers import Completion, EngineSpec, Request, Usage
-from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, message
+from llmdistill.teachers import Completion, EngineSpec, Request, Usage, longest_answer
+from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, message, reading
 from llmdistill.teachers.batches import Batches
 from llmdistill.teachers.limits import Limits
 from llmdistill.teachers.remote import RemoteEngine, Response, given_up, key_of
@@ -61,16 +61,14 @@ class EndpointEngine(RemoteEngine):
 
         def understand(answer: Any) -> Completion:
             nonlocal usage
-            found = self.usage(answer)
-            usage += found
-            self.limits.spend(found)
-            try:
+            with reading():
+                found = self.usage(answer)
+                usage += found
+                self.limits.spend(found)
                 return read(answer)
-            except (LookupError, TypeError, AttributeError) as error:
-                raise UnusableAnswerError(f"an answer of another shape ({type(error).__name__}: {error})") from None
 
         async def allowed() -> None:
-            while wait := self.limits.pause(len(request.prompt_ids) + self.sampling.max_tokens):
+            while wait := self.limits.pause(len(request.prompt_ids) + longest_answer(self.teacher, self.sampling)):
                 await asyncio.sleep(wait)
 
         try:
@@ -109,6 +107,7 @@ class EndpointEngine(RemoteEngine):
     def refusal(self, response: Response) -> str:
         """With what may have led to it."""
         said = message(response)
+        said = said.replace(self.api_key, "…") if self.api_key else said
         if response.status_code == 401 and not self.api_key:
             return f"{said}; {self.variable} is not set in the environment"
         if response.status_code == 404:

@@ -47,6 +47,7 @@ class Limits:
         """
         with self._state() as state:
             now = time.time()
+            _forget_other_clocks(state, now)
             wait = max(state.get("until", 0.0) - now, 0.0)
             for kind, needed in zip(_KINDS, (1, tokens), strict=True):
                 left, resets = state.get(kind, (None, 0.0))
@@ -96,6 +97,15 @@ class Limits:
                 os.pwrite(descriptor, after.encode().ljust(_SIZE), 0)
         finally:
             os.close(descriptor)
+
+
+def _forget_other_clocks(state: dict[str, Any], now: float) -> None:
+    """Drop times that no header can have asked for: a worker whose clock is ahead has written them."""
+    if state.get("until", 0.0) > now + _LONGEST:
+        del state["until"]
+    for kind in _KINDS:
+        if state.get(kind, (None, 0.0))[1] > now + _LONGEST:
+            del state[kind]
 
 
 def spent(file: Path) -> float:

@@ -13,13 +13,14 @@ import numpy as np
 import openai
 
 from llmdistill.data.alignment import Side
+from llmdistill.errors import InputError
 from llmdistill.models.token_bytes import token_bytes
 from llmdistill.runs.progress import say
-from llmdistill.teachers import Completion, EngineSpec, Request, Usage
-from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError
+from llmdistill.teachers import Completion, EngineSpec, Request, Usage, longest_answer
+from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, only_choice
 from llmdistill.teachers.endpoint import Body, EndpointEngine
 from llmdistill.teachers.openai_batches import OpenAIBatches
-from llmdistill.teachers.probe import Gives, probe
+from llmdistill.teachers.probe import Gives, one_token, probe
 from llmdistill.teachers.remote import Response
 from llmdistill.teachers.token_matching import Matched, TokenMatcher, chunks_of, entries_of
 
@@ -47,7 +48,10 @@ class OpenAIEngine(EndpointEngine):
         known = self.teacher.tokenizer is not None
         self.matcher = TokenMatcher(self.template.tokenizer, self.end_id, self.kept) if known else None
         self.side = self._side() if self.kept.stored.of_text else None
-        self.found: Gives = self.wait(probe(self, reads=spec.reads_with is not None))
+        try:
+            self.found: Gives = self.wait(probe(self, reads=spec.reads_with is not None))
+        except UnusableAnswerError as error:
+            raise InputError(f"{self.teacher.endpoint} ({self.teacher.model}) gives {error}") from None
         self.gives = asdict(self.found)
         say("teacher", f"{self.teacher.model} at {self.teacher.endpoint}: {self.found}")
         self.batches = OpenAIBatches(self, spec.shared) if self.teacher.batch else None
@@ -113,16 +117,19 @@ class OpenAIEngine(EndpointEngine):
         Raises:
             UnusableAnswerError: it is of no use.
         """
-        (choice,) = answer["choices"]
+        choice = only_choice(answer)
         text, reason = self._text(choice), str(choice["finish_reason"])
         matched = self._matched(choice, text, reason == "stop")
         if matched is None:
             ids = np.array(self.encoded(request, text, reason), dtype=np.int64)
             chunks = chunks_of(entries_of(choice["logprobs"]), text, self.side, ids) if self.side else None
             matched = Matched(ids, np.full(len(ids), np.nan, dtype=np.float32), chunks)
-        if not len(matched.ids) or len(matched.ids) > 2 * self.sampling.max_tokens + 1:
-            raise FinalAnswerError("more tokens than were asked for" if len(matched.ids) else "no tokens")
-        return Completion(request.index, matched.ids, reason, matched.logprobs, matched.targets)
+        elif len(matched.ids) > 2 * longest_answer(self.teacher, self.sampling) + 1:
+            raise FinalAnswerError("more tokens than were asked for")
+        if not len(matched.ids):
+            raise FinalAnswerError("no tokens")
+        trace = _trace_apart(choice)
+        return Completion(request.index, matched.ids, reason, matched.logprobs, matched.targets, trace=trace)
 
     def _side(self) -> Side:
         """How the tokens read that text is stored in."""
@@ -144,7 +151,7 @@ class OpenAIEngine(EndpointEngine):
             raise FinalAnswerError("a call of a tool")
         if reason not in ("stop", "length"):
             raise FinalAnswerError("a finish reason other than stop or length")
-        if (message.get("reasoning_content") or message.get("reasoning")) and self.sampling.thinking != "removed":
+        if _trace_apart(choice) and self.sampling.thinking != "removed":
             raise FinalAnswerError("a reasoning trace apart from the answer (set generate.thinking to removed)")
         text = choice["text"] if self.teacher.api == "completions" else message.get("content")
         if not isinstance(text, str) or not text:
@@ -166,12 +173,11 @@ class OpenAIEngine(EndpointEngine):
         """Score by the echo of a prompt; the token that the endpoint insists on writing after it is dropped."""
         start, ids = len(request.prompt_ids), list(request.completion_ids)
         asked = Request(request.index, [*request.prompt_ids, *ids], request.seed)
-        body = {**self.body(asked, self.found.top_logprobs, self.found.taken), "echo": True, "max_tokens": 1, "temperature": 0}
+        body = one_token(self.body(asked, self.found.top_logprobs, self.found.taken)) | {"echo": True, "temperature": 0}
 
         def read(answer: Any) -> Completion:
             assert self.matcher is not None
-            (choice,) = answer["choices"]
-            entries = entries_of(choice["logprobs"])[start : start + len(ids)]
+            entries = entries_of(only_choice(answer)["logprobs"])[start : start + len(ids)]
             matched = self.matcher.match(entries, stopped=False)
             if matched.ids.tolist() != ids:
                 raise UnusableAnswerError("an echo of other tokens than those that were sent")
@@ -179,3 +185,9 @@ class OpenAIEngine(EndpointEngine):
             return Completion(request.index, matched.ids, reason, matched.logprobs, matched.targets)
 
         return await self.paid(request, lambda: self.post(body), read)
+
+
+def _trace_apart(choice: Any) -> str | None:
+    """The reasoning trace that an endpoint gives beside the answer, if it does."""
+    message = choice.get("message") or {}
+    return message.get("reasoning_content") or message.get("reasoning") or None

@@ -4,15 +4,15 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmdistill.errors import InputError
 from llmdistill.teachers import Request
-from llmdistill.teachers.batches import Batches, Claim, Result, lines
+from llmdistill.teachers.batches import Batches, Claim, RefusedBatchError, Result, lines
 
 if TYPE_CHECKING:
     from llmdistill.teachers.openai import OpenAIEngine
 
 ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 LABEL = "llmdistill"  # the key of a batch's metadata that has its name
+_CROWDED = "token_limit_exceeded"  # the code of too many tokens in unfinished batches
 _ENDED = ("completed", "failed", "expired", "cancelled")
 
 
@@ -32,11 +32,13 @@ class OpenAIBatches(Batches):
         """Upload what is asked, which costs nothing, and create the batch, which does."""
         client, content = self.engine.client, b"".join(self.line(request) for request in requests)
         file = await self.patient(lambda: client.files.create(file=(f"{claim.name}.jsonl", content), purpose="batch"))
-        batch = await client.batches.create(
-            input_file_id=file.id,
-            endpoint=ENDPOINTS[self.engine.teacher.api],  # type: ignore[arg-type]
-            completion_window="24h",
-            metadata={LABEL: claim.name},
+        batch = await self.once(
+            client.batches.create(
+                input_file_id=file.id,
+                endpoint=ENDPOINTS[self.engine.teacher.api],  # type: ignore[arg-type]
+                completion_window="24h",
+                metadata={LABEL: claim.name},
+            )
         )
         return str(batch.id)
 
@@ -57,7 +59,8 @@ class OpenAIBatches(Batches):
         if batch.status == "failed":
             errors = batch.errors.data if batch.errors and batch.errors.data else []
             said = errors[0].message if errors else "the batch has failed"
-            raise InputError(f"{self.engine.teacher.endpoint} refuses the batch {claim.id}: {said}")
+            crowded = any(error.code == _CROWDED for error in errors)
+            raise RefusedBatchError(f"{self.engine.teacher.endpoint} refuses the batch {claim.id}: {said}", crowded)
         return batch if batch.status in _ENDED else None
 
     async def results(self, claim: Claim, batch: Any) -> list[Result]:
@@ -74,7 +77,7 @@ class OpenAIBatches(Batches):
 
 def _result(entry: Any) -> Result:
     response, index = entry.get("response") or {}, str(entry.get("custom_id"))
-    if response.get("status_code") == 200:
+    if response.get("status_code") == 200 and response.get("body"):
         return Result(index, response["body"])
     error = entry.get("error") or (response.get("body") or {}).get("error") or {}
     return Result(index, None, f"an error in the batch ({error.get('code') or response.get('status_code')})")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmdistill.errors import InputError
 from llmdistill.teachers import Request
-from llmdistill.teachers.answers import message
+from llmdistill.teachers.answers import message, only_choice, reading
 from llmdistill.teachers.token_matching import bytes_of, entries_of, id_of
 
 if TYPE_CHECKING:
@@ -59,8 +59,9 @@ async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
     ids = engine.template.prompt_ids(_QUESTION)
     request = Request(0, ids, 0, messages=_QUESTION)
     body, answer, taken, top = await _accepted(engine, request, kept.kept)
-    (choice,) = answer["choices"]
-    entries = entries_of(choice.get("logprobs"))
+    with reading():
+        choice = only_choice(answer)
+        entries = entries_of(choice.get("logprobs"))
     given = len(entries[0].get("top_logprobs") or []) if entries else 0
     by_id = bool(entries) and all(id_of(entry) is not None for entry in [entries[0], *(entries[0].get("top_logprobs") or [])])
     with_bytes = bool(entries) and bytes_of(entries[0]) is not None
@@ -72,7 +73,7 @@ async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
         raise InputError(
             f"teacher.tokenizer: {teacher.endpoint} sees other token ids than {teacher.tokenizer} with its chat template makes"
         )
-    if kept.kept and engine.sampling.temperature != 1:
+    if kept.kept and body.get("temperature", 1) != 1:
         await _check_temperature(engine, body)
     return found
 
@@ -87,10 +88,7 @@ async def _accepted(engine: OpenAIEngine, request: Request, kept: int) -> tuple[
     taken = [*NEUTRAL, *(IDS if engine.matcher else ()), "seed"]
     tops: list[int | None] = [kept + 1, kept] if kept else [0, None]
     while True:
-        body = engine.body(request, tops[0], taken)
-        for name in ("max_tokens", "max_completion_tokens"):
-            if name in body:
-                body[name] = 1
+        body = one_token(engine.body(request, tops[0], taken))
         refused: list[str] = []
 
         async def send(body: dict[str, Any] = body, refused: list[str] = refused) -> Any:
@@ -115,6 +113,15 @@ async def _accepted(engine: OpenAIEngine, request: Request, kept: int) -> tuple[
                 taken = []
             else:
                 raise
+
+
+def one_token(body: dict[str, Any]) -> dict[str, Any]:
+    """The body for an answer of one token.
+
+    `max_completion_tokens` stays: it counts hidden reasoning, and models that reason refuse to answer where it has no room.
+    """
+    body = {name: value for name, value in body.items() if name != "min_tokens"}
+    return body | ({"max_tokens": 1} if "max_completion_tokens" not in body else {})
 
 
 def _check(engine: OpenAIEngine, found: Gives, given: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from llmdistill.config import Teacher
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.teachers import Completion, Engine, Request, Usage
-from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, message
+from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, is_error, message
 
 TRIES = 9
 UNUSABLE_TRIES = 3  # of an answer that cannot be right
@@ -66,6 +66,7 @@ class RemoteEngine(Engine):
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._places = asyncio.Semaphore(teacher.concurrency)
+        self._answered = 0  # requests so far
         self.tokens = 0
 
     def close(self) -> None:
@@ -147,10 +148,11 @@ class RemoteEngine(Engine):
             UnusableAnswerError: the server answers, but what it says cannot be right.
         """
         tries = tries or TRIES
-        url, unusable, answered = self.teacher.endpoint, 0, False
+        url, unusable, answered, attempt = self.teacher.endpoint, 0, False, 0
         faults: tuple[type[Exception], ...] = (*self.faults, ValueError)
-        for attempt in range(tries):
-            answered, asked = False, None
+        while attempt < tries:
+            answered, asked, others = False, None, self._answered
+            attempt += 1
             try:
                 if before:
                     await before()
@@ -162,7 +164,10 @@ class RemoteEngine(Engine):
                 if response.status_code >= 400:
                     raise ValueError(f"{response.status_code} {message(response)}")
                 answer = response.json()
+                if is_error(answer):
+                    raise ValueError(message(response))
                 answered = True
+                self._answered += 1
                 return understand(answer)
             except InputError:
                 raise
@@ -178,12 +183,18 @@ class RemoteEngine(Engine):
                 if not isinstance(error, (*faults, *((LookupError, TypeError, AttributeError) if answered else ()))):
                     raise
                 reason = f"{type(error).__name__}: {str(error) or 'no answer'}".splitlines()[0]
-            if attempt + 1 < tries:
-                pause = min(0.5 * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.5)  # noqa: S311
-                await asyncio.sleep(pause if asked is None else asked)
+            if attempt < tries:
+                await asyncio.sleep((asked or 0) + pause_after(attempt))
+            if asked is not None and self._answered > others:
+                attempt -= 1  # the server only wants fewer requests at a time, and answers those
         if answered:
             raise UnusableAnswerError(f"an answer of another shape ({reason})")
         raise RemoteError(f"{url}: failed {tries} times; last error: {reason}")
+
+
+def pause_after(attempt: int) -> float:
+    """The seconds to wait after so many tries that failed, not the same for all who wait."""
+    return min(0.5 * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.5)  # noqa: S311
 
 
 def given_up(request: Request, reason: str, usage: Usage | None = None) -> Completion:

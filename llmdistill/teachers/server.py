@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 
 from llmdistill.data.targets import Array, SoftTargets
-from llmdistill.errors import InputError, RemoteError
+from llmdistill.errors import InputError
 from llmdistill.teachers import Completion, EngineSpec, Request
 from llmdistill.teachers.answers import UnusableAnswerError, check_logprobs, check_sums, token_ids
 from llmdistill.teachers.remote import RemoteEngine, Response, key_of
@@ -15,6 +15,7 @@ from llmdistill.teachers.remote import RemoteEngine, Response, key_of
 _CONNECT_SECONDS = 10.0
 # What a server takes from the model's generation configuration where a request does not say it.
 _NO_DEFAULTS = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
+_TELL = "/collective_rpc"
 _EXTENSION = "llmdistill.teachers.vllm_worker.SampleTargets"
 
 T = TypeVar("T")
@@ -144,6 +145,10 @@ class ServerEngine(RemoteEngine):
 
         return await self._call("POST", "/v1/completions", understand, body)
 
+    def is_final(self, response: Any) -> bool:
+        """Whether a response with an error status would be the same again: as is what a worker raises that is told something."""
+        return super().is_final(response) or (response.status_code == 500 and response.url.path.endswith(_TELL))
+
     async def _call(
         self, method: str, path: str, understand: Callable[[Any], T], body: Any = None, tries: int | None = None
     ) -> T:
@@ -183,8 +188,8 @@ class ServerEngine(RemoteEngine):
         if self.known_ids is not None:
             body["kwargs"] = {"known_ids": str(self.known_ids)}
         try:
-            await self._call("POST", "/collective_rpc", lambda answer: answer["results"], body, tries=4)
-        except (InputError, RemoteError, UnusableAnswerError):
+            await self._call("POST", _TELL, lambda answer: answer["results"], body, tries=4)
+        except InputError:
             if self.kept.stored.most_likely:
                 return
             raise InputError(

@@ -252,3 +252,21 @@ def test_configuration_needs_no_torch_and_imports_fast():
     code = "import sys, llmdistill.cli; print([m for m in ('torch', 'transformers', 'vllm', 'trl') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"targets": {"kind": "sampled_logprobs"}}, "needs the whole distribution of the ensemble"),
+        (
+            {"generate": {"thinking": "removed"}, "curate": [{"finish_reason": {}}]},
+            "which an ensemble of engine vllm does not support",
+        ),
+    ],
+)
+def test_an_ensemble_among_several_teachers_is_one(more, message):
+    teachers = {"math": {"model": "a", "ensemble": [{"model": "b"}]}, "default": {"model": "c"}}
+    tree = {"output": "run", "teachers": teachers, "route": {"column": "kind"}, "prompts": {"source": "p.jsonl"}}
+    Experiment.model_validate(tree)
+    with pytest.raises(ValueError, match=message):
+        Experiment.model_validate(tree | more)

@@ -47,6 +47,24 @@ def test_how_fast_it_runs_may_change(started):
     assert record.claim(started, "generate", SETTINGS | {"teacher": {"engine_args": {"a": 2}}}, INPUTS) == "resume"
 
 
+def test_how_fast_one_of_several_teachers_runs_may_change(tmp_path):
+    several = {"teachers": {"math": {"model": "a", "url": "http://one", "engine_args": {}}, "code": {"model": "b"}}}
+    record.begin(tmp_path / "data", "generate", several, INPUTS, seed=3)
+    (tmp_path / "data/shard").write_text("work")
+    moved = {"teachers": {"math": {"model": "a", "url": "http://two", "engine_args": {"x": 1}}, "code": {"model": "b"}}}
+    assert record.claim(tmp_path / "data", "generate", moved, INPUTS) == "resume"
+    other = {"teachers": {"math": {"model": "c"}, "code": {"model": "b"}}}
+    with pytest.raises(InputError, match=r'teachers.math.model was "a", is "c"'):
+        record.claim(tmp_path / "data", "generate", other, INPUTS)
+
+
+def test_an_empty_directory_is_no_work(tmp_path):
+    record.begin(tmp_path / "student", "train", SETTINGS, INPUTS, seed=3)
+    (tmp_path / "student/checkpoints").mkdir()
+    record.forget_begun(tmp_path / "student")
+    assert record.claim(tmp_path / "student", "train", changed(temperature=0.5), INPUTS) == "new"
+
+
 def test_other_work_is_never_touched(started, tmp_path):
     with pytest.raises(InputError, match="contains files that `train` did not write"):
         record.claim(started, "train", SETTINGS, INPUTS)

@@ -1,10 +1,14 @@
 """`generate` with a teacher behind an address, from the command line: cost, budget, cards, and what is refused at once."""
 
+import json
+
 import pytest
 from transformers import AutoTokenizer
 
 from llmdistill import load_dataset
+from llmdistill.config import load_experiment
 from llmdistill.data.dataset import read_manifest
+from llmdistill.stages.prompts import token_starts
 from tests.conftest import run_cli
 from tests.teachers.endpoint import Endpoint, serving, write_numbers
 
@@ -111,6 +115,12 @@ def test_a_dry_run_asks_nobody_and_says_the_cost(experiment, smollm2):
         (["--generate.json_schema", "{type: object}"], "generate.json_schema needs a teacher that reads its text again"),
         (["--rounds", "{n: 1}"], "rounds needs a teacher that reads given text"),
         (["--teacher.engine", "anthropic"], "teacher: tokenizer is for engine openai"),
+        (["--teacher.engine", "anthropic", "--teacher.tokenizer", "null", "--targets.kind", "none", "--generate.min_tokens", "5"],
+         "generate.min_tokens: engine anthropic has no such parameter"),
+        (["--teacher.request_args", "{n: 2}"], "request_args.n: llmdistill sets this field itself"),
+        (["--teacher.request_args", "{stream: true}"], "request_args.stream: llmdistill sets this field itself"),
+        (["--teacher.request_args", "{temperature: 0.5}"], "request_args.temperature: set generate.temperature"),
+        (["--teacher.request_args", "{max_completion_tokens: many}"], "it is a number of tokens"),
         (["--teacher.engine", "transformers"], "has no url; engines server, openai and anthropic have one"),
         (["--teacher.engine", "transformers", "--teacher.url", "null"], "tokenizer is for engines openai and anthropic"),
     ],
@@ -136,3 +146,63 @@ def test_refused_rows_are_counted_and_paid(experiment, endpoint):
     assert manifest["failed"] == {"a refusal (message.refusal)": 1}
     assert manifest["rows"] == ROWS - 1
     assert manifest["cost"]["input_tokens"] == 10 * ROWS
+
+
+def test_a_budget_counts_the_longest_answer_that_is_asked_for(experiment, endpoint):
+    """Ten times `generate.max_tokens` may come, hidden reasoning included."""
+    most = SHARD * (40 * PRICE["input"] + MOST * PRICE["output"]) / 1e6
+    longer = f"{{max_tokens: null, max_completion_tokens: {10 * MOST}}}"
+    with serving(endpoint) as url:
+        done = generate(experiment, url, "--teacher.budget", 1.1 * most, "--teacher.request_args", longer)
+    assert done.returncode == 2
+    assert f"one shard of {SHARD} rows may cost up to" in done.stderr
+
+
+def test_a_small_shard_of_refusals_does_not_end_the_stage(experiment, endpoint):
+    """Two of the last three rows tell nothing of the endpoint; a shard of nothing would be no file that others read."""
+
+    def change(answer, body):
+        if body["messages"][-1]["content"] in ("Number 10.", "Number 11."):
+            answer["choices"][0]["message"]["refusal"] = "No."
+        return answer
+
+    endpoint.change = change
+    with serving(endpoint) as url:
+        done = generate(experiment, url, "--generate.rows_per_shard", 9)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(experiment.parent / "run/data")
+    assert manifest["failed"] == {"a refusal (message.refusal)": 2}
+    assert manifest["rows"] == ROWS - 2 == len(load_dataset(experiment.parent / "run/data"))
+
+
+def test_a_shard_of_refusals_alone_is_not_stored(experiment, endpoint):
+    endpoint.change = lambda answer, body: (answer["choices"][0]["message"].update(refusal="No."), answer)[1]
+    with serving(endpoint) as url:
+        done = generate(experiment, url)
+    assert done.returncode == 1
+    assert f"{SHARD} of {SHARD} answers had a refusal (message.refusal); not stored" in done.stderr
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_trace_apart_from_the_answer_is_stored_beside_it(experiment, endpoint, apart):
+    """What an endpoint gives as the answer is the answer, whole, and also where the model has not reasoned."""
+
+    def change(answer, body):
+        if apart:
+            answer["choices"][0]["message"]["reasoning_content"] = "Two and two."
+        return answer
+
+    endpoint.change = change
+    with serving(endpoint) as url:
+        done = generate(experiment, url, "--targets", "{kind: none}", "--generate.thinking", "removed")
+    assert done.returncode == 0, done.stderr
+    for number, row in enumerate(load_dataset(experiment.parent / "run/data")):
+        assert row["completion"][0]["content"] == f"You said “Number {number}.” — naïve 🦙."
+        assert str(row["finish_reason"]) == "stop"
+        assert json.loads(str(row["metadata"]))["llmdistill"]["thinking"] == ("Two and two." if apart else "")
+
+
+def test_passages_are_measured_in_the_tokens_that_text_is_stored_in(experiment, smollm2):
+    measured = load_experiment(experiment, [("prompts.passages", "{unit: tokens, size: 20, min_size: 5}")])
+    text = "Three short words."
+    assert len(token_starts(measured)(text)) == len(AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"])

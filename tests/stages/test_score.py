@@ -270,6 +270,32 @@ def test_what_the_teacher_alone_is_told_is_in_its_targets_and_not_in_the_student
     assert read_manifest(tmp_path / "scored/data")["teacher"]["system"] == SYSTEM
 
 
+def test_a_trace_in_the_prompt_is_seen_by_the_teacher_that_is_told_more(experiment_file, tiny, tmp_path):
+    changes = [("generate.thinking", "masked"), ("generate.thinking_end", "s"), ("generate.max_tokens", "40")]
+    changes += [("prompts.limit", "8"), ("curate", "[{finish_reason: }]")]
+    written = load_experiment(experiment_file, changes)
+    generate(written)
+    source = ("score.source", str(tmp_path / "run/data"))
+    score(load_experiment(experiment_file, [source, ("output", str(tmp_path / "scored")), ("teacher.system", SYSTEM)]))
+    rows, read = load_dataset(tmp_path / "run/data"), load_dataset(tmp_path / "scored/data")
+    tokenizer, model, traces = load_tokenizer(str(tiny), None), load_model(str(tiny)), 0
+    for row, found in zip(rows, read, strict=True):
+        start = int(row["completion_start"])
+        assert found["input_ids"].tolist() == row["input_ids"].tolist()
+        told, plain = (
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            for prompt in [[dict(message) for message in row["prompt"]]]
+            for messages in ([{"role": "system", "content": SYSTEM}, *prompt], prompt)
+        )
+        trace, answer = row["input_ids"][len(plain) : start].tolist(), row["input_ids"][start:].tolist()
+        traces += bool(trace)
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*told, *trace, *answer]])).logits[0, len(told) + len(trace) - 1 : -1]
+        want = logits.double().log_softmax(-1).numpy()[np.arange(len(answer)), answer]
+        np.testing.assert_allclose(found["token_logprobs"], want, atol=2e-4)
+    assert traces > 4
+
+
 def test_rows_that_cannot_be_used_are_left_out_and_counted(experiment_file, tmp_path, tiny, capsys):
     source = tmp_path / "text.jsonl"
     lines = [

@@ -100,6 +100,19 @@ def test_an_answer_of_no_use_is_a_failed_row_that_is_paid_once(asked, changes, r
     assert len(sent) == 1
 
 
+def test_a_trace_is_beside_the_answer(asked):
+    ask, tokenizer = asked
+    content = [
+        {"type": "thinking", "thinking": "Hm. "},
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "text", "text": TEXT},
+    ]
+    _, (made,) = ask(answer(content=content), thinking="removed")
+    assert made.failed is None
+    assert made.trace == "Hm. "
+    assert made.ids.tolist() == [*tokenizer.encode(TEXT, add_special_tokens=False), 2]
+
+
 def test_a_cut_answer_has_no_end_token(asked):
     ask, tokenizer = asked
     _, (made,) = ask(answer(stop_reason="max_tokens"))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -282,3 +283,58 @@ def test_a_batch_that_is_refused_says_why(experiment, endpoint):
         status, told = ended(experiment, url)
     assert status == 2
     assert "refuses: too many batches" in told
+
+
+def test_an_answer_without_a_choice_is_a_failed_row(openai, endpoint):
+    def change(answer, body):
+        return {**answer, "choices": []} if body["messages"][-1]["content"] == "Number 5." else answer
+
+    endpoint.change = change
+    with serving(endpoint) as url:
+        rows = run(openai, url)
+    assert len(rows) == ROWS - 1
+    assert read_manifest(openai.parent / "run/data")["failed"] == {"no choice": 1}
+
+
+@pytest.mark.parametrize(("code", "status"), [("token_limit_exceeded", 0), ("invalid_json_line", 2)])
+def test_a_batch_that_fails_as_a_whole_can_be_made_again(openai, endpoint, code, status):
+    """The first one does: where there are too many it is made again by itself, else by the next run."""
+    whole, new = [0], endpoint.batches.__class__
+
+    class Batches(new):
+        def __setitem__(self, name, batch):
+            whole[0] += 1
+            if whole[0] == 1:
+                batch |= {"status": "failed", "errors": {"object": "list", "data": [{"code": code, "message": "Not this one"}]}}
+                endpoint.lost = lambda custom_id: True  # nothing of it is billed
+            else:
+                endpoint.lost = lambda custom_id: False
+            super().__setitem__(name, batch)
+
+    endpoint.batches = Batches()
+    with serving(endpoint) as url:
+        found, told = ended(openai, url)
+        assert found == status, told
+        assert "refuses the batch batch-0: Not this one" in told
+        rows = run(openai, url)
+    assert [said(row) for row in rows] == [f"You said “Number {n}.” — naïve 🦙." for n in range(ROWS)]
+    assert rows_billed(endpoint) == {str(n): 1 for n in range(ROWS)}
+
+
+def test_a_call_without_an_answer_is_made_again(openai, endpoint):
+    """The first look at a batch is not answered; without `teacher.timeout` it would be waited for."""
+    looks = []
+
+    def fault(number, path):
+        if re.fullmatch(r"/batches/.+", path):
+            looks.append(path)
+            if len(looks) == 1:
+                time.sleep(3)
+
+    endpoint.fault = fault
+    begun = time.monotonic()
+    with serving(endpoint) as url:
+        rows = run(openai, url, "--teacher.timeout", "0.5")
+    assert len(rows) == ROWS
+    assert len(looks) > ROWS // SHARD
+    assert time.monotonic() - begun < 60

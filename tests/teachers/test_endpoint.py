@@ -183,6 +183,7 @@ def spoiled(**changes):
                 place = {
                     "message": choice["message"],
                     "choice": choice,
+                    "answer": answer,
                     "entry": (choice["logprobs"] or {"content": [{}]})["content"][0],
                 }
                 target, _, key = name.partition("__")
@@ -214,6 +215,9 @@ OTHERS = [{"token": "a", "bytes": [97], "logprob": -1.0}] * 6
         ({"entry__top_logprobs": OTHERS}, "the same token twice at one position"),
         ({"choice__logprobs": None}, "tokens of another text than the answer"),
         ({"choice__message": None}, "no text"),
+        ({"answer__choices": []}, "no choice"),
+        ({"answer__choices": None}, "an answer of another shape"),
+        ({"answer__usage": {"completion_tokens": "many"}}, "an answer of another shape"),
     ],
 )  # fmt: skip
 def test_an_answer_of_no_use_is_a_failed_row_that_is_paid_once(endpoint, smollm2, tokenizer, changes, reason):
@@ -222,7 +226,7 @@ def test_an_answer_of_no_use_is_a_failed_row_that_is_paid_once(endpoint, smollm2
         good, bad = answers(opened(url, smollm2, tokenizer), tokenizer, "good", "bad")
     assert good.failed is None
     assert bad.failed.startswith(reason)
-    assert bad.usage.output > 0
+    assert bad.usage.output > 0 or "answer__usage" in changes
     assert endpoint.billed[json.dumps([{"role": "user", "content": "bad"}])] == 1
 
 
@@ -252,6 +256,93 @@ def test_faults_cost_time_and_no_rows(endpoint, smollm2, tokenizer):
     with serving(endpoint) as url:
         made = answers(opened(url, smollm2, tokenizer, concurrency=1), tokenizer, "one", "two", "three")
     assert [row.failed for row in made] == [None] * 3
+
+
+def test_an_error_with_a_status_of_success_is_a_fault(endpoint, smollm2, tokenizer):
+    """As OpenRouter sends those of the provider behind it; nothing is billed for it."""
+    error = (200, {}, {"error": {"message": "Provider returned error", "code": 502}})
+    with serving(endpoint) as url:
+        engine = opened(url, smollm2, tokenizer, concurrency=1)
+        calls = len(endpoint.times)
+        endpoint.fault = lambda number, path: error if number < calls + 2 else None
+        (made,) = answers(engine, tokenizer, "one")
+        assert made.failed is None
+        assert len(endpoint.times) == calls + 3
+        endpoint.fault = lambda number, path: error
+        with pytest.raises(RemoteError, match="Provider returned error"):
+            opened(url, smollm2, tokenizer)
+
+
+def test_an_endpoint_that_gives_nothing_at_the_start_is_named(endpoint, smollm2, tokenizer):
+    endpoint.change = lambda answer, body: {**answer, "choices": []}
+    with serving(endpoint) as url, pytest.raises(InputError, match=r"127.0.0.1.*\(large\) gives no choice"):
+        opened(url, smollm2, tokenizer)
+
+
+def test_an_endpoint_that_wants_fewer_requests_at_a_time_is_no_fault(endpoint, smollm2, tokenizer):
+    """Three requests in each window of a third of a second, and every fourth is told to wait: all are answered in the end."""
+    window = {"begin": 0.0, "count": 0}
+
+    def fault(number, path):
+        if (now := time.monotonic()) > window["begin"] + 0.3:
+            window.update(begin=now, count=0)
+        window["count"] += 1
+        return (429, {"Retry-After": "0"}, {"error": {"message": "slow"}}) if window["count"] > 3 else None
+
+    with serving(endpoint) as url:
+        engine = opened(url, smollm2, tokenizer, concurrency=40)
+        endpoint.fault = fault
+        made = answers(engine, tokenizer, *(str(number) for number in range(40)))
+    assert [row.failed for row in made] == [None] * 40
+
+
+def test_a_pause_of_nothing_is_no_reason_to_hurry(endpoint, smollm2, tokenizer, monkeypatch):
+    """The pauses grow all the same: 0.5, 1, 2 … seconds, in twentieths here and each between half and one and a half of it."""
+    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.2)
+    endpoint.fault = lambda number, path: (503, {"Retry-After": "0"}, "busy")
+    with serving(endpoint) as url, pytest.raises(RemoteError, match="failed 9 times"):
+        opened(url, smollm2, tokenizer)
+    assert endpoint.times[-1] - endpoint.times[0] > 8 * 0.1
+
+
+def test_a_clock_that_is_ahead_stops_nobody_else(tmp_path):
+    ahead = {"until": time.time() + 7200, "requests": [0, time.time() + 7200]}
+    (tmp_path / "shared").write_text(json.dumps(ahead))
+    assert limits.Limits(tmp_path / "shared", None).pause(10) == 0
+
+
+def test_a_key_that_the_endpoint_repeats_is_not_said(endpoint, smollm2, tokenizer, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-verysecret123")
+    endpoint.fault = lambda number, path: (401, {}, {"error": {"message": "Invalid API key: sk-verysecret123"}})
+    with serving(endpoint) as url, pytest.raises(InputError, match="Invalid API key: …"):
+        opened(url, smollm2, tokenizer)
+
+
+def test_the_length_of_reasoning_models_is_theirs(endpoint, smollm2, tokenizer):
+    """One token is no room for reasoning, and what an answer may take is what the request says."""
+    endpoint.change = lambda answer, body: answer
+    endpoint.answer = lambda body: Endpoint.answer(endpoint, {"max_tokens": body["max_completion_tokens"], **body})
+    arguments = {"max_tokens": None, "max_completion_tokens": 200}
+    long = " ".join(["word"] * 90)
+    with serving(endpoint) as url:
+        engine = opened(url, smollm2, tokenizer, sampling=Generate(max_tokens=20, min_tokens=3), request_args=arguments)
+        assert [(body["max_completion_tokens"], "min_tokens" in body) for body in endpoint.bodies] == [(200, False)]
+        (made,) = answers(engine, tokenizer, long)
+    assert made.failed is None
+    assert 80 < len(made.ids) <= 200
+    assert endpoint.bodies[-1]["min_tokens"] == 3
+
+
+def test_more_tokens_of_the_student_than_of_the_teacher_are_no_fault(endpoint, smollm2, tokenizer):
+    endpoint.text = lambda body: "안녕하세요 세계" * 3
+    endpoint.answer = lambda body: {
+        "choices": [{"index": 0, "message": {"content": endpoint.text(body)}, "finish_reason": "stop", "logprobs": None}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 10},
+    }
+    with serving(endpoint) as url:
+        (made,) = answers(opened(url, smollm2, tokenizer, kind="none", sampling=Generate(max_tokens=12)), tokenizer, "hello")
+    assert made.failed is None
+    assert len(made.ids) > 25
 
 
 def test_what_fails_on_and_on_ends_with_the_last_error(endpoint, smollm2, tokenizer):

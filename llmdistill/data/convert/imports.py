@@ -5,7 +5,7 @@ sequence: the tokens they predict are its completion, all before them its prompt
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -266,8 +266,8 @@ class _TargetsReader:
         """The k most likely targets of each entry, most likely first; k is fixed by the first one."""
         ids_NK, logprobs_NK = entries.ids_NK, entries.logprobs_NK
         # A curve through log-probabilities may rise above zero here and there, logits do almost everywhere.
-        if np.isnan(logprobs_NK).any() or np.median(logprobs_NK.max(axis=1)) > 0.1:
-            raise InputError(f"{origin}: holds values that are no log-probabilities (NaN, or above zero)")
+        if np.isnan(logprobs_NK).any() or np.isposinf(logprobs_NK).any() or np.median(logprobs_NK.max(axis=1)) > 0.1:
+            raise InputError(f"{origin}: holds values that are no log-probabilities (NaN, infinite, or above zero)")
         there_N = (logprobs_NK > -np.inf).sum(axis=1)
         fewest, most = int(there_N.min()), int(there_N.max())
         self.k = self.k or most
@@ -305,7 +305,7 @@ class _TargetsReader:
 
 def _axolotl_entries(batch: pa.RecordBatch, origin: str) -> _Entries:
     """The columns that axolotl's trainer takes: one entry a token, `target_mask` 1 where it counts."""
-    _need(batch, ("input_ids", "target_token_ids", "target_logprobs", "target_mask"), origin)
+    _need(batch, {"input_ids": 1, "target_token_ids": 2, "target_logprobs": 2, "target_mask": 2}, origin)
     ids_T, lengths_B = _flat(batch["input_ids"])
     ids, outer_B, inner_T = _flat_twice(batch["target_token_ids"])
     logprobs, *shape = _flat_twice(batch["target_logprobs"])
@@ -326,7 +326,7 @@ def _axolotl_entries(batch: pa.RecordBatch, origin: str) -> _Entries:
 
 def _distillkit_entries(batch: pa.RecordBatch, origin: str, config: distillkit.Compression) -> _Entries:
     """A capture, packed or not: an entry counts where its own label is set, as in DistillKit's trainer."""
-    _need(batch, ("input_ids", "compressed_logprobs", "bytepacked_indices"), origin)
+    _need(batch, {"input_ids": 1, "compressed_logprobs": 2, "bytepacked_indices": 2}, origin)
     ids_T, lengths_B = _flat(batch["input_ids"])
     stored, entries_B, width_E = _flat_twice(batch["compressed_logprobs"])
     packed, same_B, packed_width_E = _flat_twice(batch["bytepacked_indices"])
@@ -370,16 +370,33 @@ def _texts(batch: pa.RecordBatch, lengths_B: Array, origin: str, kept_T: Array |
 
 
 def _one_a_token(batch: pa.RecordBatch, name: str, lengths_B: Array, origin: str) -> Array:
+    _need(batch, {name: 1}, origin)
     values_T, its_lengths_B = _flat(batch[name])
     if not np.array_equal(its_lengths_B, lengths_B):
         raise InputError(f"{origin}: `{name}` does not have one value a token of `input_ids`")
     return values_T.astype(np.int64)
 
 
-def _need(batch: pa.RecordBatch, columns: tuple[str, ...], origin: str) -> None:
-    missing = [name for name in columns if name not in batch.schema.names]
-    if missing:
-        raise InputError(f"{origin}: has no column `{missing[0]}`, only {', '.join(batch.schema.names)}; see {page('formats')}")
+def _need(batch: pa.RecordBatch, columns: Mapping[str, int], origin: str) -> None:
+    """Refuse columns that are not there, or are no lists of numbers; by their names, how deep the lists are."""
+    for name, depth in columns.items():
+        if name not in batch.schema.names:
+            raise InputError(f"{origin}: has no column `{name}`, only {', '.join(batch.schema.names)}; see {page('formats')}")
+        inner = found = batch.schema.field(name).type
+        for _ in range(depth):
+            inner = inner.value_type if _is_list(inner) else None
+        whole = name.endswith("ids")
+        if inner is None or not (_is_whole(inner) or (not whole and pa.types.is_floating(inner))):
+            wanted = f"{'lists of ' * depth}{'whole numbers' if whole else 'numbers'}"
+            raise InputError(f"{origin}: the column `{name}` holds {found}, not {wanted}; see {page('formats')}")
+
+
+def _is_list(of: pa.DataType | None) -> bool:
+    return of is not None and any(test(of) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
+
+
+def _is_whole(of: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(of) or pa.types.is_boolean(of))
 
 
 def _flat(column: pa.Array) -> tuple[Array, Array]:
