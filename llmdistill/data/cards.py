@@ -170,7 +170,8 @@ def model_card(
         "temperature": f"{arguments.temperature:g}",
         "data": written,
         "soft targets": targets,
-        "steps": f"{results['steps']:,.0f}",
+        "steps": f"{results['steps']:,.0f}"
+        + (f", with the weights of step {results['best_step']:,}" if "best_step" in results else ""),
         "last logged": ", ".join(f"{key} {results[key]:.3f} nats per token" for key in ("kl", "ce") if key in results),
     }
     if "eval_ce" in results:

@@ -244,7 +244,10 @@ def online_parts(
         teacher_NC, student_NC, choice_N = teacher_NV[:, :size], logits_NV[:, :size], torch.zeros_like(ce_N)
     else:
         student_V, count = table.student_GV[number], int(table.first_G[number + 1] - table.first_G[number])
-        teacher_NC = class_logits(teacher_NV, table.teacher_V[number], count)
+        teacher_V = table.teacher_V[number]
+        # What only one of them has a token for is no outcome: the teacher's mass there is dropped, as that of stored targets.
+        one_sided_C = (student_V.bincount(minlength=count) == 0) | (teacher_V.bincount(minlength=count) == 0)
+        teacher_NC = class_logits(teacher_NV, teacher_V, count).masked_fill(one_sided_C, -torch.inf)
         student_NC = class_logits(logits_NV, student_V, count)
         choice_N = student_NC.gather(1, student_V[labels_N][:, None])[:, 0] + ce_N
     with torch.no_grad():

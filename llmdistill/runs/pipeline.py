@@ -15,12 +15,12 @@ from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.runs import lock, record
 from llmdistill.runs.estimate import estimate, said
 from llmdistill.runs.progress import counted, say, working
-from llmdistill.runs.rounds import round_of
+from llmdistill.runs.rounds import round_of, round_training
 from llmdistill.runs.status import how_far
 from llmdistill.stages.prompts import Prompt, count_splits, prepared_prompts
 from llmdistill.stages.retokenize import check_kind
 from llmdistill.stages.table import STAGES
-from llmdistill.stages.train import check_arguments
+from llmdistill.stages.train import check_arguments, check_training
 from llmdistill.students.origins import origin
 from llmdistill.students.sides import check_tokenizers, is_needed
 from llmdistill.training.examples import read_examples
@@ -191,8 +191,11 @@ def _check_inputs(experiment: Experiment) -> None:
     check_tokenizers(experiment)
     # Without TRL its arguments are not known, and a dry run needs none.
     with suppress(ImportError), working("run", "checking the configuration"):
-        check_arguments(experiment.train.args, "train.args")
-        check_arguments(experiment.rounds.args if experiment.rounds else {}, "rounds.args")
+        check_training(experiment)
+        if experiment.rounds:
+            check_arguments(experiment.rounds.args, "rounds.args")
+            changes = {"rounds": None, "targets": experiment.own_targets, "train": round_training(experiment)}
+            check_training(experiment.with_(**changes), "rounds.args")
     if examples := experiment.train.compare_examples:
         read_examples(examples)
 

@@ -71,11 +71,18 @@ def round_training(experiment: Experiment) -> Train:
         "alpha_end": None,
         "compare_text_only": False,
         "compare_examples": None,
-        "args": experiment.train.args | settings.args,
+        "args": _arguments(experiment.train.args, settings.args),
     }
     if settings.teacher_share:
         changes["mix"] = Mix(datasets=[str(training_dataset(experiment))], share=settings.teacher_share)
     return experiment.train.with_(**changes)
+
+
+def _arguments(of_training: dict[str, Any], of_rounds: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the training with those of the rounds in their place; a number of epochs takes that of steps."""
+    if "num_train_epochs" in of_rounds and "max_steps" not in of_rounds:
+        of_training = {name: value for name, value in of_training.items() if name != "max_steps"}
+    return of_training | of_rounds
 
 
 def below(experiment: Experiment, name: str) -> Experiment:

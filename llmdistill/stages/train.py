@@ -10,6 +10,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision, training_precision
 from llmdistill.config.shipped import page
+from llmdistill.config.teacher import Teacher
 from llmdistill.config.train import Examples
 from llmdistill.data.cards import model_card, write_card
 from llmdistill.data.dataset import (
@@ -48,8 +49,8 @@ from llmdistill.students.origins import (
     save_student,
 )
 from llmdistill.students.quantization import fake_quantise, unfake
-from llmdistill.students.sides import training_dataset
-from llmdistill.training.callbacks import last_checkpoint, show_progress, stop_with_a_checkpoint
+from llmdistill.students.sides import is_needed, training_dataset
+from llmdistill.training.callbacks import last_checkpoint, same_rows_a_step, show_progress, stop_with_a_checkpoint
 from llmdistill.training.examples import example_rows, read_examples
 from llmdistill.training.traps import traps
 
@@ -137,13 +138,18 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     if online:
         settings["targets"] = {"kind": experiment.targets.kind}
     if experiment.student.model is None or online:
-        settings["teacher"] = experiment.teacher.model_dump(mode="json", include={"model", "revision"})
+        settings["teacher"] = _weights(experiment.teacher, online)
     if online and experiment.teachers:
-        named = experiment.teachers.items()
-        settings["teachers"] = {name: one.model_dump(mode="json", include={"model", "revision"}) for name, one in named}
+        settings["teachers"] = {name: _weights(one, online) for name, one in experiment.teachers.items()}
     if experiment.train.fake_quantize and experiment.export and experiment.export.group_size:
         settings["export"] = {"group_size": experiment.export.group_size}
     return settings
+
+
+def _weights(teacher: Teacher, computes: bool) -> dict[str, Any]:
+    """Which weights a teacher has, and what it computes in, where it does and that is said."""
+    more = {"dtype"} if computes and teacher.dtype != "auto" else set()
+    return teacher.model_dump(mode="json", include={"model", "revision"} | more)
 
 
 def _models_and_files(experiment: Experiment) -> dict[str, str]:
@@ -254,10 +260,11 @@ def train_one(
         parameters = made.student.num_parameters()
         for text in [] if text_only else traps(experiment.student, made.arguments, manifest, made.rows, parameters):
             say("warning", text)
-    trainer = _trainer(experiment, made)
+    trainer = _trainer(experiment, made, directory)
     show_progress(trainer, "examples only" if examples else "text only" if text_only else claim.stage)
     # What one process finds counts for all: another may still see a shared disk as it was.
     (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
+    same_rows_a_step(trainer, checkpoint)
     upload_checkpoints(experiment, trainer, directory)
     stop = stop_with_a_checkpoint(trainer)
     if prepare:
@@ -271,7 +278,28 @@ def train_one(
     trainer.accelerator.wait_for_everyone()
 
 
-def _trainer(experiment: Experiment, made: _Materials) -> Any:
+def _trainer(experiment: Experiment, made: _Materials, directory: Path) -> Any:
+    """The trainer; where it takes some argument ill, as if nothing had been begun.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        trainer = _made_trainer(experiment, made)
+        batches = len(trainer.get_train_dataloader())
+        if not batches:
+            raise ValueError(
+                f"dataloader_drop_last: {counted(len(made.dataset), 'row')} are fewer than the "
+                f"{made.arguments.per_device_train_batch_size:,} of a batch, so that nothing would be trained on"
+            )
+    except (TypeError, ValueError, ImportError) as error:
+        if made.arguments.process_index == 0:
+            record.forget_begun(directory)
+        raise InputError(f"train.args: {error}") from None
+    return trainer
+
+
+def _made_trainer(experiment: Experiment, made: _Materials) -> Any:
     from transformers import EarlyStoppingCallback
 
     from llmdistill.training.trainer import DistillTrainer
@@ -300,7 +328,7 @@ def _save(
     unfake(trained)
     save_student(trained, made.tokenizer, experiment, directory, manifest["tokenizer"]["end_token_ids"])
     trainer.state.save_to_json(str(directory / "trainer_state.json"))
-    results = {"steps": trainer.state.global_step, **_last_losses(trainer.state.log_history)}
+    results = {"steps": trainer.state.global_step, **_kept_losses(trainer)}
     write_card(
         directory / "README.md", lambda: model_card(experiment, manifest, directory.name, made.arguments, results, examples)
     )
@@ -480,9 +508,15 @@ def _evaluation(experiment: Experiment) -> dict[str, Any]:
             if train.args.get(name, False) not in (False, "no"):
                 raise InputError(f"train.args.{name} needs train.validation, the share of the training prompts to validate on")
         return {}
-    found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": train.args.get("save_steps", 500)}
+    if train.args.get("eval_strategy") == "no":
+        raise InputError("train.args.eval_strategy is no, so the rows of train.validation would be held back for nothing")
+    saved = "epoch" if train.args.get("save_strategy") == "epoch" else "steps"
+    found: dict[str, Any] = {"eval_strategy": saved}
+    found |= {"eval_steps": train.args.get("save_steps", 500)} if saved == "steps" else {}
     if train.early_stopping:
-        metric = "kl" if train.uses_targets else "ce"
+        # Of a sample that cannot tell the forward KL, the divergence that is trained is what can be watched.
+        told = not experiment.targets.stored.refuses("forward_kl", train.temperature)
+        metric = ("kl" if told else train.loss) if train.uses_targets else "ce"
         found |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
         found |= {"restore_callback_states_from_checkpoint": True}  # how long there was no improvement
         if not train.args.get("restore_callback_states_from_checkpoint", True):
@@ -513,6 +547,46 @@ def check_arguments(args: Iterable[str], key: str) -> None:
             raise InputError(f"{key}.{name} {_REFUSED[name]}")
         if name not in names:
             raise no_such_key(key, name, names, "trl.SFTConfig has no such argument")
+
+
+# Whether this machine can do these is not the question where a run is only planned.
+_OF_THE_MACHINE = ("bf16", "fp16", "tf32", "use_cpu", "fsdp", "fsdp_config", "deepspeed", "accelerator_config")
+
+
+def check_training(experiment: Experiment, key: str = "train.args") -> None:
+    """Refuse what the training of a student would refuse, before a teacher has worked for it.
+
+    Args:
+        experiment: the configuration.
+        key: what the arguments stand under.
+
+    Raises:
+        InputError: naming the key.
+    """
+    from llmdistill.students.adapters import lora_config
+
+    train, stored, online = experiment.train, experiment.targets.stored, experiment.targets.online
+    check_arguments(train.args, key)
+    general = {name: value for name, value in train.args.items() if name not in _OF_THE_MACHINE}
+    directory = experiment.directory("student")
+    precision = training_precision(use_cpu=True)
+    arguments_of(experiment.with_(train=train.with_(args=general)), directory, False, precision, {"use_cpu": True}, key)
+    if experiment.student.lora:
+        lora_config(experiment.student.lora)
+    if train.dataset is not None or experiment.prompts is None or is_needed(experiment):
+        return  # what is trained on has been made already, or is made by `retokenize`
+    if not stored.columns and not online and (train.uses_targets or train.compare_text_only):
+        raise InputError(
+            f"train.alpha is {train.alpha:g}, but targets.kind is {experiment.targets.kind}; set train.alpha to 0 and "
+            "train.compare_text_only to false, or another kind"
+        )
+    if train.position_weights != "uniform" and (online or not stored.columns or stored.of_text):
+        raise InputError(f"train.position_weights is {train.position_weights}, which needs stored soft targets")
+    if train.sequence_alpha and not experiment.generate.shows_everything:
+        raise InputError(
+            f"train.sequence_alpha is {train.sequence_alpha:g}, which needs text that could have been any: generate.temperature "
+            "above 0, and neither generate.top_p, top_k, min_tokens, json_schema nor thinking"
+        )
 
 
 def arguments_of(
@@ -553,6 +627,7 @@ def arguments_of(
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"{key}: {error}") from None
+    _check_optimizer(arguments, key)
     _check_checkpointing(arguments, experiment)
     if experiment.student.quantize and is_sharded(arguments):
         raise InputError("student.quantize: quantised weights cannot be sharded; use one device or DDP, or remove it")
@@ -560,6 +635,28 @@ def arguments_of(
         say("train", f"uses one of {arguments.n_gpu} GPUs; see {page('distributed')} to start a process on each")
         arguments._n_gpu = 1
     return arguments
+
+
+def _check_optimizer(arguments: Any, key: str) -> None:
+    """Refuse arguments of the optimiser and the schedule that these do not take.
+
+    Raises:
+        InputError: naming the key above them.
+    """
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    if any(name in arguments.optim for name in ("apollo", "galore", "lomo")):  # they need the model
+        return
+    try:
+        made, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = made([torch.zeros(1, requires_grad=True)], **settings)
+        more = arguments.lr_scheduler_kwargs or {}
+        get_scheduler(
+            arguments.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=more
+        )
+    except (TypeError, ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"{key}: the optimiser or its schedule does not take this: {error}") from None
 
 
 def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:
@@ -623,12 +720,20 @@ def _trained(experiment: Experiment, trainer: Any) -> Any:
     return student
 
 
-def _last_losses(history: list[dict[str, Any]]) -> dict[str, float]:
-    """The parts of the loss at the last step, and on the validation rows at the last evaluation."""
+def _kept_losses(trainer: Any) -> dict[str, float]:
+    """The parts of the loss at the step whose weights are kept, and on the validation rows at the evaluation there.
+
+    `best_step` is that step, where it is not the last.
+    """
+    state = trainer.state
     last: dict[str, Any] = {}
-    for entry in history:
-        last |= entry
-    names = ("kl", "ce", "agreement", "num_completion_tokens", "eval_kl", "eval_ce", "eval_agreement")
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    step = int(best.rpartition("-")[2]) if best else state.global_step
+    for entry in state.log_history:
+        last |= entry if entry["step"] <= step else {}
+    if step < state.global_step:
+        last["best_step"] = step
+    names = ("best_step", "kl", "ce", "agreement", "num_completion_tokens", "eval_kl", "eval_ce", "eval_agreement")
     return {name: last[name] for name in names if name in last}
 
 

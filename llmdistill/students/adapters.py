@@ -32,6 +32,7 @@ _UNSUPPORTED = {
     "runtime_config": "it is for inference",
 }
 _REWRITING = ("pissa", "olora")  # they take a part of the base's weights into the adapters
+_NOT_CONVERTED = ("modules_to_save", "trainable_token_indices", "bias")  # what of the adapter peft then leaves out or refuses
 _INITS = (True, False, "gaussian", "orthogonal", "mica", "pissa", "olora")
 
 
@@ -57,6 +58,14 @@ def lora_config(lora: Lora) -> Any:
         raise InputError(f"student.lora.args.init_lora_weights is {init}, must be one of {known}")
     if lora.args.get("use_dora") and str(init).startswith(_REWRITING):
         raise InputError(f"student.lora.args: use_dora and init_lora_weights {init} do not end in an adapter for the base")
+    if str(init).startswith(_REWRITING):
+        beside = [name for name in _NOT_CONVERTED if lora.args.get(name) not in (None, "none", [], {})]
+        patterns = [name for name in ("rank_pattern", "alpha_pattern") if lora.args.get("use_rslora") and lora.args.get(name)]
+        if beside or patterns:
+            raise InputError(
+                f"student.lora.args: {(beside + patterns)[0]}{' with use_rslora' if not beside else ''} and init_lora_weights "
+                f"{init} do not end in an adapter for the base"
+            )
     try:
         return LoraConfig(
             r=lora.r,

@@ -168,6 +168,9 @@ def _adapters(experiment: Experiment) -> tuple[Any, Any]:
         return config, None
     import torch
 
+    if student.quantize == "int8" and student.lora and student.lora.args.get("use_dora") and not torch.cuda.is_available():
+        raise InputError("student.quantize int8 with student.lora.args.use_dora needs a GPU; use nf4")
+
     # The products are in the checkpoint's precision, unless this machine computes in float32 alone.
     dtype = torch.float32 if inference_precision().dtype == "float32" else saved_dtype(experiment)
     return config, adapters.quantization_config(student.quantize, dtype)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import trl
 
 from llmdistill import losses
@@ -95,10 +96,16 @@ class DistillConfig(trl.SFTConfig):
         for name, (allowed, why) in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by DistillTrainer: {why}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}, must be at least 1")
         if self.packing and (self.max_length is None or self.train_sampling_strategy not in ("random", "sequential")):
             raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy by length")
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         asked: dict[str, Any] = {name: getattr(self, name) for name in ("use_cpu", "bf16", "fp16")}
+        if asked["bf16"] and asked["fp16"]:
+            raise ValueError("bf16 and fp16 are both true; set one of them")
+        if asked["fp16"] and (asked["use_cpu"] or not torch.cuda.is_available()):
+            raise ValueError("fp16 trains on CUDA alone; without it, the products are in bfloat16 or float32")
         precision = training_precision(**asked)  # where TRL takes bfloat16 on every machine
         self.bf16, self.fp16 = precision.dtype == "bfloat16", precision.dtype == "float16"
         super().__post_init__()

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from llmdistill.errors import InputError
 from llmdistill.runs.progress import StageBar
 
 _WATCHED = ("loss", "kl", "ce", "agreement", "hidden", "attention", "grad_norm", "learning_rate")
@@ -40,6 +41,35 @@ def stop_with_a_checkpoint(trainer: Any) -> Any:
     stop = Stop()
     trainer.add_callback(stop)
     return stop
+
+
+def same_rows_a_step(trainer: Any, checkpoint: str | None) -> None:
+    """Keep in every checkpoint how many rows a step has, and refuse to go on from one with another number.
+
+    Raises:
+        InputError: there are more or fewer processes than before the stop.
+    """
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    class RowsAStep(TrainerCallback, ExportableState):
+        def __init__(self, rows: int) -> None:
+            self.rows = rows
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {"rows": self.rows}, "attributes": {}}
+
+    args = trainer.args
+    rows = before = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if checkpoint:
+        kept = json.loads(Path(checkpoint, "trainer_state.json").read_text()).get("stateful_callbacks", {})
+        before = kept.get(RowsAStep.__name__, {}).get("args", {}).get("rows", rows)
+    if before != rows:
+        raise InputError(
+            f"{checkpoint} is of a training with {before:,} rows a step, here it would be {rows:,}, and rows would be skipped or "
+            "trained on twice; start as many processes as before"
+        )
+    trainer.add_callback(RowsAStep(rows))
 
 
 def last_checkpoint(directory: Path) -> str | None:

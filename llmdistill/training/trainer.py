@@ -14,6 +14,7 @@ import torch
 import trl
 from accelerate.data_loader import SkipBatchSampler
 from torch.utils.data import BatchSampler
+from transformers import EarlyStoppingCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llmdistill import losses
@@ -240,6 +241,30 @@ class DistillTrainer(trl.SFTTrainer):
         if not rows:
             return batch
         return first_items(batch, max(rows - self.args.process_index * len(batch["pack_sizes"]), 0))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """One epoch, or what is left of it; nothing if the training had ended when it was stopped, which Trainer does not see."""
+        if self.state.global_step == self._initial_global_step:  # also where a larger batch did not fit into the memory
+            self._sums["train"].clear()
+            self._step.clear()
+        early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        ended = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in early)
+        if ended or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """What is counted since the last log is not in a checkpoint, so it is logged before one is written."""
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The parts of the loss on rows of a `load_dataset`, those that were given at first if none are."""
+        if isinstance(eval_dataset, datasets.Dataset):
+            eval_dataset = self._prepared(self.args, eval_dataset, self.teachers or None, "eval_dataset")
+        found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return found
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; the clock of `tokens_per_s` starts with the first."""

@@ -243,3 +243,23 @@ def test_segment_logsumexp_keeps_what_is_far_below():
     assert found.tolist() == pytest.approx([-200 + np.log1p(np.exp(-1)), losses.SMALLEST, 5.0])
     (gradient,) = torch.autograd.grad(found[0], values)
     assert gradient.tolist() == pytest.approx([1 / (1 + np.exp(-1)), np.exp(-1) / (1 + np.exp(-1)), 0])
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "total_variation"])
+def test_a_class_that_only_one_side_has_is_no_outcome_of_an_online_teacher(loss):
+    """Four classes: the third is the student's alone, the fourth, of tokens without a root, the teacher's alone."""
+    classes = RootClasses(np.array([0, 1, 3]), np.array([0, 1, 2]))
+    teacher = torch.tensor([[0.69, 0.3, 0.01]], dtype=torch.float64).log()
+    student = torch.tensor([[0.69, 0.3, 0.0]], dtype=torch.float64).log().clamp(min=-1e4).requires_grad_()
+    targets = {"target_table": ClassTable.of(classes), "target_soft": torch.tensor([True]), "teacher_logits": teacher}
+    labels = torch.tensor([0])
+    same = losses.classes.online_parts(student, labels, targets, Objective(loss=loss))
+    assert same["kl"].item() == pytest.approx(0, abs=1e-9)
+    assert same[loss if loss != "forward_kl" else "kl"].item() == pytest.approx(0, abs=1e-9)
+    (gradient,) = torch.autograd.grad(same[loss if loss != "forward_kl" else "kl"].sum(), student)
+    assert gradient.abs().max() < 1e-9
+    beside = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).log()
+    p, q = torch.tensor([[0.69, 0.3, 0.0]], dtype=torch.float64), torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64)
+    want = DIVERGENCES[loss]((p / p.sum()).log(), q.log())
+    found = losses.classes.online_parts(beside, labels, targets, Objective(loss=loss))
+    assert found[loss if loss != "forward_kl" else "kl"].item() == pytest.approx(want.item(), abs=1e-9)

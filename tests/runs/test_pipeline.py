@@ -39,6 +39,12 @@ def test_a_dry_run_shows_every_round_before_there_is_a_student(tiny, tmp_path, c
         ("student.model", "./nowhere", r"student\.model: .*nowhere"),
         ("train.args.learning_rat", "1", r"train\.args\.learning_rat: .*did you mean train\.args\.learning_rate"),
         ("rounds", "{n: 1, args: {max_step: 1}}", r"rounds\.args\.max_step: .*did you mean rounds\.args\.max_steps"),
+        ("rounds", "{n: 1, args: {lr_scheduler_type: foo}}", r"rounds\.args: .*foo"),
+        ("train.args.optim", "foo", r"train\.args: .*foo"),
+        ("train.args.packing", "true", r"train\.args: packing needs max_length"),
+        ("train.args.loss_type", "dft", r"train\.args: loss_type='dft' is not supported"),
+        ("student.lora", "{r: 4, alpha: 8, args: {use_doraa: true}}", r"did you mean student\.lora\.args\.use_dora"),
+        ("targets", "{kind: none}", r"train\.alpha is 0\.9, but targets\.kind is none"),
     ],
 )
 def test_what_later_stages_read_is_looked_for_before_the_first(tiny, tmp_path, start, key, value, error):
@@ -150,4 +156,17 @@ def test_too_few_held_out_prompts_are_said_before_the_teacher_works(tiny, tmp_pa
 def test_prompts_that_leave_a_split_empty_are_refused_before_the_teacher_works(tiny, tmp_path, start, share, sides):
     with pytest.raises(InputError, match=f"eval.held_out: {share} of 24 conversations leaves {sides}"):
         start(load_experiment(write_experiment(tiny, tmp_path), [("eval.held_out", share)]))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"train.sequence_alpha": "0.1", "generate.top_p": "0.9"}, r"train\.sequence_alpha is 0\.1, which needs text"),
+        ({"train.position_weights": "entropy", "targets": "{kind: none}", "train.alpha": "0"}, "which needs stored soft targets"),
+    ],
+)
+def test_a_loss_that_the_dataset_could_not_have_is_refused_before_the_teacher_works(tiny, tmp_path, settings, error):
+    with pytest.raises(InputError, match=error):
+        run_pipeline(load_experiment(write_experiment(tiny, tmp_path), list(settings.items())))
     assert not (tmp_path / "run").exists()

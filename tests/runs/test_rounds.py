@@ -39,6 +39,15 @@ def test_a_round_has_no_cross_entropy_on_the_students_own_text(train):
     assert (with_sequences.alpha, with_sequences.sequence_alpha) == (0.8, 0.2)
 
 
+def test_a_number_of_epochs_in_the_rounds_takes_the_place_of_steps():
+    steps = {"args": {"max_steps": 3, "learning_rate": 1e-4}}
+    assert round_training(experiment({"n": 1, "args": {"num_train_epochs": 2}}, train=steps)).args == {
+        "learning_rate": 1e-4,
+        "num_train_epochs": 2,
+    }
+    assert round_training(experiment({"n": 1, "args": {"learning_rate": 1e-5}}, train=steps)).args["max_steps"] == 3
+
+
 def test_what_would_be_left_out_in_silence_is_refused():
     mix = {"mix": {"datasets": ["more"], "share": 0.3}}
     with pytest.raises(ValueError, match=r"rounds.teacher_share and train.mix both say what is mixed"):

@@ -13,7 +13,8 @@ from llmdistill.data.dataset import conversation_keys, load_dataset
 from llmdistill.errors import InputError
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
-from llmdistill.stages.train import arguments_of, mixed_rows, train
+from llmdistill.stages.train import _settings, arguments_of, mixed_rows, train
+from llmdistill.training.arguments import DistillConfig
 from tests.integration.processes import rewind
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]
@@ -75,12 +76,64 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(trained, tmp_path):
     arguments = {"eval_steps": 1, "save_steps": 1, "max_steps": 4, "learning_rate": 3.0, "warmup_steps": 1}
     arguments["lr_scheduler_type"] = "constant_with_warmup"  # a first step of nothing, then ruin
     arguments = {f"args.{name}": value for name, value in arguments.items()}
-    history, _, _ = trained(validation=0.3, early_stopping={"patience": 9}, **arguments)
+    history, results, card = trained(validation=0.3, early_stopping={"patience": 9}, **arguments)
     kls = [entry["eval_kl"] for entry in history if "eval_kl" in entry]
     assert kls[-1] > min(kls)
     state = json.loads((tmp_path / "run/student/trainer_state.json").read_text())
     assert state["best_metric"] == pytest.approx(min(kls))
-    assert state["best_model_checkpoint"].endswith(f"checkpoint-{1 + int(np.argmin(kls))}")
+    best = 1 + int(np.argmin(kls))
+    assert state["best_model_checkpoint"].endswith(f"checkpoint-{best}")
+    assert results["best_step"] == best < results["steps"]
+    assert results["eval_kl"] == min(kls)
+    (ce,) = [entry["ce"] for entry in history if entry["step"] == best and "ce" in entry]
+    assert results["ce"] == ce
+    assert f"{results['steps']}, with the weights of step {best}" in card
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_training_that_had_ended_is_only_saved(trained, tmp_path, early):
+    """Stopped behind its last step, inside an epoch: the weights, the steps and the counts are those of the whole run."""
+    settings = {"args.save_steps": 1, "args.max_steps": 5, "args.learning_rate": 0.01, "args.lr_scheduler_type": "constant"}
+    if early:
+        settings |= {"validation": 0.3, "early_stopping": {"patience": 2}, "args.learning_rate": 0.0, "args.max_steps": 20}
+        settings |= {"args.eval_steps": 1, "args.save_total_limit": 9}
+    _, whole, _ = trained(**settings)
+    student = tmp_path / "run/student"
+    weights = (student / "model.safetensors").read_bytes()
+    shutil.copytree(student / "checkpoints/checkpoint-1", tmp_path / "best")
+    rewind(student, whole["steps"])
+    shutil.copytree(tmp_path / "best", student / "checkpoints/checkpoint-1")  # the best one is never removed
+    _, again, _ = trained(**settings)
+    assert again == whole
+    assert (student / "model.safetensors").read_bytes() == weights
+
+
+def test_a_checkpoint_goes_on_with_as_many_rows_a_step(trained, tmp_path, monkeypatch):
+    """Another number of processes would cut the order of the rows elsewhere."""
+    settings = {"args.save_steps": 2, "args.max_steps": 4}
+    trained(**settings)
+    rewind(tmp_path / "run/student", 2)
+    monkeypatch.setattr(DistillConfig, "world_size", 2)
+    with pytest.raises(InputError, match=r"checkpoint-2 is of a training with 2 rows a step, here it would be 4"):
+        trained(**settings)
+
+
+def test_what_was_counted_before_a_stop_is_counted(trained, tmp_path):
+    """A checkpoint between two logs: the later log says what came after it, and all tokens are in the sum."""
+    settings = {"args.save_steps": 2, "args.max_steps": 6, "args.logging_steps": 4}
+    whole, results, _ = trained(**settings)
+    rewind(tmp_path / "run/student", 2)
+    again, counted, _ = trained(**settings)
+    assert counted == results
+    assert [entry["ce"] for entry in again if "ce" in entry] == [entry["ce"] for entry in whole if "ce" in entry]
+
+
+def test_validation_goes_with_the_checkpoints_of_epochs(trained):
+    arguments = {"save_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}
+    history, _, _ = trained(
+        validation=0.3, early_stopping={"patience": 3}, **{f"args.{name}": value for name, value in arguments.items()}
+    )
+    assert [entry["epoch"] for entry in history if "eval_kl" in entry] == [1, 2]
 
 
 def test_everything_at_once_from_yaml(trained):
@@ -117,6 +170,15 @@ def test_everything_at_once_from_yaml(trained):
         ({"args.ignore_data_skip": True}, "train.args.ignore_data_skip would train on the same rows again"),
         ({"args.model_init_kwargs": {}}, "train.args.model_init_kwargs is not read"),
         ({"args.eos_token": "<x>"}, "train.args: eos_token='<x>' is not supported"),
+        ({"args.eval_strategy": "no", "validation": 0.3}, "the rows of train.validation would be held back for nothing"),
+        ({"args.max_length": 0}, "train.args: max_length is 0: it should be greater than or equal to 1"),
+        ({"args.fp16": True}, "fp16 trains on CUDA alone"),
+        ({"args.fp16": True, "args.bf16": True}, "bf16 and fp16 are both true"),
+        ({"args.lr_scheduler_type": "cosine_with_min_lr"}, "the optimiser or its schedule does not take this: .*min_lr"),
+        ({"args.lr_scheduler_kwargs": {"foo": 1}}, "the optimiser or its schedule does not take this: .*foo"),
+        ({"args.adam_beta2": 2.0}, "the optimiser or its schedule does not take this: .*beta"),
+        ({"args.report_to": "foo"}, "train.args: foo is not supported"),
+        ({"args.dataloader_drop_last": True, "args.per_device_train_batch_size": 64}, "are fewer than the 64 of a batch"),
         (
             {
                 "early_stopping": {"patience": 2},
@@ -130,7 +192,7 @@ def test_everything_at_once_from_yaml(trained):
 def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path, overrides, message):
     with pytest.raises(InputError, match=message):
         trained(**overrides)
-    assert not (tmp_path / "run/student").exists()
+    assert not list((tmp_path / "run").glob("student/*"))
 
 
 def test_no_prompt_that_a_mixed_dataset_holds_out_is_trained_on(experiment_file, tmp_path, capsys):
@@ -214,3 +276,12 @@ def test_report_to_reaches_the_trainer(experiment_file, tmp_path):
     experiment = load_experiment(experiment_file, [("train.args.report_to", "[wandb]")])
     passed = arguments_of(experiment, tmp_path, False, FLOAT32).report_to
     assert get_reporting_integration_callbacks(passed) == [WandbCallback]
+
+
+def test_a_student_of_an_online_teacher_depends_on_what_that_computes_in(experiment_file):
+    def settings(**changes):
+        return _settings(load_experiment(experiment_file, list({"targets.kind": "online", **changes}.items())))
+
+    assert settings() != settings(**{"teacher.dtype": "bfloat16"})
+    stored = load_experiment(experiment_file), load_experiment(experiment_file, [("teacher.dtype", "bfloat16")])
+    assert _settings(stored[0]) == _settings(stored[1])

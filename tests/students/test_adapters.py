@@ -186,6 +186,13 @@ def rounded(layer):
         ),
         ({"init_lora_weights": "eva"}, "init_lora_weights is eva, must be one of true, false, gaussian"),
         ({"init_lora_weights": "pissa", "use_dora": True}, "use_dora and init_lora_weights pissa"),
+        ({"init_lora_weights": "pissa", "modules_to_save": ["embed_tokens"]}, "modules_to_save and init_lora_weights pissa"),
+        ({"init_lora_weights": "olora", "trainable_token_indices": [2]}, "trainable_token_indices and init_lora_weights olora"),
+        ({"init_lora_weights": "olora", "bias": "all"}, "bias and init_lora_weights olora"),
+        (
+            {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 4}},
+            "rank_pattern with use_rslora and init_lora_weights pissa",
+        ),
         ({"layers_to_transform": [0]}, "student.lora.args: .*layers_to_transform"),
         ({"modules_to_save": ["lmhead"]}, "student.lora.args.modules_to_save: LlamaForCausalLM has no module lmhead"),
         ({"bias": "some"}, "student.lora: .*bias"),

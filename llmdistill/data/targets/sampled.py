@@ -66,7 +66,7 @@ class ProportionalSample:
     def truncate_ids(row: Mapping[str, Any], positions: int) -> dict[str, Array]:
         """Those columns of a row, of its first so many positions."""
         exact_N = np.asarray(row["target_exact"])
-        k = len(row["target_ids"]) // len(exact_N)
+        k = len(row["target_ids"]) // max(len(exact_N), 1)
         return {"target_ids": np.asarray(row["target_ids"])[: positions * k], "target_exact": exact_N[:positions]}
 
     @staticmethod

@@ -73,7 +73,7 @@ class TopK(SoftTargets):
 
     @classmethod
     def truncate(cls, row: Mapping[str, Any], positions: int) -> dict[str, Array]:
-        k = len(row["target_ids"]) // len(row["target_tail"])
+        k = len(row["target_ids"]) // max(len(row["target_tail"]), 1)
         sizes = (positions * k, positions * k, positions)
         return {name: np.asarray(row[name])[:size] for name, size in zip(cls.columns, sizes, strict=True)}
 
