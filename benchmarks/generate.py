@@ -6,6 +6,8 @@ One engine, one after the other in turn, the same prompts with the same seeds:
 writing, `generate`'s own loop with targets encoded and shards on the disk, against `LLM.generate` without log-probabilities;
 reading, `score`'s own loop over what was written, against bare requests with as many `prompt_logprobs`.
 More prompts wait than run at once, as in any long run, so that shards are encoded while the engine goes on.
+Then what sampled targets add to a step of the model, each part alone, over a distribution for every sequence: its time, and its
+share of the bare loop's step.
 With `--smoke` the engine is `transformers`, and the bare loop is its own, with nothing stored.
 Figures are tokens per second (of completions in writing, of whole texts in reading), of the median round.
 """
@@ -14,6 +16,8 @@ import importlib
 import statistics
 import tempfile
 import time
+import timeit
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +27,14 @@ from found import argument_parser, report
 from llmdistill.config import load_experiment
 from llmdistill.data import shards
 from llmdistill.data.dataset import rows_to_table, write_shard
+from llmdistill.data.targets import KINDS
+from llmdistill.models.loading import load_config
 from llmdistill.stages.generate import _Prompts
 from llmdistill.stages.prompts import prepared_prompts
-from llmdistill.teachers import EngineSpec, Request, fingerprints, open_engine
+from llmdistill.teachers import EngineSpec, Request, fingerprints, open_engine, vllm_worker
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
-KINDS = ("topk", "sampled")
+MEASURED = ("topk", "sampled")
 
 
 def main() -> None:
@@ -44,14 +50,38 @@ def main() -> None:
     size = [("prompts.limit", str(arguments.prompts)), ("generate.rows_per_shard", "12")]
     size += [("teacher.engine_args.max_num_seqs", str(arguments.at_once))]
     with synthetic.demo(arguments.smoke) as tiny:
-        for kind in KINDS:
+        for kind in MEASURED:
             experiment = load_experiment(Path(arguments.config), [("targets.kind", kind), *(tiny or size)])
             for row in measure(experiment, 1 if arguments.smoke else arguments.rounds):
                 table.append({"targets": kind, **row})
                 print(f"| {kind} | {row['what']} | {row['bare']:.0f} | {row['ours']:.0f} | {row['ratio']:.3f} |", flush=True)
+        bare = next(row["bare"] for row in table if row["targets"] == "sampled" and row["what"] == "write")
+        shares = parts(experiment, arguments.at_once, arguments.at_once / bare)
     aims = {f"{row['what']}_ratio_{row['targets']}": row["ratio"] for row in table}
     print("\ntokens per second")
-    report({"table": table}, aims, arguments.json)
+    report({"table": table, "parts": shares}, aims, arguments.json)
+
+
+def parts(experiment: Any, rows: int, step: float) -> dict[str, float]:
+    """The shares of a step of so many seconds that the parts of sampled targets take, which are printed with their times."""
+    import torch
+
+    torch.manual_seed(0)
+    kind = KINDS["sampled"]
+    logits = 3 * torch.randn(rows, load_config(experiment.teacher.model, experiment.teacher.revision).vocab_size)
+    logprobs, uniform = vllm_worker._logprobs(logits), torch.rand(rows, 1, dtype=torch.float64)
+    work: dict[str, Callable[[], Any]] = {
+        "log-softmax": lambda: vllm_worker._logprobs(logits),
+        "drawing the sample": lambda: kind.keep(logprobs, experiment.targets.kept, uniform),
+        "normaliser of the temperature": lambda: vllm_worker._log_sum(logprobs, 0.7),
+    }
+    print(f"\n| part of a step of {rows} sequences | ms | share |\n| --- | ---: | ---: |")
+    shares = {}
+    for name, function in work.items():
+        seconds = statistics.median(timeit.repeat(function, number=1, repeat=50))
+        shares[name] = seconds / step
+        print(f"| {name} | {1000 * seconds:.2f} | {shares[name]:.1%} |", flush=True)
+    return shares
 
 
 def measure(experiment: Any, rounds: int) -> Any:

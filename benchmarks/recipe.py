@@ -5,16 +5,19 @@
 Every variant trains a student of fifteen of the teacher's thirty layers on the demo's rows, with the same number of tokens;
 only what its name says differs from the reference, which is configs/demo.yaml with the steps asked for. Printed is
 KL(teacher ‖ student) in nats per token on the demo's held-out rows, the mean over the seeds with a 95% interval by bootstrap
-over prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and the highest seed.
+over prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and the highest seed. Every
+training that ends is kept in a file, and is not made again.
 """
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import synthetic
@@ -78,8 +81,13 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "layers by KL": Variant(start={"by": "kl"}),
         "evenly spaced layers": Variant(start={"by": "even"}),
         "ridge 0.1": Variant(start={"ridge": 0.1}),
+        "ridge 3": Variant(start={"ridge": 3.0}),
         "64 calibration rows": Variant(start={"calibration_rows": 64}),
         "in two rounds": Variant(two_rounds=True),
+    },
+    "shape": {
+        "20 layers of 1,024 neurons": Variant(start={"layers": 20, "intermediate_size": 1024}),
+        "24 layers of 768 neurons": Variant(start={"layers": 24, "intermediate_size": 768}),
     },
     "rate": {f"learning rate {rate:g}": Variant({"learning_rate": rate}) for rate in (1e-4, 2e-4, 8e-4)},
     "schedule": {
@@ -119,6 +127,7 @@ def main() -> None:
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all")
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--kept", type=Path, default=Path("runs/recipe.jsonl"), help="file of the trainings that ended")
     arguments = parser.parse_args()
     steps, seeds = (5, 1) if arguments.smoke else (arguments.steps, arguments.seeds)
     logging.set_verbosity_error()
@@ -126,13 +135,20 @@ def main() -> None:
     for group in arguments.groups or GROUPS:
         variants |= GROUPS[group]
     with synthetic.demo(arguments.smoke, "generate", "curate", "prune") as tiny:
-        table = Bench(load_experiment(Path("configs/demo.yaml"), tiny), steps).measure(variants, seeds)
+        bench = Bench(load_experiment(Path("configs/demo.yaml"), tiny), steps)
+        table = bench.measure(variants, seeds, None if arguments.smoke else arguments.kept)
     print(f"\n| {steps} steps, {seeds} seeds | held-out KL | against {REFERENCE} | by seed |\n| --- | ---: | ---: | ---: |")
     for name, row in table.items():
         against = f"{row['more']:+.3f} ({row['more_low']:+.3f} to {row['more_high']:+.3f})" if name != REFERENCE else ""
         seeds_text = f"{row['seed_low']:+.3f} to {row['seed_high']:+.3f}" if name != REFERENCE else ""
         print(f"| {name} | {row['kl']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {against} | {seeds_text} |")
     report({"steps": steps, "seeds": seeds, "table": table}, {}, arguments.json)  # it is there to choose by, and has no aim
+
+
+def kept_in(file: Path | None) -> dict[str, dict[str, list[float]]]:
+    """The trainings of a file by variant, steps and seed: sums of the KL and numbers of tokens, by row."""
+    lines = file.read_text().splitlines() if file and file.exists() else []
+    return {row.pop("key"): row for row in map(json.loads, lines)}
 
 
 class Bench:
@@ -145,16 +161,27 @@ class Bench:
         self.settings = experiment.student.prune or Prune(layers=1)
         self._starts: dict[str, tuple[Any, Kept]] = {}
 
-    def measure(self, variants: dict[str, Variant], seeds: int) -> dict[str, dict[str, float]]:
-        """Train them all, one seed after the other, and compare them to the first."""
-        found: dict[str, list[Array]] = {name: [] for name in variants}
+    def measure(self, variants: dict[str, Variant], seeds: int, file: Path | None) -> dict[str, dict[str, float]]:
+        """Train all that the file does not have, one seed after the other, and compare them to the first."""
+        found = kept_in(file)
         for seed in range(seeds):
             for name, variant in variants.items():
-                student = self.train(variant, seed)
-                measured = fidelity({"teacher": self.teacher, "student": student}, self.test, 8)
-                found[name].append(measured["student kl"])
-                print(f"seed {seed}  {name:<44}{found[name][-1].sum() / measured['tokens'].sum():.4f}", flush=True)
-        return summary(found, measured["tokens"], [str(prompt) for prompt in self.test.with_format(None)["prompt"]])
+                key = f"{name}; {self.steps} steps; seed {seed}"
+                if key in found:
+                    continue
+                measured = fidelity({"teacher": self.teacher, "student": self.train(variant, seed)}, self.test, 8)
+                found[key] = {"kl": measured["student kl"].tolist(), "tokens": measured["tokens"].tolist()}
+                print(f"{key:<70}{measured['student kl'].sum() / measured['tokens'].sum():.4f}", flush=True)
+                if file:
+                    file.parent.mkdir(exist_ok=True)
+                    with file.open("a") as lines:
+                        lines.write(json.dumps({"key": key, **found[key]}) + "\n")
+        by_name = {
+            name: [np.array(found[f"{name}; {self.steps} steps; seed {seed}"]["kl"]) for seed in range(seeds)]
+            for name in variants
+        }
+        tokens = np.array(found[f"{REFERENCE}; {self.steps} steps; seed 0"]["tokens"])
+        return summary(by_name, tokens, [str(prompt) for prompt in self.test.with_format(None)["prompt"]])
 
     def train(self, variant: Variant, seed: int) -> Any:
         """The student after the steps."""
@@ -262,8 +289,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {"lr": lr})
 
     def step(self, closure: Any = None) -> None:
-        for part in self.parts:
-            part.step()
+        # Muon iterates in bfloat16, which takes many times as long as float32 where the processor has no such instructions.
+        own = torch.Tensor.bfloat16 if training_precision(True).dtype == "bfloat16" else torch.Tensor.float
+        with patch.object(torch.Tensor, "bfloat16", own):
+            for part in self.parts:
+                part.step()
 
 
 class Ema(TrainerCallback):
