@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kept", type=Path, default=Path("runs/recipe.jsonl"), help="file of the trainings that ended")
+    parser.add_argument("--ended", action="store_true", help="train nothing: the table of the trainings that have ended")
     arguments = parser.parse_args()
     steps, seeds = (5, 1) if arguments.smoke else (arguments.steps, arguments.seeds)
     logging.set_verbosity_error()
@@ -136,7 +137,7 @@ def main() -> None:
         variants |= GROUPS[group]
     with synthetic.demo(arguments.smoke, "generate", "curate", "prune") as tiny:
         bench = Bench(load_experiment(Path("configs/demo.yaml"), tiny), steps)
-        table = bench.measure(variants, seeds, None if arguments.smoke else arguments.kept)
+        table = bench.measure(variants, seeds, None if arguments.smoke else arguments.kept, arguments.ended)
     print(f"\n| {steps} steps, {seeds} seeds | held-out KL | against {REFERENCE} | by seed |\n| --- | ---: | ---: | ---: |")
     for name, row in table.items():
         against = f"{row['more']:+.3f} ({row['more_low']:+.3f} to {row['more_high']:+.3f})" if name != REFERENCE else ""
@@ -161,12 +162,22 @@ class Bench:
         self.settings = experiment.student.prune or Prune(layers=1)
         self._starts: dict[str, tuple[Any, Kept]] = {}
 
-    def measure(self, variants: dict[str, Variant], seeds: int, file: Path | None) -> dict[str, dict[str, float]]:
-        """Train all that the file does not have, one seed after the other, and compare them to the first."""
+    def measure(self, variants: dict[str, Variant], seeds: int, file: Path | None, ended: bool) -> dict[str, dict[str, float]]:
+        """Train all that the file does not have, one seed after the other, and compare them to the first.
+
+        Args:
+            variants: by name.
+            seeds: of each.
+            file: of the trainings that ended.
+            ended: whether nothing is trained, and what has ended is compared.
+        """
         found = kept_in(file)
+        keys = {name: [f"{name}; {self.steps} steps; seed {seed}" for seed in range(seeds)] for name in variants}
+        if ended:
+            variants = {name: variant for name, variant in variants.items() if found.keys() >= set(keys[name])}
         for seed in range(seeds):
             for name, variant in variants.items():
-                key = f"{name}; {self.steps} steps; seed {seed}"
+                key = keys[name][seed]
                 if key in found:
                     continue
                 measured = fidelity({"teacher": self.teacher, "student": self.train(variant, seed)}, self.test, 8)
@@ -176,11 +187,8 @@ class Bench:
                     file.parent.mkdir(exist_ok=True)
                     with file.open("a") as lines:
                         lines.write(json.dumps({"key": key, **found[key]}) + "\n")
-        by_name = {
-            name: [np.array(found[f"{name}; {self.steps} steps; seed {seed}"]["kl"]) for seed in range(seeds)]
-            for name in variants
-        }
-        tokens = np.array(found[f"{REFERENCE}; {self.steps} steps; seed 0"]["tokens"])
+        by_name = {name: [np.array(found[key]["kl"]) for key in keys[name]] for name in variants}
+        tokens = np.array(found[keys[REFERENCE][0]]["tokens"])
         return summary(by_name, tokens, [str(prompt) for prompt in self.test.with_format(None)["prompt"]])
 
     def train(self, variant: Variant, seed: int) -> Any:

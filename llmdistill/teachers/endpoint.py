@@ -107,7 +107,6 @@ class EndpointEngine(RemoteEngine):
     def refusal(self, response: Response) -> str:
         """With what may have led to it."""
         said = message(response)
-        said = said.replace(self.api_key, "…") if self.api_key else said
         if response.status_code == 401 and not self.api_key:
             return f"{said}; {self.variable} is not set in the environment"
         if response.status_code == 404:
