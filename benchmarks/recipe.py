@@ -51,7 +51,7 @@ class Variant:
 
     Attributes:
         args: of `DistillConfig`.
-        start: keys of `student.prune`.
+        start: keys of `student.prune`; sizes below one are shares of the teacher's.
         two_rounds: half of the layers that go stay for the first third of the steps; then the rest is cut, and refitted again.
         samples: answers of the teacher to each prompt.
         ema: decay a step of the mean of the weights that is measured.
@@ -86,8 +86,8 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "in two rounds": Variant(two_rounds=True),
     },
     "shape": {
-        "20 layers of 1,024 neurons": Variant(start={"layers": 20, "intermediate_size": 1024}),
-        "24 layers of 768 neurons": Variant(start={"layers": 24, "intermediate_size": 768}),
+        "20 layers of 1,024 neurons": Variant(start={"layers": 2 / 3, "intermediate_size": 2 / 3}),
+        "24 layers of 768 neurons": Variant(start={"layers": 4 / 5, "intermediate_size": 1 / 2}),
     },
     "rate": {f"learning rate {rate:g}": Variant({"learning_rate": rate}) for rate in (1e-4, 2e-4, 8e-4)},
     "schedule": {
@@ -217,7 +217,9 @@ class Bench:
         """The pruned student, in float32, and what it holds of the teacher."""
         key = repr(changes)
         if key not in self._starts:
-            settings = self.settings.with_(**changes)
+            sizes = {"layers": self.teacher.config.num_hidden_layers, "intermediate_size": self.teacher.config.intermediate_size}
+            shares = {name: round(size * changes[name]) for name, size in sizes.items() if changes.get(name, 1) < 1}
+            settings = self.settings.with_(**changes | shares)
             rows, _ = calibration_and_others(self.experiment, settings.calibration_rows)
             kept, _, _ = parts_kept(settings, self.teacher, rows)
             student = prune_model(self.teacher, kept)
