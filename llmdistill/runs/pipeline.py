@@ -20,7 +20,7 @@ from llmdistill.runs.status import how_far
 from llmdistill.stages.prompts import Prompt, count_splits, prepared_prompts
 from llmdistill.stages.retokenize import check_kind
 from llmdistill.stages.table import STAGES
-from llmdistill.stages.train import check_arguments, check_training
+from llmdistill.stages.train import check_training
 from llmdistill.students.origins import origin
 from llmdistill.students.sides import check_tokenizers, is_needed
 from llmdistill.training.examples import read_examples
@@ -193,7 +193,6 @@ def _check_inputs(experiment: Experiment) -> None:
     with suppress(ImportError), working("run", "checking the configuration"):
         check_training(experiment)
         if experiment.rounds:
-            check_arguments(experiment.rounds.args, "rounds.args")
             changes = {"rounds": None, "targets": experiment.own_targets, "train": round_training(experiment)}
             check_training(experiment.with_(**changes), "rounds.args")
     if examples := experiment.train.compare_examples:

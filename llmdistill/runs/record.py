@@ -55,17 +55,18 @@ def forget_begun(directory: Path) -> None:
     if directory.is_dir() and _finished(directory) == {RUN_FILE} and (read_run(directory) or {}).get("status") != "done":
         (directory / RUN_FILE).unlink(missing_ok=True)
         for entry in directory.iterdir():
-            if entry.is_dir() and not any(entry.iterdir()):
+            if _is_empty(entry):
                 entry.rmdir()
 
 
 def _finished(directory: Path) -> set[str]:
     """The names in a directory, but for those of unfinished files and of directories that are empty."""
-    return {
-        entry.name
-        for entry in directory.iterdir()
-        if not entry.name.endswith(".unfinished") and not (entry.is_dir() and not any(entry.iterdir()))
-    }
+    return {entry.name for entry in directory.iterdir() if not entry.name.endswith(".unfinished") and not _is_empty(entry)}
+
+
+def _is_empty(entry: Path) -> bool:
+    """Whether it is a directory with nothing in it."""
+    return entry.is_dir() and not any(entry.iterdir())
 
 
 class StaleError(InputError):

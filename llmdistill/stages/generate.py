@@ -199,8 +199,7 @@ class _Prompts:
         What an endpoint gives apart from a trace is the answer, and so is what it ends by itself without any.
         """
         part = self.part(completion.index)
-        whole = completion.trace is not None
-        if self.sampling.thinking == "kept" or whole:
+        if self.sampling.thinking == "kept" or completion.trace is not None:
             return 0, completion.finish_reason
         start = answer_start(part.chat.tokenizer, completion.ids, self.sampling.thinking_end)
         if start is None and part.chat.experiment.teacher.abilities.api and completion.finish_reason == "stop":

@@ -566,7 +566,6 @@ def check_training(experiment: Experiment, key: str = "train.args") -> None:
     from llmdistill.students.adapters import lora_config
 
     train, stored, online = experiment.train, experiment.targets.stored, experiment.targets.online
-    check_arguments(train.args, key)
     general = {name: value for name, value in train.args.items() if name not in _OF_THE_MACHINE}
     directory = experiment.directory("student")
     precision = training_precision(use_cpu=True)

@@ -148,10 +148,10 @@ class RemoteEngine(Engine):
             UnusableAnswerError: the server answers, but what it says cannot be right.
         """
         tries = tries or TRIES
-        url, unusable, answered, attempt = self.teacher.endpoint, 0, False, 0
+        url, unusable, answered, attempt, others = self.teacher.endpoint, 0, False, 0, self._answered
         faults: tuple[type[Exception], ...] = (*self.faults, ValueError)
         while attempt < tries:
-            answered, asked, others = False, None, self._answered
+            answered, asked = False, None
             attempt += 1
             try:
                 if before:
@@ -183,10 +183,11 @@ class RemoteEngine(Engine):
                 if not isinstance(error, (*faults, *((LookupError, TypeError, AttributeError) if answered else ()))):
                     raise
                 reason = f"{type(error).__name__}: {str(error) or 'no answer'}".splitlines()[0]
-            if attempt < tries:
-                await asyncio.sleep((asked or 0) + pause_after(attempt))
             if asked is not None and self._answered > others:
                 attempt -= 1  # the server only wants fewer requests at a time, and answers those
+            others = self._answered
+            if attempt < tries:
+                await asyncio.sleep((asked or 0) + pause_after(attempt))
         if answered:
             raise UnusableAnswerError(f"an answer of another shape ({reason})")
         raise RemoteError(f"{url}: failed {tries} times; last error: {reason}")
