@@ -69,9 +69,10 @@ def parts(experiment: Any, rows: int, step: float) -> dict[str, float]:
     torch.manual_seed(0)
     kind = KINDS["sampled"]
     logits = 3 * torch.randn(rows, load_config(experiment.teacher.model, experiment.teacher.revision).vocab_size)
-    logprobs, uniform = vllm_worker._logprobs(logits), torch.rand(rows, 1, dtype=torch.float64)
+    log_softmax, uniform = vllm_worker.LogSoftmax(), torch.rand(rows, 1, dtype=torch.float64)
+    logprobs = log_softmax(logits)
     work: dict[str, Callable[[], Any]] = {
-        "log-softmax": lambda: vllm_worker._logprobs(logits),
+        "log-softmax": lambda: log_softmax(logits),
         "drawing the sample": lambda: kind.keep(logprobs, experiment.targets.kept, uniform),
         "normaliser of the temperature": lambda: vllm_worker._log_sum(logprobs, 0.7),
     }

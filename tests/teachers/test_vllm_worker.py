@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.teachers.vllm_worker import ASKED, _asked_ids, _know_what_is_read, _log_sum, _logprobs
+from llmdistill.teachers.vllm_worker import ASKED, LogSoftmax, _asked_ids, _know_what_is_read, _log_sum
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 0.7, 1.0, 3.0])
@@ -20,8 +20,11 @@ def test_the_normaliser_of_a_tempered_distribution(temperature, flatness):
 
 
 def test_log_probabilities_are_those_of_vllm():
-    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(_logprobs(logits), logits.log_softmax(dim=-1, dtype=torch.float32))
+    """For one batch after the other, the larger and the smaller, also of more rows than are worked on at a time."""
+    log_softmax, generator = LogSoftmax(), torch.Generator().manual_seed(0)
+    for shape in ((3, 1000), (30, 300_000), (2, 1000)):
+        logits = torch.randn(shape, generator=generator).bfloat16()
+        assert torch.equal(log_softmax(logits), logits.log_softmax(dim=-1, dtype=torch.float32))
 
 
 def test_what_a_text_asks_for_comes_in_the_rows_that_are_computed():

@@ -10,7 +10,8 @@ weigh 1/n each, is arXiv 2503.16870.)
 import torch
 from torch import Tensor
 
-_ROWS = 256  # at a time: their probabilities are held once more, 0.6 MB a row of 150,000 tokens
+_AT_ONCE = 256  # rows: their probabilities are held once more, 0.6 MB a row of 150,000 tokens
+_FLOATS_AT_ONCE = 1 << 22  # on a CPU: memory of blocks above 32 MB is new each time, and takes longer to get than to fill
 _BLOCK = 64  # tokens, of which only the sum or the largest is looked at first
 
 
@@ -30,7 +31,8 @@ def most_likely(logprobs_NV: Tensor, k: int) -> Tensor:
 
 def sample_with_replacement(logprobs_NV: Tensor, uniform_Nn: Tensor) -> Tensor:
     """N independent draws at each position, one for each random number; shape (N, n), a token as often as it was drawn."""
-    parts = zip(logprobs_NV.split(_ROWS), uniform_Nn.split(_ROWS), strict=True)
+    rows = rows_at_once(logprobs_NV)
+    parts = zip(logprobs_NV.split(rows), uniform_Nn.split(rows), strict=True)
     return torch.cat([_search(logprobs.exp(), uniform) for logprobs, uniform in parts])
 
 
@@ -45,8 +47,16 @@ def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
     Returns:
         Their ids, shape (N, n); those with p ≥ τ first, most likely first.
     """
-    parts = zip(logprobs_NV.split(_ROWS), uniform_N.split(_ROWS), strict=True)
+    rows = rows_at_once(logprobs_NV)
+    parts = zip(logprobs_NV.split(rows), uniform_N.split(rows), strict=True)
     return torch.cat([_sample(logprobs, n, uniform) for logprobs, uniform in parts])
+
+
+def rows_at_once(logprobs_NV: Tensor) -> int:
+    """How many rows to work on at a time, where a copy of them is needed."""
+    if logprobs_NV.device.type != "cpu":
+        return _AT_ONCE
+    return max(1, min(_AT_ONCE, _FLOATS_AT_ONCE // logprobs_NV.shape[1]))
 
 
 def _sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:

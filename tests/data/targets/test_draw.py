@@ -27,3 +27,15 @@ def test_looking_at_blocks_first_finds_the_same_tokens(n, vocabulary, seed):
         points = (uniform[row] + torch.arange(n - exact)) / (n - exact)
         want = torch.searchsorted(rest.cumsum(0) / rest.sum(), points, right=True)
         assert (want == ids[exact:]).double().mean() > 0.99 or (n - exact < 100 and (want != ids[exact:]).sum() <= 1)
+
+
+def test_a_large_batch_is_drawn_from_row_by_row():
+    """What is worked on at a time (42 rows of this vocabulary) changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs = (3 * torch.randn(100, 100_000, generator=generator)).log_softmax(-1)
+    uniform = torch.rand(100, 5, generator=generator, dtype=torch.float64)
+    rows = range(100)
+    alone = [draw.sample(logprobs[row : row + 1], 5, uniform[row : row + 1, 0]) for row in rows]
+    assert torch.equal(draw.sample(logprobs, 5, uniform[:, 0]), torch.cat(alone))
+    alone = [draw.sample_with_replacement(logprobs[row : row + 1], uniform[row : row + 1]) for row in rows]
+    assert torch.equal(draw.sample_with_replacement(logprobs, uniform), torch.cat(alone))
