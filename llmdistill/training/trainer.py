@@ -15,6 +15,7 @@ import trl
 from accelerate.data_loader import SkipBatchSampler
 from torch.utils.data import BatchSampler
 from transformers import EarlyStoppingCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llmdistill import losses
@@ -258,6 +259,13 @@ class DistillTrainer(trl.SFTTrainer):
         """What is counted since the last log is not in a checkpoint, so it is logged before one is written."""
         self.control.should_log |= self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Callbacks that the checkpoint gone on from does not know have a place in the next one, which Trainer fails without."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+        super()._save_checkpoint(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The parts of the loss on rows of a `load_dataset`, those that were given at first if none are."""

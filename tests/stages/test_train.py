@@ -118,6 +118,21 @@ def test_a_checkpoint_goes_on_with_as_many_rows_a_step(trained, tmp_path, monkey
         trained(**settings)
 
 
+def test_a_checkpoint_need_not_know_every_callback(trained, tmp_path):
+    """One from before a callback was added is gone on from, and the next checkpoints have the callback's state."""
+    settings = {"args.save_steps": 2, "args.max_steps": 4}
+    _, whole, _ = trained(**settings)
+    rewind(tmp_path / "run/student", 2)
+    file = tmp_path / "run/student/checkpoints/checkpoint-2/trainer_state.json"
+    state = json.loads(file.read_text())
+    rows = state["stateful_callbacks"].pop("RowsAStep")
+    file.write_text(json.dumps(state))
+    _, again, _ = trained(**settings)
+    assert again == whole
+    state = json.loads((tmp_path / "run/student/trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["RowsAStep"] == rows
+
+
 def test_what_was_counted_before_a_stop_is_counted(trained, tmp_path):
     """A checkpoint between two logs: the later log says what came after it, and all tokens are in the sum."""
     settings = {"args.save_steps": 2, "args.max_steps": 6, "args.logging_steps": 4}
