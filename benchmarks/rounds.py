@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--output", type=Path, default=Path("runs/rounds"))
     parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--targets", choices=("sampled", "topk"), help="only the runs with this kind")
     arguments = parser.parse_args()
     with synthetic.demo(arguments.smoke) as tiny:
         if arguments.smoke:
@@ -51,7 +52,7 @@ def main() -> None:
         print(
             f"| {row['trained on']} | " + " | ".join(shown(row[key]) for key in ("held out", "reverse_kl", "teacher_nll")) + " |"
         )
-    aims = {f"own_text_reverse_kl_{number}": row["reverse_kl"]["mean"] for number, row in enumerate(table)}
+    aims = {f"own_text_reverse_kl_{row['number']}": row["reverse_kl"]["mean"] for row in table}
     print()
     report({"table": table}, aims, arguments.json)
 
@@ -63,6 +64,8 @@ def compare(arguments, tiny):
     table: list[Any] = []
     firsts: dict[str, Any] = {}
     for number, (name, targets, share) in enumerate(WAYS):
+        if arguments.targets and f"kind: {arguments.targets}," not in targets:
+            continue
         output = arguments.output / str(number)
         first = firsts.setdefault(targets, output)
         if first != output and not output.exists():
@@ -83,7 +86,7 @@ def compare(arguments, tiny):
             words = [word for key, value in overrides for word in (f"--{key}", value)]
             subprocess.run([sys.executable, "-m", "llmdistill", "run", str(arguments.config), *words], check=True)
         model = next(m for m in read_json(output / "eval/metrics.json")["models"] if m["name"] == "student")
-        table.append({"trained on": name, "held out": model["kl"], **model["own_text"]})
+        table.append({"number": number, "trained on": name, "held out": model["kl"], **model["own_text"]})
     return table
 
 
