@@ -1,6 +1,6 @@
 """Training recipes compared on the demo's student: where it starts, learning rate and schedule, optimiser, loss.
 
-    make demo && python benchmarks/recipe.py [GROUP ...] [--steps 36] [--seeds 3]
+    make demo && python benchmarks/recipe.py [GROUP or VARIANT ...] [--steps 36] [--seeds 3]
 
 Every variant trains a student of fifteen of the teacher's thirty layers on the demo's rows, with the same number of tokens;
 only what its name says differs from the reference, which is configs/demo.yaml with the steps asked for. Printed is
@@ -124,7 +124,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
 def main() -> None:
     """Train every variant of the chosen groups with every seed, and print the table."""
     parser = argument_parser(__doc__)
-    parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all")
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}, or single variants by name; default: all")
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kept", type=Path, default=Path("runs/recipe.jsonl"), help="file of the trainings that ended")
@@ -133,8 +133,11 @@ def main() -> None:
     steps, seeds = (5, 1) if arguments.smoke else (arguments.steps, arguments.seeds)
     logging.set_verbosity_error()
     variants = {REFERENCE: Variant()}
-    for group in arguments.groups or GROUPS:
-        variants |= GROUPS[group]
+    single = {name: variant for group in GROUPS.values() for name, variant in group.items()}
+    for name in arguments.groups or GROUPS:
+        if name not in GROUPS and name not in single:
+            parser.error(f"{name} is neither a group nor a variant")
+        variants |= GROUPS.get(name) or {name: single[name]}
     with synthetic.demo(arguments.smoke, "generate", "curate", "prune") as tiny:
         bench = Bench(load_experiment(Path("configs/demo.yaml"), tiny), steps)
         table = bench.measure(variants, seeds, None if arguments.smoke else arguments.kept, arguments.ended)
