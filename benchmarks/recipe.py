@@ -3,7 +3,7 @@
     make demo && python benchmarks/recipe.py [GROUP or VARIANT ...] [--steps 36] [--seeds 3]
 
 Every variant trains a student of fifteen of the teacher's thirty layers on the demo's rows, with the same number of tokens;
-only what its name says differs from the reference, which is configs/demo.yaml with the steps asked for. Printed is
+only what its name says differs from the reference, which is the configuration with the steps asked for. Printed is
 KL(teacher ‖ student) in nats per token on the demo's held-out rows, the mean over the seeds with a 95% interval by bootstrap
 over prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and the highest seed. Every
 training that ends is kept in a file, and is not made again.
@@ -57,6 +57,7 @@ class Variant:
         ema: decay a step of the mean of the weights that is measured.
         muon: `torch.optim.Muon` for the layers' matrices, beside AdamW for the rest.
         lora: rank of adapters.
+        rows: of a batch, as a share of the reference's; the steps are more or fewer accordingly.
         online: an online teacher in place of stored targets.
         hidden_until: share of the steps after which hidden states are no longer matched.
     """
@@ -68,6 +69,7 @@ class Variant:
     ema: float | None = None
     muon: bool = False
     lora: int | None = None
+    rows: float = 1.0
     online: bool = False
     hidden_until: float = 1.0
 
@@ -95,8 +97,9 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "WSD, the last third falls": Variant({"lr_scheduler_type": "warmup_stable_decay"}),
         "constant, EMA 0.9": Variant({"lr_scheduler_type": "constant_with_warmup"}, ema=0.9),
         "EMA 0.8": Variant(ema=0.8),
-        "2 rows a batch": Variant({"per_device_train_batch_size": 2}),
-        "8 rows a batch": Variant({"per_device_train_batch_size": 8}),
+        "half the rows a batch": Variant(rows=0.5),
+        "a quarter of the rows a batch": Variant(rows=0.25),
+        "twice the rows a batch": Variant(rows=2.0),
     },
     "optimiser": {
         "Muon": Variant(muon=True),
@@ -125,6 +128,7 @@ def main() -> None:
     """Train every variant of the chosen groups with every seed, and print the table."""
     parser = argument_parser(__doc__)
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}, or single variants by name; default: all")
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="the reference, with its rows")
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kept", type=Path, default=Path("runs/recipe.jsonl"), help="file of the trainings that ended")
@@ -139,7 +143,7 @@ def main() -> None:
             parser.error(f"{name} is neither a group nor a variant")
         variants |= GROUPS.get(name) or {name: single[name]}
     with synthetic.demo(arguments.smoke, "generate", "curate", "prune") as tiny:
-        bench = Bench(load_experiment(Path("configs/demo.yaml"), tiny), steps)
+        bench = Bench(load_experiment(arguments.config, tiny), steps)
         table = bench.measure(variants, seeds, None if arguments.smoke else arguments.kept, arguments.ended)
     print(f"\n| {steps} steps, {seeds} seeds | held-out KL | against {REFERENCE} | by seed |\n| --- | ---: | ---: | ---: |")
     for name, row in table.items():
@@ -250,7 +254,8 @@ class Bench:
         """Train so many steps by the variant's recipe."""
         recipe = {**self.experiment.train.args, **variant.args}
         rows = recipe["per_device_train_batch_size"]
-        steps = steps * self.experiment.train.args["per_device_train_batch_size"] // rows
+        recipe["per_device_train_batch_size"] = max(1, int(rows * variant.rows))
+        steps = steps * rows // recipe["per_device_train_batch_size"]
         recipe |= {"max_steps": steps, "seed": seed, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
         if recipe["lr_scheduler_type"] == "warmup_stable_decay":
             recipe["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps // 3)}
@@ -275,7 +280,7 @@ class Bench:
 def trainer_of(student: Any, recipe: dict[str, Any], rows: Any, teacher: Any, variant: Variant) -> Iterator[DistillTrainer]:
     """A trainer of this variant, with a directory while it is used."""
     with tempfile.TemporaryDirectory() as directory:
-        recipe.setdefault("alpha", 0.9)
+        recipe = {"alpha": 0.9, "warmup_steps": 0.05} | recipe
         cpu = not torch.accelerator.is_available()
         precision = training_precision(cpu)
         config = DistillConfig(directory, use_cpu=cpu, bf16=precision.dtype == "bfloat16", logging_strategy="no", **recipe)
