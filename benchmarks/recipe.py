@@ -1,12 +1,12 @@
-"""Training recipes compared on the demo's student: where it starts, learning rate and schedule, optimiser, loss.
+"""Training recipes compared on one student, the demo's by default: where it starts, learning rate and schedule, optimiser, loss.
 
-    make demo && python benchmarks/recipe.py [GROUP or VARIANT ...] [--steps 36] [--seeds 3]
+    make demo && python benchmarks/recipe.py [GROUP or VARIANT ...] [--config FILE] [--steps 36] [--seeds 3]
 
-Every variant trains a student of fifteen of the teacher's thirty layers on the demo's rows, with the same number of tokens;
-only what its name says differs from the reference, which is the configuration with the steps asked for. Printed is
-KL(teacher ‖ student) in nats per token on the demo's held-out rows, the mean over the seeds with a 95% interval by bootstrap
-over prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and the highest seed. Every
-training that ends is kept in a file, and is not made again.
+Every variant trains the configuration's student, pruned from its teacher, on its rows, with the same number of tokens; only
+what its name says differs from the reference, which is the configuration with the steps asked for. Printed is
+KL(teacher ‖ student) in nats per token on the held-out rows, the mean over the seeds with a 95% interval by bootstrap over
+prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and the highest seed. Every
+training that ends is kept in a file, and is not made again; each configuration needs a file of its own (`--kept`).
 """
 
 import copy
@@ -42,7 +42,7 @@ from llmdistill.students.pruning import Kept, prune_model
 from llmdistill.students.refit import refit
 
 Array = np.ndarray[Any, Any]
-REFERENCE = "the demo's recipe"
+REFERENCE = "as configured"
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def kept_in(file: Path | None) -> dict[str, dict[str, list[float]]]:
 
 
 class Bench:
-    """The demo's teacher, rows and students, each made once."""
+    """The teacher, rows and students of a configuration, each made once."""
 
     def __init__(self, experiment: Experiment, steps: int) -> None:
         self.experiment, self.steps = experiment, steps
@@ -217,7 +217,7 @@ class Bench:
 
     @property
     def calibration(self) -> list[dict[str, Any]]:
-        """The rows on which the demo's student is refitted."""
+        """The rows on which the student is refitted."""
         return calibration_and_others(self.experiment, self.settings.calibration_rows)[0]
 
     def start(self, changes: dict[str, Any]) -> tuple[Any, Kept]:
