@@ -41,7 +41,7 @@ def main() -> None:
     """Print a row for each kind of targets, and the aims from top-k."""
     parser = argument_parser(__doc__)
     parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("--targets", nargs="+", default=MEASURED, metavar="KIND", help="default: topk sampled")
+    parser.add_argument("--targets", nargs="+", choices=MEASURED, default=MEASURED)
     parser.add_argument("--prompts", type=int, default=72)
     parser.add_argument("--at-once", type=int, default=24, help="concurrent sequences in vLLM")
     parser.add_argument("--rounds", type=int, default=4)
@@ -51,13 +51,14 @@ def main() -> None:
     size = [("prompts.limit", str(arguments.prompts)), ("generate.rows_per_shard", "12")]
     size += [("teacher.engine_args.max_num_seqs", str(arguments.at_once))]
     with synthetic.demo(arguments.smoke) as tiny:
+        overrides = tiny or size
+        experiments = {kind: load_experiment(Path(arguments.config), [("targets.kind", kind), *overrides]) for kind in MEASURED}
         for kind in arguments.targets:
-            experiment = load_experiment(Path(arguments.config), [("targets.kind", kind), *(tiny or size)])
-            for row in measure(experiment, 1 if arguments.smoke else arguments.rounds):
+            for row in measure(experiments[kind], 1 if arguments.smoke else arguments.rounds):
                 table.append({"targets": kind, **row})
                 print(f"| {kind} | {row['what']} | {row['bare']:.0f} | {row['ours']:.0f} | {row['ratio']:.3f} |", flush=True)
-        bare = next(row["bare"] for row in reversed(table) if row["what"] == "write")
-        shares = parts(experiment, arguments.at_once, arguments.at_once / bare)
+        bare = next(row["bare"] for row in table if row["what"] == "write")
+        shares = parts(experiments["sampled"], arguments.at_once, arguments.at_once / bare)
     aims = {f"{row['what']}_ratio_{row['targets']}": row["ratio"] for row in table}
     print("\ntokens per second")
     report({"table": table, "parts": shares}, aims, arguments.json)

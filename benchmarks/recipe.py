@@ -12,9 +12,8 @@ training that ends is kept in a file, and is not made again; each configuration 
 import copy
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,6 +36,7 @@ from llmdistill.losses.hidden_states import of_pruned
 from llmdistill.models.loading import load_model
 from llmdistill.stages.prune import calibration_and_others
 from llmdistill.stages.table import STAGES
+from llmdistill.stages.train import arguments_of
 from llmdistill.students.layer_choice import parts_kept
 from llmdistill.students.pruning import Kept, prune_model
 from llmdistill.students.refit import refit
@@ -137,11 +137,11 @@ def main() -> None:
     steps, seeds = (5, 1) if arguments.smoke else (arguments.steps, arguments.seeds)
     logging.set_verbosity_error()
     variants = {REFERENCE: Variant()}
-    single = {name: variant for group in GROUPS.values() for name, variant in group.items()}
+    named = GROUPS | {name: {name: variant} for group in GROUPS.values() for name, variant in group.items()}
     for name in arguments.groups or GROUPS:
-        if name not in GROUPS and name not in single:
+        if name not in named:
             parser.error(f"{name} is neither a group nor a variant")
-        variants |= GROUPS.get(name) or {name: single[name]}
+        variants |= named[name]
     with synthetic.demo(arguments.smoke, "generate", "curate", "prune") as tiny:
         bench = Bench(load_experiment(arguments.config, tiny), steps)
         table = bench.measure(variants, seeds, None if arguments.smoke else arguments.kept, arguments.ended)
@@ -252,45 +252,40 @@ class Bench:
 
     def run(self, student: Any, kept: Kept, variant: Variant, seed: int, steps: int) -> Any:
         """Train so many steps by the variant's recipe."""
-        recipe = {**self.experiment.train.args, **variant.args}
-        rows = recipe["per_device_train_batch_size"]
-        recipe["per_device_train_batch_size"] = max(1, int(rows * variant.rows))
-        steps = steps * rows // recipe["per_device_train_batch_size"]
-        recipe |= {"max_steps": steps, "seed": seed, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        if recipe["lr_scheduler_type"] == "warmup_stable_decay":
-            recipe["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps // 3)}
-        if "hidden" in recipe:
-            recipe["hidden"] = {**recipe["hidden"], "layers": of_pruned(kept.layers, len(self.teacher.get_decoder().layers))}
         if variant.lora:
             student = get_peft_model(
                 student, LoraConfig(r=variant.lora, lora_alpha=2 * variant.lora, target_modules="all-linear")
             )
-        with trainer_of(
-            student, recipe, self.rows(variant.samples), self.teacher if variant.online else None, variant
-        ) as trainer:
+        with tempfile.TemporaryDirectory() as directory:
+            config = self.arguments(Path(directory), kept, variant, seed, steps)
+            optimizer = MuonAndAdamW(student, config.learning_rate) if variant.muon else None
+            teacher = self.teacher if variant.online else None
+            trainer = DistillTrainer(student, config, self.rows(variant.samples), teacher, optimizers=(optimizer, None))
+            if variant.ema:
+                trainer.add_callback(Ema(student, variant.ema))
+            if variant.hidden_until < 1:
+                trainer.add_callback(WithoutHidden(trainer, int(config.max_steps * variant.hidden_until)))
             trainer.train()
         return student.merge_and_unload() if variant.lora else student
+
+    def arguments(self, directory: Path, kept: Kept, variant: Variant, seed: int, steps: int) -> DistillConfig:
+        """Those of the stage `train`, and what the variant changes."""
+        precision = training_precision(not torch.accelerator.is_available())
+        of_stage = partial(arguments_of, self.experiment, directory, False, precision)
+        configured = of_stage().per_device_train_batch_size
+        rows = max(1, int(configured * variant.rows))
+        steps = steps * configured // rows
+        more = {"per_device_train_batch_size": rows, "max_steps": steps, "seed": seed, **variant.args}
+        if more.get("lr_scheduler_type") == "warmup_stable_decay":
+            more["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps // 3)}
+        if "hidden" in more:
+            more["hidden"] = {**more["hidden"], "layers": of_pruned(kept.layers, len(self.teacher.get_decoder().layers))}
+        config: DistillConfig = of_stage({"save_strategy": "no", "logging_strategy": "no", **more})
+        return config
 
     def finish(self, student: Any) -> Any:
         """The student as it would be saved."""
         return student.to(torch.bfloat16).float().eval()
-
-
-@contextmanager
-def trainer_of(student: Any, recipe: dict[str, Any], rows: Any, teacher: Any, variant: Variant) -> Iterator[DistillTrainer]:
-    """A trainer of this variant, with a directory while it is used."""
-    with tempfile.TemporaryDirectory() as directory:
-        recipe = {"alpha": 0.9, "warmup_steps": 0.05} | recipe
-        cpu = not torch.accelerator.is_available()
-        precision = training_precision(cpu)
-        config = DistillConfig(directory, use_cpu=cpu, bf16=precision.dtype == "bfloat16", logging_strategy="no", **recipe)
-        optimizer = MuonAndAdamW(student, config.learning_rate) if variant.muon else None
-        trainer = DistillTrainer(student, config, rows, teacher, optimizers=(optimizer, None))
-        if variant.ema:
-            trainer.add_callback(Ema(student, variant.ema))
-        if variant.hidden_until < 1:
-            trainer.add_callback(WithoutHidden(trainer, int(config.max_steps * variant.hidden_until)))
-        yield trainer
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

@@ -24,13 +24,13 @@ from llmdistill.runs.pipeline import stages
 from llmdistill.runs.record import read_json
 from llmdistill.stages.table import STAGES
 
-SAMPLED, TOP = "{kind: sampled, n: 16}", "{kind: topk, k: 64}"
+TARGETS = {"sampled": "{kind: sampled, n: 16}", "topk": "{kind: topk, k: 64}"}
 WAYS = (
-    ("the teacher's text alone, sampled", SAMPLED, None),
-    ("then its own, sampled from the student", SAMPLED, 0.0),
-    ("then half its own, sampled from the student", SAMPLED, 0.5),
-    ("the teacher's text alone, top-64", TOP, None),
-    ("then its own, top-64 and tail", TOP, 0.0),
+    ("the teacher's text alone, sampled", "sampled", None),
+    ("then its own, sampled from the student", "sampled", 0.0),
+    ("then half its own, sampled from the student", "sampled", 0.5),
+    ("the teacher's text alone, top-64", "topk", None),
+    ("then its own, top-64 and tail", "topk", 0.0),
 )
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
     parser.add_argument("--output", type=Path, default=Path("runs/rounds"))
     parser.add_argument("--steps", type=int, default=90)
-    parser.add_argument("--targets", choices=("sampled", "topk"), help="only the runs with this kind")
+    parser.add_argument("--targets", choices=TARGETS, help="only the runs with this kind")
     arguments = parser.parse_args()
     with synthetic.demo(arguments.smoke) as tiny:
         if arguments.smoke:
@@ -52,7 +52,7 @@ def main() -> None:
         print(
             f"| {row['trained on']} | " + " | ".join(shown(row[key]) for key in ("held out", "reverse_kl", "teacher_nll")) + " |"
         )
-    aims = {f"own_text_reverse_kl_{row['number']}": row["reverse_kl"]["mean"] for row in table}
+    aims = {f"own_text_reverse_kl_{number}": row["reverse_kl"]["mean"] for number, row in enumerate(table)}
     print()
     report({"table": table}, aims, arguments.json)
 
@@ -63,16 +63,16 @@ def compare(arguments, tiny):
     both |= {"eval.own_prompts": "34", "eval.own_tokens": "96", "generate.temperature": "1.0", "eval.samples": "0"}
     table: list[Any] = []
     firsts: dict[str, Any] = {}
-    for number, (name, targets, share) in enumerate(WAYS):
-        if arguments.targets and f"kind: {arguments.targets}," not in targets:
+    for number, (name, kind, share) in enumerate(WAYS):
+        if arguments.targets not in (None, kind):
             continue
         output = arguments.output / str(number)
-        first = firsts.setdefault(targets, output)
+        first = firsts.setdefault(kind, output)
         if first != output and not output.exists():
             for part in ("data", "curated", "student-before"):
                 shutil.copytree(first / part, output / part)
             relink(output, first)
-        overrides = [*both.items(), ("targets", targets), *tiny, ("output", str(output))]
+        overrides = [*both.items(), ("targets", TARGETS[kind]), *tiny, ("output", str(output))]
         last = arguments.steps // 3
         steps = arguments.steps if share is None else arguments.steps - last
         overrides += [("train.args.max_steps", str(steps))]
@@ -85,8 +85,12 @@ def compare(arguments, tiny):
         else:
             words = [word for key, value in overrides for word in (f"--{key}", value)]
             subprocess.run([sys.executable, "-m", "llmdistill", "run", str(arguments.config), *words], check=True)
-        model = next(m for m in read_json(output / "eval/metrics.json")["models"] if m["name"] == "student")
-        table.append({"number": number, "trained on": name, "held out": model["kl"], **model["own_text"]})
+        models = {model["name"]: model for model in read_json(output / "eval/metrics.json")["models"]}
+        table += [
+            {"trained on": trained_on, "held out": models[model]["kl"], **models[model]["own_text"]}
+            for model, trained_on in (("student", name), ("student, first round", f"before the round: {name}"))
+            if model in models
+        ]
     return table
 
 

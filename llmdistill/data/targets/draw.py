@@ -7,6 +7,8 @@ there and weigh p; the others weigh p/π = τ. The n weights sum to one, and for
 weigh 1/n each, is arXiv 2503.16870.)
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,7 @@ def most_likely(logprobs_NV: Tensor, k: int) -> Tensor:
 
 def sample_with_replacement(logprobs_NV: Tensor, uniform_Nn: Tensor) -> Tensor:
     """N independent draws at each position, one for each random number; shape (N, n), a token as often as it was drawn."""
-    rows = rows_at_once(logprobs_NV)
-    parts = zip(logprobs_NV.split(rows), uniform_Nn.split(rows), strict=True)
-    return torch.cat([_search(logprobs.exp(), uniform) for logprobs, uniform in parts])
+    return torch.cat([_search(logprobs.exp(), uniform) for logprobs, uniform in pieces(logprobs_NV, uniform_Nn)])
 
 
 def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
@@ -47,16 +47,15 @@ def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
     Returns:
         Their ids, shape (N, n); those with p ≥ τ first, most likely first.
     """
-    rows = rows_at_once(logprobs_NV)
-    parts = zip(logprobs_NV.split(rows), uniform_N.split(rows), strict=True)
-    return torch.cat([_sample(logprobs, n, uniform) for logprobs, uniform in parts])
+    return torch.cat([_sample(logprobs, n, uniform) for logprobs, uniform in pieces(logprobs_NV, uniform_N)])
 
 
-def rows_at_once(logprobs_NV: Tensor) -> int:
-    """How many rows to work on at a time, where a copy of them is needed."""
-    if logprobs_NV.device.type != "cpu":
-        return _AT_ONCE
-    return max(1, min(_AT_ONCE, _FLOATS_AT_ONCE // logprobs_NV.shape[1]))
+def pieces(values_NV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows, with those of other tensors beside them, as many as to work on at a time where a copy of them is needed."""
+    rows = _AT_ONCE
+    if values_NV.device.type == "cpu":
+        rows = max(1, min(rows, _FLOATS_AT_ONCE // values_NV.shape[1]))
+    return zip(*(tensor.split(rows) for tensor in (values_NV, *others)), strict=True)
 
 
 def _sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
