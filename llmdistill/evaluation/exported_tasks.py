@@ -4,6 +4,7 @@ The form answers the same items; the teacher's and the student's answers are tho
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -62,11 +63,13 @@ def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
     table = pq.read_table(file)
     if not table.schema.equals(SCHEMA):
         raise InputError(f"{file}: has other columns than this version writes; run `eval` again")
+    # The experiment may have been moved since: its files are known by their content.
     read = (record.read_run(directory) or {"inputs": {}})["inputs"]
-    changed = [name for task in own for name, path in task.files.items() if read.get(name) != record.sha256(path)]
-    source = (experiment.export and experiment.export.model) or str(experiment.directory("student"))
-    if record.model_fingerprint(source, None) != read.get(str(experiment.directory("student"))):
-        if source != str(experiment.directory("student")):
+    changed = [name for task in own for name, path in task.files.items() if record.sha256(path) not in read.values()]
+    trained = experiment.directory("student")
+    source = (experiment.export and experiment.export.model) or str(trained)
+    if record.model_fingerprint(source, None) not in [read[name] for name in read if Path(name).name == trained.name]:
+        if source != str(trained):
             say("export", f"does not measure the forms on the tasks: {source} is not the student that `eval` has measured")
             return None
         changed.append(source)

@@ -159,19 +159,20 @@ def check_stale(experiment: Experiment, remake: bool = False) -> dict[Path, str]
         InputError: there are some, and they are not to be made again, or are in an object store, too.
     """
     changed: dict[Path, str] = {}
+    inputs: dict[Path, dict[str, str]] = {}
     for stage in stages(experiment):
         if not any(stage.experiment.directory(name).exists() for name in STAGES[stage.command].writes):
             continue
         with suppress(InputError):  # what else is wrong, the stage itself says
             for claim in STAGES[stage.command].claims(stage.experiment):
+                inputs[claim.directory] = claim.inputs
                 try:
                     record.claim(*claim)
                 except record.StaleError as error:
                     changed[error.directory] = "; ".join(error.changed)
     output = Path(experiment.output)
-    stale = changed | {
-        path: "made from that" for path in record.made_from(changed, output) if changed and path not in changed
-    }  # fmt: skip
+    derived = record.made_from(changed, output, inputs) if changed else []
+    stale = changed | {path: "made from that" for path in derived if path not in changed}
     if stale and not remake:
         lines = "".join(f"\n  {directory.relative_to(output)}: {why}" for directory, why in stale.items())
         raise InputError(f"{output} was made with other settings:{lines}\n{record.REMEDY}")

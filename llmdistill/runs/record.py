@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,14 +114,20 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
     return "done" if run["status"] == "done" else "resume"
 
 
-def made_from(directories: Collection[Path], output: Path) -> list[Path]:
-    """The directories of a run whose work was made from that in others, directly or not, by what their `run.json` lists.
+def made_from(directories: Collection[Path], output: Path, inputs: Mapping[Path, Collection[str]] | None = None) -> list[Path]:
+    """The directories of a run whose work was made from that in others, directly or not.
 
     Args:
         directories: the others.
         output: of the experiment.
+        inputs: paths of what the stage of a directory reads, where they are known; else those that its `run.json` lists, which
+            are others in an experiment that was moved.
     """
-    read = {file.parent: set((read_run(file.parent) or {}).get("inputs", {})) for file in _run_files(output)}
+    known = inputs or {}
+    read = {
+        file.parent: known[file.parent] if file.parent in known else (read_run(file.parent) or {}).get("inputs", {})
+        for file in _run_files(output)
+    }
     stale = {directory.resolve() for directory in directories}
     found: list[Path] = []
     while more := [
@@ -140,12 +147,50 @@ def _run_files(output: Path) -> list[Path]:
 
 
 def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:
-    """In what the settings and inputs of `run.json` are others than these, where what comes out depends on it; for people."""
-    return [
-        f"{key} was {_short(old)}, is {_short(new)}"
-        for key, old, new in _differences({**run["settings"], "input": run["inputs"]}, {**settings, "input": inputs})
+    """In what the settings and inputs of `run.json` are others than these, where what comes out depends on it; for people.
+
+    Files and models are compared by their content: they may have been moved, or be called by another path.
+    """
+
+    def is_same(old: Any, new: Any) -> bool:
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            return all(map(is_same, old, new))
+        if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+            return all(is_same(old[key], new[key]) for key in old)
+        if isinstance(old, str) and isinstance(new, str) and old != new:
+            content = _contents(old, run["inputs"])
+            return bool(content) and content == _contents(new, inputs)
+        return bool(old == new)
+
+    found = [
+        (key, old, new)
+        for key, old, new in _differences(run["settings"], settings)
         if not any(_setting(key) == free or _setting(key).startswith(f"{free}.") for free in _FREE_SETTINGS)
+        and not is_same(old, new)
     ]
+    found += [(f"input.{name}", old, new) for name, old, new in _differences(*_not_renamed(run["inputs"], inputs))]
+    return [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in found]
+
+
+def _contents(name: str, inputs: Mapping[str, str]) -> dict[str, str]:
+    """The hash of a file or model, or those of what is read in a directory, by the path in it."""
+    return {path.removeprefix(name): content for path, content in inputs.items() if path == name or path.startswith(f"{name}/")}
+
+
+def _not_renamed(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The inputs without those of which the other side has the content under a name that this side has not."""
+
+    def without(inputs: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+        elsewhere = Counter(content for name, content in others.items() if name not in inputs)
+        kept = {}
+        for name, content in inputs.items():
+            if name not in others and elsewhere[content]:
+                elsewhere[content] -= 1
+            else:
+                kept[name] = content
+        return kept
+
+    return without(old, new), without(new, old)
 
 
 def lasting(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

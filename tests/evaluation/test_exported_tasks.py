@@ -101,6 +101,11 @@ def test_another_model_than_the_student_is_not_compared_and_that_is_said(experim
     assert "is not the student that `eval` has measured" in " ".join(capsys.readouterr().out.split())
 
 
+def test_an_experiment_may_be_moved_between_eval_and_export(experiment, tmp_path):
+    shutil.copytree(tmp_path, tmp_path / "elsewhere")
+    assert measured_tasks(experiment.with_(output=str(tmp_path / "elsewhere"))) is not None
+
+
 def test_a_server_is_told_how_to_ask_and_from_when_on_to_answer(experiment):
     """Of 60 answers the last two are other ones: 58 may be given for 95%, for 99% there are too few."""
     measured, clusters = measured_tasks(experiment), [str(n) for n in range(60)]

@@ -116,6 +116,18 @@ def test_work_of_other_settings_is_named_whole_and_once(begun, tmp_path):
         generate(hotter)
 
 
+def test_an_experiment_may_be_moved(begun, tmp_path):
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = ("output", str(tmp_path / "moved"))
+    assert check_stale(load_experiment(begun, [moved])) == {}
+    stale = check_stale(load_experiment(begun, [moved, ("generate.temperature", "0.5")]), remake=True)
+    assert {path.name: why for path, why in stale.items()} == {
+        "data": "generate.temperature was 1.0, is 0.5",
+        "curated": "made from that",
+        "student": "made from that",
+    }
+
+
 def test_remake_removes_what_is_stale_and_nothing_else(begun, tmp_path, monkeypatch, capsys):
     for name in ("check_plan", "run_stages"):
         monkeypatch.setattr(f"llmdistill.runs.pipeline.{name}", lambda *_: None)

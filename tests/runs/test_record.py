@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -41,6 +42,36 @@ def test_other_settings_and_other_inputs_are_refused_with_the_difference(started
         record.claim(started, "generate", changed(temperature=0.5), INPUTS)
     with pytest.raises(InputError, match=r'input.prompts.jsonl was "hash", is "other"'):
         record.claim(started, "generate", SETTINGS, {"prompts.jsonl": "other"})
+
+
+def test_files_are_known_by_their_content(tmp_path):
+    """An experiment may be moved, and a model copied to a local disk; settings that name another file are other settings."""
+    settings = {"teacher": {"model": "hub/teacher"}, "train": {"mix": {"datasets": ["a", "b"]}, "seed": "x"}}
+    inputs = {"hub/teacher": "1", "runs/curated/dataset.json": "2", "a/dataset.json": "3", "b/dataset.json": "4"}
+    record.begin(tmp_path / "student", "train", settings, inputs, seed=0)
+    (tmp_path / "student/checkpoint").write_text("work")
+
+    def state(datasets=("a", "b"), seed="x", **read):
+        now = {"teacher": {"model": "/scratch/7/teacher"}, "train": {"mix": {"datasets": list(datasets)}, "seed": seed}}
+        moved = {"/scratch/7/teacher": "1", "/nfs/curated/dataset.json": "2"}
+        mixed = {f"{name}/dataset.json": {"a": "3"}.get(name, "4") for name in datasets}
+        return record.claim(tmp_path / "student", "train", now, moved | mixed | read)
+
+    assert state() == state(("a", "/nfs/b")) == "resume"
+    for other, said in (
+        (
+            {"/scratch/7/teacher": "5"},
+            'teacher.model was "hub/teacher", is "/scratch/7/teacher"; input./scratch/7/teacher was null',
+        ),
+        ({"/nfs/curated/dataset.json": "5"}, "input./nfs/curated/dataset.json was null"),
+        ({"a/dataset.json": "5"}, 'input.a/dataset.json was "3", is "5"'),
+        ({"more.json": "2"}, 'input.more.json was null, is "2"'),
+        ({"datasets": ("b", "a")}, "train.mix.datasets was"),
+        ({"datasets": ("/nfs/b", "a")}, "train.mix.datasets was"),
+        ({"seed": "y"}, 'train.seed was "x", is "y"'),
+    ):
+        with pytest.raises(record.StaleError, match=re.escape(said)):
+            state(**other)
 
 
 def test_how_fast_it_runs_may_change(started):
