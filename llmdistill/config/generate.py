@@ -25,7 +25,7 @@ class Generate(Sampling):
     thinking_end: str = Field(default="</think>", min_length=1)
     """String that ends a reasoning trace."""
     rows_per_shard: int = Field(default=1024, ge=1)
-    """Rows per Parquet shard. A shard is the unit of work and of resuming."""
+    """Most rows of a Parquet shard. A shard is the unit of work and of resuming."""
 
     @property
     def shows_everything(self) -> bool:

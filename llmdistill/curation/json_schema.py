@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmdistill.config.curate import JsonSchema
-from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, excerpt
+from llmdistill.curation.steps import Check, CurationStep, StepContext, excerpt, final_answers
 from llmdistill.runs.record import file_input, read_json
 from llmdistill.tasks.answers import problem, read_answer, validator_of
 
@@ -28,7 +28,7 @@ def json_schema(settings: JsonSchema, context: StepContext) -> Check:
     validator = _validator(settings.file)
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        for answer in answers(rows):
+        for answer in final_answers(rows, context.experiment):
             try:
                 value = read_answer(answer)
             except ValueError as error:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment, Generate, Targets, Teacher
 from llmdistill.config.curate import Judge
-from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, answers
+from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, final_answers
 from llmdistill.data.dataset import Messages
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError, UnusableError
@@ -106,8 +106,27 @@ class DigitReader:
         self.context = teacher.max_model_len or min(self.chat.context or _CONTEXT, _CONTEXT)
         self._engine: Engine | None = None
 
-    def ask(self, requests: list[Request]) -> Iterable[Completion]:
-        """The first token of every answer, in any order."""
+    def read(self, questions: Sequence[tuple[Messages, str]]) -> Iterator[tuple[int, Completion | Failed]]:
+        """The place of every question, with the first token of the answer or why there is none, in any order.
+
+        Args:
+            questions: each with where it comes from, for errors.
+        """
+        requests = []
+        for place, (question, origin) in enumerate(questions):
+            try:
+                tokens = self.chat.told_ids(question, origin)
+            except UnusableError as error:
+                yield place, Failed(f"the judge cannot be asked: {error.reason}")
+                continue
+            if len(tokens) < self.context:
+                requests.append(Request(place, tokens, 0, messages=self.chat.told(question)))
+            else:
+                yield place, Failed(f"{len(tokens):,} tokens are too long for the judge")
+        for done in self._ask(requests) if requests else ():
+            yield done.index, Failed(f"the judge gave no answer: {done.failed}") if done.failed else done
+
+    def _ask(self, requests: list[Request]) -> Iterable[Completion]:
         if self._engine is None:
             teacher, end_ids, seed = self.chat.experiment.teacher, self.chat.end_ids, self.chat.experiment.seed
             with working("judge", "starting the judge"):
@@ -143,6 +162,7 @@ class _Asked:
     def __init__(self, settings: Judge, experiment: Experiment, key: str) -> None:
         teacher = settings.teacher
         self.template = read_template(settings.template, _VARIABLES, f"{key}.template")
+        self.experiment = experiment
         self.reader = DigitReader(experiment, teacher, settings.scale)
         self.directory = experiment.directory("judge") / stable_id(
             self.reader.fingerprint, teacher.engine, teacher.dtype, settings.scale
@@ -157,28 +177,20 @@ class _Asked:
         ids = rows["id"].to_pylist()
         questions = [
             self.template.render({"prompt": as_text(prompt), "answer": answer}, f"row {identity}")
-            for identity, prompt, answer in zip(ids, rows["prompt"].to_pylist(), answers(rows), strict=True)
+            for identity, prompt, answer in zip(
+                ids, rows["prompt"].to_pylist(), final_answers(rows, self.experiment), strict=True
+            )
         ]
         keys = [stable_id(question) for question in questions]
-        new = {key: number for number, key in enumerate(keys) if key not in self.known}
-        requests, failed = [], dict[str, Failed]()
-        for key, number in new.items():
-            try:
-                tokens = self.reader.chat.told_ids(questions[number], f"row {ids[number]}")
-            except UnusableError as error:
-                failed[key] = Failed(f"the judge cannot be asked: {error.reason}")
-                continue
-            if len(tokens) < self.reader.context:
-                requests.append(Request(number, tokens, 0, messages=self.reader.chat.told(questions[number])))
-            else:
-                failed[key] = Failed(f"{len(tokens):,} tokens are too long for the judge")
+        new = [*{key: number for number, key in enumerate(keys) if key not in self.known}.items()]
+        failed: dict[str, Failed] = {}
         scored: dict[str, tuple[str, Score]] = {}
-        for done in self.reader.ask(requests) if requests else ():
-            key = keys[done.index]
-            if done.failed:
-                failed[key] = Failed(f"the judge gave no answer: {done.failed}")
+        for place, found in self.reader.read([(questions[number], f"row {ids[number]}") for _, number in new]):
+            key, number = new[place]
+            if isinstance(found, Failed):
+                failed[key] = found
             else:
-                scored[key] = ids[done.index], self._score(done)
+                scored[key] = ids[number], self._score(found)
         if scored:
             self._store(scored)
         for key in keys:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmdistill.config.curate import Language
-from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, questions
+from llmdistill.curation.steps import Check, CurationStep, StepContext, final_answers, questions
 from llmdistill.errors import InputError
 
 _ENOUGH = 80  # characters of a part
@@ -29,7 +29,7 @@ def language(settings: Language, context: StepContext) -> Check:
     detector = lingua.LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        texts = [_NO_PROSE.sub(" ", answer) for answer in answers(rows)]
+        texts = [_NO_PROSE.sub(" ", answer) for answer in final_answers(rows, context.experiment)]
         found = detector.detect_languages_in_parallel_of([_excerpt(text) for text in texts])
         # What a part of the text does not tell, all of it has to.
         unsure = [n for n, language in enumerate(found) if language is None or _code(language) not in settings.keep]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from llmdistill.config.curate import Math
-from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, answers, metadata
+from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, final_answers, metadata
 from llmdistill.curation.verify import Workers
 
 
@@ -18,7 +18,7 @@ def math(settings: Math, context: StepContext) -> Check:
         expected = [fields.get(settings.answer) for fields in metadata(rows)]
         verdicts = workers.ask(
             {"check": "math", "expected": str(value), "text": answer}
-            for value, answer in zip(expected, answers(rows), strict=True)
+            for value, answer in zip(expected, final_answers(rows, context.experiment), strict=True)
             if value is not None
         )
         return (missing if value is None else next(verdicts) for value in expected)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from llmdistill.config.curate import Python
-from llmdistill.curation.steps import Check, CurationStep, StepContext, answers
+from llmdistill.curation.steps import Check, CurationStep, StepContext, final_answers
 from llmdistill.curation.verify import Workers
 
 _FENCED_PYTHON = re.compile(
@@ -19,7 +19,10 @@ def python(settings: Python, context: StepContext) -> Check:
     workers = Workers(settings.timeout_s, {"check": "python", "code": ""}, context)
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        blocks = [python_blocks(answer) or ([answer] if settings.unfenced == "parse" else []) for answer in answers(rows)]
+        blocks = [
+            python_blocks(answer) or ([answer] if settings.unfenced == "parse" else [])
+            for answer in final_answers(rows, context.experiment)
+        ]
         verdicts = workers.ask({"check": "python", "code": code} for row in blocks for code in row)
         for row in blocks:
             of_row = [next(verdicts) for _ in row]

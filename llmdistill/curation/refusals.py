@@ -8,7 +8,7 @@ import pyarrow as pa
 import regex
 
 from llmdistill.config.curate import Refusals
-from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, answers, excerpt
+from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, excerpt, final_answers
 
 _SECONDS = 1.0  # for one pattern of the user's on one row
 _CANNOT = r"(?:can(?:no|')t|can not|cannot|(?:am|'m) (?:not able|unable) to|won't(?: be able to)?|will not|shouldn't)"
@@ -104,7 +104,7 @@ def refusals(settings: Refusals, context: StepContext) -> Check:
     own = [regex.compile(pattern, regex.IGNORECASE) for pattern in settings.patterns]
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        for answer in answers(rows):
+        for answer in final_answers(rows, context.experiment):
             match: Any = refusal_in(answer)
             if match is None:
                 try:

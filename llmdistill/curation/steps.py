@@ -22,6 +22,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.curate import CurateStep
 from llmdistill.data.dataset import read_batches
 from llmdistill.errors import InputError
+from llmdistill.teachers.thinking import behind_trace
 
 Array = np.ndarray[Any, Any]
 
@@ -96,6 +97,11 @@ def step_inputs(steps: Sequence[CurateStep]) -> dict[str, str]:
 def answers(rows: pa.Table) -> Iterator[str]:
     """The text that the teacher wrote, of every row."""
     return ("\n".join(message["content"] for message in completion) for completion in rows["completion"].to_pylist())
+
+
+def final_answers(rows: pa.Table, experiment: Experiment) -> Iterator[str]:
+    """The same without a reasoning trace."""
+    return (behind_trace(answer, experiment.generate.thinking_end) for answer in answers(rows))
 
 
 def questions(rows: pa.Table) -> Iterator[str]:

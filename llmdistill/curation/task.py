@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from llmdistill.config.curate import Task
-from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, excerpt
+from llmdistill.curation.steps import Check, CurationStep, StepContext, excerpt, final_answers
 from llmdistill.runs.record import sha256
 from llmdistill.tasks.task import read_task
 
@@ -24,7 +24,7 @@ def task(settings: Task, context: StepContext) -> Check:
     read = read_task(settings.file, f"{context.key}.file")
 
     def check(rows: pa.Table) -> Iterator[str | None]:
-        for answer in answers(rows):
+        for answer in final_answers(rows, context.experiment):
             found = read.rules.verdict(read, answer)
             yield found and excerpt(found, 200)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,7 +121,9 @@ class Part:
 
 
 class Layout:
-    """Which rows each shard holds, and of which part.
+    """Which rows each shard holds, and of which part; those of a part differ by one row at most.
+
+    So none is so small that an endpoint may well refuse all of it: it could never be finished.
 
     Args:
         rows: of each part.
@@ -130,11 +132,11 @@ class Layout:
 
     def __init__(self, rows: Sequence[int], size: int) -> None:
         ends = [sum(rows[: part + 1]) for part in range(len(rows))]
-        self.shards = [
-            (part, range(start, min(start + size, end)))
-            for part, end in enumerate(ends)
-            for start in range(end - rows[part], end, size)
-        ]
+        self.shards: list[tuple[int, range]] = []
+        for part, (count, end) in enumerate(zip(rows, ends, strict=True)):
+            shards = -(-count // size)
+            bounds = [end - count + number * count // shards for number in range(shards)] + [end]
+            self.shards += [(part, range(*bound)) for bound in pairwise(bounds)]
         self._starts = [held.start for _, held in self.shards]
         self._ends = ends
 

@@ -21,7 +21,9 @@ def _question(prompt: list[dict[str, str]]) -> str:
     return "\n".join(message["content"] for message in prompt if message["role"] != "system")
 
 
-def samples(models: dict[str, Any], rows: Any, tokenizers: dict[str, Any], count: int, new_tokens: int) -> list[dict[str, Any]]:
+def samples(
+    models: dict[str, Any], rows: Any, tokenizers: dict[str, Any], end_ids: dict[str, list[int]], count: int, new_tokens: int
+) -> list[dict[str, Any]]:
     """The models' greedy answers to the first held-out prompts; of a teacher that is none of them, the beginning of its text."""
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -35,7 +37,7 @@ def samples(models: dict[str, Any], rows: Any, tokenizers: dict[str, Any], count
             ids, start = np.asarray(row["input_ids"]), int(row["completion_start"])
             answers["teacher"] = _decoded(tokenizers["student"], ids[start : start + new_tokens])
         for name, model in models.items():
-            written_BT = continue_prompts(model, [prompt_ids_of(row, name)], new_tokens, (), do_sample=False)
+            written_BT = continue_prompts(model, [prompt_ids_of(row, name)], new_tokens, end_ids[name], do_sample=False)
             answers[name] = _decoded(tokenizers[name], written_BT[0])
         found.append({"prompt": question, "answers": answers})
     return found

@@ -4,7 +4,6 @@ The form answers the same items; the teacher's and the student's answers are tho
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -63,13 +62,16 @@ def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
     table = pq.read_table(file)
     if not table.schema.equals(SCHEMA):
         raise InputError(f"{file}: has other columns than this version writes; run `eval` again")
-    # The experiment may have been moved since: its files are known by their content.
+    # The experiment may have been moved since: its files are known by their content, and the student by the path it had.
     read = (record.read_run(directory) or {"inputs": {}})["inputs"]
+    measured = [
+        read.get(model["path"]) for model in record.read_json(directory / "metrics.json")["models"] if model["name"] == STUDENT
+    ]
     changed = [name for task in own for name, path in task.files.items() if record.sha256(path) not in read.values()]
-    trained = experiment.directory("student")
-    source = (experiment.export and experiment.export.model) or str(trained)
-    if record.model_fingerprint(source, None) not in [read[name] for name in read if Path(name).name == trained.name]:
-        if source != str(trained):
+    trained = str(experiment.directory("student"))
+    source = (experiment.export and experiment.export.model) or trained
+    if record.model_fingerprint(source, None) not in measured:
+        if source != trained:
             say("export", f"does not measure the forms on the tasks: {source} is not the student that `eval` has measured")
             return None
         changed.append(source)
@@ -112,6 +114,7 @@ def on_tasks(measured: MeasuredTasks, model: Any, tokenizer: Any, end_ids: list[
         experiment.teacher.template_args,
         measured.references,
         "export",
+        thinking_end=experiment.generate.thinking_end,
     )
     table = pa.concat_tables([measured.rows, pa.Table.from_pylist(rows, SCHEMA)])
     about = {

@@ -64,6 +64,7 @@ def run_own(
     references: Mapping[tuple[str, str], str] | None = None,
     stage: str = "eval",
     parts: Parts | None = None,
+    thinking_end: str = "</think>",
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Every model on the same items.
 
@@ -78,6 +79,7 @@ def run_own(
         references: the teacher's answers, by task and item, where it is none of the models.
         stage: that says how far it is.
         parts: where the answers of each model to each task are kept, of a run of the same tasks and models.
+        thinking_end: the mark at the end of a reasoning trace, which is no part of an answer.
 
     Returns:
         The rows of `tasks.parquet`; and for each task, by model, `valid`, the share of answers that could be accepted,
@@ -102,7 +104,7 @@ def run_own(
     with StageBar(stage, sum(counts), done) as bar:
         for (task, items, name), (prompts_ids, longest), file in zip(asked, prompts, files, strict=True):
             bar.advance(0, facts=[f"{name} on {task.name}"])
-            how = models[name], prompts_ids, tokenizers[name], end_ids[name], batch_size, longest, bar
+            how = models[name], prompts_ids, tokenizers[name], end_ids[name], batch_size, longest, bar, thinking_end
             answers = _kept(parts, file, partial(write_answers, *how))
             if name == "teacher":
                 told |= {(task.name, item.id): answer.text for item, answer in zip(items, answers, strict=True)}

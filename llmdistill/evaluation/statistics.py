@@ -324,9 +324,9 @@ class Draws:
     def share(self, hits: Array, counts: Array) -> dict[str, float]:
         """The ratio of two sums over rows that cannot leave 0 to 1, with its interval."""
         by_cluster, sizes = self.sums(hits), self.sums(counts)
-        if (hits == np.round(hits)).all() or by_cluster.sum() in (0, sizes.sum()):
-            return asdict(share_interval(by_cluster, sizes, self.draws))
         found = mean_interval(by_cluster, sizes, self.draws)
+        if (hits == np.round(hits)).all() or found.high - found.low < 1e-12:
+            return asdict(share_interval(by_cluster, sizes, self.draws))
         return asdict(replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0)))
 
     def pairs(self, differences: Array) -> dict[str, float]:

@@ -53,7 +53,8 @@ def measure_tasks(
     others = {name: entry for name, entry in tasks.items() if not isinstance(entry[1], OwnTask)}
     table, about, warnings = SCHEMA.empty_table(), dict[str, About](), list[str]()
     if own:  # the cheaper ones first
-        rows, tables = run_own(own, models, tokenizers, end_ids, size, limit, shown, parts=parts)
+        end = experiment.generate.thinking_end
+        rows, tables = run_own(own, models, tokenizers, end_ids, size, limit, shown, parts=parts, thinking_end=end)
         table = pa.Table.from_pylist(rows, SCHEMA)
         about = {each.task.name: About(str(each.task.file), each.task.rules.METRIC, None, tables[each.task.name]) for each in own}
     if others:

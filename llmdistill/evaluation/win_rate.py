@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 from llmdistill.config import Experiment
 from llmdistill.config.eval import WinRate
 from llmdistill.curation.judge import DigitReader, as_text, read_template
+from llmdistill.curation.steps import Failed
+from llmdistill.data.dataset import Messages
 from llmdistill.errors import InputError
 from llmdistill.evaluation.across import prompt_ids_of
 from llmdistill.evaluation.parts import Parts
@@ -27,11 +29,13 @@ from llmdistill.evaluation.writing import write_answers
 from llmdistill.models.loading import load_tokenizer, vocabulary_hash
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, working
-from llmdistill.teachers import Request, fingerprints, stable_id
+from llmdistill.teachers import fingerprints, stable_id
+from llmdistill.teachers.thinking import behind_trace
 
 _TIE, _FIRST, _SECOND = 0, 1, 2
 _RIDGE = 0.01  # on both coefficients: without it there is no fit where one model, or the longer answer, always wins
 _STEPS = 30  # of Newton's method, which needs about ten
+_KEPT = 128  # questions after which the verdicts are kept, whatever happens
 STUDENT = "student"
 
 
@@ -97,23 +101,25 @@ class Comparison:
             parts: where the answers are kept.
             directory: of the stage.
         """
-        asked = _distinct(rows, conversations, self.settings.prompts)
         names = (STUDENT, self.settings.against)
-        size, longest = self.experiment.eval.batch_size, self.settings.max_tokens
         writers = [name for name in names if name in models]
-        answers = {name: [_stored_answer(row) for row in asked] for name in names if name not in writers}
+        asked = _distinct(rows, conversations, self.settings.prompts, writers)
+        size, longest = self.experiment.eval.batch_size, self.settings.max_tokens
+        end = self.experiment.generate.thinking_end
+        answers = {name: [_stored_answer(row, end) for row in asked] for name in names if name not in writers}
         files = {name: f"win-rate-answers-{number}" for number, name in enumerate(writers)}
         with StageBar("eval", len(writers) * len(asked), len(asked) * sum(map(parts.has, files.values()))) as bar:
 
             def answer(name: str) -> list[str]:
                 prompts_ids = [prompt_ids_of(row, name) for row in asked]
-                written = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], size, longest, bar)
+                written = write_answers(models[name], prompts_ids, tokenizers[name], end_ids[name], size, longest, bar, end)
                 return [each.text for each in written]
 
             answers |= {name: parts.result(file, partial(answer, name)) for name, file in files.items()}
         models.clear()
         prompts = [as_text(row["prompt"]) for row in asked]
-        table = self._verdicts([str(row["id"]) for row in asked], prompts, *(answers[name] for name in names))
+        ours, theirs = (answers[name] for name in names)
+        table = self._verdicts([str(row["id"]) for row in asked], prompts, ours, theirs, parts)
         table = table.append_column("conversation", pa.array([row["conversation"] for row in asked]))
         pq.write_table(table, directory / "verdicts.parquet")
         settings, eval_ = self.settings, self.experiment.eval
@@ -142,26 +148,26 @@ class Comparison:
             return "the judge has the teacher's tokenizer and may favour its family; choose a model of another family"
         return None
 
-    def _verdicts(self, ids: list[str], prompts: list[str], ours: list[str], theirs: list[str]) -> pa.Table:
+    def _verdicts(self, ids: list[str], prompts: list[str], ours: list[str], theirs: list[str], parts: Parts) -> pa.Table:
         """One row a prompt, with both orders."""
-        shown = [*zip(prompts, ours, theirs, strict=True), *zip(prompts, theirs, ours, strict=True)]
-        requests = []
-        for number, (prompt, first, second) in enumerate(shown):
+        questions = []
+        for number, (prompt, first, second) in enumerate(
+            [*zip(prompts, ours, theirs, strict=True), *zip(prompts, theirs, ours, strict=True)]
+        ):
             origin = f"held-out row {ids[number % len(ids)]}"
-            question = self.template.render({"prompt": prompt, "answer_1": first, "answer_2": second}, origin)
-            tokens = self.reader.chat.told_ids(question, origin)
-            if len(tokens) < self.reader.context:
-                requests.append(Request(number, tokens, 0, messages=self.reader.chat.told(question)))
-        values: list[float | None] = [None] * len(shown)
-        texts = ["(too long for the judge)"] * len(shown)
-        digits: list[list[float] | None] = [None] * len(shown)
+            questions.append((self.template.render({"prompt": prompt, "answer_1": first, "answer_2": second}, origin), origin))
+        texts: list[str] = []
+        digits: list[list[float] | None] = []
         with working("eval", "judging"):
-            for done in self.reader.ask(requests):
-                p = self.reader.probabilities(done)
-                digits[done.index] = list(p.values())
-                texts[done.index] = self.reader.chat.template.decode(done.ids, special=True)
-                if sum(p.values()) >= self.settings.min_mass:
-                    values[done.index] = _value(max(p, key=lambda digit: p[digit]), student_first=done.index < len(ids))
+            for start in range(0, len(questions), _KEPT):
+                asked = questions[start : start + _KEPT]
+                found = parts.result(f"win-rate-verdicts-{start // _KEPT}", partial(self._read, asked))
+                texts += [text for text, _ in found]
+                digits += [p for _, p in found]
+        values = [
+            _value(p.index(max(p)), student_first=number < len(ids)) if p and sum(p) >= self.settings.min_mass else None
+            for number, p in enumerate(digits)
+        ]
         half = len(ids)
         columns: dict[str, Any] = {"id": ids, "prompt": prompts, "student": ours, "rival": theirs}
         for name, part in (("student_first", slice(half)), ("student_second", slice(half, None))):
@@ -170,10 +176,21 @@ class Comparison:
             columns[f"digits_{name}"] = pa.array(digits[part], pa.list_(pa.float64()))
         return pa.table(columns)
 
+    def _read(self, questions: list[tuple[Messages, str]]) -> list[tuple[str, list[float] | None]]:
+        """The judge's first token after each question, and its probabilities of the digits; or why there is none, and None."""
+        found: dict[int, tuple[str, list[float] | None]] = {}
+        for place, done in self.reader.read(questions):
+            if isinstance(done, Failed):
+                found[place] = f"({done})", None
+            else:
+                text = self.reader.chat.template.decode(done.ids, special=True)
+                found[place] = text, [*self.reader.probabilities(done).values()]
+        return [found[place] for place in range(len(questions))]
 
-def _stored_answer(row: dict[str, Any]) -> str:
-    """What the teacher has written."""
-    return "\n".join(str(message["content"]) for message in row["completion"]).strip()
+
+def _stored_answer(row: dict[str, Any], end: str) -> str:
+    """What the teacher has written, without its reasoning trace."""
+    return behind_trace("\n".join(str(message["content"]) for message in row["completion"]), end).strip()
 
 
 def _value(digit: int, student_first: bool) -> float:
@@ -181,12 +198,14 @@ def _value(digit: int, student_first: bool) -> float:
     return 0.5 if digit == _TIE else float((digit == _FIRST) == student_first)
 
 
-def _distinct(rows: Any, conversations: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """The first row of each of the first prompts, with its `conversation`."""
+def _distinct(rows: Any, conversations: Sequence[str], count: int, writers: Sequence[str]) -> list[dict[str, Any]]:
+    """The first row of each of the first prompts that the chat templates of the writers take, with its `conversation`."""
     found: dict[str, dict[str, Any]] = {}
     for row, conversation in zip(rows, conversations, strict=True):
         if len(found) == count:
             break
+        if not all(len(prompt_ids_of(row, name)) for name in writers):
+            continue
         prompt = [{name: str(message[name]) for name in ("role", "content")} for message in row["prompt"]]
         found.setdefault(
             stable_id(prompt),
@@ -217,14 +236,17 @@ def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:
     lengths = [pc.utf8_length(table[name]).to_numpy()[judged].astype(np.float64) for name in ("student", "rival")]
     conversations = table["conversation"].to_pylist() if "conversation" in table.column_names else range(len(judged))
     draws = Draws.of([name for name, counts in zip(conversations, judged, strict=True) if counts], resamples, seed)
-    controlled = length_controlled(outcome, lengths[0] - lengths[1], draws)
+    rate = draws.share(outcome, np.ones(n))
+    # Where all outcomes are the same, the lengths explain nothing.
+    same = np.ptp(outcome) == 0
+    controlled = rate if same else asdict(length_controlled(outcome, lengths[0] - lengths[1], draws).interval(_sigmoid))
     return {
         **counted,
         "wins": int((outcome > 0.5).sum()),
         "ties": int((outcome == 0.5).sum()),
         "losses": int((outcome < 0.5).sum()),
-        "win_rate": draws.share(outcome, np.ones(n)),
-        "length_controlled": asdict(controlled.interval(_sigmoid)),
+        "win_rate": rate,
+        "length_controlled": controlled,
         "characters": {"student": float(lengths[0].mean()), "rival": float(lengths[1].mean())},
         "orders_agree": float((first == second)[judged].mean()),
         "first_place_wins": float(((first + 1 - second) / 2)[judged].mean()),

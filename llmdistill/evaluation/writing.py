@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.models.loading import continue_prompts
-from llmdistill.runs.progress import StageBar
+from llmdistill.runs.progress import StageBar, counted, say
+from llmdistill.teachers.thinking import answer_ids
 
 
 @dataclass(frozen=True)
 class Written:
-    """An answer: its text without special tokens, and log q of every token, in nats, of the one that ended it, too."""
+    """An answer: its text without trace and special tokens, and log q of every token, in nats, also of the one that ended it."""
 
     text: str
     logprobs: list[float]
@@ -40,20 +41,30 @@ def write_answers(
     batch_size: int,
     max_tokens: int,
     bar: StageBar,
+    thinking_end: str,
 ) -> list[Written]:
-    """A model's greedy answer to each prompt, given as token ids."""
+    """A model's greedy answer to each prompt, given as token ids; of one that does not come out of a reasoning trace, no text."""
     import torch
 
     answers: dict[int, Written] = {}
+    thinking = 0  # answers without an end of their trace
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # alike in length, so that little is padded
     for start in range(0, len(order), batch_size):
         chunk, recorder = order[start : start + batch_size], _Recorder()
         written_BT = continue_prompts(
             model, [prompts[n] for n in chunk], max_tokens, end_ids, do_sample=False, logits_processor=[recorder]
         )
-        texts = tokenizer.batch_decode(written_BT, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        behind = [answer_ids(tokenizer, ids, thinking_end) for ids in written_BT.numpy()]
+        thinking += sum(not len(ids) for ids in behind)
+        texts = tokenizer.batch_decode(behind, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         logprobs_BT = torch.stack(recorder.steps, dim=1).tolist()
         for number, text, ids, logprobs in zip(chunk, texts, written_BT.tolist(), logprobs_BT, strict=True):
             answers[number] = Written(text.strip(), logprobs[: answer_length(ids, end_ids)])
         bar.advance(len(chunk))
+    if thinking:
+        say(
+            "warning",
+            f"{thinking:,} of {counted(len(prompts), 'answer')} are a reasoning trace without an end in {max_tokens:,} tokens; "
+            "teacher.template_args may turn it off, as {enable_thinking: false} does for Qwen3",
+        )
     return [answers[number] for number in range(len(prompts))]

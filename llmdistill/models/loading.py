@@ -180,7 +180,7 @@ def continue_prompts(
     width = max(map(len, prompts))
     ids_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=model.device)
     mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    ends: dict[str, Any] = {"eos_token_id": list(end_ids) or None, "pad_token_id": end_ids[0] if end_ids else 0}
+    ends: dict[str, Any] = {"eos_token_id": list(end_ids), "pad_token_id": end_ids[0]} if end_ids else {"pad_token_id": 0}
     with torch.inference_mode(), plain_generation(model):
         output_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, **ends, **how)
     return output_BT[:, width:].cpu()

@@ -19,6 +19,7 @@ from llmdistill.models.chat_template import Conversation
 from llmdistill.runs.progress import StageBar, counted, working
 from llmdistill.teachers import Engine, EngineSpec, Request, open_engine, row_seed, shared_file
 from llmdistill.teachers.prompt_encoding import PromptEncoder
+from llmdistill.teachers.thinking import answer_ids
 
 # Tokens reserved for a question and its answer where `teacher.max_model_len` does not say: how long the questions of a
 # later step are is not known before the first one is done, and the teacher is loaded once.
@@ -78,8 +79,9 @@ class ChatFormat:
         return messages
 
     def answer(self, ids: Array, finish_reason: str) -> Answer:
-        """Without special tokens."""
-        return Answer(self.chat.template.decode(ids), finish_reason)
+        """Without its reasoning trace and special tokens."""
+        end = self.chat.experiment.generate.thinking_end
+        return Answer(self.chat.template.decode(answer_ids(self.chat.tokenizer, ids, end)), finish_reason)
 
 
 class Asker:

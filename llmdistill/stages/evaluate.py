@@ -425,7 +425,7 @@ def _texts(experiment: Experiment, loaded: _Loaded, measured: dict[str, Array]) 
     rival = next(name for name in reversed(models) if name != "student")
     with working("eval", "writing samples"):
         return {
-            "samples": samples(models, rows, loaded.tokenizers, settings.samples, settings.sample_tokens),
+            "samples": samples(models, rows, loaded.tokenizers, loaded.end_ids, settings.samples, settings.sample_tokens),
             "views": views(models, rows, loaded.tokenizers["teacher"]) if loaded.has_teacher and not loaded.classes else [],
             "examples": won_and_lost(measured, rows, rival, "kl" if loaded.has_teacher else "nll"),
         }

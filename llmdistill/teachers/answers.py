@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,13 @@ from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 
 ROUNDING = 1e-3  # by which a log-probability may be above zero, and probabilities add up to more than one
+
+
+# How endpoints say that it is this prompt which they do not take; by code where there is one.
+_OF_THE_PROMPT = re.compile(
+    r"content_filter|content management policy|invalid_prompt|context_length_exceeded|maximum context length|prompt is too long",
+    re.I,
+)
 
 
 class UnusableAnswerError(ValueError):
@@ -98,3 +106,9 @@ def message(response: Any) -> str:
         return str(error.get("message", error) if isinstance(error, dict) else error)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         return f"{response.status_code} {response.text[:200]}"
+
+
+def refused_prompt(response: Any) -> str | None:
+    """Why a prompt is refused, by a response with an error that says so; another prompt might be answered."""
+    found = _OF_THE_PROMPT.search(response.text) if response.status_code in (400, 413, 422) else None
+    return f"a refusal of the prompt ({found[0].lower()})" if found else None

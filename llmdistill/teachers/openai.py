@@ -166,6 +166,8 @@ class OpenAIEngine(EndpointEngine):
             return None
         matched = self.matcher.match(entries_of(choice["logprobs"]), stopped)
         if self.template.decode(matched.ids).strip() != text.strip():
+            if _trace_apart(choice):
+                return None  # they are also those of the trace, on which all others depend
             raise FinalAnswerError("tokens of another text than the answer")
         return matched
 

@@ -1,8 +1,8 @@
 """What engines behind an address share: requests in an event loop, tried again while the fault is not ours.
 
 A request that fails by the server's or the network's fault is sent again, after a while; the row's seed goes with it, so
-it costs time and no row. What the server refuses for good (4xx) ends the stage with the server's own words. An answer that
-cannot be right is asked for again, and then the row is given up with the reason (`Completion.failed`).
+it costs time and no row. What the server refuses for good (4xx) ends the stage with the server's own words. A row whose prompt it
+does not take is given up with the reason (`Completion.failed`), and so is one whose answer cannot be right, again and again.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import numpy as np
 from llmdistill.config import Teacher
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.teachers import Completion, Engine, Request, Usage
-from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, is_error, message
+from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, is_error, message, refused_prompt
 
 TRIES = 9
 UNUSABLE_TRIES = 3  # of an answer that cannot be right
@@ -159,6 +159,8 @@ class RemoteEngine(Engine):
                 async with asyncio.timeout(self.teacher.timeout):  # of the whole answer, which may come byte by byte
                     response = await send()
                 asked = self.after(response)
+                if why := refused_prompt(response):
+                    raise FinalAnswerError(why)
                 if self.is_final(response):
                     raise InputError(f"{url} refuses: {self.refusal(response)}")
                 if response.status_code >= 400:

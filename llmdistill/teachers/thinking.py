@@ -1,4 +1,4 @@
-"""Reasoning traces: where one ends in the tokens of an answer."""
+"""Reasoning traces: where one ends in the tokens, or in the text, of an answer."""
 
 from typing import Any
 
@@ -23,3 +23,24 @@ def answer_start(tokenizer: Any, ids: Array, end: str) -> int | None:
     while high < len(ids) and not tokenizer.decode(ids[high : high + 1]).strip():
         high += 1
     return high if high < len(ids) else None
+
+
+def answer_ids(tokenizer: Any, ids: Array, end: str) -> Array:
+    """The tokens behind the reasoning trace; all of them where there is none, and none where it does not end."""
+    start = answer_start(tokenizer, ids, end)
+    if start is not None:
+        return ids[start:]
+    return ids if behind_trace(tokenizer.decode(ids), end) else ids[:0]
+
+
+def behind_trace(text: str, end: str) -> str:
+    """The text behind the reasoning trace; all of it where there is none, and nothing where it does not end.
+
+    Args:
+        text: what a model has written.
+        end: the mark behind a trace, such as `</think>`; the one before it is the same without the slash.
+    """
+    _, ended, answer = text.partition(end)
+    if ended:
+        return answer.lstrip()
+    return "" if "/" in end and text.lstrip().startswith(end.replace("/", "", 1)) else text

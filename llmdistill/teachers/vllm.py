@@ -151,7 +151,8 @@ class VllmEngine(Engine):
                 else:
                     ids = [*request.prompt_ids, *request.completion_ids]
                     engine.add_request(str(request.index), {"prompt_token_ids": ids}, params_of(request))
-            outputs = engine.step()
+            # Where it runs in a process of its own, a step without a request would wait for one for ever.
+            outputs = engine.step() if engine.has_unfinished_requests() else []
             self.tokens += 0 if reads else len(outputs)  # a step writes a token for each
             yield from (output for output in outputs if output.finished)
 

@@ -49,7 +49,8 @@ def experiment(tmp_path):
     directory = tmp_path / "eval"
     directory.mkdir()
     pq.write_table(pa.Table.from_pylist(rows + others, SCHEMA), directory / "tasks.parquet")
-    (directory / "metrics.json").write_text("{}")
+    described = {"models": [{"name": "teacher", "path": "m"}, {"name": "student", "path": str(tmp_path / "student")}]}
+    (directory / "metrics.json").write_text(json.dumps(described))
     (tmp_path / "student").mkdir()
     (tmp_path / "student/config.json").write_text("{}")
     inputs = {str(path): record.sha256(path) for path in (file, tmp_path / "test.jsonl")}
@@ -99,6 +100,17 @@ def test_another_model_than_the_student_is_not_compared_and_that_is_said(experim
     (tmp_path / "copy/config.json").write_text('{"other": 1}')
     assert measured_tasks(experiment.with_(export=Export(model=str(tmp_path / "copy")))) is None
     assert "is not the student that `eval` has measured" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_that_eval_has_measured_as_another_is_not_the_student(experiment, tmp_path):
+    """The first round's student, which `eval` compares with that of the last, is called `student`, too."""
+    first = tmp_path / "first/student"
+    first.mkdir(parents=True)
+    (first / "config.json").write_text('{"first": 1}')
+    run = json.loads((tmp_path / "eval/run.json").read_text())
+    run["inputs"][str(first)] = record.model_fingerprint(str(first), None)
+    (tmp_path / "eval/run.json").write_text(json.dumps(run))
+    assert measured_tasks(experiment.with_(export=Export(model=str(first)))) is None
 
 
 def test_an_experiment_may_be_moved_between_eval_and_export(experiment, tmp_path):

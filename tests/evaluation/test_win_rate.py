@@ -1,4 +1,5 @@
 import re
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -89,7 +90,9 @@ def test_known_preferences(tiny, tmp_path, monkeypatch):
 def test_a_judge_that_only_sees_the_place_says_nothing(tiny, tmp_path, monkeypatch):
     got = compared(tiny, tmp_path, monkeypatch, [("a", "b")] * 30, lambda first, second: 1)
     assert (got["wins"], got["ties"], got["losses"]) == (0, 30, 0)
-    assert got["win_rate"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    # As of 30 independent prompts, by Wilson's formula.
+    assert got["win_rate"] == pytest.approx({"mean": 0.5, "low": 0.331541, "high": 0.668459}, abs=1e-6)
+    assert got["length_controlled"] == got["win_rate"]
     assert got["orders_agree"] == 0
     assert got["first_place_wins"] == 1
 
@@ -107,7 +110,44 @@ def test_answers_too_long_for_the_judge_have_no_verdict(tiny, tmp_path, monkeypa
     assert (got["prompts"], got["without_verdict"]) == (4, 1)
     last = pq.read_table(tmp_path / "verdicts.parquet").to_pylist()[-1]
     assert last["verdict_student_first"] is None
-    assert last["judge_student_first"] == "(too long for the judge)"
+    assert re.fullmatch(r"\(\d+ tokens are too long for the judge\)", last["judge_student_first"])
+
+
+def test_a_refusal_of_the_judge_is_no_verdict_and_what_was_judged_is_kept(tiny, tmp_path, monkeypatch):
+    """An endpoint may give up one answer, or be gone in the middle; what it has answered is paid."""
+    asked = []
+
+    class Endpoint(StubJudge):
+        def generate(self, batches):
+            for request in batches[0]:
+                if len(asked) == 4:
+                    raise ConnectionError
+                asked.append(request.index)
+                if "refused" in self.tokenizer.decode(request.prompt_ids):
+                    nothing = np.empty(0, dtype=np.int64)
+                    yield Completion(request.index, nothing, "failed", nothing, None, failed="a refusal (message.refusal)")
+                else:
+                    yield from super().generate([[request]])
+
+    monkeypatch.setattr(win_rate, "_KEPT", 3)
+    monkeypatch.setattr(sys.modules[__name__], "StubJudge", Endpoint)
+    pairs = [("better", "worse"), ("better", "refused"), ("better", "worse")]
+    with pytest.raises(ConnectionError):
+        compared(tiny, tmp_path, monkeypatch, pairs, better)
+    assert len(asked) == 4
+    asked.append(None)  # the endpoint is back
+    got = compared(tiny, tmp_path, monkeypatch, pairs, better)
+    assert asked[5:] == [0, 1, 2]  # of the second part alone
+    assert (got["prompts"], got["without_verdict"], got["wins"]) == (2, 1, 2)
+    refused = pq.read_table(tmp_path / "verdicts.parquet").to_pylist()[1]
+    assert refused["judge_student_first"] == "(the judge gave no answer: a refusal (message.refusal))"
+
+
+def test_a_prompt_that_a_template_refuses_is_not_judged(tiny, tmp_path, monkeypatch):
+    rows = [{"prompt": [{"role": "user", "content": str(n)}], "main_prompt": [1] if n else []} for n in range(3)]
+    ids = {"input_ids": np.array([3, 4]), "completion_start": 1}
+    found = win_rate._distinct([row | ids for row in rows], list("abc"), 2, ["student", "teacher"])
+    assert [row["conversation"] for row in found] == ["b", "c"]
 
 
 def test_the_teacher_as_its_own_judge_is_told(tiny, tmp_path, monkeypatch):
@@ -127,7 +167,7 @@ def test_the_teacher_as_its_own_judge_is_told(tiny, tmp_path, monkeypatch):
 def test_only_the_first_of_a_prompts_rows_counts(tiny, tmp_path):
     prompts = [np.array([{"role": np.str_("user"), "content": np.str_(text)}]) for text in "aabcd"]  # as a dataset may give them
     rows = [{"id": str(n), "prompt": prompt} for n, prompt in enumerate(prompts)]
-    assert [row["id"] for row in win_rate._distinct(rows, "abcde", 3)] == ["0", "2", "3"]
+    assert [row["id"] for row in win_rate._distinct(rows, "abcde", 3, [])] == ["0", "2", "3"]
 
 
 def controlled_rate(outcome, longer):

@@ -9,7 +9,7 @@ from llmdistill.runs.progress import StageBar
 
 def written(model, tokenizer, prompts, ends, longest):
     with StageBar("eval", len(prompts)) as bar:
-        return write_answers(model, prompts, tokenizer, ends, 2, longest, bar)
+        return write_answers(model, prompts, tokenizer, ends, 2, longest, bar, "</think>")
 
 
 def test_answers_written_together_are_those_written_alone(tiny):
@@ -34,3 +34,25 @@ def test_answers_written_together_are_those_written_alone(tiny):
             assert answer.logprobs == pytest.approx(wanted, abs=1e-5)
             if end not in ends:
                 assert answer.text == tokenizer.decode(answered, skip_special_tokens=True).strip()
+
+
+def test_a_reasoning_trace_is_no_part_of_an_answer(tiny, capsys):
+    """Its log-probabilities are: they are those of the whole; and of one that does not end, nothing is left."""
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    script = [tokenizer.encode(text) for text in ("<think>So it is.</think>\n\nYes.", "<think>Well, well, well")]
+    longest = max(map(len, script)) + 1
+
+    def scripted(ids_BT, scores_BV):
+        for row, scores in zip(ids_BT, scores_BV, strict=True):
+            told = script[0] if 7 in row[:2].tolist() else script[1] * longest
+            token = [*told, 2][min(len(row) - 2, len(told))]
+            scores[:] = -1e9
+            scores[token] = 0
+        return scores_BV
+
+    generate = model.generate
+    model.generate = lambda *args, logits_processor, **how: generate(*args, logits_processor=[scripted, *logits_processor], **how)
+    first, second = written(model, tokenizer, [[5, 7], [5, 6]], [2], longest)
+    assert (first.text, len(first.logprobs)) == ("Yes.", len(script[0]) + 1)
+    assert (second.text, len(second.logprobs)) == ("", longest)
+    assert "1 of 2 answers are a reasoning trace without an end" in " ".join(capsys.readouterr().out.split())

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from llmdistill.models.loading import load_model
+from llmdistill.models.loading import continue_prompts, load_model
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,18 @@ def test_a_generation_config_that_transformers_reads_but_does_not_write(publishe
     model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
     assert {name: saved.get(name) for name in kept} == kept
+
+
+def test_a_model_ends_by_its_own_tokens_where_none_are_named(tiny):
+    """The model is forced to write its end token, as `generate` would without any argument."""
+    model = load_model(str(tiny), device="cpu")
+    end = int(model.generation_config.eos_token_id)
+
+    def force(ids, scores):
+        scores[:] = -float("inf")
+        scores[:, end] = 0
+        return scores
+
+    for ends, written in ((), [end]), ([end], [end]), ([end + 1], [end] * 4):
+        answer_BT = continue_prompts(model, [[5, 6]], 4, ends, do_sample=False, logits_processor=[force])
+        assert answer_BT.tolist() == [written]

@@ -159,7 +159,7 @@ def test_a_budget_counts_the_longest_answer_that_is_asked_for(experiment, endpoi
 
 
 def test_a_small_shard_of_refusals_does_not_end_the_stage(experiment, endpoint):
-    """Two of the last three rows tell nothing of the endpoint; a shard of nothing would be no file that others read."""
+    """Two of three rows tell nothing of the endpoint; a shard of nothing would be no file that others read."""
 
     def change(answer, body):
         if body["messages"][-1]["content"] in ("Number 10.", "Number 11."):
@@ -168,7 +168,7 @@ def test_a_small_shard_of_refusals_does_not_end_the_stage(experiment, endpoint):
 
     endpoint.change = change
     with serving(endpoint) as url:
-        done = generate(experiment, url, "--generate.rows_per_shard", 9)
+        done = generate(experiment, url, "--generate.rows_per_shard", 3)
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(experiment.parent / "run/data")
     assert manifest["failed"] == {"a refusal (message.refusal)": 2}

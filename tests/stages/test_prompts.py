@@ -311,6 +311,20 @@ def test_questions_about_texts_are_asked_read_and_counted(experiment, teach):
     assert "Is it wet?" in next(row["text"] for row in asked if row["id"] == step["answer"])
 
 
+def test_a_reasoning_trace_is_no_prompt(experiment, teach):
+    """Neither its questions nor its text become items; one that does not end leaves no answer."""
+    answers = {
+        "Ask about water.": "<think>\nShall I ask this?\n</think>\n\nIs it wet?",
+        "Ask about fire.": "<think>Shall I ask that?",
+    }
+    teach(lambda seen, _: answers[seen])
+    chosen = experiment([{"ask": {"template": "@question.yaml"}}], [{"text": "water"}, {"text": "fire"}])
+    prompts(chosen)
+    made, _, steps, _ = outcome(chosen)
+    assert made == ["Is it wet?"]
+    assert steps["1 ask"]["reasons"] == {"empty": 1}
+
+
 def test_the_same_question_twice_is_two_samples_of_it(experiment, teach):
     seeds = []
     teach(lambda seen, request: seeds.append(request.seed) or f"Is it number {len(seeds)}?")

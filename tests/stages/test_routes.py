@@ -1,6 +1,7 @@
 """Several teachers in one run: every row is its own teacher's, by what the configuration and the row say."""
 
 import json
+import math
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -176,14 +177,23 @@ def test_what_is_set_is_written_and_read_back(file, tmp_path):
 def test_a_layout_counts_every_part_by_itself():
     layout = Layout([5, 0, 4, 1], 3)
     assert [(part, list(rows)) for part, rows in layout.shards] == [
-        (0, [0, 1, 2]),
-        (0, [3, 4]),
-        (2, [5, 6, 7]),
-        (2, [8]),
+        (0, [0, 1]),
+        (0, [2, 3, 4]),
+        (2, [5, 6]),
+        (2, [7, 8]),
         (3, [9]),
     ]
-    assert [layout.shard_of(row) for row in range(10)] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 4]
+    assert [layout.shard_of(row) for row in range(10)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 4]
     assert [layout.part_of(row) for row in range(10)] == [0] * 5 + [2] * 4 + [3]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(129, 128), (1, 5), (12, 12), (1000, 7), (7, 1000), (13, 1)])
+def test_the_shards_of_a_part_are_of_one_size(rows, size):
+    """A last one of a single row could be refused as a whole, again and again."""
+    held = [shard for _, shard in Layout([rows], size).shards]
+    assert [row for shard in held for row in shard] == list(range(rows))
+    assert len(held) == math.ceil(rows / size)
+    assert max(map(len, held)) <= min(size, min(map(len, held)) + 1)
 
 
 def test_the_student_is_measured_against_each_rows_own_teacher(file, models, tmp_path):

@@ -32,8 +32,8 @@ def endpoint(tokenizer, monkeypatch):
     return Endpoint(tokenizer)
 
 
-def opened(url, smollm2, tokenizer, kind="topk", k=K, shared=None, sampling=None, **teacher):
-    known = {} if kind in ("none", "chunks") else {"tokenizer": str(smollm2)}
+def opened(url, smollm2, tokenizer, kind="topk", k=K, shared=None, sampling=None, told=False, **teacher):
+    known = {} if kind in ("none", "chunks") and not told else {"tokenizer": str(smollm2)}
     settings = Teacher(model="large", engine="openai", url=url, licence="mit", **known, **teacher)
     ends = end_token_ids(str(smollm2), None, None, tokenizer)
     spec = EngineSpec(
@@ -228,6 +228,38 @@ def test_an_answer_of_no_use_is_a_failed_row_that_is_paid_once(endpoint, smollm2
     assert bad.failed.startswith(reason)
     assert bad.usage.output > 0 or "answer__usage" in changes
     assert endpoint.billed[json.dumps([{"role": "user", "content": "bad"}])] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("The response was filtered due to the prompt triggering content management policy", "content management policy"),
+        ("This model's maximum context length is 512 tokens", "maximum context length"),
+    ],
+)
+def test_a_prompt_that_is_refused_is_a_failed_row(endpoint, smollm2, tokenizer, said, reason):
+    """What is wrong with every request ends the stage; this is not."""
+    endpoint.refusal = lambda body: said if body["messages"][-1]["content"] == "bad" else None
+    with serving(endpoint) as url:
+        good, bad = answers(opened(url, smollm2, tokenizer), tokenizer, "good", "bad")
+        endpoint.refusal = lambda body: "Unknown model"
+        with pytest.raises(InputError, match="refuses: Unknown model"):
+            answers(opened(url, smollm2, tokenizer), tokenizer, "good")
+    assert good.failed is None
+    assert bad.failed == f"a refusal of the prompt ({reason})"
+    assert bad.usage == Usage()
+
+
+def test_tokens_of_a_trace_apart_from_the_answer_are_not_those_of_the_answer(endpoint, smollm2, tokenizer):
+    """As vLLM with a reasoning parser gives both."""
+    endpoint.change = spoiled(message__content="Four.", message__reasoning_content="Two and two.")
+    sampling = Generate(max_tokens=80, thinking="removed")
+    with serving(endpoint) as url:
+        _, made = answers(opened(url, smollm2, tokenizer, "none", sampling=sampling, told=True), tokenizer, "good", "bad")
+    assert (made.failed, made.trace, made.finish_reason) == (None, "Two and two.", "stop")
+    assert tokenizer.decode(made.ids, skip_special_tokens=True) == "Four."
+    assert made.ids[-1] == END
+    assert np.isnan(made.token_logprobs).all()
 
 
 def test_outside_of_the_most_likely_tokens_is_said_by_a_number_that_is_none(endpoint, smollm2, tokenizer):

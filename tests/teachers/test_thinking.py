@@ -14,7 +14,7 @@ from llmdistill.data import targets
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.generate import generate
-from llmdistill.teachers.thinking import answer_start
+from llmdistill.teachers.thinking import answer_ids, answer_start, behind_trace
 
 
 class Letters:
@@ -35,6 +35,29 @@ def test_the_answer_begins_behind_the_first_end_and_white_space(numbers):
             want = next((place for place in range(count, len(ids)) if tokenizer.pieces[ids[place]].strip()), None)
             break
     assert answer_start(tokenizer, ids, "</think>") == want
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>\n\n</think>\n\nYes.", "Yes."),
+        ("Hm. Hm.\n</think>\nYes. </think>", "Yes. </think>"),  # where the template has begun the trace
+        (" <think>Hm.", ""),
+        ("<think>Hm.</think>", ""),
+        ("Yes, <think> is a mark.", "Yes, <think> is a mark."),
+        ("Yes. ", "Yes. "),
+        ("", ""),
+    ],
+)
+def test_the_text_behind_a_trace(text, answer):
+    assert behind_trace(text, "</think>") == answer
+
+
+def test_the_tokens_behind_a_trace():
+    ids = np.array([3, 4, 2, 0, 7])  # </think>\naé
+    assert answer_ids(Letters(), ids, "</think>").tolist() == [0, 7]
+    assert answer_ids(Letters(), ids[:3], "</think>").tolist() == []
+    assert answer_ids(Letters(), ids[3:], "</think>").tolist() == [0, 7]
 
 
 @pytest.mark.slow
