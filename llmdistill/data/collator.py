@@ -78,8 +78,9 @@ class DistillCollator:
         batch |= {"lengths": lengths, "pack_sizes": np.array([len(pack) for pack in packs])}
         batch |= {"positions": np.flatnonzero(batch["labels"] != -100) - 1}  # the shift
         kind = targets.TextOnly if self.for_teacher else targets.kind_of(list(rows[0]))
-        numbers = self._numbers(rows)
-        if numbers is not None and (self.for_teacher or not kind.of_text):
+        by_teacher = self.for_teacher or (kind.columns and not kind.of_text)
+        numbers = self._numbers(rows) if by_teacher else None
+        if numbers is not None:
             batch["target_teacher"] = np.repeat(numbers, counts)
         if self.for_teacher:
             batch |= self._teachers(rows, counts, numbers)

@@ -79,7 +79,7 @@ def _contents(directory: Path) -> tuple[Kind, dict[str, Path]]:
         shards = [file for split in SPLITS for file in shard_files(directory, split)]
         others = [directory / name for name in (MANIFEST, "README.md", RUN_FILE, CLASSES)]  # what was rejected stays at home
         return "dataset", {file.name: file for file in [*shards, *others] if file.is_file()}
-    if run.get("stage") == "train":
+    if run.get("stage") in ("train", "rounds"):
         return "model", _model_files(directory)
     raise InputError(f"{directory}: neither a dataset (it has no {MANIFEST}) nor a student (it has no {RUN_FILE} of `train`)")
 

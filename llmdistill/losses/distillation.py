@@ -34,7 +34,7 @@ class RoutedLogits:
         for number, logits in self.logits.items():
             its_N = self.teacher_N == number
             before, there = int(its_N[:first].sum()), int(its_N[first:end].sum())
-            if there:
+            if there or (first == end and not found):  # also of no position there is something of the right shape
                 found[number] = logits[before : before + there]
         return RoutedLogits(self.teacher_N[first:end], found)
 

@@ -28,7 +28,12 @@ _PACKAGES += [*(engine.package for engine in ENGINES.values() if engine.package)
 # Where and how fast a stage runs may change between two tries; what comes out may not.
 _FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "engine_args", "url", "concurrency", "timeout")}
 _FREE_SETTINGS |= {f"teacher.{name}" for name in ("batch", "price", "budget", "licence")}
-_FREE_SETTINGS |= {"train.args.report_to", "train.args.run_name", "eval.price_per_hour"}
+_FREE_SETTINGS |= {"eval.price_per_hour", "train.compare_text_only", "train.compare_examples"}  # they make further students
+_FREE_SETTINGS |= {f"train.args.{name}" for name in ("report_to", "run_name", "project", "save_total_limit", "disable_tqdm")}
+_FREE_SETTINGS |= {f"train.args.logging_{name}" for name in ("steps", "strategy", "first_step", "dir", "nan_inf_filter")}
+_FREE_SETTINGS |= {
+    f"train.args.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
+}
 
 
 class Claim(NamedTuple):
@@ -162,11 +167,13 @@ def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str,
             return bool(content) and content == _contents(new, inputs)
         return bool(old == new)
 
+    free = set(_FREE_SETTINGS)
+    if not any(one.get("train", {}).get("validation") for one in (run["settings"], settings)):  # else it says when to validate
+        free.add("train.args.save_steps")
     found = [
         (key, old, new)
         for key, old, new in _differences(run["settings"], settings)
-        if not any(_setting(key) == free or _setting(key).startswith(f"{free}.") for free in _FREE_SETTINGS)
-        and not is_same(old, new)
+        if not any(_setting(key) == name or _setting(key).startswith(f"{name}.") for name in free) and not is_same(old, new)
     ]
     found += [(f"input.{name}", old, new) for name, old, new in _differences(*_not_renamed(run["inputs"], inputs))]
     return [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in found]

@@ -175,7 +175,7 @@ def _table(table: pa.Table, making: _Making) -> pa.Table:
             continue
         used.append(number)
         making.counts[name].update(made[-1].alignment.counted)
-    return _columns(table.take(pa.array(used, pa.int64())), made, making.any.kind)
+    return _columns(table.take(pa.array(used, pa.int64())), made, making)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _trace(row: Mapping[str, Any]) -> str:
     return str(provenance.get("thinking", ""))
 
 
-def _columns(table: pa.Table, rows: list[_Row], kind_name: str) -> pa.Table:
+def _columns(table: pa.Table, rows: list[_Row], making: _Making) -> pa.Table:
     """The stored columns that stay, and those of the student's tokens."""
     columns: dict[str, Any] = {name: table[name] for name in _KEPT}
     columns |= {
@@ -231,9 +231,9 @@ def _columns(table: pa.Table, rows: list[_Row], kind_name: str) -> pa.Table:
         "teacher_start": table["completion_start"],
         "target_places": list_column([row.alignment.place_N for row in rows], np.int32),
     }
-    if any(row.teacher for row in rows):
+    if "" not in making.sides:
         columns["teacher"] = pa.array([row.teacher for row in rows], pa.string())
-    kind = KINDS[kind_name]
+    kind = KINDS[making.any.kind]
     columns |= {name: table[name] for name in kind.columns} or Chunks.encode([row.chunks for row in rows], 0)
     return pa.table(columns)
 

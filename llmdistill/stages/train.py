@@ -24,7 +24,7 @@ from llmdistill.data.dataset import (
     read_manifest,
     shard_files,
 )
-from llmdistill.data.targets import KINDS, Sampled, SampledByStudent
+from llmdistill.data.targets import KINDS, Sampled, SampledByStudent, SoftTargets
 from llmdistill.errors import InputError, no_such_key
 from llmdistill.evaluation.routes import teachers_of_rows
 from llmdistill.models.loading import (
@@ -49,7 +49,7 @@ from llmdistill.students.origins import (
     save_student,
 )
 from llmdistill.students.quantization import fake_quantise, unfake
-from llmdistill.students.sides import is_needed, training_dataset
+from llmdistill.students.sides import is_needed, tokenizer_of, training_dataset
 from llmdistill.training.callbacks import last_checkpoint, same_rows_a_step, show_progress, stop_with_a_checkpoint
 from llmdistill.training.examples import example_rows, read_examples
 from llmdistill.training.traps import traps
@@ -201,7 +201,8 @@ def _materials(experiment: Experiment, manifest: dict[str, Any], claim: record.C
     """Everything loaded, and checked against each other."""
     text_only, examples = claim.settings.get("text_only", False), _examples_of(experiment, claim)
     more = {"max_steps": _steps_of_the_student(experiment)} if examples else {}
-    arguments = arguments_of(experiment, claim.directory, text_only, precision, more)
+    stored = None if experiment.targets.online else KINDS[manifest["targets"]["kind"]]
+    arguments = arguments_of(experiment, claim.directory, text_only, precision, more, stored=stored)
     tokenizer = _tokenizer(experiment, manifest)
     directory_read = training_dataset(experiment)
     rows = mixed_rows(experiment, load_dataset(directory_read, "train"))
@@ -337,7 +338,7 @@ def _save(
 
 def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
     if experiment.targets.online:
-        return
+        return _check_teachers(experiment, manifest)
     kind = KINDS[manifest["targets"]["kind"]]
     dataset = training_dataset(experiment)
     if not kind.columns and (experiment.train.uses_targets or experiment.train.compare_text_only):
@@ -347,6 +348,21 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
         )
     if reason := experiment.train.against(kind):
         raise InputError(f"{reason}, and {dataset} has {kind.name} ones; use targets.kind topk")
+
+
+def _check_teachers(experiment: Experiment, manifest: dict[str, Any]) -> None:
+    """Refuse an online teacher that would read the rows' ids as those of another vocabulary.
+
+    Raises:
+        InputError: naming it.
+    """
+    for name, teacher in experiment.routed.items():
+        key = f"teachers.{name}.model" if name else "teacher.model"
+        tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code, key)
+        if vocabulary_hash(tokenizer) != tokenizer_of(manifest, name)["vocabulary_hash"]:
+            raise InputError(
+                f"{key}: {teacher.model} has another vocabulary than that in which {training_dataset(experiment)} is"
+            )
 
 
 def check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict[str, Any]]) -> None:
@@ -500,7 +516,7 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
         raise InputError(f"train: {error}") from None
 
 
-def _evaluation(experiment: Experiment) -> dict[str, Any]:
+def _evaluation(experiment: Experiment, stored: type[SoftTargets]) -> dict[str, Any]:
     """Defaults of the arguments that measure the student while it trains."""
     train = experiment.train
     if not train.validation:
@@ -515,7 +531,7 @@ def _evaluation(experiment: Experiment) -> dict[str, Any]:
     found |= {"eval_steps": train.args.get("save_steps", 500)} if saved == "steps" else {}
     if train.early_stopping:
         # Of a sample that cannot tell the forward KL, the divergence that is trained is what can be watched.
-        told = not experiment.targets.stored.refuses("forward_kl", train.temperature)
+        told = not stored.refuses("forward_kl", train.temperature)
         metric = ("kl" if told else train.loss) if train.uses_targets else "ce"
         found |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
         found |= {"restore_callback_states_from_checkpoint": True}  # how long there was no improvement
@@ -595,8 +611,18 @@ def arguments_of(
     precision: Precision,
     more: dict[str, Any] | None = None,
     key: str = "train.args",
+    stored: type[SoftTargets] | None = None,
 ) -> Any:
-    """The `DistillConfig`, with errors that name the key; `more` are arguments that nobody has configured.
+    """The `DistillConfig`, with errors that name the key.
+
+    Args:
+        experiment: the configuration.
+        directory: of the student.
+        text_only: whether it learns the text alone.
+        precision: what it is trained in.
+        more: arguments that nobody has configured.
+        key: what the arguments stand under.
+        stored: the kind of the dataset's targets; that of the configuration if it is not known yet.
 
     Raises:
         InputError: an argument that TRL does not have, or does not take.
@@ -617,7 +643,7 @@ def arguments_of(
         "logging_steps": 1,
         "disable_tqdm": True,
         "use_cpu": not torch.accelerator.is_available(),
-        **_evaluation(experiment),
+        **_evaluation(experiment, stored or experiment.targets.stored),
     }
     ours = {"output_dir": str(directory / "checkpoints")} | experiment.train.model_dump(include=set(_LOSS))
     try:

@@ -324,7 +324,9 @@ class DistillTrainer(trl.SFTTrainer):
         if "target_teacher" not in inputs:
             return self._logits_of(0, teacher_batch(inputs))
         theirs = inputs["target_teacher"]
-        there = {number: self._logits_of(number, teacher_batch(inputs, number)) for number in theirs.unique().tolist()}
+        # Of a batch of nothing but filler one teacher reads all the same.
+        numbers = theirs.unique().tolist() or [next(n for n in range(len(self.teachers)) if f"their_{n}_input_ids" in inputs)]
+        there = {number: self._logits_of(number, teacher_batch(inputs, number)) for number in numbers}
         return losses.RoutedLogits(theirs, there)
 
     def _logits_of(self, number: int, inputs: Any) -> torch.Tensor | fused.ChunkedLogits:

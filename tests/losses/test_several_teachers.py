@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdistill import losses
-from llmdistill.data.collator import DistillCollator, completion_labels
+from llmdistill.data.collator import DistillCollator, completion_labels, first_items
 from llmdistill.data.targets import KINDS
 from llmdistill.losses import DIVERGENCES, Objective, fused
 from llmdistill.losses.classes import ClassTable
@@ -91,16 +91,17 @@ def places_of(rows, name):
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("form", ["plain", "fused"])
 @pytest.mark.parametrize(("kind", "loss"), KIND_LOSSES)
-def test_a_mixed_batch_is_the_sum_of_each_teachers_own(kind, loss, form, padding_free):
+@pytest.mark.parametrize("lacking", [(), ("near",), ("same", "far")])
+def test_a_mixed_batch_is_the_sum_of_each_teachers_own(kind, loss, lacking, form, padding_free):
     """Each teacher's rows by themselves go the way of a single teacher; that with the student's vocabulary without classes."""
-    rows = interleaved(kind)
+    rows = [row for row in interleaved(kind) if row["teacher"] not in lacking]
     classes = {name: classes_of(name) for name in SIZES}
     layer, hidden = layer_and_hidden(sum(counts(rows)))
     objective = Objective(loss, alpha=0.8)
     how = {"padding_free": padding_free, "position_weights": "certainty"}
     found, parts = loss_of(form, hidden, layer, collated(rows, classes, **how), objective)
     wanted, wanted_parts = 0, {}
-    for name in SIZES:
+    for name in SIZES.keys() - set(lacking):
         own = [row for row in rows if row["teacher"] == name]
         if name == "same":
             bare = [{key: value for key, value in row.items() if key != "target_places"} for row in own]
@@ -148,6 +149,29 @@ def test_online_teachers_are_each_asked_for_their_own(loss, form):
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(*(torch.autograd.grad(v, (hidden, layer.weight)) for v in (found, wanted)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["plain", "fused"])
+@pytest.mark.parametrize("loss", DIVERGENCES)
+def test_of_no_position_the_loss_of_several_online_teachers_is_zero_with_all_its_parts(loss, form):
+    """One process may get nothing but filler in the last batch of an epoch; the others wait for its sums."""
+    rows = interleaved("topk")
+    classes = {name: classes_of(name) for name in SIZES}
+    layer, hidden = layer_and_hidden(sum(counts(rows)))
+    batch, objective = collated(rows, classes, for_teacher=True), Objective(loss, alpha=0.9)
+    each = {n: torch.randn(int((batch["target_teacher"] == n).sum()), size) for n, size in enumerate(SIZES.values())}
+    batch["teacher_logits"] = losses.RoutedLogits(batch["target_teacher"], each)
+    _, wanted = loss_of(form, hidden, layer, batch, objective)
+    nothing = first_items(batch, 0)
+    value, parts = loss_of(form, hidden[:0], layer, nothing, objective)
+    value.backward()
+    assert (value.item(), {key: part.item() for key, part in parts.items()}) == (0, dict.fromkeys(wanted, 0))
+
+
+def test_a_batch_of_text_alone_needs_no_teacher():
+    """As the examples of a task are, which are trained on beside the rows of several teachers."""
+    rows = [{"input_ids": np.arange(4), "completion_start": 2}]
+    assert "target_teacher" not in DistillCollator(0, classes={name: classes_of(name) for name in SIZES})(rows)
 
 
 @pytest.mark.parametrize("padding_free", [False, True])

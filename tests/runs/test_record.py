@@ -78,6 +78,31 @@ def test_how_fast_it_runs_may_change(started):
     assert record.claim(started, "generate", SETTINGS | {"teacher": {"engine_args": {"a": 2}}}, INPUTS) == "resume"
 
 
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"compare_text_only": True, "compare_examples": {"task": "t", "file": "f"}}, "resume"),
+        ({"args": {"save_steps": 5, "save_total_limit": 1, "logging_steps": 9, "dataloader_num_workers": 2}}, "resume"),
+        ({"args": {"learning_rate": 1.0}}, "train.args.learning_rate was null, is 1.0"),
+        ({"validation": 0.1}, "train.validation was null, is 0.1"),
+        ({"validation": 0.1, "args": {"save_steps": 5}}, "train.args.save_steps was null, is 5; train.validation"),
+    ],
+)
+def test_a_student_does_not_depend_on_what_is_logged_saved_and_compared(tmp_path, changes, state):
+    settings = {"compare_text_only": False, "compare_examples": None, "validation": None, "args": {}}
+    record.begin(tmp_path / "student", "train", {"train": settings}, INPUTS, seed=3)
+    (tmp_path / "student/checkpoint").write_text("work")
+
+    def claimed():
+        return record.claim(tmp_path / "student", "train", {"train": settings | changes}, INPUTS)
+
+    if state == "resume":
+        assert claimed() == state
+    else:
+        with pytest.raises(record.StaleError, match=re.escape(state)):
+            claimed()
+
+
 def test_how_fast_one_of_several_teachers_runs_may_change(tmp_path):
     several = {"teachers": {"math": {"model": "a", "url": "http://one", "engine_args": {}}, "code": {"model": "b"}}}
     record.begin(tmp_path / "data", "generate", several, INPUTS, seed=3)

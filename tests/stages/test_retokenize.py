@@ -160,6 +160,17 @@ def test_the_text_is_the_same_in_both(tiny, foreign, experiment):
         assert places[-1] == len(row["teacher_ids"]) - int(row["teacher_start"]) - 1  # the end is an end
 
 
+def test_a_teacher_that_reads_along_must_have_the_tokens_of_the_rows(tiny, foreign, experiment):
+    """Else it would take the ids for those of its own vocabulary, and the student would learn what that makes of them."""
+    made = experiment(tiny, foreign, "online")
+    other = made.with_(teacher=made.teacher.with_(model=str(foreign)))
+    message = rf"teacher\.model: {foreign} has another vocabulary than that in which .* is"
+    for dry in (True, False):
+        with pytest.raises(InputError, match=message):
+            train(other, dry)
+    assert not made.directory("student").exists()
+
+
 def test_special_tokens_inside_can_be_left_out(tiny, foreign, experiment, tmp_path):
     made = experiment(
         tiny, foreign, "topk", ("retokenize.special_tokens", "leave_out"), ("generate.max_tokens", "4"), scored=False

@@ -90,6 +90,24 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(trained, tmp_path):
     assert f"{results['steps']}, with the weights of step {best}" in card
 
 
+def test_what_is_watched_is_what_the_dataset_can_tell(experiment_file, tmp_path):
+    """With `train.dataset`, `targets` may be of another kind: top-k targets tell the KL at any temperature."""
+    made = load_experiment(experiment_file, [("targets.kind", "topk")])
+    generate(made)
+    curate(made)
+    settings = {
+        "dataset": str(made.directory("curated")),
+        "temperature": 2.0,
+        "validation": 0.3,
+        "early_stopping": {"patience": 2},
+    }
+    settings["args"] = {"max_steps": 3, "eval_steps": 1, "save_steps": 1, "bf16": False}
+    changes = [("targets", "{kind: sampled}"), *((f"train.{key}", json.dumps(value)) for key, value in settings.items())]
+    train(load_experiment(experiment_file, changes))
+    state = json.loads((tmp_path / "run/student/trainer_state.json").read_text())
+    assert state["best_metric"] == min(entry["eval_kl"] for entry in state["log_history"] if "eval_kl" in entry)
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_a_training_that_had_ended_is_only_saved(trained, tmp_path, early):
     """Stopped behind its last step, inside an epoch: the weights, the steps and the counts are those of the whole run."""

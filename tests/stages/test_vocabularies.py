@@ -10,16 +10,18 @@ import torch
 from transformers import AutoTokenizer
 
 from llmdistill.config import load_experiment
+from llmdistill.data import dataset
 from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits
 from llmdistill.data.convert.exports import export_dataset
 from llmdistill.data.dataset import load_dataset, metadata_and_provenance, read_manifest
 from llmdistill.data.inspect import inspect
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnusableError
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.losses.classes import ClassTable, class_logits
 from llmdistill.models.loading import load_model
 from llmdistill.models.root_classes import load_classes
 from llmdistill.runs.pipeline import stages
+from llmdistill.stages import retokenize as module
 from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
 from llmdistill.stages.generate import generate
@@ -194,6 +196,25 @@ def check_figures(run, models, metrics, classes):
         assert entries[name]["classes"]["count"] == classes[name].count
     (teacher,) = [model for model in metrics["models"] if model["name"] == "teacher"]
     assert teacher["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+
+
+def test_all_rows_of_a_batch_may_be_left_out(models, experiment, monkeypatch):
+    monkeypatch.setattr(dataset, "ROW_GROUP", 5)
+    run, tried, retokenized = experiment(str(models["near"])), [], module._row
+    for step in (generate, curate):
+        step(run)
+
+    def refused(*args):
+        tried.append(args)
+        if len(tried) <= 5:
+            raise UnusableError("no")
+        return retokenized(*args)
+
+    monkeypatch.setattr(module, "_row", refused)
+    retokenize(run)
+    manifest = read_manifest(run.directory("retokenized"))
+    assert manifest["left_out"] == {"no": 5}
+    assert {str(row["teacher"]) for row in load_dataset(run.directory("retokenized"))} == set(NAMES)
 
 
 @pytest.mark.parametrize("packing", [False, True])

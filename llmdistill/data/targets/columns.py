@@ -109,7 +109,7 @@ def merged(class_NK: Array, weights_NK: Array) -> tuple[Array, Array]:
     classes_NK = np.full((positions, k), -1, dtype=np.int64)
     classes_NK.reshape(-1)[flat] = sorted_NK[there_NK]
     sums = np.bincount(flat, np.take_along_axis(weights_NK, order_NK, axis=1)[there_NK], minlength=positions * k)
-    return classes_NK, sums.reshape(positions, k)
+    return classes_NK, sums.astype(np.float64, copy=False).reshape(positions, k)  # of no position, `bincount` gives integers
 
 
 def entropy_within(class_NK: Array, weights_NK: Array, classes_NK: Array, sums_NK: Array) -> Array:
