@@ -53,19 +53,27 @@ def _writers(manifest: dict[str, Any]) -> str:
     return ", ".join(f"{named(teacher)} ({name}, {teacher['rows']:,} rows)" for name, teacher in several.items())
 
 
+def _text(manifest: dict[str, Any]) -> str:
+    """Who has written a dataset's text, in words."""
+    if source := manifest.get("text_from"):
+        return f"from `{Path(source).name}`, read by {_writers(manifest)}"
+    return f"written by {_writers(manifest)}"
+
+
 def dataset_card(manifest: dict[str, Any]) -> str:
-    """The README.md of a dataset, from its `dataset.json`."""
+    """The README.md of a dataset, from its `dataset.json`; a teacher's licence is that of the text that it has written."""
+    written = "text_from" not in manifest
     splits = list(dict.fromkeys(shard["split"] for shard in manifest["shards"]))
     files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
     head = {
         "task_categories": ["text-generation"],
-        "tags": ["llmdistill", "distillation", "synthetic"],
-        **manifest["teacher"].get("licence", {}),
+        "tags": ["llmdistill", "distillation", *(["synthetic"] if written else [])],
+        **(manifest["teacher"].get("licence", {}) if written else {}),
         "configs": [{"config_name": "default", "data_files": files}],
     }
     teacher, sampling = manifest["teacher"], manifest["sampling"]
     facts = {
-        "written by": _writers(manifest),
+        "text": _text(manifest),
         "engine": teacher["engine"],
         "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()) or "unknown",
         "soft targets": describe_targets(manifest),
@@ -82,7 +90,7 @@ def dataset_card(manifest: dict[str, Any]) -> str:
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
 
-# Text and soft targets of {teacher["model"].rstrip("/").split("/")[-1]}
+# {"Text and soft" if written else "Soft"} targets of {teacher["model"].rstrip("/").split("/")[-1]}
 
 Made with llmdistill.
 
@@ -144,8 +152,19 @@ def model_card(
     arguments: Any,
     results: dict[str, float],
     examples: str | None = None,
+    trained_on: tuple[int, int] | None = None,
 ) -> str:
-    """The README.md of a trained student; `arguments` are its `DistillConfig`, `examples` the file that it has seen alone."""
+    """The README.md of a trained student.
+
+    Args:
+        experiment: the configuration.
+        manifest: of its dataset.
+        name: of its directory.
+        arguments: its `DistillConfig`.
+        results: of the training.
+        examples: the file that it has seen alone.
+        trained_on: rows and completion tokens, with those that were mixed in, and without those to validate on.
+    """
     student = experiment.student
     base = student.model or experiment.teacher.model
     head = {
@@ -157,13 +176,14 @@ def model_card(
         **manifest["teacher"].get("licence", {}),
     }
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
-    rows, tokens = (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
-    writers = _writers(manifest) if manifest.get("teachers") else f"`{manifest['teacher']['model']}`"
+    rows, tokens = trained_on or (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
     targets = "none stored, the teacher ran during training" if experiment.targets.online else describe_targets(manifest)
     if examples:
         written, targets = f"the examples in {examples}", "none"
     else:
-        written = f"{counted(rows, 'row')}, {counted(tokens, 'completion token')}, written by {writers}"
+        mixed = [f"`{directory}`" for directory in experiment.train.mix.datasets] if experiment.train.mix else []
+        also = f"; with rows of {', '.join(mixed)}" if mixed else ""
+        written = f"{counted(rows, 'row')}, {counted(tokens, 'completion token')}, {_text(manifest)}{also}"
     facts = {
         "starts from": _starts_from(student, base),
         "loss": _describe_loss(arguments),

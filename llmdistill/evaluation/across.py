@@ -103,4 +103,4 @@ def _logits(model: Any, rows: Sequence[Mapping[str, Any]], name: str) -> tuple[A
 
 
 def _by_row(value_N: Any, row_N: Array, rows: int) -> Array:
-    return np.bincount(row_N, value_N.double().cpu().numpy(), minlength=rows)
+    return np.bincount(row_N, value_N.cpu().double().numpy(), minlength=rows)

@@ -186,7 +186,7 @@ def _across(
 
 
 def _arrays(found: dict[str, Any]) -> dict[str, Array]:
-    return {name: value.double().cpu().numpy() for name, value in found.items()}
+    return {name: value.cpu().double().numpy() for name, value in found.items()}
 
 
 def common_size(models: Iterable[Any]) -> int:

@@ -293,7 +293,7 @@ METRICS = (
         "%",
         "higher",
         compute=per_token_share("top5"),
-        quantities={"top5": lambda at: (at.p_top_N5[:, :, None] == at.q_top.indices[:, None, :]).any(2).double().mean(1)},
+        quantities={"top5": lambda at: (at.p_top_N5[:, :, None] == at.q_top.indices[:, None, :]).any(2).float().mean(1)},
         factor=100,
     ),
     Metric(

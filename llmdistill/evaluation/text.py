@@ -66,7 +66,7 @@ def text_sums(
                     found[f"{name} stored_kl"] = torch.where(stored_N, _stored_kl(logits_NV, batch), 0)
         row_N = np.repeat(np.arange(len(chunk)), lengths)
         for name, value_N in found.items():
-            parts.setdefault(name, []).append(np.bincount(row_N, value_N.double().cpu().numpy(), minlength=len(chunk)))
+            parts.setdefault(name, []).append(np.bincount(row_N, value_N.cpu().double().numpy(), minlength=len(chunk)))
         report(len(chunk), sum(lengths))
     return {name: np.concatenate(sums) for name, sums in parts.items()}
 

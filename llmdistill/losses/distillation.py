@@ -30,7 +30,7 @@ class RoutedLogits:
     def __getitem__(self, rows: slice) -> "RoutedLogits":
         """Those of some positions."""
         first, end, _ = rows.indices(len(self.teacher_N))
-        found = {}
+        found: dict[int, Any] = {}
         for number, logits in self.logits.items():
             its_N = self.teacher_N == number
             before, there = int(its_N[:first].sum()), int(its_N[first:end].sum())

@@ -166,7 +166,9 @@ def _description(manifest: dict[str, Any], inputs: dict[str, str], accounts: lis
     """For `dataset.json`."""
     description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
     description |= {"prompts": manifest.get("prompts", [])}
-    description |= {key: manifest[key] for key in ("left_out", "cost", "gives", "teachers", "route") if key in manifest}
+    description |= {
+        key: manifest[key] for key in ("left_out", "cost", "gives", "teachers", "route", "text_from") if key in manifest
+    }
     description |= {"source": inputs, "versions": record.versions(), "rows_in": rows_in}
     return description | {"steps": [account.described() for account in accounts]}
 

@@ -1,5 +1,6 @@
 """`llmdistill score`: the teacher reads finished text; it is stored with soft targets, as `generate` stores its own."""
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -183,11 +184,11 @@ class _Conversations:
                 stable_id(content, seen[content]),
                 as_columns(turn.prompt),
                 as_columns(turn.completion),
-                prompt_ids,
-                completion_ids,
+                array("i", prompt_ids),  # a list of numbers takes nine times the memory
+                array("i", completion_ids),
                 metadata=other,
                 provenance=provenance | turn.provenance | ({"teacher": name} if name else {}),
-                told_ids=told_ids,
+                told_ids=None if told_ids is prompt_ids else array("i", told_ids),
             )
             texts.append(text)
         assert self.texts is not None
@@ -238,7 +239,9 @@ class _Stored:
         columns += [*self.sampled, *(SampledLogprobs.columns if drawn else ())]
         parts = [load_dataset(directory, split).select_columns(columns) for split in SPLITS if split in there]
         self.rows = datasets.concatenate_datasets(parts)
-        self.encoded: dict[int, tuple[list[int], list[int]]] = {}  # of rows in another vocabulary, in the teacher's tokens
+        self.encoded: dict[
+            int, tuple[Sequence[int], Sequence[int]]
+        ] = {}  # of rows in another vocabulary, in the teacher's tokens
         self.order: list[int] | None = None  # of the rows that are read, those of a teacher together, once `prepare` has looked
 
     def __len__(self) -> int:
@@ -283,7 +286,8 @@ class _Stored:
             try:
                 if self.sampling.get("thinking") == "masked":
                     raise UnusableError("its reasoning trace stands in its prompt, which is in another model's tokens")
-                self.encoded[number] = stored_ids(rows[number], chats[names[number]].template)
+                prompt_ids, ids = stored_ids(rows[number], chats[names[number]].template)
+                self.encoded[number] = array("i", prompt_ids), array("i", ids)
             except UnusableError as error:
                 self.left_out.add(error.at(f"{self.directory} row {rows[number]['id']}"))
         if numbers:
@@ -358,6 +362,8 @@ class _Texts:
 
     def __init__(self, experiment: Experiment, chats: dict[str, PromptEncoder], texts: _Source, names: list[str]) -> None:
         self.chat = next(chat for chat in chats.values() if chat.experiment.teacher == experiment.teacher)
+        assert experiment.score is not None
+        self.source = experiment.score.source
         self.texts = texts
         self.parts = texts.prepare(chats, names)
         self.left_out = texts.left_out
@@ -388,4 +394,4 @@ class _Texts:
         )
 
     def description(self) -> dict[str, Any]:
-        return {"sampling": self.texts.sampling, **self.texts.left_out.described}
+        return {"sampling": self.texts.sampling, "text_from": self.source, **self.texts.left_out.described}

@@ -331,9 +331,19 @@ def _save(
     trainer.state.save_to_json(str(directory / "trainer_state.json"))
     results = {"steps": trainer.state.global_step, **_kept_losses(trainer)}
     write_card(
-        directory / "README.md", lambda: model_card(experiment, manifest, directory.name, made.arguments, results, examples)
+        directory / "README.md",
+        lambda: model_card(experiment, manifest, directory.name, made.arguments, results, examples, _counts(made)),
     )
     record.finish(directory, results)
+
+
+def _counts(made: _Materials) -> tuple[int, int]:
+    """Rows and completion tokens of what was trained on."""
+    from llmdistill.training.packing import row_lengths
+
+    limit = made.arguments.max_length or sys.maxsize
+    starts = made.dataset.select_columns(["completion_start"]).with_format("arrow")[:]["completion_start"].to_numpy()
+    return len(made.dataset), int((row_lengths(made.dataset).clip(max=limit) - starts).clip(0).sum())
 
 
 def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
@@ -588,7 +598,7 @@ def check_training(experiment: Experiment, key: str = "train.args") -> None:
     arguments_of(experiment.with_(train=train.with_(args=general)), directory, False, precision, {"use_cpu": True}, key)
     if experiment.student.lora:
         lora_config(experiment.student.lora)
-    if train.dataset is not None or experiment.prompts is None or is_needed(experiment):
+    if train.dataset is not None or not (experiment.prompts or experiment.score) or is_needed(experiment):
         return  # what is trained on has been made already, or is made by `retokenize`
     if not stored.columns and not online and (train.uses_targets or train.compare_text_only):
         raise InputError(
@@ -597,7 +607,12 @@ def check_training(experiment: Experiment, key: str = "train.args") -> None:
         )
     if train.position_weights != "uniform" and (online or not stored.columns or stored.of_text):
         raise InputError(f"train.position_weights is {train.position_weights}, which needs stored soft targets")
-    if train.sequence_alpha and not experiment.generate.shows_everything:
+    if train.sequence_alpha and experiment.score and not (Path(experiment.score.source) / MANIFEST).is_file():
+        raise InputError(
+            f"train.sequence_alpha is {train.sequence_alpha:g}, which needs text that a model has sampled with known "
+            f"probabilities; {experiment.score.source} (score.source) does not tell them"
+        )
+    if train.sequence_alpha and not experiment.score and not experiment.generate.shows_everything:
         raise InputError(
             f"train.sequence_alpha is {train.sequence_alpha:g}, which needs text that could have been any: generate.temperature "
             "above 0, and neither generate.top_p, top_k, min_tokens, json_schema nor thinking"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmdistill.data.collator import DistillCollator, replaced_forward, text_only
+from llmdistill.data.targets.draw import widest
 from llmdistill.errors import InputError
 from llmdistill.losses.hidden_states import of_pruned
 from llmdistill.students.pruning import Kept
@@ -126,7 +127,7 @@ def solve(
     if after > errors[-1]:
         weight_DF.copy_(old_DF)
         states, after = sweep.moved(number, targets)
-    whole = sum(float(target_ND.double().square().sum()) for target_ND in targets) or 1.0
+    whole = sum(_squares(target_ND) for target_ND in targets) or 1.0
     return states, (errors[0] / whole, after / whole)
 
 
@@ -134,8 +135,9 @@ def _solution(sweep: "Sweep", number: int, targets: list[Tensor], gain_D: Tensor
     """Σ R² of a layer as it is, and what to add to scale · g · W, shape (D, F), by the equations on all batches."""
     down = sweep.layers[number].mlp.down_proj
     size, width = down.in_features, down.out_features
-    gram_FF = torch.zeros(size, size, dtype=torch.float64, device=down.weight.device)
-    cross_FD = torch.zeros(size, width, dtype=torch.float64, device=down.weight.device)
+    device = "cpu" if widest(down.weight) != torch.float64 else down.weight.device  # the sums are in float64
+    gram_FF = torch.zeros(size, size, dtype=torch.float64, device=device)
+    cross_FD = torch.zeros(size, width, dtype=torch.float64, device=device)
     error = 0.0
     for index, target_ND in enumerate(targets):
         seen, mask_BT = sweep.seen(number, index), sweep.masks[index]
@@ -144,10 +146,16 @@ def _solution(sweep: "Sweep", number: int, targets: list[Tensor], gain_D: Tensor
         if gain_D is not None:
             a_NF = a_NF / _divisors(seen.down_BTD[mask_BT], seen.added_BTD[mask_BT], gain_D)
         # With the ridge the equations are well-conditioned: products in float32 lose nothing that counts, and are fast.
-        gram_FF += a_NF.T @ a_NF
-        cross_FD += a_NF.T @ gap_ND
-        error += float(gap_ND.double().square().sum())
-    return error, ridge_solution(gram_FF, cross_FD, ridge).T
+        gram_FF += (a_NF.T @ a_NF).to(device)
+        cross_FD += (a_NF.T @ gap_ND).to(device)
+        error += _squares(gap_ND)
+    solution_DF = ridge_solution(gram_FF, cross_FD, ridge).T
+    return error, solution_DF.to(widest(down.weight)).to(down.weight.device)
+
+
+def _squares(values: Tensor) -> float:
+    """The sum of their squares."""
+    return float(values.to(widest(values)).square().sum())
 
 
 def _gain(layer: Any) -> Tensor:
@@ -286,7 +294,7 @@ class Sweep:
         """The states behind layer `number`, and the sum of their squared distances from targets of shape (N, D)."""
         states = [self.output(number, index) for index in range(len(self.states))]
         pairs = zip(targets, states, self.masks, strict=True)
-        return states, sum(float((y_ND - states_BTD[mask_BT]).double().square().sum()) for y_ND, states_BTD, mask_BT in pairs)
+        return states, sum(_squares(y_ND - states_BTD[mask_BT]) for y_ND, states_BTD, mask_BT in pairs)
 
 
 def _calls(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:

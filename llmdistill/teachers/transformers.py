@@ -166,7 +166,7 @@ class TransformersEngine(Engine):
 
     def _keep(self, logprobs_NV: torch.Tensor, uniform_NU: torch.Tensor) -> tuple[Array, Array]:
         """The ids to keep at some positions, and their log-probabilities."""
-        ids_NK = self.kept.stored.keep(logprobs_NV, self.kept.kept, uniform_NU.to(logprobs_NV.device))
+        ids_NK = self.kept.stored.keep(logprobs_NV, self.kept.kept, uniform_NU.to(logprobs_NV.device, draw.widest(logprobs_NV)))
         return ids_NK.cpu().numpy(), logprobs_NV.gather(1, ids_NK).cpu().numpy()
 
 
@@ -200,7 +200,7 @@ def sample(logprobs_BV: torch.Tensor, sampling: Generate, uniform_B: torch.Tenso
     """
     if sampling.temperature == 0:
         return logprobs_BV.argmax(-1)
-    p_BV = (logprobs_BV.double() / sampling.temperature).softmax(-1)
+    p_BV = (logprobs_BV.to(draw.widest(logprobs_BV)) / sampling.temperature).softmax(-1)
     if sampling.top_k or sampling.top_p < 1:
         sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
         if sampling.top_k:

@@ -30,6 +30,7 @@ from llmdistill.data.collator import (
 )
 from llmdistill.data.importance import importance, log_importance
 from llmdistill.data.targets import KINDS, Chunks, TextOnly, kind_of
+from llmdistill.data.targets.draw import widest
 from llmdistill.errors import NonFiniteError
 from llmdistill.losses import fused
 from llmdistill.losses.classes import ClassTable
@@ -420,12 +421,13 @@ class DistillTrainer(trl.SFTTrainer):
         return weight / self.get_tp_size()
 
     def _count(self, inputs: dict[str, torch.Tensor], sums: dict[str, torch.Tensor]) -> None:
-        lengths = inputs["lengths"].double()
+        lengths = inputs["lengths"].to(widest(inputs["lengths"]))
         sums |= {"tokens": lengths.new_full((), len(inputs["positions"]))}
         sums |= {"input_tokens": lengths.sum(), "squares": lengths.square().sum()}
         mine = self._sums["train" if self.model.training else "eval"]
         for name, value in sums.items():
-            mine[name] = mine[name] + value.double() if name in mine else value.double()
+            value = value.to(widest(value))
+            mine[name] = mine[name] + value if name in mine else value
 
     def _speed(self, tokens: float, flops: float) -> dict[str, float]:
         if self._since is None:

@@ -50,6 +50,18 @@ def test_a_dataset_carries_the_licence_of_its_teacher():
     assert "**Mind: the Llama 3 licence forbids" in card
 
 
+def test_text_that_the_teacher_has_only_read_is_not_called_its_own():
+    teacher = {"model": "big", "engine": "vllm", "licence": {"license": "llama3"}}
+    manifest = {"teacher": teacher, "sampling": {}, "targets": {"kind": "none"}, "shards": [], "rows": 0, "completion_tokens": 0}
+    head = yaml.safe_load(dataset_card(manifest).split("---")[1])
+    assert "synthetic" in head["tags"]
+    card = dataset_card(manifest | {"text_from": "mine/books.jsonl"})
+    head = yaml.safe_load(card.split("---")[1])
+    assert "synthetic" not in head["tags"]
+    assert "license" not in head
+    assert "| text | from `books.jsonl`, read by `big` |" in card
+
+
 def test_results_stand_before_the_configuration_once():
     card = "---\ntags: []\n---\n\n# student\n\n## Configuration\n\nseed: 0\n"
     once = with_results(card, metrics())

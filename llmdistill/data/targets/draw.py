@@ -17,6 +17,11 @@ _FLOATS_AT_ONCE = 1 << 22  # on a CPU: memory of blocks above 32 MB is new each 
 _BLOCK = 64  # tokens, of which only the sum or the largest is looked at first
 
 
+def widest(tensor: Tensor) -> torch.dtype:
+    """The widest type of floats where a tensor is: float64, or float32 on Apple GPUs, which have no other."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 def most_likely(logprobs_NV: Tensor, k: int) -> Tensor:
     """The ids of the k most likely tokens, most likely first; shape (N, k).
 
@@ -62,12 +67,12 @@ def _sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
     top_Nn = most_likely(logprobs_NV, n)
     p_NV = logprobs_NV.exp()
     p_Nn = p_NV.gather(1, top_Nn)
-    exact_N = count_exact(p_Nn.double())
+    exact_N = count_exact(p_Nn.to(widest(p_Nn)))
     columns_n = torch.arange(n, device=p_NV.device)
     is_exact_Nn = columns_n < exact_N[:, None]
     rest_NV = p_NV.scatter_(1, top_Nn, p_Nn.masked_fill(is_exact_Nn, 0))
     # One point in each of n − exact equal parts of the rest's mass, all at the same place in their part.
-    points_Nn = (uniform_N.to(p_NV.device)[:, None] + columns_n) / (n - exact_N)[:, None]
+    points_Nn = (uniform_N.to(p_NV.device, widest(p_NV))[:, None] + columns_n) / (n - exact_N)[:, None]
     drawn_Nn = _search(rest_NV, points_Nn).gather(1, (columns_n - exact_N[:, None]).clamp(min=0))
     return torch.where(is_exact_Nn, top_Nn, drawn_Nn)
 
@@ -77,17 +82,17 @@ def _search(mass_NV: Tensor, points_Nn: Tensor) -> Tensor:
     if short := -mass_NV.shape[1] % _BLOCK:
         mass_NV = torch.nn.functional.pad(mass_NV, (0, short))
     blocks_NMB = mass_NV.unflatten(1, (-1, _BLOCK))
-    ends_NM = blocks_NMB.sum(2).cumsum(1, dtype=torch.float64)  # to sum in float64 would copy all of it
+    ends_NM = blocks_NMB.sum(2).cumsum(1, dtype=widest(mass_NV))  # to sum in float64 would copy all of it
     points_Nn = points_Nn.to(ends_NM) * ends_NM[:, -1:]
     block_Nn = _place(ends_NM, points_Nn)
-    inside_NnB = blocks_NMB.gather(1, block_Nn[:, :, None].expand(-1, -1, _BLOCK)).double().cumsum(2)
+    inside_NnB = blocks_NMB.gather(1, block_Nn[:, :, None].expand(-1, -1, _BLOCK)).to(ends_NM).cumsum(2)
     begin_Nn = ends_NM.gather(1, block_Nn) - inside_NnB[:, :, -1]
     return block_Nn * _BLOCK + _place(inside_NnB, (points_Nn - begin_Nn)[:, :, None])[:, :, 0]
 
 
 def _place(ends: Tensor, points: Tensor) -> Tensor:
     """For each point the first place that ends behind it, along the last dimension; never one of no mass."""
-    points = points.clamp(min=0).minimum(ends[..., -1:] * (1 - 1e-15))
+    points = points.clamp(min=0).minimum(ends[..., -1:] * (1 - 4 * torch.finfo(ends.dtype).eps))
     return torch.searchsorted(ends, points, right=True)
 
 
