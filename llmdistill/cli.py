@@ -20,7 +20,7 @@ import yaml
 from llmdistill import __version__
 from llmdistill.config import Experiment, load_experiment, overrides_of
 from llmdistill.config.help import keys_help
-from llmdistill.config.shipped import SHIPPED, page
+from llmdistill.config.shipped import SHIPPED, find, page
 from llmdistill.errors import BudgetError, BusyError, InputError, NonFiniteError, RemoteError
 from llmdistill.runs.quiet import quiet_libraries
 from llmdistill.stages.table import STAGES, Stage
@@ -69,6 +69,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(2)
     except (BudgetError, BusyError, RemoteError, NonFiniteError) as error:
         _complain(arguments, error)
+        sys.exit(1)
+    except BrokenPipeError:  # who read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         _complain(arguments, "interrupted; finished work is kept; run the same command to continue")
@@ -230,6 +233,8 @@ def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _experiment(arguments: argparse.Namespace, rest: list[str]) -> Experiment:
     """The configuration with the overrides; a dry run shows it."""
+    if rest and not find(arguments.config).is_file():  # `--key VALUE FILE`: the parser does not know that VALUE is one
+        raise InputError(f"{arguments.config}: no such file; the configuration stands before the overrides")
     experiment = load_experiment(Path(arguments.config), overrides_of(rest))
     arguments.where = experiment.output
     if arguments.dry_run:
@@ -418,7 +423,7 @@ def _add_init(commands: Any) -> None:
     _add_task(command)
     command.add_argument("--teacher", metavar="MODEL", help="a name on the Hugging Face Hub, or a directory")
     student = command.add_mutually_exclusive_group()
-    student.add_argument("--student", metavar="MODEL", help="the same for the student, which must have the teacher's tokenizer")
+    student.add_argument("--student", metavar="MODEL", help="the same for the student")
     student.add_argument("--layers", type=int, metavar="N", help="make the student from N of the teacher's layers")
     command.add_argument(
         "--gpu",

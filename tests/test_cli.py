@@ -55,6 +55,13 @@ def test_exit_statuses(monkeypatch, capsys, experiment_file, sigterm, error, sta
     assert said in capsys.readouterr().err
 
 
+def test_the_configuration_stands_before_the_overrides(capsys, experiment_file, sigterm):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", "--generate.samples", "4", str(experiment_file), "--dry-run"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "4: no such file; the configuration stands before the overrides\n"
+
+
 def test_sigterm_is_143(monkeypatch, experiment_file, sigterm):
     monkeypatch.setattr(cli, "_stage", lambda *arguments: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:

@@ -42,3 +42,10 @@ def test_a_reader_that_goes_away_is_no_fault_of_exit(tmp_path):
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
     assert "usage" in result.stdout
+
+
+def test_a_reader_of_a_dry_run_may_go_away(experiment_file):
+    """The configuration is longer than what a pipe holds for nobody, or is written after `head` has ended."""
+    command = f"{sys.executable} -m llmdistill generate {experiment_file} --dry-run | true"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert result.stderr == ""

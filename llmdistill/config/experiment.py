@@ -112,6 +112,8 @@ class Experiment(Section):
     def _is_a_name(cls, output: str) -> str:
         if not output or not output.isprintable():
             raise ValueError(f"{output!r} must not contain control characters, nor be empty")
+        if output.startswith("~"):
+            raise ValueError(f"{output} begins with ~, which only a shell replaces; write the whole path")
         return output
 
     @model_validator(mode="after")

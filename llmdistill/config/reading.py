@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
+from llmdistill.config.curate import CurateStep
 from llmdistill.config.experiment import Experiment
+from llmdistill.config.prompts import PromptStep
 from llmdistill.config.section import Section, Step
 from llmdistill.config.shipped import find
 from llmdistill.config.student import ORIGINS
@@ -18,6 +20,9 @@ from llmdistill.errors import InputError
 _CHARACTERS = 10_000_000
 _DEPTH = 100
 _NODES = 1_000_000
+
+
+_STEPS: dict[str, type[Step]] = {"curate.N": CurateStep, "prompts.steps.N": PromptStep}
 
 
 def overrides_of(rest: list[str]) -> list[tuple[str, str]]:
@@ -43,11 +48,16 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
     Raises:
         InputError: naming the file and the key.
     """
-    tree = read_yaml(file)
+    tree = read_yaml(file, loader=_ConfigurationLoader)
+    kept = {key for key, _ in overrides}
     for key, value in overrides:
         try:
-            read = yaml.load(value, Loader=_Loader)
+            read = yaml.load(value, Loader=_ConfigurationLoader)
             _set(tree, key.split("."), read)
+            if key == "targets.kind":  # the sizes in the file are those of its own kind
+                tree["targets"] = {
+                    name: size for name, size in tree["targets"].items() if name == "kind" or f"targets.{name}" in kept
+                }
             origin = key.split(".")[1] if key.startswith("student.") and read is not None else None
             if origin in ORIGINS:  # they are alternatives: one on the command line replaces another in the file
                 tree["student"] = {name: kept for name, kept in tree["student"].items() if name == origin or name not in ORIGINS}
@@ -71,8 +81,13 @@ def dump_yaml(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def read_yaml(file: Path, key: str | None = None) -> dict[str, Any]:
-    """A YAML file that holds a mapping; `key` is the one that names it, for the error if it is not there.
+def read_yaml(file: Path, key: str | None = None, loader: "type[_Loader] | None" = None) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Args:
+        file: it.
+        key: the one that names it, for the error if it is not there.
+        loader: what reads it; without empty values that are sections, if not given.
 
     Raises:
         InputError: it is not there, or no such file.
@@ -82,7 +97,7 @@ def read_yaml(file: Path, key: str | None = None) -> dict[str, Any]:
             text = stream.read(_CHARACTERS + 1)
         if len(text) > _CHARACTERS:
             raise InputError(f"{file}: is longer than {_CHARACTERS:,} characters, so it is no configuration")
-        tree = yaml.load(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=loader or _Loader)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file" + (f" ({key})" if key else "")) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -153,21 +168,37 @@ def explain(detail: Any) -> str:
     """One validation error as a sentence that names the key."""
     key = ".".join(str(part) for part in detail["loc"] if not _is_type_label(part))
     if detail["type"] == "extra_forbidden":
-        known = [name for name, _, _ in keys()]
-        known += sorted({prefix for name in known for prefix in _prefixes(name)})
-        named = re.sub(r"\.stages\.[\w-]+\.", ".stages.STAGE.", re.sub(r"\.\d+\.", ".N.", key))
-        named = re.sub(r"^teachers\.[^.]+\.", "teachers.NAME.", named)
-        near = difflib.get_close_matches(named, known, n=1, cutoff=0.75)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        if not near and key.startswith("train."):
-            hint = f"; arguments of trl.SFTConfig go under train.args (train.args.{key.removeprefix('train.')})"
-        return f"no such key {key}{hint}"
+        return f"no such key {key}{_hint(key)}"
     if detail["type"] == "missing":
         return f"the key {key} is missing"
     if detail["type"] == "value_error":
         return f"{key + ': ' if key else ''}{detail['ctx']['error']}"
-    message = detail["msg"].removeprefix("Input ")
-    return f"{key} {message}, got {detail['input']!r}"
+    message, given = detail["msg"].removeprefix("Input "), detail["input"]
+    if detail["type"] == "model_type":
+        in_list = isinstance(given, str) and isinstance(detail["loc"][-1], int)
+        hint = f"; a step with its defaults is `- {given}:`" if in_list else ""
+        return f"{key} should be a mapping of keys to values, got {given!r}{hint}"
+    return f"{key} {message}, got {'nothing' if given == {} else repr(given)}"
+
+
+def _hint(key: str) -> str:
+    """What may have been meant by a key that there is not."""
+    known = [name for name, _, _ in keys()]
+    known += sorted({prefix for name in known for prefix in _prefixes(name)})
+    named = re.sub(r"\.stages\.[\w-]+\.", ".stages.STAGE.", re.sub(r"\.\d+\.", ".N.", key))
+    named = re.sub(r"^teachers\.[^.]+\.", "teachers.NAME.", named)
+    if named in known:
+        return ", with dots in it: in a file, keys stand below each other"
+    above = named.rpartition(".")[0]
+    if above in _STEPS:
+        beside = list(_STEPS[above].step_types())
+        near = difflib.get_close_matches(named.rpartition(".")[2], beside, n=1, cutoff=0.7)
+        return f"; did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"; there are {', '.join(beside)}"
+    if near := difflib.get_close_matches(named, known, n=1, cutoff=0.75):
+        return f"; did you mean {near[0]}?"
+    if key.startswith("train."):
+        return f"; arguments of trl.SFTConfig go under train.args (train.args.{key.removeprefix('train.')})"
+    return ""
 
 
 def _is_type_label(part: Any) -> bool:
@@ -223,6 +254,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _ConfigurationLoader(_Loader):
+    """What stands behind a key without a value is a section with its defaults, as in a list of steps; null turns one off."""
+
+    def construct_null(self, node: yaml.ScalarNode) -> dict[str, Any] | None:
+        """Nothing at all, or null in words."""
+        return None if node.value else {}
+
+
 class _Dumper(yaml.SafeDumper):
     """YAML that `_Loader` reads back: text that it would take for a number is quoted."""
 
@@ -231,13 +270,19 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-# Without the sexagesimal numbers of YAML 1.1, by which 12:00:00 is 43200.
-_INT = re.compile(r"^[-+]?(0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+|(0|[1-9][0-9_]*))$")
+# Those of YAML 1.2 that Python reads: not the sexagesimal ones of YAML 1.1, by which 12:00:00 is 43200, nor the octal 010.
+_INT = re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(node.value, 0 if node.value[1:2] in ("o", "x") else 10),
+)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, _INT if tag.endswith(":int") else pattern) for tag, pattern in resolvers if not tag.endswith(":float")]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _either in (_Loader, _Dumper):
+_ConfigurationLoader.add_constructor("tag:yaml.org,2002:null", _ConfigurationLoader.construct_null)
+for _either in (_Loader, _ConfigurationLoader, _Dumper):
+    _either.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     _either.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"^[-+]?((\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),

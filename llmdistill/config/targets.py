@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmdistill.config.section import Section
 from llmdistill.data.targets import KINDS, SoftTargets, TextOnly
@@ -25,6 +25,14 @@ class Targets(Section):
     many)."""
     k: int = Field(default=64, ge=1)
     """Tokens kept per position (kind topk)."""
+
+    @model_validator(mode="after")
+    def _sizes_are_of_the_kind(self) -> "Targets":
+        for name in ("n", "k"):
+            if name in self.model_fields_set and name != self.stored.size:
+                kinds = ", ".join(kind for kind, stored in KINDS.items() if stored.size == name)
+                raise ValueError(f"{name} has no effect with kind {self.kind}, only with {kinds}; remove it, or change kind")
+        return self
 
     @property
     def online(self) -> bool:

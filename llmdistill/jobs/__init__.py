@@ -4,18 +4,22 @@ Which backends there are is said by the section `jobs` of the configuration; eac
 """
 
 import importlib
+import shutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment, dump_experiment
-from llmdistill.config.jobs import Jobs
-from llmdistill.errors import InputError
+from llmdistill.config.jobs import Jobs, Scheduler
+from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import scheduled
-from llmdistill.runs import record
+from llmdistill.runs import pipeline, record
+from llmdistill.runs.pipeline import check_inputs
 from llmdistill.runs.progress import console, say
 from llmdistill.runs.status import how_far, known
+from llmdistill.stages.table import STAGES
 
 BACKENDS = tuple(Jobs.model_fields)
 WHOLE = "run"  # the `stage` of a job that is all of them
@@ -36,13 +40,18 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
         dry_run: print the files and submit nothing.
 
     Raises:
-        InputError: there is no section `jobs`, or jobs of an earlier submission still wait or run.
+        InputError: there is no section `jobs`, something that the stages read is not usable, jobs of an earlier submission still
+            wait or run, or these are refused.
+        RemoteError: the scheduler cannot be reached; nothing of this is left.
     """
     chosen = experiment.jobs and experiment.jobs.chosen
     if not chosen:
         raise InputError(f"the key jobs.{' or jobs.'.join(BACKENDS)} is missing: `submit` needs a scheduler")
     name, settings = chosen
     backend, directory = backend_of(name), Path(experiment.output) / "jobs"
+    if backend.same_files:
+        check_inputs(experiment, here=False)
+        _check_first(experiment, settings)
     stages = scheduled(experiment, settings)
     texts = backend.render(experiment, settings, stages)
     configurations = {f"{stage.name}.yaml": dump_experiment(stage.experiment) for stage in stages}
@@ -55,6 +64,7 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
         raise InputError(
             f"{directory}: {', '.join(alive)} of an earlier submission are still queued or running; `cancel` them first"
         )
+    was_there = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     for file, text in (texts | configurations).items():
         record.write_text(directory / file, text)
@@ -64,11 +74,30 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
             submitted.append(job)
             record.write_json(directory / _FILE, {"backend": name, "jobs": submitted})
             say("submit", f"{job['stage']} is job {job['job']}")
-    except InputError:
+    except (InputError, RemoteError):
         if submitted:
             backend.cancel(submitted)  # half a pipeline is of no use
+        elif not was_there:
+            shutil.rmtree(directory)
+            with suppress(OSError):  # there is something else in it
+                directory.parent.rmdir()
         raise
     say("submit", f"the job files are in {directory}; `llmdistill status {experiment.output}` shows the progress")
+
+
+def _check_first(experiment: Experiment, settings: Scheduler[Any]) -> None:
+    """What the first stage and the launcher read is there, and what is there already is of these settings.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    for one in (settings, *settings.stages.values()):
+        file = getattr(one, "accelerate", None)
+        if file and not Path(file).is_file():
+            raise InputError(f"{file}: no such file (accelerate)")
+    pipeline.check_stale(experiment)
+    first = pipeline.stages(experiment)[0]
+    STAGES[first.command].claims(first.experiment)
 
 
 def status(output: Path) -> None:

@@ -18,6 +18,12 @@ from llmdistill.runs.pipeline import StageRun, stages
 from llmdistill.stages.table import STAGES
 
 PORT = 29500
+# What sbatch, kubectl and sky say where the fault is not in what they were given.
+_UNREACHABLE = re.compile(
+    r"unable to co(ntact|nnect)|could not establish|connection (to the server .*)?(was )?refused|connection error|timed? ?out"
+    r"|no such host|socket|temporarily unavailable",
+    re.IGNORECASE,
+)
 Settings = TypeVar("Settings", bound=Scheduler[Any])
 
 
@@ -128,6 +134,7 @@ def ask(command: Sequence[str], whose: str, wrong: type[Exception] = RemoteError
 
     Raises:
         InputError: the command is not there.
+        RemoteError: the scheduler cannot be reached.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -135,6 +142,8 @@ def ask(command: Sequence[str], whose: str, wrong: type[Exception] = RemoteError
         raise InputError(f"{command[0]} not found: this machine cannot submit jobs to {whose}") from None
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
+        if _UNREACHABLE.search(said):
+            raise RemoteError(f"{command[0]}: {said}")
         raise wrong(f"{command[0]}: {said}")
     return done.stdout
 

@@ -164,7 +164,7 @@ def _source(kind: str, path: Path, directory: Path) -> _Source:
     if kind == "none":
         rows = len(_shipped(_SEEDS).splitlines())
         return _Source(_SEEDS, rows, _INSTRUCT, {name: _shipped(name) for name in (_SEEDS, _INSTRUCT)})
-    if not path.name:
+    if not path.name and not path.is_dir():
         raise InputError(f"--{kind}: no file was named; nothing was written")
     named = _from(directory, path)
     if kind == "text":

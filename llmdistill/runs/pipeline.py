@@ -11,12 +11,14 @@ from pathlib import Path
 from llmdistill.config import Experiment, dump_experiment
 from llmdistill.curation.steps import step_inputs
 from llmdistill.errors import InputError
+from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.runs import lock, record
 from llmdistill.runs.estimate import estimate, said
 from llmdistill.runs.progress import counted, say, working
 from llmdistill.runs.rounds import round_of, round_training
 from llmdistill.runs.status import how_far
+from llmdistill.stages.export import check_libraries
 from llmdistill.stages.prompts import Prompt, count_splits, prepared_prompts
 from llmdistill.stages.retokenize import check_kind
 from llmdistill.stages.table import STAGES
@@ -118,7 +120,7 @@ def run_pipeline(experiment: Experiment, remake: bool = False) -> None:
         InputError: what the last stages read is not usable, or there is work of other settings, which is better known
             before the first.
     """
-    _check_inputs(experiment)
+    check_inputs(experiment)
     stale = check_stale(experiment, remake)
     with lock.alone(stale, "run"):
         for directory, why in stale.items():
@@ -138,7 +140,7 @@ def dry_run(experiment: Experiment, remake: bool = False) -> None:
     Raises:
         InputError: a stage could not run with this configuration.
     """
-    _check_inputs(experiment)
+    check_inputs(experiment)
     if stale := check_stale(experiment, remake):
         for directory, why in stale.items():
             say("run", f"would remove {directory} and make it again: {why}")
@@ -184,8 +186,22 @@ def check_stale(experiment: Experiment, remake: bool = False) -> dict[Path, str]
     return stale
 
 
-def _check_inputs(experiment: Experiment) -> None:
-    """What the configuration names for the stages after the teacher's work is there and can be used."""
+def check_inputs(experiment: Experiment, here: bool = True) -> None:
+    """What the configuration names for the stages after the teacher's work is there and can be used.
+
+    Args:
+        experiment: the configuration.
+        here: whether the stages run in this environment, so that their libraries must be in it.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if not experiment.eval.held_out and experiment.train.dataset is None:
+        raise InputError(
+            "eval.held_out is 0, which leaves nothing for `eval`; set it above 0, or run the stages before it by themselves"
+        )
+    if experiment.export and here:
+        check_libraries(experiment, experiment.export)
     step_inputs(experiment.curate)
     read_tasks(experiment.eval.tasks)
     origin(experiment)
@@ -243,6 +259,7 @@ def _check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
             f"eval.held_out: {share:g} of {counted(train + test, 'conversation')} leaves {train:,} to train on and {test:,} held "
             "out; give it more prompts, or change eval.held_out or seed"
         )
+    check_clusters(test, "held-out prompts", "raise eval.held_out")  # `eval` would refuse it after everything else
     warn_of_few(test)
 
 

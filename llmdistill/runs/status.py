@@ -66,16 +66,19 @@ def _sum(looks: list[dict[str, Any]], silent: float) -> str:
     newest = max(looks, key=lambda look: look["time"])
     step = newest["step"]
     here = [look for look in looks if look["step"] == step]
+    lost = [look for look in here if newest["time"] - look["time"] >= _OLD]  # killed on another machine, perhaps
+    there, here = here, [look for look in here if look not in lost]
     speed = sum(look["tokens_per_s"] or 0 for look in here)
     left = [look["seconds_left"] for look in here if look["seconds_left"] is not None]
     if all(look.get("activity") for look in here):
         late = f" · last update {clock(silent)} ago" if silent >= _OLD else ""
         return f"running · {newest['activity']}{late}"
     parts = [
-        f"{sum(look['done'] for look in here):,}/{sum(look['total'] for look in here):,}",
+        f"{sum(look['done'] for look in there):,}/{sum(look['total'] for look in there):,}",
         f"{speed:,.0f} tok/s" if speed else "",
         f"{clock(max(left))} left" if left else "",
         f"{len(here)} workers" if len(here) > 1 else "",
+        f"{len(lost)} more without news for {clock(newest['time'] - max(look['time'] for look in lost))}" if lost else "",
         f"last update {clock(silent)} ago" if silent >= _OLD else "",
     ]
     name = "" if step == looks[0]["stage"] else f" {step}"

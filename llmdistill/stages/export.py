@@ -62,7 +62,7 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
         return
     manifest = read_manifest(training_dataset(experiment))
     _check_source(settings, source)
-    _check_libraries(experiment, settings)
+    check_libraries(experiment, settings)
     (claim,) = claims(experiment)
     state = record.claim(*claim)
     results, tasks = _results(directory), measured_tasks(experiment)
@@ -111,7 +111,7 @@ def _on_tasks(experiment: Experiment, source: str, made: dict[str, Any], tasks: 
         say("export", f"{name:<11} {line}")
 
 
-def _check_libraries(experiment: Experiment, settings: Export) -> None:
+def check_libraries(experiment: Experiment, settings: Export) -> None:
     """Refuse what needs a library that is not installed.
 
     Raises:

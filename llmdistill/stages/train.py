@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,10 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
         read_examples(examples)
     dataset = training_dataset(experiment)
     mixed = [read_manifest(directory, "train.mix.datasets") for directory in experiment.mixed_datasets]
-    if dry_run and not (dataset / MANIFEST).is_file():
+    if dry_run:
+        with suppress(ImportError):  # without TRL its arguments are not known, and a dry run needs none
+            check_training(experiment)
+    if dry_run and experiment.train.dataset is None and not (dataset / MANIFEST).is_file():
         _say_plan(experiment, None)
         return
     if dataset != experiment.dataset_directory and not dataset.is_dir():

@@ -4,8 +4,12 @@ from typing import get_args
 
 import pytest
 
-from llmdistill.config import Experiment, dump_experiment, keys, load_experiment
+from llmdistill.config import Experiment, dump_experiment, keys, load_experiment, read_yaml
+from llmdistill.config.export import Export
+from llmdistill.config.jobs import Slurm
+from llmdistill.config.reading import dump_yaml
 from llmdistill.config.section import Section
+from llmdistill.config.student import Lora
 from llmdistill.config.targets import Targets
 from llmdistill.errors import InputError
 from tests.conftest import ROOT
@@ -104,7 +108,16 @@ def test_taking_away_what_another_origin_has_replaced_changes_nothing(file):
         ),
         ("student", "{model: x, prune: {layers: 2}}", "either student.model or student.prune"),
         ("curate", "[{repetition: {}, length: {}}]", "exactly one key"),
-        ("curate", "[{repetiton: {}}]", "did you mean curate.N.repetition?"),
+        ("curate", "[{repetiton: {}}]", "did you mean curate.0.repetition?"),
+        ("curate", "[{nope: {}}]", "no such key curate.0.nope; there are finish_reason, length, language"),
+        (
+            "curate",
+            "[duplicates]",
+            "curate.0 should be a mapping of keys to values, got 'duplicates'; a step with its defaults is `- d",
+        ),
+        ("targets", "{k: 64}", "targets: k has no effect with kind sampled, only with topk"),
+        ("targets", "{kind: topk, n: 16}", "targets: n has no effect with kind topk, only with sampled, "),
+        ("output", "~/runs", "output: ~/runs begins with ~, which only a shell replaces; write the whole path"),
         ("output.x", "1", "cannot set output.x"),
         ("train.loss", "mse", "train.loss should be 'forward_kl', 'reverse_kl', 'jsd'"),
         ("train.loss", "jsd", "train.loss is jsd, but sampled targets give an unbiased estimate of forward_kl only"),
@@ -270,3 +283,40 @@ def test_an_ensemble_among_several_teachers_is_one(more, message):
     Experiment.model_validate(tree)
     with pytest.raises(ValueError, match=message):
         Experiment.model_validate(tree | more)
+
+
+def test_an_empty_value_is_a_section_with_its_defaults_and_null_is_none(tmp_path):
+    """As `- duplicates:` is in a list of steps; what is no section needs a value."""
+    file = tmp_path / "experiment.yaml"
+    lines = "output: o\nteacher: {model: t}\nstudent: {model: s, lora: }\nexport:\njobs: {slurm: }\ncurate:\n  - duplicates:\n"
+    file.write_text(lines)
+    experiment = load_experiment(file)
+    assert (experiment.student.lora, experiment.export, experiment.jobs.slurm) == (Lora(), Export(), Slurm())
+    file.write_text(dump_experiment(experiment))
+    assert load_experiment(file) == experiment
+    file.write_text(lines.replace("lora: ", "lora: null").replace("export:", "export: ~"))
+    assert (load_experiment(file).student.lora, load_experiment(file).export) == (None, None)
+    file.write_text(lines + "seed:\n")
+    with pytest.raises(InputError, match=r"seed should be a valid integer, got nothing"):
+        load_experiment(file)
+
+
+def test_another_kind_of_targets_on_the_command_line_has_its_own_size(tmp_path):
+    file = tmp_path / "experiment.yaml"
+    file.write_text("output: o\nteacher: {model: t}\ntargets: {kind: sampled, n: 8}\n")
+    topk = ("targets.kind", "topk")
+    assert load_experiment(file, [topk]).targets.k == 64
+    for overrides in ([topk, ("targets.k", "9")], [("targets.k", "9"), topk]):
+        assert load_experiment(file, overrides).targets.k == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("010", 10), ("008", 8), ("-07", -7), ("0o17", 15), ("0x1F", 31), ("12:00:00", "12:00:00")]
+)
+def test_numbers_are_those_of_yaml_1_2(text, value, tmp_path):
+    """A day of the year as a seed, 008 or 010, is what it looks like; what is written down is read back as it was."""
+    (tmp_path / "a.yaml").write_text(f"a: {text}\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"a": value}
+    for written in (text, value):
+        (tmp_path / "b.yaml").write_text(dump_yaml({"a": written}))
+        assert read_yaml(tmp_path / "b.yaml") == {"a": written}

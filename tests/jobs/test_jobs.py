@@ -146,6 +146,33 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
     assert "no job was submitted" in status.stderr
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--prompts.source", "nope.jsonl"), "nope.jsonl: no such file (prompts.source)"),
+        (("--train.args.learning_rat", "1"), "did you mean train.args.learning_rate"),
+        (("--eval.tasks", "[nope.yaml]"), "nope.yaml: no such file"),
+        (("--curate", "[{json_schema: {file: nope.json}}]"), "nope.json: no such file"),
+        (("--jobs.slurm.accelerate", "nope.yaml"), "nope.yaml: no such file (accelerate)"),
+    ],
+)
+def test_what_the_jobs_would_fail_of_is_said_before_they_are_submitted(experiment_file, tmp_path, wrong, message):
+    for dry in ((), ("--dry-run",)):
+        done = run_cli("submit", experiment_file, "--jobs.slurm.partition", "gpu", *wrong, *dry)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scheduler_that_cannot_be_reached_is_no_wrong_input(experiment_file, tmp_path):
+    said = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    for error, status in ((said, 1), ("sbatch: error: invalid partition specified: gpu", 2)):
+        double(tmp_path, "sbatch", f"echo '{error}' >&2; exit 1")
+        double(tmp_path, "squeue", "true")
+        done = run_cli("submit", experiment_file, "--jobs.slurm", "{partition: gpu}", PATH=f"{tmp_path}:/usr/bin:/bin")
+        assert (done.returncode, done.stderr) == (status, f"sbatch: {error}\n")
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["node-8gpu", "slurm-16-nodes"])
 def test_the_shipped_configurations_of_clusters_show_what_they_would_do(name):
@@ -181,6 +208,24 @@ def test_status_says_how_far_a_running_job_is(tmp_path):
         "generate  job 7: 1 pending, 2 running; running 50/200 · 300 tok/s · 1:30 left",
         "curate    job 8: 1 pending; not done",
     ], said.stderr
+
+
+def test_a_worker_that_is_gone_does_not_count_as_one_that_runs(tmp_path):
+    """It was killed on another machine, where nobody sees that its process is gone."""
+    (tmp_path / ".progress").mkdir()
+    look = {
+        "stage": "generate",
+        "step": "generate",
+        "done": 5,
+        "total": 20,
+        "tokens": 9,
+        "tokens_per_s": 30.0,
+        "seconds_left": 90.0,
+    }
+    for number, silent in enumerate((5, 500)):
+        told = look | {"time": time.time() - silent, "host": f"node{number}", "pid": 1, "share": f"{number + 1}/2"}
+        (tmp_path / f".progress/generate.node{number}-1.json").write_text(json.dumps(told))
+    assert how_far(tmp_path, "generate") == "running 10/40 · 30 tok/s · 1:30 left · 1 more without news for 8:15"
 
 
 def test_status_of_prompts_that_were_started_again_is_that_of_the_stage(tmp_path):

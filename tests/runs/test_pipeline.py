@@ -45,6 +45,9 @@ def test_a_dry_run_shows_every_round_before_there_is_a_student(tiny, tmp_path, c
         ("train.args.loss_type", "dft", r"train\.args: loss_type='dft' is not supported"),
         ("student.lora", "{r: 4, alpha: 8, args: {use_doraa: true}}", r"did you mean student\.lora\.args\.use_dora"),
         ("targets", "{kind: none}", r"train\.alpha is 0\.9, but targets\.kind is none"),
+        ("eval.held_out", "0", r"eval\.held_out is 0, which leaves nothing for `eval`"),
+        ("prompts.limit", "4", r"1 held-out prompt, but an interval needs at least 2; raise eval\.held_out"),
+        ("export", "{formats: [w8a8]}", r"install the extra `gptq`"),
     ],
 )
 def test_what_later_stages_read_is_looked_for_before_the_first(tiny, tmp_path, start, key, value, error):
