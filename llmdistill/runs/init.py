@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from llmdistill.config import load_experiment
 from llmdistill.config.prompts import Passages, Prompts
+from llmdistill.config.reading import dump_yaml
 from llmdistill.config.rows import RowReading
 from llmdistill.config.shipped import SHIPPED
 from llmdistill.errors import InputError
@@ -229,11 +229,7 @@ def _model_from(directory: Path, model: str, key: str) -> str:
 
 def _scalar(text: str) -> str:
     """The text as YAML, in quotes where it has to be."""
-    try:
-        plain = yaml.safe_load(text) == text
-    except yaml.YAMLError:
-        plain = False
-    return text if plain else json.dumps(text)
+    return text if dump_yaml({"key": text}) == f"key: {text}\n" else json.dumps(text)
 
 
 def _write(directory: Path, files: dict[str, str]) -> None:
