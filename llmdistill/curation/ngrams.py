@@ -1,18 +1,19 @@
 """Texts compared by what they share: without case and white space, and by word n-grams as 64-bit numbers."""
 
-import re
 import unicodedata
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import regex
 
 Array = np.ndarray[Any, Any]
 
-# Chinese characters and Japanese kana are written without spaces: each is a word of its own.
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+")
+# Chinese characters, Japanese kana, Thai, Lao, Burmese and Khmer are written without spaces: each character is a word of its own.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Combining marks, such as the vowel signs of Hindi, are parts of a word; `re` takes them for punctuation.
+_WORD = regex.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: no n-gram loses its first words to overflow
 
 
@@ -23,7 +24,8 @@ def normalised(text: str) -> str:
 
 def words(text: str) -> list[str]:
     """The words and numbers of a text, without case, punctuation and differences of Unicode form."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    found: list[str] = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return found
 
 
 def ngram_hashes(words: Sequence[str], n: int) -> Array:

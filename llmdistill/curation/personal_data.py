@@ -15,6 +15,7 @@ from llmdistill.curation.steps import Check, CurationStep, StepContext, whole_te
 
 _SURE = 0.4  # presidio's score from which a match counts; bare digits in the form of a social security number have 0.05
 _NUMBER_BEFORE = re.compile(r"\d[.,]?\Z")
+_VERSION_BEFORE = re.compile(r"(?:\b(?:v|version|release|section|chapter)\.?|§)\s*\Z", re.IGNORECASE)
 _LOOK_BACK = 40  # characters
 _PHONE_WORDS = "phone|telephone|tel|mobile|cell|fax|call|whatsapp|text|hotline|contact"
 _PHONE_WORD = re.compile(rf"\b(?:{_PHONE_WORDS})\b[^\n]{{0,20}}\Z", re.IGNORECASE)
@@ -61,6 +62,8 @@ def _places(recogniser: Any, kind: str, text: str) -> Iterator[int]:
             found = text[start:end]
             if result.score < _SURE or is_part or is_example(kind, found):
                 continue
+            if kind == "ip_address" and _VERSION_BEFORE.search(before):
+                continue
             if kind != "phone" or is_phone(found, before):
                 yield int(start)
 
@@ -104,6 +107,8 @@ def is_example(kind: str, found: str) -> bool:
     if kind == "phone":
         return bool(_EXAMPLE_PHONE.search(re.sub(r"\D", "", found)))
     if kind == "ip_address":
+        if ":" in found and len([group for group in found.split(":") if group]) < 3:
+            return True  # a slice such as x[1::2], or a name such as Face::Add
         try:
             return not ipaddress.ip_interface(found).ip.is_global
         except ValueError:

@@ -10,7 +10,7 @@ from llmdistill.curation.steps import Check, CurationStep, StepContext, final_an
 from llmdistill.curation.verify import Workers
 
 _FENCED_PYTHON = re.compile(
-    r"^([ \t]*)(```+|~~~+)[ \t]*(?:python3?|py)\b[^\n]*\n(.*?)^[ \t]*\2", re.DOTALL | re.MULTILINE | re.IGNORECASE
+    r"^([ \t]*)(```+|~~~+)[ \t]*(?:python3?|py)(?![\w-])[^\n]*\n(.*?)^[ \t]*\2", re.DOTALL | re.MULTILINE | re.IGNORECASE
 )
 
 
@@ -36,6 +36,7 @@ def python_blocks(answer: str) -> list[str]:
     return [
         "".join(line.removeprefix(indent) for line in code.splitlines(keepends=True))
         for indent, _, code in _FENCED_PYTHON.findall(answer)
+        if not code.lstrip().startswith(">>>")  # a session, not a program
     ]
 
 

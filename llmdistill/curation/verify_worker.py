@@ -6,6 +6,7 @@ It reads a JSON object a line, `{"check": "math" | "python" | "sql", …}`, and 
 
 import ast
 import json
+import re
 import resource
 import signal
 import sys
@@ -42,6 +43,7 @@ def check_math(expected: str, text: str) -> str | None:
     from math_verify import parse, verify
 
     def read(formula: str) -> list[Any]:
+        formula = re.sub(r"\\\$(?=\s*[\d.])", "", formula)  # an amount of money, as Markdown escapes it
         return parse(formula, parsing_timeout=None, raise_on_error=True)
 
     gold = read(expected) if "$" in expected or "boxed" in expected else read(f"${expected}$") or read(expected)

@@ -11,7 +11,7 @@ exact one of Clopper & Pearson (1934), otherwise Chernoff's (1952), whichever cl
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,6 +139,14 @@ class Clusters:
         allowed = bisect_right(items, 1 - LEVEL, key=lambda few: likelihood(few, self.sizes, 1 - target))
         return allowed - 1 if allowed else None
 
+    def needed(self, target: float) -> int | None:
+        """How many clusters of these sizes can show an agreement, without one that disagrees; None if a hundred times as many."""
+        if (self.sizes == self.sizes[0]).all():
+            return items_needed(target)
+        counts = range(1, 100 * len(self.sizes))
+        shown = bisect_left(counts, True, key=lambda m: likelihood(0, np.resize(self.sizes, m), 1 - target) <= 1 - LEVEL)
+        return counts[shown] if shown < len(counts) else None
+
     def threshold(self, scores: Array, agrees: Array, most: float) -> float | None:
         """The lowest of the scores from which on clusters with an item that disagrees have at most so many items; or None."""
         highest = np.full(len(self.sizes), -np.inf)
@@ -185,7 +193,7 @@ def _for(
 ) -> dict[str, Any]:
     """The threshold for an agreement, and what it gives."""
     most = clusters.most(target)
-    found = {"target": target, "level": LEVEL, "items_needed": items_needed(target)}
+    found = {"target": target, "level": LEVEL, "items_needed": clusters.needed(target)}
     if most is None:
         return {**found, "threshold": None, "shown": False}
     lowest = clusters.threshold(scores, agrees, most)

@@ -149,7 +149,7 @@ def advice(best: Mapping[str, Any]) -> str:
     how = {"sampled": "sampled ", "greedy": "greedy "}.get(best["mode"], "")
     drafts = f"{best['gamma']} {how}draft{'s' if best['gamma'] > 1 else ''} a cycle"
     said = f"At temperature {best['temperature']} the student as a draft model"
-    if best["speed_up"]["mean"] <= 1:
+    if best["speed_up"]["high"] <= 1:
         return f"{said} would slow the teacher down: even the best, {drafts}, gives {times} times its speed ({ends})."
     if best["speed_up"]["low"] <= 1:
         return f"{said} was not shown to be of use: the best, {drafts}, gives {times} times the teacher’s speed ({ends})."

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from llmdistill.config import Experiment
 from llmdistill.errors import InputError
 from llmdistill.evaluation.own_tasks import OwnTask, run_own
-from llmdistill.evaluation.task_scores import STUDENT, TEACHER, summarise
-from llmdistill.evaluation.tasks import SCHEMA, About, read_own_tasks
+from llmdistill.evaluation.task_scores import STUDENT, TEACHER, about_own, summarise
+from llmdistill.evaluation.tasks import SCHEMA, read_own_tasks
 from llmdistill.runs import record
 from llmdistill.runs.progress import say
 
@@ -117,9 +117,7 @@ def on_tasks(measured: MeasuredTasks, model: Any, tokenizer: Any, end_ids: list[
         thinking_end=experiment.generate.thinking_end,
     )
     table = pa.concat_tables([measured.rows, pa.Table.from_pylist(rows, SCHEMA)])
-    about = {
-        own.task.name: About(str(own.task.file), own.task.rules.METRIC, None, tables[own.task.name]) for own in measured.tasks
-    }
+    about = about_own(measured.tasks, tables)
     return {"of": measured.sha256, **summarise(table, about, settings.resamples, experiment.seed)}
 
 

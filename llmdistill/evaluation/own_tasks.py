@@ -27,6 +27,11 @@ class OwnTask:
     items: list[Item]
     files: dict[str, Path]
 
+    @property
+    def chance(self) -> float | None:
+        """What guessing among the labels gives; None where an answer is no choice among a few."""
+        return 1 / len(self.task.labels) if self.task.labels else None
+
 
 def read_own(file: Path) -> OwnTask:
     """A task file and its test; what is wrong in either is said before a model is loaded.

@@ -334,7 +334,9 @@ class Draws:
         sizes = self.sums(np.ones(len(differences)))
         if (sizes == 1).all():
             return asdict(pairs_interval(differences))
-        return asdict(mean_interval(self.sums(differences), sizes, self.draws))
+        found, least = mean_interval(self.sums(differences), sizes, self.draws), pairs_interval(np.zeros(len(sizes))).high
+        low, high = min(found.low, found.mean - least), max(found.high, found.mean + least)
+        return asdict(Interval(found.mean, max(low, -1.0), min(high, 1.0)))
 
     def ratio(self, sums: Array, counts: Array) -> Estimate:
         """The ratio of two sums over rows."""

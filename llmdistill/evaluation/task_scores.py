@@ -4,7 +4,7 @@ A teacher behind an API, whose weights are not here, has no score, of which noth
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def measure_tasks(
         end = experiment.generate.thinking_end
         rows, tables = run_own(own, models, tokenizers, end_ids, size, limit, shown, parts=parts, thinking_end=end)
         table = pa.Table.from_pylist(rows, SCHEMA)
-        about = {each.task.name: About(str(each.task.file), each.task.rules.METRIC, None, tables[each.task.name]) for each in own}
+        about = about_own(own, tables)
     if others:
         measured, described, warnings = run_tasks(others, models, tokenizers, size, limit, shown, parts)
         table, about = pa.concat_tables([table, measured]), about | described
@@ -67,6 +67,16 @@ def measure_tasks(
         "warnings": warnings,
     }
     return {"tasks": {**how, **summarise(table, about, settings.resamples, experiment.seed)}}
+
+
+def about_own(tasks: Sequence[OwnTask], tables: Mapping[str, dict[str, Any]]) -> dict[str, About]:
+    """What is said of tasks of a user's own, by name.
+
+    Args:
+        tasks: read.
+        tables: of `run_own`.
+    """
+    return {own.task.name: About(str(own.task.file), own.task.rules.METRIC, own.chance, tables[own.task.name]) for own in tasks}
 
 
 def summarise(table: pa.Table, about: dict[str, About], resamples: int, seed: int) -> dict[str, Any]:
@@ -120,6 +130,23 @@ class _Task:
         """Whether these models' scores are 0 or 1."""
         return all(np.isin(self.scores[model], (0, 1)).all() for model in models)
 
+    def is_constant(self, *models: str) -> bool:
+        """Whether a model's scores, or the differences between two, are all the same."""
+        first, *second = (self.scores[model] for model in models)
+        return bool(np.ptp(first - second[0] if second else first) == 0)
+
+    def is_between(self, *models: str) -> bool:
+        """Whether these models' scores are between 0 and 1."""
+        return all(self.scores[model].min() >= 0 and self.scores[model].max() <= 1 for model in models)
+
+    def mean(self, *models: str) -> dict[str, float]:
+        """The mean of a model, or of the difference between two, with its interval."""
+        first, *second = (self.scores[model] for model in models)
+        if not second:
+            return (self.draws.share if self.is_between(*models) else self.draws.interval)(first, self.items)
+        binary = self.are_right_or_wrong(*models)
+        return self.draws.pairs(first - second[0]) if binary else self.draws.interval(first - second[0], self.items)
+
     def least_half(self, *models: str) -> float:
         """Half of the interval of the difference of two models that are right on the same items; 0 for other scores."""
         return pairs_interval(np.zeros(len(self.sizes))).high if self.are_right_or_wrong(*models) else 0.0
@@ -134,11 +161,11 @@ class _Task:
             "items": len(self.items),
             "clusters": len(self.sizes),
             "warning": self.warning,
-            "models": {model: self._mean(model) for model in models},
+            "models": {model: self.mean(model) for model in models},
             "differences": [self._difference(rival) for rival in rivals],
             "kept": _kept([self], 0),
             "kept_by_model": {model: _kept([self], 0, model) for model in models if model != TEACHER},
-            "kept_above_chance": _kept([self], about.chance or 0),
+            "kept_above_chance": None if about.chance is None else _kept([self], about.chance),
             **about.tables,
             **(self._beside_the_teacher() if "valid" in about.tables and TEACHER in self.scores else {}),
         }
@@ -155,11 +182,6 @@ class _Task:
         agrees, clusters = rows["agrees"].to_numpy(), rows["cluster"].to_pylist()
         return {"cascade": cascade(rows["logprobs"].to_pylist(), agrees, self.scores, clusters, self.draws, self.seed)}
 
-    def _mean(self, model: str) -> dict[str, float]:
-        scores = self.scores[model]
-        between = (scores.min() >= 0) and (scores.max() <= 1)
-        return (self.draws.share if between else self.draws.interval)(scores, self.items)
-
     def _difference(self, rival: str) -> dict[str, Any]:
         ours, theirs = self.scores[STUDENT], self.scores[rival]
         needed = clusters_needed(self.draws.sums(ours - theirs), self.sizes)
@@ -167,7 +189,7 @@ class _Task:
         return {
             "of": STUDENT,
             "against": rival,
-            **(self.draws.pairs(ours - theirs) if binary else self.draws.interval(ours - theirs, self.items)),
+            **self.mean(STUDENT, rival),
             "mcnemar": asdict(mcnemar(ours == 1, theirs == 1)) if binary else None,
             "items_needed": None if needed is None else math.ceil(needed * self.sizes.mean()),
         }
@@ -177,8 +199,22 @@ def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str]
     """Over all tasks: the mean of their means, each task counting alike, its items drawn apart from the others'."""
 
     def mean(*models: str) -> dict[str, float]:
-        return asdict(mean_of([task.ratio(*models) for task in tasks]).interval())
+        each = [task.mean(*models) for task in tasks]
+        if len(tasks) == 1:
+            return each[0]
+        found = mean_of([task.ratio(*models) for task in tasks]).interval()
+        # Of a task whose scores are all the same, resamples tell nothing; its own interval has a width.
+        silent = [own for task, own in zip(tasks, each, strict=True) if task.is_constant(*models)]
+        down, up = (
+            math.hypot(end, *((own[side] - own["mean"]) / len(tasks) for own in silent))
+            for side, end in (("low", found.mean - found.low), ("high", found.high - found.mean))
+        )
+        least, most = (
+            (-1 if len(models) > 1 else 0, 1) if all(task.is_between(*models) for task in tasks) else (-math.inf, math.inf)
+        )
+        return asdict(Interval(found.mean, max(found.mean - down, least), min(found.mean + up, most)))
 
+    chances = [about[task.name].chance for task in tasks]
     return {
         "tasks": len(tasks),
         "items": sum(len(task.items) for task in tasks),
@@ -192,7 +228,7 @@ def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str]
             for rival in rivals
         ],
         "kept": _kept(tasks, 0),
-        "kept_above_chance": _kept(tasks, float(np.mean([about[task.name].chance or 0 for task in tasks]))),
+        "kept_above_chance": _kept(tasks, float(np.mean([chance or 0 for chance in chances]))) if any(chances) else None,
     }
 
 

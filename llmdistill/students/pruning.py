@@ -156,11 +156,11 @@ def prune_model(teacher: Any, kept: Kept) -> Any:
     try:
         config.validate()
         student = type(teacher)._from_config(config, dtype=teacher.dtype).to(teacher.device)
+        student.load_state_dict(state)
     except Exception as error:  # configurations check themselves, each in its own way
         raise InputError(
             f"student.prune: {type(teacher).__name__} cannot have these sizes: {str(error).splitlines()[-1].strip()}"
         ) from None
-    student.load_state_dict(state)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     check_layers(teacher, student.eval(), kept)
     return student

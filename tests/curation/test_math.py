@@ -16,8 +16,13 @@ def test_math_by_value_not_by_text(tmp_path):
         (r"The solutions are $\{1, 2\}$", r"\{2, 1\}"),
         (r"$x^2 + 2x + 1$", "(x+1)^2"),
         ("50%", r"50\%"),
+        (r"She makes **\$18** every day.", "18"),
+        (r"That is 9 × \$2 = \$18", 18),
+        (r"It costs \$1,200.", "1200"),
+        (r"So $9 \times \$2 = \$18$.", r"\$18"),
     ]
     assert math(tmp_path, right) == [None] * len(right)
+    assert math(tmp_path, [(r"She makes \$17.", "18")]) == ["17 is not 18"]
     wrong = math(tmp_path, [("It is 41.", 42), ("I do not know.", 42), (r"\boxed{x+1}", "x+2")])
     assert wrong == ["41 is not 42", "no formula or number, expected 42", "x+1 is not x+2"]
 

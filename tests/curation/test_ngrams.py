@@ -14,6 +14,8 @@ def tuples(words, n):
 def test_words_are_what_people_read():
     assert words("Don't  STOP—3.5 km, naïve ﬁne!") == ["don", "t", "stop", "3", "5", "km", "naïve", "fine"]
     assert words("東京へ行く to Rome") == ["東", "京", "へ", "行", "く", "to", "rome"]
+    assert words("यह किस नदी के किनारे है؟ مَرْحَبًا") == ["यह", "किस", "नदी", "के", "किनारे", "है", "مَرْحَبًا"]
+    assert words("ภาษาไทย") == list("ภาษาไทย")
     assert words("snake_case … \n\t") == ["snake", "case"]
 
 

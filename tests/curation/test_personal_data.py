@@ -37,6 +37,12 @@ def test_what_is_private_and_what_only_looks_like_it(tmp_path):
         )
 
 
+def test_code_and_versions_are_no_addresses_on_the_internet(tmp_path):
+    rows = table(["nums[1::2] and arr[10::5]", "Face::Add(x); use abc::de;", "version 3.11.4.2", "ping 2607:f8b0:4005:805::200e"])
+    found = apply_step(tmp_path, {"personal_data": {"kinds": ["ip_address"]}}, rows)[0]
+    assert found == [None, None, None, "ip address at character 16"]
+
+
 def test_prompts_are_looked_at_too_and_kinds_can_be_chosen(tmp_path):
     rows = table(["a", "b"], prompts=["I am maria.lopez@gmail.com", "The server is 8.8.8.8"])
     assert apply_step(tmp_path, {"personal_data": None}, rows)[0] == ["email at character 5", None]
@@ -53,6 +59,8 @@ def test_prompts_are_looked_at_too_and_kinds_can_be_chosen(tmp_path):
         ("phone", "+1 (212) 555-0200", False),
         ("ip_address", "10.0.0.1/8", True),
         ("ip_address", "2001:4860:4860::8888", False),
+        ("ip_address", "1::2", True),
+        ("ip_address", "Face::Add", True),
         ("iban", "x", False),
     ],
 )

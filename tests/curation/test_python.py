@@ -34,3 +34,4 @@ def test_code_that_breaks_the_parser_breaks_no_more(tmp_path, code):
 def test_blocks_are_taken_without_their_indentation():
     assert python_blocks("- a\n  ```python\n  if x:\n    y\n  ```\n~~~ py title\nz\n~~~") == ["if x:\n  y\n", "z\n"]
     assert python_blocks("```pyramid\nx\n```") == []
+    assert python_blocks("```python-repl\nfoo bar\n```\n```py\n>>> x = 1\n```") == []

@@ -37,6 +37,18 @@ def test_too_few_items_for_a_target(n, most):
     assert [items_needed(target) for target in TARGETS] == [29, 59, 299]
 
 
+def test_clusters_of_other_sizes_need_more():
+    """What is needed is what `most` allows: of one cluster fewer, not even none may disagree."""
+    sizes = [1] * 345 + [2, 3]
+    clusters = Clusters.of(np.repeat(np.arange(len(sizes)), sizes))
+    for target in TARGETS:
+        needed = clusters.needed(target)
+        assert needed >= items_needed(target)
+        assert (clusters.most(target) is None) == (needed > len(sizes))
+        here, less = (np.resize(clusters.sizes, count) for count in (needed, needed - 1))
+        assert [Clusters.of(np.repeat(np.arange(len(s)), s)).most(target) is None for s in (here, less)] == [False, True]
+
+
 @pytest.mark.parametrize("n", [298, 299, 473, 474, 1000, 5000])
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_bound_is_that_of_clopper_and_pearson(n, target):

@@ -110,6 +110,48 @@ def test_kept_holds_the_true_share_where_few_items_differ(items):
     assert held / count > 0.93
 
 
+def test_all_together_is_one_task_where_there_is_one():
+    """Which has a width at 0 and 100%, and stays between them."""
+    for right, rival in ((20, 20), (19, 20), (0, 19)):
+        scores = dict.fromkeys(MODELS, np.arange(20) < rival) | {"student": np.arange(20) < right}
+        got = summarise(table({"a": scores}), {"a": ABOUT}, 500, 0)
+        (task,), together = got["tasks"], got["together"]
+        assert together["models"] == task["models"]
+        for ours, theirs in zip(together["differences"], task["differences"], strict=True):
+            assert {key: ours[key] for key in ("mean", "low", "high")} == {key: theirs[key] for key in ("mean", "low", "high")}
+
+
+def test_a_task_on_which_all_are_right_does_not_make_the_whole_more_certain():
+    """Three of four tasks are constant: the width is that of independent intervals, and nothing is above 100%."""
+    sure = dict.fromkeys(MODELS, np.ones(40))
+    scores = {"a": drawn(1, (0.9, 0.5, 0.8, 0.7), 60), "b": sure, "c": sure, "d": sure}
+    got = summarise(table(scores), dict.fromkeys(scores, ABOUT), 2000, 0)
+    together, tasks = got["together"], got["tasks"]
+    low = together["models"]["student"]["mean"] - together["models"]["student"]["low"]
+    each = [task["models"]["student"]["mean"] - task["models"]["student"]["low"] for task in tasks]
+    assert low == pytest.approx(np.linalg.norm(each) / 4, rel=0.1)
+    assert together["models"]["student"]["high"] <= 1
+    sides = [task["differences"][0]["high"] - task["differences"][0]["mean"] for task in tasks]
+    found = together["differences"][0]
+    assert found["high"] - found["mean"] == pytest.approx(np.linalg.norm(sides) / 4, rel=0.15)
+
+
+def test_of_clusters_that_never_differ_the_difference_is_not_certain():
+    """Like that of as many single items."""
+    alone = summarise(table({"a": dict.fromkeys(MODELS, np.arange(30) % 2)}), {"a": ABOUT}, 200, 0)
+    pairs = summarise(table({"a": dict.fromkeys(MODELS, np.arange(60) // 2 % 2)}, np.arange(60) // 2), {"a": ABOUT}, 200, 0)
+    ends = [got["tasks"][0]["differences"][0]["high"] for got in (alone, pairs)]
+    assert ends[0] == pytest.approx(ends[1])
+    assert ends[0] > 0.08
+
+
+def test_where_chance_is_not_known_nothing_is_said_of_it():
+    scores = drawn(0, (0.9, 0.5, 0.8, 0.7), 100)
+    got = summarise(table({"a": scores}), {"a": About("x", "exact_match", None)}, 200, 0)
+    assert got["tasks"][0]["kept_above_chance"] is None
+    assert got["together"]["kept_above_chance"] is None
+
+
 def test_all_tasks_count_alike_and_holm_is_over_them():
     scores = {"a": drawn(1, (0.9, 0.5, 0.8, 0.7), 300), "b": drawn(2, (0.6, 0.3, 0.55, 0.5), 40), "c": drawn(3, (0.5,) * 4, 60)}
     about = {name: About("x", "acc", chance) for name, chance in (("a", 0.25), ("b", 0.5), ("c", None))}

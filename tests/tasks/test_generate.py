@@ -16,6 +16,8 @@ from tests.tasks.make import items, make_task
         ("The CAT, sat!", "the cat sat", 1),
         ("a b c d e f", "a c e", 2 * 3 / 9),
         ("我喜欢吃苹果和香蕉", "我喜欢吃苹果和梨", 2 * 7 / 17),  # each character is a word
+        ("काला", "कील", 0),  # vowel signs are part of a word
+        ("यह किताब है", "यह कलम है", 2 / 3),
         ("", "a", 0),
         ("?", "!", 0),
     ],

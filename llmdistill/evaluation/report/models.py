@@ -85,7 +85,7 @@ def draft_of(experiment: Experiment, teacher: str, student: Json) -> Json | None
     if draft is None:
         return None
     best, modes = drafts.best_cycles(draft), [draft[mode] for mode in _DRAFTS]
-    faster = next((cycle for cycle in best if cycle["speed_up"]["mean"] > 1), None)
+    faster = next((cycle for cycle in best if cycle["speed_up"]["low"] > 1), None)
     revision = experiment.teacher.revision
     return {
         "labels": list(_DRAFTS.values()),

@@ -65,7 +65,7 @@ def _said(cascade: Json) -> list[str]:
     missing = [entry for entry in cascade["thresholds"] if not entry["shown"]]
     if missing:
         sizes = f", of up to {cascade['largest_cluster']} rows each," if cascade["largest_cluster"] > 1 else ""
-        few = ", ".join(f"{entry['target']:.0%} takes {entry['items_needed']}" for entry in missing)
+        few = ", ".join(f"{entry['target']:.0%} takes {entry['items_needed'] or 'far more'}" for entry in missing)
         said.append(
             f"{cascade['clusters']} independent items{sizes} are too few to show a higher agreement, "
             f"even without one disagreement: {few}."
