@@ -90,6 +90,15 @@ def write_noisy(model: Path, directory: Path, seed: int, noise: float = 0.1, pad
     return directory
 
 
+def sized(kind: str, size: int) -> Any:
+    """Targets of a kind with so many tokens a position."""
+    from llmdistill.config import Targets
+    from llmdistill.data.targets import KINDS
+
+    of_kind = KINDS[kind].size
+    return Targets(kind=kind, **({of_kind: size} if of_kind else {}))
+
+
 def make_row(name: str, prompt_ids: Any, completion_ids: Any, token_logprobs: Any = None, soft: Any = None) -> Any:
     """A row whose prompt and answer read as its name; the teacher's log-probabilities are zero unless given."""
     import numpy as np

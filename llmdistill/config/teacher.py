@@ -163,7 +163,8 @@ class Teacher(Section):
     """Send each shard as one batch, at a lower price, with the answers within a day (engines openai, anthropic)."""
     price: Price | None = None
     budget: float | None = Field(default=None, gt=0)
-    """Most to spend on this dataset, in the currency of `price`. No shard is begun that may cost more than what is left."""
+    """Most to spend on this dataset, in the currency of `price`. No shard is begun that may cost more than what is left. What
+    `prompts.steps` ask does not count."""
     licence: str | None = None
     """Licence or terms under which the output may be used: a name such as `apache-2.0`, or the address of the terms (required
     by engines openai and anthropic)."""

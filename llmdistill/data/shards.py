@@ -365,11 +365,7 @@ def _store(making: _Making, index: int, completions: list[Completion], gives: di
     """
     experiment = making.source.parts[making.layout.shards[index][0]].chat.experiment
     failed = Counter(completion.failed for completion in completions if completion.failed)
-    tells = len(completions) >= _TELLING or len(making.layout) == 1
-    if failed.total() == len(completions) or (failed.total() > len(completions) / 2 and tells):
-        why, count = failed.most_common(1)[0]
-        where = experiment.teacher.endpoint or making.name
-        raise RemoteError(f"{where}: {count:,} of {len(completions):,} answers had {why}; not stored")
+    check_given_up(failed, len(completions), len(making.layout) == 1, experiment.teacher.endpoint or making.name)
     rows = [making.source.row(completion) for completion in completions if not completion.failed]
     for row in rows:
         check_logprobs(row, unknown=experiment.teacher.abilities.api)
@@ -380,6 +376,23 @@ def _store(making: _Making, index: int, completions: list[Completion], gives: di
     described = describe_shard(shard)
     making.shared.put(shard)
     return described
+
+
+def check_given_up(failed: Counter[str], asked: int, alone: bool, where: str) -> None:
+    """Refuse a shard of which most was given up: it tells something of the endpoint, and another try may be better.
+
+    Args:
+        failed: how many answers, by the reason.
+        asked: how many were asked for.
+        alone: whether there is no other shard.
+        where: the endpoint.
+
+    Raises:
+        RemoteError: all were, or most of enough.
+    """
+    if asked and (failed.total() == asked or (failed.total() > asked / 2 and (asked >= _TELLING or alone))):
+        why, count = failed.most_common(1)[0]
+        raise RemoteError(f"{where}: {count:,} of {asked:,} answers had {why}; not stored")
 
 
 def _by_shard(

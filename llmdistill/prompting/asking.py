@@ -1,6 +1,7 @@
 """The teacher asked while prompts are made: answers in shards that a later try, or another worker, finds and keeps."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +13,7 @@ import pyarrow as pa
 from llmdistill.config import Experiment, Generate, Targets
 from llmdistill.config.machine import Precision
 from llmdistill.data.dataset import Messages, finished_shards, read_batches, storable, write_shard
-from llmdistill.data.shards import Share
+from llmdistill.data.shards import Share, check_given_up
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 from llmdistill.models.chat_template import Conversation
@@ -24,7 +25,8 @@ from llmdistill.teachers.thinking import answer_ids
 # Tokens reserved for a question and its answer where `teacher.max_model_len` does not say: how long the questions of a
 # later step are is not known before the first one is done, and the teacher is loaded once.
 _CONTEXT = 4096
-TOO_LONG = "context"  # in the place of a finish reason: it was not asked, since it does not fit
+# In the place of a finish reason: it was not asked, since it does not fit; or it was given up, with the reason behind this.
+TOO_LONG, GIVEN_UP = "context", "failed: "
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Asker:
 
         Raises:
             WaitingForOthersError: this worker's shards are made, and some of the others are not.
+            RemoteError: most of a shard was given up.
         """
         size = self.experiment.generate.rows_per_shard
         shards = -(-count // size)
@@ -168,7 +171,12 @@ class Asker:
                     messages = prompt_format.messages(question.messages)
                     yield Request(index, ids, row_seed(question.id, self.experiment.seed), messages=messages)
 
+        failed: dict[int, Counter[str]] = {}
+
         def store(shard: int) -> None:
+            given_up = failed.pop(shard, Counter())
+            asked_for = sum(answer.finish_reason != TOO_LONG for answer in answers[shard].values())
+            check_given_up(given_up, asked_for, shards == 1, self.experiment.teacher.endpoint or label)
             given = [answer for _, answer in sorted(answers.pop(shard).items())]
             write_shard(directory, "train", shard, shards, _table(asked.pop(shard), given))
 
@@ -178,7 +186,11 @@ class Asker:
         with bar:
             for completion in engine.generate(batches()):
                 shard = completion.index // size
-                answers[shard][completion.index] = prompt_format.answer(completion.ids, completion.finish_reason)
+                if completion.failed:
+                    failed.setdefault(shard, Counter())[completion.failed] += 1
+                    answers[shard][completion.index] = Answer("", f"{GIVEN_UP}{completion.failed}")
+                else:
+                    answers[shard][completion.index] = prompt_format.answer(completion.ids, completion.finish_reason)
                 bar.advance(tokens=len(completion.ids))
                 if len(answers[shard]) == len(asked[shard]):
                     store(shard)

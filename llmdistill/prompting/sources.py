@@ -6,6 +6,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from bisect import bisect_left
@@ -94,7 +95,9 @@ def read_source(section: Prompts, token_starts: Starts | None = None) -> Iterato
     if section.dataset is not None and section.passages:
         entries = _cut_rows(entries, section.passages, token_starts)
     found = False
-    for entry in _taken(islice(entries, section.limit), section, "prompts.source"):
+    of_dataset = section.source is not None and (Path(section.source) / MANIFEST).is_file() and not section.passages
+    limited = _first_prompts(entries, section.limit) if of_dataset and section.limit else islice(entries, section.limit)
+    for entry in _taken(limited, section, "prompts.source"):
         found = True
         yield entry
     if not found:
@@ -197,9 +200,10 @@ def files_hash(source: str, key: str) -> dict[str, str]:
 
 
 def _hash_of(files: list[Path]) -> str:
-    digest = hashlib.sha256()
+    """Of their names below the directory that they share, and their content: the directory may be moved."""
+    digest, above = hashlib.sha256(), os.path.commonpath([file.parent for file in files])
     for file in files:
-        digest.update(f"{file} {sha256(file)}\n".encode())
+        digest.update(f"{file.relative_to(above).as_posix()} {sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -379,6 +383,18 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[Entry]:
         raise InputError(f"{file} line {begin}: not valid CSV: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from None
+
+
+def _first_prompts(entries: Iterable[Entry], count: int) -> Iterator[Entry]:
+    """The rows of the first prompts: a dataset may have several answers to each, side by side."""
+    seen: set[bytes] = set()
+    for entry in entries:
+        asked = json.dumps([entry.fields["prompt"], entry.fields.get("tools")], sort_keys=True)
+        prompt = hashlib.sha256(asked.encode()).digest()
+        if prompt not in seen and len(seen) == count:
+            return
+        seen.add(prompt)
+        yield entry
 
 
 def _dataset_rows(directory: Path) -> Iterator[Entry]:

@@ -11,7 +11,7 @@ from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, Sel
 from llmdistill.config.section import Section
 from llmdistill.data.dataset import Messages
 from llmdistill.errors import InputError
-from llmdistill.prompting.asking import TOO_LONG, Answer, Asker, ChatFormat, PromptFormat, Question
+from llmdistill.prompting.asking import GIVEN_UP, TOO_LONG, Answer, Asker, ChatFormat, PromptFormat, Question
 from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.novelty import Pool, read_others
@@ -217,7 +217,7 @@ def _children(
 ) -> Iterator[Item]:
     """What an answer holds, as items that the caller keeps or refuses; what cannot be used is refused here."""
     record = {**record, "template": str(template.file), "answer": question.id}
-    if answer.finish_reason == TOO_LONG:
+    if answer.finish_reason == TOO_LONG or answer.finish_reason.startswith(GIVEN_UP):
         writer.refuse("failed", item.child(stable_id(question.id), {}, record), _why_cut(answer), "")
         return
     reading = read_answer(template.answer, answer.text, answer.finish_reason == "stop")
@@ -230,6 +230,8 @@ def _children(
 
 
 def _why_cut(answer: Answer) -> str:
+    if answer.finish_reason.startswith(GIVEN_UP):
+        return answer.finish_reason.removeprefix(GIVEN_UP)
     return "longer than the context" if answer.finish_reason == TOO_LONG else "cut at max_tokens"
 
 

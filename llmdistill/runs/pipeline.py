@@ -25,6 +25,7 @@ from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import check_training
 from llmdistill.students.origins import origin
 from llmdistill.students.sides import check_tokenizers, is_needed
+from llmdistill.teachers import shared_file
 from llmdistill.training.examples import read_examples
 
 CONFIGS = "configs"  # in `output`: what each stage was started with
@@ -126,6 +127,7 @@ def run_pipeline(experiment: Experiment, remake: bool = False) -> None:
         for directory, why in stale.items():
             say("run", f"removes {directory}: {why}")
             shutil.rmtree(directory)
+            shared_file(directory).unlink(missing_ok=True)  # what was spent on it counts no more
     check_plan(experiment)
     run_stages(stages(experiment))
 
@@ -227,7 +229,7 @@ def check_plan(experiment: Experiment) -> None:
         return
     prepared = prepared_prompts(experiment)
     if prepared is not None and any(stage.command == "curate" for stage in missing):
-        _check_splits(experiment, prepared.prompts)
+        check_splits(experiment, prepared.prompts)
     if experiment.teacher.abilities.api:
         return
     if prepared is None:
@@ -242,11 +244,16 @@ def check_plan(experiment: Experiment) -> None:
         say("run", said(seconds))
 
 
-def _check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
+def check_splits(experiment: Experiment, prompts: Sequence[Prompt], least: int = 2) -> None:
     """What `curate` would find, before the teacher has worked: which prompts are held out does not depend on the answers.
 
+    Args:
+        experiment: the configuration.
+        prompts: that the teacher is to answer.
+        least: how many of them have to be held out, so that `eval` can tell an interval.
+
     Raises:
-        InputError: a split is empty.
+        InputError: a split is too small.
     """
     from llmdistill.stages.curate import warn_of_few
 
@@ -259,7 +266,8 @@ def _check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
             f"eval.held_out: {share:g} of {counted(train + test, 'conversation')} leaves {train:,} to train on and {test:,} held "
             "out; give it more prompts, or change eval.held_out or seed"
         )
-    check_clusters(test, "held-out prompts", "raise eval.held_out")  # `eval` would refuse it after everything else
+    if test < least:
+        check_clusters(test, "held-out prompts", "raise eval.held_out")  # `eval` would refuse it after everything else
     warn_of_few(test)
 
 

@@ -7,6 +7,7 @@ Each version adds what is new, goes on from the promoted student, and is promote
     OUTPUT/promoted             a link to the student to use
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from llmdistill.errors import InputError
 from llmdistill.evaluation.metrics import has_teacher
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs import lock, record
-from llmdistill.runs.pipeline import run_stages, stages
+from llmdistill.runs.pipeline import check_splits, run_stages, stages
 from llmdistill.runs.progress import say
-from llmdistill.stages.prompts import prepared_prompts, prompts_inputs
+from llmdistill.stages.prompts import Prepared, Prompt, prepared_prompts, prompts_inputs
 from llmdistill.students.sides import is_needed
 from llmdistill.teachers import all_fingerprints, stable_id
 
@@ -63,9 +64,12 @@ def _next(experiment: Experiment, dry_run: bool = False) -> None:
     resumed = last is not None and "promoted" not in last and last["made_from"] == made_from
     number = last["version"] if last and resumed else len(versions) + 1
     here = _version(experiment, versions, number)
-    new = _count_new(here)
+    prepared = _prepared(here)
+    new = None if prepared is None else len(prepared.prompts)
     if new == 0:
         return say("refresh", "prompts.source has no prompt that is not in an earlier version")
+    if prepared and (reason := _too_few(here, prepared.prompts)):
+        return say("refresh", f"waits for more prompts: {reason}")
     if dry_run:
         return say("refresh", f"would make version {number} in {output / 'versions' / str(number)}" + _of(new))
     if not resumed:
@@ -115,12 +119,20 @@ def _version(experiment: Experiment, versions: list[dict[str, Any]], number: int
     return experiment.with_(**changes)
 
 
-def _count_new(experiment: Experiment) -> int | None:
-    """How many prompts a version adds; None where the teacher has still to make them."""
+def _prepared(experiment: Experiment) -> Prepared | None:
+    """The prompts that a version adds; None where the teacher has still to make them."""
     if experiment.prompts is None or experiment.prompts.steps:
         return None
-    prepared = prepared_prompts(experiment, empty=True)
-    return len(prepared.prompts) if prepared else None
+    return prepared_prompts(experiment, empty=True)
+
+
+def _too_few(experiment: Experiment, prompts: Sequence[Prompt]) -> str | None:
+    """Why a version of these prompts could not be finished; the teacher would have answered them for nothing."""
+    try:
+        check_splits(experiment, prompts, 1 if experiment.train.mix else 2)  # earlier rows are held out, too
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _of(new: int | None) -> str:

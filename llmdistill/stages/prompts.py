@@ -145,6 +145,8 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     if record.claim(*claim) == "done":
         made = (record.read_run(directory) or {})["results"]["prompts"]
         return say("prompts", f"{directory} is finished ({counted(made, 'prompt')})")
+    if teacher.budget is not None:
+        say("warning", "teacher.budget is for the dataset: what the teacher is asked in prompts.steps does not count")
     chat = PromptEncoder(experiment, models[teacher.model])
     if any(isinstance(step.settings, Magpie) for step in section.steps):
         PreQueryFormat(chat)

@@ -234,9 +234,12 @@ def fingerprints(teacher: Teacher, key: str = "teacher") -> tuple[dict[str, str]
         check_model_exists(more.model, f"{key}.ensemble.{number}.model")
     members = [(teacher.model, teacher.revision, teacher.weight)]
     members += [(more.model, more.revision, more.weight) for more in teacher.ensemble]
-    found = {model: model_fingerprint(model, revision) for model, revision, _ in members}
+    each = [model_fingerprint(model, revision) for model, revision, _ in members]
+    found: dict[str, str] = {}
+    for (model, revision, _), fingerprint in zip(members, each, strict=True):
+        found[model if found.get(model, fingerprint) == fingerprint else f"{model}@{revision or 'main'}"] = fingerprint
     alone = not teacher.ensemble and teacher.system is None and not teacher.template_args
-    whole = [[found[model], weight] for model, _, weight in members]
+    whole = [[fingerprint, weight] for fingerprint, (_, _, weight) in zip(each, members, strict=True)]
     how = [teacher.system, teacher.template_args] if teacher.template_args else [teacher.system]
     return found, found[teacher.model] if alone else stable_id(whole, *how)
 

@@ -11,7 +11,7 @@ from llmdistill.teachers import Completion, EngineSpec, Request, Usage
 from llmdistill.teachers.answers import FinalAnswerError
 from llmdistill.teachers.anthropic_batches import AnthropicBatches
 from llmdistill.teachers.endpoint import Body, EndpointEngine
-from llmdistill.teachers.remote import Response
+from llmdistill.teachers.remote import Response, given_up
 
 _CONNECT_SECONDS = 10.0
 _REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
@@ -37,8 +37,15 @@ class AnthropicEngine(EndpointEngine):
 
     async def written(self, request: Request) -> Completion:
         """What the endpoint writes for a request."""
+        if why := self.unfit(request):
+            return given_up(request, why)
         body = self.body(request)
         return await self.paid(request, lambda: self._post(body), lambda answer: self.completion(request, answer))
+
+    def unfit(self, request: Request) -> str | None:
+        """Tools have another form there."""
+        with_tools = request.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in request.messages or [])
+        return "a prompt with tools, which engine anthropic does not send" if with_tools else None
 
     def body(self, request: Request) -> Body:
         """A request's body."""
@@ -52,7 +59,6 @@ class AnthropicEngine(EndpointEngine):
             **({"top_k": sampling.top_k} if sampling.top_k else {}),
             **({"system": system} if system else {}),
             "messages": [message for message in messages if message["role"] != "system"],
-            **({"tools": list(request.tools)} if request.tools else {}),
         }
         return {name: value for name, value in {**body, **self.teacher.request_args}.items() if value is not None}
 

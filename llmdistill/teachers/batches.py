@@ -151,13 +151,14 @@ class Batches:
 
     async def _shard(self, requests: list[Request]) -> list[Completion]:
         """All rows of a shard; those that a batch leaves without an answer go into another one."""
-        found: dict[int, Completion] = {}
+        found = {request.index: given_up(request, why) for request in requests if (why := self.engine.unfit(request))}
         reasons: dict[int, str] = {}
-        for attempt in range(_TRIES):
-            left = [request for request in requests if request.index not in found]
-            if not left:
-                break
-            claim, batch = await self._ended(self.directory / f"{requests[0].index:08d}-{attempt + 1}.json", left)
+        attempt = tries = 0
+        while (left := [request for request in requests if request.index not in found]) and tries < _TRIES:
+            attempt += 1
+            file = self.directory / f"{requests[0].index:08d}-{attempt}.json"
+            tries += not file.exists()  # those of earlier processes are read once more, and cost nothing
+            claim, batch = await self._ended(file, left)
             by_index = {str(request.index): request for request in left}
             for result in await self.results(claim, batch):
                 request = by_index.get(result.index)

@@ -47,6 +47,10 @@ class EndpointEngine(RemoteEngine):
         """What the endpoint writes for a request."""
         raise NotImplementedError
 
+    def unfit(self, request: Request) -> str | None:
+        """Why a request is not sent, which would only be refused; None if it is."""
+        return None
+
     async def paid(
         self, request: Request, send: Callable[[], Awaitable[Response]], read: Callable[[Any], Completion]
     ) -> Completion:

@@ -39,7 +39,8 @@ def test_the_bytes_of_the_tokens_are_those_of_the_text(tokenizer, known, text, e
     ids = tokenizer(text + end, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     together, written = b"".join(known[number] or b"?" for number in ids), tokenizer.decode(ids)
     if "\ufffd" not in written:  # SmolLM2 has no token for some bytes and drops them
-        assert together.decode().removeprefix(" ") == written.removeprefix(" ")
+        # What `decode` makes of several spaces at the start is not always what was there.
+        assert together.decode().removeprefix(" ") in (written.removeprefix(" "), text + end)
 
 
 def test_special_tokens_have_none(tokenizer, known):

@@ -2,8 +2,10 @@
 
 import datetime
 import json
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from llmdistill.config.prompts import Prompts
 from llmdistill.errors import InputError
 from llmdistill.prompting.sources import read_source, source_hash
+from tests.factories import make_row, write_rows
 
 
 @pytest.fixture
@@ -161,6 +164,15 @@ def test_utf_16_says_so_itself(put):
         assert entry.fields == {"q": "für"}
 
 
+def test_a_limit_of_a_dataset_counts_prompts(tmp_path):
+    """Of which it may have several answers, side by side."""
+    rows = [make_row(f"Number {number // 3}.", [1, 2], np.array([3])) for number in range(30)]
+    source = str(write_rows(tmp_path / "data", rows, "none"))
+    found = [entry.fields["prompt"][0]["content"] for entry in read_source(Prompts(source=source, limit=4))]
+    assert list(dict.fromkeys(found)) == [f"Number {number}." for number in range(4)]
+    assert len(list(read_source(Prompts(source=source)))) == 30
+
+
 def test_a_source_is_known_by_the_content_of_its_files(put):
     put("docs/a.md", "one")
     first = source_hash(Prompts(source="docs"))
@@ -169,4 +181,7 @@ def test_a_source_is_known_by_the_content_of_its_files(put):
     assert source_hash(Prompts(source="docs")) == first
     put("docs/b.md", "two")
     assert source_hash(Prompts(source="docs")) != first
+    known = source_hash(Prompts(source="docs"))
+    Path("docs").rename("elsewhere")
+    assert [*source_hash(Prompts(source=str(Path.cwd() / "elsewhere"))).values()] == [*known.values()]
     assert source_hash(Prompts(dataset={"path": "some/where", "revision": "v1"})) == {"some/where": "some/where@v1"}

@@ -14,6 +14,7 @@ from llmdistill.runs.pipeline import check_stale, dry_run, run_pipeline
 from llmdistill.stages import train
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
+from llmdistill.teachers import shared_file
 from tests.conftest import ROOT
 from tests.factories import write_experiment, write_foreign
 
@@ -137,6 +138,7 @@ def test_remake_removes_what_is_stale_and_nothing_else(begun, tmp_path, monkeypa
     dry_run(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
     assert "would remove" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curated", "data", "student"]
+    shared_file(tmp_path / "run/curated").touch()  # what was spent on it
     run_pipeline(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
 

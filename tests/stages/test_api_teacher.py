@@ -92,7 +92,7 @@ def test_a_budget_stops_between_shards_and_more_money_goes_on(experiment, endpoi
 
 
 def test_a_dry_run_asks_nobody_and_says_the_cost(experiment, smollm2):
-    done = run_cli("run", experiment, "--dry-run", "--teacher.budget", 3)
+    done = run_cli("run", experiment, "--dry-run", "--teacher.budget", 3, "--eval.held_out", 0.25)
     assert done.returncode == 0, done.stderr
     assert "costs at most about" in done.stdout + done.stderr
     assert "the budget is 3\n" in done.stdout + done.stderr

@@ -13,13 +13,14 @@ import pytest
 from llmdistill.config import load_experiment
 from llmdistill.config.prompts import Prompts
 from llmdistill.data.shards import Share
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, RemoteError
 from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting import asking
 from llmdistill.stages.generate import generate
 from llmdistill.stages.prompts import load_prompts, prepared_prompts, prompts
 from llmdistill.tasks.task import read_task
 from llmdistill.teachers import Completion, prompt_encoding
+from llmdistill.teachers.remote import given_up
 from tests.tasks.make import write_task
 
 TEMPLATE = """
@@ -199,11 +200,16 @@ class Scripted:
 
     def __init__(self, tokenizer, reply):
         self.tokenizer, self.reply, self.asked, self.tokens = tokenizer, reply, [], 0
+        self.fails = lambda seen: False
 
     def generate(self, batches):
         for batch in batches:
             for request in reversed(batch):  # engines give completions in any order
                 seen = self.tokenizer.decode(request.prompt_ids)
+                if self.fails(seen):
+                    self.asked.append(seen)
+                    yield given_up(request, "a refusal (message.refusal)")
+                    continue
                 text = self.reply(re.search(r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n|$", seen, re.DOTALL)[1] or seen, request)
                 self.asked.append(seen)
                 ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [2] * (not text.endswith("…"))
@@ -323,6 +329,21 @@ def test_a_reasoning_trace_is_no_prompt(experiment, teach):
     made, _, steps, _ = outcome(chosen)
     assert made == ["Is it wet?"]
     assert steps["1 ask"]["reasons"] == {"empty": 1}
+
+
+def test_what_an_endpoint_gives_up_is_no_answer(experiment, teach):
+    """One is counted with its reason; where all of a shard are, it is asked for again."""
+    teacher = teach(lambda seen, _: "Is it wet?")
+    rows = [{"text": text} for text in ("water", "fire", "earth", "air")]
+    chosen = experiment([{"ask": {"template": "@question.yaml"}}], rows)
+    teacher.fails = lambda seen: "water" in seen or "fire" in seen
+    with pytest.raises(RemoteError, match=r"2 of 2 answers had a refusal \(message\.refusal\); not stored"):
+        prompts(chosen)
+    teacher.fails = lambda seen: "fire" in seen
+    prompts(chosen)
+    _, _, steps, left = outcome(chosen)
+    assert steps["1 ask"]["reasons"] == {"a refusal (message.refusal)": 1}
+    assert ("1 ask", "failed", "a refusal (message.refusal)", "") in left
 
 
 def test_the_same_question_twice_is_two_samples_of_it(experiment, teach):

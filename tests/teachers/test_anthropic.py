@@ -40,7 +40,7 @@ def asked(smollm2, monkeypatch):
         def log_message(self, *arguments):
             pass
 
-    def ask(*answers, **sampling):
+    def ask(*answers, tools=None, **sampling):
         given.extend(answers)
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Double) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -55,7 +55,7 @@ def asked(smollm2, monkeypatch):
                 template=ChatTemplate(tokenizer, ends),
             )
             messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hello"}]
-            requests = [Request(n, [1, 2], 0, messages=messages) for n in range(len(answers))]
+            requests = [Request(n, [1, 2], 0, messages=messages, tools=tools) for n in range(len(answers))]
             made = list(open_engine(spec).generate([requests]))
             server.shutdown()
         return sent, made
@@ -66,6 +66,13 @@ def asked(smollm2, monkeypatch):
 def answer(**changes):
     usage = {"input_tokens": 5, "cache_read_input_tokens": 7, "cache_creation_input_tokens": 2, "output_tokens": 9}
     return {"content": [{"type": "text", "text": TEXT}], "stop_reason": "end_turn", "usage": usage, **changes}
+
+
+def test_a_prompt_with_tools_is_not_sent(asked):
+    """OpenAI's form of them, which is ours, is refused there, and nothing of it would be paid or learnt."""
+    ask, _ = asked
+    sent, (made,) = ask(answer(), tools=[{"type": "function", "function": {"name": "f"}}])
+    assert (sent, made.failed) == ([], "a prompt with tools, which engine anthropic does not send")
 
 
 def test_text_is_stored_in_the_students_tokens(asked):

@@ -127,6 +127,18 @@ def test_rows_without_an_answer_are_asked_for_in_another_batch(experiment, endpo
     assert len(endpoint.batches) == ROWS // SHARD + 1
 
 
+def test_a_shard_whose_batches_have_all_died_is_asked_for_again_by_the_next_run(experiment, endpoint):
+    """Nothing of those was billed, and what they say is read once more and costs no try."""
+    endpoint.lost = lambda name: int(name) < SHARD
+    with serving(endpoint) as url:
+        status, told = ended(experiment, url)
+        assert (status, f"{SHARD} of {SHARD} answers had" in told) == (1, True), told
+        endpoint.lost = lambda name: False
+        rows = run(experiment, url)
+    assert [said(row) for row in rows] == [f"You said “Number {n}.” — naïve 🦙." for n in range(ROWS)]
+    assert rows_billed(endpoint) == {str(n): 1 for n in range(ROWS)}
+
+
 def test_a_row_that_never_has_an_answer_is_counted(experiment, endpoint):
     endpoint.lost = lambda name: name == "5"
     with serving(endpoint) as url:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from llmdistill.config import Generate, Targets, Teacher
+from llmdistill.config import Generate, Teacher
 from llmdistill.config.teacher import Price
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import end_token_ids
 from llmdistill.teachers import EngineSpec, Request, Usage, limits, open_engine, remote
+from tests.factories import sized
 from tests.teachers.endpoint import END, Endpoint, distribution, serving
 
 pytest.importorskip("openai", reason="the extra `api` is not installed")
@@ -37,7 +38,7 @@ def opened(url, smollm2, tokenizer, kind="topk", k=K, shared=None, sampling=None
     settings = Teacher(model="large", engine="openai", url=url, licence="mit", **known, **teacher)
     ends = end_token_ids(str(smollm2), None, None, tokenizer)
     spec = EngineSpec(
-        settings, sampling or Generate(max_tokens=80), Targets(kind=kind, k=k), ends, 512,
+        settings, sampling or Generate(max_tokens=80), sized(kind, k), ends, 512,
         template=ChatTemplate(tokenizer, ends), shared=shared, vocab_size=49152,
     )  # fmt: skip
     return open_engine(spec)

@@ -18,10 +18,10 @@ from llmdistill.stages.generate import generate
 from llmdistill.teachers import EngineSpec, Request, ensemble, row_seed
 from llmdistill.teachers.ensemble import EnsembleEngine
 from llmdistill.teachers.transformers import TransformersEngine
-from tests.factories import VOCAB, write_noisy
+from tests.factories import VOCAB, sized, write_noisy
 
 WEIGHTS = (5, 2, 3)
-KEPT = {kind: Targets(kind=kind, n=6, k=6) for kind in ("topk", "sampled", "multinomial")}
+KEPT = {kind: sized(kind, 6) for kind in ("topk", "sampled", "multinomial")}
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,32 @@ from llmdistill.config.teacher import ENGINES, Abilities, Member, engines_with
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
-from llmdistill.teachers import Engine, EngineSpec, Request, check_engine, open_engine, row_id, row_seed, teacher_precision
+from llmdistill.teachers import (
+    Engine,
+    EngineSpec,
+    Request,
+    check_engine,
+    fingerprints,
+    open_engine,
+    row_id,
+    row_seed,
+    teacher_precision,
+)
 from llmdistill.teachers.transformers import TransformersEngine, sample
 from llmdistill.teachers.vllm import flat_logprobs
-from tests.factories import VOCAB, write_noisy
+from tests.factories import VOCAB, sized, write_noisy
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def test_an_ensemble_of_two_revisions_of_a_model_is_none_of_others():
+    def found(first):
+        ensemble = [{"model": "org/m", "revision": "step9000"}]
+        return fingerprints(Teacher(model="org/m", revision=first, engine="transformers", ensemble=ensemble))
+
+    inputs, whole = found("step1000")
+    assert inputs == {"org/m": "org/m@step1000", "org/m@step9000": "org/m@step9000"}
+    assert whole != found("step2000")[1]
 
 
 def test_the_sampled_token_beside_the_top_k_is_never_counted_as_one_of_them():
@@ -191,7 +211,7 @@ def test_the_mean_of_several_teachers_against_a_dense_one(three_teachers, reques
     first, *others = map(str, three_teachers)
     members = [Member(model=model, weight=weight) for model, weight in zip(others, (2, 3), strict=True)]
     teacher = Teacher(model=first, engine="transformers", dtype="float32", batch_size=3, weight=5, ensemble=members)
-    engine = exact_engine(teacher, Generate(max_tokens=7), Targets(kind=kind, n=5, k=5))
+    engine = exact_engine(teacher, Generate(max_tokens=7), sized(kind, 5))
     written = list(engine.generate([requests]))
     texts = [replace(request, completion_ids=made.ids.tolist()) for request, made in zip(requests, written, strict=True)]
     models = [load_model(model).double() for model in (first, *others)]
