@@ -5,6 +5,7 @@ import difflib
 import errno
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -70,13 +71,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except (BudgetError, BusyError, RemoteError, NonFiniteError) as error:
         _complain(arguments, error)
         sys.exit(1)
-    except BrokenPipeError:  # who read the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except KeyboardInterrupt:
         _complain(arguments, "interrupted; finished work is kept; run the same command to continue")
         sys.exit(1)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(1)
         said = _of_the_disk(error, getattr(arguments, "where", None))
         if said is None:
             _complain(arguments, traceback.format_exc().rstrip())
@@ -86,6 +86,16 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _complain(arguments, f"{text}; {kept}; free some space and run the same command again" if status == 1 else text)
         sys.exit(status)
     sys.exit(0)
+
+
+def _nobody_reads() -> bool:
+    """Whether who read the output, such as `head`, has seen enough; then what is still to be written goes nowhere."""
+    poll, number = select.poll(), sys.stdout.fileno()
+    poll.register(number, select.POLLERR)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
 
 
 def _of_the_disk(error: BaseException, where: str | None) -> tuple[str, int] | None:
@@ -233,7 +243,7 @@ def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _experiment(arguments: argparse.Namespace, rest: list[str]) -> Experiment:
     """The configuration with the overrides; a dry run shows it."""
-    if rest and not find(arguments.config).is_file():  # `--key VALUE FILE`: the parser does not know that VALUE is one
+    if not find(arguments.config).exists() and any(Path(word).is_file() for word in rest):  # `--key VALUE FILE`
         raise InputError(f"{arguments.config}: no such file; the configuration stands before the overrides")
     experiment = load_experiment(Path(arguments.config), overrides_of(rest))
     arguments.where = experiment.output

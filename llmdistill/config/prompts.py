@@ -152,7 +152,7 @@ class Prompts(RowReading):
     dataset: HubDataset | None = None
     passages: Passages | None = None
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first N rows or passages of the source."""
+    """Use only the first N rows or passages of the source; of a dataset, the first N prompts."""
     known: list[str] = []
     """Directories of datasets whose prompts are excluded."""
     steps: list[PromptStep] = []

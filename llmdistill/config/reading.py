@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from llmdistill.config.curate import CurateStep
 from llmdistill.config.experiment import Experiment
 from llmdistill.config.prompts import PromptStep
-from llmdistill.config.section import Section, Step
+from llmdistill.config.section import Empty, Section, Step
 from llmdistill.config.shipped import find
 from llmdistill.config.student import ORIGINS
+from llmdistill.data.targets import KINDS
 from llmdistill.errors import InputError
 
 _CHARACTERS = 10_000_000
@@ -49,15 +50,15 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
         InputError: naming the file and the key.
     """
     tree = read_yaml(file, loader=_ConfigurationLoader)
-    kept = {key for key, _ in overrides}
+    given = {key for key, _ in overrides}
     for key, value in overrides:
         try:
             read = yaml.load(value, Loader=_ConfigurationLoader)
             _set(tree, key.split("."), read)
-            if key == "targets.kind":  # the sizes in the file are those of its own kind
-                tree["targets"] = {
-                    name: size for name, size in tree["targets"].items() if name == "kind" or f"targets.{name}" in kept
-                }
+            if key == "targets.kind":  # a size in the file may be that of another kind
+                sizes = {"n", "k"} - {KINDS[read].size if read in KINDS else None}
+                for name in sizes - {name.removeprefix("targets.") for name in given}:
+                    tree["targets"].pop(name, None)
             origin = key.split(".")[1] if key.startswith("student.") and read is not None else None
             if origin in ORIGINS:  # they are alternatives: one on the command line replaces another in the file
                 tree["student"] = {name: kept for name, kept in tree["student"].items() if name == origin or name not in ORIGINS}
@@ -254,14 +255,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _ConfigurationLoader(_Loader):
-    """What stands behind a key without a value is a section with its defaults, as in a list of steps; null turns one off."""
-
-    def construct_null(self, node: yaml.ScalarNode) -> dict[str, Any] | None:
-        """Nothing at all, or null in words."""
-        return None if node.value else {}
-
-
 class _Dumper(yaml.SafeDumper):
     """YAML that `_Loader` reads back: text that it would take for a number is quoted."""
 
@@ -270,8 +263,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-# Those of YAML 1.2 that Python reads: not the sexagesimal ones of YAML 1.1, by which 12:00:00 is 43200, nor the octal 010.
-_INT = re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
+# Those of YAML 1.2, and 1_000: not the sexagesimal ones of YAML 1.1, by which 12:00:00 is 43200, nor the octal 010.
+_INT = re.compile(r"^([-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+)$")
 _Loader.add_constructor(
     "tag:yaml.org,2002:int",
     lambda loader, node: int(node.value, 0 if node.value[1:2] in ("o", "x") else 10),
@@ -280,11 +273,21 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_ConfigurationLoader.add_constructor("tag:yaml.org,2002:null", _ConfigurationLoader.construct_null)
-for _either in (_Loader, _ConfigurationLoader, _Dumper):
+for _either in (_Loader, _Dumper):
     _either.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     _either.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"^[-+]?((\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
         list("-+.0123456789"),
     )
+
+
+class _ConfigurationLoader(_Loader):
+    """A key without a value is told from one that is null: a section has its defaults then, as in a list of steps."""
+
+    def construct_null(self, node: yaml.ScalarNode) -> Empty | None:
+        """Nothing at all, or null in words."""
+        return None if node.value else Empty()
+
+
+_ConfigurationLoader.add_constructor("tag:yaml.org,2002:null", _ConfigurationLoader.construct_null)

@@ -100,10 +100,47 @@ ServerUrl = Annotated[str, AfterValidator(_check_url)]
 StoreUrl = Annotated[str, AfterValidator(_check_store)]
 
 
+class Empty(dict[str, Any]):
+    """What a file has behind a key without a value: of a section all its defaults, of anything else nothing."""
+
+
+def _without_empty(value: Any) -> Any:
+    """The value with None where there is nothing, at any depth."""
+    if isinstance(value, Empty):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_empty(inner) for key, inner in value.items()}
+    return [_without_empty(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _holds_sections(annotation: Any) -> bool:
+    """Whether values of a type are sections, or have some in them."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return issubclass(annotation, Section)
+    return any(_holds_sections(inner) for inner in get_args(annotation))
+
+
 class Section(BaseModel):
     """A section of the configuration. Unknown keys are errors; the docstring under a field is its help text."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_sections_may_be_empty(cls, tree: Any) -> Any:
+        """What has no value has its default, as if the key were not there: so `limit:` is no limit."""
+        if not isinstance(tree, dict):
+            return tree
+        kept = dict(tree)
+        for name, value in tree.items():
+            field = cls.model_fields.get(name)
+            if field is None or _holds_sections(field.annotation):
+                continue
+            if isinstance(value, Empty) and (field.default is None or field.annotation is Any):
+                kept[name] = None
+            elif not isinstance(value, Empty):
+                kept[name] = _without_empty(value)
+        return kept
 
     def with_(self, **changes: Any) -> Self:
         """A copy with other values of some keys, checked as if it had been read from a file.

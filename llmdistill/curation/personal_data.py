@@ -107,7 +107,7 @@ def is_example(kind: str, found: str) -> bool:
     if kind == "phone":
         return bool(_EXAMPLE_PHONE.search(re.sub(r"\D", "", found)))
     if kind == "ip_address":
-        if ":" in found and len([group for group in found.split(":") if group]) < 3:
+        if ":" in found and "." not in found and len([group for group in found.split(":") if group]) < 3:
             return True  # a slice such as x[1::2], or a name such as Face::Add
         try:
             return not ipaddress.ip_interface(found).ip.is_global

@@ -100,7 +100,9 @@ def answers(rows: pa.Table) -> Iterator[str]:
 
 
 def final_answers(rows: pa.Table, experiment: Experiment) -> Iterator[str]:
-    """The same without a reasoning trace."""
+    """The same without a reasoning trace, where rows may have one."""
+    if experiment.generate.thinking != "kept":
+        return answers(rows)
     return (behind_trace(answer, experiment.generate.thinking_end) for answer in answers(rows))
 
 

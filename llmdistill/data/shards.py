@@ -16,6 +16,8 @@ from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow.parquet as pq
+
 from llmdistill.config import Experiment, Targets
 from llmdistill.config.machine import Precision
 from llmdistill.data.budget import Budget, bill, money, whole_bill
@@ -211,6 +213,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
         Budget(experiment, directory, partial(_requests, source, layout), source.reads).check(0)
     shared = SharedShards(experiment, directory)
     shared.join(name, settings, inputs)
+    _check_layout(directory, layout)
     precision = shared.precision(teacher_precision(experiment.teacher))
     precision = record.begin_computing(*claim, experiment.seed, precision)
     made: dict[str, Any] = {}
@@ -247,6 +250,21 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
     shared.decide()
     record.finish(directory, {"rows": len(source.requests) - sum(failed.values()), **made})
     shared.finish()
+
+
+def _check_layout(directory: Path, layout: Layout) -> None:
+    """Refuse shards that another version has cut elsewhere: rows would be lost, or there twice.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for shard in finished_shards(directory, "train") if directory.is_dir() else ():
+        rows = pq.read_metadata(shard.file).num_rows + sum(failed_rows([shard]).values())
+        if shard.count == len(layout) and rows != len(layout.shards[shard.index][1]):
+            raise InputError(
+                f"{shard.file}: has {rows:,} rows where {len(layout.shards[shard.index][1]):,} belong, as another version of "
+                f"llmdistill has cut them; finish it with that version, or remove {directory} to make it again"
+            )
 
 
 def _teachers(parts: Sequence[Part]) -> dict[str, Any]:

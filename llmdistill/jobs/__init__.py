@@ -16,7 +16,6 @@ from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import scheduled
 from llmdistill.runs import pipeline, record
-from llmdistill.runs.pipeline import check_inputs
 from llmdistill.runs.progress import console, say
 from llmdistill.runs.status import how_far, known
 from llmdistill.stages.table import STAGES
@@ -42,7 +41,7 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
     Raises:
         InputError: there is no section `jobs`, something that the stages read is not usable, jobs of an earlier submission still
             wait or run, or these are refused.
-        RemoteError: the scheduler cannot be reached; nothing of this is left.
+        RemoteError: the scheduler cannot be reached.
     """
     chosen = experiment.jobs and experiment.jobs.chosen
     if not chosen:
@@ -50,7 +49,7 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
     name, settings = chosen
     backend, directory = backend_of(name), Path(experiment.output) / "jobs"
     if backend.same_files:
-        check_inputs(experiment, here=False)
+        pipeline.check_inputs(experiment, here=False)
         _check_first(experiment, settings)
     stages = scheduled(experiment, settings)
     texts = backend.render(experiment, settings, stages)

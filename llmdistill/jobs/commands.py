@@ -20,8 +20,8 @@ from llmdistill.stages.table import STAGES
 PORT = 29500
 # What sbatch, kubectl and sky say where the fault is not in what they were given.
 _UNREACHABLE = re.compile(
-    r"unable to co(ntact|nnect)|could not establish|connection (to the server .*)?(was )?refused|connection error|timed? ?out"
-    r"|no such host|socket|temporarily unavailable",
+    r"unable to co(ntact|nnect)|could not establish|connection (to the server .*)?(was )?refused|connection error|\btimed out\b"
+    r"|(i/o|handshake) timeout|deadline exceeded|no such host|temporarily unavailable",
     re.IGNORECASE,
 )
 Settings = TypeVar("Settings", bound=Scheduler[Any])

@@ -63,7 +63,7 @@ class _Kubernetes:
         _delete(jobs[0])
         try:
             ask(["kubectl", "apply", "-f", str(files["kubernetes.yaml"])], "Kubernetes", InputError)
-        except InputError:
+        except (InputError, RemoteError):
             with suppress(RemoteError):
                 _delete(jobs[0])
             raise

@@ -201,7 +201,7 @@ def files_hash(source: str, key: str) -> dict[str, str]:
 
 def _hash_of(files: list[Path]) -> str:
     """Of their names below the directory that they share, and their content: the directory may be moved."""
-    digest, above = hashlib.sha256(), os.path.commonpath([file.parent for file in files])
+    digest, above = hashlib.sha256(), os.path.commonpath([file.parent for file in files]) if files else ""
     for file in files:
         digest.update(f"{file.relative_to(above).as_posix()} {sha256(file)}\n".encode())
     return digest.hexdigest()

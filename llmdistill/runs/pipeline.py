@@ -244,13 +244,8 @@ def check_plan(experiment: Experiment) -> None:
         say("run", said(seconds))
 
 
-def check_splits(experiment: Experiment, prompts: Sequence[Prompt], least: int = 2) -> None:
+def check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
     """What `curate` would find, before the teacher has worked: which prompts are held out does not depend on the answers.
-
-    Args:
-        experiment: the configuration.
-        prompts: that the teacher is to answer.
-        least: how many of them have to be held out, so that `eval` can tell an interval.
 
     Raises:
         InputError: a split is too small.
@@ -266,7 +261,7 @@ def check_splits(experiment: Experiment, prompts: Sequence[Prompt], least: int =
             f"eval.held_out: {share:g} of {counted(train + test, 'conversation')} leaves {train:,} to train on and {test:,} held "
             "out; give it more prompts, or change eval.held_out or seed"
         )
-    if test < least:
+    if not experiment.train.mix:  # else there are more held-out rows in those datasets
         check_clusters(test, "held-out prompts", "raise eval.held_out")  # `eval` would refuse it after everything else
     warn_of_few(test)
 

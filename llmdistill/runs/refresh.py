@@ -129,7 +129,7 @@ def _prepared(experiment: Experiment) -> Prepared | None:
 def _too_few(experiment: Experiment, prompts: Sequence[Prompt]) -> str | None:
     """Why a version of these prompts could not be finished; the teacher would have answered them for nothing."""
     try:
-        check_splits(experiment, prompts, 1 if experiment.train.mix else 2)  # earlier rows are held out, too
+        check_splits(experiment, prompts)
     except InputError as error:
         return str(error)
     return None

@@ -171,10 +171,10 @@ class _MicroRounds:
         if number:
             before = self._of(number - 1).curated.directory("curated")
             settings = record.lasting(self.claim.settings)
-            made_from[str(self.claim.directory)] = stable_id(settings)
-            made_from[str(before / MANIFEST)] = record.sha256(before / MANIFEST)
             # No paths: a row has the same id on any machine.
             how = {name: value for name, value in settings["train"].items() if name not in ("dataset", "mix")}
+            made_from[str(self.claim.directory)] = stable_id({**settings, "train": how})
+            made_from[str(before / MANIFEST)] = record.sha256(before / MANIFEST)
             ids = load_dataset(before, "train")["id"]
             fingerprint = stable_id(fingerprint, self.claim.inputs[teacher], how, number, list(ids))
         seed = self._of(number).whole.seed

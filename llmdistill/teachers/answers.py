@@ -15,11 +15,9 @@ from llmdistill.errors import InputError
 ROUNDING = 1e-3  # by which a log-probability may be above zero, and probabilities add up to more than one
 
 
-# How endpoints say that it is this prompt which they do not take; by code where there is one.
-_OF_THE_PROMPT = re.compile(
-    r"content_filter|content management policy|invalid_prompt|context_length_exceeded|maximum context length|prompt is too long",
-    re.I,
-)
+# How endpoints say that it is this prompt which they do not take, by a code or, where there is none, in words.
+_CODES = {"content_filter", "invalid_prompt", "context_length_exceeded", "string_above_max_length"}
+_OF_THE_PROMPT = re.compile(r"content management policy|maximum context length|prompt is too long", re.IGNORECASE)
 
 
 class UnusableAnswerError(ValueError):
@@ -110,5 +108,13 @@ def message(response: Any) -> str:
 
 def refused_prompt(response: Any) -> str | None:
     """Why a prompt is refused, by a response with an error that says so; another prompt might be answered."""
-    found = _OF_THE_PROMPT.search(response.text) if response.status_code in (400, 413, 422) else None
-    return f"a refusal of the prompt ({found[0].lower()})" if found else None
+    said = message(response)
+    if response.status_code not in (400, 413, 422) or "max_tokens" in said or "max_completion_tokens" in said:
+        return None
+    try:
+        code = response.json()["error"].get("code")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        code = None
+    found = _OF_THE_PROMPT.search(said)
+    why = code if code in _CODES else found[0].lower() if found else None
+    return f"a refusal of the prompt ({why})" if why else None

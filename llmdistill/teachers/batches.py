@@ -156,9 +156,8 @@ class Batches:
         attempt = tries = 0
         while (left := [request for request in requests if request.index not in found]) and tries < _TRIES:
             attempt += 1
-            file = self.directory / f"{requests[0].index:08d}-{attempt}.json"
-            tries += not file.exists()  # those of earlier processes are read once more, and cost nothing
-            claim, batch = await self._ended(file, left)
+            claim, batch, is_new = await self._ended(self.directory / f"{requests[0].index:08d}-{attempt}.json", left)
+            tries += is_new  # those of earlier processes are read once more, and cost nothing
             by_index = {str(request.index): request for request in left}
             for result in await self.results(claim, batch):
                 request = by_index.get(result.index)
@@ -170,14 +169,15 @@ class Batches:
                     found[request.index] = self._completion(request, result.answer)
         return [found.get(request.index) or given_up(request, _reason(reasons, request)) for request in requests]
 
-    async def _ended(self, file: Path, requests: list[Request]) -> tuple[Claim, Any]:
-        """A batch that nothing more comes of, and its claim; where the endpoint has too many, it is created again later."""
-        told = False
+    async def _ended(self, file: Path, requests: list[Request]) -> tuple[Claim, Any, bool]:
+        """A batch that nothing more comes of, its claim, and whether it was created here, later if there are too many now."""
+        told = is_new = False
         while True:
-            claim = await self._claim(file, requests)
+            claim, fresh = await self._claim(file, requests)
+            is_new |= fresh
             try:
                 if (batch := await self.ended(claim)) is not None:
-                    return claim, batch
+                    return claim, batch, is_new
             except RefusedBatchError as error:
                 file.unlink()  # nothing of it is billed, and the next try may be taken
                 if not error.crowded:
@@ -187,8 +187,8 @@ class Batches:
                 told = True
             await asyncio.sleep(POLL)
 
-    async def _claim(self, file: Path, requests: list[Request]) -> Claim:
-        """The claim of a batch that is there: a found one, or a new one."""
+    async def _claim(self, file: Path, requests: list[Request]) -> tuple[Claim, bool]:
+        """The claim of a batch that is there, a found one or a new one, and whether it is new."""
         digest = hashlib.sha256(b"".join(self.line(request) for request in requests)).hexdigest()
         self.directory.mkdir(parents=True, exist_ok=True)
         async with self._turn:
@@ -204,7 +204,7 @@ class Batches:
                     found = None if fresh else await self._found(claim, requests)
                     claim = replace(claim, id=found or await self._created(claim, requests))
                     claim.write()
-        return claim
+        return claim, fresh
 
     async def _created(self, claim: Claim, requests: list[Request]) -> str:
         """What the API calls a new batch.

@@ -76,7 +76,7 @@ class EndpointEngine(RemoteEngine):
                 await asyncio.sleep(wait)
 
         try:
-            completion = await self.call(send, understand, unusable_tries=_PAID_TRIES, before=allowed)
+            completion = await self.call(send, understand, unusable_tries=_PAID_TRIES, before=allowed, of_a_row=True)
         except UnusableAnswerError as error:
             return given_up(request, str(error), usage)
         return replace(completion, usage=usage)

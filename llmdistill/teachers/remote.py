@@ -132,6 +132,7 @@ class RemoteEngine(Engine):
         tries: int | None = None,
         unusable_tries: int | None = None,
         before: Callable[[], Awaitable[None]] | None = None,
+        of_a_row: bool = False,
     ) -> T:
         """One call, again and again while the fault is the server's or the network's.
 
@@ -141,6 +142,7 @@ class RemoteEngine(Engine):
             tries: until it is given up.
             unusable_tries: of them until an answer that cannot be right is given up.
             before: waits, before every try, until it may be sent.
+            of_a_row: whether it asks for the answer to a prompt of the user's, which may be refused for itself.
 
         Raises:
             InputError: the server refuses it.
@@ -159,7 +161,7 @@ class RemoteEngine(Engine):
                 async with asyncio.timeout(self.teacher.timeout):  # of the whole answer, which may come byte by byte
                     response = await send()
                 asked = self.after(response)
-                if why := refused_prompt(response):
+                if of_a_row and (why := refused_prompt(response)):
                     raise FinalAnswerError(why)
                 if self.is_final(response):
                     raise InputError(f"{url} refuses: {self.refusal(response)}")

@@ -296,6 +296,14 @@ def test_an_empty_value_is_a_section_with_its_defaults_and_null_is_none(tmp_path
     assert load_experiment(file) == experiment
     file.write_text(lines.replace("lora: ", "lora: null").replace("export:", "export: ~"))
     assert (load_experiment(file).student.lora, load_experiment(file).export) == (None, None)
+    more = "prompts: {source: p.jsonl, limit: }\ngenerate: {json_schema: }\ntrain: {args: {max_length: }}\n"
+    file.write_text(lines + more)
+    experiment = load_experiment(file)
+    assert (experiment.prompts.limit, experiment.generate.json_schema, experiment.train.args) == (
+        None,
+        None,
+        {"max_length": None},
+    )
     file.write_text(lines + "seed:\n")
     with pytest.raises(InputError, match=r"seed should be a valid integer, got nothing"):
         load_experiment(file)
@@ -306,12 +314,15 @@ def test_another_kind_of_targets_on_the_command_line_has_its_own_size(tmp_path):
     file.write_text("output: o\nteacher: {model: t}\ntargets: {kind: sampled, n: 8}\n")
     topk = ("targets.kind", "topk")
     assert load_experiment(file, [topk]).targets.k == 64
+    for kind in ("sampled", "multinomial"):  # whose size is n, too
+        assert load_experiment(file, [("targets.kind", kind)]).targets.n == 8
     for overrides in ([topk, ("targets.k", "9")], [("targets.k", "9"), topk]):
         assert load_experiment(file, overrides).targets.k == 9
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("010", 10), ("008", 8), ("-07", -7), ("0o17", 15), ("0x1F", 31), ("12:00:00", "12:00:00")]
+    ("text", "value"),
+    [("010", 10), ("008", 8), ("-07", -7), ("0o17", 15), ("0x1F", 31), ("1_000", 1000), ("12:00:00", "12:00:00")],
 )
 def test_numbers_are_those_of_yaml_1_2(text, value, tmp_path):
     """A day of the year as a seed, 008 or 010, is what it looks like; what is written down is read back as it was."""

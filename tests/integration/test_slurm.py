@@ -183,8 +183,10 @@ def test_wrong_input_ends_the_pipeline_and_keeps_what_is_there(cluster, tiny, tm
     """Status 2 is not tried again, and what would come after it is not run."""
     file = write_experiment(tiny, tmp_path)
     output = tmp_path / "run"
-    submitted = run_cli("submit", file, "--output", output, "--train.args.no_such", 1, *settings(1), **cluster)
+    submitted = run_cli("submit", file, "--output", output, *settings(1), **cluster)
     assert submitted.returncode == 0, submitted.stderr
+    of_train = output / "jobs/train.yaml"  # changed behind the back of `submit`, which would have refused it
+    of_train.write_text(of_train.read_text().replace("max_steps:", "no_such:"))
     wait_for(lambda: is_over(cluster, output), 240)
     said = run_cli("status", output, **cluster).stdout
     assert [line.split()[-1] for line in said.splitlines()] == ["done"] * 3 + ["done"] * 3

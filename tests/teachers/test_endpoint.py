@@ -243,9 +243,10 @@ def test_a_prompt_that_is_refused_is_a_failed_row(endpoint, smollm2, tokenizer, 
     endpoint.refusal = lambda body: said if body["messages"][-1]["content"] == "bad" else None
     with serving(endpoint) as url:
         good, bad = answers(opened(url, smollm2, tokenizer), tokenizer, "good", "bad")
-        endpoint.refusal = lambda body: "Unknown model"
-        with pytest.raises(InputError, match="refuses: Unknown model"):
-            answers(opened(url, smollm2, tokenizer), tokenizer, "good")
+        for wrong in ("Unknown model", "max_tokens is too large: the maximum context length is 512 tokens"):
+            endpoint.refusal = lambda body, said=wrong: said
+            with pytest.raises(InputError, match=f"refuses: {wrong}"):
+                answers(opened(url, smollm2, tokenizer), tokenizer, "good")
     assert good.failed is None
     assert bad.failed == f"a refusal of the prompt ({reason})"
     assert bad.usage == Usage()
