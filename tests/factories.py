@@ -148,7 +148,7 @@ teacher: {{model: {smollm2}, engine: vllm}}
 prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml, limit: 6}}
 generate: {{max_tokens: 4, rows_per_shard: 2}}
 curate: [{{finish_reason: }}]
-student: {prune: {layers: 20}}
+student: {{prune: {{layers: 20}}}}
 """)
     return file
 

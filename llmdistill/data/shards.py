@@ -16,6 +16,7 @@ from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment, Targets
@@ -259,7 +260,10 @@ def _check_layout(directory: Path, layout: Layout) -> None:
         InputError: naming the first.
     """
     for shard in finished_shards(directory, "train") if directory.is_dir() else ():
-        rows = pq.read_metadata(shard.file).num_rows + sum(failed_rows([shard]).values())
+        try:
+            rows = pq.read_metadata(shard.file).num_rows + sum(failed_rows([shard]).values())
+        except (pa.ArrowException, OSError):  # it is damaged, and made again
+            continue
         if shard.count == len(layout) and rows != len(layout.shards[shard.index][1]):
             raise InputError(
                 f"{shard.file}: has {rows:,} rows where {len(layout.shards[shard.index][1]):,} belong, as another version of "

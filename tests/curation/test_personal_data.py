@@ -60,6 +60,7 @@ def test_prompts_are_looked_at_too_and_kinds_can_be_chosen(tmp_path):
         ("ip_address", "10.0.0.1/8", True),
         ("ip_address", "2001:4860:4860::8888", False),
         ("ip_address", "1::2", True),
+        ("ip_address", "::ffff:8.8.8.8", False),
         ("ip_address", "Face::Add", True),
         ("iban", "x", False),
     ],

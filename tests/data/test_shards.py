@@ -48,6 +48,21 @@ def test_a_worker_with_nothing_to_do_says_so(experiment, capsys):
     assert "0 of 4 shards there" in capsys.readouterr().out
 
 
+def test_shards_that_were_cut_elsewhere_are_refused(experiment, monkeypatch):
+    """By a version that put what is left over into the last one: its rows would be lost, or there twice."""
+    odd = experiment.with_(generate=experiment.generate.with_(rows_per_shard=7))
+    generate(odd, worker=Share(0, 4))
+    cut = shards.Layout.__init__
+
+    def elsewhere(self, rows, size):
+        cut(self, rows, size)
+        self.shards = [(0, range(start, min(start + size, rows[0]))) for start in range(0, rows[0], size)]
+
+    monkeypatch.setattr(shards.Layout, "__init__", elsewhere)
+    with pytest.raises(InputError, match=r"train-00000-of-00004-.*: has 6 rows where 7 belong, as another version"):
+        generate(odd)
+
+
 def test_a_damaged_shard_is_named_and_made_again_when_work_goes_on(experiment, undisturbed, capsys):
     directory = experiment.directory("data")
     generate(experiment, worker=Share(0, 2))

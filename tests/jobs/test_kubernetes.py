@@ -199,6 +199,17 @@ def test_nothing_starts_after_a_stage_that_failed(experiment_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_was_applied_before_the_server_went_away_is_removed(experiment_file, tmp_path):
+    double(
+        tmp_path, "kubectl", f'echo "$1" >> "{tmp_path}/asked"; [ "$1" != apply ] || {{ echo "Unable to connect" >&2; exit 1; }}'
+    )
+    arguments = ["--output", tmp_path / "run", "--jobs.kubernetes", SETTINGS]
+    done = run_cli("submit", experiment_file, *arguments, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert (done.returncode, done.stderr) == (1, "kubectl: Unable to connect\n")
+    assert (tmp_path / "asked").read_text().split() == ["delete", "apply", "delete"]
+
+
+@pytest.mark.slow
 def test_kubectl_is_asked_and_understood(experiment_file, tmp_path):
     output = tmp_path / "my run"
     arguments = ["--output", output, "--jobs.kubernetes", SETTINGS]
