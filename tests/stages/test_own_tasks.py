@@ -66,7 +66,7 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch,
     metrics = json.loads((experiment.directory("eval") / "metrics.json").read_text())["tasks"]
     orders, labels = metrics["tasks"]
     assert (orders["name"], orders["source"], orders["metric"]) == ("orders", "configs/tasks/orders.yaml", "exact_match")
-    assert (labels["name"], labels["metric"], labels["items"], labels["chance"]) == ("classify", "accuracy", 3, None)
+    assert (labels["name"], labels["metric"], labels["items"], labels["chance"]) == ("classify", "accuracy", 3, 0.5)
     for task in (orders, labels):
         for name in names:
             scores = [row["score"] for row in rows if (row["task"], row["model"]) == (task["name"], name)]
