@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+BESIDE = rm -rf $@ && $(PIP) --target $@
 TORCH := torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TEACHER := models/SmolLM2-135M-Instruct
@@ -60,54 +61,54 @@ chaos: $(TEACHER) .torchao
 
 # Beside the environment, not in it: transformers imports it wherever it finds it, and on a CPU it complains of its GPU parts.
 .torchao: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ torchao==0.18.0
+	$(BESIDE) torchao==0.18.0
 
 # Beside the environment, being large: s3fs, and moto, whose S3 server the tests talk to.
 .s3: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ s3fs==2026.9.0 aiobotocore==3.10.0 aioitertools==0.13.0 boto3==1.43.117 botocore==1.43.117 s3transfer==0.19.3 \
+	$(BESIDE) s3fs==2026.9.0 aiobotocore==3.10.0 aioitertools==0.13.0 boto3==1.43.117 botocore==1.43.117 s3transfer==0.19.3 \
 		moto==5.2.5 blinker==1.9.0 flask==3.1.3 flask-cors==6.0.5 itsdangerous==2.2.0 py-partiql-parser==0.6.3 responses==0.26.3 \
 		werkzeug==3.1.9 xmltodict==1.0.4
 
 # Beside the environment, being for one engine alone.
 .anthropic: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ anthropic==2.14.0
+	$(BESIDE) anthropic==2.14.0
 
 # Beside the environment, being for tests alone: llama.cpp with its server.
 .llamacpp: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ xllamacpp==2026.10.11549
+	$(BESIDE) xllamacpp==2026.10.11549
 
 # Beside the environment, not in it: accelerate imports DeepSpeed wherever it finds it. Needs a C++ compiler.
 .deepspeed: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ deepspeed==0.19.8 hjson==3.1.0
+	$(BESIDE) deepspeed==0.19.8 hjson==3.1.0
 
 test-deepspeed: .deepspeed $(TEACHER)
 	$(BIN)/python -m pytest tests/integration/test_deepspeed.py
 
 # Beside the environment, too: it needs another version of compressed-tensors than vLLM does.
 .llmcompressor: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ llmcompressor==0.14.0.1 compressed-tensors==0.19.0
+	$(BESIDE) llmcompressor==0.14.0.1 compressed-tensors==0.19.0
 
 test-gptq: .llmcompressor $(TEACHER)
 	$(BIN)/python -m pytest tests/integration/test_export.py
 
 # What else reads the shards: the tests hold that Polars and DuckDB do.
 .readers: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ duckdb==2.0.1 polars==2.1.0 polars-runtime-32==2.1.0
+	$(BESIDE) duckdb==2.0.1 polars==2.1.0 polars-runtime-32==2.1.0
 
 # What runs the notebook of examples/.
 .notebook: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0 ipython==9.18.1 ipython_pygments_lexers==1.1.1 \
+	$(BESIDE) nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0 ipython==9.18.1 ipython_pygments_lexers==1.1.1 \
 		asttokens==3.0.2 comm==0.2.3 debugpy==1.8.22 executing==2.3.0 fastjsonschema==2.22.3 jedi==0.20.1 jupyter_client==8.10.0 \
 		jupyter_core==5.9.1 matplotlib-inline==0.2.2 nest-asyncio2==1.7.4 parso==0.8.7 pexpect==4.9.0 prompt_toolkit==3.0.53 \
 		ptyprocess==0.7.0 pure_eval==0.2.4 stack-data==0.6.3 tornado==6.6.1 traitlets==5.16.1 wcwidth==0.9.4
 
 # The schemas of SkyPilot and Kubernetes, which jobs are checked against.
 .schemas: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ skypilot==0.14.1 kubernetes-validate==1.37.0 importlib_resources==7.1.0
+	$(BESIDE) skypilot==0.14.1 kubernetes-validate==1.37.0 importlib_resources==7.1.0
 
 # What the documentation site is built with.
 .mkdocs: .venv/.ready
-	rm -rf $@ && $(PIP) --target $@ mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 babel==2.19.0 \
+	$(BESIDE) mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 babel==2.19.0 \
 		backrefs==8.3.1 ghp-import==2.1.0 griffelib==2.4.1 markdown==3.11.3 mergedeep==1.3.4 mkdocs-autorefs==1.4.5 \
 		mkdocs-get-deps==0.2.2 mkdocs-material-extensions==1.3.1 paginate==0.5.7 pymdown-extensions==13.1.2 \
 		pyyaml-env-tag==1.1 watchdog==7.1.0

@@ -88,7 +88,7 @@ def read_yaml(file: Path, key: str | None = None, loader: "type[_Loader] | None"
     Args:
         file: it.
         key: the one that names it, for the error if it is not there.
-        loader: what reads it; without empty values that are sections, if not given.
+        loader: what reads it, if it is an experiment; in other files a key without a value is null.
 
     Raises:
         InputError: it is not there, or no such file.

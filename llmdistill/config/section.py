@@ -128,7 +128,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _only_sections_may_be_empty(cls, tree: Any) -> Any:
-        """What has no value has its default, as if the key were not there: so `limit:` is no limit."""
+        """Of what is no section, a key without a value is null where it may be: so `limit:` is no limit."""
         if not isinstance(tree, dict):
             return tree
         kept = dict(tree)

@@ -121,10 +121,13 @@ class _Task:
         self.sizes = self.draws.sums(self.items)
         self.warning = check_clusters(len(self.sizes), f"items of the task {name}", "raise eval.task_limit")
 
+    def values(self, model: str, rival: str | None = None) -> Array:
+        """A model's scores, or by how much they are above another's."""
+        return self.scores[model] - self.scores[rival] if rival else self.scores[model]
+
     def ratio(self, *models: str) -> Estimate:
         """The mean of a model, or of the difference between two."""
-        first, *second = (self.scores[model] for model in models)
-        return self.draws.ratio(first - second[0] if second else first, self.items)
+        return self.draws.ratio(self.values(*models), self.items)
 
     def are_right_or_wrong(self, *models: str) -> bool:
         """Whether these models' scores are 0 or 1."""
@@ -132,8 +135,7 @@ class _Task:
 
     def is_constant(self, *models: str) -> bool:
         """Whether a model's scores, or the differences between two, are all the same."""
-        first, *second = (self.scores[model] for model in models)
-        return bool(np.ptp(first - second[0] if second else first) == 0)
+        return bool(np.ptp(self.values(*models)) == 0)
 
     def is_between(self, *models: str) -> bool:
         """Whether these models' scores are between 0 and 1."""
@@ -141,11 +143,10 @@ class _Task:
 
     def mean(self, *models: str) -> dict[str, float]:
         """The mean of a model, or of the difference between two, with its interval."""
-        first, *second = (self.scores[model] for model in models)
-        if not second:
-            return (self.draws.share if self.is_between(*models) else self.draws.interval)(first, self.items)
-        binary = self.are_right_or_wrong(*models)
-        return self.draws.pairs(first - second[0]) if binary else self.draws.interval(first - second[0], self.items)
+        values = self.values(*models)
+        if len(models) > 1 and self.are_right_or_wrong(*models):
+            return self.draws.pairs(values)
+        return (self.draws.share if len(models) == 1 and self.is_between(*models) else self.draws.interval)(values, self.items)
 
     def least_half(self, *models: str) -> float:
         """Half of the interval of the difference of two models that are right on the same items; 0 for other scores."""

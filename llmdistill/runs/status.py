@@ -65,9 +65,9 @@ def _sum(looks: list[dict[str, Any]], silent: float) -> str:
     """One line for all workers: those at the same step are added up."""
     newest = max(looks, key=lambda look: look["time"])
     step = newest["step"]
-    here = [look for look in looks if look["step"] == step]
-    lost = [look for look in here if newest["time"] - look["time"] >= _OLD]  # killed on another machine, perhaps
-    there, here = here, [look for look in here if look not in lost]
+    there = [look for look in looks if look["step"] == step]
+    lost = [look for look in there if newest["time"] - look["time"] >= _OLD]  # killed on another machine, perhaps
+    here = [look for look in there if look not in lost]
     speed = sum(look["tokens_per_s"] or 0 for look in here)
     left = [look["seconds_left"] for look in here if look["seconds_left"] is not None]
     if all(look.get("activity") for look in here):

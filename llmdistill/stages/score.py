@@ -239,9 +239,8 @@ class _Stored:
         columns += [*self.sampled, *(SampledLogprobs.columns if drawn else ())]
         parts = [load_dataset(directory, split).select_columns(columns) for split in SPLITS if split in there]
         self.rows = datasets.concatenate_datasets(parts)
-        self.encoded: dict[
-            int, tuple[Sequence[int], Sequence[int]]
-        ] = {}  # of rows in another vocabulary, in the teacher's tokens
+        # Of rows in another vocabulary, in the teacher's tokens.
+        self.encoded: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
         self.order: list[int] | None = None  # of the rows that are read, those of a teacher together, once `prepare` has looked
 
     def __len__(self) -> int:

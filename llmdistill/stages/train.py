@@ -50,7 +50,7 @@ from llmdistill.students.origins import (
     save_student,
 )
 from llmdistill.students.quantization import fake_quantise, unfake
-from llmdistill.students.sides import is_needed, tokenizer_of, training_dataset
+from llmdistill.students.sides import is_needed, teacher_tokenizer, tokenizer_of, training_dataset
 from llmdistill.training.callbacks import last_checkpoint, same_rows_a_step, show_progress, stop_with_a_checkpoint
 from llmdistill.training.examples import example_rows, read_examples
 from llmdistill.training.traps import traps
@@ -371,8 +371,7 @@ def _check_teachers(experiment: Experiment, manifest: dict[str, Any]) -> None:
         InputError: naming it.
     """
     for name, teacher in experiment.routed.items():
-        key = f"teachers.{name}.model" if name else "teacher.model"
-        tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code, key)
+        tokenizer, key = teacher_tokenizer(experiment, name)
         if vocabulary_hash(tokenizer) != tokenizer_of(manifest, name)["vocabulary_hash"]:
             raise InputError(
                 f"{key}: {teacher.model} has another vocabulary than that in which {training_dataset(experiment)} is"

@@ -151,7 +151,7 @@ def check_tokenizers(experiment: Experiment) -> None:
     """
     if not is_needed(experiment):
         return
-    theirs = [_tokenizer(experiment, name) for name in experiment.routed]
+    theirs = [teacher_tokenizer(experiment, name) for name in experiment.routed]
     model, key, tokenizer, _, end_ids = _own(experiment)
     for other, named in theirs:
         token_bytes(other, named)
@@ -186,7 +186,7 @@ def sides_of(experiment: Experiment, manifest: Mapping[str, Any]) -> dict[str, S
     known: dict[Any, RootClasses] = {}
     found: dict[str, Sides] = {}
     for name, teacher in experiment.routed.items():
-        tokenizer, key = _tokenizer(experiment, name)
+        tokenizer, key = teacher_tokenizer(experiment, name)
         theirs = tokenizer_of(manifest, name)
         if vocabulary_hash(tokenizer) != theirs["vocabulary_hash"]:
             raise InputError(f"{key}: {source} was written with another vocabulary than that of {tokenizer.name_or_path}")
@@ -214,7 +214,7 @@ def teacher_of(row: Mapping[str, Any], sides: Mapping[str, Sides], main: str) ->
     return name if name in sides else main
 
 
-def _tokenizer(experiment: Experiment, name: str) -> tuple[Any, str]:
+def teacher_tokenizer(experiment: Experiment, name: str) -> tuple[Any, str]:
     """The tokenizer of the teacher of that name, and the key that names it."""
     teacher = experiment.routed[name]
     model, revision, key = experiment.model_copy(update={"teacher": teacher}).tokenizer

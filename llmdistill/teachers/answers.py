@@ -95,12 +95,17 @@ def is_error(answer: Any) -> bool:
     return isinstance(answer, dict) and bool(answer.get("error")) and not (answer.get("choices") or answer.get("content"))
 
 
+def _error(response: Any) -> Any:
+    """What the body of a response holds under `error`, or all of it."""
+    content = response.json()
+    content = content[0] if isinstance(content, list) and content else content  # as Gemini's endpoint wraps them
+    return content.get("error", content)
+
+
 def message(response: Any) -> str:
     """The server's own words, from a response with an error."""
     try:
-        content = response.json()
-        content = content[0] if isinstance(content, list) and content else content  # as Gemini's endpoint wraps them
-        error = content.get("error", content)
+        error = _error(response)
         return str(error.get("message", error) if isinstance(error, dict) else error)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         return f"{response.status_code} {response.text[:200]}"
@@ -112,8 +117,8 @@ def refused_prompt(response: Any) -> str | None:
     if response.status_code not in (400, 413, 422) or "max_tokens" in said or "max_completion_tokens" in said:
         return None
     try:
-        code = response.json()["error"].get("code")
-    except (ValueError, LookupError, TypeError, AttributeError):
+        code = str(_error(response).get("code"))
+    except (ValueError, AttributeError):
         code = None
     found = _OF_THE_PROMPT.search(said)
     why = code if code in _CODES else found[0].lower() if found else None
