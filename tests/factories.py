@@ -149,6 +149,7 @@ prompts: {{source: prompts/seeds/general.jsonl, template: prompts/instruct.yaml,
 generate: {{max_tokens: 4, rows_per_shard: 2}}
 curate: [{{finish_reason: }}]
 student: {{prune: {{layers: 20}}}}
+eval: {{held_out: 0.3}}
 """)
     return file
 

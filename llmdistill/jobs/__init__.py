@@ -85,7 +85,7 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def _check_first(experiment: Experiment, settings: Scheduler[Any]) -> None:
-    """What the first stage and the launcher read is there, and what is there already is of these settings.
+    """What the first stage and the launcher read is there, what is there already is of these settings, and no split will be empty.
 
     Raises:
         InputError: naming the file and the key.
@@ -97,6 +97,8 @@ def _check_first(experiment: Experiment, settings: Scheduler[Any]) -> None:
     pipeline.check_stale(experiment)
     first = pipeline.stages(experiment)[0]
     STAGES[first.command].claims(first.experiment)
+    if experiment.prompts is not None:
+        pipeline.check_held_out(experiment, pipeline.missing_stages(experiment))
 
 
 def status(output: Path) -> None:

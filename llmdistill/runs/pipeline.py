@@ -19,7 +19,7 @@ from llmdistill.runs.progress import counted, say, working
 from llmdistill.runs.rounds import round_of, round_training
 from llmdistill.runs.status import how_far
 from llmdistill.stages.export import check_libraries
-from llmdistill.stages.prompts import Prompt, count_splits, prepared_prompts
+from llmdistill.stages.prompts import Prepared, Prompt, count_splits, prepared_prompts
 from llmdistill.stages.retokenize import check_kind
 from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import check_training
@@ -224,12 +224,10 @@ def check_plan(experiment: Experiment) -> None:
     Raises:
         InputError: the prompts leave a split empty.
     """
-    missing = [stage for stage in stages(experiment) if how_far(Path(experiment.output), stage.name) != "done"]
+    missing = missing_stages(experiment)
     if not missing or experiment.prompts is None:
         return
-    prepared = prepared_prompts(experiment)
-    if prepared is not None and any(stage.command == "curate" for stage in missing):
-        check_splits(experiment, prepared.prompts)
+    prepared = check_held_out(experiment, missing)
     if experiment.teacher.abilities.api:
         return
     if prepared is None:
@@ -242,6 +240,23 @@ def check_plan(experiment: Experiment) -> None:
             seconds[stage.command] = seconds.get(stage.command, 0.0) + each[stage.command]
     if seconds:
         say("run", said(seconds))
+
+
+def missing_stages(experiment: Experiment) -> list[StageRun]:
+    """The stages that are not done."""
+    return [stage for stage in stages(experiment) if how_far(Path(experiment.output), stage.name) != "done"]
+
+
+def check_held_out(experiment: Experiment, missing: Sequence[StageRun]) -> Prepared | None:
+    """Check the held-out split if `curate` is still to make it, and return the prompts, if they can be told by now.
+
+    Raises:
+        InputError: the prompts leave a split empty.
+    """
+    prepared = prepared_prompts(experiment)
+    if prepared is not None and any(stage.command == "curate" for stage in missing):
+        check_splits(experiment, prepared.prompts)
+    return prepared
 
 
 def check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:

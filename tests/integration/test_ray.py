@@ -127,8 +127,10 @@ def test_the_pipeline_as_a_job_makes_what_a_local_run_makes(cluster, tiny, tmp_p
 def test_wrong_input_ends_the_job_at_once(cluster, tiny, tmp_path):
     file = write_experiment(tiny, tmp_path)
     output = tmp_path / "run"
-    submitted = run_cli("submit", file, "--output", output, "--teacher.model", tmp_path, *settings(cluster))
+    submitted = run_cli("submit", file, "--output", output, *settings(cluster))
     assert submitted.returncode == 0, submitted.stderr
+    of_job = output / "jobs/ray.yaml"  # changed behind the back of `submit`, which would have refused it
+    of_job.write_text(of_job.read_text().replace(str(tiny), str(tmp_path)))
     wait_for(lambda: is_over(cluster, output), 120)
     assert "teacher.model" in logs(cluster, output)
     assert not (output / "data").exists()

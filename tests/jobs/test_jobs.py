@@ -154,6 +154,7 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
         (("--eval.tasks", "[nope.yaml]"), "nope.yaml: no such file"),
         (("--curate", "[{json_schema: {file: nope.json}}]"), "nope.json: no such file"),
         (("--jobs.slurm.accelerate", "nope.yaml"), "nope.yaml: no such file (accelerate)"),
+        (("--eval.held_out", "0.001"), "eval.held_out: 0.001 of 24 conversations leaves 24 to train on and 0 held out"),
     ],
 )
 def test_what_the_jobs_would_fail_of_is_said_before_they_are_submitted(experiment_file, tmp_path, wrong, message):
