@@ -85,7 +85,7 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def _check_first(experiment: Experiment, settings: Scheduler[Any]) -> None:
-    """What the first stage and the launcher read is there, what is there already is of these settings, and no split will be empty.
+    """What the first stage and the launcher read is there, no split will be empty, and what is there is of these settings.
 
     Raises:
         InputError: naming the file and the key.
