@@ -11,7 +11,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.student import Prune, Student
 from llmdistill.data.alignment import shares
 from llmdistill.data.targets import KINDS
-from llmdistill.evaluation.metrics import Metric, has_teacher, metrics_of
+from llmdistill.evaluation.metrics import first_table
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.models.licence import sentence
 from llmdistill.runs.progress import counted, say
@@ -241,7 +241,7 @@ def with_results(card: str, metrics: dict[str, Any]) -> str:
     """
     student = next(model for model in metrics["models"] if model["name"] == "student")
     facts = {}
-    for metric in _measured(metrics, student):
+    for metric in first_table(metrics):
         mean, ends = interval_text(student[metric.name], ".3g", metric.factor)
         facts[f"{metric.definition}, {metric.unit}"] = f"{mean} (95% CI {ends})"
     for task in (metrics.get("tasks") or {"tasks": []})["tasks"]:
@@ -251,26 +251,20 @@ def with_results(card: str, metrics: dict[str, Any]) -> str:
         facts[f"{task['name']}, % right"] = f"{mean}% (95% CI {ends}){compared}"
     facts["parameters"] = f"{student['parameters']:,}"
     held_out = metrics["held_out"]
+    what = "positions that both vocabularies share, of the text" if "classes" in held_out else "tokens"
     results = f"""{_RESULTS}
 
 **{metrics["headline"]}**
 
 {_table(facts)}
 
-On {held_out["tokens"]:,} tokens that the teacher wrote for {held_out["prompts"]:,} prompts held out of training; intervals over
-the prompts.
+On {held_out["tokens"]:,} {what} that the teacher wrote for {held_out["prompts"]:,} prompts held out of training;
+intervals over the prompts.
 
 """
     card = without_results(card)
     place = next((card.index(heading) for heading in ("## Usage", "## Configuration") if heading in card), len(card))
     return _with_index(card[:place], student, metrics) + results + card[place:]
-
-
-def _measured(metrics: dict[str, Any], student: dict[str, Any]) -> list[Metric]:
-    """The metrics that students are compared by, as far as the student has them."""
-    if has_teacher(metrics["models"]):
-        return metrics_of("models")
-    return [metric for metric in metrics_of("text") if metric.name in student]
 
 
 def without_results(card: str) -> str:
@@ -305,7 +299,7 @@ def _with_index(card: str, student: dict[str, Any], metrics: dict[str, Any]) -> 
             "name": f"{metric.definition}, {metric.unit}",
             "value": metric.factor * student[metric.name]["mean"],
         }
-        for metric in _measured(metrics, student)
+        for metric in first_table(metrics)
     ]
     results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": found}]
     for task in (metrics.get("tasks") or {"tasks": []})["tasks"]:

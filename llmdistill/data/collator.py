@@ -84,7 +84,7 @@ class DistillCollator:
             batch["target_teacher"] = np.repeat(numbers, counts)
         if self.for_teacher:
             batch |= self._teachers(rows, counts, numbers)
-        entropy_N = np.zeros(counts.sum())
+        entropy_N = np.full(counts.sum(), np.nan)
         if kind.columns:
             if "target_places" in rows[0] and not kind.of_text:
                 soft, batch["target_soft"] = self._of_classes(kind, rows, counts, numbers)
@@ -94,7 +94,8 @@ class DistillCollator:
                     soft = soft.within(self.vocab_size)
             batch |= soft.batch()
             if self.position_weights != "uniform":
-                entropy_N = soft.entropies() * batch.get("target_soft", True)
+                is_known_N = ~np.isneginf(soft.logweights()).all(axis=1) & batch.get("target_soft", True)
+                entropy_N = np.where(is_known_N, soft.entropies(), np.nan)
         batch["token_weights"] = self._weights(entropy_N, counts)
         if "importance" in rows[0]:
             batch["token_importance"] = np.repeat(np.array([row["importance"] for row in rows], dtype=np.float32), counts)
@@ -181,9 +182,11 @@ class DistillCollator:
         return batch | {"target_soft": soft_N, "teacher_positions": np.where(soft_N, np.concatenate(positions), first_N)}
 
     def _weights(self, entropy_N: targets.Array, counts: targets.Array) -> targets.Array:
-        weights_N = POSITION_WEIGHTS[self.position_weights](entropy_N)
+        weights_N, row_N = POSITION_WEIGHTS[self.position_weights](entropy_N), np.repeat(np.arange(len(counts)), counts)
+        if (is_known_N := ~np.isnan(weights_N)).sum() < len(weights_N):  # the others count as much as the mean of their row
+            known, total = (np.bincount(row_N[is_known_N], of, len(counts)) for of in (None, weights_N[is_known_N]))
+            weights_N = np.where(is_known_N, weights_N, np.where(known, total / np.maximum(known, 1), 1.0)[row_N])
         if self.by_sequence:
-            row_N = np.repeat(np.arange(len(counts)), counts)
             weights_N = weights_N / np.maximum(np.bincount(row_N, weights_N, len(counts)), 1e-12)[row_N]
         return weights_N.astype(np.float32)
 

@@ -92,6 +92,11 @@ class Sums:
         return self.measured["tokens"]
 
     @property
+    def text_tokens(self) -> Array:
+        """The same where vocabularies are equal; else all of the model's own tokens, not those alone that are compared."""
+        return self.measured.get("positions", self.tokens)
+
+    @property
     def text_nll(self) -> Array:
         """−log q of each completion, in nats: where vocabularies differ, of all its tokens and not of the compared ones alone."""
         return self.measured.get(f"{self.model} text_nll", self.measured.get(f"{self.model} nll"))  # type: ignore[return-value]
@@ -161,11 +166,20 @@ def has_teacher(models: Iterable[Mapping[str, Any]]) -> bool:
     return any(model["name"] == "teacher" for model in models)
 
 
+def compared_by(teacher: bool, classes: bool) -> list[Metric]:
+    """What models are compared by on held-out text.
+
+    Args:
+        teacher: whether the teacher's weights are there.
+        classes: whether its vocabulary is another one, so that tokens are compared by their classes.
+    """
+    return metrics_of("text" if not teacher else "across" if classes else "models")
+
+
 def first_table(metrics: Mapping[str, Any]) -> list[Metric]:
     """The metrics in the first table of a report, from its `metrics.json`."""
-    if has_teacher(metrics["models"]):
-        return metrics_of("across" if "classes" in metrics["held_out"] else "models")
-    return [metric for metric in metrics_of("text") if all(metric.name in model for model in metrics["models"])]
+    compared = compared_by(has_teacher(metrics["models"]), "classes" in metrics["held_out"])
+    return [metric for metric in compared if all(metric.name in model for model in metrics["models"])]
 
 
 def per_token(quantity: str) -> Callable[[Sums], dict[str, float]]:
@@ -435,7 +449,7 @@ OWN_TEXT_METRICS = (
         "length of its own answers",
         "tokens",
         None,
-        compute=lambda sums: sums.draws.interval(sums.tokens, np.ones(len(sums.tokens)), least=0),
+        compute=lambda sums: sums.draws.interval(sums.text_tokens, np.ones(len(sums.tokens)), least=0),
     ),
     Metric(
         "ended",

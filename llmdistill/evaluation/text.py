@@ -75,5 +75,5 @@ def _stored_kl(logits_NV: Any, batch: Mapping[str, Any]) -> Any:
     """KL(p ‖ q) over the stored tokens and the rest as one, (N,)."""
     from llmdistill.losses.divergences import Objective, picked_logits
 
-    picked_NK, rest_N1 = picked_logits(logits_NV, batch["target_ids"], apart=True)
-    return TopK.loss_parts(TopK.present(picked_NK, batch), rest_N1, batch, Objective())["kl"]
+    of_student = TopK.present(*picked_logits(logits_NV, batch["target_ids"], apart=True), batch)
+    return TopK.loss_parts(*of_student, batch, Objective())["kl"]

@@ -184,7 +184,7 @@ class ClassPicks:
         kind, count = KINDS[batch["target_kind"]], len(self.labels_n)
         stored_M, own_M, label_n = picked_P.split([len(self.place_M), len(self.own_place_M), count])
         picked_nK = segment_logsumexp(stored_M, self.place_M, self.class_nK.numel()).view(self.class_nK.shape)
-        picked_nK = kind.present(picked_nK, batch)
+        picked_nK, others_n1 = kind.present(picked_nK, others_n1, batch)
         all_n1 = torch.cat([picked_nK, others_n1], dim=1).logsumexp(dim=1, keepdim=True) if kind.has_tail else others_n1
         ce_n = all_n1[:, 0] - label_n
         choice_n = segment_logsumexp(own_M, self.own_place_M, count) - label_n

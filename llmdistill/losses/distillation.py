@@ -104,7 +104,7 @@ def _soft_parts(
         return chunk_parts(ce_N, targets, objective)
     kind = KINDS[targets["target_kind"]]
     picked_NK, rest_N1 = picked_logits(logits_NV, targets["target_ids"], kind.has_tail)
-    return kind.loss_parts(kind.present(picked_NK, targets), rest_N1, targets, objective)
+    return kind.loss_parts(*kind.present(picked_NK, rest_N1, targets), targets, objective)
 
 
 def teacher_choice(targets: Mapping[str, Any]) -> Tensor | None:

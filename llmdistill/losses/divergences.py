@@ -80,7 +80,7 @@ def topk_divergence(
         temperature: T.
         beta: as in `divergence`.
     """
-    teacher_NJ, student_NJ = teacher_outcomes(logprobs_NK, tail_N), student_outcomes(logits_NV, ids_NK)
+    teacher_NJ, student_NJ = bucket_outcomes(logprobs_NK, tail_N, *picked_logits(logits_NV, ids_NK, apart=True))
     return divergence(name, teacher_NJ, student_NJ, temperature, beta)
 
 
@@ -122,14 +122,20 @@ def sequence_kl(ce_N: Tensor, token_logprobs_N: Tensor, importance_N: Tensor) ->
     return wide(importance_N) * (wide(token_logprobs_N) + ce_N)
 
 
-def teacher_outcomes(logprobs_NK: Tensor, tail_N: Tensor) -> Tensor:
-    """The teacher's log-probabilities on the support and, last, of everything outside it; shape (N, K + 1)."""
-    return torch.cat([wide(logprobs_NK), wide(tail_N).log()[:, None]], dim=1)
+def bucket_outcomes(logprobs_NK: Tensor, tail_N: Tensor, picked_NK: Tensor, rest_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probabilities, up to a constant, of teacher and student on the support and, last, of all else; both (N, K + 1).
 
+    Where the student has nothing outside the support, as at K = V, that is no outcome: what the teacher's tail holds there is
+    rounding, or of tokens that the student does not have.
 
-def student_outcomes(logits_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """The student's log-probabilities, up to a constant, on the same outcomes; shape (N, K + 1)."""
-    return torch.cat(picked_logits(logits_NV, ids_NK, apart=True), dim=1)
+    Args:
+        logprobs_NK: the teacher's, on the support.
+        tail_N: its mass outside, a probability.
+        picked_NK: the student's logits on the support.
+        rest_N1: the log-sum-exp of its other logits.
+    """
+    rest_of_teacher_N1 = wide(tail_N).log()[:, None].masked_fill(rest_N1 < SMALLEST / 2, -math.inf)
+    return torch.cat([wide(logprobs_NK), rest_of_teacher_N1], dim=1), torch.cat([picked_NK, rest_N1], dim=1)
 
 
 def picked_logits(logits_NV: Tensor, ids_NK: Tensor, apart: bool) -> tuple[Tensor, Tensor]:

@@ -203,20 +203,18 @@ def _sparse(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective:
 
     def row_loss(rows: slice, picked_nC: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         here = some_tokens(targets, rows)
-        picked_nK, label_n1 = picked_nC[:, :-1], picked_nC[:, -1:]
-        if kind is not None:
-            picked_nK = kind.present(picked_nK, here)
+        shown_nK, label_n1, rest_n1 = picked_nC[:, :-1], picked_nC[:, -1:], others_n1
         if has_tail:  # of the others; the label is none of them, and may be among the targets
             is_target_n1 = (here["target_ids"] == labels_N[rows, None]).any(dim=1, keepdim=True)
             rest_n1 = torch.where(is_target_n1, others_n1, torch.logaddexp(others_n1, label_n1))
-            all_n1 = torch.cat([picked_nK, rest_n1], dim=1).logsumexp(dim=1, keepdim=True)
-        else:
-            rest_n1 = all_n1 = others_n1
+        if kind is not None:
+            picked_nK, rest_n1 = kind.present(shown_nK, rest_n1, here)
+        all_n1 = torch.cat([picked_nK, rest_n1], dim=1).logsumexp(dim=1, keepdim=True) if has_tail else rest_n1
         parts = {"ce": (all_n1 - label_n1)[:, 0]}
         if kind is not None:
             parts |= kind.loss_parts(picked_nK, rest_n1, here, objective)
             best_n = torch.maximum(picked_nC.detach().amax(dim=1), top_n1[:, 0])
-            parts["agreement"] = (picked_nK.detach().gather(1, kind.choice(here))[:, 0] >= best_n).float()
+            parts["agreement"] = (shown_nK.detach().gather(1, kind.choice(here))[:, 0] >= best_n).float()
         return objective.total(parts, here)
 
     return lambda rows, logits_nV: _to_gradient(

@@ -23,7 +23,7 @@ from llmdistill.errors import InputError, UnusableError
 from llmdistill.evaluation import drafts, serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
 from llmdistill.evaluation.fidelity import own_text
-from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, metrics_of
+from llmdistill.evaluation.metrics import METRICS, OWN_TEXT_METRICS, Metric, Sums, compared_by
 from llmdistill.evaluation.own_tasks import OwnTask, requests_of
 from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.routes import by_teacher, fidelity_to_own, shared, teachers_of_rows
@@ -296,7 +296,7 @@ def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
 
 def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, measured: dict[str, Array]) -> dict[str, Any]:
     """The content of `metrics.json`, but for what needs more of the models than their distributions on held-out text."""
-    text_bytes, weights = _text_bytes(loaded.rows), _importance(loaded.rows)
+    text_bytes, weights = _text_bytes(loaded.rows, loaded.tokenizers["student"]), _importance(loaded.rows)
     shown = [metric for metric in METRICS if loaded.has_teacher or metric.of_text]
     described = [
         {
@@ -353,10 +353,17 @@ def _computed(metrics: Iterable[Metric], sums: Sums) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _text_bytes(rows: Any) -> Array:
-    """Bytes of each completion in UTF-8."""
-    texts = rows.select_columns(["completion"]).with_format(None)["completion"]
-    return np.array([max(sum(len(message["content"].encode()) for message in messages), 1) for messages in texts])
+def _text_bytes(rows: Any, tokenizer: Any) -> Array:
+    """Bytes of each completion in UTF-8; of plain text without those of the token that it begins with, which is only read."""
+    columns = ["prompt", "completion", "input_ids", "completion_start"]
+    sizes = []
+    for row in rows.select_columns(columns).with_format(None):
+        size = sum(len(message["content"].encode()) for message in row["completion"])
+        if not row["prompt"]:
+            begins = tokenizer.decode(row["input_ids"][: row["completion_start"]], skip_special_tokens=True)
+            size -= len(begins.encode())
+        sizes.append(max(size, 1))
+    return np.array(sizes)
 
 
 def _importance(rows: Any) -> Array | None:
@@ -376,6 +383,7 @@ def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[st
         written = own_text(models[name], loaded.rows, settings.own_prompts, settings.own_tokens, ends, experiment.seed, name)
         text_bytes = np.array([_own_bytes(row, loaded.tokenizers[name]) for row in written])
         teachers = [loaded.teachers[row["number"]] for row in written]
+        ended = np.array([row["ended"] for row in written], dtype=np.int64)
         ours = bool(loaded.sides) and name != "teacher"  # the teacher's own text is compared with nobody
         if ours and loaded.sides:
             asked = ((row, loaded.rows[row["number"]], loaded.sides[its]) for row, its in zip(written, teachers, strict=True))
@@ -386,7 +394,7 @@ def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[st
         ends = loaded.ends if ours else loaded.end_ids["teacher"]
         how = {"batch_size": settings.batch_size, "end_ids": ends}
         classes = loaded.classes if ours else None
-        sums = fidelity_to_own(experiment, compared, written, teachers, loaded.dtype, classes, **how)
+        sums = fidelity_to_own(experiment, compared, written, teachers, loaded.dtype, classes, **how) | {"ended": ended}
         draws = Draws.of([loaded.prompts[row["number"]] for row in written], settings.resamples, experiment.seed)
         metrics = [metric for metric in OWN_TEXT_METRICS if not (loaded.classes and metric.name == "teacher_nll")]
         return {
@@ -506,7 +514,7 @@ def _check_vocabulary(subject: Served, manifest: dict[str, Any]) -> None:
 
 def _differences(subjects: list[Served], measured: dict[str, Array], draws: Draws) -> Iterator[dict[str, Any]]:
     """The student minus each of its rivals, on the same rows and draws."""
-    compared = metrics_of("models" if subjects[0].name == "teacher" else "text")
+    compared = compared_by(subjects[0].name == "teacher", "positions" in measured)
     for rival in subjects:
         if rival.name.startswith("student") and rival.name != "student":
             for metric in compared:

@@ -97,14 +97,16 @@ class DistillTrainer(trl.SFTTrainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._prepared(args, eval_dataset, teacher, "eval_dataset")
-        in_a_line = args.packing or args.padding_free
-        collator = DistillCollator(0, args.max_length, in_a_line, args.position_weights, args.reduction == "sequence", True)
         several = isinstance(teacher, Mapping)
+        collator = kwargs.get("data_collator") or DistillCollator(0)  # also of a given one what `args` says holds
+        collator.max_length, collator.padding_free = args.max_length, args.packing or args.padding_free
+        collator.position_weights, collator.by_sequence = args.position_weights, args.reduction == "sequence"
+        collator.with_ids = True
         collator.classes, collator.for_teacher = classes, teacher is not None and (several or classes is not None)
         collator.teachers = list(teacher) if several else []
         if any(args.layers()) and (several or classes is not None):
             raise ValueError("hidden and attention need a single teacher, and a student with its vocabulary")
-        kwargs["data_collator"] = kwargs.get("data_collator") or collator
+        kwargs["data_collator"] = collator
         if args.hidden and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, a projector is used after it
         wanted = args.packing, args.padding_free
@@ -129,7 +131,7 @@ class DistillTrainer(trl.SFTTrainer):
         self.teachers = [one.to(self.accelerator.device).eval().requires_grad_(False) for one in beside]
         self.match = self._match(args)
         with self.accelerator.autocast():
-            if in_a_line:
+            if collator.padding_free:
                 for checked in (self.model, *self.teachers):
                     check_apart(checked)
             self._head = fused.find_head(self.model)

@@ -69,3 +69,15 @@ def test_results_stand_before_the_configuration_once():
     assert once.index(HEADLINE) < once.index("## Configuration")
     assert "| KL(teacher ‖ student), nats per token | 2.13 (95% CI 2.08 to 2.18) |" in once
     assert once.endswith("## Configuration\n\nseed: 0\n")
+
+
+def test_with_another_tokenizer_the_results_are_those_of_the_reports_first_table():
+    """Of the text of both, bits per byte: the NLL is that of classes there."""
+    found = metrics()
+    found["held_out"]["classes"] = {}
+    card = with_results("---\ntags: []\n---\n", found)
+    assert "nats per token | 2.98" not in card
+    assert "bits per byte | 2.98 (95% CI 2.89 to 3.08) |" in card
+    assert "On 3,903 positions that both vocabularies share, of the text that the teacher wrote for 48 prompts" in card
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert [metric["type"] for metric in head["model-index"][0]["results"][0]["metrics"]] == ["kl", "top1", "bits_per_byte"]

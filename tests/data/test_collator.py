@@ -152,3 +152,20 @@ def test_a_student_that_is_the_teacher_is_at_no_distance_however_rows_are_cut_or
     assert len(batch["positions"]) == 10
     assert abs(loss.item()) / batch["token_weights"].sum() < 5e-4
     assert abs(parts["kl"].item()) / 10 < 5e-4
+
+
+def test_a_token_without_a_distribution_weighs_what_those_of_its_row_do():
+    """An end token that an endpoint does not show; however the rows are batched."""
+    hidden = {"target_ids": [7, 7], "target_logprobs": [-np.inf, -np.inf], "target_tail": [1.0]}
+    rows = [row([10, 20, 21], 1), row([13, 30], 1)]
+    for one in rows:
+        one["input_ids"] = [*one["input_ids"], 7]
+        one |= {name: [*one[name], *values] for name, values in hidden.items()}
+    rows[0]["target_logprobs"][:4] = np.log([0.9, 0.05, 0.4, 0.3])
+    rows[0]["target_tail"][:2] = [0.05, 0.3]
+    for by, of in (("entropy", lambda p: -(p * np.log(p)).sum()), ("certainty", lambda p: np.exp((p * np.log(p)).sum()))):
+        first, second, other = of(np.array([0.9, 0.05, 0.05])), of(np.array([0.4, 0.3, 0.3])), of(np.array([0.75, 0.125, 0.125]))
+        want = [first, second, (first + second) / 2, other, other]
+        collator = DistillCollator(0, position_weights=by)
+        np.testing.assert_allclose(collator(rows)["token_weights"], want, rtol=1e-3)
+        np.testing.assert_allclose(collator(rows[1:])["token_weights"], want[3:], rtol=1e-3)

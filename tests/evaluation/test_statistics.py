@@ -63,6 +63,22 @@ def test_of_equal_clusters_the_error_is_that_of_a_mean():
     assert got.error == pytest.approx(scipy.stats.sem(values), rel=1e-12)
 
 
+def test_clusters_that_have_none_of_a_group_count_for_nothing():
+    """Five of two hundred conversations are long enough for a group by position: four degrees of freedom."""
+    sums, sizes = np.zeros(200), np.zeros(200)
+    sums[[3, 50, 90, 120, 199]], sizes[[3, 50, 90, 120, 199]] = [2.0, 3.0, 0.0, 4.0, 2.0], [4.0, 3.0, 2.0, 6.0, 5.0]
+    got, alone = (
+        ratio(*values, draw_clusters(len(values[0]), 10, 0)) for values in ((sums, sizes), (sums[sizes > 0], sizes[sizes > 0]))
+    )
+    assert (got.value, got.freedom) == (alone.value, alone.freedom) == (0.55, 4)
+    assert got.error == pytest.approx(alone.error, rel=1e-12)
+    both = [
+        share_interval(*values, draw_clusters(len(values[0]), 10, 0))
+        for values in ((sums, sizes), (sums[sizes > 0], sizes[sizes > 0]))
+    ]
+    assert both[0] == pytest.approx(both[1])
+
+
 @pytest.mark.parametrize(("right", "items"), [(0, 40), (1, 40), (20, 40), (40, 40), (3, 12)])
 def test_a_share_has_wilsons_interval(right, items):
     """Of independent items it is that of statsmodels; with none or all of them right it has a width, too."""

@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,15 +11,15 @@ from hypothesis import strategies as st
 
 from llmdistill import losses
 from llmdistill.config import Train
-from llmdistill.data.targets import Sampled
-from llmdistill.losses import DIVERGENCES, Objective
+from llmdistill.data.targets import Sampled, TopK
+from llmdistill.losses import DIVERGENCES, Objective, fused
 
 F_DIVERGENCES = sorted(set(DIVERGENCES) - {"adaptive_kl"})
 WITH_BETA = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 
 
 def kl(p, q):
-    return torch.where(p > 0, p * (p / q).log(), 0.0).sum(-1)
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
 
 def adaptive(p, q):
@@ -349,3 +350,45 @@ def test_sampled_kl_is_finite_at_extreme_logits(dtype):
     loss.sum().backward()
     assert loss.isfinite().all()
     assert student.grad.isfinite().all()
+
+
+WITHOUT_A_TOKEN = {  # the stored tokens of a vocabulary of five, the teacher's probabilities of them, and what is stored of the others
+    "an end that an endpoint does not show": ([4, 4], [0.0, 0.0], 1.0),
+    "the same with the label elsewhere": ([3, 3], [0.0, 0.0], 1.0),
+    "a probability of zero": ([1, 4], [1.0, 0.0], 0.0),
+    "a probability of zero, of the first": ([4, 1], [0.0, 0.75], 0.25),
+    "a token that stands twice": ([1, 1], [0.5, 0.0], 0.5),
+    "all tokens, with a tail of rounding": ([0, 1, 2, 3, 4], [0.1, 0.2, 0.3, 0.15, 0.25], 6e-8),
+    "all tokens, one of them of zero": ([0, 1, 2, 3, 4], [0.1, 0.2, 0.3, 0.0, 0.4], 0.0),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 10.0])
+@pytest.mark.parametrize("loss", sorted(set(DIVERGENCES) - {"reverse_kl", "adaptive_kl"}))  # which take zero for 2^-24
+@pytest.mark.parametrize("name", WITHOUT_A_TOKEN)
+def test_what_has_no_probability_is_outside_the_support(name, loss, temperature):
+    """By the definition, in float64: on the tokens that have one, and all others as one outcome; both forms of the loss alike."""
+    ids, p, tail = WITHOUT_A_TOKEN[name]
+    support = sorted({token for token, probability in zip(ids, p, strict=True) if probability})
+    outcomes = [[token] for token in support] + [[token for token in range(5) if token not in support]]
+    theirs = [max(probability for one, probability in zip(ids, p, strict=True) if one == token) for token in support] + [tail]
+    if len(support) == 5:
+        outcomes, theirs = outcomes[:5], theirs[:5]
+    logits = torch.tensor([[0.3, -1.0, 0.8, 0.1, 1.7]], dtype=torch.float64, requires_grad=True)
+    q = torch.stack([logits.softmax(1)[0, tokens].sum() for tokens in outcomes]) ** (1 / temperature)
+    powers = torch.tensor(theirs, dtype=torch.float64) ** (1 / temperature)
+    divergence = REFERENCES[loss]((powers / powers.sum())[None], (q / q.sum())[None])[0] * temperature**2
+    want = 0.6 * divergence - 0.4 * logits.log_softmax(1)[0, 4]
+    (gradient,) = torch.autograd.grad(want, logits)
+
+    kept = TopK(np.array([ids]), torch.tensor([p]).log().numpy(), np.array([tail], dtype=np.float32))
+    batch = {"target_kind": "topk", **{key: torch.from_numpy(values) for key, values in kept.batch().items()}}
+    layer = torch.nn.Linear(5, 5, bias=False, dtype=torch.float64)
+    torch.nn.init.eye_(layer.weight)
+    objective, labels = Objective(loss, 0.6, temperature), torch.tensor([4])
+    for value in (
+        losses.distillation_loss(logits, labels, batch, objective)[0],
+        fused.distillation_loss(logits, fused.Head(layer), labels, batch, objective)[0],
+    ):
+        torch.testing.assert_close(value, want.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(value, logits)[0], gradient, rtol=1e-3, atol=1e-5)

@@ -91,9 +91,9 @@ def test_an_unknown_end_adds_nothing_to_a_divergence(endpoint, smollm2, tokenize
         (made,) = answers(opened(url, smollm2, tokenizer), tokenizer, "hello")
     batch = {name: torch.from_numpy(value) for name, value in made.targets.batch().items()}
     logits_NV = torch.randn(len(made.ids), 49152, generator=torch.Generator().manual_seed(0))
-    picked_NK, rest_N1 = picked_logits(logits_NV, batch["target_ids"], apart=True)
+    of_student = TopK.present(*picked_logits(logits_NV, batch["target_ids"], apart=True), batch)
     for loss in ("forward_kl", "reverse_kl", "jsd"):
-        parts = TopK.loss_parts(TopK.present(picked_NK, batch), rest_N1, batch, Objective(loss=loss))
+        parts = TopK.loss_parts(*of_student, batch, Objective(loss=loss))
         assert all(abs(part[-1].item()) < 1e-6 for part in parts.values())
         assert all(part[0].item() > 0.01 for part in parts.values())
 

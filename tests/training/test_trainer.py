@@ -535,6 +535,18 @@ def test_arguments_that_a_user_of_trl_passes(tiny, dataset_directory, tmp_path, 
     assert trainer.evaluate().keys() >= {"eval_first_kl", "eval_last_kl"}
 
 
+def test_what_the_arguments_say_holds_of_a_given_collator(tiny, dataset_directory, tmp_path):
+    settings = {"position_weights": "certainty", "reduction": "sequence", "max_length": 12, "alpha": 1.0}
+    args = DistillConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, **settings)
+    rows, batches = load_dataset(dataset_directory), []
+    for given in (None, DistillCollator(7)):
+        trainer = DistillTrainer(load_model(str(tiny), dtype="float32"), args, rows, data_collator=given)
+        batches.append(trainer.data_collator([trainer.train_dataset[number] for number in range(8)]))
+    assert batches[0]["input_ids"].shape == batches[1]["input_ids"].shape
+    torch.testing.assert_close(batches[0]["token_weights"], batches[1]["token_weights"])
+    assert batches[0]["token_weights"].sum().item() == pytest.approx(8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -239,13 +239,14 @@ def _write_axolotl(
                 k, size = part.ids_NK.shape[1], len(part.ids_T)
                 ids_TK = np.zeros((size, k), dtype=np.int32)
                 logprobs_TK = np.full((size, k), _NO_LOGPROB, dtype=np.float32)
-                ids_TK[part.predicting_T], logprobs_TK[part.predicting_T] = part.ids_NK, part.logprobs_NK
-                mask_TK = np.repeat(part.predicting_T.astype(np.int8), k)
+                is_there_NK, mask_TK = np.isfinite(part.logprobs_NK), np.zeros((size, k), dtype=np.int8)
+                ids_TK[part.predicting_T], mask_TK[part.predicting_T] = part.ids_NK, is_there_NK
+                logprobs_TK[part.predicting_T] = np.where(is_there_NK, part.logprobs_NK, _NO_LOGPROB)
                 columns = [
                     targets.list_array(part.ids_T.astype(np.int32), part.lengths_B),
                     targets.list_array(np.ones(size, dtype=np.int8), part.lengths_B),
                     targets.list_array(np.where(part.completion_T, part.ids_T, -100).astype(np.int32), part.lengths_B),
-                    *(_nested(values, k, part.lengths_B) for values in (ids_TK.ravel(), logprobs_TK.ravel(), mask_TK)),
+                    *(_nested(values.ravel(), k, part.lengths_B) for values in (ids_TK, logprobs_TK, mask_TK)),
                 ]
                 writer.write_table(pa.table(columns, schema=schema))
                 tokens, longest = tokens + len(part.ids_NK), max(longest, int(part.lengths_B.max()))

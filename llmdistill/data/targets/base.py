@@ -272,9 +272,15 @@ class SoftTargets(ABC):
         """What the collator puts into a batch: `target_ids` (N, K), and more whose names begin with `target_`."""
 
     @classmethod
-    def present(cls, picked_NK: "Tensor", batch: Mapping[str, Any]) -> "Tensor":
-        """The student's logits of `target_ids`, as good as −inf where a place holds no token; see `within`."""
-        return picked_NK
+    def present(cls, picked_NK: "Tensor", rest_N1: "Tensor", batch: Mapping[str, Any]) -> "tuple[Tensor, Tensor]":
+        """The student's logits of `target_ids`, as good as −inf where a place holds no token, and of the others.
+
+        Args:
+            picked_NK: its logits of `target_ids`.
+            rest_N1: the log-sum-exp of its other logits if the kind has a tail, else that of all.
+            batch: of the collator.
+        """
+        return picked_NK, rest_N1
 
     @classmethod
     @abstractmethod

@@ -46,7 +46,7 @@ def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
 
     Args:
         logprobs_NV: the full distributions, natural logarithms.
-        n: tokens kept, below V.
+        n: tokens kept, below V. Where fewer have any probability, the most likely of the others are taken, which weigh nothing.
         uniform_N: one number in [0, 1) a position, all the randomness there is.
 
     Returns:
@@ -74,7 +74,8 @@ def _sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
     # One point in each of n − exact equal parts of the rest's mass, all at the same place in their part.
     points_Nn = (uniform_N.to(p_NV.device, widest(p_NV))[:, None] + columns_n) / (n - exact_N)[:, None]
     drawn_Nn = _search(rest_NV, points_Nn).gather(1, (columns_n - exact_N[:, None]).clamp(min=0))
-    return torch.where(is_exact_Nn, top_Nn, drawn_Nn)
+    none_is_left_N1 = p_Nn.gather(1, exact_N[:, None]) == 0
+    return torch.where(is_exact_Nn | none_is_left_N1, top_Nn, drawn_Nn)
 
 
 def _search(mass_NV: Tensor, points_Nn: Tensor) -> Tensor:
@@ -91,9 +92,9 @@ def _search(mass_NV: Tensor, points_Nn: Tensor) -> Tensor:
 
 
 def _place(ends: Tensor, points: Tensor) -> Tensor:
-    """For each point the first place that ends behind it, along the last dimension; never one of no mass."""
+    """For each point the first place that ends behind it, along the last dimension; never one of no mass, if any has some."""
     points = points.clamp(min=0).minimum(ends[..., -1:] * (1 - 4 * torch.finfo(ends.dtype).eps))
-    return torch.searchsorted(ends, points, right=True)
+    return torch.searchsorted(ends, points, right=True).clamp(max=ends.shape[-1] - 1)
 
 
 def count_exact(largest_Nn: Tensor) -> Tensor:

@@ -107,7 +107,8 @@ class Sampled(ProportionalSample, UnbiasedSample):
         with np.errstate(divide="ignore"):
             stored_NK = np.log(sizes_NK).astype(np.float16).astype(np.float32)
         logweights_NK = _share_the_rest(np.where(is_exact_NK, stored_NK, -np.inf), exact_N)
-        entropy_N = -(np.exp(logweights_NK) * logprobs_NK).sum(axis=1)
+        told_NK = np.where(np.isneginf(logprobs_NK), 0, logprobs_NK)
+        entropy_N = -(np.exp(logweights_NK) * told_NK).sum(axis=1)
         return cls(ids_NK.astype(np.int64), logweights_NK, exact_N, entropy_N)
 
     @classmethod

@@ -127,7 +127,10 @@ class SampledLogprobs(ProportionalSample, SoftTargets):
         return None
 
     def batch(self) -> dict[str, Array]:
-        return {"target_ids": self.ids_NK, "target_logprobs": self.logprobs_NK, "target_logdesign": self.logdesign_NK}
+        logprobs_NK = np.where(np.isneginf(self.logdesign_NK), 0, self.logprobs_NK).astype(
+            np.float32
+        )  # not NaN where no token is
+        return {"target_ids": self.ids_NK, "target_logprobs": logprobs_NK, "target_logdesign": self.logdesign_NK}
 
     @classmethod
     def loss_parts(
@@ -154,4 +157,4 @@ def _logdesign(logprobs_NK: Array, exact_N: Array) -> Array:
     left_N = 1 - (np.exp(logprobs_NK.astype(np.float64)) * is_exact_NK).sum(axis=1)
     log_tau_N = np.log(np.maximum(left_N, _LEAST_LEFT) / (logprobs_NK.shape[1] - exact_N))
     drawn_NK = np.maximum(log_tau_N[:, None] - logprobs_NK, 0)
-    return np.where(is_exact_NK, 0, drawn_NK).astype(np.float32)
+    return np.where(np.isneginf(logprobs_NK), -np.inf, np.where(is_exact_NK, 0, drawn_NK)).astype(np.float32)

@@ -97,11 +97,9 @@ class TopK(SoftTargets):
         is_there_NK = self.ids_NK < vocab_size
         if is_there_NK.all():
             return self
-        # A token of the same position stands for those that are not there, so that no other one is taken out of the tail.
-        filler_N1 = np.take_along_axis(self.ids_NK, is_there_NK.argmax(axis=1)[:, None], axis=1) % vocab_size
         p_NK = np.exp(self.logprobs_NK)
         return type(self)(
-            np.where(is_there_NK, self.ids_NK, filler_N1),
+            np.where(is_there_NK, self.ids_NK, 0),
             np.where(is_there_NK, self.logprobs_NK, -np.inf).astype(np.float32),
             (self.tail_N + (p_NK * ~is_there_NK).sum(axis=1)).astype(np.float32),
         )
@@ -119,6 +117,9 @@ class TopK(SoftTargets):
     @classmethod
     def facts(cls, described: Mapping[str, Any], column: Callable[[str], Array]) -> dict[str, str]:
         tail = column("target_tail")
+        if not (is_known := tail < 1).any():  # where it is 1, an endpoint has not shown the distribution
+            return {"kept mass": "not known"}
+        tail = tail[is_known]
         return {"kept mass": f"{1 - tail.mean():.2%} on average, {1 - np.percentile(tail, 95):.2%} at the 5th percentile"}
 
     @classmethod
@@ -127,7 +128,7 @@ class TopK(SoftTargets):
         import pyarrow.compute as pc
 
         tail = pc.list_flatten(table.column("target_tail"))
-        mean = pc.mean(tail).as_py()
+        mean = pc.mean(pc.filter(tail, pc.less(tail, 1))).as_py()  # where it is 1, an endpoint has not shown the distribution
         if mean is None or mean <= _MASS_OUTSIDE:
             return None
         ids = pc.sum(pc.list_value_length(table.column("target_ids"))).as_py()
@@ -137,24 +138,31 @@ class TopK(SoftTargets):
         )
 
     def batch(self) -> dict[str, Array]:
-        return {"target_ids": self.ids_NK, "target_logprobs": self.logprobs_NK, "target_tail": self.tail_N}
+        """What has no probability is outside: the first token that has one stands in its place, or the same token in all."""
+        is_outside_NK, ids_NK = np.isneginf(self.logprobs_NK) & (self.ids_NK >= 0), self.ids_NK
+        if is_outside_NK.any():
+            first_N1 = np.isneginf(self.logprobs_NK).argmin(axis=1)[:, None]
+            ids_NK = np.where(is_outside_NK, np.take_along_axis(ids_NK, first_N1, axis=1), ids_NK)
+        return {"target_ids": ids_NK, "target_logprobs": self.logprobs_NK, "target_tail": self.tail_N}
 
     @classmethod
-    def present(cls, picked_NK: "Tensor", batch: Mapping[str, Any]) -> "Tensor":
+    def present(cls, picked_NK: "Tensor", rest_N1: "Tensor", batch: Mapping[str, Any]) -> "tuple[Tensor, Tensor]":
+        """Where no token has a probability, the one that stands in all places is one of the others."""
+        import torch
+
         from llmdistill.losses import SMALLEST
 
-        return picked_NK.masked_fill(batch["target_logprobs"].isneginf(), SMALLEST)
+        is_outside_NK = batch["target_logprobs"].isneginf()
+        whole_N1 = torch.where(is_outside_NK.all(dim=1, keepdim=True), torch.logaddexp(rest_N1, picked_NK[:, :1]), rest_N1)
+        return picked_NK.masked_fill(is_outside_NK, SMALLEST), whole_N1
 
     @classmethod
     def loss_parts(
         cls, picked_NK: "Tensor", rest_N1: "Tensor", batch: Mapping[str, Any], objective: "Objective"
     ) -> "dict[str, Tensor]":
-        import torch
+        from llmdistill.losses import bucket_outcomes
 
-        from llmdistill.losses import teacher_outcomes
-
-        teacher_NJ = teacher_outcomes(batch["target_logprobs"], batch["target_tail"])
-        return objective.divergences(teacher_NJ, torch.cat([picked_NK, rest_N1], dim=1))
+        return objective.divergences(*bucket_outcomes(batch["target_logprobs"], batch["target_tail"], picked_NK, rest_N1))
 
     @classmethod
     def choice(cls, batch: Mapping[str, Any]) -> "Tensor":

@@ -524,3 +524,22 @@ def test_something_is_always_missing_to_one(tiny, tmp_path):
             p = np.exp(np.frombuffer(bytes(entry), "<f2").astype(np.float32))
             assert p.sum() < 1
             assert p.sum() > 0.99 or p.max() < 0.99
+
+
+def test_axolotl_masks_what_an_endpoint_has_not_shown(tmp_path):
+    """Nothing infinite is in the file: 0 times −∞ is not 0."""
+    ids_NK, logprobs_NK = np.array([[1, 2], [3, 4], [7, 7]]), np.log([[0.6, 0.2], [0.5, 0.25], [1.0, 1.0]])
+    logprobs_NK[2] = -np.inf
+    text = [{"role": "user", "content": "x"}]
+    kept = targets.TopK.from_kept(ids_NK, logprobs_NK)
+    row = Row("a", text, text, [1, 2], np.array([1, 3, 7]), "stop", np.array([-1, -1, np.nan], dtype=np.float32), kept)
+    shard = write_shard(tmp_path / "data", "train", 0, 1, rows_to_table([row], 50))
+    description = {
+        "teacher": {"model": "t", "engine": "api"}, "sampling": {}, "targets": kept.describe(2), "determinism": "none",
+        "tokenizer": {"vocab_size": 50, "end_token_ids": [7]},
+    }  # fmt: skip
+    write_manifest(tmp_path / "data", [shard], description)
+    export_dataset(tmp_path / "data", tmp_path / "out", "axolotl")
+    (written,) = pq.read_table(tmp_path / "out/train.parquet").to_pylist()
+    assert written["target_mask"] == [[0, 0], [1, 1], [1, 1], [0, 0], [0, 0]]
+    assert np.isfinite(written["target_logprobs"]).all()

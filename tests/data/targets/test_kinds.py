@@ -162,3 +162,26 @@ def test_a_sample_without_the_padding_still_adds_up_to_one(kind):
     before[whole.ids_NK >= 30] = 0
     np.testing.assert_allclose(weights, before / before.sum(1, keepdims=True), rtol=1e-4, atol=1e-7)
     assert whole.within(40).ids_NK is whole.ids_NK or (whole.within(40).ids_NK == whole.ids_NK).all()
+
+
+@pytest.mark.parametrize("masses", [(1.0,), (0.7, 0.3), (0.6, 0.3, 0.1)])
+@pytest.mark.parametrize("kind", ["topk", "sampled", "sampled_logprobs", "multinomial"])
+def test_fewer_tokens_than_are_kept_may_have_a_probability(kind, masses):
+    """Then a sample holds all of them, and the KL is that of the whole distribution, for any student."""
+    p_V = torch.zeros(V, dtype=torch.float64)
+    p_V[torch.tensor([7, 21, 2])[: len(masses)]] = torch.tensor(masses, dtype=torch.float64)
+    logprobs = p_V.log().float().expand(5, V)
+    uniform = torch.rand(5, KINDS[kind].uniforms(K), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ids = KINDS[kind].keep(logprobs, K, uniform)
+    soft = KINDS[kind].from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
+    row = {name: column[0].values.to_numpy() for name, column in KINDS[kind].encode([soft], V).items()}
+    batch = DistillCollator(0)([{"input_ids": np.arange(6), "completion_start": 1, **row}])
+    logits = torch.randn(5, V, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    _, parts = losses.distillation_loss(logits, torch.zeros(5, dtype=torch.long), batch, Objective(alpha=1.0))
+    want = sum(
+        p * (np.log(p) - logits.detach().log_softmax(1)[:, token]) for p, token in zip(masses, (7, 21, 2), strict=False)
+    ).sum()
+    if kind != "multinomial" or len(masses) == 1:  # which draws with replacement
+        torch.testing.assert_close(parts["kl"], want, rtol=2e-3, atol=1e-4)
+    loss, _ = losses.distillation_loss(logits, torch.zeros(5, dtype=torch.long), batch, Objective(alpha=1.0))
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
