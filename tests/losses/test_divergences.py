@@ -352,7 +352,7 @@ def test_sampled_kl_is_finite_at_extreme_logits(dtype):
     assert student.grad.isfinite().all()
 
 
-WITHOUT_A_TOKEN = {  # the stored tokens of a vocabulary of five, the teacher's probabilities of them, and what is stored of the others
+WITHOUT_A_TOKEN = {  # stored tokens of a vocabulary of five, the teacher's probabilities of them, and its tail
     "an end that an endpoint does not show": ([4, 4], [0.0, 0.0], 1.0),
     "the same with the label elsewhere": ([3, 3], [0.0, 0.0], 1.0),
     "a probability of zero": ([1, 4], [1.0, 0.0], 0.0),
