@@ -41,6 +41,14 @@ class Language(Section):
     keep: list[str] = Field(min_length=1)
     """ISO 639-1 codes: `[en, de]`. Answers in a language that the prompt names, and answers under 120 letters, are kept too."""
 
+    @field_validator("keep")
+    @classmethod
+    def _are_codes(cls, keep: list[str]) -> list[str]:
+        for code in keep:
+            if not regex.fullmatch("[a-z]{2}", code):
+                raise ValueError(f"{code!r} is no ISO 639-1 code, which has two small letters: en, de, …")
+        return keep
+
 
 class Repetition(Section):
     """Reject rows with repeated text."""

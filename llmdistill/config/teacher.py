@@ -123,11 +123,11 @@ class Price(Section):
     """What the endpoint charges, in one currency, per million tokens."""
 
     input: float = Field(ge=0)
-    """Of prompts."""
+    """Price of a million tokens of prompts."""
     output: float = Field(ge=0)
-    """Of what the model writes, hidden reasoning included."""
+    """Price of a million tokens that the model writes, hidden reasoning included."""
     cached_input: float | None = Field(default=None, ge=0)
-    """Of prompt tokens that the endpoint has in its cache; `input` if not set."""
+    """Price of a million prompt tokens that the endpoint has in its cache; `input` if not set."""
     batch_share: float = Field(default=0.5, ge=0, le=1)
     """Share of these prices that a request of `teacher.batch` costs."""
 

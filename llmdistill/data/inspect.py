@@ -1,5 +1,6 @@
 """`llmdistill inspect`: what is in a dataset, at a glance."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from llmdistill.data import targets
 from llmdistill.data.alignment import shares
 from llmdistill.data.dataset import MANIFEST, SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
 from llmdistill.errors import InputError
+from llmdistill.evaluation.statistics import share_text
 from llmdistill.runs.progress import console, counted, printable
 from llmdistill.runs.record import check_shape
 from llmdistill.tasks.task import Item, Task, check_targets, items_file, read_items, read_task
@@ -102,6 +104,7 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
     ]
     several = manifest.get("teachers", {})
     facts[1:1] = [(f"  {name}", f"{one['model']}, {one['rows']:,} rows{_vocabulary(one)}") for name, one in several.items()]
+    facts.append(("ended", _endings(files)))
     if kind.columns:
         facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes a position"))
     if "alignment" in manifest:
@@ -109,6 +112,14 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
         facts.append(("alignment", shares(manifest["alignment"])))
         facts += [(f"  {name}", shares(one)) for name, one in manifest["alignment"].get("teachers", {}).items()]
     return [*facts, *kind.facts(kept, partial(_some, files)).items(), ("repeats", manifest["determinism"])]
+
+
+def _endings(files: list[Path]) -> str:
+    """How the answers in a few shards ended, most often first."""
+    reasons: Counter[str] = Counter()
+    for rows in read_batches(_few(files), ["finish_reason"]):
+        reasons.update(reason or "unknown" for reason in rows["finish_reason"].to_pylist())
+    return ", ".join(f"{share_text(count / reasons.total())} {reason}" for reason, count in reasons.most_common())
 
 
 def _vocabulary(teacher: dict[str, Any]) -> str:
@@ -131,10 +142,14 @@ def _waterfall(manifest: dict[str, Any]) -> Table:
     return table
 
 
+def _few(files: list[Path]) -> list[Path]:
+    """A few of the shards, evenly spaced."""
+    return [files[number] for number in np.unique(np.linspace(0, len(files) - 1, _LOOKED_AT).round().astype(int))]
+
+
 def _some(files: list[Path], name: str) -> targets.Array:
     """A column's values in the first rows of a few shards, evenly spaced."""
-    chosen = [files[number] for number in np.unique(np.linspace(0, len(files) - 1, _LOOKED_AT).round().astype(int))]
-    columns = [next(read_batches([file], [name]))[name].combine_chunks() for file in chosen]
+    columns = [next(read_batches([file], [name]))[name].combine_chunks() for file in _few(files)]
     values: targets.Array = np.concatenate([column.flatten().to_numpy() for column in columns])
     return values
 

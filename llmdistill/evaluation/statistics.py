@@ -145,7 +145,7 @@ def ratio(sums: Array, sizes: Array, draws: Array) -> Estimate:
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample may have none of a rare kind
         means = (weights @ sums) / (weights @ sizes)
         errors = residual_errors(np.stack([sums, sizes]), np.stack([np.ones_like(means), -means], axis=1), sizes, weights)
-    return Estimate(float(means[0]), float(errors[0]), means[1:], errors[1:], max(np.count_nonzero(sizes) - 1, 1))
+    return Estimate(float(means[0]), float(errors[0]), means[1:], errors[1:], max(int(np.count_nonzero(sizes)) - 1, 1))
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
@@ -169,7 +169,7 @@ def residual_errors(columns: Array, coefficients: Array, sizes: Array, weights: 
         sizes: of the clusters.
         weights: how often each cluster counts in each resample; shape (R, clusters).
     """
-    clusters = np.count_nonzero(sizes)
+    clusters = int(np.count_nonzero(sizes))
     squares = (weights * (coefficients @ columns) ** 2).sum(axis=1)
     mean_size = (weights @ sizes) / clusters
     errors: Array = np.sqrt(squares / max(clusters - 1, 1) / clusters) / mean_size
@@ -192,7 +192,7 @@ def share_interval(hits: Array, sizes: Array, draws: Array) -> Interval:
         sizes: tokens or items of each cluster.
         draws: from `draw_clusters`.
     """
-    estimate, clusters = ratio(hits, sizes, draws), np.count_nonzero(sizes)
+    estimate, clusters = ratio(hits, sizes, draws), int(np.count_nonzero(sizes))
     p = estimate.value
     if (sizes == 1).all():
         return _wilson(p, clusters, NormalDist().inv_cdf(0.975))

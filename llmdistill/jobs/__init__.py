@@ -144,7 +144,7 @@ def cancel(output: Path) -> None:
 def _jobs(directory: Path) -> tuple[Backend[Any], list[Job]]:
     found: dict[str, Any] | None = record.read_json(directory / _FILE)
     if found is None:
-        raise InputError(f"{directory / _FILE} does not exist: no job was submitted and no stage was started with this output")
+        raise InputError(f"{directory / _FILE} does not exist: no job was submitted with this output")
     found = record.check_shape(directory / _FILE, found, {"backend": str, "jobs": list})
     for number, job in enumerate(found["jobs"]):
         record.check_shape(directory / _FILE, job, {"stage": str, "job": str}, f"jobs.{number}")

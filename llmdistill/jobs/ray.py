@@ -73,9 +73,8 @@ def _client(address: str | None) -> Any:
     try:
         return JobSubmissionClient(address or None)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"jobs.ray.address: no Ray cluster accepts jobs at {address or 'RAY_API_SERVER_ADDRESS'}: {error}"
-        ) from None
+        said = f"jobs.ray.address: no Ray cluster accepts jobs at {address or 'RAY_API_SERVER_ADDRESS'}: {error}"
+        raise (RemoteError if isinstance(error, ConnectionError) else InputError)(said) from None
 
 
 def _of(job: Job, what: str) -> Any:

@@ -74,7 +74,7 @@ def _script(experiment: Experiment, settings: Slurm, stage: StageRun) -> str:
     return "\n".join([
         "#!/bin/bash", *lines, "#SBATCH --requeue", "",
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1", *settings.environment, "",
-        _RUN.format(command=command, retries=settings.retries),
+        _RUN.format(command=command, retries=settings.retries, failures=shlex.quote(f"{directory}/failures-")),
     ])  # fmt: skip
 
 
@@ -94,6 +94,7 @@ def _option(name: str, value: str) -> str:
 
 # The command runs beside the shell, which waits and passes signals on. It ends with 143 when it was told to stop, torchrun in
 # its place with 1. One element of an array is named by both numbers: with the first alone Slurm would queue all of them again.
+# Failures are counted in a file: Slurm's own count of restarts has preemptions in it, too.
 _RUN = """\
 {command} &
 child=$!
@@ -106,12 +107,15 @@ while :; do
   kill -0 "$child" 2>/dev/null || break
 done
 me=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}}}
-again() {{ echo "$1: queued again"; scontrol requeue "${{me:-$SLURM_JOB_ID}}" && sleep 60; }}
+me=${{me:-$SLURM_JOB_ID}}
+failures={failures}$me
+again() {{ echo "$1: queued again"; scontrol requeue "$me" && sleep 60; }}
 if [ "$status" = 0 ] || [ "$status" = 2 ] || [ -n "$told" ]; then
   exit "$status"
 elif [ -n "$near_the_limit" ]; then
   again "stopped before the end of its time"
-elif [ "$status" != 143 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {retries} ]; then
+elif [ "$status" != 143 ] && [ "$(cat "$failures" 2>/dev/null | wc -l)" -lt {retries} ]; then
+  echo "$status" >> "$failures"
   again "failed with status $status"
 fi
 exit "$status"

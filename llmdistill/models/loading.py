@@ -14,15 +14,22 @@ from llmdistill.errors import InputError
 from llmdistill.runs.record import read_json
 
 
-def check_model_exists(model: str, key: str) -> None:
+def check_model_exists(model: str | Path, key: str) -> None:
     """Refuse, before anything is loaded, a path that is no model directory.
+
+    Args:
+        model: a directory, or a name on the Hub; as a `Path` a directory alone, whatever it is called.
+        key: of the configuration, for errors.
 
     Raises:
         InputError: naming the key.
     """
     directory = Path(model)
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if (directory.is_dir() or looks_like_path) and not (directory / "config.json").is_file():
+    if (directory / "config.json").is_file():
+        return
+    if isinstance(model, Path):
+        raise InputError(f"{key}: {model} is no model directory (it has no config.json)")
+    if directory.is_dir() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise InputError(f"{key}: {model} is neither a model directory (it has no config.json) nor a name on the Hub")
 
 

@@ -208,6 +208,7 @@ def check_inputs(experiment: Experiment, here: bool = True) -> None:
     read_tasks(experiment.eval.tasks)
     origin(experiment)
     check_tokenizers(experiment)
+    _check_prune(experiment)
     # Without TRL its arguments are not known, and a dry run needs none.
     with suppress(ImportError), working("run", "checking the configuration"):
         check_training(experiment)
@@ -216,6 +217,21 @@ def check_inputs(experiment: Experiment, here: bool = True) -> None:
             check_training(experiment.with_(**changes), "rounds.args")
     if examples := experiment.train.compare_examples:
         read_examples(examples)
+
+
+def _check_prune(experiment: Experiment) -> None:
+    """Refuse a student that is larger than its teacher, if the teacher is a directory.
+
+    Raises:
+        InputError: naming the key.
+    """
+    prune, teacher = experiment.student.prune, experiment.teacher
+    if prune is None or not (Path(teacher.model) / "config.json").is_file():
+        return
+    from llmdistill.models.loading import load_config
+    from llmdistill.students.pruning import check_sizes
+
+    check_sizes(prune, load_config(teacher.model, teacher.revision, teacher.trust_remote_code).get_text_config())
 
 
 def check_plan(experiment: Experiment) -> None:

@@ -29,16 +29,18 @@ def chat(experiment: Experiment, dry_run: bool = False) -> None:
     With `prompts.task` each line is an input of the task, and a conversation of its own.
 
     Raises:
-        InputError: a model is not there, or has no chat template.
+        InputError: a model is not there, is behind an API, or has no chat template.
     """
     teacher, student = experiment.teacher, str(experiment.directory("student"))
+    if teacher.abilities.api:
+        raise InputError(f"teacher.engine is {teacher.engine}: `chat` needs the teacher's weights")
+    check_model_exists(teacher.model, "teacher.model")
+    check_model_exists(experiment.directory("student"), "the student, which `train` writes")
     if dry_run:
         say("chat", f"would load {teacher.model} and {student}")
         return
     task = experiment.prompts.task if experiment.prompts else None
     told = read_task_prompt(task).task.told if task else None
-    check_model_exists(teacher.model, "teacher.model")
-    check_model_exists(student, "the student, which `train` writes")
     with working("chat", "loading the models") if sys.stdout.isatty() else nullcontext():
         how = (teacher.revision, teacher.dtype, teacher.trust_remote_code)
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)

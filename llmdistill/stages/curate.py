@@ -111,6 +111,8 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
         return say("curate", f"{directory} is finished")
 
     files = shard_files(source, "train")
+    if not files:
+        raise InputError(f"{source}: no rows to train on, only held-out ones")
     started = time.monotonic()
     rows = sum(shard["rows"] for shard in manifest["shards"] if shard["split"] == "train")
     with _scratch(Path(experiment.output)) as scratch, StageBar("curate", rows) as bar:

@@ -116,11 +116,11 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     """
     directory, plan = experiment.directory("eval"), _plan(experiment)
     if dry_run:
-        _check_models([*plan.subjects, *_other_teachers(experiment)], but=experiment.output)
+        _check_models(experiment, plan, written=False)
         say("eval", f"would compare {', '.join(subject.name for subject in plan.subjects)} and write {directory}")
         return
     manifest = read_manifest(training_dataset(experiment))
-    _check_models([*plan.subjects, *_other_teachers(experiment)])
+    _check_models(experiment, plan)
     claim = _claim(experiment, plan)
     if record.claim(*claim) == "done":
         say("eval", f"{directory} is finished")
@@ -189,15 +189,21 @@ def _plan(experiment: Experiment) -> _Plan:
     return _Plan(subjects, tasks, comparison)
 
 
-def _check_models(subjects: list[Served], but: str | None = None) -> None:
-    """Every model is there, but for those under a directory that is not made yet.
+def _check_models(experiment: Experiment, plan: _Plan, written: bool = True) -> None:
+    """Every model is there.
+
+    Args:
+        experiment: the configuration.
+        plan: with the models.
+        written: also those that the run writes.
 
     Raises:
         InputError: a model is missing.
     """
-    for subject in subjects:
-        if but is None or not Path(subject.path).is_relative_to(but):
-            check_model_exists(subject.path, f"the model `{subject.name}`")
+    for subject in [*plan.subjects, *_other_teachers(experiment)]:
+        is_ours, what = Path(subject.path).is_relative_to(experiment.output), f"the model `{subject.name}`"
+        if written or not is_ours:
+            check_model_exists(Path(subject.path) if is_ours else subject.path, what)
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:

@@ -168,7 +168,7 @@ def _check_source(settings: Export, source: Path) -> None:
     if (source / "adapter_config.json").is_file():
         check_model_exists(base_of(source), "export.model: the adapters' base")
     else:
-        check_model_exists(str(source), "export.model" if settings.model else "the student")
+        check_model_exists(settings.model or source, "export.model" if settings.model else "the student, which `train` writes")
 
 
 def _results(directory: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.data.budget import estimate
 from llmdistill.data.dataset import Row, read_manifest
-from llmdistill.data.left_out import LeftOut
 from llmdistill.data.shards import EVERYTHING, Layout, Opened, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.data.targets import SampledLogprobs
 from llmdistill.errors import InputError, UnusableError
@@ -107,7 +106,7 @@ class _Prompts:
         self._traces: dict[int, str] = {}  # of rows that are read and not yet stored
         self._prompts = prepared.prompts
         self._usable = array("q")  # the numbers of those that the teacher can be asked
-        self.left_out = LeftOut()
+        self.left_out = prepared.left_out
         self.steps = prepared.steps
         self.sampling = experiment.generate
         self._ids = array("i")  # of all prompts as the teacher sees them, one after the other

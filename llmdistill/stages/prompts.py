@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from llmdistill.config import Experiment
-from llmdistill.config.prompts import Magpie, Prompts
+from llmdistill.config.prompts import Magpie, Prompts, SelfInstruct
 from llmdistill.data.dataset import (
     MANIFEST,
     MESSAGES,
@@ -139,6 +139,11 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     bad.check_share(counts.kept)
     if section.from_where and not counts.kept:
         raise InputError(f"prompts.source: no usable prompts: {counts}")
+    first = section.steps[0].settings
+    if isinstance(first, SelfInstruct) and counts.kept < first.examples:
+        raise InputError(
+            f"prompts.steps.0.self_instruct.examples is {first.examples}, but {section.from_where} has only {counts.kept} items"
+        )
     if dry_run:
         return _say_plan(experiment, counts)
     (claim,) = claims(experiment)
@@ -237,19 +242,22 @@ def _write_prompts(plan: Plan, made: list[tuple[str, Path]], directory: Path) ->
     return counts
 
 
-def load_prompts(section: Prompts, starts: Starts | None = None, counts: Counts | None = None) -> PromptTable:
+def load_prompts(
+    section: Prompts, starts: Starts | None = None, counts: Counts | None = None, left_out: LeftOut | None = None
+) -> PromptTable:
     """Read and render every row of the source; a conversation that is there twice is kept once.
 
     Args:
         section: the configuration; its steps play no part.
         starts: where tokens begin in a text; needed where passages are measured in tokens.
         counts: receives what became of the rows.
+        left_out: receives those that cannot be used.
 
     Raises:
         InputError: naming the file and the line or key.
     """
     counts = Counts() if counts is None else counts
-    bad = LeftOut(section)
+    bad = LeftOut(section) if left_out is None else left_out
 
     def rendered() -> Iterator[Prompt]:
         template = final_template(section)
@@ -277,11 +285,12 @@ def load_prompts(section: Prompts, starts: Starts | None = None, counts: Counts 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The prompts that `generate` is to answer, what they were read from, and how many became of how many."""
+    """The prompts that `generate` is to answer, what they were read from, how many became of how many, and what was left out."""
 
     prompts: PromptTable
     inputs: dict[str, str]
     steps: list[dict[str, Any]]
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | None:
@@ -316,7 +325,8 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
     left = PromptTable(unknown())
     if not left and not empty:
         raise InputError(f"prompts.known: all {len(prepared.prompts):,} prompts are in {', '.join(known)}")
-    return Prepared(left, prepared.inputs | _known_inputs(section), [*prepared.steps, {"name": "known", **counts.described()}])
+    steps = [*prepared.steps, {"name": "known", **counts.described()}]
+    return Prepared(left, prepared.inputs | _known_inputs(section), steps, prepared.left_out)
 
 
 def count_splits(experiment: Experiment, prompts: Iterable[Prompt]) -> tuple[int, int]:
@@ -332,9 +342,9 @@ def _prepared(experiment: Experiment) -> Prepared | None:
         raise InputError("the key prompts is missing: `generate` needs prompts.source")
     if section.steps:
         return _made_prompts(experiment)
-    counts = Counts()
-    table = load_prompts(section, token_starts(experiment), counts)
-    return Prepared(table, prompts_inputs(section), [{"name": "source", **counts.described()}])
+    counts, left_out = Counts(), LeftOut(section)
+    table = load_prompts(section, token_starts(experiment), counts, left_out)
+    return Prepared(table, prompts_inputs(section), [{"name": "source", **counts.described()}], left_out)
 
 
 def prepared_inputs(experiment: Experiment) -> dict[str, str]:

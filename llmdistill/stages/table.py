@@ -100,7 +100,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "curate",
             "filter the dataset and hold out rows for evaluation",
-            ("curate", "eval.held_out"),
+            ("curate", "eval.held_out", "shard_mb"),
             "curate",
             reads=("data",),
             writes=("curated",),
@@ -117,7 +117,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "retokenize",
             "bring the dataset into the tokens of a student with another vocabulary",
-            ("student", "retokenize"),
+            ("teacher", "student", "retokenize"),
             "retokenize",
             reads=("curated",),
             writes=("retokenized",),
@@ -126,7 +126,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "train",
             "train the student on the dataset",
-            ("student", "train"),
+            ("student", "train", "targets"),
             "train",
             reads=("curated", "retokenized"),
             writes=("student-before", "student", "student-text-only", "student-examples"),
@@ -160,7 +160,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "report",
             "write the report, as HTML, Markdown and a picture, or compare several runs on one page",
-            (),
+            ("eval.price_per_hour",),
             "report",
             reads=(
                 "prompts",

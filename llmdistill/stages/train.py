@@ -387,7 +387,7 @@ def check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict
                 "makes of them"
             )
         for what, mine, theirs in (
-            ("targets", manifest["targets"], other["targets"]),
+            ("targets", _kind_of(manifest["targets"]), _kind_of(other["targets"])),
             ("vocabulary", manifest["tokenizer"]["vocabulary_hash"], other["tokenizer"]["vocabulary_hash"]),
             ("classes", *(one.get("alignment", {}).get("classes_hash") for one in (manifest, other))),
         ):
@@ -395,9 +395,14 @@ def check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict
                 raise InputError(f"train.mix.datasets: {directory} has other {what} than {training_dataset(experiment)}")
 
 
-def _are_the_teachers(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+def _kind_of(described: dict[str, Any]) -> tuple[str, Any]:
+    """The kind of targets and how many tokens they are of; what else is said of them, not every source knows."""
+    return described["kind"], described.get(KINDS[described["kind"]].size or "")
+
+
+def _are_the_teachers(mine: tuple[str, Any], theirs: tuple[str, Any]) -> bool:
     """Whether targets are the teacher's sample of its own text, which a student learns beside its own sample of its own text."""
-    return mine["kind"] == SampledByStudent.name and theirs["kind"] == Sampled.name and mine["n"] == theirs["n"]
+    return (mine[0], theirs[0]) == (SampledByStudent.name, Sampled.name) and mine[1] == theirs[1]
 
 
 def _with_columns(rows: Any, others: Any) -> Any:

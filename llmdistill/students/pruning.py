@@ -77,6 +77,10 @@ def evenly_spaced(layers: int, keep: int) -> list[int]:
     return [int(number) for number in np.linspace(0, layers - 1, keep).round()]
 
 
+# Keys of `student.prune`, and of a model's configuration.
+_CONFIG_KEYS = {"intermediate_size": "intermediate_size", "key_value_heads": "num_key_value_heads", "hidden_size": "hidden_size"}
+
+
 def choose(prune: Prune, config: Any, importance: Importance | None) -> Kept:
     """What stays of a model.
 
@@ -88,14 +92,13 @@ def choose(prune: Prune, config: Any, importance: Importance | None) -> Kept:
     Raises:
         InputError: the configuration asks for more than the teacher has.
     """
+    check_sizes(prune, config)
     layers = _choose_layers(prune, config.num_hidden_layers, importance.layers if importance else None)
 
     def best(key: str, size: int, scores: Array | None) -> Array:
         asked = getattr(prune, key)
         if asked is None:
             return np.arange(size)
-        if asked > size:
-            raise InputError(f"student.prune.{key} is {asked:,}, but the teacher has {size:,}")
         assert scores is not None
         return np.sort(np.argsort(-scores, kind="stable")[:asked])
 
@@ -110,15 +113,35 @@ def choose(prune: Prune, config: Any, importance: Importance | None) -> Kept:
     )
 
 
+def check_sizes(prune: Prune, config: Any) -> None:
+    """Refuse to keep more than there is.
+
+    Args:
+        prune: the configuration.
+        config: the teacher's, of its text part.
+
+    Raises:
+        InputError: naming the key.
+    """
+    count, layers = getattr(config, "num_hidden_layers", None), prune.layers
+    if count is None:
+        return
+    if isinstance(layers, list):
+        if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < count:
+            raise InputError(f"student.prune.layers must be ascending layer numbers from 0 to {count - 1}, got {layers}")
+    elif layers is not None and not 1 <= layers <= count:
+        raise InputError(f"student.prune.layers is {layers}, but the teacher has {count} layers")
+    for key, of in _CONFIG_KEYS.items():
+        asked, size = getattr(prune, key), getattr(config, of, None)  # what is built otherwise is refused once it is loaded
+        if asked is not None and size is not None and asked > size:
+            raise InputError(f"student.prune.{key} is {asked:,}, but the teacher has {size:,}")
+
+
 def _choose_layers(prune: Prune, layers: int, influence: Array | None) -> list[int]:
     if prune.layers is None:
         return list(range(layers))
     if isinstance(prune.layers, list):
-        if not prune.layers or sorted(set(prune.layers)) != prune.layers or not 0 <= prune.layers[0] <= prune.layers[-1] < layers:
-            raise InputError(f"student.prune.layers must be ascending layer numbers from 0 to {layers - 1}, got {prune.layers}")
         return prune.layers
-    if not 1 <= prune.layers <= layers:
-        raise InputError(f"student.prune.layers is {prune.layers}, but the teacher has {layers} layers")
     if prune.by == "even":
         return evenly_spaced(layers, prune.layers)
     assert influence is not None

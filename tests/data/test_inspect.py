@@ -1,6 +1,7 @@
 """Answers to held-out examples of a task, scored by its rules."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def answered(directory, *texts):
 def test_answers_to_held_out_examples_are_scored_and_the_wrong_ones_shown(task, tmp_path, capsys):
     inspect(answered(tmp_path / "data", "a", "b", "no example"), task=task)
     said = capsys.readouterr().out
+    assert re.search(r"ended +100% stop", said)
     assert "1 of 2 answers to held-out examples are right · score 0.50" in said
     assert "test.jsonl line 2 · score 0.00" in said
     assert "right  [red]c" in said

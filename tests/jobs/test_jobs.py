@@ -10,7 +10,7 @@ import pytest
 
 from llmdistill import jobs
 from llmdistill.config import load_experiment
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.commands import scheduled
 from llmdistill.runs.status import how_far
 from tests.conftest import run_cli
@@ -154,6 +154,7 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(experiment_file, tmp_pa
         (("--eval.tasks", "[nope.yaml]"), "nope.yaml: no such file"),
         (("--curate", "[{json_schema: {file: nope.json}}]"), "nope.json: no such file"),
         (("--jobs.slurm.accelerate", "nope.yaml"), "nope.yaml: no such file (accelerate)"),
+        (("--student.prune.layers", "99"), "student.prune.layers is 99, but the teacher has 4 layers"),
         (("--eval.held_out", "0.001"), "eval.held_out: 0.001 of 24 conversations leaves 24 to train on and 0 held out"),
     ],
 )
@@ -162,6 +163,24 @@ def test_what_the_jobs_would_fail_of_is_said_before_they_are_submitted(experimen
         done = run_cli("submit", experiment_file, "--jobs.slurm.partition", "gpu", *wrong, *dry)
         assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_retries_are_counted_by_failures_and_not_by_restarts(experiment_file, tmp_path):
+    """Slurm counts preemptions as restarts, too."""
+    script = rendered(experiment_file, "generate", "{partition: gpu, retries: 2}")
+    (tmp_path / "run/jobs").mkdir(parents=True)
+    for name, body in (("llmdistill", "exit 1"), ("scontrol", "true"), ("sleep", "true")):
+        double(tmp_path, name, body)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "9"}
+    tries = [subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True) for _ in range(3)]
+    assert [done.returncode for done in tries] == [1, 1, 1]
+    assert ["queued again" in done.stdout for done in tries] == [True, True, False]
+
+
+def test_a_ray_that_cannot_be_reached_is_no_wrong_input():
+    pytest.importorskip("ray", reason="Ray is not installed")
+    with pytest.raises(RemoteError, match=r"jobs\.ray\.address: no Ray cluster accepts jobs at http://127\.0\.0\.1:9"):
+        jobs.backend_of("ray").states([{"stage": "run", "job": "x", "address": "http://127.0.0.1:9"}])
 
 
 def test_a_scheduler_that_cannot_be_reached_is_no_wrong_input(experiment_file, tmp_path):

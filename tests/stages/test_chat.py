@@ -197,7 +197,7 @@ def test_too_long_a_conversation_is_said_and_not_remembered(tiny):
     assert speaker.history == []
 
 
-def test_what_cannot_be_talked_to_is_refused(experiment, tiny, tmp_path):
+def test_what_cannot_be_talked_to_is_refused(experiment, tiny, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(tiny), None)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="the student has no chat template"):
@@ -205,3 +205,9 @@ def test_what_cannot_be_talked_to_is_refused(experiment, tiny, tmp_path):
     shutil.rmtree(tmp_path / "run/student")
     with pytest.raises(InputError, match="the student, which `train` writes"):
         chat(experiment)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"the student, which `train` writes: run/student is no model directory"):
+        chat(experiment.with_(output="run"))  # which is not looked for on the Hub
+    behind = experiment.teacher.model_copy(update={"engine": "openai"})
+    with pytest.raises(InputError, match=r"teacher\.engine is openai: `chat` needs the teacher's weights"):
+        chat(experiment.with_(teacher=behind))

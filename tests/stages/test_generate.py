@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -73,6 +74,16 @@ def test_a_prompt_that_is_too_long_is_left_out_and_counted(experiment_file):
     with pytest.raises(InputError, match="more than the context of 256 tokens"):
         written(experiment_file, [{"prompt": "x " * 400}], ("output", str(experiment_file.parent / "other")))
     assert not (experiment_file.parent / "other").exists()
+
+
+def test_a_line_that_cannot_be_read_is_left_out_counted_said_and_kept(experiment_file, capsys):
+    source, directory = experiment_file.parent / "prompts.jsonl", experiment_file.parent / "run/data"
+    source.write_text(source.read_text() + "no JSON\n")
+    generate(load_experiment(experiment_file))
+    assert "left out 1 of 25 rows: " in capsys.readouterr().out
+    assert list(read_manifest(directory)["left_out"].values()) == [1]
+    (row,) = pq.read_table(directory / "rejected.parquet").to_pylist()
+    assert row["place"] == f"{source} line 25"
 
 
 @pytest.mark.slow

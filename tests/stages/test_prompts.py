@@ -432,6 +432,14 @@ def test_evolving_rewrites_what_the_round_before_has_made(experiment, teach):
     assert last["steps"][0]["gave"]["instruction"] == " ".join(made[-1].split()[:3])
 
 
+def test_fewer_items_than_examples_are_refused_before_anything_is_written(experiment):
+    chosen = experiment([{"self_instruct": {"template": "@more.yaml", "examples": 4}}], [{"instruction": "a", "topic": "x"}])
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match=r"prompts\.steps\.0\.self_instruct\.examples is 4, but .* has only 1 items"):
+            prompts(chosen, dry_run=dry_run)
+    assert not Path(chosen.output).exists()
+
+
 def test_self_instruct_shows_examples_and_keeps_what_is_new(experiment, teach):
     number = iter(range(100))
 

@@ -5,6 +5,7 @@ sequence: the tokens they predict are its completion, all before them its prompt
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ from llmdistill.prompting.turns import as_columns, learned_turns
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, console
 
+_OF_TEST = re.compile(r"(test|validation|eval)(?![a-z])")  # names of files
 _IMPOSSIBLE = -1e4  # a probability of zero that float16 can hold
 _FEW = 50  # written tokens that must have been looked for before their absence says anything
 
@@ -131,14 +133,14 @@ def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | No
 
 
 def _files(source: Path, endings: tuple[str, ...]) -> dict[Split, list[Path]]:
-    """The files to read, those of each split in the order of their names."""
+    """The files to read, those of each split in the order of their names; a single file is trained on, whatever its name."""
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
     found = [source] if source.is_file() else [file for file in sorted(source.rglob("*")) if ending_of(file) in endings]
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(source).parts)]
     if not found:
         raise InputError(f"{source}: holds no {endings[0]} files")
-    test = [file for file in found if file.name.startswith(("test", "validation", "eval"))]
+    test = [file for file in found if _OF_TEST.match(file.name) and file != source]
     return {"train": [file for file in found if file not in test], "test": test}
 
 

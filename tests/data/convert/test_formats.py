@@ -543,3 +543,12 @@ def test_axolotl_masks_what_an_endpoint_has_not_shown(tmp_path):
     (written,) = pq.read_table(tmp_path / "out/train.parquet").to_pylist()
     assert written["target_mask"] == [[0, 0], [1, 1], [1, 1], [0, 0], [0, 0]]
     assert np.isfinite(written["target_logprobs"]).all()
+
+
+def test_files_are_held_out_by_what_they_are_called(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "test-00000-of-1.jsonl", "eval_2.jsonl", "evaluated.jsonl", "testimony.jsonl"):
+        (tmp_path / name).touch()
+    of = {split: sorted(file.name for file in files) for split, files in imports._files(tmp_path, (".jsonl",)).items()}
+    assert of["test"] == ["eval_2.jsonl", "test-00000-of-1.jsonl", "test.jsonl"]
+    assert of["train"] == ["evaluated.jsonl", "testimony.jsonl", "train.jsonl"]
+    assert imports._files(tmp_path / "test.jsonl", (".jsonl",)) == {"train": [tmp_path / "test.jsonl"], "test": []}
