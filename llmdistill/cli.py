@@ -49,7 +49,16 @@ _PATIENCE = 30  # seconds
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FAILED_WRITE = re.compile(r"iostream error|unexpected pos \d+|PytorchStreamWriter|file write failed")
 _LITTLE = 64 << 20  # bytes of a disk that is as good as full
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_NOT_WRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.EEXIST,
+    errno.ELOOP,
+)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

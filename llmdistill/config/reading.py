@@ -1,5 +1,6 @@
 """From a YAML file and overrides to an experiment, and what is said where they do not fit it."""
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -150,15 +151,16 @@ def _type_name(annotation: Any) -> str:
 
 
 def _set(tree: Any, path: list[str], value: Any) -> None:
-    """Set a dotted key; sections that are not there yet are made, list items are addressed by number."""
+    """Set a dotted key; sections that are not there yet are made, list items are addressed by number.
+
+    What is on the way is copied: with an alias it may stand in other places, too.
+    """
     *parents, last = path
     for part in parents:
-        if isinstance(tree, list):
-            tree = tree[int(part)]
-        else:
-            if tree.get(part) is None:
-                tree[part] = {}
-            tree = tree[part]
+        key: Any = int(part) if isinstance(tree, list) else part
+        inner = tree[key] if isinstance(tree, list) else tree.get(key)
+        tree[key] = {} if inner is None or isinstance(inner, Empty) else copy.copy(inner)
+        tree = tree[key]
     if isinstance(tree, list):
         tree[int(last)] = value
     else:
@@ -262,6 +264,14 @@ class _Dumper(yaml.SafeDumper):
         """Write what is there twice twice."""
         return True
 
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Line ends that are none in YAML 1.2 are escaped: the loader takes them for spaces."""
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 # Those of YAML 1.2, and 1_000: not the sexagesimal ones of YAML 1.1, by which 12:00:00 is 43200, nor the octal 010.
 _INT = re.compile(r"^([-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+)$")

@@ -17,6 +17,22 @@ _OWN_FIELDS = ("model", "messages", "prompt", "n", "stream", "echo", "logprobs",
 _FIELDS_WITH_KEYS = {name: f"generate.{name}" for name in ("max_tokens", "min_tokens", "temperature", "top_p", "top_k")}
 _FIELDS_WITH_KEYS |= {"response_format": "generate.json_schema", "seed": "seed"}
 
+# Arguments of `vllm.LLM` that say which model it is and what its log-probabilities mean, which the program sets; with the key of
+# those that have one.
+_OWN_ARGUMENTS = dict.fromkeys(("tokenizer", "max_logprobs", "logprobs_mode", "worker_extension_cls", "seed"), "")
+_OWN_ARGUMENTS |= {
+    name: f"teacher.{name}"
+    for name in ("model", "revision", "dtype", "tensor_parallel_size", "trust_remote_code", "max_model_len")
+} | {"tokenizer_revision": "teacher.revision", "code_revision": "teacher.revision"}  # fmt: skip
+# Those that say how fast it runs, or in how much memory. All others may change what it computes.
+ARGUMENTS_OF_SPEED = (
+    "async_scheduling", "block_size", "compilation_config", "cpu_offload_gb", "data_parallel_size", "disable_custom_all_reduce",
+    "disable_log_stats", "distributed_executor_backend", "download_dir", "enable_chunked_prefill", "enable_expert_parallel",
+    "enable_prefix_caching", "enable_sleep_mode", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes",
+    "max_num_batched_tokens", "max_num_seqs", "max_parallel_loading_workers", "pipeline_parallel_size", "scheduling_policy",
+    "swap_space",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Abilities:
@@ -217,6 +233,10 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _targets_are_the_teachers_own(self) -> "Teacher":
+        for name in self.engine_args:
+            if name in _OWN_ARGUMENTS:
+                instead = f"set {key}" if (key := _OWN_ARGUMENTS[name]) else "remove it"
+                raise ValueError(f"engine_args.{name}: llmdistill sets this argument itself; {instead}")
         if self.engine_args.get("speculative_config"):
             raise ValueError(
                 "engine_args.speculative_config: log-probabilities under speculative decoding are not known to be the "

@@ -459,16 +459,17 @@ def shard_files(directory: Path, split: Split) -> list[Path]:
             raise InputError(
                 f"{file}: the checksum does not match; the file was damaged or changed. Delete it and generate it again"
             )
-        _check_rows(file, sizes)
+        _check_rows(file, sizes, targets.KINDS[manifest["targets"]["kind"]])
     return files
 
 
-def _check_rows(file: Path, sizes: Mapping[str, float]) -> None:
-    """Refuse a shard without rows or columns, or with token ids or places that cannot be.
+def _check_rows(file: Path, sizes: Mapping[str, float], kind: type[targets.SoftTargets] = targets.TextOnly) -> None:
+    """Refuse a shard without rows or columns, or with values that cannot be.
 
     Args:
         file: the shard.
         sizes: of the vocabularies by the teachers' names; of a single one the name is empty.
+        kind: of its soft targets.
 
     Raises:
         InputError: naming the file and the row.
@@ -482,8 +483,11 @@ def _check_rows(file: Path, sizes: Mapping[str, float]) -> None:
             raise InputError(f"{file}: has no column {name}")
         if not is_it(schema.field(name).type):
             raise InputError(f"{file}: the column {name} cannot be of the type {schema.field(name).type}")
-    first = 0
-    for rows in read_batches([file], ["input_ids", "completion_start", "token_logprobs", *([] if "" in sizes else ["metadata"])]):
+    if missing := [name for name in kind.columns if name not in schema.names]:
+        raise InputError(f"{file}: has no column {missing[0]}, which targets of kind {kind.name} have")
+    first, theirs = 0, [name for name in ("teacher_ids", "teacher_start") if name in schema.names and not kind.of_text]
+    for rows in read_batches([file], [*_COLUMNS, *theirs, *kind.columns]):
+        _check_text(file, rows, first)
         starts, lengths, written = (
             pc.fill_null(values, -1).to_numpy()
             for values in (
@@ -492,8 +496,8 @@ def _check_rows(file: Path, sizes: Mapping[str, float]) -> None:
                 pc.list_value_length(rows["token_logprobs"]),
             )
         )
-        if (wrong := np.flatnonzero((starts < 0) | (starts > lengths))).size:
-            raise InputError(f"{file}: row {first + wrong[0]}: completion_start is not a place in input_ids")
+        if (wrong := np.flatnonzero((starts < 1) | (starts > lengths))).size:  # nothing predicts the first token
+            raise InputError(f"{file}: row {first + wrong[0]}: completion_start is not a place in input_ids behind the first")
         if (wrong := np.flatnonzero(written != lengths - starts)).size:
             raise InputError(f"{file}: row {first + wrong[0]}: token_logprobs has not one value for each completion token")
         ids = pc.list_flatten(rows["input_ids"]).fill_null(-1).to_numpy()
@@ -501,9 +505,63 @@ def _check_rows(file: Path, sizes: Mapping[str, float]) -> None:
         if (wrong := np.flatnonzero((ids < 0) | (ids >= limits))).size:
             row = first + int(np.searchsorted(lengths.cumsum(), wrong[0], side="right"))
             raise InputError(f"{file}: row {row}: the token id {ids[wrong[0]]} is outside of the vocabulary")
+        if kind.columns:
+            counts = (
+                pc.list_value_length(rows["teacher_ids"]).to_numpy() - rows["teacher_start"].to_numpy() if theirs else written
+            )
+            limit: Any = (
+                np.inf if theirs else sizes[""] if "" in sizes else np.array([sizes[name] for name in teacher_names(rows)])
+            )
+            _check_targets(file, rows, first, kind, counts, np.broadcast_to(limit, counts.shape))
         first += len(rows)
     if not first:
         raise InputError(f"{file}: has no rows")
+
+
+def _check_text(file: Path, rows: pa.Table, first: int) -> None:
+    """Refuse nulls, metadata that is no JSON object, and log-probabilities above zero.
+
+    Raises:
+        InputError: naming the file, and the row or the column.
+    """
+    for name in ("prompt", "completion"):
+        messages = pc.list_flatten(rows[name])
+        parts = [rows[name], messages, *(pc.struct_field(messages, part) for part in ("role", "content"))]
+        if any(values.null_count for values in parts):
+            raise InputError(f"{file}: the column {name} has a null in the rows from {first} on")
+    for name in ("id", "finish_reason"):
+        if rows[name].null_count:
+            raise InputError(f"{file}: the column {name} has a null in the rows from {first} on")
+    for number, text in enumerate(rows["metadata"].to_pylist(), first):
+        try:
+            fields = json.loads(text)
+        except (TypeError, ValueError, RecursionError):
+            fields = None
+        if not (isinstance(fields, dict) and isinstance(fields.get(OURS, {}), dict)):
+            raise InputError(f"{file}: row {number}: metadata is no JSON object")
+    logprobs = pc.list_flatten(rows["token_logprobs"])
+    if logprobs.null_count or (logprobs.to_numpy() > 1e-2).any():
+        raise InputError(f"{file}: token_logprobs holds what is no log-probability in the rows from {first} on")
+
+
+def _check_targets(
+    file: Path, rows: pa.Table, first: int, kind: type[targets.SoftTargets], counts_R: targets.Array, limit_R: targets.Array
+) -> None:
+    """Refuse soft targets that no teacher can have told.
+
+    Raises:
+        InputError: naming the file and the row.
+    """
+    flat, lengths = {}, {}
+    for name in kind.columns:
+        column, is_list = rows[name], pa.types.is_list(rows[name].type)
+        values = pc.list_flatten(column) if is_list else column
+        if column.null_count or values.null_count:
+            raise InputError(f"{file}: the column {name} has a null in the rows from {first} on")
+        flat[name] = values.to_numpy() if is_list else np.repeat(values.to_numpy(), counts_R)
+        lengths[name] = pc.list_value_length(column).to_numpy() if is_list else counts_R
+    if (wrong := targets.wrong_row(kind, flat, lengths, counts_R, limit_R)) is not None:
+        raise InputError(f"{file}: row {first + wrong[0]}: {wrong[1]}")
 
 
 def _limits(file: Path, rows: pa.Table, first: int, sizes: Mapping[str, float]) -> targets.Array:

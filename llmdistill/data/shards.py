@@ -264,10 +264,11 @@ def _check_layout(directory: Path, layout: Layout) -> None:
             rows = pq.read_metadata(shard.file).num_rows + sum(failed_rows([shard]).values())
         except (pa.ArrowException, OSError):  # it is damaged, and made again
             continue
-        if shard.count == len(layout) and rows != len(layout.shards[shard.index][1]):
+        belong = len(layout.shards[shard.index][1]) if shard.count == len(layout) else 0
+        if rows != belong:
             raise InputError(
-                f"{shard.file}: has {rows:,} rows where {len(layout.shards[shard.index][1]):,} belong, as another version of "
-                f"llmdistill has cut them; finish it with that version, or remove {directory} to make it again"
+                f"{shard.file}: has {rows:,} rows where {belong:,} belong: another version of llmdistill, or of a model on the "
+                f"Hub, has cut them in another way; finish it with that version, or remove {directory} to make it again"
             )
 
 

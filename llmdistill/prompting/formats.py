@@ -276,7 +276,9 @@ def _is_prompt(value: Any) -> bool:
 FORMS: dict[str, Form] = {
     "requests": Form("recorded requests", lambda row: isinstance(row, Recorded), _messages),
     "messages": Form(
-        "OpenAI chat (messages)", lambda row: "messages" in row and not _turns_field(row, "from", "value"), _messages
+        "OpenAI chat (messages)",
+        lambda row: isinstance(row.get("messages"), list) and not _turns_field(row, "from", "value"),
+        _messages,
     ),
     "sharegpt": Form("ShareGPT (conversations)", lambda row: _turns_field(row, "from", "value") is not None, _sharegpt),
     "conversations": Form("conversations of role and content", lambda row: _turns_field(row, *_MESSAGE) is not None, _messages),
@@ -285,7 +287,7 @@ FORMS: dict[str, Form] = {
         lambda row: isinstance(row.get("chosen"), str) and row["chosen"].startswith("\n\nHuman:"),
         _hh_rlhf,
     ),
-    "preference": Form("preference pairs (chosen, rejected)", lambda row: "chosen" in row, _preference),
+    "preference": Form("preference pairs (chosen, rejected)", lambda row: isinstance(row.get("chosen"), str | list), _preference),
     "oasst": Form(
         "OpenAssistant trees (prompt with replies)",
         lambda row: isinstance(row.get("prompt"), dict) and "text" in row["prompt"],
@@ -293,7 +295,7 @@ FORMS: dict[str, Form] = {
     ),
     "kto": Form(
         "KTO (prompt, completion, label)",
-        lambda row: {"prompt", "completion"} <= row.keys() and isinstance(row.get("label"), bool | int),
+        lambda row: {"prompt", "completion"} <= row.keys() and isinstance(row.get("label"), bool),
         _kto,
     ),
     "completion": Form("prompt and completion", lambda row: {"prompt", "completion"} <= row.keys(), _as_it_is),

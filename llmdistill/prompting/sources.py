@@ -26,6 +26,7 @@ from llmdistill.errors import InputError, UnreadableError
 from llmdistill.prompting.passages import LINE_END, Starts, split_text
 from llmdistill.prompting.template import Fields
 from llmdistill.prompting.traffic import is_recorded, read_recorded, session_of
+from llmdistill.prompting.turns import CONVERSATION
 from llmdistill.runs.record import sha256
 
 TEXTTABLES_ = (".jsonl", ".json", ".csv", ".tsv")
@@ -35,7 +36,7 @@ _MARKDOWN = (".md", ".markdown")
 _DOCUMENTS = (*_MARKDOWN, ".txt")
 _KNOWN = ", ".join((*TABLES, *_DOCUMENTS))
 _OF_PROMPTS = {"prompt", "with_tools", "metadata", "lineage"}  # the columns of `prompts.parquet`
-_CONVERSATION = ("messages", "prompt", "completion", "tools")
+_DEPTH = 100  # of objects and lists inside each other
 csv.field_size_limit(sys.maxsize)  # a cell may be a whole document
 
 
@@ -351,7 +352,14 @@ def _loads(text: str) -> Any:
         value = json.loads(text, parse_constant=lambda name: None)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON: {error}") from None
+    if text.count("[") + text.count("{") > _DEPTH and _is_deeper(value, _DEPTH):
+        raise ValueError(f"nested more than {_DEPTH} deep")
     return _storable(value) if "\\ud" in text.lower() else value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth == 0 or any(_is_deeper(other, depth - 1) for other in inner)
 
 
 def _storable(value: Any) -> Any:
@@ -489,11 +497,11 @@ def _cut(
         yield Entry({**fields, "passage": "", "heading": ""}, {**place, **empty}, "empty")
 
 
-def metadata(fields: Fields, used: Iterable[str] = ()) -> Fields:
+def metadata(fields: Fields, used: Iterable[str] = CONVERSATION) -> Fields:
     """What a line says beside its conversation: an expected answer, a topic; kept with the row.
 
     Args:
         fields: of the line.
-        used: those that a template has put into the conversation.
+        used: those that are in the conversation.
     """
-    return {name: value for name, value in fields.items() if name not in (*_CONVERSATION, *used)}
+    return {name: value for name, value in fields.items() if name not in set(used)}

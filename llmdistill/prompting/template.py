@@ -16,7 +16,7 @@ from pydantic import ValidationError, model_validator
 from llmdistill.config import explain, read_yaml
 from llmdistill.config.section import Section, check_schema
 from llmdistill.data.dataset import Messages
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnreadableError
 
 Fields = dict[str, Any]
 
@@ -166,11 +166,11 @@ def check_field(fields: Fields, name: str, origin: str, what: str) -> None:
     """Refuse fields that lack one, or in which it is null.
 
     Raises:
-        InputError: naming their origin, and what needs it.
+        UnreadableError: naming their origin, and what needs it.
     """
     if fields.get(name) is None:
         there = f"is empty in {name}" if name in fields else f"has {', '.join(fields) or 'nothing'}"
-        raise InputError(f"{origin}: {what} needs the field {name}; the line {there}")
+        raise UnreadableError(f"{what} needs the field {name}; the line {there}", origin)
 
 
 @dataclass(frozen=True)

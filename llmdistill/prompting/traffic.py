@@ -40,8 +40,11 @@ def is_recorded(fields: Fields) -> bool:
     """Whether a line is a recorded request: a chat inside of an envelope, or one with a response or parameters beside it."""
     if _request(fields) is None:
         return False
-    if not _is_chat(_parsed(fields.get("messages"))):
+    messages = _parsed(fields.get("messages"))
+    if not _is_chat(messages):
         return True
+    if messages[-1]["role"] == "assistant" and "choices" not in fields:  # a whole conversation, whatever stands beside it
+        return False
     answered = "choices" in fields or any(isinstance(_parsed(fields.get(name)), dict) for name in _RESPONSES)
     return answered or any(name in _PARAMETERS or is_secret(name) for name in fields)
 

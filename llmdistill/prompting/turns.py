@@ -10,6 +10,7 @@ from llmdistill.errors import UnreadableError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.prompting.template import Fields
 
+CONVERSATION = ("messages", "prompt", "completion", "tools")  # fields that hold one
 _ROLES = ("system", "user", "assistant", "tool")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # What other trainers' files say of a message that is not learned: OpenAI's `weight: 0`, axolotl's `train: false`, and so on.
@@ -46,6 +47,11 @@ class Turn:
         return chat.turn_ids(self.prompt, answer, self.tools)
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """Those of a row that it is read from."""
+        return ("text",) if self.plain else CONVERSATION
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What is stored beside roles and contents, where there is more to it."""
         return {"messages": [*self.prompt, *self.completion], "tools": self.tools} if self.uses_tools else {}
@@ -65,7 +71,7 @@ def learned_turns(fields: Fields, origin: str, every: bool, tool_calls: bool) ->
         UnusableError: it is one that text alone does not tell, or nothing of it is to be learned.
     """
     _check_media(fields, origin)
-    if "messages" in fields:
+    if isinstance(fields.get("messages"), list):
         messages, learned = _checked(fields["messages"], "user", origin)
     elif "prompt" in fields and "completion" in fields:
         prompt, _ = _checked(fields["prompt"], "user", origin)
@@ -131,7 +137,7 @@ def given_prompt(fields: Fields, origin: str) -> list[dict[str, Any]]:
     """
     _check_media(fields, origin)
     for key in ("messages", "prompt"):
-        if key in fields:
+        if isinstance(fields.get(key), list | str):
             messages, _ = _checked(fields[key], "user", origin)
             if messages and messages[-1]["role"] == "assistant":  # the answer that it has is not the teacher's
                 messages.pop()

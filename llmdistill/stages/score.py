@@ -142,8 +142,8 @@ class _Conversations:
                 continue
             session = entry.conversation or (stable_id(fields) if len(turns) > 1 else None)
             provenance = {"conversation": session} if session else {}
-            other, place = metadata(fields, ("text",)), Entry({}, entry.place)
-            self.turns += [(place, turn, other, provenance) for turn in turns]
+            place = Entry({}, entry.place)
+            self.turns += [(place, turn, metadata(fields, turn.fields), provenance) for turn in turns]
         self.left_out.check_share(len(self.turns))
         reader.close("score", section.source)
         if not self.turns and not self.left_out.reasons:

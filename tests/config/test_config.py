@@ -239,6 +239,27 @@ def test_an_override_below_a_value_is_no_key(file):
         load_experiment(file, [("output.foo.bar", "1")])
 
 
+def test_an_override_below_a_key_without_a_value(file):
+    file.write_text(MINIMAL + "generate:\n  json_schema:\ntrain: {args: {lr_scheduler_kwargs: }}\n")
+    overrides = [("generate.json_schema.type", "object"), ("train.args.lr_scheduler_kwargs.num_cycles", "2")]
+    found = load_experiment(file, overrides)
+    assert found.generate.json_schema == {"type": "object"}
+    assert found.train.args == {"lr_scheduler_kwargs": {"num_cycles": 2}}
+
+
+def test_an_override_of_what_stands_in_two_places_by_an_alias_changes_one(file):
+    file.write_text(MINIMAL + "curate: [length: &one {min_tokens: 1}, length: *one]\n")
+    steps = load_experiment(file, [("curate.1.length.min_tokens", "9")]).curate
+    assert [step.settings.min_tokens for step in steps] == [1, 9]
+
+
+def test_text_with_line_ends_of_unicode_is_handed_on_as_it_is(file):
+    found = load_experiment(file, [("teacher.system", '"a\\x85b\\u2028c"')])
+    assert found.teacher.system == "a\x85b\u2028c"
+    file.write_text(dump_experiment(found))
+    assert load_experiment(file).teacher.system == "a\x85b\u2028c"
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(InputError, match=r"nowhere.yaml: no such file"):
         load_experiment(tmp_path / "nowhere.yaml")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from llmdistill import load_dataset
@@ -29,6 +30,7 @@ from llmdistill.data.dataset import (
 from llmdistill.data.inspect import inspect
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
+from tests import factories
 
 VOCAB = 100
 DESCRIPTION = {
@@ -302,6 +304,69 @@ def test_rows_that_no_teacher_wrote_are_named(directory, change, message):
         load_dataset(directory)
     with pytest.raises(InputError, match=message):
         inspect(directory, verify=True)
+
+
+def first(value, place=0):
+    """The first row's list with another value at a place."""
+
+    def change(lists):
+        lists[0][place] = value
+        return lists
+
+    return change
+
+
+def shorter(lists):
+    return [lists[0][:-1], *lists[1:]]
+
+
+KINDS = ("sampled", "topk", "sampled_logprobs", "multinomial")
+BAD = [
+    *((kind, "target_ids", first(60_000), "outside of the vocabulary") for kind in KINDS),
+    *((kind, "target_ids", shorter, "") for kind in KINDS),
+    *((kind, "target_logprobs", first(np.nan), "target_logprobs holds nan") for kind in ("sampled", "topk", "sampled_logprobs")),
+    *((kind, "target_logprobs", first(5.0), "target_logprobs holds 5") for kind in ("sampled", "topk", "sampled_logprobs")),
+    *((kind, "target_logprobs", first(None), "has a null") for kind in ("sampled", "topk", "sampled_logprobs")),
+    *(("topk", "target_tail", first(value), "target_tail holds") for value in (np.nan, -5.0, 1e9)),
+    ("topk", "target_tail", shorter, "row 0: target_tail has not one value"),
+    *((kind, "target_exact", first(value), "") for kind in ("sampled", "sampled_logprobs") for value in (4, 200)),
+    ("sampled", "target_exact", shorter, "row 0: target_exact has not one value"),
+    ("sampled", "target_entropy", first(np.nan), "target_entropy holds nan"),
+    ("multinomial", "target_entropy", first(np.inf), "target_entropy holds inf"),
+    ("multinomial", "target_distinct", first(9), ""),
+    ("topk", "token_logprobs", first(5.0), "token_logprobs holds what is no log-probability"),
+    ("topk", "metadata", lambda rows: ["{", *rows[1:]], "row 0: metadata is no JSON object"),
+    ("topk", "metadata", lambda rows: ["[]", *rows[1:]], "row 0: metadata is no JSON object"),
+    ("topk", "metadata", lambda rows: [None, *rows[1:]], "row 0: metadata is no JSON object"),
+    ("topk", "finish_reason", lambda rows: [None, *rows[1:]], "the column finish_reason has a null"),
+    ("topk", "completion", lambda rows: [[{"role": None, "content": "x"}], *rows[1:]], "the column completion has a null"),
+    ("topk", "completion_start", lambda rows: [0, *rows[1:]], "row 0: completion_start is not a place"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "column", "change", "message"), BAD)
+def test_targets_that_no_teacher_has_told_are_refused_before_they_are_learned(tmp_path, kind, column, change, message):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for name, length in (("a", 5), ("b", 3)):
+        logprobs = (2 * torch.randn(length, VOCAB, generator=generator)).log_softmax(-1)
+        of = targets.KINDS[kind]
+        ids = of.keep(logprobs, 4, torch.rand(length, of.uniforms(4), generator=generator, dtype=torch.float64))
+        soft = of.from_kept(ids.numpy(), logprobs.gather(1, ids).numpy())
+        rows.append(factories.make_row(name, [1, 2], np.arange(length), soft=soft))
+    factories.write_rows(tmp_path, rows, kind, VOCAB)
+    rewritten(tmp_path, lambda table: table)
+    assert len(load_dataset(tmp_path)) == 2
+    rewritten(tmp_path, lambda table: with_column(table, column, change(table[column].to_pylist())))
+    with pytest.raises(InputError, match=rf"train-00000-of-.*\.parquet: .*{message}"):
+        load_dataset(tmp_path)
+
+
+def test_a_manifest_of_another_kind_than_the_columns_is_refused(directory):
+    manifest = json.loads((directory / "dataset.json").read_text())
+    (directory / "dataset.json").write_text(json.dumps(manifest | {"targets": {"kind": "multinomial", "n": 4}}))
+    with pytest.raises(InputError, match=r"has no column target_\w+, which targets of kind multinomial have"):
+        load_dataset(directory)
 
 
 def test_what_a_model_wrote_does_not_reach_the_terminal_as_commands(directory, capsys):

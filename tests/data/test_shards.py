@@ -48,18 +48,19 @@ def test_a_worker_with_nothing_to_do_says_so(experiment, capsys):
     assert "0 of 4 shards there" in capsys.readouterr().out
 
 
-def test_shards_that_were_cut_elsewhere_are_refused(experiment, monkeypatch):
-    """By a version that put what is left over into the last one: its rows would be lost, or there twice."""
+@pytest.mark.parametrize(("other", "rows"), [(7, 7), (9, 0)])
+def test_shards_that_were_cut_elsewhere_are_refused(experiment, monkeypatch, other, rows):
+    """By a version that put what is left over into the last one, or into another number: rows would be lost, or there twice."""
     odd = experiment.with_(generate=experiment.generate.with_(rows_per_shard=7))
     generate(odd, worker=Share(0, 4))
     cut = shards.Layout.__init__
 
     def elsewhere(self, rows, size):
         cut(self, rows, size)
-        self.shards = [(0, range(start, min(start + size, rows[0]))) for start in range(0, rows[0], size)]
+        self.shards = [(0, range(start, min(start + other, rows[0]))) for start in range(0, rows[0], other)]
 
     monkeypatch.setattr(shards.Layout, "__init__", elsewhere)
-    with pytest.raises(InputError, match=r"train-00000-of-00004-.*: has 6 rows where 7 belong, as another version"):
+    with pytest.raises(InputError, match=rf"train-00000-of-00004-.*: has 6 rows where {rows} belong: another version"):
         generate(odd)
 
 

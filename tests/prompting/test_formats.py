@@ -7,6 +7,7 @@ import pytest
 from llmdistill.config.rows import FORMATS, RowReading
 from llmdistill.errors import UnreadableError
 from llmdistill.prompting.formats import FORMS, read_row
+from llmdistill.prompting.traffic import is_recorded
 from llmdistill.prompting.turns import given_prompt, learned_turns
 
 Q, A = "What is 2 + 2?", "It is 4."
@@ -162,6 +163,27 @@ def test_text():
     for row in ({"text": A}, {"content": A, "url": "x"}):
         fields, label = read_row(row, RowReading(), "a row")
         assert (fields["text"], label) == (A, "text")
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        (
+            {"prompt": Q, "completion": A, "messages": None, "chosen": None, "label": None},
+            "completion",
+        ),  # columns of several files
+        ({"prompt": Q, "completion": A, "messages": 3}, "completion"),
+        ({"prompt": Q, "completion": A, "label": 0}, "completion"),  # a class
+        ({"prompt": Q, "completion": A, "label": False}, "kto"),
+        ({"messages": [*ASKED, *ANSWERED], "temperature": 0.3, "response": {"quality": 5}}, "messages"),
+    ],
+)
+def test_a_form_is_told_by_values_and_not_by_names_alone(row, form):
+    fields, label = read_row(row, RowReading(), "a row")
+    assert label == FORMS[form].label
+    assert not is_recorded(row)
+    if form != "kto":
+        assert conversation(fields) == [*ASKED, *ANSWERED]
 
 
 def test_what_a_form_does_not_use_stays():

@@ -11,7 +11,7 @@ from llmdistill.config.machine import Precision
 from llmdistill.errors import InputError
 from llmdistill.runs import lock, record
 
-SETTINGS = {"generate": {"temperature": 1.0, "samples": 1}, "teacher": {"engine_args": {"a": 1}}}
+SETTINGS = {"generate": {"temperature": 1.0, "samples": 1}, "teacher": {"engine_args": {"max_num_seqs": 1}}}
 INPUTS = {"prompts.jsonl": "hash"}
 
 
@@ -75,7 +75,10 @@ def test_files_are_known_by_their_content(tmp_path):
 
 
 def test_how_fast_it_runs_may_change(started):
-    assert record.claim(started, "generate", SETTINGS | {"teacher": {"engine_args": {"a": 2}}}, INPUTS) == "resume"
+    for speed in ({"max_num_seqs": 2}, {}, {"compilation_config": {"level": 3}}):
+        assert record.claim(started, "generate", SETTINGS | {"teacher": {"engine_args": speed}}, INPUTS) == "resume"
+    with pytest.raises(record.StaleError, match=r"teacher\.engine_args\.quantization was null, is \"fp8\""):
+        record.claim(started, "generate", SETTINGS | {"teacher": {"engine_args": {"quantization": "fp8"}}}, INPUTS)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,9 @@ def test_how_fast_one_of_several_teachers_runs_may_change(tmp_path):
     several = {"teachers": {"math": {"model": "a", "url": "http://one", "engine_args": {}}, "code": {"model": "b"}}}
     record.begin(tmp_path / "data", "generate", several, INPUTS, seed=3)
     (tmp_path / "data/shard").write_text("work")
-    moved = {"teachers": {"math": {"model": "a", "url": "http://two", "engine_args": {"x": 1}}, "code": {"model": "b"}}}
+    moved = {
+        "teachers": {"math": {"model": "a", "url": "http://two", "engine_args": {"max_num_seqs": 1}}, "code": {"model": "b"}}
+    }
     assert record.claim(tmp_path / "data", "generate", moved, INPUTS) == "resume"
     other = {"teachers": {"math": {"model": "c"}, "code": {"model": "b"}}}
     with pytest.raises(InputError, match=r'teachers.math.model was "a", is "c"'):

@@ -12,6 +12,7 @@ import pytest
 
 from llmdistill.config import load_experiment
 from llmdistill.config.prompts import Prompts
+from llmdistill.data.left_out import LeftOut
 from llmdistill.data.shards import Share
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.models.loading import load_tokenizer
@@ -74,13 +75,36 @@ def test_what_a_line_says_beside_the_conversation_is_kept(write):
         ({"question": "What is 29 - 14?", "answer": "29 - 14 = 15 #### 15"}, {"answer": "29 - 14 = 15 #### 15"}),
         ({"problem": "What?", "solution": "29 - 14 = 15", "answer": "15"}, {"solution": "29 - 14 = 15", "answer": "15"}),
         ({"instruction": "Add", "input": "1 and 2", "output": "3", "level": 1}, {"output": "3", "level": 1}),
-        ({"prompt": "What?", "completion": "15", "topic": "sums"}, {"topic": "sums"}),
+        ({"prompt": "What?", "completion": "15", "topic": "sums"}, {"completion": "15", "topic": "sums"}),
     ],
 )
 def test_an_expected_answer_is_kept_under_its_name(write, row, kept):
     """GSM8K, MATH and the like, whose answers are text, are checked against the teacher's by `math`."""
     (prompt,) = load_prompts(Prompts(source=write("p.jsonl", json.dumps(row))))
     assert prompt.metadata == kept
+
+
+def test_fields_that_a_template_does_not_use_are_kept_whatever_their_names(write):
+    row = {"country": "Peru", "completion": "18", "tools": "hammer", "messages": 3, "prompt": "mine", "x": 1}
+    (prompt,) = load_prompts(Prompts(source=write("p.jsonl", json.dumps(row)), template=write("t.yaml", TEMPLATE)))
+    assert prompt.metadata == {name: value for name, value in row.items() if name != "country"}
+
+
+def test_a_row_without_a_field_of_the_template_is_left_out(write):
+    rows = [{"country": f"country {number}"} for number in range(30)] + [{"city": "Lima"}]
+    source, left_out = write("p.jsonl", "\n".join(map(json.dumps, rows))), LeftOut()
+    section = Prompts(source=source, template=write("t.yaml", TEMPLATE))
+    assert len(load_prompts(section, left_out=left_out)) == 30
+    assert list(left_out.reasons) == ["the template capital needs the field country; the line has city"]
+    with pytest.raises(InputError, match=r"p\.jsonl line 31: the template capital needs the field country"):
+        load_prompts(section.model_copy(update={"on_bad_rows": "refuse"}))
+
+
+def test_json_that_is_nested_too_deep_is_a_bad_row(write):
+    deep = '{"prompt": "a", "x": ' + "[" * 600 + '"\\ud83d"' + "]" * 600 + "}"
+    source, left_out = write("p.jsonl", "\n".join([deep, *(f'{{"prompt": "{number}"}}' for number in range(20))])), LeftOut()
+    assert len(load_prompts(Prompts(source=source), left_out=left_out)) == 20
+    assert "nested more than 100 deep" in str(left_out.reasons)
 
 
 def test_a_reserved_field_is_named_with_its_line_before_the_teacher_works(write):

@@ -156,3 +156,6 @@ def test_a_stop_does_not_wait_for_answers(monkeypatch):
 def test_speculative_decoding_is_refused():
     with pytest.raises(ValidationError, match="speculative_config: log-probabilities under speculative decoding"):
         Teacher(model="a/b", engine_args={"speculative_config": {"method": "ngram"}})
+    for name, instead in (("logprobs_mode", "remove it"), ("model", r"set teacher\.model"), ("dtype", r"set teacher\.dtype")):
+        with pytest.raises(ValueError, match=rf"engine_args\.{name}: llmdistill sets this argument itself; {instead}"):
+            Teacher(model="a/b", engine_args={name: "x"})

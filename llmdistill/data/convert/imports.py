@@ -201,7 +201,7 @@ def _text_row(fields: dict[str, Any], origin: str, identity: str, chat: ChatTemp
         "stop" if completion_ids[-1] in chat.end_ids else "length",
         np.full(len(completion_ids), np.nan, dtype=np.float32),
         None,
-        metadata=metadata(fields, ("text",)),
+        metadata=metadata(fields, turn.fields),
         provenance=turn.provenance,
     )
 

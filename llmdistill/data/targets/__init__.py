@@ -8,6 +8,7 @@ The columns are described in docs/dataset.md.
 from collections.abc import Sequence
 
 from llmdistill.data.targets.base import MemberTokens, SoftTargets
+from llmdistill.data.targets.checks import wrong_row
 from llmdistill.data.targets.chunks import Chunks
 from llmdistill.data.targets.columns import Array, list_array, list_column
 from llmdistill.data.targets.multinomial import Multinomial
@@ -32,6 +33,7 @@ __all__ = [
     "kind_of",
     "list_array",
     "list_column",
+    "wrong_row",
 ]
 
 KINDS: dict[str, type[SoftTargets]] = {

@@ -76,6 +76,10 @@ class SoftTargets(ABC):
     """The key of the section `targets` that says how many tokens are kept at a position; None where none are."""
     columns: ClassVar[tuple[str, ...]]
     """Of a shard; they begin with `target_`."""
+    one_each: ClassVar[tuple[str, ...]] = ()
+    """Those with one value a position."""
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    """The least and the largest value that a column can hold; NaN is none."""
     of_writer: ClassVar[bool] = False
     """Whether their tokens are those that the model that wrote the text has drawn, of which another one says what it thinks."""
     of_text: ClassVar[bool] = False

@@ -6,7 +6,7 @@ probability of it is one number, so what is learnt is one event a chunk: that it
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class Chunks(SoftTargets):
     name = "chunks"
     summary = "the log-probabilities of what an endpoint wrote, in the student's tokens"
     columns = ("target_chunks", "target_chunk_logprobs")
+    one_each = ("target_chunks", "target_chunk_logprobs")
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {"target_chunk_logprobs": (-np.inf, 0)}
     of_text = True
     most_likely = True
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Array = np.ndarray[Any, Any]
+ENTROPIES = (-1.0, 1e4)  # of a stored one, in nats; an estimate may be a little below zero
 
 
 def list_array(values: Array, lengths: Array) -> "pa.ListArray":

@@ -2,12 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from llmdistill.data.targets.base import MemberTokens
-from llmdistill.data.targets.columns import Array, entropies_of, entropy_column, entropy_within, id_type, list_array, log, merged
+from llmdistill.data.targets.columns import (
+    ENTROPIES,
+    Array,
+    entropies_of,
+    entropy_column,
+    entropy_within,
+    id_type,
+    list_array,
+    log,
+    merged,
+)
 from llmdistill.data.targets.unbiased import UnbiasedSample
 
 if TYPE_CHECKING:
@@ -28,6 +38,10 @@ class Multinomial(UnbiasedSample):
     name = "multinomial"
     summary = "n independent draws"
     columns = ("target_ids", "target_counts", "target_distinct", "target_entropy")
+    one_each = ("target_distinct", "target_entropy")
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "target_counts": (1, 255), "target_distinct": (1, 255), "target_entropy": ENTROPIES
+    }  # fmt: skip
     distinct = False
     bytes_per_token = 0.8
 

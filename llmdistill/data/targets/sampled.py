@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from llmdistill.data.targets.base import MemberTokens
 from llmdistill.data.targets.columns import (
+    ENTROPIES,
     Array,
     by_position,
     entropies_of,
@@ -92,6 +93,8 @@ class Sampled(ProportionalSample, UnbiasedSample):
     name = "sampled"
     summary = "an unbiased sample of n tokens"
     columns = ("target_ids", "target_logprobs", "target_exact", "target_entropy")
+    one_each = ("target_exact", "target_entropy")
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {"target_logprobs": (-np.inf, 0), "target_entropy": ENTROPIES}
     relative_error = 2**-11  # float16
     bytes_per_token = 2.2
 

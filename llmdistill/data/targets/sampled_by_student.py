@@ -10,7 +10,7 @@ that is what is learnt from them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -44,6 +44,10 @@ class SampledByStudent(SampledLogprobs):
     name = "sampled_by_student"
     summary = "the same sample drawn from the student that wrote the text, which rounds make of `sampled`"
     columns = ("target_ids", "target_logprobs", "target_exact", "target_logdesign", "target_logratio")
+    one_each = ("target_exact", "target_logratio")
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "target_logprobs": (-np.inf, 0), "target_logdesign": (-np.inf, 1e4), "target_logratio": (-1e4, 1e4)
+    }  # fmt: skip
     bytes_per_token = 4.3
     of_writer = True
     unbounded = "forward_kl"

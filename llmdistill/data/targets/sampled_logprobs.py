@@ -52,6 +52,8 @@ class SampledLogprobs(ProportionalSample, SoftTargets):
     summary = "the same sample, with the log-probability of each token, for most divergences"
     size = "n"
     columns: ClassVar[tuple[str, ...]] = ("target_ids", "target_logprobs", "target_exact")
+    one_each: ClassVar[tuple[str, ...]] = ("target_exact",)
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {"target_logprobs": (-np.inf, 0)}
     unbiased = True
     over_classes = False  # f of a sum is not the sum of f
     relative_error = 2**-11  # float16

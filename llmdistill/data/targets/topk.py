@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class TopK(SoftTargets):
     summary = "the k most likely tokens and the probability mass outside them"
     size = "k"
     columns = ("target_ids", "target_logprobs", "target_tail")
+    one_each = ("target_tail",)
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {"target_logprobs": (-np.inf, 0), "target_tail": (0, 1)}
     most_likely = True
     has_tail = True
     relative_error = 2**-11  # float16

@@ -1,0 +1,55 @@
+"""Whether the stored columns of soft targets can be what a teacher has told: shape, range and finiteness."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from llmdistill.data.targets.base import SoftTargets
+from llmdistill.data.targets.columns import Array
+
+_ROUNDED_UP = 1e-2  # what a log-probability may be above zero: float16, and sums of a bfloat16 teacher
+
+
+def wrong_row(
+    kind: type[SoftTargets], flat: Mapping[str, Array], lengths: Mapping[str, Array], positions_R: Array, limit_R: Array
+) -> tuple[int, str] | None:
+    """The first row whose targets cannot be right, and why; None if there is none.
+
+    Args:
+        kind: of the targets.
+        flat: the values of its columns in R rows, one behind the other.
+        lengths: how many of them each row has, shape (R,).
+        positions_R: how many positions each row has targets of.
+        limit_R: the size of its teacher's vocabulary.
+    """
+    for name in kind.one_each:
+        if (wrong := np.flatnonzero(lengths[name] != positions_R)).size:
+            return int(wrong[0]), f"{name} has not one value for each completion token"
+    for name, (low, high) in kind.ranges.items():
+        values = flat[name]
+        if (wrong := np.flatnonzero(~((values >= low) & (values <= high + _ROUNDED_UP)))).size:
+            return _row(lengths[name], wrong[0]), f"{name} holds {values[wrong[0]]:g}"
+    count = positions_R.sum()
+    if not count:
+        return None
+    if kind.distinct and kind.size:  # as many tokens at every position
+        k = len(flat["target_ids"]) // count
+        if (wrong := np.flatnonzero(lengths["target_ids"] != k * positions_R)).size:
+            return int(wrong[0]), f"target_ids has not {k} tokens for each completion token"
+    try:
+        soft = kind.decode(flat)
+    except (ValueError, IndexError, TypeError) as error:
+        return 0, f"the columns of its targets, or of the rows after it, do not fit each other: {error}"
+    if len(soft) != count:
+        return 0, "it, or one of the rows after it, has not one target for each completion token"
+    limit_N1 = np.repeat(limit_R, positions_R)[:, None]
+    if (wrong := np.flatnonzero(((soft.ids_NK < 0) | (soft.ids_NK >= limit_N1)).any(axis=1))).size:
+        return _row(positions_R, wrong[0]), "target_ids holds a token that is outside of the vocabulary"
+    exact_N = getattr(soft, "exact_N", np.zeros(0, dtype=np.int64))
+    if (wrong := np.flatnonzero(exact_N >= soft.ids_NK.shape[1])).size:
+        return _row(positions_R, wrong[0]), f"target_exact holds {exact_N[wrong[0]]}, of {soft.ids_NK.shape[1]} tokens"
+    return None
+
+
+def _row(lengths_R: Array, place: int) -> int:
+    return int(np.searchsorted(lengths_R.cumsum(), place, side="right"))
