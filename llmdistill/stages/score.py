@@ -261,15 +261,20 @@ class _Stored:
                 f"{self.directory}: its samples are of another vocabulary than that of {other}; set targets.kind to topk"
             )
         self._encode(chats, names, others)
-        usable = [number for number, same in enumerate(stored) if same or number in self.encoded]
-        self.order = order = [number for name in chats for number in usable if names[number] == name]
-        self.encoders = [(name, chats[name]) for name in (names[number] for number in order)]
-        parts, start = [], 0
+        self._arrange(chats, names, [number for number, same in enumerate(stored) if same or number in self.encoded])
+        lengths = self._lengths()
+        self._arrange(chats, names, list(lengths))
+        self.left_out.close("score", len(lengths))
+        parts = []
         for name, chat in chats.items():
-            count = sum(names[number] == name for number in order)
-            parts.append(Part(name, chat, count, self._longest(chat, range(start, start + count))))
-            start += count
+            its = [length for number, length in lengths.items() if names[number] == name]
+            parts.append(Part(name, chat, len(its), chat.experiment.teacher.max_model_len or max(its, default=0) + 1))
         return parts
+
+    def _arrange(self, chats: Mapping[str, PromptEncoder], names: Sequence[str], numbers: Sequence[int]) -> None:
+        """Take rows by their numbers, those of a teacher together."""
+        self.order = [number for name in chats for number in numbers if names[number] == name]
+        self.encoders = [(names[number], chats[names[number]]) for number in self.order]
 
     def _vocabularies(self) -> Iterator[str]:
         """The hash of the vocabulary that each row is stored in."""
@@ -289,21 +294,24 @@ class _Stored:
                 self.encoded[number] = array("i", prompt_ids), array("i", ids)
             except UnusableError as error:
                 self.left_out.add(error.at(f"{self.directory} row {rows[number]['id']}"))
-        if numbers:
-            self.left_out.close("score", len(self.rows) - len(numbers) + len(self.encoded))
 
-    def _longest(self, chat: PromptEncoder, places: range) -> int:
-        """Check the texts of a teacher, by their places in `order`; the length of the longest sequence."""
+    def _lengths(self) -> dict[int, int]:
+        """The tokens of each row that fits its teacher, by its number in the order in which they are read."""
         import pyarrow.compute as pc
 
         assert self.order is not None
-        lengths = pc.list_value_length(self.rows.data.column("input_ids")).to_numpy()
-        longest = int(lengths[[self.order[place] for place in places]].max(initial=0))
-        if chat.experiment.teacher.system is not None or self.encoded:
-            texts = map(self.text, places)
-            longest = max((len(text.told_ids or text.prompt_ids) + len(text.completion_ids) for text in texts), default=0)
-        chat.check_length(longest + 1, "the tokens of its longest row and the one that vLLM adds", str(self.directory))
-        return chat.experiment.teacher.max_model_len or longest + 1
+        found, stored = {}, pc.list_value_length(self.rows.data.column("input_ids")).to_numpy()
+        for place, (number, (_, chat)) in enumerate(zip(self.order, self.encoders, strict=True)):
+            length = int(stored[number])
+            try:
+                if chat.experiment.teacher.system is not None or number in self.encoded:
+                    text = self.text(place)
+                    length = len(text.told_ids or text.prompt_ids) + len(text.completion_ids)
+                chat.check_length(length + 1, "its tokens and the one that vLLM adds", str(self.directory))
+                found[number] = length
+            except UnusableError as error:
+                self.left_out.add(error.at(f"{self.directory} row {self.rows[number]['id']}"))
+        return found
 
     def text(self, index: int) -> Text:
         assert self.order is not None
