@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from llmdistill.config import Generate, load_experiment
+from llmdistill.config.student import Student
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages import chat as module
@@ -208,6 +209,6 @@ def test_what_cannot_be_talked_to_is_refused(experiment, tiny, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"the student, which `train` writes: run/student is no model directory"):
         chat(experiment.with_(output="run"))  # which is not looked for on the Hub
-    behind = experiment.teacher.model_copy(update={"engine": "openai"})
+    behind = experiment.teacher.model_copy(update={"engine": "openai", "licence": "mit", "tokenizer": experiment.teacher.model})
     with pytest.raises(InputError, match=r"teacher\.engine is openai: `chat` needs the teacher's weights"):
-        chat(experiment.with_(teacher=behind))
+        chat(experiment.with_(teacher=behind, student=Student(model=str(tiny))))

@@ -79,7 +79,7 @@ JUDGE = {"model": "@/judge", "engine": "transformers", "ensemble": [{"model": "@
 STEPS = [
     {"ask": {"template": "@/ask.yaml"}},
     {"evolve": {"templates": ["@/ask.yaml"]}},
-    {"self_instruct": {"template": "@/more.yaml"}},
+    {"self_instruct": {"template": "@/more.yaml", "examples": 2}},
     {"combine": {"source": "@/personas.jsonl", "fields": ["persona"]}},
 ]
 TEXT = {"alpha": 0.0, "dataset": "@/text"}

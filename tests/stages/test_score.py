@@ -369,11 +369,11 @@ def test_a_users_field_is_a_users(experiment_file, tmp_path):
 
 def test_a_stored_row_that_is_too_long_is_left_out(experiment_file, tmp_path, tiny, capsys):
     file = tmp_path / "text.jsonl"
-    answers = ["short", "word " * 60, "also short"]
+    answers = ["short", "word " * 150, "also short"]
     file.write_text("".join(json.dumps({"prompt": "q", "completion": answer}) + "\n" for answer in answers))
     scored(experiment_file, file)
     stored, again = tmp_path / "scored/data", ("output", str(tmp_path / "again"))
-    rows = scored(experiment_file, stored, again, ("teacher.max_model_len", "40"))
+    rows = scored(experiment_file, stored, again, ("teacher.max_model_len", "128"))
     assert [row["completion"][0]["content"] for row in rows.with_format(None)] == [answers[0], answers[2]]
     assert list(read_manifest(tmp_path / "again/data")["left_out"].values()) == [1]
     assert "left out 1 of 3 rows: " in capsys.readouterr().out
