@@ -25,6 +25,7 @@ from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import check_training
 from llmdistill.students.origins import origin
 from llmdistill.students.sides import check_tokenizers, is_needed
+from llmdistill.students.sizes import check_sizes
 from llmdistill.teachers import shared_file
 from llmdistill.training.examples import read_examples
 
@@ -225,13 +226,9 @@ def _check_prune(experiment: Experiment) -> None:
     Raises:
         InputError: naming the key.
     """
-    prune, teacher = experiment.student.prune, experiment.teacher
-    if prune is None or not (Path(teacher.model) / "config.json").is_file():
-        return
-    from llmdistill.models.loading import load_config
-    from llmdistill.students.pruning import check_sizes
-
-    check_sizes(prune, load_config(teacher.model, teacher.revision, teacher.trust_remote_code).get_text_config())
+    prune, config = experiment.student.prune, record.read_json(Path(experiment.teacher.model) / "config.json")
+    if prune is not None and isinstance(config, dict):
+        check_sizes(prune, config.get("text_config", config))
 
 
 def check_plan(experiment: Experiment) -> None:

@@ -19,6 +19,7 @@ from llmdistill.config.student import Prune
 from llmdistill.data.collator import DistillCollator, text_only
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
+from llmdistill.students.sizes import check_sizes
 
 # The axes of every parameter of a layer: which of the kept indices select along them.
 _AXES = {
@@ -77,10 +78,6 @@ def evenly_spaced(layers: int, keep: int) -> list[int]:
     return [int(number) for number in np.linspace(0, layers - 1, keep).round()]
 
 
-# Keys of `student.prune`, and of a model's configuration.
-_CONFIG_KEYS = {"intermediate_size": "intermediate_size", "key_value_heads": "num_key_value_heads", "hidden_size": "hidden_size"}
-
-
 def choose(prune: Prune, config: Any, importance: Importance | None) -> Kept:
     """What stays of a model.
 
@@ -92,7 +89,7 @@ def choose(prune: Prune, config: Any, importance: Importance | None) -> Kept:
     Raises:
         InputError: the configuration asks for more than the teacher has.
     """
-    check_sizes(prune, config)
+    check_sizes(prune, config.to_dict())
     layers = _choose_layers(prune, config.num_hidden_layers, importance.layers if importance else None)
 
     def best(key: str, size: int, scores: Array | None) -> Array:
@@ -111,30 +108,6 @@ def choose(prune: Prune, config: Any, importance: Importance | None) -> Kept:
         [best("key_value_heads", config.num_key_value_heads, score("heads", layer)) for layer in layers],
         best("hidden_size", config.hidden_size, score("hidden")),
     )
-
-
-def check_sizes(prune: Prune, config: Any) -> None:
-    """Refuse to keep more than there is.
-
-    Args:
-        prune: the configuration.
-        config: the teacher's, of its text part.
-
-    Raises:
-        InputError: naming the key.
-    """
-    count, layers = getattr(config, "num_hidden_layers", None), prune.layers
-    if count is None:
-        return
-    if isinstance(layers, list):
-        if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < count:
-            raise InputError(f"student.prune.layers must be ascending layer numbers from 0 to {count - 1}, got {layers}")
-    elif layers is not None and not 1 <= layers <= count:
-        raise InputError(f"student.prune.layers is {layers}, but the teacher has {count} layers")
-    for key, of in _CONFIG_KEYS.items():
-        asked, size = getattr(prune, key), getattr(config, of, None)  # what is built otherwise is refused once it is loaded
-        if asked is not None and size is not None and asked > size:
-            raise InputError(f"student.prune.{key} is {asked:,}, but the teacher has {size:,}")
 
 
 def _choose_layers(prune: Prune, layers: int, influence: Array | None) -> list[int]:
