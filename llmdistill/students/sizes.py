@@ -20,15 +20,17 @@ def check_sizes(prune: Prune, config: Mapping[str, Any]) -> None:
     Raises:
         InputError: naming the key.
     """
-    count, layers = config.get("num_hidden_layers"), prune.layers
-    if count is None:
-        layers = None
+    if (count := config.get("num_hidden_layers")) is not None:
+        _check_layers(prune.layers, count)
+    for key, of in _KEYS.items():
+        asked, size = getattr(prune, key), config.get(of)
+        if asked is not None and size is not None and asked > size:
+            raise InputError(f"student.prune.{key} is {asked:,}, but the teacher has {size:,}")
+
+
+def _check_layers(layers: int | list[int] | None, count: int) -> None:
     if isinstance(layers, list):
         if not layers or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < count:
             raise InputError(f"student.prune.layers must be ascending layer numbers from 0 to {count - 1}, got {layers}")
     elif layers is not None and not 1 <= layers <= count:
         raise InputError(f"student.prune.layers is {layers}, but the teacher has {count} layers")
-    for key, of in _KEYS.items():
-        asked, size = getattr(prune, key), config.get(of)
-        if asked is not None and size is not None and asked > size:
-            raise InputError(f"student.prune.{key} is {asked:,}, but the teacher has {size:,}")
