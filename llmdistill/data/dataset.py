@@ -501,18 +501,15 @@ def _check_rows(file: Path, sizes: Mapping[str, float], kind: type[targets.SoftT
         if (wrong := np.flatnonzero(written != lengths - starts)).size:
             raise InputError(f"{file}: row {first + wrong[0]}: token_logprobs has not one value for each completion token")
         ids = pc.list_flatten(rows["input_ids"]).fill_null(-1).to_numpy()
-        limits: Any = sizes[""] if "" in sizes else np.repeat(_limits(file, rows, first, sizes), lengths)
-        if (wrong := np.flatnonzero((ids < 0) | (ids >= limits))).size:
+        limit_R = np.full(len(rows), sizes[""]) if "" in sizes else _limits(file, rows, first, sizes)
+        if (wrong := np.flatnonzero((ids < 0) | (ids >= np.repeat(limit_R, lengths)))).size:
             row = first + int(np.searchsorted(lengths.cumsum(), wrong[0], side="right"))
             raise InputError(f"{file}: row {row}: the token id {ids[wrong[0]]} is outside of the vocabulary")
         if kind.columns:
-            counts = (
-                pc.list_value_length(rows["teacher_ids"]).to_numpy() - rows["teacher_start"].to_numpy() if theirs else written
-            )
-            limit: Any = (
-                np.inf if theirs else sizes[""] if "" in sizes else np.array([sizes[name] for name in teacher_names(rows)])
-            )
-            _check_targets(file, rows, first, kind, counts, np.broadcast_to(limit, counts.shape))
+            if theirs:  # the targets are in the tokens of another vocabulary
+                written = pc.list_value_length(rows["teacher_ids"]).to_numpy() - rows["teacher_start"].to_numpy()
+                limit_R = np.full(len(rows), np.inf)
+            _check_targets(file, rows, first, kind, written, limit_R)
         first += len(rows)
     if not first:
         raise InputError(f"{file}: has no rows")
@@ -526,12 +523,9 @@ def _check_text(file: Path, rows: pa.Table, first: int) -> None:
     """
     for name in ("prompt", "completion"):
         messages = pc.list_flatten(rows[name])
-        parts = [rows[name], messages, *(pc.struct_field(messages, part) for part in ("role", "content"))]
-        if any(values.null_count for values in parts):
-            raise InputError(f"{file}: the column {name} has a null in the rows from {first} on")
+        _check_nulls(file, name, first, rows[name], messages, *(pc.struct_field(messages, part) for part in ("role", "content")))
     for name in ("id", "finish_reason"):
-        if rows[name].null_count:
-            raise InputError(f"{file}: the column {name} has a null in the rows from {first} on")
+        _check_nulls(file, name, first, rows[name])
     for number, text in enumerate(rows["metadata"].to_pylist(), first):
         try:
             fields = json.loads(text)
@@ -540,8 +534,18 @@ def _check_text(file: Path, rows: pa.Table, first: int) -> None:
         if not (isinstance(fields, dict) and isinstance(fields.get(OURS, {}), dict)):
             raise InputError(f"{file}: row {number}: metadata is no JSON object")
     logprobs = pc.list_flatten(rows["token_logprobs"])
-    if logprobs.null_count or (logprobs.to_numpy() > 1e-2).any():
+    if logprobs.null_count or (logprobs.to_numpy() > targets.ROUNDED_UP).any():
         raise InputError(f"{file}: token_logprobs holds what is no log-probability in the rows from {first} on")
+
+
+def _check_nulls(file: Path, name: str, first: int, *values: Any) -> None:
+    """Refuse a column of which some values, or parts of them, are null.
+
+    Raises:
+        InputError: naming the file and the column.
+    """
+    if any(part.null_count for part in values):
+        raise InputError(f"{file}: the column {name} has a null in the rows from {first} on")
 
 
 def _check_targets(
@@ -556,8 +560,7 @@ def _check_targets(
     for name in kind.columns:
         column, is_list = rows[name], pa.types.is_list(rows[name].type)
         values = pc.list_flatten(column) if is_list else column
-        if column.null_count or values.null_count:
-            raise InputError(f"{file}: the column {name} has a null in the rows from {first} on")
+        _check_nulls(file, name, first, column, values)
         flat[name] = values.to_numpy() if is_list else np.repeat(values.to_numpy(), counts_R)
         lengths[name] = pc.list_value_length(column).to_numpy() if is_list else counts_R
     if (wrong := targets.wrong_row(kind, flat, lengths, counts_R, limit_R)) is not None:

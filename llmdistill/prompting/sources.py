@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -497,11 +497,11 @@ def _cut(
         yield Entry({**fields, "passage": "", "heading": ""}, {**place, **empty}, "empty")
 
 
-def metadata(fields: Fields, used: Iterable[str] = CONVERSATION) -> Fields:
+def metadata(fields: Fields, used: Collection[str] = CONVERSATION) -> Fields:
     """What a line says beside its conversation: an expected answer, a topic; kept with the row.
 
     Args:
         fields: of the line.
         used: those that are in the conversation.
     """
-    return {name: value for name, value in fields.items() if name not in set(used)}
+    return {name: value for name, value in fields.items() if name not in used}

@@ -33,7 +33,7 @@ from llmdistill.prompting.items import Counts, Item, count_items, items_file, re
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.passages import Starts
 from llmdistill.prompting.plan import Plan, describe_steps, final_template
-from llmdistill.prompting.sources import conversation_of_prompt, metadata, read_source, source_hash
+from llmdistill.prompting.sources import Entry, conversation_of_prompt, metadata, read_source, source_hash
 from llmdistill.prompting.steps import Files, PromptStepContext, run_step
 from llmdistill.prompting.task_prompt import TaskPrompt
 from llmdistill.prompting.template import Fields, PromptTemplate
@@ -128,15 +128,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     plan, starts = Plan(section), token_starts(experiment)
     counts = Counts()
     bad = LeftOut(section)
-    for entry in read_source(section, starts):
-        reason = entry.refused
-        try:
-            entry.check()
-            check_reserved(entry.fields, entry.origin)
-            plan.check(entry)
-        except UnusableError as error:
-            bad.add(error)
-            reason = error.reason
+    for _, reason in _entries(plan, starts, bad):
         counts.add(reason)
     bad.check_share(counts.kept)
     if section.from_where and not counts.kept:
@@ -199,18 +191,25 @@ def _make(plan: Plan, context: PromptStepContext, starts: Starts | None, directo
     say("prompts", f"{counted(kept, 'prompt')} in {directory / PROMPTS_FILE}")
 
 
+def _entries(plan: Plan, starts: Starts | None, bad: LeftOut) -> Iterator[tuple[Entry, str | None]]:
+    """The rows of the source, each with the reason why the steps cannot use it; those that cannot be read go into `bad`, too."""
+    for entry in read_source(plan.section, starts):
+        reason = entry.refused
+        try:
+            entry.check()
+            check_reserved(entry.fields, entry.origin)
+            plan.check(entry)
+        except UnusableError as error:
+            bad.add(error)
+            reason = error.reason
+        yield entry, reason
+
+
 def _write_source(plan: Plan, starts: Starts | None, file: Path) -> None:
     bad, kept = LeftOut(plan.section), 0
     with items_file(file) as writer:
-        for entry in read_source(plan.section, starts):
+        for entry, reason in _entries(plan, starts, bad):
             item = Item(stable_id(to_json(entry.fields)), entry.fields, {"source": entry.place})
-            reason = entry.refused
-            try:
-                entry.check()
-                plan.check(entry)
-            except UnusableError as error:
-                bad.add(error)
-                reason = error.reason
             if reason is None:
                 writer.keep(item)
                 kept += 1

@@ -7,7 +7,7 @@ import numpy as np
 from llmdistill.data.targets.base import SoftTargets
 from llmdistill.data.targets.columns import Array
 
-_ROUNDED_UP = 1e-2  # what a log-probability may be above zero: float16, and sums of a bfloat16 teacher
+ROUNDED_UP = 1e-2  # what a log-probability may be above zero: float16, and sums of a bfloat16 teacher
 
 
 def wrong_row(
@@ -27,7 +27,7 @@ def wrong_row(
             return int(wrong[0]), f"{name} has not one value for each completion token"
     for name, (low, high) in kind.ranges.items():
         values = flat[name]
-        if (wrong := np.flatnonzero(~((values >= low) & (values <= high + _ROUNDED_UP)))).size:
+        if (wrong := np.flatnonzero(~((values >= low) & (values <= high + ROUNDED_UP)))).size:
             return _row(lengths[name], wrong[0]), f"{name} holds {values[wrong[0]]:g}"
     count = positions_R.sum()
     if not count:
@@ -36,6 +36,9 @@ def wrong_row(
         k = len(flat["target_ids"]) // count
         if (wrong := np.flatnonzero(lengths["target_ids"] != k * positions_R)).size:
             return int(wrong[0]), f"target_ids has not {k} tokens for each completion token"
+        exact = flat.get("target_exact", np.zeros(0))
+        if (wrong := np.flatnonzero(exact >= k)).size:
+            return _row(positions_R, wrong[0]), f"target_exact holds {exact[wrong[0]]}, of {k} tokens"
     try:
         soft = kind.decode(flat)
     except (ValueError, IndexError, TypeError) as error:
@@ -45,9 +48,6 @@ def wrong_row(
     limit_N1 = np.repeat(limit_R, positions_R)[:, None]
     if (wrong := np.flatnonzero(((soft.ids_NK < 0) | (soft.ids_NK >= limit_N1)).any(axis=1))).size:
         return _row(positions_R, wrong[0]), "target_ids holds a token that is outside of the vocabulary"
-    exact_N = getattr(soft, "exact_N", np.zeros(0, dtype=np.int64))
-    if (wrong := np.flatnonzero(exact_N >= soft.ids_NK.shape[1])).size:
-        return _row(positions_R, wrong[0]), f"target_exact holds {exact_N[wrong[0]]}, of {soft.ids_NK.shape[1]} tokens"
     return None
 
 

@@ -129,9 +129,8 @@ class SampledLogprobs(ProportionalSample, SoftTargets):
         return None
 
     def batch(self) -> dict[str, Array]:
-        logprobs_NK = np.where(np.isneginf(self.logdesign_NK), 0, self.logprobs_NK).astype(
-            np.float32
-        )  # not NaN where no token is
+        # A number where there is no token, whose weight is 0: 0 times −∞ would be NaN.
+        logprobs_NK = np.where(np.isneginf(self.logdesign_NK), 0, self.logprobs_NK).astype(np.float32)
         return {"target_ids": self.ids_NK, "target_logprobs": logprobs_NK, "target_logdesign": self.logdesign_NK}
 
     @classmethod
