@@ -75,7 +75,7 @@ def test_trl_scripts_run(script, tiny, tmp_path, monkeypatch):
         asked, said = ([{"role": role, "content": str(number)}] for role in ("user", "assistant"))
         rows.append(Row(str(number), asked, said, [5, 6, 7], np.arange(8, 13), "stop", np.zeros(5), soft))
     write_rows(data, rows, "topk", k=4)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     options = {
         "model_name_or_path": tiny,
         "dataset_name": data,

@@ -61,15 +61,16 @@ def _text(manifest: dict[str, Any]) -> str:
 
 
 def dataset_card(manifest: dict[str, Any]) -> str:
-    """The README.md of a dataset, from its `dataset.json`; a teacher's licence is that of the text that it has written."""
+    """The README.md of a dataset, from its `dataset.json`; a teacher's licence is that of the text that it has written.
+
+    It has no `configs`: the splits are in the names of the files, and `datasets.load_dataset` would take a directory with
+    them for any other of the same name that it has in its cache, and old files for new ones.
+    """
     written = "text_from" not in manifest
-    splits = list(dict.fromkeys(shard["split"] for shard in manifest["shards"]))
-    files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
     head = {
         "task_categories": ["text-generation"],
         "tags": ["llmdistill", "distillation", *(["synthetic"] if written else [])],
         **(manifest["teacher"].get("licence", {}) if written else {}),
-        "configs": [{"config_name": "default", "data_files": files}],
     }
     teacher, sampling = manifest["teacher"], manifest["sampling"]
     facts = {

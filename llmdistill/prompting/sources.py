@@ -11,9 +11,11 @@ import re
 import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 import pyarrow as pa
@@ -442,14 +444,35 @@ def _hub_rows(section: HubDataset) -> Iterator[Entry]:
     import datasets
 
     datasets.utils.logging.disable_progress_bar()
-    try:
-        rows = datasets.load_dataset(section.path, section.name, split=section.split, revision=section.revision)
-    except Exception as error:  # whatever the dataset, the network or the cache raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"prompts.dataset: cannot load {section.path}: {reason[0]}") from None
     name = " ".join(part for part in (section.path, section.name, section.split) if part)
-    for number, fields in enumerate(rows, start=1):
-        yield Entry(fields, {"dataset": name, "row": number})
+    with _cache_of(section.path) as cache:
+        try:
+            rows = datasets.load_dataset(
+                section.path, section.name, split=section.split, revision=section.revision, cache_dir=cache
+            )
+        except Exception as error:  # whatever the dataset, the network or the cache raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"prompts.dataset: cannot load {section.path}: {reason[0]}") from None
+        for number, fields in enumerate(rows, start=1):
+            yield Entry(fields, {"dataset": name, "row": number})
+
+
+@contextmanager
+def _cache_of(path: str) -> Iterator[str]:
+    """Where `datasets` keeps what it reads: of a local directory, only for now.
+
+    It knows a directory whose card has `configs` by its last name alone, so another of that name, or one with new files,
+    gives the rows that were read before.
+    """
+    import datasets
+
+    cache = datasets.config.HF_DATASETS_CACHE
+    if not Path(path).is_dir():
+        yield str(cache)
+        return
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache, prefix="local-") as temporary:
+        yield temporary
 
 
 def _document(file: Path, settings: Passages, token_starts: Starts | None) -> Iterator[Entry]:

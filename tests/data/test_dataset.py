@@ -87,14 +87,26 @@ def test_datasets_opens_it_without_this_package(directory):
     assert found["train"][0]["prompt"] == [{"role": "user", "content": "question 0"}]
 
 
-def test_the_card_says_what_it_is_and_leads_the_hub_to_the_splits(directory):
+def test_the_card_says_what_it_is_and_the_names_of_the_files_are_the_splits(directory):
     card = (directory / "README.md").read_text()
-    head = yaml.safe_load(card.split("---")[1])
-    assert [entry["split"] for entry in head["configs"][0]["data_files"]] == ["train", "test"]
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["llmdistill", "distillation", "synthetic"]
+    (directory / "rejected.parquet").write_bytes(b"of no split")
     for fact in ("`org/some-teacher` at `abc`", "temperature 0.7", "the 4 most likely tokens", "| rows | 6 |"):
         assert fact in card
     found = datasets.load_dataset(str(directory), cache_dir=str(directory / "cache"))
     assert {split: len(rows) for split, rows in found.items()} == {"train": 5, "test": 1}
+
+
+def test_datasets_does_not_take_one_directory_for_another_of_its_name(tmp_path):
+    """Nor for what it held before: the cache of `datasets` is shared by all that a user opens."""
+
+    def opened(place, number):
+        directory = factories.write_rows(tmp_path / place / "curated", [make_row(number, 3)], "topk", VOCAB, k=4)
+        return datasets.load_dataset(str(directory), split="train", cache_dir=str(tmp_path / "cache"))["prompt"][0][0]["content"]
+
+    assert [opened("a", 1), opened("b", 2)] == ["question 1", "question 2"]
+    shutil.rmtree(tmp_path / "a")
+    assert opened("a", 3) == "question 3"
 
 
 def test_the_same_rows_give_the_same_bytes(directory, tmp_path):

@@ -67,6 +67,9 @@ def test_a_dataset_as_the_hub_has_it(put, monkeypatch, tmp_path):
     assert found == [({"q": "two"}, "set main train[1:] row 1"), ({"q": "three"}, "set main train[1:] row 2")]
     with pytest.raises(InputError, match=r"prompts\.dataset: cannot load set"):
         read(dataset={"path": "set", "name": "main", "split": "validation"})
+    put("set/data/train.jsonl", '{"q": "five"}\n')  # `datasets` would give what the file held before
+    assert read(dataset={"path": "set", "name": "main", "split": "train"}) == [({"q": "five"}, "set main train row 1")]
+    assert not list((tmp_path / "cache").glob("local-*"))
 
 
 def test_documents_know_their_place(put):

@@ -122,7 +122,7 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
             written = _write_axolotl(files, unfinished, out, kind, bar)
         else:
             written = _write_distillkit(files, unfinished, out, kind, manifest, compression, bar)
-        write_text(unfinished / "README.md", _readme(directory, manifest, form, list(files), written))
+        write_text(unfinished / "README.md", _readme(directory, manifest, form, written))
     console.print(f"{written.told}\n{out / 'README.md'} says how to read it", markup=False)
 
 
@@ -393,14 +393,11 @@ def _nested(values: Array, size: int, lengths: Array) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), inner)
 
 
-def _readme(directory: Path, manifest: dict[str, Any], form: str, splits: list[Split], written: _Written) -> str:
-    ending = "jsonl" if form in ("jsonl", "preferences") else "parquet"
-    files = [{"split": split, "path": f"{split}.{ending}"} for split in splits]
-    head = {"configs": [{"config_name": "default", "data_files": files}]}
+def _readme(directory: Path, manifest: dict[str, Any], form: str, written: _Written) -> str:
     name = manifest["teacher"]["model"].rstrip("/").split("/")[-1]
     settings = f"\n```yaml\n{yaml.safe_dump(written.settings, sort_keys=False).strip()}\n```\n" if written.settings else ""
     return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
+tags: [llmdistill]
 ---
 
 # Text of {name}, for {form}
