@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import synthetic
 from found import argument_parser, report
 
 STEPS: dict[str, Any] = {
@@ -92,9 +93,7 @@ def write_data(directory: Path, rows: int, characters: int) -> None:
     ]  # fmt: skip
     data = directory / "run/data"
     write_shard(data, "train", 0, 1, rows_to_table(table, 49152))
-    description = {"teacher": {"model": "t", "engine": "x"}, "tokenizer": {"vocab_size": 49152, "end_token_ids": [2]}}
-    description |= {"sampling": {}, "targets": {"kind": "none"}, "seed": 0, "determinism": "synthetic"}
-    write_manifest(data, finished_shards(data, "train"), description)
+    write_manifest(data, finished_shards(data, "train"), synthetic.described("none", 49152))
     (directory / "tests.jsonl").write_text("".join(json.dumps({"question": sentence}) + "\n" for sentence in asked))
 
 

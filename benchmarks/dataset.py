@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import synthetic
 from found import argument_parser, report
 
 VOCAB, N = 151_936, 16
@@ -79,14 +80,7 @@ def write(data: Path, positions: int) -> dict[str, float]:
         seconds += time.perf_counter() - start
     start = time.perf_counter()
     shards = writer.publish()
-    description = {
-        "teacher": {"model": "synthetic", "engine": "none"},
-        "tokenizer": {"vocab_size": VOCAB},
-        "sampling": {},
-        "targets": {"kind": "sampled", "n": N},
-        "determinism": "synthetic",
-    }
-    write_manifest(data, shards, description)
+    write_manifest(data, shards, synthetic.described("sampled", VOCAB, n=N))
     seconds += time.perf_counter() - start
     size = sum(shard.file.stat().st_size for shard in shards)
     return {"shards": len(shards), "GB": round(size / 1e9, 3), "write": round(positions / seconds)}

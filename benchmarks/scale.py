@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import synthetic
 from found import argument_parser, report
 
 from llmdistill.data.dataset import Row, describe_shard, finished_shards, rows_to_table, write_manifest, write_shard
@@ -143,7 +144,7 @@ def coordination(count, delay):
             result = work()
             return time.perf_counter() - start, result
 
-        own, missing = timed(lambda: Share(0, min(10, count)).shards("scale", directory, count))
+        own, missing = timed(lambda: list(Share(0, min(10, count)).shards("scale", directory, count)))
         listed, there = timed(lambda: finished_shards(directory, "train"))
         assert not missing
         assert len(there) == count
@@ -151,26 +152,13 @@ def coordination(count, delay):
             sample = there[:1000]
             complete = timed(lambda: [describe_shard(shard) for shard in sample])[0] * count / len(sample)
         else:
-            complete, _ = timed(lambda: write_manifest(directory, there, description()))
+            complete, _ = timed(lambda: write_manifest(directory, there, synthetic.described("sampled", 49_152, n=16)))
         memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         return {"own": own, "list": listed, "complete": complete, "memory": memory}
     finally:
         delays["seconds"] = 0.0
         pq.read_metadata = read
         shutil.rmtree(directory)
-
-
-def description():
-    """What the manifest of a dataset says beside its shards."""
-    return {
-        "teacher": {"model": "teacher", "engine": "vllm"},
-        "targets": {"kind": "sampled", "n": 16},
-        "sampling": {},
-        "tokenizer": {"vocab_size": 49_152},
-        "seed": 0,
-        "determinism": "none",
-        "source": {},
-    }
 
 
 def completion_lengths(directory):

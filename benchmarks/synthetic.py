@@ -27,6 +27,20 @@ TINY_VOCAB = 512
 KEY_VALUE_HEADS = {"tiny": 2, "small": 8, "teacher": 3, "showcase": 3}
 
 
+def described(kind: str, vocab_size: int, **of_targets: Any) -> dict[str, Any]:
+    """What the `dataset.json` of made-up rows has to say before its shards."""
+    tokenizer = {"vocabulary_hash": "none", "end_token_ids": [2], "special_token_ids": [], "chat_template": None}
+    return {
+        "teacher": {"model": "synthetic", "engine": "none"},
+        "tokenizer": {"vocab_size": vocab_size, **tokenizer},
+        "sampling": {},
+        "targets": {"kind": kind, **of_targets},
+        "seed": 0,
+        "determinism": "synthetic",
+        "source": {},
+    }
+
+
 def llama(shape: str, vocab: int, dtype: str = "float32", **how: Any) -> Any:
     """A llama of one of `SHAPES` with tied embeddings and random weights; `how` is given to `from_config`."""
     import torch

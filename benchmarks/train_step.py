@@ -178,12 +178,8 @@ def prepare(directory: Path, teacher_directory: str) -> str:
         rows.append(Row(str(len(rows)), message, message, row[:start].tolist(), row[start:], "stop", written, soft))
     data = directory / "data"
     write_shard(data, "train", 0, 1, rows_to_table(rows, vocab))
-    description = {
-        "teacher": {"model": teacher_directory, "engine": "transformers"},
-        "sampling": {},
-        "targets": {"kind": "sampled"},
-    }
-    write_manifest(data, finished_shards(data, "train"), description)
+    about = synthetic.described("sampled", vocab, n=16) | {"teacher": {"model": teacher_directory, "engine": "transformers"}}
+    write_manifest(data, finished_shards(data, "train"), about)
     layers = teacher.config.num_hidden_layers // 2
     prune_model(teacher, choose(Prune(layers=layers, by="even"), teacher.config, None)).save_pretrained(directory / "student")
     tokenizer.save_pretrained(directory / "student")

@@ -57,8 +57,9 @@ def _top(key: str) -> str:
 
 
 def _row(key: str, kind: str, text: str) -> str:
-    match = re.fullmatch(r"(.*) \((required|default (.*))\)", text)
-    default = "" if match is None else "required" if match[2] == "required" else f"`{match[3]}`"
+    match = re.fullmatch(r"(.*) \((?:(required)(?: with (.*))?|default (.*))\)", text)
+    _, needed, section, value = match.groups() if match else ("", "", "", "")
+    default = f"required with `{section}`" if section else needed or (f"`{value}`" if value else "")
     meaning = re.sub(r"docs/(\w+\.md)", r"[docs/\1](\1)", match[1] if match else text).replace("|", "\\|")
     return f"| `{key}` | {kind.lower().replace('|', ' or ')} | {default} | {meaning} |"
 

@@ -110,13 +110,28 @@ def make_row(name: str, prompt_ids: Any, completion_ids: Any, token_logprobs: An
     return Row(name, message, message, list(prompt_ids), completion_ids, "stop", logprobs, soft)
 
 
-def write_rows(directory: Path, rows: Sequence[Any], kind: str, vocab_size: int = VOCAB, **described: Any) -> Path:
+def described(kind: str = "none", vocab_size: int = VOCAB, **of_targets: Any) -> dict[str, Any]:
+    """What a `dataset.json` has to say before its shards."""
+    tokenizer = {"vocabulary_hash": "x", "end_token_ids": [2], "special_token_ids": [0, 2], "chat_template": None}
+    return {
+        "teacher": {"model": "t", "engine": "x"},
+        "tokenizer": {"vocab_size": vocab_size, **tokenizer},
+        "sampling": {},
+        "targets": {"kind": kind, **of_targets},
+        "seed": 0,
+        "determinism": "none",
+    }
+
+
+def write_rows(directory: Path, rows: Sequence[Any], kind: str, vocab_size: int = VOCAB, **of_targets: Any) -> Path:
     """A dataset of one shard, with the manifest that training needs."""
     from llmdistill.data.dataset import finished_shards, rows_to_table, write_manifest, write_shard
+    from llmdistill.data.targets import KINDS
 
+    if size := KINDS[kind].size:
+        of_targets.setdefault(size, rows[0].targets.ids_NK.shape[1])
     write_shard(directory, "train", 0, 1, rows_to_table(list(rows), vocab_size))
-    about = {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": kind, **described}}
-    write_manifest(directory, finished_shards(directory, "train"), about)
+    write_manifest(directory, finished_shards(directory, "train"), described(kind, vocab_size, **of_targets))
     return directory
 
 

@@ -107,6 +107,14 @@ def test_help_shows_the_common_keys_and_all_of_them_when_asked(capsys, monkeypat
     assert {key for key, _, _ in keys()} >= COMMON
 
 
+def test_what_a_section_needs_is_not_said_to_be_needed_without_it():
+    texts = {key: text for key, _, text in keys()}
+    assert texts["teacher.model"].endswith(" (required)")
+    assert texts["score.source"].endswith(" (required with score)")
+    assert texts["curate.N.judge.teacher.model"].endswith(" (required with curate.N.judge)")
+    assert texts["curate.N.judge.teacher.price.input"].endswith(" (required with curate.N.judge.teacher.price)")
+
+
 def test_keys_that_schedulers_have_in_common_are_shown_once(capsys):
     with pytest.raises(SystemExit):
         cli.main(["submit", "--help-all"])

@@ -21,7 +21,8 @@ class Generate(Sampling):
     constraint."""
     thinking: Literal["kept", "masked", "removed"] = "kept"
     """How reasoning traces are handled. `kept`: trained on like the answer. `masked`: in the context, but excluded from the
-    loss. `removed`: deleted; the teacher then scores the answer directly after the prompt."""
+    loss. `removed`: deleted; the teacher then scores the answer directly after the prompt, or after an empty trace where the
+    chat template has one."""
     thinking_end: str = Field(default="</think>", min_length=1)
     """String that ends a reasoning trace."""
     rows_per_shard: int = Field(default=1024, ge=1)
@@ -38,7 +39,8 @@ class Generate(Sampling):
         """Fields left at their defaults, which `dataset.json` does not record."""
         fields = ("min_tokens", "json_schema", "thinking")
         left = {name for name in fields if getattr(self, name) == type(self).model_fields[name].default}
-        return left | ({"thinking_end"} if self.thinking == "kept" else set())
+        is_default = self.thinking_end == type(self).model_fields["thinking_end"].default
+        return left | ({"thinking_end"} if self.thinking == "kept" and is_default else set())
 
     @property
     def rereads(self) -> bool:

@@ -54,7 +54,7 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
     given = {key for key, _ in overrides}
     for key, value in overrides:
         try:
-            read = yaml.load(value, Loader=_ConfigurationLoader)
+            read = _read(value)
             _set(tree, key.split("."), read)
             if key == "targets.kind":  # a size in the file may be that of another kind
                 sizes = {"n", "k"} - {KINDS[read].size if read in KINDS else None}
@@ -69,6 +69,13 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
         return Experiment.model_validate(tree)
     except ValidationError as error:
         raise InputError("\n".join(f"{file}: {explain(detail)}" for detail in error.errors())) from None
+
+
+def _read(word: str) -> Any:
+    """A word of the command line as YAML; plain text in it goes on behind a `#`, since there are no comments there."""
+    node = yaml.compose(word, Loader=_ConfigurationLoader)
+    is_plain = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
+    return word if is_plain and re.search(r"(^|\s)#", word) else yaml.load(word, Loader=_ConfigurationLoader)
 
 
 def dump_experiment(experiment: Experiment) -> str:
@@ -111,8 +118,14 @@ def read_yaml(file: Path, key: str | None = None, loader: "type[_Loader] | None"
     return tree
 
 
-def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key of the configuration with its type and its help, in the order of the file."""
+def keys(section: type[Section] = Experiment, prefix: str = "", optional: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of the configuration with its type and its help, in the order of the file.
+
+    Args:
+        section: whose keys.
+        prefix: of their names.
+        optional: the innermost section around them that need not be there.
+    """
     texts = section.help_texts()
     for name, field in section.model_fields.items():
         text = texts.get(name, "")
@@ -120,22 +133,23 @@ def keys(section: type[Section] = Experiment, prefix: str = "") -> Iterator[tupl
         if inner and issubclass(inner[0], Step):
             yield f"{prefix}{name}", "LIST", text
             for step, settings in inner[0].step_types().items():
-                yield from keys(settings, f"{prefix}{name}.N.{step}.")
+                yield from keys(settings, f"{prefix}{name}.N.{step}.", f"{prefix}{name}.N.{step}")
         elif inner and get_origin(field.annotation) is list:
             yield f"{prefix}{name}", "LIST", text
-            yield from keys(inner[0], f"{prefix}{name}.N.")
+            yield from keys(inner[0], f"{prefix}{name}.N.", f"{prefix}{name}.N")
         elif inner and get_origin(field.annotation) is dict:
             yield f"{prefix}{name}", "DICT", text
-            yield from keys(inner[0], f"{prefix}{name}.{'NAME' if name == 'teachers' else 'STAGE'}.")
+            within = f"{prefix}{name}.{'NAME' if name == 'teachers' else 'STAGE'}"
+            yield from keys(inner[0], f"{within}.", within)
         elif inner:
-            yield from keys(inner[0], f"{prefix}{name}.")
+            yield from keys(inner[0], f"{prefix}{name}.", optional if field.is_required() else f"{prefix}{name}")
         else:
-            yield f"{prefix}{name}", _type_name(field.annotation), _with_default(field, text)
+            yield f"{prefix}{name}", _type_name(field.annotation), _with_default(field, text, optional)
 
 
-def _with_default(field: Any, text: str) -> str:
+def _with_default(field: Any, text: str, optional: str) -> str:
     if field.is_required():
-        return f"{text} (required)"
+        return f"{text} (required{f' with {optional}' if optional else ''})"
     return text if field.default in (None, {}, []) else f"{text} (default {field.default})"
 
 
@@ -215,7 +229,9 @@ def _prefixes(key: str) -> Iterator[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader; numbers are as in YAML 1.2, where `1e-4` is one and `12:00:00` is none; a key given twice is an error.
+    """YAML's safe loader; a key given twice is an error.
+
+    Numbers are as in YAML 1.2, where `1e-4` is one and `12:00:00` is none; a date is text, as there, and so is `=`.
 
     What a small file can make large, deep or endless is one, too: nesting, and anchors that name each other or themselves.
     """
@@ -280,7 +296,7 @@ _Loader.add_constructor(
     lambda loader, node: int(node.value, 0 if node.value[1:2] in ("o", "x") else 10),
 )
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":timestamp", ":value"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _either in (_Loader, _Dumper):

@@ -151,7 +151,7 @@ def _common(a: bytes, b: bytes) -> int:
     return int(different[0]) if len(different) else size
 
 
-def told_chunks(contents: Sequence[bytes], logprobs_N: Array, student: Side, own_ids: Array) -> tuple[Array, Array]:
+def told_chunks(contents: Sequence[bytes], logprobs_N: Array, student: Side, own_ids: Array, ended: bool) -> tuple[Array, Array]:
     """`chunks` of a text whose teacher told the bytes of its tokens, and their log-probabilities, but no ids.
 
     Args:
@@ -159,8 +159,9 @@ def told_chunks(contents: Sequence[bytes], logprobs_N: Array, student: Side, own
         logprobs_N: of each; NaN where it is unknown.
         student: how the student's tokens read.
         own_ids: those of the text.
+        ended: whether the last of the teacher's is its end token, of no bytes.
     """
-    teacher = Side(contents, np.empty(0), frozenset())
+    teacher = Side(contents, np.empty(0), frozenset([len(contents) - 1] if ended else []))
     return chunks(Texts(teacher, student, np.arange(len(contents)), own_ids), logprobs_N)
 
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from llmdistill.curation.ngrams import normalised
 from llmdistill.data import targets
+from llmdistill.data.alignment import Alignment
 from llmdistill.data.cards import dataset_card, write_card
 from llmdistill.errors import InputError, NonFiniteError
 from llmdistill.runs import lock
@@ -33,6 +34,25 @@ if TYPE_CHECKING:
     import datasets
 
 SCHEMA_VERSION = 1
+_MANIFEST: dict[str, type] = {
+    "teacher": dict,
+    "tokenizer": dict,
+    "sampling": dict,
+    "targets": dict,
+    "determinism": str,
+    "rows": int,
+    "completion_tokens": int,
+    "shards": list,
+}
+_TOKENIZER = {
+    "vocab_size": int,
+    "vocabulary_hash": str,
+    "end_token_ids": list,
+    "special_token_ids": list,
+    "chat_template": object,
+}
+_STEP: dict[str, type] = {"name": str, "rows_in": int, "rejected": int, "failed": int, "kept": int}  # of `curate`
+_ALIGNED = dict.fromkeys(Alignment.SORTS, int)
 _LIST_ENTRIES = 1 << 30
 _FAILED = b"llmdistill.failed"
 _BILL = b"llmdistill.bill"
@@ -410,10 +430,16 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
         raise InputError(
             f"{directory / MANIFEST}: schema_version is {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
         )
-    check_shape(file, manifest, {"shards": list, "teacher": dict, "sampling": dict, "targets": dict})
+    check_shape(file, manifest, _MANIFEST)
     if (kind := manifest["targets"].get("kind")) not in targets.KINDS:
         raise InputError(f"{file}: targets.kind is {kind!r}, this version reads {', '.join(targets.KINDS)}")
+    size = targets.KINDS[kind].size
+    check_shape(file, manifest["targets"], {size: int} if size else {}, "targets")
+    check_shape(file, manifest["teacher"], {"model": str, "engine": str}, "teacher")
+    for name in {"tokenizer", "teacher_tokenizer"} & manifest.keys():
+        check_shape(file, manifest[name], _TOKENIZER, name)
     _check_teachers(file, manifest)
+    _check_derived(file, manifest)
     for number, entry in enumerate(manifest["shards"]):
         check_shape(file, entry, {"file": str, "split": str, "rows": int, "tokens": int, "bytes": int}, f"shards.{number}")
         if not SHARD_NAME.fullmatch(entry["file"]):
@@ -433,8 +459,26 @@ def _check_teachers(file: Path, manifest: Mapping[str, Any]) -> None:
     for name, teacher in teachers.items():
         check_shape(file, teacher, {"model": str, "rows": int}, f"teachers.{name}")
     for name, teacher in teachers.items() if any("tokenizer" in teacher for teacher in teachers.values()) else ():
-        needed = {"vocab_size": int, "vocabulary_hash": str, "end_token_ids": list, "special_token_ids": list}
-        check_shape(file, teacher.get("tokenizer"), needed, f"teachers.{name}.tokenizer")
+        check_shape(file, teacher.get("tokenizer"), _TOKENIZER, f"teachers.{name}.tokenizer")
+
+
+def _check_derived(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse what `dataset.json` cannot say of what `curate` and `retokenize` did.
+
+    Raises:
+        InputError: naming the file and the key.
+    """
+    if "steps" in manifest:
+        check_shape(file, manifest, {"rows_in": int, "steps": list})
+        for number, step in enumerate(manifest["steps"]):
+            check_shape(file, step, _STEP, f"steps.{number}")
+    if "alignment" in manifest:
+        check_shape(file, manifest, {"alignment": dict, "student": dict})
+        check_shape(file, manifest["student"], {"model": str}, "student")
+        alignment = manifest["alignment"]
+        several = check_shape(file, alignment.get("teachers", {}), {}, "alignment.teachers")
+        for at, one in {"alignment": alignment, **{f"alignment.teachers.{name}": one for name, one in several.items()}}.items():
+            check_shape(file, one, _ALIGNED, at)
 
 
 def has_several_tokenizers(manifest: Mapping[str, Any]) -> bool:
@@ -449,7 +493,7 @@ def shard_files(directory: Path, split: Split) -> list[Path]:
         InputError: naming the file whose bytes are not what they were, or whose rows no teacher can have written.
     """
     manifest = read_manifest(directory)
-    sizes = {"": manifest.get("tokenizer", {}).get("vocab_size") or np.inf}
+    sizes = {"": manifest["tokenizer"]["vocab_size"]}
     if has_several_tokenizers(manifest):
         sizes = {name: teacher["tokenizer"]["vocab_size"] for name, teacher in manifest["teachers"].items()}
     files = [directory / entry["file"] for entry in manifest["shards"] if entry["split"] == split]

@@ -11,14 +11,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from llmdistill.config import Generate
 from llmdistill.data import targets
 from llmdistill.data.alignment import shares
-from llmdistill.data.dataset import MANIFEST, SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
+from llmdistill.data.dataset import SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import share_text
 from llmdistill.runs.progress import console, counted, printable
-from llmdistill.runs.record import check_shape
 from llmdistill.tasks.task import Item, Task, check_targets, items_file, read_items, read_task
+from llmdistill.teachers.thinking import behind_trace
 
 _BAR = 24  # characters for all rows
 _WRONG = 10  # answers that are printed
@@ -38,10 +39,9 @@ def inspect(directory: Path, verify: bool = False, task: Path | None = None) -> 
             an example's output could not be accepted.
     """
     manifest = read_manifest(directory)
-    check_shape(directory / MANIFEST, manifest, {"tokenizer": dict, "determinism": str, "shards": list})
     checked = sum(len(shard_files(directory, split)) for split in SPLITS) if verify else 0
     everything = [directory / entry["file"] for entry in manifest["shards"]]
-    scored = _scored(directory, everything, read_task(task, "--task")) if task else []
+    scored = _scored(directory, manifest, everything, read_task(task, "--task")) if task else []
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(manifest, everything):
         table.add_row(f"[bold]{name}[/bold]", escape(printable(value)))
@@ -63,14 +63,19 @@ def inspect(directory: Path, verify: bool = False, task: Path | None = None) -> 
         _print_sample(everything[0])
 
 
-def _scored(directory: Path, files: list[Path], task: Task) -> list[tuple[float, Item, str]]:
-    """The score of every answer to a held-out example, with the example and the answer; the lowest first."""
+def _scored(directory: Path, manifest: dict[str, Any], files: list[Path], task: Task) -> list[tuple[float, Item, str]]:
+    """The score of every answer to a held-out example, with the example and the answer; the lowest first.
+
+    A reasoning trace is no part of the answer, as in `curate` and `eval`.
+    """
+    end = manifest["sampling"].get("thinking_end", Generate.model_fields["thinking_end"].default)
     name, file = items_file(task)
     held_out = read_items(file)
     check_targets(held_out, lambda output: task.rules.verdict(task, output))
     items = {item.input: item for item in held_out}
     rows = (row for table in read_batches(files, ["prompt", "completion"]) for row in table.to_pylist())
-    answers = ((items.get(row["prompt"][-1]["content"]), row["completion"][-1]["content"]) for row in rows if row["prompt"])
+    asked = ((items.get(row["prompt"][-1]["content"]), row["completion"][-1]["content"]) for row in rows if row["prompt"])
+    answers = ((item, behind_trace(text, end)) for item, text in asked)
     metric = task.rules.METRIC
     scored = [(task.rules.score(task, answer, item.output)[metric], item, answer) for item, answer in answers if item]
     if not scored:

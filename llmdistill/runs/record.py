@@ -35,6 +35,7 @@ _FREE_SETTINGS |= {f"train.args.logging_{name}" for name in ("steps", "strategy"
 _FREE_SETTINGS |= {
     f"train.args.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
 }
+_ALTERNATIVES = {"prune", "fresh"}  # either makes `student-before`
 
 
 class Claim(NamedTuple):
@@ -111,7 +112,7 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
     if not there:
         return "new"
     run = read_run(directory)
-    if run is None or run.get("stage") != stage:
+    if run is None or not (run.get("stage") == stage or {run.get("stage"), stage} == _ALTERNATIVES):
         raise InputError(f"{directory} contains files that `{stage}` did not write; choose another `output`, or move them away")
     if found := differences(run, settings, inputs):
         raise StaleError(directory, found)
@@ -352,7 +353,13 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     return check_shape(file, {"settings": {}, "inputs": {}, **run}, {"settings": dict, "inputs": dict})
 
 
-_KINDS: dict[type, str] = {str: "text", int: "a whole number", dict: "a mapping", list: "a list"}
+_KINDS: dict[type, str] = {
+    str: "text",
+    int: "a whole number",
+    dict: "a mapping",
+    list: "a list",
+    object: "there, if only as null",
+}
 
 
 def check_shape(file: Path, found: Any, shape: Mapping[str, type], at: str = "") -> dict[str, Any]:
@@ -370,7 +377,7 @@ def check_shape(file: Path, found: Any, shape: Mapping[str, type], at: str = "")
     if not isinstance(found, dict):
         raise InputError(f"{file}: {at or 'the whole'} must be a mapping, got {_short(found)}")
     for key, kind in shape.items():
-        if not isinstance(found.get(key), kind) or isinstance(found[key], bool):
+        if key not in found or not isinstance(found[key], kind) or isinstance(found[key], bool):
             name = f"{at}.{key}" if at else key
             raise InputError(f"{file}: {name} must be {_KINDS[kind]}, got {_short(found[key]) if key in found else 'nothing'}")
     return found

@@ -33,11 +33,14 @@ from llmdistill.runs import lock
 from tests import factories
 
 VOCAB = 100
-DESCRIPTION = {
+DESCRIPTION = factories.described("topk", VOCAB, k=4) | {
     "teacher": {"model": "org/some-teacher", "commit": "abc", "engine": "vllm"},
     "sampling": {"temperature": 0.7},
-    "targets": {"kind": "topk", "k": 4},
 }
+
+
+def _without(key):
+    return {name: value for name, value in DESCRIPTION["tokenizer"].items() if name != key}
 
 
 def make_row(number, length=3):
@@ -255,6 +258,18 @@ def test_there_may_be_more_than_99_999_shards(directory, tmp_path):
         ({"shards": [{"file": "x"}]}, r"dataset.json: shards\.0\.split must be text, got nothing"),
         ({"targets": None}, "dataset.json: targets must be a mapping, got null"),
         ({"teacher": "x"}, "dataset.json: teacher must be a mapping"),
+        ({"teacher": {"model": "t"}}, r"dataset.json: teacher\.engine must be text, got nothing"),
+        ({"targets": {"kind": "topk"}}, r"dataset.json: targets\.k must be a whole number, got nothing"),
+        ({"tokenizer": None}, "dataset.json: tokenizer must be a mapping, got null"),
+        ({"tokenizer": {"vocab_size": "100"}}, r"dataset.json: tokenizer\.vocab_size must be a whole number, got \"100\""),
+        ({"tokenizer": _without("chat_template")}, r"dataset.json: tokenizer\.chat_template must be there, if only as null"),
+        ({"teacher_tokenizer": {}}, r"dataset.json: teacher_tokenizer\.vocab_size must be a whole number, got nothing"),
+        ({"rows": None}, "dataset.json: rows must be a whole number, got null"),
+        ({"determinism": 1}, "dataset.json: determinism must be text, got 1"),
+        ({"steps": []}, "dataset.json: rows_in must be a whole number, got nothing"),
+        ({"rows_in": 6, "steps": [{"name": "a", "kept": 6}]}, r"dataset.json: steps\.0\.rows_in must be a whole number"),
+        ({"alignment": {}}, "dataset.json: student must be a mapping, got nothing"),
+        ({"alignment": {"soft": 1}, "student": {"model": "s"}}, r"dataset.json: alignment\.positions must be a whole number"),
     ],
 )
 def test_a_manifest_of_another_shape_is_named(directory, change, message):
@@ -282,7 +297,7 @@ def rewritten(directory, change):
     checksum = hashlib.sha256(new.read_bytes()).hexdigest()[:16]
     entry["file"] = f"{entry['file'][:-24]}{checksum}.parquet"
     new.rename(directory / entry["file"])
-    (directory / "dataset.json").write_text(json.dumps(manifest | {"tokenizer": {"vocab_size": VOCAB}, "determinism": "none"}))
+    (directory / "dataset.json").write_text(json.dumps(manifest))
 
 
 def with_column(table, name, values):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,6 @@ def task(tmp_path, monkeypatch):
 def answered(directory, *texts):
     """A dataset in which every prompt is answered with itself."""
     write_rows(directory, [make_row(text, [5], [6]) for text in texts], "none", 10)
-    manifest = json.loads((directory / "dataset.json").read_text())
-    (directory / "dataset.json").write_text(json.dumps({**manifest, "tokenizer": {"vocab_size": 10}, "determinism": "none"}))
     return directory
 
 
@@ -36,6 +35,13 @@ def test_answers_to_held_out_examples_are_scored_and_the_wrong_ones_shown(task, 
     assert "test.jsonl line 2 · score 0.00" in said
     assert "right  [red]c" in said
     assert "line 1" not in said
+
+
+def test_a_reasoning_trace_is_no_part_of_the_answer(task, tmp_path, capsys):
+    completion = [{"role": "assistant", "content": "<think>\nb, or not?\n</think>\n\na"}]
+    rows = [replace(make_row("a", [5], [6]), completion=completion)]
+    inspect(write_rows(tmp_path / "data", rows, "none", 10), task=task)
+    assert "1 of 1 answer to held-out examples are right · score 1.00" in capsys.readouterr().out
 
 
 def test_a_right_answer_that_is_none_is_named(task, tmp_path):

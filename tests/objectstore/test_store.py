@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,13 @@ from llmdistill.objectstore import copies
 from llmdistill.objectstore.copies import SEAL, Copy, bring, keep_checkpoints
 from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.objectstore.store import DamagedError, Store
-from llmdistill.runs import record
+from llmdistill.runs import lock, record
 from llmdistill.runs.pipeline import stages
 from llmdistill.runs.refresh import refresh
 from llmdistill.stages.generate import generate
+from tests import factories
 
-ABOUT = {"teacher": {"model": "t", "engine": "x"}, "sampling": {}, "targets": {"kind": "none"}}
+ABOUT = factories.described()
 
 
 @pytest.fixture
@@ -320,6 +322,21 @@ def test_checkpoints_are_found_again_by_the_newest_whole_one(experiment_file, tm
     keep_checkpoints(experiment, student, limit)
     whole = {path.parent.name for path in (tmp_path / "store/student/checkpoints").glob(f"*/{SEAL}")}
     assert whole == {f"checkpoint-{step}" for step in left}
+
+
+def test_a_disk_without_locks_has_what_is_in_the_store(experiment_file, tmp_path, monkeypatch):
+    """Such as Lustre that was mounted without `flock`."""
+
+    def none(descriptor, kind):
+        raise OSError(95, os.strerror(95))
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    changes = [("store", f"file://{tmp_path}/store"), ("output", str(tmp_path / "one"))]
+    stage_directory(tmp_path / "other/curated", {"a": "1"})
+    Copy(Store(f"file://{tmp_path}/store"), tmp_path / "other", "curated").upload_if_done()
+    bring(load_experiment(experiment_file, changes), "train")
+    assert (tmp_path / "one/curated/a").read_text() == "1"
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["curated"]
 
 
 def test_who_only_asks_what_is_missing_has_what_others_have_finished(experiment_file, tmp_path):

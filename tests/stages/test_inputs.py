@@ -162,7 +162,8 @@ def place(tiny, text_rows, tmp_path):
         shutil.copytree(text_rows, tmp_path / name)
         manifest = record.read_json(tmp_path / name / "dataset.json")
         vocabulary = vocabulary_hash(load_tokenizer(str(tiny), None))
-        record.write_json(tmp_path / name / "dataset.json", manifest | {"tokenizer": {"vocabulary_hash": vocabulary}})
+        manifest["tokenizer"]["vocabulary_hash"] = vocabulary
+        record.write_json(tmp_path / name / "dataset.json", manifest)
     return tmp_path
 
 

@@ -41,7 +41,7 @@ KIND_KEY = b"llmdistill.data.targets.kind"  # in a Parquet file's metadata: what
 _TOKENS = 1 << 16  # held at a time
 ROWS_AT_ONCE = 1024
 _MOST_MASS = 1 - 2**-9  # of top-k targets in DistillKit's form: what rounding to float16 adds does not reach 1
-_NO_LOGPROB = -30.0  # e⁻³⁰ is nothing, but finite: −∞ would make 0 · −∞ of a masked position
+_NO_LOGPROB = -30.0  # e⁻³⁰ is nothing, but finite: −∞ would make 0 · −∞ of a masked position or token
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class _Written:
 
 _NOTES = {
     "distillkit": "Entry j of a row is the teacher's distribution for the token at j + 1. `labels` mark the positions that "
-    "predict a completion token, since DistillKit counts an entry where its own label is set. The part of its configuration "
-    "that fits these files:",
+    "predict a completion token, since DistillKit counts an entry where its own label is set, but not those of which an "
+    "endpoint has shown nothing. The part of its configuration that fits these files:",
     "axolotl": "Entry j of a row is the teacher's distribution for the token at j + 1; `target_mask` is 1 where that is a "
     "completion token. The rows are tokenised already: no `type` under `datasets`, `kd_temperature` 1, and no row longer than "
     "`sequence_len`. The part of its configuration that fits these files:",
@@ -324,27 +324,30 @@ def _distillkit_columns(
     """One batch of rows, filled up to `length`.
 
     DistillKit counts position j where `labels[j]` is not negative, without a shift. So the labels are on the positions
-    that predict a completion token, not on those tokens. Where there are no soft targets the entry says the next token of
-    the row itself, which is harmless to a reader that counts it after all.
+    that predict a completion token, not on those tokens, but for one of which an endpoint has shown nothing. Where there are
+    no soft targets the entry says the next token of the row itself, which is harmless to a reader that counts it after all.
     """
     rows, k = len(part.lengths_B), compression.k
+    known_N = np.isfinite(part.logprobs_NK).any(axis=1)
+    predicting_T = part.predicting_T.copy()
+    predicting_T[np.flatnonzero(part.predicting_T)[~known_N]] = False
     real_BL = np.arange(length) < part.lengths_B[:, None]
     ids_BL = np.full((rows, length), pad, dtype=np.int64)
     ids_BL[real_BL] = part.ids_T
     predicting_BL = np.zeros((rows, length), dtype=bool)
-    predicting_BL[real_BL] = part.predicting_T
+    predicting_BL[real_BL] = predicting_T
 
     next_BL = np.concatenate([ids_BL[:, 1:], np.full((rows, 1), pad)], axis=1)
     # All positions behind a row's end are alike: they are encoded once, as the entry after the last.
     ids_TK = (np.append(next_BL[real_BL], pad)[:, None] + np.arange(k)) % compression.d
     logprobs_TK = np.where(np.arange(k) == 0, 0.0, np.full((len(ids_TK), 1), _NO_LOGPROB))
-    soft_T = np.append(part.predicting_T, False)
-    ids_TK[soft_T], logprobs_TK[soft_T] = part.ids_NK, part.logprobs_NK
+    soft_T = np.append(predicting_T, False)
+    ids_TK[soft_T], logprobs_TK[soft_T] = _filled(part.ids_NK[known_N], part.logprobs_NK[known_N])
     encoded = distillkit.encode(ids_TK, logprobs_TK, compression)
     if has_tail:  # as float16, some sums reach 1, and DistillKit takes the logarithm of what is missing to it
         mass_T1 = np.exp(distillkit.decode(*encoded, compression)[1].astype(np.float64)).sum(axis=1, keepdims=True)
         encoded = distillkit.encode(ids_TK, logprobs_TK - np.log(np.maximum(mass_T1 / _MOST_MASS, 1)), compression)
-    loss.add(part.logprobs_NK, distillkit.decode(encoded[0][soft_T], encoded[1][soft_T], compression)[1])
+    loss.add(logprobs_TK[soft_T], distillkit.decode(encoded[0][soft_T], encoded[1][soft_T], compression)[1])
 
     source_BL = np.full((rows, length), len(part.ids_T))
     source_BL[real_BL] = np.arange(len(part.ids_T))
@@ -355,6 +358,24 @@ def _distillkit_columns(
         targets.list_array(np.where(predicting_BL, ids_BL, -100).ravel(), whole),
         *(_nested(values[source_BL].ravel(), values.shape[1], whole) for values in encoded),
     ]
+
+
+def _filled(ids_NK: Array, logprobs_NK: Array) -> tuple[Array, Array]:
+    """The same with tokens of no weight where there are none, since DistillKit sums over all of them."""
+    is_there_NK, ids_NK = np.isfinite(logprobs_NK), ids_NK.copy()
+    lacking_N = ~is_there_NK.all(axis=1)
+    ids_NK[lacking_N] = _other_ids(ids_NK[lacking_N], is_there_NK[lacking_N])
+    return ids_NK, np.where(is_there_NK, logprobs_NK, _NO_LOGPROB)
+
+
+def _other_ids(ids_NK: Array, is_there_NK: Array) -> Array:
+    """The ids of the tokens that are there, and in the other places the lowest ones that are not."""
+    k = ids_NK.shape[1]
+    free_NC = np.ones((len(ids_NK), 2 * k + 1), dtype=bool)  # of the first 2k at least k are free; the last place is all others
+    np.put_along_axis(free_NC, np.where(is_there_NK, np.minimum(ids_NK, 2 * k), 2 * k), False, axis=1)
+    free_ids_NC = np.argsort(~free_NC, axis=1, kind="stable")
+    number_NK = np.maximum(np.cumsum(~is_there_NK, axis=1) - 1, 0)
+    return np.where(is_there_NK, ids_NK, np.take_along_axis(free_ids_NC, number_NK, axis=1))
 
 
 class _Loss:
@@ -370,10 +391,10 @@ class _Loss:
         change_NK = np.abs(after_NK.astype(np.float64) - before_NK)
         curve_NT = change_NK[:, self.exact_k :]
         self.positions += len(change_NK)
-        self.exact = max(self.exact, change_NK[:, : self.exact_k].max(initial=0))
+        self.exact = float(np.maximum(self.exact, change_NK[:, : self.exact_k].max(initial=0)))  # NaN stays
         self.values += curve_NT.size
         self.total += curve_NT.sum()
-        self.largest = max(self.largest, curve_NT.max(initial=0))
+        self.largest = float(np.maximum(self.largest, curve_NT.max(initial=0)))
 
     def told(self) -> str:
         """In words."""

@@ -28,7 +28,7 @@ from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from tests.conftest import run_cli
 from tests.data.convert.test_distillkit import bits_of, curve
-from tests.factories import make_row, write_rows
+from tests.factories import described, make_row, write_rows
 
 K = 8
 
@@ -212,13 +212,9 @@ def sampled(tmp_path):
     text = [{"role": "user", "content": "x"}]
     row = Row("a", text, text, [1, 2], np.arange(9), "stop", np.zeros(9, dtype=np.float32), drawn)
     shard = write_shard(tmp_path / "sampled", "train", 0, 1, rows_to_table([row], 300))
-    description = {
-        "teacher": {"model": "t", "engine": "x"},
-        "tokenizer": {"vocab_size": 300, "end_token_ids": []},
-        "sampling": {},
-        "targets": {"kind": "sampled", "n": 6},
-    }
-    write_manifest(tmp_path / "sampled", [shard], description)
+    about = described("sampled", 300, n=6)
+    about["tokenizer"]["end_token_ids"] = []
+    write_manifest(tmp_path / "sampled", [shard], about)
     return tmp_path / "sampled"
 
 
@@ -514,10 +510,7 @@ def test_something_is_always_missing_to_one(tiny, tmp_path):
         logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         ids = generator.integers(3, 300, 20)
         rows.append(make_row(str(number), [5, 6], ids, logprobs[np.arange(20), ids], targets.TopK.from_dense(logprobs, 8)))
-    write_rows(tmp_path / "sure", rows, "topk", k=8)
-    manifest = json.loads((tmp_path / "sure/dataset.json").read_text())
-    about = {"vocab_size": 49152, "end_token_ids": [2], "vocabulary_hash": "x", "chat_template": None}
-    (tmp_path / "sure/dataset.json").write_text(json.dumps({**manifest, "tokenizer": about}))
+    write_rows(tmp_path / "sure", rows, "topk", 49152, k=8)
     export_dataset(tmp_path / "sure", tmp_path / "out", "distillkit")
     for row in opened(tmp_path / "out", "train"):
         for entry in row["compressed_logprobs"]:
@@ -526,23 +519,55 @@ def test_something_is_always_missing_to_one(tiny, tmp_path):
             assert p.sum() > 0.99 or p.max() < 0.99
 
 
-def test_axolotl_masks_what_an_endpoint_has_not_shown(tmp_path):
-    """Nothing infinite is in the file: 0 times −∞ is not 0."""
-    ids_NK, logprobs_NK = np.array([[1, 2], [3, 4], [7, 7]]), np.log([[0.6, 0.2], [0.5, 0.25], [1.0, 1.0]])
-    logprobs_NK[2] = -np.inf
+@pytest.fixture
+def not_shown(tmp_path):
+    """A dataset of one row: an endpoint has named one of two tokens at its second position, and nothing at its end token."""
+    ids_NK, logprobs_NK = np.array([[1, 2], [3, 3], [7, 7]]), np.log([[0.6, 0.2], [0.5, 1.0], [1.0, 1.0]])
+    logprobs_NK[1, 1] = logprobs_NK[2] = -np.inf
     text = [{"role": "user", "content": "x"}]
     kept = targets.TopK.from_kept(ids_NK, logprobs_NK)
     row = Row("a", text, text, [1, 2], np.array([1, 3, 7]), "stop", np.array([-1, -1, np.nan], dtype=np.float32), kept)
     shard = write_shard(tmp_path / "data", "train", 0, 1, rows_to_table([row], 50))
-    description = {
-        "teacher": {"model": "t", "engine": "api"}, "sampling": {}, "targets": kept.describe(2), "determinism": "none",
-        "tokenizer": {"vocab_size": 50, "end_token_ids": [7]},
-    }  # fmt: skip
-    write_manifest(tmp_path / "data", [shard], description)
-    export_dataset(tmp_path / "data", tmp_path / "out", "axolotl")
+    about = described(vocab_size=50) | {"targets": kept.describe(2)}
+    about["tokenizer"]["end_token_ids"] = [7]
+    write_manifest(tmp_path / "data", [shard], about)
+    return tmp_path / "data"
+
+
+def test_axolotl_masks_what_an_endpoint_has_not_shown(not_shown, tmp_path):
+    """Nothing infinite is in the file: 0 times −∞ is not 0."""
+    export_dataset(not_shown, tmp_path / "out", "axolotl")
     (written,) = pq.read_table(tmp_path / "out/train.parquet").to_pylist()
-    assert written["target_mask"] == [[0, 0], [1, 1], [1, 1], [0, 0], [0, 0]]
+    assert written["target_mask"] == [[0, 0], [1, 1], [1, 0], [0, 0], [0, 0]]
     assert np.isfinite(written["target_logprobs"]).all()
+
+
+def test_distillkit_does_not_count_what_an_endpoint_has_not_shown(not_shown, tmp_path):
+    """Nothing infinite is in the file, and no token stands twice at a position."""
+    export_dataset(not_shown, tmp_path / "out", "distillkit")
+    (written,) = pq.read_table(tmp_path / "out/train.parquet").to_pylist()
+    assert written["input_ids"] == [1, 2, 1, 3, 7]
+    assert written["labels"] == [-100, 2, 1, -100, -100]
+    probabilities = np.exp([np.frombuffer(bytes(entry), "<f2").astype(float) for entry in written["compressed_logprobs"]])
+    np.testing.assert_allclose(probabilities, [[1, 0], [0.6, 0.2], [0.5, 0], [1, 0], [1, 0]], atol=3e-3)
+    ids = [bits_of(entry, 6, 2) for entry in written["bytepacked_indices"]]
+    assert ids[1] == [1, 2]
+    assert ids[2][0] == 3 != ids[2][1]
+    assert ids[3][0] == 7 != ids[3][1]
+    assert "nan" not in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_tokens_of_no_weight_are_others_than_are_there(k):
+    """Against sets, with a vocabulary that has no token to spare."""
+    generator = np.random.default_rng(k)
+    ids_NK = np.array([generator.permutation(k)[:k] for _ in range(50)])
+    logprobs_NK = np.where(generator.random((50, k)) < 0.5, -1.0, -np.inf)
+    ids_NK = np.where(np.isfinite(logprobs_NK), ids_NK, ids_NK[:, :1])
+    found_NK, filled_NK = formats._filled(ids_NK, logprobs_NK)
+    assert [set(row) for row in found_NK.tolist()] == [set(range(k))] * 50
+    assert (found_NK == ids_NK)[np.isfinite(logprobs_NK)].all()
+    assert filled_NK.min() >= -30
 
 
 def test_files_are_held_out_by_what_they_are_called(tmp_path):
