@@ -159,14 +159,19 @@ def _read(file: Path, key: str) -> Iterator[tuple[str, Any]]:
         with open_text(file, "\n") as stream:
             content = stream.read()
         tree = yaml.safe_load(content) if ending in (".yaml", ".yml") else content
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{file}: cannot be read ({key}): {' '.join(str(error).split())}") from None
     if ending == ".json":
         try:
             tree = json.loads(content)
+        except RecursionError:
+            raise InputError(f"{file}: cannot be read ({key}): too many levels") from None
         except ValueError:  # not one value: then one a line
             yield from _table(file, key)
             return
+    if isinstance(tree, list):
+        yield from ((f"{file} entry {number}", entry) for number, entry in enumerate(tree, start=1))
+        return
     yield str(file), tree
     if tree is content:
         lines = enumerate(content.split("\n"), start=1)

@@ -16,6 +16,8 @@ from typing import Any
 
 from llmdistill.tasks.queries import check_query
 
+# The library takes a number behind this word for the result, and not the last one; only where it says so is it right.
+_ANSWER = re.compile(r"answer(?!\W*(?:is\b|[:=]))", re.IGNORECASE)
 _MEMORY = 4 << 30  # bytes of address space: a formula like 9**9**9 ends here, and not the machine
 
 
@@ -44,12 +46,13 @@ def check_math(expected: str, text: str) -> str | None:
 
     def read(formula: str) -> list[Any]:
         formula = re.sub(r"\\\$(?=\s*[\d.])", "", formula)  # an amount of money, as Markdown escapes it
+        formula = formula.replace("\N{MINUS SIGN}", "-")
         return parse(formula, parsing_timeout=None, raise_on_error=True)
 
     gold = read(expected) if "$" in expected or "boxed" in expected else read(f"${expected}$") or read(expected)
     if not gold:
         raise ValueError(f"the expected answer {expected!r} is not a formula")
-    found = read(text)
+    found = read(_ANSWER.sub("result", text))
     if not found:
         return f"no formula or number, expected {expected}"
     return None if verify(gold, found, timeout_seconds=None, raise_on_error=True) else f"{found[-1]} is not {expected}"

@@ -3,8 +3,9 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -13,9 +14,9 @@ import pyarrow as pa
 from llmdistill.config import Experiment, Generate, Targets
 from llmdistill.config.machine import Precision
 from llmdistill.data.dataset import Messages, finished_shards, read_batches, storable, write_shard
-from llmdistill.data.shards import Share, check_given_up
+from llmdistill.data.shards import Share, check_given_up, counting_others, indices
 from llmdistill.data.targets import Array
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import Conversation
 from llmdistill.runs.progress import StageBar, counted, working
 from llmdistill.teachers import Engine, EngineSpec, Request, open_engine, row_seed, shared_file
@@ -25,17 +26,22 @@ from llmdistill.teachers.thinking import answer_ids
 # Tokens reserved for a question and its answer where `teacher.max_model_len` does not say: how long the questions of a
 # later step are is not known before the first one is done, and the teacher is loaded once.
 _CONTEXT = 4096
-# In the place of a finish reason: it was not asked, since it does not fit; or it was given up, with the reason behind this.
-TOO_LONG, GIVEN_UP = "context", "failed: "
+# In the place of a finish reason: it was not asked, since it does not fit or the chat template cannot show it, or it was given
+# up; behind the last two stands the reason.
+TOO_LONG, UNUSABLE, GIVEN_UP = "context", "unusable: ", "failed: "
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the teacher is asked, under a name that stays the same; `origin` is for messages."""
+    """What the teacher is asked, under a name that stays the same.
+
+    `origin` is for messages; `unusable` says why it cannot be asked, if it cannot.
+    """
 
     id: str
     messages: Messages
     origin: str
+    unusable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,10 +133,10 @@ class Asker:
         size = self.experiment.generate.rows_per_shard
         shards = -(-count // size)
         directory.mkdir(parents=True, exist_ok=True)
-        missing = self.share.shards(label, directory, shards)
-        if missing:
-            rows = sum(min(size, count - shard * size) for shard in missing)
-            self._make(label, directory, set(missing), rows, shards, questions(), prompt_format)
+        with closing(self.share.shards(label, directory, shards)) as missing:
+            if (first := next(missing, None)) is not None:
+                rows = [min(size, count - shard * size) for shard in range(shards)]
+                self._make(label, directory, chain([first], missing), rows, questions, prompt_format)
         there = len(finished_shards(directory, "train"))
         if there < shards:
             raise WaitingForOthersError(
@@ -142,29 +148,38 @@ class Asker:
         self,
         label: str,
         directory: Path,
-        missing: set[int],
-        rows: int,
-        shards: int,
-        questions: Iterable[Question],
+        missing: Iterator[int],
+        rows: list[int],
+        questions: Callable[[], Iterable[Question]],
         prompt_format: PromptFormat,
     ) -> None:
-        """Ask what the missing shards hold; each is stored as soon as its last answer is there."""
+        """Ask what the missing shards hold, of so many rows each; each is stored as soon as its last answer is there."""
         engine, size = self._open(), self.experiment.generate.rows_per_shard
         asked: dict[int, list[Question]] = {}
         answers: dict[int, dict[int, Answer]] = {}  # by shard, then by index
 
         def batches() -> Iterator[list[Request]]:
-            waiting = iter(questions)
-            for shard in range(shards):
-                chunk = list(islice(waiting, size))
-                if shard in missing:
-                    asked[shard], answers[shard] = chunk, {}
-                    yield list(requests(shard, chunk))
+            waiting, reached = iter(questions()), 0
+            for shard in counting_others(missing, directory, mine, bar):
+                if shard < reached:  # others had it in hand
+                    waiting, reached = iter(questions()), 0
+                start = (shard - reached) * size
+                chunk, reached = list(islice(waiting, start, start + size)), shard + 1
+                asked[shard], answers[shard] = chunk, {}
+                yield list(requests(shard, chunk))
 
         def requests(shard: int, chunk: list[Question]) -> Iterator[Request]:
             for index, question in enumerate(chunk, start=shard * size):
-                ids = prompt_format.ids(question.messages, question.origin)
-                if len(ids) + self.sampling.max_tokens > self.context:
+                reason = question.unusable
+                ids: Sequence[int] = ()
+                try:
+                    ids = () if reason else prompt_format.ids(question.messages, question.origin)
+                except UnusableError as error:
+                    reason = error.reason
+                if reason:
+                    answers[shard][index] = Answer("", f"{UNUSABLE}{reason}")
+                    bar.advance()
+                elif len(ids) + self.sampling.max_tokens > self.context:
                     answers[shard][index] = Answer("", TOO_LONG)
                     bar.advance()
                 else:
@@ -175,13 +190,14 @@ class Asker:
 
         def store(shard: int) -> None:
             given_up = failed.pop(shard, Counter())
-            asked_for = sum(answer.finish_reason != TOO_LONG for answer in answers[shard].values())
-            check_given_up(given_up, asked_for, shards == 1, self.experiment.teacher.endpoint or label)
+            asked_for = sum(not answer.finish_reason.startswith((TOO_LONG, UNUSABLE)) for answer in answers[shard].values())
+            check_given_up(given_up, asked_for, len(rows) == 1, self.experiment.teacher.endpoint or label)
             given = [answer for _, answer in sorted(answers.pop(shard).items())]
-            write_shard(directory, "train", shard, shards, _table(asked.pop(shard), given))
+            write_shard(directory, "train", shard, len(rows), _table(asked.pop(shard), given))
 
         started, before = time.monotonic(), engine.tokens
-        bar = StageBar(label, rows)
+        mine = {shard: rows[shard] for shard in self.share.part(len(rows))}
+        bar = StageBar(label, sum(mine.values()), sum(mine[shard] for shard in indices(directory) & mine.keys()))
         bar.count_tokens(lambda: engine.tokens - before, self.sampling.max_tokens)
         with bar:
             for completion in engine.generate(batches()):

@@ -15,6 +15,7 @@ from llmdistill.data.dataset import OURS
 from llmdistill.errors import UnreadableError
 from llmdistill.prompting.template import Fields
 from llmdistill.prompting.traffic import Recorded
+from llmdistill.prompting.turns import LEARNED
 from llmdistill.runs.progress import say
 
 # Who speaks in ShareGPT's `from`, and in other files that have it.
@@ -161,7 +162,7 @@ def _sharegpt(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[s
 
 def _weights(rest: Fields) -> Fields:
     """What a turn says of whether it is learned; scores and the like are no part of a message."""
-    return {name: value for name, value in rest.items() if name in ("weight", "train", "loss") and value is not None}
+    return {name: value for name, value in rest.items() if name in LEARNED and value is not None}
 
 
 def _with_system(messages: list[Any], fields: Fields) -> list[Any]:

@@ -44,6 +44,11 @@ class Plan:
             self._need(name, "prompts.task" if self.section.task else "prompts.template")
 
     @property
+    def makes_prompt(self) -> bool:
+        """Whether a step has made the field `prompt` that is to be answered, beside whatever conversation a row came with."""
+        return self.final is None and "prompt" in self._made
+
+    @property
     def task(self) -> dict[str, str]:
         """What the task tells a model, as a variable for templates; nothing where there is no task."""
         return {"task": self.final.task.told} if isinstance(self.final, TaskPrompt) else {}
@@ -68,13 +73,15 @@ class Plan:
             for template in templates:
                 for name in template.variables:
                     self._need(name, f"the template {template.head.name}")
+                if isinstance(settings, Evolve):  # what it made is compared with what it was made of
+                    self._need(template.answer.field, key)
             self._made |= {name for template in templates for name in template.answer.names}
         elif isinstance(settings, SelfInstruct):
             template = self._load(settings.template, f"{key}.template")
             if template.variables != ["examples"]:
                 raise InputError(f"{key}.template: {settings.template} must have the variable examples and no other")
             self._need(template.answer.field, key)
-            self._made, self._source_is_there = template.answer.names, False
+            self._made, self._source_is_there = {template.answer.field}, False
         elif isinstance(settings, Magpie):
             for name in sorted(compile_text(settings.system or "", f"{key}.system").variables):
                 self._need(name, f"{key}.system")

@@ -172,6 +172,11 @@ def find_files(source: str, key: str) -> list[Path]:
     known = [file for file in found if ending_of(file) in (*TABLES, *_DOCUMENTS) and not file.is_dir()]
     if path.is_dir():  # of a folder, JSON files describe the others
         known = [file for file in known if ending_of(file) != ".json"] or known
+    for file in known:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{key}: the name {os.fsencode(file)!r} is not UTF-8; rename the file") from None
     if not known:
         what = "is no file" if found == [path] else "holds no file"
         raise InputError(f"{key}: {source} {what} that ends in one of {_KNOWN}")
@@ -497,9 +502,9 @@ def _cut_rows(rows: Iterator[Entry], settings: Passages, token_starts: Starts | 
             continue
         text = row.fields.get(settings.field)
         if not isinstance(text, str):
-            raise InputError(
-                f"{row.origin}: has no text in {settings.field} (prompts.passages.field), only {', '.join(row.fields)}"
-            )
+            reason = f"has no text in {settings.field} (prompts.passages.field), only {', '.join(row.fields)}"
+            yield replace(row, refused=reason, unreadable=True)
+            continue
         rest = {name: value for name, value in row.fields.items() if name != settings.field}
         yield from _cut(text, True, rest, row.place, settings, token_starts)
 

@@ -10,8 +10,8 @@ from typing import Any
 from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, SelfInstruct
 from llmdistill.config.section import Section
 from llmdistill.data.dataset import Messages
-from llmdistill.errors import InputError
-from llmdistill.prompting.asking import GIVEN_UP, TOO_LONG, Answer, Asker, ChatFormat, PromptFormat, Question
+from llmdistill.errors import InputError, UnusableError
+from llmdistill.prompting.asking import GIVEN_UP, TOO_LONG, UNUSABLE, Answer, Asker, ChatFormat, PromptFormat, Question
 from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.novelty import Pool, read_others
@@ -95,8 +95,8 @@ def _magpie(context: PromptStepContext, settings: Magpie, files: Files, writer: 
     system = compile_text(settings.system, "prompts.steps: magpie.system") if settings.system is not None else None
 
     def messages_of(item: Item) -> Messages:
-        where = f"{item.where}: the system message of magpie"
-        return [{"role": "system", "content": render_text(system, item.fields, where)}] if system else []
+        what = "the system message of magpie"
+        return [{"role": "system", "content": render_text(system, item.fields, what, item.where)}] if system else []
 
     about = _Questions(context, settings.samples, messages_of, PreQueryFormat(context.asker.chat))
     for item, question, answer in about.answered("magpie", files.source, files.out.with_suffix("")):
@@ -200,11 +200,15 @@ class _Questions:
         def questions() -> Iterator[Question]:
             asked: Counter[str] = Counter()
             for item in items():
-                messages = self.messages_of(item)
+                reason = None
+                try:
+                    messages = self.messages_of(item)
+                except UnusableError as error:
+                    messages, reason = [{"role": "user", "content": item.id}], error.reason
                 key = stable_id(messages)
                 for _ in range(self.samples):
                     identity = row_id(messages, asker.chat.fingerprint, asker.sampling, asked[key])
-                    yield Question(identity, messages, item.where)
+                    yield Question(identity, messages, item.where, reason)
                     asked[key] += 1
 
         answers = asker.ask(label, directory, count * self.samples, questions, self.prompt_format or ChatFormat(asker.chat))
@@ -217,7 +221,7 @@ def _children(
 ) -> Iterator[Item]:
     """What an answer holds, as items that the caller keeps or refuses; what cannot be used is refused here."""
     record = {**record, "template": str(template.file), "answer": question.id}
-    if answer.finish_reason == TOO_LONG or answer.finish_reason.startswith(GIVEN_UP):
+    if answer.finish_reason.startswith((TOO_LONG, UNUSABLE, GIVEN_UP)):
         writer.refuse("failed", item.child(stable_id(question.id), {}, record), _why_cut(answer), "")
         return
     reading = read_answer(template.answer, answer.text, answer.finish_reason == "stop")
@@ -230,8 +234,9 @@ def _children(
 
 
 def _why_cut(answer: Answer) -> str:
-    if answer.finish_reason.startswith(GIVEN_UP):
-        return answer.finish_reason.removeprefix(GIVEN_UP)
+    for given in (UNUSABLE, GIVEN_UP):
+        if answer.finish_reason.startswith(given):
+            return answer.finish_reason.removeprefix(given)
     return "longer than the context" if answer.finish_reason == TOO_LONG else "cut at max_tokens"
 
 

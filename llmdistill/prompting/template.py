@@ -17,6 +17,7 @@ from llmdistill.config import explain, read_yaml
 from llmdistill.config.section import Section, check_schema
 from llmdistill.data.dataset import Messages
 from llmdistill.errors import InputError, UnreadableError
+from llmdistill.tasks.answers import bounded
 
 Fields = dict[str, Any]
 
@@ -30,8 +31,8 @@ _QUOTES = {'"': '"', "“": "”", "'": "'", "`": "`", "**": "**"}
 class Message(Section):
     """One turn of a conversation."""
 
-    role: str
-    """`system`, `user` or `assistant`."""
+    role: Literal["system", "user", "assistant"]
+    """Who speaks."""
     content: str
     """The text; in a template, with Jinja expressions."""
 
@@ -154,12 +155,12 @@ class PromptTemplate:
         """The conversation about an item.
 
         Raises:
-            InputError: naming the item's origin, and what is missing or wrong.
+            UnreadableError: naming the item's origin, and what is missing or wrong.
         """
         self.check(fields, origin)
-        values = {**self.head.defaults, **fields}
-        where = f"{origin}: the template {self.head.name}"
-        return [{"role": role, "content": render_text(text, values, where)} for role, text in self._messages]
+        values = {**self.head.defaults, **{name: value for name, value in fields.items() if value is not None}}
+        what = f"the template {self.head.name}"
+        return [{"role": role, "content": render_text(text, values, what, origin)} for role, text in self._messages]
 
 
 def check_field(fields: Fields, name: str, origin: str, what: str) -> None:
@@ -193,16 +194,16 @@ def compile_text(text: str, where: str) -> Text:
         raise InputError(f"{where}: line {error.lineno} is not valid Jinja: {error.message}") from None
 
 
-def render_text(text: Text, fields: Fields, where: str) -> str:
-    """The text with the fields in their places.
+def render_text(text: Text, fields: Fields, what: str, origin: str) -> str:
+    """The text with the fields of an item in their places.
 
     Raises:
-        InputError: it cannot be rendered, beginning with `where`.
+        UnreadableError: naming the item's origin, and `what` cannot be rendered.
     """
     try:
         return text.jinja.render(fields).strip()
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # a filter raises what it likes
-        raise InputError(f"{where} cannot be rendered: {error}") from None
+        raise UnreadableError(f"{what} cannot be rendered: {error}", origin) from None
 
 
 def read_answer(answer: AnswerFormat, text: str, ended: bool) -> Reading:
@@ -217,7 +218,7 @@ def read_answer(answer: AnswerFormat, text: str, ended: bool) -> Reading:
     text, ended = (text[: min(stops)], True) if stops else (text, ended)
     try:
         if answer.form == "json":
-            reading = _read_json(answer, text)
+            reading = _read_json(answer, text, ended)
         elif answer.form == "lines":
             reading = _read_parts(answer, *list_entries(text, ended))
         else:
@@ -246,13 +247,18 @@ def list_entries(text: str, ended: bool) -> tuple[list[str], str]:
 
     What stands before, between and after the entries of a marked list is no entry; a line right below one goes on with it.
     """
-    lines = text.strip().splitlines()
+    lines = text.rstrip().splitlines()
     marked = any(_ITEM.match(line) for line in lines)
     entries: list[str] = []
     inside = False  # right below an entry
+    depth: int | None = None  # of the first marker; a list inside of an entry stands deeper, and belongs to it
     for line in lines:
         marker = _ITEM.match(line) if marked else re.match(r"\s*(?=\S)", line)
-        if marker:
+        indent = len(line.expandtabs()) - len(line.expandtabs().lstrip())
+        if marker and marked and depth is not None and indent > depth + 1:
+            entries[-1] += f" {line.strip()}"
+        elif marker:
+            depth = indent if depth is None else min(depth, indent)
             entries.append(line[marker.end() :].strip())
         elif inside and line.strip():
             entries[-1] += f" {line.strip()}"
@@ -283,17 +289,17 @@ def _value(answer: AnswerFormat, text: str) -> str:
     return text
 
 
-def _read_json(answer: AnswerFormat, text: str) -> Reading:
-    """The first JSON object, or list of some, in a text that may say more around it."""
+def _read_json(answer: AnswerFormat, text: str, ended: bool) -> Reading:
+    """The first JSON object, or list of some, in a text that may say more around it; of a list that is cut, what is whole."""
     for place in _openings(text):
         try:
             value, _ = json.JSONDecoder().raw_decode(text, place)
+            entries, rest = value if isinstance(value, list) else [value], ""
         except (ValueError, RecursionError):
-            continue
-        entries = value if isinstance(value, list) else [value]
+            entries, rest = _whole_entries(text, place)
         if not any(isinstance(entry, dict | str) for entry in entries):
             continue  # such as the number of a footnote
-        reading = Reading([], [], [])
+        reading = Reading([], [], [(rest, "no JSON" if ended else "cut at max_tokens")] if rest else [])
         for entry in entries:
             reason = _against(answer, entry)
             if reason:
@@ -303,6 +309,21 @@ def _read_json(answer: AnswerFormat, text: str) -> Reading:
         if reading.items or reading.rejected:
             return reading
     return Reading([], [], [(text, "no JSON")])
+
+
+def _whole_entries(text: str, place: int) -> tuple[list[Any], str]:
+    """What can be read of a list that does not end, and the rest of it."""
+    entries: list[Any] = []
+    between = re.compile(r"\s*,?\s*")
+    place = between.match(text, place + 1).end() if text[place] == "[" else len(text)  # type: ignore[union-attr]
+    while place < len(text):
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, place)
+        except (ValueError, RecursionError):
+            break
+        entries.append(value)
+        place = between.match(text, end).end()  # type: ignore[union-attr]
+    return entries, text[place:]
 
 
 def _can_show(answer: AnswerFormat, value: Any) -> bool:
@@ -319,7 +340,7 @@ def _openings(text: str) -> Iterator[int]:
 def _against(answer: AnswerFormat, entry: Any) -> str | None:
     """Why an entry is not what was asked for."""
     if answer.json_schema is not None:
-        error = next(jsonschema.Draft202012Validator(answer.json_schema).iter_errors(entry), None)
+        error = next(bounded(jsonschema.Draft202012Validator)(answer.json_schema).iter_errors(entry), None)
         if error:
             return f"against the schema: {error.json_path} {error.validator}"
     if isinstance(entry, dict):

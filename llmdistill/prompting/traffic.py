@@ -68,7 +68,7 @@ def read_recorded(fields: Fields, settings: RowReading, origin: str) -> Recorded
     tools = _parsed(request.get("tools"))
     recorded = Recorded(messages=[*messages, answer] if answer else messages, **({"tools": tools} if tools else {}))
     recorded.unanswered = unanswered
-    recorded.conversation = session_of(fields, settings, origin) or _opening(messages)
+    recorded.conversation = session_of(fields, settings, origin) or opening(messages)
     for name in settings.metadata:
         value = _at(fields, name)
         if isinstance(value, dict | list):
@@ -154,8 +154,8 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return {name: message[name] for name in _MESSAGE if message.get(name) is not None}
 
 
-def _opening(messages: list[dict[str, Any]]) -> str:
-    """The name of a session by what was asked first, which every later request of it repeats."""
+def opening(messages: list[dict[str, Any]]) -> str:
+    """The name of a session by what was asked first, which every later turn or request of it repeats."""
     first = next((place for place, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
     turns = [{"role": str(message["role"]), "content": _text(message.get("content"))} for message in messages[:first]]
     return stable_id("opening", conversation_of([turn for turn in turns if turn["role"] != "developer"] or turns))

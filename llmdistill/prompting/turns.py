@@ -14,7 +14,7 @@ CONVERSATION = ("messages", "prompt", "completion", "tools")  # fields that hold
 _ROLES = ("system", "user", "assistant", "tool")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # What other trainers' files say of a message that is not learned: OpenAI's `weight: 0`, axolotl's `train: false`, and so on.
-_LEARNED = ("weight", "train", "training", "trainable", "loss")
+LEARNED = ("weight", "train", "training", "trainable", "loss")
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _checked(value: Any, role: str, origin: str) -> tuple[list[dict[str, Any]], 
             message["content"] = _joined(message["content"], origin)
         if not isinstance(message.get("content"), str) and not ("content" not in message and message.get("tool_calls")):
             raise UnreadableError(f"message {number} must have a content, a string", origin)
-        marks = [_is_learned(message.pop(name, 1), name, number, origin) for name in _LEARNED]
+        marks = [_is_learned(message.pop(name, 1), name, number, origin) for name in LEARNED]
         learned.append(all(marks))
         messages.append({"role": message.pop("role"), "content": message.pop("content", None), **message})
     return messages, learned

@@ -154,6 +154,8 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     manifest = experiment.directory("data") / MANIFEST
     settings = experiment.model_dump(mode="json", include={"seed", "curate", "shard_mb"})
     settings["eval"] = {"held_out": experiment.eval.held_out}
+    if trace := experiment.generate.model_dump(include={"thinking", "thinking_end"}, exclude_defaults=True):
+        settings["generate"] = trace  # where answers begin
     inputs = {str(manifest): record.sha256(manifest)} | step_inputs(experiment.curate)
     return [record.Claim(experiment.directory("curated"), "curate", settings, inputs)]
 

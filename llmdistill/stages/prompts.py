@@ -147,8 +147,9 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     if teacher.budget is not None:
         say("warning", "teacher.budget is for the dataset: what the teacher is asked in prompts.steps does not count")
     chat = PromptEncoder(experiment, models[teacher.model])
-    if any(isinstance(step.settings, Magpie) for step in section.steps):
-        PreQueryFormat(chat)
+    for step in section.steps:
+        if isinstance(step.settings, Magpie):
+            PreQueryFormat(chat, step.settings.system is not None)
     asker = Asker(experiment, chat, worker)
     context = PromptStepContext(asker, plan.templates, experiment.seed, plan.task)
     asker.precision = record.begin_computing(*claim, experiment.seed, teacher_precision(teacher))
@@ -233,7 +234,7 @@ def _write_prompts(plan: Plan, made: list[tuple[str, Path]], directory: Path) ->
         for item in read_items(made[-1][1]):
             text = ""
             try:
-                prompt = _render(plan.section, plan.final, item.fields, item.lineage, item.where)
+                prompt = _render(plan.section, plan.final, item.fields, item.lineage, item.where, is_made=plan.makes_prompt)
                 reason, text = seen.refuses(prompt), as_columns(prompt.messages)[-1]["content"]
             except UnusableError as error:
                 reason = error.reason
@@ -426,10 +427,14 @@ def _render(
     lineage: dict[str, Any],
     origin: str,
     reader: RowReader | None = None,
+    is_made: bool = False,
 ) -> Prompt:
+    """A conversation from a row's fields: by a template; or its own, which is the field `prompt` alone where that `is_made`."""
     answer: Fields = {}
     if template:
         check_reserved(fields, origin)
+    elif is_made:
+        fields = {name: value for name, value in fields.items() if name not in CONVERSATION or name == "prompt"}
     else:
         given, fields = fields, (reader or RowReader(section)).read(fields, origin)
         # The teacher writes its own answer; the one that the row has stays known, to be compared with.
@@ -459,7 +464,8 @@ def _read(row: dict[str, Any], origin: str) -> Prompt:
 def _settings(experiment: Experiment) -> dict[str, Any]:
     """What the prompts depend on."""
     settings = experiment.model_dump(mode="json", include={"seed", "teacher", "prompts"})
-    return settings | {"generate": {"rows_per_shard": experiment.generate.rows_per_shard}}
+    trace = experiment.generate.model_dump(include={"thinking_end"}, exclude_defaults=True)  # where answers begin
+    return settings | {"generate": {"rows_per_shard": experiment.generate.rows_per_shard, **trace}}
 
 
 def _say_plan(experiment: Experiment, counts: Counts) -> None:

@@ -28,6 +28,7 @@ from llmdistill.models.loading import vocabulary_hash
 from llmdistill.prompting.formats import RowReader
 from llmdistill.prompting.routing import Routed, said, teachers_of
 from llmdistill.prompting.sources import Entry, files_hash, metadata, read_answered
+from llmdistill.prompting.traffic import opening
 from llmdistill.prompting.turns import Turn, as_columns, learned_turns, stored_ids
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
@@ -140,7 +141,9 @@ class _Conversations:
             except UnusableError as error:
                 self.left_out.add(error, entry.fields)
                 continue
-            session = entry.conversation or (stable_id(fields) if len(turns) > 1 else None)
+            session = entry.conversation
+            if session is None and section.turns == "all" and turns and turns[0].prompt:
+                session = opening(turns[0].prompt)
             provenance = {"conversation": session} if session else {}
             place = Entry({}, entry.place)
             self.turns += [(place, turn, metadata(fields, turn.fields), provenance) for turn in turns]

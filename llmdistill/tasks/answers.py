@@ -5,13 +5,17 @@ import math
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from llmdistill.errors import InputError
 
 _FENCED = re.compile(r"^(```+|~~~+)[^\n]*\n(.*?)^\1[`~]*\s*$", re.DOTALL | re.MULTILINE)
 _DEPTH = 100
+_SECONDS = 1.0  # for a pattern of a schema on one text
 _RANGES = (  # keywords of JSON schema between which no value may be left
     ("minimum", "maximum"),
     ("exclusiveMinimum", "maximum"),
@@ -96,8 +100,58 @@ def validator_of(schema: Any, file: str | Path) -> Any:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise InputError(f"{file}: not a valid JSON schema: {error.message}") from None
-    exact = {name: _multiple_of for name in ("multipleOf", "divisibleBy") if name in kind.VALIDATORS}
-    return jsonschema.validators.extend(kind, exact)(schema, registry=Registry())
+    return bounded(kind)(schema, registry=Registry())
+
+
+@cache
+def bounded(kind: Any) -> Any:
+    """A class of validators whose patterns take a second at the most, and whose `multipleOf` is exact."""
+    import jsonschema
+
+    own = {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional_properties}
+    own |= dict.fromkeys(("multipleOf", "divisibleBy"), _multiple_of)
+    return jsonschema.validators.extend(kind, {name: check for name, check in own.items() if name in kind.VALIDATORS})
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """Whether a text, which a model may have written, holds what a pattern describes.
+
+    Raises:
+        TimeoutError: that cannot be told in a second.
+        ValueError: the pattern is none.
+    """
+    try:
+        return regex.search(pattern, text, timeout=_SECONDS) is not None
+    except regex.error as error:
+        raise ValueError(f"{pattern} is not a valid regular expression: {error}") from None
+
+
+def _pattern(validator: Any, pattern: Any, value: Any, schema: Any) -> Iterator[Any]:
+    import jsonschema
+
+    if validator.is_type(value, "string") and not _matches(pattern, value):
+        yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _pattern_properties(validator: Any, patterns: Any, value: Any, schema: Any) -> Iterator[Any]:
+    if validator.is_type(value, "object"):
+        for pattern, inner in patterns.items():
+            for name in [name for name in value if _matches(pattern, name)]:
+                yield from validator.descend(value[name], inner, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, allowed: Any, value: Any, schema: Any) -> Iterator[Any]:
+    import jsonschema
+
+    if not validator.is_type(value, "object"):
+        return
+    known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    more = [name for name in value if name not in known and not any(_matches(pattern, name) for pattern in patterns)]
+    if validator.is_type(allowed, "object"):
+        for name in more:
+            yield from validator.descend(value[name], allowed, path=name)
+    elif not allowed and more:
+        yield jsonschema.ValidationError(f"additional properties are not allowed: {', '.join(map(repr, more))}")
 
 
 def _multiple_of(validator: Any, divisor: Any, value: Any, schema: Any) -> Iterator[Any]:
@@ -126,6 +180,8 @@ def problem(validator: Any, value: Any, file: str | Path) -> str | None:
         raise InputError(f"{file}: refers to {unresolved.ref}, which is not in the file; references are not fetched") from None
     except RecursionError:
         return "$: nested too deep for the schema"
+    except TimeoutError:
+        return f"$: a pattern of the schema took more than {_SECONDS:g} s"
     except (ValueError, TypeError, AttributeError, ArithmeticError) as reason:
         # What a reference leads to has not been checked to be a schema.
         raise InputError(f"{file}: cannot be used as a JSON schema: {reason}") from None

@@ -174,3 +174,22 @@ def test_questions_are_found_in_files_of_every_form(tmp_path, name):
     asked = table(["eight", "you", "fine"], prompts=[QUESTION, short, "x"])
     reasons, _ = apply_step(tmp_path, {"contamination": {"against": [str(file)]}}, asked)
     assert [reason is not None for reason in reasons] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["test.json", "test.yaml"])
+def test_the_rows_of_an_array_have_their_own_fields(tmp_path, name):
+    """As the lines of a table have; JSON is YAML, too."""
+    file = write(tmp_path, name, json.dumps([{"input": QUESTION, "note": "Short one."}, {"input": "Another one."}]))
+    reasons, _ = apply_step(
+        tmp_path, {"contamination": {"against": [file], "fields": ["input"]}}, table([QUESTION, "Short one."])
+    )
+    assert reasons[0].startswith(f"{file} entry 1 input: ")
+    assert reasons[1] is None
+    with pytest.raises(InputError, match=r"entry 2: has no field note"):
+        apply_step(tmp_path, {"contamination": {"against": [file], "fields": ["note"]}}, table([QUESTION]))
+
+
+def test_a_file_that_is_nested_too_deep_is_named(tmp_path):
+    file = write(tmp_path, "deep.json", "[" * 100_000)
+    with pytest.raises(InputError, match=r"deep\.json: cannot be read"):
+        apply_step(tmp_path, {"contamination": {"against": [file]}}, table([QUESTION]))

@@ -20,6 +20,12 @@ def test_math_by_value_not_by_text(tmp_path):
         (r"That is 9 × \$2 = \$18", 18),
         (r"It costs \$1,200.", "1200"),
         (r"So $9 \times \$2 = \$18$.", r"\$18"),
+        ("It is −5.", "-5"),
+        ("3 − 8 = −5", -5),
+        ("It is -5.", "−5"),
+        ("To answer this question, multiply 6 by 7. The result is 42.", 42),
+        ("**Answer:** 42, which took 3 steps.", 42),
+        ("The answer is 42, and not 41.", 42),
     ]
     assert math(tmp_path, right) == [None] * len(right)
     assert math(tmp_path, [(r"She makes \$17.", "18")]) == ["17 is not 18"]

@@ -109,6 +109,14 @@ def test_a_column_of_documents_is_cut_too(put):
     assert entries[1].place == {"file": "a.jsonl", "line": 1, "lines": [5, 7], "characters": [14, 27]}
 
 
+def test_a_row_without_text_to_cut_stands_between_the_others(put):
+    put("a.jsonl", '{"t": "one"}\n{"t": null}\n{"t": "three"}')
+    first, bad, last = read_source(Prompts(source="a.jsonl", passages={"field": "t", "min_size": 0}))
+    assert (first.fields["passage"], last.fields["passage"]) == ("one", "three")
+    assert (bad.origin, bad.unreadable) == ("a.jsonl line 2", True)
+    assert bad.refused == "has no text in t (prompts.passages.field), only t"
+
+
 def test_a_limit_stops_reading(put):
     put("a.jsonl", '{"q": 1}\n{"q": 2}\nnot JSON')
     assert len(read(source="a.jsonl", limit=2)) == 2
@@ -131,7 +139,6 @@ def test_a_limit_stops_reading(put):
         ({"a.md": b"\xff"}, {"source": "a.md"}, "a.md: cannot be read"),
         ({"a.parquet": "PAR1"}, {"source": "a.parquet"}, "a.parquet: cannot be read"),
         ({"a.jsonl": "{}"}, {"source": "a.jsonl", "passages": {}}, "prompts.passages.field is missing"),
-        ({"a.jsonl": '{"t": 1}'}, {"source": "a.jsonl", "passages": {"field": "t"}}, "a.jsonl line 1: has no text in t"),
         ({"a.md": "x"}, {"source": "a.md", "passages": {"field": "t"}}, "prompts.passages.field is t, but a.md holds documents"),
     ],
 )
@@ -188,3 +195,12 @@ def test_a_source_is_known_by_the_content_of_its_files(put):
     Path("docs").rename("elsewhere")
     assert [*source_hash(Prompts(source=str(Path.cwd() / "elsewhere"))).values()] == [*known.values()]
     assert source_hash(Prompts(dataset={"path": "some/where", "revision": "v1"})) == {"some/where": "some/where@v1"}
+
+
+def test_a_name_that_is_no_text_is_refused(put):
+    file = b"docs/caf\xe9.txt"
+    put("docs/a.txt", "Text.")
+    with open(file, "wb") as written:  # noqa: PTH123 - a name in bytes
+        written.write(b"Text.")
+    with pytest.raises(InputError, match=r"prompts\.source: the name b'docs/caf\\xe9\.txt' is not UTF-8; rename the file"):
+        read(source="docs")

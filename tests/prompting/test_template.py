@@ -132,6 +132,15 @@ OBJECTS = AnswerFormat(
         (LINES, "Q1: Why?\nQuestion 2: How?", True, ["Why?", "How?"], [], []),
         (LINES, "1. whole\n2. cut in the mid", False, ["whole"], [], [("cut in the mid", "cut at max_tokens")]),
         (LINES, "1. whole\n2. whole too\n\nLet me know if", False, ["whole", "whole too"], [], []),
+        (LINES, "  1. One\n  2. Two\n 10. Ten", True, ["One", "Two", "Ten"], [], []),
+        (
+            LINES,
+            "1. A story with:\n   - a dragon\n   - a lantern\n2. Two",
+            True,
+            ["A story with: - a dragon - a lantern", "Two"],
+            [],
+            [],
+        ),
         (LINES, "", True, [], [], [("", "empty")]),
         (QUESTIONS, "1. A?\n2. No question.\n3. What does the text say?\n4. The texture?", True, ["A?", "The texture?"], 2, []),
         (AnswerFormat(field="q"), "  “Say it.” ", True, ["Say it."], [], []),
@@ -143,6 +152,8 @@ OBJECTS = AnswerFormat(
         (OBJECTS, 'Well {"q": "a"} {"q": "b"}', False, ["a"], [], []),
         (OBJECTS, '{"q": "a", "n": "one"}', True, [], [('{"q": "a", "n": "one"}', "against the schema: $.n type")], []),
         (OBJECTS, '{"q": "a', False, [], [], [('{"q": "a', "no JSON")]),
+        (OBJECTS, '[{"q": "a"}, {"q": "b"}, {"q": "c', False, ["a", "b"], [], [('{"q": "c', "cut at max_tokens")]),
+        (OBJECTS, '[{"q": "a"}; {"q": "b"}]', True, ["a"], [], [('; {"q": "b"}]', "no JSON")]),
         (AnswerFormat(field="q", form="json"), '["a", "b", 3]', True, ["a", "b"], [("3", "no object")], []),
         (AnswerFormat(field="q", form="json"), 'See [1]: {"q": "why?"}', True, ["why?"], [], []),
         (AnswerFormat(field="q", form="json"), '[{"q": null}, {"q": ["a"]}]', True, [], 2, []),
@@ -159,6 +170,18 @@ def test_what_is_read_in_an_answer(answer, text, ended, items, rejected, failed)
     assert [fields["q"] for fields in reading.items] == items
     assert len(reading.rejected) == rejected if isinstance(rejected, int) else reading.rejected == rejected
     assert reading.failed == failed
+
+
+def test_a_null_is_what_the_row_has_not(template):
+    made = template(
+        variables=["country"], defaults={"count": 3}, messages=[{"role": "user", "content": "{{ country }} {{ count }}"}]
+    )
+    assert made.render({"country": "Peru", "count": None}, "here")[0]["content"] == "Peru 3"
+
+
+def test_nobody_else_speaks_in_a_template(template):
+    with pytest.raises(InputError, match=r"messages\.0\.role"):
+        template(messages=[{"role": "human", "content": "{{ country }}"}])
 
 
 @given(st.lists(st.from_regex(r"[a-zA-Z][a-z ,]{0,20}[a-z]\?", fullmatch=True), min_size=1, max_size=8), st.sampled_from("123"))

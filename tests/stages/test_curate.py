@@ -1,9 +1,11 @@
 """The stage as a whole: where every row goes, that it goes there unchanged, and that the account adds up."""
 
 import importlib.util
+import itertools
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +30,11 @@ from llmdistill.data.dataset import (
     write_shard,
 )
 from llmdistill.errors import InputError
-from llmdistill.stages.curate import curate
+from llmdistill.runs import record
+from llmdistill.stages.curate import claims, curate
 from tests.conftest import ROOT
 from tests.curation.steps import make_experiment
+from tests.factories import described
 
 VOCAB = 40
 SENTENCE = "The tide rises and falls because the moon pulls at the sea and the earth turns under that pull every day, they say."
@@ -65,15 +69,9 @@ def write_dataset(directory, rows, shard_rows=7):
     parts = [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
     for index, part in enumerate(parts):
         write_shard(data, "train", index, len(parts), rows_to_table(part, VOCAB))
-    described = {
-        "teacher": {"model": "t", "engine": "x"},
-        "tokenizer": {"special_token_ids": [0]},
-        "sampling": {},
-        "targets": {"kind": "topk", "k": 4},
-        "seed": 0,
-        "determinism": "",
-    }
-    write_manifest(data, finished_shards(data, "train"), described)
+    about = described("topk", VOCAB, k=4)
+    about["tokenizer"]["special_token_ids"] = [0]
+    write_manifest(data, finished_shards(data, "train"), about)
 
 
 def read(directory, split):
@@ -144,13 +142,13 @@ def test_failed_rows_are_no_rejected_ones(tmp_path, capsys):
     assert "3 rejected (3 math) + 2 failed (2 math)" in capsys.readouterr().out
 
 
-def test_what_a_run_says_of_itself(tmp_path):
+def test_what_a_run_says_of_itself(tmp_path, monkeypatch):
+    """A clock that goes on by a second at each look: twice for the whole, for the start of the step, and for each of four groups."""
+    monkeypatch.setattr("llmdistill.stages.curate.time", SimpleNamespace(monotonic=itertools.count().__next__))
     curated(tmp_path, [make_row(number, f"text {number}") for number in range(20)], [{"length": {"max_tokens": 9}}])
     results = json.loads((tmp_path / "curated/run.json").read_text())["results"]
-    assert results["tokens"] == 80
-    assert results["tokens_per_s"] >= 0
-    assert results["seconds"] >= 0
-    assert results["steps"][0]["seconds"] >= 0
+    assert (results["tokens"], results["seconds"], results["tokens_per_s"]) == (80, 11, 7.3)
+    assert results["steps"][0]["seconds"] == 5
     assert (results["rows_in"], results["kept"], results["rejected"], results["failed"]) == (20, 20, 0, 0)
 
 
@@ -437,3 +435,18 @@ def test_nothing_left_is_said_and_nothing_is_written(tmp_path):
     with pytest.raises(InputError, match=r"20 in = \d train \+ \d held out \+ 19 rejected \(19 duplicates\); both"):
         curate(make_experiment([{"duplicates": None}], tmp_path, 0.5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_where_answers_begin_is_a_setting_where_it_is_said(tmp_path):
+    """Steps look at what comes behind a trace; what was made before that was recorded stays valid."""
+    write_dataset(tmp_path, [make_row(number, SENTENCE) for number in range(3)])
+    experiment = make_experiment([{"finish_reason": {}}], tmp_path)
+    (claim,) = claims(experiment)
+    assert "generate" not in claim.settings
+    record.begin(*claim, 0)
+    (claim.directory / "kept").touch()
+    assert record.claim(*claim) == "resume"
+    for changes in ({"thinking_end": "<end>"}, {"thinking": "masked"}):
+        (other,) = claims(experiment.with_(generate=experiment.generate.with_(**changes)))
+        with pytest.raises(record.StaleError, match=rf"generate was null, is .*{next(iter(changes))}"):
+            record.claim(*other)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from llmdistill.data.shards import Share
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting import asking
+from llmdistill.runs import lock, record
 from llmdistill.stages.generate import generate
-from llmdistill.stages.prompts import load_prompts, prepared_prompts, prompts
+from llmdistill.stages.prompts import claims, load_prompts, prepared_prompts, prompts
 from llmdistill.tasks.task import read_task
 from llmdistill.teachers import Completion, prompt_encoding
 from llmdistill.teachers.remote import given_up
@@ -264,7 +266,17 @@ def teach(tokenizer, monkeypatch):
 @pytest.fixture
 def experiment(tiny, tmp_path, write):
     """An experiment with some steps, over a source of some fields."""
-    for name, text in (("question", QUESTION), ("harder", HARDER), ("other", OTHER), ("more", MORE)):
+    both = "{form: json, field: instruction, json_schema: {required: [instruction, input]}}"
+    texts = {
+        "question": QUESTION,
+        "harder": HARDER,
+        "other": OTHER,
+        "more": MORE,
+        "evolved": HARDER.replace("field: instruction", "field: evolved"),
+        "both": re.sub("answer: .*", f"answer: {both}", MORE),
+        "uses": HARDER.replace("[instruction]", "[instruction, input]"),
+    }
+    for name, text in texts.items():
         write(f"{name}.yaml", text)
 
     def experiment(steps, rows=None, **changes):
@@ -518,6 +530,43 @@ def test_magpie_needs_no_source(experiment, teach):
     assert lineages[0]["steps"][0]["gave"] == {"instruction": "What now?"}
 
 
+def test_what_cannot_be_asked_costs_its_own_item_only(experiment, teach, write):
+    """One that its template cannot render, and one that the chat template cannot encode."""
+    teacher = teach(lambda seen, _: f"Is it {seen}?")
+    write("round.yaml", QUESTION.replace("{{ text }}", "{{ text if text is string else text | round }}"))
+    rows = [{"text": "fire"}, {"text": [1]}, {"text": "<|im_end|> \U0010ff00"}, {"text": "water"}]
+    chosen = experiment([{"ask": {"template": "@round.yaml"}}], rows)
+    prompts(chosen)
+    made, _, steps, left = outcome(chosen)
+    assert made == ["Is it Ask about fire.?", "Is it Ask about water.?"]
+    assert len(teacher.asked) == 2
+    (not_rendered, count), (not_encoded, other) = sorted(
+        steps["1 ask"]["reasons"].items(), key=lambda item: "rendered" not in item[0]
+    )
+    assert (count, other) == (1, 1)
+    assert not_rendered.startswith("the template question cannot be rendered: ")
+    assert not_encoded == "it holds the name of a special token and private use characters"
+    assert [verdict for _, verdict, *_ in left] == ["failed"] * 2
+
+
+def test_a_made_prompt_is_asked_whatever_else_its_row_holds(experiment, teach, write):
+    """Without a template the field `prompt` is the prompt, though the row came with a question of its own."""
+    teach(lambda seen, _: f"Is it {seen}?")
+    write(
+        "asked.yaml",
+        QUESTION.replace("field: instruction", "field: prompt")
+        .replace("[text]", "[instruction]")
+        .replace("{{ text", "{{ instruction"),
+    )
+    rows = [{"instruction": "Make fire.", "output": "No.", "topic": "x"}, {"instruction": "Make water."}]
+    chosen = experiment([{"ask": {"template": "@asked.yaml"}}], rows, template=None)
+    prompts(chosen)
+    made, *_ = outcome(chosen)
+    assert made == ["Is it Ask about Make fire..?", "Is it Ask about Make water..?"]
+    first = prepared_prompts(chosen).prompts[0]
+    assert first.metadata == {"instruction": "Make fire.", "output": "No.", "topic": "x"}
+
+
 def test_what_does_not_fit_into_the_context_is_not_asked(experiment, teach):
     teacher = teach(lambda *_: "Why?")
     rows = [{"text": "word " * 300}, {"text": "word"}, {"text": "other " * 300}]
@@ -635,6 +684,18 @@ def test_other_settings_or_another_template_are_refused_with_the_difference(expe
             "prompts.steps.1.novelty needs the field topic; the previous steps give instruction",
         ),
         (
+            [{"evolve": {"templates": ["@evolved.yaml"]}}],
+            [{"instruction": "x"}],
+            {},
+            "line 1: prompts.steps.0.evolve needs the field evolved",
+        ),
+        (
+            [{"self_instruct": {"template": "@both.yaml"}}],
+            [{"instruction": "x", "input": "y"}],
+            {"template": "@uses.yaml"},
+            "prompts.template needs the field input; the previous steps give instruction",
+        ),
+        (
             [{"combine": {"source": "prompts/seeds/general.jsonl"}}],
             [{"instruction": "x", "topic": "y"}],
             {},
@@ -740,3 +801,64 @@ def test_made_prompts_keep_their_tools_and_what_is_known_of_them(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "prompts.parquet")
     (prompt,) = load_prompts(Prompts(source=str(tmp_path / "prompts.parquet")))
     assert (prompt.messages, prompt.tools, prompt.metadata) == (messages, tools, {"topic": "w", "answer": 3})
+
+
+def test_another_end_of_the_trace_makes_other_prompts(experiment, teach):
+    """Answers are stored without their traces, so that none of those that were read by another mark may stay."""
+    teach(lambda *_: "Hm.</think>Why?")
+    steps, rows = [{"ask": {"template": "@question.yaml"}}], [{"text": "x"}]
+    chosen = experiment(steps, rows)
+    prompts(chosen)
+    assert outcome(chosen)[0] == ["Why?"]
+    assert claims(chosen)[0].settings["generate"] == {"rows_per_shard": 2}, "as in runs that are there already"
+    other = chosen.with_(generate=chosen.generate.with_(thinking_end="<end>"))
+    with pytest.raises(InputError, match=r'generate\.thinking_end was null, is "<end>"'):
+        prompts(other)
+    shutil.rmtree(chosen.directory("prompts"))  # as `run --remake`
+    prompts(other)
+    assert outcome(other)[0] != ["Why?"]
+
+
+def begun(experiment):
+    """The directory of the answers to the first step, in a run that another process has begun."""
+    record.begin(*claims(experiment)[0], experiment.seed)
+    directory = experiment.directory("prompts") / "1-ask"
+    directory.mkdir()
+    return directory
+
+
+def test_two_that_ask_at_once_share_the_questions(experiment, teach):
+    """Another process has the first shard in hand, and has answered it when this one comes back to it."""
+    steps, rows = [{"ask": {"template": "@question.yaml"}}], [{"text": f"thing {n}"} for n in range(7)]
+    chosen = experiment(steps, rows)
+    alone = chosen.with_(output=f"{chosen.output}-alone")
+    teach(lambda seen, _: f"Is it {seen}?")
+    prompts(alone)
+    (answered,) = (alone.directory("prompts") / "1-ask").glob("train-00000-*")
+    directory = begun(chosen)
+
+    def reply(seen, _):
+        if len(teacher.asked) == 2:
+            shutil.copy(answered, directory)
+        return f"Is it {seen}?"
+
+    teacher = teach(reply)
+    with lock.InHand(directory) as other:
+        assert other.take("0")
+        prompts(chosen)
+    assert len(teacher.asked) == 5
+    assert outcome(chosen) == outcome(alone)
+
+
+def test_what_another_has_in_hand_is_asked_last(experiment, teach):
+    """It may never answer."""
+    steps, rows = [{"ask": {"template": "@question.yaml"}}], [{"text": f"thing {n}"} for n in range(7)]
+    chosen = experiment(steps, rows)
+    teacher = teach(lambda seen, _: f"Is it {seen}?")
+    directory = begun(chosen)
+    with lock.InHand(directory) as other:
+        assert other.take("1")
+        prompts(chosen)
+    numbers = [int(re.search(r"thing (\d)", seen)[1]) for seen in teacher.asked]
+    assert numbers == [1, 0, 5, 4, 6, 3, 2]
+    assert len(outcome(chosen)[0]) == 7

@@ -130,9 +130,14 @@ def test_bad_text_is_named_and_nothing_is_written(experiment_file, tmp_path, lin
 def test_every_turn_of_a_conversation_is_a_row_after_all_that_came_before(experiment_file, tmp_path, tiny):
     """One plain pass over the whole conversation has the same log-probabilities; all its rows are on one side of the split."""
     roles = ("system", "user", "assistant", "user", "assistant")
-    messages = [{"role": role, "content": f"This is turn {n}."} for n, role in enumerate(roles)]
+
+    def conversation(number, last=""):
+        return [{"role": role, "content": f"This is turn {n} of {number}.{last * (n == 4)}"} for n, role in enumerate(roles)]
+
+    messages = conversation(0)
     source = tmp_path / "text.jsonl"
-    source.write_text("".join(json.dumps({"messages": messages, "topic": n}) + "\n" for n in range(12)))
+    lines = [{"messages": conversation(n // 2, "!" * (n % 2)), "topic": n} for n in range(12)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = scored(experiment_file, source, ("score.turns", "all"))
     assert len(rows) == 24
     tokenizer, model = load_tokenizer(str(tiny), None), load_model(str(tiny))
@@ -154,6 +159,8 @@ def test_every_turn_of_a_conversation_is_a_row_after_all_that_came_before(experi
         for row in load_dataset(experiment.directory("curated"), split).with_format(None)
     }
     assert len(split_of) == 12, "the two rows of a conversation have the same metadata"
+    topics = [{json.loads(row)["topic"]: split for row, split in split_of.items()}[topic] for topic in range(12)]
+    assert topics[::2] == topics[1::2], "conversations that begin with the same turn are not independent"
     for split in ("train", "test"):
         assert len(load_dataset(experiment.directory("curated"), split)) == 2 * sum(split_of[key] == {split} for key in split_of)
     last = scored(experiment_file, source, ("output", str(tmp_path / "last")))

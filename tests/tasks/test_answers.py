@@ -114,3 +114,24 @@ def test_one_fenced_block_is_the_answer():
 )
 def test_contradictions(schema, found):
     assert contradiction(schema) == found
+
+
+@pytest.mark.timeout(60)
+def test_a_pattern_that_takes_for_ever_is_a_reason():
+    """Exponential backtracking, on a value and on the name of a property; other values are judged as before."""
+    slow = r"^((?:a|aa)+)$"
+    schema = {
+        "properties": {"q": {"pattern": slow}},
+        "patternProperties": {"^x": {"type": "integer"}},
+        "additionalProperties": {"type": "null"},
+    }
+    validator = validator_of(schema, "f")
+    assert problem(validator, {"q": "a" * 80 + "!"}, "f") == "$: a pattern of the schema took more than 1 s"
+    assert problem(validator, {"q": "aaa", "x1": 1, "y": None}, "f") is None
+    assert problem(validator, {"q": "b"}, "f") == f"$.q: 'b' does not match {slow!r}"
+    assert problem(validator, {"x1": "1"}, "f").startswith("$.x1: ")
+    assert problem(validator, {"y": 1}, "f").startswith("$.y: ")
+    names = validator_of({"patternProperties": {slow: {}}, "additionalProperties": False}, "f")
+    assert problem(names, {"a" * 80 + "!": 1}, "f") == "$: a pattern of the schema took more than 1 s"
+    assert problem(names, {"aa": 1}, "f") is None
+    assert problem(names, {"b": 1}, "f") == "$: additional properties are not allowed: 'b'"
