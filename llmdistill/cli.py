@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -290,48 +289,21 @@ def _chat(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _stage(arguments: argparse.Namespace, rest: list[str]) -> None:
-    """One stage, watched, with what it reads and writes in the object store if there is one."""
     experiment = _experiment(arguments, rest)
     if arguments.command == "train":
         experiment = experiment.with_(rounds=None)  # it makes the student before the rounds
-    function = STAGES[arguments.command].function
     options: dict[str, Any] = {}
-    if getattr(arguments, "shards", None):
+    share = getattr(arguments, "shards", None)
+    if share:
         from llmdistill.data.shards import Share
 
-        options["worker"] = Share.parse(arguments.shards)
+        options["worker"] = Share.parse(share)
     if arguments.dry_run:
-        return function(experiment, dry_run=True, **options)
-    from llmdistill.objectstore.copies import bring, keep
-    from llmdistill.runs.progress import console, working
-    from llmdistill.runs.watch import watched
+        STAGES[arguments.command].function(experiment, dry_run=True, **options)
+        return
+    from llmdistill.runs.stage import run_stage
 
-    console.quiet = console.quiet or experiment.watch.log == "json"  # what is not a line of a stage
-    share = getattr(arguments, "shards", None)
-    with (
-        _locked(experiment, arguments.command),
-        watched(arguments.command, experiment.output, experiment.watch, share),
-        working(arguments.command, "working"),
-    ):
-        if experiment.store is not None:
-            bring(experiment, arguments.command)
-        function(experiment, **options)
-        if experiment.store is not None:
-            keep(experiment, arguments.command)
-    return None
-
-
-def _locked(experiment: Experiment, name: str) -> AbstractContextManager[None]:
-    """The lock of what a stage writes, which workers that make shards share, and processes that train together have once."""
-    from llmdistill.runs import lock, record
-
-    stage = STAGES[name]
-    if os.environ.get("RANK", "0") != "0":
-        return nullcontext()
-    if stage.shared and stage.record is not None:
-        directory = experiment.directory(stage.record)
-        return lock.among_others(directory, name, lambda: record.forget_begun(directory))
-    return lock.alone([experiment.directory(written) for written in stage.writes] or [Path(experiment.output) / name], name)
+    run_stage(experiment, arguments.command, share, **options)
 
 
 class _Parser(argparse.ArgumentParser):

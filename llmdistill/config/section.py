@@ -174,7 +174,7 @@ def check_schema(schema: dict[str, Any] | None) -> None:
     """Check that a schema is valid.
 
     Raises:
-        ValueError: if it is not a JSON schema.
+        ValueError: if it is not a JSON schema, or YAML has read words of it as booleans.
     """
     import jsonschema
 
@@ -182,6 +182,17 @@ def check_schema(schema: dict[str, Any] | None) -> None:
         jsonschema.Draft202012Validator.check_schema(schema or {})
     except jsonschema.SchemaError as error:
         raise ValueError(f"json_schema is not a valid JSON schema: {error.message}") from None
+    _refuse_booleans(schema)
+
+
+def _refuse_booleans(schema: Any) -> None:
+    """Refuse true and false among the values of a string: YAML has read them from words without quotes."""
+    for inner in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _refuse_booleans(inner)
+    if isinstance(schema, dict) and schema.get("type") == "string":
+        for value in (*schema.get("enum", ()), schema.get("const")):
+            if isinstance(value, bool):
+                raise ValueError(f"json_schema allows {str(value).lower()} for a string; quote words such as yes, no, on and off")
 
 
 class Step(Section):

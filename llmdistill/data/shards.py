@@ -1,7 +1,7 @@
 """Making a dataset shard by shard: which are missing, which are this worker's, and what completes it.
 
 Which rows a shard holds follows from the configuration alone, and a shard appears whole or not at all. So any number of
-workers may make one dataset, none knows of the others, and whichever sees the last shard writes `dataset.json`.
+workers may make one dataset, none needs to know of the others, and whichever sees the last shard writes `dataset.json`.
 """
 
 import re
@@ -9,7 +9,8 @@ import shutil
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby, pairwise
@@ -88,16 +89,55 @@ class Share:
         """Its share."""
         return range(self.index, count, self.of)
 
-    def shards(self, name: str, directory: Path, count: int) -> list[int]:
-        """Those of its share that are missing; damaged ones and what killed writers left are removed first."""
+    def shards(self, name: str, directory: Path, count: int) -> Generator[int, None, None]:
+        """Those of its share that are missing when it comes to them; what another process has in hand comes last.
+
+        Damaged ones and what killed writers left are removed first.
+        """
         remove_leftovers(directory)
         mine = self.part(count)
         for shard in finished_shards(directory, "train"):
             if shard.index in mine and is_damaged(shard):
                 say(name, f"{shard.file} is damaged; it is made again")
                 shard.file.unlink()
-        done = {shard.index for shard in finished_shards(directory, "train")}
-        return [index for index in mine if index not in done]
+        there, begun = indices(directory), set[int]()
+        with lock.InHand(directory) as hand:
+            # What others have in hand is made twice rather than not at all: they may be lost, on another machine.
+            for last in (False, True):
+                for index in mine:
+                    if index in there or index in begun:
+                        continue
+                    free = hand.take(str(index))
+                    there = indices(directory)
+                    for done in there & {index, *begun}:
+                        hand.put_down(str(done))
+                    if index not in there and (free or last):
+                        begun.add(index)
+                        yield index
+
+
+def indices(directory: Path) -> set[int]:
+    """The numbers of the training shards that are there."""
+    return {shard.index for shard in finished_shards(directory, "train")}
+
+
+def counting_others(begun: Iterator[int], directory: Path, rows: Mapping[int, int], bar: StageBar) -> Iterator[int]:
+    """Pass on which shards are begun with; those that others have finished since the last one are counted as done.
+
+    Args:
+        begun: the numbers of shards that were not there.
+        directory: of the shards.
+        rows: of each shard that the bar is about.
+        bar: has counted those that are there at the beginning.
+    """
+    known = indices(directory)
+    then: Iterator[int | None] = chain(begun, [None])
+    for index in then:
+        others = (indices(directory) & rows.keys()) - known - {index}
+        bar.found(sum(rows[other] for other in others))
+        if index is not None:
+            known |= {index, *others}
+            yield index
 
 
 EVERYTHING = Share(0, 1)
@@ -222,10 +262,11 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
     gathered = False
     while not gathered:
         shared.put_lacking()
-        missing = shared.lacking(worker.shards(name, directory, count))
-        if (first := next(missing, None)) is not None:
-            (directory / MANIFEST).unlink(missing_ok=True)
-            made = _make(_Making(name, directory, source, worker, layout, shared, precision, opened), chain([first], missing))
+        with closing(shared.lacking(worker.shards(name, directory, count))) as missing:
+            if (first := next(missing, None)) is not None:
+                (directory / MANIFEST).unlink(missing_ok=True)
+                making = _Making(name, directory, source, worker, layout, shared, precision, opened)
+                made = _make(making, chain([first], missing))
         gathered = shared.gather(count)
     with lock.in_turn(directory / MANIFEST):
         there = finished_shards(directory, "train")
@@ -248,6 +289,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
             described["failed"] = failed
         write_manifest(directory, there, described | {"source": inputs})
     shutil.rmtree(directory / _STAGING, ignore_errors=True)
+    remove_leftovers(directory)
     shared.decide()
     record.finish(directory, {"rows": len(source.requests) - sum(failed.values()), **made})
     shared.finish()
@@ -327,7 +369,7 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
                     engine.close()
                 engine, current = _open(making, source.parts[number]), number
             started = time.monotonic()
-            there = {shard.index for shard in finished_shards(making.directory, "train")} | making.shared.indices()
+            there = indices(making.directory) | making.shared.indices()
             rows = {index: len(layout.shards[index][1]) for index in mine if layout.shards[index][0] == number}
             # What is written is counted token by token, what is read a row at a time.
             bar = StageBar(name, sum(rows.values()), sum(rows[index] for index in there if index in rows))
@@ -339,7 +381,8 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
                 budget.finished(index)
 
             with bar:
-                for completion in _by_shard(source.run(engine, map(requests_of, shards)), layout, store):
+                begun = counting_others(shards, making.directory, rows, bar)
+                for completion in _by_shard(source.run(engine, map(requests_of, begun)), layout, store):
                     bar.advance(tokens=len(completion.ids))
                 stored = bytes_per_position(made)
                 bar.advance(0, facts=[f"{stored:.0f} B/position"] if stored else [])

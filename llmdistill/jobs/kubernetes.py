@@ -54,12 +54,18 @@ class _Kubernetes:
     def submit(
         self, experiment: Experiment, settings: Kubernetes, stages: Sequence[StageRun], files: Mapping[str, Path]
     ) -> Iterator[Job]:
-        """Hand the objects to `kubectl apply`; those of an earlier submission, which are over, are removed before."""
+        """Hand the objects to `kubectl apply`; those of an earlier submission, from wherever, are removed once they are over."""
         run = run_name(experiment.output)
         jobs = [
             {"stage": name, "job": f"{run}-{name}", "run": run, "namespace": settings.namespace}
             for name in [*(stage.name for stage in stages), "order"]
         ]
+        states = zip(jobs, self.states(jobs), strict=True)
+        if alive := [job["job"] for job, found in states if not self.over.issuperset(found)]:
+            raise InputError(
+                f"output {experiment.output}: {', '.join(alive)} of another submission still wait or run in the namespace "
+                f"{settings.namespace}; `cancel` them where they were submitted, or choose another `output`"
+            )
         _delete(jobs[0])
         try:
             ask(["kubectl", "apply", "-f", str(files["kubernetes.yaml"])], "Kubernetes", InputError)

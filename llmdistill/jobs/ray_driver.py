@@ -19,13 +19,13 @@ import ray
 
 from llmdistill.config import load_experiment
 from llmdistill.config.jobs import Ray
-from llmdistill.data.dataset import finished_shards
-from llmdistill.data.shards import Worker
-from llmdistill.errors import InputError, RemoteError
+from llmdistill.data.shards import Worker, indices
+from llmdistill.errors import BusyError, InputError, RemoteError
 from llmdistill.jobs import ray as backend
 from llmdistill.jobs.commands import scheduled, words_of
 from llmdistill.runs.pipeline import StageRun
 from llmdistill.runs.progress import say
+from llmdistill.runs.stage import run_stage
 from llmdistill.stages.table import STAGES
 
 
@@ -52,8 +52,7 @@ class Queue:
         Returns:
             How many shards that were, and how many wait now.
         """
-        there = {shard.index for shard in finished_shards(self.directory, "train")}
-        lost = self._in_hand.pop(worker, set()) - there
+        lost = self._in_hand.pop(worker, set()) - indices(self.directory)
         self._failures.update(lost)
         self._waiting.extendleft(sorted(lost - set(self.failed()), reverse=True))
         return len(lost), len(self._waiting)
@@ -66,7 +65,8 @@ class Queue:
 class NoShards:
     """Makes no shard, but finds out which are missing."""
 
-    missing: list[int] = []
+    def __init__(self) -> None:
+        self._directory, self._count = Path(), 0
 
     def part(self, count: int) -> range:
         """None of them."""
@@ -74,10 +74,15 @@ class NoShards:
 
     def shards(self, name: str, directory: Path, count: int) -> list[int]:
         """None of them."""
-        # Not read and hashed, as a worker does with its share: one process would read what a whole cluster has written.
-        there = {shard.index for shard in finished_shards(directory, "train")}
-        self.missing = [index for index in range(count) if index not in there]
+        self._directory, self._count = directory, count
         return []
+
+    @property
+    def missing(self) -> list[int]:
+        """Those that are missing now; none of a stage that is done."""
+        # Not read and hashed, as a worker does with its share: one process would read what a whole cluster has written.
+        there = indices(self._directory) if self._count else set()
+        return [index for index in range(self._count) if index not in there]
 
 
 class QueuedShards:
@@ -98,7 +103,14 @@ class QueuedShards:
 
 
 class Actor:
-    """One engine on some node: writes or reads the shards that it is handed."""
+    """One engine on some node: writes or reads the shards that it is handed.
+
+    Args:
+        directory: that paths of the configuration begin in, which Ray does not start its processes in.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        os.chdir(directory)
 
     def make(self, stage: StageRun, queue: Any, number: int) -> None:
         """Run the stage until no shard is left."""
@@ -106,12 +118,12 @@ class Actor:
 
 
 def _make(stage: StageRun, worker: Worker) -> None:
-    STAGES[stage.command].function(stage.experiment, worker=worker)
+    run_stage(stage.experiment, stage.command, worker=worker)
 
 
-def command_of(words: list[str]) -> int:
-    """Run a command on whatever machine this is; its exit status."""
-    return subprocess.run(words).returncode
+def command_of(words: list[str], directory: Path) -> int:
+    """Run a command in a directory on whatever machine this is; its exit status."""
+    return subprocess.run(words, cwd=directory).returncode
 
 
 def drive(file: Path) -> None:
@@ -122,6 +134,7 @@ def drive(file: Path) -> None:
 
     Raises:
         InputError: the configuration has no `jobs.ray`, or a stage finds its input wrong.
+        BusyError: another process works in a stage's directory.
         RemoteError: a stage failed, or shards did, as often as is tried.
     """
     experiment = load_experiment(file)
@@ -143,17 +156,18 @@ def _make_shards(settings: Ray, stage: StageRun) -> None:
     """Keep as many actors at it as are asked for, until every shard is there or has failed too often."""
     plan, directory = NoShards(), stage.experiment.directory("data")
     _make(stage, plan)  # what is wrong with the input is found out here
-    if not plan.missing:
+    missing = plan.missing
+    if not missing:
         return
-    queue: Any = ray.remote(Queue).options(num_cpus=0).remote(directory, plan.missing, settings.retries)
+    queue: Any = ray.remote(Queue).options(num_cpus=0).remote(directory.absolute(), missing, settings.retries)
     actor: Any = ray.remote(Actor).options(**backend.resources(settings, stage))
     numbers, running = count(), dict[Any, tuple[int, Any]]()
 
     def start() -> None:
-        worker, number = actor.remote(), next(numbers)
+        worker, number = actor.remote(Path.cwd()), next(numbers)
         running[worker.make.remote(stage, queue, number)] = (number, worker)
 
-    for _ in range(min(settings.workers, len(plan.missing))):
+    for _ in range(min(settings.workers, len(missing))):
         start()
     empty_handed = 0
     while running:
@@ -173,11 +187,9 @@ def _make_shards(settings: Ray, stage: StageRun) -> None:
         ray.kill(worker)
     failed = ray.get(queue.failed.remote())
     _make(stage, again := NoShards())
-    if again.missing:
+    if missing := again.missing:
         named = f": shards {', '.join(map(str, failed))} failed {settings.retries + 1} times" if failed else ""
-        raise RemoteError(
-            f"{directory} lacks {len(again.missing):,} shards{named}; the others are kept, submit it again to continue"
-        )
+        raise RemoteError(f"{directory} lacks {len(missing):,} shards{named}; the others are kept, submit it again to continue")
 
 
 def _run(settings: Ray, stage: StageRun, commands: list[list[str]]) -> None:
@@ -186,7 +198,7 @@ def _run(settings: Ray, stage: StageRun, commands: list[list[str]]) -> None:
     status_of: dict[int, int] = {}
     for _ in range(settings.retries + 1):
         again = [number for number in range(len(commands)) if status_of.get(number) not in (0, 2)]
-        status_of |= dict(zip(again, ray.get([task.remote(commands[number]) for number in again]), strict=True))
+        status_of |= dict(zip(again, ray.get([task.remote(commands[number], Path.cwd()) for number in again]), strict=True))
     if status := next(filter(None, status_of.values()), 0):
         raise (InputError if status == 2 else RemoteError)(f"{stage.name} ended with status {status}")
 
@@ -196,7 +208,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))  # the actors end with this process
     try:
         drive(Path(sys.argv[1]))
-    except (InputError, RemoteError) as error:
+    except (BusyError, InputError, RemoteError) as error:
         print(error, file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     sys.exit(0)

@@ -70,10 +70,12 @@ def _script(experiment: Experiment, settings: Slurm, stage: StageRun) -> str:
         **settings.options,
     }
     lines = [f"#SBATCH --{name}={_option(name, value)}" for name, value in options.items()]
+    # Since 22.05 srun takes no more processors than it is told itself.
+    told = ['export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'] if "cpus-per-task" in options else []
     command = _command(settings, stage, resources, directory, array)
     return "\n".join([
         "#!/bin/bash", *lines, "#SBATCH --requeue", "",
-        f"cd {shlex.quote(str(Path.cwd()))} || exit 1", *settings.environment, "",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1", *told, *settings.environment, "",
         _RUN.format(command=command, retries=settings.retries, failures=shlex.quote(f"{directory}/failures-")),
     ])  # fmt: skip
 

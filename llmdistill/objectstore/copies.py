@@ -6,12 +6,11 @@ It is uploaded after them and taken away before any of them changes. What is wor
 each a directory of its own, and the shards of a dataset that is being made (see `shared_shards`).
 """
 
-import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -215,7 +214,9 @@ def bring(experiment: Experiment, name: str) -> None:
     """
     assert experiment.store is not None
     Store(experiment.store).check()
-    with _one_at_a_time(Path(experiment.output)):
+    output = Path(experiment.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with lock.in_turn(output / "store"):  # of several processes the first fetches, the others find it there
         for directory in _reads(experiment, name):
             copy = _copy(experiment, directory)
             try:
@@ -305,15 +306,6 @@ def keep(experiment: Experiment, name: str) -> None:
     for page in pages.get(name, ()):
         if page.is_file():
             Store(experiment.store).put(page, page.relative_to(output).as_posix())
-
-
-@contextmanager
-def _one_at_a_time(output: Path) -> Iterator[None]:
-    """Of several processes in one directory the first fetches, the others find it there."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".store.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _checkpoints(names: Sequence[str], last: str) -> list[str]:

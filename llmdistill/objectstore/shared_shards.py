@@ -6,7 +6,7 @@ says which one counts, and the others take it over.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class SharedShards:
         """Which shards are in the store."""
         return set(self._names()) if self.copy else set()
 
-    def lacking(self, wanted: Iterable[int]) -> Iterator[int]:
+    def lacking(self, wanted: Iterable[int]) -> Generator[int, None, None]:
         """Those of the wanted shards that are not in the store, which is asked again just before each is made."""
         there = self.indices()
         for index in wanted:

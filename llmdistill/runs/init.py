@@ -218,7 +218,10 @@ def _shipped(name: str) -> str:
 
 def _from(directory: Path, path: Path) -> str:
     """A path as the experiment in the directory names it."""
-    return str(path) if path.is_absolute() else os.path.relpath(path, directory)
+    if path.is_absolute():
+        return str(path)
+    # Where the directories really are: `..` leads out of the target of a link. The file itself may stay one.
+    return os.path.relpath(path.parent.resolve() / path.name, directory.resolve())
 
 
 def _model_from(directory: Path, model: str, key: str) -> str:

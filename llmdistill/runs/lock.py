@@ -19,9 +19,10 @@ from pathlib import Path
 from llmdistill.errors import BusyError, InputError
 from llmdistill.runs.progress import say
 
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_TAKEN = ".taken-"
 _LONG = 86400.0  # seconds, in which whatever is written has changed
 _PATIENCE = 10.0  # seconds for which a first worker may look at what it finds
 
@@ -70,7 +71,9 @@ def begin(path: Path, directory: bool = False) -> int | None:
     while True:
         if directory:
             path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if directory else os.O_CREAT), 0o666)
+        # NFSv4 locks only what is open for writing, which a directory cannot be.
+        flags = os.O_RDONLY if directory else os.O_RDWR | os.O_CREAT
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
@@ -132,19 +135,66 @@ def is_abandoned(path: Path) -> bool:
     Of another machine's, and on a disk without locks, that is after a day: not every disk shows the locks of others.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Somebody else's file may be only for reading, and a directory is.
+        flags = os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY
+        descriptor = os.open(path, flags | os.O_CLOEXEC)
     except OSError:
         return False
     try:
+        silent = time.time() - os.fstat(descriptor).st_mtime
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        tells = _HOST in path.name
+        tells = _HOST in path.name or path.name.startswith(_TAKEN)  # a mark holds nothing that could be lost
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             return False
         tells = False
     finally:
         os.close(descriptor)
-    return tells or time.time() - path.stat().st_mtime > _LONG
+    return tells or silent > _LONG
+
+
+class InHand:
+    """What of the work in a directory this process has in hand, so that others begin with something else.
+
+    On a disk without locks nobody sees it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> "InHand":
+        return self
+
+    def take(self, name: str) -> bool:
+        """Take a part of the work; whether no other process has it."""
+        try:
+            descriptor = os.open(self._file(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except PermissionError:  # it is another user's
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                os.close(descriptor)
+                if isinstance(error, BlockingIOError):
+                    return False
+                raise
+        self._descriptors[name] = descriptor
+        return True
+
+    def put_down(self, name: str) -> None:
+        """Leave a part, done or not, if it was taken."""
+        if (descriptor := self._descriptors.pop(name, None)) is not None:
+            self._file(name).unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def _file(self, name: str) -> Path:
+        return self._directory / f"{_TAKEN}{name}.unfinished"
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self._descriptors):
+            self.put_down(name)
 
 
 class _Lock:

@@ -23,7 +23,7 @@ from llmdistill.stages.prompts import Prepared, Prompt, count_splits, prepared_p
 from llmdistill.stages.retokenize import check_kind
 from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import check_training
-from llmdistill.students.origins import origin
+from llmdistill.students.origins import fresh_claims, origin
 from llmdistill.students.sides import check_tokenizers, is_needed
 from llmdistill.students.sizes import check_sizes
 from llmdistill.teachers import shared_file
@@ -127,7 +127,9 @@ def run_pipeline(experiment: Experiment, remake: bool = False) -> None:
     with lock.alone(stale, "run"):
         for directory, why in stale.items():
             say("run", f"removes {directory}: {why}")
-            shutil.rmtree(directory)
+            shutil.rmtree(directory.resolve())
+            if directory.is_symlink():
+                directory.unlink()
             shared_file(directory).unlink(missing_ok=True)  # what was spent on it counts no more
     check_plan(experiment)
     run_stages(stages(experiment))
@@ -169,7 +171,7 @@ def check_stale(experiment: Experiment, remake: bool = False) -> dict[Path, str]
         if not any(stage.experiment.directory(name).exists() for name in STAGES[stage.command].writes):
             continue
         with suppress(InputError):  # what else is wrong, the stage itself says
-            for claim in STAGES[stage.command].claims(stage.experiment):
+            for claim in _claims(stage):
                 inputs[claim.directory] = claim.inputs
                 try:
                     record.claim(*claim)
@@ -187,6 +189,12 @@ def check_stale(experiment: Experiment, remake: bool = False) -> dict[Path, str]
             f"{output}, or choose another `output` and `store`"
         )
     return stale
+
+
+def _claims(stage: StageRun) -> list[record.Claim]:
+    """What a stage writes, `student-before` included where `train` makes it, and what that depends on."""
+    made: list[record.Claim] = STAGES[stage.command].claims(stage.experiment)
+    return [*made, *(fresh_claims(stage.experiment) if stage.command == "train" else [])]
 
 
 def check_inputs(experiment: Experiment, here: bool = True) -> None:

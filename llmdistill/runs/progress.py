@@ -194,6 +194,11 @@ class StageBar:
         self._see()
         _reporter.report_if_due()
 
+    def found(self, steps: int) -> None:
+        """Count steps that others have done, which say nothing of what is done here."""
+        self.done += steps
+        self._started_at += steps
+
     def show(self) -> None:
         """Put it on the terminal as it is now."""
         self._see()

@@ -75,7 +75,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "prompts",
             "make new prompts with the teacher, by the steps in prompts.steps",
-            ("teacher", "prompts", "generate.rows_per_shard"),
+            ("teacher", "prompts", "generate.rows_per_shard", "generate.thinking_end"),
             "prompts",
             writes=("prompts",),
             shared=True,
@@ -100,7 +100,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "curate",
             "filter the dataset and hold out rows for evaluation",
-            ("curate", "eval.held_out", "shard_mb"),
+            ("curate", "eval.held_out", "shard_mb", "generate.thinking", "generate.thinking_end"),
             "curate",
             reads=("data",),
             writes=("curated",),

@@ -166,6 +166,17 @@ def test_numbers_that_can_be_are_taken(file, args):
     assert load_experiment(file, [("train.args", args)]).train.args
 
 
+@pytest.mark.parametrize("key", ["generate.temperature", "prompts.sampling.temperature"])
+def test_a_temperature_that_vllm_would_raise_in_silence_is_refused(file, key):
+    file.write_text(f"{MINIMAL}prompts: {{source: prompts.jsonl}}\n")
+    for value in ("0", "0.01"):
+        load_experiment(file, [(key, value)])
+    load_experiment(file, [(key, "0.005"), ("teacher.engine", "transformers")])
+    for engine in ([], [("teacher.engine", "server"), ("teacher.url", "http://host")]):
+        with pytest.raises(InputError, match=rf"{key} is 0\.005, but engine .* set it to 0 or to at least 0\.01"):
+            load_experiment(file, [(key, "0.005"), *engine])
+
+
 def test_a_seed_is_one_that_every_library_takes(file):
     with pytest.raises(InputError, match=r"seed should be less than 2147483648"):
         load_experiment(file, [("seed", "20261123182849")])
@@ -352,3 +363,53 @@ def test_numbers_are_those_of_yaml_1_2(text, value, tmp_path):
     for written in (text, value):
         (tmp_path / "b.yaml").write_text(dump_yaml({"a": written}))
         assert read_yaml(tmp_path / "b.yaml") == {"a": written}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("output", "runs/exp #2", "runs/exp #2"),
+        ("teacher.system", "Reply in JSON. # no prose", "Reply in JSON. # no prose"),
+        ("teacher.system", "#1 rule: be brief", "#1 rule: be brief"),
+        ("teacher.system", "C#", "C#"),
+        ("teacher.system", "'quoted # text' # comment", "quoted # text"),
+    ],
+)
+def test_a_word_of_the_command_line_holds_no_comment(file, key, value, found):
+    section, _, name = key.rpartition(".")
+    experiment = load_experiment(file, [(key, value)])
+    assert getattr(getattr(experiment, section) if section else experiment, name) == found
+
+
+def test_a_number_with_a_comment_is_none(file):
+    with pytest.raises(InputError, match=r"train\.alpha should be a valid number"):
+        load_experiment(file, [("train.alpha", "0.5 # half")])
+
+
+def test_dates_and_signs_are_text_as_in_yaml_1_2(file):
+    file.write_text(f"{MINIMAL}curate: [{{length: {{min_tokens: 2}}}}]\n".replace(
+        "some/teacher", "some/teacher, template_args: {date_string: 2024-07-26, at: 2024-07-26 10:00:00, sign: =}"
+    ))  # fmt: skip
+    args = {"date_string": "2024-07-26", "at": "2024-07-26 10:00:00", "sign": "="}
+    experiment = load_experiment(file)
+    assert experiment.teacher.template_args == args
+    file.write_text(dump_experiment(experiment))
+    assert load_experiment(file) == experiment
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        "{type: string, enum: [yes, no]}",
+        "{type: object, properties: {answer: {type: string, const: on}}}",
+        "{anyOf: [{type: integer}, {type: string, enum: [maybe, off]}]}",
+    ],
+)
+def test_a_schema_with_words_that_yaml_takes_for_booleans_is_refused(file, schema):
+    with pytest.raises(InputError, match=r"json_schema allows (true|false) for a string; quote words such as yes"):
+        load_experiment(file, [("generate.json_schema", schema)])
+
+
+@pytest.mark.parametrize("schema", ["{type: string, enum: ['yes', 'no']}", "{type: boolean, const: true}", "{enum: [yes, 1]}"])
+def test_a_schema_may_have_booleans(file, schema):
+    load_experiment(file, [("generate.json_schema", schema)])

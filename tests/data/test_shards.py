@@ -1,14 +1,17 @@
 """Several workers on one dataset, and what happens to a shard that is damaged or missing."""
 
+import shutil
 import threading
+from contextlib import closing
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.data import shards
-from llmdistill.data.dataset import finished_shards, sha256
+from llmdistill.data.dataset import finished_shards, sha256, write_shard
 from llmdistill.data.shards import Share, is_whole
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
@@ -153,3 +156,48 @@ def test_a_worker_that_sees_an_old_listing_makes_again_what_is_there(experiment,
 def test_a_share_that_is_none(text):
     with pytest.raises(InputError, match="must be like 2/8"):
         Share.parse(text)
+
+
+def test_two_that_work_at_once_take_different_shards(tmp_path):
+    """In step, as on two machines that begin together; what the other has in hand comes last, or not if it is there by then."""
+    table = pa.table({"id": ["x"]})
+
+    def finish(index):
+        write_shard(tmp_path, "train", index, 6, table)
+
+    with closing(Share(0, 1).shards("a", tmp_path, 6)) as first, closing(Share(0, 1).shards("b", tmp_path, 6)) as second:
+        assert [next(first), next(second), next(first)] == [0, 1, 2]
+        finish(0)
+        assert [next(second), next(second)] == [3, 4]
+        finish(3)
+        assert next(first) == 5
+        finish(1)
+        assert list(first) == [4], "the other one may be lost"
+        finish(2)
+        assert list(second) == [5]
+    assert not list(tmp_path.glob(".*"))
+    assert list(Share(0, 1).shards("c", tmp_path, 6)) == [4, 5]
+
+
+def test_a_worker_by_itself_makes_its_shards_in_their_order(tmp_path):
+    assert list(Share(1, 3).shards("a", tmp_path, 9)) == [1, 4, 7]
+
+
+def test_shards_that_others_finish_are_counted_and_not_made(experiment, undisturbed, tmp_path, monkeypatch, capsys):
+    """Another worker makes the second shard while this one makes the first."""
+    directory, store = experiment.directory("data"), shards._store
+    made = []
+
+    def also(making, index, completions, gives):
+        if not made:
+            (other,) = (tmp_path / "undisturbed/data").glob("train-00001-*")
+            shutil.copy(other, directory)
+        made.append(index)
+        return store(making, index, completions, gives)
+
+    monkeypatch.setattr(shards, "_store", also)
+    capsys.readouterr()
+    generate(experiment)
+    assert made == [0, 2, 3]
+    assert files(directory) == undisturbed
+    assert "24/24" in capsys.readouterr().out

@@ -165,6 +165,16 @@ def test_what_the_jobs_would_fail_of_is_said_before_they_are_submitted(experimen
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("workers", "rows_per_shard", "idle"), [(4, 6, False), (5, 6, True), (5, 5, False)])
+def test_workers_that_would_have_no_shard_are_warned_of(experiment_file, workers, rows_per_shard, idle):
+    """The experiment has 24 prompts, one answer each."""
+    sizes = ("--jobs.slurm.workers", str(workers), "--generate.rows_per_shard", str(rows_per_shard))
+    done = run_cli("submit", experiment_file, *sizes, "--dry-run", PATH="/nothing")
+    assert done.returncode == 0, done.stderr
+    assert ("generate has 4 shards for 5 workers" in done.stdout) == idle
+    assert ("have nothing to do" in done.stdout) == idle
+
+
 def test_retries_are_counted_by_failures_and_not_by_restarts(experiment_file, tmp_path):
     """Slurm counts preemptions as restarts, too."""
     script = rendered(experiment_file, "generate", "{partition: gpu, retries: 2}")
@@ -175,6 +185,18 @@ def test_retries_are_counted_by_failures_and_not_by_restarts(experiment_file, tm
     tries = [subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True) for _ in range(3)]
     assert [done.returncode for done in tries] == [1, 1, 1]
     assert ["queued again" in done.stdout for done in tries] == [True, True, False]
+
+
+def test_srun_gets_the_processors_of_the_job(experiment_file, tmp_path):
+    """Since Slurm 22.05 it takes them from nowhere else."""
+    words = tmp_path / "words"
+    double(tmp_path, "srun", f'echo "$SRUN_CPUS_PER_TASK" > "{words}"')
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "12"}
+    for stage in ("generate", "train"):
+        text = rendered(experiment_file, stage, "{cpus: 12, gpus: 8, container: team/llmdistill, environment: [set -u]}")
+        subprocess.run(["bash"], input=text, text=True, env=environment, check=True)
+        assert words.read_text() == "12\n"
+    assert "SRUN" not in rendered(experiment_file, "train", "{gpus: 8}")
 
 
 def test_a_ray_that_cannot_be_reached_is_no_wrong_input():

@@ -10,7 +10,7 @@ import yaml
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.jobs import backend_of
-from llmdistill.jobs.commands import scheduled
+from llmdistill.jobs.commands import run_name, scheduled
 from llmdistill.runs.record import read_json
 from tests.conftest import ROOT, run_cli
 from tests.doubles import double
@@ -201,12 +201,15 @@ def test_nothing_starts_after_a_stage_that_failed(experiment_file, tmp_path):
 @pytest.mark.slow
 def test_what_was_applied_before_the_server_went_away_is_removed(experiment_file, tmp_path):
     double(
-        tmp_path, "kubectl", f'echo "$1" >> "{tmp_path}/asked"; [ "$1" != apply ] || {{ echo "Unable to connect" >&2; exit 1; }}'
+        tmp_path,
+        "kubectl",
+        f'echo "$1" >> "{tmp_path}/asked"; [ "$1" != get ] || echo \'{{"items": []}}\'\n'
+        '[ "$1" != apply ] || { echo "Unable to connect" >&2; exit 1; }',
     )
     arguments = ["--output", tmp_path / "run", "--jobs.kubernetes", SETTINGS]
     done = run_cli("submit", experiment_file, *arguments, PATH=f"{tmp_path}:/usr/bin:/bin")
     assert (done.returncode, done.stderr) == (1, "kubectl: Unable to connect\n")
-    assert (tmp_path / "asked").read_text().split() == ["delete", "apply", "delete"]
+    assert (tmp_path / "asked").read_text().split() == ["get", "delete", "apply", "delete"]
 
 
 @pytest.mark.slow
@@ -217,9 +220,10 @@ def test_kubectl_is_asked_and_understood(experiment_file, tmp_path):
     there.mkdir()
     double(there, "kubectl", f'echo "$@" >> "{tmp_path}/asked"; [ "$1" != get ] || cat "{tmp_path}/jobs.json"')
     path = {"PATH": f"{there}:/usr/bin:/bin"}
+    (tmp_path / "jobs.json").write_text('{"items": []}')
     submitted = run_cli("submit", experiment_file, *arguments, **path)
     assert submitted.returncode == 0, submitted.stderr
-    deleted, applied = (tmp_path / "asked").read_text().splitlines()
+    _, deleted, applied = (tmp_path / "asked").read_text().splitlines()
     run = read_json(output / "jobs/jobs.json")["jobs"][0]["run"]
     assert re.fullmatch(r"my-run-[0-9a-f]{6}", run)
     where = f"--namespace ml --selector llmdistill/run={run}"
@@ -244,6 +248,33 @@ def test_kubectl_is_asked_and_understood(experiment_file, tmp_path):
     assert (tmp_path / "asked").read_text().splitlines()[-1] == deleted
     items(generate=complete, order=complete)
     assert "nothing to cancel, all jobs have ended" in run_cli("cancel", output, **path).stdout
+
+
+def test_jobs_of_another_submission_are_not_removed_while_they_run(experiment_file, tmp_path, monkeypatch):
+    """From another machine or directory, whose `jobs.json` is not here."""
+    experiment = load_experiment(experiment_file, [("output", "run"), ("jobs.kubernetes", SETTINGS)])
+    settings, backend = experiment.jobs.kubernetes, backend_of("kubernetes")
+    stages = scheduled(experiment, settings)
+
+    def submit(**states):
+        (tmp_path / "asked").write_text("")
+        found = [{"metadata": {"name": f"{run_name('run')}-{stage}"}, "status": status} for stage, status in states.items()]
+        (tmp_path / "jobs.json").write_text(json.dumps({"items": found}))
+        double(tmp_path, "kubectl", f'echo "$1" >> "{tmp_path}/asked"; [ "$1" != get ] || cat "{tmp_path}/jobs.json"')
+        list(backend.submit(experiment, settings, stages, {"kubernetes.yaml": tmp_path / "x"}))
+
+    def asked():
+        return (tmp_path / "asked").read_text().split()
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    complete, failed, suspended = (
+        {"conditions": [{"type": kind, "status": "True"}]} for kind in ("Complete", "Failed", "Suspended")
+    )
+    with pytest.raises(InputError, match=r"output run: run-\w+-train, run-\w+-eval of another submission still wait or run in "):
+        submit(generate=complete, train={"active": 1}, eval=suspended, order=failed)
+    assert asked() == ["get"]
+    submit(generate=complete, train=failed, order=failed)
+    assert asked() == ["get", "delete", "apply"]
 
 
 @pytest.mark.parametrize(

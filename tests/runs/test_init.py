@@ -219,3 +219,16 @@ def test_the_demo_takes_no_other_flag(capsys):
         cli.main(["init", "--demo", "--gpu"])
     assert ended.value.code == 2
     assert "takes no other flag" in capsys.readouterr().err
+
+
+def test_files_are_found_from_where_a_link_leads_to(here, monkeypatch):
+    """The paths in the experiment are read in its directory, which a link may name from elsewhere."""
+    (here / "deep/down").mkdir(parents=True)
+    (here / "link").symlink_to("deep/down")
+    init(here / "link", choices("prompts", "asked.jsonl"))
+    experiment = load_experiment(here / "link/experiment.yaml")
+    monkeypatch.chdir(here / "link")
+    assert experiment.prompts.source == "../../asked.jsonl"
+    assert Path(experiment.prompts.source).is_file()
+    assert (Path(experiment.teacher.model) / "config.json").is_file()
+    assert experiment.teacher.model.endswith("models/tiny"), "a link as it is"

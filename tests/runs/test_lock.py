@@ -1,6 +1,9 @@
 """Locks go with the process that holds them, say who it is, and leave nothing."""
 
+import errno
+import fcntl
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -139,3 +142,65 @@ def test_without_locks_a_day_without_a_change_is_the_end(tmp_path, monkeypatch):
     assert not lock.is_abandoned(file)
     os.utime(file, (time.time() - 2 * lock._LONG,) * 2)
     assert lock.is_abandoned(file)
+
+
+def test_nfs_is_asked_for_no_lock_that_it_has_not(tmp_path, monkeypatch):
+    """NFSv4 makes of `flock` a lock of `fcntl`, which writers alone may have; on directories it locks for this machine."""
+    real = fcntl.flock
+
+    def nfs(descriptor, kind):
+        can_write = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        if kind & fcntl.LOCK_EX and not can_write and not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(descriptor, kind)
+
+    monkeypatch.setattr(lock.fcntl, "flock", nfs)
+    test_what_is_written_is_not_abandoned(tmp_path)
+    with lock.written(tmp_path / "file") as unfinished:
+        assert not lock.is_abandoned(unfinished)
+    assert (tmp_path / "file").exists()
+    with lock.in_turn(tmp_path / "file"), lock.alone([tmp_path / "data"], "score"), lock.InHand(tmp_path) as hand:
+        assert hand.take("0")
+    foreign = tmp_path / "of another user"
+    foreign.touch()
+    monkeypatch.setattr(lock.os, "access", lambda *_: False)
+    assert not lock.is_abandoned(foreign), "it may be written, as far as can be told"
+
+
+def test_what_is_renamed_while_it_is_looked_at_is_not_abandoned(tmp_path, monkeypatch):
+    """Of another machine, as far as the name says."""
+    file, real = tmp_path / "file", lock.fcntl.flock
+    file.touch()
+
+    def slow(descriptor, kind):
+        file.unlink()
+        real(descriptor, kind)
+
+    monkeypatch.setattr(lock.fcntl, "flock", slow)
+    assert not lock.is_abandoned(file)
+
+
+def test_what_one_has_in_hand_another_does_not_take(tmp_path):
+    with lock.InHand(tmp_path) as mine, lock.InHand(tmp_path) as others:
+        assert mine.take("0")
+        assert not others.take("0")
+        assert others.take("1")
+        (mark, _) = sorted(tmp_path.iterdir())
+        assert not lock.is_abandoned(mark)
+        mine.put_down("0")
+        mine.put_down("never taken")
+        assert others.take("0")
+    assert not list(tmp_path.iterdir())
+    mark.touch()  # by one that was killed
+    assert lock.is_abandoned(mark)
+
+
+def test_without_locks_all_is_free(tmp_path, monkeypatch):
+    def none(descriptor, kind):
+        raise OSError(95, os.strerror(95))
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    with lock.InHand(tmp_path) as mine, lock.InHand(tmp_path) as others:
+        assert mine.take("0")
+        assert others.take("0")
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from llmdistill.runs.pipeline import check_stale, dry_run, run_pipeline
 from llmdistill.stages import train
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
+from llmdistill.students.origins import ensure_before
 from llmdistill.teachers import shared_file
 from tests.conftest import ROOT
 from tests.factories import write_experiment, write_foreign
@@ -187,3 +188,37 @@ def test_a_loss_that_the_dataset_could_not_have_is_refused_before_the_teacher_wo
     with pytest.raises(InputError, match=error):
         run_pipeline(load_experiment(write_experiment(tiny, tmp_path), list(settings.items())))
     assert not (tmp_path / "run").exists()
+
+
+def test_remake_makes_the_student_before_training_again(begun, tmp_path, monkeypatch):
+    """That of random weights, which no stage of its own makes, and one that was made in the other way."""
+    for name in ("check_plan", "run_stages"):
+        monkeypatch.setattr(f"llmdistill.runs.pipeline.{name}", lambda *_: None)
+
+    def of(*overrides):
+        return load_experiment(begun, [("output", f"{tmp_path}/other"), ("train.dataset", f"{tmp_path}/run/curated"), *overrides])
+
+    small, large = (of(("student.config", f"{{num_hidden_layers: {layers}}}")) for layers in (1, 2))
+    before = small.directory("student-before")
+    ensure_before(small)
+    assert check_stale(small) == {}
+    assert check_stale(large, remake=True) == {before: "student.config.num_hidden_layers was 1, is 2"}
+    pruned = of(("student.prune", "{layers: [0, 1], refit: false}"))
+    assert list(check_stale(pruned, remake=True)) == [before]
+    run_pipeline(pruned, remake=True)
+    assert not before.exists()
+    ensure_before(pruned)
+    assert check_stale(pruned) == {}
+    assert "student.prune" in check_stale(small, remake=True)[before]
+    with pytest.raises(InputError, match=r"student-before was made with other settings: .*add --remake"):
+        ensure_before(small)
+
+
+def test_remake_removes_what_a_link_leads_to(begun, tmp_path, monkeypatch):
+    for name in ("check_plan", "run_stages"):
+        monkeypatch.setattr(f"llmdistill.runs.pipeline.{name}", lambda *_: None)
+    (tmp_path / "run/curated").rename(tmp_path / "elsewhere")
+    (tmp_path / "run/curated").symlink_to(tmp_path / "elsewhere")
+    run_pipeline(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
+    assert not (tmp_path / "elsewhere").exists()
