@@ -45,7 +45,8 @@ $(TASK_DEMO)/examples/dataset.json: $(wildcard configs/task-demo/make.py configs
 # servers are not bound to cores, of which they would all take the same.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind PYTHONPATH=.torchao:.s3:.anthropic:.readers:.notebook $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: check $(TEACHER) .torchao .s3 .anthropic .llamacpp .schemas .mkdocs .readers .notebook
+test: check $(TEACHER) .torchao .s3 .anthropic .llamacpp .schemas .mkdocs .readers .notebook .triton
+	TRITON_INTERPRET=1 PYTHONPATH=.triton $(BIN)/python -m pytest tests/losses/test_fused_triton.py
 	$(PYTEST) --durations 15
 
 test-fast: $(TEACHER) .torchao .s3 .anthropic .schemas .readers .notebook
@@ -68,6 +69,10 @@ chaos: $(TEACHER) .torchao
 	$(BESIDE) s3fs==2026.9.0 aiobotocore==3.10.0 aioitertools==0.13.0 boto3==1.43.117 botocore==1.43.117 s3transfer==0.19.3 \
 		moto==5.2.5 blinker==1.9.0 flask==3.1.3 flask-cors==6.0.5 itsdangerous==2.2.0 py-partiql-parser==0.6.3 responses==0.26.3 \
 		werkzeug==3.1.9 xmltodict==1.0.4
+
+# Beside the environment, which is for a CPU: its interpreter runs the GPU kernels there.
+.triton: .venv/.ready
+	$(BESIDE) triton==3.7.0
 
 # Beside the environment, being for one engine alone.
 .anthropic: .venv/.ready
@@ -132,4 +137,4 @@ gpu-check:
 	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_JSON)
 
 clean:
-	rm -rf .venv .anthropic .deepspeed .llamacpp .llmcompressor .mkdocs .notebook .readers .schemas .torchao .s3 site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .anthropic .deepspeed .llamacpp .llmcompressor .mkdocs .notebook .readers .schemas .torchao .s3 .triton site models runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -182,7 +182,8 @@ def distillation_loss(
     in_float32 = head.softcap is not None or "teacher_logits" in targets
     parts = _parts(len(hidden_ND), rows, targets.get("target_chunk"))
     loss, sums, gradients = _in_chunks(flat, bias_V, in_float32, chunk_loss, parts)
-    return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):  # which TRL would offload
+        return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
 
 
 def _parts(count: int, rows: int, chunk_N: Tensor | None) -> list[slice]:
@@ -453,6 +454,7 @@ def _is_linear(layer: Any) -> bool:
 
 
 def _is_untouched(layer: Any) -> bool:
-    """Nobody replaced its forward, nor gets at its output by a hook, but FSDP, to free the gathered weight."""
-    hooks = [hook for hook in layer._forward_hooks.values() if not hook.__module__.startswith("torch.distributed.fsdp.")]
+    """Nobody replaced its forward, nor gets at its output by a hook, but FSDP, to free the weight, and TRL, not to offload it."""
+    harmless = ("torch.distributed.fsdp.", "trl.models.activation_offloading")
+    hooks = [hook for hook in layer._forward_hooks.values() if not hook.__module__.startswith(harmless)]
     return "forward" not in vars(layer) and not hooks

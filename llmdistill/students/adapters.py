@@ -101,9 +101,23 @@ def attach(model: Any, config: Any, seed: int) -> Any:
     try:
         adapted = get_peft_model(model, config)
         check_mergeable(adapted)
-        return adapted
     except Exception as error:  # peft refuses in many ways, each with its reason
         raise InputError(f"student.lora: {str(error).strip() or type(error).__name__}") from None
+    train_in_float32(adapted)
+    return adapted
+
+
+def train_in_float32(model: Any) -> None:
+    """Widen what adapters train, also whole modules beside them: in half precision a small step of a weight is lost.
+
+    Args:
+        model: with adapters.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
 
 
 def check_mergeable(model: Any) -> None:

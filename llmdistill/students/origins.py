@@ -63,27 +63,35 @@ def ensure_before(experiment: Experiment) -> None:
         _ensure_fresh(experiment)
 
 
-def _ensure_fresh(experiment: Experiment) -> None:
-    teacher, directory = experiment.teacher, experiment.directory("student-before")
+def fresh_claims(experiment: Experiment) -> list[record.Claim]:
+    """The student of `student.config` before training, and what it depends on; none of another student."""
+    student, teacher = experiment.student, experiment.teacher
+    if student.config is None:
+        return []
     inputs = {teacher.model: record.model_fingerprint(teacher.model, teacher.revision)}
     claimed = {
         "teacher": teacher.model_dump(mode="json", include={"model", "revision"}),
-        "student": {"config": experiment.student.config},
+        "student": {"config": student.config},
         "seed": experiment.seed,
     }
-    if record.claim(directory, "fresh", claimed, inputs) == "done":
+    return [record.Claim(experiment.directory("student-before"), "fresh", claimed, inputs)]
+
+
+def _ensure_fresh(experiment: Experiment) -> None:
+    teacher, (claim,) = experiment.teacher, fresh_claims(experiment)
+    if record.claim(*claim) == "done":
         return
     with working("student", "making the student"):
         config = load_config(teacher.model, teacher.revision, teacher.trust_remote_code).get_text_config()
         student = fresh(config, experiment.student.config or {}, experiment.seed, teacher.trust_remote_code)
         student.generation_config = generation_config(teacher.model, teacher.revision) or student.generation_config
         tokenizer = load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code)
-    record.begin(directory, "fresh", claimed, inputs, experiment.seed)
-    student.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    record.begin(*claim, experiment.seed)
+    student.save_pretrained(claim.directory)
+    tokenizer.save_pretrained(claim.directory)
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    record.finish(directory, {"parameters": parameters})
-    say("student", f"{parameters / 1e6:,.1f}M parameters with random weights in {directory}")
+    record.finish(claim.directory, {"parameters": parameters})
+    say("student", f"{parameters / 1e6:,.1f}M parameters with random weights in {claim.directory}")
 
 
 def fresh(config: Any, changes: dict[str, Any], seed: int, trust_remote_code: bool = False) -> Any:
@@ -157,7 +165,20 @@ def make_student(experiment: Experiment) -> Any:
     how = {"quantization_config": quantised, "attn_implementation": student.attn_implementation}
     model = _load_before(experiment, dtype=dtype, device=device, **how)
     adapters.keep_gradients(model)
-    return adapters.attach(model, config, experiment.seed) if config else model
+    if config:
+        return adapters.attach(model, config, experiment.seed)
+    freeze_unread(model)
+    return model
+
+
+def freeze_unread(model: Any) -> None:
+    """Freeze what no text goes through: of a multimodal model, all beside its language model."""
+    if model.config.get_text_config() is model.config:
+        return
+    read = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    trained = {id(parameter) for part in read for parameter in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def _adapters(experiment: Experiment) -> tuple[Any, Any]:

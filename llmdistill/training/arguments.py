@@ -31,6 +31,11 @@ _ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "dataset_text_field": (("text",), _NEVER_TOKENISED),
     "dataset_kwargs": ((None, {"skip_prepare_dataset": True}), _NEVER_TOKENISED),
     "dataset_num_proc": ((None,), _NEVER_TOKENISED),
+    "dataloader_in_order": ((True,), "the last batch of an epoch is known by its place"),
+    "train_sampling_strategy": (
+        ("random", "sequential", "group_by_length"),
+        "its batches repeat rows, and not all processes have as many",
+    ),
     "shuffle_dataset": ((False,), "the order is set by train_sampling_strategy"),
     "length_column_name": (("length",), "lengths are those of input_ids"),
     "label_names": ((None,), "the labels are the collator's"),
@@ -113,8 +118,9 @@ class DistillConfig(trl.SFTConfig):
         self.layers()
 
     def _check_accelerator(self) -> None:
-        """Refuse what would cut a batch apart from its targets, or give the processes unlike numbers of batches."""
-        for name, allowed in (("dispatch_batches", (None, False)), ("even_batches", (True,))):
+        """Refuse what would cut a batch apart from its targets, or give processes or tries unlike batches."""
+        allowed_values = {"dispatch_batches": (None, False), "even_batches": (True,), "use_seedable_sampler": (True,)}
+        for name, allowed in allowed_values.items():
             value = getattr(self.accelerator_config, name)
             if value not in allowed:
                 raise ValueError(f"accelerator_config.{name}={value} is not supported by DistillTrainer")

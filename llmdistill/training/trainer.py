@@ -36,7 +36,7 @@ from llmdistill.losses import fused
 from llmdistill.losses.classes import ClassTable
 from llmdistill.losses.hidden_states import LayerMatch
 from llmdistill.models.root_classes import RootClasses, by_name
-from llmdistill.students.adapters import check_mergeable
+from llmdistill.students.adapters import check_mergeable, train_in_float32
 from llmdistill.training.arguments import DistillConfig
 from llmdistill.training.callbacks import last_checkpoint, trained_tokens
 from llmdistill.training.compat import adapters_on_the_output_layer
@@ -126,6 +126,8 @@ class DistillTrainer(trl.SFTTrainer):
             )
         if getattr(self.model, "peft_config", {}):
             check_mergeable(self.model)
+            if not self.is_fsdp_enabled:  # TRL has made those beside quantised weights bfloat16
+                train_in_float32(self.model)
         ordered = by_name(classes) if several and classes is not None else teacher  # as the collator counts them
         beside = [teacher[name] for name in ordered] if several else [] if teacher is None else [teacher]
         self.teachers = [one.to(self.accelerator.device).eval().requires_grad_(False) for one in beside]
@@ -205,6 +207,7 @@ class DistillTrainer(trl.SFTTrainer):
     def paused(self) -> Iterator[None]:
         """What takes time inside is no training: the speed does not count it."""
         start = time.perf_counter()
+        self._use_averaged()
         yield
         self._router.clear()
         if self._since is not None:
@@ -277,6 +280,16 @@ class DistillTrainer(trl.SFTTrainer):
         found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return found
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; what an optimiser averages in between (schedule-free ones do) is what the model has at the end."""
+        found = super().train(*args, **kwargs)
+        self._use_averaged()
+        return found
+
+    def _use_averaged(self) -> None:
+        if callable(averaged := getattr(self.optimizer, "eval", None)):
+            averaged()  # the next step goes back by itself
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch; the clock of `tokens_per_s` starts with the first."""
         if self._since is None:
@@ -309,6 +322,11 @@ class DistillTrainer(trl.SFTTrainer):
         router = self._router[-1] if self._router else None
         self._router.clear()
         if router is not None:
+            if self.args.gradient_checkpointing and torch.is_grad_enabled() and not router.requires_grad:
+                raise RuntimeError(
+                    "the router's loss has no gradient under reentrant gradient checkpointing: set "
+                    "gradient_checkpointing_kwargs use_reentrant to false, or router_aux_loss_coef to 0"
+                )
             loss = loss + self.router_aux_loss_coef * router * weight
             sums = {**sums, "router": router.detach() * len(labels_N)}
         self._count(inputs, {**sums, "loss": loss.detach(), "weight": weight})

@@ -483,6 +483,18 @@ def test_the_head_of_a_model_gives_the_loss_of_its_own_logits(name):
     assert head.is_in(model), "the output layer's own forward is back"
 
 
+def test_a_hook_by_which_trl_keeps_the_head_on_the_device_is_none_on_its_output():
+    model, _, _ = build("llama")
+
+    def hook(*_):
+        return None
+
+    model.lm_head.register_forward_hook(hook)
+    assert fused.find_head(model) is None
+    hook.__module__ = "trl.models.activation_offloading"
+    assert fused.find_head(model) is not None
+
+
 def test_what_is_not_a_known_head_is_not_taken_for_one():
     from peft import LoraConfig, get_peft_model
 

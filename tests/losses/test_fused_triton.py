@@ -12,7 +12,7 @@ from tests.losses.test_fused import V, by_the_formula, gradients, logits_of, obj
 
 pytest.importorskip("triton")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 as `make test` runs it", allow_module_level=True)
 
 from llmdistill.losses import fused_triton
 

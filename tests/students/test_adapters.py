@@ -88,6 +88,14 @@ def test_the_saved_student_and_its_adapter_are_the_trained_model(args, base, bas
     torch.testing.assert_close(logits(beside), trained, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("args", [{}, {"modules_to_save": ["lm_head", "norm"]}, {"trainable_token_indices": [7]}], ids=str)
+def test_all_that_trains_beside_a_base_in_half_precision_is_in_float32(args, bases):
+    """In bfloat16 a weight near 1 does not change by a step of less than 2^-9."""
+    model = attach(load_model(str(bases["half"]), dtype="checkpoint"), lora_config(Lora(r=2, args=args)), seed=0)
+    dtypes = {trains: {p.dtype for p in model.parameters() if p.requires_grad == trains} for trains in (True, False)}
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base_is_saved_unquantised_with_the_adapter_merged(kind, bases, tmp_path):
     """Weights without an adapter are those of the checkpoint to the bit; the others are it plus alpha / r · B A."""

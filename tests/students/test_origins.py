@@ -10,7 +10,7 @@ from llmdistill.config import Experiment
 from llmdistill.config.student import Student
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
-from llmdistill.students.origins import fresh, pair_layers
+from llmdistill.students.origins import freeze_unread, fresh, pair_layers
 from tests.students.test_pruning import FAMILIES, SMALL
 
 
@@ -50,6 +50,24 @@ def test_weights_depend_on_the_seed_and_on_nothing_else():
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
     assert first.state_dict()[name].float().std().item() == pytest.approx(config.initializer_range, rel=0.1)
+
+
+def test_what_no_text_goes_through_is_frozen():
+    """Exactly the weights without a gradient after a pass over text; of a model of text alone, none."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
+    text = {**SMALL, "head_dim": 8, "tie_word_embeddings": True}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 16}, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config)
+    model(input_ids=torch.arange(5)[None]).logits.sum().backward()
+    unread = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    freeze_unread(model)
+    assert unread == {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert any("vision_tower" in name for name in unread)
+    plain = fresh(config_of("Llama"), {"num_hidden_layers": 1}, seed=0)
+    freeze_unread(plain)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
 def test_kinds_of_layers_follow_the_number_of_layers():

@@ -85,6 +85,24 @@ def test_the_gradient_is_that_of_the_familys_own_loss(family, rows, smollm2, tmp
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_a_routers_loss_without_a_gradient_is_refused(rows, smollm2, tmp_path):
+    """Under reentrant checkpointing the router's logits are those of a pass without gradients."""
+    arguments = DistillConfig(
+        output_dir=str(tmp_path),
+        alpha=0.0,
+        max_steps=1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+        report_to="none",
+        save_strategy="no",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    trainer = DistillTrainer(model=model_of("mixtral"), args=arguments, train_dataset=rows, processing_class=tokenizer)
+    with pytest.raises(RuntimeError, match="has no gradient under reentrant gradient checkpointing"):
+        trainer.train()
+
+
 def test_a_dense_model_of_such_a_family_has_no_router(rows, smollm2, tmp_path):
     config = CONFIG_MAPPING["granitemoehybrid"](
         **SMALL,

@@ -125,6 +125,25 @@ def test_rows_in_a_line_have_the_gradients_of_rows_below_each_other(tiny, datase
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-4)
 
 
+def test_what_an_optimiser_averages_is_what_the_model_has_at_the_end(tiny, dataset_directory, tmp_path):
+    class Averaging(torch.optim.SGD):
+        """In the place of a schedule-free one, whose average is found in evaluation mode alone; here it is zero."""
+
+        def train(self):
+            pass
+
+        @torch.no_grad()
+        def eval(self):
+            self.param_groups[0]["params"][0].zero_()
+
+    trainer = make_trainer(tiny, dataset_directory, tmp_path, max_steps=2)
+    trainer.optimizer = Averaging(trainer.model.parameters(), lr=1e-3)
+    trainer.train()
+    first, second, *_ = trainer.model.parameters()
+    assert not first.any()
+    assert second.any()
+
+
 def test_batches_of_similar_length(tiny, dataset_directory, tmp_path):
     trainer = make_trainer(
         tiny, dataset_directory, tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=2
