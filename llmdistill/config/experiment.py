@@ -150,7 +150,19 @@ class Experiment(Section):
             raise ValueError(
                 f"generate.json_schema needs constrained decoding, which teacher.engine {engines_with('grammar')} support"
             )
+        for key, temperature in self._temperatures.items():
+            if 0 < temperature < can.lowest_temperature:
+                raise ValueError(
+                    f"{key} is {temperature:g}, but engine {engine} samples at no temperature between 0 and "
+                    f"{can.lowest_temperature:g}; set it to 0 or to at least {can.lowest_temperature:g}"
+                )
         return self
+
+    @property
+    def _temperatures(self) -> dict[str, float]:
+        """Those at which the teacher samples, by their keys."""
+        of_prompts = {"prompts.sampling.temperature": self.prompts.sampling.temperature} if self.prompts else {}
+        return {"generate.temperature": self.generate.temperature, **of_prompts}
 
     @model_validator(mode="after")
     def _endpoint_can_do_it(self) -> "Experiment":

@@ -8,7 +8,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.data.dataset import billed, finished_shards
 from llmdistill.errors import BudgetError, InputError
-from llmdistill.teachers import Completion, Request, Usage, longest_answer, shared_file
+from llmdistill.teachers import Completion, Request, Usage, longest_answer, most_billed, shared_file
 from llmdistill.teachers.limits import spent
 
 CHARACTERS = 4  # of a token, where nothing is encoded yet
@@ -36,14 +36,12 @@ class Budget:
 
     def most(self, index: int) -> float:
         """The most that a shard may cost, as its prompts are encoded here."""
-        teacher = self.experiment.teacher
-        longest = longest_answer(teacher, self.experiment.generate)
-        usage = Usage()
+        teacher, usage = self.experiment.teacher, Usage()
         for request in self.requests_of(index):
-            prompt, given = len(request.prompt_ids), len(request.completion_ids)
-            usage += Usage(prompt + given, 1 if given else longest)
-            if self.reads and not given:
-                usage += Usage(prompt + longest, 1)
+            most = most_billed(request, teacher, self.experiment.generate)
+            usage += most
+            if self.reads and not request.completion_ids:
+                usage += Usage(most.input + most.output, 1)
         return usage.cost(teacher.price, teacher.batch) or 0.0
 
     def spent(self) -> float:

@@ -185,6 +185,12 @@ def longest_answer(teacher: Teacher, sampling: Generate) -> int:
     return longest
 
 
+def most_billed(request: Request, teacher: Teacher, sampling: Generate) -> Usage:
+    """The most tokens that an endpoint may bill for a request, as its prompt is encoded here: for given text, one behind it."""
+    given = len(request.completion_ids)
+    return Usage(len(request.prompt_ids) + given, 1 if given else longest_answer(teacher, sampling))
+
+
 def check_engine(teacher: Teacher) -> None:
     """Refuse an engine that is not installed.
 

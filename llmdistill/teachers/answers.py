@@ -15,9 +15,17 @@ from llmdistill.errors import InputError
 ROUNDING = 1e-3  # by which a log-probability may be above zero, and probabilities add up to more than one
 
 
-# How endpoints say that it is this prompt which they do not take, by a code or, where there is none, in words.
-_CODES = {"content_filter", "invalid_prompt", "context_length_exceeded", "string_above_max_length"}
-_OF_THE_PROMPT = re.compile(r"content management policy|maximum context length|prompt is too long", re.IGNORECASE)
+# How endpoints say that it is this prompt which they do not take: by a code or a type, in words, or with what was flagged in it.
+_CODES = {
+    "content_filter", "content_policy_violation", "data_inspection_failed", "invalid_prompt",
+    "context_length_exceeded", "exceed_context_size_error", "string_above_max_length",
+}  # fmt: skip
+_OF_THE_PROMPT = re.compile(
+    r"content management policy|content filtering policy|content exists risk|inappropriate content"
+    r"|maximum context length|exceeds the available context size|prompt is too long",
+    re.IGNORECASE,
+)
+_FLAGGED = {"reasons", "flagged_input"}
 
 
 class UnusableAnswerError(ValueError):
@@ -114,12 +122,18 @@ def message(response: Any) -> str:
 def refused_prompt(response: Any) -> str | None:
     """Why a prompt is refused, by a response with an error that says so; another prompt might be answered."""
     said = message(response)
-    if response.status_code not in (400, 413, 422) or "max_tokens" in said or "max_completion_tokens" in said:
+    if response.status_code not in (400, 403, 413, 422) or "max_tokens" in said or "max_completion_tokens" in said:
         return None
     try:
-        code = str(_error(response).get("code"))
+        error = _error(response)
     except (ValueError, AttributeError):
-        code = None
-    found = _OF_THE_PROMPT.search(said)
-    why = code if code in _CODES else found[0].lower() if found else None
+        error = None
+    fields = error if isinstance(error, dict) else {}
+    if response.status_code == 403:  # else it is of the key
+        metadata = fields.get("metadata")
+        why = "moderation" if isinstance(metadata, dict) and _FLAGGED & metadata.keys() else None
+    else:
+        named = [str(fields.get(name)) for name in ("code", "type")]
+        found = _OF_THE_PROMPT.search(said)
+        why = next((name for name in named if name in _CODES), found[0].lower() if found else None)
     return f"a refusal of the prompt ({why})" if why else None

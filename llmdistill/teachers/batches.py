@@ -243,7 +243,7 @@ class Batches:
         usage = Usage()
         try:
             with reading():
-                usage = self.engine.usage(answer)
+                usage = self.engine.billed(request, answer)
                 made = self.engine.completion(request, answer)
         except UnusableAnswerError as error:
             return given_up(request, str(error), usage)

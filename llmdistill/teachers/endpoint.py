@@ -7,7 +7,7 @@ from typing import Any
 
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import end_of_turn
-from llmdistill.teachers import Completion, EngineSpec, Request, Usage, longest_answer
+from llmdistill.teachers import Completion, EngineSpec, Request, Usage, longest_answer, most_billed
 from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, message, reading
 from llmdistill.teachers.batches import Batches
 from llmdistill.teachers.limits import Limits
@@ -66,7 +66,7 @@ class EndpointEngine(RemoteEngine):
         def understand(answer: Any) -> Completion:
             nonlocal usage
             with reading():
-                found = self.usage(answer)
+                found = self.billed(request, answer)
                 usage += found
                 self.limits.spend(found)
                 return read(answer)
@@ -80,6 +80,11 @@ class EndpointEngine(RemoteEngine):
         except UnusableAnswerError as error:
             return given_up(request, str(error), usage)
         return replace(completion, usage=usage)
+
+    def billed(self, request: Request, answer: Any) -> Usage:
+        """The tokens that an answer bills: the most that it may, where it does not say it and they have a price."""
+        told = self.usage(answer)
+        return told if told.input or self.teacher.price is None else most_billed(request, self.teacher, self.sampling)
 
     def usage(self, answer: Any) -> Usage:
         """The tokens that an answer says it bills."""

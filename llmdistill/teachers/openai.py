@@ -25,6 +25,9 @@ from llmdistill.teachers.remote import Response
 from llmdistill.teachers.token_matching import Matched, TokenMatcher, chunks_of, entries_of
 
 _CONNECT_SECONDS = 10.0
+# OpenAI's two, and other names that endpoints have for them.
+_REASONS = dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn"), "stop")
+_REASONS |= dict.fromkeys(("length", "max_tokens", "model_length"), "length")
 _PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 # What servers of open models take from the model's generation configuration, or have of their own, where it is not said; and
 # what makes vLLM name tokens by their ids. Those that an endpoint does not know are not sent to it; see `probe`.
@@ -118,11 +121,12 @@ class OpenAIEngine(EndpointEngine):
             UnusableAnswerError: it is of no use.
         """
         choice = only_choice(answer)
-        text, reason = self._text(choice), str(choice["finish_reason"])
+        text, reason = self._text(choice), _REASONS[choice["finish_reason"]]
         matched = self._matched(choice, text, reason == "stop")
         if matched is None:
             ids = np.array(self.encoded(request, text, reason), dtype=np.int64)
-            chunks = chunks_of(entries_of(choice["logprobs"]), text, self.side, ids) if self.side else None
+            entries = entries_of(choice["logprobs"]) if self.side else []
+            chunks = chunks_of(entries, text, self.side, ids, reason == "stop") if self.side else None
             matched = Matched(ids, np.full(len(ids), np.nan, dtype=np.float32), chunks)
         elif len(matched.ids) > 2 * longest_answer(self.teacher, self.sampling) + 1:
             raise FinalAnswerError("more tokens than were asked for")
@@ -149,7 +153,7 @@ class OpenAIEngine(EndpointEngine):
             raise FinalAnswerError("an answer that its content filter has cut (finish_reason content_filter)")
         if message.get("tool_calls"):
             raise FinalAnswerError("a call of a tool")
-        if reason not in ("stop", "length"):
+        if reason not in _REASONS:
             raise FinalAnswerError("a finish reason other than stop or length")
         if _trace_apart(choice) and self.sampling.thinking != "removed":
             raise FinalAnswerError("a reasoning trace apart from the answer (set generate.thinking to removed)")

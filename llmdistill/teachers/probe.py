@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmdistill.config import Generate
 from llmdistill.errors import InputError
 from llmdistill.teachers import Request
 from llmdistill.teachers.answers import message, only_choice, reading
-from llmdistill.teachers.token_matching import bytes_of, entries_of, id_of
+from llmdistill.teachers.token_matching import OUTSIDE, bytes_of, entries_of, id_of
 
 if TYPE_CHECKING:
     from llmdistill.teachers.openai import OpenAIEngine
 
 _QUESTION = [{"role": "user", "content": "Say yes."}]
 _SAME = 0.1  # nats by which two numbers of the same distribution may differ
+_COMPARED = 3  # of the most likely tokens
+_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+# In the place of the values that are asked for: where it is nearly certain what comes, a weaker cut would change nothing.
+_STRONGEST = {"top_p": 0.01, "top_k": 1}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
     ids = engine.template.prompt_ids(_QUESTION)
     request = Request(0, ids, 0, messages=_QUESTION)
     body, answer, taken, top = await _accepted(engine, request, kept.kept)
+    if teacher.price is not None and not engine.usage(answer).input:
+        raise InputError(
+            f"teacher.price: {teacher.endpoint} does not say how many tokens it bills (usage.prompt_tokens), so what is spent "
+            "cannot be told; remove teacher.price and teacher.budget"
+        )
     with reading():
         choice = only_choice(answer)
         entries = entries_of(choice.get("logprobs"))
@@ -73,8 +84,8 @@ async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
         raise InputError(
             f"teacher.tokenizer: {teacher.endpoint} sees other token ids than {teacher.tokenizer} with its chat template makes"
         )
-    if kept.kept and body.get("temperature", 1) != 1:
-        await _check_temperature(engine, body)
+    if kept.kept and not reads:
+        await _check_dependence(engine, body)
     return found
 
 
@@ -161,23 +172,53 @@ async def _echoes(engine: OpenAIEngine, body: dict[str, Any]) -> bool:
     return True
 
 
-async def _check_temperature(engine: OpenAIEngine, body: dict[str, Any]) -> None:
-    """Refuse log-probabilities that depend on the temperature of the sampling: those of temperature 1 are stored."""
+async def _check_dependence(engine: OpenAIEngine, body: dict[str, Any]) -> None:
+    """Refuse log-probabilities that depend on the sampling."""
 
-    async def top(temperature: float) -> dict[str, float]:
-        asked = {**body, "temperature": temperature}
+    async def top(changes: Mapping[str, float]) -> dict[str, float]:
+        asked = {name: value for name, value in {**body, **changes}.items() if name in body}
+        if engine.sampling.top_k and not changes["top_k"]:
+            asked.pop("top_k", None)  # not every endpoint takes zero
 
         def understand(answer: Any) -> dict[str, float]:
             engine.limits.spend(engine.usage(answer))
             first = entries_of(answer["choices"][0]["logprobs"])[0]["top_logprobs"]
-            return {entry["token"]: entry["logprob"] for entry in first[:3]}
+            return {entry["token"]: entry["logprob"] for entry in first}
 
         return await engine.call(lambda: engine.post(asked), understand)
 
-    at_one, as_asked = await top(1.0), await top(engine.sampling.temperature)
-    both = at_one.keys() & as_asked.keys()
-    if not both or max(abs(at_one[token] - as_asked[token]) for token in both) > _SAME:
-        raise InputError(
-            f"generate.temperature is {engine.sampling.temperature:g}, and the log-probabilities of {engine.teacher.endpoint} "
-            "depend on it; soft targets are of temperature 1: set generate.temperature to 1"
-        )
+    await check_dependence(engine.sampling, engine.teacher.endpoint, engine.kept.kept, top)
+
+
+async def check_dependence(
+    sampling: Generate, where: str, kept: int, top: Callable[[Mapping[str, float]], Awaitable[Mapping[str, float]]]
+) -> None:
+    """Refuse log-probabilities that depend on the temperature, top-p or top-k of the sampling: the model's own are stored.
+
+    Args:
+        sampling: as it is configured.
+        where: whose they are.
+        kept: of how many tokens they are stored.
+        top: gives the tokens that may come first and their log-probabilities, sampled with these parameters.
+
+    Raises:
+        InputError: they do.
+    """
+    changed = {name: value for name, neutral in _NEUTRAL.items() if (value := getattr(sampling, name)) != neutral}
+    if not changed:
+        return
+
+    async def likely(changes: Mapping[str, float]) -> dict[str, float]:
+        shown = [(token, value) for token, value in (await top(changes)).items() if value != OUTSIDE]
+        return dict(sorted(shown, key=lambda item: -item[1])[: min(kept, _COMPARED)])
+
+    own = await likely(_NEUTRAL)
+    found = await likely({**_NEUTRAL, **changed, **{name: _STRONGEST[name] for name in changed if name in _STRONGEST}})
+    both = own.keys() & found.keys()
+    if both and len(found) >= len(own) and max(abs(own[token] - found[token]) for token in both) <= _SAME:
+        return
+    raise InputError(
+        f"{' and '.join(f'generate.{name} is {value:g}' for name, value in changed.items())}, and the log-probabilities of "
+        f"{where} depend on it; soft targets are of the model's own distribution: set "
+        f"{' and '.join(f'generate.{name} to {_NEUTRAL[name]:g}' for name in changed)}"
+    )

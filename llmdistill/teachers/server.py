@@ -10,6 +10,7 @@ from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
 from llmdistill.teachers import Completion, EngineSpec, Request
 from llmdistill.teachers.answers import UnusableAnswerError, check_logprobs, check_sums, token_ids
+from llmdistill.teachers.probe import check_dependence
 from llmdistill.teachers.remote import RemoteEngine, Response, key_of
 
 _CONNECT_SECONDS = 10.0
@@ -37,6 +38,8 @@ class ServerEngine(RemoteEngine):
         self.model = self.wait(self._served_model())
         self.known_ids, self._vocab_size = spec.known_ids, spec.vocab_size
         self.wait(self._set_targets(spec.seed))
+        if self.kept.kept and spec.reads_with is None:
+            self.wait(check_dependence(self.sampling, teacher.endpoint, self.kept.kept, self._first_tokens))
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request."""
@@ -133,11 +136,24 @@ class ServerEngine(RemoteEngine):
         made = self.kept.stored.from_kept(ids_NK, logprobs_NK)
         return made if made is None or self.known_ids is None else made.within(self.known_ids)
 
-    async def _ask(self, body: dict[str, Any], read: Callable[[Any], Completion]) -> Completion:
+    async def _first_tokens(self, changes: Mapping[str, float]) -> dict[str, float]:
+        """What may come behind an end token, sampled with these parameters: tokens and their log-probabilities."""
+        body = {
+            "prompt": list(self.end_ids)[:1],
+            "max_tokens": 1,
+            **changes,
+            **_NO_DEFAULTS,
+            "seed": 0,
+            "logprobs": self.kept.kept,
+            "return_tokens_as_token_ids": True,
+        }
+        return await self._ask(body, lambda choice: dict(choice["logprobs"]["top_logprobs"][0]))
+
+    async def _ask(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
         """What `read` makes of the one choice that the server returns."""
         body = {**body, "model": self.model, "add_special_tokens": False, "return_token_ids": True}
 
-        def understand(answer: Any) -> Completion:
+        def understand(answer: Any) -> T:
             (choice,) = answer["choices"]
             if choice["prompt_token_ids"] != body["prompt"]:
                 raise InputError(f"{self.teacher.url}: the server saw other token ids than those that were sent")
@@ -189,11 +205,12 @@ class ServerEngine(RemoteEngine):
             body["kwargs"] = {"known_ids": str(self.known_ids)}
         try:
             await self._call("POST", _TELL, lambda answer: answer["results"], body, tries=4)
-        except InputError:
+        except InputError as error:
             if self.kept.stored.most_likely:
                 return
             raise InputError(
-                f"targets.kind {self.kept.kind}: {self.teacher.url} cannot draw samples. Start it with "
-                f"`VLLM_SERVER_DEV_MODE=1 vllm serve {self.teacher.model} --max-logprobs {self.kept.kept} "
-                f"--worker-extension-cls {_EXTENSION}`, where nobody else uses it, or set targets.kind to topk"
+                f"targets.kind {self.kept.kind}: {error}. To draw samples in it, start it with "
+                f"`VLLM_SERVER_DEV_MODE=1 VLLM_USE_V2_MODEL_RUNNER=0 vllm serve {self.teacher.model} "
+                f"--max-logprobs {self.kept.kept} --worker-extension-cls {_EXTENSION}`, where nobody else uses it, or set "
+                "targets.kind to topk"
             ) from None

@@ -157,23 +157,27 @@ def entries_of(logprobs: Any) -> list[Entry]:
     return entries
 
 
-def chunks_of(entries: Sequence[Entry], text: str, side: Side, ids: Array) -> Chunks:
+def chunks_of(entries: Sequence[Entry], text: str, side: Side, ids: Array, stopped: bool) -> Chunks:
     """The chunks of a text whose tokens an endpoint names by their bytes, in the tokens of another tokenizer.
 
     Args:
         entries: of the written tokens.
-        text: that they spell.
+        text: that they spell; endpoints that show the end token have one entry more.
         side: how the other tokenizer's tokens read.
         ids: its tokens of the text.
+        stopped: whether the model has ended its turn.
 
     Raises:
         FinalAnswerError: the tokens are not those of the text.
     """
     contents = [bytes_of(entry) or b"" for entry in entries]
+    ended = stopped and bool(contents) and b"".join(contents[:-1]) == text.encode()
+    if ended:
+        contents[-1] = b""
     if b"".join(contents) != text.encode():
         raise FinalAnswerError("tokens of another text than the answer")
     values_N = np.array([_known(entry["logprob"]) for entry in entries])
-    return Chunks(np.empty((len(ids), 0), dtype=np.int64), *told_chunks(contents, values_N, side, ids))
+    return Chunks(np.empty((len(ids), 0), dtype=np.int64), *told_chunks(contents, values_N, side, ids, ended))
 
 
 def _known(value: Any) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmdistill.config import Generate
 from llmdistill.data.targets import Array
+from llmdistill.errors import InputError
 from llmdistill.runs.quiet import quiet_libraries
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said, guard
 from llmdistill.teachers.vllm_worker import ASKED
@@ -22,6 +23,7 @@ _SEQUENCES = 256  # read at a time
 # Where a CPU has so many cores or fewer, vLLM runs in this process: the processes that it else starts wait for each other in
 # loops that keep a core busy, and each takes its time to start. On two cores that doubles the speed (docs/teachers.md).
 _FEW_CORES = 8
+_SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # where it is not set, vLLM takes its second model runner on a GPU
 
 
 class VllmEngine(Engine):
@@ -30,8 +32,6 @@ class VllmEngine(Engine):
     def __init__(self, spec: EngineSpec) -> None:
         prepare_environment()
         _choose_process(spec)
-        import vllm
-
         self.kept = spec.kept
         self.end_ids = spec.end_ids
         self.sampling = spec.sampling
@@ -44,7 +44,10 @@ class VllmEngine(Engine):
         self._rests = False
         arguments = self._arguments(spec)
         if extended or spec.beside_training:
+            _check_runner()
             arguments["worker_extension_cls"] = "llmdistill.teachers.vllm_worker.SampleTargets"
+        import vllm
+
         self._guard = _end_with_this_process()
         self.llm = vllm.LLM(**{**arguments, **spec.teacher.engine_args})
         if extended:
@@ -210,11 +213,25 @@ def prepare_environment(kv_cache_gib: int = 2) -> None:
     """
     quiet_libraries()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib))
+    os.environ.setdefault(_SECOND_RUNNER, "0")
     from vllm.platforms import current_platform
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if current_platform.is_cpu() and cores <= _FEW_CORES:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def _check_runner() -> None:
+    """Refuse the model runner whose sampler the worker extension does not know.
+
+    Raises:
+        InputError: the environment asks for it.
+    """
+    if (found := os.environ[_SECOND_RUNNER]) != "0":
+        raise InputError(
+            f"{_SECOND_RUNNER} is {found} in the environment, but teacher.engine vllm makes these targets in vLLM's first model "
+            "runner; unset it, or set teacher.engine to transformers"
+        )
 
 
 def _sleep_level(spec: EngineSpec) -> int:

@@ -1,9 +1,9 @@
 """Runs inside vLLM's workers: the sample is drawn there, from the full distribution, and only it travels.
 
 vLLM loads the class by name (`worker_extension_cls`) and calls its method by `collective_rpc`, both public. What the
-method replaces is not: the two functions by which the sampler makes the log-probabilities and picks those to return, and
-the table of requests whose prompts are read. If a version of vLLM does without them, the call fails at start; nothing falls
-back to another kind of targets.
+method replaces is not: the two functions by which the sampler of vLLM's first model runner makes the log-probabilities and
+picks those to return, and the table of requests whose prompts are read. If a version of vLLM does without them, or its second
+model runner is used (`VLLM_USE_V2_MODEL_RUNNER`), the call fails at start; nothing falls back to another kind of targets.
 """
 
 import math
@@ -64,7 +64,10 @@ class SampleTargets:
         sampler: Any = getattr(self.model_runner, "sampler", None)
         for name in ("compute_logprobs", "gather_logprobs"):
             if not callable(getattr(sampler, name, None)):
-                raise RuntimeError(f"targets.kind {kind}: this version of vLLM has no Sampler.{name}; use engine transformers")
+                raise RuntimeError(
+                    f"targets.kind {kind}: this vLLM's model runner has no Sampler.{name}; start it with "
+                    "VLLM_USE_V2_MODEL_RUNNER=0, or use engine transformers"
+                )
         kept, generator = int(kept), torch.Generator().manual_seed(int(seed))  # a server passes strings on
         logprobs = LogSoftmax()
         reading = _know_what_is_read(self.model_runner) if int(asked) else None
@@ -115,9 +118,7 @@ def _know_what_is_read(runner: Any) -> _Reading:
         RuntimeError: it has no such table.
     """
     if not isinstance(getattr(runner, "num_prompt_logprobs", None), dict):
-        raise RuntimeError(
-            "teacher.ensemble: this version of vLLM has no ModelRunner.num_prompt_logprobs; use engine transformers"
-        )
+        raise RuntimeError("teacher.ensemble: this vLLM's model runner has no table num_prompt_logprobs; use engine transformers")
     runner.num_prompt_logprobs = _Reading(runner.num_prompt_logprobs)
     found: _Reading = runner.num_prompt_logprobs
     return found

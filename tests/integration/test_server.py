@@ -34,7 +34,7 @@ def server(smollm2, tmp_path_factory):
     options += ["--max-num-batched-tokens", 2048, "--served-model-name", "small", "--api-key", KEY]
     options += ["--worker-extension-cls", "llmdistill.teachers.vllm_worker.SampleTargets"]
     log = tmp_path_factory.mktemp("server") / "log"
-    with vllm_server(log, smollm2, *options, VLLM_SERVER_DEV_MODE="1") as port:
+    with vllm_server(log, smollm2, *options, VLLM_SERVER_DEV_MODE="1", VLLM_USE_V2_MODEL_RUNNER="0") as port:
         yield f"http://127.0.0.1:{port}"
 
 

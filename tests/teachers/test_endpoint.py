@@ -98,21 +98,37 @@ def test_an_unknown_end_adds_nothing_to_a_divergence(endpoint, smollm2, tokenize
         assert all(part[0].item() > 0.01 for part in parts.values())
 
 
+@pytest.mark.parametrize("with_end", [False, True])
 @pytest.mark.parametrize("kind", ["none", "chunks"])
-def test_text_is_stored_in_the_students_tokens_with_the_chunks_of_both(endpoint, smollm2, tokenizer, kind):
+def test_text_is_stored_in_the_students_tokens_with_the_chunks_of_both(endpoint, smollm2, tokenizer, kind, with_end):
+    endpoint.with_end = with_end
     with serving(endpoint) as url:
         (made,) = answers(opened(url, smollm2, tokenizer, kind=kind), tokenizer, "hello")
     text = "You said “hello” — naïve 🦙."
+    assert made.failed is None
     assert made.ids.tolist() == [*tokenizer.encode(text, add_special_tokens=False), END]
     assert np.isnan(made.token_logprobs).all()
     if kind == "none":
         assert made.targets is None
         return
-    assert made.targets.sizes_N.sum() == len(made.ids) - 1  # but for the end, which the endpoint does not show
+    assert made.targets.sizes_N.sum() == len(made.ids) - (not with_end)  # the end is a chunk of its own where it is shown
     # The endpoint says one half of every token: a chunk of n of its tokens has n · log ½.
     halves = made.targets.logprobs_N[made.targets.sizes_N > 0] / math.log(0.5)
     assert np.allclose(halves, halves.round())
     assert (halves > 0.99).all()
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [("eos", "stop"), ("eos_token", "stop"), ("end_turn", "stop"), ("max_tokens", "length"), ("model_length", "length")],
+)
+def test_other_names_of_an_end_are_those_of_openai(endpoint, smollm2, tokenizer, said, reason):
+    """Together says `eos`, TGI `eos_token`."""
+    endpoint.change = lambda answer, body: (answer["choices"][0].update(finish_reason=said), answer)[1]
+    with serving(endpoint) as url:
+        (made,) = answers(opened(url, smollm2, tokenizer), tokenizer, "hello")
+    assert (made.failed, made.finish_reason) == (None, reason)
+    assert (made.ids[-1] == END) == (reason == "stop")
 
 
 @pytest.mark.parametrize("limit", [3, 80])
@@ -151,6 +167,16 @@ def dependent(answer, body):
     return answer
 
 
+def processed(answer, body):
+    """As `vllm serve --logprobs-mode processed_logprobs`: log-probabilities after top-p and top-k."""
+    cut = body["top_p"] < 0.5 or body.get("top_k") == 1
+    for entry in answer["choices"][0]["logprobs"]["content"] if cut else []:
+        entry["top_logprobs"][0]["logprob"] = 0.0
+        for other in entry["top_logprobs"][1:]:
+            other["logprob"] = -9999.0
+    return answer
+
+
 @pytest.mark.parametrize(
     ("set_up", "settings", "said"),
     [
@@ -160,6 +186,11 @@ def dependent(answer, body):
         ({"most": K - 1}, {}, "refuses: Invalid value for 'top_logprobs': must be less than or equal to 4"),
         ({"change": no_bytes}, {}, "gives neither the ids nor the bytes of tokens"),
         ({"change": dependent}, {"sampling": Generate(max_tokens=80, temperature=0.5)}, "set generate.temperature to 1"),
+        ({"change": processed}, {"sampling": Generate(max_tokens=80, top_p=0.9)},
+         r"generate.top_p is 0.9, .* set generate.top_p to 1"),
+        ({"change": processed}, {"sampling": Generate(max_tokens=80, top_k=50)}, "set generate.top_k to 0"),
+        ({"change": lambda answer, body: answer.pop("usage") and answer}, {"price": Price(input=1, output=1), "kind": "none"},
+         r"teacher.price: .* does not say how many tokens it bills \(usage.prompt_tokens\)"),
         ({"keys": {"another"}}, {}, "Incorrect API key provided; OPENAI_API_KEY is not set in the environment"),
         ({"fault": lambda number, path: (404, {}, {"error": {"message": "no model"}})}, {}, "no model; see teacher.model"),
         ({"fault": lambda number, path: (429, {}, {"error": {"message": "no money", "code": "insufficient_quota"}})}, {},
@@ -172,6 +203,17 @@ def test_what_is_not_given_is_refused_before_anything_is_paid(endpoint, smollm2,
     with serving(endpoint) as url, pytest.raises(InputError, match=said):
         opened(url, smollm2, tokenizer, **settings)
     assert all(body["max_tokens"] == 1 for body in endpoint.bodies)
+
+
+def test_log_probabilities_that_are_the_models_own_go_with_any_sampling(endpoint, smollm2, tokenizer):
+    """Also where the endpoint takes no zero for top-k."""
+    refused = endpoint.refusal
+    endpoint.refusal = lambda body: "top_k must be positive" if body.get("top_k") == 0 else refused(body)
+    sampling = Generate(max_tokens=80, temperature=0.7, top_p=0.9, top_k=20)
+    with serving(endpoint) as url:
+        (made,) = answers(opened(url, smollm2, tokenizer, sampling=sampling), tokenizer, "hello")
+    assert made.failed is None
+    assert (endpoint.bodies[-1]["top_k"], endpoint.bodies[-1]["top_p"]) == (20, 0.9)
 
 
 def spoiled(**changes):
@@ -432,6 +474,20 @@ def test_what_is_spent_counts_also_where_it_was_in_vain(endpoint, smollm2, token
     probe = (10 * 1 + 1 * 2) / 1e6
     each = [(10 * 1 + row.usage.output * 2) / 1e6 for row in made]
     assert limits.spent(tmp_path / "s") == pytest.approx(probe + sum(each))
+
+
+def test_an_answer_that_does_not_say_what_it_bills_counts_as_the_most_that_it_may(endpoint, smollm2, tokenizer, tmp_path):
+    """Without a price nothing is made up."""
+    endpoint.change = spoiled(answer__usage=None)
+    price = Price(input=1, output=2)
+    with serving(endpoint) as url:
+        good, bad = answers(opened(url, smollm2, tokenizer, shared=tmp_path / "s", price=price), tokenizer, "good", "bad")
+        _, free = answers(opened(url, smollm2, tokenizer), tokenizer, "good", "bad")
+    prompt = len(asked(tokenizer, "bad")[0].prompt_ids)
+    assert bad.failed is None
+    assert bad.usage == Usage(prompt, 80)
+    assert limits.spent(tmp_path / "s") == pytest.approx(sum(u.cost(price) for u in (Usage(10, 1), good.usage, bad.usage)))
+    assert free.usage == Usage()
 
 
 def test_cached_input_and_batches_have_prices_of_their_own():

@@ -55,6 +55,42 @@ def test_a_request_leaves_nothing_to_the_servers_defaults(monkeypatch):
     assert (asked["temperature"], asked["top_p"], asked["top_k"], asked["stop_token_ids"]) == (1.0, 1.0, 0, [5])
 
 
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_log_probabilities_after_top_p_are_refused(monkeypatch, mode):
+    """As `vllm serve --logprobs-mode processed_logprobs` gives them: −∞ is -9999.0 there."""
+
+    async def answer(self, method, path, json=None, **options):
+        cut = mode == "processed_logprobs" and json and json.get("top_p", 1) < 0.9
+        top = {"token_id:5": 0.0, "token_id:6": -9999.0} if cut else {"token_id:5": -0.05, "token_id:6": -3.1}
+        choice = {"prompt_token_ids": json and json.get("prompt"), "logprobs": {"top_logprobs": [top]}}
+        content = {"data": [{"id": "a/b"}]} if path == "/v1/models" else {"choices": [choice], "results": []}
+        return httpx.Response(200, json=content, request=httpx.Request(method, f"http://host{path}"))
+
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    teacher = Teacher(model="a/b", engine="server", url="http://host")
+    spec = EngineSpec(teacher, Generate(top_p=0.95), Targets(kind="topk", k=2), [5], 64)
+    if mode == "raw_logprobs":
+        assert server.ServerEngine(spec).model == "a/b"
+        return
+    with pytest.raises(InputError, match=r"generate\.top_p is 0\.95, .* http://host depend on it; .* set generate\.top_p to 1"):
+        server.ServerEngine(spec)
+
+
+def test_a_server_that_cannot_draw_samples_is_quoted(monkeypatch):
+    said = "targets.kind sampled: this vLLM's model runner has no Sampler.compute_logprobs"
+
+    async def answer(self, method, path, json=None, **options):
+        request = httpx.Request(method, f"http://host{path}")
+        if path == "/collective_rpc":
+            return httpx.Response(500, json={"error": {"message": said}}, request=request)
+        return httpx.Response(200, json={"data": [{"id": "a/b"}]}, request=request)
+
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    teacher = Teacher(model="a/b", engine="server", url="http://host")
+    with pytest.raises(InputError, match=rf"{said}.* VLLM_USE_V2_MODEL_RUNNER=0 vllm serve a/b --max-logprobs 4 "):
+        server.ServerEngine(EngineSpec(teacher, Generate(), Targets(kind="sampled", n=4), [5], 64))
+
+
 GOOD = {"token_ids": [5, 6], "finish_reason": "stop"}
 GOOD["logprobs"] = {"top_logprobs": [{"token_id:5": -0.1}, {"token_id:7": -0.2, "token_id:6": -3}], "token_logprobs": [-0.1, -3]}
 
@@ -159,3 +195,10 @@ def test_speculative_decoding_is_refused():
     for name, instead in (("logprobs_mode", "remove it"), ("model", r"set teacher\.model"), ("dtype", r"set teacher\.dtype")):
         with pytest.raises(ValueError, match=rf"engine_args\.{name}: llmdistill sets this argument itself; {instead}"):
             Teacher(model="a/b", engine_args={name: "x"})
+
+
+def test_data_parallelism_inside_one_process_is_refused():
+    """`vllm.LLM` refuses it, after the models and the prompts have been read."""
+    with pytest.raises(ValidationError, match=r"engine_args\.data_parallel_size: .* a process for each copy, with `--shards i/n`"):
+        Teacher(model="a/b", engine_args={"data_parallel_size": 2})
+    assert Teacher(model="a/b", engine_args={"data_parallel_size": 1}).engine_args
