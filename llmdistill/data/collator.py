@@ -253,7 +253,11 @@ def completion_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     """
     layer, text = output_layer(model), ("input_ids", "attention_mask", "position_ids")
     project = layer.forward
-    with replaced_forward(layer, lambda hidden_BTD: project(hidden_BTD.flatten(0, 1)[batch["positions"]])):
+
+    def forward(hidden_BTD: torch.Tensor) -> torch.Tensor:  # which lies elsewhere where a model is laid over several devices
+        return project(hidden_BTD.flatten(0, 1)[batch["positions"].to(hidden_BTD.device)])
+
+    with replaced_forward(layer, forward):
         logits_NV: torch.Tensor = model(**{name: batch[name] for name in text if name in batch}, use_cache=False).logits
     return logits_NV
 

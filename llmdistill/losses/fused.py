@@ -415,6 +415,8 @@ def kernels_for(device: torch.device) -> ModuleType | None:
     """`fused_triton` for a GPU that it works on."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return None
     from llmdistill.losses import fused_triton
 
     return fused_triton

@@ -79,6 +79,7 @@ def load_model(
     quantization_config: Any = None,
     attn_implementation: str | None = None,
     gguf_file: str | None = None,
+    spread: bool = False,
 ) -> Any:
     """The model in evaluation mode, on the accelerator if there is one and no device is given.
 
@@ -92,6 +93,7 @@ def load_model(
         quantization_config: transformers' own, to quantise it while it loads.
         attn_implementation: how attention is computed.
         gguf_file: the file in the directory with the weights, which are decoded; the shape is that of `config.json`.
+        spread: whether a model that is too large for one accelerator is laid over all of them, layer by layer.
 
     Raises:
         InputError: there is no such model, or its weights do not fit into the memory that is free.
@@ -104,20 +106,53 @@ def load_model(
     transformers_logging.disable_progress_bar()
     if device is None:
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    if quantization_config is None:
-        check_fits(model, key, device)
     dtype = model_precision(model, revision, dtype, trust_remote_code, key).dtype
+    over_all = False
+    if quantization_config is None:
+        needed = _weight_bytes(model, revision, dtype, trust_remote_code, key)
+        # What is measured needs room beside the weights.
+        over_all = spread and device != "cpu" and torch.accelerator.device_count() > 1 and 2 * needed > free_memory(device)
+        if not over_all:
+            check_fits(model, needed, dtype, key, device)
     how: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         how["attn_implementation"] = attn_implementation
     if gguf_file is not None:
         how |= {"gguf_file": gguf_file, "config": load_config(model, revision, trust_remote_code, key)}
-    if quantization_config is not None:  # such a model is made where it stays
-        place = device if device == "cpu" else torch.accelerator.current_device_index()
-        how |= {"quantization_config": quantization_config, "device_map": {"": place}}
+    if quantization_config is not None:
+        how["quantization_config"] = quantization_config
+    if over_all:
+        how["device_map"] = "auto"
+    elif quantization_config is not None or device != "cpu":  # it is made where it stays
+        how["device_map"] = {"": device if device == "cpu" else torch.accelerator.current_device_index()}
     loaded = _found(model, key, lambda: AutoModelForCausalLM.from_pretrained(model, **how))
     _make_writable(loaded.generation_config)
-    return (loaded if quantization_config is not None else loaded.to(device)).eval()
+    return (_taking_any_device(loaded) if over_all else loaded).eval()
+
+
+def _taking_any_device(model: Any) -> Any:
+    """A model that was laid out by itself, with its output where its input is, also if it lies on one device alone."""
+    if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        add_hook_to_module(model, AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
+    return model
+
+
+def _weight_bytes(model: str, revision: str | None, dtype: str, trust_remote_code: bool, key: str) -> int:
+    """Bytes of a model's weights in a precision; `auto` is that of the checkpoint. 0 where that cannot be told."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    stored = model_bytes(model)
+    config = load_config(model, revision, trust_remote_code, key)
+    if dtype == "auto" and (stored is not None or getattr(config, "quantization_config", None)):
+        return stored or 0
+    name = (config.dtype or "float32") if dtype == "auto" else dtype
+    width = (getattr(torch, name) if isinstance(name, str) else name).itemsize
+    with torch.device("meta"):
+        made = _found(model, key, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    return width * sum(parameter.numel() for parameter in made.parameters())
 
 
 def _make_writable(generation_config: Any) -> None:
@@ -212,24 +247,39 @@ def plain_generation(*models: Any) -> Iterator[None]:
             model.generation_config = config
 
 
-def check_fits(model: str, key: str, device: str) -> None:
-    """Refuse a model in a directory whose weights are larger than the memory that is free.
+def check_fits(model: str, needed: int, dtype: str, key: str, device: str) -> None:
+    """Refuse a model whose weights are larger than the memory that is free.
 
     Raises:
         InputError: naming both.
     """
-    size, free = model_bytes(model), free_memory(device)
-    if size is not None and size > free:
-        raise InputError(f"{key}: the weights of {model} are {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {device}")
+    free, form = free_memory(device), "" if dtype == "auto" else f" in {dtype}"
+    if needed > free:
+        raise InputError(
+            f"{key}: the weights of {model} are {needed / 1e9:.1f} GB{form}, and {free / 1e9:.1f} GB are free on {device}"
+        )
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a device."""
+    """Bytes that are free on a device, with what torch keeps there for nothing."""
     import psutil
     import torch
 
-    kind = torch.device(device).type
-    return int(psutil.virtual_memory().available if kind in ("cpu", "mps") else torch.accelerator.get_memory_info(device)[0])
+    if torch.device(device).type in ("cpu", "mps"):
+        return int(psutil.virtual_memory().available)
+    hand_back_memory()
+    return int(torch.accelerator.get_memory_info(device)[0])
+
+
+def hand_back_memory() -> None:
+    """Give the accelerator back what no tensor needs any more, for another process or engine."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 @contextmanager
@@ -252,13 +302,15 @@ def whole_on_every_process() -> Iterator[None]:
 
 
 def generation_config(model: str, revision: str | None) -> Any:
-    """The model's generation configuration; None if it has none."""
+    """The model's generation configuration, such that it can be written again; None if it has none."""
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(model, revision=revision)
+        found = GenerationConfig.from_pretrained(model, revision=revision)
     except OSError:
         return None
+    _make_writable(found)
+    return found
 
 
 def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
@@ -335,13 +387,15 @@ def context_length(config: Any) -> int | None:
 
 
 def model_bytes(directory: str) -> int | None:
-    """Bytes of the weight files in a model directory; None for a model on the Hub."""
+    """Bytes of the weight files in a model directory; None for a model on the Hub, and where there are none."""
     path = Path(directory)
-    if not path.is_dir():
-        return None
     index = read_json(path / "model.safetensors.index.json")
-    files = [path / name for name in set(index["weight_map"].values())] if index else list(path.glob("*.safetensors"))
-    return sum(file.stat().st_size for file in files or path.glob("*.gguf"))
+    if index:
+        return sum((path / name).stat().st_size for name in set(index["weight_map"].values()))
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):  # the first kind there is, as transformers looks for them
+        if files := list(path.glob(pattern)):
+            return sum(file.stat().st_size for file in files)
+    return None
 
 
 def _found(model: str, key: str, load: Any) -> Any:

@@ -1,5 +1,6 @@
 """The fast engine: vLLM in this process, continuous batching, the top of the distribution in the same pass."""
 
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from llmdistill.teachers.vllm_worker import ASKED
 _QUEUE = 2048
 _READ_BYTES = 1 << 30  # of float32 log-probabilities at a time, when finished text is read; some copies come on top
 _SEQUENCES = 256  # read at a time
+_MOST, _SPARE = 0.92, 0.03  # shares of a GPU's memory: vLLM's own default, and what is left of what is free
 # Where a CPU has so many cores or fewer, vLLM runs in this process: the processes that it else starts wait for each other in
 # loops that keep a core busy, and each takes its time to start. On two cores that doubles the speed (docs/teachers.md).
 _FEW_CORES = 8
@@ -74,6 +76,8 @@ class VllmEngine(Engine):
             "logprobs_mode": "raw_logprobs",
             "use_tqdm_on_load": False,
         }
+        if (share := _share_of_memory(bool(spec.reads_with))) is not None:
+            arguments["gpu_memory_utilization"] = share
         if self._sleep_level:
             arguments["enable_sleep_mode"] = True
         if spec.reads_with:
@@ -219,6 +223,29 @@ def prepare_environment(kv_cache_gib: int = 2) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if current_platform.is_cpu() and cores <= _FEW_CORES:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+def _share_of_memory(reads: bool) -> float | None:
+    """Of a GPU's memory what vLLM may take: its own default, but no more than is free; None leaves it to vLLM.
+
+    Args:
+        reads: whether prompts get log-probabilities, whose memory vLLM does not reckon with.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return None
+    from vllm.third_party import pynvml  # which makes no CUDA context in this process
+
+    try:
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByIndex(current_platform.visible_device_id_to_physical_device_id(0))
+        memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:  # a GPU without NVML, such as a Jetson's
+        return None
+    beside = 2 * _READ_BYTES if reads else 0
+    return math.floor(100 * (min(_MOST, memory.free / memory.total - _SPARE) - beside / memory.total)) / 100
 
 
 def _check_runner() -> None:

@@ -68,14 +68,13 @@ class SampleTargets:
                     f"targets.kind {kind}: this vLLM's model runner has no Sampler.{name}; start it with "
                     "VLLM_USE_V2_MODEL_RUNNER=0, or use engine transformers"
                 )
-        kept, generator = int(kept), torch.Generator().manual_seed(int(seed))  # a server passes strings on
+        kept, uniform = int(kept), _Uniform(int(seed))  # a server passes strings on
         logprobs = LogSoftmax()
         reading = _know_what_is_read(self.model_runner) if int(asked) else None
 
         def gather_logprobs(logprobs_NV: torch.Tensor, n: int, token_ids: torch.Tensor) -> Any:
-            shape = (len(logprobs_NV), KINDS[kind].uniforms(kept))
-            uniform_NU = torch.rand(shape, generator=generator, dtype=torch.float64)
-            kept_Nn = KINDS[kind].keep(logprobs_NV, kept, uniform_NU.to(logprobs_NV.device))
+            uniform_NU = uniform(len(logprobs_NV), KINDS[kind].uniforms(kept), logprobs_NV.device)
+            kept_Nn = KINDS[kind].keep(logprobs_NV, kept, uniform_NU)
             ids_NK = torch.cat([token_ids[:, None], kept_Nn], dim=1)
             kept_NK = logprobs_NV.gather(1, ids_NK)
             rank_N = torch.zeros_like(token_ids)  # nobody looks at it, and to count costs as much as to sample
@@ -133,6 +132,20 @@ def _asked_ids(request: Any, rows: int, asked: int) -> torch.Tensor:
     return ids_NJ[places.clamp(0, len(ids_NJ) - 1)] * is_there[:, None]
 
 
+class _Uniform:
+    """Random numbers that are made where they are used: to copy them to a GPU, it would have to be waited for in every step."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+
+    def __call__(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """From 0 to 1, in float64; shape (rows, columns)."""
+        if self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(self._seed)
+        return torch.rand((rows, columns), generator=self._generator, dtype=torch.float64, device=device)
+
+
 class LogSoftmax:
     """Log-softmax in float32. On a CPU its results share one memory, which takes longer to get anew than to fill."""
 
@@ -142,7 +155,7 @@ class LogSoftmax:
     def __call__(self, logits_NV: torch.Tensor) -> torch.Tensor:
         """Valid until the next call."""
         if logits_NV.device.type != "cpu":
-            return logits_NV.float().log_softmax(dim=-1)
+            return logits_NV.log_softmax(dim=-1, dtype=torch.float32)  # without a copy of them in float32
         if self._memory.numel() < logits_NV.numel():
             self._memory = torch.empty(logits_NV.numel())
         logprobs_NV = self._memory[: logits_NV.numel()].view(logits_NV.shape)

@@ -1,5 +1,6 @@
 """How much arithmetic a training step takes, and how much of what the device can do that is."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,5 +105,11 @@ def peak_flops(device: torch.device) -> float | None:
     """What one device can do in bfloat16, a second; None if that is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for known, peak in _PEAKS.items() if known in name), None)
+    return _peak_of(torch.cuda.get_device_name(device))
+
+
+def _peak_of(name: str) -> float | None:
+    """By a GPU's name: `RTX A1000` is no `A100`, and a laptop's is slower than the one of the same number."""
+    if "Laptop" in name:
+        return None
+    return next((peak * 1e12 for known, peak in _PEAKS.items() if re.search(rf"\b{known}(?![A-Za-z0-9])", name)), None)

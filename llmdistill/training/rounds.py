@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from llmdistill.models.loading import hand_back_memory
+
 
 class RoundRows(torch.utils.data.Dataset[Any]):
     """As many places as the steps of a round take rows.
@@ -53,8 +55,7 @@ def train_in_rounds(trainer: Any, every: int, rows_of: Callable[[int, Any], Any]
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             number = state.global_step // every
             student = trainer.accelerator.unwrap_model(trainer.model)
-            if torch.accelerator.is_available():
-                torch.accelerator.empty_cache()  # for the engines
+            hand_back_memory()  # for the engines
             student.eval()
             with trainer.paused(), _own_random_numbers(), _on_sigterm(at_once):
                 found = rows_of(number, student)
