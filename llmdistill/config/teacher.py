@@ -26,8 +26,8 @@ _OWN_ARGUMENTS |= {
 } | {"tokenizer_revision": "teacher.revision", "code_revision": "teacher.revision"}  # fmt: skip
 # Those that say how fast it runs, or in how much memory. All others may change what it computes.
 ARGUMENTS_OF_SPEED = (
-    "async_scheduling", "block_size", "compilation_config", "cpu_offload_gb", "data_parallel_size", "disable_custom_all_reduce",
-    "disable_log_stats", "distributed_executor_backend", "download_dir", "enable_chunked_prefill", "enable_expert_parallel",
+    "async_scheduling", "block_size", "compilation_config", "cpu_offload_gb", "disable_custom_all_reduce", "disable_log_stats",
+    "distributed_executor_backend", "download_dir", "enable_chunked_prefill", "enable_expert_parallel",
     "enable_prefix_caching", "enable_sleep_mode", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes",
     "max_num_batched_tokens", "max_num_seqs", "max_parallel_loading_workers", "pipeline_parallel_size", "scheduling_policy",
     "swap_space",
@@ -66,6 +66,8 @@ class Abilities:
     """Whether it can return a token more than once per position."""
     grammar: bool = False
     """Whether it supports constrained decoding by a JSON schema."""
+    lowest_temperature: float = 0.0
+    """The lowest sampling temperature above 0; the engine would raise lower ones to it in silence."""
     continuous_batching: bool = True
     """Whether a finished sequence is immediately replaced by the next."""
     runtime: Runtime = "torch"
@@ -76,10 +78,22 @@ _BATCHED = "rows and ids are the same on every run; text and last bits of the nu
 _HOSTED = "rows and ids are the same on every run; what the model behind the address writes may differ"
 ENGINES: dict[EngineName, Abilities] = {
     "vllm": Abilities(
-        "llmdistill.teachers.vllm:VllmEngine", _BATCHED, package="vllm", grammar=True, any_token=True, runtime="vllm"
+        "llmdistill.teachers.vllm:VllmEngine",
+        _BATCHED,
+        package="vllm",
+        any_token=True,
+        grammar=True,
+        lowest_temperature=0.01,
+        runtime="vllm",
     ),
     "server": Abilities(
-        "llmdistill.teachers.server:ServerEngine", _BATCHED, remote=True, key="VLLM_API_KEY", repeats=False, grammar=True
+        "llmdistill.teachers.server:ServerEngine",
+        _BATCHED,
+        remote=True,
+        key="VLLM_API_KEY",
+        repeats=False,
+        grammar=True,
+        lowest_temperature=0.01,
     ),
     "openai": Abilities(
         "llmdistill.teachers.openai:OpenAIEngine",
@@ -237,6 +251,11 @@ class Teacher(Section):
             if name in _OWN_ARGUMENTS:
                 instead = f"set {key}" if (key := _OWN_ARGUMENTS[name]) else "remove it"
                 raise ValueError(f"engine_args.{name}: llmdistill sets this argument itself; {instead}")
+        if self.engine_args.get("data_parallel_size", 1) != 1:
+            raise ValueError(
+                "engine_args.data_parallel_size: one process runs one copy of the teacher; start a process for each copy, with "
+                "`--shards i/n`"
+            )
         if self.engine_args.get("speculative_config"):
             raise ValueError(
                 "engine_args.speculative_config: log-probabilities under speculative decoding are not known to be the "

@@ -233,12 +233,13 @@ Versions, seeds and hashes of all inputs are in `run.json`.
 """
 
 
-def with_results(card: str, metrics: dict[str, Any]) -> str:
+def with_results(card: str, metrics: dict[str, Any], manifest: Mapping[str, Any]) -> str:
     """A student's card with what `eval` has found, in the place of what an earlier one had.
 
     Args:
         card: the README.md of the student.
         metrics: the content of `metrics.json`.
+        manifest: of the dataset whose held-out rows were measured.
     """
     student = next(model for model in metrics["models"] if model["name"] == "student")
     facts = {}
@@ -249,23 +250,24 @@ def with_results(card: str, metrics: dict[str, Any]) -> str:
         mean, ends = interval_text(task["models"]["student"], ".1f", 100)
         teacher = task["models"].get("teacher")
         compared = f", teacher {interval_text(teacher, '.1f', 100)[0]}%" if teacher else ""
-        facts[f"{task['name']}, % right"] = f"{mean}% (95% CI {ends}){compared}"
+        facts[f"{task['name']}, {task['metric']}, %"] = f"{mean}% (95% CI {ends}){compared}"
     facts["parameters"] = f"{student['parameters']:,}"
     held_out = metrics["held_out"]
     what = "positions that both vocabularies share, of the text" if "classes" in held_out else "tokens"
+    how = "read" if "text_from" in manifest else "wrote"
     results = f"""{_RESULTS}
 
 **{metrics["headline"]}**
 
 {_table(facts)}
 
-On {held_out["tokens"]:,} {what} that the teacher wrote for {held_out["prompts"]:,} prompts held out of training;
+On {held_out["tokens"]:,} {what} that the teacher {how} for {held_out["prompts"]:,} prompts held out of training;
 intervals over the prompts.
 
 """
     card = without_results(card)
     place = next((card.index(heading) for heading in ("## Usage", "## Configuration") if heading in card), len(card))
-    return _with_index(card[:place], student, metrics) + results + card[place:]
+    return _with_index(card[:place], student, metrics, f"held-out text that the teacher {how}") + results + card[place:]
 
 
 def without_results(card: str) -> str:
@@ -288,12 +290,12 @@ def _joined(head: dict[str, Any], text: str) -> str:
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{text}" if head else text
 
 
-def _with_index(card: str, student: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """The head with the Hub's `model-index`, which shows results beside the model."""
-    head, text = _split(card)
+def _with_index(card: str, student: dict[str, Any], metrics: dict[str, Any], text: str) -> str:
+    """The head with the Hub's `model-index`, which shows results on a text beside the model."""
+    head, rest = _split(card)
     if not head:
         return card
-    dataset = {"name": "held-out text of the teacher", "type": "llmdistill"}
+    dataset = {"name": text, "type": "llmdistill"}
     found = [
         {
             "type": metric.name,
@@ -304,8 +306,7 @@ def _with_index(card: str, student: dict[str, Any], metrics: dict[str, Any]) -> 
     ]
     results = [{"task": {"type": "text-generation"}, "dataset": dataset, "metrics": found}]
     for task in (metrics.get("tasks") or {"tasks": []})["tasks"]:
-        metric = task.get("metric", "acc")
-        value = {"type": metric, "name": metric, "value": task["models"]["student"]["mean"]}
+        value = {"type": task["metric"], "name": task["metric"], "value": task["models"]["student"]["mean"]}
         about = {"name": task["name"], "type": task["name"]}
         results.append({"task": {"type": "text-generation"}, "dataset": about, "metrics": [value]})
-    return _joined(head | {"model-index": [{"name": Path(student["path"]).name, "results": results}]}, text)
+    return _joined(head | {"model-index": [{"name": Path(student["path"]).name, "results": results}]}, rest)

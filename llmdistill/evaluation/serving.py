@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -16,14 +17,16 @@ import psutil
 
 from llmdistill.config.machine import inference_precision
 from llmdistill.errors import InputError
-from llmdistill.evaluation.serving_worker import KV_CACHE_BYTES
 from llmdistill.evaluation.writing import answer_length
-from llmdistill.models.loading import continue_prompts, load_config, model_bytes
+from llmdistill.models.loading import continue_prompts, load_config, model_bytes, model_precision
 from llmdistill.runs.progress import StageBar, working
 
 ROUNDS = {"vllm": 5, "transformers": 3}
 PROMPT_TOKENS = {"vllm": 128, "transformers": 16}
-_ENGINE_BYTES = 3 << 30  # that vLLM takes beside twice the weights, generously
+_ENGINE_BYTES = 2 << 30  # that vLLM takes beside twice the weights and the cache, generously
+_LEAST_CACHE = 1 << 30
+_PAGE = 128  # tokens of a sequence that vLLM's cache holds together, at most
+_WARM_UP = 4  # tokens written before anything is timed
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,22 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int, tasks: Tasks) -> 
     Returns:
         How it was measured, and under `models` one entry each, in order: `prefill` and `decode` in tokens a second and
         `decode_ratio` to the first model round by round, each with `median`, `low` and `high`, the lowest and highest round;
-        `peak_bytes`, of weights, cache and engine; `requests` of each task, as `request_figures` gives it; or `failed`, why vLLM
-        does not load it.
+        `peak_bytes`, of weights, cache and engine; `kv_cache_bytes`, by `cache_bytes`; `requests` of each task, as
+        `request_figures` gives it; or `failed`, why vLLM does not load it.
     """
     settings = {"batch": batch, "prompt_tokens": PROMPT_TOKENS["vllm"], "new_tokens": max(new_tokens, 2)}
     asked = [requests.longest for by_model in tasks.values() for requests in by_model.values()]
     longest = max(settings["prompt_tokens"] + settings["new_tokens"], *asked, 0)
-    together, rounds = _fit_together(models), ROUNDS["vllm"]
+    caches = {model.name: cache_bytes(model, batch, longest) for model in models}
+    together, rounds = _fit_together(models, caches), ROUNDS["vllm"]
     found: dict[str, list[dict[str, float]]] = {model.name: [] for model in models}
     requests: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     version = ""
     with StageBar("speed", rounds * len(models)) as bar:
         for group in [models] if together else [[model] for model in models]:
-            engines = {model.name: _Engine(model, {**settings, "max_model_len": longest}) for model in group}
+            fixed = {**settings, "max_model_len": longest}
+            engines = {model.name: _Engine(model, {**fixed, "kv_cache_bytes": caches[model.name]}) for model in group}
             try:
                 for name, engine in engines.items():
                     with working("speed", f"starting vLLM for {name}"):
@@ -121,12 +126,38 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int, tasks: Tasks) -> 
             "prefill": spread([values["prefill_tokens_per_s"] for values in found[model.name]]),
             **_decoding([values["decode_tokens_per_s"] for values in found[model.name]], found[models[0].name]),
             "peak_bytes": int(max(values["peak_bytes"] for values in found[model.name])),
+            "kv_cache_bytes": caches[model.name],
             **({"requests": requests[model.name]} if tasks else {}),
         }
         for model in models
     ]
     about = {"engine": "vllm", "version": version, **settings, "rounds": rounds, "in_turns": together}
-    return {**about, "kv_cache_bytes": KV_CACHE_BYTES, "models": entries}
+    return {**about, "models": entries}
+
+
+def cache_bytes(model: Served, batch: int, length: int) -> int:
+    """Of the keys and values of all sequences at once, on each device; at least a GiB.
+
+    More than is needed where they are stored compressed, or of a sliding window alone.
+
+    Args:
+        model: served in the precision of this machine.
+        batch: sequences.
+        length: tokens of each.
+    """
+    import torch
+
+    how = (model.path, model.revision)
+    told: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "key": f"the model `{model.name}`"}
+    config = load_config(*how, **told).get_text_config()
+    asked = model_precision(*how, **told).dtype
+    dtype = (config.dtype or torch.float32) if asked == "auto" else asked
+    width = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+    heads = getattr(config, "num_attention_heads", None) or 0  # none of a model without attention
+    channels = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    on_device = math.ceil((getattr(config, "num_key_value_heads", None) or heads) / model.tensor_parallel_size)
+    tokens = (batch * math.ceil(length / _PAGE) + 1) * _PAGE  # vLLM keeps one page empty
+    return max(_LEAST_CACHE, tokens * 2 * config.num_hidden_layers * on_device * channels * width)
 
 
 def by_transformers(models: dict[str, Any], batch: int, new_tokens: int, tasks: Tasks) -> dict[str, Any]:
@@ -143,20 +174,25 @@ def by_transformers(models: dict[str, Any], batch: int, new_tokens: int, tasks: 
 
     prompt_tokens, rounds = PROMPT_TOKENS["transformers"], ROUNDS["transformers"]
     speeds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+
+    def seconds(model: Any, tokens: int) -> float:
+        ids, start = torch.full((batch, prompt_tokens), 3, device=model.device), time.perf_counter()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+        )
+        return time.perf_counter() - start
+
     with torch.inference_mode(), working("speed", "timing"):
+        for model in models.values():
+            seconds(model, _WARM_UP)
         for _ in range(rounds):
             for name, model in models.items():
-                ids = torch.full((batch, prompt_tokens), 3, device=model.device)
-                start = time.perf_counter()
-                model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    min_new_tokens=new_tokens,
-                    max_new_tokens=new_tokens,
-                    pad_token_id=0,
-                )
-                speeds[name].append({"decode_tokens_per_s": batch * new_tokens / (time.perf_counter() - start)})
+                speeds[name].append({"decode_tokens_per_s": batch * new_tokens / seconds(model, new_tokens)})
     first = next(iter(speeds.values()))
     requests = {task: _answered_in_turn(models, by_model, batch) for task, by_model in tasks.items()}
     entries = [
@@ -219,7 +255,7 @@ def _decoding(values: list[float], reference: list[dict[str, float]]) -> dict[st
     return {"decode": spread(values), **({"decode_ratio": spread(ratios)} if ratios else {})}
 
 
-def _fit_together(models: list[Served]) -> bool:
+def _fit_together(models: list[Served], caches: Mapping[str, int]) -> bool:
     """Whether all engines fit into what memory is free, of the accelerator or else the machine."""
     import torch
 
@@ -228,7 +264,7 @@ def _fit_together(models: list[Served]) -> bool:
         return False
     accelerator = torch.accelerator.is_available()
     free = torch.accelerator.get_memory_info()[0] if accelerator else psutil.virtual_memory().available
-    return sum(2 * (size or 0) + _ENGINE_BYTES for size in sizes) < free
+    return sum(2 * (size or 0) + _ENGINE_BYTES + caches[model.name] for size, model in zip(sizes, models, strict=True)) < free
 
 
 class _Engine:

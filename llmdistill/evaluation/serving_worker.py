@@ -6,13 +6,12 @@ answered by the figures of a round, and one of JSON, which holds requests, by ho
 
 import importlib
 import json
+import math
 import os
 import resource
 import sys
 import time
 from typing import Any
-
-KV_CACHE_BYTES = 1 << 30
 
 
 class PeakMemory:
@@ -50,7 +49,8 @@ def _load(settings: dict[str, Any]) -> Any:
     from llmdistill.models.loading import model_precision
     from llmdistill.teachers.vllm import prepare_environment
 
-    prepare_environment(kv_cache_gib=KV_CACHE_BYTES >> 30)
+    cache = settings["kv_cache_bytes"]
+    prepare_environment(kv_cache_gib=math.ceil(cache / (1 << 30)))
     import vllm
     from vllm.platforms import current_platform
 
@@ -67,7 +67,7 @@ def _load(settings: dict[str, Any]) -> Any:
         # All prompts are read in one step.
         max_num_batched_tokens=max(batch * length, settings["max_model_len"], 2048),
         enable_prefix_caching=False,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        kv_cache_memory_bytes=cache,
         gpu_memory_utilization=0.01,  # what is not asked for otherwise is not kept from the other engines
         enforce_eager=current_platform.is_cpu(),
         worker_extension_cls="llmdistill.evaluation.serving_worker.PeakMemory",

@@ -192,12 +192,36 @@ def share_interval(hits: Array, sizes: Array, draws: Array) -> Interval:
         sizes: tokens or items of each cluster.
         draws: from `draw_clusters`.
     """
-    estimate, clusters = ratio(hits, sizes, draws), int(np.count_nonzero(sizes))
-    p = estimate.value
+    estimate = ratio(hits, sizes, draws)
     if (sizes == 1).all():
-        return _wilson(p, clusters, NormalDist().inv_cdf(0.975))
-    independent = p * (1 - p) / estimate.error**2 if estimate.error > 1e-12 else clusters
-    return _wilson(p, min(independent, float(sizes.sum())), _student(estimate.freedom))
+        return _wilson(estimate.value, len(sizes), NormalDist().inv_cdf(0.975))
+    return _wilson(estimate.value, _independent(estimate, sizes), _student(estimate.freedom))
+
+
+def bounded_interval(sums: Array, sizes: Array, draws: Array) -> Interval:
+    """The mean of what is from 0 to 1, such as wins of which a tie is half of one; the interval does not collapse near the ends.
+
+    It is on each side the wider one of `mean_interval` and of Agresti & Coull (1998), who add two items of 0 and two of 1: here
+    to as many independent ones as in `share_interval`, with the variance that they have and Student's quantile.
+
+    Args:
+        sums: of each cluster.
+        sizes: tokens or items of each cluster.
+        draws: from `draw_clusters`.
+    """
+    estimate = ratio(sums, sizes, draws)
+    found, p, n = estimate.interval(), estimate.value, _independent(estimate, sizes)
+    centre = (n * p + 2) / (n + 4)
+    squares = n * (n * estimate.error**2 + (p - centre) ** 2) + 2 * centre**2 + 2 * (1 - centre) ** 2
+    half = _student(estimate.freedom) * math.sqrt(squares) / (n + 4)
+    return Interval(p, max(min(found.low, centre - half), 0.0), min(max(found.high, centre + half), 1.0))
+
+
+def _independent(estimate: Estimate, sizes: Array) -> float:
+    """Items that would give a share the same standard error if they had nothing to do with each other; of no error, clusters."""
+    p = estimate.value
+    count = p * (1 - p) / estimate.error**2 if estimate.error > 1e-12 else np.count_nonzero(sizes)
+    return float(min(count, sizes.sum()))
 
 
 def _student(freedom: int) -> float:
@@ -323,11 +347,8 @@ class Draws:
 
     def share(self, hits: Array, counts: Array) -> dict[str, float]:
         """The ratio of two sums over rows that cannot leave 0 to 1, with its interval."""
-        by_cluster, sizes = self.sums(hits), self.sums(counts)
-        found = mean_interval(by_cluster, sizes, self.draws)
-        if (hits == np.round(hits)).all() or found.high - found.low < 1e-12:
-            return asdict(share_interval(by_cluster, sizes, self.draws))
-        return asdict(replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0)))
+        interval = share_interval if (hits == np.round(hits)).all() else bounded_interval
+        return asdict(interval(self.sums(hits), self.sums(counts), self.draws))
 
     def pairs(self, differences: Array) -> dict[str, float]:
         """The mean difference of two models that have each item right or wrong, with its interval."""

@@ -1,14 +1,22 @@
 """What is said of a `metrics.json` in a few lines: its headline, and what `eval` says at its end."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from llmdistill.config import Experiment
 from llmdistill.evaluation import drafts
 from llmdistill.evaluation.metrics import has_teacher
 from llmdistill.evaluation.routes import lines
 from llmdistill.evaluation.statistics import interval_text, nats_text, share_interval_text, share_text, times_text
 
 Json = dict[str, Any]
+
+
+def exported_model(experiment: Experiment) -> str:
+    """Whose forms `export` writes, and what they are measured against: the run's student, or the model of `export.model`."""
+    model = experiment.export.model if experiment.export else None
+    return "the student" if model is None or Path(model) == experiment.directory("student") else model
 
 
 def headline(models: list[Json], engine: str, tasks: Json | None = None) -> str:
@@ -60,7 +68,8 @@ def _headline_of_text(models: list[Json], tasks: Json | None) -> str:
     said = [f"{bits} bits per byte of the teacher's text (95% CI {ends}), {before} before training"]
     said.append(_share(by_name["student"]["written"], "its tokens are the student's choice"))
     if tasks:
-        said.append(_share(tasks["together"]["models"]["student"], "the tasks right"))
+        mean, ends = share_interval_text(tasks["together"]["models"]["student"])
+        said.append(f"{mean}% on the tasks (95% CI {ends})")
     return " · ".join(said)
 
 

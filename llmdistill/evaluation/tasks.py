@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class About:
 
     Attributes:
         source: where it comes from.
-        metric: that the score of an item is.
+        metric: that the score of an item is, from 0 to 1.
         chance: what guessing gives; None if that is not known.
         tables: what a task of a user's own says beside its score.
     """
@@ -237,46 +237,70 @@ def run_tasks(
         parts: where the scores of each model on each task are kept.
 
     Raises:
-        InputError: a task has no score of single items.
+        InputError: a task has no score of single items from 0 to 1.
     """
     import torch
-    from lm_eval.models.huggingface import HFLM
 
-    rows: list[dict[str, Any]] = []
+    measured: list[tuple[str, dict[str, list[dict[str, Any]]]]] = []
     about: dict[str, About] = {}
+    shared: dict[str, list[str]] = {}  # metrics of every model so far, in the task's order
     warnings: list[str] = []
     files = {pair: f"task-{number}" for number, pair in enumerate(itertools.product(models, tasks))}
     done = sum(map(parts.has, files.values()))
     with StageBar("eval", len(files), done) as bar, torch.inference_mode():
 
         def measure(runner: Any, model: str, name: str) -> dict[str, Any]:
-            source, task = tasks[name]
+            _, task = tasks[name]
             bar.advance(0, facts=[f"{model} on {name}"])
             with plain_generation(models[model]):
                 samples, cut = _run(runner, name, task, tokenizers[model].chat_template is not None, limit)
-            metric, described = _about(source, task, samples)
             bar.advance(1)
-            scored = [_row(name, model, metric, sample, task) for sample in samples]
-            return {"rows": scored, "about": asdict(described), "cut": cut}
+            rows = {metric: [_row(name, model, metric, each, task) for each in samples] for metric in _scores(task, samples)}
+            return {"rows": rows, "metrics": samples[0]["metrics"], "chance": _chance(task, samples), "cut": cut}
 
         for model in models:
-            with _quiet():
-                # Log-probabilities in float32: in bfloat16 many choices would tie.
-                runner = HFLM(
-                    models[model],
-                    tokenizer=tokenizers[model],
-                    batch_size=batch_size,
-                    softmax_dtype=torch.float32,
-                    chat_template_args=template_args,
-                )
-            for name in tasks:
+            runner = _runner(models[model], tokenizers[model], batch_size, template_args)
+            for name, (source, _) in tasks.items():
                 found = parts.result(files[model, name], partial(measure, runner, model, name))
-                rows += found["rows"]
-                about[name] = About(**found["about"])
+                shared[name] = [metric for metric in shared.get(name, found["rows"]) if metric in found["rows"]]
+                if not shared[name]:
+                    metrics = ", ".join(found["metrics"])
+                    raise InputError(f"eval.tasks: {source}: none of its metrics scores single items from 0 to 1: {metrics}")
+                about[name] = About(source, shared[name][0], found["chance"])
+                measured.append((name, found["rows"]))
                 if cut := found["cut"]:
                     warnings.append(f"{name}: {cut} requests were too long for {model} and were cut at their beginning")
         bar.advance(0, facts=["models on tasks"])
+    rows = [row for name, scored in measured for row in scored[about[name].metric]]
     return pa.Table.from_pylist(rows, SCHEMA), about, warnings
+
+
+def _runner(model: Any, tokenizer: Any, batch_size: int, template_args: dict[str, Any] | None) -> Any:
+    """lm-eval's, which counts in `cut` the requests to write that were cut at their beginning: its log tells the batches."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class Runner(HFLM):
+        cut = 0
+
+        def tok_batch_encode(
+            self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+        ) -> tuple[Any, Any]:
+            ids_BT, mask_BT = super().tok_batch_encode(strings, padding_side, None, truncation)
+            if left_truncate_len is None:
+                return ids_BT, mask_BT
+            self.cut += int((mask_BT.sum(dim=1) > left_truncate_len).sum())
+            return ids_BT[:, -left_truncate_len:], mask_BT[:, -left_truncate_len:]
+
+    with _quiet():
+        # Log-probabilities in float32: in bfloat16 many choices would tie.
+        return Runner(
+            model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            softmax_dtype=torch.float32,
+            chat_template_args=template_args,
+        )
 
 
 def _run(runner: Any, name: str, task: Any, chat: bool, limit: int | None) -> tuple[list[dict[str, Any]], int]:
@@ -284,6 +308,7 @@ def _run(runner: Any, name: str, task: Any, chat: bool, limit: int | None) -> tu
     from lm_eval.evaluator import evaluate
 
     task.set_fewshot_seed(seed=_SEED)
+    runner.cut = 0
     with _quiet() as log:
         found = evaluate(
             runner,
@@ -295,19 +320,26 @@ def _run(runner: Any, name: str, task: Any, chat: bool, limit: int | None) -> tu
         )
     samples: list[dict[str, Any]] = found["samples"][name]
     first = samples[0]["filter"]
-    return [sample for sample in samples if sample["filter"] == first], sum("runcating" in line for line in log)
+    cut = runner.cut + sum("tokens from the left" in line for line in log)  # of requests for a likelihood each has a line
+    return [sample for sample in samples if sample["filter"] == first], cut
 
 
-def _about(source: str, task: Any, samples: list[dict[str, Any]]) -> tuple[str, About]:
-    """The task's first metric that is a number for a single item, where higher is better."""
-    higher = task.higher_is_better()
-    for metric in samples[0]["metrics"]:
-        if isinstance(samples[0][metric], (int, float, np.number, np.bool_)) and higher.get(metric, True):
-            chance = None
-            if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_target:
-                chance = float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
-            return metric, About(source, metric, chance)
-    raise InputError(f"eval.tasks: {source}: none of its metrics scores single items: {', '.join(samples[0]['metrics'])}")
+def _scores(task: Any, samples: list[dict[str, Any]]) -> list[str]:
+    """The task's metrics that are a number from 0 to 1 for every single item, where higher is better."""
+    higher, number = task.higher_is_better(), (int, float, np.number, np.bool_)
+    return [
+        metric
+        for metric in samples[0]["metrics"]
+        if higher.get(metric, True)
+        and all(isinstance(sample[metric], number) and 0 <= float(sample[metric]) <= 1 for sample in samples)
+    ]
+
+
+def _chance(task: Any, samples: list[dict[str, Any]]) -> float | None:
+    """What guessing gives, where there is one right choice."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_target:
+        return None
+    return float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
 
 
 def _row(task_name: str, model: str, metric: str, sample: dict[str, Any], task: Any) -> dict[str, Any]:

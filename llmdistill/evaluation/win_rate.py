@@ -5,8 +5,8 @@ Every pair is shown twice, each answer once in the first place, since judges fav
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,15 @@ _RIDGE = 0.01  # on both coefficients: without it there is no fit where one mode
 _STEPS = 30  # of Newton's method, which needs about ten
 _KEPT = 128  # questions after which the verdicts are kept, whatever happens
 STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is compared: rows with a prompt each, and what the student and the other model answer to it."""
+
+    rows: list[dict[str, Any]]
+    ours: list[str]
+    theirs: list[str]
 
 
 class Comparison:
@@ -79,27 +88,24 @@ class Comparison:
         """
         _ = self.reader
 
-    def measure(
+    def answers(
         self,
-        models: dict[str, Any],
+        models: Mapping[str, Any],
         rows: Any,
         conversations: Sequence[str],
         tokenizers: dict[str, Any],
         end_ids: dict[str, list[int]],
         parts: Parts,
-        directory: Path,
-    ) -> dict[str, Any]:
-        """Let both models answer and the judge compare; write `verdicts.parquet`, and give what belongs into `metrics.json`.
+    ) -> Answers:
+        """Let both models answer.
 
         Args:
-            models: by name; **emptied**, so that the judge has the memory. The answers of a teacher that is none of them are
-                those that are stored.
+            models: by name; the answers of a teacher that is none of them are those that are stored.
             rows: held out, with `id`, `prompt`, `completion`, `input_ids` and `completion_start`.
             conversations: the one that each row belongs to.
             tokenizers: of each model.
             end_ids: the tokens that end an answer of each.
             parts: where the answers are kept.
-            directory: of the stage.
         """
         names = (STUDENT, self.settings.against)
         writers = [name for name in names if name in models]
@@ -116,11 +122,19 @@ class Comparison:
                 return [each.text for each in written]
 
             answers |= {name: parts.result(file, partial(answer, name)) for name, file in files.items()}
-        models.clear()
-        prompts = [as_text(row["prompt"]) for row in asked]
-        ours, theirs = (answers[name] for name in names)
-        table = self._verdicts([str(row["id"]) for row in asked], prompts, ours, theirs, parts)
-        table = table.append_column("conversation", pa.array([row["conversation"] for row in asked]))
+        return Answers(asked, answers[STUDENT], answers[self.settings.against])
+
+    def judged(self, answers: Answers, parts: Parts, directory: Path) -> dict[str, Any]:
+        """Let the judge compare; write `verdicts.parquet`, and give what belongs into `metrics.json`.
+
+        Args:
+            answers: of both models, which the judge may need the memory of.
+            parts: where the verdicts are kept.
+            directory: of the stage.
+        """
+        prompts = [as_text(row["prompt"]) for row in answers.rows]
+        table = self._verdicts([str(row["id"]) for row in answers.rows], prompts, answers.ours, answers.theirs, parts)
+        table = table.append_column("conversation", pa.array([row["conversation"] for row in answers.rows]))
         pq.write_table(table, directory / "verdicts.parquet")
         settings, eval_ = self.settings, self.experiment.eval
         result = win_rate(table, eval_.resamples, self.experiment.seed)

@@ -3,7 +3,7 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -119,9 +119,16 @@ class Speaker:
                 max_new_tokens=sampling.max_tokens,
                 pad_token_id=self.tokenizer.pad_token_id or 0,
                 streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-                stopping_criteria=StoppingCriteriaList([lambda ids, scores: torch.full((len(ids),), stop.is_set())]),
+                stopping_criteria=StoppingCriteriaList([stops_at(stop)]),
             )
         self.history += [told[-1], {"role": "assistant", "content": self.text}]
+
+
+def stops_at(stop: threading.Event) -> Callable[[Any, Any], Any]:
+    """Whether each sequence that is written ends, for `generate`: all of them once the event is set."""
+    import torch
+
+    return lambda ids, scores: torch.full((len(ids),), stop.is_set(), device=ids.device)
 
 
 def _lines() -> Iterator[str]:

@@ -4,7 +4,7 @@ Of a teacher behind an API, whose weights are not here, its text alone is known:
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from llmdistill.evaluation.text import text_sums
 from llmdistill.evaluation.win_rate import Comparison
 from llmdistill.models.loading import (
     check_model_exists,
+    hand_back_memory,
     load_config,
     load_model,
     load_tokenizer,
@@ -158,17 +159,19 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     found |= parts.result("texts", lambda: _texts(experiment, loaded, measured))
     metrics = _metrics(experiment, plan.subjects, loaded, measured) | found | {"warnings": [warning] if warning else []}
     _add_own_texts(metrics, own, experiment)
+    comparison = plan.comparison
+    answered = comparison.answers(models, rows, prompts, tokenizers, ends, parts) if comparison else None
     # The last of these models: what is timed is in the precision that it is used in, the judge needs the memory.
     timed = experiment.eval
     served = served or parts.result(
         "speed", lambda: serving.by_transformers(models, timed.batch_size, timed.sample_tokens, requests)
     )
     _add_speeds(metrics, served)
-    if comparison := plan.comparison:
-        metrics["win_rate"] = parts.result(
-            "win_rate", lambda: comparison.measure(models, rows, prompts, tokenizers, ends, parts, directory)
-        )
-    _write(experiment, directory, metrics, measured, loaded)
+    if comparison and answered:
+        models.clear()
+        hand_back_memory()
+        metrics["win_rate"] = parts.result("win_rate", lambda: comparison.judged(answered, parts, directory))
+    _write(experiment, directory, metrics, measured, loaded, manifest)
     record.finish(directory, {"headline": metrics["headline"]})
     parts.remove()
     for stage, text in final_lines(metrics):
@@ -215,6 +218,9 @@ def _claim(experiment: Experiment, plan: _Plan) -> record.Claim:
     settings = experiment.model_dump(mode="json", include={"seed", "eval"})
     if experiment.eval.tasks and experiment.teacher.template_args:
         settings["teacher"] = {"template_args": experiment.teacher.template_args}  # with which every model is asked
+    told = experiment.generate.model_dump(mode="json", include={"thinking_end"}, exclude_defaults=True)
+    if told and (experiment.eval.tasks or experiment.eval.win_rate):
+        settings["generate"] = told  # behind which every answer begins
     return record.Claim(experiment.directory("eval"), "eval", settings, _inputs(experiment, plan))
 
 
@@ -239,7 +245,9 @@ def held_out_rows(experiment: Experiment) -> Any:
 
 def _load(subjects: list[Served], dtype: str) -> dict[str, Any]:
     """The models by their names."""
-    return {s.name: load_model(s.path, s.revision, dtype, s.trust_remote_code, f"the model `{s.name}`") for s in subjects}
+    return {
+        s.name: load_model(s.path, s.revision, dtype, s.trust_remote_code, f"the model `{s.name}`", spread=True) for s in subjects
+    }
 
 
 def _described(manifest: dict[str, Any], name: str) -> dict[str, Any]:
@@ -302,7 +310,8 @@ def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
 
 def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, measured: dict[str, Array]) -> dict[str, Any]:
     """The content of `metrics.json`, but for what needs more of the models than their distributions on held-out text."""
-    text_bytes, weights = _text_bytes(loaded.rows, loaded.tokenizers["student"]), _importance(loaded.rows)
+    ids = loaded.rows.select_columns(["input_ids", "completion_start"])
+    text_bytes, weights = text_bytes_of(ids, loaded.tokenizers["student"]), _importance(loaded.rows)
     shown = [metric for metric in METRICS if loaded.has_teacher or metric.of_text]
     described = [
         {
@@ -359,17 +368,16 @@ def _computed(metrics: Iterable[Metric], sums: Sums) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _text_bytes(rows: Any, tokenizer: Any) -> Array:
-    """Bytes of each completion in UTF-8; of plain text without those of the token that it begins with, which is only read."""
-    columns = ["prompt", "completion", "input_ids", "completion_start"]
-    sizes = []
-    for row in rows.select_columns(columns).with_format(None):
-        size = sum(len(message["content"].encode()) for message in row["completion"])
-        if not row["prompt"]:
-            begins = tokenizer.decode(row["input_ids"][: row["completion_start"]], skip_special_tokens=True)
-            size -= len(begins.encode())
-        sizes.append(max(size, 1))
-    return np.array(sizes)
+def text_bytes_of(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Array:
+    """Bytes in UTF-8 of the text that each row's completion tokens stand for, all of them: a trace and calls of tools, too.
+
+    Args:
+        rows: with `input_ids` and `completion_start`.
+        tokenizer: of these ids.
+    """
+    answers = (row["input_ids"][row["completion_start"] :] for row in rows)
+    texts = (tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in answers)
+    return np.array([max(len(text.encode()), 1) for text in texts])
 
 
 def _importance(rows: Any) -> Array | None:
@@ -387,15 +395,15 @@ def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[st
     def measure(name: str) -> dict[str, Any]:
         ends = loaded.end_ids[name]
         written = own_text(models[name], loaded.rows, settings.own_prompts, settings.own_tokens, ends, experiment.seed, name)
-        text_bytes = np.array([_own_bytes(row, loaded.tokenizers[name]) for row in written])
+        text_bytes = text_bytes_of(written, loaded.tokenizers[name])
         teachers = [loaded.teachers[row["number"]] for row in written]
         ended = np.array([row["ended"] for row in written], dtype=np.int64)
-        ours = bool(loaded.sides) and name != "teacher"  # the teacher's own text is compared with nobody
-        if ours and loaded.sides:
+        ours = bool(loaded.sides) and name != "teacher"
+        if name == "teacher":  # its own text, on the prompts of other teachers, too
+            teachers = [experiment.main] * len(written)
+        elif loaded.sides:
             asked = ((row, loaded.rows[row["number"]], loaded.sides[its]) for row, its in zip(written, teachers, strict=True))
             written = [sides.with_teachers(row, prompt) for row, prompt, sides in asked]
-        elif loaded.sides:
-            teachers = [experiment.main] * len(written)
         compared = {"teacher": models["teacher"], name: models[name]}
         ends = loaded.ends if ours else loaded.end_ids["teacher"]
         how = {"batch_size": settings.batch_size, "end_ids": ends}
@@ -420,12 +428,6 @@ def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[st
         return {name: parts.result(file, partial(measured, name)) for name, file in files.items()}
 
 
-def _own_bytes(row: dict[str, Any], tokenizer: Any) -> int:
-    """Bytes of what a model has written."""
-    text = tokenizer.decode(row["input_ids"][row["completion_start"] :], skip_special_tokens=True)
-    return max(len(text.encode()), 1)
-
-
 def _add_own_texts(metrics: dict[str, Any], own: dict[str, dict[str, Any]], experiment: Experiment) -> None:
     for described in metrics["models"] if own else []:
         prompts = own[described["name"]].pop("prompts")
@@ -437,15 +439,23 @@ def _texts(experiment: Experiment, loaded: _Loaded, measured: dict[str, Array]) 
     """Single texts for people to look at."""
     settings, models, rows = experiment.eval, loaded.models, loaded.rows
     rival = next(name for name in reversed(models) if name != "student")
+    mains = rows.select([number for number, name in enumerate(loaded.teachers) if name == experiment.main])
     with working("eval", "writing samples"):
         return {
             "samples": samples(models, rows, loaded.tokenizers, loaded.end_ids, settings.samples, settings.sample_tokens),
-            "views": views(models, rows, loaded.tokenizers["teacher"]) if loaded.has_teacher and not loaded.classes else [],
+            "views": views(models, mains, loaded.tokenizers["teacher"]) if loaded.has_teacher and not loaded.classes else [],
             "examples": won_and_lost(measured, rows, rival, "kl" if loaded.has_teacher else "nll"),
         }
 
 
-def _write(experiment: Experiment, directory: Path, metrics: dict[str, Any], measured: dict[str, Array], loaded: _Loaded) -> None:
+def _write(
+    experiment: Experiment,
+    directory: Path,
+    metrics: dict[str, Any],
+    measured: dict[str, Array],
+    loaded: _Loaded,
+    manifest: dict[str, Any],
+) -> None:
     """Write the numbers of every row, `metrics.json`, and the results into the student's card."""
     flat = {name: values for name, values in measured.items() if values.ndim == 1}
     names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in loaded.prompts]
@@ -455,7 +465,7 @@ def _write(experiment: Experiment, directory: Path, metrics: dict[str, Any], mea
     record.write_json(directory / "metrics.json", metrics)
     card = experiment.directory("student") / "README.md"
     if card.is_file():
-        write_card(card, lambda: with_results(card.read_text(encoding="utf-8"), metrics))
+        write_card(card, lambda: with_results(card.read_text(encoding="utf-8"), metrics, manifest))
 
 
 def _subjects(experiment: Experiment) -> list[Served]:

@@ -20,9 +20,10 @@ from llmdistill.evaluation.exported_tasks import CASCADE, MeasuredTasks, for_a_s
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.own_tasks import requests_of
 from llmdistill.evaluation.statistics import Draws, check_clusters, interval_text
-from llmdistill.evaluation.summary import task_lines
+from llmdistill.evaluation.summary import exported_model, task_lines
 from llmdistill.models.loading import (
     check_model_exists,
+    hand_back_memory,
     load_config,
     load_model,
     load_tokenizer,
@@ -81,13 +82,14 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
             results = _results(directory) | {"source": str(source), "bytes": model_bytes(model)}
             results["formats"] = [*results["formats"], made]
             record.write_json(directory / RESULTS, results)
-            say("export", _summary(made, results["bytes"]))
+            say("export", _summary(made, results["bytes"], exported_model(experiment)))
         results = _results(directory)
         unmeasured = _without_tasks(results, tasks)
         for made in unmeasured:
             _on_tasks(experiment, model, made, tasks, manifest["tokenizer"]["end_token_ids"])
             record.write_json(directory / RESULTS, results)
         if experiment.eval.speed == "vllm" and (missing or unmeasured or "serving" not in results):
+            hand_back_memory()
             results["serving"] = _serve(experiment, model, results["formats"], tasks, manifest["tokenizer"]["end_token_ids"])
             record.write_json(directory / RESULTS, results)
     record.finish(directory, {made["name"]: made["bytes"] for made in results["formats"]})
@@ -106,7 +108,7 @@ def _on_tasks(experiment: Experiment, source: str, made: dict[str, Any], tasks: 
         model, tokenizer = FORMATS[name].load(str(path), made["dtype"]), load_tokenizer(str(path), None, key="export")
     made["tasks"] = on_tasks(tasks, model, tokenizer, end_ids, experiment)
     record.write_json(path / CASCADE, for_a_server(tasks, made["tasks"], made["dtype"], experiment.teacher.template_args))
-    write_card(path / "README.md", lambda: _card(Path(source), FORMATS[name], made))
+    write_card(path / "README.md", lambda: _card(Path(source), FORMATS[name], made, exported_model(experiment)))
     for line in task_lines(made["tasks"]):
         say("export", f"{name:<11} {line}")
 
@@ -238,13 +240,13 @@ def _source(experiment: Experiment, form: ExportFormat, model: str) -> Source:
 
 def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtype: str, held_out: _HeldOut) -> dict[str, Any]:
     """Write one form, load it again and measure it; what `export.json` says of it."""
-    name, path = form.name, experiment.directory("export") / form.name
+    name, path, whose = form.name, experiment.directory("export") / form.name, exported_model(experiment)
     if path.exists():  # its measurement was interrupted
         shutil.rmtree(path)
     with working("export", f"writing {name}"), record.new_directory(path) as unfinished:
         how = form.write(source, unfinished)
         source.tokenizer.save_pretrained(unfinished)
-        write_card(unfinished / "README.md", lambda: _card(Path(source.model), form, {"how": how}))
+        write_card(unfinished / "README.md", lambda: _card(Path(source.model), form, {"how": how}, whose))
     with working("export", f"loading {name}"):
         models = {"teacher": load_model(source.model, dtype=dtype), name: form.load(str(path), dtype)}
     with StageBar(name, len(held_out.rows)) as bar:
@@ -261,7 +263,7 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
         "top1": draws.share(measured[f"{name} top1"], tokens),
         "held_out": {"rows": len(held_out.rows), "tokens": int(tokens.sum()), "prompts": draws.draws.shape[1]},
     }
-    write_card(path / "README.md", lambda: _card(Path(source.model), form, made))
+    write_card(path / "README.md", lambda: _card(Path(source.model), form, made, whose))
     return made
 
 
@@ -277,12 +279,12 @@ def _serve(
         requests = {own.task.name: dict.fromkeys((one.name for one in models), requests_of(own, *how)) for own in tasks.tasks}
     served = serving.by_vllm(models, experiment.eval.batch_size, experiment.eval.sample_tokens, requests)
     for entry in served["models"]:
-        say("export", _speed_summary(entry))
+        say("export", _speed_summary(entry, exported_model(experiment)))
     return served
 
 
-def _card(model: Path, form: ExportFormat, made: dict[str, Any]) -> str:
-    """The student's own card without its results, which are not those of this form; and what became of it here."""
+def _card(model: Path, form: ExportFormat, made: dict[str, Any], whose: str) -> str:
+    """The model's own card without its results, which are not those of this form; and what became of it here."""
     card = model / "README.md"
     text = without_results(card.read_text(encoding="utf-8")) if card.is_file() else f"# {model.name}\n"
     measured = ""
@@ -291,8 +293,8 @@ def _card(model: Path, form: ExportFormat, made: dict[str, Any]) -> str:
         held_out = made["held_out"]
         measured = (
             f"\nOn {held_out['tokens']:,} tokens for {held_out['prompts']:,} held-out prompts, compared in {made['dtype']}, it "
-            f"is {kl} nats per token from the student before export (95% CI {kl_ends}) and has the same most likely token at "
-            f"{top1}% (95% CI {top1_ends}) of them. The student's own results are in its card.\n"
+            f"is {kl} nats per token from {whose} before export (95% CI {kl_ends}) and has the same most likely token at "
+            f"{top1}% (95% CI {top1_ends}) of them. What {whose} itself was measured at is in its own card.\n"
         )
     if "tasks" in made:
         lines = "".join(f"- {line}\n" for line in task_lines(made["tasks"]))
@@ -301,20 +303,21 @@ def _card(model: Path, form: ExportFormat, made: dict[str, Any]) -> str:
     return f"{text.rstrip()}\n\n## This copy\n\n{said}\n{measured}"
 
 
-def _summary(made: dict[str, Any], whole: int | None) -> str:
+def _summary(made: dict[str, Any], whole: int | None, whose: str) -> str:
     share = f" ({made['bytes'] / whole:.0%})" if whole else ""
     (kl, kl_ends), (top1, top1_ends) = interval_text(made["kl"], ".3f"), interval_text(made["top1"], ".1%")
     return (
-        f"{made['name']:<11} {made['bytes'] / 1e6:,.0f} MB{share} · {kl} nats from the student ({kl_ends}) · "
+        f"{made['name']:<11} {made['bytes'] / 1e6:,.0f} MB{share} · {kl} nats from {whose} ({kl_ends}) · "
         f"same next token {top1} ({top1_ends})"
     )
 
 
-def _speed_summary(entry: dict[str, Any]) -> str:
+def _speed_summary(entry: dict[str, Any], whose: str) -> str:
+    name = whose.removeprefix("the ") if entry["name"] == "student" else entry["name"]
     if "failed" in entry:
-        return f"{entry['name']:<11} does not load in this vLLM: {entry['failed']}"
+        return f"{name:<11} does not load in this vLLM: {entry['failed']}"
     writes = f"{entry['decode']['median']:,.0f} tok/s"
     if ratio := entry.get("decode_ratio"):
-        writes += f", {ratio['median']:.2f} × the student ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        writes += f", {ratio['median']:.2f} × {whose} ({ratio['low']:.2f} to {ratio['high']:.2f})"
     reads = f"{entry['prefill']['median']:,.0f} tok/s, takes {entry['peak_bytes'] / 1e9:.1f} GB"
-    return f"{entry['name']:<11} in vLLM writes {writes}, reads {reads}"
+    return f"{name:<11} in vLLM writes {writes}, reads {reads}"

@@ -24,6 +24,7 @@ from llmdistill.evaluation.report.tasks import cascades, rival_of, task_plots, t
 from llmdistill.evaluation.report.texts import largest_change, view_of_tokens
 from llmdistill.evaluation.report.words import LABELS, template_environment
 from llmdistill.evaluation.report.worth import worth
+from llmdistill.evaluation.summary import exported_model
 from llmdistill.runs.progress import console, say
 from llmdistill.runs.record import check_shape, read_json, write_bytes, write_text
 
@@ -63,7 +64,7 @@ def _view(experiment: Experiment) -> Json:
     models: dict[str, Json] = {model["name"]: model for model in metrics["models"]}
     columns, teacher = first_table(metrics), models.get("teacher")
     path = teacher["path"] if teacher else experiment.teacher.model
-    exported = exports(experiment)
+    forms = exports(experiment)
     near, data = NEARNESS["kl" if teacher else "nll"], data_of(experiment)
     said = [*of_teachers(metrics.get("teachers", [])), *cautions(metrics, models), *([] if teacher else of_sampling(data))]
     return {
@@ -86,10 +87,11 @@ def _view(experiment: Experiment) -> Json:
         "task_verdicts": task_verdicts(metrics.get("tasks")),
         "cascades": cascades(metrics.get("tasks")),
         "price": experiment.eval.price_per_hour,
-        "worth": worth(metrics.get("tasks"), models, exported, experiment.eval.price_per_hour),
+        "worth": worth(metrics.get("tasks"), models, forms, experiment.eval.price_per_hour),
         "change": largest_change(metrics["samples"]),
         "judged": metrics.get("win_rate"),
-        "exports": exported,
+        "exports": forms,
+        "exported": exported_model(experiment),
         "draft": draft_of(experiment, path, models["student"]),
         "profiles": profiles(models),
         "columns": columns,

@@ -64,18 +64,32 @@ def test_text_that_the_teacher_has_only_read_is_not_called_its_own():
 
 def test_results_stand_before_the_configuration_once():
     card = "---\ntags: []\n---\n\n# student\n\n## Configuration\n\nseed: 0\n"
-    once = with_results(card, metrics())
-    assert once == with_results(once, metrics())
+    once = with_results(card, metrics(), {})
+    assert once == with_results(once, metrics(), {})
     assert once.index(HEADLINE) < once.index("## Configuration")
     assert "| KL(teacher ‖ student), nats per token | 2.13 (95% CI 2.08 to 2.18) |" in once
     assert once.endswith("## Configuration\n\nseed: 0\n")
+
+
+def test_results_say_whose_text_was_measured_and_by_which_score():
+    found, card = metrics(), "---\ntags: []\n---\n"
+    found["tasks"]["tasks"][0]["metric"] = "rouge_l"
+    wrote, read = with_results(card, found, {}), with_results(card, found, {"text_from": "mine/books.jsonl"})
+    assert "| <b>|facts, rouge_l, % | 50.0% (95% CI 40.0 to 60.0), teacher 50.0% |" in wrote
+    assert "right" not in wrote
+    assert "On 3,903 tokens that the teacher wrote for 48 prompts" in wrote
+    assert "On 3,903 tokens that the teacher read for 48 prompts" in read
+    for text, how in ((wrote, "wrote"), (read, "read")):
+        results = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
+        assert results[0]["dataset"]["name"] == f"held-out text that the teacher {how}"
+        assert results[1]["metrics"][0] == {"type": "rouge_l", "name": "rouge_l", "value": 0.5}
 
 
 def test_with_another_tokenizer_the_results_are_those_of_the_reports_first_table():
     """Of the text of both, bits per byte: the NLL is that of classes there."""
     found = metrics()
     found["held_out"]["classes"] = {}
-    card = with_results("---\ntags: []\n---\n", found)
+    card = with_results("---\ntags: []\n---\n", found, {})
     assert "nats per token | 2.98" not in card
     assert "bits per byte | 2.98 (95% CI 2.89 to 3.08) |" in card
     assert "On 3,903 positions that both vocabularies share, of the text that the teacher wrote for 48 prompts" in card

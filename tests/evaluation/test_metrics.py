@@ -78,7 +78,7 @@ def test_a_new_metric_is_shown_wherever_metrics_are(monkeypatch):
         model["new"] = {"mean": number, "low": number - 0.5, "high": number + 0.5}
     assert [row["values"][1]["mean"] for row in measures(content["models"]) if row["name"] == "something new"] == [1]
     assert metrics_of("runs")[-1].heading == "nats ↓"
-    assert "| new, defined, nats | 2 (95% CI 1.5 to 2.5) |" in with_results("## Configuration", content)
+    assert "| new, defined, nats | 2 (95% CI 1.5 to 2.5) |" in with_results("## Configuration", content, {})
 
 
 def test_an_interval_as_text():

@@ -123,11 +123,45 @@ def test_what_an_interrupted_run_had_scored_is_not_scored_again(files, tiny, run
     assert (table, about, warnings) == run(names, models, tokenizer, parts="in one go")
 
 
+def test_a_score_of_another_scale_than_0_to_1_is_passed_over_for_every_model(files, tiny, run):
+    """Of a model that writes nothing the first metric is always 0, and could be a share; of the other one it is not."""
+    import torch
+    from lm_eval.api.registry import register_metric
+
+    @register_metric(metric="letters", higher_is_better=True, aggregation="mean")
+    def letters(references, predictions):
+        return float(len(predictions[0]))
+
+    file = files / "echo.yaml"
+    file.write_text(WRITTEN.replace("[{metric: exact_match}]", "[{metric: letters}, {metric: exact_match}]"))
+    model, silent, tokenizer = load_model(str(tiny)), load_model(str(tiny)), load_tokenizer(str(tiny), None)
+    with torch.no_grad():
+        for parameter in silent.parameters():
+            parameter.zero_()  # its choice is token 0, a special one
+    table, about, _ = run([file], {"silent": silent, "a": model}, tokenizer)
+    assert max(map(len, table["answer"].to_pylist()[3:])) > 1
+    assert about["echo"].metric == "exact_match"
+    assert table["score"].to_pylist() == [float(row["answer"] == row["target"]) for row in table.to_pylist()]
+    file.write_text(WRITTEN.replace("exact_match", "letters"))
+    with pytest.raises(InputError, match=r"echo.yaml: none of its metrics scores single items from 0 to 1: letters"):
+        run([file], {"silent": silent, "a": model}, tokenizer, parts="others")
+
+
 def test_too_long_requests_are_told(files, tiny, run):
-    (files / "echo.jsonl").write_text('{"word": "short"}\n' + json.dumps({"word": "long " * 400}) + "\n")
+    """Three of four, of which two are in one batch."""
+    words = ["short", "long " * 400, "longer " * 300, "longest " * 500]
+    (files / "echo.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in words))
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
     _, _, warnings = run([files / "echo.yaml"], {"a": model}, tokenizer)
-    assert warnings == ["echo: 1 requests were too long for a and were cut at their beginning"]
+    assert warnings == ["echo: 3 requests were too long for a and were cut at their beginning"]
+
+
+def test_too_long_choices_are_told_one_by_one(files, tiny, run):
+    rows = [{"question": "long " * (400 * number), "choices": ["red", "dark green"], "answer": 0} for number in (0, 1)]
+    (files / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
+    _, _, warnings = run([files / "colours.yaml"], {"a": model}, tokenizer)
+    assert warnings == ["colours: 2 requests were too long for a and were cut at their beginning"]
 
 
 def test_too_few_items_are_refused_before_a_model_is_loaded(files):

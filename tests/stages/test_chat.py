@@ -15,7 +15,7 @@ from llmdistill.config.student import Student
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages import chat as module
-from llmdistill.stages.chat import Speaker, chat, printable
+from llmdistill.stages.chat import Speaker, chat, printable, stops_at
 from llmdistill.tasks.task import read_task
 from tests.tasks.make import write_task
 
@@ -147,6 +147,16 @@ def test_a_stopped_answer_keeps_what_is_there(tiny):
     assert len(calls) == 5
     assert [message["role"] for message in speaker.history] == ["user", "assistant"]
     assert speaker.history[1]["content"] == speaker.text
+
+
+def test_whether_to_stop_is_told_on_the_device_of_the_ids():
+    """`generate` joins it with what it has on that device."""
+    stop, ids = threading.Event(), torch.zeros(2, 5, dtype=torch.long, device="meta")
+    told = stops_at(stop)(ids, None)
+    assert (told.device.type, told.shape, told.dtype) == ("meta", (2,), torch.bool)
+    assert stops_at(stop)(ids.new_zeros(2, 5, device="cpu"), None).tolist() == [False, False]
+    stop.set()
+    assert stops_at(stop)(ids.new_zeros(2, 5, device="cpu"), None).tolist() == [True, True]
 
 
 @pytest.mark.parametrize(

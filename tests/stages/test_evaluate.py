@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.config import load_experiment
-from llmdistill.evaluation import routes
+from llmdistill.config import Experiment, load_experiment
+from llmdistill.evaluation import routes, serving
 from llmdistill.evaluation.parts import Parts
-from llmdistill.models.loading import continue_prompts, load_model
+from llmdistill.evaluation.win_rate import Comparison
+from llmdistill.models.loading import continue_prompts, load_model, load_tokenizer
+from llmdistill.models.token_bytes import token_bytes
 from llmdistill.stages import evaluate as stage
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.train import train
+from tests.factories import write_experiment
 
 
 def test_parts_are_measured_once(tmp_path):
@@ -75,6 +78,51 @@ def test_an_interrupted_evaluation_goes_on_with_what_it_has(experiment_file, mon
     assert draft["cost"] == {"median": 1, "low": 1, "high": 1}
     assert [cycle["gamma"] for cycle in draft["sampled"]["cycles"]] == list(range(1, 8)), "answers of eight tokens"
     assert {cycle["speed_up"]["mean"] for cycle in draft["sampled"]["cycles"]} == {1}
+
+
+def test_the_bytes_of_a_text_are_those_of_all_its_tokens(tiny):
+    """A trace and a call stand in the tokens but not in what is stored as the answer; the end token is no text."""
+    tokenizer = load_tokenizer(str(tiny), None)
+    tokenizer.clean_up_tokenization_spaces = True  # as in some published tokenizers: it takes spaces away
+    told = "<think>1 + 1 = 2 , naïve 漢</think>It is 2 .<tool_call>add(1, 1)</tool_call>"
+    ids = [*tokenizer(told)["input_ids"], 2]
+    row = {"input_ids": np.array([5, 6, *ids]), "completion_start": 2, "completion": [{"content": "It is 2 ."}]}
+    of_token = token_bytes(tokenizer)
+    want = sum(len(of_token[token] or b"") for token in ids)
+    assert stage.text_bytes_of([row], tokenizer).tolist() == [want] == [len(told.encode())]
+
+
+def test_what_answers_begin_behind_is_part_of_the_claim_where_there_are_answers(tiny, tmp_path, monkeypatch):
+    """Its default is left out, as in runs that are finished."""
+    monkeypatch.setattr(stage, "_inputs", lambda *args: {})
+    judge = {"model": str(tiny), "engine": "transformers"}
+
+    def claimed(generate, **settings):
+        told = {"output": str(tmp_path), "teacher": {"model": str(tiny)}, "student": {"prune": {"layers": 2}}}
+        experiment = Experiment.model_validate({**told, "generate": generate, "eval": settings})
+        return stage.claims(experiment)[0].settings.get("generate")
+
+    other = {"thinking_end": "</reasoning>"}
+    assert claimed(other, tasks=["hellaswag"]) == other
+    assert claimed(other, win_rate={"judge": judge, "against": "student before"}) == other
+    assert claimed(other) is None
+    assert claimed({}, tasks=["hellaswag"]) is None
+
+
+@pytest.mark.slow
+def test_answers_that_are_judged_are_written_before_the_models_are_converted_to_be_timed(tiny, tmp_path, monkeypatch):
+    """Else their precision would depend on what is timed, and on whether that was done in an earlier try."""
+    made = []
+    monkeypatch.setattr(serving, "by_transformers", lambda *args: made.append("timed") or 1 / 0)
+    monkeypatch.setattr(Comparison, "answers", lambda *args: made.append("answered"))
+    file = write_experiment(tiny, tmp_path)
+    overrides = {"against": '"student before"', "judge.model": f'"{tiny}"', "judge.engine": "transformers", "prompts": "2"}
+    experiment = load_experiment(file, [(f"eval.win_rate.{key}", value) for key, value in overrides.items()])
+    for before in (generate, curate, train):
+        before(experiment)
+    with pytest.raises(ZeroDivisionError):
+        stage.evaluate(experiment)
+    assert made == ["answered", "timed"]
 
 
 def test_greedy_text_is_greedy_whatever_the_model_was_published_with(tiny):

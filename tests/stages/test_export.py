@@ -74,7 +74,9 @@ def test_the_whole_student_is_the_trained_one_bit_for_bit(run, tmp_path, source)
     assert any(not torch.equal(student[name], start) for name, start in weights(output / "student-before").items())
     assert made["safetensors"]["kl"] == {"mean": 0, "low": 0, "high": 0}
     assert made["safetensors"]["top1"]["mean"] == 1
-    assert "0.000 nats from the student" in screen
+    against = "the student" if source == "student" else output / source
+    assert f"0.000 nats from {against}" in screen
+    assert f"nats per token from {against} before export" in (output / "export/safetensors/README.md").read_text()
     tokenizers = [load_tokenizer(str(output / name), None) for name in ("student", "export/safetensors")]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
     assert tokenizers[0].chat_template == tokenizers[1].chat_template

@@ -77,7 +77,7 @@ def tasks(names: list[str]) -> dict[str, Any]:
     means = {name: interval(0.5, 0.4, 0.6) for name in names}
     against = {"of": "student", "against": "teacher", **interval(-0.1, -0.2, 0.05)}
     test = {"only_first": 3, "only_second": 9, "p": 0.02, "p_holm": 0.04, "test": "exact binomial"}
-    entry = {"name": "<b>|facts", "chance": 0.25, "items": 120, "models": means, "kept": interval(0.9, 0.8, 1.0)}
+    entry = {"name": "<b>|facts", "metric": "acc", "chance": 0.25, "items": 120, "models": means, "kept": interval(0.9, 0.8, 1.0)}
     kept = {"kept": interval(0.925, 0.85, 0.99), "kept_above_chance": None}
     together = {"tasks": 1, "items": 120, "models": means, "differences": [against], **kept}
     described = [{**entry, "differences": [{**against, "mcnemar": test}]}]
@@ -258,10 +258,10 @@ def test_without_the_teachers_weights(tmp_path: Path) -> None:
         "Over the stored tokens it is 0.33 nats per token closer to the teacher (95% interval 0.25 to 0.40).",
         "2.98 bits per byte of the teacher’s text 95% CI 2.89 to 3.08; 11.40 before training",
         "41% of the teacher’s tokens are its first choice 95% CI 30 to 60",
-        "50% right on the tasks 95% CI 40 to 60",
+        "50% on the tasks 95% CI 40 to 60",
         "at the 98.7% of positions where it gave some",
         "against the student before trainingp, by Holm",
-        "<b>|facts12025 5040–605040–605040–60 0.034",
+        "<b>|factsacc12025 5040–605040–605040–60 0.034",
         "Student minus student before training on the same items",
         "The teacher was not asked: its answers to tasks would be paid.",
         "the student predicts the teacher’s text better than the student trained on text only",
@@ -278,17 +278,43 @@ def test_without_the_teachers_weights(tmp_path: Path) -> None:
     file = tmp_path / "curated/dataset.json"
     manifest = json.loads(file.read_text())
     write(file, manifest | {"sampling": manifest["sampling"] | {"temperature": 0.7}})
+    caution = "its NLL says how well the models predict this text, not which is nearer to the teacher"
     for document in pages(Experiment.model_validate(told)):
-        assert "its NLL says how well the models predict this text, not which is nearer to the teacher" in document
+        assert caution in document
+    for sampling in ({}, manifest["sampling"]):  # of text that nobody is known to have sampled, and of another model's
+        write(file, manifest | {"sampling": sampling, "text_from": "mine/books.jsonl"})
+        for document in pages(Experiment.model_validate(told)):
+            assert caution in document
+            assert "compared with the text read by its teacher" in document
+            assert "The teacher’s are the beginning of what is stored, which it has only read." in document
 
 
-def test_text_that_the_teacher_only_read_is_not_said_to_be_its_own(experiment: Experiment) -> None:
+@pytest.mark.parametrize("sampled", [False, True])
+def test_text_that_the_teacher_only_read_is_not_said_to_be_its_own(experiment: Experiment, sampled: bool) -> None:
+    """Whether or not another model has sampled it."""
     file = Path(experiment.output) / "curated/dataset.json"
-    write(file, json.loads(file.read_text()) | {"sampling": {}})
+    manifest = json.loads(file.read_text()) | {"text_from": "mine/books.jsonl"}
+    write(file, manifest if sampled else manifest | {"sampling": {}})
     page, text = pages(experiment)
     assert "Existing text, scored by" in page
     assert "| read by the teacher | 240 |" in text
-    assert "written by the teacher" not in page + text
+    for document in (" ".join(Page(page).text.split()), text):
+        assert "on 3,903 tokens of existing text for 48 prompts held out of training" in document
+        for claimed in ("ritten by the teacher", "Written by", "that the teacher wrote", "answers of the teacher"):
+            assert claimed not in document, claimed
+
+
+def test_an_exported_model_that_is_not_the_student_is_named(experiment: Experiment) -> None:
+    told = experiment.model_dump(exclude_unset=True)
+    models = ({}, {"model": str(experiment.directory("student"))}, {"model": "models/other"})
+    shown = [pages(Experiment.model_validate({**told, "export": model})) for model in models]
+    for page, text in shown[:2]:
+        assert "KL from the student<br>" in page
+        assert "| KL from the student, nats per token" in text
+    page, text = shown[2]
+    assert "KL from models/other<br>" in page
+    assert "Against models/other before quantisation" in page
+    assert "| KL from models/other, nats per token" in text
 
 
 def test_a_judge_without_a_verdict_is_not_passed_over(experiment: Experiment) -> None:
@@ -351,7 +377,7 @@ def test_the_page_shows_where_the_student_differs(experiment: Experiment) -> Non
     assert "probability of the end token where the teacher ended" not in shown, "nobody measured it"
     assert re.findall(r'class="token (s\d)" popovertarget', page) == ["s4", "s0"]
     assert "Over 1 tasks with 120 items the student keeps 92% of the teacher’s score (95% interval 85–99)." in shown
-    assert "<b>|facts12025 5040–60" in shown
+    assert "<b>|factsacc12025 5040–60" in shown
     assert "Against the teacher the student wins 40% (95% interval 30–50); at equal length 45% (33–57)." in shown
     assert "x/<export>|/w8a8110 MB0.0170.015–0.0189291–93 321300–3451.5 GB" in shown
     assert "On 75% of the held-out answers the student is closer" in shown

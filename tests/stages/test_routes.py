@@ -223,6 +223,9 @@ def test_the_student_is_measured_against_each_rows_own_teacher(file, models, tmp
     whole = {model["name"]: model["kl"]["mean"] for model in metrics["models"]}
     np.testing.assert_allclose(whole["student"], np.mean(np.concatenate(list(kl.values()))), rtol=1e-4)
     assert abs(whole["teacher"]) < 1e-6
+    assert metrics["models"][0]["own_text"]["reverse_kl"]["mean"] == pytest.approx(0, abs=1e-6), "it is compared with itself"
+    named = [(metadata_and_provenance(str(row["metadata"]))[1]["teacher"], row["prompt"][-1]["content"]) for row in rows]
+    assert {view["prompt"] for view in metrics["views"]} == {prompt for name, prompt in named if name == "default"}
     assert set(pq.read_table(directory / "rows.parquet")["teacher"].to_pylist()) <= models.keys()
     report(experiment)
     text = (tmp_path / "run/report.md").read_text()

@@ -171,7 +171,8 @@ def test_from_prompts_to_figures(models, experiment, kind, third):
 
 def check_figures(run, models, metrics, classes):
     """KL over each row's own classes, and bits per byte, by teacher: with plain torch in float64."""
-    student = load_model(str(run.directory("student")), dtype="float32")
+    path = str(run.directory("student"))
+    student, tokenizer = load_model(path, dtype="float32"), AutoTokenizer.from_pretrained(path)
     sums = {name: [0.0, 0, 0.0, 0] for name in NAMES}
     for row in load_dataset(run.directory("retokenized"), "test"):
         found, own = sums[str(row["teacher"])], classes[str(row["teacher"])]
@@ -187,7 +188,8 @@ def check_figures(run, models, metrics, classes):
                 found[0] += (p * (np.log(np.maximum(p, tiny)) - np.log(np.maximum(q, tiny)))).sum()
                 found[1] += 1
         found[2] -= ours.log_softmax(-1).gather(1, ids[start:, None]).sum().item() / np.log(2)
-        found[3] += max(len(row["completion"][0]["content"].encode()), 1)
+        # Its own tokens: they lack the half of a character that a cut answer may end in.
+        found[3] += max(len(tokenizer.decode(ids[start:], skip_special_tokens=True).encode()), 1)
     entries = {entry["name"]: entry for entry in metrics["teachers"]}
     for name, (kl, tokens, bits, size) in sums.items():
         (measured,) = [model for model in entries[name]["models"] if model["name"] == "student"]

@@ -120,9 +120,8 @@ def cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
 
 def of_sampling(data: Json) -> list[str]:
     """What is said where the likelihood of the text does not compare distances from the teacher."""
-    whole = {"temperature": 1, "top_p": 1, "top_k": 0}
-    sampling = data.get("sampling") or {}
-    if all(sampling.get(key, value) == value for key, value in whole.items()):
+    whole, sampling = {"temperature": 1, "top_p": 1, "top_k": 0}, data.get("sampling") or {}
+    if data["text_from"] is None and all(sampling.get(key, value) == value for key, value in whole.items()):
         return []
     return [
         "The text was not sampled at temperature 1 from the teacher’s whole distribution: its NLL says how well the models "

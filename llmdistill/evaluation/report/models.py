@@ -52,7 +52,7 @@ def _cards_of_text(before: Json, student: Json, tasks: Json | None) -> list[Json
     return [
         length,
         _kept_card(student["written"], "of the teacher’s tokens are its first choice"),
-        *([_kept_card(tasks["together"]["models"]["student"], "right on the tasks")] if tasks else []),
+        *([_kept_card(tasks["together"]["models"]["student"], "on the tasks")] if tasks else []),
         {"figure": parameters(student["parameters"]), "label": "parameters", "note": size},
     ]
 

@@ -46,17 +46,17 @@ def _points(entries: list[Json], key: str) -> list[Point]:
 
 
 def data_of(experiment: Experiment) -> Json:
-    """From the rows that the teacher wrote to those trained on, as steps of a waterfall."""
+    """From the rows that the teacher wrote, or read where there is a `text_from`, to those trained on, as a waterfall."""
     file = training_dataset(experiment) / MANIFEST
     manifest = read_json(file)
     if manifest is None:
-        return {"missing": str(file)}
+        return {"missing": str(file), "text_from": None}
     splits = {
         split: {key: sum(shard[key] for shard in manifest["shards"] if shard["split"] == split) for key in ("rows", "tokens")}
         for split in ("train", "test")
     }
     rows_in = manifest.get("rows_in", splits["train"]["rows"] + splits["test"]["rows"])
-    by = "written" if manifest["sampling"] else "read"
+    by = "read" if manifest.get("text_from") else "written"
     steps = [{"label": f"{by} by the teacher", "kind": "in", "rows": rows_in, "from": 0}]
     for step in manifest.get("steps", []):
         name, rejected, failed = step["name"].replace("_", " "), step["rejected"], step["failed"]
@@ -70,6 +70,7 @@ def data_of(experiment: Experiment) -> Json:
         step["rest_percent"] = step["left_percent"] if step["kind"] == "out" else 0
     described = {
         "teacher": manifest["teacher"],
+        "text_from": manifest.get("text_from"),
         "sampling": manifest["sampling"],
         "targets": describe_targets(manifest),
     }
