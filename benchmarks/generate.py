@@ -18,6 +18,7 @@ import tempfile
 import time
 import timeit
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,10 @@ def parts(experiment: Any, rows: int, step: float) -> dict[str, float]:
     import torch
 
     torch.manual_seed(0)
-    kind = KINDS["sampled"]
-    logits = 3 * torch.randn(rows, load_config(experiment.teacher.model, experiment.teacher.revision).vocab_size)
-    log_softmax, uniform = vllm_worker.LogSoftmax(), torch.rand(rows, 1, dtype=torch.float64)
+    kind, on_accelerator = KINDS["sampled"], torch.accelerator.is_available()
+    here: dict[str, Any] = {"device": torch.accelerator.current_accelerator() if on_accelerator else "cpu"}  # as the engine
+    logits = 3 * torch.randn(rows, load_config(experiment.teacher.model, experiment.teacher.revision).vocab_size, **here)
+    log_softmax, uniform = vllm_worker.LogSoftmax(), torch.rand(rows, 1, dtype=torch.float64, **here)
     logprobs = log_softmax(logits)
     work: dict[str, Callable[[], Any]] = {
         "log-softmax": lambda: log_softmax(logits),
@@ -80,8 +82,15 @@ def parts(experiment: Any, rows: int, step: float) -> dict[str, float]:
     }
     print(f"\n| part of a step of {rows} sequences | ms | share |\n| --- | ---: | ---: |")
     shares = {}
+
+    def whole(function: Callable[[], Any]) -> None:
+        function()
+        if on_accelerator:
+            torch.accelerator.synchronize()
+
     for name, function in work.items():
-        seconds = statistics.median(timeit.repeat(function, number=1, repeat=50))
+        whole(function)
+        seconds = statistics.median(timeit.repeat(partial(whole, function), number=1, repeat=50))
         shares[name] = seconds / step
         print(f"| {name} | {1000 * seconds:.2f} | {shares[name]:.1%} |", flush=True)
     return shares

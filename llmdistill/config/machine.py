@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from llmdistill.errors import InputError
+
 ComputeDtype = Literal["bfloat16", "float16", "float32", "auto"]  # auto: somebody else decides, as the reason says
 
 Runtime = Literal["torch", "vllm"]
@@ -145,11 +147,19 @@ def _torch_precision() -> Precision:
 
 @functools.cache
 def _vllm_precision() -> Precision:
-    """On the device that vLLM computes on, without a CUDA context in this process."""
+    """On the device that vLLM computes on, without a CUDA context in this process.
+
+    Raises:
+        InputError: there is none.
+    """
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         return cpu_precision()
+    if current_platform.is_unspecified():
+        raise InputError(
+            "vLLM finds no device here that it was built for; use a machine that has one, or set teacher.engine to transformers"
+        )
     name, capability = current_platform.get_device_name(), current_platform.get_device_capability()
     if current_platform.is_cuda() and capability is not None:
         return of_cuda(name, (capability.major, capability.minor))

@@ -52,7 +52,7 @@ class Worker(Protocol):
     """Knows which shards are for it to make."""
 
     def part(self, count: int) -> range:
-        """The numbers of the shards, of so many, that may be its own."""
+        """The numbers of the shards, of so many, that may be its own; asked for before any is made."""
         ...
 
     def shards(self, name: str, directory: Path, count: int) -> Iterable[int]:
@@ -240,6 +240,9 @@ def is_whole(directory: Path) -> bool:
 def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Opened = open_engine) -> None:
     """Make this worker's missing shards; then, if all are there, complete the dataset.
 
+    Who makes the first shard decides what the teacher computes in. A worker that makes none may be on a machine without the
+    accelerator of the others: it begins nothing.
+
     Args:
         claim: the dataset's directory, the stage, and what the rows depend on.
         source: the rows.
@@ -255,8 +258,12 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
     shared = SharedShards(experiment, directory)
     shared.join(name, settings, inputs)
     _check_layout(directory, layout)
-    precision = shared.precision(teacher_precision(experiment.teacher))
-    precision = record.begin_computing(*claim, experiment.seed, precision)
+    is_idle = count > 0 and not worker.part(count)
+    precision = record.begun_precision(directory, settings, inputs) or shared.begun_precision()
+    if precision is None and is_idle:
+        _say_lacking(name, 0, count)
+        return
+    precision = record.begin_computing(*claim, experiment.seed, precision or teacher_precision(experiment.teacher))
     made: dict[str, Any] = {}
     shared.gather(count)  # who only asks what is missing sees what others have finished
     gathered = False
@@ -272,7 +279,7 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
         there = finished_shards(directory, "train")
         if len(there) < count:
             known = len({shard.index for shard in there} | shared.indices())
-            say(name, f"{known:,} of {counted(count, 'shard')} there, the others are for other workers to make")
+            _say_lacking(name, known, count)
             return
         described = source.chat.description() | {"precision": precision.recorded} | source.description()
         described |= whole_bill(directory, experiment)
@@ -293,6 +300,10 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
     shared.decide()
     record.finish(directory, {"rows": len(source.requests) - sum(failed.values()), **made})
     shared.finish()
+
+
+def _say_lacking(name: str, there: int, count: int) -> None:
+    say(name, f"{there:,} of {counted(count, 'shard')} there, the others are for other workers to make")
 
 
 def _check_layout(directory: Path, layout: Layout) -> None:

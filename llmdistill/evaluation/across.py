@@ -6,13 +6,17 @@ distributions over tokens. What a whole text costs is told by each model in its 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmdistill.evaluation.metrics import Positions
+from llmdistill.evaluation.slices import Compared, by_slices, widest
 from llmdistill.evaluation.statistics import Array
 from llmdistill.models.root_classes import RootClasses
+
+if TYPE_CHECKING:
+    from llmdistill.losses.classes import ClassTable
 
 TEACHER = "teacher"
 
@@ -36,8 +40,11 @@ def prompt_ids_of(row: Mapping[str, Any], name: str) -> list[int]:
 
 def batches(
     models: dict[str, Any], rows: Any, batch_size: int, classes: RootClasses, end_ids: Sequence[int]
-) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any], dict[str, Positions], Array, Array]]:
-    """Batches of rows with the distributions of all models over classes.
+) -> Iterator[Compared]:
+    """Batches of rows, compared over classes at the positions that both vocabularies share.
+
+    The `sums` of a batch are `positions`, those of the student's whole completions; `NAME text_nll`, −log q of the whole text by
+    every model, in its own tokens; and the teacher's `entropy` over its tokens at the shared positions.
 
     Args:
         models: by name; one of them is called `teacher`.
@@ -45,18 +52,15 @@ def batches(
         batch_size: rows in one forward pass.
         classes: of the rows.
         end_ids: the student's tokens that end a text.
-
-    Yields:
-        The rows; the sums over each row of −log q of its whole text by every model, in its own tokens, `NAME text_nll` (rows,);
-        of every model what it thinks at the positions that both share; the row of each of these positions, and its place in the
-        student's completion.
     """
     import torch
 
-    from llmdistill.losses.classes import ClassTable, class_logits
+    from llmdistill.losses.classes import ClassTable
+    from llmdistill.losses.fused import find_head
 
     ends = np.unique(classes.student_V[[token for token in end_ids if token < len(classes.student_V)]]).tolist()
     table = ClassTable.of(classes, models[TEACHER].device)
+    heads, width = {name: find_head(model) for name, model in models.items()}, max(widest(models.values()), table.count)
     for first in range(0, len(rows), batch_size):
         chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
         places = [np.asarray(row["target_places"]) for row in chunk]
@@ -66,40 +70,52 @@ def batches(
         before = np.cumsum(theirs) - theirs
         index_N = np.concatenate([place + offset for place, offset in zip(places, before, strict=True)])
         soft_N = np.concatenate(places) >= 0
-        found: dict[str, Any] = {}
-        sums: dict[str, Any] = {}
+        sums: dict[str, Array] = {"positions": np.bincount(row_N, minlength=len(chunk))}
+        logits: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
         with torch.inference_mode():
-            log_C = {}
             for name, model in models.items():
-                logits_NV, labels_N, model_row_N = _logits(model, chunk, name)
-                nll_N = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
-                sums[f"{name} text_nll"] = _by_row(nll_N, model_row_N, len(chunk))
-                shared = torch.from_numpy(index_N[soft_N] if name == TEACHER else np.flatnonzero(soft_N)).to(logits_NV.device)
-                of_V = table.teacher_V[0] if name == TEACHER else table.student_GV[0]
-                log_C[name] = class_logits(logits_NV[shared], of_V, table.count)
+                logits[name], labels_N, model_row_N = _logits(model, chunk, name, heads[name])
+                shared_N = index_N[soft_N] if name == TEACHER else np.flatnonzero(soft_N)
+                shared[name] = torch.from_numpy(shared_N).to(labels_N.device)
+                of_text = partial(_of_text, logits[name], labels_N, name == TEACHER)
+                text = by_slices(of_text, len(labels_N), width, labels_N.device.type)
+                sums[f"{name} text_nll"] = _by_row(text["nll"], model_row_N, len(chunk))
                 if name == TEACHER:
-                    log_p_SV = logits_NV[shared].log_softmax(-1)
-                    sums["entropy"] = _by_row(-(log_p_SV.exp() * log_p_SV).sum(-1), row_N[soft_N], len(chunk))
+                    sums["entropy"] = _by_row(text["entropy"][shared[name]], row_N[soft_N], len(chunk))
                 else:
-                    class_S = table.student_GV[0][labels_N[shared]]
-            p_SC = log_C[TEACHER].exp()
-            sums["class_entropy"] = _by_row(-(p_SC * log_C[TEACHER]).sum(-1), row_N[soft_N], len(chunk))
-            sums["positions"] = np.bincount(row_N, minlength=len(chunk))
-            top_S5, end_S = p_SC.topk(5).indices, torch.isin(class_S, torch.tensor(ends, dtype=torch.long, device=class_S.device))
-            for name, log_q_SC in log_C.items():
-                found[name] = Positions(log_C[TEACHER], p_SC, top_S5, log_q_SC, class_S, end_S, ends)
-        yield chunk, sums, found, row_N[soft_N], position_N[soft_N]
+                    class_S = table.student_GV[0][labels_N[shared[name]]]
+        logprobs = partial(_logprobs, logits, shared, table)
+        yield Compared(len(chunk), row_N[soft_N], position_N[soft_N], class_S, ends, width, logprobs, sums)
 
 
-def _logits(model: Any, rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Any, Any, Array]:
-    """A model's logits (N, V) at all completion positions in its own tokens, the labels, and the row of each."""
-    from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits
+def _logits(model: Any, rows: Sequence[Mapping[str, Any]], name: str, head: Any) -> tuple[Any, Any, Array]:
+    """A model's logits (N, V) at all completion positions in its own tokens, to be sliced, the labels, and the row of each."""
+    from llmdistill.data.collator import DistillCollator, completion_labels
+    from llmdistill.losses.fused import logits_of
 
     told = [ids_of(row, name) for row in rows]
     own = [{"input_ids": ids, "completion_start": start} for ids, start in told]
     batch = {key: value.to(model.device) for key, value in DistillCollator(pad_token_id=0)(own).items()}
     lengths = [len(ids) - start for ids, start in told]
-    return completion_logits(model, batch).float(), completion_labels(batch), np.repeat(np.arange(len(own)), lengths)
+    return logits_of(model, batch, head), completion_labels(batch), np.repeat(np.arange(len(own)), lengths)
+
+
+def _of_text(logits: Any, labels_N: Any, with_entropy: bool, here: slice) -> dict[str, Any]:
+    """−log q of the tokens of a slice, and the entropy of q there, if wanted."""
+    log_q_nV = logits[here].float().log_softmax(-1)
+    found = {"nll": -log_q_nV.gather(1, labels_N[here, None])[:, 0]}
+    if with_entropy:
+        found["entropy"] = -(log_q_nV.exp() * log_q_nV).sum(-1)
+    return found
+
+
+def _logprobs(logits: Mapping[str, Any], shared: Mapping[str, Any], table: "ClassTable", name: str, here: slice) -> Any:
+    """A model's log-probabilities of the classes at a slice of the shared positions, (n, C)."""
+    from llmdistill.losses.classes import class_logits
+
+    of_V = table.teacher_V[0] if name == TEACHER else table.student_GV[0]
+    return class_logits(logits[name][shared[name][here]], of_V, table.count)
 
 
 def _by_row(value_N: Any, row_N: Array, rows: int) -> Array:

@@ -3,8 +3,9 @@
 At every position the teacher's whole distribution p, from its weights in float32, stands beside the model's q.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from llmdistill.evaluation import across
 from llmdistill.evaluation.drafts import MODES, draft_sums
 from llmdistill.evaluation.metrics import CONFIDENCES, ENTROPIES, POSITIONS, QUANTITIES, Positions
+from llmdistill.evaluation.slices import Compared, by_slices, widest
 from llmdistill.evaluation.statistics import Array
 from llmdistill.models.loading import continue_prompts
 from llmdistill.models.root_classes import RootClasses
@@ -57,18 +59,21 @@ def fidelity(
     """
     parts: dict[str, list[Array]] = {}
     batches = (
-        _batches(models, rows, batch_size, list(end_ids))
+        _batches(models, rows, batch_size, end_ids)
         if classes is None
-        else _across(models, rows, batch_size, classes, end_ids)
+        else across.batches(models, rows, batch_size, classes, end_ids)
     )
-    for values, row_N, count, whole in batches:
-        position_N = values.pop("position")
+    for batch in batches:
+        values, row_N, position_N, count = _values(batch, models), batch.row_N, batch.position_N, batch.rows
+        entropy_N = values.pop("entropy")
         groups = {
             "position": np.searchsorted(POSITIONS, position_N, side="right") - 1,
-            "entropy": np.searchsorted(ENTROPIES, values.pop("entropy").clip(min=0), side="right") - 1,
+            "entropy": np.searchsorted(ENTROPIES, entropy_N.clip(min=0), side="right") - 1,
         }
         sizes = {"position": len(POSITIONS), "entropy": len(ENTROPIES)}
-        sums = {"tokens": np.bincount(row_N, minlength=count), **whole}
+        sums = {"tokens": np.bincount(row_N, minlength=count), **batch.sums}
+        if classes is not None:
+            sums["class_entropy"] = np.bincount(row_N, entropy_N, minlength=count)
         for name, group_N in groups.items():
             sums[f"tokens by {name}"] = _sums(row_N, group_N, None, count, sizes[name])
             for model in models:
@@ -145,15 +150,15 @@ def own_text(
     return found
 
 
-def _batches(
-    models: dict[str, Any], rows: Any, batch_size: int, end_ids: list[int]
-) -> Iterator[tuple[dict[str, Array], Array, int, dict[str, Array]]]:
-    """For each batch: values at every completion position, the row of each, how many rows there are, and sums of these."""
+def _batches(models: dict[str, Any], rows: Any, batch_size: int, end_ids: Sequence[int]) -> Iterator[Compared]:
+    """Batches of rows, compared over tokens at every position of their completions."""
     import torch
 
-    from llmdistill.data.collator import DistillCollator, completion_logits, text_only
+    from llmdistill.data.collator import DistillCollator, completion_labels, text_only
+    from llmdistill.losses.fused import find_head, logits_of
 
     collate, size = DistillCollator(pad_token_id=0), common_size(models.values())
+    heads, width = {name: find_head(model) for name, model in models.items()}, widest(models.values())
     for first in range(0, len(rows), batch_size):
         chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
         lengths = np.array([len(row["input_ids"]) - int(row["completion_start"]) for row in chunk])
@@ -161,42 +166,41 @@ def _batches(
         position_N = np.arange(len(row_N)) - np.repeat(lengths.cumsum() - lengths, lengths)
         with torch.inference_mode():
             batch = {name: values.to(models["teacher"].device) for name, values in collate(text_only(chunk)).items()}
-            labels_N = batch["labels"][batch["labels"] != -100]
-            end_N = torch.isin(labels_N, torch.tensor(end_ids, device=labels_N.device))
-            p_NV = completion_logits(models["teacher"], batch)[:, :size].float().log_softmax(-1)
-            truth_NV, p_top = p_NV.exp(), p_NV.topk(5).indices
-            found = {"entropy": -(truth_NV * p_NV).sum(-1), "ended": end_N}
-            for name, model in models.items():
-                q_NV = p_NV if name == "teacher" else completion_logits(model, batch)[:, :size].float().log_softmax(-1)
-                measured = _quantities(Positions(p_NV, truth_NV, p_top, q_NV, labels_N, end_N, end_ids))
-                found |= {f"{name} {quantity}": value for quantity, value in measured.items()}
-        yield _arrays(found) | {"position": position_N}, row_N, len(chunk), {}
+            logits = {name: logits_of(model, batch, heads[name]) for name, model in models.items()}
+        logprobs = partial(_logprobs, logits, size)
+        yield Compared(len(chunk), row_N, position_N, completion_labels(batch), list(end_ids), width, logprobs, {})
 
 
-def _across(
-    models: dict[str, Any], rows: Any, batch_size: int, classes: RootClasses, end_ids: Sequence[int]
-) -> Iterator[tuple[dict[str, Array], Array, int, dict[str, Array]]]:
-    """The same over classes, for models of two vocabularies."""
-    for chunk, sums, positions, row_N, position_N in across.batches(models, rows, batch_size, classes, end_ids):
-        teacher = positions["teacher"]
-        found = {"entropy": -(teacher.p_NV * teacher.log_p_NV).sum(-1), "ended": teacher.end_N}
-        for name, at in positions.items():
-            found |= {f"{name} {quantity}": value for quantity, value in _quantities(at).items()}
-        yield _arrays(found) | {"position": position_N}, row_N, len(chunk), sums
+def _logprobs(logits: Mapping[str, Any], size: int, name: str, here: slice) -> Any:
+    """A model's log-probabilities of the tokens that all have, (n, V)."""
+    return logits[name][here][:, :size].float().log_softmax(-1)
 
 
-def _arrays(found: dict[str, Any]) -> dict[str, Array]:
+def _values(batch: Compared, names: Collection[str]) -> dict[str, Array]:
+    """At every position the teacher's `entropy`, whether it `ended` there, and all quantities of every model."""
+    import torch
+
+    ends = torch.tensor(batch.ends, dtype=torch.long, device=batch.labels_N.device)
+
+    def measure(here: slice) -> dict[str, Any]:
+        labels_n, log_p_nV = batch.labels_N[here], batch.logprobs("teacher", here)
+        p_nV, top_n5, end_n = log_p_nV.exp(), log_p_nV.topk(5).indices, torch.isin(labels_n, ends)
+        found = {"entropy": -(p_nV * log_p_nV).sum(-1), "ended": end_n}
+        for name in names:
+            log_q_nV = log_p_nV if name == "teacher" else batch.logprobs(name, here)
+            at = Positions(log_p_nV, p_nV, top_n5, log_q_nV, labels_n, end_n, batch.ends)
+            found |= {f"{name} {quantity}": value(at) for quantity, value in QUANTITIES.items()}
+            del at, log_q_nV  # before the next model's
+        return found
+
+    with torch.inference_mode():
+        found = by_slices(measure, len(batch.labels_N), batch.width, batch.labels_N.device.type)
     return {name: value.cpu().double().numpy() for name, value in found.items()}
 
 
 def common_size(models: Iterable[Any]) -> int:
     """The tokens that all models have: the output layer of one may be padded further than another's."""
     return min(int(model.config.get_text_config().vocab_size) for model in models)
-
-
-def _quantities(at: Positions) -> dict[str, Any]:
-    """All that is summed, at every position; what it takes in memory between goes with the call."""
-    return {name: quantity(at) for name, quantity in QUANTITIES.items()}
 
 
 def _sums(row_N: Array, group_N: Array, value_N: Array | None, rows: int, groups: int) -> Array:

@@ -6,6 +6,7 @@ tokens that are not stored are in the classes of stored ones, too, and how likel
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from llmdistill.data.targets import TopK, kind_of
 from llmdistill.evaluation.fidelity import Report, common_size
 from llmdistill.evaluation.metrics import QUANTITIES_OF_TEXT, Positions
+from llmdistill.evaluation.slices import by_slices, widest
 from llmdistill.evaluation.statistics import Array
 
 
@@ -39,10 +41,12 @@ def text_sums(
     """
     import torch
 
-    from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits, text_only
+    from llmdistill.data.collator import DistillCollator, completion_labels, text_only
+    from llmdistill.losses.fused import find_head, logits_of
 
     device = next(iter(models.values())).device
     collate = DistillCollator(pad_token_id=0, vocab_size=common_size(models.values()))
+    heads, width = {name: find_head(model) for name, model in models.items()}, widest(models.values())
     parts: dict[str, list[Array]] = {}
     for first in range(0, len(rows), batch_size):
         chunk = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
@@ -53,22 +57,37 @@ def text_sums(
         labels_N = completion_labels(batch)
         end_N = torch.isin(labels_N, torch.tensor(list(end_ids), device=device))
         found: dict[str, Any] = {"tokens": torch.ones_like(labels_N), "ended": end_N}
+        stored_N: Any = None
         if stored:
             # All is in the tail of an end that the endpoint did not show: of the teacher nothing is known there.
             logprobs_NK: Any = batch["target_logprobs"]
             found["stored"] = stored_N = logprobs_NK.exp().sum(1) > 0
         with torch.inference_mode():
             for name, model in models.items():
-                logits_NV = completion_logits(model, batch).float()
-                at = Positions(None, None, None, logits_NV.log_softmax(-1), labels_N, end_N, list(end_ids))
-                found |= {f"{name} {quantity}": value(at) for quantity, value in QUANTITIES_OF_TEXT.items()}
-                if stored:
-                    found[f"{name} stored_kl"] = torch.where(stored_N, _stored_kl(logits_NV, batch), 0)
+                at = partial(_of_slice, logits_of(model, batch, heads[name]), labels_N, end_N, list(end_ids), batch, stored_N)
+                of_model = by_slices(at, len(labels_N), width, labels_N.device.type)
+                found |= {f"{name} {quantity}": value_N for quantity, value_N in of_model.items()}
         row_N = np.repeat(np.arange(len(chunk)), lengths)
         for name, value_N in found.items():
             parts.setdefault(name, []).append(np.bincount(row_N, value_N.cpu().double().numpy(), minlength=len(chunk)))
         report(len(chunk), sum(lengths))
     return {name: np.concatenate(sums) for name, sums in parts.items()}
+
+
+def _of_slice(
+    logits: Any, labels_N: Any, end_N: Any, end_ids: list[int], batch: Mapping[str, Any], stored_N: Any, here: slice
+) -> dict[str, Any]:
+    """The quantities of a model at a slice of the positions; `stored_kl` too, 0 where nothing is, if `stored_N` is given."""
+    import torch
+
+    from llmdistill.data.collator import some_tokens
+
+    logits_nV = logits[here].float()
+    at = Positions(None, None, None, logits_nV.log_softmax(-1), labels_N[here], end_N[here], end_ids)
+    found = {quantity: value(at) for quantity, value in QUANTITIES_OF_TEXT.items()}
+    if stored_N is not None:
+        found["stored_kl"] = torch.where(stored_N[here], _stored_kl(logits_nV, some_tokens(batch, here)), 0)
+    return found
 
 
 def _stored_kl(logits_NV: Any, batch: Mapping[str, Any]) -> Any:

@@ -12,11 +12,12 @@ from typing import Any
 
 from llmdistill.config import Experiment, dump_experiment
 from llmdistill.config.jobs import Jobs, Scheduler
+from llmdistill.data.shards import count_shards
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.backend import Backend, Job
-from llmdistill.jobs.commands import scheduled
+from llmdistill.jobs.commands import check_gpus, scheduled
 from llmdistill.runs import pipeline, record
-from llmdistill.runs.progress import console, say
+from llmdistill.runs.progress import console, counted, say
 from llmdistill.runs.status import how_far, known
 from llmdistill.stages.table import STAGES
 
@@ -52,6 +53,7 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
         pipeline.check_inputs(experiment, here=False)
         _check_first(experiment, settings)
     stages = scheduled(experiment, settings)
+    check_gpus(name, settings, stages)
     texts = backend.render(experiment, settings, stages)
     configurations = {f"{stage.name}.yaml": dump_experiment(stage.experiment) for stage in stages}
     if dry_run:
@@ -98,7 +100,21 @@ def _check_first(experiment: Experiment, settings: Scheduler[Any]) -> None:
     first = pipeline.stages(experiment)[0]
     STAGES[first.command].claims(first.experiment)
     if experiment.prompts is not None:
-        pipeline.check_held_out(experiment, pipeline.missing_stages(experiment))
+        missing = pipeline.missing_stages(experiment)
+        prepared = pipeline.check_held_out(experiment, missing)
+        if prepared is not None and any(stage.command == "generate" for stage in missing):
+            _warn_of_idle_workers(experiment, settings.workers, len(prepared.prompts))
+
+
+def _warn_of_idle_workers(experiment: Experiment, workers: int, prompts: int) -> None:
+    """Say whether `generate` has fewer shards than workers; with several teachers it may have a few more than are counted here."""
+    shards = count_shards(experiment, [prompts * experiment.generate.samples])
+    if shards < workers:
+        say(
+            "warning",
+            f"generate has {counted(shards, 'shard')} for {workers:,} workers, so some have nothing to do; lower "
+            "generate.rows_per_shard or workers, or give it more prompts",
+        )
 
 
 def status(output: Path) -> None:

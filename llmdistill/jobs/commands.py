@@ -38,6 +38,41 @@ def scheduled(experiment: Experiment, settings: Scheduler[Any]) -> list[StageRun
     return [part for stage in stages(experiment) for part in _parts(stage, settings.workers)]
 
 
+def engine_gpus(stage: StageRun) -> int:
+    """GPUs that the largest engine of a stage is split over; its engines run one after the other."""
+    experiment = stage.experiment
+    teachers = list(experiment.routed.values()) if stage.shared else []
+    if stage.command == "eval" and experiment.eval.win_rate:
+        teachers.append(experiment.eval.win_rate.judge)
+    sizes = [teacher.tensor_parallel_size for teacher in teachers if teacher.engine == "vllm"]
+    if stage.command == "eval" and experiment.eval.speed == "vllm":
+        sizes.append(experiment.teacher.tensor_parallel_size)
+    return max(sizes, default=1)
+
+
+def check_gpus(name: str, settings: Scheduler[Any], stages: Sequence[StageRun]) -> None:
+    """Refuse stages that would get fewer GPUs than one of their engines is split over.
+
+    Args:
+        name: of the backend.
+        settings: its section.
+        stages: all of them.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for stage in stages:
+        asked: Any = of_stage(settings, stage.command)
+        needed = engine_gpus(stage)
+        if asked.gpus and asked.gpus < needed:  # without any, it is not GPUs that an engine is split over
+            own = settings.stages.get(stage.command)
+            key = f"stages.{stage.command}.gpus" if own and own.gpus is not None else "gpus"
+            raise InputError(
+                f"jobs.{name}.{key}: {asked.gpus}, but {stage.command} runs a model that vLLM splits over {needed} GPUs "
+                "(tensor_parallel_size)"
+            )
+
+
 def _parts(stage: StageRun, workers: int) -> Iterator[StageRun]:
     """A stage as often as its workers are started.
 

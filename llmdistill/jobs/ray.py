@@ -10,7 +10,7 @@ from llmdistill.config import Experiment, dump_experiment
 from llmdistill.config.jobs import Ray
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.backend import Backend, Job
-from llmdistill.jobs.commands import of_stage
+from llmdistill.jobs.commands import engine_gpus, of_stage
 from llmdistill.runs.pipeline import StageRun
 from llmdistill.stages.table import STAGES
 
@@ -51,9 +51,7 @@ def resources(settings: Ray, stage: StageRun) -> dict[str, float]:
     asked = of_stage(settings, stage.command)
     gpus = asked.gpus
     if gpus is None:
-        gpus = max(teacher.tensor_parallel_size for teacher in stage.experiment.routed.values()) if stage.shared else 1
-        if not STAGES[stage.command].uses_model:
-            gpus = 0
+        gpus = engine_gpus(stage) if STAGES[stage.command].uses_model else 0
     return {"num_gpus": gpus, "num_cpus": 1 if asked.cpus is None else asked.cpus}
 
 

@@ -63,25 +63,25 @@ class Queue:
 
 
 class NoShards:
-    """Makes no shard, but finds out which are missing."""
+    """Makes no shard, but finds out which are missing in a directory."""
 
-    def __init__(self) -> None:
-        self._directory, self._count = Path(), 0
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._count = directory, 0
 
     def part(self, count: int) -> range:
         """None of them."""
+        self._count = count
         return range(0)
 
     def shards(self, name: str, directory: Path, count: int) -> list[int]:
         """None of them."""
-        self._directory, self._count = directory, count
         return []
 
     @property
     def missing(self) -> list[int]:
         """Those that are missing now; none of a stage that is done."""
         # Not read and hashed, as a worker does with its share: one process would read what a whole cluster has written.
-        there = indices(self._directory) if self._count else set()
+        there = indices(self._directory)
         return [index for index in range(self._count) if index not in there]
 
 
@@ -154,8 +154,8 @@ def drive(file: Path) -> None:
 
 def _make_shards(settings: Ray, stage: StageRun) -> None:
     """Keep as many actors at it as are asked for, until every shard is there or has failed too often."""
-    plan, directory = NoShards(), stage.experiment.directory("data")
-    _make(stage, plan)  # what is wrong with the input is found out here
+    directory = stage.experiment.directory("data")
+    _make(stage, plan := NoShards(directory))  # what is wrong with the input is found out here
     missing = plan.missing
     if not missing:
         return
@@ -186,7 +186,7 @@ def _make_shards(settings: Ray, stage: StageRun) -> None:
                 start()
         ray.kill(worker)
     failed = ray.get(queue.failed.remote())
-    _make(stage, again := NoShards())
+    _make(stage, again := NoShards(directory))
     if missing := again.missing:
         named = f": shards {', '.join(map(str, failed))} failed {settings.retries + 1} times" if failed else ""
         raise RemoteError(f"{directory} lacks {len(missing):,} shards{named}; the others are kept, submit it again to continue")

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from llmdistill import losses
-from llmdistill.data.collator import output_layer, replaced_forward, some_tokens
+from llmdistill.data.collator import completion_logits, in_place_of_logits, output_layer, replaced_forward, some_tokens
 from llmdistill.data.targets import KINDS
 from llmdistill.losses.chunks import chunk_parts
 from llmdistill.losses.classes import ClassPicks
@@ -103,13 +103,28 @@ class ChunkedLogits:
         self._low = [tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in flat[2:]]
         self._softcap = head.softcap
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        """Logits (n, V)."""
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Logits (n, V) of a slice, or of rows by their numbers."""
         with torch.no_grad(), torch.autocast(self._x_ND.device.type, enabled=False):
             logits_nV = torch.nn.functional.linear(self._x_ND[rows], self._weight_VD, self._bias_V)
             for x_NR, weight_VR in zip(self._low[::2], self._low[1::2], strict=True):
                 logits_nV = logits_nV + x_NR[rows] @ weight_VR.t()
             return logits_nV if self._softcap is None else _bent(logits_nV, self._softcap)
+
+
+@torch.no_grad()
+def logits_of(model: Any, batch: Mapping[str, Any], head: Head | None) -> Tensor | ChunkedLogits:
+    """A model's logits that predict each completion token, to be sliced: held as hidden states, where there is a head for them.
+
+    Args:
+        model: the model.
+        batch: as for `completion_logits`.
+        head: its output layer, by `find_head`.
+    """
+    if head is None:
+        return completion_logits(model, batch)
+    _, hidden_ND = in_place_of_logits(model, batch, lambda hidden_ND: (hidden_ND.new_zeros(()), hidden_ND))
+    return ChunkedLogits(hidden_ND, head)
 
 
 @torch.no_grad()

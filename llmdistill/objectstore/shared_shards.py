@@ -46,13 +46,11 @@ class SharedShards:
         if self.copy:
             self.copy.check(name, settings, inputs)
 
-    def precision(self, wanted: Precision) -> Precision:
-        """What the teacher computes in: as the work in the store was begun, or as wanted."""
+    def begun_precision(self) -> Precision | None:
+        """What the teacher computes in, as the work in the store was begun; None if it was not."""
         run = self.copy.store.read(f"{self.copy.name}/{record.RUN_FILE}") if self.copy else None
         recorded = (run or {}).get("precision")
-        if not recorded or recorded["dtype"] == wanted.dtype:
-            return wanted
-        return Precision(recorded["dtype"], f"as the work in the store was started; here it would be {wanted}")
+        return Precision(**recorded) if recorded else None
 
     def indices(self) -> set[int]:
         """Which shards are in the store."""

@@ -262,15 +262,19 @@ def begin_computing(
     return counts
 
 
-def settled_precision(directory: Path, settings: dict[str, Any], inputs: dict[str, str], wanted: Precision) -> Precision:
-    """What models compute in for the work in a directory: as it was begun, or as wanted if it was not."""
+def begun_precision(directory: Path, settings: dict[str, Any], inputs: dict[str, str]) -> Precision | None:
+    """What models compute in for the work in a directory, as it was begun; None if it was not."""
     run = read_run(directory)
     recorded = (run or {}).get("precision")
-    if run is None or not recorded or differences(run, settings, inputs):
-        return wanted
-    if recorded["dtype"] == wanted.dtype:
-        return Precision(**recorded)
-    return Precision(recorded["dtype"], f"as {directory} was started; here it would be {wanted}")
+    return None if run is None or not recorded or differences(run, settings, inputs) else Precision(**recorded)
+
+
+def settled_precision(directory: Path, settings: dict[str, Any], inputs: dict[str, str], wanted: Precision) -> Precision:
+    """What models compute in for the work in a directory: as it was begun, or as wanted if it was not."""
+    begun = begun_precision(directory, settings, inputs) or wanted
+    if begun.dtype == wanted.dtype:
+        return begun
+    return Precision(begun.dtype, f"as {directory} was started; here it would be {wanted}")
 
 
 def finish(directory: Path, results: dict[str, Any]) -> None:

@@ -352,11 +352,7 @@ class DistillTrainer(trl.SFTTrainer):
 
     def _logits_of(self, number: int, inputs: Any) -> torch.Tensor | fused.ChunkedLogits:
         """One online teacher's, computed by the chunk where its output layer allows."""
-        teacher, head = self.teachers[number], self._teacher_heads[number]
-        if head is None:
-            return completion_logits(teacher, inputs)
-        _, hidden_ND = in_place_of_logits(teacher, inputs, lambda hidden_ND: (hidden_ND.new_zeros(()), hidden_ND))
-        return fused.ChunkedLogits(hidden_ND, head)
+        return fused.logits_of(self.teachers[number], inputs, self._teacher_heads[number])
 
     def _watched(self, model: Any, side: Literal["student", "teacher"]) -> Any:
         return self.match.watch(model, side) if self.match else nullcontext()

@@ -1,9 +1,13 @@
 """What models compute in, on machines of all kinds."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 
 from llmdistill.config import machine
 from llmdistill.config.machine import of_apple, of_cpu, of_cuda
+from llmdistill.errors import InputError
 
 AVX2 = {"sse4_2", "avx", "avx2", "fma", "f16c"}
 
@@ -77,6 +81,16 @@ def test_training(monkeypatch, device, found, arguments, dtype):
 
 def test_what_is_asked_for_counts():
     assert str(machine.inference_precision("float16")) == "float16: as configured"
+
+
+def test_a_vllm_that_finds_no_device_says_so(monkeypatch):
+    """As its package for CUDA where there is no GPU; a name has such a device none."""
+    platform = SimpleNamespace(is_cpu=lambda: False, is_unspecified=lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    machine._vllm_precision.cache_clear()
+    with pytest.raises(InputError, match="vLLM finds no device here that it was built for"):
+        machine.inference_precision(runtime="vllm")
 
 
 def test_this_machine_agrees_with_torch():

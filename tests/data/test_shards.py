@@ -1,6 +1,7 @@
 """Several workers on one dataset, and what happens to a shard that is damaged or missing."""
 
 import shutil
+import sys
 import threading
 from contextlib import closing
 
@@ -11,10 +12,11 @@ import pytest
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.data import shards
-from llmdistill.data.dataset import finished_shards, sha256, write_shard
+from llmdistill.data.dataset import finished_shards, read_manifest, sha256, write_shard
 from llmdistill.data.shards import Share, is_whole
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
+from llmdistill.runs.record import read_run
 from llmdistill.stages.generate import generate
 
 
@@ -46,9 +48,35 @@ def test_workers_make_together_what_one_makes_alone(experiment, undisturbed, cap
     assert len(load_dataset(directory)) == 24
 
 
-def test_a_worker_with_nothing_to_do_says_so(experiment, capsys):
+def no_device(teacher):
+    raise AssertionError("this machine was asked what it computes in")
+
+
+def test_a_worker_with_nothing_to_do_says_so_and_begins_nothing(experiment, monkeypatch, capsys):
+    """It may have no accelerator, and what it would compute in is not what those compute in who make the shards."""
+    monkeypatch.setattr(shards, "teacher_precision", no_device)
     generate(experiment, worker=Share(4, 5))
     assert "0 of 4 shards there" in capsys.readouterr().out
+    assert not experiment.directory("data").exists()
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["on one disk", "by a store"])
+def test_what_others_have_begun_is_not_asked_of_this_machine(experiment_file, tmp_path, monkeypatch, stored):
+    """Nor where the last shard is there and the dataset has to be completed."""
+    places = ["one", "other", "third"] if stored else ["one"] * 3
+    changes = [("teacher.dtype", "auto"), *([("store", f"file://{tmp_path}/store")] if stored else [])]
+    one, other, third = (load_experiment(experiment_file, [*changes, ("output", f"{tmp_path}/{place}")]) for place in places)
+    generate(one, worker=Share(0, 2))
+    monkeypatch.setattr(shards, "teacher_precision", no_device)
+    monkeypatch.setattr(shards, "write_manifest", lambda *arguments: sys.exit(9))
+    with pytest.raises(SystemExit):
+        generate(other, worker=Share(1, 2))
+    monkeypatch.undo()
+    monkeypatch.setattr(shards, "teacher_precision", no_device)
+    generate(third, worker=Share(4, 5))
+    began = read_run(one.directory("data"))["precision"]
+    assert began["dtype"] == "float32"
+    assert read_manifest(third.directory("data"))["precision"] == began
 
 
 @pytest.mark.parametrize(("other", "rows"), [(7, 7), (9, 0)])

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from llmdistill.config import load_experiment
 from tests.conftest import ROOT
 from tests.forked import run_forked
 
@@ -75,6 +76,22 @@ def test_gpu(tmp_path):
     errors = {row["dtype"]: row["fused weight"] for row in found["rows"]["loss"] if row["head"] == "plain"}
     for dtype, digits in {"float32": 20, "float16": 9, "bfloat16": 6}.items():  # of 24, 11 and 8
         assert errors[dtype] < 2.0**-digits
+
+
+def test_the_parts_of_a_step_are_timed_on_the_accelerator_to_their_end(experiment_file, monkeypatch, capsys):
+    """Where a call returns before its work is done."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import generate
+    import torch
+
+    waited, made, randn = [], [], torch.randn
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu", 0))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(1))
+    monkeypatch.setattr(torch, "randn", lambda *sizes, device: made.append(device) or randn(*sizes))
+    shares = generate.parts(load_experiment(experiment_file, [("targets", "{kind: sampled, n: 8}")]), 2, 0.5)
+    assert made == [torch.device("cpu", 0)]
+    assert len(waited) == 51 * len(shares)
 
 
 def test_train_step(tmp_path):

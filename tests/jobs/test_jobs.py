@@ -12,6 +12,7 @@ from llmdistill import jobs
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.commands import scheduled
+from llmdistill.jobs.ray import resources
 from llmdistill.runs.status import how_far
 from tests.conftest import run_cli
 from tests.doubles import double
@@ -232,6 +233,53 @@ def test_what_needs_no_model_gets_no_gpu_unless_its_entry_says_so(experiment_fil
     entry = "{gpus: 8, stages: {curate: {cpus: 4}}}"
     assert "gpus" not in rendered(experiment_file, "curate", entry)
     assert "gpus-per-node=1\n" in rendered(experiment_file, "curate", entry.replace("cpus: 4", "gpus: 1"))
+
+
+JUDGE = ("eval.win_rate", "{judge: {model: some/judge, tensor_parallel_size: 4}}")
+SPLIT, SPEED = ("teacher.tensor_parallel_size", "2"), ("eval.speed", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "generating", "evaluating"),
+    [
+        ([("teacher.engine", "vllm"), ("teacher.dtype", "auto"), SPLIT], 2, 1),
+        ([("teacher.engine", "vllm"), ("teacher.dtype", "auto"), SPLIT, SPEED], 2, 2),
+        ([SPLIT, SPEED], 1, 2),  # transformers has it on one, vLLM measures it as it is served
+        ([JUDGE], 1, 4),
+        ([], 1, 1),
+    ],
+)
+def test_a_stage_gets_the_gpus_that_its_engines_are_split_over(experiment_file, changes, generating, evaluating):
+    experiment = load_experiment(experiment_file, [("jobs.ray", "{}"), *changes])
+    settings = experiment.jobs.ray
+    gpus = {stage.name: resources(settings, stage)["num_gpus"] for stage in scheduled(experiment, settings)}
+    want = {"generate": generating, "curate": 0, "prune": 1, "train": 1, "eval": evaluating, "report": 0}
+    assert gpus == want
+
+
+KUBERNETES = "image: x, kubectl_image: y, claim: z, "
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "key"),
+    [
+        ("slurm", "{gpus: 2, stages: {eval: {gpus: 1}}}", "stages.eval.gpus: 1"),
+        ("slurm", "{gpus: 2, stages: {eval: {cpus: 1}}}", None),
+        ("slurm", "{gpus: 1, stages: {eval: {cpus: 1}}}", "gpus: 1"),
+        ("ray", "{stages: {eval: {gpus: 1}}}", "stages.eval.gpus: 1"),
+        ("ray", "{gpus: 0}", None),
+        ("ray", "{}", None),
+        ("skypilot", "{bucket: s3://x, accelerator: H100, gpus: 1}", "gpus: 1"),
+        ("kubernetes", f"{{{KUBERNETES} gpus: 1}}", "gpus: 1"),
+        ("kubernetes", f"{{{KUBERNETES} gpus: 8}}", None),
+    ],
+)
+def test_too_few_gpus_for_an_engine_are_refused_before_anything_is_submitted(experiment_file, name, settings, key):
+    experiment = load_experiment(experiment_file, [SPLIT, SPEED, (f"jobs.{name}", settings)])
+    if key is None:
+        return jobs.submit(experiment, dry_run=True)
+    with pytest.raises(InputError, match=rf"^jobs\.{name}\.{key}, but eval runs a model that vLLM splits over 2 GPUs"):
+        jobs.submit(experiment, dry_run=True)
 
 
 def test_status_says_how_far_a_running_job_is(tmp_path):

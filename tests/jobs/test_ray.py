@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from llmdistill.config import load_experiment
+from llmdistill.config.machine import Precision
 from llmdistill.data import shards
-from llmdistill.data.shards import EVERYTHING
+from llmdistill.data.shards import EVERYTHING, Share
 from llmdistill.errors import BusyError
 from llmdistill.runs import lock
 from llmdistill.runs.pipeline import stages
@@ -50,7 +51,7 @@ def test_a_stage_keeps_others_out_and_is_seen(stage, tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", HOLDER, data], stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
         assert holder.stdout.readline() == "holds\n"
         with pytest.raises(BusyError, match="`refresh` works here"):
-            ray_driver._make(stage, ray_driver.NoShards())
+            ray_driver._make(stage, ray_driver.NoShards(data))
         holder.kill()
     seen, store = [], shards._store
 
@@ -65,19 +66,34 @@ def test_a_stage_keeps_others_out_and_is_seen(stage, tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_known_and_what_is_done_lacks_nothing(stage, tmp_path):
-    ray_driver._make(stage, plan := ray_driver.NoShards())
+    data = tmp_path / "run/data"
+    ray_driver._make(stage, plan := ray_driver.NoShards(data))
     assert plan.missing == [0, 1, 2, 3]
+    ray_driver._make(stage, Share(1, 2))
+    ray_driver._make(stage, half := ray_driver.NoShards(data))
+    assert half.missing == [0, 2]
     ray_driver._make(stage, EVERYTHING)
     assert plan.missing == []
-    assert read_run(tmp_path / "run/data")["status"] == "done"
-    ray_driver._make(stage, again := ray_driver.NoShards())
+    assert read_run(data)["status"] == "done"
+    ray_driver._make(stage, again := ray_driver.NoShards(data))
     assert again.missing == []
+
+
+def test_the_head_does_not_decide_what_the_actors_compute_in(stage, tmp_path, monkeypatch):
+    """It may have no accelerator: vLLM then does not even know its device."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "teacher_precision", lambda teacher: pytest.fail("the head was asked"))
+        ray_driver._make(stage, ray_driver.NoShards(tmp_path / "run/data"))
+    assert not (tmp_path / "run/data/run.json").exists()
+    monkeypatch.setattr(shards, "teacher_precision", lambda teacher: Precision("bfloat16", "the actor computes in it"))
+    ray_driver._make(stage, Share(1, 2))
+    assert read_run(tmp_path / "run/data")["precision"]["dtype"] == "bfloat16"
 
 
 def test_what_a_worker_made_is_in_the_store(experiment_file, tmp_path):
     (stage, *_) = stages(load_experiment(experiment_file, [("store", f"file://{tmp_path}/store")]))
     ray_driver._make(stage, EVERYTHING)
     elsewhere = load_experiment(experiment_file, [("store", f"file://{tmp_path}/store"), ("output", f"{tmp_path}/elsewhere")])
-    ray_driver._make(stages(elsewhere)[0], plan := ray_driver.NoShards())
+    ray_driver._make(stages(elsewhere)[0], plan := ray_driver.NoShards(tmp_path / "elsewhere/data"))
     assert plan.missing == []
     assert read_run(tmp_path / "elsewhere/data")["status"] == "done"
