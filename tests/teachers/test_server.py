@@ -199,6 +199,8 @@ def test_speculative_decoding_is_refused():
 
 def test_data_parallelism_inside_one_process_is_refused():
     """`vllm.LLM` refuses it, after the models and the prompts have been read."""
-    with pytest.raises(ValidationError, match=r"engine_args\.data_parallel_size: .* a process for each copy, with `--shards i/n`"):
+    with pytest.raises(
+        ValidationError, match=r"engine_args\.data_parallel_size: .* a process for each copy, with `--shards i/n`"
+    ):
         Teacher(model="a/b", engine_args={"data_parallel_size": 2})
     assert Teacher(model="a/b", engine_args={"data_parallel_size": 1}).engine_args

@@ -49,7 +49,9 @@ def test_vllm_takes_no_more_of_a_gpu_than_is_free(monkeypatch, total, free, read
 
     assert _share_of_memory(reads) is None, "there is no GPU here"
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
-    monkeypatch.setattr(type(current_platform), "visible_device_id_to_physical_device_id", lambda *given: given[-1], raising=False)
+    monkeypatch.setattr(
+        type(current_platform), "visible_device_id_to_physical_device_id", lambda *given: given[-1], raising=False
+    )
     for name in ("nvmlInit", "nvmlShutdown"):
         monkeypatch.setattr(pynvml, name, lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda number: number)
