@@ -1,5 +1,6 @@
 """What the documentation says is there, is there."""
 
+import argparse
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 import llmdistill
-from llmdistill.cli import _OTHERS, COMMANDS
+from llmdistill.cli import _OTHERS, COMMANDS, _parser
 from llmdistill.config import keys
 from llmdistill.config.help import merged
 from llmdistill.config.prompts import Prompts, PromptStep
@@ -58,13 +59,39 @@ def test_links_and_paths_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_overrides_in_the_docs_exist(page):
-    known = {key for key, _, _ in keys()}
     text = page.read_text()
-    for command in re.findall(r"^(?:\$ )?llmdistill (\w+)", text, flags=re.M):
+    for command in re.findall(r"^\s*(?:\$ )?llmdistill (\w+)", text, flags=re.M):
         assert command in {*COMMANDS, *_OTHERS}, command
-    for key in re.findall(r"--((?:teacher|prompts|generate|targets|student|train|eval|export)\.[\w.]+)", text):
-        free = key.startswith(("train.args.", "teacher.engine_args."))
-        assert key in known or free or "did you mean" in text.split(key, 1)[1], key
+    sections = {key.partition(".")[0] for key, _, _ in keys()}
+    for key in re.findall(rf"--((?:{'|'.join(sections)})\.[\w.]+)", text):
+        assert is_key(key.rstrip(".")) or key in WRONG, key
+
+
+WRONG = ("train.aplha",)  # what the pages show as mistyped
+FREE = ("train.args.", "rounds.args.", "teacher.engine_args.")
+
+
+def is_key(key):
+    """Whether an override names a key or a section; a number is an entry of a list."""
+    known = {name for name, _, _ in keys()}
+    shape = re.sub(r"\.\d+(?=\.|$)", ".N", key)
+    return key.startswith(FREE) or any(name == shape or name.startswith(f"{shape}.") for name in known)
+
+
+def test_an_override_that_is_not_a_key_is_found():
+    right = ("train.alpha", "curate.0.repetition.max_share", "jobs.slurm.workers", "train.args.bf16", "student.lora")
+    wrong = (*WRONG, "curate.0.repetition.max", "curate.x", "jobs.slurm.worker", "rounds.evry", "score.from")
+    assert all(map(is_key, right))
+    assert not any(map(is_key, wrong))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_of_the_commands_in_the_docs_exist(page):
+    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    sections = {f"--{key.partition('.')[0]}" for key, _, _ in keys()}  # as a whole: --curate '[]'
+    for command, rest in re.findall(r"^\s*(?:\$ )?llmdistill (\w+)(.*)$", page.read_text(), flags=re.M):
+        for flag in re.findall(r"(?<=\s)--[a-z][\w-]*(?=[\s=]|$)", rest.partition(" #")[0]):
+            assert flag in commands.choices[command]._option_string_actions or flag in sections, f"{command} {flag}"
 
 
 def test_every_shipped_configuration_is_named_in_the_readme():

@@ -107,7 +107,7 @@ def _check_first(experiment: Experiment, settings: Scheduler[Any]) -> None:
 
 
 def _warn_of_idle_workers(experiment: Experiment, workers: int, prompts: int) -> None:
-    """Say whether `generate` has fewer shards than workers; with several teachers it may have a few more than are counted here."""
+    """Say whether `generate` has fewer shards than workers; with several teachers it may have a few more than counted here."""
     shards = count_shards(experiment, [prompts * experiment.generate.samples])
     if shards < workers:
         say(

@@ -143,7 +143,7 @@ def test_failed_rows_are_no_rejected_ones(tmp_path, capsys):
 
 
 def test_what_a_run_says_of_itself(tmp_path, monkeypatch):
-    """A clock that goes on by a second at each look: twice for the whole, for the start of the step, and for each of four groups."""
+    """A clock that goes on by a second at each look: two for the whole, two for the step's start, two for each of four groups."""
     monkeypatch.setattr("llmdistill.stages.curate.time", SimpleNamespace(monotonic=itertools.count().__next__))
     curated(tmp_path, [make_row(number, f"text {number}") for number in range(20)], [{"length": {"max_tokens": 9}}])
     results = json.loads((tmp_path / "curated/run.json").read_text())["results"]
