@@ -21,8 +21,7 @@ class Generate(Sampling):
     constraint."""
     thinking: Literal["kept", "masked", "removed"] = "kept"
     """How reasoning traces are handled. `kept`: trained on like the answer. `masked`: in the context, but excluded from the
-    loss. `removed`: deleted; the teacher then scores the answer directly after the prompt, or after an empty trace where the
-    chat template has one."""
+    loss. `removed`: deleted; the teacher then scores the answer directly after the prompt."""
     thinking_end: str = Field(default="</think>", min_length=1)
     """String that ends a reasoning trace."""
     rows_per_shard: int = Field(default=1024, ge=1)

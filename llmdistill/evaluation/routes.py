@@ -58,7 +58,8 @@ def fidelity_to_own(
             continue
         own = models["teacher"]
         if name != experiment.main:
-            own = load_model(teacher.model, teacher.revision, dtype, teacher.trust_remote_code, f"teachers.{name}.model")
+            how = (teacher.model, teacher.revision, dtype, teacher.trust_remote_code)
+            own = load_model(*how, f"teachers.{name}.model", spread=True)
         held = rows.select(numbers) if hasattr(rows, "select") else [rows[number] for number in numbers]
         compared = classes[name] if classes else None
         parts.append(fidelity({**models, "teacher": own}, held, classes=compared, **arguments))

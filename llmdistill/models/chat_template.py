@@ -100,19 +100,9 @@ class ChatTemplate:
         return self._encode(before, names), behind[0]
 
     @cached_property
-    def empty_trace(self) -> list[int]:
-        """What stands between a prompt and an answer without a reasoning trace; nothing where the template has no traces.
-
-        It is what the template itself adds to a prompt if told so, or what ends the trace that its prompts begin.
-        """
-        question, told = [{"role": "user", "content": "question"}], {**self.variables, "enable_thinking": False}
-        prompt, _ = self._rendered(question, None, True)
-        without, _ = ChatTemplate(self.tokenizer, self.end_ids, told)._rendered(question, None, True)
-        trace = without.removeprefix(prompt) if without.startswith(prompt) else ""
-        if not trace and _OPEN_TRACE.search(prompt):
-            trace = f"\n{_CLOSED_TRACE}\n\n"
-        prompt_ids, ids = self._encode(prompt, {}), self._encode(prompt + trace, {})
-        return ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self._encode(trace, {})
+    def begins_traces(self) -> bool:
+        """Whether every prompt begins the reasoning trace of its answer."""
+        return self._begins_trace([{"role": "user", "content": "question"}], None)
 
     def text_ids(self, text: str) -> list[int]:
         """Text without turns, as the tokenizer begins it; the names of special tokens in it are special tokens.

@@ -140,18 +140,22 @@ def _taking_any_device(model: Any) -> Any:
 
 
 def _weight_bytes(model: str, revision: str | None, dtype: str, trust_remote_code: bool, key: str) -> int:
-    """Bytes of a model's weights in a precision; `auto` is that of the checkpoint. 0 where that cannot be told."""
+    """Bytes of a model's weights in a precision; `auto` is that of the checkpoint.
+
+    Of a quantised checkpoint, and of one with code of its own, those of its files are all that is known; 0 where there are none.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     stored = model_bytes(model)
     config = load_config(model, revision, trust_remote_code, key)
-    if dtype == "auto" and (stored is not None or getattr(config, "quantization_config", None)):
+    is_special = getattr(config, "quantization_config", None) or getattr(config, "auto_map", None)
+    if is_special or (dtype == "auto" and stored is not None):
         return stored or 0
     name = (config.dtype or "float32") if dtype == "auto" else dtype
     width = (getattr(torch, name) if isinstance(name, str) else name).itemsize
-    with torch.device("meta"):
-        made = _found(model, key, lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    with whole_on_every_process(), torch.device("meta"):
+        made = _found(model, key, lambda: AutoModelForCausalLM.from_config(config))
     return width * sum(parameter.numel() for parameter in made.parameters())
 
 

@@ -460,6 +460,7 @@ def _hub_rows(section: HubDataset) -> Iterator[Entry]:
             raise InputError(f"prompts.dataset: cannot load {section.path}: {reason[0]}") from None
         for number, fields in enumerate(rows, start=1):
             yield Entry(fields, {"dataset": name, "row": number})
+        del rows  # its file is open
 
 
 @contextmanager
@@ -476,7 +477,7 @@ def _cache_of(path: str) -> Iterator[str]:
         yield str(cache)
         return
     Path(cache).mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache, prefix="local-") as temporary:
+    with TemporaryDirectory(dir=cache, prefix="local-", ignore_cleanup_errors=True) as temporary:
         yield temporary
 
 

@@ -19,7 +19,7 @@ from llmdistill.runs.progress import console, counted, say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_inputs, prepared_prompts
 from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine, row_id, row_seed
 from llmdistill.teachers.prompt_encoding import PromptEncoder, encoders
-from llmdistill.teachers.thinking import answer_start, behind_empty_trace
+from llmdistill.teachers.thinking import answer_start
 
 NO_ANSWER = "no_answer"  # the finish reason of a reasoning trace that has not ended, or with nothing behind it
 
@@ -118,21 +118,25 @@ class _Prompts:
 
     def _part(self, name: str, chat: PromptEncoder, names: list[str]) -> Part:
         """Encode the prompts of a teacher."""
-        trace = len(self._trace_ids(chat))
+        if self.sampling.thinking == "removed" and not chat.experiment.teacher.abilities.api and chat.template.begins_traces:
+            raise InputError(
+                f"generate.thinking: removed, but the chat template of {chat.experiment.teacher.model} begins a trace in every "
+                "prompt, where an answer without one has no place; keep the traces or mask them"
+            )
         longest, before, what = 0, len(self._usable), f"its prompt and generate.max_tokens {self.sampling.max_tokens:,}"
         for number, prompt in enumerate(self._prompts):
             if names[number] != name:
                 continue
             try:
                 ids = chat.told_ids(prompt.messages, prompt.origin, prompt.tools)
-                chat.check_length(len(ids) + trace + self.sampling.max_tokens, what, prompt.origin)
+                chat.check_length(len(ids) + self.sampling.max_tokens, what, prompt.origin)
             except UnusableError as error:
                 self.left_out.add(error, {"prompt": prompt.messages})
                 continue
             self._usable.append(number)
             self._ids.extend(ids)
             self._starts.append(len(self._ids))
-            longest = max(longest, len(ids) + trace)
+            longest = max(longest, len(ids))
         length = chat.experiment.teacher.max_model_len or longest + self.sampling.max_tokens
         return Part(name, chat, (len(self._usable) - before) * self.sampling.samples, length)
 
@@ -160,10 +164,6 @@ class _Prompts:
         prompt = self.prompt(number)
         return chat.prompt_ids(prompt.messages, prompt.origin, prompt.tools)
 
-    def _trace_ids(self, chat: PromptEncoder) -> list[int]:
-        """What stands between a prompt and its answer in the place of a trace that is removed."""
-        return chat.template.empty_trace if self.sampling.thinking == "removed" else []
-
     def id(self, index: int) -> str:
         """The stable name of a row."""
         number, sample = divmod(index, self.sampling.samples)
@@ -185,16 +185,13 @@ class _Prompts:
                     yield completion
                     continue
                 start, reason_of[completion.index] = self._answer(completion)
-                chat = self.part(completion.index).chat
-                before = chat.template.decode(completion.ids[:start])
+                before = self.part(completion.index).chat.template.decode(completion.ids[:start])
                 self._traces[completion.index] = completion.trace or before
                 if not self.reads:
                     yield replace(completion.behind(start), finish_reason=reason_of[completion.index])
                     continue
                 usage_of[completion.index] = completion.usage
-                request = request_of[completion.index]
-                ids = [*request.prompt_ids, *self._trace_ids(chat)]
-                texts.append(replace(request, prompt_ids=ids, completion_ids=completion.ids[start:].tolist()))
+                texts.append(replace(request_of[completion.index], completion_ids=completion.ids[start:].tolist()))
             for read in engine.score([texts] if texts else []):
                 written = usage_of[read.index]
                 read = replace(read, usage=read.usage + written if read.usage and written else read.usage)
@@ -203,22 +200,19 @@ class _Prompts:
     def _answer(self, completion: Completion) -> tuple[int, str]:
         """Where the answer begins and how it ends; a trace without one leaves its last token, and says `no_answer`.
 
-        What an endpoint gives apart from a trace is the answer, and so is what it ends by itself without any. Where text alone
-        is given, the chat template may have put an empty trace before it.
+        What an endpoint gives apart from a trace is the answer, and so is what it ends by itself without any.
         """
         part = self.part(completion.index)
-        if self.sampling.thinking == "kept":
+        if self.sampling.thinking == "kept" or completion.trace is not None:
             return 0, completion.finish_reason
-        if completion.trace is not None:
-            return behind_empty_trace(part.chat.tokenizer, completion.ids), completion.finish_reason
         start = answer_start(part.chat.tokenizer, completion.ids, self.sampling.thinking_end)
         if start is None and part.chat.experiment.teacher.abilities.api and completion.finish_reason == "stop":
-            return behind_empty_trace(part.chat.tokenizer, completion.ids), completion.finish_reason
+            return 0, completion.finish_reason
         return (len(completion.ids) - 1, NO_ANSWER) if start is None else (start, completion.finish_reason)
 
     def row(self, completion: Completion) -> Row:
-        prompt, part = self.prompt(completion.index // self.sampling.samples), self.part(completion.index)
-        prompt_ids = [*self.prompt_ids(completion.index), *self._trace_ids(part.chat)]
+        prompt, prompt_ids = self.prompt(completion.index // self.sampling.samples), self.prompt_ids(completion.index)
+        part = self.part(completion.index)
         provenance: dict[str, Any] = {"lineage": prompt.lineage}
         if part.name:
             provenance["teacher"] = part.name

@@ -191,7 +191,11 @@ async def _check_dependence(engine: OpenAIEngine, body: dict[str, Any]) -> None:
 
 
 async def check_dependence(
-    sampling: Generate, where: str, kept: int, top: Callable[[Mapping[str, float]], Awaitable[Mapping[str, float]]]
+    sampling: Generate,
+    where: str,
+    kept: int,
+    top: Callable[[Mapping[str, float]], Awaitable[Mapping[str, float]]],
+    drawn: bool = False,
 ) -> None:
     """Refuse log-probabilities that depend on the temperature, top-p or top-k of the sampling: the model's own are stored.
 
@@ -200,6 +204,7 @@ async def check_dependence(
         where: whose they are.
         kept: of how many tokens they are stored.
         top: gives the tokens that may come first and their log-probabilities, sampled with these parameters.
+        drawn: whether these tokens are drawn, so that two answers may have none in common and tell nothing.
 
     Raises:
         InputError: they do.
@@ -215,6 +220,8 @@ async def check_dependence(
     own = await likely(_NEUTRAL)
     found = await likely({**_NEUTRAL, **changed, **{name: _STRONGEST[name] for name in changed if name in _STRONGEST}})
     both = own.keys() & found.keys()
+    if drawn and not both:
+        return
     if both and len(found) >= len(own) and max(abs(own[token] - found[token]) for token in both) <= _SAME:
         return
     raise InputError(

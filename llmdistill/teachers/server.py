@@ -39,7 +39,8 @@ class ServerEngine(RemoteEngine):
         self.known_ids, self._vocab_size = spec.known_ids, spec.vocab_size
         self.wait(self._set_targets(spec.seed))
         if self.kept.kept and spec.reads_with is None:
-            self.wait(check_dependence(self.sampling, teacher.endpoint, self.kept.kept, self._first_tokens))
+            drawn = not self.kept.stored.most_likely
+            self.wait(check_dependence(self.sampling, teacher.endpoint, self.kept.kept, self._first_tokens, drawn))
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
         """Continue every request."""

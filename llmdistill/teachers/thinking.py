@@ -1,12 +1,8 @@
 """Reasoning traces: where one ends in the tokens, or in the text, of an answer."""
 
-import re
 from typing import Any
 
 from llmdistill.data.targets import Array
-
-_EMPTY_TRACE = re.compile(r"\s*(<think>)?\s*</think>")  # as chat templates write it before an answer
-
 
 def answer_start(tokenizer: Any, ids: Array, end: str) -> int | None:
     """The index of the answer's first token: behind the first token with which the text holds `end`, and white space.
@@ -26,12 +22,6 @@ def answer_start(tokenizer: Any, ids: Array, end: str) -> int | None:
     while high < len(ids) and not tokenizer.decode(ids[high : high + 1]).strip():
         high += 1
     return high if high < len(ids) else None
-
-
-def behind_empty_trace(tokenizer: Any, ids: Array) -> int:
-    """The index of the first token behind an empty trace, if the text begins with one."""
-    start = answer_start(tokenizer, ids, "</think>") if _EMPTY_TRACE.match(tokenizer.decode(ids)) else None
-    return start or 0
 
 
 def answer_ids(tokenizer: Any, ids: Array, end: str) -> Array:

@@ -179,27 +179,11 @@ def test_variables_of_the_template(chat_of):
 
 
 @pytest.mark.parametrize(
-    ("name", "trace"),
-    [
-        ("deepseek_r1_distill", "\n</think>\n\n"),  # each prompt ends in <think> and a line feed
-        ("qwen3_5_think", "\n</think>\n\n"),
-        ("qwen3", "<think>\n\n</think>\n\n"),
-        ("smol", ""),
-        ("gemma", ""),
-        ("llama3_1", ""),
-    ],
+    ("name", "begins"),
+    [("deepseek_r1_distill", True), ("qwen3_5_think", True), ("qwen3", False), ("smol", False), ("gemma", False)],
 )
-def test_the_empty_trace_of_a_template(chat_of, name, trace):
-    assert chat_of(name).decode(chat_of(name).empty_trace, special=True) == trace
-
-
-def test_a_prompt_that_has_an_empty_trace_gets_no_other(chat_of):
-    """What the template writes without traces is what it writes with them, and the empty one."""
-    for name in ("qwen3", "qwen3_5_think"):
-        chat, without = chat_of(name), chat_of(name, enable_thinking=False)
-        assert without.empty_trace == []
-        whole = chat.decode(chat.prompt_ids(user("q")) + chat.empty_trace, special=True)
-        assert whole == without.decode(without.prompt_ids(user("q")), special=True)
+def test_a_template_whose_prompts_begin_a_trace(chat_of, name, begins):
+    assert chat_of(name).begins_traces == begins
 
 
 def test_what_a_template_refuses_says_so(chat_of):

@@ -98,3 +98,14 @@ def test_a_model_ends_by_its_own_tokens_where_none_are_named(tiny):
     for ends, written in ((), [end]), ([end], [end]), ([end + 1], [end] * 4):
         answer_BT = continue_prompts(model, [[5, 6]], 4, ends, do_sample=False, logits_processor=[force])
         assert answer_BT.tolist() == [written]
+
+
+def test_of_a_quantised_checkpoint_the_files_count_whatever_precision_is_asked_for(tiny, tmp_path):
+    """Its weights are not what its configuration would make."""
+    shutil.copytree(tiny, tmp_path / "quantised")
+    config = json.loads((tmp_path / "quantised/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (tmp_path / "quantised/config.json").write_text(json.dumps(config))
+    stored = model_bytes(str(tiny))
+    for dtype in ("float32", "bfloat16", "auto"):
+        assert loading._weight_bytes(str(tmp_path / "quantised"), None, dtype, False, "k") == stored

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -11,7 +10,6 @@ from llmdistill.config import load_experiment
 from llmdistill.data.dataset import read_manifest
 from llmdistill.stages.prompts import token_starts
 from tests.conftest import run_cli
-from tests.factories import CHATML
 from tests.teachers.endpoint import Endpoint, serving, write_numbers
 
 pytest.importorskip("openai", reason="the extra `api` is not installed")
@@ -202,22 +200,6 @@ def test_a_trace_apart_from_the_answer_is_stored_beside_it(experiment, endpoint,
         assert row["completion"][0]["content"] == f"You said “Number {number}.” — naïve 🦙."
         assert str(row["finish_reason"]) == "stop"
         assert json.loads(str(row["metadata"]))["llmdistill"]["thinking"] == ("Two and two." if apart else "")
-
-
-def test_a_trace_that_the_template_begins_is_ended_before_the_answer(experiment, endpoint, tmp_path):
-    """Once: the chat template of the tokenizer puts an empty one before a text without."""
-    tokenizer = endpoint.tokenizer
-    tokenizer.chat_template = CHATML.replace("assistant\n", "assistant\n<think>\n")
-    tokenizer.save_pretrained(tmp_path / "thinks")
-    endpoint.change = lambda answer, body: (answer["choices"][0]["message"].update(reasoning_content="Hm."), answer)[1]
-    chosen = ["--targets", "{kind: none}", "--generate.thinking", "removed", "--teacher.tokenizer", tmp_path / "thinks"]
-    with serving(endpoint) as url:
-        done = generate(experiment, url, *chosen, "--prompts.limit", 2)
-    assert done.returncode == 0, done.stderr
-    for number, row in enumerate(load_dataset(experiment.parent / "run/data")):
-        prompt, answer = np.split(row["input_ids"], [int(row["completion_start"])])
-        assert tokenizer.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
-        assert tokenizer.decode(answer) == f"You said “Number {number}.” — naïve 🦙.<|im_end|>"
 
 
 def test_passages_are_measured_in_the_tokens_that_text_is_stored_in(experiment, smollm2):

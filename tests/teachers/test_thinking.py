@@ -17,7 +17,7 @@ from llmdistill.data import targets
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.generate import generate
-from llmdistill.teachers.thinking import answer_ids, answer_start, behind_empty_trace, behind_trace
+from llmdistill.teachers.thinking import answer_ids, answer_start, behind_trace
 
 
 class Letters:
@@ -63,35 +63,15 @@ def test_the_tokens_behind_a_trace():
     assert answer_ids(Letters(), ids[3:], "</think>").tolist() == [0, 7]
 
 
-def test_an_empty_trace_before_an_answer_is_not_part_of_it():
-    assert behind_empty_trace(Letters(), np.array([2, 3, 4, 2, 2, 0, 5])) == 5  # \n</think>\n\na</think>
-    assert behind_empty_trace(Letters(), np.array([0, 1, 5, 0])) == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "behind"),
-    [
-        ("deepseek_r1_distill", "<｜Assistant｜><think>\n\n</think>\n\n"),
-        ("qwen3", "assistant\n<think>\n\n</think>\n\n"),
-        ("qwen2_5", "assistant\n"),
-    ],
-)
-def test_a_removed_trace_leaves_an_empty_one_before_the_answer(experiment_file, tiny, tmp_path, name, behind):
-    """What is stored is what the teacher was asked: not an answer inside the trace that the template has begun."""
+def test_an_answer_has_no_place_in_a_trace_that_the_template_begins(experiment_file, tiny, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(tiny, teacher)
-    shutil.copy(Path(trl.__file__).parent / f"chat_templates/{name}.jinja", teacher / "chat_template.jinja")
-    chosen = [("teacher.model", str(teacher)), ("generate.thinking", "removed"), ("generate.thinking_end", "x")]
-    chosen += [("prompts.limit", "4"), ("generate.max_tokens", "40"), ("curate", "[finish_reason: {keep: [length, stop]}]")]
+    shutil.copy(Path(trl.__file__).parent / "chat_templates/deepseek_r1_distill.jinja", teacher / "chat_template.jinja")
+    chosen = [("teacher.model", str(teacher)), ("generate.thinking", "removed"), ("curate", "[finish_reason:]")]
     experiment = load_experiment(experiment_file, chosen)
-    generate(experiment)
-    tokenizer, model = load_tokenizer(str(teacher), None), load_model(str(teacher))
-    for row in load_dataset(experiment.directory("data")):
-        ids, start = row["input_ids"].tolist(), int(row["completion_start"])
-        assert tokenizer.decode(ids[:start]).endswith(behind)
-        with torch.inference_mode():
-            logprobs = model(torch.tensor([ids])).logits[0, start - 1 : -1].double().log_softmax(-1).numpy()
-        np.testing.assert_allclose(row["token_logprobs"], logprobs[np.arange(len(ids) - start), ids[start:]], atol=2e-4)
+    with pytest.raises(InputError, match=r"generate\.thinking: removed, but the chat template of .* begins a trace in every prompt"):
+        generate(experiment)
+    assert not experiment.directory("data").exists()
 
 
 @pytest.mark.slow
