@@ -4,6 +4,7 @@ from typing import Any
 
 from llmdistill.data.targets import Array
 
+
 def answer_start(tokenizer: Any, ids: Array, end: str) -> int | None:
     """The index of the answer's first token: behind the first token with which the text holds `end`, and white space.
 
