@@ -33,8 +33,9 @@ class Eval(Section):
     batch_size: int = Field(default=8, ge=1)
     """Sequences per forward pass."""
     dtype: Dtype = "float32"
-    """Compute precision in which models are compared, here and by `export`; `auto` depends on the hardware. In bfloat16 a model
-    differs from itself in 3% of its next tokens. Speed is measured in what the hardware is good at, whatever this says."""
+    """Compute precision in which models are compared, here and by `export`; teacher and students are in memory at once. `auto`
+    depends on the hardware. In bfloat16 a model differs from itself in 3% of its next tokens. Speed is measured in what the
+    hardware is good at, whatever this says."""
     resamples: int = Field(default=2000, ge=100)
     """Bootstrap resamples for confidence intervals."""
     samples: int = Field(default=4, ge=0)

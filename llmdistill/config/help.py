@@ -73,6 +73,7 @@ _COMMON = {
         "task_limit",
         "speed",
         "batch_size",
+        "dtype",
     ),
     "export": (
         "formats",
