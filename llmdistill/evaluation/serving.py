@@ -18,7 +18,7 @@ import psutil
 from llmdistill.config.machine import inference_precision
 from llmdistill.errors import InputError
 from llmdistill.evaluation.writing import answer_length
-from llmdistill.models.loading import continue_prompts, load_config, model_bytes, model_precision
+from llmdistill.models.loading import continue_prompts, load_config, model_bytes, model_precision, torch_dtype
 from llmdistill.runs.progress import StageBar, working
 
 ROUNDS = {"vllm": 5, "transformers": 3}
@@ -145,14 +145,11 @@ def cache_bytes(model: Served, batch: int, length: int) -> int:
         batch: sequences.
         length: tokens of each.
     """
-    import torch
-
     how = (model.path, model.revision)
     told: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "key": f"the model `{model.name}`"}
     config = load_config(*how, **told).get_text_config()
     asked = model_precision(*how, **told).dtype
-    dtype = (config.dtype or torch.float32) if asked == "auto" else asked
-    width = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+    width = torch_dtype(config.dtype if asked == "auto" else asked).itemsize
     heads = getattr(config, "num_attention_heads", None) or 0  # none of a model without attention
     channels = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     on_device = math.ceil((getattr(config, "num_key_value_heads", None) or heads) / model.tensor_parallel_size)

@@ -152,11 +152,17 @@ def _weight_bytes(model: str, revision: str | None, dtype: str, trust_remote_cod
     is_special = getattr(config, "quantization_config", None) or getattr(config, "auto_map", None)
     if is_special or (dtype == "auto" and stored is not None):
         return stored or 0
-    name = (config.dtype or "float32") if dtype == "auto" else dtype
-    width = (getattr(torch, name) if isinstance(name, str) else name).itemsize
+    width = torch_dtype(config.dtype if dtype == "auto" else dtype).itemsize
     with whole_on_every_process(), torch.device("meta"):
         made = _found(model, key, lambda: AutoModelForCausalLM.from_config(config))
     return width * sum(parameter.numel() for parameter in made.parameters())
+
+
+def torch_dtype(named: Any) -> Any:
+    """A precision as torch's, which a configuration may have by its name; one that says none is of float32."""
+    import torch
+
+    return getattr(torch, named) if isinstance(named, str) else named or torch.float32
 
 
 def _make_writable(generation_config: Any) -> None:

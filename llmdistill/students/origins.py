@@ -14,6 +14,7 @@ from llmdistill.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    torch_dtype,
     whole_on_every_process,
 )
 from llmdistill.runs import record
@@ -199,10 +200,7 @@ def _adapters(experiment: Experiment) -> tuple[Any, Any]:
 
 def saved_dtype(experiment: Experiment) -> Any:
     """The precision of the checkpoint that the student comes from, in which it is saved again."""
-    import torch
-
-    dtype = load_config(*origin(experiment)).dtype or "float32"
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return torch_dtype(load_config(*origin(experiment)).dtype)
 
 
 def pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: Any) -> None:

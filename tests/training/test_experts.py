@@ -47,28 +47,32 @@ def rows(tmp_path_factory):
     return load_dataset(write_rows(tmp_path_factory.mktemp("rows"), made, kind="none", vocab_size=512))
 
 
+@pytest.fixture
+def trainer_of(rows, smollm2, tmp_path):
+    """A trainer on the text alone, for one step."""
+
+    def trainer_of(model, **arguments):
+        always = {"alpha": 0.0, "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
+        made = DistillConfig(output_dir=str(tmp_path), logging_steps=1, **always, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
+        return DistillTrainer(model=model, args=made, train_dataset=rows, processing_class=tokenizer)
+
+    return trainer_of
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_gradient_is_that_of_the_familys_own_loss(family, rows, smollm2, tmp_path):
+def test_the_gradient_is_that_of_the_familys_own_loss(family, rows, trainer_of):
     """Cross-entropy over the completion tokens and the router's loss with the configuration's coefficient."""
     model, own = model_of(family), model_of(family)
-    arguments = DistillConfig(
-        output_dir=str(tmp_path),
-        alpha=0.0,
-        max_steps=1,
+    trainer = trainer_of(
+        model,
         per_device_train_batch_size=4,
         learning_rate=0.0,
-        use_cpu=True,
-        bf16=False,
         gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
         disable_tqdm=True,
         max_grad_norm=0,
         train_sampling_strategy="sequential",
     )
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    trainer = DistillTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     found = gradients_of_one_step(trainer)
 
     batch = DistillCollator(0)([rows[n] for n in range(4)])
@@ -85,25 +89,14 @@ def test_the_gradient_is_that_of_the_familys_own_loss(family, rows, smollm2, tmp
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_a_routers_loss_without_a_gradient_is_refused(rows, smollm2, tmp_path):
+def test_a_routers_loss_without_a_gradient_is_refused(trainer_of):
     """Under reentrant checkpointing the router's logits are those of a pass without gradients."""
-    arguments = DistillConfig(
-        output_dir=str(tmp_path),
-        alpha=0.0,
-        max_steps=1,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing_kwargs={"use_reentrant": True},
-        report_to="none",
-        save_strategy="no",
-    )
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    trainer = DistillTrainer(model=model_of("mixtral"), args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer = trainer_of(model_of("mixtral"), gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(RuntimeError, match="has no gradient under reentrant gradient checkpointing"):
         trainer.train()
 
 
-def test_a_dense_model_of_such_a_family_has_no_router(rows, smollm2, tmp_path):
+def test_a_dense_model_of_such_a_family_has_no_router(trainer_of):
     config = CONFIG_MAPPING["granitemoehybrid"](
         **SMALL,
         num_local_experts=0,
@@ -114,18 +107,7 @@ def test_a_dense_model_of_such_a_family_has_no_router(rows, smollm2, tmp_path):
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    arguments = DistillConfig(
-        output_dir=str(tmp_path),
-        alpha=0.0,
-        max_steps=1,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    trainer = DistillTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer = trainer_of(model)
     trainer.train()
     assert "router" not in trainer.state.log_history[0]
     assert np.isfinite(trainer.state.log_history[0]["loss"])
