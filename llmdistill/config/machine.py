@@ -64,7 +64,7 @@ def training_precision(use_cpu: bool = False, bf16: bool | None = None, fp16: bo
     if bf16 is not None or fp16:
         return _as_asked("bfloat16" if bf16 else "float16" if fp16 else "float32")
     found = cpu_precision() if use_cpu else _torch_precision()
-    if found.dtype == "float16" and not _torch_device().startswith("cuda"):
+    if found.dtype == "float16" and not torch_device().startswith("cuda"):
         return Precision("float32", f"{found.reason}, in which only CUDA trains")
     return found
 
@@ -119,7 +119,8 @@ def _as_asked(dtype: str) -> Precision:
     return Precision(dtype, "as configured")  # type: ignore[arg-type]
 
 
-def _torch_device() -> str:
+def torch_device() -> str:
+    """What torch computes on: the accelerator if there is one."""
     import torch
 
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
@@ -130,7 +131,7 @@ def _torch_precision() -> Precision:
     """On the device that torch computes on; of several GPUs the least able decides."""
     import torch
 
-    kind = _torch_device().split(":")[0]
+    kind = torch_device().split(":")[0]
     if kind == "cpu":
         return cpu_precision()
     if kind == "cuda" and torch.version.hip is None:

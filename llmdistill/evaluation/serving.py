@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from llmdistill.config.machine import inference_precision
+from llmdistill.config.machine import inference_precision, torch_device
 from llmdistill.errors import InputError
 from llmdistill.evaluation.writing import answer_length
-from llmdistill.models.loading import continue_prompts, load_config, model_bytes, model_precision, torch_dtype
+from llmdistill.models.loading import continue_prompts, free_memory, load_config, model_bytes, model_precision, torch_dtype
 from llmdistill.runs.progress import StageBar, working
 
 ROUNDS = {"vllm": 5, "transformers": 3}
@@ -254,13 +254,10 @@ def _decoding(values: list[float], reference: list[dict[str, float]]) -> dict[st
 
 def _fit_together(models: list[Served], caches: Mapping[str, int]) -> bool:
     """Whether all engines fit into what memory is free, of the accelerator or else the machine."""
-    import torch
-
     sizes = [model_bytes(model.path) for model in models]
     if any(size is None for size in sizes) or any(model.tensor_parallel_size > 1 for model in models):
         return False
-    accelerator = torch.accelerator.is_available()
-    free = torch.accelerator.get_memory_info()[0] if accelerator else psutil.virtual_memory().available
+    free = free_memory(torch_device())
     return sum(2 * (size or 0) + _ENGINE_BYTES + caches[model.name] for size, model in zip(sizes, models, strict=True)) < free
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmdistill.config.machine import Precision, Runtime, inference_precision
+from llmdistill.config.machine import Precision, Runtime, inference_precision, torch_device
 from llmdistill.errors import InputError
 from llmdistill.runs.record import read_json
 
@@ -105,7 +105,7 @@ def load_model(
 
     transformers_logging.disable_progress_bar()
     if device is None:
-        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+        device = torch_device()
     dtype = model_precision(model, revision, dtype, trust_remote_code, key).dtype
     over_all = False
     if quantization_config is None:

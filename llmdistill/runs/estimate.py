@@ -222,7 +222,7 @@ def main() -> None:
     imported = time.perf_counter() - begun
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from llmdistill.config.machine import inference_precision, training_precision
+    from llmdistill.config.machine import inference_precision, torch_device, training_precision
 
     config = AutoConfig.from_pretrained(asked["model"], revision=asked["revision"]).get_text_config()
     with torch.device("meta"):
@@ -234,7 +234,7 @@ def main() -> None:
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and parameter.shape[0] != config.vocab_size
     )
-    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    device = torch_device()
     width, wide, vocabulary = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), config.vocab_size
 
     def seconds(call: Any) -> float:

@@ -74,7 +74,7 @@ def test_apple():
     ],
 )
 def test_training(monkeypatch, device, found, arguments, dtype):
-    monkeypatch.setattr(machine, "_torch_device", lambda: device)
+    monkeypatch.setattr(machine, "torch_device", lambda: device)
     monkeypatch.setattr(machine, "_torch_precision", lambda: found)
     assert machine.training_precision(**arguments).dtype == dtype
 
