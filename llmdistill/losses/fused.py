@@ -197,8 +197,7 @@ def distillation_loss(
     in_float32 = head.softcap is not None or "teacher_logits" in targets
     parts = _parts(len(hidden_ND), rows, targets.get("target_chunk"))
     loss, sums, gradients = _in_chunks(flat, bias_V, in_float32, chunk_loss, parts)
-    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):  # which TRL would offload
-        return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
+    return _WithGradients.apply(loss, gradients, *flat, bias_V), sums
 
 
 def _parts(count: int, rows: int, chunk_N: Tensor | None) -> list[slice]:
@@ -300,15 +299,18 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> Tensor:
-        """The value; the gradients are those with respect to the inputs."""
-        ctx.save_for_backward(*gradients)
+        """The value; the gradients are those with respect to the inputs. No activations, so that nothing offloads them."""
+        ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> Any:
-        """In place, for the weight's gradient is large; autograd itself refuses a second call after that."""
-        return None, None, *(None if gradient is None else gradient.mul_(grad_value) for gradient in ctx.saved_tensors)
+        """In place, for the weight's gradient is large, and therefore once."""
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("backward went through the fused loss before: its gradients were scaled in place")
+        return None, None, *(None if gradient is None else gradient.mul_(grad_value) for gradient in gradients)
 
 
 def _in_chunks(

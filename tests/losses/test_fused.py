@@ -215,8 +215,18 @@ def test_the_gradient_from_above_is_applied_once():
     scaled = fused.distillation_loss(hidden, fused.Head(layer), labels, batch, objective_of("jsd", 0.5))[0] / -7
     for got, want in zip(torch.autograd.grad(scaled, (hidden, layer.weight), retain_graph=True), plain, strict=True):
         torch.testing.assert_close(got, want / -7)
-    with pytest.raises(RuntimeError, match="inplace operation"):
+    with pytest.raises(RuntimeError, match="before: its gradients were scaled"):
         scaled.backward()
+
+
+def test_hooks_of_saved_tensors_see_no_gradient():
+    """TRL's activation offloading would copy the weight's to the CPU and back."""
+    hidden, layer, labels, batch, _ = problem("forward_kl")
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: seen.append(kept.shape) or kept, lambda kept: kept):
+        loss = fused.distillation_loss(hidden, fused.Head(layer), labels, batch, objective_of("forward_kl", 0.5))[0]
+    assert loss.requires_grad
+    assert layer.weight.shape not in seen
 
 
 def test_what_is_frozen_has_no_gradient_and_costs_none():
