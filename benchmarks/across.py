@@ -35,11 +35,12 @@ from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import Experiment, load_experiment
 from llmdistill.config.machine import training_precision
 from llmdistill.data.alignment import Side, Texts, align
-from llmdistill.data.collator import DistillCollator, completion_labels, in_place_of_logits, teacher_batch
+from llmdistill.data.collator import DistillCollator, completion_labels, teacher_batch
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import draw_clusters, mean_interval
 from llmdistill.losses import Objective, fused
 from llmdistill.losses.classes import ClassTable
+from llmdistill.models.forward import in_place_of_logits
 from llmdistill.models.loading import load_model
 from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
 from llmdistill.stages.retokenize import retokenize

@@ -211,8 +211,9 @@ def flat_gradient(model: Any, rows: list[Any], in_a_line: bool, half: bool) -> A
     import torch
     from accelerate.utils import send_to_device
 
-    from llmdistill.data.collator import DistillCollator, completion_labels, in_place_of_logits
+    from llmdistill.data.collator import DistillCollator, completion_labels
     from llmdistill.losses import Objective, fused
+    from llmdistill.models.forward import in_place_of_logits
 
     batch = send_to_device(DistillCollator(0, padding_free=in_a_line)(rows), model.device)
     labels_N = completion_labels(batch)

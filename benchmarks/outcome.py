@@ -23,11 +23,12 @@ from transformers.utils import logging
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import Experiment, Targets, load_experiment
-from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.collator import DistillCollator
 from llmdistill.data.dataset import Row, rows_to_table, write_shard
 from llmdistill.data.targets import TopK
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import draw_clusters, mean_interval
+from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model
 
 KINDS = {

@@ -38,10 +38,11 @@ from found import argument_parser, report
 from llmdistill.config import Generate, Prompts, Targets, Teacher
 from llmdistill.config.section import Dtype
 from llmdistill.config.student import Prune
-from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.collator import DistillCollator
 from llmdistill.data.convert.distillkit import Compression, pack
 from llmdistill.data.dataset import parquet_encoding
 from llmdistill.data.targets import Multinomial, Sampled, TopK
+from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.prompts import load_prompts
 from llmdistill.students.pruning import choose, prune_model

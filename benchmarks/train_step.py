@@ -149,9 +149,10 @@ def prepare(directory: Path, teacher_directory: str) -> str:
     import torch
 
     from llmdistill.config import Prune
-    from llmdistill.data.collator import DistillCollator, completion_logits
+    from llmdistill.data.collator import DistillCollator
     from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
     from llmdistill.data.targets import Sampled
+    from llmdistill.models.forward import completion_logits
     from llmdistill.models.loading import load_model, load_tokenizer
     from llmdistill.students.pruning import choose, prune_model
 

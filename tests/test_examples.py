@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.collator import DistillCollator
 from llmdistill.data.dataset import Row
 from llmdistill.data.targets import Sampled, TopK
 from llmdistill.losses import Objective, distillation_loss
+from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model, load_tokenizer
 from tests.conftest import ROOT
 from tests.factories import VOCAB, write_rows

@@ -12,10 +12,11 @@ import pyarrow as pa
 import yaml
 
 from llmdistill.config.curate import Contamination
-from llmdistill.curation.ngrams import ngram_hashes, normalised, words
 from llmdistill.curation.steps import Array, Check, CurationStep, StepContext, answers
+from llmdistill.data.jsonl import ending_of, open_text
+from llmdistill.data.ngrams import ngram_hashes, normalised, words
 from llmdistill.errors import InputError
-from llmdistill.prompting.sources import TABLES, ending_of, open_text, read_tables
+from llmdistill.prompting.sources import TABLES, read_tables
 from llmdistill.runs.record import file_input
 
 _SHORTEST = 8  # words of a string that is looked for inside other text; with fewer, it could be anything's

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from llmdistill.config.curate import Duplicates
-from llmdistill.curation.ngrams import normalised
 from llmdistill.curation.steps import Check, CurationStep, StepContext, compared
+from llmdistill.data.ngrams import normalised
 
 
 def duplicates(settings: Duplicates, context: StepContext) -> Check:

@@ -17,12 +17,13 @@ from llmdistill.config import Experiment, Generate, Targets, Teacher
 from llmdistill.config.curate import Judge
 from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, final_answers
 from llmdistill.data.dataset import Messages
+from llmdistill.data.ids import stable_id
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.runs import lock, record
 from llmdistill.runs.progress import working
-from llmdistill.teachers import Completion, Engine, EngineSpec, Request, fingerprints, open_engine, stable_id
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request, fingerprints, open_engine
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 _VARIABLES = ("prompt", "answer")  # of the rubric

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from llmdistill.config.curate import NearDuplicates
-from llmdistill.curation.ngrams import jaccard, ngram_hashes, words
 from llmdistill.curation.steps import Array, Check, CurationStep, StepContext, all_rows, compared
+from llmdistill.data.ngrams import jaccard, ngram_hashes, words
 
 _PERMUTATIONS = 128
 _MISSED = 0.05  # of the pairs that are just as similar as the threshold

@@ -4,8 +4,7 @@ Soft-target row t of a sequence is the teacher's distribution for `input_ids[com
 before it. The student's logits for it stand at position `completion_start + t − 1`. No other module shifts anything.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,61 +236,3 @@ def first_items(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
 def completion_labels(batch: Mapping[str, Any]) -> torch.Tensor:
     """The completion tokens, shape (N,): without a search for them in `labels`, which a GPU would have to be waited for."""
     return batch["labels"].flatten()[batch["positions"] + 1]
-
-
-def output_layer(model: Any) -> torch.nn.Module:
-    """The model's output layer, however DDP or peft wrap the model."""
-    layer: torch.nn.Module = getattr(model, "module", model).get_output_embeddings()
-    return layer
-
-
-def completion_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The model's logits that predict each completion token, shape (N, V); nothing else goes through the output layer.
-
-    The selection happens in front of the output layer, so whatever the model does there (scale, soft-cap, adapter)
-    and whatever wraps the model (DDP, peft) stays as it is.
-    """
-    layer, text = output_layer(model), ("input_ids", "attention_mask", "position_ids")
-    project = layer.forward
-
-    def forward(hidden_BTD: torch.Tensor) -> torch.Tensor:  # which lies elsewhere where a model is laid over several devices
-        return project(hidden_BTD.flatten(0, 1)[batch["positions"].to(hidden_BTD.device)])
-
-    with replaced_forward(layer, forward):
-        logits_NV: torch.Tensor = model(**{name: batch[name] for name in text if name in batch}, use_cache=False).logits
-    return logits_NV
-
-
-def in_place_of_logits(
-    model: Any, batch: Mapping[str, Any], compute: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
-) -> tuple[torch.Tensor, Any]:
-    """What `compute` makes of the hidden states (N, D) whose logits predict each completion token: a tensor and more.
-
-    It runs inside the model's forward in the output layer's place, so whatever wraps the model (DDP, FSDP, peft, autocast)
-    holds for it too. Zero times the tensor stands for the logits in the model's output and is added to what is returned:
-    there DDP looks for what takes part, and FSDP gathers weights when a gradient comes back through it.
-    """
-    made = []
-
-    def forward(hidden_ND: torch.Tensor) -> torch.Tensor:
-        made.append(compute(hidden_ND))
-        return made[0][0].reshape(1, 1, 1) * 0
-
-    with replaced_forward(output_layer(model), forward):
-        zero = completion_logits(model, batch).sum()
-    value, more = made[0]
-    return value + zero, more
-
-
-@contextmanager
-def replaced_forward(layer: Any, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Another forward for a layer, while this lasts. A hook would not do: `torch.compile` looks for none after the first call."""
-    own = vars(layer).get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llmdistill.curation.ngrams import normalised
 from llmdistill.data import targets
 from llmdistill.data.alignment import Alignment
 from llmdistill.data.cards import dataset_card, write_card
+from llmdistill.data.ngrams import normalised
 from llmdistill.errors import InputError, NonFiniteError
 from llmdistill.runs import lock
 from llmdistill.runs.lock import writer_name

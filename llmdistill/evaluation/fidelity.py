@@ -99,7 +99,8 @@ def token_view(teacher: Any, student: Any, row: Any, tokenizer: Any, most: int) 
     """The first `most` completion tokens of a row, each with what both models thought of its place."""
     import torch
 
-    from llmdistill.data.collator import DistillCollator, completion_logits
+    from llmdistill.data.collator import DistillCollator
+    from llmdistill.models.forward import completion_logits
 
     start = int(row["completion_start"])
     cut: dict[str, Any] = {"input_ids": np.asarray(row["input_ids"])[: start + most], "completion_start": start}

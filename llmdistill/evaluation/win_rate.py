@@ -21,6 +21,7 @@ from llmdistill.config.eval import WinRate
 from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.curation.steps import Failed
 from llmdistill.data.dataset import Messages
+from llmdistill.data.ids import stable_id
 from llmdistill.errors import InputError
 from llmdistill.evaluation.across import prompt_ids_of
 from llmdistill.evaluation.parts import Parts
@@ -29,7 +30,7 @@ from llmdistill.evaluation.writing import write_answers
 from llmdistill.models.loading import load_tokenizer, vocabulary_hash
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, working
-from llmdistill.teachers import fingerprints, stable_id
+from llmdistill.teachers import fingerprints
 from llmdistill.teachers.thinking import behind_trace
 
 _TIE, _FIRST, _SECOND = 0, 1, 2

@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from llmdistill import losses
-from llmdistill.data.collator import completion_logits, in_place_of_logits, output_layer, replaced_forward, some_tokens
+from llmdistill.data.collator import some_tokens
 from llmdistill.data.targets import KINDS
 from llmdistill.losses.chunks import chunk_parts
 from llmdistill.losses.classes import ClassPicks
-from llmdistill.training.probe import working
+from llmdistill.models.forward import at_work, completion_logits, in_place_of_logits, output_layer, replaced_forward
 
 # Of float32 logits: enough rows for matrix products at full speed. On a GPU every chunk also reads and writes the whole gradient
 # of the output matrix, which fewer chunks do less often.
@@ -145,7 +145,7 @@ def find_head(model: Any) -> Head | None:
     device = opened[0].weight.device
     given_V = torch.linspace(-300, 300, opened[0].out_features, device=device)
     given_V[0], given_V[1] = 2.0**-10, 1e9  # they show the slope at zero, and the bound if there is one
-    with working(model), replaced_forward(layer, lambda *_: given_V.view(1, 1, -1)):
+    with at_work(model), replaced_forward(layer, lambda *_: given_V.view(1, 1, -1)):
         made = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
     if made.numel() != given_V.numel():
         return None

@@ -14,12 +14,13 @@ import pyarrow as pa
 from llmdistill.config import Experiment, Generate, Targets
 from llmdistill.config.machine import Precision
 from llmdistill.data.dataset import Messages, finished_shards, read_batches, storable, write_shard
+from llmdistill.data.ids import row_seed
 from llmdistill.data.shards import Share, check_given_up, counting_others, indices
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import Conversation
 from llmdistill.runs.progress import StageBar, counted, working
-from llmdistill.teachers import Engine, EngineSpec, Request, open_engine, row_seed, shared_file
+from llmdistill.teachers import Engine, EngineSpec, Request, open_engine, shared_file
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 from llmdistill.teachers.thinking import answer_ids
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill.data.dataset import ROW_GROUP, read_batches, storable, to_json
+from llmdistill.data.jsonl import Fields
 from llmdistill.prompting.sources import describe_place
-from llmdistill.prompting.template import Fields
 from llmdistill.runs import lock
 from llmdistill.runs.record import fsync_directory
 

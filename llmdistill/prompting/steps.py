@@ -10,6 +10,7 @@ from typing import Any
 from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, SelfInstruct
 from llmdistill.config.section import Section
 from llmdistill.data.dataset import Messages
+from llmdistill.data.ids import row_id, row_seed, stable_id
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.asking import GIVEN_UP, TOO_LONG, UNUSABLE, Answer, Asker, ChatFormat, PromptFormat, Question
 from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items
@@ -17,7 +18,6 @@ from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.novelty import Pool, read_others
 from llmdistill.prompting.sources import read_list
 from llmdistill.prompting.template import PromptTemplate, compile_text, read_answer, render_text
-from llmdistill.teachers import row_id, row_seed, stable_id
 
 _OWN_EXAMPLES = 0.25  # of the examples of a later round, as in the paper: 2 of 8
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from llmdistill.data.dataset import Messages
+from llmdistill.data.jsonl import Fields
 from llmdistill.errors import InputError
-from llmdistill.prompting.template import Fields, check_field
+from llmdistill.prompting.template import check_field
 from llmdistill.runs.record import sha256
 from llmdistill.tasks.task import Task, read_task
 

@@ -16,10 +16,9 @@ from pydantic import ValidationError, model_validator
 from llmdistill.config import explain, read_yaml
 from llmdistill.config.section import Section, check_schema
 from llmdistill.data.dataset import Messages
+from llmdistill.data.jsonl import Fields
 from llmdistill.errors import InputError, UnreadableError
 from llmdistill.tasks.answers import bounded
-
-Fields = dict[str, Any]
 
 # Values are inserted as they are: braces in them are text, not template code.
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -18,13 +18,13 @@ from llmdistill.config.prompts import Passages, Prompts
 from llmdistill.config.reading import dump_yaml
 from llmdistill.config.rows import RowReading
 from llmdistill.config.shipped import SHIPPED
+from llmdistill.data.conversations import Turn, given_prompt, learned_turns
+from llmdistill.data.row_formats import read_row
 from llmdistill.errors import InputError
 from llmdistill.models.demo_teacher import WHEEL
 from llmdistill.models.loading import check_model_exists
-from llmdistill.prompting.formats import read_row
 from llmdistill.prompting.sources import Entry, read_answered, read_source
 from llmdistill.prompting.template import PromptTemplate
-from llmdistill.prompting.turns import Turn, given_prompt, learned_turns
 from llmdistill.runs.init_task import SEEDS, TaskChoices, task_parts
 from llmdistill.runs.questions import answer
 from llmdistill.runs.record import write_text

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from llmdistill.config.reading import dump_yaml
-from llmdistill.curation.ngrams import normalised
-from llmdistill.curation.ngrams import words as words_of
+from llmdistill.data.ngrams import normalised
+from llmdistill.data.ngrams import words as words_of
 from llmdistill.errors import InputError
 from llmdistill.runs.questions import answer
 from llmdistill.tasks.task import NEEDS, Item, Kind, Task, read_items, task_of

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmdistill.config import Experiment
 from llmdistill.config.train import Mix
+from llmdistill.data.ids import stable_id
 from llmdistill.errors import InputError
 from llmdistill.evaluation.metrics import has_teacher
 from llmdistill.evaluation.statistics import interval_text
@@ -21,7 +22,7 @@ from llmdistill.runs.pipeline import check_splits, run_stages, stages
 from llmdistill.runs.progress import say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_prompts, prompts_inputs
 from llmdistill.students.sides import is_needed
-from llmdistill.teachers import all_fingerprints, stable_id
+from llmdistill.teachers import all_fingerprints
 
 _FILE = "refresh.json"
 _LINK = "promoted"

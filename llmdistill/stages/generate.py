@@ -8,16 +8,17 @@ from typing import Any
 
 from llmdistill.config import Experiment
 from llmdistill.data.budget import estimate
+from llmdistill.data.conversations import as_columns
 from llmdistill.data.dataset import Row, read_manifest
+from llmdistill.data.ids import row_id, row_seed
 from llmdistill.data.shards import EVERYTHING, Layout, Opened, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.data.targets import SampledLogprobs
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.routing import said, teachers_of
-from llmdistill.prompting.turns import as_columns
 from llmdistill.runs import record
 from llmdistill.runs.progress import console, counted, say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_inputs, prepared_prompts
-from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine, row_id, row_seed
+from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine
 from llmdistill.teachers.prompt_encoding import PromptEncoder, encoders
 from llmdistill.teachers.thinking import answer_start
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment
 from llmdistill.config.prompts import Magpie, Prompts, SelfInstruct
+from llmdistill.data.conversations import CONVERSATION, as_columns, given_prompt, more_than_text
 from llmdistill.data.dataset import (
     MANIFEST,
     MESSAGES,
@@ -23,12 +24,14 @@ from llmdistill.data.dataset import (
     remove_leftovers,
     to_json,
 )
+from llmdistill.data.ids import stable_id
+from llmdistill.data.jsonl import Fields
 from llmdistill.data.left_out import LeftOut
+from llmdistill.data.row_formats import RowReader, check_reserved
 from llmdistill.data.shards import EVERYTHING, Share
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting.asking import Asker, WaitingForOthersError
-from llmdistill.prompting.formats import RowReader, check_reserved
 from llmdistill.prompting.items import Counts, Item, count_items, items_file, read_items, read_refused, rows_file
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.passages import Starts
@@ -36,11 +39,10 @@ from llmdistill.prompting.plan import Plan, describe_steps, final_template
 from llmdistill.prompting.sources import Entry, conversation_of_prompt, metadata, read_source, source_hash
 from llmdistill.prompting.steps import Files, PromptStepContext, run_step
 from llmdistill.prompting.task_prompt import TaskPrompt
-from llmdistill.prompting.template import Fields, PromptTemplate
-from llmdistill.prompting.turns import CONVERSATION, as_columns, given_prompt, more_than_text
+from llmdistill.prompting.template import PromptTemplate
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
-from llmdistill.teachers import all_fingerprints, stable_id, teacher_precision
+from llmdistill.teachers import all_fingerprints, teacher_precision
 from llmdistill.teachers.prompt_encoding import PromptEncoder
 
 PROMPTS_FILE = "prompts.parquet"

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment
 from llmdistill.data.alignment import Alignment, Texts, align, chunks, shares
+from llmdistill.data.conversations import stored_ids
 from llmdistill.data.dataset import (
     MANIFEST,
     SPLITS,
@@ -34,7 +35,6 @@ from llmdistill.data.targets import KINDS, Chunks, list_column
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import check_model_exists
 from llmdistill.models.root_classes import save_classes
-from llmdistill.prompting.turns import stored_ids
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, say, working
 from llmdistill.students.sides import Sides, sides_of, student_of, teacher_of

@@ -10,13 +10,13 @@ import numpy as np
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision
 from llmdistill.data.dataset import MANIFEST, load_dataset, read_manifest
+from llmdistill.data.ids import stable_id
 from llmdistill.errors import InputError
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
 from llmdistill.runs.rounds import Round, round_of, round_training
 from llmdistill.stages import curate, generate, score, train
 from llmdistill.stages.prompts import Prepared, PromptTable, prepared_prompts
-from llmdistill.teachers import stable_id
 from llmdistill.teachers.resident import Resident
 
 # After a stop the steps since the last checkpoint are trained again, on the rows that are there. So one is written after every

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment, Score
+from llmdistill.data.conversations import Turn, as_columns, learned_turns, stored_ids
 from llmdistill.data.dataset import (
     SHARD_NAME,
     SPLITS,
@@ -20,19 +21,19 @@ from llmdistill.data.dataset import (
     metadata_and_provenance,
     read_manifest,
 )
+from llmdistill.data.ids import row_seed, stable_id
 from llmdistill.data.left_out import LeftOut
+from llmdistill.data.row_formats import RowReader
 from llmdistill.data.shards import EVERYTHING, Opened, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.data.targets import SampledByStudent, SampledLogprobs
+from llmdistill.data.traffic import opening
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import vocabulary_hash
-from llmdistill.prompting.formats import RowReader
 from llmdistill.prompting.routing import Routed, said, teachers_of
 from llmdistill.prompting.sources import Entry, files_hash, metadata, read_answered
-from llmdistill.prompting.traffic import opening
-from llmdistill.prompting.turns import Turn, as_columns, learned_turns, stored_ids
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
-from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine, row_seed, stable_id
+from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine
 from llmdistill.teachers.prompt_encoding import PromptEncoder, encoders
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llmdistill.config.student import Prune
-from llmdistill.data.collator import DistillCollator, completion_logits, replaced_forward, text_only
+from llmdistill.data.collator import DistillCollator, text_only
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
+from llmdistill.models.forward import completion_logits, replaced_forward
 from llmdistill.students.pruning import Importance, Kept, choose, measure, prune_model
 from llmdistill.students.refit import ResidualPath, Sweep, batches_of, refit, residual_paths, solve
 

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmdistill.data.collator import DistillCollator, replaced_forward, text_only
+from llmdistill.data.collator import DistillCollator, text_only
 from llmdistill.data.targets.draw import widest
 from llmdistill.errors import InputError
 from llmdistill.losses.hidden_states import of_pruned
+from llmdistill.models.forward import replaced_forward
 from llmdistill.students.pruning import Kept
 
 Batch = dict[str, Tensor]

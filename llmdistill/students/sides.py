@@ -15,6 +15,7 @@ import numpy as np
 from llmdistill.config import Experiment
 from llmdistill.config.student import ORIGINS
 from llmdistill.data.alignment import Side, Texts, align
+from llmdistill.data.conversations import stored_ids
 from llmdistill.data.dataset import MANIFEST, has_several_tokenizers, metadata_and_provenance, read_manifest
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
@@ -28,7 +29,6 @@ from llmdistill.models.loading import (
 )
 from llmdistill.models.root_classes import RootClasses, Vocabulary, root_classes
 from llmdistill.models.token_bytes import token_bytes
-from llmdistill.prompting.turns import stored_ids
 from llmdistill.runs.progress import say
 
 

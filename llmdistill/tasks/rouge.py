@@ -2,7 +2,7 @@
 
 import regex
 
-from llmdistill.curation.ngrams import UNSPACED
+from llmdistill.data.ngrams import UNSPACED
 
 _WORD = regex.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 

@@ -18,9 +18,10 @@ from pydantic import Field, ValidationError
 from llmdistill.config.reading import explain, read_yaml
 from llmdistill.config.section import Section
 from llmdistill.config.shipped import find
-from llmdistill.errors import InputError
+from llmdistill.data.jsonl import read_json_rows
+from llmdistill.errors import InputError, UnreadableError
 from llmdistill.runs.record import read_json
-from llmdistill.tasks.answers import storable, validator_of
+from llmdistill.tasks.answers import validator_of
 from llmdistill.tasks.database import Database
 
 Kind = Literal["extract", "classify", "sql", "tools", "generate"]
@@ -224,25 +225,15 @@ def read_items(file: Path) -> list[Item]:
     """
     items: list[Item] = []
     seen: dict[str, str] = {}
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, row in read_json_rows(file, "test"):
         origin = f"{file} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{origin}: not valid JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("input"), str) or not row["input"].strip():
+        if isinstance(row, UnreadableError):
+            raise InputError(f"{origin}: {row.reason}")
+        if not isinstance(row.get("input"), str) or not row["input"].strip():
             raise InputError(f"{origin}: input must be text")
         if row.get("output") in (None, ""):
             raise InputError(f"{origin}: output is missing")
         output = row["output"] if isinstance(row["output"], str) else json.dumps(row["output"], ensure_ascii=False)
-        if storable(row["input"] + output) != row["input"] + output:
-            raise InputError(f"{origin}: holds half of a surrogate pair, which is no text")
         named = {name: str(row[name]) for name in ("id", "cluster") if row.get(name) is not None}
         identity = named.get("id", str(number - 1))
         if identity in seen:

@@ -5,9 +5,7 @@ fast, `server` is a vLLM that runs elsewhere. They agree on the distribution for
 of the weights. `openai` and `anthropic` send conversations to whatever is behind an address, and store what it gives.
 """
 
-import hashlib
 import importlib.util
-import json
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from llmdistill.config import Experiment, Generate, Price, Targets, Teacher
 from llmdistill.config.machine import Precision
+from llmdistill.data.ids import stable_id
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
 from llmdistill.models.chat_template import ChatTemplate, Conversation
@@ -276,18 +275,3 @@ def open_engine(spec: EngineSpec) -> Engine:
 def shared_file(directory: Path) -> Path:
     """Where the workers of the dataset in a directory share an endpoint's limits and what was spent."""
     return directory.parent / f".{directory.name}.endpoint"
-
-
-def row_id(messages: list[dict[str, str]], teacher: str, sampling: Generate, sample: int) -> str:
-    """Stable name of a row: the same prompt, teacher, sampling and sample index give the same id on any machine."""
-    return stable_id(messages, teacher, sampling.model_dump(exclude={"samples", "rows_per_shard"}), sample)
-
-
-def stable_id(*content: Any) -> str:
-    """32 hexadecimal digits that follow from the content alone."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
-
-
-def row_seed(row: str, seed: int) -> int:
-    """The 63-bit seed of a row, from its id and the experiment's seed."""
-    return int.from_bytes(hashlib.sha256(f"{row} {seed}".encode()).digest()[:8]) >> 1

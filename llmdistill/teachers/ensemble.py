@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmdistill.config import Targets, Teacher
+from llmdistill.data.ids import row_seed, stable_id
 from llmdistill.data.targets import Array, MemberTokens, list_column
 from llmdistill.errors import InputError
 from llmdistill.models.loading import context_length, load_config
 from llmdistill.runs import lock
 from llmdistill.runs.progress import counted, say, working
-from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said, open_engine, row_seed, stable_id
+from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said, open_engine
 
 _GROUP = 32  # shards that go through all passes together: what is staged takes that much space, each pass loads a model for it
 _ROWS = 32  # of a staged file at a time

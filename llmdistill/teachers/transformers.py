@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from llmdistill.config import Generate
-from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.collator import DistillCollator
 from llmdistill.data.targets import Array, draw
+from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from llmdistill.config.shipped import find
 from llmdistill.config.train import Examples
-from llmdistill.curation.ngrams import normalised
+from llmdistill.data.ngrams import normalised
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.runs.record import file_input, sha256

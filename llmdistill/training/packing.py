@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from llmdistill.training.probe import working
+from llmdistill.models.forward import at_work
 
 Array = np.ndarray[Any, Any]
 
@@ -76,7 +76,7 @@ def check_apart(model: Any) -> None:
     ids_T = torch.arange(3, 15, device=device)
     rows = (slice(0, 7), slice(7, 12))
     position_ids = torch.cat([torch.arange(7, device=device), torch.arange(5, device=device)])
-    with working(model):
+    with at_work(model):
         together_TV, leaks = _leaks(model, ids_T, position_ids, rows)
         with torch.inference_mode():
             alone_TV = torch.cat([model(input_ids=ids_T[row][None], use_cache=False).logits[0].float() for row in rows])

@@ -19,15 +19,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from llmdistill import losses
-from llmdistill.data.collator import (
-    DistillCollator,
-    completion_labels,
-    completion_logits,
-    first_items,
-    in_place_of_logits,
-    some_tokens,
-    teacher_batch,
-)
+from llmdistill.data.collator import DistillCollator, completion_labels, first_items, some_tokens, teacher_batch
 from llmdistill.data.importance import importance, log_importance
 from llmdistill.data.targets import KINDS, Chunks, TextOnly, kind_of
 from llmdistill.data.targets.draw import widest
@@ -35,6 +27,7 @@ from llmdistill.errors import NonFiniteError
 from llmdistill.losses import fused
 from llmdistill.losses.classes import ClassTable
 from llmdistill.losses.hidden_states import LayerMatch
+from llmdistill.models.forward import completion_logits, in_place_of_logits
 from llmdistill.models.root_classes import RootClasses, by_name
 from llmdistill.students.adapters import check_mergeable, train_in_float32
 from llmdistill.training.arguments import DistillConfig

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmdistill.curation.ngrams import normalised, words
+from llmdistill.data.ngrams import normalised, words
 from llmdistill.errors import InputError
 from tests.curation.steps import apply_step, table
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmdistill.curation.near_duplicates import best_bands
-from llmdistill.curation.ngrams import words
+from llmdistill.data.ngrams import words
 from tests.curation.steps import apply_step, table
 
 WORDS = [f"w{n}" for n in range(400)]

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from llmdistill.data import targets
-from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits, first_items
+from llmdistill.data.collator import DistillCollator, completion_labels, first_items
 from llmdistill.losses import Objective, distillation_loss
+from llmdistill.models.forward import completion_logits
 
 
 def row(ids, start, k=2):

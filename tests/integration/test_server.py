@@ -15,7 +15,8 @@ import torch
 
 from llmdistill import load_dataset
 from llmdistill.config.machine import inference_precision
-from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.collator import DistillCollator
+from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model
 from tests.conftest import run_cli
 from tests.integration.servers import vllm_server

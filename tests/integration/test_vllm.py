@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from llmdistill import load_dataset
-from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.collator import DistillCollator
+from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model, load_tokenizer
 from tests.conftest import ROOT, run_cli
 from tests.factories import write_noisy

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmdistill import losses
-from llmdistill.data.collator import DistillCollator, completion_logits, in_place_of_logits, some_tokens
+from llmdistill.data.collator import DistillCollator, some_tokens
 from llmdistill.data.targets import TopK
 from llmdistill.losses import DIVERGENCES, Objective, fused
+from llmdistill.models.forward import completion_logits, in_place_of_logits
 from tests.losses.test_divergences import bucketed, pps_targets, topk
 
 N, D, V, K = 13, 8, 40, 5

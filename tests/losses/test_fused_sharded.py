@@ -5,8 +5,9 @@ import torch
 import torch.multiprocessing
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from llmdistill.data.collator import DistillCollator, in_place_of_logits
+from llmdistill.data.collator import DistillCollator
 from llmdistill.losses import Objective, fused
+from llmdistill.models.forward import in_place_of_logits
 from tests.losses.test_divergences import topk
 from tests.losses.test_fused import SMALL, K, build
 

@@ -9,15 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmdistill.config import load_experiment
-from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits
+from llmdistill.data.collator import DistillCollator, completion_labels
+from llmdistill.data.conversations import stored_ids
 from llmdistill.data.dataset import Row, load_dataset, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.losses.classes import ClassTable
 from llmdistill.models.chat_template import ChatTemplate
+from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import vocabulary_hash
 from llmdistill.models.root_classes import RootClasses
-from llmdistill.prompting.turns import stored_ids
 from llmdistill.runs.pipeline import stages
 from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate

@@ -11,13 +11,14 @@ from transformers import AutoTokenizer
 
 from llmdistill.config import load_experiment
 from llmdistill.data import dataset
-from llmdistill.data.collator import DistillCollator, completion_labels, completion_logits
+from llmdistill.data.collator import DistillCollator, completion_labels
 from llmdistill.data.convert.exports import export_dataset
 from llmdistill.data.dataset import load_dataset, metadata_and_provenance, read_manifest
 from llmdistill.data.inspect import inspect
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.losses.classes import ClassTable, class_logits
+from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model
 from llmdistill.models.root_classes import load_classes
 from llmdistill.runs.pipeline import stages

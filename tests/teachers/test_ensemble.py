@@ -11,11 +11,12 @@ from llmdistill import load_dataset
 from llmdistill.config import Generate, Targets, Teacher, load_experiment
 from llmdistill.config.teacher import ENGINES, Member
 from llmdistill.curation.judge import DigitReader
+from llmdistill.data.ids import row_seed
 from llmdistill.data.targets import KINDS
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
 from llmdistill.stages.generate import generate
-from llmdistill.teachers import EngineSpec, Request, ensemble, row_seed
+from llmdistill.teachers import EngineSpec, Request, ensemble
 from llmdistill.teachers.ensemble import EnsembleEngine
 from llmdistill.teachers.transformers import TransformersEngine
 from tests.factories import VOCAB, sized, write_noisy

@@ -10,6 +10,7 @@ import torch
 
 from llmdistill.config import Generate, Targets, Teacher
 from llmdistill.config.teacher import ENGINES, Abilities, Member, engines_with
+from llmdistill.data.ids import row_id, row_seed
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
@@ -20,8 +21,6 @@ from llmdistill.teachers import (
     check_engine,
     fingerprints,
     open_engine,
-    row_id,
-    row_seed,
     teacher_precision,
 )
 from llmdistill.teachers.transformers import TransformersEngine, sample

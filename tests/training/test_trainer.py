@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.data import targets
-from llmdistill.data.collator import DistillCollator, completion_logits
+from llmdistill.data.collator import DistillCollator
 from llmdistill.errors import NonFiniteError
 from llmdistill.losses import Objective, distillation_loss
+from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model
 from llmdistill.training.callbacks import trained_tokens
 from llmdistill.training.trainer import rows_in_last_batch

@@ -20,10 +20,13 @@ import pyarrow.parquet as pq
 
 from llmdistill.config.shipped import page
 from llmdistill.data import targets
+from llmdistill.data.conversations import as_columns, learned_turns
 from llmdistill.data.convert import distillkit
 from llmdistill.data.convert.exports import KIND_KEY, ROWS_AT_ONCE, read_parts, rows_at_once
 from llmdistill.data.dataset import Row, Shard, Split, rows_to_table, write_manifest, write_shard
+from llmdistill.data.jsonl import ending_of, read_json_rows
 from llmdistill.data.left_out import LeftOut
+from llmdistill.data.row_formats import read_row
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError, UnreadableError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
@@ -34,9 +37,7 @@ from llmdistill.models.loading import (
     special_token_ids,
     vocabulary_hash,
 )
-from llmdistill.prompting.formats import read_row
-from llmdistill.prompting.sources import ending_of, metadata, read_json_rows
-from llmdistill.prompting.turns import as_columns, learned_turns
+from llmdistill.prompting.sources import metadata
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, console
 

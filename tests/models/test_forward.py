@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from llmdistill.losses.fused import find_head
+from llmdistill.models.forward import at_work
 from llmdistill.models.loading import load_model
 from llmdistill.training.packing import check_apart
-from llmdistill.training.probe import working
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_attention_that_a_cpu_does_not_have_is_replaced_while_it_lasts(tiny, training):
     model = load_model(str(tiny), device="cpu").train(training)
     model.config._attn_implementation = "flex_attention"
-    with working(model):
+    with at_work(model):
         assert not model.training
         assert model.config._attn_implementation == "sdpa"
     assert model.training is training

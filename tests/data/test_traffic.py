@@ -9,12 +9,12 @@ from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.config.prompts import Prompts
 from llmdistill.config.rows import RowReading
+from llmdistill.data.conversations import given_prompt, learned_turns
 from llmdistill.data.dataset import conversation_keys, is_held_out, metadata_and_provenance, read_batches
+from llmdistill.data.row_formats import FORMS, read_row
+from llmdistill.data.traffic import is_recorded, read_recorded
 from llmdistill.errors import InputError, UnreadableError
-from llmdistill.prompting.formats import FORMS, read_row
 from llmdistill.prompting.sources import read_answered, read_source
-from llmdistill.prompting.traffic import is_recorded, read_recorded
-from llmdistill.prompting.turns import given_prompt, learned_turns
 from llmdistill.stages.generate import generate
 from llmdistill.stages.prompts import load_prompts, prepared_prompts
 from llmdistill.stages.score import score

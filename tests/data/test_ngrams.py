@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmdistill.curation.ngrams import jaccard, ngram_hashes, words
+from llmdistill.data.ngrams import jaccard, ngram_hashes, words
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "dd", "é", "7"]), max_size=12)
 

@@ -10,9 +10,9 @@ from typing import Any
 from llmdistill.config.rows import RowReading
 from llmdistill.config.section import is_secret
 from llmdistill.data.dataset import conversation_of
+from llmdistill.data.ids import stable_id
+from llmdistill.data.jsonl import Fields
 from llmdistill.errors import UnreadableError
-from llmdistill.prompting.template import Fields
-from llmdistill.teachers import stable_id
 
 _REQUESTS = ("request", "body", "request_body", "requestBody", "input", "inputs")
 _RESPONSES = ("response", "response_body", "responseBody", "output", "outputs")

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from llmdistill.config.rows import FORMATS, RowReading
+from llmdistill.data.conversations import given_prompt, learned_turns
+from llmdistill.data.row_formats import FORMS, read_row
+from llmdistill.data.traffic import is_recorded
 from llmdistill.errors import UnreadableError
-from llmdistill.prompting.formats import FORMS, read_row
-from llmdistill.prompting.traffic import is_recorded
-from llmdistill.prompting.turns import given_prompt, learned_turns
 
 Q, A = "What is 2 + 2?", "It is 4."
 ASKED, ANSWERED = [{"role": "user", "content": Q}], [{"role": "assistant", "content": A}]

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llmdistill.data.conversations import given_prompt, learned_turns
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.sources import read_tables
-from llmdistill.prompting.turns import given_prompt, learned_turns
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.config.rows import FORMATS, RowReading
+from llmdistill.data.conversations import LEARNED
 from llmdistill.data.dataset import OURS
+from llmdistill.data.jsonl import Fields
+from llmdistill.data.traffic import Recorded
 from llmdistill.errors import UnreadableError
-from llmdistill.prompting.template import Fields
-from llmdistill.prompting.traffic import Recorded
-from llmdistill.prompting.turns import LEARNED
 from llmdistill.runs.progress import say
 
 # Who speaks in ShareGPT's `from`, and in other files that have it.

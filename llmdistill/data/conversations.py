@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.data.dataset import Messages, whole_conversation
+from llmdistill.data.jsonl import Fields
 from llmdistill.errors import UnreadableError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
-from llmdistill.prompting.template import Fields
 
 CONVERSATION = ("messages", "prompt", "completion", "tools")  # fields that hold one
 _ROLES = ("system", "user", "assistant", "tool")
