@@ -1,9 +1,9 @@
-"""The whole algorithm, flat: a teacher writes, says what else it might have written, and a student learns from both.
+"""The complete algorithm in one file: a teacher writes, its distributions are sampled, and a student learns from both.
 
     python examples/distill_loop.py models/SmolLM2-135M-Instruct --layers 15 --steps 60
 
-Nothing here is fast, resumes or is kept on disk; that is what the package is for. The loss is the same: a test holds it.
-Shapes: N completion tokens, V vocabulary, n targets a position.
+It is not fast, does not resume and stores nothing on disk; that is what the package is for. A test checks that the loss is
+the same. Shapes: N completion tokens, V vocabulary, n targets per position.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main():
-    """Write, cut the student out, train, and say every ten steps how far it is from the teacher on held-out rows."""
+    """Generate, prune the student, train, and print its distance from the teacher on held-out rows every ten steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("teacher")
     parser.add_argument("--prompts", default="prompts/seeds/general.jsonl")
     parser.add_argument("--rows", type=int, default=48, help="prompts; every sixth is held out")
     parser.add_argument("--tokens", type=int, default=64, help="longest completion")
     parser.add_argument("--layers", type=int, default=15, help="layers that the student keeps")
-    parser.add_argument("--n", type=int, default=16, help="targets a position")
+    parser.add_argument("--n", type=int, default=16, help="targets per position")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--alpha", type=float, default=0.9, help="weight of the soft targets; the rest is cross-entropy")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -38,11 +38,11 @@ def main():
 
     student = half(teacher, arguments.layers)
     optimizer = torch.optim.AdamW(student.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
-    print(f"before: {distance(teacher, student, held_out):.3f} nats a token from the teacher")
+    print(f"before: {distance(teacher, student, held_out):.3f} nats per token from the teacher")
     for step in range(arguments.steps):
         batch = [rows[(step * 4 + offset) % len(rows)] for offset in range(4)]
         tokens = sum(len(row["logprobs"]) for row in batch)
-        for row in batch:  # one at a time: no padding; the sum is divided by the tokens of the whole batch
+        for row in batch:  # one at a time, so no padding; the sum is divided by the tokens of the batch
             (loss(student, row, arguments.alpha) / tokens).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -58,20 +58,20 @@ def write(teacher, tokenizer, question, tokens, n):
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
     ids = teacher.generate(prompt, max_new_tokens=tokens, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0)
     start = prompt.shape[1]
-    log_p = teacher(ids).logits[0, start - 1 : -1].log_softmax(-1)  # the distribution of token t stands at t − 1
+    log_p = teacher(ids).logits[0, start - 1 : -1].log_softmax(-1)  # the distribution of token t is at t − 1
     targets, weights = draw(log_p.exp().double(), n)
     return {"ids": ids, "start": start, "targets": targets, "weights": weights, "logprobs": log_p.gather(1, targets)}
 
 
 def draw(p, n):
-    """N tokens a position so that Σ weight · f has the mean Σ p · f, for any f: ids and weights, both (N, n).
+    """Draw n tokens per position so that Σ weight · f has the mean Σ p · f, for any f: ids and weights, both (N, n).
 
-    A token is kept with probability min(1, p/τ), the n of them adding up to n: those above τ always, with their own
-    probability as weight, the others by systematic sampling, with weight τ.
+    A token is kept with probability min(1, p/τ), and these add up to n. Tokens above τ are always kept, with their own
+    probability as weight; the others by systematic sampling, with weight τ.
     """
     top = p.topk(n)
     before = top.values.cumsum(1) - top.values
-    tau = (1 - before).clamp(min=0) / (n - torch.arange(n))  # if the first 0, 1, … n − 1 tokens are those above it
+    tau = (1 - before).clamp(min=0) / (n - torch.arange(n))  # if the first 0, 1, … n − 1 tokens are above it
     above = (top.values > tau).int().cumprod(1).bool()
     above[:, -1] = False
     exact = above.sum(1, keepdim=True)
@@ -95,7 +95,7 @@ def loss(student, row, alpha):
 
 
 def half(teacher, layers):
-    """The teacher with so many of its layers, evenly spaced."""
+    """The teacher with this number of its layers, evenly spaced."""
     student = AutoModelForCausalLM.from_pretrained(teacher.name_or_path, dtype=torch.float32)
     kept = [round(number) for number in torch.linspace(0, len(student.model.layers) - 1, layers).tolist()]
     student.model.layers = torch.nn.ModuleList(student.model.layers[number] for number in kept)
@@ -107,7 +107,7 @@ def half(teacher, layers):
 
 @torch.no_grad()
 def distance(teacher, student, rows):
-    """KL(teacher ‖ student) over the whole vocabulary, nats a token."""
+    """KL(teacher ‖ student) over the full vocabulary, in nats per token."""
     total, tokens = 0.0, 0
     for row in rows:
         log_p, log_q = (model(row["ids"]).logits[0, row["start"] - 1 : -1].log_softmax(-1) for model in (teacher, student))

@@ -1,4 +1,4 @@
-"""Distillation on the soft targets of a dataset: examples/trl_sft.py, a plain TRL script, with a handful of lines changed.
+"""Distillation on the soft targets of a dataset: the plain TRL script examples/trl_sft.py with seven lines changed.
 
 M=runs/demo/student-before; python examples/trl_distill.py --model_name_or_path $M --dataset_name runs/demo/curated --alpha 0.9
 """

@@ -1,7 +1,7 @@
-"""Writes what `make task-demo` learns from and is measured on: `python configs/task-demo/make.py --out runs/task-demo`.
+"""Write the training and test data of `make task-demo`: `python configs/task-demo/make.py --out runs/task-demo`.
 
-A grammar makes notes on invoices, payments and refunds, each with its record: who, when, how much. The same seed gives the
-same bytes. No note is in two of the files, and no party of the held-out notes is in another file.
+A grammar generates notes on invoices, payments and refunds, each with its record: who, when, how much. The same seed gives the
+same bytes. No note is in two files, and no party of the held-out notes is in another file.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from llmdistill.tasks.task import read_task
 
 SEED = 20
 HERE = Path(__file__).parent
-HELD_OUT = 5  # one party of so many is kept for the held-out notes
+HELD_OUT = 5  # one in this many parties is kept for the held-out notes
 Record = dict[str, Any]
 
 FIRST = """
@@ -105,7 +105,7 @@ def answer(record: Record) -> dict[str, str]:
 
 
 def notes(name: str, count: int, seen: set[str], held_out: bool = False) -> Iterator[tuple[str, Record]]:
-    """So many notes with their records, none of which is in `seen`, to which they are added."""
+    """This number of notes with their records. None of them is in `seen`, to which they are added."""
     random = Random(f"{SEED} {name}")
     made = 0
     while made < count:
@@ -128,7 +128,7 @@ def a_note(random: Random, held_out: bool) -> tuple[str, Record]:
 
 
 def a_party(random: Random, held_out: bool) -> str:
-    """A company; by its name it is held out or not."""
+    """A company; its name decides whether it is held out."""
     while True:
         party = f"{random.choice(FIRST.split())} {random.choice(SECOND.split())}"
         if (crc32(party.encode()) % HELD_OUT == 0) == held_out:
@@ -136,13 +136,13 @@ def a_party(random: Random, held_out: bool) -> str:
 
 
 def an_amount(random: Random) -> int:
-    """In cents, from 1 to 99,999 whole ones: as often few digits as many, and as often with cents as without."""
+    """In cents, up to 99,999 whole units: few digits as often as many, and with cents as often as without."""
     whole = random.randrange(*random.choice([(1, 100), (100, 1000), (1000, 10_000), (10_000, 100_000)]))
     return 100 * whole + random.choice([0, random.randrange(100)])
 
 
 def written_date(random: Random, day: datetime.date) -> str:
-    """In one of the forms that people write; all are unambiguous, 05.03.2024 being 5 March."""
+    """In one of the formats that people write; all are unambiguous, since 05.03.2024 is 5 March."""
     month, short = MONTHS[day.month - 1], MONTHS[day.month - 1][:3]
     end = "th" if day.day in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
     return random.choice(

@@ -1,6 +1,6 @@
-"""Writes the items of the shipped tasks: `python configs/tasks/make.py` gives the files that are here, to the byte.
+"""Write the items of the included tasks: `python configs/tasks/make.py` reproduces the files in this directory byte for byte.
 
-All of it is hand-written here or put together from lists here, so none of it stands in a public test set.
+Everything is written by hand in this file or assembled from its lists, so nothing is from a public test set.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from passages import PASSAGES
 Item = dict[str, Any]
 SEED = 20
 
-# What belongs together: "France=Paris". Wrong choices are the right ones of the same line's other entries.
+# Pairs: "France=Paris". Wrong choices are the right ones of the other entries on the same line.
 PAIRS = {
     "What is the capital of {}?": """
         France=Paris, Germany=Berlin, Italy=Rome, Spain=Madrid, Japan=Tokyo, China=Beijing, Russia=Moscow, Egypt=Cairo,
@@ -141,7 +141,7 @@ def choice(random: Random, question: str, right: str, wrong: list[str], **more: 
 
 
 def number(random: Random, question: str, right: int, **more: Any) -> Item:
-    """A question for a number; the wrong ones are near it."""
+    """A question for a number; the wrong choices are close to it."""
     near = {right + by for by in (-10, -3, -2, -1, 1, 2, 3, 10)} - {right}
     wrong = random.sample(sorted(value for value in near if value >= 0 and len(str(value)) == len(str(right))), 3)
     return choice(random, question, str(right), [str(value) for value in wrong], **more)
@@ -210,7 +210,7 @@ def copying(random: Random) -> Iterator[Item]:
 
 
 def formats(random: Random) -> Iterator[Item]:
-    """Something new is to be written in the form of an example; the wrong choices say the same in other forms."""
+    """New content has to be written in the format of an example; the wrong choices have the same content in other formats."""
     for n in range(26):
         *shown, one, two, three = random.sample(WORDS.split(), 6)
         new = [one, two, three]
@@ -247,7 +247,7 @@ def formats(random: Random) -> Iterator[Item]:
 
 
 def orders(random: Random) -> Iterator[Item]:
-    """What a task of one's own holds: an input and its output."""
+    """An item of a task of your own: an input and its output."""
     forms = [
         "{name} would like {count} {colour}{item}, please.",
         "Please put aside {count} {colour}{item} for {name}.",
