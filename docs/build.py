@@ -65,14 +65,16 @@ def _row(key: str, kind: str, text: str) -> str:
 
 
 def _description(name: str) -> str:
-    """The docstring of a section, for those that are one."""
+    """What the configuration says of a section, and else the section of itself."""
     if name not in Experiment.model_fields:
         return ""
+    if text := Experiment.help_texts().get(name):
+        return f"{text}\n\n"
     field = Experiment.model_fields[name]
     for found in (field.annotation, *get_args(field.annotation)):
         if isinstance(found, type) and issubclass(found, Section):
             return f"{found.__doc__}\n\n"
-    return f"{Experiment.help_texts()[name]}\n\n"
+    raise ValueError(f"{name}: has no description")
 
 
 if __name__ == "__main__":

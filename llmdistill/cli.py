@@ -1,4 +1,4 @@
-"""The command line: one command a stage, dotted overrides, exit statuses that schedulers understand."""
+"""The command line: one command per stage, dotted overrides, exit statuses that schedulers understand."""
 
 import argparse
 import difflib
@@ -28,7 +28,7 @@ from llmdistill.stages.table import STAGES, Stage
 
 @dataclass(frozen=True)
 class Command:
-    """A command that takes a configuration and is no stage: what it does, and the sections that it reads."""
+    """A command that takes a configuration but is not a stage: its help, and the sections that it reads."""
 
     help: str
     sections: tuple[str, ...]
@@ -47,7 +47,7 @@ _OTHERS = ("init", "inspect", "status", "cancel", "push", "convert")  # commands
 _PATIENCE = 30  # seconds
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FAILED_WRITE = re.compile(r"iostream error|unexpected pos \d+|PytorchStreamWriter|file write failed")
-_LITTLE = 64 << 20  # bytes of a disk that is as good as full
+_LITTLE = 64 << 20  # bytes; a disk with less is considered full
 _NOT_WRITABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         arguments.call(arguments, rest)
     except InputError as error:
         _leave_it_to_the_first()
-        _complain(arguments, error)
+        _complain(arguments, _with_file(arguments, str(error)))
         sys.exit(2)
     except (BudgetError, BusyError, RemoteError, NonFiniteError) as error:
         _complain(arguments, error)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _nobody_reads() -> bool:
-    """Whether who read the output, such as `head`, has seen enough; then what is still to be written goes nowhere."""
+    """Whether the reader of the output, such as `head`, has exited; if so, further output is discarded."""
     poll, number = select.poll(), sys.stdout.fileno()
     poll.register(number, select.POLLERR)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -107,11 +107,11 @@ def _nobody_reads() -> bool:
 
 
 def _of_the_disk(error: BaseException, where: str | None) -> tuple[str, int] | None:
-    """What a full disk, or one that cannot be written to, has done, with the exit status; None for any other error.
+    """Message and exit status for an error caused by a full or unwritable disk; None for any other error.
 
     Args:
-        error: that ended a command; libraries wrap what the system said, or only quote it.
-        where: the command writes to.
+        error: the error that ended a command; libraries wrap or quote the error of the system.
+        where: the directory that the command writes to.
     """
     chain: list[BaseException] = []
     while error is not None and error not in chain:
@@ -121,7 +121,7 @@ def _of_the_disk(error: BaseException, where: str | None) -> tuple[str, int] | N
     for number in _NO_SPACE:
         if any(getattr(found, "errno", None) == number or os.strerror(number) in str(found) for found in chain):
             return f"{file}: {os.strerror(number)}", 1
-    # PyTorch says no more than that a write has failed.
+    # PyTorch reports only that a write has failed.
     if where and any(isinstance(found, RuntimeError) and _FAILED_WRITE.search(str(found)) for found in chain):
         full = (
             shutil.disk_usage(next(path for path in (Path(where), *Path(where).resolve().parents) if path.exists())).free
@@ -134,7 +134,7 @@ def _of_the_disk(error: BaseException, where: str | None) -> tuple[str, int] | N
 
 
 def _complain(arguments: argparse.Namespace, text: object) -> None:
-    """What went wrong, on the standard error stream."""
+    """Report an error on stderr."""
     from llmdistill.runs import watch
     from llmdistill.runs.progress import printable
 
@@ -144,10 +144,16 @@ def _complain(arguments: argparse.Namespace, text: object) -> None:
         print(printable(watch.without_secrets(str(text))), file=sys.stderr)
 
 
+def _with_file(arguments: argparse.Namespace, text: str) -> str:
+    """Name the configuration file for a key that a stage misses in it; the stage does not know the file."""
+    file = getattr(arguments, "config", None)
+    return f"{file}: {text}" if file and text.startswith("the key ") else text
+
+
 def _no_more(arguments: argparse.Namespace, rest: list[str]) -> None:
-    """Refuse words that a command without a configuration cannot take."""
+    """Refuse overrides for a command that takes no configuration."""
     if rest:
-        raise InputError(f"{arguments.command} takes no {rest[0]}")
+        raise InputError(f"{arguments.command} does not take {rest[0]}")
 
 
 def _init(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -161,28 +167,35 @@ def _init(arguments: argparse.Namespace, rest: list[str]) -> None:
     names = ("examples", "description", "schema", "labels", "database", "tools")
     task = TaskChoices(arguments.task, **{name: getattr(arguments, name) for name in names})
     if task.given and kind != "task":
-        raise InputError(f"--{task.given[0]} is for --task")
+        raise InputError(f"--{task.given[0]} needs --task")
     choices = Choices(kind, path, arguments.teacher, arguments.student, arguments.gpu, task, arguments.layers)
     if not arguments.demo:
         init(directory, choices)
     elif choices == Choices():
         init_demo(directory)
     else:
-        raise InputError("--demo takes no other flag")
+        raise InputError("--demo cannot be combined with other flags")
 
 
 def _status(arguments: argparse.Namespace, rest: list[str]) -> None:
     _no_more(arguments, rest)
     from llmdistill import jobs
 
-    jobs.status(Path(arguments.directory))
+    jobs.status(_of_run(arguments))
 
 
 def _cancel(arguments: argparse.Namespace, rest: list[str]) -> None:
     _no_more(arguments, rest)
     from llmdistill import jobs
 
-    jobs.cancel(Path(arguments.directory))
+    jobs.cancel(_of_run(arguments))
+
+
+def _of_run(arguments: argparse.Namespace) -> Path:
+    directory = Path(arguments.directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; give the `output` of an experiment")
+    return directory
 
 
 def _inspect(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -201,13 +214,13 @@ def _push(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     if rest:
-        raise InputError(f"report of several runs takes no {rest[0]}")
+        raise InputError(f"report of several runs does not take {rest[0]}")
     from llmdistill.runs.compare import compare
 
     directories = [Path(name) for name in arguments.config]
     for directory in directories:
         if not directory.is_dir():
-            raise InputError(f"{directory}: no such directory; to compare runs, name the `output` of each")
+            raise InputError(f"{directory}: no such directory; to compare runs, give the `output` directory of each")
     compare(directories, Path(arguments.out or "comparison.html"), arguments.dry_run)
 
 
@@ -230,11 +243,9 @@ def _convert_alone(arguments: argparse.Namespace, source: Path, out: Path) -> No
 
         return export_dataset(source, out, arguments.to, arguments.exact_k)
     if arguments.exact_k is not None:
-        raise InputError("--exact-k is for --to distillkit")
+        raise InputError("--exact-k needs --to distillkit")
     if arguments.teacher is None:
-        raise InputError(
-            f"--teacher is missing: --from {arguments.form} needs the model whose tokenizer the files were made with"
-        )
+        raise InputError(f"--from {arguments.form} needs --teacher, the model whose tokenizer the files were made with")
     from llmdistill.data.convert.imports import import_dataset
 
     return import_dataset(source, out, arguments.form, arguments.teacher, arguments.k)
@@ -250,9 +261,9 @@ def _report(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _experiment(arguments: argparse.Namespace, rest: list[str]) -> Experiment:
-    """The configuration with the overrides; a dry run shows it."""
+    """Read the configuration with the overrides; print it in a dry run."""
     if not find(arguments.config).exists() and any(Path(word).is_file() for word in rest):  # `--key VALUE FILE`
-        raise InputError(f"{arguments.config}: no such file; the configuration stands before the overrides")
+        raise InputError(f"{arguments.config}: no such file; the configuration must come before the overrides")
     experiment = load_experiment(Path(arguments.config), overrides_of(rest))
     arguments.where = experiment.output
     if arguments.dry_run:
@@ -291,7 +302,7 @@ def _chat(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _stage(arguments: argparse.Namespace, rest: list[str]) -> None:
     experiment = _experiment(arguments, rest)
     if arguments.command == "train":
-        experiment = experiment.with_(rounds=None)  # it makes the student before the rounds
+        experiment = experiment.with_(rounds=None)  # trains the student that the rounds start from
     options: dict[str, Any] = {}
     share = getattr(arguments, "shards", None)
     if share:
@@ -307,13 +318,13 @@ def _stage(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose help ends in the keys of the configuration that its command reads."""
+    """A parser whose help ends with the configuration keys that its command reads."""
 
     sections: tuple[str, ...] | None = None
     shows_all_keys = False
 
     def format_help(self) -> str:
-        """The usual help, and the keys."""
+        """The usual help, followed by the keys."""
         return super().format_help() + (keys_help(self.sections, self.shows_all_keys) if self.sections is not None else "")
 
 
@@ -325,7 +336,7 @@ class _HelpAll(argparse.Action):
 
 
 def _refuse_unknown(words: list[str]) -> None:
-    """Say which command may be meant by one that is not known."""
+    """Exit with a suggestion if the command is unknown."""
     known = [*COMMANDS, *_OTHERS]
     if words and not words[0].startswith("-") and words[0] not in known:
         near = difflib.get_close_matches(words[0], known, n=1)
@@ -358,7 +369,7 @@ def _parser() -> argparse.ArgumentParser:
         ("cancel", "cancel submitted jobs; finished work is kept", _cancel),
     ):
         of_jobs = commands.add_parser(name, help=text, allow_abbrev=False)
-        of_jobs.add_argument("directory", metavar="RUN", help="the experiment's output directory")
+        of_jobs.add_argument("directory", metavar="RUN", help="output directory of the experiment")
         of_jobs.set_defaults(call=call)
     help_text = "upload a finished dataset or student to the Hugging Face Hub"
     push = commands.add_parser(
@@ -370,7 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     push.add_argument("directory", metavar="DIR", help="output directory of `generate`, `score`, `curate` or `train`")
     push.add_argument("repo_id", metavar="REPO_ID", help="user/name or organisation/name; created if it does not exist")
-    push.add_argument("--private", action="store_true", help="create the repository as private; fails if it exists and is public")
+    push.add_argument("--private", action="store_true", help="create a private repository; fails if it exists and is public")
     push.add_argument("--revision", metavar="BRANCH", help="branch (default main); created if it does not exist")
     push.add_argument(
         "--dry-run", action="store_true", help="check the directory and list what would be uploaded, without network access"
@@ -385,11 +396,11 @@ def _capitalised(text: str) -> str:
 
 
 def _add_init(commands: Any) -> None:
-    text = "write a first experiment, or the demo, into a directory"
+    text = "write a first experiment or the demo to a directory"
     command = commands.add_parser(
         "init",
         help=text,
-        description=f"{_capitalised(text)}, and print the next commands. On a terminal, missing settings are asked for.",
+        description=f"{_capitalised(text)}, and print the next commands. On a terminal, prompts for missing settings.",
         allow_abbrev=False,
     )
     command.add_argument(
@@ -398,28 +409,28 @@ def _add_init(commands: Any) -> None:
     command.add_argument("--demo", action="store_true", help="the demo, with its prompts and tasks")
     data = command.add_mutually_exclusive_group()
     data.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="your prompts: .jsonl, .csv, .parquet, or .txt with one on each line"
+        "--prompts", type=Path, metavar="FILE", help="your prompts: .jsonl, .csv, .parquet, or .txt with one per line"
     )
     data.add_argument(
         "--text", type=Path, metavar="FILE", help="your existing conversations or text, for the teacher to score: JSONL"
     )
     data.add_argument(
-        "--documents", type=Path, metavar="PATH", help="your text or Markdown files, about which the teacher writes questions"
+        "--documents", type=Path, metavar="PATH", help="your text or Markdown files, for the teacher to write questions about"
     )
     data.add_argument(
         "--task",
         choices=("extract", "classify", "sql", "tools", "generate"),
-        help="your task, by what an answer is: JSON, a label, a query, a function call or text",
+        help="your task, by the type of answer: JSON, a label, a query, a function call or text",
     )
     _add_task(command)
-    command.add_argument("--teacher", metavar="MODEL", help="a name on the Hugging Face Hub, or a directory")
+    command.add_argument("--teacher", metavar="MODEL", help="teacher: a name on the Hugging Face Hub, or a directory")
     student = command.add_mutually_exclusive_group()
-    student.add_argument("--student", metavar="MODEL", help="the same for the student")
+    student.add_argument("--student", metavar="MODEL", help="student: a name on the Hugging Face Hub, or a directory")
     student.add_argument("--layers", type=int, metavar="N", help="make the student from N of the teacher's layers")
     command.add_argument(
         "--gpu",
         action=argparse.BooleanOptionalAction,
-        help="whether this machine has a GPU (default: if nvidia-smi or rocm-smi is found)",
+        help="whether this machine has a GPU (default: whether nvidia-smi or rocm-smi is found)",
     )
     command.set_defaults(call=_init)
 
@@ -427,12 +438,12 @@ def _add_init(commands: Any) -> None:
 def _add_task(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("your task, with --task")
     for flag, metavar, text in (
-        ("examples", "FILE", 'JSONL with ten lines or more: {"input": …, "output": …}'),
-        ("description", "TEXT", "what is to be done with an input, as models are told"),
+        ("examples", "FILE", 'JSONL with at least ten lines of {"input": …, "output": …}'),
+        ("description", "TEXT", "what to do with an input, as an instruction to the models"),
         ("schema", "FILE", "extract: JSON schema of an answer"),
         ("labels", "A,B", "classify: the labels (default: those of the examples)"),
-        ("database", "FILE", "sql: SQL that makes the tables and their rows, for SQLite"),
-        ("tools", "FILE", "tools: JSON list of function schemas in OpenAI's form"),
+        ("database", "FILE", "sql: SQL that creates and fills the tables, for SQLite"),
+        ("tools", "FILE", "tools: JSON list of function schemas in OpenAI's format"),
     ):
         group.add_argument(f"--{flag}", metavar=metavar, type=Path if metavar == "FILE" else str, help=text)
 
@@ -460,7 +471,7 @@ def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
         command.add_argument(
             "config", nargs="+", metavar="CONFIG.yaml", help="the configuration file, or the output directories of several runs"
         )
-        command.add_argument("--out", metavar="FILE.html", help="with several runs: the file to write (default comparison.html)")
+        command.add_argument("--out", metavar="FILE.html", help="with several runs: file to write (default comparison.html)")
     else:
         command.add_argument("config", metavar="CONFIG.yaml", help="the configuration file")
     command.add_argument(
@@ -468,10 +479,12 @@ def _add_command(commands: Any, name: str, described: Stage | Command) -> None:
     )
     if name == "run":
         command.add_argument(
-            "--remake", action="store_true", help="remove work that was made with other settings, and what was made from it"
+            "--remake",
+            action="store_true",
+            help="delete results made with other settings and everything made from them, then make them again",
         )
     if shared:
-        command.add_argument("--shards", metavar="I/N", help="make only the shards of the I-th of N workers")
+        command.add_argument("--shards", metavar="I/N", help="make only the shards of worker I of N")
 
 
 def _add_convert(commands: Any) -> None:
@@ -492,26 +505,26 @@ def _add_convert(commands: Any) -> None:
     direction = convert.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=(*formats, "preferences"), help="the format to write")
     direction.add_argument("--from", dest="form", choices=formats, help="the format to read")
-    convert.add_argument("--teacher", metavar="MODEL", help="with --from: the model whose tokenizer was used for the files")
-    convert.add_argument("--k", type=int, metavar="N", help="with --from: keep only the N most likely tokens of each position")
+    convert.add_argument("--teacher", metavar="MODEL", help="with --from: model whose tokenizer was used for the files")
+    convert.add_argument("--k", type=int, metavar="N", help="with --from: keep only the N most likely tokens per position")
     convert.add_argument(
         "--exact-k",
         type=int,
         metavar="N",
-        help="with --to distillkit: store N log-probabilities per position exactly, the others as a polynomial (default: all)",
+        help="with --to distillkit: store N log-probabilities per position exactly, the rest as a polynomial (default: all)",
     )
     convert.set_defaults(call=_convert)
 
 
 def _is_first() -> bool:
-    """Whether this is the process that speaks for all that `torchrun` started on this machine."""
+    """Whether this process prints for all those that `torchrun` started on this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _leave_it_to_the_first() -> None:
-    """Where many processes find the same fault the first says so, upon which torchrun ends the others.
+    """Leave an error that all processes find to the first one, after which torchrun ends the others.
 
-    What another alone has found it says itself, after a while.
+    An error that only another process has found is reported by that process after a while.
     """
     if not _is_first():
         signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(2))
@@ -519,7 +532,7 @@ def _leave_it_to_the_first() -> None:
 
 
 def _preempted(signum: int, frame: Any) -> NoReturn:
-    """SIGTERM: finished shards and checkpoints are on disk; status 143 tells the scheduler to start us again."""
+    """Handle SIGTERM: finished shards and checkpoints are on disk; status 143 tells the scheduler to restart the job."""
     if _is_first():
         os.write(2, b"terminated; finished work is kept; run the same command to continue\n")
     sys.exit(143)

@@ -62,6 +62,24 @@ class NonFiniteError(ArithmeticError):
     """
 
 
+def not_installed(
+    user: str, library: str, extra: str | None = None, install: str | None = None, instead: str | None = None
+) -> InputError:
+    """The error for a library that is missing.
+
+    Args:
+        user: what needs it, by its key in the configuration.
+        library: its name.
+        extra: of this package, that it is in.
+        install: what `pip install` takes where it is in none; the library's name if that is what it takes.
+        instead: what to do without it.
+    """
+    wanted = f"'llmdistill[{extra}]'" if extra else install or library
+    return InputError(
+        f"{user} needs {library}, which is not installed: pip install {wanted}" + (f", or {instead}" if instead else "")
+    )
+
+
 def no_such_key(section: str, name: str, known: Collection[str], why: str) -> InputError:
     """The error for a key under `section` that another library does not know, with the nearest that it does."""
     near = difflib.get_close_matches(name, known, n=1)

@@ -99,6 +99,16 @@ def sized(kind: str, size: int) -> Any:
     return Targets(kind=kind, **({of_kind: size} if of_kind else {}))
 
 
+def most_likely(logprobs_NV: Any, k: int) -> Any:
+    """Top-k targets of full distributions; equal log-probabilities are taken in the order of their ids."""
+    import numpy as np
+
+    from llmdistill.data.targets import TopK
+
+    ids_NK = np.argsort(-logprobs_NV, axis=1, kind="stable")[:, :k]
+    return TopK.from_kept(ids_NK, np.take_along_axis(logprobs_NV, ids_NK, axis=1))
+
+
 def make_row(name: str, prompt_ids: Any, completion_ids: Any, token_logprobs: Any = None, soft: Any = None) -> Any:
     """A row whose prompt and answer read as its name; the teacher's log-probabilities are zero unless given."""
     import numpy as np

@@ -59,7 +59,7 @@ def test_the_configuration_stands_before_the_overrides(capsys, experiment_file, 
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", "--generate.samples", "4", str(experiment_file), "--dry-run"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "4: no such file; the configuration stands before the overrides\n"
+    assert capsys.readouterr().err == "4: no such file; the configuration must come before the overrides\n"
 
 
 def test_sigterm_is_143(monkeypatch, experiment_file, sigterm):
@@ -67,6 +67,21 @@ def test_sigterm_is_143(monkeypatch, experiment_file, sigterm):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["generate", str(experiment_file)])
     assert stopped.value.code == 143
+
+
+@pytest.mark.parametrize("command", ["status", "cancel"])
+def test_a_run_that_is_not_there_is_said(command, tmp_path, capsys, sigterm):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'run'}: no such directory; give the `output` of an experiment\n"
+
+
+def test_a_key_that_a_stage_misses_is_named_with_its_file(capsys, experiment_file, sigterm):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["score", str(experiment_file)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"{experiment_file}: the key score is missing")
 
 
 @pytest.mark.parametrize(("body", "status"), [("exit 143", 143), ("exit 2", 2), ("exit 7", 7), ("kill -9 $$", 1)])

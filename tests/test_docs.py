@@ -16,7 +16,7 @@ import yaml
 
 import llmdistill
 from llmdistill.cli import _OTHERS, COMMANDS, _parser
-from llmdistill.config import keys
+from llmdistill.config import Experiment, keys
 from llmdistill.config.help import merged
 from llmdistill.config.prompts import Prompts, PromptStep
 from llmdistill.data.targets import KINDS
@@ -37,6 +37,7 @@ SAME = {
 def test_the_configuration_page_has_every_key_as_its_docstring_says():
     page = (ROOT / "docs/configuration.md").read_text()
     assert page == runpy.run_path(str(ROOT / "docs/build.py"))["configuration_page"](), "run `python docs/build.py`"
+    assert f"## teachers\n\n{Experiment.help_texts()['teachers']}\n" in page, "what the key means, not what one teacher is"
     for again, first in SAME.items():  # the same section twice: its keys are listed once
         assert below(again) == below(first)
         assert f"| `{again}.…` |" in page

@@ -74,8 +74,8 @@ def test_a_wrong_divergence(name, options, message):
     ("change", "error", "message"),
     [
         ({"args": trl.SFTConfig(use_cpu=True, bf16=False)}, TypeError, "args must be a DistillConfig, got SFTConfig"),
-        ({"teacher": "Qwen/Qwen3-4B"}, TypeError, "teacher must be a model that is loaded, got str"),
-        ({"train_dataset": [{"input_ids": [1]}]}, TypeError, r"must be a datasets.Dataset, as load_dataset gives .*, got list"),
+        ({"teacher": "Qwen/Qwen3-4B"}, TypeError, "teacher must be a loaded model, got str"),
+        ({"train_dataset": [{"input_ids": [1]}]}, TypeError, r"must be a datasets.Dataset from load_dataset .*, got list"),
         (
             {"train_dataset": datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})},
             ValueError,

@@ -1,4 +1,4 @@
-"""The configuration: a module a section, the experiment that they make up, and how it is read from YAML.
+"""The configuration: one module per section, the experiment that contains them, and how it is read from YAML.
 
 Nothing here imports torch, transformers or vLLM, so that a configuration can be read and shown on any machine.
 """

@@ -39,14 +39,14 @@ class Language(Section):
     """Keep rows whose answer is in one of these languages, detected by lingua."""
 
     keep: list[str] = Field(min_length=1)
-    """ISO 639-1 codes: `[en, de]`. Answers in a language that the prompt names, and answers under 120 letters, are kept too."""
+    """ISO 639-1 codes: `[en, de]`. Answers in a language named in the prompt, and answers under 120 letters, are also kept."""
 
     @field_validator("keep")
     @classmethod
     def _are_codes(cls, keep: list[str]) -> list[str]:
         for code in keep:
             if not regex.fullmatch("[a-z]{2}", code):
-                raise ValueError(f"{code!r} is no ISO 639-1 code, which has two small letters: en, de, …")
+                raise ValueError(f"{code!r} is not an ISO 639-1 code of two lowercase letters: en, de, …")
         return keep
 
 
@@ -58,14 +58,14 @@ class Repetition(Section):
     max_share: float = Field(default=0.5, ge=0, le=1)
     """Maximum share of n-grams that repeat an earlier one."""
     max_line_share: float = Field(default=0.5, ge=0, le=1)
-    """Maximum share of the text in lines that repeat an earlier line; numbers and bullets of lines are ignored."""
+    """Maximum share of the text in lines that repeat an earlier line, ignoring line numbers and bullets."""
 
 
 class Refusals(Section):
-    """Reject refusals, and answers in which the model mentions its name, its maker or that it is a model (English)."""
+    """Reject refusals, and answers in which the model mentions its name, its maker or that it is a model (English only)."""
 
     patterns: list[str] = []
-    """Further regular expressions, searched in the whole answer, ignoring case."""
+    """Further regular expressions, searched for in the whole answer, ignoring case."""
 
     _patterns_compile = field_validator("patterns")(lambda patterns: [_compiles(pattern) for pattern in patterns])
 
@@ -78,9 +78,9 @@ class Math(Section):
     """Keep rows whose final answer equals the expected one, compared by math-verify."""
 
     answer: str = "answer"
-    """Field of the row's metadata that holds the expected answer."""
+    """Metadata field with the expected answer."""
     without: Literal["fail", "keep"] = "fail"
-    """What happens to rows without that field."""
+    """What to do with rows that lack the field."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Time limit per row in seconds; a row that exceeds it has failed."""
 
@@ -89,7 +89,7 @@ class Python(Section):
     """Keep rows whose Python code parses. The code is never run."""
 
     unfenced: Literal["keep", "parse"] = "keep"
-    """What happens to an answer without a fenced Python block: `keep` it, or `parse` the whole answer."""
+    """What to do with an answer without a fenced Python block: `keep` it, or `parse` the whole answer."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Time limit per row in seconds; a row that exceeds it has failed."""
 
@@ -102,7 +102,7 @@ class JsonSchema(Section):
 
 
 class Task(Section):
-    """Keep rows whose answer a task of your own can accept: JSON of its schema, a label, a query that runs, a valid call."""
+    """Keep rows with valid answers for one of your own tasks: JSON of its schema, a label, a query that runs, a valid call."""
 
     file: str
     """YAML file of the task."""
@@ -112,7 +112,7 @@ class Regex(Section):
     """Keep rows by a regular expression."""
 
     pattern: str
-    """Searched in the whole answer; `^` and `$` match its start and end, `(?s)` lets `.` match newlines."""
+    """Searched for in the whole answer; `^` and `$` match its start and end, `(?s)` lets `.` match newlines."""
     keep: Literal["matching", "others"] = "matching"
     """Whether to keep the rows that match, or the others."""
 
@@ -120,24 +120,24 @@ class Regex(Section):
 
 
 class Judge(Section):
-    """Keep rows with a high score from a judge: the mean of its next-token distribution over the digits of the scale."""
+    """Keep rows that a judge scores highly: the score is the mean of its distribution over the digits of the scale."""
 
     teacher: Teacher
     """The judge model."""
     template: str = "prompts/judge.yaml"
-    """Template with the rubric: it has the variables `prompt` and `answer`, and asks for one digit."""
+    """Template with the rubric; it has the variables `prompt` and `answer` and asks for one digit."""
     scale: list[int] = Field(default=[1, 5], min_length=2, max_length=2)
-    """The lowest and the highest digit."""
+    """Lowest and highest digit."""
     min_score: float = 3.0
     """Minimum score to keep a row."""
     min_mass: float = Field(default=0.5, gt=0, le=1)
-    """Minimum total probability that the judge must give the digits of the scale; below it the row has failed."""
+    """Minimum total probability that the judge must assign to the digits of the scale; below it, the row fails."""
 
     @model_validator(mode="after")
     def _is_a_scale(self) -> "Judge":
         low, high = self.scale
         if not 0 <= low < high <= 9:
-            raise ValueError(f"scale is {low} to {high}, it must be two digits, the lower first")
+            raise ValueError(f"scale is {low} to {high}, but must be two digits, the lower first")
         if not low <= self.min_score <= high:
             raise ValueError(f"min_score is {self.min_score:g}, outside the scale of {low} to {high}")
         return self
@@ -153,37 +153,38 @@ class BestOf(Section):
 
 
 class Duplicates(Section):
-    """Keep the first of rows with the same text, ignoring case and white space."""
+    """Keep the first of several rows with the same text, ignoring case and white space."""
 
     of: Of = "completion"
     """Text to compare: the `completion`, or the `conversation`, which is prompt and completion together."""
 
 
 class NearDuplicates(Section):
-    """Keep the first of rows whose texts share most word n-grams (MinHash candidates, exact Jaccard similarity)."""
+    """Keep the first of several rows whose texts share most word n-grams (MinHash candidates, exact Jaccard similarity)."""
 
     threshold: float = Field(default=0.8, ge=0.3, le=1)
-    """Minimum Jaccard similarity of two near-duplicates."""
+    """Minimum Jaccard similarity of near-duplicates."""
     ngram: int = Field(default=3, ge=1)
-    """Words in an n-gram."""
+    """Words per n-gram."""
     of: Of = "completion"
     """Text to compare: the `completion`, or the `conversation`, which is prompt and completion together."""
     boilerplate: float = Field(default=0.05, gt=0, le=1)
     """Ignore n-grams that occur in more than this share of the rows, and in more than ten rows."""
     max_cluster: int = Field(default=100, ge=1)
-    """Maximum number of rows that one kept row may reject; further ones are kept, and counted."""
+    """Maximum number of rows that one kept row may reject; further ones are kept and counted."""
 
 
 class Contamination(Section):
     """Reject rows that share a word n-gram with test data."""
 
     against: list[str] = Field(min_length=1)
-    """JSON, JSONL, YAML or text files; every string in them is searched for."""
+    """JSON, JSONL, YAML or text files. Every string in them is searched for."""
     fields: list[str] | None = Field(default=None, min_length=1)
-    """Search only for the strings in these fields of their rows: `[input]` of a task's examples, whose outputs may be common."""
+    """Search only for the strings in these fields of the rows, such as `[input]` for a task's examples, whose outputs may be
+    common."""
     ngram: int = Field(default=13, ge=2)
-    """Words in an n-gram. Shorter strings are searched for as a whole; those under eight words must be the whole prompt. A prompt
-    that is one of the strings, but for case and punctuation, is always found."""
+    """Words per n-gram. Shorter strings are searched for as a whole; those under eight words must be the whole prompt. A prompt
+    that equals one of the strings, ignoring case and punctuation, is always found."""
 
 
 PersonalKind = Literal["email", "phone", "credit_card", "iban", "ip_address", "us_ssn"]
@@ -193,14 +194,14 @@ class PersonalData(Section):
     """Reject rows with personal data, detected by the patterns of presidio."""
 
     kinds: list[PersonalKind] = ["email", "phone", "credit_card", "iban", "us_ssn"]
-    """Kinds of data to search for. Addresses and numbers reserved for examples are ignored."""
+    """Types of data to search for. Addresses and numbers reserved for examples are ignored."""
 
 
 class Balance(Section):
     """Limit the number of rows per value of a metadata field."""
 
     by: str = "topic"
-    """Field of the row's metadata; rows without it form one group."""
+    """Metadata field; rows without it form one group."""
     max_rows: int = Field(ge=1)
     """Maximum number of rows per value."""
 
@@ -227,7 +228,7 @@ class CurateStep(Step):
     json_schema: JsonSchema | None = None
     """Check against a JSON schema."""
     task: Task | None = None
-    """Check against a task of your own."""
+    """Check against one of your own tasks."""
     regex: Regex | None = None
     """Filter by regular expression."""
     judge: Judge | None = None

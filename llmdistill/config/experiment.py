@@ -1,4 +1,4 @@
-"""The experiment: one YAML file, a section a stage, checked strictly before anything runs."""
+"""The experiment: one YAML file with one section per stage, checked strictly before anything runs."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,13 +25,13 @@ from llmdistill.stages.table import Directory
 
 
 def _instead(train: Train) -> str:
-    """What to do where targets are not of the kind that a loss needs."""
+    """What to do if the targets are not of the kind that a loss needs."""
     fits = train.against(SampledLogprobs) is None
     return f"set targets.kind to {f'{SampledLogprobs.name} or ' if fits else ''}topk"
 
 
 class Experiment(Section):
-    """One experiment: one YAML file with a section a stage."""
+    """One experiment: one YAML file with one section per stage."""
 
     output: str
     """Directory that all stages write to."""
@@ -43,10 +43,10 @@ class Experiment(Section):
     """Size of the shards that `curate` writes, in megabytes."""
     teacher: Teacher
     teachers: dict[str, Teacher] = {}
-    """Several teachers instead of `teacher`, by names of your own; each writes or reads the rows that `route` gives it. Where
-    their vocabularies, chat templates or end tokens differ, `retokenize` brings all rows into the student's tokens. `default`
-    gets the rows that name no other one. What is done by one teacher alone, such as steps of `prompts`, it does, or else the
-    first."""
+    """Several teachers instead of `teacher`, under names of your choice. Each generates or scores the rows that `route` assigns
+    to it; rows that name no other teacher go to `default`. If vocabularies, chat templates or end tokens differ, `retokenize`
+    converts all rows to the student's tokens. Work that needs a single teacher, such as the steps of `prompts`, is done by
+    `default`, or by the first teacher if there is no `default`."""
     route: Route | None = None
     prompts: Prompts | None = None
     generate: Generate = Generate()
@@ -67,27 +67,27 @@ class Experiment(Section):
     @model_validator(mode="before")
     @classmethod
     def _teachers_stand_for_the_teacher(cls, tree: Any) -> Any:
-        """With several, `teacher` is the one of them that does what is done once; it is not written down as a choice."""
+        """With several, `teacher` is the one that does the work of a single teacher; it is not recorded as a choice."""
         teachers = tree.get("teachers") if isinstance(tree, dict) else None
         if not teachers or not isinstance(teachers, dict):
             return tree
         if "teacher" in tree:
-            raise ValueError("teacher and teachers: give one of them")
+            raise ValueError("give either teacher or teachers, not both")
         try:
             main = Teacher.model_validate(teachers.get(DEFAULT, next(iter(teachers.values()))))
-        except ValidationError:  # said at `teachers`
+        except ValidationError:  # reported under `teachers`
             main = Teacher(model="teachers")
         return {**tree, "teacher": main}
 
     @model_validator(mode="after")
     def _routes_lead_to_teachers(self) -> "Experiment":
         if bool(self.teachers) != bool(self.route):
-            raise ValueError("teachers and route: one needs the other")
+            raise ValueError("teachers and route must be given together")
         if not self.teachers or self.route is None:
             return self
         self.model_fields_set.discard("teacher")
         if len(self.teachers) < 2:
-            raise ValueError("teachers: needs at least two; use teacher for one")
+            raise ValueError("teachers needs at least two; for a single one use teacher")
         for key, name in self.route.named.items():
             if name not in self.teachers:
                 raise ValueError(f"route.{key}: there is no teacher {name}, only {', '.join(self.teachers)}")
@@ -103,7 +103,7 @@ class Experiment(Section):
                 raise ValueError(f"{key} needs a single teacher, not teachers")
         if self.teacher.abilities.api:
             raise ValueError(
-                f"teachers: engine {self.teacher.engine} bills each dataset by itself; make one of each, with teacher"
+                f"teachers: engine {self.teacher.engine} bills each dataset separately; make one for each, with teacher"
             )
         return self
 
@@ -111,9 +111,9 @@ class Experiment(Section):
     @classmethod
     def _is_a_name(cls, output: str) -> str:
         if not output or not output.isprintable():
-            raise ValueError(f"{output!r} must not contain control characters, nor be empty")
+            raise ValueError(f"{output!r} must not be empty or contain control characters")
         if output.startswith("~"):
-            raise ValueError(f"{output} begins with ~, which only a shell replaces; write the whole path")
+            raise ValueError(f"{output} begins with ~, which only a shell expands; write the full path")
         return output
 
     @model_validator(mode="after")
@@ -134,15 +134,15 @@ class Experiment(Section):
             )
         if in_turn and self.targets.stored is SampledLogprobs:
             raise ValueError(
-                f"targets.kind {self.targets.kind} needs the whole distribution of the ensemble, which engine {engine} does not "
-                f"have: it loads one teacher after the other; use engine {engines_with('whole_distribution')}, or set "
+                f"targets.kind {self.targets.kind} needs the full distribution of the ensemble, which engine {engine} cannot "
+                f"compute, since it loads one teacher at a time; use engine {engines_with('whole_distribution')}, or set "
                 "targets.kind to topk"
             )
         if in_turn and self.generate.rereads:
             key = "json_schema" if self.generate.json_schema is not None else "thinking: removed"
             raise ValueError(
-                f"generate.{key} makes the teacher read its text again, which an ensemble of engine {engine} does not support; "
-                "`generate` with one teacher and `score` its dataset with the ensemble"
+                f"generate.{key} makes the teacher score its own text again, which an ensemble with engine {engine} does not "
+                "support; `generate` with one teacher and `score` its dataset with the ensemble"
             )
         if self.generate.min_tokens and engine == "anthropic":
             raise ValueError(f"generate.min_tokens: engine {engine} has no such parameter; remove it")
@@ -153,14 +153,14 @@ class Experiment(Section):
         for key, temperature in self._temperatures.items():
             if 0 < temperature < can.lowest_temperature:
                 raise ValueError(
-                    f"{key} is {temperature:g}, but engine {engine} samples at no temperature between 0 and "
+                    f"{key} is {temperature:g}, but engine {engine} does not support temperatures between 0 and "
                     f"{can.lowest_temperature:g}; set it to 0 or to at least {can.lowest_temperature:g}"
                 )
         return self
 
     @property
     def _temperatures(self) -> dict[str, float]:
-        """Those at which the teacher samples, by their keys."""
+        """The teacher's sampling temperatures, by their keys."""
         of_prompts = {"prompts.sampling.temperature": self.prompts.sampling.temperature} if self.prompts else {}
         return {"generate.temperature": self.generate.temperature, **of_prompts}
 
@@ -169,25 +169,25 @@ class Experiment(Section):
         teacher, can = self.teacher, self.teacher.abilities
         if self.targets.stored.of_text and (not can.api or teacher.tokenizer is not None):
             raise ValueError(
-                f"targets.kind {self.targets.kind} is for teachers behind an API whose tokenizer is not known; with targets.kind "
-                "none, `retokenize` makes chunks for a student with another tokenizer"
+                f"targets.kind {self.targets.kind} is for teachers behind an API whose tokenizer is unknown; with targets.kind "
+                "none, `retokenize` makes chunks for a student with a different tokenizer"
             )
         if not can.api:
             return self
         engine, soft = f"teacher.engine {teacher.engine}", bool(self.targets.stored.columns)
         kind = f"targets.kind {self.targets.kind}"
         if soft and not can.logprobs:
-            raise ValueError(f"{engine} gives no log-probabilities, so it does not support {kind}; set targets.kind to none")
+            raise ValueError(f"{engine} returns no log-probabilities, so it does not support {kind}; set targets.kind to none")
         if not self.targets.stored.most_likely and not can.every_kind:
             raise ValueError(
-                f"{engine} gives the most likely tokens only, so it does not support {kind}, which is drawn from the whole "
+                f"{engine} returns only the most likely tokens, so it does not support {kind}, which is drawn from the full "
                 "distribution; set targets.kind to topk or none"
             )
         if soft and teacher.tokenizer is None and not self.targets.stored.of_text:
-            raise ValueError(f"{kind} needs teacher.tokenizer, which its token ids are of; give it, or set targets.kind to none")
+            raise ValueError(f"{kind} needs teacher.tokenizer for its token ids; set it, or set targets.kind to none")
         if teacher.tokenizer is None and self.student.model is None:
             raise ValueError(
-                f"{engine} gives text: whose tokens it is stored in is not said; give teacher.tokenizer or student.model"
+                f"{engine} returns text, and there is no tokenizer to store it with; set teacher.tokenizer or student.model"
             )
         if self.targets.online or self.student.prune or self.student.config is not None:
             key = "targets.kind online" if self.targets.online else "student.prune" if self.student.prune else "student.config"
@@ -195,23 +195,23 @@ class Experiment(Section):
         weights = [name for name in ("own_prompts", "own_tokens") if name in self.eval.model_fields_set]
         if weights and self.eval.own_prompts:
             raise ValueError(
-                f"eval.{weights[0]} needs the teacher's weights, which {engine} does not have, to read the models' own text; "
+                f"eval.{weights[0]} needs the teacher's weights, which {engine} does not have, to score the models' own text; "
                 "remove it"
             )
         if (self.score or self.rounds) and not (teacher.api == "completions" and can.logprobs):
             key = "score" if self.score else "rounds"
-            raise ValueError(f"{key} needs a teacher that reads given text; {engine} does with teacher.api: completions only")
+            raise ValueError(f"{key} needs a teacher that scores given text; {engine} does only with teacher.api: completions")
         if self.generate.rereads and soft and teacher.api != "completions":
             key = "json_schema" if self.generate.json_schema is not None else "thinking: removed"
             raise ValueError(
-                f"generate.{key} needs a teacher that reads its text again for {kind}; {engine} does with teacher.api: "
-                "completions only; set targets.kind to none"
+                f"generate.{key} with {kind} needs a teacher that scores its text again, which {engine} does only with "
+                "teacher.api: completions; set targets.kind to none"
             )
         return self
 
     @property
     def tokenizer(self) -> tuple[str, str | None, str]:
-        """Name and revision of the tokenizer that the teacher's text is stored in, and the key that names it."""
+        """Name and revision of the tokenizer with which the teacher's text is stored, and the key that names it."""
         teacher = self.teacher
         if not teacher.abilities.api:
             return teacher.model, teacher.revision, "teacher.model"
@@ -228,7 +228,7 @@ class Experiment(Section):
             raise ValueError(f"rounds needs stored soft targets, but targets.kind is {self.targets.kind}")
         if self.rounds.teacher_share and self.train.mix:
             raise ValueError(
-                "rounds.teacher_share and train.mix both say what is mixed into the rows of a round; remove one of them"
+                "rounds.teacher_share and train.mix both set what is mixed into the rows of a round; remove one of them"
             )
         try:
             train = self.train.with_(loss=self.rounds.loss or self.train.loss)
@@ -239,8 +239,9 @@ class Experiment(Section):
             raise ValueError(f"{reason.replace('train.loss', 'rounds.loss')}; {_instead(train)}")
         if own.of_writer and train.position_weights != "uniform":
             raise ValueError(
-                f"train.position_weights is {train.position_weights}, but rounds with loss {train.loss} and targets.kind sampled "
-                "learn from a sample of the student's, which cannot tell it; set it to uniform, or targets.kind to topk"
+                f"train.position_weights is {train.position_weights}, but rounds with loss {train.loss} and targets.kind "
+                "sampled learn from tokens that the student draws, which cannot give it; set it to uniform, or targets.kind to "
+                "topk"
             )
         return self
 
@@ -252,9 +253,9 @@ class Experiment(Section):
         key = f"rounds with loss {self.round_loss} and targets.kind sampled" if self.rounds else f"targets.kind {stored.name}"
         if not self.teacher.abilities.any_token or self.teacher.in_turn:
             raise ValueError(
-                f"{key} needs the teacher's probabilities of tokens that the student has drawn, which engines "
-                f"{engines_with('any_token')} give, not an ensemble whose members are loaded in turn; use another engine, or set "
-                "targets.kind to topk"
+                f"{key} needs the teacher's probabilities of tokens that the student has drawn. Engines "
+                f"{engines_with('any_token')} return them, but not for an ensemble whose members are loaded in turn; "
+                "use another engine, or set targets.kind to topk"
             )
         return self
 
@@ -286,32 +287,32 @@ class Experiment(Section):
 
     @property
     def round_loss(self) -> str:
-        """The divergence in the rounds."""
+        """Divergence used in the rounds."""
         return (self.rounds and self.rounds.loss) or self.train.loss
 
     @property
     def own_targets(self) -> Targets:
-        """What rounds store of the teacher on the student's text: of a sample that cannot tell their loss, the student's own."""
+        """Targets stored on the student's text: a sample of the student's where the teacher's does not determine the loss."""
         drawn = self.targets.stored is Sampled and self.round_loss != "forward_kl"
         return Targets(kind=SampledByStudent.name, n=self.targets.n) if drawn else self.targets
 
     @property
     def routed(self) -> dict[str, Teacher]:
-        """The teachers by their names; of a single one the name is empty."""
+        """The teachers by name; the name of a single teacher is empty."""
         return self.teachers or {"": self.teacher}
 
     @property
     def main(self) -> str:
-        """The name of the teacher that does what is done once."""
+        """Name of the teacher that does the work of a single teacher."""
         return DEFAULT if DEFAULT in self.teachers else next(iter(self.routed))
 
     @property
     def who(self) -> set[str]:
-        """The keys that say which teachers there are, and which rows they get."""
+        """The keys that define the teachers and which rows they get."""
         return {"teacher", "teachers", "route"} if self.teachers else {"teacher"}
 
     def directory(self, name: Directory) -> Path:
-        """Directory of the run with this name; for `student`, that of the last round."""
+        """Directory of this name in the run; for `student`, that of the last round."""
         return Path(self.output) / (f"rounds/{self.rounds.last}student" if self.rounds and name == "student" else name)
 
     @property

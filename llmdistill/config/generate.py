@@ -20,16 +20,16 @@ class Generate(Sampling):
     """JSON schema that every completion follows (constrained decoding in vLLM). Soft targets are computed without the
     constraint."""
     thinking: Literal["kept", "masked", "removed"] = "kept"
-    """How reasoning traces are handled. `kept`: trained on like the answer. `masked`: in the context, but excluded from the
-    loss. `removed`: deleted; the teacher then scores the answer directly after the prompt."""
+    """How to handle reasoning traces. `kept`: train on them like the answer. `masked`: keep them in the context, but exclude
+    them from the loss. `removed`: delete them; the teacher then scores the answer directly after the prompt."""
     thinking_end: str = Field(default="</think>", min_length=1)
     """String that ends a reasoning trace."""
     rows_per_shard: int = Field(default=1024, ge=1)
-    """Most rows of a Parquet shard. A shard is the unit of work and of resuming."""
+    """Maximum number of rows in a Parquet shard. Shards are the unit of work and of resuming."""
 
     @property
     def shows_everything(self) -> bool:
-        """Whether sampling can produce every text, so that importance weights correct to temperature 1."""
+        """Whether sampling can produce any text, so that importance weights can correct it to temperature 1."""
         whole = self.min_tokens == 0 and self.json_schema is None and self.thinking == "kept"
         return whole and self.temperature > 0 and self.top_p == 1 and self.top_k == 0
 
@@ -43,7 +43,7 @@ class Generate(Sampling):
 
     @property
     def rereads(self) -> bool:
-        """Whether the teacher scores its text again, because it wrote it under another context or constraint."""
+        """Whether the teacher scores its text again, as it was generated under a different context or constraint."""
         return self.json_schema is not None or self.thinking == "removed"
 
     @model_validator(mode="after")
@@ -62,9 +62,9 @@ class Score(RowReading):
     """Existing text that the teacher scores. With this section, `run` scores instead of generating."""
 
     source: str
-    """JSONL, JSON, CSV or Parquet files whose rows hold conversations that end with an answer, in any known form, or `text`
-    (trained on from its second token); or the directory of a dataset, whose token ids are used as they are."""
+    """JSONL, JSON, CSV or Parquet files whose rows hold conversations that end with an answer, in any known format, or `text`
+    (trained on from its second token); or the directory of a dataset, whose token ids are used unchanged."""
     turns: Literal["last", "all"] = "last"
     """Assistant turns to train on: the `last` one, or `all`, each as a row with everything before it as the prompt."""
     tool_calls: bool = True
-    """Whether to train on turns that call a tool. If not, they still appear in the prompts of later turns."""
+    """Whether to train on turns that call a tool. Either way, they are part of the prompts of later turns."""

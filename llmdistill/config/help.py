@@ -1,4 +1,4 @@
-"""The keys of the configuration as `--help` shows them: by section, wrapped to the terminal, the common ones only or all."""
+"""The keys of the configuration as shown by `--help`: by section, wrapped to the terminal, only the common ones or all."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ from itertools import groupby
 from llmdistill.config.reading import keys
 
 Row = tuple[str, str, str]  # a key, its type and its help
-# Keys that stand outside the sections and are read by every command.
+# Keys outside sections, which every command reads.
 _GENERAL = ("output", "store", "seed", "watch.log", "watch.metrics")
 # By section; the empty name is for keys outside of one.
 _COMMON = {
@@ -100,11 +100,11 @@ _NARROWEST, _WIDEST = 60, 110
 
 
 def keys_help(sections: tuple[str, ...], everything: bool) -> str:
-    """The keys that a command reads.
+    """Help text for the keys that a command reads.
 
     Args:
-        sections: of the configuration, or single keys; the empty name is all of them.
-        everything: whether keys that few need are among them.
+        sections: sections of the configuration, or single keys; the empty name means all.
+        everything: whether to include keys that few users need.
     """
     known = [row for row in keys() if row[0] in _GENERAL or any(_is_in(row[0], section) for section in sections)]
     common = {(_without_scheduler(row[0]), *row[1:]) for row in known if row[0] in COMMON}
@@ -123,7 +123,7 @@ def keys_help(sections: tuple[str, ...], everything: bool) -> str:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """Rows of keys, those that several schedulers have in common as one: `jobs.{slurm,ray}.cpus`."""
+    """Rows of keys, with those that several schedulers share merged into one: `jobs.{slurm,ray}.cpus`."""
     alike: dict[Row, list[str]] = {}
     for key, kind, text in rows:
         alike.setdefault((_without_scheduler(key), kind, text), []).append(key)

@@ -10,7 +10,7 @@ from llmdistill.stages.table import STAGES
 
 
 def _matching(pattern: str, problem: str) -> AfterValidator:
-    """Values match the pattern as a whole."""
+    """A type whose values fully match the pattern."""
 
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -27,18 +27,18 @@ def _stage(name: str) -> str:
 
 
 StageName = Annotated[str, AfterValidator(_stage)]
-Word = Annotated[str, _matching(r"[\w.,:@%+=/\[\]-]+", "has characters that scheduler options do not have")]
+Word = Annotated[str, _matching(r"[\w.,:@%+=/\[\]-]+", "has characters that are not allowed in scheduler options")]
 Clock = Annotated[str, _matching(r"(\d+-)?\d+:\d\d:\d\d", "is not a time such as HH:MM:SS or D-HH:MM:SS")]
 WholePath = Annotated[str, _matching(r"(/(?!\.\.)[\w.-]+)+", "is not an absolute path of plain names")]
 Variable = Annotated[str, _matching(r"[A-Za-z_]\w*", "is not a variable name; the secret itself stays in the environment")]
-ObjectName = Annotated[str, _matching(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "is not a name of a Kubernetes object")]
+ObjectName = Annotated[str, _matching(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "is not a valid Kubernetes object name")]
 
 
 class Resources(Section):
-    """Resources of a job: under a scheduler for all stages, under its `stages` for one of them."""
+    """Resources of a job: for all stages under a scheduler, for a single stage under its `stages`."""
 
     gpus: int | None = Field(default=None, ge=0)
-    """GPUs per node; `curate` and `report` get none unless set in `stages`."""
+    """GPUs per node. `curate` and `report` get none unless it is set in `stages`."""
     cpus: int | None = Field(default=None, ge=1)
     """CPU cores per node."""
 
@@ -65,11 +65,11 @@ class SkyPilotResources(NodeResources):
     """Resources of a SkyPilot task."""
 
     accelerator: Word | None = None
-    """The kind of GPU, such as A100 or H100; `gpus` says how many."""
+    """Type of GPU, such as A100 or H100; `gpus` is the number."""
     infra: Word | None = None
     """Cloud, optionally with region and zone, such as aws/us-east-1; the cheapest if not set."""
     spot: bool | None = None
-    """Use spot instances, which are replaced when they are preempted."""
+    """Use spot instances; preempted ones are replaced."""
 
 
 class KubernetesResources(NodeResources):
@@ -96,9 +96,9 @@ class Scheduler(Section, Generic[Asked]):
     """Workers that share the shards of `prompts`, `generate` and `score`: tasks of a job array (slurm), actors (ray), machines
     (skypilot), pods (kubernetes)."""
     retries: int = Field(default=2, ge=0)
-    """Number of retries after a failure; preempted work is always restarted."""
+    """Number of retries after a failure. Preempted work is always restarted."""
     stages: Annotated[dict[StageName, Asked], AfterValidator(_one_node)] = {}
-    """Resources of single stages: {train: {gpus: 8}}."""
+    """Resources of individual stages: `{train: {gpus: 8}}`."""
 
 
 class NodeScheduler(Scheduler[Asked]):
@@ -112,7 +112,7 @@ class Mounted(Section):
     """Settings for machines without a shared directory."""
 
     mount: WholePath = "/outputs"
-    """Mount point of the storage for all output; `output` is a path below it."""
+    """Mount point of the storage for all output; `output` must be a path below it."""
 
 
 class Slurm(NodeScheduler[SlurmResources], SlurmResources):
@@ -123,24 +123,24 @@ class Slurm(NodeScheduler[SlurmResources], SlurmResources):
     environment: list[str] = []
     """Shell lines before the command: modules, virtual environments, variables."""
     container: Word | None = None
-    """Image in which the command runs (by srun's --container-image, of the pyxis plugin)."""
+    """Image in which the command runs (srun's --container-image, from the pyxis plugin)."""
     grace: int = Field(default=120, ge=10)
-    """Seconds before its time limit at which a job stops, keeps its finished work and requeues itself."""
+    """Seconds before its time limit at which a job stops, saves its finished work and requeues itself."""
     options: dict[Word, Word] = {}
-    """Further options of sbatch, without dashes: {qos: high}."""
+    """Further options of sbatch, without dashes: `{qos: high}`."""
 
 
 class SkyPilot(NodeScheduler[SkyPilotResources], Mounted, SkyPilotResources):
     """Stages as the tasks of one managed SkyPilot job, in order."""
 
     bucket: str = Field(pattern=r"^[a-z0-9]+://[\w./-]+$")
-    """Bucket that is mounted for all output, such as s3://name. It outlives the machines."""
+    """Bucket mounted for all output, such as s3://name. It outlives the machines."""
     setup: list[str] = []
     """Shell lines that set up a new machine."""
     environment: list[str] = []
     """Shell lines before the command: modules, virtual environments, variables."""
     secrets: list[Variable] = []
-    """Names of environment variables of `submit`, such as HF_TOKEN, to pass on."""
+    """Names of environment variables, such as HF_TOKEN, to pass on from `submit`."""
     image: Word | None = None
     """Image of the machine, such as docker:USER/IMAGE."""
 
@@ -148,7 +148,7 @@ class SkyPilot(NodeScheduler[SkyPilotResources], Mounted, SkyPilotResources):
     def _gpus_have_a_kind(self) -> "SkyPilot":
         for resources in (self, *self.stages.values()):
             if resources.gpus and not (resources.accelerator or self.accelerator):
-                raise ValueError("gpus needs accelerator, the kind of GPU, such as A100")
+                raise ValueError("gpus needs accelerator, the type of GPU, such as A100")
             if resources.memory and not re.fullmatch(r"\d+G?", resources.memory):
                 raise ValueError(f"memory {resources.memory}: SkyPilot counts in gigabytes, such as 64G")
         return self
@@ -170,7 +170,7 @@ class Kubernetes(NodeScheduler[KubernetesResources], Mounted, KubernetesResource
     secrets: list[ObjectName] = []
     """Names of Secrets whose entries become environment variables, such as HF_TOKEN."""
     pod: PassedOn = {}
-    """Further fields of the pod specification: {nodeSelector: {…}, tolerations: […]}."""
+    """Further fields of the pod specification: `{nodeSelector: {…}, tolerations: […]}`."""
     grace: int = Field(default=120, ge=10)
     """Seconds from SIGTERM to SIGKILL, in which a stage saves its finished work."""
 
@@ -186,7 +186,7 @@ class Kubernetes(NodeScheduler[KubernetesResources], Mounted, KubernetesResource
     def _one_pod_trains(self) -> "Kubernetes":
         own = self.stages.get("train")
         if ((own and own.nodes) or self.nodes or 1) > 1:
-            raise ValueError("nodes: a Job of Kubernetes trains in one pod; for more nodes use slurm or skypilot")
+            raise ValueError("nodes: a Kubernetes Job trains in one pod; for more nodes use slurm or skypilot")
         return self
 
 
@@ -198,7 +198,7 @@ class Ray(Scheduler[Resources], Resources):
 
 
 class Jobs(Section):
-    """Scheduled jobs, for `llmdistill submit`: exactly one scheduler, whose backend is its module in `llmdistill.jobs`."""
+    """Scheduled jobs, for `llmdistill submit`: exactly one scheduler. Each is a module in `llmdistill.jobs`."""
 
     slurm: Slurm | None = None
     """Slurm jobs."""
@@ -231,4 +231,4 @@ class Watch(Section):
     log: Literal["text", "json"] = "text"
     """Plain text, or one JSON object per line."""
     metrics: str | None = None
-    """Directory in which every process keeps a metrics file in Prometheus' text format, for node_exporter."""
+    """Directory in which every process writes a metrics file in Prometheus' text format, for node_exporter."""

@@ -1,6 +1,6 @@
-"""What models compute in where the configuration does not say: decided by what this machine is good at.
+"""The precision that models compute in if the configuration does not set it: the best for this machine.
 
-Nothing here imports torch until a decision is asked for, and on a CPU none of it is needed.
+Nothing here imports torch until a decision is needed, and on a CPU not even then.
 """
 
 import functools
@@ -14,20 +14,20 @@ from typing import Literal
 
 from llmdistill.errors import InputError
 
-ComputeDtype = Literal["bfloat16", "float16", "float32", "auto"]  # auto: somebody else decides, as the reason says
+ComputeDtype = Literal["bfloat16", "float16", "float32", "auto"]  # auto: decided elsewhere, as given in the reason
 
 Runtime = Literal["torch", "vllm"]
 
-# What makes a matrix product in bfloat16 faster than one in float32, by the names in /proc/cpuinfo. Without any of them
+# Instructions that make a matrix product in bfloat16 faster than in float32, by their names in /proc/cpuinfo. Without them
 # it is emulated, and 5 to 20 times slower.
 _BFLOAT16_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16", "svebf16": "Arm SVE BF16"}
-# The values of ONEDNN_MAX_CPU_ISA under which oneDNN, which computes the products on x86, may use such instructions.
+# Values of ONEDNN_MAX_CPU_ISA with which oneDNN, which computes the products on x86, may use these instructions.
 _ONEDNN_WITH_BFLOAT16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10", "ALL", "DEFAULT")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What a model computes in, and why, for people."""
+    """The precision that a model computes in, and the reason, for messages."""
 
     dtype: ComputeDtype
     reason: str
@@ -37,16 +37,16 @@ class Precision:
 
     @property
     def recorded(self) -> dict[str, str]:
-        """What `run.json` and `dataset.json` say of it."""
+        """The entry in `run.json` and `dataset.json`."""
         return asdict(self)
 
 
 def inference_precision(asked: str = "auto", runtime: Runtime = "torch") -> Precision:
-    """What a model reads and writes in.
+    """The precision for inference.
 
     Args:
-        asked: the configuration's `dtype`; anything but `auto` decides.
-        runtime: whose view of the device counts.
+        asked: the configuration's `dtype`; used as given unless `auto`.
+        runtime: the library whose view of the device decides.
     """
     if asked != "auto":
         return _as_asked(asked)
@@ -54,64 +54,64 @@ def inference_precision(asked: str = "auto", runtime: Runtime = "torch") -> Prec
 
 
 def training_precision(use_cpu: bool = False, bf16: bool | None = None, fp16: bool = False) -> Precision:
-    """What the products of a training step are computed in; weights and sums are in float32.
+    """The precision of matrix products in training; weights and sums are in float32.
 
     Args:
-        use_cpu: whether it trains on the CPU although there may be an accelerator.
-        bf16: that of `trl.SFTConfig`; given, it decides.
-        fp16: likewise.
+        use_cpu: whether to train on the CPU even if there is an accelerator.
+        bf16: that of `trl.SFTConfig`; used as given unless None.
+        fp16: that of `trl.SFTConfig`; used if true.
     """
     if bf16 is not None or fp16:
         return _as_asked("bfloat16" if bf16 else "float16" if fp16 else "float32")
     found = cpu_precision() if use_cpu else _torch_precision()
     if found.dtype == "float16" and not torch_device().startswith("cuda"):
-        return Precision("float32", f"{found.reason}, in which only CUDA trains")
+        return Precision("float32", f"{found.reason}, and training in float16 needs CUDA")
     return found
 
 
 def cpu_precision() -> Precision:
-    """What the CPU computes in."""
+    """The precision for this machine's CPU."""
     return of_cpu(_cpu_flags(), os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA"))
 
 
 def of_cpu(flags: Collection[str], onednn_limit: str | None = None) -> Precision:
-    """What a CPU with these instructions computes in.
+    """The precision for a CPU with these instructions.
 
     Args:
-        flags: as in /proc/cpuinfo.
-        onednn_limit: the value of ONEDNN_MAX_CPU_ISA, if it is set.
+        flags: the instructions, by their names in /proc/cpuinfo.
+        onednn_limit: the value of ONEDNN_MAX_CPU_ISA, if set.
     """
     name = next((text for flag, text in _BFLOAT16_INSTRUCTIONS.items() if flag in flags), None)
     if name is None:
         return Precision("float32", "this processor has no bfloat16 instructions")
     if onednn_limit and not onednn_limit.upper().startswith(_ONEDNN_WITH_BFLOAT16):
-        return Precision("float32", f"ONEDNN_MAX_CPU_ISA={onednn_limit} leaves out this processor's bfloat16 instructions")
+        return Precision("float32", f"ONEDNN_MAX_CPU_ISA={onednn_limit} disables this processor's bfloat16 instructions")
     return Precision("bfloat16", f"this processor has bfloat16 instructions ({name})")
 
 
 def of_cuda(name: str, capability: tuple[int, int]) -> Precision:
-    """What an NVIDIA GPU computes in.
+    """The precision for an NVIDIA GPU.
 
     Args:
-        name: of the GPU.
-        capability: its compute capability; tensor cores take bfloat16 from 8.0 on, float16 from 7.0 on.
+        name: name of the GPU.
+        capability: its compute capability; tensor cores support bfloat16 from 8.0 and float16 from 7.0.
     """
     if capability >= (8, 0):
-        return Precision("bfloat16", f"{name} computes in it")
+        return Precision("bfloat16", f"{name} supports it")
     if capability >= (7, 0):
         return Precision("float16", f"{name} has no bfloat16")
     return Precision("float32", f"{name} has neither bfloat16 nor fast float16")
 
 
 def of_apple(chip: str, is_macos_14: bool) -> Precision:
-    """What an Apple GPU computes in; Metal emulates bfloat16 on the first two generations.
+    """The precision for an Apple GPU; Metal emulates bfloat16 on the first two generations.
 
     Args:
-        chip: such as `Apple M3 Pro`.
+        chip: name of the chip, such as `Apple M3 Pro`.
         is_macos_14: whether the system is macOS 14 or later, which Metal's bfloat16 needs.
     """
     if is_macos_14 and not chip.startswith(("Apple M1", "Apple M2")):
-        return Precision("bfloat16", f"{chip} computes in it")
+        return Precision("bfloat16", f"{chip} supports it")
     return Precision("float16", f"{chip} has no bfloat16" if is_macos_14 else "bfloat16 needs macOS 14")
 
 
@@ -120,7 +120,7 @@ def _as_asked(dtype: str) -> Precision:
 
 
 def torch_device() -> str:
-    """What torch computes on: the accelerator if there is one."""
+    """The device that torch uses: the accelerator if there is one."""
     import torch
 
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
@@ -128,7 +128,7 @@ def torch_device() -> str:
 
 @functools.cache
 def _torch_precision() -> Precision:
-    """On the device that torch computes on; of several GPUs the least able decides."""
+    """The precision for the device that torch uses; of several GPUs, the least capable decides."""
     import torch
 
     kind = torch_device().split(":")[0]
@@ -142,16 +142,16 @@ def _torch_precision() -> Precision:
     backend = getattr(torch, kind)
     name = backend.get_device_name() if hasattr(backend, "get_device_name") else kind
     if hasattr(backend, "is_bf16_supported") and backend.is_bf16_supported(including_emulation=False):
-        return Precision("bfloat16", f"{name} computes in it")
-    return Precision("float32", f"{name} is not known to compute in bfloat16")
+        return Precision("bfloat16", f"{name} supports it")
+    return Precision("float32", f"{name} is not known to support bfloat16")
 
 
 @functools.cache
 def _vllm_precision() -> Precision:
-    """On the device that vLLM computes on, without a CUDA context in this process.
+    """The precision for the device that vLLM uses, determined without a CUDA context in this process.
 
     Raises:
-        InputError: there is none.
+        InputError: if vLLM finds no device.
     """
     from vllm.platforms import current_platform
 
@@ -159,18 +159,23 @@ def _vllm_precision() -> Precision:
         return cpu_precision()
     if current_platform.is_unspecified():
         raise InputError(
-            "vLLM finds no device here that it was built for; use a machine that has one, or set teacher.engine to transformers"
+            "vLLM found no device that it was built for; use a machine that has one, or set teacher.engine to transformers"
         )
     name, capability = current_platform.get_device_name(), current_platform.get_device_capability()
     if current_platform.is_cuda() and capability is not None:
         return of_cuda(name, (capability.major, capability.minor))
     best = str(current_platform.supported_dtypes[0]).removeprefix("torch.")
-    return Precision(best, f"the first that vLLM names for {name}")  # type: ignore[arg-type]
+    return Precision(best, f"the first that vLLM lists for {name}")  # type: ignore[arg-type]
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
 def _cpu_flags() -> frozenset[str]:
-    """The processor's instructions by the names of /proc/cpuinfo; of several processors those that all have."""
+    """The processor's instructions, by their names in /proc/cpuinfo; of several processors, those common to all."""
     if platform.system() == "Darwin":
         return frozenset({"bf16"} if _sysctl("hw.optional.arm.FEAT_BF16") == "1" else ())
     try:

@@ -22,18 +22,18 @@ class HubDataset(Section):
 
 
 class Passages(Section):
-    """How documents are split into passages: at headings, and between paragraphs where a section is too long."""
+    """How documents are split into passages: at headings, and between paragraphs if a section is too long."""
 
     size: int = Field(default=2000, ge=1)
     """Maximum length of a passage."""
     unit: Literal["characters", "tokens"] = "characters"
     """Unit of the lengths; tokens are those of the teacher's tokenizer."""
     overlap: int = Field(default=0, ge=0)
-    """Length that a passage shares with the previous one, where a section was split."""
+    """Overlap with the previous passage of a section that was split."""
     min_size: int = Field(default=200, ge=0)
-    """A shorter passage is merged with the previous or the next one, and rejected if it fits neither."""
+    """Minimum length: a shorter passage is merged with the previous or next one, and rejected if it fits neither."""
     field: str | None = None
-    """Column that holds the text of a document, if the source is a table."""
+    """Column with the text of a document, if the source is a table."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "Passages":
@@ -44,7 +44,7 @@ class Passages(Section):
 
 
 class Ask(Section):
-    """Ask the teacher about each item. What is parsed from its answer becomes new items, with the fields of the original item."""
+    """Ask the teacher about each item. Items parsed from its answer replace the original and inherit its fields."""
 
     template: str
     """Template file with an `answer` section."""
@@ -53,18 +53,18 @@ class Ask(Section):
 
 
 class Evolve(Section):
-    """Let the teacher rewrite items. Each round uses one of several templates (Evol-Instruct, 2304.12244)."""
+    """Let the teacher rewrite items, with templates chosen at random (Evol-Instruct, 2304.12244)."""
 
     templates: list[str] = Field(min_length=1)
     """Template files; one is drawn for each item."""
     rounds: int = Field(default=1, ge=1)
     """Number of rounds; each rewrites the output of the previous one."""
     keep_parents: bool = True
-    """Also keep the items that were rewritten."""
+    """Also keep the original items."""
 
 
 class SelfInstruct(Section):
-    """Let the teacher write more items like the examples that it is shown (Self-Instruct, 2212.10560)."""
+    """Let the teacher write more items like the examples it is shown (Self-Instruct, 2212.10560)."""
 
     template: str
     """Template file with the variable `examples` and an `answer` section."""
@@ -108,9 +108,9 @@ class Novelty(Section):
     field: str = "instruction"
     """Field to compare."""
     max_overlap: float = Field(default=0.7, gt=0, le=1)
-    """Maximum ROUGE-L with any item kept before."""
+    """Maximum ROUGE-L with any item kept earlier."""
     against: list[str] = []
-    """Files whose rows items must not be similar to either, by the same field: held-out examples, for instance."""
+    """Files with rows to which items must not be similar either, by the same field; for example, held-out examples."""
 
 
 class PromptStep(Step):
@@ -147,8 +147,9 @@ class Prompts(RowReading):
     """The prompts that the teacher answers."""
 
     source: str | None = None
-    """JSONL, JSON, CSV or Parquet files whose rows hold conversations in any known form, or the variables of the template; text
-    or Markdown files, split into passages; a folder or glob of either; or the directory of a dataset, for its prompts."""
+    """JSONL, JSON, CSV or Parquet files whose rows hold conversations in any known format, or the variables of the template;
+    text or Markdown files, which are split into passages; a folder or glob of either; or the directory of a dataset, for its
+    prompts."""
     dataset: HubDataset | None = None
     passages: Passages | None = None
     limit: int | None = Field(default=None, ge=1)
@@ -161,7 +162,7 @@ class Prompts(RowReading):
     template: str | None = None
     """Template file (YAML with Jinja) that turns the fields of a row into messages."""
     task: str | None = None
-    """Task of your own (YAML file), in place of a template: its messages, about the field `input` of a row."""
+    """One of your own tasks (YAML file), instead of a template: its messages, filled with the field `input` of a row."""
     system: str | None = None
     """System message added to every prompt that has none."""
 
@@ -177,12 +178,12 @@ class Prompts(RowReading):
     def _a_task_has_its_own_messages(self) -> "Prompts":
         for name in ("template", "system"):
             if self.task is not None and getattr(self, name) is not None:
-                raise ValueError(f"prompts.task says all that a model is told; remove prompts.{name}")
+                raise ValueError(f"prompts.task defines the whole prompt; remove prompts.{name}")
         return self
 
     @property
     def passes(self) -> int:
-        """How often the teacher is asked, each time with all answers so far at hand; as often do workers have to be started."""
+        """Number of passes over the teacher, each of which needs all earlier answers; workers are started once for each."""
         return sum(getattr(step.settings, "rounds", 1) for step in self.steps if not isinstance(step.settings, Combine | Novelty))
 
     @property

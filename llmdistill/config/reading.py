@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to an experiment, and what is said where they do not fit it."""
+"""Reading an experiment from a YAML file and overrides, and the messages for invalid ones."""
 
 import copy
 import difflib
@@ -45,10 +45,10 @@ def overrides_of(rest: list[str]) -> list[tuple[str, str]]:
 
 
 def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Experiment:
-    """The experiment in `file` with dotted overrides applied: `("train.alpha", "0.5")`, the value read as YAML.
+    """Read the experiment in `file` and apply dotted overrides: `("train.alpha", "0.5")`, with the value read as YAML.
 
     Raises:
-        InputError: naming the file and the key.
+        InputError: if it is invalid; names the file and the key.
     """
     tree = read_yaml(file, loader=_ConfigurationLoader)
     given = {key for key, _ in overrides}
@@ -56,7 +56,7 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
         try:
             read = _read(value)
             _set(tree, key.split("."), read)
-            if key == "targets.kind":  # a size in the file may be that of another kind
+            if key == "targets.kind":  # a size in the file may belong to another kind
                 sizes = {"n", "k"} - {KINDS[read].size if read in KINDS else None}
                 for name in sizes - {name.removeprefix("targets.") for name in given}:
                     tree["targets"].pop(name, None)
@@ -72,16 +72,16 @@ def load_experiment(file: Path, overrides: Sequence[tuple[str, str]] = ()) -> Ex
 
 
 def _read(word: str) -> Any:
-    """A word of the command line as YAML; plain text in it goes on behind a `#`, since there are no comments there."""
+    """Read a command-line argument as YAML; plain text continues after a `#`, as there are no comments here."""
     node = yaml.compose(word, Loader=_ConfigurationLoader)
     is_plain = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
     return word if is_plain and re.search(r"(^|\s)#", word) else yaml.load(word, Loader=_ConfigurationLoader)
 
 
 def dump_experiment(experiment: Experiment) -> str:
-    """YAML of what is set in an experiment, which `load_experiment` reads back as the same one; defaults are left out."""
+    """YAML of the settings of an experiment, which `load_experiment` reads back unchanged; defaults are left out."""
     # A default that is written down would be a choice: `student.prune.refit: true` is refused where the default is not.
-    # No key has another default than null and may be null, so that null need not be written either.
+    # Null is allowed only where it is the default, so it need not be written either.
     return dump_yaml(experiment.model_dump(exclude_unset=True, exclude_none=True))
 
 
@@ -91,21 +91,21 @@ def dump_yaml(tree: dict[str, Any]) -> str:
 
 
 def read_yaml(file: Path, key: str | None = None, loader: "type[_Loader] | None" = None) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that contains a mapping.
 
     Args:
-        file: it.
-        key: the one that names it, for the error if it is not there.
-        loader: what reads it, if it is an experiment; in other files a key without a value is null.
+        file: the file.
+        key: the key that names the file, for the error if it is missing.
+        loader: the loader for experiments; in other files, a key without a value is null.
 
     Raises:
-        InputError: it is not there, or no such file.
+        InputError: if the file is missing or invalid.
     """
     try:
         with find(file).open(encoding="utf-8") as stream:
             text = stream.read(_CHARACTERS + 1)
         if len(text) > _CHARACTERS:
-            raise InputError(f"{file}: is longer than {_CHARACTERS:,} characters, so it is no configuration")
+            raise InputError(f"{file}: longer than {_CHARACTERS:,} characters, so it is not a configuration")
         tree = yaml.load(text, Loader=loader or _Loader)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file" + (f" ({key})" if key else "")) from None
@@ -114,17 +114,17 @@ def read_yaml(file: Path, key: str | None = None, loader: "type[_Loader] | None"
     except yaml.YAMLError as error:
         raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{file}: must hold a mapping of keys to values")
+        raise InputError(f"{file}: must contain a mapping of keys to values")
     return tree
 
 
 def keys(section: type[Section] = Experiment, prefix: str = "", optional: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key of the configuration with its type and its help, in the order of the file.
+    """Every key of the configuration with its type and help text, in the order of the file.
 
     Args:
-        section: whose keys.
-        prefix: of their names.
-        optional: the innermost section around them that need not be there.
+        section: the section whose keys to list.
+        prefix: prefix of their names.
+        optional: the innermost enclosing section that is optional.
     """
     texts = section.help_texts()
     for name, field in section.model_fields.items():
@@ -154,7 +154,7 @@ def _with_default(field: Any, text: str, optional: str) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    if hasattr(annotation, "__metadata__"):  # what else is asked of the value is not its type
+    if hasattr(annotation, "__metadata__"):  # constraints on the value are not its type
         return _type_name(annotation.__origin__)
     values = [v for v in get_args(annotation) if v is not type(None)]
     if getattr(annotation, "__origin__", None) is Literal:
@@ -165,9 +165,9 @@ def _type_name(annotation: Any) -> str:
 
 
 def _set(tree: Any, path: list[str], value: Any) -> None:
-    """Set a dotted key; sections that are not there yet are made, list items are addressed by number.
+    """Set a dotted key; missing sections are created, list items are addressed by number.
 
-    What is on the way is copied: with an alias it may stand in other places, too.
+    Everything along the path is copied, as aliases may use it elsewhere too.
     """
     *parents, last = path
     for part in parents:
@@ -199,18 +199,18 @@ def explain(detail: Any) -> str:
 
 
 def _hint(key: str) -> str:
-    """What may have been meant by a key that there is not."""
+    """Suggest what an unknown key may have meant."""
     known = [name for name, _, _ in keys()]
     known += sorted({prefix for name in known for prefix in _prefixes(name)})
     named = re.sub(r"\.stages\.[\w-]+\.", ".stages.STAGE.", re.sub(r"\.\d+\.", ".N.", key))
     named = re.sub(r"^teachers\.[^.]+\.", "teachers.NAME.", named)
     if named in known:
-        return ", with dots in it: in a file, keys stand below each other"
+        return ", with dots in it; in a file, nest the keys instead"
     above = named.rpartition(".")[0]
     if above in _STEPS:
         beside = list(_STEPS[above].step_types())
         near = difflib.get_close_matches(named.rpartition(".")[2], beside, n=1, cutoff=0.7)
-        return f"; did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"; there are {', '.join(beside)}"
+        return f"; did you mean {key.rpartition('.')[0]}.{near[0]}?" if near else f"; available are {', '.join(beside)}"
     if near := difflib.get_close_matches(named, known, n=1, cutoff=0.75):
         return f"; did you mean {near[0]}?"
     if key.startswith("train."):
@@ -219,7 +219,7 @@ def _hint(key: str) -> str:
 
 
 def _is_type_label(part: Any) -> bool:
-    """Pydantic puts the branch of a union into the location (`int`, `list[int]`, and `[key]`); that is no key of ours."""
+    """Whether part of a location is not a key: pydantic adds the branch of a union (`int`, `list[int]`) and `[key]`."""
     return isinstance(part, str) and bool(re.fullmatch(r"(int|str|float|bool|none|\[key\]|(list|literal)\[.*\])", part))
 
 
@@ -229,36 +229,39 @@ def _prefixes(key: str) -> Iterator[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader; a key given twice is an error.
+    """YAML's safe loader, in which a duplicate key is an error.
 
-    Numbers are as in YAML 1.2, where `1e-4` is one and `12:00:00` is none; a date is text, as there, and so is `=`.
+    As in YAML 1.2, `1e-4` is a number, while `12:00:00`, dates and `=` are text.
 
-    What a small file can make large, deep or endless is one, too: nesting, and anchors that name each other or themselves.
+    Also errors are ways for a small file to become large, deep or endless: nesting, and anchors that refer to each other or
+    to themselves.
     """
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._depth = self._nodes = 0
-        self._sizes: dict[int, int] = {}  # of the nodes that are composed, with all that is in them
+        self._sizes: dict[int, int] = {}  # of composed nodes, including everything inside
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose a node, and count what it would be if every alias were written out."""
+        """Compose a node, and count its size with every alias expanded."""
         is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark  # type: ignore[no-untyped-call]
         before, self._depth = self._nodes, self._depth + 1
         if self._depth > _DEPTH:
             raise yaml.composer.ComposerError(None, None, f"nested more than {_DEPTH} deep", mark)
         node = super().compose_node(parent, index)
         if is_alias and id(node) not in self._sizes:
-            raise yaml.composer.ComposerError(None, None, "an alias inside of what it names", mark)
+            raise yaml.composer.ComposerError(None, None, "an alias inside the node that it refers to", mark)
+        if isinstance(node, yaml.ScalarNode) and re.search("[\ud800-\udfff]", node.value):
+            raise yaml.composer.ComposerError(None, None, "half of a surrogate pair, which is not a character", mark)
         self._nodes += self._sizes[id(node)] if is_alias else 1
         if self._nodes > _NODES:
-            raise yaml.composer.ComposerError(None, None, f"more than {_NODES:,} values, aliases written out", mark)
+            raise yaml.composer.ComposerError(None, None, f"more than {_NODES:,} values after expanding aliases", mark)
         self._sizes.setdefault(id(node), self._nodes - before)
         self._depth -= 1
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that is there twice: the later one would win in silence."""
+        """Refuse duplicate keys, of which the last would silently win."""
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -268,28 +271,28 @@ class _Loader(yaml.SafeLoader):
                 why = "a key that is a mapping or a list; text that begins with { or [ needs quotes"
                 raise yaml.constructor.ConstructorError(None, None, why, key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that `_Loader` reads back: text that it would take for a number is quoted."""
+    """Writes YAML that `_Loader` reads back: text that looks like a number is quoted."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Write what is there twice twice."""
+        """Write repeated values in full."""
         return True
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Line ends that are none in YAML 1.2 are escaped: the loader takes them for spaces."""
+    """Escape characters that YAML 1.2 does not treat as line breaks; the loader would read them as spaces."""
     style = '"' if re.search("[\x85\u2028\u2029]", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _text)
 
-# Those of YAML 1.2, and 1_000: not the sexagesimal ones of YAML 1.1, by which 12:00:00 is 43200, nor the octal 010.
+# Integers of YAML 1.2, and 1_000: not the sexagesimal ones of YAML 1.1, where 12:00:00 is 43200, nor the octal 010.
 _INT = re.compile(r"^([-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+)$")
 _Loader.add_constructor(
     "tag:yaml.org,2002:int",
@@ -309,10 +312,10 @@ for _either in (_Loader, _Dumper):
 
 
 class _ConfigurationLoader(_Loader):
-    """A key without a value is told from one that is null: a section has its defaults then, as in a list of steps."""
+    """Distinguishes a key without a value from one that is null: without a value, a section has its defaults."""
 
     def construct_null(self, node: yaml.ScalarNode) -> Empty | None:
-        """Nothing at all, or null in words."""
+        """Construct `Empty` for no value, and None for a null that is written out."""
         return None if node.value else Empty()
 
 

@@ -1,4 +1,4 @@
-"""The section `retokenize` of the experiment: how a dataset is brought into a student's own tokens."""
+"""The section `retokenize` of the experiment: how a dataset is converted to the student's tokens."""
 
 from typing import Literal
 
@@ -6,8 +6,8 @@ from llmdistill.config.section import Section
 
 
 class Retokenize(Section):
-    """How rows are given to a student that has another vocabulary than the teacher."""
+    """How rows are converted for a student whose vocabulary differs from the teacher's."""
 
     special_tokens: Literal["hard_label", "leave_out"] = "hard_label"
-    """What to do with a completion that has special tokens in it, other than the one that ends it: learn the text without them,
-    with a hard label behind each, or leave the row out. Rows that are in the student's tokens already stay as they are."""
+    """What to do with a completion that contains special tokens other than its end token: learn the text without them, with a
+    hard label after each, or leave the row out. Rows already in the student's tokens are not changed."""

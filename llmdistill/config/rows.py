@@ -1,4 +1,4 @@
-"""How the rows of a user's own files are read: keys that sections with a `source` share."""
+"""How the rows of a user's own files are read: keys shared by the sections with a `source`."""
 
 from typing import Literal, get_args
 
@@ -18,21 +18,21 @@ class RowReading(Section):
     """How rows become conversations."""
 
     format: Literal["auto"] | Format = "auto"
-    """Form of the rows; `auto` recognises it row by row, by the names of the fields."""
+    """Format of the rows; `auto` detects it row by row from the field names."""
     columns: dict[str, str] = {}
-    """Names of the fields in the file, by the names that a form knows: `{prompt: question_text, completion: best_answer}`."""
+    """Mapping from standard field names to those in the file: `{prompt: question_text, completion: best_answer}`."""
     roles: dict[str, Role] = {}
-    """Who speaks, for names that are not known: `{agent: assistant}`."""
+    """Mapping from unknown speaker names to roles: `{agent: assistant}`."""
     session: str | None = None
-    """Field that names the session of a row, such as `metadata.session_id`. All rows of a session are on the same side of the
-    held-out split. Without it, recorded requests are grouped by their first user turn."""
+    """Field that identifies the session of a row, such as `metadata.session_id`. All rows of a session are on the same side of
+    the held-out split. If not set, recorded requests are grouped by their first user turn."""
     metadata: list[str] = []
-    """Fields of recorded requests to keep as metadata, such as `model` or `metadata.topic`. Nothing else beside the messages and
-    the tools is stored."""
+    """Fields of recorded requests to keep as metadata, such as `model` or `metadata.topic`. Apart from messages and tools,
+    nothing else is stored."""
     on_bad_rows: Literal["skip", "refuse"] = "skip"
-    """What becomes of rows that cannot be read: `skip` leaves them out and counts them by reason; `refuse` stops at the first."""
+    """What to do with unreadable rows. `skip`: leave them out and count them by reason. `refuse`: stop at the first one."""
     max_bad_rows: float = Field(default=0.1, ge=0, le=1)
-    """Share of rows that cannot be read at which the file is taken for something else, and refused."""
+    """Share of unreadable rows at which the file is assumed to have a different format and is refused."""
 
     @field_validator("metadata")
     @classmethod
@@ -41,11 +41,11 @@ class RowReading(Section):
             if any(is_secret(part) for part in name.split(".")):
                 raise ValueError(f"{name} looks like a secret, which must not be stored")
             if name in ("messages", "prompt", "completion", "tools"):
-                raise ValueError(f"{name} is a part of the conversation, which is always stored")
+                raise ValueError(f"{name} is part of the conversation, which is always stored")
         return names
 
     @model_validator(mode="after")
     def _requests_have_no_columns(self) -> "RowReading":
         if self.format == "requests" and self.columns:
-            raise ValueError("columns: the fields of recorded requests are known; remove it, or format requests")
+            raise ValueError("the fields of recorded requests are fixed; remove either columns or format: requests")
         return self

@@ -1,4 +1,4 @@
-"""What the parts of the configuration have in common: they are strict; and types that more than one of them has."""
+"""The strict base class of all sections of the configuration, and types that several of them use."""
 
 import ast
 import inspect
@@ -35,7 +35,7 @@ def _refuse_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _look_for_secrets(value: Any) -> None:
-    """Refuse what is named like a secret, at any depth, and addresses with a password; the message does not hold it."""
+    """Refuse keys named like a secret, at any depth, and addresses with a password; the message does not contain it."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_name(str(name))
@@ -46,7 +46,7 @@ def _look_for_secrets(value: Any) -> None:
                 _check_name(inner.partition("=")[0])
             _look_for_secrets(inner)
     elif isinstance(value, str) and re.search(r"://[^/\s]*@", value):
-        raise ValueError("an address with a user or a password would be written to run.json; set it in the environment")
+        raise ValueError("an address with a user or a password would be written to run.json; set them in the environment")
 
 
 def is_secret(name: str) -> bool:
@@ -55,7 +55,7 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(value: Any) -> Any:
-    """The value with nothing in the place of what is named like a secret, at any depth."""
+    """The value with None instead of anything named like a secret, at any depth."""
     if isinstance(value, Mapping):
         return {name: None if is_secret(str(name)) else without_secrets(inner) for name, inner in value.items()}
     return [without_secrets(inner) for inner in value] if isinstance(value, list | tuple) else value
@@ -80,10 +80,10 @@ def _check_url(url: str) -> str:
 
 
 def _check_store(url: str) -> str:
-    # What is wrong with it is said without the URL, which may hold a secret.
+    # Messages do not contain the URL, which may hold a secret.
     parts = urlsplit(url)
     if parts.scheme == "hf":
-        raise ValueError("the Hub would make a commit for every file; upload finished results with `llmdistill push`")
+        raise ValueError("the Hub would need a commit for every file; upload finished results with `llmdistill push`")
     if parts.scheme not in ("s3", "gs", "file"):
         raise ValueError("must begin with s3://, gs:// or file:///")
     if "@" in parts.netloc or parts.query or parts.fragment:
@@ -101,11 +101,11 @@ StoreUrl = Annotated[str, AfterValidator(_check_store)]
 
 
 class Empty(dict[str, Any]):
-    """What a file has behind a key without a value: of a section all its defaults, of anything else nothing."""
+    """The value of a key that has none in the file: all defaults for a section, null for anything else."""
 
 
 def _without_empty(value: Any) -> Any:
-    """The value with None where there is nothing, at any depth."""
+    """The value with None instead of `Empty`, at any depth."""
     if isinstance(value, Empty):
         return None
     if isinstance(value, dict):
@@ -114,21 +114,21 @@ def _without_empty(value: Any) -> Any:
 
 
 def _holds_sections(annotation: Any) -> bool:
-    """Whether values of a type are sections, or have some in them."""
+    """Whether values of a type are or contain sections."""
     if isinstance(annotation, type) and not get_args(annotation):
         return issubclass(annotation, Section)
     return any(_holds_sections(inner) for inner in get_args(annotation))
 
 
 class Section(BaseModel):
-    """A section of the configuration. Unknown keys are errors; the docstring under a field is its help text."""
+    """A section of the configuration. Unknown keys are errors; the docstring below a field is its help text."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _only_sections_may_be_empty(cls, tree: Any) -> Any:
-        """Of what is no section, a key without a value is null where it may be: so `limit:` is no limit."""
+        """Read a key without a value as null if it is not a section and may be null: `limit:` means no limit."""
         if not isinstance(tree, dict):
             return tree
         kept = dict(tree)
@@ -143,20 +143,20 @@ class Section(BaseModel):
         return kept
 
     def with_(self, **changes: Any) -> Self:
-        """A copy with other values of some keys, checked as if it had been read from a file.
+        """A copy with some keys changed, validated as if it had been read from a file.
 
         Raises:
-            ValueError: the values do not fit.
+            ValueError: if the values are invalid.
         """
         return type(self).model_validate({**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
 
     @classmethod
     @cache
     def help_texts(cls) -> dict[str, str]:
-        """Of each field its description, or the docstring under it, on one line.
+        """The description of each field, or the docstring below it, on one line.
 
-        Read when asked for: pydantic's `use_attribute_docstrings` looks for them at import, which takes seconds
-        where many modules are loaded.
+        Read on demand: pydantic's `use_attribute_docstrings` does it at import, which takes seconds if many modules are
+        loaded.
         """
         texts = {name: field.description for name, field in cls.model_fields.items() if field.description}
         for base in reversed(cls.__mro__):
@@ -174,7 +174,7 @@ def check_schema(schema: dict[str, Any] | None) -> None:
     """Check that a schema is valid.
 
     Raises:
-        ValueError: if it is not a JSON schema, or YAML has read words of it as booleans.
+        ValueError: if it is not a JSON schema, or contains words that YAML has read as booleans.
     """
     import jsonschema
 
@@ -186,7 +186,7 @@ def check_schema(schema: dict[str, Any] | None) -> None:
 
 
 def _refuse_booleans(schema: Any) -> None:
-    """Refuse true and false among the values of a string: YAML has read them from words without quotes."""
+    """Refuse booleans among the values of a string: YAML reads some unquoted words as such."""
     for inner in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
         _refuse_booleans(inner)
     if isinstance(schema, dict) and schema.get("type") == "string":
@@ -222,7 +222,7 @@ class Step(Section):
 
     @property
     def name(self) -> str:
-        """Name of the step: its one key."""
+        """Name of the step, which is its only key."""
         (name,) = self.model_fields_set
         return name
 

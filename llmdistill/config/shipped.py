@@ -1,6 +1,6 @@
 """The files that come with the package: prompts, tasks and configurations, and the pages of the documentation.
 
-In the repository they stand at its top, where a reader finds them; the wheel carries them inside the package.
+In the repository they are at the top level, where readers find them; the wheel contains them in the package.
 """
 
 from pathlib import Path
@@ -11,11 +11,11 @@ SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.
 
 
 def find(path: str | Path) -> Path:
-    """Where a file is that an experiment names: in the working directory or, if it is not there, in the package.
+    """Locate a file that an experiment names: in the working directory or, failing that, in the package.
 
     Args:
-        path: as the experiment says it. Only `prompts/…` and `configs/…` are looked for in the package, such as
-            `prompts/instruct.yaml` and `configs/tasks/facts.yaml`. A path that is in neither place comes back as it is.
+        path: the path as given in the experiment. Only `prompts/…` and `configs/…` are looked up in the package, such as
+            `prompts/instruct.yaml` and `configs/tasks/facts.yaml`. A path found in neither place is returned unchanged.
     """
     named = Path(path)
     shipped = SHIPPED / named
@@ -24,5 +24,5 @@ def find(path: str | Path) -> Path:
 
 
 def page(name: str) -> Path:
-    """Where a page of the documentation is on this machine, for messages: `page("formats")`."""
+    """Location of a documentation page on this machine, for messages: `page("formats")`."""
     return SHIPPED / "docs" / f"{name}.md"

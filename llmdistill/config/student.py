@@ -14,13 +14,14 @@ _ADAPTERS_TAKE = 10
 
 
 class Prune(Section):
-    """Make the student by pruning the teacher: fewer layers, narrower layers, or both. What is not set is not pruned."""
+    """Make the student by pruning the teacher: fewer layers, narrower layers, or both. Dimensions that are not set are kept."""
 
     layers: int | list[int] | None = None
     """Number of layers to keep, or a list of the layers to keep (counted from 0)."""
     by: Literal["block_influence", "kl", "even"] = "block_influence"
-    """How layers are chosen: those that change their input most on the dataset (`block_influence`), by removing one after the
-    other the layer whose removal and refit cost the least KL from the teacher (`kl`; minutes), or evenly spaced ones."""
+    """How to choose layers. `block_influence`: keep those that change their input most on the dataset. `kl`: repeatedly remove
+    the layer whose removal, after a refit, adds the least KL to the teacher (takes minutes). `even`: keep evenly spaced
+    ones."""
     intermediate_size: int | None = Field(default=None, ge=1)
     """Feed-forward neurons to keep in every layer: those with the largest activation on the dataset."""
     key_value_heads: int | None = Field(default=None, ge=1)
@@ -30,7 +31,7 @@ class Prune(Section):
     calibration_rows: int = Field(default=64, ge=1)
     """Rows of the dataset used to measure activations and to solve the refit."""
     refit: bool = True
-    """Refit every layer's down_proj by ridge regression, so that the student's hidden states are close to the teacher's."""
+    """Refit every layer's down_proj by ridge regression to bring the student's hidden states close to the teacher's."""
     ridge: float = Field(default=1.0, ge=0.01)
     """Ridge penalty that keeps refitted weights near the original ones, relative to the mean squared activation."""
 
@@ -43,21 +44,21 @@ class Prune(Section):
     @model_validator(mode="after")
     def _kl_is_after_a_refit(self) -> "Prune":
         if self.by == "kl" and not self.refit:
-            raise ValueError("by is kl, the KL after a refit, but refit is false; remove one of them")
+            raise ValueError("by is kl, which is measured after a refit, but refit is false; remove one of them")
         return self
 
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> "Prune":
         if self.by != "block_influence" and not isinstance(self.layers, int):
-            found = "layers is a list of them" if self.layers else "layers is not set"
-            raise ValueError(f"by is {self.by}, which chooses layers, but {found}; remove by, or give their number")
+            found = "layers lists them" if self.layers else "layers is not set"
+            raise ValueError(f"by is {self.by}, which chooses layers, but {found}; remove by, or set layers to their number")
         if not self.refit and self.ridge != type(self).model_fields["ridge"].default:
             raise ValueError(f"ridge is {self.ridge}, but refit is false; remove one of them")
         return self
 
     @property
     def by_kl(self) -> bool:
-        """Whether the layers to keep are chosen by trying."""
+        """Whether the layers to keep are chosen by the KL of each removal."""
         return self.by == "kl" and isinstance(self.layers, int)
 
     @property
@@ -68,7 +69,7 @@ class Prune(Section):
 
 
 class Lora(Section):
-    """Train low-rank adapters (peft) instead of all weights; they are merged into the saved student."""
+    """Train low-rank adapters (peft) instead of all weights. They are merged into the saved student."""
 
     r: int = Field(default=16, ge=1)
     """Rank."""
@@ -83,7 +84,7 @@ class Lora(Section):
 
 
 class Student(Section):
-    """The model to train: an existing one (`model`), the pruned teacher (`prune`), or a randomly initialised one (`config`)."""
+    """The model to train: an existing one (`model`), a pruned teacher (`prune`), or a randomly initialised one (`config`)."""
 
     model: str | None = None
     """Model directory or name on the Hugging Face Hub."""
@@ -92,19 +93,19 @@ class Student(Section):
     prune: Prune | None = None
     """Prune the teacher."""
     config: dict[str, Any] | None = None
-    """Keys of the teacher's `config.json` to change: the student has that architecture, random weights and the teacher's
-    tokenizer."""
+    """Keys of the teacher's `config.json` to change. The student has the resulting architecture, random weights and the
+    teacher's tokenizer."""
     lora: Lora | None = None
     """Train LoRA adapters only."""
     quantize: Literal["nf4", "int8"] | None = None
-    """Load the frozen weights in 4 or 8 bits while adapters train (QLoRA; needs bitsandbytes)."""
+    """Load the frozen weights in 4 or 8 bits while training adapters (QLoRA; needs bitsandbytes)."""
     attn_implementation: str | None = None
-    """Attention implementation: sdpa, flash_attention_2, a kernel on the Hub; the default of transformers if not set."""
+    """Attention implementation: sdpa, flash_attention_2 or a kernel on the Hub; the default of transformers if not set."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository."""
 
     def continued(self, model: str) -> "Student":
-        """The same settings for a student that goes on from the weights in a directory."""
+        """The same settings for a student that continues from the weights in a directory."""
         return self.with_(**{**dict.fromkeys(ORIGINS), "model": model, "revision": None})
 
     @property

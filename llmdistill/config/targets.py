@@ -11,7 +11,7 @@ _ONLINE = "online"  # the one value that is not a kind of stored targets
 _SUMMARIES = {name: kind.summary for name, kind in KINDS.items()}
 _SUMMARIES[_ONLINE] = "nothing; the teacher runs during training"
 if TYPE_CHECKING:
-    Kind = str  # the names are known at run time only
+    Kind = str  # the names are known only at run time
 else:
     Kind = Literal[tuple(_SUMMARIES)]
 
@@ -21,8 +21,8 @@ class Targets(Section):
 
     kind: Kind = Field(default="sampled", description=" ".join(f"`{name}`: {summary}." for name, summary in _SUMMARIES.items()))
     n: int = Field(default=16, ge=2, le=255)
-    """Tokens per position: kept (kinds sampled, sampled_logprobs), or drawn (kind multinomial, which needs about three times as
-    many)."""
+    """Tokens per position: the number kept (kinds sampled, sampled_logprobs) or drawn (kind multinomial, which needs about
+    three times as many)."""
     k: int = Field(default=64, ge=1)
     """Tokens kept per position (kind topk)."""
 

@@ -12,19 +12,19 @@ EngineName = Literal["vllm", "server", "openai", "anthropic", "transformers"]
 DEFAULT_ENGINE: EngineName = "vllm"
 
 
-# Fields of a request that the program sets itself and reads the answer by; and those that have a key of their own, with the key.
+# Request fields that the program sets itself to interpret the answer; and those that have their own key, with that key.
 _OWN_FIELDS = ("model", "messages", "prompt", "n", "stream", "echo", "logprobs", "top_logprobs", "system")
 _FIELDS_WITH_KEYS = {name: f"generate.{name}" for name in ("max_tokens", "min_tokens", "temperature", "top_p", "top_k")}
 _FIELDS_WITH_KEYS |= {"response_format": "generate.json_schema", "seed": "seed"}
 
-# Arguments of `vllm.LLM` that say which model it is and what its log-probabilities mean, which the program sets; with the key of
-# those that have one.
+# Arguments of `vllm.LLM` that the program sets, as they determine the model and the meaning of its log-probabilities; with their
+# key, if they have one.
 _OWN_ARGUMENTS = dict.fromkeys(("tokenizer", "max_logprobs", "logprobs_mode", "worker_extension_cls", "seed"), "")
 _OWN_ARGUMENTS |= {
     name: f"teacher.{name}"
     for name in ("model", "revision", "dtype", "tensor_parallel_size", "trust_remote_code", "max_model_len")
 } | {"tokenizer_revision": "teacher.revision", "code_revision": "teacher.revision"}  # fmt: skip
-# Those that say how fast it runs, or in how much memory. All others may change what it computes.
+# Arguments that affect only speed or memory. All others may change what it computes.
 ARGUMENTS_OF_SPEED = (
     "async_scheduling", "block_size", "compilation_config", "cpu_offload_gb", "disable_custom_all_reduce", "disable_log_stats",
     "distributed_executor_backend", "download_dir", "enable_chunked_prefill", "enable_expert_parallel",
@@ -39,43 +39,43 @@ class Abilities:
     """What an engine can do."""
 
     implementation: str
-    """Module and class of a `teachers.Engine`."""
+    """Module and class of the `teachers.Engine`."""
     determinism: str
-    """What a second run reproduces, for `dataset.json`."""
+    """What another run reproduces, for `dataset.json`."""
     package: str | None = None
-    """The package that has to be installed."""
+    """Package that must be installed."""
     extra: str = "generate"
-    """The extra that has it."""
+    """Extra that installs it."""
     remote: bool = False
-    """Whether it is a server at `teacher.url`, which decides the model and the precision itself."""
+    """Whether it is a server at `teacher.url`, which chooses the model and the precision itself."""
     address: str | None = None
-    """Where a remote one is if `teacher.url` does not say it."""
+    """Address of a remote engine if `teacher.url` is not set."""
     key: str | None = None
-    """The environment variable that the key of a remote one is read from."""
+    """Environment variable with the API key of a remote engine."""
     api: bool = False
-    """Whether conversations go in and text comes out, billed by the token; token ids are those of `teacher.tokenizer`."""
+    """Whether it takes conversations and returns text, billed per token; token ids are those of `teacher.tokenizer`."""
     logprobs: bool = True
-    """Whether it gives log-probabilities."""
+    """Whether it returns log-probabilities."""
     every_kind: bool = True
-    """Whether tokens can be chosen inside it from the full distribution, not the most likely ones alone."""
+    """Whether it can select tokens from the full distribution, not only the most likely ones."""
     whole_distribution: bool = False
-    """Whether it gives full distributions, so that those of several models can be averaged as they come."""
+    """Whether it returns full distributions, so that those of several models can be averaged directly."""
     any_token: bool = False
-    """Whether it gives the log-probabilities of any tokens in finished text, so that several models can be averaged in turn."""
+    """Whether it returns log-probabilities of arbitrary tokens in finished text, so that models can be averaged in turn."""
     repeats: bool = True
     """Whether it can return a token more than once per position."""
     grammar: bool = False
     """Whether it supports constrained decoding by a JSON schema."""
     lowest_temperature: float = 0.0
-    """The lowest sampling temperature above 0; the engine would raise lower ones to it in silence."""
+    """Lowest sampling temperature above 0; the engine would silently raise lower ones to it."""
     continuous_batching: bool = True
     """Whether a finished sequence is immediately replaced by the next."""
     runtime: Runtime = "torch"
-    """The library whose view of the device decides the precision for `teacher.dtype: auto`."""
+    """Library whose view of the device determines the precision for `teacher.dtype: auto`."""
 
 
-_BATCHED = "rows and ids are the same on every run; text and last bits of the numbers depend on how requests were batched"
-_HOSTED = "rows and ids are the same on every run; what the model behind the address writes may differ"
+_BATCHED = "rows and ids are the same on every run; text and the last bits of numbers depend on how requests were batched"
+_HOSTED = "rows and ids are the same on every run; the text of the hosted model may differ"
 ENGINES: dict[EngineName, Abilities] = {
     "vllm": Abilities(
         "llmdistill.teachers.vllm:VllmEngine",
@@ -129,11 +129,11 @@ ENGINES: dict[EngineName, Abilities] = {
         continuous_batching=False,
     ),
 }
-"""A new engine is a module in `teachers`, a name above and an entry here."""
+"""To add an engine: a module in `teachers`, a name above and an entry here."""
 
 
 def engines_with(ability: str) -> str:
-    """The names of the engines with an ability, in words."""
+    """Names of the engines with an ability, for messages."""
     names = [name for name, abilities in ENGINES.items() if getattr(abilities, ability)]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
@@ -150,31 +150,32 @@ class Member(Section):
 
 
 class Price(Section):
-    """What the endpoint charges, in one currency, per million tokens."""
+    """Prices of the endpoint per million tokens, in any one currency."""
 
     input: float = Field(ge=0)
-    """Price of a million tokens of prompts."""
+    """Price of a million prompt tokens."""
     output: float = Field(ge=0)
-    """Price of a million tokens that the model writes, hidden reasoning included."""
+    """Price of a million output tokens, including hidden reasoning."""
     cached_input: float | None = Field(default=None, ge=0)
-    """Price of a million prompt tokens that the endpoint has in its cache; `input` if not set."""
+    """Price of a million cached prompt tokens; `input` if not set."""
     batch_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of these prices that a request of `teacher.batch` costs."""
+    """Share of these prices charged for requests sent by `teacher.batch`."""
 
 
 class Teacher(Section):
-    """The model that writes the text and gives the next-token distributions."""
+    """The model that provides the text and the next-token distributions."""
 
     model: str
-    """Model directory or name on the Hugging Face Hub; the endpoint's own name (engines openai, anthropic)."""
+    """Model directory or name on the Hugging Face Hub; with engines openai and anthropic, the endpoint's name for the model."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     engine: EngineName = DEFAULT_ENGINE
     """`vllm`: vLLM in the same process, the fastest. `server`: a running vLLM server at `url`. `openai`: any endpoint with
-    OpenAI's API, at `url`. `anthropic`: Anthropic's API, text only. `transformers`: the exact reference, without vLLM."""
+    an OpenAI-compatible API, at `url`. `anthropic`: Anthropic's API, text only. `transformers`: the exact reference, without
+    vLLM."""
     url: ServerUrl | None = None
     """Address of the server, such as http://node7:8000 (engine server) or https://openrouter.ai/api/v1 (engine openai, whose
-    default is OpenAI's own). An API key is read from VLLM_API_KEY, OPENAI_API_KEY or ANTHROPIC_API_KEY."""
+    default is OpenAI's address). The API key is read from VLLM_API_KEY, OPENAI_API_KEY or ANTHROPIC_API_KEY."""
     served_model_name: str | None = None
     """Name of the model on the server, if it differs from `model` (engine server)."""
     concurrency: int = Field(default=64, ge=1)
@@ -182,29 +183,29 @@ class Teacher(Section):
     timeout: float = Field(default=600, gt=0)
     """Seconds without a response after which a request is retried (engines server, openai, anthropic)."""
     api: Literal["chat", "completions"] = "chat"
-    """`chat`: the endpoint gets messages. `completions`: it gets the token ids of the prompt (engine openai)."""
+    """`chat`: send messages. `completions`: send the token ids of the prompt (engine openai)."""
     tokenizer: str | None = None
-    """Directory or Hub name of the tokenizer of the model behind the endpoint, if it is known (engine openai): needed for soft
-    targets. Without it text alone is stored, in the tokens of `student.model`."""
+    """Directory or Hub name of the tokenizer of the endpoint's model, if known (engine openai). Needed for soft targets;
+    without it, only text is stored, in the tokens of `student.model`."""
     request_args: PassedOn = {}
-    """More fields of every request, such as `{reasoning_effort: low}`; one that is null is not sent (engines openai,
-    anthropic). `max_completion_tokens` is the most that an answer may take, hidden reasoning included."""
+    """Additional fields of every request, such as `{reasoning_effort: low}`; fields set to null are not sent (engines openai,
+    anthropic). `max_completion_tokens` is the maximum length of an answer, including hidden reasoning."""
     batch: bool = False
-    """Send each shard as one batch, at a lower price, with the answers within a day (engines openai, anthropic)."""
+    """Send each shard as one batch: cheaper, with answers within a day (engines openai, anthropic)."""
     price: Price | None = None
     budget: float | None = Field(default=None, gt=0)
-    """Most to spend on this dataset, in the currency of `price`. No shard is begun that may cost more than what is left. What
-    `prompts.steps` ask does not count."""
+    """Maximum spend on this dataset, in the currency of `price`. A shard is started only if its maximum cost fits the remaining
+    budget. Requests made by `prompts.steps` do not count."""
     licence: str | None = None
-    """Licence or terms under which the output may be used: a name such as `apache-2.0`, or the address of the terms (required
-    by engines openai and anthropic)."""
+    """Licence or terms under which the output may be used: a name such as `apache-2.0`, or the URL of the terms (required by
+    engines openai and anthropic)."""
     dtype: Dtype = "auto"
-    """Compute precision. `auto`: bfloat16 where the hardware supports it, else float16 (GPU) or float32. All workers of one
-    dataset use the precision that the first one chose."""
+    """Compute precision. `auto`: bfloat16 if the hardware supports it, else float16 (GPU) or float32. All workers of a dataset
+    use the precision chosen by the first one."""
     max_model_len: int | None = Field(default=None, ge=1)
-    """Maximum context length in tokens, prompt and completion together; the model's limit if not set."""
+    """Maximum context length in tokens, prompt plus completion; the model's limit if not set."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Number of GPUs that one copy of the model is split over (engine vllm)."""
+    """Number of GPUs over which one copy of the model is split (engine vllm)."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences per batch (engine transformers). Floating-point results depend on it."""
     engine_args: PassedOn = {}
@@ -212,23 +213,23 @@ class Teacher(Section):
     trust_remote_code: bool = False
     """Run Python code from the model's repository."""
     system: str | None = None
-    """System message for the teacher only. It replaces that of the conversation; the student is not given it."""
+    """System message for the teacher only. It replaces that of the conversation and is not shown to the student."""
     template_args: PassedOn = {}
     """Variables of the chat template, such as `{enable_thinking: false}`. The stored prompts are rendered with them."""
     ensemble: list[Member] = []
-    """More teachers with the same tokenizer. Soft targets are of the weighted mean of all distributions. Engine transformers
-    holds all of them and also samples from the mean; engine vllm loads one after the other, and `model` writes."""
+    """More teachers with the same tokenizer. Soft targets come from the weighted mean of all distributions. Engine transformers
+    keeps all teachers loaded and also samples from the mean; engine vllm loads them in turn, and `model` generates the text."""
     weight: float = Field(default=1.0, gt=0)
     """Weight of `model` in the mean of the ensemble, relative to the others."""
 
     @property
     def abilities(self) -> Abilities:
-        """What its engine can do."""
+        """Abilities of the engine."""
         return ENGINES[self.engine]
 
     @property
     def students_engine(self) -> EngineName:
-        """What a student writes with in rounds: this teacher's engine, or the default one in place of one that runs elsewhere."""
+        """Engine with which a student generates in rounds: this teacher's, or the default if this one is remote."""
         return DEFAULT_ENGINE if self.abilities.remote else self.engine
 
     @property
@@ -241,7 +242,7 @@ class Teacher(Section):
         if self.ensemble and not self.abilities.any_token:
             raise ValueError(
                 "an ensemble needs each teacher's probabilities of tokens that another one chose, which only engine "
-                f"{engines_with('any_token')} give"
+                f"{engines_with('any_token')} return"
             )
         return self
 
@@ -253,7 +254,7 @@ class Teacher(Section):
                 raise ValueError(f"engine_args.{name}: llmdistill sets this argument itself; {instead}")
         if self.engine_args.get("data_parallel_size", 1) != 1:
             raise ValueError(
-                "engine_args.data_parallel_size: one process runs one copy of the teacher; start a process for each copy, with "
+                "engine_args.data_parallel_size: each process runs one copy of the teacher; start one process per copy, with "
                 "`--shards i/n`"
             )
         if self.engine_args.get("speculative_config"):
@@ -288,16 +289,16 @@ class Teacher(Section):
             if name in _OWN_FIELDS:
                 raise ValueError(f"request_args.{name}: llmdistill sets this field itself; remove it")
             if value is not None and name in _FIELDS_WITH_KEYS:
-                raise ValueError(f"request_args.{name}: set {_FIELDS_WITH_KEYS[name]}; null is a field that is not sent")
+                raise ValueError(f"request_args.{name}: set {_FIELDS_WITH_KEYS[name]}; null only leaves the field out")
         most = self.request_args.get("max_completion_tokens")
         if most is not None and not (type(most) is int and most > 0):
-            raise ValueError(f"request_args.max_completion_tokens is {most!r}: it is a number of tokens")
+            raise ValueError(f"request_args.max_completion_tokens must be a number of tokens, got {most!r}")
         if self.budget is not None and self.price is None:
             raise ValueError("budget needs price, in the same currency")
         if self.engine != "openai" and self.tokenizer:
             raise ValueError(f"tokenizer is for engine openai, engine is {self.engine}")
         if self.api == "completions" and (self.tokenizer is None or self.engine != "openai"):
-            raise ValueError("api: completions sends the token ids of the prompt: it needs engine openai and tokenizer")
+            raise ValueError("api: completions sends the token ids of the prompt, so it needs engine openai and tokenizer")
         return self
 
     @property

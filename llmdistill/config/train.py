@@ -14,7 +14,7 @@ _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class _Numbers(BaseModel):
-    """Arguments of `trl.SFTConfig` of which transformers takes a wrong number without a word, or stumbles over it late."""
+    """Arguments of `trl.SFTConfig` whose bad values transformers accepts silently or reports late."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -54,7 +54,7 @@ class Hidden(Section):
     """Also match the teacher's hidden states, layer by layer (targets.kind online)."""
 
     weight: float = Field(default=1.0, gt=0)
-    """Weight of this part beside the others of the loss."""
+    """Weight of this part relative to the others in the loss."""
     loss: Literal["cosine", "mse"] = "cosine"
     """1 - cosine similarity, or mean squared error. If hidden sizes differ, a linear projector is trained with the student."""
     layers: list[tuple[int, int]] | None = None
@@ -65,7 +65,7 @@ class Attention(Section):
     """Also match the teacher's attention maps, by KL (targets.kind online)."""
 
     weight: float = Field(default=1.0, gt=0)
-    """Weight of this part beside the others of the loss."""
+    """Weight of this part relative to the others in the loss."""
     layers: list[tuple[int, int]] | None = None
     """Pairs [student layer, teacher layer] to match; by relative depth if not set."""
 
@@ -89,12 +89,12 @@ class Mix(Section):
 
 
 class Examples(Section):
-    """A task of your own with examples of it, none of which is among its held-out items."""
+    """One of your own tasks with examples, none of which is among its held-out items."""
 
     task: str
-    """The task's YAML file, which says how a model is asked."""
+    """YAML file of the task, which defines the prompt."""
     file: str
-    """JSONL file of `{"input": …, "output": …}`."""
+    """JSONL file with rows of `{"input": …, "output": …}`."""
 
 
 class Train(Section):
@@ -119,12 +119,12 @@ class Train(Section):
     sequence_alpha: float = Field(default=0.0, ge=0, le=1)
     """Weight of the sequence-level KL, estimated on the teacher's text with importance weights."""
     position_weights: Literal["uniform", "entropy", "certainty"] = "uniform"
-    """Weight of each token in the loss: `uniform`, the teacher's `entropy` at that token, or its `certainty`, exp(-entropy)."""
+    """Weight of each token in the loss: `uniform`, the teacher's `entropy` there, or its `certainty`, exp(-entropy)."""
     reduction: Literal["token", "sequence"] = "token"
-    """Whether every token or every sequence of the global batch has the same weight."""
+    """Whether every token or every sequence of the global batch gets the same weight."""
     validation: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training prompts used for validation during training; separate from those held out for `eval`. The interval
-    is `args.eval_steps`, or every checkpoint if not set."""
+    """Share of the training prompts used for validation during training, separate from those held out for `eval`. Runs every
+    `args.eval_steps` steps, or at every checkpoint if not set."""
     early_stopping: EarlyStopping | None = None
     """Early stopping; needs `validation`."""
     hidden: Hidden | None = None
@@ -134,9 +134,9 @@ class Train(Section):
     fake_quantize: Literal["w4a16"] | None = None
     """Quantisation-aware training (torchao) for this export format; export with `export.rounding: nearest`."""
     compare_text_only: bool = False
-    """Also train a second student for the same steps on the text only (alpha 0), for comparison in `eval`."""
+    """Also train a second student for the same number of steps on the text only (alpha 0), for comparison in `eval`."""
     compare_examples: Examples | None = None
-    """Also train a student for the same steps on the examples of a task alone, for comparison in `eval`."""
+    """Also train a student for the same number of steps on the examples of a task only, for comparison in `eval`."""
     args: TrainingArguments = {}
     """Any argument of `trl.SFTConfig`: learning_rate, num_train_epochs, report_to, …"""
 

@@ -1,1 +1,1 @@
-"""The steps of `curate`: each keeps, rejects or changes rows, and says why."""
+"""The steps of `curate`: each keeps, rejects or changes rows, with a reason."""

@@ -1,4 +1,4 @@
-"""The step of `curate` that counts how many rows of a kind there were before."""
+"""The step of `curate` that limits the number of rows per value."""
 
 import json
 from collections import Counter
@@ -11,7 +11,7 @@ from llmdistill.curation.steps import Check, CurationStep, StepContext, excerpt,
 
 
 def balance(settings: Balance, context: StepContext) -> Check:
-    """By how many rows with the same value there were before."""
+    """By the number of earlier rows with the same value."""
     seen: Counter[str] = Counter()
 
     def check(rows: pa.Table) -> Iterator[str | None]:
@@ -21,7 +21,7 @@ def balance(settings: Balance, context: StepContext) -> Check:
                 seen[value] += 1
                 yield None
             else:
-                yield f"{settings.by} is {excerpt(value)}, of which there are {settings.max_rows:,}"
+                yield f"{settings.by} is {excerpt(value)}, of which {settings.max_rows:,} are kept"
 
     return check
 

@@ -1,4 +1,4 @@
-"""The step of `curate` that keeps the best of the answers to a prompt; the others are its losers, each with its scores.
+"""The step of `curate` that keeps the best answers to a prompt; the others are its losers, each with its score.
 
 A prompt's answers are those that stand one after the other in the dataset, as `generate.samples` writes them.
 """
@@ -25,7 +25,7 @@ def inputs(settings: BestOf, key: str) -> dict[str, str]:
 
 
 def best_of(settings: BestOf, context: StepContext) -> Check:
-    """By rank among the answers to the same prompt; the first of equals counts as better."""
+    """By rank among the answers to the same prompt; among equals, the first counts as better."""
     scored = _likelihoods if settings.judge is None else judge.scores_of(settings.judge, context, f"{context.key}.judge")
     log = context.closing.enter_context(context.log.open("w", encoding="utf-8"))
 
@@ -50,7 +50,7 @@ def best_of(settings: BestOf, context: StepContext) -> Check:
 
 
 def _likelihoods(rows: pa.Table) -> Iterator[float | Failed]:
-    """The mean log-probability that the teacher gave to the answer's tokens, at temperature 1, of those where it is known."""
+    """The teacher's mean log-probability of the answer's tokens, at temperature 1, over those where it is known."""
     for logprobs in rows["token_logprobs"]:
         known = logprobs.values.to_numpy(zero_copy_only=False) if len(logprobs) else np.empty(0)
         known = known[~np.isnan(known)]

@@ -1,8 +1,9 @@
-"""The step of `curate` that keeps the texts of tests out of the training data."""
+"""The step of `curate` that keeps test data out of the training data."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from llmdistill.config.curate import Contamination
 from llmdistill.curation.steps import Array, Check, CurationStep, StepContext, answers
 from llmdistill.data.jsonl import ending_of, open_text
 from llmdistill.data.ngrams import ngram_hashes, normalised, words
+from llmdistill.data.tables import TABLES, read_tables
 from llmdistill.errors import InputError
-from llmdistill.prompting.sources import TABLES, read_tables
 from llmdistill.runs.record import file_input
 
 _SHORTEST = 8  # words of a string that is looked for inside other text; with fewer, it could be anything's
@@ -26,7 +27,7 @@ _COMMON = 10  # different strings that share an n-gram; in more, it is the wordi
 
 @dataclass(frozen=True)
 class _Text:
-    """A string of a test, by the place where it stands."""
+    """A string of test data, with its location."""
 
     origin: str
     text: str
@@ -35,7 +36,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Index:
-    """The n-grams of all test strings of one length, sorted; for each, whose it is and where it stands there."""
+    """The n-grams of all test strings of one length, sorted; for each, the string and position it comes from."""
 
     n: int
     hashes: Array
@@ -44,7 +45,7 @@ class _Index:
 
 
 def inputs(settings: Contamination, key: str) -> dict[str, str]:
-    """The files with the texts of tests.
+    """The files with test data.
 
     Raises:
         InputError: one is missing, cannot be read, or has none of the fields.
@@ -58,7 +59,7 @@ def inputs(settings: Contamination, key: str) -> dict[str, str]:
 
 
 def contamination(settings: Contamination, context: StepContext) -> Check:
-    """By n-grams of words that stand in the files too; every pair of a row and a string that share one is logged."""
+    """By word n-grams shared with the files; every pair of a row and a string that share one is logged."""
     trees = (tree for file in settings.against for tree in _parts(settings, file, context.key))
     # A string that stands there several times, as a question does before several answers to it, is one.
     distinct: dict[str, _Text] = {}
@@ -93,13 +94,13 @@ def contamination(settings: Contamination, context: StepContext) -> Check:
 
 
 def _whole(text: str) -> str:
-    """What equal texts have in common: all but case, white space and the punctuation of sentences; 12 + 7 is not 12 - 7."""
+    """A key that is equal for texts that differ only in case, white space and sentence punctuation; 12 + 7 is not 12 - 7."""
     plain = normalised(text)
     return " ".join(_PUNCTUATION.sub(" ", plain).split()) or plain
 
 
 def _indices(texts: list[_Text], longest: int) -> tuple[list[_Index], int]:
-    """The n-grams to look for, by their length, and how many were left out as too common."""
+    """The n-grams to search for, by length, and the number left out as too common."""
     indices, left_out = [], 0
     for n in sorted({min(longest, len(text.words)) for text in texts}):
         numbers = [number for number, text in enumerate(texts) if min(longest, len(text.words)) == n]
@@ -107,9 +108,8 @@ def _indices(texts: list[_Text], longest: int) -> tuple[list[_Index], int]:
         hashes = np.concatenate(found)
         owners = np.repeat(numbers, [len(part) for part in found])
         places = np.concatenate([np.arange(len(part)) for part in found])
-        pairs = np.unique(np.stack([hashes, owners.astype(np.uint64)]), axis=1)[0]
-        values, owned = np.unique(pairs, return_counts=True)
-        common = values[owned > _COMMON]
+        pairs = np.unique(np.stack([hashes, owners.astype(np.uint64)]), axis=1)
+        common = _common(pairs, texts)
         left_out += len(common)
         kept = ~np.isin(hashes, common)
         order = np.argsort(hashes[kept], kind="stable")
@@ -117,8 +117,49 @@ def _indices(texts: list[_Text], longest: int) -> tuple[list[_Index], int]:
     return indices, left_out
 
 
+def _common(pairs: Array, texts: list[_Text]) -> Array:
+    """The n-grams that occur in too many different strings.
+
+    Strings that differ in one number are one, as those of a question with the number of a sample are.
+
+    Args:
+        pairs: each n-gram with the number of each string that has it, in their order.
+        texts: the strings.
+    """
+    hashes, owners = pairs
+    values, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+    often = counts > _COMMON
+    is_common: dict[bytes, bool] = {}
+    found = []
+    for value, start, count in zip(values[often], first[often], counts[often], strict=True):
+        its = owners[start : start + count]
+        key = its.tobytes()
+        if key not in is_common:
+            is_common[key] = _are_many([texts[number].words for number in its])
+        if is_common[key]:
+            found.append(value)
+    return np.array(found, dtype=np.uint64)
+
+
+def _are_many(strings: Iterable[list[str]]) -> bool:
+    """Whether more than a few of them differ from each other in more than one number."""
+    different: list[Counter[str]] = []
+    for string in strings:
+        bag = Counter(string)
+        if not any(_is_number(bag - other) and _is_number(other - bag) for other in different):
+            different.append(bag)
+            if len(different) > _COMMON:
+                return True
+    return False
+
+
+def _is_number(bag: Counter[str]) -> bool:
+    """Whether it is at most a single number."""
+    return bag.total() <= 1 and all(word.isdecimal() for word in bag)
+
+
 def _matches(found: list[str], indices: list[_Index], texts: list[_Text]) -> Iterator[tuple[str, str, int]]:
-    """The test strings that share an n-gram with some words: where it stands, the first n-gram, and how many."""
+    """The test strings that share an n-gram with some words: location, first shared n-gram, and number of them."""
     for index in indices:
         hashes = ngram_hashes(found, index.n)
         first = np.searchsorted(index.hashes, hashes, side="left")
@@ -135,7 +176,7 @@ def _matches(found: list[str], indices: list[_Index], texts: list[_Text]) -> Ite
 
 
 def _parts(settings: Contamination, file: str, key: str) -> Iterator[tuple[str, Any]]:
-    """What is searched for in a file, each part with its place.
+    """What to search for from a file, each part with its location.
 
     Raises:
         InputError: it cannot be read, or a part of it has none of the fields.
@@ -151,7 +192,7 @@ def _parts(settings: Contamination, file: str, key: str) -> Iterator[tuple[str, 
 
 
 def _read(file: Path, key: str) -> Iterator[tuple[str, Any]]:
-    """What a file holds, each part with its place: the rows of a table, the lines of a text and all of it."""
+    """The contents of a file, each part with its location: the rows of a table, the lines of a text and all of it."""
     ending = ending_of(file)
     if ending in TABLES and ending != ".json":
         yield from _table(file, key)
@@ -186,7 +227,7 @@ def _table(file: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def _strings(tree: Any, origin: str) -> Iterator[_Text]:
-    """Every string of it, with its place."""
+    """Every string in it, with its location."""
     if isinstance(tree, dict):
         for name, value in tree.items():
             yield from _strings(value, f"{origin} {name}")

@@ -1,4 +1,4 @@
-"""The step of `curate` that looks for the same text again, to the letter."""
+"""The step of `curate` that finds repeated texts."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from llmdistill.data.ngrams import normalised
 
 
 def duplicates(settings: Duplicates, context: StepContext) -> Check:
-    """By whether the same text was there before; remembers 16 bytes a text, and the number of the row."""
+    """By whether the same text occurred earlier; stores 16 bytes per text, and the number of the row."""
     seen: dict[bytes, str] = {}
 
     def check(rows: pa.Table) -> Iterator[str | None]:

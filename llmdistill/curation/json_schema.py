@@ -1,12 +1,12 @@
 """The step of `curate` that checks an answer against a JSON schema."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from llmdistill.config.curate import JsonSchema
+from llmdistill.config.shipped import find
 from llmdistill.curation.steps import Check, CurationStep, StepContext, excerpt, final_answers
 from llmdistill.runs.record import file_input, read_json
 from llmdistill.tasks.answers import problem, read_answer, validator_of
@@ -16,7 +16,7 @@ def inputs(settings: JsonSchema, key: str) -> dict[str, str]:
     """The schema.
 
     Raises:
-        InputError: it is missing, or no JSON schema.
+        InputError: if it is missing, or not a JSON schema.
     """
     found = file_input(settings.file, f"{key}.file")
     _validator(settings.file)
@@ -24,7 +24,7 @@ def inputs(settings: JsonSchema, key: str) -> dict[str, str]:
 
 
 def json_schema(settings: JsonSchema, context: StepContext) -> Check:
-    """By a JSON schema; nothing that the schema refers to is fetched."""
+    """By a JSON schema; references in the schema are not fetched."""
     validator = _validator(settings.file)
 
     def check(rows: pa.Table) -> Iterator[str | None]:
@@ -32,7 +32,7 @@ def json_schema(settings: JsonSchema, context: StepContext) -> Check:
             try:
                 value = read_answer(answer)
             except ValueError as error:
-                yield f"no JSON: {error}"
+                yield f"not JSON: {error}"
                 continue
             found = problem(validator, value, settings.file)
             yield found and excerpt(found, 200)
@@ -41,8 +41,8 @@ def json_schema(settings: JsonSchema, context: StepContext) -> Check:
 
 
 def _validator(file: str) -> Any:
-    """What checks JSON against the schema in a file."""
-    return validator_of(read_json(Path(file)), file)
+    """The validator for the schema in a file."""
+    return validator_of(read_json(find(file)), file)
 
 
 STEP = CurationStep(json_schema, inputs)

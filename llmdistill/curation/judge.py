@@ -21,7 +21,7 @@ from llmdistill.data.ids import stable_id
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.template import PromptTemplate
-from llmdistill.runs import lock, record
+from llmdistill.runs import record
 from llmdistill.runs.progress import working
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, fingerprints, open_engine
 from llmdistill.teachers.prompt_encoding import PromptEncoder
@@ -61,7 +61,7 @@ def judge(settings: Judge, context: StepContext) -> Check:
 
 
 def scores_of(settings: Judge, context: StepContext, key: str) -> Callable[[pa.Table], Iterator[float | Failed]]:
-    """What gives the judge's mean score of every row.
+    """Computes the judge's mean score of every row.
 
     Args:
         settings: the judge.
@@ -81,7 +81,7 @@ def scores_of(settings: Judge, context: StepContext, key: str) -> Callable[[pa.T
             if isinstance(score, Failed):
                 yield score
             elif score[1] < settings.min_mass:
-                yield Failed(f"the judge gives the digits a probability of {score[1]:.2f}")
+                yield Failed(f"the judge assigns the digits a probability of {score[1]:.2f}")
             else:
                 yield score[0]
 
@@ -97,7 +97,7 @@ class DigitReader:
 
     def __init__(self, experiment: Experiment, teacher: Teacher, scale: list[int]) -> None:
         if teacher.in_turn:
-            raise InputError(f"an ensemble judges with engine transformers only, not with {teacher.engine}")
+            raise InputError(f"a judge that is an ensemble needs engine transformers, not {teacher.engine}")
         _, self.fingerprint = fingerprints(teacher)
         if teacher.abilities.api and teacher.tokenizer is None:
             raise InputError(f"teacher.tokenizer is missing: {teacher.model} judges by the log-probabilities of digits")
@@ -108,7 +108,7 @@ class DigitReader:
         self._engine: Engine | None = None
 
     def read(self, questions: Sequence[tuple[Messages, str]]) -> Iterator[tuple[int, Completion | Failed]]:
-        """The place of every question, with the first token of the answer or why there is none, in any order.
+        """The index of every question, with the first token of the answer or why there is none, in any order.
 
         Args:
             questions: each with where it comes from, for errors.
@@ -147,7 +147,7 @@ class DigitReader:
         return self._engine.generate([requests])
 
     def probabilities(self, completion: Completion) -> dict[int, float]:
-        """Of each digit, all its tokens together."""
+        """For each digit, the total over its tokens."""
         assert isinstance(completion.targets, TopK)
         found = dict.fromkeys(sorted(set(self.digits.values())), 0.0)
         p = np.exp(completion.targets.logprobs_NK[0].astype(np.float64))
@@ -158,7 +158,7 @@ class DigitReader:
 
 
 class _Asked:
-    """Asks the judge what it was not asked before."""
+    """Asks the judge only what it has not been asked before."""
 
     def __init__(self, settings: Judge, experiment: Experiment, key: str) -> None:
         teacher = settings.teacher
@@ -203,17 +203,15 @@ class _Asked:
         return (sum(digit * value for digit, value in p.items()) / mass if mass else 0.0), mass
 
     def _store(self, found: dict[str, tuple[str, Score]]) -> None:
-        """Keep the scores of a group, and put them on the disk as one file."""
+        """Write the scores of a group to disk as one file."""
         self.known |= {key: score for key, (_, score) in found.items()}
         rows = [{"question": key, "id": row, "score": score, "mass": mass} for key, (row, (score, mass)) in sorted(found.items())]
         self.directory.mkdir(parents=True, exist_ok=True)
-        name = f"{stable_id(sorted(found))}.parquet"
-        with lock.written(self.directory / name) as unfinished:
-            pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), unfinished)
+        record.write_parquet(self.directory / f"{stable_id(sorted(found))}.parquet", pa.Table.from_pylist(rows, _SCHEMA))
 
 
 def read_template(file: str, variables: Sequence[str], key: str) -> PromptTemplate:
-    """A judge's template, which the key names.
+    """The judge's template, named by the key.
 
     Raises:
         InputError: it is missing, cannot be used, or needs other fields than a judge's gets.
@@ -227,7 +225,7 @@ def read_template(file: str, variables: Sequence[str], key: str) -> PromptTempla
 
 
 def as_text(prompt: Messages) -> str:
-    """A conversation as one text: the request alone, or each turn with its role."""
+    """A conversation as one text: only the request, or each turn with its role."""
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)

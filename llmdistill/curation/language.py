@@ -1,4 +1,4 @@
-"""The step of `curate` that tells the language of an answer, by lingua."""
+"""The step of `curate` that detects the language of an answer, with lingua."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _NO_PROSE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`|\$\$.*?\$\$
 
 
 def language(settings: Language, context: StepContext) -> Check:
-    """By the most likely language of the prose; one that the prompt asks for by name is right too."""
+    """By the most likely language of the prose; a language that the prompt names is also accepted."""
     import lingua
 
     codes = {language.iso_code_639_1.name.lower() for language in lingua.Language.all()}
@@ -25,7 +25,7 @@ def language(settings: Language, context: StepContext) -> Check:
         raise InputError(
             f"{context.key}.keep: {unknown[0]} is not a language that lingua knows; it knows {', '.join(sorted(codes))}"
         )
-    # In this mode only trigrams are read: for texts of this length it tells the same, in 70 MB instead of 900.
+    # This mode only uses trigrams: for texts of this length the result is the same, in 70 MB instead of 900.
     detector = lingua.LanguageDetectorBuilder.from_all_languages().with_low_accuracy_mode().build()
 
     def check(rows: pa.Table) -> Iterator[str | None]:
@@ -50,7 +50,7 @@ def _code(language: Any) -> str:
 
 
 def _excerpt(text: str) -> str:
-    """Of a long text its beginning and its middle, where another language may stand."""
+    """The beginning and middle of a long text, which may be in different languages."""
     half = len(text) // 2
     return text if len(text) <= 2 * _ENOUGH else f"{text[:_ENOUGH]} {text[half : half + _ENOUGH]}"
 

@@ -1,4 +1,4 @@
-"""The step of `curate` that finds the marks of a broken chat."""
+"""The step of `curate` that finds signs of a broken conversation."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _FENCE = re.compile(r"^[ \t]{0,3}(?:[-*+>] |\d+[.)] )*[ \t]*(`{3,}|~{3,})(.*)$",
 
 
 def malformed(settings: Malformed, context: StepContext) -> Check:
-    """By what a whole answer of one turn does not have."""
+    """By signs that a complete answer does not have."""
     several = has_several_tokenizers(context.manifest)
     of_each = {name: teacher["tokenizer"] for name, teacher in context.manifest["teachers"].items()} if several else {}
     described = of_each or {"": context.manifest["tokenizer"]}
@@ -37,7 +37,7 @@ def malformed(settings: Malformed, context: StepContext) -> Check:
 
 
 def malformation(question: str, answer: str) -> str | None:
-    """What is wrong with the form of an answer, or None."""
+    """The problem with the format of an answer, or None."""
     if not answer.strip():
         return "empty"
     prose = _without_code(answer)

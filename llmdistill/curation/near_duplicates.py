@@ -1,4 +1,4 @@
-"""The step of `curate` that looks for nearly the same text: MinHash finds candidates, the true similarity decides."""
+"""The step of `curate` that finds nearly equal texts: MinHash finds candidates, the exact similarity decides."""
 
 import hashlib
 from array import array
@@ -22,7 +22,7 @@ _SHOWN = 20  # clusters
 
 
 def near_duplicates(settings: NearDuplicates, context: StepContext) -> Check:
-    """By the similarity to a row that was kept before.
+    """By the similarity to a row kept earlier.
 
     A row is compared with kept rows only, so that likeness is never handed on: where A is like B and B like C, C is
     compared with A. What is remembered of a kept row is its place in the index (some 7 kB); its n-grams are on the disk.
@@ -60,7 +60,7 @@ def near_duplicates(settings: NearDuplicates, context: StepContext) -> Check:
                 yield None
             else:
                 clusters[first] += 1
-                yield f"{alike[first]:.2f} like {ids[first]}"
+                yield f"similarity {alike[first]:.2f} to {ids[first]}"
 
     def tell() -> None:
         context.facts |= {
@@ -77,7 +77,7 @@ def near_duplicates(settings: NearDuplicates, context: StepContext) -> Check:
 
 
 def best_bands(threshold: float) -> tuple[int, int]:
-    """Bands, and rows in each, of an index that misses few of the pairs at the threshold.
+    """Bands, and rows per band, of an index that misses few of the pairs at the threshold.
 
     It finds too many instead; they are compared one by one.
     """
@@ -90,13 +90,13 @@ def best_bands(threshold: float) -> tuple[int, int]:
 
 
 def _ngrams(text: str, n: int) -> Array:
-    """The word n-grams of a text; of one with fewer words, all of them together."""
+    """The word n-grams of a text; if it has fewer words, all of them as one."""
     found = words(text)
     return ngram_hashes(found, min(n, len(found))) if found else np.empty(0, dtype=np.uint64)
 
 
 def _boilerplate(settings: NearDuplicates, context: StepContext) -> Any:
-    """Tells which n-grams stand in so many rows that they are a template's, after a look at all rows.
+    """Identifies n-grams that occur in so many rows that they are boilerplate, in a pass over all rows.
 
     n-grams share a counter when the last bits of their numbers are equal; a text of a thousand n-grams adds one to a
     thousandth of the counters, far from the share that counts.
@@ -113,7 +113,7 @@ def _boilerplate(settings: NearDuplicates, context: StepContext) -> Any:
 
 
 class _Sets:
-    """Arrays of numbers on the disk, one after the other."""
+    """Arrays of numbers on disk, concatenated."""
 
     def __init__(self, file: Path, context: StepContext) -> None:
         self._stream = context.closing.enter_context(file.open("w+b"))

@@ -19,7 +19,16 @@ _VERSION_BEFORE = re.compile(r"(?:\b(?:v|version|release|section|chapter)\.?|§)
 _LOOK_BACK = 40  # characters
 _PHONE_WORDS = "phone|telephone|tel|mobile|cell|fax|call|whatsapp|text|hotline|contact"
 _PHONE_WORD = re.compile(rf"\b(?:{_PHONE_WORDS})\b[^\n]{{0,20}}\Z", re.IGNORECASE)
+_AFTER = (
+    r"\W{1,3}(?:(?:please|to)\W{1,3})?(?:(?:call|text|phone|whatsapp)\s(?:me|us|him|her)"
+    r"|is\s(?:my|our|his|her)\s(?:(?:phone|mobile|cell)\s)?(?:number|phone|mobile|cell))\b"
+)
+_PHONE_WORD_AFTER = re.compile(_AFTER, re.IGNORECASE)
 _GROUPS = re.compile(r"\(?\d{2,5}\)?(?:[ ./-]\(?\d{2,5}\)?){1,5}")  # a dash with spaces around it is a minus
+_ABROAD = re.compile(r"00[ ./-]?[1-9][\d ()./-]{7,}")
+_PAIRS = re.compile(r"\d\d(?:[ ./-]\d\d)+")  # a telephone's begin with one zero, as in France
+_BRACKET = re.compile(r"\([1-9]")  # an area code, behind which a number ends in four digits
+_FOUR = re.compile(r"\b\d{4}\Z")
 _DATE = re.compile(r"\d{4}([-./])\d{1,2}\1\d{1,2}|\d{1,2}([-./])\d{1,2}\2\d{4}|(?:1[5-9]|20)\d\d[-–/](?:1[5-9]|20)\d\d")
 _EXAMPLE_DOMAIN = re.compile(r"(?:^|[@.])(?:example(?:\.(?:com|net|org|edu))?|test|invalid|localhost)$", re.IGNORECASE)
 _EXAMPLE_PHONE = re.compile(r"55501\d\d$")  # 555-0100 to 555-0199 of any area in North America
@@ -28,7 +37,7 @@ _SIGNS = {
     "email": re.compile("@"),
     "phone": re.compile(
         r"\+[^\w\n]{0,3}\d(?:[^\w\n]{0,4}\d){6}|\(?\d{2,5}\)?(?:[ ./-]\(?\d{2,5}\)?){1,5}"
-        rf"|\b(?:{_PHONE_WORDS})\b[^\n]{{0,20}}\d(?:[^\w\n]{{0,4}}\d){{6}}",
+        rf"|\b(?:{_PHONE_WORDS})\b[^\n]{{0,20}}\d(?:[^\w\n]{{0,4}}\d){{6}}|\d{{7,15}}{_AFTER}",
         re.IGNORECASE,
     ),
     "credit_card": re.compile(r"\d(?:[^\w\n]{0,4}\d){11}"),
@@ -39,7 +48,7 @@ _SIGNS = {
 
 
 def personal_data(settings: PersonalData, context: StepContext) -> Check:
-    """By e-mail addresses, numbers of phones, cards, accounts and people, and addresses on the internet."""
+    """By e-mail addresses, phone, card, account and identity numbers, and internet addresses."""
     recognisers = _recognisers()
 
     def check(rows: pa.Table) -> Iterator[str | None]:
@@ -53,7 +62,7 @@ def personal_data(settings: PersonalData, context: StepContext) -> Check:
 
 
 def _places(recogniser: Any, kind: str, text: str) -> Iterator[int]:
-    """Where in the text something of a kind stands that is no example, and no part of a longer number."""
+    """The position in the text of an item of a kind that is not an example or part of a longer number."""
     for first, last in _windows(kind, text):
         for result in recogniser.analyze(text[first:last], recogniser.supported_entities):
             start, end = first + result.start, first + result.end
@@ -64,12 +73,12 @@ def _places(recogniser: Any, kind: str, text: str) -> Iterator[int]:
                 continue
             if kind == "ip_address" and _VERSION_BEFORE.search(before):
                 continue
-            if kind != "phone" or is_phone(found, before):
+            if kind != "phone" or is_phone(found, before, text[end : end + _LOOK_BACK]):
                 yield int(start)
 
 
 def _windows(kind: str, text: str) -> Iterator[tuple[int, int]]:
-    """The parts of a text that are looked at: of telephones, which take most of the time, only what is around a sign of one."""
+    """The parts of a text to search: for phone numbers, which take most of the time, only the surroundings of a sign of one."""
     if kind != "phone":
         yield 0, len(text)
         return
@@ -83,25 +92,40 @@ def _windows(kind: str, text: str) -> Iterator[tuple[int, int]]:
         yield first, last
 
 
-def is_phone(found: str, before: str) -> bool:
-    """Whether digits are a telephone's and not a quantity, a year or a date, by how they are written.
+def is_phone(found: str, before: str, after: str = "") -> bool:
+    """Whether digits are a phone number and not a quantity, a year, a date or an address, by their format.
 
     Args:
         found: what may be one.
         before: the text that it stands behind.
+        after: the text that it stands before.
     """
-    digits = sum(character.isdigit() for character in found)
-    if not 7 <= digits <= 15 or _DATE.fullmatch(found.strip()):
+    digits, number = sum(character.isdigit() for character in found), found.strip()
+    if not 7 <= digits <= 15 or _DATE.fullmatch(number) or _is_address(number):
         return False
     if "+" in found:
         return True
     if before.endswith(("#", ".", "$", "€", "£")):
         return False
-    return bool(_GROUPS.fullmatch(found.strip())) or bool(_PHONE_WORD.search(before))
+    if _PHONE_WORD.search(before) or _PHONE_WORD_AFTER.match(after):
+        return True
+    if _PAIRS.fullmatch(number):
+        return number[0] == "0" != number[1]
+    if _BRACKET.match(number) and not _FOUR.search(number):
+        return False
+    return bool(_GROUPS.fullmatch(number) or _ABROAD.fullmatch(number))
+
+
+def _is_address(found: str) -> bool:
+    """Whether it is a valid internet address."""
+    try:
+        return bool(ipaddress.IPv4Address(found))
+    except ValueError:
+        return False
 
 
 def is_example(kind: str, found: str) -> bool:
-    """Whether it is reserved for examples, or reaches nobody."""
+    """Whether it is reserved for examples, or not reachable."""
     if kind == "email":
         return bool(_EXAMPLE_DOMAIN.search(found))
     if kind == "phone":

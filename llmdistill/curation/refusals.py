@@ -1,4 +1,4 @@
-"""The step of `curate` that finds refusals, and answers in which the model speaks of itself."""
+"""The step of `curate` that finds refusals, and answers in which the model refers to itself."""
 
 import re
 from collections.abc import Iterator
@@ -119,7 +119,7 @@ def refusals(settings: Refusals, context: StepContext) -> Check:
 
 
 def refusal_in(answer: str) -> re.Match[str] | None:
-    """Where an answer refuses, or speaks of itself as a model."""
+    """Where an answer refuses, or refers to itself as a model."""
     text = re.sub(r"\s+", " ", answer.replace("’", "'"))
     return next((found for found in (pattern.search(text) for pattern in _PATTERNS) if found), None)
 

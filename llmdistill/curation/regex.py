@@ -1,4 +1,4 @@
-"""The step of `curate` that looks for a regular expression."""
+"""The step of `curate` that searches for a regular expression."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The step of `curate` that looks for token n-grams and lines that an answer repeats."""
+"""The step of `curate` that finds repeated token n-grams and lines in an answer."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _LIST_MARKER = re.compile(r"^\s*(?:[-*+•#>|]+|\(?\d+[.):])\s+")
 
 
 def repetition(settings: Repetition, context: StepContext) -> Check:
-    """By token n-grams and lines that stood earlier in the completion."""
+    """By token n-grams and lines that occur earlier in the completion."""
 
     def check(rows: pa.Table) -> Iterator[str | None]:
         for ids, answer in zip(completion_ids(rows), answers(rows), strict=True):
@@ -29,7 +29,7 @@ def repetition(settings: Repetition, context: StepContext) -> Check:
 
 
 def repeated_share(ids: Array, ngram: int) -> float:
-    """The share of n-grams that stood earlier in the sequence; 0 if there are none."""
+    """The share of n-grams that occur earlier in the sequence; 0 if there are none."""
     if len(ids) < ngram:
         return 0.0
     windows = np.lib.stride_tricks.sliding_window_view(ids, ngram)
@@ -37,7 +37,7 @@ def repeated_share(ids: Array, ngram: int) -> float:
 
 
 def repeated_line_share(text: str) -> float:
-    """The share of a text's characters in lines that stood earlier, up to case, spaces, bullets and numbers."""
+    """The share of a text's characters in lines that occur earlier, ignoring case, spaces, bullets and numbers."""
     seen: set[str] = set()
     repeated = total = 0
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""What a step of `curate` is, what it may use, and the text of a row.
+"""The interface of a step of `curate`, what it may use, and the text of a row.
 
 The step NAME is the object `STEP` of the module `curation/NAME.py`; its settings are in `config/curate.py`. It is started
 once for a dataset and then called with its rows, group after group and in their order. For each row it says why the row
@@ -21,14 +21,14 @@ import pyarrow as pa
 from llmdistill.config import Experiment
 from llmdistill.config.curate import CurateStep
 from llmdistill.data.dataset import read_batches
-from llmdistill.errors import InputError
+from llmdistill.errors import not_installed
 from llmdistill.teachers.thinking import behind_trace
 
 Array = np.ndarray[Any, Any]
 
 
 class Failed(str):
-    """Why a step could not tell whether a row stays; it does not."""
+    """Why a step could not decide on a row, which is then not kept."""
 
 
 Check = Callable[[pa.Table], Iterable[str | None]]  # for each row of a group why it is rejected; None: it stays
@@ -37,7 +37,7 @@ COLUMNS = ["id", "prompt", "completion", "input_ids", "completion_start", "finis
 
 @dataclass
 class StepContext:
-    """What a step may use beside its settings."""
+    """What a step may use besides its settings."""
 
     experiment: Experiment
     manifest: dict[str, Any]
@@ -79,7 +79,7 @@ def step_named(name: str) -> CurationStep:
 
 
 def step_inputs(steps: Sequence[CurateStep]) -> dict[str, str]:
-    """Path or name and hash of what the steps read beside the rows, once it is known that each can be done.
+    """Path or name and hash of what the steps read besides the rows, after checking that each can run.
 
     Raises:
         InputError: a library, a file or a model is missing, or a file cannot be used; it names the key.
@@ -89,13 +89,13 @@ def step_inputs(steps: Sequence[CurateStep]) -> dict[str, str]:
         key, step = f"curate.{number}.{entry.name}", step_named(entry.name)
         for library, extra in step.libraries.items():
             if importlib.util.find_spec(library) is None:
-                raise InputError(f"{key} needs {library}, which is not installed: pip install 'llmdistill[{extra}]'")
+                raise not_installed(key, library, extra)
         inputs |= step.inputs(entry.settings, key)
     return inputs
 
 
 def answers(rows: pa.Table) -> Iterator[str]:
-    """The text that the teacher wrote, of every row."""
+    """The teacher's text of every row."""
     return ("\n".join(message["content"] for message in completion) for completion in rows["completion"].to_pylist())
 
 
@@ -107,7 +107,7 @@ def final_answers(rows: pa.Table, experiment: Experiment) -> Iterator[str]:
 
 
 def questions(rows: pa.Table) -> Iterator[str]:
-    """The text of all messages that the teacher answers, of every row."""
+    """The text of all messages before the teacher's answer, for every row."""
     return ("\n".join(message["content"] for message in prompt) for prompt in rows["prompt"].to_pylist())
 
 
@@ -117,18 +117,18 @@ def whole_texts(rows: pa.Table) -> Iterator[str]:
 
 
 def compared(rows: pa.Table, of: str) -> Iterator[str]:
-    """What is compared of every row: its `completion`, or its `conversation`."""
+    """The text to compare of every row: its `completion`, or its `conversation`."""
     return answers(rows) if of == "completion" else whole_texts(rows)
 
 
 def completion_ids(rows: pa.Table) -> Iterator[Array]:
-    """The token ids that the teacher wrote, of every row."""
+    """The teacher's token ids of every row."""
     starts = rows["completion_start"].to_pylist()
     return (np.asarray(ids.values)[start:] for ids, start in zip(rows["input_ids"], starts, strict=True))
 
 
 def metadata(rows: pa.Table) -> Iterator[dict[str, Any]]:
-    """What stands beside the conversation, of every row."""
+    """The metadata of every row."""
     return (json.loads(text) for text in rows["metadata"].to_pylist())
 
 

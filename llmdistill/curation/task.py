@@ -1,4 +1,4 @@
-"""The step of `curate` that rejects what a task of a user's own cannot accept as an answer."""
+"""The step of `curate` that rejects invalid answers for one of the user's own tasks."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from llmdistill.tasks.task import read_task
 
 
 def inputs(settings: Task, key: str) -> dict[str, str]:
-    """The task's file and those that it names, but for its held-out items.
+    """The task's file and those that it names, except its held-out items.
 
     Raises:
         InputError: one is missing, or cannot be used.
@@ -20,7 +20,7 @@ def inputs(settings: Task, key: str) -> dict[str, str]:
 
 
 def task(settings: Task, context: StepContext) -> Check:
-    """By the verdict of the task's kind; nothing is known of the right answer."""
+    """By the verdict of the task's kind; the right answer is unknown."""
     read = read_task(settings.file, f"{context.key}.file")
 
     def check(rows: pa.Table) -> Iterator[str | None]:

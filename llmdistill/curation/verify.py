@@ -1,4 +1,4 @@
-"""Processes that check answers by a program, for the steps `math` and `python`, and queries of tasks.
+"""Processes that check answers with a program, for the steps `math` and `python`, and for queries of tasks.
 
 What a model wrote can keep such a program busy for ever, fill the memory or crash it. It runs in processes of its own,
 which get no part of the environment, and are killed when a row takes too long; that row has failed, no other.
@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from llmdistill.config.machine import count_cores
 from llmdistill.curation.steps import Failed, StepContext, excerpt
 
 _START_SECONDS = 60.0  # for a process to be there and to have done its imports
@@ -23,10 +24,10 @@ Request = dict[str, Any]
 
 
 class Workers:
-    """As many processes as there are cores for us, each with one request at a time."""
+    """As many processes as there are available cores, each with one request at a time."""
 
     def __init__(self, timeout_s: float, first: Request, context: StepContext) -> None:
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = count_cores()
         self._free: SimpleQueue[Worker] = SimpleQueue()
         for _ in range(count):
             worker = Worker(timeout_s, first)
@@ -68,7 +69,7 @@ class Worker:
                 env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
             )
             if self._exchange(self._process, self.first, _START_SECONDS) != b"null\n":
-                raise RuntimeError("the verification process (llmdistill.curation.verify_worker) does not start")
+                raise RuntimeError("the verification process (llmdistill.curation.verify_worker) failed to start")
         line = self._exchange(self._process, request, self.timeout_s)
         if not line:
             self.kill()
@@ -79,7 +80,7 @@ class Worker:
         return excerpt(verdict["rejected"], 200) if "rejected" in verdict else None
 
     def kill(self) -> None:
-        """End the process."""
+        """Stop the process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -87,7 +88,7 @@ class Worker:
 
     @staticmethod
     def _exchange(process: "subprocess.Popen[bytes]", request: Request, timeout_s: float) -> bytes | None:
-        """The line that answers; empty if the process has ended, None if time is up."""
+        """The answer line; empty if the process has exited, None if time is up."""
         assert process.stdin
         assert process.stdout
         try:

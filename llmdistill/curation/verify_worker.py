@@ -1,7 +1,7 @@
-"""A process of its own that checks one answer after the other, so that it can be killed: see verify.py.
+"""A process that checks one answer after another, so that it can be killed: see verify.py.
 
 It reads a JSON object a line, `{"check": "math" | "python" | "sql", …}`, and answers each with a line: `null`, or
-`{"rejected": why}`, or `{"failed": why it cannot be told}`.
+`{"rejected": why}`, or `{"failed": why it cannot be decided}`.
 """
 
 import ast
@@ -22,7 +22,7 @@ _MEMORY = 4 << 30  # bytes of address space: a formula like 9**9**9 ends here, a
 
 
 def main() -> None:
-    """Answer until the input ends; with nobody left to kill it, a check that goes on for ever ends by an alarm."""
+    """Answer until the input ends; if nobody is left to kill it, an endless check is ended by an alarm."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     warnings.simplefilter("ignore")  # of escapes in strings
     checks: dict[str, Callable[..., str | None]] = {"math": check_math, "python": check_python, "sql": check_query}
@@ -59,7 +59,7 @@ def check_math(expected: str, text: str) -> str | None:
 
 
 def check_python(code: str) -> str | None:
-    """Why some code does not parse; it is not run."""
+    """Why code does not parse; it is not run."""
     try:
         ast.parse(code)
     except (SyntaxError, ValueError) as error:

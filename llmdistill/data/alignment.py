@@ -1,8 +1,8 @@
-"""Which position of a teacher's text a position of the same text in a student's tokens belongs to.
+"""Maps positions of a text in a student's tokens to those of the same text in a teacher's tokens.
 
 Positions are matched by where their tokens begin, in bytes. The student's token at such a place has the teacher's
 distribution as its soft target if a teacher's token begins there, too, and the roots of both tokens agree (`root_classes`).
-Everywhere else it is learnt as a hard label.
+Everywhere else it is learned as a hard label.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Side:
-    """One tokenizer's view of texts.
+    """A tokenizer as seen from text.
 
     Attributes:
         bytes_of: each token's bytes by its id; None for special tokens.
@@ -31,27 +31,36 @@ class Side:
 
     @cached_property
     def length_V(self) -> Array:
-        """Bytes of each token; 0 for special ones."""
+        """Number of bytes of each token; 0 for special ones."""
         return np.array([len(string or b"") for string in self.bytes_of], dtype=np.int64)
 
+    @cached_property
+    def _flat(self) -> tuple[Array, Array]:
+        """The bytes of all tokens, concatenated, and the start of each."""
+        buffer = np.frombuffer(b"".join(string or b"" for string in self.bytes_of), dtype=np.uint8)
+        return buffer, np.cumsum(self.length_V) - self.length_V
+
     def bytes(self, ids: Array) -> bytes:
-        """What tokens stand for, without special ones."""
-        return b"".join(self.bytes_of[token] or b"" for token in ids.tolist())
+        """The text of tokens, without special ones."""
+        buffer, first_V = self._flat
+        lengths_T = self.length_V[ids]
+        inside = np.repeat(first_V[ids] - self.begins(ids), lengths_T) + np.arange(lengths_T.sum())
+        return buffer[inside].tobytes()
 
     def begins(self, ids: Array) -> Array:
-        """Where each token begins, in bytes."""
+        """The start of each token, in bytes."""
         lengths_T = self.length_V[ids]
         begins_T: Array = np.cumsum(lengths_T) - lengths_T
         return begins_T
 
     def is_silent(self, ids: Array) -> Array:
-        """Whether each token is a special one that ends nothing."""
+        """Whether each token is a special one that does not end a text."""
         return (self.length_V[ids] == 0) & ~np.isin(ids, list(self.end_ids))
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Of each position of a student's text, shape (N,): the teacher's position, or why there is none.
+    """For each position of a student's text, shape (N,), the teacher's position, or why there is none.
 
     Attributes:
         place_N: which of the teacher's positions; −1 where the label is hard.
@@ -67,7 +76,7 @@ class Alignment:
 
     @property
     def counted(self) -> dict[str, int]:
-        """How many positions there are, and of each sort."""
+        """The number of positions, in total and by category."""
         soft = int((self.place_N >= 0).sum())
         return dict(zip(self.SORTS, (len(self.place_N), soft, self.inside, self.disagree), strict=True))
 
@@ -80,7 +89,7 @@ _SORTS = {
 
 
 def shares(counts: Mapping[str, int]) -> str:
-    """In words, from the counts of many rows: how many positions there are, and of each sort."""
+    """In words, from the counts of many rows: the number of positions, in total and by category."""
     total = max(counts["positions"], 1)
     return f"of {counts['positions']:,} positions " + ", ".join(f"{counts[n] / total:.1%} {what}" for n, what in _SORTS.items())
 
@@ -90,7 +99,7 @@ class Texts:
     """One text in two tokenizations.
 
     A text that one side has with other white space in front, as some chat templates strip it, is matched behind that. Where
-    the texts differ otherwise, what is behind the first difference has no partner.
+    the texts differ otherwise, positions after the first difference have no partner.
 
     Attributes:
         teacher: how its tokens read.
@@ -98,7 +107,7 @@ class Texts:
         their_ids: the teacher's tokens.
         own_ids: the student's.
         their_start: the teacher's first position with a distribution; what is before it counts for the places alone.
-        own_start: the student's first position that is learnt.
+        own_start: the student's first position that is learned.
     """
 
     teacher: Side
@@ -110,11 +119,11 @@ class Texts:
 
     @cached_property
     def met(self) -> tuple[int, int, int]:
-        """Bytes of the teacher's text, how many of them are the student's, too, and what is added to a place in the student's."""
+        """The bytes of the teacher's text, how many the student's shares, and the offset in the student's."""
         theirs, own = self.teacher.bytes(self.their_ids), self.student.bytes(self.own_ids)
-        if theirs != own and theirs.lstrip() == own.lstrip():
-            return len(theirs), len(theirs), len(theirs) - len(own)
-        return len(theirs), _common(theirs, own), 0
+        their_text, own_text = theirs.lstrip(), own.lstrip()
+        in_front = len(theirs) - len(their_text)
+        return len(theirs), in_front + _common(their_text, own_text), in_front - (len(own) - len(own_text))
 
 
 def align(texts: Texts) -> Alignment:
@@ -132,9 +141,9 @@ def align(texts: Texts) -> Alignment:
 
 
 def _places(side: Side, ids: Array, start: int, size: int) -> Array:
-    """For each byte of a text, and its end, which position's token begins there; −1 where none does.
+    """For each byte of a text, and its end, the position whose token begins there; −1 if none does.
 
-    Where a special token stands that ends nothing, the position behind it has seen what the student does not see.
+    After a special token that does not end a text, the position has seen what the student does not see.
     """
     begins_T, numbers_T, silent_T = side.begins(ids), np.arange(len(ids)) - start, side.is_silent(ids)
     place_at = np.full(size + 1, -1, dtype=np.int64)
@@ -145,14 +154,14 @@ def _places(side: Side, ids: Array, start: int, size: int) -> Array:
 
 
 def _common(a: bytes, b: bytes) -> int:
-    """Bytes that two texts begin with alike."""
+    """Number of bytes that two texts share at the start."""
     size = min(len(a), len(b))
     different = np.flatnonzero(np.frombuffer(a, np.uint8, size) != np.frombuffer(b, np.uint8, size))
     return int(different[0]) if len(different) else size
 
 
 def told_chunks(contents: Sequence[bytes], logprobs_N: Array, student: Side, own_ids: Array, ended: bool) -> tuple[Array, Array]:
-    """`chunks` of a text whose teacher told the bytes of its tokens, and their log-probabilities, but no ids.
+    """`chunks` of a text for which the teacher gave the bytes of tokens and their log-probabilities, but no ids.
 
     Args:
         contents: of each of the teacher's tokens.
@@ -166,10 +175,10 @@ def told_chunks(contents: Sequence[bytes], logprobs_N: Array, student: Side, own
 
 
 def chunks(texts: Texts, logprobs_N: Array) -> tuple[Array, Array]:
-    """The smallest stretches of text that begin and end with a token on both sides (Minixhofer et al. 2025, arXiv 2503.20083).
+    """The shortest stretches of text that begin and end with a token on both sides (Minixhofer et al. 2025, arXiv 2503.20083).
 
-    The probability of such a chunk is the product of its tokens', in either tokenization. Those with special tokens inside, with
-    a token whose log-probability is unknown (NaN), or behind the first difference of the texts, are none.
+    The probability of such a chunk is the product of its tokens', in either tokenization. Those with special tokens inside,
+    with a token whose log-probability is unknown (NaN), or after the first difference of the texts, are not chunks.
 
     Args:
         texts: the text.
@@ -183,7 +192,8 @@ def chunks(texts: Texts, logprobs_N: Array) -> tuple[Array, Array]:
     begins_T = _bounds(texts.teacher, texts.their_ids, texts.their_start)
     begins_N = _bounds(texts.student, texts.own_ids, texts.own_start) + shift
     bounds = np.intersect1d(begins_T, begins_N)
-    both_end = begins_T[-1] > size and begins_N[-1] > size
+    own_size = int(texts.student.length_V[texts.own_ids].sum()) + shift
+    both_end = begins_T[-1] > size == same == own_size < begins_N[-1]
     bounds = bounds[bounds <= same + both_end]
     first_T, first_N = np.searchsorted(begins_T[:-1], bounds), np.searchsorted(begins_N[:-1], bounds)
     unusable = (
@@ -201,7 +211,7 @@ def chunks(texts: Texts, logprobs_N: Array) -> tuple[Array, Array]:
 
 
 def _bounds(side: Side, ids: Array, start: int) -> Array:
-    """Where each token from `start` on begins, in bytes, and where the last ends; an end token has a byte of its own."""
+    """The start of each token from `start` on, in bytes, and the end of the last; an end token counts as one byte."""
     begins_T = side.begins(ids)
     ended = len(ids) > 0 and int(ids[-1]) in side.end_ids
     return np.append(begins_T[start:], int(side.length_V[ids].sum()) + ended)

@@ -1,21 +1,24 @@
-"""What a dataset costs at an endpoint: before, while it is made, and after."""
+"""The cost of a dataset at an endpoint: before, during and after it is made."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from llmdistill.config import Experiment
-from llmdistill.data.dataset import billed, finished_shards
+from llmdistill.data.dataset import Shard, billed, finished_shards
 from llmdistill.errors import BudgetError, InputError
 from llmdistill.teachers import Completion, Request, Usage, longest_answer, most_billed, shared_file
 from llmdistill.teachers.limits import spent
 
-CHARACTERS = 4  # of a token, where nothing is encoded yet
+CHARACTERS = 4  # per token, if nothing is encoded yet
 
 
 class Budget:
-    """Lets shards begin while the most that they may cost is there; without a budget, all of them.
+    """Lets shards start while their maximum cost fits the budget; without a budget, all of them.
 
     What counts as spent is what was paid for all answers, stored or not, of all workers, and the most that this worker's
     unfinished shards may still cost. Each further worker may go beyond the budget by what its own unfinished shards cost.
@@ -33,9 +36,10 @@ class Budget:
         self.experiment, self.directory, self.requests_of, self.reads = experiment, directory, requests_of, reads
         self.held: int | None = None
         self._running: dict[int, float] = {}
+        self._costs: dict[Path, float] = {}
 
     def most(self, index: int) -> float:
-        """The most that a shard may cost, as its prompts are encoded here."""
+        """Maximum cost of a shard, as its prompts are encoded here."""
         teacher, usage = self.experiment.teacher, Usage()
         for request in self.requests_of(index):
             most = most_billed(request, teacher, self.experiment.generate)
@@ -45,12 +49,21 @@ class Budget:
         return usage.cost(teacher.price, teacher.batch) or 0.0
 
     def spent(self) -> float:
-        """What was paid so far."""
-        stored = sum(entry.get("cost") or 0.0 for entry in billed(finished_shards(self.directory, "train")))
+        """Amount paid so far."""
+        stored = sum(map(self._cost, finished_shards(self.directory, "train")))
         return max(stored, spent(shared_file(self.directory)))
 
+    def _cost(self, shard: Shard) -> float:
+        """The cost of a finished shard, read once; 0 for a damaged one, which will be made again."""
+        if shard.file not in self._costs:
+            try:
+                self._costs[shard.file] = sum(entry.get("cost") or 0.0 for entry in billed([shard]))
+            except (pa.ArrowException, OSError):
+                return 0.0
+        return self._costs[shard.file]
+
     def within(self, missing: Iterator[int]) -> Iterator[int]:
-        """The shards that may begin; the first that may not is `held` until others have finished."""
+        """The shards that may start; the first that may not is `held` until others have finished."""
         while (index := next(missing, None) if self.held is None else self.held) is not None:
             self.held = None if self.fits(index) else index
             if self.held is not None:
@@ -59,16 +72,16 @@ class Budget:
             yield index
 
     def fits(self, index: int) -> bool:
-        """Whether a shard may begin now."""
+        """Whether a shard may start now."""
         budget = self.experiment.teacher.budget
         return budget is None or self.spent() + sum(self._running.values()) + self.most(index) <= budget
 
     def finished(self, index: int) -> None:
-        """A shard is stored, and what it cost is known."""
+        """Record that a shard is stored and its cost is known."""
         self._running.pop(index, None)
 
     def check(self, index: int) -> None:
-        """Refuse to begin with a shard that may cost too much.
+        """Refuse to start if the first shard may cost too much.
 
         Raises:
             InputError: even the first of a dataset may.
@@ -89,7 +102,7 @@ class Budget:
 
 
 def bill(completions: Sequence[Completion], experiment: Experiment, gives: dict[str, Any] | None) -> dict[str, Any]:
-    """What a shard says of what it cost; nothing of a teacher that bills nothing.
+    """The entry of a shard about its cost; empty if the teacher is not billed.
 
     Args:
         completions: all of the shard, those that failed included.
@@ -103,14 +116,14 @@ def bill(completions: Sequence[Completion], experiment: Experiment, gives: dict[
     return {**asdict(usage), "cost": usage.cost(teacher.price, teacher.batch), "gives": gives}
 
 
-def whole_bill(directory: Path, experiment: Experiment) -> dict[str, Any]:
-    """What `dataset.json` says: `cost` of the whole dataset, and what the endpoint `gives`, a list if that has changed."""
-    bills = billed(finished_shards(directory, "train"))
+def whole_bill(directory: Path, shards: Sequence[Shard], experiment: Experiment) -> dict[str, Any]:
+    """Entries in `dataset.json`: the `cost` of the whole dataset, and what the endpoint `gives`, a list if that has changed."""
+    bills = billed(shards)
     if not bills:
         return {}
     price = experiment.teacher.price
     usage = {f"{name}_tokens": sum(entry[name] for entry in bills) for name in ("input", "cached", "output")}
-    gives = [entry["gives"] for number, entry in enumerate(bills) if entry["gives"] not in [b["gives"] for b in bills[:number]]]
+    gives = list({json.dumps(entry["gives"], sort_keys=True): entry["gives"] for entry in bills}.values())
     cost: dict[str, Any] = {**usage}
     if price is not None:
         total = sum(entry["cost"] or 0.0 for entry in bills)
@@ -119,7 +132,7 @@ def whole_bill(directory: Path, experiment: Experiment) -> dict[str, Any]:
 
 
 def estimate(experiment: Experiment, characters: int, rows: int) -> str | None:
-    """About what a dataset costs at most, in words; None without a price.
+    """The approximate maximum cost of a dataset, in words; None without a price.
 
     Args:
         experiment: with the price.
@@ -138,5 +151,5 @@ def estimate(experiment: Experiment, characters: int, rows: int) -> str | None:
 
 
 def money(amount: float) -> str:
-    """With two digits behind the point, or as many as the first two that are not zero take."""
+    """Format with two decimals, or enough for the first two non-zero digits."""
     return f"{amount:,.2f}" if amount >= 1 or not amount else f"{amount:.2g}" if amount >= 1e-4 else f"{amount:.1e}"

@@ -1,4 +1,4 @@
-"""Cards in the Hub's format: what a model or dataset is, what it was made from, and how."""
+"""Cards in the Hub's format: the contents of a model or dataset, its sources, and how it was made."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from llmdistill.data.alignment import shares
 from llmdistill.data.targets import KINDS
 from llmdistill.evaluation.metrics import first_table
 from llmdistill.evaluation.statistics import interval_text
-from llmdistill.models.licence import sentence
+from llmdistill.models.licence import licence_of, of_weights, sentence
 from llmdistill.runs.progress import counted, say
 from llmdistill.runs.record import write_text
 
@@ -32,7 +32,7 @@ def describe_targets(manifest: Mapping[str, Any]) -> str:
 
 
 def write_card(file: Path, make: Callable[[], str]) -> None:
-    """Write a card; one that cannot be made is a warning, and never worth the work that it describes."""
+    """Write a card; on failure, only warn, so that no work is lost."""
     try:
         text = make()
     except Exception as error:
@@ -42,7 +42,7 @@ def write_card(file: Path, make: Callable[[], str]) -> None:
 
 
 def _writers(manifest: dict[str, Any]) -> str:
-    """The teachers, in words."""
+    """The teachers in words."""
 
     def named(teacher: dict[str, Any]) -> str:
         return f"`{teacher['model']}`" + (f" at `{teacher['commit']}`" if teacher.get("commit") else "")
@@ -54,17 +54,17 @@ def _writers(manifest: dict[str, Any]) -> str:
 
 
 def _text(manifest: dict[str, Any]) -> str:
-    """Who has written a dataset's text, in words."""
+    """The writer of a dataset's text in words."""
     if source := manifest.get("text_from"):
-        return f"from `{Path(source).name}`, read by {_writers(manifest)}"
+        return f"from `{Path(source).name}`, scored by {_writers(manifest)}"
     return f"written by {_writers(manifest)}"
 
 
 def dataset_card(manifest: dict[str, Any]) -> str:
-    """The README.md of a dataset, from its `dataset.json`; a teacher's licence is that of the text that it has written.
+    """The README.md of a dataset, from its `dataset.json`; the teacher's licence applies to the text that it has written.
 
-    It has no `configs`: the splits are in the names of the files, and `datasets.load_dataset` would take a directory with
-    them for any other of the same name that it has in its cache, and old files for new ones.
+    It has no `configs`: the splits are in the file names, and `datasets.load_dataset` would confuse a directory with them with
+    any other of the same name in its cache, and old files with new ones.
     """
     written = "text_from" not in manifest
     head = {
@@ -99,7 +99,7 @@ Made with llmdistill.
 
 {sentence(teacher.get("licence", {}))}
 
-The columns, the splits and everything needed to make it again are in `dataset.json`.
+The columns, the splits and everything needed to reproduce it are in `dataset.json`.
 """
 
 
@@ -123,7 +123,7 @@ def _starts_from(student: Student, base: str) -> str:
 
 
 def _describe_loss(arguments: Any) -> str:
-    """From a `DistillConfig`: its terms with their weights, and how tokens are weighted if not all alike."""
+    """Describe a `DistillConfig`: its terms with their weights, and the weighting of tokens if not uniform."""
 
     def number(start: float | None, end: float | None) -> str:
         return f"{start:.2g}" if end is None else f"{start:.2g} to {end:.2g}"
@@ -159,26 +159,31 @@ def model_card(
 
     Args:
         experiment: the configuration.
-        manifest: of its dataset.
-        name: of its directory.
+        manifest: manifest of its dataset.
+        name: name of its directory.
         arguments: its `DistillConfig`.
-        results: of the training.
-        examples: the file that it has seen alone.
-        trained_on: rows and completion tokens, with those that were mixed in, and without those to validate on.
+        results: results of the training.
+        examples: the only file that it has seen.
+        trained_on: rows and completion tokens, including those mixed in and excluding those used for validation.
     """
-    student = experiment.student
+    student, licence = experiment.student, manifest["teacher"].get("licence", {})
     base = student.model or experiment.teacher.model
+    licences = [sentence(licence)]
+    if base != experiment.teacher.model:  # its weights derive from that model, whatever the teacher's licence
+        own = licence_of(base, student.revision)
+        licences = [of_weights(base, own), *licences]
+        licence = own or ({"license": "other"} if licence else {})
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        # The Hub takes only names of its own, and a fresh student has no base.
+        # The Hub accepts only its own names, and a new student has no base.
         **({} if Path(base).is_dir() or student.config is not None else {"base_model": base}),
         "tags": ["llmdistill", "distillation"],
-        **manifest["teacher"].get("licence", {}),
+        **licence,
     }
     shards = [shard for shard in manifest["shards"] if shard["split"] == "train"]
     rows, tokens = trained_on or (sum(shard[key] for shard in shards) for key in ("rows", "tokens"))
-    targets = "none stored, the teacher ran during training" if experiment.targets.online else describe_targets(manifest)
+    targets = "none stored; the teacher ran during training" if experiment.targets.online else describe_targets(manifest)
     if examples:
         written, targets = f"the examples in {examples}", "none"
     else:
@@ -210,7 +215,7 @@ A student of `{experiment.teacher.model}`, made with llmdistill.
 
 {_table(facts)}
 
-{sentence(manifest["teacher"].get("licence", {}))}
+{" ".join(licences)}
 
 ## Usage
 
@@ -234,7 +239,7 @@ Versions, seeds and hashes of all inputs are in `run.json`.
 
 
 def with_results(card: str, metrics: dict[str, Any], manifest: Mapping[str, Any]) -> str:
-    """A student's card with what `eval` has found, in the place of what an earlier one had.
+    """A student's card with the results of `eval`, replacing earlier ones.
 
     Args:
         card: the README.md of the student.
@@ -254,15 +259,15 @@ def with_results(card: str, metrics: dict[str, Any], manifest: Mapping[str, Any]
     facts["parameters"] = f"{student['parameters']:,}"
     held_out = metrics["held_out"]
     what = "positions that both vocabularies share, of the text" if "classes" in held_out else "tokens"
-    how = "read" if "text_from" in manifest else "wrote"
+    how = "scored" if "text_from" in manifest else "wrote"
     results = f"""{_RESULTS}
 
 **{metrics["headline"]}**
 
 {_table(facts)}
 
-On {held_out["tokens"]:,} {what} that the teacher {how} for {held_out["prompts"]:,} prompts held out of training;
-intervals over the prompts.
+On {held_out["tokens"]:,} {what} that the teacher {how} for {held_out["prompts"]:,} prompts held out from training;
+intervals over prompts.
 
 """
     card = without_results(card)
@@ -279,7 +284,7 @@ def without_results(card: str) -> str:
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
-    """The YAML that a card begins with, and what follows."""
+    """The YAML header of a card, and the rest."""
     if not card.startswith("---\n"):
         return {}, card
     _, head, text = card.split("---\n", 2)
@@ -291,7 +296,7 @@ def _joined(head: dict[str, Any], text: str) -> str:
 
 
 def _with_index(card: str, student: dict[str, Any], metrics: dict[str, Any], text: str) -> str:
-    """The head with the Hub's `model-index`, which shows results on a text beside the model."""
+    """Add the Hub's `model-index` to the header, which shows results next to the model."""
     head, rest = _split(card)
     if not head:
         return card

@@ -1,4 +1,4 @@
-"""Rows to batches, and the one place where targets meet the logits that predict them.
+"""Turns rows into batches; the only place where targets are aligned with the logits that predict them.
 
 Soft-target row t of a sequence is the teacher's distribution for `input_ids[completion_start + t]` given everything
 before it. The student's logits for it stand at position `completion_start + t − 1`. No other module shifts anything.
@@ -35,21 +35,21 @@ class DistillCollator:
     what else `SoftTargets.batch` of that kind gives. Rows with an `importance` give `token_importance` (N,) and
     `token_logprobs` (N,) too. With `with_ids`, `ids` is the list of the rows' ids.
 
-    Padding-free, all rows stand one behind the other in a batch of one (B = 1, T the sum of lengths), with `position_ids`
+    If padding-free, all rows are concatenated in a batch of one (B = 1, T the sum of lengths), with `position_ids`
     (1, T) that begin again at every row, and without a mask; so does every row of a pack, a list of rows.
 
     Args:
         pad_token_id: fills `input_ids`; masked in attention and labels, so any id will do.
         max_length: sequences are cut to so many tokens, their targets with them; None keeps them whole.
         padding_free: whether rows stand behind instead of below each other.
-        position_weights: one of `POSITION_WEIGHTS`.
+        position_weights: one of `POSITION_WEIGHTS`; a row whose weights are all zero counts uniformly.
         by_sequence: scale the weights so that they add up to one in every row with a completion, else they are as they are.
         with_ids: put the rows' `id` into the batch.
         vocab_size: of the student's output layer; targets from there on are given to the others. None if there are none.
         classes: of rows from `retokenize`, whose targets are in the teacher's tokens: they become targets over classes, and
             `target_soft` (N,) says which positions have one. Of several teachers by their names; then `target_teacher` (N,) is
             the number of each position's, in this order, by the row's `teacher`.
-        for_teacher: give what a teacher that runs beside the student needs in the place of stored targets, in its own tokens:
+        for_teacher: return what an online teacher needs instead of stored targets, in its own tokens:
             of teacher number 0 `their_0_input_ids` and so on, and `teacher_positions` (N,), where its logits stand.
         teachers: the names of several teachers of rows that are in one vocabulary.
     """
@@ -66,7 +66,7 @@ class DistillCollator:
     teachers: Sequence[str] = ()
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        """One batch from rows as `load_dataset` gives them, or from packs of such rows."""
+        """One batch from rows of `load_dataset`, or from packs of such rows."""
         packs = [pack if isinstance(pack, list) else [pack] for pack in rows]
         rows = [row for pack in packs for row in pack]
         ids = [np.asarray(row["input_ids"])[: self.max_length] for row in rows]
@@ -122,7 +122,7 @@ class DistillCollator:
         return {"input_ids": input_ids_T[None], "position_ids": place_T[None], "labels": labels_T[None]}
 
     def _numbers(self, rows: Sequence[Any]) -> targets.Array | None:
-        """The number of each row's teacher; None where there is a single one.
+        """The number of each row's teacher; None for a single teacher.
 
         Raises:
             ValueError: a row is of another teacher.
@@ -132,29 +132,29 @@ class DistillCollator:
             return None
         for row in rows:
             if str(row["teacher"]) not in names:
-                raise ValueError(f"a row is of the teacher {row['teacher']}, but those of the dataset are {', '.join(names)}")
+                raise ValueError(f"a row is of the teacher {row['teacher']}, but the dataset has the teachers {', '.join(names)}")
         return np.array([names.index(str(row["teacher"])) for row in rows])
 
     def _of_classes(
         self, kind: type[targets.SoftTargets], rows: Sequence[Any], counts: targets.Array, numbers: targets.Array | None
     ) -> tuple[targets.SoftTargets, targets.Array]:
-        """The targets over classes at every position, and which have one; at the others they are of any position."""
+        """The targets over classes at every position, and whether it has one; otherwise those of any position."""
         if self.classes is None:
-            raise ValueError("the rows have another vocabulary than their targets; give their classes (load_classes)")
+            raise ValueError("the rows and their targets have different vocabularies; pass the classes (load_classes)")
         places, theirs = _places(rows, counts)
         index_N = np.concatenate([place + before for place, before in zip(places, theirs.cumsum() - theirs, strict=True)])
         soft_N = np.concatenate(places) >= 0
         soft = kind.of_rows(rows, theirs).at(np.where(soft_N, index_N, np.repeat(theirs.cumsum() - theirs, counts)))
         teacher_N = np.repeat(np.zeros(len(rows), dtype=np.int64) if numbers is None else numbers, counts)
         parts, order = [], []
-        for number, classes in enumerate(by_name(self.classes).values()):  # no id meets the classes of another vocabulary
+        for number, classes in enumerate(by_name(self.classes).values()):  # no id is looked up in other classes
             its = np.flatnonzero(teacher_N == number)
             parts.append(soft.at(its).of_classes(classes.teacher_V, classes.dropped))
             order.append(its)
         return targets.SoftTargets.together(parts).at(np.argsort(np.concatenate(order))), soft_N
 
     def _teachers(self, rows: Sequence[Any], counts: targets.Array, numbers: targets.Array | None) -> dict[str, targets.Array]:
-        """The rows in their teachers' tokens as far as they are needed, and where in them the logits for each token stand."""
+        """The rows in their teachers' tokens as far as needed, and the position of the logits for each token in them."""
         if "target_places" not in rows[0]:  # one vocabulary: a token is the teacher's own
             if numbers is None:
                 return {}
@@ -185,24 +185,26 @@ class DistillCollator:
         if (is_known_N := ~np.isnan(weights_N)).sum() < len(weights_N):  # the others count as much as the mean of their row
             known, total = (np.bincount(row_N[is_known_N], of, len(counts)) for of in (None, weights_N[is_known_N]))
             weights_N = np.where(is_known_N, weights_N, np.where(known, total / np.maximum(known, 1), 1.0)[row_N])
+        total_N = np.bincount(row_N, weights_N, len(counts))[row_N]
+        weights_N = np.where(total_N > 0, weights_N, 1.0)  # all zero: uniform
         if self.by_sequence:
-            weights_N = weights_N / np.maximum(np.bincount(row_N, weights_N, len(counts)), 1e-12)[row_N]
+            weights_N = weights_N / np.bincount(row_N, weights_N, len(counts))[row_N]
         return weights_N.astype(np.float32)
 
 
 def _places(rows: Sequence[Any], counts: targets.Array) -> tuple[list[targets.Array], targets.Array]:
-    """Of the first so many positions of each row the teacher's, −1 for none; and how many of the teacher's that takes."""
+    """For the first positions of each row, the teacher's, −1 for none; and how many of the teacher's positions that takes."""
     places = [np.asarray(row["target_places"])[:count].astype(np.int64) for row, count in zip(rows, counts, strict=True)]
     return places, np.array([max(int(place.max(initial=-1)) + 1, 1) for place in places])
 
 
 def _in_own_tokens(row: Any, count: int) -> dict[str, Any]:
-    """A row of one vocabulary as `retokenize` would store it."""
+    """A row with a single vocabulary in the form that `retokenize` stores."""
     return {"teacher_ids": row["input_ids"], "teacher_start": row["completion_start"], "target_places": np.arange(count)}
 
 
 def teacher_batch(batch: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
-    """What `completion_logits` of a teacher that runs beside the student is given: its own rows, in its own tokens."""
+    """The input of `completion_logits` for an online teacher: its own rows, in its own tokens."""
     prefix, positions_N = f"their_{number}_", batch["teacher_positions"]
     if "target_teacher" in batch:
         positions_N = positions_N[batch["target_teacher"] == number]
@@ -211,18 +213,18 @@ def teacher_batch(batch: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
 
 
 def text_only(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """The rows without their soft targets, for batches of which nothing is learnt."""
+    """The rows without their soft targets, for batches that are not learned from."""
     return [{name: row[name] for name in ("input_ids", "completion_start")} for row in rows]
 
 
 def some_tokens(batch: Mapping[str, Any], tokens: slice) -> dict[str, Any]:
-    """The entries of a batch that have a value for each completion token, of some of them; and what holds for all."""
+    """The entries of a batch for some of its completion tokens; entries that are not per token are kept."""
     names = [name for name in batch if name.startswith(("positions", "target_", "teacher_", "token_"))]
     return {name: batch[name] if name in _OF_ALL else batch[name][tokens] for name in names}
 
 
 def first_items(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The batch with the completions of its first items alone, rows or packs: from the others nothing is learnt or counted."""
+    """The batch with only the completions of its first items, rows or packs: the others are not learned from or counted."""
     lengths = batch["lengths"][: batch["pack_sizes"][:count].sum()]
     labels_BT = batch["labels"].clone()
     if "position_ids" in batch:
@@ -234,5 +236,5 @@ def first_items(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def completion_labels(batch: Mapping[str, Any]) -> torch.Tensor:
-    """The completion tokens, shape (N,): without a search for them in `labels`, which a GPU would have to be waited for."""
+    """The completion tokens, shape (N,), without searching `labels`, which would need a GPU synchronisation."""
     return batch["labels"].flatten()[batch["positions"] + 1]

@@ -53,10 +53,12 @@ _TOKENIZER = {
 }
 _STEP: dict[str, type] = {"name": str, "rows_in": int, "rejected": int, "failed": int, "kept": int}  # of `curate`
 _ALIGNED = dict.fromkeys(Alignment.SORTS, int)
+_SHARD: dict[str, type] = {"file": str, "split": str, "rows": int, "tokens": int, "bytes": int, "target_bytes": int}
 _LIST_ENTRIES = 1 << 30
 _FAILED = b"llmdistill.failed"
 _BILL = b"llmdistill.bill"
 ROW_GROUP = 1000  # rows; what a reader has to hold at a time
+TOKENS_AT_ONCE = 1 << 16  # about what a reader that decodes targets holds
 MANIFEST = "dataset.json"
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -64,22 +66,34 @@ SHARD_NAME = re.compile(r"(?P<split>train|test)-(?P<index>\d{5,})-of-(?P<count>\
 Messages = list[dict[str, str]]  # role and content of each turn
 OURS = "llmdistill"  # the field of `metadata` with a row's provenance; all others are the user's
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def _are_integers(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) and pa.types.is_integer(kind.value_type))
+
+
+def _are_floats(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) and pa.types.is_floating(kind.value_type))
+
+
 _COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
     "id": pa.types.is_string,
     "prompt": pa.types.is_list,
     "completion": pa.types.is_list,
-    "input_ids": lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type),
+    "input_ids": _are_integers,
     "completion_start": pa.types.is_integer,
     "finish_reason": pa.types.is_string,
     "metadata": pa.types.is_string,
-    "token_logprobs": lambda kind: pa.types.is_list(kind) and pa.types.is_floating(kind.value_type),
+    "token_logprobs": _are_floats,
 }
 """The columns that every shard has, and whether a type is theirs."""
+_OF_TEACHER = {"teacher_ids": _are_integers, "teacher_start": pa.types.is_integer, "target_places": _are_integers}
+"""Further columns after `retokenize`."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence before it is stored; `targets` has one row a completion token, or is None for text only.
+    """One sequence before it is stored; `targets` has one row per completion token, or is None for text only.
 
     `metadata` is what the user's file says beside the conversation, `provenance` what is known of how the row was made.
     """
@@ -99,7 +113,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard, as its file name tells it."""
+    """A finished shard, as described by its file name."""
 
     file: Path
     split: str
@@ -139,27 +153,27 @@ def rows_to_table(rows: list[Row], vocab_size: int) -> pa.Table:
 
 
 def with_failed(table: pa.Table, failed: Mapping[str, int]) -> pa.Table:
-    """The rows of a shard, and how many more were given up for which reason, in the file's metadata."""
+    """The rows of a shard, and in the file's metadata how many others were given up for which reason."""
     if not failed:
         return table
     return table.replace_schema_metadata({**(table.schema.metadata or {}), _FAILED: json.dumps(dict(failed)).encode()})
 
 
 def with_bill(table: pa.Table, bill: Mapping[str, Any]) -> pa.Table:
-    """The rows of a shard, and what an endpoint billed for them, in the file's metadata."""
+    """The rows of a shard, and in the file's metadata what an endpoint billed for them."""
     if not bill:
         return table
     return table.replace_schema_metadata({**(table.schema.metadata or {}), _BILL: json.dumps(dict(bill)).encode()})
 
 
 def billed(shards: "Iterable[Shard]") -> list[dict[str, Any]]:
-    """What an endpoint billed for shards, of those for which it did."""
+    """What an endpoint billed for shards, as far as recorded."""
     found = (json.loads((pq.read_schema(shard.file).metadata or {}).get(_BILL, b"null")) for shard in shards)
     return [entry for entry in found if entry]
 
 
 def failed_rows(shards: "Iterable[Shard]") -> dict[str, int]:
-    """How many rows were given up in the making of shards, by reason."""
+    """Number of rows given up while making shards, by reason."""
     total: Counter[str] = Counter()
     for shard in shards:
         total.update(json.loads((pq.read_schema(shard.file).metadata or {}).get(_FAILED, b"{}")))
@@ -167,13 +181,13 @@ def failed_rows(shards: "Iterable[Shard]") -> dict[str, int]:
 
 
 def metadata_and_provenance(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the column `metadata` holds: the fields of the user's file, and how the row was made."""
+    """The content of the column `metadata`: the fields of the user's file, and how the row was made."""
     fields: dict[str, Any] = json.loads(text)
     return fields, fields.pop(OURS, {})
 
 
 def whole_conversation(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
-    """The messages of a stored row as they were before roles and contents alone were stored, and the tools offered.
+    """The messages of a stored row before reduction to roles and contents, and the tools offered.
 
     Args:
         row: with `prompt`, `completion` and `metadata`.
@@ -189,7 +203,7 @@ def _metadata(row: Row) -> str:
 
 
 def to_json(content: Any) -> str:
-    """JSON whose keys keep their order; dates and the like become text, and what is not a finite number null."""
+    """JSON whose keys keep their order; dates and the like become text, and non-finite numbers null."""
     try:
         text = json.dumps(content, ensure_ascii=False, default=str, allow_nan=False)
     except ValueError:
@@ -206,12 +220,12 @@ def _finite(value: Any) -> Any:
 
 
 def storable(text: str) -> str:
-    """The text as it can be stored: half a surrogate pair, which a model may write, becomes `?`."""
+    """The text in a form that can be stored: lone surrogates, which a model may write, become `?`."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def check_logprobs(row: Row, unknown: bool = False) -> None:
-    """Refuse what no teacher's log-probabilities can be, before it is stored.
+    """Refuse invalid log-probabilities of a teacher before they are stored.
 
     Args:
         row: to be stored.
@@ -225,13 +239,13 @@ def check_logprobs(row: Row, unknown: bool = False) -> None:
     for values in map(np.asarray, stored):
         if np.isnan(values).any() or (values > 1e-3).any():
             raise NonFiniteError(
-                f"row {row.id}: the teacher's log-probabilities are not numbers below zero; float16 overflows in some models: "
+                f"row {row.id}: the teacher's log-probabilities are not negative numbers; some models overflow in float16: "
                 "set teacher.dtype to bfloat16 or float32"
             )
 
 
 class ShardWriter:
-    """Streams one shard to disk; it appears by an atomic rename, under a name that holds its checksum.
+    """Streams one shard to disk; it appears by an atomic rename, under a name that contains its checksum.
 
     What has been written goes away again if the writing fails, for instance on a full disk.
     """
@@ -254,11 +268,11 @@ class ShardWriter:
 
     @property
     def bytes(self) -> int:
-        """Bytes written so far."""
+        """Number of bytes written so far."""
         return int(self._stream.tell())
 
     def close(self) -> None:
-        """Write the footer and wait for the disk; the shard is whole, but not there yet."""
+        """Write the footer and flush to disk; the shard is complete, but not visible yet."""
         with self._removed_on_error():
             self._writer.close()
             self._stream.close()
@@ -270,7 +284,7 @@ class ShardWriter:
             os.close(mark)
 
     def publish(self, count: int) -> Shard:
-        """Let the shard appear as one of `count`; if another worker made it meanwhile, that one stays."""
+        """Publish the shard as one of `count`; if another worker has made it meanwhile, that one is kept."""
         checksum = sha256(self.unfinished)[:16]
         there = next((shard for shard in finished_shards(self.directory, self.split) if shard.index == self.index), None)
         if there:
@@ -295,7 +309,7 @@ class ShardWriter:
 
 
 def write_shard(directory: Path, split: Split, index: int, count: int, table: pa.Table) -> Shard:
-    """Write one shard as a whole."""
+    """Write one complete shard."""
     writer = ShardWriter(directory, split, index, table.schema)
     writer.write(table)
     writer.close()
@@ -303,7 +317,7 @@ def write_shard(directory: Path, split: Split, index: int, count: int, table: pa
 
 
 def parquet_encoding(schema: pa.Schema) -> dict[str, Any]:
-    """How a shard's columns are encoded: options of `pyarrow.parquet.write_table`.
+    """Encoding of a shard's columns: options of `pyarrow.parquet.write_table`.
 
     The high bytes of ids and log-probabilities repeat more than the low ones; stored apart, they compress by a tenth more.
     """
@@ -319,7 +333,7 @@ def parquet_encoding(schema: pa.Schema) -> dict[str, Any]:
 
 
 def finished_shards(directory: Path, split: Split) -> list[Shard]:
-    """The shards that are there, one an index; where two workers made the same one, the first by name counts."""
+    """The existing shards, one per index; if two workers made the same one, the first by name counts."""
     found: dict[int, Shard] = {}
     for file in sorted(directory.glob(f"{split}-*.parquet")):
         match = SHARD_NAME.fullmatch(file.name)
@@ -331,7 +345,7 @@ def finished_shards(directory: Path, split: Split) -> list[Shard]:
 
 
 class SplitWriter:
-    """Streams a split into shards of about so many bytes; none is there before all are whole."""
+    """Streams a split into shards of about this many bytes; none is visible before all are complete."""
 
     def __init__(self, directory: Path, split: Split, shard_bytes: int) -> None:
         self.directory, self.split, self.shard_bytes = directory, split, shard_bytes
@@ -348,7 +362,7 @@ class SplitWriter:
             self._flush()
 
     def publish(self) -> list[Shard]:
-        """Finish the last shard, and let all of them appear."""
+        """Finish the last shard, and publish all of them."""
         self._flush()
         self._close()
         return [writer.publish(len(self._shards)) for writer in self._shards]
@@ -372,12 +386,12 @@ class SplitWriter:
 
 
 def is_damaged(shard: Shard) -> bool:
-    """Whether its bytes are not those that its name tells."""
+    """Whether its bytes do not match the checksum in its name."""
     return sha256(shard.file)[:16] != shard.checksum
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what killed writers left behind; that of living ones stays, wherever they run."""
+    """Delete what killed writers left behind; files of running ones are kept, wherever they run."""
     for file in directory.glob(".*.unfinished"):
         if lock.is_abandoned(file):
             file.unlink(missing_ok=True)
@@ -403,7 +417,7 @@ def write_manifest(directory: Path, shards: list[Shard], description: dict[str, 
 
 
 def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
-    """`dataset.json`, once its schema is known to be ours and its shards are there.
+    """Read `dataset.json`, after checking that its schema is supported and its shards exist.
 
     Args:
         directory: of the dataset.
@@ -431,8 +445,8 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
             f"{directory / MANIFEST}: schema_version is {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
         )
     check_shape(file, manifest, _MANIFEST)
-    if (kind := manifest["targets"].get("kind")) not in targets.KINDS:
-        raise InputError(f"{file}: targets.kind is {kind!r}, this version reads {', '.join(targets.KINDS)}")
+    if (kind := check_shape(file, manifest["targets"], {"kind": str}, "targets")["kind"]) not in targets.KINDS:
+        raise InputError(f"{file}: targets.kind is {kind!r}, but this version reads {', '.join(targets.KINDS)}")
     size = targets.KINDS[kind].size
     check_shape(file, manifest["targets"], {size: int} if size else {}, "targets")
     check_shape(file, manifest["teacher"], {"model": str, "engine": str}, "teacher")
@@ -440,20 +454,42 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
         check_shape(file, manifest[name], _TOKENIZER, name)
     _check_teachers(file, manifest)
     _check_derived(file, manifest)
-    for number, entry in enumerate(manifest["shards"]):
-        check_shape(file, entry, {"file": str, "split": str, "rows": int, "tokens": int, "bytes": int}, f"shards.{number}")
-        if not SHARD_NAME.fullmatch(entry["file"]):
-            raise InputError(f"{file}: shards.{number}.file is {entry['file']!r}, which is not the name of a shard")
-        if not (directory / entry["file"]).is_file():
-            raise InputError(f"{directory / entry['file']}: the shard is missing")
+    _check_shards(file, manifest["shards"])
     return manifest
 
 
-def _check_teachers(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse what `dataset.json` cannot say of several teachers; where one has a tokenizer of its own, so have the others.
+def _check_shards(file: Path, entries: Sequence[Any]) -> None:
+    """Refuse invalid entries of `shards` in `dataset.json`, and shards that are missing.
 
     Raises:
-        InputError: naming the file and the key.
+        InputError: names the file and the key.
+    """
+    if not entries:
+        raise InputError(f"{file}: shards is empty")
+    names = set[str]()
+    for number, entry in enumerate(entries):
+        at = f"shards.{number}"
+        check_shape(file, entry, _SHARD, at)
+        name, split = entry["file"], entry["split"]
+        if negative := [key for key, kind in _SHARD.items() if kind is int and entry[key] < 0]:
+            raise InputError(f"{file}: {at}.{negative[0]} is {entry[negative[0]]}, must be at least 0")
+        match = SHARD_NAME.fullmatch(name)
+        if match is None:
+            raise InputError(f"{file}: {at}.file is {name!r}, which is not the name of a shard")
+        if match["split"] != split:
+            raise InputError(f"{file}: {at}.split is {split!r}, but the file is {name}")
+        if name in names:
+            raise InputError(f"{file}: {at}.file is {name}, which is listed twice")
+        names.add(name)
+        if not (file.parent / name).is_file():
+            raise InputError(f"{file.parent / name}: the shard is missing")
+
+
+def _check_teachers(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse invalid entries about several teachers; if one has its own tokenizer, all must have one.
+
+    Raises:
+        InputError: names the file and the key.
     """
     teachers = check_shape(file, manifest.get("teachers", {}), {}, "teachers")
     for name, teacher in teachers.items():
@@ -463,10 +499,10 @@ def _check_teachers(file: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_derived(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse what `dataset.json` cannot say of what `curate` and `retokenize` did.
+    """Refuse invalid entries about `curate` and `retokenize`.
 
     Raises:
-        InputError: naming the file and the key.
+        InputError: names the file and the key.
     """
     if "steps" in manifest:
         check_shape(file, manifest, {"rows_in": int, "steps": list})
@@ -479,23 +515,28 @@ def _check_derived(file: Path, manifest: Mapping[str, Any]) -> None:
         several = check_shape(file, alignment.get("teachers", {}), {}, "alignment.teachers")
         for at, one in {"alignment": alignment, **{f"alignment.teachers.{name}": one for name, one in several.items()}}.items():
             check_shape(file, one, _ALIGNED, at)
+        check_shape(file, manifest, {"teacher_tokenizer": dict})
 
 
 def has_several_tokenizers(manifest: Mapping[str, Any]) -> bool:
-    """Whether the rows are in the tokens of teachers that have other ids, or another template, each; from `dataset.json`."""
+    """Whether the rows are in the tokens of their own teachers, which have different ids or templates; from `dataset.json`."""
     return "alignment" not in manifest and any("tokenizer" in teacher for teacher in manifest.get("teachers", {}).values())
 
 
 def shard_files(directory: Path, split: Split) -> list[Path]:
-    """The shards of one split, each checked against the checksum in its name, and its rows against each other.
+    """The shards of one split, checked against the checksums in their names, and their rows for consistency.
 
     Raises:
-        InputError: naming the file whose bytes are not what they were, or whose rows no teacher can have written.
+        InputError: names the file whose bytes are not what they were, or whose rows no teacher can have written.
     """
     manifest = read_manifest(directory)
-    sizes = {"": manifest["tokenizer"]["vocab_size"]}
-    if has_several_tokenizers(manifest):
-        sizes = {name: teacher["tokenizer"]["vocab_size"] for name, teacher in manifest["teachers"].items()}
+    several = manifest.get("teachers", {})
+    by_teacher = {name: one["tokenizer"]["vocab_size"] for name, one in several.items() if "tokenizer" in one}
+    sizes, their_sizes = {"": manifest["tokenizer"]["vocab_size"]}, None
+    if "alignment" in manifest:
+        their_sizes = by_teacher or {"": manifest["teacher_tokenizer"]["vocab_size"]}
+    elif by_teacher:
+        sizes = by_teacher
     files = [directory / entry["file"] for entry in manifest["shards"] if entry["split"] == split]
     for file in files:
         match = SHARD_NAME.fullmatch(file.name)
@@ -503,71 +544,130 @@ def shard_files(directory: Path, split: Split) -> list[Path]:
             raise InputError(
                 f"{file}: the checksum does not match; the file was damaged or changed. Delete it and generate it again"
             )
-        _check_rows(file, sizes, targets.KINDS[manifest["targets"]["kind"]])
+        _check_rows(file, sizes, targets.KINDS[manifest["targets"]["kind"]], their_sizes)
     return files
 
 
-def _check_rows(file: Path, sizes: Mapping[str, float], kind: type[targets.SoftTargets] = targets.TextOnly) -> None:
-    """Refuse a shard without rows or columns, or with values that cannot be.
+def _check_rows(
+    file: Path,
+    sizes: Mapping[str, int],
+    kind: type[targets.SoftTargets] = targets.TextOnly,
+    their_sizes: Mapping[str, int] | None = None,
+) -> None:
+    """Refuse a shard without rows or columns, or with impossible values.
 
     Args:
         file: the shard.
-        sizes: of the vocabularies by the teachers' names; of a single one the name is empty.
+        sizes: of the vocabularies of `input_ids` by the teachers' names; of a single one the name is empty.
         kind: of its soft targets.
+        their_sizes: of those of `teacher_ids`, after `retokenize`.
 
     Raises:
-        InputError: naming the file and the row.
+        InputError: names the file and the row.
     """
     try:
         schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: is no Parquet file: {error}") from None
-    for name, is_it in _COLUMNS.items():
+        raise InputError(f"{file}: not a Parquet file: {error}") from None
+    wanted = _COLUMNS | (_OF_TEACHER if their_sizes is not None else {})
+    for name, is_it in wanted.items():
         if name not in schema.names:
             raise InputError(f"{file}: has no column {name}")
-        if not is_it(schema.field(name).type):
-            raise InputError(f"{file}: the column {name} cannot be of the type {schema.field(name).type}")
-    if missing := [name for name in kind.columns if name not in schema.names]:
-        raise InputError(f"{file}: has no column {missing[0]}, which targets of kind {kind.name} have")
-    first, theirs = 0, [name for name in ("teacher_ids", "teacher_start") if name in schema.names and not kind.of_text]
-    for rows in read_batches([file], [*_COLUMNS, *theirs, *kind.columns]):
+        _check_type(file, schema.field(name), is_it)
+    for name in kind.columns:
+        if name not in schema.names:
+            raise InputError(f"{file}: has no column {name}, which targets of kind {kind.name} have")
+        _check_type(file, schema.field(name), lambda of: _are_integers(of) or _are_floats(of))
+    first, named = 0, [name for name in ("teacher",) if name in schema.names]
+    for rows in read_batches([file], [*wanted, *named, *kind.columns], rows_at_once(file)):
         _check_text(file, rows, first)
-        starts, lengths, written = (
-            pc.fill_null(values, -1).to_numpy()
-            for values in (
-                rows["completion_start"],
-                pc.list_value_length(rows["input_ids"]),
-                pc.list_value_length(rows["token_logprobs"]),
-            )
-        )
-        if (wrong := np.flatnonzero((starts < 1) | (starts > lengths))).size:  # nothing predicts the first token
-            raise InputError(f"{file}: row {first + wrong[0]}: completion_start is not a place in input_ids behind the first")
-        if (wrong := np.flatnonzero(written != lengths - starts)).size:
-            raise InputError(f"{file}: row {first + wrong[0]}: token_logprobs has not one value for each completion token")
-        ids = pc.list_flatten(rows["input_ids"]).fill_null(-1).to_numpy()
-        limit_R = np.full(len(rows), sizes[""]) if "" in sizes else _limits(file, rows, first, sizes)
-        if (wrong := np.flatnonzero((ids < 0) | (ids >= np.repeat(limit_R, lengths)))).size:
-            row = first + int(np.searchsorted(lengths.cumsum(), wrong[0], side="right"))
-            raise InputError(f"{file}: row {row}: the token id {ids[wrong[0]]} is outside of the vocabulary")
+        positions_R, limit_R = _check_ids(file, rows, first, ("input_ids", "completion_start"), sizes)
+        written = pc.fill_null(pc.list_value_length(rows["token_logprobs"]), -1).to_numpy()
+        if (wrong := np.flatnonzero(written != positions_R)).size:
+            raise InputError(f"{file}: row {first + wrong[0]}: token_logprobs does not have one value per completion token")
+        if their_sizes is not None:
+            of_teacher_R, their_limit_R = _check_ids(file, rows, first, ("teacher_ids", "teacher_start"), their_sizes)
+            _check_places(file, rows, first, positions_R, of_teacher_R)
+            if not kind.of_text:
+                positions_R, limit_R = of_teacher_R, their_limit_R
         if kind.columns:
-            if theirs:  # the targets are in the tokens of another vocabulary
-                written = pc.list_value_length(rows["teacher_ids"]).to_numpy() - rows["teacher_start"].to_numpy()
-                limit_R = np.full(len(rows), np.inf)
-            _check_targets(file, rows, first, kind, written, limit_R)
+            _check_targets(file, rows, first, kind, positions_R, limit_R)
         first += len(rows)
     if not first:
         raise InputError(f"{file}: has no rows")
 
 
-def _check_text(file: Path, rows: pa.Table, first: int) -> None:
-    """Refuse nulls, metadata that is no JSON object, and log-probabilities above zero.
+def _check_type(file: Path, column: pa.Field, is_it: Callable[[pa.DataType], bool]) -> None:
+    """Refuse a column of a wrong type.
 
     Raises:
-        InputError: naming the file, and the row or the column.
+        InputError: names the file and the column.
+    """
+    if not is_it(column.type):
+        raise InputError(f"{file}: the column {column.name} cannot be of the type {column.type}")
+
+
+def _check_ids(
+    file: Path, rows: pa.Table, first: int, names: tuple[str, str], sizes: Mapping[str, int]
+) -> tuple[targets.Array, targets.Array]:
+    """The number of completion tokens of each row, and the size of its vocabulary.
+
+    Args:
+        file: the shard.
+        rows: some of its rows.
+        first: the number of the first of them.
+        names: the columns with the ids and with the place of the first completion token.
+        sizes: of the vocabularies, by the teachers' names.
+
+    Raises:
+        InputError: that place or an id is out of range; naming the file and the row.
+    """
+    starts = pc.fill_null(rows[names[1]], -1).to_numpy()
+    lengths = pc.fill_null(pc.list_value_length(rows[names[0]]), -1).to_numpy()
+    if (wrong := np.flatnonzero((starts < 1) | (starts > lengths))).size:  # nothing predicts the first token
+        raise InputError(f"{file}: row {first + wrong[0]}: {names[1]} is not a position in {names[0]} after the first")
+    ids = pc.list_flatten(rows[names[0]]).fill_null(-1).to_numpy()
+    limit_R = np.full(len(rows), sizes[""]) if "" in sizes else _limits(file, rows, first, sizes)
+    if (wrong := np.flatnonzero((ids < 0) | (ids >= np.repeat(limit_R, lengths)))).size:
+        row = first + _row_of(lengths, wrong[0])
+        raise InputError(f"{file}: row {row}: the token id {ids[wrong[0]]} is outside the vocabulary ({names[0]})")
+    return lengths - starts, limit_R
+
+
+def _check_places(file: Path, rows: pa.Table, first: int, positions_R: targets.Array, of_teacher_R: targets.Array) -> None:
+    """Refuse `target_places` that are out of range, or not one per completion token.
+
+    Raises:
+        InputError: names the file and the row.
+    """
+    lengths = pc.fill_null(pc.list_value_length(rows["target_places"]), -1).to_numpy()
+    if (wrong := np.flatnonzero(lengths != positions_R)).size:
+        raise InputError(f"{file}: row {first + wrong[0]}: target_places does not have one value per completion token")
+    places = pc.list_flatten(rows["target_places"]).fill_null(-2).to_numpy()
+    if (wrong := np.flatnonzero((places < -1) | (places >= np.repeat(of_teacher_R, lengths)))).size:
+        row = _row_of(lengths, wrong[0])
+        raise InputError(
+            f"{file}: row {first + row}: target_places has {places[wrong[0]]}, must be from -1 to {of_teacher_R[row] - 1}"
+        )
+
+
+def _row_of(lengths_R: targets.Array, place: int) -> int:
+    """The row that a value belongs to, by its index in the flat column."""
+    return int(np.searchsorted(lengths_R.cumsum(), place, side="right"))
+
+
+def _check_text(file: Path, rows: pa.Table, first: int) -> None:
+    """Refuse nulls, a completion that is not one message, metadata that is not a JSON object, and invalid log-probabilities.
+
+    Raises:
+        InputError: names the file, and the row or the column.
     """
     for name in ("prompt", "completion"):
         messages = pc.list_flatten(rows[name])
         _check_nulls(file, name, first, rows[name], messages, *(pc.struct_field(messages, part) for part in ("role", "content")))
+    answers = pc.list_value_length(rows["completion"]).to_numpy()
+    if (wrong := np.flatnonzero(answers != 1)).size:
+        raise InputError(f"{file}: row {first + wrong[0]}: completion has {answers[wrong[0]]} messages, but must have one")
     for name in ("id", "finish_reason"):
         _check_nulls(file, name, first, rows[name])
     for number, text in enumerate(rows["metadata"].to_pylist(), first):
@@ -576,37 +676,35 @@ def _check_text(file: Path, rows: pa.Table, first: int) -> None:
         except (TypeError, ValueError, RecursionError):
             fields = None
         if not (isinstance(fields, dict) and isinstance(fields.get(OURS, {}), dict)):
-            raise InputError(f"{file}: row {number}: metadata is no JSON object")
+            raise InputError(f"{file}: row {number}: metadata is not a JSON object")
     logprobs = pc.list_flatten(rows["token_logprobs"])
     if logprobs.null_count or (logprobs.to_numpy() > targets.ROUNDED_UP).any():
-        raise InputError(f"{file}: token_logprobs holds what is no log-probability in the rows from {first} on")
+        raise InputError(f"{file}: token_logprobs has an invalid log-probability in a row from {first}")
 
 
 def _check_nulls(file: Path, name: str, first: int, *values: Any) -> None:
-    """Refuse a column of which some values, or parts of them, are null.
+    """Refuse a column with nulls among its values or parts of them.
 
     Raises:
-        InputError: naming the file and the column.
+        InputError: names the file and the column.
     """
     if any(part.null_count for part in values):
-        raise InputError(f"{file}: the column {name} has a null in the rows from {first} on")
+        raise InputError(f"{file}: the column {name} has a null in a row from {first}")
 
 
 def _check_targets(
     file: Path, rows: pa.Table, first: int, kind: type[targets.SoftTargets], counts_R: targets.Array, limit_R: targets.Array
 ) -> None:
-    """Refuse soft targets that no teacher can have told.
+    """Refuse impossible soft targets.
 
     Raises:
-        InputError: naming the file and the row.
+        InputError: names the file and the row.
     """
     flat, lengths = {}, {}
     for name in kind.columns:
-        column, is_list = rows[name], pa.types.is_list(rows[name].type)
-        values = pc.list_flatten(column) if is_list else column
-        _check_nulls(file, name, first, column, values)
-        flat[name] = values.to_numpy() if is_list else np.repeat(values.to_numpy(), counts_R)
-        lengths[name] = pc.list_value_length(column).to_numpy() if is_list else counts_R
+        values = pc.list_flatten(rows[name])
+        _check_nulls(file, name, first, rows[name], values)
+        flat[name], lengths[name] = values.to_numpy(), pc.list_value_length(rows[name]).to_numpy()
     if (wrong := targets.wrong_row(kind, flat, lengths, counts_R, limit_R)) is not None:
         raise InputError(f"{file}: row {first + wrong[0]}: {wrong[1]}")
 
@@ -617,15 +715,15 @@ def _limits(file: Path, rows: pa.Table, first: int, sizes: Mapping[str, float]) 
     Raises:
         InputError: a row names none of them.
     """
-    names = teacher_names(rows)
+    names = rows["teacher"].to_pylist() if "teacher" in rows.column_names else teacher_names(rows)
     for number, name in enumerate(names, first):
         if name not in sizes:
-            raise InputError(f"{file}: row {number}: is of the teacher {name!r}, but those of the dataset are {', '.join(sizes)}")
+            raise InputError(f"{file}: row {number}: is of the teacher {name!r}, but the dataset has {', '.join(sizes)}")
     return np.array([sizes[name] for name in names])
 
 
 def teacher_names(rows: pa.Table) -> list[str]:
-    """The name of each row's teacher, from `metadata`; empty where it is not named."""
+    """The name of each row's teacher, from `metadata`; empty if not named."""
     return [str(metadata_and_provenance(text)[1].get("teacher", "")) for text in rows["metadata"].to_pylist()]
 
 
@@ -646,24 +744,40 @@ def load_dataset(directory: str | Path, split: Split = "train") -> "datasets.Dat
     return dataset.with_format("numpy")
 
 
-def read_batches(files: Sequence[Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of some shards, at most `ROW_GROUP` at a time.
+def rows_at_once(file: Path) -> int:
+    """Number of rows of a Parquet file that have about `TOKENS_AT_ONCE` tokens, from the mean length of its `input_ids`.
 
     Raises:
-        InputError: naming the file that is no Parquet, or of which a page does not match its own checksum.
+        InputError: it is no Parquet.
+    """
+    try:
+        metadata = pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file}: cannot be read as Parquet: {error}") from None
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(metadata.num_columns)]
+    tokens = sum(column.num_values for column in columns if column.path_in_schema.split(".")[0] == "input_ids")
+    return int(np.clip(TOKENS_AT_ONCE * metadata.num_rows // max(tokens, 1), 1, ROW_GROUP))
+
+
+def read_batches(files: Sequence[Path], columns: list[str] | None = None, rows: int = ROW_GROUP) -> Iterator[pa.Table]:
+    """The rows of Parquet files, up to a number at a time; a part does not extend beyond the end of a file.
+
+    Raises:
+        InputError: names the file that is no Parquet, or of which a page does not match its own checksum.
     """
     for file in files:
         try:
             # Without pre_buffer=False it would hold what it has read up to the end of the file.
             with pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True) as parquet:
-                for batch in parquet.iter_batches(batch_size=ROW_GROUP, columns=columns):
+                for batch in parquet.iter_batches(batch_size=rows, columns=columns):
                     yield pa.Table.from_batches([batch])
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{file}: cannot be read, the file was damaged or changed: {error}") from None
 
 
 def conversation_keys(rows: pa.Table) -> list[str]:
-    """What each row is about, from `prompt`, `completion` and `metadata`: rows with the same are not independent.
+    """The subject of each row, from `prompt`, `completion` and `metadata`: rows with the same one are not independent.
 
     It is the prompt, whose case, white space and system message do not matter; of text without a prompt, the text; and where
     several turns of one conversation are rows, that conversation.
@@ -676,30 +790,30 @@ def conversation_keys(rows: pa.Table) -> list[str]:
 
 
 def prompt_keys(rows: pa.Table) -> list[str]:
-    """What `conversation_of` says of each row's prompt, from `prompt` and `completion`; of text without a prompt, of the text."""
+    """`conversation_of` for each row's prompt, from `prompt` and `completion`; for text without a prompt, for the text."""
     columns = (rows[name].to_pylist() for name in ("prompt", "completion"))
     return [conversation_of(prompt or completion) for prompt, completion in zip(*columns, strict=True)]
 
 
 def conversation_of(prompt: Sequence[Mapping[str, str]]) -> str:
-    """What `conversation_keys` says of a prompt."""
+    """`conversation_keys` for a prompt."""
     turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
     return json.dumps([[turn["role"], normalised(turn["content"])] for turn in turns])
 
 
 def is_held_out(conversation: str, salt: Any, share: float) -> bool:
-    """Whether a conversation is among the share to hold out, by the hash of its key; at any size of the dataset alike."""
+    """Whether a conversation is held out, by the hash of its key; independent of the size of the dataset."""
     digest = hashlib.sha256(f"{salt} {conversation}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 < share
 
 
 def bytes_per_position(shards: Sequence[dict[str, Any]]) -> float:
-    """Compressed bytes of the target columns for each completion token, from the entries of `dataset.json`."""
+    """Compressed bytes of the target columns per completion token, from the entries of `dataset.json`."""
     return sum(entry["target_bytes"] for entry in shards) / max(sum(entry["tokens"] for entry in shards), 1)
 
 
 def describe_shard(shard: Shard) -> dict[str, Any]:
-    """What `dataset.json` says of a shard, from its footer."""
+    """The entry of a shard in `dataset.json`, from its footer."""
     metadata = pq.read_metadata(shard.file)
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     columns = [group.column(number) for group in groups for number in range(metadata.num_columns)]

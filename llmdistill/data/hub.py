@@ -38,7 +38,8 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False, revi
         revision: the branch; `main` if not set.
 
     Raises:
-        InputError: the directory is unfinished, damaged or neither a dataset nor a student, or the Hub rejects the name or token.
+        InputError: the directory is unfinished, damaged or neither a dataset nor a student, or the Hub rejects the name or
+            token.
         RemoteError: the Hub cannot be reached, or fails.
     """
     kind, files = _contents(Path(directory))
@@ -47,7 +48,7 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False, revi
 
 
 def push(directory: Path, repo_id: str, private: bool, revision: str | None, dry_run: bool) -> None:
-    """The command: `push_to_hub`, which see for the errors, said on the way; a dry run checks and lists the files."""
+    """The command: `push_to_hub` with progress messages; a dry run checks and lists the files."""
     kind, files = _contents(directory)
     _check_repo_id(repo_id)
     sizes = {name: file.stat().st_size for name, file in files.items()}
@@ -65,7 +66,7 @@ def push(directory: Path, repo_id: str, private: bool, revision: str | None, dry
 
 
 def _contents(directory: Path) -> tuple[Kind, dict[str, Path]]:
-    """What the directory is, and its files by their path in the repository.
+    """The type of the directory, and its files by their path in the repository.
 
     Raises:
         InputError: it is neither a dataset nor a student, or is not finished or not whole.
@@ -100,7 +101,7 @@ def _check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise InputError(
-            f"{repo_id}: not the name of a repository, which is user/name or organisation/name "
+            f"{repo_id}: not a valid repository name; use user/name or organisation/name "
             "in letters, digits, -, _ and ., without -- and .."
         ) from None
 
@@ -152,7 +153,7 @@ def _upload(kind: Kind, files: dict[str, Path], repo_id: str, private: bool, rev
 
 
 def _explained(error: Exception, repo_id: str, token: str) -> InputError | RemoteError:
-    """What went wrong in one line without the token; a refusal of the Hub is wrong input, anything else is not."""
+    """The error in one line without the token; a refusal by the Hub is wrong input, anything else is not."""
     status, said = 0, ""
     for cause in [error] if isinstance(error, HfHubHTTPError) else [error, error.__cause__]:
         text = str(cause or "")
@@ -162,7 +163,7 @@ def _explained(error: Exception, repo_id: str, token: str) -> InputError | Remot
         said += f" {text}" if text not in said else ""
     said = " ".join(said.replace(token, "…").split()) or type(error).__name__
     if status == 401:
-        return InputError(f"{repo_id}: the Hub does not accept the token (HF_TOKEN, or that of `hf auth login`): {said}")
+        return InputError(f"{repo_id}: the Hub rejects the token (HF_TOKEN, or that of `hf auth login`): {said}")
     if 400 <= status < 500 and status not in (408, 409, 412, 429):
         return InputError(f"{repo_id}: the Hub refuses: {said}")
-    return RemoteError(f"{repo_id}: the push failed; try again; files that were uploaded are not sent again: {said}")
+    return RemoteError(f"{repo_id}: the push failed; try again, which does not resend files already uploaded: {said}")

@@ -1,4 +1,4 @@
-"""Identities and seeds of rows, which follow from their content alone."""
+"""Ids and seeds of rows, which depend only on their content."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from llmdistill.config import Generate
 
 
 def row_id(messages: list[dict[str, str]], teacher: str, sampling: Generate, sample: int) -> str:
-    """Stable name of a row: the same prompt, teacher, sampling and sample index give the same id on any machine."""
+    """Stable id of a row: the same prompt, teacher, sampling and sample index give the same id on any machine."""
     return stable_id(messages, teacher, sampling.model_dump(exclude={"samples", "rows_per_shard"}), sample)
 
 
 def stable_id(*content: Any) -> str:
-    """32 hexadecimal digits that follow from the content alone."""
+    """32 hexadecimal digits that depend only on the content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""Importance weights: what makes text that was sampled from one distribution stand for another.
+"""Importance weights, which make text sampled from one distribution represent another.
 
 The teacher's text is drawn from s, its distribution at the sampling temperature; the sequence-level KL is a mean over
 texts drawn from p, its distribution at temperature 1. E_s[p/s · f] = E_p[f].
@@ -34,7 +34,7 @@ def log_importance(dataset: Any) -> Array:
 
 
 def importance(log_weights_S: Array) -> Array:
-    """Weights with a mean of one, those above √S cut there (truncated importance sampling, Ionides 2008).
+    """Weights with a mean of one, truncated at √S (truncated importance sampling, Ionides 2008).
 
     They are normalised over the whole dataset and not over a batch, so that how it is cut into batches changes nothing.
 
@@ -48,7 +48,7 @@ def importance(log_weights_S: Array) -> Array:
 
 
 def effective_sample_size(weights_S: Array) -> float:
-    """How many equally weighted texts would give as exact a mean: (Σw)² / Σw² (Kish 1965)."""
+    """The number of equally weighted texts with the same precision of the mean: (Σw)² / Σw² (Kish 1965)."""
     return float(weights_S.sum() ** 2 / (weights_S**2).sum())
 
 

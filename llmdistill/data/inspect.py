@@ -1,4 +1,4 @@
-"""`llmdistill inspect`: what is in a dataset, at a glance."""
+"""`llmdistill inspect`: the contents of a dataset at a glance."""
 
 from collections import Counter
 from functools import partial
@@ -27,7 +27,7 @@ _LOOKED_AT = 8  # shards, of which the first rows tell about the targets; so tha
 
 
 def inspect(directory: Path, verify: bool = False, task: Path | None = None) -> None:
-    """Print counts, bytes a position, kept mass and a sample, from `dataset.json` and a few rows.
+    """Print counts, bytes per position, kept mass and a sample, from `dataset.json` and a few rows.
 
     Args:
         directory: the dataset's.
@@ -64,7 +64,7 @@ def inspect(directory: Path, verify: bool = False, task: Path | None = None) -> 
 
 
 def _scored(directory: Path, manifest: dict[str, Any], files: list[Path], task: Task) -> list[tuple[float, Item, str]]:
-    """The score of every answer to a held-out example, with the example and the answer; the lowest first.
+    """The score of every answer to a held-out example, with the example and the answer, lowest first.
 
     A reasoning trace is no part of the answer, as in `curate` and `eval`.
     """
@@ -79,12 +79,12 @@ def _scored(directory: Path, manifest: dict[str, Any], files: list[Path], task: 
     metric = task.rules.METRIC
     scored = [(task.rules.score(task, answer, item.output)[metric], item, answer) for item, answer in answers if item]
     if not scored:
-        raise InputError(f"{directory}: no row asks an example of {name}, which {task.file} (--task) names as its test")
+        raise InputError(f"{directory}: no prompt is an example of {name}, the test of {task.file} (--task)")
     return sorted(scored, key=lambda entry: entry[0])
 
 
 def _print_scored(scored: list[tuple[float, Item, str]]) -> None:
-    """The mean score, and the worst answers beside the right ones."""
+    """The mean score, and the worst answers next to the right ones."""
     wrong = [entry for entry in scored if entry[0] < 1]
     mean = sum(score for score, _, _ in scored) / len(scored)
     of = f"{len(scored) - len(wrong):,} of {counted(len(scored), 'answer')} to held-out examples are right"
@@ -111,7 +111,7 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
     facts[1:1] = [(f"  {name}", f"{one['model']}, {one['rows']:,} rows{_vocabulary(one)}") for name, one in several.items()]
     facts.append(("ended", _endings(files)))
     if kind.columns:
-        facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes a position"))
+        facts.append(("size", f"{bytes_per_position(manifest['shards']):.0f} bytes per position"))
     if "alignment" in manifest:
         facts.append(("student", f"{manifest['student']['model']}, vocabulary {manifest['tokenizer']['vocab_size']:,}"))
         facts.append(("alignment", shares(manifest["alignment"])))
@@ -120,7 +120,7 @@ def _facts(manifest: dict[str, Any], files: list[Path]) -> list[tuple[str, str]]
 
 
 def _endings(files: list[Path]) -> str:
-    """How the answers in a few shards ended, most often first."""
+    """How the answers in a few shards ended, most frequent first."""
     reasons: Counter[str] = Counter()
     for rows in read_batches(_few(files), ["finish_reason"]):
         reasons.update(reason or "unknown" for reason in rows["finish_reason"].to_pylist())
@@ -128,12 +128,12 @@ def _endings(files: list[Path]) -> str:
 
 
 def _vocabulary(teacher: dict[str, Any]) -> str:
-    """Of a teacher whose tokens are not those of the others."""
+    """The vocabulary of a teacher whose tokens differ from the others'."""
     return f", vocabulary {teacher['tokenizer']['vocab_size']:,}" if "tokenizer" in teacher else ""
 
 
 def _waterfall(manifest: dict[str, Any]) -> Table:
-    """What each step of `curate` kept of the rows that came to it: █, and what it rejected or could not judge: ░."""
+    """What each step of `curate` kept of its input rows (█), and what it rejected or could not judge (░)."""
     rows = manifest["rows_in"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("step", "in", "rejected", "failed", "kept"):

@@ -1,4 +1,4 @@
-"""JSON Lines: a file of objects, read one by one, with an error in the place of each that cannot be used."""
+"""JSON Lines: a file of objects, read one by one, with an error instead of each that is unusable."""
 
 import codecs
 import io
@@ -21,13 +21,18 @@ _DEPTH = 100  # of objects and lists inside each other
 
 
 def ending_of(file: Path) -> str:
-    """The ending of a file's name that says what is in it: `.jsonl` of `a.jsonl.gz`."""
+    """The suffix of a file name that gives its format: `.jsonl` for `a.jsonl.gz`."""
     suffix, inner = file.suffix.lower(), Path(file.stem).suffix.lower()
     return inner if suffix in _COMPRESSED and inner in TEXT_TABLES else suffix
 
 
+def without_descriptions(files: list[Path]) -> list[Path]:
+    """The data files of a folder: JSON files describe the others if there are others."""
+    return [file for file in files if ending_of(file) != ".json"] or files
+
+
 def open_text(file: Path, newline: str) -> TextIO:
-    """A text file, decompressed if its name says that it is compressed; a byte-order mark says UTF-16, and is no part of it."""
+    """A text file, decompressed by its suffix; a byte-order mark selects UTF-16, and is not part of the text."""
     with pa.input_stream(str(find(file)), compression="detect") as stream:
         is_utf16 = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     stream = pa.input_stream(str(find(file)), compression="detect")
@@ -82,7 +87,7 @@ def _parse(line: str, origin: str) -> Fields | UnreadableError:
 
 
 def _loads(text: str) -> Any:
-    """JSON, in which NaN becomes null and half a surrogate pair `?`: neither could be stored.
+    """Parse JSON, replacing NaN by null and lone surrogates by `?`, as neither could be stored.
 
     Raises:
         ValueError: it is none.

@@ -1,4 +1,4 @@
-"""Texts compared by what they share: without case and white space, and by word n-grams as 64-bit numbers."""
+"""Comparison of texts: ignoring case and white space, and by word n-grams as 64-bit numbers."""
 
 import unicodedata
 import zlib
@@ -18,12 +18,12 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd: no n-gram loses its first wo
 
 
 def normalised(text: str) -> str:
-    """Text without differences of case, white space and Unicode form."""
+    """Text without differences in case, white space and Unicode form."""
     return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
 def words(text: str) -> list[str]:
-    """The words and numbers of a text, without case, punctuation and differences of Unicode form."""
+    """The words and numbers of a text, without case, punctuation and differences in Unicode form."""
     found: list[str] = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     return found
 
@@ -52,7 +52,7 @@ def jaccard(a: Array, b: Array) -> float:
 
 
 def _mix(values: Array) -> Array:
-    """Spread over all 64 bits (the finaliser of splitmix64)."""
+    """Mix all 64 bits (the finaliser of splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""The forms in which files hold conversations, and how each becomes `messages`, `prompt` and `completion`, or `text`.
+"""The formats of conversations in files, and how each becomes `messages`, `prompt` and `completion`, or `text`.
 
 A row is recognised by the names of its fields. What a form does not use of a row stays, as the row's metadata.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.config.rows import FORMATS, RowReading
-from llmdistill.data.conversations import LEARNED
+from llmdistill.data.conversations import LEARNED, MEDIA
 from llmdistill.data.dataset import OURS
 from llmdistill.data.jsonl import Fields
 from llmdistill.data.traffic import Recorded
@@ -29,12 +29,14 @@ _SPEAKERS = {
 _ANSWERS = ("output", "response", "completion", "solution", "answer", "target")  # a solution says more than its answer
 _CONTEXTS = ("input", "context")
 _QUESTIONS = ("question", "query", "problem")
+_SYSTEM = ("system", "system_prompt")
+_OF_TURNS = (*LEARNED, *MEDIA, "reasoning_content")  # fields of a turn besides speaker and text, without scores
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _MESSAGE = ("role", "content")
 
 
 class RowReader:
-    """Reads the rows of a source, and remembers what they were taken for.
+    """Reads the rows of a source, and counts their detected formats.
 
     Args:
         settings: how rows are to be read.
@@ -51,7 +53,7 @@ class RowReader:
         return found
 
     def close(self, stage: str, source: str) -> None:
-        """Say what the rows were taken for."""
+        """Report the formats of the rows."""
         if self.forms:
             said = ", ".join(label if len(self.forms) == 1 else f"{n:,} {label}" for label, n in self.forms.most_common())
             say(stage, f"{source} is read as {said}")
@@ -59,12 +61,12 @@ class RowReader:
 
 @dataclass(frozen=True)
 class Form:
-    """A form of rows.
+    """A format of rows.
 
     Attributes:
         label: what it is called, for people.
         fits: whether a row is of it, by its fields.
-        read: the fields in our names, and the names of those that went into them.
+        read: the fields in our names, and the names of those that went into them, but for the system message and the tools.
     """
 
     label: str
@@ -73,7 +75,7 @@ class Form:
 
 
 def read_row(fields: Fields, settings: RowReading, origin: str) -> tuple[Fields, str]:
-    """A row with its conversation in our names, and the label of the form that it was taken for.
+    """A row with its conversation under standard names, and the label of its format.
 
     Args:
         fields: of the row.
@@ -94,22 +96,26 @@ def read_row(fields: Fields, settings: RowReading, origin: str) -> tuple[Fields,
     name = settings.format if settings.format != "auto" else next((key for key, form in FORMS.items() if form.fits(fields)), None)
     if name is None:
         raise UnreadableError(
-            f"has no conversation that is known, only {_listed(fields)}; set `columns` or `template`, or `format` to one of "
+            f"has no conversation in a known format, only {_listed(fields)}; set `columns` or `template`, or `format` to one of "
             + ", ".join(FORMATS),
             origin,
         )
     form = FORMS[name]
     if not form.fits(fields):
-        raise UnreadableError(f"is not of the form {name} ({form.label}), it has {_listed(fields)}", origin)
+        raise UnreadableError(f"is not of format {name} ({form.label}), but has {_listed(fields)}", origin)
     try:
         found, used = form.read(fields, settings.roles)
+        if name != "text":
+            found, used = {**found, **_tools(fields)}, (*used, "tools")
+        if name not in ("text", "requests"):
+            found, used = _with_system(found, fields, used)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UnreadableError(f"cannot be read as {form.label}: {error}", origin) from None
     return {**{key: value for key, value in fields.items() if key not in used}, **found}, form.label
 
 
 def check_reserved(fields: Fields, origin: str) -> None:
-    """Refuse a row with the field that holds how a stored row was made.
+    """Refuse a row with the field that records how a stored row was made.
 
     Raises:
         UnreadableError: it has it.
@@ -133,14 +139,21 @@ def _turns_field(fields: Fields, *names: str) -> str | None:
 
 
 def _messages(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:
-    """OpenAI's: `messages` of role and content, and `tools`."""
+    """OpenAI: `messages` with role and content."""
     name = _turns_field(fields, "role") or "messages"
+    return {"messages": _in_our_roles(fields[name], roles)}, (name,)
+
+
+def _in_our_roles(messages: Any, roles: Mapping[str, str]) -> Any:
+    """Messages by speaker; a text is a message of a known role."""
+    if not isinstance(messages, list):
+        return messages
     known = {"developer": "system", **roles}
-    messages = [
-        {**message, "role": known.get(message["role"], message["role"])} if isinstance(message, dict) else message
-        for message in fields[name]
+    has_role = [isinstance(message, dict) and "role" in message for message in messages]
+    return [
+        {**message, "role": known.get(message["role"], message["role"])} if has else message
+        for message, has in zip(messages, has_role, strict=True)
     ]
-    return {"messages": _with_system(messages, fields), **_tools(fields)}, (name, "system", "tools")
 
 
 def _sharegpt(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:
@@ -149,33 +162,34 @@ def _sharegpt(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[s
     for number, turn in enumerate(fields[name], start=1):
         role = roles.get(turn["from"]) or _SPEAKERS.get(str(turn["from"]).lower())
         if role is None:
-            raise ValueError(f"turn {number} is from {turn['from']!r}; say in `roles` who that is")
+            raise ValueError(f"turn {number} is from {turn['from']!r}; assign a role to it in `roles`")
         if turn["from"] == "function_call":
             called = json.loads(turn["value"])
             call = {"type": "function", "function": {"name": called["name"], "arguments": called.get("arguments", {})}}
-            messages.append({"role": role, "content": None, "tool_calls": [call]})
+            message = {"role": role, "content": None, "tool_calls": [call]}
         else:
-            rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-            messages.append({"role": role, "content": turn["value"], **_weights(rest)})
-    return {"messages": _with_system(messages, fields), **_tools(fields)}, (name, "system", "tools")
+            message = {"role": role, "content": turn["value"]}
+        messages.append(message | {key: value for key, value in turn.items() if key in _OF_TURNS and value is not None})
+    return {"messages": messages}, (name,)
 
 
-def _weights(rest: Fields) -> Fields:
-    """What a turn says of whether it is learned; scores and the like are no part of a message."""
-    return {name: value for name, value in rest.items() if name in LEARNED and value is not None}
-
-
-def _with_system(messages: list[Any], fields: Fields) -> list[Any]:
-    system = fields.get("system")
-    if not isinstance(system, str) or not system.strip() or (messages and messages[0].get("role") == "system"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+def _with_system(found: Fields, fields: Fields, used: tuple[str, ...]) -> tuple[Fields, tuple[str, ...]]:
+    """The conversation with the system message given next to it, unless it begins with one."""
+    key = "messages" if "messages" in found else "prompt"
+    messages = [{"role": "user", "content": found[key]}] if isinstance(found[key], str) else found[key]
+    has_one = isinstance(messages, list) and messages and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    name = next((name for name in _SYSTEM if isinstance(fields.get(name), str) and fields[name].strip()), None)
+    if name is None or has_one or not isinstance(messages, list):
+        return found, used
+    return {**found, key: [{"role": "system", "content": fields[name]}, *messages]}, (*used, name)
 
 
 def _tools(fields: Fields) -> Fields:
     tools = fields.get("tools")
     if isinstance(tools, str):
         tools = json.loads(tools) if tools.strip() else None
+    if tools and not isinstance(tools, list):
+        raise ValueError("`tools` must be a list")
     return {"tools": tools} if tools else {}
 
 
@@ -184,15 +198,14 @@ def _first(fields: Fields, names: tuple[str, ...]) -> str | None:
 
 
 def _asked(fields: Fields, name: str, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:
-    """One question, what it is about, and its answer if there is one; with the turns before it in Alpaca's `history`."""
+    """One question, its context, and its answer if there is one; with the earlier turns in Alpaca's `history`."""
     context, answer = _first(fields, tuple(key for key in _CONTEXTS if key != name)), _first(fields, _ANSWERS)
-    about = fields[context].strip() if context else ""
+    asked = [fields[name], fields[context].strip() if context else ""]
     messages: list[Any] = []
     for question, reply in fields.get("history") or []:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    messages.append({"role": "user", "content": fields[name] + (f"\n\n{about}" if about else "")})
-    messages = _with_system(messages, fields)
-    used = tuple(key for key in (name, context, "history", "system") if key)
+    messages.append({"role": "user", "content": "\n\n".join(text for text in asked if text.strip())})
+    used = tuple(key for key in (name, context, "history") if key)
     return ({"prompt": messages, "completion": fields[answer]}, (*used, answer)) if answer else ({"prompt": messages}, used)
 
 
@@ -201,13 +214,11 @@ def _asked_by(names: tuple[str, ...]) -> Callable[[Fields, Mapping[str, str]], t
 
 
 def _preference(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:
-    """DPO's: what was chosen is the answer; both may be whole conversations, with the prompt or without it."""
+    """DPO: the chosen text is the answer; both may be whole conversations, with or without the prompt."""
     chosen, prompt = fields["chosen"], next((name for name in ("prompt", *_QUESTIONS) if fields.get(name)), None)
     before = fields[prompt] if prompt else []
-    if isinstance(before, str):
-        before = [{"role": "user", "content": before}]
-    before = _with_system(before, fields)
-    used = ("chosen", "prompt", *_QUESTIONS, "system")
+    before = [{"role": "user", "content": before}] if isinstance(before, str) else _in_our_roles(before, roles)
+    used = ("chosen", "prompt", *_QUESTIONS)
     if isinstance(chosen, dict):
         chosen = [chosen]
     if isinstance(chosen, str):
@@ -218,9 +229,7 @@ def _preference(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple
         else _messages({"messages": chosen}, roles)
     )
     messages = read[0]["messages"]
-    if len(messages) > 1 and messages[: len(before)] == before:
-        return {"messages": messages}, used
-    return {"messages": _with_system(messages, fields) if len(messages) > 1 else [*before, *messages]}, used
+    return {"messages": messages if len(messages) > 1 else [*before, *messages]}, used
 
 
 def _hh_rlhf(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:
@@ -231,15 +240,16 @@ def _hh_rlhf(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[st
 
 
 def _kto(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:
-    """KTO's: an answer and whether it is wanted."""
+    """KTO: an answer and whether it is desirable."""
     answer = {"role": "assistant", "content": fields["completion"], "weight": int(bool(fields["label"]))}
     given = fields["completion"]
     completion = [{**given[0], "weight": int(bool(fields["label"]))}] if isinstance(given, list) else [answer]
-    return {"completion": completion}, ("completion", "label")
+    asked, used = _as_it_is({"prompt": fields["prompt"], "completion": completion}, roles)
+    return asked, (*used, "label")
 
 
 def _oasst(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:
-    """A tree of OpenAssistant: from the root by the replies that people ranked best."""
+    """A tree of OpenAssistant: from the root along the highest-ranked replies."""
     messages, node = [], fields["prompt"]
     while node:
         messages.append({"role": _SPEAKERS[node["role"]], "content": node["text"]})
@@ -256,12 +266,13 @@ def _rank(reply: Fields) -> float:
 
 
 def _mt_bench(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:
-    """MT-bench's: the user's turns alone, of which the first is asked."""
+    """MT-bench: only the user's turns, of which the first is used."""
     return {"prompt": fields["turns"][0]}, ("turns",)
 
 
 def _as_it_is(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:
-    return {}, ()
+    there = ("prompt", "completion") if "completion" in fields else ("prompt",)
+    return {name: _in_our_roles(fields[name], roles) for name in there}, there
 
 
 def _text(fields: Fields, roles: Mapping[str, str]) -> tuple[Fields, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Making a dataset shard by shard: which are missing, which are this worker's, and what completes it.
+"""Making a dataset shard by shard: the missing ones, those of this worker, and completing the dataset.
 
 Which rows a shard holds follows from the configuration alone, and a shard appears whole or not at all. So any number of
 workers may make one dataset, none needs to know of the others, and whichever sees the last shard writes `dataset.json`.
@@ -26,6 +26,7 @@ from llmdistill.data.budget import Budget, bill, money, whole_bill
 from llmdistill.data.dataset import (
     MANIFEST,
     Row,
+    Shard,
     bytes_per_position,
     check_logprobs,
     describe_shard,
@@ -49,14 +50,14 @@ from llmdistill.teachers.prompt_encoding import PromptEncoder, have_several_toke
 
 
 class Worker(Protocol):
-    """Knows which shards are for it to make."""
+    """Determines which shards a worker makes."""
 
     def part(self, count: int) -> range:
-        """The numbers of the shards, of so many, that may be its own; asked for before any is made."""
+        """The numbers of the shards that may be its own, out of this many; called before any is made."""
         ...
 
     def shards(self, name: str, directory: Path, count: int) -> Iterable[int]:
-        """The numbers of missing shards, which may be decided only when they are asked for.
+        """The numbers of missing shards, possibly decided only when requested.
 
         Args:
             name: of the stage.
@@ -90,7 +91,7 @@ class Share:
         return range(self.index, count, self.of)
 
     def shards(self, name: str, directory: Path, count: int) -> Generator[int, None, None]:
-        """Those of its share that are missing when it comes to them; what another process has in hand comes last.
+        """The missing shards of its share, checked just in time; those in progress in another process come last.
 
         Damaged ones and what killed writers left are removed first.
         """
@@ -98,11 +99,11 @@ class Share:
         mine = self.part(count)
         for shard in finished_shards(directory, "train"):
             if shard.index in mine and is_damaged(shard):
-                say(name, f"{shard.file} is damaged; it is made again")
+                say(name, f"{shard.file} is damaged; making it again")
                 shard.file.unlink()
         there, begun = indices(directory), set[int]()
         with lock.InHand(directory) as hand:
-            # What others have in hand is made twice rather than not at all: they may be lost, on another machine.
+            # Shards in progress elsewhere are made twice rather than not at all: they may be lost, on another machine.
             for last in (False, True):
                 for index in mine:
                     if index in there or index in begun:
@@ -117,12 +118,12 @@ class Share:
 
 
 def indices(directory: Path) -> set[int]:
-    """The numbers of the training shards that are there."""
+    """The numbers of the existing training shards."""
     return {shard.index for shard in finished_shards(directory, "train")}
 
 
 def counting_others(begun: Iterator[int], directory: Path, rows: Mapping[int, int], bar: StageBar) -> Iterator[int]:
-    """Pass on which shards are begun with; those that others have finished since the last one are counted as done.
+    """Pass on the shards that are started; those that others have finished in between are counted as done.
 
     Args:
         begun: the numbers of shards that were not there.
@@ -148,7 +149,7 @@ _STAGING = ".ensemble"  # in a dataset's directory: what the members of an ensem
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one teacher, which stand together and share no shard with those of another one.
+    """The rows of one teacher, which are contiguous and do not share shards with those of another one.
 
     Attributes:
         name: of the teacher; empty where there is a single one.
@@ -164,13 +165,13 @@ class Part:
 
 
 class Layout:
-    """Which rows each shard holds, and of which part; those of a part differ by one row at most.
+    """The rows of each shard, and the part that it belongs to; the shards of a part differ by at most one row.
 
     So none is so small that an endpoint may well refuse all of it: it could never be finished.
 
     Args:
         rows: of each part.
-        size: of a shard, at most.
+        size: maximum number of rows in a shard.
     """
 
     def __init__(self, rows: Sequence[int], size: int) -> None:
@@ -187,11 +188,11 @@ class Layout:
         return len(self.shards)
 
     def shard_of(self, row: int) -> int:
-        """The number of the shard that holds a row."""
+        """The number of the shard that contains a row."""
         return bisect_right(self._starts, row) - 1
 
     def part_of(self, row: int) -> int:
-        """The number of the part that a row is of."""
+        """The number of the part that a row belongs to."""
         return bisect_right(self._ends, row)
 
 
@@ -205,40 +206,49 @@ class Source(Protocol):
 
     @property
     def requests(self) -> Sequence[Request]:
-        """What the engine is to write or read, a row each."""
+        """The requests for the engine, one per row."""
         ...
 
     def row(self, completion: Completion) -> Row:
-        """What is stored of a request's completion."""
+        """What is stored for a request's completion."""
         ...
 
     def run(self, engine: Engine, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Let the engine write or read the requests of some shards."""
+        """Let the engine generate or score the requests of some shards."""
         ...
 
     def description(self) -> dict[str, Any]:
-        """What `dataset.json` says of them."""
+        """Their entries in `dataset.json`."""
         ...
 
 
 def count_shards(experiment: Experiment, rows: Iterable[int]) -> int:
-    """How many shards the rows of some parts make."""
+    """Number of shards for the rows of some parts."""
     return sum(-(-count // experiment.generate.rows_per_shard) for count in rows)
 
 
 def count_finished(directory: Path) -> int:
-    """How many shards are there."""
+    """Number of existing shards."""
     return len(finished_shards(directory, "train")) if directory.is_dir() else 0
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a dataset is complete and all of its shards are there."""
-    manifest = record.read_json(directory / MANIFEST)
-    return manifest is not None and all((directory / entry["file"]).is_file() for entry in manifest["shards"])
+    """Whether a dataset is complete and all of its shards exist.
+
+    Raises:
+        InputError: its `dataset.json` is none.
+    """
+    file = directory / MANIFEST
+    manifest = record.read_json(file)
+    if manifest is None:
+        return False
+    entries = record.check_shape(file, manifest, {"shards": list})["shards"]
+    names = [record.check_shape(file, entry, {"file": str}, f"shards.{number}")["file"] for number, entry in enumerate(entries)]
+    return all((directory / name).is_file() for name in names)
 
 
 def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Opened = open_engine) -> None:
-    """Make this worker's missing shards; then, if all are there, complete the dataset.
+    """Make this worker's missing shards; then, if all exist, complete the dataset.
 
     Who makes the first shard decides what the teacher computes in. A worker that makes none may be on a machine without the
     accelerator of the others: it begins nothing.
@@ -277,19 +287,21 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
         gathered = shared.gather(count)
     with lock.in_turn(directory / MANIFEST):
         there = finished_shards(directory, "train")
+        if len(there) == count:
+            there = _undamaged(name, there)
         if len(there) < count:
             known = len({shard.index for shard in there} | shared.indices())
             _say_lacking(name, known, count)
             return
         described = source.chat.description() | {"precision": precision.recorded} | source.description()
-        described |= whole_bill(directory, experiment)
+        described |= whole_bill(directory, there, experiment)
         if experiment.teachers:
             described["teachers"] = _teachers(source.parts)
             described["route"] = experiment.model_dump(mode="json", include={"route"}, exclude_defaults=True)["route"]
         source.left_out.write(directory / "rejected.parquet")
         failed = failed_rows(there)
         for reason, lost in failed.items():
-            say("warning", f"{lost:,} of {len(source.requests):,} rows were given up: the server gave {reason}")
+            say("warning", f"{lost:,} of {len(source.requests):,} rows were given up: the server returned {reason}")
         if "total" in described.get("cost", {}):
             say(name, f"cost {money(described['cost']['paid'])}")
         if failed:
@@ -302,15 +314,26 @@ def make_dataset(claim: record.Claim, source: Source, worker: Worker, opened: Op
     shared.finish()
 
 
+def _undamaged(name: str, shards: Iterable[Shard]) -> list[Shard]:
+    """The shards whose bytes match their checksums, whichever worker made them."""
+    whole = []
+    for shard in shards:
+        if is_damaged(shard):
+            say(name, f"{shard.file} is damaged; rerun its worker to replace it")
+        else:
+            whole.append(shard)
+    return whole
+
+
 def _say_lacking(name: str, there: int, count: int) -> None:
-    say(name, f"{there:,} of {counted(count, 'shard')} there, the others are for other workers to make")
+    say(name, f"{there:,} of {counted(count, 'shard')} finished; the rest are left to other workers")
 
 
 def _check_layout(directory: Path, layout: Layout) -> None:
-    """Refuse shards that another version has cut elsewhere: rows would be lost, or there twice.
+    """Refuse shards that another version has split differently: rows would be lost or duplicated.
 
     Raises:
-        InputError: naming the first.
+        InputError: names the first.
     """
     for shard in finished_shards(directory, "train") if directory.is_dir() else ():
         try:
@@ -320,13 +343,13 @@ def _check_layout(directory: Path, layout: Layout) -> None:
         belong = len(layout.shards[shard.index][1]) if shard.count == len(layout) else 0
         if rows != belong:
             raise InputError(
-                f"{shard.file}: has {rows:,} rows where {belong:,} belong: another version of llmdistill, or of a model on the "
-                f"Hub, has cut them in another way; finish it with that version, or remove {directory} to make it again"
+                f"{shard.file}: has {rows:,} rows instead of {belong:,}: another version of llmdistill, or of a model on the "
+                f"Hub, has split them differently; finish it with that version, or remove {directory} to make it again"
             )
 
 
 def _teachers(parts: Sequence[Part]) -> dict[str, Any]:
-    """What `dataset.json` says of each of several teachers; with its tokenizer, where they differ in it."""
+    """The entries of several teachers in `dataset.json`, with their tokenizers if these differ."""
     several = have_several_tokenizers({part.name: part.chat for part in parts})
     described = {part.name: part.chat.description() for part in parts}
     return {
@@ -341,7 +364,7 @@ def _teachers(parts: Sequence[Part]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Making:
-    """What the shards of a dataset are made of, by whom and where: those of `layout`, in a stage's `directory`."""
+    """How the shards of a dataset are made, by whom and where: those of `layout`, in a stage's `directory`."""
 
     name: str
     directory: Path
@@ -354,12 +377,12 @@ class _Making:
 
 
 def _requests(source: Source, layout: Layout, index: int) -> Sequence[Request]:
-    """Those of a shard."""
+    """The requests of a shard."""
     return [source.requests[row] for row in layout.shards[index][1]]
 
 
 def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
-    """Run the engines over the missing shards; each is stored as soon as its last row is there. How fast it was."""
+    """Run the engines over the missing shards; each is stored as soon as its last row is finished. Returns the speed."""
     name, source, layout = making.name, making.source, making.layout
     experiment = source.chat.experiment
 
@@ -368,7 +391,7 @@ def _make(making: _Making, missing: Iterable[int]) -> dict[str, Any]:
     if experiment.teacher.price and (first := next(waiting, None)) is not None:
         budget.check(first)
         most = budget.most(first)
-        say(name, f"costs at most about {money(most)} a shard, {money(most * len(layout))} for all {len(layout):,}")
+        say(name, f"costs at most about {money(most)} per shard, {money(most * len(layout))} for all {len(layout):,}")
         waiting = chain([first], waiting)
     made: list[dict[str, Any]] = []
     mine = making.worker.part(len(layout))
@@ -429,7 +452,7 @@ def _open(making: _Making, part: Part) -> Engine:
 
 
 def _store(making: _Making, index: int, completions: list[Completion], gives: dict[str, Any] | None) -> dict[str, Any]:
-    """Store the rows of a shard; what `dataset.json` says of it.
+    """Store the rows of a shard; returns its entry in `dataset.json`.
 
     Args:
         making: the dataset.
@@ -456,7 +479,7 @@ def _store(making: _Making, index: int, completions: list[Completion], gives: di
 
 
 def check_given_up(failed: Counter[str], asked: int, alone: bool, where: str) -> None:
-    """Refuse a shard of which most was given up: it tells something of the endpoint, and another try may be better.
+    """Refuse a shard most of which was given up: the endpoint has a problem, and another attempt may work.
 
     Args:
         failed: how many answers, by the reason.
@@ -475,7 +498,7 @@ def check_given_up(failed: Counter[str], asked: int, alone: bool, where: str) ->
 def _by_shard(
     completions: Iterator[Completion], layout: Layout, store: Callable[[int, list[Completion]], None]
 ) -> Iterator[Completion]:
-    """Pass completions on; store a shard as soon as its last row is there, in the order of its requests."""
+    """Pass completions on; store a shard as soon as its last row is finished, in the order of its requests."""
     pending: dict[int, list[Completion]] = {}
     for completion in completions:
         index = layout.shard_of(completion.index)

@@ -1,6 +1,6 @@
-"""Recorded traffic: lines of request logs of OpenAI's chat API become the conversations that were asked and answered.
+"""Recorded traffic: lines of request logs of OpenAI's chat API as conversations.
 
-Of a line, only the messages, the tools and the fields that the configuration names go any further: a log may hold keys and
+Only the messages, the tools and the fields named in the configuration are used from a line: a log may contain keys and
 headers, and what is not taken here is not stored anywhere.
 """
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from llmdistill.config.rows import RowReading
 from llmdistill.config.section import is_secret
+from llmdistill.data.conversations import MEDIA
 from llmdistill.data.dataset import conversation_of
 from llmdistill.data.ids import stable_id
 from llmdistill.data.jsonl import Fields
@@ -21,11 +22,12 @@ _PARAMETERS = (
     "temperature", "top_p", "max_tokens", "max_completion_tokens", "stream", "tool_choice", "response_format", "headers",
     "extra_headers", "reasoning_effort",
 )  # fmt: skip
-_MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+_MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", *MEDIA)
+_CUT_OFF = ("length", "content_filter", "max_tokens", "model_context_window_exceeded", "refusal")  # why an answer ended
 
 
 class Recorded(dict[str, Any]):
-    """The fields that are taken of a recorded request: `messages`, with the answer if there is one, and what else is asked for.
+    """The fields used from a recorded request: `messages`, with the answer if there is one, and others that are requested.
 
     Attributes:
         conversation: the name of the session that it belongs to.
@@ -37,7 +39,7 @@ class Recorded(dict[str, Any]):
 
 
 def is_recorded(fields: Fields) -> bool:
-    """Whether a line is a recorded request: a chat inside of an envelope, or one with a response or parameters beside it."""
+    """Whether a line is a recorded request: a chat inside an envelope, or one with a response or parameters next to it."""
     if _request(fields) is None:
         return False
     messages = _parsed(fields.get("messages"))
@@ -50,7 +52,7 @@ def is_recorded(fields: Fields) -> bool:
 
 
 def read_recorded(fields: Fields, settings: RowReading, origin: str) -> Recorded:
-    """What is taken of a line.
+    """What is used from a line.
 
     Args:
         fields: of the line.
@@ -62,8 +64,10 @@ def read_recorded(fields: Fields, settings: RowReading, origin: str) -> Recorded
     """
     request = _request(fields)
     if request is None:
-        raise UnreadableError(f"holds no request with messages, only {', '.join(map(str, fields)) or 'no fields'}", origin)
+        raise UnreadableError(f"contains no request with messages, only {', '.join(map(str, fields)) or 'no fields'}", origin)
     messages = [_message(message) for message in request["messages"]]
+    if request.get("system") and messages[0]["role"] not in ("system", "developer"):  # Anthropic's
+        messages = [{"role": "system", "content": request["system"]}, *messages]
     answer, unanswered = _answer(fields)
     tools = _parsed(request.get("tools"))
     recorded = Recorded(messages=[*messages, answer] if answer else messages, **({"tools": tools} if tools else {}))
@@ -72,14 +76,14 @@ def read_recorded(fields: Fields, settings: RowReading, origin: str) -> Recorded
     for name in settings.metadata:
         value = _at(fields, name)
         if isinstance(value, dict | list):
-            raise UnreadableError(f"{name} (metadata) holds several values; name one of them, such as {name}.NAME", origin)
+            raise UnreadableError(f"{name} (metadata) has several values; name one of them, such as {name}.NAME", origin)
         if value is not _MISSING:
             recorded[name] = value
     return recorded
 
 
 def session_of(fields: Fields, settings: RowReading, origin: str) -> str | None:
-    """The name of the session that a row belongs to; None if the configuration names no field for it, or it is empty.
+    """The session that a row belongs to; None if the configuration names no field for it, or it is empty.
 
     Raises:
         UnreadableError: there is no such field, or it holds more than one value.
@@ -106,7 +110,7 @@ def _at(fields: Fields, path: str) -> Any:
 
 
 def _parsed(value: Any) -> Any:
-    """The value, or what it is the JSON of: logs that were exported from a database hold objects as text."""
+    """The value, parsed if it is JSON: logs exported from a database contain objects as text."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(value)
@@ -120,7 +124,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _request(fields: Fields) -> Fields | None:
-    """The body of the request of a line: a dictionary with a list of `messages`."""
+    """The request body of a line: a dictionary with a list of `messages`."""
     for outer in (fields, *(_parsed(fields.get(name)) for name in _REQUESTS)):
         for body in (outer, _parsed(outer.get("body")) if isinstance(outer, dict) else None):
             if isinstance(body, dict) and _is_chat(messages := _parsed(body.get("messages"))):
@@ -131,11 +135,11 @@ def _request(fields: Fields) -> Fields | None:
 
 
 def _answer(fields: Fields) -> tuple[dict[str, Any] | None, str | None]:
-    """The message of the response, and why it is none to learn from."""
+    """The message of the response, or why it cannot be learned from."""
     bodies = (fields if "choices" in fields else None, *(_parsed(fields.get(name)) for name in _RESPONSES))
     body = next((found for found in bodies if found), None)
     body = _parsed(body["body"]) if isinstance(body, dict) and "body" in body else body
-    finish_reason = None
+    finish_reason = body.get("stop_reason") if isinstance(body, dict) else None  # Anthropic's
     if isinstance(body, dict) and (choices := _parsed(body.get("choices"))):
         choice = choices[0] if isinstance(choices, list) and isinstance(choices[0], dict) else {}
         finish_reason, body = choice.get("finish_reason"), choice.get("message")
@@ -145,17 +149,18 @@ def _answer(fields: Fields) -> tuple[dict[str, Any] | None, str | None]:
         body = {"role": "assistant", "content": body}
     if not isinstance(body, dict) or not (body.get("content") or body.get("tool_calls")):
         return None, "has no answer in its response"
-    if finish_reason in ("length", "content_filter"):
+    if finish_reason in _CUT_OFF:
         return None, f"its answer was cut off ({finish_reason})"
     return {**_message(body), "role": "assistant"}, None
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    return {name: message[name] for name in _MESSAGE if message.get(name) is not None}
+    named = {**message, "reasoning_content": message.get("reasoning_content") or message.get("reasoning")}  # vLLM, OpenRouter
+    return {name: named[name] for name in _MESSAGE if named.get(name) is not None}
 
 
 def opening(messages: list[dict[str, Any]]) -> str:
-    """The name of a session by what was asked first, which every later turn or request of it repeats."""
+    """The id of a session by its first question, which every later turn or request repeats."""
     first = next((place for place, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
     turns = [{"role": str(message["role"]), "content": _text(message.get("content"))} for message in messages[:first]]
     return stable_id("opening", conversation_of([turn for turn in turns if turn["role"] != "developer"] or turns))

@@ -1,1 +1,1 @@
-"""What `eval`, `export` and `report` are made of: fidelity, tasks, win rate, cost in vLLM, statistics, plots."""
+"""The parts of `eval`, `export` and `report`: fidelity, tasks, win rate, cost in vLLM, statistics, plots."""

@@ -1,8 +1,8 @@
 """Teacher and student with different vocabularies: the same held-out text in the tokens of each, compared over root classes.
 
-The rows are those of `retokenize`: each holds the text in the student's tokens and in the teacher's, and which of the teacher's
-positions each of the student's belongs to. Where there is one, both distributions are summed up by class and compared like
-distributions over tokens. What a whole text costs is told by each model in its own tokens, and compared by the byte.
+The rows are those of `retokenize`: each holds the text in the student's tokens and in the teacher's, and the teacher position
+that corresponds to each student position. Where there is one, both distributions are summed by class and compared like
+distributions over tokens. The cost of a whole text is computed by each model in its own tokens, and compared per byte.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ TEACHER = "teacher"
 
 
 def ids_of(row: Mapping[str, Any], name: str) -> tuple[Array, int]:
-    """A row's token ids as a model sees it, by the model's name, and where the completion begins."""
+    """A row's token ids as a model sees it, by the model's name, and the start of the completion."""
     ids, start = (
         ("teacher_ids", "teacher_start") if name == TEACHER and "teacher_ids" in row else ("input_ids", "completion_start")
     )
@@ -30,7 +30,7 @@ def ids_of(row: Mapping[str, Any], name: str) -> tuple[Array, int]:
 
 
 def prompt_ids_of(row: Mapping[str, Any], name: str) -> list[int]:
-    """The prompt of a row as a model sees it; the main teacher, of a row of another, in its own tokens."""
+    """The prompt of a row as a model sees it; for the main teacher and a row of another one, in the main teacher's tokens."""
     if name == TEACHER and "main_prompt" in row:
         return [int(token) for token in row["main_prompt"]]
     ids, start = ids_of(row, name)
@@ -43,14 +43,14 @@ def batches(
 ) -> Iterator[Compared]:
     """Batches of rows, compared over classes at the positions that both vocabularies share.
 
-    The `sums` of a batch are `positions`, those of the student's whole completions; `NAME text_nll`, −log q of the whole text by
-    every model, in its own tokens; and the teacher's `entropy` over its tokens at the shared positions.
+    The `sums` of a batch are `positions`, those of the student's whole completions; `NAME text_nll`, −log q of the whole text
+    by every model, in its own tokens; and the `entropy` of the teacher over its tokens at the shared positions.
 
     Args:
-        models: by name; one of them is called `teacher`.
-        rows: of `retokenize`.
-        batch_size: rows in one forward pass.
-        classes: of the rows.
+        models: the models by name; one of them is called `teacher`.
+        rows: rows of `retokenize`.
+        batch_size: rows per forward pass.
+        classes: the classes of the rows.
         end_ids: the student's tokens that end a text.
     """
     import torch
@@ -102,7 +102,7 @@ def _logits(model: Any, rows: Sequence[Mapping[str, Any]], name: str, head: Any)
 
 
 def _of_text(logits: Any, labels_N: Any, with_entropy: bool, here: slice) -> dict[str, Any]:
-    """−log q of the tokens of a slice, and the entropy of q there, if wanted."""
+    """−log q of the tokens of a slice, and the entropy of q there if requested."""
     log_q_nV = logits[here].float().log_softmax(-1)
     found = {"nll": -log_q_nV.gather(1, labels_N[here, None])[:, 0]}
     if with_entropy:

@@ -1,13 +1,13 @@
-"""When to ask the teacher: the student answers, and where it is not confident enough, the teacher does (a cascade).
+"""When to ask the teacher: the student answers, and if it is not confident enough, the teacher does (a cascade).
 
 The confidence is log q of the student's whole answer, the sum over its tokens: the maximum class probability of Hendrycks &
-Gimpel (2017, arXiv 1610.02136) where the classes are answers (Chow-Sum in Gupta et al. 2024, arXiv 2404.10136). An answer
-agrees where it is the teacher's by the measure of the task; what the teacher answers itself agrees by definition.
+Gimpel (2017, arXiv 1610.02136) if the classes are answers (Chow-Sum in Gupta et al. 2024, arXiv 2404.10136). An answer
+agrees if it equals the teacher's by the measure of the task; what the teacher answers itself agrees by definition.
 
-The share of requests in which the cascade disagrees falls with the threshold, so one confidence bound of it, at the lowest
-threshold that it allows, holds without a correction for having looked at all of them (Bates et al. 2021, arXiv 2101.02703,
-theorem 1). A cluster disagrees, with all of its items, if any of them does. Where clusters have one size, the bound is the
-exact one of Clopper & Pearson (1934), otherwise Chernoff's (1952), whichever clusters are the ones that disagree.
+The share of requests in which the cascade disagrees falls with the threshold, so a single confidence bound, at the lowest
+threshold that satisfies it, holds without a correction for having tried all of them (Bates et al. 2021, arXiv 2101.02703,
+theorem 1). A cluster disagrees, with all of its items, if any of them does. If all clusters have the same size, the bound is
+the exact one of Clopper & Pearson (1934), otherwise that of Chernoff (1952), whichever clusters are the ones that disagree.
 """
 
 import math
@@ -23,7 +23,7 @@ from llmdistill.evaluation.statistics import Array, Draws, cluster_numbers
 TARGETS = (0.9, 0.95, 0.99)
 LEVEL = 0.95
 _FOLDS = 5
-_GROUPS = 10  # of items with like confidence
+_GROUPS = 10  # of items with similar confidence
 _POINTS = 50  # of a curve
 
 
@@ -35,15 +35,15 @@ def cascade(
     draws: Draws,
     seed: int,
 ) -> dict[str, Any]:
-    """What `metrics.json` says of a task under `cascade`.
+    """The entry of a task in `metrics.json` under `cascade`.
 
     Args:
-        logprobs: of the tokens of each of the student's answers, in nats.
-        agrees: whether each is the teacher's; shape (items,).
+        logprobs: log-probabilities of the tokens of each of the student's answers, in nats.
+        agrees: whether each equals the teacher's; shape (items,).
         right: scores of `student` and `teacher`; shape (items,) each.
-        clusters: what is drawn together.
+        clusters: the cluster of each item; clusters are resampled as a whole.
         draws: resamples of the clusters.
-        seed: of the folds.
+        seed: seed of the folds.
     """
     sums = np.array([math.fsum(tokens) for tokens in logprobs])
     others = {"mean": [np.mean(tokens) for tokens in logprobs], "min": [min(tokens) for tokens in logprobs]}
@@ -63,7 +63,7 @@ def cascade(
 
 
 def auroc(scores: Array, positive: Array) -> float | None:
-    """How likely a positive item scores higher than another one, ties half (Hanley & McNeil 1982); None without both."""
+    """Probability that a positive item scores higher than another one, ties half (Hanley & McNeil 1982); None without both."""
     from scipy.stats import rankdata
 
     n = int(positive.sum())
@@ -93,7 +93,7 @@ def platt(scores: Array, positive: Array) -> tuple[float, float]:
 
 
 def cross_fitted(scores: Array, positive: Array, cluster: Array, seed: int) -> Array:
-    """The calibrated probability of each item by a fit on the others: of five folds of clusters, the four without it."""
+    """The calibrated probability of each item, from a fit on the other four of five folds of clusters."""
     count = int(cluster.max()) + 1
     fold = np.random.default_rng(seed).permutation(np.arange(count) % _FOLDS)[cluster]
     found = np.empty(len(scores))
@@ -105,17 +105,17 @@ def cross_fitted(scores: Array, positive: Array, cluster: Array, seed: int) -> A
 
 
 def items_needed(target: float) -> int:
-    """The fewest independent items that can show an agreement: so many without one disagreement."""
+    """The minimum number of independent items that can show an agreement if none of them disagrees."""
     return math.ceil(math.log(1 - LEVEL) / math.log(target))
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """The items of a task by the clusters that they belong to, each of which disagrees as a whole or not at all.
+    """The items of a task by cluster; a cluster disagrees as a whole or not at all.
 
     Attributes:
-        cluster: of each item; shape (items,).
-        sizes: of each cluster; shape (clusters,).
+        cluster: the cluster of each item; shape (items,).
+        sizes: the size of each cluster; shape (clusters,).
     """
 
     cluster: Array
@@ -123,11 +123,11 @@ class Clusters:
 
     @classmethod
     def of(cls, cluster: Array) -> "Clusters":
-        """Of items with the numbers of their clusters."""
+        """Build from the cluster number of each item."""
         return cls(cluster, np.bincount(cluster))
 
     def most(self, target: float) -> int | None:
-        """How many items may be in clusters that disagree for the target to be shown at 95% confidence; None if not even 0."""
+        """Most items in disagreeing clusters with which the target is shown at 95% confidence; None if not even with 0."""
         from scipy.stats import binom
 
         count, size = len(self.sizes), int(self.sizes[0])
@@ -140,7 +140,7 @@ class Clusters:
         return allowed - 1 if allowed else None
 
     def needed(self, target: float) -> int | None:
-        """How many clusters of these sizes can show an agreement, without one that disagrees; None if a hundred times as many."""
+        """Number of clusters of these sizes that can show an agreement if none disagrees; None if over 100 times as many."""
         if (self.sizes == self.sizes[0]).all():
             return items_needed(target)
         counts = range(1, 100 * len(self.sizes))
@@ -148,21 +148,21 @@ class Clusters:
         return counts[shown] if shown < len(counts) else None
 
     def threshold(self, scores: Array, agrees: Array, most: float) -> float | None:
-        """The lowest of the scores from which on clusters with an item that disagrees have at most so many items; or None."""
+        """The lowest score above which clusters with a disagreeing item have at most this many items, or None."""
         highest = np.full(len(self.sizes), -np.inf)
-        np.maximum.at(highest, self.cluster[~agrees], scores[~agrees])  # of each cluster, where it disagrees first
+        np.maximum.at(highest, self.cluster[~agrees], scores[~agrees])  # per cluster, the score at which it first disagrees
         fine = [score for score in np.unique(scores) if self.sizes[highest >= score].sum() <= most]
         return float(fine[0]) if fine else None
 
 
 def likelihood(items: int, sizes: Array, share: float) -> float:
-    """How likely it is at most that no more items disagree, where on average this share of them does.
+    """Upper bound on the probability that no more items disagree if on average this share does.
 
-    Clusters disagree independently of each other, cluster i with a probability pᵢ, Σ mᵢ pᵢ = share · Σ mᵢ. This is Chernoff's
-    bound (1952) for the worst such p, min over θ of exp(θ · items) · Π (1 − pᵢ (1 − exp(−θ mᵢ))); of no item it is Π (1 − pᵢ).
+    Clusters disagree independently of each other, cluster i with probability pᵢ, Σ mᵢ pᵢ = share · Σ mᵢ. This is Chernoff's
+    bound (1952) for the worst such p, min over θ of exp(θ · items) · Π (1 − pᵢ (1 − exp(−θ mᵢ))); for no items, Π (1 − pᵢ).
 
     Args:
-        items: that disagree.
+        items: number of items that disagree.
         sizes: mᵢ, shape (clusters,).
         share: between 0 and 1.
     """
@@ -176,7 +176,7 @@ def likelihood(items: int, sizes: Array, share: float) -> float:
         falls = -np.expm1(-theta * m)
 
         def worst(log_price: float) -> Array:
-            """The p at which the product, whose logarithm is concave in p, falls by the same for each item more."""
+            """The p at which the product, whose logarithm is concave in p, falls by the same amount per additional item."""
             return np.clip(1 / falls - 1 / (math.exp(log_price) * m), 0, 1)
 
         low = high = math.log(float((falls / m).min()))  # where all are 0
@@ -191,7 +191,7 @@ def likelihood(items: int, sizes: Array, share: float) -> float:
 def _for(
     target: float, scores: Array, agrees: Array, right: dict[str, Array], clusters: Clusters, draws: Draws
 ) -> dict[str, Any]:
-    """The threshold for an agreement, and what it gives."""
+    """The threshold for an agreement, and its results."""
     most = clusters.most(target)
     found = {"target": target, "level": LEVEL, "items_needed": clusters.needed(target)}
     if most is None:
@@ -203,7 +203,7 @@ def _for(
 
 
 def _at(threshold: float | None, answered: Array, agrees: Array, right: dict[str, Array]) -> dict[str, Any]:
-    """What a cascade does whose student answers these items."""
+    """The results of a cascade whose student answers these items."""
     return {
         "threshold": threshold,
         "answered": float(answered.mean()),
@@ -220,7 +220,7 @@ def _points(scores: Array) -> Array:
 
 
 def _calibration(scores: Array, agrees: Array, cluster: Array, seed: int) -> dict[str, Any]:
-    """Platt's fit on all items, and how far off it is on items that it was not made from."""
+    """Platt's fit on all items, and its error on items that it was not fitted on."""
     slope, intercept = platt(scores, agrees)
     p = cross_fitted(scores, agrees, cluster, seed)
     groups = np.array_split(np.argsort(p, kind="stable"), min(_GROUPS, len(p)))

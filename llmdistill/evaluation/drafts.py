@@ -1,6 +1,6 @@
-"""A model as the draft of its teacher in speculative decoding: how much is accepted, tokens a cycle, and the speed-up.
+"""A model as the draft model of its teacher in speculative decoding: acceptance, tokens per cycle, and speed-up.
 
-In a cycle the draft model writes γ tokens, the teacher reads them in one pass, keeps those before the first that it does not
+In a cycle the draft model writes γ tokens; the teacher checks them in one pass, keeps those before the first that it does not
 accept, and writes one itself (Leviathan et al. 2023, arXiv 2211.17192). Whether a draft is accepted depends on how it is
 chosen; see `MODES`.
 """
@@ -15,25 +15,25 @@ import numpy as np
 from llmdistill.evaluation.statistics import Array, Draws, interval_text
 
 MOST = 8
-"""The longest drafts, in tokens, that are reckoned with."""
+"""The longest drafts considered, in tokens."""
 MODES = {"sampled": "overlap", "greedy": "truth", "temperature_0": "top1", "unweighted": "collision"}
-"""How drafts are chosen and checked, and the quantity that is the probability that one is accepted.
+"""How drafts are chosen and checked, and the quantity that gives the probability of acceptance.
 
 `sampled`: a draft from q, kept with probability min(1, p/q): Σ min(p, q). `greedy`: the draft model's most likely token, kept
 with its probability in p: p(argmax q). `temperature_0`: both models write their most likely token: [argmax p = argmax q].
-`unweighted`: a draft from q, kept with probability p, as engines do that do not keep q: Σ p q.
+`unweighted`: a draft from q, kept with probability p, as in engines that do not store q: Σ p q.
 """
 
 
 def draft_sums(values: Mapping[str, Array], model: str, row_N: Array, position_N: Array, count: int) -> dict[str, Array]:
-    """What a batch of rows adds to `fidelity` of a model as a draft.
+    """What a batch of rows adds to `fidelity` for a model as a draft model.
 
     Args:
-        values: at every completion token, `MODEL QUANTITY` for those of `MODES`.
-        model: its name.
+        values: at every completion token, `MODEL QUANTITY` for the quantities of `MODES`.
+        model: name of the model.
         row_N: the row of each token.
-        position_N: its place in the row's completion.
-        count: rows.
+        position_N: its position in the row's completion.
+        count: number of rows.
 
     Returns:
         For each mode `MODEL MODE cycles`, shape (rows, γ), and `MODEL MODE accepted`, shape (rows, γ, place in the draft), see
@@ -50,23 +50,23 @@ def draft_sums(values: Mapping[str, Array], model: str, row_N: Array, position_N
 
 
 def cycles(accept_RMT: Array, lengths_R: Array) -> tuple[Array, Array]:
-    """How many cycles begin in each text, and how often they keep a draft, in expectation, for γ = 1 to `MOST`.
+    """The expected number of cycles in each text, and of drafts that they keep, for γ = 1 to `MOST`.
 
-    The first token is written with the prompt; a cycle begins after it, and each where the last one ended. So cycles begin more
-    often where less is accepted: a mean over all places of a text would say too much. Cycles that would reach beyond the end of
-    the text are left out.
+    The first token is written with the prompt; the first cycle begins after it, and each further one where the last one ended.
+    Cycles therefore begin more often where less is accepted, and a mean over all positions would be too high. Cycles that would
+    extend beyond the end of the text are left out.
 
     Args:
         accept_RMT: the probability that a draft at each token is accepted, in each mode.
         lengths_R: tokens of each text.
 
     Returns:
-        Cycles, shape (R, M, γ), and for each place in the draft how many cycles keep the drafts up to there, (R, M, γ, K).
+        Cycles, shape (R, M, γ), and for each position in the draft the number of cycles that keep it, (R, M, γ, K).
     """
     rows, modes, tokens = accept_RMT.shape
     gammas_G, places_K = np.arange(1, MOST + 1), np.arange(MOST)
     is_draft_GK = places_K < gammas_G[:, None]
-    # That so many drafts of the current cycle have been accepted; after γ of them the teacher writes.
+    # Probability that this many tokens of the current cycle have been accepted; after γ of them the teacher writes.
     state_RMGJ = np.zeros((rows, modes, MOST, MOST + 1))
     state_RMGJ[..., 0] = 1
     starts_RMG, accepted_RMGK = np.zeros((rows, modes, MOST)), np.zeros((rows, modes, MOST, MOST))
@@ -82,11 +82,11 @@ def cycles(accept_RMT: Array, lengths_R: Array) -> tuple[Array, Array]:
 
 
 def figures(model: str, measured: Mapping[str, Array], draws: Draws) -> dict[str, Any]:
-    """Of each mode: its `acceptance`, the mean over tokens, and `cycles` for each γ that fits into the texts.
+    """For each mode its `acceptance`, the mean over tokens, and `cycles` for each γ that fits into the texts.
 
     A cycle has γ as `gamma`, its expected tokens with their interval, and `by_place`: how many cycles keep the first draft, the
-    first two, … In `acceptance` and `cycles` a model that is the teacher has exactly 1 and γ + 1 where drafts are sampled or both
-    models are at temperature 0.
+    first two, … A model that equals the teacher has exactly 1 for `acceptance` and γ + 1 for `cycles` if drafts are sampled or
+    both models are at temperature 0.
     """
     found: dict[str, Any] = {}
     for mode in MODES:
@@ -106,14 +106,14 @@ def figures(model: str, measured: Mapping[str, Array], draws: Draws) -> dict[str
 
 
 def add_speed_ups(draft: dict[str, Any], decode_ratio: Mapping[str, float] | None) -> None:
-    """To every cycle of `figures`, how much faster than the teacher alone it writes: tokens / (1 + γ c).
+    """Add to every cycle of `figures` its speed-up over the teacher alone: tokens / (1 + γ c).
 
-    The cost c is that of a token of the draft model over one of the teacher, from the speeds at which both write; the teacher's
-    pass over the drafts counts as one token. The interval is from the ends of that of the tokens and of the rounds.
+    The cost c is the time per token of the draft model relative to the teacher, from the decoding speeds of both; the teacher's
+    pass over the drafts counts as one token. The interval combines the ends of those of the tokens and of the timing rounds.
 
     Args:
-        draft: of a model; gets `cost` too.
-        decode_ratio: the model's speed over the teacher's, `median`, `low` and `high` of rounds; None if it was not measured.
+        draft: the entry of a model; `cost` is added.
+        decode_ratio: the model's speed over the teacher's, `median`, `low` and `high` of rounds; None if not measured.
     """
     if decode_ratio is None:
         return
@@ -126,9 +126,9 @@ def add_speed_ups(draft: dict[str, Any], decode_ratio: Mapping[str, float] | Non
 
 
 def best_cycles(draft: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The fastest cycle when vLLM samples at temperature 1, where drafts may be sampled or greedy, and at temperature 0.
+    """The fastest cycle in vLLM at temperature 1, where drafts may be sampled or greedy, and at temperature 0.
 
-    Each with its `temperature`, `mode`, `gamma` and `speed_up`; none where speeds are not known.
+    Each with its `temperature`, `mode`, `gamma` and `speed_up`; none if speeds are unknown.
     """
     found = []
     for temperature, modes in ((1, ("sampled", "greedy")), (0, ("temperature_0",))):
@@ -144,20 +144,20 @@ def best_cycles(draft: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def advice(best: Mapping[str, Any]) -> str:
-    """One of `best_cycles` as a sentence, which says plainly where a draft model would slow things down."""
+    """One of `best_cycles` as a sentence, which says so if a draft model would slow things down."""
     times, ends = interval_text(best["speed_up"], ".2f")
     how = {"sampled": "sampled ", "greedy": "greedy "}.get(best["mode"], "")
-    drafts = f"{best['gamma']} {how}draft{'s' if best['gamma'] > 1 else ''} a cycle"
+    drafts = f"{best['gamma']} {how}draft{'s' if best['gamma'] > 1 else ''} per cycle"
     said = f"At temperature {best['temperature']} the student as a draft model"
     if best["speed_up"]["high"] <= 1:
         return f"{said} would slow the teacher down: even the best, {drafts}, gives {times} times its speed ({ends})."
     if best["speed_up"]["low"] <= 1:
-        return f"{said} was not shown to be of use: the best, {drafts}, gives {times} times the teacher’s speed ({ends})."
+        return f"{said} was not shown to help: the best, {drafts}, gives {times} times the teacher’s speed ({ends})."
     return f"{said} would give the teacher {times} times its speed ({ends}), with {drafts}."
 
 
 def serve_command(teacher: str, revision: str | None, student: str, best: Mapping[str, Any]) -> str:
-    """The command that serves a teacher with its draft model in vLLM, for a shell."""
+    """The shell command that serves a teacher with its draft model in vLLM."""
     drafts = {"model": student, "num_speculative_tokens": best["gamma"], "method": "draft_model"}
     if best["mode"] == "sampled":
         drafts["draft_sample_method"] = "probabilistic"

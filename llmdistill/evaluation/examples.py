@@ -1,4 +1,4 @@
-"""Single held-out rows for people to look at: what the models write, token by token, and where the student won and lost."""
+"""Individual held-out rows to look at: the models' answers, token by token, and the student's wins and losses."""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +13,7 @@ from llmdistill.models.loading import continue_prompts
 
 _VIEWED, _VIEWED_TOKENS = 3, 96  # texts shown token by token, and how much of each
 _EXAMPLES, _EXAMPLE_CHARACTERS = 3, 600
-_ITEMS = 25  # of a task, of those won and of those lost
+_ITEMS = 25  # per task, of those won and of those lost
 
 
 def _question(prompt: list[dict[str, str]]) -> str:
@@ -24,7 +24,7 @@ def _question(prompt: list[dict[str, str]]) -> str:
 def samples(
     models: dict[str, Any], rows: Any, tokenizers: dict[str, Any], end_ids: dict[str, list[int]], count: int, new_tokens: int
 ) -> list[dict[str, Any]]:
-    """The models' greedy answers to the first held-out prompts; of a teacher that is none of them, the beginning of its text."""
+    """The models' greedy answers to the first held-out prompts; for a teacher without weights, the start of its stored text."""
     found: list[dict[str, Any]] = []
     seen: set[str] = set()
     for row in rows:
@@ -49,7 +49,7 @@ def _decoded(tokenizer: Any, ids: Any) -> str:
 
 
 def views(models: dict[str, Any], rows: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """A few held-out texts, token by token: of prompts that differ, those of middling length."""
+    """A few held-out texts, token by token: from different prompts, and of medium length."""
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]) - int(rows[number]["completion_start"]))
     chosen = [order[(2 * number + 1) * len(order) // (2 * _VIEWED)] for number in range(min(_VIEWED, len(order)))]
     return [
@@ -64,12 +64,12 @@ def views(models: dict[str, Any], rows: Any, tokenizer: Any) -> list[dict[str, A
 
 
 def won_and_lost(measured: dict[str, Array], rows: Any, rival: str, by: str) -> dict[str, Any]:
-    """The rows where the student is nearest to the teacher beside a rival, and where it is farthest.
+    """The rows where the student is closest to the teacher relative to a rival, and where it is farthest.
 
     Args:
         measured: sums over the tokens of each row.
         rows: the rows.
-        rival: another model.
+        rival: name of the other model.
         by: `kl`, or `nll` of the teacher's text, in nats per token.
     """
     mine, theirs = (measured[f"{name} {by}"] / np.maximum(measured["tokens"], 1) for name in ("student", rival))
@@ -99,11 +99,11 @@ def won_and_lost(measured: dict[str, Array], rows: Any, rival: str, by: str) -> 
 def apart(student: pa.Table, teacher: pa.Table) -> dict[str, Any]:
     """The items of a task on which the student is worse or better than the teacher: how many, and the first of each.
 
-    Those that differ most are first, and of these the ones that the student was most certain of.
+    Those with the largest difference come first; among equals, those where the student was most certain.
 
     Args:
-        student: its rows of `tasks.parquet`.
-        teacher: the teacher's, of the same items in the same order.
+        student: the student's rows of `tasks.parquet`.
+        teacher: the teacher's rows for the same items, in the same order.
     """
     gain = student["score"].to_numpy() - teacher["score"].to_numpy()
     logprobs = np.array([np.sum(tokens) for tokens in student["logprobs"].to_pylist()])

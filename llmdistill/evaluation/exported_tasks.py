@@ -1,4 +1,4 @@
-"""An exported form on the tasks of a user's own that `eval` has measured: its score, and when a server should ask the teacher.
+"""Evaluates an exported form on a user's own tasks: its score, and when a server should ask the teacher.
 
 The form answers the same items; the teacher's and the student's answers are those of `eval/tasks.parquet`.
 """
@@ -26,12 +26,12 @@ _CONFIDENCE = "sum of the log-probabilities of all tokens of the greedy answer, 
 
 @dataclass(frozen=True)
 class MeasuredTasks:
-    """What `eval` has measured of the tasks.
+    """What `eval` has measured on the tasks.
 
     Attributes:
-        tasks: as their files are now.
-        rows: of `eval/tasks.parquet`: the teacher's, and the student's, which is called `UNEXPORTED`.
-        sha256: of that file.
+        tasks: the tasks, as their files are.
+        rows: rows of `eval/tasks.parquet`: the teacher's, and the student's, which is called `UNEXPORTED`.
+        sha256: hash of that file.
     """
 
     tasks: list[OwnTask]
@@ -40,16 +40,16 @@ class MeasuredTasks:
 
     @property
     def references(self) -> dict[tuple[str, str], str]:
-        """The teacher's answers, by task and item."""
+        """The teacher's answers by task and item."""
         rows = self.rows.filter(pc.equal(self.rows["model"], TEACHER)).select(["task", "item", "answer"]).to_pylist()
         return {(row["task"], row["item"]): row["answer"] for row in rows}
 
 
 def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
-    """The tasks of a user's own, if there are any and `eval` has measured this student on them.
+    """The user's own tasks, if there are any and `eval` has measured this student on them.
 
     Raises:
-        InputError: a task cannot be used, or it or the student are others than were evaluated.
+        InputError: if a task is unusable, or the tasks or the student differ from those evaluated.
     """
     own = read_own_tasks(experiment.eval.tasks)
     directory = experiment.directory("eval")
@@ -57,12 +57,12 @@ def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
     if not own:
         return None
     if not (directory / "metrics.json").is_file() or not file.is_file():
-        say("export", "does not measure the forms on the tasks, which are not evaluated: run `eval`, then `export` again")
+        say("export", "skips the tasks, which have not been evaluated; run `eval`, then `export` again")
         return None
     table = pq.read_table(file)
     if not table.schema.equals(SCHEMA):
-        raise InputError(f"{file}: has other columns than this version writes; run `eval` again")
-    # The experiment may have been moved since: its files are known by their content, and the student by the path it had.
+        raise InputError(f"{file}: its columns differ from those of this version; run `eval` again")
+    # The experiment may have been moved: its files are identified by their content, and the student by its former path.
     read = (record.read_run(directory) or {"inputs": {}})["inputs"]
     measured = [
         read.get(model["path"]) for model in record.read_json(directory / "metrics.json")["models"] if model["name"] == STUDENT
@@ -72,11 +72,11 @@ def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
     source = (experiment.export and experiment.export.model) or trained
     if record.model_fingerprint(source, None) not in measured:
         if source != trained:
-            say("export", f"does not measure the forms on the tasks: {source} is not the student that `eval` has measured")
+            say("export", f"skips the tasks: {source} is not the student that `eval` has measured")
             return None
         changed.append(source)
     if changed:
-        raise InputError(f"{', '.join(changed)}: not as `eval` has measured it ({file}); run `eval` again before `export`")
+        raise InputError(f"{', '.join(changed)}: changed since `eval` measured it ({file}); run `eval` again before `export`")
     student = table.filter(pc.equal(table["model"], STUDENT))
     for task in own:
         answered = student.filter(pc.equal(student["task"], task.task.name)).select(["item", "input", "target"]).to_pylist()
@@ -84,7 +84,7 @@ def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
             {"item": item.id, "input": item.input, "target": item.output} for item in task.items[: experiment.eval.task_limit]
         ]
         if answered != items:
-            raise InputError(f"{file}: the items of {task.task.file} are others; run `eval` again before `export`")
+            raise InputError(f"{file}: the items of {task.task.file} have changed; run `eval` again before `export`")
     names = pa.array([task.task.name for task in own])
     teacher = table.filter(pc.equal(table["model"], TEACHER))
     place = student.schema.get_field_index("model")
@@ -94,12 +94,12 @@ def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
 
 
 def on_tasks(measured: MeasuredTasks, model: Any, tokenizer: Any, end_ids: list[int], experiment: Experiment) -> dict[str, Any]:
-    """What `export.json` says of a form under `tasks`: what `metrics.json` says of the student, with the form in its place.
+    """The entry of a form in `export.json` under `tasks`: that of the student in `metrics.json`, but for the form.
 
     Args:
-        measured: by `eval`.
+        measured: results of `eval`.
         model: the form.
-        tokenizer: its own.
+        tokenizer: its tokenizer.
         end_ids: the tokens that end an answer.
         experiment: the configuration.
     """
@@ -125,9 +125,9 @@ def for_a_server(measured: MeasuredTasks, found: dict[str, Any], dtype: str, tem
     """The content of `cascade.json`: how each task is asked, and from which confidence on an answer is kept.
 
     Args:
-        measured: by `eval`.
-        found: by `on_tasks`.
-        dtype: in which the form answered.
+        measured: results of `eval`.
+        found: results of `on_tasks`.
+        dtype: precision in which the form answered.
         template_args: more variables of the chat template.
     """
     by_name = {own.task.name: own.task for own in measured.tasks}

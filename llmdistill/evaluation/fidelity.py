@@ -1,6 +1,6 @@
-"""How near a model is to its teacher, token by token: sums for each row, from which means and their intervals are made.
+"""Per-token fidelity of a model to its teacher: sums for each row, from which means and intervals are computed.
 
-At every position the teacher's whole distribution p, from its weights in float32, stands beside the model's q.
+At every position, the teacher's full distribution p, from its weights in float32, is compared with the model's q.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a held-out text: KL(p ‖ q) in nats where it was written, and both most likely five with their probabilities."""
+    """A token of a held-out text: KL(p ‖ q) in nats at its position, and the five most likely tokens of both models."""
 
     text: str
     kl: float
@@ -42,20 +42,21 @@ def fidelity(
     """Each row's sums over its completion tokens, shape (rows,) or (rows, groups).
 
     Args:
-        models: by name; one of them is called `teacher`.
+        models: the models by name; one of them is called `teacher`.
         rows: with `input_ids` and `completion_start`.
-        batch_size: rows in one forward pass.
-        end_ids: the tokens that end a completion, of the student where the vocabularies differ.
-        report: is told the rows and tokens that are done, after every batch.
-        classes: of rows from `retokenize`, whose teacher has another vocabulary: everything is over classes then, at the
-            positions that both share.
+        batch_size: rows per forward pass.
+        end_ids: the tokens that end a completion, in the student's tokens if the vocabularies differ.
+        report: called with the number of finished rows and tokens after every batch.
+        classes: for rows from `retokenize`, whose teacher has a different vocabulary; everything is then over classes, at
+            the positions that both share.
 
     Returns:
-        `tokens`, `ended`, whether the text ends, and for every model `NAME QUANTITY` of all quantities of the metrics: `NAME
-        kl`, `NAME top1`, … Of them `confidence` and `truth` are in groups by the confidence. `tokens by position`, `tokens
-        by entropy`, `NAME kl by position` and `NAME kl by entropy` are in groups too; and of every model as a draft what
-        `draft_sums` returns, and `NAME MODE by position`. With classes, of which no draft can be made, there are also `NAME
-        text_nll`, of the whole text, `positions`, and the sums of `entropy` and `class_entropy` of the teacher.
+        `tokens`, `ended`, whether the text ends, and for every model `NAME QUANTITY` for all quantities of the metrics:
+        `NAME kl`, `NAME top1`, … Of these, `confidence` and `truth` are grouped by confidence. `tokens by position`,
+        `tokens by entropy`, `NAME kl by position` and `NAME kl by entropy` are grouped too. For every model as a draft
+        model, there are the results of `draft_sums` and `NAME MODE by position`. With classes, which do not allow drafts,
+        there are also `NAME text_nll`, of the whole text, `positions`, and the sums of the teacher's `entropy` and
+        `class_entropy`.
     """
     parts: dict[str, list[Array]] = {}
     batches = (
@@ -96,7 +97,7 @@ def fidelity(
 
 
 def token_view(teacher: Any, student: Any, row: Any, tokenizer: Any, most: int) -> list[Token]:
-    """The first `most` completion tokens of a row, each with what both models thought of its place."""
+    """The first `most` completion tokens of a row, each with the predictions of both models."""
     import torch
 
     from llmdistill.data.collator import DistillCollator
@@ -124,10 +125,10 @@ def token_view(teacher: Any, student: Any, row: Any, tokenizer: Any, most: int) 
 def own_text(
     model: Any, rows: Any, count: int, new_tokens: int, end_ids: Sequence[int], seed: int, name: str = ""
 ) -> list[dict[str, Any]]:
-    """What a model itself answers to the first prompts, sampled at temperature 1, as rows.
+    """A model's own answers to the first prompts, sampled at temperature 1, as rows.
 
-    `name` tells in which tokens it sees the prompts. Each row says whether it `ended` by itself, and the `number` of the row that
-    its prompt is from.
+    `name` determines in which tokens it sees the prompts. Each row has `ended`, whether it ended by itself, and `number`, the
+    row that its prompt is from.
     """
     import torch
 
@@ -137,7 +138,7 @@ def own_text(
             seen.setdefault(tuple(prompt_ids), number)
         if len(seen) == count:
             break
-    prompts = sorted(seen, key=len)  # of like length in one batch
+    prompts = sorted(seen, key=len)  # similar lengths in one batch
     found = []
     torch.manual_seed(seed)
     for first in range(0, len(prompts), 32):
@@ -152,7 +153,7 @@ def own_text(
 
 
 def _batches(models: dict[str, Any], rows: Any, batch_size: int, end_ids: Sequence[int]) -> Iterator[Compared]:
-    """Batches of rows, compared over tokens at every position of their completions."""
+    """Batches of rows, compared over tokens at every completion position."""
     import torch
 
     from llmdistill.data.collator import DistillCollator, completion_labels, text_only
@@ -173,12 +174,12 @@ def _batches(models: dict[str, Any], rows: Any, batch_size: int, end_ids: Sequen
 
 
 def _logprobs(logits: Mapping[str, Any], size: int, name: str, here: slice) -> Any:
-    """A model's log-probabilities of the tokens that all have, (n, V)."""
+    """A model's log-probabilities of the tokens that all models have, (n, V)."""
     return logits[name][here][:, :size].float().log_softmax(-1)
 
 
 def _values(batch: Compared, names: Collection[str]) -> dict[str, Array]:
-    """At every position the teacher's `entropy`, whether it `ended` there, and all quantities of every model."""
+    """At every position, the teacher's `entropy`, whether it `ended` there, and all quantities of every model."""
     import torch
 
     ends = torch.tensor(batch.ends, dtype=torch.long, device=batch.labels_N.device)
@@ -200,10 +201,10 @@ def _values(batch: Compared, names: Collection[str]) -> dict[str, Array]:
 
 
 def common_size(models: Iterable[Any]) -> int:
-    """The tokens that all models have: the output layer of one may be padded further than another's."""
+    """The tokens that all models have: some output layers are padded further than others."""
     return min(int(model.config.get_text_config().vocab_size) for model in models)
 
 
 def _sums(row_N: Array, group_N: Array, value_N: Array | None, rows: int, groups: int) -> Array:
-    """Of the values, or of ones, in each row and group."""
+    """Sums of the values, or counts, by row and group."""
     return np.bincount(row_N * groups + group_N, value_N, minlength=rows * groups).reshape(rows, groups)

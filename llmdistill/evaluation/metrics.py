@@ -1,9 +1,9 @@
-"""The metrics of `eval`, one entry each: what is summed at every token, what is made of the sums, and how it is shown.
+"""The metrics of `eval`, one entry each: what is summed at every token, how it is computed from the sums, and how it is shown.
 
-`evaluation/fidelity.py` sums the `quantities`, or `evaluation/text.py` those that need no weights of the teacher;
+`evaluation/fidelity.py` sums the `quantities`, or `evaluation/text.py` those that do not need the teacher's weights;
 `stages/evaluate.py` computes the values for `metrics.json`, and the reports and model cards show them. A metric in the first
-table of the report (`tables` has "models", or "text") is a mean of the quantity of its own name; the student is compared
-with its rivals by it.
+table of the report (`tables` contains "models" or "text") is the mean of the quantity of the same name, and the student is
+compared with its rivals by it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,29 +16,29 @@ import numpy as np
 from llmdistill.evaluation import drafts
 from llmdistill.evaluation.statistics import Array, Draws
 
-Tensor = Any  # of torch, which is not imported here: who only shows metrics does not need it
+Tensor = Any  # of torch, which is not imported here, as showing metrics does not need it
 POSITIONS = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-"""Where groups of positions begin, in tokens from the start of the completion."""
+"""Lower bounds of groups of positions, in tokens from the start of the completion."""
 ENTROPIES = (0.0, 0.05, 0.25, 0.5, 1.0, 2.0, 3.0)
-"""Where groups of positions begin by the entropy of the teacher, in nats."""
+"""Lower bounds of groups of positions by the entropy of the teacher, in nats."""
 CONFIDENCES = 10
-"""Groups of equal width by the probability of the model's most likely token."""
+"""Number of equal-width groups by the probability of the model's most likely token."""
 Table = Literal["models", "across", "text", "measures", "runs"]
-_FEWEST = 5  # conversations that a group of positions must be in
+_FEWEST = 5  # minimum number of conversations in a group of positions
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The teacher and a model at N completion tokens; what is of the teacher is None where its weights are not here.
+    """The teacher and a model at N completion tokens; the teacher's fields are None if its weights are not available.
 
     Attributes:
         log_p_NV: the teacher's log-probabilities.
         p_NV: its probabilities.
-        p_top_N5: the tokens that it finds most likely.
+        p_top_N5: its most likely tokens.
         log_q_NV: the model's log-probabilities.
-        labels_N: the token that stands there.
+        labels_N: the token at each position.
         end_N: whether that token ends the completion.
-        end_ids: the tokens that end one.
+        end_ids: the tokens that end a completion.
     """
 
     log_p_NV: Tensor
@@ -51,30 +51,30 @@ class Positions:
 
     @cached_property
     def log_ratio_NV(self) -> Tensor:
-        """Of log p − log q."""
+        """The log-ratio, log p − log q."""
         return self.log_p_NV - self.log_q_NV
 
     @cached_property
     def q_top(self) -> Tensor:
-        """The tokens that the model finds most likely, `indices` and `values`, both (N, 5)."""
+        """The model's most likely tokens, `indices` and `values`, both (N, 5)."""
         return self.log_q_NV.topk(5)
 
     @cached_property
     def ends_N(self) -> Tensor:
-        """The model's probability of an end."""
+        """The model's probability of an end token."""
         return self.log_q_NV[:, self.end_ids].exp().sum(-1)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What `fidelity` has summed over the tokens of every row, of one model.
+    """The sums of `fidelity` over the tokens of every row, for one model.
 
     Attributes:
-        model: its name.
-        measured: of all models.
+        model: name of the model.
+        measured: sums of all models.
         draws: resamples of the rows.
-        text_bytes: of each completion, in UTF-8.
-        weights: the importance of each row, where the text is a sample of the teacher's.
+        text_bytes: length of each completion, in UTF-8.
+        weights: importance weight of each row, if the text is a sample from the teacher.
     """
 
     model: str
@@ -88,17 +88,17 @@ class Sums:
 
     @property
     def tokens(self) -> Array:
-        """Completion tokens of each row."""
+        """Number of completion tokens in each row."""
         return self.measured["tokens"]
 
     @property
     def text_tokens(self) -> Array:
-        """The same where vocabularies are equal; else all of the model's own tokens, not those alone that are compared."""
+        """The same if vocabularies are equal; otherwise all of the model's own tokens, not only those compared."""
         return self.measured.get("positions", self.tokens)
 
     @property
     def text_nll(self) -> Array:
-        """−log q of each completion, in nats: where vocabularies differ, of all its tokens and not of the compared ones alone."""
+        """−log q of each completion in nats; if vocabularies differ, over all its tokens, not only those compared."""
         return self.measured.get(f"{self.model} text_nll", self.measured.get(f"{self.model} nll"))  # type: ignore[return-value]
 
     @property
@@ -109,7 +109,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a difference between two models is said: what of, its unit, and a gain and a loss with a place for the number."""
+    """Wording of a difference between two models: its subject and unit, and a gain and a loss with a place for the number."""
 
     what: str
     unit: str
@@ -119,22 +119,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a model is measured by.
+    """A measure of a model.
 
     Attributes:
-        name: in `metrics.json`.
-        label: in tables.
-        unit: of what is shown.
-        better: which values are.
-        compute: what `metrics.json` has of it, from the sums; None where it is not defined.
+        name: name in `metrics.json`.
+        label: label in tables.
+        unit: unit in which it is shown.
+        better: which values are better.
+        compute: its value in `metrics.json`, from the sums; None if it is not defined.
         quantities: what is summed over tokens for it, each from the distributions there; shape (N,).
-        factor: from the value to the unit.
-        tables: where it has a column or row: the models of a report, or those of different vocabularies (`across`), or those
-            whose teacher's weights are not here (`text`), its further measures, the page that compares runs.
-        definition: in model cards, where no note explains the label.
-        difference: how a difference in it is said.
-        of_text: whether it follows from the teacher's text, or what was stored with it, without the teacher's weights.
-        over: the sizes that it is a mean over, among what is summed.
+        factor: factor from the value to the unit.
+        tables: where it has a column or row: the models of a report, or those with different vocabularies (`across`), or those
+            without the teacher's weights (`text`), its further measures, the page that compares runs.
+        definition: definition in model cards, where no note explains the label.
+        difference: wording of a difference in it.
+        of_text: whether it follows from the teacher's text or what was stored with it, without the teacher's weights.
+        over: the sizes that it is a mean over, among the sums.
     """
 
     name: str
@@ -152,26 +152,26 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """The unit, with an arrow to where values are better."""
+        """The unit, with an arrow towards better values."""
         return self.unit + {"lower": " ↓", "higher": " ↑", None: ""}[self.better]
 
 
 def metrics_of(table: Table) -> list[Metric]:
-    """Those that a table shows, of held-out text."""
+    """The metrics of held-out text that a table shows."""
     return [metric for metric in METRICS if table in metric.tables]
 
 
 def has_teacher(models: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the teacher is among the models of a `metrics.json`; it is not where its weights were not there."""
+    """Whether the teacher is among the models of a `metrics.json`, which needs its weights."""
     return any(model["name"] == "teacher" for model in models)
 
 
 def compared_by(teacher: bool, classes: bool) -> list[Metric]:
-    """What models are compared by on held-out text.
+    """The metrics by which models are compared on held-out text.
 
     Args:
-        teacher: whether the teacher's weights are there.
-        classes: whether its vocabulary is another one, so that tokens are compared by their classes.
+        teacher: whether the teacher's weights are available.
+        classes: whether its vocabulary differs, so that tokens are compared by class.
     """
     return metrics_of("text" if not teacher else "across" if classes else "models")
 
@@ -188,7 +188,7 @@ def per_token(quantity: str) -> Callable[[Sums], dict[str, float]]:
 
 
 def per_token_share(quantity: str) -> Callable[[Sums], dict[str, float]]:
-    """The share of tokens, with its interval; the teacher's own has none, being all of them by definition."""
+    """The share of tokens, with its interval; none for the teacher itself, for which it is 100% by definition."""
 
     def compute(sums: Sums) -> dict[str, float]:
         if sums.model == "teacher":
@@ -200,7 +200,7 @@ def per_token_share(quantity: str) -> Callable[[Sums], dict[str, float]]:
 
 
 def _stored_kl(sums: Sums) -> dict[str, float] | None:
-    """Over the positions with stored targets; None where there are none."""
+    """Mean over the positions with stored targets; None if there are none."""
     if f"{sums.model} stored_kl" not in sums.measured or not sums.measured["stored"].any():
         return None
     return sums.draws.interval(sums["stored_kl"], sums.measured["stored"], least=0)
@@ -212,7 +212,7 @@ def _bits_per_byte(sums: Sums) -> dict[str, float]:
 
 
 def _draft(sums: Sums) -> dict[str, Any] | None:
-    """The model as the teacher's draft, with each mode's acceptance by position, too; None where vocabularies differ."""
+    """The model as the teacher's draft model, with each mode's acceptance also by position; None if vocabularies differ."""
     if f"{sums.model} text_nll" in sums.measured:
         return None
     found = drafts.figures(sums.model, sums.measured, sums.draws)
@@ -227,7 +227,7 @@ def _draft(sums: Sums) -> dict[str, Any] | None:
 
 
 def _kl_by(group: str, begins: tuple[float, ...]) -> Callable[[Sums], list[dict[str, Any]]]:
-    """The KL in groups of positions, of those that enough conversations have."""
+    """KL by group of positions, for groups with enough conversations."""
 
     def compute(sums: Sums) -> list[dict[str, Any]]:
         kl_RG, tokens_RG = sums[f"kl by {group}"], sums.measured[f"tokens by {group}"]
@@ -249,14 +249,15 @@ def _end(sums: Sums) -> dict[str, float] | None:
 def _calibration_error(sums: Sums) -> dict[str, float]:
     """How far q of the model's choice is from p of it: Σ |confidence − truth| over groups of positions by that q.
 
-    Without an interval: noise makes it larger, in every resample once more, so that of a bootstrap would lie above it.
+    Without an interval: noise increases it, and increases it again in every resample, so that a bootstrap interval would lie
+    above it.
     """
     gap_G = (sums["confidence"] - sums["truth"]).sum(axis=0)
     return {"mean": float(np.abs(gap_G).sum() / sums.tokens.sum())}
 
 
 def _sequence_kl(sums: Sums) -> dict[str, float] | None:
-    """KL(teacher ‖ model) over whole texts, in nats a text, by importance weights; None where the text is no sample."""
+    """KL(teacher ‖ model) over whole texts, in nats per text, by importance weights; None if the text is not a sample."""
     if sums.weights is None:
         return None
     # log p(y|x) − log q(y|x), both from weights in this process
@@ -342,7 +343,7 @@ METRICS = (
     ),
     Metric(
         "written",
-        "the written token is its most likely",
+        "the written token is its most likely one",
         "%",
         "higher",
         compute=lambda sums: sums.draws.share(sums["written"], sums.tokens),
@@ -424,9 +425,9 @@ METRICS = (
         },
         tables=(),
     ),
-    Metric("sequence_kl", "KL over whole texts", "nats a text", "lower", compute=_sequence_kl, tables=()),
+    Metric("sequence_kl", "KL over whole texts", "nats per text", "lower", compute=_sequence_kl, tables=()),
 )
-"""Of the held-out text."""
+"""Metrics of the held-out text."""
 
 OWN_TEXT_METRICS = (
     Metric("reverse_kl", "KL(model ‖ teacher) on its own text", "nats per token", "lower", compute=per_token("reverse_kl")),
@@ -460,10 +461,10 @@ OWN_TEXT_METRICS = (
         factor=100,
     ),
 )
-"""Of what a model answers itself, under `own_text`."""
+"""Metrics of a model's own answers, under `own_text`."""
 
 QUANTITIES = {name: quantity for metric in METRICS for name, quantity in metric.quantities.items()}
-"""All that is summed over tokens."""
+"""All quantities summed over tokens."""
 
 QUANTITIES_OF_TEXT = {name: quantity for metric in METRICS if metric.of_text for name, quantity in metric.quantities.items()}
-"""Those that need no distribution of the teacher."""
+"""Quantities that do not need the teacher's distribution."""

@@ -1,4 +1,4 @@
-"""Tasks of a user's own (`llmdistill/tasks`) as part of `eval.tasks`: every model answers the held-out items greedily."""
+"""A user's own tasks (`llmdistill/tasks`) as part of `eval.tasks`: every model answers the held-out items greedily."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +16,12 @@ from llmdistill.models.loading import context_length
 from llmdistill.runs.progress import StageBar
 from llmdistill.tasks.task import Item, Task, check_targets, items_file, read_items, read_task
 
-_TIMES, _MORE_TOKENS = 3, 64  # of the tokens of the longest right answer: room for indentation and a fence, and an end
+_TIMES, _MORE_TOKENS = 3, 64  # times the longest right answer, plus tokens: room for indentation, a fence and an end
 
 
 @dataclass(frozen=True)
 class OwnTask:
-    """A task with its held-out items; `files` are it and all that it names, by their paths as the experiment would name them."""
+    """A task with its held-out items; `files` are its file and all that it names, by their paths as in the experiment."""
 
     task: Task
     items: list[Item]
@@ -29,15 +29,15 @@ class OwnTask:
 
     @property
     def chance(self) -> float | None:
-        """What guessing among the labels gives; None where an answer is no choice among a few."""
+        """The score of guessing among the labels; None if an answer is not a choice among a few."""
         return 1 / len(self.task.labels) if self.task.labels else None
 
 
 def read_own(file: Path) -> OwnTask:
-    """A task file and its test; what is wrong in either is said before a model is loaded.
+    """Read a task file and its test; errors in either are reported before a model is loaded.
 
     Raises:
-        InputError: a file is missing or cannot be used, a right answer could not be accepted, or there are too few items.
+        InputError: if a file is missing or unusable, a right answer is invalid, or there are too few items.
     """
     task = read_task(file, "eval.tasks")
     name, found = items_file(task)
@@ -52,10 +52,10 @@ def check_count(own: OwnTask, limit: int | None) -> None:
     """Refuse too few items for an interval.
 
     Raises:
-        InputError: there are.
+        InputError: if there are too few.
     """
     clusters = {item.cluster for item in own.items[:limit]}
-    check_clusters(len(clusters), f"items of the task {own.task.file}", "give it more")
+    check_clusters(len(clusters), f"items of the task {own.task.file}", "add more")
 
 
 def run_own(
@@ -71,32 +71,32 @@ def run_own(
     parts: Parts | None = None,
     thinking_end: str = "</think>",
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Every model on the same items.
+    """Run every model on the same items.
 
     Args:
         tasks: read and checked.
-        models: by name.
-        tokenizers: of each, with its chat template.
+        models: the models by name.
+        tokenizers: tokenizer of each, with its chat template.
         end_ids: the tokens that end an answer of each.
-        batch_size: sequences in one forward pass.
-        limit: the first items of each task only.
+        batch_size: sequences per forward pass.
+        limit: use only the first items of each task.
         template_args: more variables of the chat template.
-        references: the teacher's answers, by task and item, where it is none of the models.
-        stage: that says how far it is.
-        parts: where the answers of each model to each task are kept, of a run of the same tasks and models.
-        thinking_end: the mark at the end of a reasoning trace, which is no part of an answer.
+        references: the teacher's answers by task and item, if it is not one of the models.
+        stage: name of the stage, for progress.
+        parts: where the answers of each model to each task are kept, from a run with the same tasks and models.
+        thinking_end: the string that ends a reasoning trace, which is not part of an answer.
 
     Returns:
-        The rows of `tasks.parquet`; and for each task, by model, `valid`, the share of answers that could be accepted,
-        `max_tokens`, where answers were cut, and what its kind tells beside the score, such as `fields`.
+        The rows of `tasks.parquet`; and for each task, by model, `valid`, the share of valid answers, `max_tokens`, where
+        answers were cut off, and further results of its kind besides the score, such as `fields`.
 
     Raises:
-        InputError: a model has no chat template, or an item does not fit into its context.
-        UnusableError: its template refuses an item.
+        InputError: if a model has no chat template, or an item does not fit into its context.
+        UnusableError: if its template refuses an item.
     """
     asked = [(own.task, own.items[:limit], name) for name in models for own in tasks]
     files = [f"answers-{number}" for number in range(len(asked))]
-    # All of them before the first answer: what a template refuses is found out at once.
+    # All of them before the first answer, so that items refused by a template are found immediately.
     prompts = [
         _prompts(task, items, models[name].config, tokenizers[name], end_ids[name], template_args or {})
         for task, items, name in asked
@@ -130,19 +130,19 @@ def run_own(
 def requests_of(
     own: OwnTask, count: int, limit: int | None, config: Any, tokenizer: Any, end_ids: list[int], template_args: dict[str, Any]
 ) -> Requests:
-    """The first items of a task, as a server is asked them.
+    """The first items of a task as requests to a server.
 
     Args:
         own: the task.
-        count: of the items.
-        limit: of those that are evaluated, whose longest right answer decides where answers are cut.
-        config: of the model.
-        tokenizer: the model's.
+        count: number of items.
+        limit: number of evaluated items, whose longest right answer determines where answers are cut off.
+        config: configuration of the model.
+        tokenizer: its tokenizer.
         end_ids: the tokens that end its answers.
         template_args: more variables of the chat template.
 
     Raises:
-        InputError: an item does not fit into the model's context.
+        InputError: if an item does not fit into the model's context.
     """
     prompts, longest = _prompts(own.task, own.items[:limit], config, tokenizer, end_ids, template_args)
     return Requests(prompts[:count], longest, end_ids)
@@ -151,7 +151,7 @@ def requests_of(
 def _prompts(
     task: Task, items: list[Item], config: Any, tokenizer: Any, end_ids: list[int], template_args: dict[str, Any]
 ) -> tuple[list[list[int]], int]:
-    """The token ids of each prompt, and how many tokens an answer may have."""
+    """The token ids of each prompt, and the maximum number of tokens of an answer."""
     chat, found = ChatTemplate(tokenizer, end_ids, template_args), []
     longest = _TIMES * max(len(tokenizer(item.output, add_special_tokens=False)["input_ids"]) for item in items) + _MORE_TOKENS
     context = context_length(config)
@@ -162,7 +162,7 @@ def _prompts(
             raise error.at(item.origin) from None
         if context and len(found[-1]) + longest > context:
             raise InputError(
-                f"{item.origin}: {len(found[-1]):,} tokens and {longest:,} of an answer are more than the context of {context:,}"
+                f"{item.origin}: {len(found[-1]):,} tokens plus {longest:,} for an answer exceed the context of {context:,}"
             )
     return found, longest
 
@@ -189,9 +189,9 @@ def _row(task: Task, model: str, item: Item, answer: Written, reference: str | N
 
 
 def agrees(task: Task, answer: str, reference: str) -> bool | None:
-    """Whether an answer is the same as the teacher's, by the measure of its kind; None of free text, which has no such measure.
+    """Whether an answer equals the teacher's by the measure of its kind; None for free text, which has no such measure.
 
-    An answer of the teacher that cannot be accepted has only the same text as its equal.
+    An invalid answer of the teacher is equal only to the same text.
     """
     if task.settings.kind == "generate":
         return None

@@ -1,4 +1,4 @@
-"""What `eval` has measured so far, in files: a later try with the same settings goes on from them."""
+"""Results of `eval` so far, in files: a later attempt with the same settings continues from them."""
 
 import json
 import shutil
@@ -9,23 +9,22 @@ from typing import Any
 import numpy as np
 
 from llmdistill.evaluation.statistics import Array
-from llmdistill.runs.lock import writer_name
-from llmdistill.runs.record import read_json, write_json
+from llmdistill.runs.record import read_json, write_json, writing
 
 
 class Parts:
-    """Results in a directory, by name; each appears by an atomic rename."""
+    """Results in a directory, by name; each is written by an atomic rename."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
     def has(self, name: str) -> bool:
-        """Whether `result` has measured it."""
+        """Whether `result` has been measured."""
         return (self.directory / f"{name}.json").exists()
 
     def result(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What JSON can hold, measured if it is not there."""
+        """A result that JSON can hold; measured if missing."""
         file = self.directory / f"{name}.json"
         if not self.has(name):
             write_json(file, {"result": measure()})
@@ -34,17 +33,16 @@ class Parts:
         return found["result"]
 
     def arrays(self, name: str, measure: Callable[[], dict[str, Array]]) -> dict[str, Array]:
-        """Arrays by name, measured if they are not there."""
+        """Arrays by name; measured if missing."""
         file = self.directory / f"{name}.npz"
         if not file.exists():
-            unfinished = self.directory / f".{name}.{writer_name()}.npz"
             measured = measure()
             stored: dict[str, Any] = {f"array_{number}": values for number, values in enumerate(measured.values())}
-            np.savez(unfinished, **stored, names=np.array(json.dumps(list(measured))))
-            unfinished.replace(file)
+            with writing(file) as stream:
+                np.savez(stream, **stored, names=np.array(json.dumps(list(measured))))
         with np.load(file, allow_pickle=False) as found:
             return {name: found[f"array_{number}"] for number, name in enumerate(json.loads(str(found["names"])))}
 
     def remove(self) -> None:
-        """When all is in its place."""
+        """Delete the results once everything is in its final place."""
         shutil.rmtree(self.directory, ignore_errors=True)

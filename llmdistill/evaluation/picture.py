@@ -1,4 +1,4 @@
-"""The report as one picture to share: the verdict, the headline figures, and every model's KL with its interval."""
+"""The report as a single image to share: the verdict, the headline figures, and every model's KL with its interval."""
 
 import io
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llmdistill.evaluation.statistics import nats_text
 
-WIDTH, HEIGHT = 1200, 630  # what chats and sites show of a link
-_SCALE = 2  # pixels a unit
+WIDTH, HEIGHT = 1200, 630  # the size of link previews
+_SCALE = 2  # pixels per unit
 _MARGIN = 60
 _PAPER, _PANEL, _INK, _SOFT, _LINE = "#fcfbf8", "#f4f2ec", "#1c2126", "#59626b", "#dcd8ce"
 _MARKS = {"student": "#0072b2", "student, text only": "#d55e00"}
 _OTHER = "#767d85"
-# Pillow's own font has no more than ASCII and a few signs, and no other font is everywhere.
+# Pillow's built-in font has little beyond ASCII, and no other font is available everywhere.
 _PLAIN = str.maketrans({"×": "x", "→": "to", "−": "-", "–": "-", "’": "'", "‖": "||", "…": "..."})
 
 
@@ -22,8 +22,8 @@ def picture(view: Mapping[str, Any], labels: Mapping[str, str]) -> bytes:
     """A PNG of `WIDTH` × `HEIGHT` units at two pixels each.
 
     Args:
-        view: what the report's templates show.
-        labels: of models, where they are called otherwise than by their names.
+        view: the values that the report's templates show.
+        labels: labels of models that differ from their names.
     """
     page = _Page()
     page.text(_MARGIN, 46, "Distillation report", 20, _SOFT)
@@ -48,7 +48,7 @@ def picture(view: Mapping[str, Any], labels: Mapping[str, str]) -> bytes:
 
 
 def _intervals(page: "_Page", plot: Mapping[str, Any], title: str, labels: Mapping[str, str]) -> None:
-    """A dot with whiskers a model, on the scale of the report's figure."""
+    """A dot with whiskers per model, on the scale of the report's figure."""
     start, end = 400, 910
     page.text(_MARGIN, 448, f"{title}, nats per token, with 95% intervals", 17, _SOFT)
     for number, row in enumerate(plot["rows"][:4]):
@@ -76,7 +76,7 @@ class _Page:
     def text(
         self, x: float, y: float, text: str, size: float, color: str = _INK, bold: bool = False, most: float | None = None
     ) -> None:
-        """A line of text from its upper left corner, smaller where it would be wider than `most`."""
+        """Draw a line of text from its upper left corner, smaller if it would be wider than `most`."""
         text = " ".join(text.translate(_PLAIN).split())
         if most is not None:
             size *= min(1.0, most / max(self._width(text, size), 1e-9))
@@ -84,7 +84,7 @@ class _Page:
         self._draw.text(at, text, font=_font(size), fill=color, stroke_width=stroke, stroke_fill=color)
 
     def wrapped(self, text: str, size: float, most: float) -> list[str]:
-        """The text in lines that are no wider than `most`."""
+        """Wrap text to lines no wider than `most`."""
         lines: list[str] = []
         for word in text.translate(_PLAIN).split():
             longer = f"{lines[-1]} {word}" if lines else word
@@ -95,17 +95,17 @@ class _Page:
         return lines
 
     def box(self, x: float, y: float, width: float, height: float) -> None:
-        """A panel with a coloured upper edge."""
+        """Draw a panel with a coloured upper edge."""
         left, top, right = x * _SCALE, y * _SCALE, (x + width) * _SCALE
         self._draw.rectangle((left, top, right, (y + height) * _SCALE), fill=_PANEL)
         self._draw.rectangle((left, top, right, top + 3 * _SCALE), fill=_MARKS["student"])
 
     def line(self, start: tuple[float, float], end: tuple[float, float], color: str, width: int) -> None:
-        """A straight line."""
+        """Draw a straight line."""
         self._draw.line([(x * _SCALE, y * _SCALE) for x, y in (start, end)], fill=color, width=width * _SCALE)
 
     def dot(self, x: float, y: float, radius: float, color: str) -> None:
-        """A filled circle."""
+        """Draw a filled circle."""
         ends = [(v - radius) * _SCALE for v in (x, y)] + [(v + radius) * _SCALE for v in (x, y)]
         self._draw.ellipse(ends, fill=color)
 

@@ -1,4 +1,4 @@
-"""Where things stand in the report's figures: numbers in, SVG coordinates out. The template draws them."""
+"""Layout of the report's figures: numbers in, SVG coordinates out. The template draws them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 Point = tuple[float, float]
 
-# Both figures fit half a page on a desk and a whole one on a phone, so their text stays legible on either.
+# Both figures fit half a page on a desktop and a whole one on a phone, so their text is legible on either.
 WIDTH = 480
 _LOSS_HEIGHT = 270
 _LOSS_LEFT = 44
@@ -30,18 +30,18 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """The pixel of a value."""
+        """The pixel position of a value."""
         low, high, at = (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
         return round(self.start + (self.end - self.start) * (at - low) / (high - low), 1)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Pixel and label of round values: at most about six."""
+        """Pixel position and label of at most about six round values."""
         values = _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
         return [(self.place(value), f"{value:,.10g}".replace("-", "−")) for value in values]
 
 
 def fit_axis(values: Sequence[float], start: float, end: float, margin: float = 0.06) -> Axis:
-    """A scale for the values, with some margin; logarithmic where the largest is many times the smallest."""
+    """A scale for the values, with some margin; logarithmic if the largest is many times the smallest."""
     low, high = min(values), max(values)
     if low > 0 and high / low > _LOG_FROM_RATIO:
         factor = (high / low) ** margin
@@ -51,11 +51,11 @@ def fit_axis(values: Sequence[float], start: float, end: float, margin: float = 
 
 
 def interval_plot(rows: Iterable[tuple[str, dict[str, float]]], with_zero: bool = False) -> dict[str, Any] | None:
-    """A dot with 95% whiskers a row; None if no row has finite numbers.
+    """A dot with 95% whiskers per row; None if no row has finite numbers.
 
     Args:
         rows: names and estimates.
-        with_zero: they are differences, and where there is none belongs into the figure.
+        with_zero: whether they are differences, so that the figure must include zero.
     """
     drawn = [(name, estimate) for name, estimate in rows if all(math.isfinite(estimate[key]) for key in _ENDS)]
     if not drawn:
@@ -83,11 +83,11 @@ def interval_plot(rows: Iterable[tuple[str, dict[str, float]]], with_zero: bool 
 
 
 def group_plot(curves: dict[str, list[dict[str, Any]]], names: Sequence[str]) -> dict[str, Any] | None:
-    """Means with 95% whiskers in groups that stand side by side; None if there is nothing to draw.
+    """Means with 95% whiskers in groups side by side; None if there is nothing to draw.
 
     Args:
-        curves: of each model, its groups: `group`, an index into `names`, `mean`, `low` and `high`.
-        names: of the groups, from left to right.
+        curves: the groups of each model: `group`, an index into `names`, `mean`, `low` and `high`.
+        names: names of the groups, from left to right.
     """
     drawn = {name: groups for name, groups in curves.items() if groups}
     values = [group[key] for groups in drawn.values() for group in groups for key in ("mean", "low", "high")]
@@ -98,7 +98,7 @@ def group_plot(curves: dict[str, list[dict[str, Any]]], names: Sequence[str]) ->
     wide = (WIDTH - 10 - _LOSS_LEFT) / len(names)
     lines = []
     for number, (name, groups) in enumerate(drawn.items()):
-        aside = (number - (len(drawn) - 1) / 2) * min(8.0, wide / (len(drawn) + 1))  # whiskers must not hide each other
+        aside = (number - (len(drawn) - 1) / 2) * min(8.0, wide / (len(drawn) + 1))  # keeps whiskers from overlapping
         points = [
             {
                 "x": round(_LOSS_LEFT + wide * (group["group"] + 0.5) + aside, 1),
@@ -133,8 +133,8 @@ def share_plot(curves: dict[str, list[Point]], marks: Sequence[tuple[float, str]
     """Percentages against a percentage, as lines.
 
     Args:
-        curves: points of each line, by its name.
-        marks: percentages across that are marked, each with its label.
+        curves: the points of each line, by its name.
+        marks: percentages on the horizontal axis to mark, with their labels.
     """
     bottom = _LOSS_HEIGHT - _LOSS_BOTTOM
     across = Axis(0.0, 100.0, _LOSS_LEFT, WIDTH - 10)
@@ -148,8 +148,8 @@ def share_plot(curves: dict[str, list[Point]], marks: Sequence[tuple[float, str]
 
 
 def spread(places: Sequence[float], apart: float, low: float, high: float) -> list[float]:
-    """The places, in ascending order, moved as little as it takes to lie `apart` from each other, between `low` and `high`."""
-    groups: list[tuple[float, int]] = []  # the middle of neighbours that touch, and how many they are
+    """The positions in ascending order, moved just enough to be `apart` from each other, between `low` and `high`."""
+    groups: list[tuple[float, int]] = []  # the centre and number of touching neighbours
     for place in places:
         middle, count = place, 1
         while groups and middle - groups[-1][0] < apart * (count + groups[-1][1]) / 2:
@@ -185,7 +185,7 @@ def loss_plot(curves: dict[str, list[Point]]) -> dict[str, Any] | None:
 
 
 def _frame(x_ticks: list[tuple[float, str]], up: Axis) -> dict[str, Any]:
-    """What every figure with two axes is drawn in."""
+    """The frame of a figure with two axes."""
     size = {"width": WIDTH, "height": _LOSS_HEIGHT, "left": _LOSS_LEFT, "bottom": up.start}
     return {**size, "x_ticks": x_ticks, "y_ticks": up.ticks(), "log": up.log}
 
@@ -196,7 +196,7 @@ def fit_axis_linear(values: Sequence[float], start: float, end: float) -> Axis:
 
 
 def thin(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
-    """Means of neighbours, so that a long run is no larger a file than a short one."""
+    """Means of neighbours, so that the file of a long run is no larger than that of a short one."""
     size = -(-len(points) // most)
     return [_mean_point(points[at : at + size]) for at in range(0, len(points), size)]
 

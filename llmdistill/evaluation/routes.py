@@ -1,4 +1,4 @@
-"""Fidelity where every row has a teacher of its own: each is measured against that one, and each teacher's rows by themselves."""
+"""Fidelity with several teachers: each row is measured against its own, and the rows of each teacher separately."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from llmdistill.evaluation.statistics import Array, Draws, check_clusters, inter
 from llmdistill.models.loading import load_model
 from llmdistill.models.root_classes import RootClasses
 
-_TOLD = ("kl", "top1", "bits_per_byte")  # metrics of every teacher's rows
+_TOLD = ("kl", "top1", "bits_per_byte")  # metrics shown for every teacher's rows
 
 
 def shared(classes: RootClasses, sums: Mapping[str, Array]) -> dict[str, Any]:
-    """How much of a text is compared where the vocabularies differ: positions, and the teacher's entropy there."""
+    """The share of a text that is compared if the vocabularies differ: positions, and the teacher's entropy there."""
     return {
         "count": classes.count,
         "positions": float(sums["tokens"].sum() / max(sums["positions"].sum(), 1)),
@@ -26,7 +26,7 @@ def shared(classes: RootClasses, sums: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def teachers_of_rows(experiment: Experiment, metadata: Sequence[str]) -> list[str]:
-    """The name of each row's teacher, from its column `metadata`; rows from elsewhere are the main one's."""
+    """The name of each row's teacher, from its column `metadata`; rows from elsewhere belong to the main one."""
     named = (metadata_and_provenance(str(text))[1].get("teacher") for text in metadata)
     return [name if name in experiment.routed else experiment.main for name in named]
 
@@ -44,12 +44,12 @@ def fidelity_to_own(
 
     Args:
         experiment: the configuration.
-        models: by their names; `teacher` is the main one, the others are loaded in turn.
-        rows: a sequence of them.
-        names: of each row's teacher.
-        dtype: that models are loaded in.
-        classes: of each teacher's vocabulary and the student's, where they differ.
-        arguments: of `fidelity`.
+        models: the models by name; `teacher` is the main one, the others are loaded in turn.
+        rows: a sequence of rows.
+        names: name of each row's teacher.
+        dtype: precision in which models are loaded.
+        classes: classes of each teacher's vocabulary and the student's, if they differ.
+        arguments: further arguments of `fidelity`.
     """
     parts, order = [], []
     for name, teacher in experiment.routed.items():
@@ -77,7 +77,7 @@ def by_teacher(
     text_bytes: Array,
     classes: Mapping[str, RootClasses] | None = None,
 ) -> list[dict[str, Any]]:
-    """What `metrics.json` has of every teacher's rows: the measures of each model but the teacher, against it alone."""
+    """The entries of every teacher's rows in `metrics.json`: the measures of each other model against that teacher."""
     found = []
     for name, teacher in experiment.teachers.items():
         numbers = np.array([number for number, its in enumerate(names) if its == name], dtype=np.int64)
@@ -104,7 +104,7 @@ def _of(sums: Sums) -> dict[str, Any]:
 
 
 def lines(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """What is said of every teacher's rows."""
+    """A line for the rows of every teacher."""
     said = []
     for entry in entries:
         if "models" not in entry:
@@ -120,7 +120,7 @@ def lines(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _compared(entry: dict[str, Any], student: dict[str, Any]) -> str:
-    """Over how much of a text that is, where the vocabularies differ, and what the whole of it costs."""
+    """The share of a text that is compared if the vocabularies differ, and the cost of all of it."""
     if "classes" not in entry:
         return ""
     bits, ends = interval_text(student["bits_per_byte"], ".3f")

@@ -1,4 +1,4 @@
-"""What models cost while they serve: how fast they read and write, and the memory they take, measured in turns."""
+"""The cost of serving models: prefill and decoding speed and memory, measured in turns."""
 
 import importlib.util
 import json
@@ -16,22 +16,22 @@ import numpy as np
 import psutil
 
 from llmdistill.config.machine import inference_precision, torch_device
-from llmdistill.errors import InputError
+from llmdistill.errors import not_installed
 from llmdistill.evaluation.writing import answer_length
 from llmdistill.models.loading import continue_prompts, free_memory, load_config, model_bytes, model_precision, torch_dtype
 from llmdistill.runs.progress import StageBar, working
 
 ROUNDS = {"vllm": 5, "transformers": 3}
 PROMPT_TOKENS = {"vllm": 128, "transformers": 16}
-_ENGINE_BYTES = 2 << 30  # that vLLM takes beside twice the weights and the cache, generously
+_ENGINE_BYTES = 2 << 30  # a generous estimate of what vLLM needs besides twice the weights and the cache
 _LEAST_CACHE = 1 << 30
-_PAGE = 128  # tokens of a sequence that vLLM's cache holds together, at most
+_PAGE = 128  # maximum block size of vLLM's cache, in tokens
 _WARM_UP = 4  # tokens written before anything is timed
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model whose cost is measured; `revision` is of the Hub."""
+    """A model whose cost is measured; `revision` is that on the Hub."""
 
     name: str
     path: str
@@ -42,7 +42,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Requests:
-    """What a model is timed on beside random tokens: prompts as token ids, where answers are cut, and what ends them."""
+    """The requests on which a model is timed besides random tokens: token ids, where answers are cut off, and end tokens."""
 
     prompts: list[list[int]]
     max_tokens: int
@@ -50,7 +50,7 @@ class Requests:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with its answer."""
+        """Number of tokens of the longest prompt with its answer."""
         return max(map(len, self.prompts)) + self.max_tokens
 
 
@@ -59,32 +59,32 @@ Tasks = Mapping[str, Mapping[str, Requests]]
 
 
 def check_vllm(key: str) -> None:
-    """Refuse vLLM where it is not installed.
+    """Refuse vLLM if it is not installed.
 
     Raises:
-        InputError: naming what to install.
+        InputError: names what to install.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise InputError(f"{key} is vllm, which is not installed: install the extra `generate`, or use transformers")
+        raise not_installed(f"{key} vllm", "vllm", "generate", instead="set it to transformers")
 
 
 def by_vllm(models: list[Served], batch: int, new_tokens: int, tasks: Tasks) -> dict[str, Any]:
-    """Reading speed, writing speed and peak memory of every model in an engine of its own.
+    """Prefill speed, decoding speed and peak memory of every model, each in its own engine.
 
-    The engines run beside each other and take turns, so that what the machine does besides hits all of them; where they do
-    not fit into the memory together, one runs after the other. Prompts are random tokens, which costs the same as text.
+    The engines run side by side and take turns, so that other load on the machine affects all of them; if they do not fit into
+    memory together, they run one after the other. Prompts are random tokens, which cost the same as text.
 
     Args:
-        models: the first is what the others are compared with.
-        batch: sequences at a time.
-        new_tokens: tokens written after each prompt.
+        models: the first is the one that the others are compared with.
+        batch: number of concurrent sequences.
+        new_tokens: tokens generated after each prompt.
         tasks: requests of tasks.
 
     Returns:
-        How it was measured, and under `models` one entry each, in order: `prefill` and `decode` in tokens a second and
-        `decode_ratio` to the first model round by round, each with `median`, `low` and `high`, the lowest and highest round;
-        `peak_bytes`, of weights, cache and engine; `kv_cache_bytes`, by `cache_bytes`; `requests` of each task, as
-        `request_figures` gives it; or `failed`, why vLLM does not load it.
+        How it was measured, and under `models` one entry each, in order: `prefill` and `decode` in tokens per second and
+        `decode_ratio` to the first model per round, each with `median`, `low` and `high`, the lowest and highest round;
+        `peak_bytes`, of weights, cache and engine; `kv_cache_bytes`, from `cache_bytes`; `requests` of each task, from
+        `request_figures`; or `failed`, the reason why vLLM does not load it.
     """
     settings = {"batch": batch, "prompt_tokens": PROMPT_TOKENS["vllm"], "new_tokens": max(new_tokens, 2)}
     asked = [requests.longest for by_model in tasks.values() for requests in by_model.values()]
@@ -136,21 +136,21 @@ def by_vllm(models: list[Served], batch: int, new_tokens: int, tasks: Tasks) -> 
 
 
 def cache_bytes(model: Served, batch: int, length: int) -> int:
-    """Of the keys and values of all sequences at once, on each device; at least a GiB.
+    """Size of the keys and values of all sequences on each device; at least one GiB.
 
-    More than is needed where they are stored compressed, or of a sliding window alone.
+    An overestimate if they are compressed or of a sliding window only.
 
     Args:
         model: served in the precision of this machine.
-        batch: sequences.
-        length: tokens of each.
+        batch: number of sequences.
+        length: tokens per sequence.
     """
     how = (model.path, model.revision)
     told: dict[str, Any] = {"trust_remote_code": model.trust_remote_code, "key": f"the model `{model.name}`"}
     config = load_config(*how, **told).get_text_config()
     asked = model_precision(*how, **told).dtype
     width = torch_dtype(config.dtype if asked == "auto" else asked).itemsize
-    heads = getattr(config, "num_attention_heads", None) or 0  # none of a model without attention
+    heads = getattr(config, "num_attention_heads", None) or 0  # 0 for a model without attention
     channels = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     on_device = math.ceil((getattr(config, "num_key_value_heads", None) or heads) / model.tensor_parallel_size)
     tokens = (batch * math.ceil(length / _PAGE) + 1) * _PAGE  # vLLM keeps one page empty
@@ -158,16 +158,16 @@ def cache_bytes(model: Served, batch: int, length: int) -> int:
 
 
 def by_transformers(models: dict[str, Any], batch: int, new_tokens: int, tasks: Tasks) -> dict[str, Any]:
-    """Greedy decoding of loaded models, which take turns; as `by_vllm`, with the writing speed and the requests alone.
+    """Greedy decoding of loaded models in turns; as `by_vllm`, with only the decoding speed and the requests.
 
-    The models are converted to the precision that this machine is good at, and stay so.
+    The models are converted to the preferred precision of this machine and stay converted.
     """
     import torch
     import transformers
 
     precision = inference_precision()
     for model in models.values():
-        model.to(getattr(torch, precision.dtype))
+        model.to(torch_dtype(precision.dtype))
 
     prompt_tokens, rounds = PROMPT_TOKENS["transformers"], ROUNDS["transformers"]
     speeds: dict[str, list[dict[str, float]]] = {name: [] for name in models}
@@ -206,12 +206,12 @@ def by_transformers(models: dict[str, Any], batch: int, new_tokens: int, tasks: 
 
 
 def _answered_in_turn(models: dict[str, Any], requests: Mapping[str, Requests], batch: int) -> dict[str, dict[str, float]]:
-    """What requests cost every model: each request alone, from one model to the next, and then all together."""
+    """The cost of requests for every model: each request alone, in turns, and then all together."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     together: dict[str, dict[str, float]] = {}
 
     def answer(name: str, prompts: list[list[int]]) -> tuple[float, int]:
-        """Seconds and tokens."""
+        """The time in seconds, and the number of tokens."""
         asked, start = requests[name], time.perf_counter()
         written_BT = continue_prompts(models[name], prompts, asked.max_tokens, asked.end_ids, do_sample=False).tolist()
         return time.perf_counter() - start, sum(answer_length(ids, asked.end_ids) for ids in written_BT)
@@ -230,12 +230,12 @@ def _answered_in_turn(models: dict[str, Any], requests: Mapping[str, Requests], 
 
 
 def request_figures(latencies: list[float], seconds: float, tokens: float) -> dict[str, float]:
-    """`p50_s` and `p95_s` of the latency of a request alone; `per_s` and `tokens_per_s`, how many a server does at once.
+    """`p50_s` and `p95_s`, latency of single requests; `per_s` and `tokens_per_s`, throughput of concurrent ones.
 
     Args:
-        latencies: in seconds, of every request alone.
-        seconds: that all took together.
-        tokens: of all answers.
+        latencies: latency of every single request, in seconds.
+        seconds: time that all took together.
+        tokens: number of tokens of all answers.
     """
     p50, p95 = np.percentile(latencies, [50, 95])
     per_s = {"per_s": len(latencies) / seconds, "tokens_per_s": tokens / seconds}
@@ -243,7 +243,7 @@ def request_figures(latencies: list[float], seconds: float, tokens: float) -> di
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Their median, and the lowest and highest."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
@@ -253,7 +253,7 @@ def _decoding(values: list[float], reference: list[dict[str, float]]) -> dict[st
 
 
 def _fit_together(models: list[Served], caches: Mapping[str, int]) -> bool:
-    """Whether all engines fit into what memory is free, of the accelerator or else the machine."""
+    """Whether all engines fit into the free memory of the accelerator or else the machine."""
     sizes = [model_bytes(model.path) for model in models]
     if any(size is None for size in sizes) or any(model.tensor_parallel_size > 1 for model in models):
         return False
@@ -262,7 +262,7 @@ def _fit_together(models: list[Served], caches: Mapping[str, int]) -> bool:
 
 
 class _Engine:
-    """One model in a process of its own, see serving_worker.py."""
+    """One model in its own process, see serving_worker.py."""
 
     def __init__(self, model: Served, settings: dict[str, int]) -> None:
         config = load_config(model.path, model.revision, model.trust_remote_code, f"the model `{model.name}`")
@@ -272,7 +272,7 @@ class _Engine:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> dict[str, Any]:
-        """Load the model; the version of vLLM, or why it `failed`."""
+        """Load the model; returns the version of vLLM, or why it `failed`."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "llmdistill.evaluation.serving_worker"],
             stdin=subprocess.PIPE,
@@ -291,11 +291,11 @@ class _Engine:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"vLLM ended with status {self.process.wait()} while {self.settings['model']['model']} was timed")
+            raise RuntimeError(f"vLLM exited with status {self.process.wait()} while timing {self.settings['model']['model']}")
         return dict(json.loads(answer))
 
     def stop(self) -> None:
-        """End it, and what it has started."""
+        """Stop it and everything that it has started."""
         if self.process is None:
             return
         with suppress(psutil.NoSuchProcess):

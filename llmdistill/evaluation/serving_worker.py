@@ -1,7 +1,7 @@
-"""A process of its own that serves one model with vLLM and times it, a round whenever it is told: see serving.py.
+"""A process that serves one model with vLLM and times it on request, see serving.py.
 
-It reads its settings as one line of JSON and answers with a line once the model is loaded; then every empty line that it reads is
-answered by the figures of a round, and one of JSON, which holds requests, by how long they took.
+It reads its settings as one line of JSON and answers with a line once the model is loaded. Every empty line that it reads is
+answered with the figures of a round, and a line of JSON, which holds requests, with the time that they took.
 """
 
 import importlib
@@ -18,7 +18,7 @@ class PeakMemory:
     """Mixed into vLLM's worker class."""
 
     def peak_bytes(self) -> int:
-        """The most memory that this worker has held: of the accelerator, where there is one, else its resident set."""
+        """Peak memory of this worker: of the accelerator if there is one, else its resident set."""
         import torch
 
         if torch.accelerator.is_available():
@@ -29,11 +29,11 @@ class PeakMemory:
 def main() -> None:
     """Answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever vLLM prints is no answer
+    os.dup2(2, 1)  # what vLLM prints is not an answer
     settings = json.loads(sys.stdin.readline())
     try:
         llm = _load(settings)
-        _round(llm, settings, 0)  # the first is slower than all others
+        _round(llm, settings, 0)  # the first round is slower than the others
     except Exception as error:  # vLLM refuses a model in many ways
         answers.write(json.dumps({"failed": " ".join(str(error).split())[:300] or type(error).__name__}) + "\n")
         sys.exit(1)
@@ -68,7 +68,7 @@ def _load(settings: dict[str, Any]) -> Any:
         max_num_batched_tokens=max(batch * length, settings["max_model_len"], 2048),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=cache,
-        gpu_memory_utilization=0.01,  # what is not asked for otherwise is not kept from the other engines
+        gpu_memory_utilization=0.01,  # leaves the rest of the memory to the other engines
         enforce_eager=current_platform.is_cpu(),
         worker_extension_cls="llmdistill.evaluation.serving_worker.PeakMemory",
         use_tqdm_on_load=False,
@@ -77,7 +77,7 @@ def _load(settings: dict[str, Any]) -> Any:
 
 
 def _round(llm: Any, settings: dict[str, Any], number: int) -> dict[str, float]:
-    """Reading the prompts, and writing the tokens after the first of each."""
+    """Prefill of the prompts, and decoding of the tokens after the first of each."""
     import numpy as np
     import vllm
 
@@ -110,7 +110,7 @@ def _requests(llm: Any, prompts: list[list[int]], max_tokens: int, end_ids: list
     params = vllm.SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=end_ids, detokenize=False)
 
     def answered(asked: list[list[int]]) -> tuple[float, int]:
-        """Seconds and tokens."""
+        """The time in seconds, and the number of tokens."""
         start = time.perf_counter()
         found = llm.generate([{"prompt_token_ids": ids} for ids in asked], params, use_tqdm=False)
         return time.perf_counter() - start, sum(len(answer.outputs[0].token_ids) for answer in found)

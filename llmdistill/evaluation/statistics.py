@@ -1,8 +1,8 @@
-"""Intervals and tests for models that are measured on the same items.
+"""Intervals and tests for models measured on the same items.
 
-Tokens of one sequence, samples of one prompt, and questions on one passage are not independent; so whole clusters of them
-are drawn (a cluster bootstrap, Efron & Tibshirani 1993, chapter 8) and a mean is a ratio of sums. All models are measured on
-the same draws, which makes differences between them paired.
+Tokens of one sequence, samples for one prompt, and questions on one passage are not independent. Therefore whole clusters of
+them are resampled (a cluster bootstrap, Efron & Tibshirani 1993, chapter 8), and a mean is a ratio of sums. All models are
+measured on the same resamples, which makes differences between them paired.
 """
 
 import math
@@ -16,8 +16,8 @@ import numpy as np
 from llmdistill.errors import InputError
 
 Array = np.ndarray[Any, Any]
-FEW = 12  # clusters, below which nothing is known of how often an interval holds the true value
-_EXACT = 25  # discordant pairs up to which McNemar's test is the exact binomial one
+FEW = 12  # clusters; with fewer, the coverage of intervals is unknown
+_EXACT = 25  # discordant pairs; up to this number, McNemar's test is exact
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,20 @@ class Interval:
 
 
 def interval_text(interval: Mapping[str, float], form: str, factor: float = 1, to: str = " to ") -> tuple[str, str]:
-    """An interval for people: its mean, and `LOW to HIGH`.
+    """An interval as text: its mean, and `LOW to HIGH`.
 
     Args:
         interval: with `mean`, `low` and `high`.
-        form: of a number, as `format` takes it: `.2f`.
-        factor: from the interval to what is shown.
-        to: what stands between the ends.
+        form: number format, as for `format`: `.2f`.
+        factor: factor from the interval to the displayed values.
+        to: separator between the ends.
     """
     mean, low, high = (_signed(format(factor * interval[key], form)) for key in ("mean", "low", "high"))
     return mean, f"{low}{to}{high}"
 
 
 def share_text(share: float) -> str:
-    """A share in percent, with the decimals without which one that is neither 0% nor 100% would look so: 99.6%."""
+    """A share in percent, with enough decimals that one that is neither 0% nor 100% does not look so: 99.6%."""
     for decimals in range(4):
         text = f"{share:.{decimals}%}"
         if not 0 < share < 1 or 0 < float(text.rstrip("%")) < 100:
@@ -58,29 +58,29 @@ def share_interval_text(share: Mapping[str, float]) -> tuple[str, str]:
 
 
 def times_text(ratio: float) -> str:
-    """How many times as fast, such as 1.8×, or 0.043×."""
+    """A speed factor as text, such as 1.8×, or 0.043×."""
     return f"{ratio:.1f}×" if ratio >= 0.1 else f"{ratio:.2g}×"
 
 
 def digits(low: float, high: float, least: int) -> int:
-    """Decimals that show an interval's half-width, at least `least` and at most five."""
+    """Number of decimals that show an interval's half-width, at least `least` and at most five."""
     half = (high - low) / 2
     return min(5, max(least, -math.floor(math.log10(half)))) if half > 0 and math.isfinite(half) else least
 
 
 def nats_text(interval: Mapping[str, float]) -> tuple[str, str]:
-    """As `interval_text`, with the decimals that the interval warrants, two at least."""
+    """As `interval_text`, with as many decimals as the interval warrants, at least two."""
     return interval_text(interval, f".{digits(interval['low'], interval['high'], 2)}f")
 
 
 def _signed(number: str) -> str:
-    """A formatted number without the sign of a zero: not -0.00."""
+    """A formatted number without the sign of a negative zero."""
     return number.removeprefix("-") if not number.strip("-0.,e+") else number
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """Where two models differ on items that are right or wrong, and how likely that is if they are equally good."""
+    """Items that only one of two models has right, and the p-value if the models are equally good."""
 
     only_first: int
     only_second: int
@@ -99,11 +99,11 @@ class Estimate:
     """A smooth statistic of sums over clusters, as measured and in every resample.
 
     Attributes:
-        value: as measured.
+        value: the measured value.
         error: its standard error, by linearisation (the delta method over clusters).
-        values: of the resamples; shape (resamples,).
+        values: values of the resamples; shape (resamples,).
         errors: their standard errors.
-        freedom: degrees of freedom, clusters less one in each sample.
+        freedom: degrees of freedom, one less than the number of clusters in each sample.
     """
 
     value: float
@@ -113,19 +113,19 @@ class Estimate:
     freedom: int
 
     def interval(self, transform: Callable[[float], float] = float) -> Interval:
-        """The 95% interval: that of the studentised bootstrap, and nowhere within Student's t.
+        """The 95% interval: that of the studentised bootstrap, but at least as wide as Student's t at both ends.
 
-        The first follows skewed quantities such as a KL, the second does not collapse where resamples of few clusters do
-        (DiCiccio & Efron 1996). Together they hold the true value in 93 to 97% of samples of 12, 34 or 200 clusters, see
+        The former follows skewed quantities such as a KL, the latter does not collapse if resamples of few clusters do
+        (DiCiccio & Efron 1996). Together they contain the true value in 93 to 97% of samples of 12, 34 or 200 clusters, see
         docs/evaluation.md.
 
         Args:
-            transform: of value and ends, such as the inverse of a logarithm; increasing.
+            transform: increasing function applied to the value and the ends, such as the inverse of a logarithm.
         """
         low = high = _student(self.freedom)
         usable = np.isfinite(self.values) & (self.errors > 1e-12)
         if usable.mean() > 0.5:
-            # Of the t statistics: a high one means that the true value may be far below what was measured.
+            # Quantiles of the t statistics: a high one means that the true value may be far below the measured one.
             below, above = np.percentile((self.values[usable] - self.value) / self.errors[usable], [97.5, 2.5])
             low, high = max(low, float(below)), max(high, float(-above))
         return Interval(
@@ -137,19 +137,19 @@ def ratio(sums: Array, sizes: Array, draws: Array) -> Estimate:
     """The mean of a quantity over all tokens or items, as a ratio of sums over clusters.
 
     Args:
-        sums: of the quantity over each cluster; shape (clusters,).
-        sizes: how many tokens or items each cluster has, or their weight; one without any counts for nothing.
+        sums: sum of the quantity over each cluster; shape (clusters,).
+        sizes: number or weight of the tokens or items of each cluster; empty clusters do not count.
         draws: from `draw_clusters`.
     """
-    weights = np.vstack([np.ones(len(sums)), draws])  # the first row is what was measured
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may have none of a rare kind
+    weights = np.vstack([np.ones(len(sums)), draws])  # the first row is the measured sample
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may have no items of a rare kind
         means = (weights @ sums) / (weights @ sizes)
         errors = residual_errors(np.stack([sums, sizes]), np.stack([np.ones_like(means), -means], axis=1), sizes, weights)
     return Estimate(float(means[0]), float(errors[0]), means[1:], errors[1:], max(int(np.count_nonzero(sizes)) - 1, 1))
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of estimates from samples that have nothing to do with each other, such as several tasks."""
+    """The mean of estimates from independent samples, such as several tasks."""
     count = len(estimates)
     return Estimate(
         sum(each.value for each in estimates) / count,
@@ -165,8 +165,8 @@ def residual_errors(columns: Array, coefficients: Array, sizes: Array, weights: 
 
     Args:
         columns: sums over clusters; shape (columns, clusters).
-        coefficients: of the columns in each resample; shape (R, columns).
-        sizes: of the clusters.
+        coefficients: coefficients of the columns in each resample; shape (R, columns).
+        sizes: sizes of the clusters.
         weights: how often each cluster counts in each resample; shape (R, clusters).
     """
     clusters = int(np.count_nonzero(sizes))
@@ -177,18 +177,18 @@ def residual_errors(columns: Array, coefficients: Array, sizes: Array, weights: 
 
 
 def mean_interval(sums: Array, sizes: Array, draws: Array) -> Interval:
-    """`ratio` with its interval. Of a difference between two models on the same clusters it is the paired difference."""
+    """`ratio` with its interval. For the difference of two models on the same clusters, it is the paired difference."""
     return ratio(sums, sizes, draws).interval()
 
 
 def share_interval(hits: Array, sizes: Array, draws: Array) -> Interval:
-    """A share with Wilson's interval (1927), which has a width at 0 and 100%, too.
+    """A share with Wilson's interval (1927), which has a width even at 0 and 100%.
 
-    Where clusters have several tokens or items, it is that of as many independent ones as would have the same standard
-    error, with Student's quantile (Korn & Graubard 1998).
+    If clusters have several tokens or items, it is that of the number of independent ones with the same standard error, with
+    Student's quantile (Korn & Graubard 1998).
 
     Args:
-        hits: of each cluster, out of `sizes`.
+        hits: hits in each cluster, out of `sizes`.
         sizes: tokens or items of each cluster.
         draws: from `draw_clusters`.
     """
@@ -199,13 +199,13 @@ def share_interval(hits: Array, sizes: Array, draws: Array) -> Interval:
 
 
 def bounded_interval(sums: Array, sizes: Array, draws: Array) -> Interval:
-    """The mean of what is from 0 to 1, such as wins of which a tie is half of one; the interval does not collapse near the ends.
+    """The mean of values from 0 to 1, such as wins with ties as one half; the interval does not collapse near the ends.
 
-    It is on each side the wider one of `mean_interval` and of Agresti & Coull (1998), who add two items of 0 and two of 1: here
-    to as many independent ones as in `share_interval`, with the variance that they have and Student's quantile.
+    On each side it is the wider one of `mean_interval` and Agresti & Coull (1998), who add two items of 0 and two of 1, here to
+    the number of independent items as in `share_interval`, with their variance and Student's quantile.
 
     Args:
-        sums: of each cluster.
+        sums: sum over each cluster.
         sizes: tokens or items of each cluster.
         draws: from `draw_clusters`.
     """
@@ -218,7 +218,7 @@ def bounded_interval(sums: Array, sizes: Array, draws: Array) -> Interval:
 
 
 def _independent(estimate: Estimate, sizes: Array) -> float:
-    """Items that would give a share the same standard error if they had nothing to do with each other; of no error, clusters."""
+    """Number of independent items with the same standard error of a share; without an error, the number of clusters."""
     p = estimate.value
     count = p * (1 - p) / estimate.error**2 if estimate.error > 1e-12 else np.count_nonzero(sizes)
     return float(min(count, sizes.sum()))
@@ -238,7 +238,7 @@ def _wilson(p: float, n: float, z: float) -> Interval:
 
 
 def pairs_interval(differences: Array) -> Interval:
-    """The difference between two shares of the same items, each right or wrong (Bonett & Price 2012): it has a width at 0.
+    """The difference of two shares of the same items, each right or wrong (Bonett & Price 2012); it has a width even at 0.
 
     Args:
         differences: +1 where only the first is right, −1 where only the second is, else 0; shape (items,).
@@ -258,15 +258,15 @@ def cluster_numbers(keys: Sequence[Any]) -> Array:
 
 
 def check_clusters(clusters: int, what: str, remedy: str) -> str | None:
-    """Refuse too few independent prompts or items for an interval; a warning where there are enough, but few.
+    """Refuse too few independent prompts or items for an interval; return a warning if there are enough, but few.
 
     Args:
-        clusters: how many there are.
+        clusters: number of clusters.
         what: their name, for the message.
-        remedy: which key gives more.
+        remedy: how to get more, for the message.
 
     Raises:
-        InputError: there are fewer than two.
+        InputError: if there are fewer than two.
     """
     if clusters == 1:
         what = what.replace("prompts", "prompt").replace("items", "item")
@@ -280,12 +280,12 @@ def check_clusters(clusters: int, what: str, remedy: str) -> str | None:
 def mcnemar(first: Array, second: Array) -> McNemar:
     """McNemar's test of two models on the same items, two-sided.
 
-    With at most 25 items on which they differ it is the exact binomial test, with more the chi-squared test with Edwards's
-    correction (Edwards 1948). Items count as independent.
+    With at most 25 items on which they differ, it is the exact binomial test; with more, the chi-squared test with the
+    correction of Edwards (1948). Items are treated as independent.
 
     Args:
-        first: whether each item is right with one model; shape (items,).
-        second: the same with the other.
+        first: whether each item is right with the first model; shape (items,).
+        second: the same for the second model.
     """
     b, c = int((first & ~second).sum()), int((second & ~first).sum())
     if b + c <= _EXACT:
@@ -296,13 +296,13 @@ def mcnemar(first: Array, second: Array) -> McNemar:
 
 
 def two_sided_p(resampled: Array) -> float:
-    """How likely a difference so far from zero is, from its resamples (Efron & Tibshirani 1993, chapter 15); never 0."""
+    """The p-value of a difference, from its resamples (Efron & Tibshirani 1993, chapter 15); never 0."""
     below, above = int((resampled <= 0).sum()), int((resampled >= 0).sum())
     return min(1.0, 2 * (min(below, above) + 1) / (len(resampled) + 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted for having asked several questions (Holm 1979), in the order given."""
+    """Adjust p-values for multiple comparisons (Holm 1979); in the order given."""
     adjusted, worst = [0.0] * len(p), 0.0
     for rank, place in enumerate(sorted(range(len(p)), key=lambda place: p[place])):
         worst = max(worst, min(1.0, (len(p) - rank) * p[place]))
@@ -311,7 +311,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def clusters_needed(sums: Array, sizes: Array, power: float = 0.8, alpha: float = 0.05) -> int | None:
-    """How many such clusters would show a mean difference like the one seen, with this power at this two-sided level.
+    """How many such clusters would show a mean difference like the observed one, with this power at this two-sided level.
 
     By the normal approximation, from the spread of the clusters around the ratio of sums; None if the difference is zero.
     """
@@ -325,28 +325,28 @@ def clusters_needed(sums: Array, sizes: Array, power: float = 0.8, alpha: float 
 
 @dataclass(frozen=True)
 class Draws:
-    """Bootstrap resamples of the conversations that rows belong to, the same for everything that is measured on those rows."""
+    """Bootstrap resamples of the conversations that rows belong to, shared by everything measured on those rows."""
 
     cluster: Array
     draws: Array
 
     @classmethod
     def of(cls, conversations: Sequence[str], resamples: int, seed: int) -> "Draws":
-        """For rows of these conversations."""
+        """Build for rows of these conversations."""
         cluster = cluster_numbers(conversations)
         return cls(cluster, draw_clusters(int(cluster.max()) + 1, resamples, seed))
 
     def sums(self, values: Array) -> Array:
-        """Of the rows of each conversation."""
+        """Sum over the rows of each conversation."""
         return np.bincount(self.cluster, values)
 
     def interval(self, sums: Array, counts: Array, least: float = -math.inf) -> dict[str, float]:
-        """The ratio of two sums over rows, with its interval, which does not begin below what the ratio can be at least."""
+        """The ratio of two sums over rows with its interval, which does not extend below the ratio's minimum."""
         found = mean_interval(self.sums(sums), self.sums(counts), self.draws)
         return asdict(replace(found, low=max(found.low, least)))
 
     def share(self, hits: Array, counts: Array) -> dict[str, float]:
-        """The ratio of two sums over rows that cannot leave 0 to 1, with its interval."""
+        """The ratio of two sums over rows, between 0 and 1, with its interval."""
         interval = share_interval if (hits == np.round(hits)).all() else bounded_interval
         return asdict(interval(self.sums(hits), self.sums(counts), self.draws))
 

@@ -1,4 +1,4 @@
-"""What is said of a `metrics.json` in a few lines: its headline, and what `eval` says at its end."""
+"""A `metrics.json` in a few lines: its headline, and the last output of `eval`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +14,13 @@ Json = dict[str, Any]
 
 
 def exported_model(experiment: Experiment) -> str:
-    """Whose forms `export` writes, and what they are measured against: the run's student, or the model of `export.model`."""
+    """The model whose forms `export` writes and compares: the run's student, or the model of `export.model`."""
     model = experiment.export.model if experiment.export else None
     return "the student" if model is None or Path(model) == experiment.directory("student") else model
 
 
 def headline(models: list[Json], engine: str, tasks: Json | None = None) -> str:
-    """The one line: how much smaller and faster the student is, and what it keeps; or how it predicts the teacher's text."""
+    """One line: how much smaller and faster the student is, and what it keeps, or how it predicts the teacher's text."""
     if not has_teacher(models):
         return _headline_of_text(models, tasks)
     by_name = {model["name"]: model for model in models}
@@ -38,7 +38,7 @@ def headline(models: list[Json], engine: str, tasks: Json | None = None) -> str:
 
 
 def task_verdict(task: Json) -> str:
-    """What a student keeps of the teacher on a task of a user's own, or its score where there is no such share."""
+    """What a student keeps of the teacher on one of the user's own tasks, or its score if there is no such share."""
     worse = ""
     if apart := task.get("apart"):
         worse = f"; {apart['worse']:,} of {task['items']:,} items are worse, {apart['better']:,} better"
@@ -50,7 +50,7 @@ def task_verdict(task: Json) -> str:
 
 
 def task_lines(tasks: Json) -> Iterator[str]:
-    """A line for each task of a user's own: what is kept of the teacher's score, and from when on the student may answer."""
+    """A line for each of the user's own tasks: the share of the teacher's score, and when the student may answer."""
     for task in tasks["tasks"]:
         if "valid" not in task:
             continue
@@ -66,7 +66,7 @@ def _headline_of_text(models: list[Json], tasks: Json | None) -> str:
     by_name = {model["name"]: model for model in models}
     (bits, ends), (before, _) = (interval_text(by_name[name]["bits_per_byte"], ".2f") for name in ("student", "student before"))
     said = [f"{bits} bits per byte of the teacher's text (95% CI {ends}), {before} before training"]
-    said.append(_share(by_name["student"]["written"], "its tokens are the student's choice"))
+    said.append(_share(by_name["student"]["written"], "its tokens are the student's first choice"))
     if tasks:
         mean, ends = share_interval_text(tasks["together"]["models"]["student"])
         said.append(f"{mean}% on the tasks (95% CI {ends})")
@@ -79,7 +79,7 @@ def _share(kept: dict[str, float], of: str) -> str:
 
 
 def final_lines(metrics: Json) -> Iterator[tuple[str, str]]:
-    """What is said at the end, each line with its label; the report has it all."""
+    """The last output, each line with its label; the report has all of it."""
     yield "eval", _summary(metrics)
     yield from (("eval", line) for line in lines(metrics.get("teachers", [])))
     student = next(model for model in metrics["models"] if model["name"] == "student")
@@ -87,7 +87,7 @@ def final_lines(metrics: Json) -> Iterator[tuple[str, str]]:
         yield from (("eval", drafts.advice(best)) for best in drafts.best_cycles(student["draft"]))
     judged = metrics.get("win_rate", {"win_rate": None, "warnings": []})
     if judged["win_rate"]:
-        yield "eval", f"student wins {_share(judged['win_rate'], 'prompts')} against the {judged['against']}, says the judge"
+        yield "eval", f"the judge prefers the student to the {judged['against']} on {_share(judged['win_rate'], 'prompts')}"
     tasks = metrics.get("tasks", {"tasks": [], "warnings": []})
     warnings = [*metrics["warnings"], *tasks["warnings"]]
     warnings += [entry["warning"] for entry in metrics.get("teachers", []) if entry.get("warning")]

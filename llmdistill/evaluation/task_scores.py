@@ -1,6 +1,6 @@
-"""What the scores of single items say of the models: means, paired differences, and the share of the teacher's that is kept.
+"""Statistics of the scores of single items: means, paired differences, and the share of the teacher's score that is kept.
 
-A teacher behind an API, whose weights are not here, has no score, of which nothing can be kept: its answers would be paid.
+A teacher behind an API, whose weights are not available, has no score, as its answers would be billed.
 """
 
 import math
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.evaluation.cascade import cascade
@@ -33,6 +32,7 @@ from llmdistill.evaluation.statistics import (
     residual_errors,
 )
 from llmdistill.evaluation.tasks import SCHEMA, About, run_tasks
+from llmdistill.runs.record import write_parquet
 
 STUDENT, TEACHER = "student", "teacher"
 
@@ -46,7 +46,7 @@ def measure_tasks(
     parts: Parts,
     directory: Path,
 ) -> dict[str, Any]:
-    """Run the tasks, write `tasks.parquet`, and give what belongs into `metrics.json` under `tasks`."""
+    """Run the tasks, write `tasks.parquet`, and return the entry `tasks` of `metrics.json`."""
     settings, shown = experiment.eval, experiment.teacher.template_args
     size, limit = settings.batch_size, settings.task_limit
     own = [task for _, task in tasks.values() if isinstance(task, OwnTask)]
@@ -60,7 +60,7 @@ def measure_tasks(
     if others:
         measured, described, warnings = run_tasks(others, models, tokenizers, size, limit, shown, parts)
         table, about = pa.concat_tables([table, measured]), about | described
-    pq.write_table(table, directory / "tasks.parquet")
+    write_parquet(directory / "tasks.parquet", table)
     how = {
         "chat_template": tokenizers.get(TEACHER, tokenizers[STUDENT]).chat_template is not None,
         "limit": limit,
@@ -70,26 +70,26 @@ def measure_tasks(
 
 
 def about_own(tasks: Sequence[OwnTask], tables: Mapping[str, dict[str, Any]]) -> dict[str, About]:
-    """What is said of tasks of a user's own, by name.
+    """Descriptions of the user's own tasks, by name.
 
     Args:
-        tasks: read.
-        tables: of `run_own`.
+        tasks: the tasks, as read.
+        tables: from `run_own`.
     """
     return {own.task.name: About(str(own.task.file), own.task.rules.METRIC, own.chance, tables[own.task.name]) for own in tasks}
 
 
 def summarise(table: pa.Table, about: dict[str, About], resamples: int, seed: int) -> dict[str, Any]:
-    """The content of `metrics.json` under `tasks`: `tasks` and `together`.
+    """The entry `tasks` of `metrics.json`, with `tasks` and `together`.
 
     Args:
         table: a row for every item and model, from `tasks.run_tasks`.
-        about: what the tasks are.
-        resamples: of the bootstrap, over clusters of items.
-        seed: of its draws.
+        about: descriptions of the tasks.
+        resamples: number of bootstrap resamples, over clusters of items.
+        seed: seed of the resamples.
 
     Raises:
-        InputError: a task has too few items for an interval.
+        InputError: if a task has too few items for an interval.
     """
     models = pc.unique(table["model"]).to_pylist()
     rivals = [name for name in models if name != STUDENT]
@@ -104,7 +104,7 @@ def summarise(table: pa.Table, about: dict[str, About], resamples: int, seed: in
 
 
 class _Task:
-    """One task's scores, every model's in the same order of items."""
+    """One task's scores, with all models' in the same order of items."""
 
     def __init__(self, name: str, table: pa.Table, resamples: int, seed: int) -> None:
         self.name, self.seed = name, seed
@@ -122,7 +122,7 @@ class _Task:
         self.warning = check_clusters(len(self.sizes), f"items of the task {name}", "raise eval.task_limit")
 
     def values(self, model: str, rival: str | None = None) -> Array:
-        """A model's scores, or by how much they are above another's."""
+        """A model's scores, or their differences from another's."""
         return self.scores[model] - self.scores[rival] if rival else self.scores[model]
 
     def ratio(self, *models: str) -> Estimate:
@@ -149,7 +149,7 @@ class _Task:
         return (self.draws.share if len(models) == 1 and self.is_between(*models) else self.draws.interval)(values, self.items)
 
     def least_half(self, *models: str) -> float:
-        """Half of the interval of the difference of two models that are right on the same items; 0 for other scores."""
+        """Half-width of the interval for two models that are right on the same items; 0 for other scores."""
         return pairs_interval(np.zeros(len(self.sizes))).high if self.are_right_or_wrong(*models) else 0.0
 
     def described(self, about: About, models: Sequence[str], rivals: Sequence[str]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class _Task:
         }
 
     def _beside_the_teacher(self) -> dict[str, Any]:
-        """Of a task of a user's own: the items on which the student is worse or better, and when to ask the teacher."""
+        """For one of the user's own tasks: the items on which the student is worse or better, and when to ask the teacher."""
         ours, theirs = self.rows[STUDENT], self.rows[TEACHER]
         return {"apart": apart(ours, theirs), **self._cascade()}
 
@@ -204,7 +204,7 @@ def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str]
         if len(tasks) == 1:
             return each[0]
         found = mean_of([task.ratio(*models) for task in tasks]).interval()
-        # Of a task whose scores are all the same, resamples tell nothing; its own interval has a width.
+        # If all scores of a task are equal, resamples show nothing; its own interval has a width.
         silent = [own for task, own in zip(tasks, each, strict=True) if task.is_constant(*models)]
         down, up = (
             math.hypot(end, *((own[side] - own["mean"]) / len(tasks) for own in silent))
@@ -234,9 +234,9 @@ def _together(tasks: list[_Task], about: dict[str, About], models: Sequence[str]
 
 
 def _kept(tasks: list[_Task], floor: float, model: str = STUDENT) -> dict[str, float] | None:
-    """A model's score above a floor as a share of the teacher's, both from the same items.
+    """A model's score above a floor as a share of the teacher's, both on the same items.
 
-    None where the teacher is not above the floor in every resample: the share has no meaning then. None without a teacher, too.
+    None if the teacher is not above the floor in every resample, as the share is meaningless then. None without a teacher, too.
     """
     if TEACHER not in tasks[0].scores:
         return None
@@ -257,6 +257,6 @@ def _kept(tasks: list[_Task], floor: float, model: str = STUDENT) -> dict[str, f
     errors = np.sqrt(squares) / len(tasks) / teacher
     freedom = sum(each.freedom for each in ours)
     found = Estimate(float(kept[0]), float(errors[0]), kept[1:], errors[1:], freedom).interval()
-    # Where the two are right and wrong on the same items, or nearly so, resamples tell too little: as a difference of shares.
+    # If both are right and wrong on the same items, or nearly so, resamples show too little: use a difference of shares.
     least = math.sqrt(sum(task.least_half(model, TEACHER) ** 2 for task in tasks)) / len(tasks) / float(teacher[0])
     return asdict(Interval(found.mean, min(found.low, found.mean - least), max(found.high, found.mean + least)))

@@ -1,7 +1,7 @@
-"""Tasks with right answers, by lm-eval: read, checked and run on models that are loaded already.
+"""Tasks with right answers, by lm-eval: read, checked and run on loaded models.
 
-A task is a YAML file in lm-eval's own format with its data beside it, or the name of one of lm-eval's tasks. A file with the
-key `kind` is a task of a user's own, which own_tasks.py runs and which needs no lm-eval.
+A task is a YAML file in lm-eval's format with its data next to it, or the name of one of lm-eval's tasks. A file with the key
+`kind` is one of the user's own tasks, which own_tasks.py runs without lm-eval.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ import pyarrow as pa
 
 from llmdistill.config import read_yaml
 from llmdistill.config.shipped import find
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, not_installed
 from llmdistill.evaluation.own_tasks import OwnTask, check_count, read_own
 from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.models.loading import plain_generation
 from llmdistill.runs.progress import StageBar
 
-_LOCAL = {"json", "csv", "parquet", "text"}  # dataset_path of the builders of `datasets` that read files
-_FEW = 8  # items of a task of lm-eval that are looked at before a model is loaded; of a file all are
+_LOCAL = {"json", "csv", "parquet", "text"}  # dataset_path of those builders of `datasets` that read files
+_FEW = 8  # items of a task of lm-eval checked before a model is loaded; of a file, all are
 _SEED = 1234  # of lm-eval's choice of examples; the same for every model
 SCHEMA = pa.schema(
     {
@@ -39,17 +39,17 @@ SCHEMA = pa.schema(
         "score": pa.float64(),
         "answer": pa.string(),
         "target": pa.string(),
-        # The rest of tasks of a user's own alone.
+        # The other fields are only for the user's own tasks.
         "input": pa.string(),
-        "logprobs": pa.list_(pa.float32()),  # of the answer's tokens, in nats
-        "agrees": pa.bool_(),  # with the teacher's answer
+        "logprobs": pa.list_(pa.float32()),  # log-probabilities of the answer's tokens, in nats
+        "agrees": pa.bool_(),  # whether it agrees with the teacher's answer
     }
 )
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task's YAML file as read; `files` are it and its data, by their paths as the experiment would name them."""
+    """A task's YAML file as read; `files` are the file and its data, by their paths as in the experiment."""
 
     file: Path
     config: dict[str, Any]
@@ -58,13 +58,13 @@ class TaskFile:
 
 @dataclass(frozen=True)
 class About:
-    """What is said of a task once.
+    """The description of a task.
 
     Attributes:
         source: where it comes from.
-        metric: that the score of an item is, from 0 to 1.
-        chance: what guessing gives; None if that is not known.
-        tables: what a task of a user's own says beside its score.
+        metric: the metric that gives the score of an item, from 0 to 1.
+        chance: score of guessing; None if unknown.
+        tables: what one of the user's own tasks has besides its score.
     """
 
     source: str
@@ -74,14 +74,14 @@ class About:
 
 
 def read_tasks(names: Sequence[str]) -> list[TaskFile | OwnTask | str]:
-    """The entries of `eval.tasks`: files read and checked, names of lm-eval's own tasks as they are.
+    """The entries of `eval.tasks`: files read and checked, names of lm-eval's tasks unchanged.
 
     Raises:
-        InputError: lm-eval is needed and not installed, or a file or its data is not usable.
+        InputError: if lm-eval is needed and not installed, or a file or its data is unusable.
     """
     found = [_read(Path(name)) if _is_file(name) else name for name in names]
     if importlib.util.find_spec("lm_eval") is None and not all(isinstance(task, OwnTask) for task in found):
-        raise InputError("eval.tasks needs lm-eval, which is not installed: install the extra `tasks`")
+        raise not_installed("eval.tasks", "lm-eval", "tasks")
     seen: dict[str, str] = {}
     for name, task in zip(names, found, strict=True):
         called = task if isinstance(task, str) else task.task.name if isinstance(task, OwnTask) else task.config["task"]
@@ -92,10 +92,10 @@ def read_tasks(names: Sequence[str]) -> list[TaskFile | OwnTask | str]:
 
 
 def read_own_tasks(names: Sequence[str]) -> list[OwnTask]:
-    """Those of `eval.tasks` that are a user's own; lm-eval is not needed.
+    """The user's own tasks in `eval.tasks`; lm-eval is not needed.
 
     Raises:
-        InputError: a file or its data is not usable.
+        InputError: if a file or its data is unusable.
     """
     found = [_read(Path(name)) for name in names if _is_file(name)]
     return [task for task in found if isinstance(task, OwnTask)]
@@ -106,7 +106,7 @@ def _is_file(name: str) -> bool:
 
 
 def _read(file: Path) -> TaskFile | OwnTask:
-    """One file, without what would run code: `!function` is no tag of safe YAML."""
+    """Read one file without anything that would run code: safe YAML has no tag `!function`."""
     found = find(file)
     config = read_yaml(file, "eval.tasks")
     if "kind" in config:
@@ -126,7 +126,7 @@ def _read(file: Path) -> TaskFile | OwnTask:
             return [resolved(entry) for entry in value]
         path = found.parent / str(value)
         if not path.is_file():
-            raise InputError(f"{file}: dataset_kwargs.data_files: {value} is not there beside it")
+            raise InputError(f"{file}: dataset_kwargs.data_files: {value} not found next to it")
         files[str(file.parent / str(value))] = path
         return str(path)
 
@@ -141,15 +141,15 @@ def _read(file: Path) -> TaskFile | OwnTask:
 
 
 def files_of(tasks: Sequence[TaskFile | OwnTask | str]) -> dict[str, Path]:
-    """All files that the tasks are read from, by their paths as the experiment would name them."""
+    """All files that the tasks are read from, by their paths as in the experiment."""
     return {name: path for task in tasks if not isinstance(task, str) for name, path in task.files.items()}
 
 
 def load_tasks(entries: Sequence[TaskFile | OwnTask | str], limit: int | None) -> dict[str, tuple[str, Any]]:
-    """Every task by its name: where it comes from, and lm-eval's object with its items, or the user's own task.
+    """Every task by name: where it comes from, and lm-eval's object with its items, or the user's own task.
 
     Raises:
-        InputError: there is no such task, its data cannot be read or reached, or it runs code that the model writes.
+        InputError: if there is no such task, its data cannot be read or reached, or it runs model-written code.
     """
     loaded: dict[str, tuple[str, Any]] = {}
     for own in entries:
@@ -164,7 +164,7 @@ def load_tasks(entries: Sequence[TaskFile | OwnTask | str], limit: int | None) -
 
     datasets.disable_progress_bars()
     with _quiet():
-        manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))  # reads 14,000 files if it does
+        manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))  # reads 14,000 files if true
         for task in tasks:
             source = task if isinstance(task, str) else str(task.file)
             if isinstance(task, str) and task not in manager.all_tasks:
@@ -185,21 +185,19 @@ def load_tasks(entries: Sequence[TaskFile | OwnTask | str], limit: int | None) -
 
 
 def _check(task: Any, source: str, limit: int | None) -> None:
-    """Refuse what lm-eval would only refuse, or stumble over, with the model loaded."""
+    """Refuse what lm-eval would refuse, or fail on, only after loading the model."""
     if getattr(task, "UNSAFE_CODE", False):
-        raise InputError(f"eval.tasks: {source}: runs code that the model writes, which is not supported")
+        raise InputError(f"eval.tasks: {source}: runs code written by the model, which is not supported")
     if getattr(task, "MULTIMODAL", False):
-        raise InputError(f"eval.tasks: {source}: needs more than text")
+        raise InputError(f"eval.tasks: {source}: needs more than text, which is not supported")
     task.set_fewshot_seed(seed=_SEED)
     task.build_all_requests(limit=limit)
     docs = {instance.doc_id: instance.doc for instance in task.instances}
-    check_clusters(
-        len({_cluster(doc, str(number)) for number, doc in docs.items()}), f"items of the task {source}", "give it more"
-    )
+    check_clusters(len({_cluster(doc, str(number)) for number, doc in docs.items()}), f"items of the task {source}", "add more")
 
 
 def _cluster(doc: Any, item: str) -> str:
-    """What is drawn together: the item alone if it does not say with which others it belongs."""
+    """The cluster of an item: the item alone unless it names a group."""
     cluster = doc.get("cluster") if isinstance(doc, dict) else None
     return f"item {item}" if cluster is None else str(cluster)
 
@@ -225,25 +223,25 @@ def run_tasks(
     template_args: dict[str, Any] | None,
     parts: Parts,
 ) -> tuple[pa.Table, dict[str, About], list[str]]:
-    """Every model on the same items: the score of each, what the tasks are, and what lm-eval warned of.
+    """Run every model on the same items: the scores, descriptions of the tasks, and lm-eval's warnings.
 
     Args:
         tasks: from `load_tasks`.
-        models: by name.
-        tokenizers: of each, with its chat template, which is applied if there is one.
-        batch_size: sequences in one forward pass.
-        limit: the first items of each task only.
+        models: the models by name.
+        tokenizers: tokenizer of each, with its chat template, which is applied if there is one.
+        batch_size: sequences per forward pass.
+        limit: use only the first items of each task.
         template_args: more variables of the chat template.
         parts: where the scores of each model on each task are kept.
 
     Raises:
-        InputError: a task has no score of single items from 0 to 1.
+        InputError: if a task has no per-item score from 0 to 1.
     """
     import torch
 
     measured: list[tuple[str, dict[str, list[dict[str, Any]]]]] = []
     about: dict[str, About] = {}
-    shared: dict[str, list[str]] = {}  # metrics of every model so far, in the task's order
+    shared: dict[str, list[str]] = {}  # metrics that all models have so far, in the task's order
     warnings: list[str] = []
     files = {pair: f"task-{number}" for number, pair in enumerate(itertools.product(models, tasks))}
     done = sum(map(parts.has, files.values()))
@@ -269,14 +267,14 @@ def run_tasks(
                 about[name] = About(source, shared[name][0], found["chance"])
                 measured.append((name, found["rows"]))
                 if cut := found["cut"]:
-                    warnings.append(f"{name}: {cut} requests were too long for {model} and were cut at their beginning")
+                    warnings.append(f"{name}: {cut} requests were too long for {model} and were truncated at the start")
         bar.advance(0, facts=["models on tasks"])
     rows = [row for name, scored in measured for row in scored[about[name].metric]]
     return pa.Table.from_pylist(rows, SCHEMA), about, warnings
 
 
 def _runner(model: Any, tokenizer: Any, batch_size: int, template_args: dict[str, Any] | None) -> Any:
-    """lm-eval's, which counts in `cut` the requests to write that were cut at their beginning: its log tells the batches."""
+    """lm-eval's model, counting in `cut` the generation requests truncated at the start, which it logs only per batch."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -293,7 +291,7 @@ def _runner(model: Any, tokenizer: Any, batch_size: int, template_args: dict[str
             return ids_BT[:, -left_truncate_len:], mask_BT[:, -left_truncate_len:]
 
     with _quiet():
-        # Log-probabilities in float32: in bfloat16 many choices would tie.
+        # Log-probabilities in float32: in bfloat16, many choices would tie.
         return Runner(
             model,
             tokenizer=tokenizer,
@@ -304,7 +302,7 @@ def _runner(model: Any, tokenizer: Any, batch_size: int, template_args: dict[str
 
 
 def _run(runner: Any, name: str, task: Any, chat: bool, limit: int | None) -> tuple[list[dict[str, Any]], int]:
-    """One model on one task: lm-eval's record of every item by the task's first filter, and how many requests were cut."""
+    """Run one model on one task: lm-eval's record of every item by the task's first filter, and the number of cut requests."""
     from lm_eval.evaluator import evaluate
 
     task.set_fewshot_seed(seed=_SEED)
@@ -320,7 +318,7 @@ def _run(runner: Any, name: str, task: Any, chat: bool, limit: int | None) -> tu
         )
     samples: list[dict[str, Any]] = found["samples"][name]
     first = samples[0]["filter"]
-    cut = runner.cut + sum("tokens from the left" in line for line in log)  # of requests for a likelihood each has a line
+    cut = runner.cut + sum("tokens from the left" in line for line in log)  # likelihood requests have one line each
     return [sample for sample in samples if sample["filter"] == first], cut
 
 
@@ -336,7 +334,7 @@ def _scores(task: Any, samples: list[dict[str, Any]]) -> list[str]:
 
 
 def _chance(task: Any, samples: list[dict[str, Any]]) -> float | None:
-    """What guessing gives, where there is one right choice."""
+    """The score of guessing, if there is one right choice."""
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_target:
         return None
     return float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
@@ -369,7 +367,7 @@ def _row(task_name: str, model: str, metric: str, sample: dict[str, Any], task: 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """Without lm-eval's bars and log lines; the lines are collected, since some of them matter."""
+    """Silence lm-eval's bars and log lines; the lines are collected, since some of them matter."""
     lines: list[str] = []
 
     class Collect(logging.Handler):

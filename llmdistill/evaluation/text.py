@@ -1,8 +1,8 @@
-"""What can be told of models without the teacher's weights: how they predict its text, and what was stored with it.
+"""Measures of models without the teacher's weights: how they predict its text, and what was stored with it.
 
-Of targets of kind `topk`, which an endpoint gives, the KL is over the stored tokens and everything outside them as one outcome:
-by the data-processing inequality at most the KL over the vocabulary. Over root classes there is no such number: the teacher's
-tokens that are not stored are in the classes of stored ones, too, and how likely they are is not known.
+For targets of kind `topk`, which an endpoint gives, the KL is over the stored tokens, with everything else as one outcome; by
+the data-processing inequality, it is at most the KL over the vocabulary. Over root classes there is no such number: the
+teacher's tokens that are not stored are in the classes of stored ones too, with unknown probability.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,16 +28,16 @@ def text_sums(
     """Each row's sums over its completion tokens, shape (rows,).
 
     Args:
-        models: by name, all with the tokens of the rows.
-        rows: with `input_ids` and `completion_start`, and maybe soft targets.
-        batch_size: rows in one forward pass.
+        models: the models by name, all with the tokens of the rows.
+        rows: with `input_ids` and `completion_start`, and possibly soft targets.
+        batch_size: rows per forward pass.
         end_ids: the tokens that end a completion.
-        report: is told the rows and tokens that are done, after every batch.
+        report: called with the number of finished rows and tokens after every batch.
 
     Returns:
-        `tokens`, `ended`, and for every model `NAME QUANTITY` of the quantities that need no teacher: `NAME nll`, `NAME written`,
-        … Where the rows have targets of kind `topk` in their own tokens, also `stored`, the positions of which something is
-        known, and `NAME stored_kl`.
+        `tokens`, `ended`, and for every model `NAME QUANTITY` for the quantities that need no teacher: `NAME nll`, `NAME
+        written`, … If the rows have targets of kind `topk` in their own tokens, also `stored`, the positions of which
+        something is known, and `NAME stored_kl`.
     """
     import torch
 
@@ -59,7 +59,7 @@ def text_sums(
         found: dict[str, Any] = {"tokens": torch.ones_like(labels_N), "ended": end_N}
         stored_N: Any = None
         if stored:
-            # All is in the tail of an end that the endpoint did not show: of the teacher nothing is known there.
+            # All mass is in the tail at an end that the endpoint did not show: nothing is known of the teacher there.
             logprobs_NK: Any = batch["target_logprobs"]
             found["stored"] = stored_N = logprobs_NK.exp().sum(1) > 0
         with torch.inference_mode():
@@ -77,7 +77,7 @@ def text_sums(
 def _of_slice(
     logits: Any, labels_N: Any, end_N: Any, end_ids: list[int], batch: Mapping[str, Any], stored_N: Any, here: slice
 ) -> dict[str, Any]:
-    """The quantities of a model at a slice of the positions; `stored_kl` too, 0 where nothing is, if `stored_N` is given."""
+    """The quantities of a model at a slice of the positions; with `stored_N` also `stored_kl`, 0 where nothing is stored."""
     import torch
 
     from llmdistill.data.collator import some_tokens
@@ -91,7 +91,7 @@ def _of_slice(
 
 
 def _stored_kl(logits_NV: Any, batch: Mapping[str, Any]) -> Any:
-    """KL(p ‖ q) over the stored tokens and the rest as one, (N,)."""
+    """KL(p ‖ q) over the stored tokens, with the rest as one outcome, (N,)."""
     from llmdistill.losses.divergences import Objective, picked_logits
 
     of_student = TopK.present(*picked_logits(logits_NV, batch["target_ids"], apart=True), batch)

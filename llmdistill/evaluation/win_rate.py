@@ -1,7 +1,7 @@
-"""How often a judge prefers the student's answers: both orders, ties, and with the lengths of the answers held equal.
+"""How often a judge prefers the student's answers: in both orders, with ties, and controlled for length.
 
-Every pair is shown twice, each answer once in the first place, since judges favour a place (Zheng et al. 2023, arXiv
-2306.05685). The verdict is the digit to which the judge gives the most probability at its first token: it writes nothing.
+Every pair is shown twice, with each answer first once, since judges prefer a position (Zheng et al. 2023, arXiv 2306.05685).
+The verdict is the digit with the highest probability as the judge's first token; the judge generates nothing.
 """
 
 import math
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.config.eval import WinRate
@@ -34,15 +33,15 @@ from llmdistill.teachers import fingerprints
 from llmdistill.teachers.thinking import behind_trace
 
 _TIE, _FIRST, _SECOND = 0, 1, 2
-_RIDGE = 0.01  # on both coefficients: without it there is no fit where one model, or the longer answer, always wins
+_RIDGE = 0.01  # on both coefficients; without it, there is no fit if one model or the longer answer always wins
 _STEPS = 30  # of Newton's method, which needs about ten
-_KEPT = 128  # questions after which the verdicts are kept, whatever happens
+_KEPT = 128  # verdicts are saved after this many questions
 STUDENT = "student"
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What is compared: rows with a prompt each, and what the student and the other model answer to it."""
+    """What is compared: rows with one prompt each, and the answers of the student and the other model."""
 
     rows: list[dict[str, Any]]
     ours: list[str]
@@ -50,13 +49,13 @@ class Answers:
 
 
 class Comparison:
-    """A judge, and whose answers it compares.
+    """A judge, and the models whose answers it compares.
 
     Attributes:
-        inputs: path or name and hash of what the verdicts depend on.
+        inputs: path or name, and hash, of everything that the verdicts depend on.
 
     Raises:
-        InputError: a model or the template is missing, or the template cannot be used.
+        InputError: if a model or the template is missing, or the template is unusable.
     """
 
     def __init__(self, experiment: Experiment, settings: WinRate) -> None:
@@ -71,10 +70,10 @@ class Comparison:
 
     @cached_property
     def reader(self) -> DigitReader:
-        """Asks the judge.
+        """The engine that asks the judge.
 
         Raises:
-            InputError: its engine is not installed, or a digit is no token of it.
+            InputError: if its engine is not installed, or a digit is not a single token.
         """
         try:
             return DigitReader(self.experiment, self.settings.judge, [_TIE, _SECOND])
@@ -85,7 +84,7 @@ class Comparison:
         """Refuse a judge that cannot be asked; loads its tokenizer.
 
         Raises:
-            InputError: as `reader`.
+            InputError: as for `reader`.
         """
         _ = self.reader
 
@@ -101,10 +100,10 @@ class Comparison:
         """Let both models answer.
 
         Args:
-            models: by name; the answers of a teacher that is none of them are those that are stored.
-            rows: held out, with `id`, `prompt`, `completion`, `input_ids` and `completion_start`.
-            conversations: the one that each row belongs to.
-            tokenizers: of each model.
+            models: the models by name; for a teacher that is not among them, the stored answers are used.
+            rows: held-out rows, with `id`, `prompt`, `completion`, `input_ids` and `completion_start`.
+            conversations: the conversation of each row.
+            tokenizers: tokenizer of each model.
             end_ids: the tokens that end an answer of each.
             parts: where the answers are kept.
         """
@@ -126,17 +125,17 @@ class Comparison:
         return Answers(asked, answers[STUDENT], answers[self.settings.against])
 
     def judged(self, answers: Answers, parts: Parts, directory: Path) -> dict[str, Any]:
-        """Let the judge compare; write `verdicts.parquet`, and give what belongs into `metrics.json`.
+        """Let the judge compare; write `verdicts.parquet`, and return the entry in `metrics.json`.
 
         Args:
-            answers: of both models, which the judge may need the memory of.
+            answers: answers of both models, whose memory the judge may need.
             parts: where the verdicts are kept.
-            directory: of the stage.
+            directory: directory of the stage.
         """
         prompts = [as_text(row["prompt"]) for row in answers.rows]
         table = self._verdicts([str(row["id"]) for row in answers.rows], prompts, answers.ours, answers.theirs, parts)
         table = table.append_column("conversation", pa.array([row["conversation"] for row in answers.rows]))
-        pq.write_table(table, directory / "verdicts.parquet")
+        record.write_parquet(directory / "verdicts.parquet", table)
         settings, eval_ = self.settings, self.experiment.eval
         result = win_rate(table, eval_.resamples, self.experiment.seed)
         warnings = [self._family_warning(), result.pop("warning")]
@@ -154,17 +153,17 @@ class Comparison:
         teacher = self.experiment.teacher
         models, _ = fingerprints(teacher)
         if models[teacher.model] == self.inputs[self.settings.judge.model]:
-            return "the judge is the teacher itself and favours its own text; choose a model of another family"
+            return "the judge is the teacher itself and favours its own text; choose a model from another family"
         if teacher.abilities.api and teacher.tokenizer is None:
             return None  # nothing is known of its family
         name, revision, key = self.experiment.tokenizer
         tokenizer = load_tokenizer(name, revision, teacher.trust_remote_code, key)
         if vocabulary_hash(tokenizer) == vocabulary_hash(self.reader.chat.tokenizer):
-            return "the judge has the teacher's tokenizer and may favour its family; choose a model of another family"
+            return "the judge has the teacher's tokenizer and may favour its family; choose a model from another family"
         return None
 
     def _verdicts(self, ids: list[str], prompts: list[str], ours: list[str], theirs: list[str], parts: Parts) -> pa.Table:
-        """One row a prompt, with both orders."""
+        """One row per prompt, with both orders."""
         questions = []
         for number, (prompt, first, second) in enumerate(
             [*zip(prompts, ours, theirs, strict=True), *zip(prompts, theirs, ours, strict=True)]
@@ -192,7 +191,7 @@ class Comparison:
         return pa.table(columns)
 
     def _read(self, questions: list[tuple[Messages, str]]) -> list[tuple[str, list[float] | None]]:
-        """The judge's first token after each question, and its probabilities of the digits; or why there is none, and None."""
+        """The judge's first token after each question, with its probabilities of the digits; or why there is none, and None."""
         found: dict[int, tuple[str, list[float] | None]] = {}
         for place, done in self.reader.read(questions):
             if isinstance(done, Failed):
@@ -204,17 +203,17 @@ class Comparison:
 
 
 def _stored_answer(row: dict[str, Any], end: str) -> str:
-    """What the teacher has written, without its reasoning trace."""
+    """The teacher's text, without its reasoning trace."""
     return behind_trace("\n".join(str(message["content"]) for message in row["completion"]), end).strip()
 
 
 def _value(digit: int, student_first: bool) -> float:
-    """1 if the student's answer is preferred, 0 if the other's, one half if they are equally good."""
+    """1 if the student's answer is preferred, 0 if the other's is, one half for a tie."""
     return 0.5 if digit == _TIE else float((digit == _FIRST) == student_first)
 
 
 def _distinct(rows: Any, conversations: Sequence[str], count: int, writers: Sequence[str]) -> list[dict[str, Any]]:
-    """The first row of each of the first prompts that the chat templates of the writers take, with its `conversation`."""
+    """The first row of each of the first prompts that the models' chat templates accept, with its `conversation`."""
     found: dict[str, dict[str, Any]] = {}
     for row, conversation in zip(rows, conversations, strict=True):
         if len(found) == count:
@@ -233,11 +232,11 @@ def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:
     """Win rates with their intervals over prompts, from the verdicts of both orders.
 
     Args:
-        table: a row a prompt, as in `verdicts.parquet`; a verdict is null where the judge gave none.
-        resamples: of the bootstrap.
-        seed: of its draws.
+        table: one row per prompt, as in `verdicts.parquet`; a verdict is null if the judge gave none.
+        resamples: number of bootstrap resamples.
+        seed: their seed.
 
-    The rates are None where there are verdicts on fewer than two prompts.
+    The rates are None if there are verdicts on fewer than two prompts.
     """
     first, second = (table[f"verdict_{name}"].to_numpy() for name in ("student_first", "student_second"))
     judged = ~(np.isnan(first) | np.isnan(second))
@@ -245,7 +244,7 @@ def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:
     counted = {"prompts": n, "without_verdict": len(judged) - n}
     try:
         warning = check_clusters(n, "prompts with two verdicts", "choose another judge, or raise eval.win_rate.prompts")
-    except InputError as error:  # found out at the very end: what else was measured is not thrown away
+    except InputError as error:  # found only at the end: keep the other results
         return {**counted, "win_rate": None, "length_controlled": None, "warning": str(error)}
     outcome = ((first + second) / 2)[judged]
     lengths = [pc.utf8_length(table[name]).to_numpy()[judged].astype(np.float64) for name in ("student", "rival")]
@@ -272,19 +271,19 @@ def win_rate(table: pa.Table, resamples: int, seed: int) -> dict[str, Any]:
 def length_controlled(outcome: Array, longer: Array, draws: Draws) -> Estimate:
     """The logit of the win rate for answers of equal length, by logistic regression (Dubois et al. 2024, arXiv 2404.04475).
 
-    P(win) = sigmoid(a + b·tanh(Δ/σ)) with Δ the difference in length and σ its standard deviation, as in AlpacaEval 2 but for
-    the terms of each instruction's difficulty, which only many models' verdicts can tell. At Δ = 0 it is sigmoid(a). A weak
-    ridge keeps the fit finite where one model or the longer answer always wins. The standard error of a is that of the
+    P(win) = sigmoid(a + b·tanh(Δ/σ)) with Δ the difference in length and σ its standard deviation, as in AlpacaEval 2 but
+    without the terms for each instruction's difficulty, which need the verdicts on many models. At Δ = 0 it is sigmoid(a). A
+    weak ridge keeps the fit finite if one model or the longer answer always wins. The standard error of a is that of the
     sandwich estimator over clusters.
 
     Args:
-        outcome: between 0 (lost) and 1 (won), of each prompt; shape (N,).
+        outcome: between 0 (lost) and 1 (won), for each prompt; shape (N,).
         longer: by how much the first model's answer is longer.
         draws: resamples of the conversations that the prompts belong to.
     """
     spread = longer.std()
     x = np.tanh(longer / spread) if spread > 0 else np.zeros(len(longer))
-    by_cluster = np.vstack([np.ones(draws.draws.shape[1]), draws.draws])  # the first row is what was measured
+    by_cluster = np.vstack([np.ones(draws.draws.shape[1]), draws.draws])  # the first row is the measured sample
     weights = by_cluster[:, draws.cluster]
     a, b = np.zeros(len(weights)), np.zeros(len(weights))
     for _ in range(_STEPS):

@@ -11,19 +11,19 @@ from llmdistill.teachers.thinking import answer_ids
 
 @dataclass(frozen=True)
 class Written:
-    """An answer: its text without trace and special tokens, and log q of every token, in nats, also of the one that ended it."""
+    """An answer: its text without trace and special tokens, and log q of every token in nats, including the end token."""
 
     text: str
     logprobs: list[float]
 
 
 def answer_length(ids: Sequence[int], end_ids: Sequence[int]) -> int:
-    """Tokens of an answer that may be padded behind the token that ends it, which is one of them."""
+    """Tokens of an answer that may be padded after its end token, which is included."""
     return next((place for place, token in enumerate(ids, start=1) if token in end_ids), len(ids))
 
 
 class _Recorder:
-    """Among the logits processors of `generate`: keeps log q of the most likely token, which greedy decoding takes."""
+    """A logits processor for `generate` that records log q of the most likely token, which greedy decoding takes."""
 
     def __init__(self) -> None:
         self.steps: list[Any] = []
@@ -43,12 +43,12 @@ def write_answers(
     bar: StageBar,
     thinking_end: str,
 ) -> list[Written]:
-    """A model's greedy answer to each prompt, given as token ids; of one that does not come out of a reasoning trace, no text."""
+    """A model's greedy answer to each prompt of token ids; an answer still within its reasoning trace has no text."""
     import torch
 
     answers: dict[int, Written] = {}
-    thinking = 0  # answers without an end of their trace
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # alike in length, so that little is padded
+    thinking = 0  # answers whose trace does not end
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))  # similar lengths together, to reduce padding
     for start in range(0, len(order), batch_size):
         chunk, recorder = order[start : start + batch_size], _Recorder()
         written_BT = continue_prompts(
@@ -64,7 +64,7 @@ def write_answers(
     if thinking:
         say(
             "warning",
-            f"{thinking:,} of {counted(len(prompts), 'answer')} are a reasoning trace without an end in {max_tokens:,} tokens; "
-            "teacher.template_args may turn it off, as {enable_thinking: false} does for Qwen3",
+            f"{thinking:,} of {counted(len(prompts), 'answer')} are a reasoning trace that does not end in {max_tokens:,} "
+            "tokens; teacher.template_args may turn it off, as {enable_thinking: false} does for Qwen3",
         )
     return [answers[number] for number in range(len(prompts))]

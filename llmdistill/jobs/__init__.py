@@ -1,6 +1,6 @@
 """Stages as scheduled jobs: `llmdistill submit`, `status` and `cancel`.
 
-Which backends there are is said by the section `jobs` of the configuration; each is in the module of its name.
+The section `jobs` of the configuration defines the backends; each is in the module of its name.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from llmdistill.runs.status import how_far, known
 from llmdistill.stages.table import STAGES
 
 BACKENDS = tuple(Jobs.model_fields)
-WHOLE = "run"  # the `stage` of a job that is all of them
+WHOLE = "run"  # the `stage` of a job that runs all of them
 _FILE = "jobs.json"
 
 
@@ -33,16 +33,16 @@ def backend_of(name: str) -> Backend[Any]:
 
 
 def submit(experiment: Experiment, dry_run: bool = False) -> None:
-    """Submit all stages, each to run after the one before it; what is done by then ends at once.
+    """Submit all stages, each to run after the previous one; those already done by then end immediately.
 
     Args:
         experiment: the configuration.
         dry_run: print the files and submit nothing.
 
     Raises:
-        InputError: there is no section `jobs`, something that the stages read is not usable, jobs of an earlier submission still
-            wait or run, or these are refused.
-        RemoteError: the scheduler cannot be reached.
+        InputError: if there is no section `jobs`, the input of a stage is unusable, jobs of an earlier submission are still
+            waiting or running, or the jobs are refused.
+        RemoteError: if the scheduler cannot be reached.
     """
     chosen = experiment.jobs and experiment.jobs.chosen
     if not chosen:
@@ -77,20 +77,20 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
             say("submit", f"{job['stage']} is job {job['job']}")
     except (InputError, RemoteError):
         if submitted:
-            backend.cancel(submitted)  # half a pipeline is of no use
+            backend.cancel(submitted)  # half a pipeline is useless
         elif not was_there:
             shutil.rmtree(directory)
-            with suppress(OSError):  # there is something else in it
+            with suppress(OSError):  # other files are in it
                 directory.parent.rmdir()
         raise
     say("submit", f"the job files are in {directory}; `llmdistill status {experiment.output}` shows the progress")
 
 
 def _check_first(experiment: Experiment, settings: Scheduler[Any]) -> None:
-    """What the first stage and the launcher read is there, no split will be empty, and what is there is of these settings.
+    """Check the input of the first stage and the launcher, that no split will be empty, and the settings of existing work.
 
     Raises:
-        InputError: naming the file and the key.
+        InputError: names the file and the key.
     """
     for one in (settings, *settings.stages.values()):
         file = getattr(one, "accelerate", None)
@@ -107,21 +107,21 @@ def _check_first(experiment: Experiment, settings: Scheduler[Any]) -> None:
 
 
 def _warn_of_idle_workers(experiment: Experiment, workers: int, prompts: int) -> None:
-    """Say whether `generate` has fewer shards than workers; with several teachers it may have a few more than counted here."""
+    """Warn if `generate` has fewer shards than workers; with several teachers it may have a few more than counted here."""
     shards = count_shards(experiment, [prompts * experiment.generate.samples])
     if shards < workers:
         say(
             "warning",
-            f"generate has {counted(shards, 'shard')} for {workers:,} workers, so some have nothing to do; lower "
-            "generate.rows_per_shard or workers, or give it more prompts",
+            f"generate has {counted(shards, 'shard')} for {workers:,} workers, so some will be idle; lower "
+            "generate.rows_per_shard or workers, or add prompts",
         )
 
 
 def status(output: Path) -> None:
-    """Print for each stage what is done, waiting, running or failed, also where stages were started by hand.
+    """Print for each stage what is done, waiting, running or failed, even if stages were started by hand.
 
     Raises:
-        InputError: nothing was submitted there, and nothing has begun.
+        InputError: if nothing was submitted there, and nothing has started.
     """
     if not (output / "jobs" / _FILE).exists() and (names := known(output)):
         return _say_stages(output, names)
@@ -144,10 +144,10 @@ def _say_stages(output: Path, names: list[str]) -> None:
 
 
 def cancel(output: Path) -> None:
-    """End what waits or runs.
+    """Cancel waiting and running jobs.
 
     Raises:
-        InputError: nothing was submitted there.
+        InputError: if nothing was submitted there.
     """
     backend, _ = _jobs(output / "jobs")
     alive = _alive(output / "jobs")

@@ -1,4 +1,4 @@
-"""What a backend of scheduled jobs has to do."""
+"""The interface of a backend for scheduled jobs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,53 +8,53 @@ from llmdistill.config import Experiment
 from llmdistill.config.jobs import Scheduler
 from llmdistill.runs.pipeline import StageRun
 
-Job = dict[str, str]  # its `stage`, what it is called as `job`, and what else its backend finds it by
+Job = dict[str, str]  # its `stage`, its name as `job`, and whatever else its backend needs to find it
 Settings = TypeVar("Settings", bound=Scheduler[Any], contravariant=True)
 
 
 class Backend(Protocol[Settings]):
-    """Where stages run as jobs. A module of this package, named as its key in the section `jobs`, has one as `BACKEND`.
+    """A scheduler that runs stages as jobs: `BACKEND` in the module of this package with the name of its key in `jobs`.
 
     Attributes:
         over: states of a job that has ended.
-        same_files: whether jobs write where `submit` was called, so that it can be seen there how far they are.
+        same_files: whether jobs write where `submit` was called, so that their progress can be seen there.
     """
 
     over: frozenset[str]
     same_files: bool
 
     def render(self, experiment: Experiment, settings: Settings, stages: Sequence[StageRun]) -> dict[str, str]:
-        """The files that a person would have written, by their names in `OUTPUT/jobs`.
+        """The job files, by their names in `OUTPUT/jobs`, as a person would have written them.
 
         Args:
-            experiment: the configuration, as it was given to `submit`.
-            settings: its section of this backend.
-            stages: in their order, on experiments as the jobs see them; `OUTPUT/jobs/NAME.yaml` holds each.
+            experiment: the configuration, as given to `submit`.
+            settings: this backend's section of it.
+            stages: the stages in order, on experiments as the jobs see them; each is in `OUTPUT/jobs/NAME.yaml`.
         """
         ...
 
     def submit(
         self, experiment: Experiment, settings: Settings, stages: Sequence[StageRun], files: Mapping[str, Path]
     ) -> Iterator[Job]:
-        """Hand the files on, each stage to run when the one before it has ended well; every job as soon as there is one.
+        """Submit the files such that each stage runs once the previous one has succeeded; yields every job when it exists.
 
         Raises:
-            InputError: this machine is none that the jobs can be handed on from, or they are refused.
+            InputError: if jobs cannot be submitted from this machine, or are refused.
         """
         ...
 
     def states(self, jobs: Sequence[Job]) -> list[list[str]]:
-        """For each job the states of its parts, such as PENDING or RUNNING; none for one that is unknown to the scheduler.
+        """For each job, the states of its parts, such as PENDING or RUNNING; empty if the scheduler does not know it.
 
         Raises:
-            RemoteError: there is no answer.
+            RemoteError: if the scheduler does not answer.
         """
         ...
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """End jobs that wait or run; what they have finished stays.
+        """Cancel waiting or running jobs; what they have finished is kept.
 
         Raises:
-            RemoteError: there is no answer.
+            RemoteError: if the scheduler does not answer.
         """
         ...

@@ -1,4 +1,4 @@
-"""The commands in jobs, and those that hand jobs on: which jobs there are, how a stage is started on many processes."""
+"""The commands in jobs, and those that submit jobs: which jobs there are, and how a stage is started on many processes."""
 
 import hashlib
 import re
@@ -18,7 +18,7 @@ from llmdistill.runs.pipeline import StageRun, stages
 from llmdistill.stages.table import STAGES
 
 PORT = 29500
-# What sbatch, kubectl and sky say where the fault is not in what they were given.
+# Messages of sbatch, kubectl and sky for faults that are not in their input.
 _UNREACHABLE = re.compile(
     r"unable to co(ntact|nnect)|could not establish|connection (to the server .*)?(was )?refused|connection error|\btimed out\b"
     r"|(i/o|handshake) timeout|deadline exceeded|no such host|temporarily unavailable",
@@ -28,10 +28,10 @@ Settings = TypeVar("Settings", bound=Scheduler[Any])
 
 
 def scheduled(experiment: Experiment, settings: Scheduler[Any]) -> list[StageRun]:
-    """The stages as jobs, each on the experiment as it is where the job runs.
+    """The stages as jobs, each with the experiment as it is where the job runs.
 
     Raises:
-        InputError: the output would not lie below the mount that takes its place there.
+        InputError: if the output would not be below the mount point that replaces it there.
     """
     if isinstance(settings, Mounted):
         experiment = experiment.with_(output=elsewhere(experiment.output, settings.mount))
@@ -39,7 +39,7 @@ def scheduled(experiment: Experiment, settings: Scheduler[Any]) -> list[StageRun
 
 
 def engine_gpus(stage: StageRun) -> int:
-    """GPUs that the largest engine of a stage is split over; its engines run one after the other."""
+    """GPUs over which the largest engine of a stage is split; its engines run one after the other."""
     experiment = stage.experiment
     teachers = list(experiment.routed.values()) if stage.shared else []
     if stage.command == "eval" and experiment.eval.win_rate:
@@ -51,15 +51,15 @@ def engine_gpus(stage: StageRun) -> int:
 
 
 def check_gpus(name: str, settings: Scheduler[Any], stages: Sequence[StageRun]) -> None:
-    """Refuse stages that would get fewer GPUs than one of their engines is split over.
+    """Refuse stages with fewer GPUs than one of their engines is split over.
 
     Args:
-        name: of the backend.
+        name: name of the backend.
         settings: its section.
-        stages: all of them.
+        stages: all stages.
 
     Raises:
-        InputError: naming the key.
+        InputError: names the key.
     """
     for stage in stages:
         asked: Any = of_stage(settings, stage.command)
@@ -74,10 +74,10 @@ def check_gpus(name: str, settings: Scheduler[Any], stages: Sequence[StageRun]) 
 
 
 def _parts(stage: StageRun, workers: int) -> Iterator[StageRun]:
-    """A stage as often as its workers are started.
+    """A stage, repeated as often as its workers are started.
 
-    What `prompts` asks the teacher in a step follows from all answers to the step before. A worker that lacks those of others
-    ends, since it might wait for one that is only started when it has ended; so all are started again for the next step.
+    The questions of a step of `prompts` depend on all answers to the previous step. A worker that lacks the answers of others
+    exits, since it might wait for one that only starts after it has ended; so all are started again for the next step.
     """
     section = stage.experiment.prompts
     passes = section.passes if stage.command == "prompts" and section and workers > 1 else 1
@@ -85,12 +85,12 @@ def _parts(stage: StageRun, workers: int) -> Iterator[StageRun]:
 
 
 def words_of(stage: StageRun, directory: str) -> list[str]:
-    """A stage and its configuration, which lies in a directory under the stage's name."""
+    """A stage and its configuration, which is in a directory under the stage's name."""
     return [stage.command, f"{directory}/{stage.name}.yaml"]
 
 
 def of_stage(settings: Settings, name: str) -> Settings:
-    """The settings with what a stage asks for in the place of what is asked for in general."""
+    """The settings with the requests of a stage replacing the general ones."""
     own = settings.stages.get(name)
     asked = own.model_dump(exclude_none=True) if own else {}
     if name in STAGES and not STAGES[name].uses_model:
@@ -99,15 +99,15 @@ def of_stage(settings: Settings, name: str) -> Settings:
 
 
 def launched(accelerate: str | None, nodes: int, gpus: int, rank: str, first: str, identity: str, words: str) -> str:
-    """The shell command that each node runs to train on several processes, which meet at the first node.
+    """The shell command that each node runs to train on several processes, which connect to the first node.
 
     Args:
         accelerate: a configuration of `accelerate launch`; torchrun if None.
-        nodes: how many there are.
-        gpus: processes on each, at least one.
-        rank: what the shell knows the node's number by.
-        first: what it knows the first node's address by.
-        identity: what it knows this run of all nodes by.
+        nodes: number of nodes.
+        gpus: processes per node, at least one.
+        rank: shell expression for the number of the node.
+        first: shell expression for the address of the first node.
+        identity: shell expression that identifies this run on all nodes.
         words: the stage and its arguments, quoted.
     """
     if accelerate:
@@ -123,16 +123,16 @@ def launched(accelerate: str | None, nodes: int, gpus: int, rank: str, first: st
 
 
 def run_name(output: str) -> str:
-    """What a run is called where names are short, plain and shared: the output's last part and a hash of all of it."""
+    """The name of a run where names are short, plain and shared: the output's last part and a hash of all of it."""
     plain = re.sub(r"[^a-z0-9]+", "-", PurePosixPath(output).name.lower()).strip("-")[:30].strip("-")
     return f"{plain or 'run'}-{hashlib.sha256(output.encode()).hexdigest()[:6]}"
 
 
 def elsewhere(output: str, mount: str) -> str:
-    """The path of an output below the mount that takes its place on other machines.
+    """The path of an output below the mount point that replaces it on other machines.
 
     Raises:
-        InputError: it would not lie below.
+        InputError: if it would not be below.
     """
     path = PurePosixPath(output.lstrip("/"))
     if ".." in path.parts:
@@ -143,15 +143,15 @@ def elsewhere(output: str, mount: str) -> str:
 
 
 def completed(stages: Sequence[StageRun], number: int, workers: int, directory: str) -> str:
-    """What a stage's shell command begins with where many workers made what it reads.
+    """The beginning of a stage's shell command if many workers made its input.
 
-    Those that saw each other's last shards late have left it incomplete; the same command without a share completes it.
+    Workers that saw each other's last shards too late have left it incomplete; the same command without a share completes it.
 
     Args:
-        stages: all of them.
-        number: of this one, from 0.
-        workers: how many there are.
-        directory: where the configurations are.
+        stages: all stages.
+        number: number of this one, from 0.
+        workers: number of workers.
+        directory: directory of the configurations.
     """
     before = stages[number - 1] if number and workers > 1 else None
     if before is None or not before.shared or stages[number].part > 1:
@@ -160,16 +160,16 @@ def completed(stages: Sequence[StageRun], number: int, workers: int, directory: 
 
 
 def ask(command: Sequence[str], whose: str, wrong: type[Exception] = RemoteError) -> str:
-    """What a command says.
+    """The output of a command.
 
     Args:
-        command: it and its arguments.
-        whose: who takes jobs by it.
-        wrong: what is raised when it refuses.
+        command: the command and its arguments.
+        whose: the scheduler that it belongs to.
+        wrong: exception to raise if it refuses.
 
     Raises:
-        InputError: the command is not there.
-        RemoteError: the scheduler cannot be reached.
+        InputError: if the command does not exist.
+        RemoteError: if the scheduler cannot be reached.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -184,10 +184,10 @@ def ask(command: Sequence[str], whose: str, wrong: type[Exception] = RemoteError
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML as one writes it: text of many lines as a block, nothing named twice."""
+    """Writes YAML as a person would: multi-line text as a block, and no aliases."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Write what is there twice twice."""
+        """Write repeated values in full."""
         return True
 
 

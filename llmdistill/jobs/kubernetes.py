@@ -1,4 +1,4 @@
-"""Stages as Jobs of Kubernetes: the objects, as one would have written them by hand, and what kubectl says of them."""
+"""Stages as Kubernetes Jobs: the objects as one would write them by hand, and the output of kubectl."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ _LABEL = "llmdistill/run"
 _CONFIGS = "/etc/llmdistill"  # in the pods
 _Object = dict[str, Any]
 
-# Kubernetes knows no order of Jobs. A pod that waits for the stage before would hold its GPUs meanwhile, and maybe those that
-# this stage needs to end; so later Jobs are there suspended, without pods, and a small pod without GPUs starts each in its turn.
+# Kubernetes does not order Jobs. A pod that waits for the previous stage would hold its GPUs meanwhile, possibly those that the
+# previous stage needs; so later Jobs are created suspended, without pods, and a small pod without GPUs starts each in turn.
 _NEXT = """\
 set -eu
 previous=$1; shift
@@ -43,7 +43,7 @@ class _Kubernetes:
     same_files = False
 
     def render(self, experiment: Experiment, settings: Kubernetes, stages: Sequence[StageRun]) -> dict[str, str]:
-        """The configurations, a Job a stage, and one that starts them in their order with the right to do so."""
+        """The configurations, a Job per stage, and one that starts them in order, with the permissions to do so."""
         run = run_name(experiment.output)
         configs = {f"{stage.name}.yaml": dump_experiment(stage.experiment) for stage in stages}
         found = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _named(settings, run, "configs"), "data": configs}
@@ -54,7 +54,7 @@ class _Kubernetes:
     def submit(
         self, experiment: Experiment, settings: Kubernetes, stages: Sequence[StageRun], files: Mapping[str, Path]
     ) -> Iterator[Job]:
-        """Hand the objects to `kubectl apply`; those of an earlier submission, from wherever, are removed once they are over."""
+        """Pass the objects to `kubectl apply`; those of an earlier submission are removed once they have ended."""
         run = run_name(experiment.output)
         jobs = [
             {"stage": name, "job": f"{run}-{name}", "run": run, "namespace": settings.namespace}
@@ -63,7 +63,7 @@ class _Kubernetes:
         states = zip(jobs, self.states(jobs), strict=True)
         if alive := [job["job"] for job, found in states if not self.over.issuperset(found)]:
             raise InputError(
-                f"output {experiment.output}: {', '.join(alive)} of another submission still wait or run in the namespace "
+                f"output {experiment.output}: {', '.join(alive)} of another submission are waiting or running in namespace "
                 f"{settings.namespace}; `cancel` them where they were submitted, or choose another `output`"
             )
         _delete(jobs[0])
@@ -76,14 +76,14 @@ class _Kubernetes:
         yield from jobs
 
     def states(self, jobs: Sequence[Job]) -> list[list[str]]:
-        """For each Job the states of its pods, or that it is complete, failed or suspended; none for one that is not there."""
+        """For each Job, the states of its pods, or complete, failed or suspended; empty for one that does not exist."""
         where = ["--namespace", jobs[0]["namespace"], "--selector", f"{_LABEL}={jobs[0]['run']}"]
         found = json.loads(ask(["kubectl", "get", "jobs", *where, "--output", "json"], "Kubernetes"))["items"]
         state_of = {job["metadata"]["name"]: _states(job.get("status", {})) for job in found}
         return [state_of.get(job["job"], []) for job in jobs]
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Remove the Jobs of a run and what starts them; what is on the volume stays."""
+        """Remove the Jobs of a run and the one that starts them; the volume is not changed."""
         _delete(jobs[0])
 
 
@@ -145,14 +145,14 @@ def _pod(settings: Kubernetes, asked: Kubernetes, run: str, command: list[str]) 
         "volumes": [
             {"name": "output", "persistentVolumeClaim": {"claimName": settings.claim}},
             {"name": "configs", "configMap": {"name": _named(settings, run, "configs")["name"]}},
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},  # processes hand tensors to each other through it
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},  # processes pass tensors to each other through it
         ],
         **settings.pod,
     }
 
 
 def _command(settings: Kubernetes, gpus: int, stage: StageRun) -> list[str]:
-    """What a pod runs: words and no shell, but where it has to reckon."""
+    """The command of a pod: words without a shell, unless it has to compute."""
     words = words_of(stage, _CONFIGS)
     if stage.command == "train" and settings.accelerate:
         launcher = ["accelerate", "launch", "--config_file", settings.accelerate, "--num_machines", "1"]
@@ -166,12 +166,12 @@ def _command(settings: Kubernetes, gpus: int, stage: StageRun) -> list[str]:
 
 
 def _unexpanded(word: str) -> str:
-    """A word of a command as Kubernetes has to be told it, which puts variables in the place of $(NAME), and $ in that of $$."""
+    """A word of a command in Kubernetes' syntax, which expands $(NAME) and turns $$ into $."""
     return word.replace("$", "$$")
 
 
 def _order(settings: Kubernetes, run: str, jobs: list[str]) -> list[_Object]:
-    """What starts the Jobs that are suspended, and may do nothing else."""
+    """The Job that starts the suspended Jobs, and has permission for nothing else."""
     about = _named(settings, run, "order")
     pod = {
         "restartPolicy": "Never",

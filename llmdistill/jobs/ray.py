@@ -1,4 +1,4 @@
-"""The pipeline as one job of Ray: what is submitted, and what the cluster says of it. `ray_driver` is what runs there."""
+"""The pipeline as one Ray job: what is submitted, and its state in the cluster. `ray_driver` is what runs there."""
 
 import shlex
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 from llmdistill.config import Experiment, dump_experiment
 from llmdistill.config.jobs import Ray
-from llmdistill.errors import InputError, RemoteError
+from llmdistill.errors import InputError, RemoteError, not_installed
 from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import engine_gpus, of_stage
 from llmdistill.runs.pipeline import StageRun
@@ -22,23 +22,23 @@ class _Ray:
     same_files = True
 
     def render(self, experiment: Experiment, settings: Ray, stages: Sequence[StageRun]) -> dict[str, str]:
-        """The command of the job, for a shell on the cluster's head, and the configuration; its nodes see this directory, too."""
+        """The command of the job, for a shell on the cluster's head, and the configuration; its nodes share this directory."""
         command = shlex.join(["python", "-m", "llmdistill.jobs.ray_driver", f"{experiment.output}/jobs/{_FILE}"])
         return {"ray.sh": f"cd {shlex.quote(str(Path.cwd()))} && exec {command}\n", _FILE: dump_experiment(experiment)}
 
     def submit(
         self, experiment: Experiment, settings: Ray, stages: Sequence[StageRun], files: Mapping[str, Path]
     ) -> Iterator[Job]:
-        """Hand the job to the cluster."""
+        """Submit the job to the cluster."""
         job = str(_client(settings.address).submit_job(entrypoint=files["ray.sh"].read_text().strip()))
         yield {"stage": "run", "job": job, "address": settings.address or ""}
 
     def states(self, jobs: Sequence[Job]) -> list[list[str]]:
-        """What the cluster says of each job: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+        """The state of each job: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
         return [[str(state.value)] if (state := _of(job, "get_job_status")) else [] for job in jobs]
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """End the job."""
+        """Stop the job."""
         for job in jobs:
             _of(job, "stop_job")
 
@@ -47,7 +47,7 @@ BACKEND: Backend[Ray] = _Ray()
 
 
 def resources(settings: Ray, stage: StageRun) -> dict[str, float]:
-    """What an actor or a task of a stage asks for, as options of Ray."""
+    """The resources of an actor or a task of a stage, as Ray options."""
     asked = of_stage(settings, stage.command)
     gpus = asked.gpus
     if gpus is None:
@@ -56,7 +56,7 @@ def resources(settings: Ray, stage: StageRun) -> dict[str, float]:
 
 
 def launcher(settings: Ray, stage: StageRun) -> list[str]:
-    """What starts a stage: training on more than one GPU by torchrun."""
+    """The launcher of a stage: torchrun for training on more than one GPU."""
     gpus = int(resources(settings, stage)["num_gpus"])
     if stage.command == "train" and gpus > 1:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m", "llmdistill"]
@@ -67,7 +67,7 @@ def _client(address: str | None) -> Any:
     try:
         from ray.job_submission import JobSubmissionClient
     except ImportError:
-        raise InputError("jobs.ray needs Ray: pip install 'llmdistill[ray]'") from None
+        raise not_installed("jobs.ray", "Ray", "ray") from None
     try:
         return JobSubmissionClient(address or None)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -79,6 +79,6 @@ def _of(job: Job, what: str) -> Any:
     try:
         return getattr(_client(job["address"]), what)(job["job"])
     except RuntimeError as error:
-        if "does not exist" in str(error):  # the cluster was started anew
+        if "does not exist" in str(error):  # the cluster has been restarted
             return None
         raise RemoteError(f"Ray: {error}") from None

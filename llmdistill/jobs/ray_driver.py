@@ -1,8 +1,8 @@
-"""What a Ray job runs: all stages in order; the teacher's shards by actors, each of which holds one engine.
+"""The program of a Ray job: all stages in order; the teacher's shards by actors, each of which holds one engine.
 
     python -m llmdistill.jobs.ray_driver OUTPUT/jobs/ray.yaml
 
-Shards are handed out one by one, so a slow worker makes fewer of them. What a worker that died had in hand goes to another.
+Shards are assigned one by one, so a slow worker makes fewer of them. The shards of a worker that died go to another one.
 """
 
 import os
@@ -30,7 +30,7 @@ from llmdistill.stages.table import STAGES
 
 
 class Queue:
-    """Hands out the missing shards of one stage, in one process of the cluster."""
+    """Assigns the missing shards of a stage, in one process of the cluster."""
 
     def __init__(self, directory: Path, missing: list[int], retries: int) -> None:
         self.directory = directory
@@ -47,10 +47,10 @@ class Queue:
         return self._waiting.popleft()
 
     def give_back(self, worker: int) -> tuple[int, int]:
-        """A worker has failed: what it has not finished waits again, unless it has failed too often.
+        """A worker has failed: its unfinished shards are queued again, unless they have failed too often.
 
         Returns:
-            How many shards that were, and how many wait now.
+            The number of those shards, and of all that wait.
         """
         lost = self._in_hand.pop(worker, set()) - indices(self.directory)
         self._failures.update(lost)
@@ -58,55 +58,55 @@ class Queue:
         return len(lost), len(self._waiting)
 
     def failed(self) -> list[int]:
-        """The shards that are not tried again."""
+        """The shards that are not retried."""
         return sorted(index for index, failures in self._failures.items() if failures > self.retries)
 
 
 class NoShards:
-    """Makes no shard, but finds out which are missing in a directory."""
+    """Makes no shards, but finds those missing in a directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._count = directory, 0
 
     def part(self, count: int) -> range:
-        """None of them."""
+        """No shards."""
         self._count = count
         return range(0)
 
     def shards(self, name: str, directory: Path, count: int) -> list[int]:
-        """None of them."""
+        """No shards."""
         return []
 
     @property
     def missing(self) -> list[int]:
-        """Those that are missing now; none of a stage that is done."""
-        # Not read and hashed, as a worker does with its share: one process would read what a whole cluster has written.
+        """The missing shards; none for a stage that is done."""
+        # Not read and hashed, as a worker does with its share: one process would read the output of a whole cluster.
         there = indices(self._directory)
         return [index for index in range(self._count) if index not in there]
 
 
 class QueuedShards:
-    """The shards that a worker is handed by the queue, each when it has room for more."""
+    """The shards that the queue assigns to a worker, one whenever it has room."""
 
     def __init__(self, queue: Any, worker: int) -> None:
         self.queue = queue
         self.worker = worker
 
     def part(self, count: int) -> range:
-        """Any of them."""
+        """Any shard."""
         return range(count)
 
     def shards(self, name: str, directory: Path, count: int) -> Iterator[int]:
-        """Ask the queue for one after the other."""
+        """Ask the queue for one shard after another."""
         while (index := ray.get(self.queue.take.remote(self.worker))) is not None:
             yield index
 
 
 class Actor:
-    """One engine on some node: writes or reads the shards that it is handed.
+    """One engine on some node: generates or scores the shards assigned to it.
 
     Args:
-        directory: that paths of the configuration begin in, which Ray does not start its processes in.
+        directory: base of the paths in the configuration; Ray starts its processes elsewhere.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -122,7 +122,7 @@ def _make(stage: StageRun, worker: Worker) -> None:
 
 
 def command_of(words: list[str], directory: Path) -> int:
-    """Run a command in a directory on whatever machine this is; its exit status."""
+    """Run a command in a directory on any machine; returns its exit status."""
     return subprocess.run(words, cwd=directory).returncode
 
 
@@ -130,12 +130,12 @@ def drive(file: Path) -> None:
     """Run all stages on the cluster that this process belongs to.
 
     Args:
-        file: the configuration; those of the stages lie beside it.
+        file: the configuration; those of the stages are next to it.
 
     Raises:
-        InputError: the configuration has no `jobs.ray`, or a stage finds its input wrong.
-        BusyError: another process works in a stage's directory.
-        RemoteError: a stage failed, or shards did, as often as is tried.
+        InputError: if the configuration has no `jobs.ray`, or the input of a stage is wrong.
+        BusyError: if another process works in a stage's directory.
+        RemoteError: if a stage or shards failed in all attempts.
     """
     experiment = load_experiment(file)
     settings = experiment.jobs and experiment.jobs.ray
@@ -153,9 +153,9 @@ def drive(file: Path) -> None:
 
 
 def _make_shards(settings: Ray, stage: StageRun) -> None:
-    """Keep as many actors at it as are asked for, until every shard is there or has failed too often."""
+    """Keep the requested number of actors working until every shard is finished or has failed too often."""
     directory = stage.experiment.directory("data")
-    _make(stage, plan := NoShards(directory))  # what is wrong with the input is found out here
+    _make(stage, plan := NoShards(directory))  # errors in the input are found here
     missing = plan.missing
     if not missing:
         return
@@ -180,7 +180,7 @@ def _make_shards(settings: Ray, stage: StageRun) -> None:
         except ray.exceptions.RayError as error:
             lost, waiting = ray.get(queue.give_back.remote(number))
             said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            say(stage.command, f"worker {number} failed: {said}; {lost:,} shards of it are not done, {waiting:,} wait")
+            say(stage.command, f"worker {number} failed: {said}; {lost:,} of its shards are unfinished, {waiting:,} waiting")
             empty_handed += not lost
             if waiting and empty_handed <= settings.retries:
                 start()
@@ -189,11 +189,11 @@ def _make_shards(settings: Ray, stage: StageRun) -> None:
     _make(stage, again := NoShards(directory))
     if missing := again.missing:
         named = f": shards {', '.join(map(str, failed))} failed {settings.retries + 1} times" if failed else ""
-        raise RemoteError(f"{directory} lacks {len(missing):,} shards{named}; the others are kept, submit it again to continue")
+        raise RemoteError(f"{directory} lacks {len(missing):,} shards{named}; the others are kept; submit again to continue")
 
 
 def _run(settings: Ray, stage: StageRun, commands: list[list[str]]) -> None:
-    """A stage as one command on one node, or as many on any; those that fail are run again."""
+    """Run a stage as one command on one node, or several on any; those that fail are retried."""
     task = ray.remote(command_of).options(max_retries=settings.retries, **backend.resources(settings, stage))
     status_of: dict[int, int] = {}
     for _ in range(settings.retries + 1):

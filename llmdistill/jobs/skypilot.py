@@ -1,4 +1,4 @@
-"""Stages as one managed job of SkyPilot: a pipeline of tasks on machines of their own, found again when they are taken away."""
+"""Stages as one managed SkyPilot job: a pipeline of tasks on their own machines, which are replaced if preempted."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ class _SkyPilot:
     same_files = False
 
     def render(self, experiment: Experiment, settings: SkyPilot, stages: Sequence[StageRun]) -> dict[str, str]:
-        """The pipeline: a head with its name, and a task a stage, which SkyPilot runs one after the other."""
+        """The pipeline: a header with its name, and one task per stage, which SkyPilot runs in sequence."""
         directory = Path(experiment.output).absolute() / "jobs"
         tasks = [_task(settings, stages, number, directory) for number in range(len(stages))]
         return {"skypilot.yaml": documents([{"name": run_name(experiment.output)}, *tasks])}
@@ -31,7 +31,7 @@ class _SkyPilot:
     def submit(
         self, experiment: Experiment, settings: SkyPilot, stages: Sequence[StageRun], files: Mapping[str, Path]
     ) -> Iterator[Job]:
-        """Hand the pipeline to `sky jobs launch`."""
+        """Submit the pipeline with `sky jobs launch`."""
         name = run_name(experiment.output)
         secrets = [word for secret in settings.secrets for word in ("--secret", secret)]
         ask(["sky", "jobs", "launch", "-y", "-d", "-n", name, *secrets, str(files["skypilot.yaml"])], "SkyPilot", InputError)
@@ -39,7 +39,7 @@ class _SkyPilot:
             yield {"stage": stage.name, "job": name}
 
     def states(self, jobs: Sequence[Job]) -> list[list[str]]:
-        """The state of each task, as the newest job of that name has it."""
+        """The state of each task in the newest job of that name."""
         records = json.loads(ask(["sky", "jobs", "queue", "--all", "--output", "json"], "SkyPilot"))
         mine = [record for record in records if record["job_name"] == jobs[0]["job"]]
         newest = max((record["job_id"] for record in mine), default=None)
@@ -47,7 +47,7 @@ class _SkyPilot:
         return [[state_of[job["stage"]]] if job["stage"] in state_of else [] for job in jobs]
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """End the job that these are stages of; what is in the bucket stays."""
+        """Cancel the job that contains these stages; the bucket is not changed."""
         ask(["sky", "jobs", "cancel", "-y", "-n", jobs[0]["job"]], "SkyPilot")
 
 
@@ -66,7 +66,7 @@ def _task(settings: SkyPilot, stages: Sequence[StageRun], number: int, directory
         "memory": f"{asked.memory.rstrip('G')}+" if asked.memory else None,
         "use_spot": asked.spot,
         "image_id": settings.image,
-        # 143 is what a stage ends with when it was told to stop: that is no fault of it.
+        # A stage that was told to stop exits with 143, which is not a failure.
         "job_recovery": {"max_restarts_on_errors": settings.retries, "recover_on_exit_codes": [143]},
     }
     task: dict[str, Any] = {
@@ -91,7 +91,7 @@ def _task(settings: SkyPilot, stages: Sequence[StageRun], number: int, directory
 
 
 def _command(settings: SkyPilot, stage: StageRun, nodes: int) -> str:
-    """What every machine of a task runs."""
+    """The command for every machine of a task."""
     words, gpus = " ".join(words_of(stage, _CONFIGS)), of_stage(settings, stage.command).gpus or 0
     if stage.command == "train" and (nodes > 1 or gpus > 1 or settings.accelerate):
         return launched(settings.accelerate, nodes, gpus, "$SKYPILOT_NODE_RANK", _FIRST, "$SKYPILOT_TASK_ID", words)

@@ -1,4 +1,4 @@
-"""Stages as jobs of Slurm: the scripts, as one would have written them by hand, and what sbatch, squeue and scancel say."""
+"""Stages as Slurm jobs: the scripts as one would write them by hand, and the output of sbatch, squeue and scancel."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ class _Slurm:
     def submit(
         self, experiment: Experiment, settings: Slurm, stages: Sequence[StageRun], files: Mapping[str, Path]
     ) -> Iterator[Job]:
-        """Hand the scripts to sbatch."""
+        """Submit the scripts with sbatch."""
         after: list[str] = []
         for stage in stages:
             command = ["sbatch", "--parsable", *after, str(files[f"{stage.name}.sh"])]
@@ -35,7 +35,7 @@ class _Slurm:
             yield {"stage": stage.name, "job": number}
 
     def states(self, jobs: Sequence[Job]) -> list[list[str]]:
-        """What squeue says; Slurm forgets a job that is over after a while."""
+        """The states in squeue; Slurm forgets a job some time after its end."""
         found: dict[str, list[str]] = {job["job"]: [] for job in jobs}
         for line in ask(["squeue", "--noheader", "--array", "--states=all", "--format=%A %F %T"], "Slurm").splitlines():
             number, array, state = line.split()
@@ -44,7 +44,7 @@ class _Slurm:
         return list(found.values())
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """By scancel."""
+        """Cancel with scancel."""
         ask(["scancel", *(job["job"] for job in jobs)], "Slurm")
 
 
@@ -70,7 +70,7 @@ def _script(experiment: Experiment, settings: Slurm, stage: StageRun) -> str:
         **settings.options,
     }
     lines = [f"#SBATCH --{name}={_option(name, value)}" for name, value in options.items()]
-    # Since 22.05 srun takes no more processors than it is told itself.
+    # Since 22.05, srun does not inherit the number of processors.
     told = ['export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'] if "cpus-per-task" in options else []
     command = _command(settings, stage, resources, directory, array)
     return "\n".join([
@@ -81,22 +81,22 @@ def _script(experiment: Experiment, settings: Slurm, stage: StageRun) -> str:
 
 
 def _option(name: str, value: str) -> str:
-    """A value in the head of a script, which Slurm reads by rules of its own; a line break would end the head.
+    """A value in the header of a script, which has its own syntax; a line break would end the header.
 
     Raises:
-        InputError: there is no way to write the name or the value.
+        InputError: if the name or the value cannot be written.
     """
     key = "output" if name == "output" else f"jobs.slurm.{name}"
     if not re.fullmatch(r"[A-Za-z][\w-]*", name):
-        raise InputError(f"{key}: is no name of an option of sbatch")
-    if not value.isprintable() or "\\" in value:  # in the name of a file Slurm takes a backslash out
-        raise InputError(f"{key}: {value!r} has a backslash or a control character, which Slurm does not take")
+        raise InputError(f"{key}: is not the name of an option of sbatch")
+    if not value.isprintable() or "\\" in value:  # Slurm removes backslashes from file names
+        raise InputError(f"{key}: {value!r} has a backslash or a control character, which Slurm does not accept")
     return value if re.fullmatch(r"[\w./:=,@%+*\[\]-]*", value) else '"' + value.replace('"', '\\"') + '"'
 
 
-# The command runs beside the shell, which waits and passes signals on. It ends with 143 when it was told to stop, torchrun in
-# its place with 1. One element of an array is named by both numbers: with the first alone Slurm would queue all of them again.
-# Failures are counted in a file: Slurm's own count of restarts has preemptions in it, too.
+# The command runs next to the shell, which waits and passes signals on. When terminated it exits with 143, torchrun with 1.
+# An array element is identified by both numbers: with only the first, Slurm would requeue all of them. Failures are counted in
+# a file, as Slurm's own count of restarts includes preemptions.
 _RUN = """\
 {command} &
 child=$!
@@ -136,7 +136,7 @@ def _command(settings: Slurm, stage: StageRun, resources: Slurm, directory: str,
 
 
 def _launched(settings: Slurm, words: str, nodes: int, gpus: int, container: list[str]) -> str:
-    """Training on several processes: one launcher a node, which meet at the first node."""
+    """Training on several processes: one launcher per node, which connect to the first node."""
     host = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
     launcher = launched(settings.accelerate, nodes, gpus, "$SLURM_NODEID", "$MASTER", "$SLURM_JOB_ID", words)
     srun = shlex.join([*(container or ["srun"]), "--kill-on-bad-exit=1", "--ntasks-per-node=1", "bash", "-c"])

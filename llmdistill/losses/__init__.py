@@ -1,4 +1,4 @@
-"""Losses: pure functions of tensors, with no trainer in sight."""
+"""Losses: pure functions of tensors, independent of any trainer."""
 
 from llmdistill.losses.distillation import RoutedLogits, distillation_loss, teacher_choice
 from llmdistill.losses.divergences import (

@@ -1,12 +1,12 @@
-"""The loss for a student with another vocabulary, of a teacher that told the log-probabilities of what it wrote alone.
+"""The loss for a student with a different vocabulary if only the log-probabilities of the teacher's text are known.
 
 A chunk c of text begins and ends with a token of both tokenizers; p(c) and q(c) are the products of its tokens' probabilities.
-What is compared is one event a chunk, that it is written or not (Minixhofer et al. 2025, arXiv 2503.20083):
+One event per chunk is compared: that it is written or not (Minixhofer et al. 2025, arXiv 2503.20083):
 
     L = T · D( (p^(1/T), 1 − p^(1/T)) ‖ (q^(1/T), 1 − q^(1/T)) )
 
-The factor T, and not T², keeps the gradient's size: for a large T, L goes to that of an event of rate −log p. A chunk counts
-once, at its last token. Tokens in no chunk are learnt as hard labels.
+The factor T, rather than T², keeps the gradient's size: for large T, L approaches that of an event of rate −log p. A chunk
+counts once, at its last token. Tokens outside chunks are learned as hard labels.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from llmdistill.losses.divergences import SMALLEST, Objective, wide
 
-_NEAREST = 1e-7  # to a probability of one
+_NEAREST = 1e-7  # smallest distance to a probability of one
 
 
 def chunk_parts(ce_N: Tensor, targets: Mapping[str, Any], objective: Objective) -> dict[str, Tensor]:
-    """The divergence and always forward KL, as `kl`, (N,): those of a chunk at its last token, 0 at its others.
+    """The divergence and, always, forward KL as `kl`, (N,): a chunk's values at its last token, 0 at its others.
 
     Args:
         ce_N: −log q(y) of the written tokens.
-        targets: a batch of the collator with `target_chunk`, of whole chunks.
+        targets: a batch of the collator with `target_chunk`, of complete chunks.
         objective: what to compute.
     """
     chunk_N, ends_N = targets["target_chunk"], targets["target_ends"]
@@ -41,7 +41,7 @@ def chunk_parts(ce_N: Tensor, targets: Mapping[str, Any], objective: Objective) 
 
 
 def _outcomes(log_p_M: Tensor) -> Tensor:
-    """The log-probabilities of an event and of its opposite, (M, 2)."""
+    """The log-probabilities of an event and of its complement, (M, 2)."""
     log_p_M = log_p_M.clamp(min=SMALLEST, max=-_NEAREST)
     log_not_M = torch.where(log_p_M > -0.7, (-torch.expm1(log_p_M)).log(), torch.log1p(-log_p_M.exp()))
     return torch.stack([log_p_M, log_not_M], dim=1)

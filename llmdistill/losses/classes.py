@@ -1,13 +1,13 @@
-"""The loss for a student with another vocabulary than its teacher's, on root classes (`models.root_classes`).
+"""The loss for a student whose vocabulary differs from its teacher's, on root classes (`models.root_classes`).
 
 Let ρ(u) be the class of token u, p_c the teacher's weight on class c, q the student's softmax, Q_c = Σ q(u) over the
-student's tokens of class c, and y the token that was written. Where the position has a soft target:
+student's tokens of class c, and y the written token. If the position has a soft target:
 
     L = D(p_C ‖ Q_C) − log( q(y) / Q_{ρ(y)} )
 
 D is the divergence over classes, which never exceeds the one over tokens (data processing). The second term is the choice
 within the class; its expectation over the text is its cross-entropy. With forward KL and a sample of the teacher's tokens,
-D = −Σ w_c log Q_c − entropy is unbiased, since w_c is linear in the weights. At every other position L = −log q(y). With
+D = −Σ w_c log Q_c − entropy is unbiased, since w_c is linear in the weights. At all other positions, L = −log q(y). With
 equal vocabularies every token is its own class, and L is the loss of `divergences`.
 """
 
@@ -26,17 +26,17 @@ from llmdistill.models.root_classes import RootClasses, by_name
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Root classes on a device, of one teacher or of several; see `RootClasses`.
+    """Root classes on a device, of one teacher or several; see `RootClasses`.
 
-    The classes of several teachers are numbered one teacher after the other, so the tokens of any class are found alike.
+    The classes of several teachers are numbered consecutively, so that the tokens of any class are found the same way.
 
     Attributes:
-        teacher_V: the class of each of a teacher's tokens, in its own numbers, by teacher.
-        student_GV: of each of the student's tokens, in the own numbers of every teacher.
-        are_tokens: of every teacher, whether its classes are single tokens; then it has the student's vocabulary.
-        first_G: the number of each teacher's first class, and how many there are (G + 1,).
+        teacher_V: the class of each of a teacher's tokens, in its own numbers, for each teacher.
+        student_GV: the class of each of the student's tokens, in the own numbers of every teacher.
+        are_tokens: whether each teacher's classes are single tokens, that is, whether it has the student's vocabulary.
+        first_G: the number of each teacher's first class, and the total number (G + 1,).
         members_M: the student's tokens, class by class, all of them once for every teacher.
-        starts_C: where each class begins in `members_M`, and its end (C + 1,).
+        starts_C: the start of each class in `members_M`, and the end (C + 1,).
     """
 
     teacher_V: tuple[Tensor, ...]
@@ -48,7 +48,7 @@ class ClassTable:
 
     @classmethod
     def of(cls, classes: "RootClasses | Mapping[str, RootClasses]", device: Any = "cpu") -> "ClassTable":
-        """From the arrays of a dataset; teachers are counted in their order there."""
+        """Build from the arrays of a dataset; teachers are numbered in their order there."""
         each = list(by_name(classes).values())
         size = len(each[0].student_V)
         members, starts = zip(*(one.members for one in each), strict=True)
@@ -68,15 +68,15 @@ class ClassTable:
 
     @property
     def count(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.starts_C) - 1
 
     def numbered(self, class_nK: Tensor, teacher_n: Tensor | None) -> Tensor:
-        """Classes in a teacher's own numbers as they are numbered here; −1 for none stays.
+        """Convert classes from a teacher's own numbers to those of this table; −1, for none, is kept.
 
         Args:
-            class_nK: classes.
-            teacher_n: the number of the teacher of each row; None where there is a single one.
+            class_nK: the classes.
+            teacher_n: the number of the teacher of each row; None for a single teacher.
         """
         return class_nK if teacher_n is None else class_nK + self.first_G[teacher_n][:, None] * (class_nK >= 0)
 
@@ -86,10 +86,10 @@ class ClassTable:
         return found_n[:, None]
 
     def expand(self, class_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of classes, one behind the other (M,), and the place n · K + k of the class of each (M,).
+        """The tokens of some classes, concatenated (M,), and the index n · K + k of each token's class (M,).
 
         Args:
-            class_NK: classes; −1 for none.
+            class_NK: the classes; −1 for none.
         """
         flat = class_NK.flatten()
         start, end = self.starts_C[flat.clamp(min=0)], self.starts_C[flat.clamp(min=0) + 1]
@@ -100,19 +100,19 @@ class ClassTable:
 
 
 def segment_logsumexp(values_M: Tensor, place_M: Tensor, count: int) -> Tensor:
-    """The log-sum-exp of the values of each place, shape (count,); `SMALLEST` where there are none."""
+    """The log-sum-exp of the values at each index, shape (count,); `SMALLEST` if there are none."""
     top = values_M.new_full((count,), SMALLEST).scatter_reduce(0, place_M, values_M.detach(), "amax")
     total = torch.zeros_like(top).index_add(0, place_M, (values_M - top[place_M]).exp())
     return torch.where(total > 0, top + total.clamp(min=torch.finfo(total.dtype).tiny).log(), top)
 
 
 def class_logits(logits_NV: Tensor, class_V: Tensor, count: int) -> Tensor:
-    """The log-probability of every class, (N, C), up to what float32 can tell from zero.
+    """The log-probability of every class, (N, C), as far as float32 can distinguish it from zero.
 
     Args:
-        logits_NV: of a model whose tokens the classes are of; any float type.
-        class_V: the class of each token; tokens of a padded output layer have one, too.
-        count: of classes.
+        logits_NV: logits of a model whose tokens the classes consist of; any float type.
+        class_V: the class of each token, including those of a padded output layer.
+        count: number of classes.
     """
     p_NV = wide(logits_NV)[:, : len(class_V)].softmax(dim=1)
     p_NC = p_NV.new_zeros(len(p_NV), count).index_add(1, class_V[: p_NV.shape[1]], p_NV)
@@ -121,17 +121,17 @@ def class_logits(logits_NV: Tensor, class_V: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassPicks:
-    """The logits of rows (n, V) that a loss over classes depends on, beside the log-sum-exp of the others.
+    """The logits of rows (n, V) that a loss over classes depends on, besides the log-sum-exp of the others.
 
     They are flat (P,): those of the tokens of all stored classes (M), of the tokens of the labels' classes, and of the
-    labels (n). The same logit may be among them more than once.
+    labels (n). The same logit may occur more than once.
 
     Attributes:
         labels_n: the written tokens.
         class_nK: the stored classes; −1 for none.
-        flat_P: where each stands in the flattened (n · V).
-        place_M: n · K + k of the stored class of each.
-        own_place_M: the row of each of the labels' classes.
+        flat_P: the index of each in the flattened (n · V).
+        place_M: the index n · K + k of the stored class of each.
+        own_place_M: the row of each token of the labels' classes.
     """
 
     labels_n: Tensor
@@ -142,12 +142,12 @@ class ClassPicks:
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], labels_n: Tensor, width: int) -> "ClassPicks":
-        """Of stored classes and labels.
+        """Build from stored classes and labels.
 
         Args:
-            batch: of the collator, with a `ClassTable` as `target_table`.
+            batch: batch of the collator, with a `ClassTable` as `target_table`.
             labels_n: the written tokens.
-            width: logits of a row.
+            width: number of logits per row.
         """
         table, teacher_n = batch["target_table"], batch.get("target_teacher")
         class_nK = table.numbered(batch["target_ids"], teacher_n)
@@ -162,7 +162,7 @@ class ClassPicks:
         return logits_nV.flatten()[self.flat_P]
 
     def hide_(self, logits_nV: Tensor, value: float) -> None:
-        """In place: put a value where the tokens of the stored classes stand."""
+        """In place: set the logits of the tokens of the stored classes to a value."""
         logits_nV.view(-1)[self.flat_P[: len(self.place_M)]] = value
 
     def add_(self, logits_nV: Tensor, values_P: Tensor) -> None:
@@ -176,9 +176,9 @@ class ClassPicks:
 
         Args:
             picked_P: the picked logits, in float32 or float64.
-            others_n1: the log-sum-exp of all logits but those of stored classes if the kind has a tail, else of all.
-            top_n1: the largest of those.
-            batch: of the collator, of these rows.
+            others_n1: the log-sum-exp of all logits except those of stored classes if the kind has a tail, else of all logits.
+            top_n1: the largest of those logits.
+            batch: batch of the collator for these rows.
             objective: what to compute.
         """
         kind, count = KINDS[batch["target_kind"]], len(self.labels_n)
@@ -194,7 +194,7 @@ class ClassPicks:
         return {"ce": ce_n, "agreement": agreement_n} | with_labels(found, batch["target_soft"], ce_n, choice_n)
 
     def _agreement(self, stored_M: Tensor, label_n: Tensor, top_n: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Whether the most likely token is of the teacher's most likely class; or is the label, where that is hard."""
+        """Whether the most likely token is in the teacher's most likely class; for hard labels, whether it is the label."""
         best_nK = stored_M.new_full((self.class_nK.numel(),), SMALLEST).scatter_reduce(0, self.place_M, stored_M, "amax")
         best_nK = best_nK.view(self.class_nK.shape)
         best_n = torch.maximum(best_nK.amax(dim=1), top_n)
@@ -203,11 +203,11 @@ class ClassPicks:
 
 
 def with_labels(found: dict[str, Tensor], soft_N: Tensor, ce_N: Tensor, choice_N: Tensor) -> dict[str, Tensor]:
-    """Divergences over classes with the choice within the class, and cross-entropy where there is no soft target; (N,).
+    """Divergences over classes plus the choice within the class, and cross-entropy where there is no soft target; (N,).
 
     Args:
-        found: the divergences by name; what they are without a soft target does not matter, if it is finite.
-        soft_N: whether a position has one.
+        found: the divergences by name; their values without a soft target are ignored, but must be finite.
+        soft_N: whether a position has a soft target.
         ce_N: −log q(y).
         choice_N: −log of the label's share of its class.
     """
@@ -236,7 +236,7 @@ def stored_parts(logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any]
 def online_parts(
     logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective, number: int = 0
 ) -> dict[str, Tensor]:
-    """The parts of the loss against an online teacher's distributions, the table's of this number; else as `stored_parts`."""
+    """The parts of the loss against an online teacher's distributions, by its number in the table; else as `stored_parts`."""
     table, soft_N, teacher_NV = targets["target_table"], targets["target_soft"], targets["teacher_logits"]
     ce_N = cross_entropy(logits_NV, labels_N)
     if table.are_tokens[number]:
@@ -245,7 +245,7 @@ def online_parts(
     else:
         student_V, count = table.student_GV[number], int(table.first_G[number + 1] - table.first_G[number])
         teacher_V = table.teacher_V[number]
-        # What only one of them has a token for is no outcome: the teacher's mass there is dropped, as that of stored targets.
+        # What only one of them has a token for is not an outcome: the teacher's mass there is dropped, as for stored targets.
         one_sided_C = (student_V.bincount(minlength=count) == 0) | (teacher_V.bincount(minlength=count) == 0)
         teacher_NC = class_logits(teacher_NV, teacher_V, count).masked_fill(one_sided_C, -torch.inf)
         student_NC = class_logits(logits_NV, student_V, count)

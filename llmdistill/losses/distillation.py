@@ -1,6 +1,6 @@
-"""The loss of a batch from the student's logits: the plain form, which `fused` equals without holding the logits.
+"""The loss of a batch from the student's logits: the plain form; `fused` is equal but does not hold the logits.
 
-Which divergence a batch calls for, the kind of its targets says (`SoftTargets.loss_parts`).
+The kind of a batch's targets determines the divergence (`SoftTargets.loss_parts`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ class RoutedLogits:
 
     Args:
         teacher_N: the number of the teacher of each position.
-        logits: by that number, those of the teacher's positions in their order, (n, V of its own) or `ChunkedLogits`.
+        logits: for each number, the logits of the teacher's positions in order, (n, V of its own) or `ChunkedLogits`.
     """
 
     def __init__(self, teacher_N: Tensor, logits: Mapping[int, Any]) -> None:
@@ -28,18 +28,18 @@ class RoutedLogits:
         self.logits = logits
 
     def __getitem__(self, rows: slice) -> "RoutedLogits":
-        """Those of some positions."""
+        """The logits of some positions."""
         first, end, _ = rows.indices(len(self.teacher_N))
         found: dict[int, Any] = {}
         for number, logits in self.logits.items():
             its_N = self.teacher_N == number
             before, there = int(its_N[:first].sum()), int(its_N[first:end].sum())
-            if there or (first == end and not found):  # also of no position there is something of the right shape
+            if there or (first == end and not found):  # an empty slice also has the right shape
                 found[number] = logits[before : before + there]
         return RoutedLogits(self.teacher_N[first:end], found)
 
     def each(self) -> Iterator[tuple[int, Tensor, Any]]:
-        """Every teacher's number, its positions and its logits there."""
+        """Each teacher's number, its positions and its logits there."""
         for number, logits in self.logits.items():
             yield number, (self.teacher_N == number).nonzero()[:, 0], logits
 
@@ -47,14 +47,14 @@ class RoutedLogits:
 def distillation_loss(
     logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss, its tokens weighted and summed, and the detached sums of its parts, unweighted.
+    """The loss, weighted and summed over tokens, and the detached, unweighted sums of its parts.
 
     Args:
         logits_NV: the student's logits, any float type.
         labels_N: the completion tokens.
-        targets: a batch of the collator; `target_kind` decides the form, and without soft targets it is cross-entropy.
-            `teacher_logits` (N, V), of a teacher that runs beside the student, or `RoutedLogits` of several, come before any
-            stored ones. With `target_table`, a `ClassTable`, teacher and student have different vocabularies (`losses.classes`).
+        targets: a batch of the collator; `target_kind` determines the form, and without soft targets it is cross-entropy.
+            `teacher_logits` (N, V), of an online teacher, or `RoutedLogits` of several, take precedence over stored targets.
+            With `target_table`, a `ClassTable`, teacher and student have different vocabularies (`losses.classes`).
         objective: what to compute.
     """
     if isinstance(theirs := targets.get("teacher_logits"), RoutedLogits):
@@ -75,8 +75,8 @@ def distillation_loss(
 def _parts(
     logits_NV: Tensor, labels_N: Tensor, targets: Mapping[str, Any], objective: Objective, number: int = 0
 ) -> dict[str, Tensor]:
-    """The parts of the loss by name, (N,), where an online teacher, if there is one, is that of a number in `target_table`."""
-    if "teacher_logits" in targets and "target_table" not in targets:  # one vocabulary may be padded further than the other
+    """The parts of the loss by name, (N,); an online teacher, if any, is identified by a number in `target_table`."""
+    if "teacher_logits" in targets and "target_table" not in targets:  # one vocabulary may have more padding
         targets = {**targets, "teacher_logits": targets["teacher_logits"][:, : logits_NV.shape[1]]}
     parts = {"ce": cross_entropy(logits_NV, labels_N)}
     with torch.set_grad_enabled(objective.alpha > 0 and torch.is_grad_enabled()):
@@ -108,7 +108,7 @@ def _soft_parts(
 
 
 def teacher_choice(targets: Mapping[str, Any]) -> Tensor | None:
-    """The teacher's most likely token, shape (N, 1): of a sample the one with the largest weight; None for text only."""
+    """The teacher's most likely token, shape (N, 1); for a sample, the one with the largest weight; None for text only."""
     if "teacher_logits" in targets:
         return targets["teacher_logits"].argmax(dim=1, keepdim=True)
     if "target_kind" not in targets or "target_chunk" in targets:

@@ -1,11 +1,10 @@
-"""The losses: pure functions of tensors, in nats, one value a completion token, in float32 whatever they are given.
+"""The losses: pure functions of tensors, in nats, with one value per completion token, computed in float32.
 
-Let p be the teacher, q the student's softmax, y the token that was written. A divergence is defined once, on the
-log-probabilities of two distributions over the same J outcomes. For an online teacher the outcomes are the vocabulary
-(`divergence`); for stored top-k targets they are the K tokens of the support and, last, everything outside it
-(`topk_divergence`). The weights of a sample allow forward KL alone (`sampled_kl`); with its log-probabilities there are
-others (`losses.sampled`). Every function returns a tensor of shape (N,); the caller sums it and divides by the completion
-tokens of the whole global batch.
+Let p be the teacher, q the student's softmax, y the written token. A divergence is defined once, on the log-probabilities of
+two distributions over the same J outcomes. For an online teacher the outcomes are the vocabulary (`divergence`); for stored
+top-k targets they are the K tokens of the support and, last, everything outside it (`topk_divergence`). The weights of a
+sample allow only forward KL (`sampled_kl`); with its log-probabilities there are others (`losses.sampled`). Every function
+returns a tensor of shape (N,); the caller sums it and divides by the completion tokens of the whole global batch.
 """
 
 import inspect
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST = -1e30  # stands for log 0 where an infinite value would turn gradients into NaN
-# What reverse KL takes for the logarithm of a teacher's probability of zero, where it would be infinite: the mass outside
-# a support is one minus a sum, and float32 cannot tell less than 2^-24 from nothing there.
+SMALLEST = -1e30  # replaces log 0 where an infinite value would turn gradients into NaN
+# Used by reverse KL as the logarithm of a teacher's probability of zero, where it would be infinite: the mass outside a
+# support is one minus a sum, and there float32 cannot distinguish less than 2^-24 from zero.
 _LOG_ZERO = -24 * math.log(2)
 
 
@@ -41,13 +40,13 @@ def divergence(name: str, teacher_NJ: Tensor, student_NJ: Tensor, temperature: f
 
     Args:
         name: one of `DIVERGENCES`.
-        teacher_NJ: logits or log-probabilities, any float type; −inf is a probability of zero.
-        student_NJ: the same of the student; finite.
-        temperature: T: each probability to the power 1/T, then normalised, for teacher and student alike.
-        beta: of the mixture, between 0 and 1, for the divergences that have one; the paper's if not given.
+        teacher_NJ: logits or log-probabilities, any float type; −inf means a probability of zero.
+        student_NJ: the student's; finite.
+        temperature: T: each probability is raised to the power 1/T and normalised, for both teacher and student.
+        beta: weight of the mixture, between 0 and 1, for the divergences that have one; the paper's value if not given.
 
     Raises:
-        ValueError: there is no such divergence, or one of the numbers is out of its range.
+        ValueError: if there is no such divergence, or a number is out of range.
     """
     Objective(name, temperature=temperature, beta=beta)
     mixture = {} if beta is None else {"beta": beta}
@@ -65,11 +64,11 @@ def topk_divergence(
     temperature: float = 1.0,
     beta: float | None = None,
 ) -> Tensor:
-    """The divergence on the stored support and one bucket for everything else, times temperature².
+    """The divergence on the stored support, with one bucket for everything else, times temperature².
 
     At K = V it equals the dense one. At temperature 1 all but `adaptive_kl`, being functions of f-divergences, never exceed the
-    dense one, by the data-processing inequality. A temperature T ≠ 1 is applied to the K + 1 outcomes, the bucket softened as
-    one of them, since what it holds is not stored.
+    dense one, by the data-processing inequality. A temperature T ≠ 1 is applied to the K + 1 outcomes, including the bucket as
+    one of them, since its contents are not stored.
 
     Args:
         name: one of `DIVERGENCES`.
@@ -87,15 +86,15 @@ def topk_divergence(
 def sampled_kl(logits_NV: Tensor, ids_NK: Tensor, logweights_NK: Tensor, entropy_N: Tensor) -> Tensor:
     """An unbiased estimate of the dense KL(teacher ‖ student) from sampled targets: −Σ w log q − entropy.
 
-    Its gradient equals that of the dense KL in expectation over the sample (`targets.draw`), so what it errs by is noise that
-    averages out over tokens, not bias that stays. The entropy is a constant of the sample that makes the value an
-    estimate of the KL: exactly zero, sample by sample, for a student that is the teacher. There is no temperature: what
-    the teacher's distribution to the power 1/T is cannot be told without bias from a sample.
+    Its gradient equals that of the dense KL in expectation over the sample (`targets.draw`), so its error is noise that
+    averages out over tokens, not bias. The entropy is a constant of the sample that makes the value an estimate of the KL:
+    exactly zero, sample by sample, for a student that equals the teacher. There is no temperature, since the teacher's
+    distribution to the power 1/T cannot be estimated from a sample without bias.
 
     Args:
         logits_NV: the student's logits, any float type.
         ids_NK: the sampled tokens.
-        logweights_NK: natural logarithms of their weights, which add up to one in a row.
+        logweights_NK: natural logarithms of their weights, which sum to one per row.
         entropy_N: −Σ w log p of the same sample, nats.
     """
     picked_NK, all_N1 = picked_logits(logits_NV, ids_NK, apart=False)
@@ -111,7 +110,7 @@ def sequence_kl(ce_N: Tensor, token_logprobs_N: Tensor, importance_N: Tensor) ->
     """Each token's share w (log p(y) − log q(y)) of the KL between whole texts, estimated from the teacher's own text.
 
     Summed over a text it is w (log p(y|x) − log q(y|x)), whose mean over texts drawn from s, with w = p(y|x) / s(y|x), is
-    KL(p(·|x) ‖ q(·|x)) in nats a text. At sampling temperature 1, w = 1 and the gradient is that of cross-entropy (Kim &
+    KL(p(·|x) ‖ q(·|x)) in nats per text. At sampling temperature 1, w = 1 and the gradient is that of cross-entropy (Kim &
     Rush 2016, arXiv 1606.07947); the token-level forward KL on the same text has the same mean and less noise.
 
     Args:
@@ -123,14 +122,14 @@ def sequence_kl(ce_N: Tensor, token_logprobs_N: Tensor, importance_N: Tensor) ->
 
 
 def bucket_outcomes(logprobs_NK: Tensor, tail_N: Tensor, picked_NK: Tensor, rest_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-probabilities, up to a constant, of teacher and student on the support and, last, of all else; both (N, K + 1).
+    """The log-probabilities, up to a constant, of teacher and student on the support and, last, all else; both (N, K + 1).
 
-    Where the student has nothing outside the support, as at K = V, that is no outcome: what the teacher's tail holds there is
-    rounding, or of tokens that the student does not have.
+    If the student has nothing outside the support, as at K = V, that is not an outcome: the teacher's tail there is rounding,
+    or belongs to tokens that the student does not have.
 
     Args:
-        logprobs_NK: the teacher's, on the support.
-        tail_N: its mass outside, a probability.
+        logprobs_NK: the teacher's log-probabilities on the support.
+        tail_N: its probability mass outside the support.
         picked_NK: the student's logits on the support.
         rest_N1: the log-sum-exp of its other logits.
     """
@@ -139,9 +138,10 @@ def bucket_outcomes(logprobs_NK: Tensor, tail_N: Tensor, picked_NK: Tensor, rest
 
 
 def picked_logits(logits_NV: Tensor, ids_NK: Tensor, apart: bool) -> tuple[Tensor, Tensor]:
-    """The logits of some tokens, (N, K), and the log-sum-exp, (N, 1), of the others if they are `apart`, else of all.
+    """The logits of some tokens, (N, K), and the log-sum-exp, (N, 1), of the others if `apart`, else of all.
 
-    The others are summed over their own logits, not taken as 1 − Σ_S q, which has no digits left when q is sure.
+    The others are summed over their own logits instead of as 1 − Σ_S q, which has no significant digits left when q is
+    confident.
     """
     logits_NV = wide(logits_NV)
     rest_NV = logits_NV.scatter(1, ids_NK, SMALLEST) if apart else logits_NV
@@ -149,12 +149,12 @@ def picked_logits(logits_NV: Tensor, ids_NK: Tensor, apart: bool) -> tuple[Tenso
 
 
 def forward_kl(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
-    """Σ p log(p/q): the student covers whatever the teacher might say (Hinton et al. 2015, arXiv 1503.02531)."""
+    """Σ p log(p/q): the student covers everything the teacher might write (Hinton et al. 2015, arXiv 1503.02531)."""
     return _kl(log_p_NJ, log_q_NJ)
 
 
 def reverse_kl(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
-    """Σ q log(q/p): the student says nothing that the teacher would not (MiniLLM, arXiv 2306.08543)."""
+    """Σ q log(q/p): the student avoids everything the teacher would not write (MiniLLM, arXiv 2306.08543)."""
     return _kl(log_q_NJ, log_p_NJ.masked_fill(log_p_NJ.isneginf(), _LOG_ZERO))
 
 
@@ -165,19 +165,19 @@ def jsd(log_p_NJ: Tensor, log_q_NJ: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def skew_kl(log_p_NJ: Tensor, log_q_NJ: Tensor, beta: float = 0.1) -> Tensor:
-    """KL(p ‖ βp + (1 − β)q): forward KL that stays below log(1/β) (DistiLLM, arXiv 2402.03898)."""
+    """KL(p ‖ βp + (1 − β)q): forward KL bounded by log(1/β) (DistiLLM, arXiv 2402.03898)."""
     return _kl(log_p_NJ, _mixture(log_p_NJ, log_q_NJ, beta))
 
 
 def skew_reverse_kl(log_p_NJ: Tensor, log_q_NJ: Tensor, beta: float = 0.1) -> Tensor:
-    """KL(q ‖ βq + (1 − β)p): reverse KL that stays below log(1/β) (DistiLLM, arXiv 2402.03898)."""
+    """KL(q ‖ βq + (1 − β)p): reverse KL bounded by log(1/β) (DistiLLM, arXiv 2402.03898)."""
     return _kl(log_q_NJ, _mixture(log_q_NJ, log_p_NJ, beta))
 
 
 def adaptive_kl(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
-    """Adaptive KL: s KL(p ‖ q) + (1 − s) KL(q ‖ p), s the share of Σ |p − q| that lies in the head (arXiv 2404.02657).
+    """Adaptive KL: s KL(p ‖ q) + (1 − s) KL(q ‖ p), where s is the share of Σ |p − q| in the head (arXiv 2404.02657).
 
-    The head is the smallest set of the teacher's most likely outcomes that holds half its mass; s has no gradient.
+    The head is the smallest set of the teacher's most likely outcomes with at least half its mass; s has no gradient.
     """
     p_NJ = log_p_NJ.exp()
     gap_NJ = (p_NJ - log_q_NJ.detach().exp()).abs()
@@ -194,10 +194,10 @@ def total_variation(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
 
 
 def neg_log_acceptance(log_p_NJ: Tensor, log_q_NJ: Tensor) -> Tensor:
-    """−log Σ min(p, q): of the acceptance rate in speculative decoding, 1 − total variation (Leviathan et al., arXiv 2211.17192).
+    """−log Σ min(p, q): of the acceptance rate in speculative decoding (Leviathan et al., arXiv 2211.17192).
 
-    Its gradient is that of the total variation divided by the acceptance, so it does not vanish where little is accepted. The
-    sum is of logarithms: where p and q hardly overlap, probabilities would underflow.
+    Its gradient is that of the total variation divided by the acceptance, so it does not vanish if little is accepted. The sum
+    is over logarithms, as probabilities would underflow if p and q hardly overlap.
     """
     return -torch.minimum(log_p_NJ, log_q_NJ).logsumexp(dim=1)
 
@@ -224,12 +224,12 @@ class Objective:
     Args:
         loss: the divergence, one of `DIVERGENCES`.
         alpha: its weight.
-        temperature: of both distributions inside the divergence, which is multiplied by its square.
-        beta: of the mixture inside `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's if not given.
+        temperature: temperature of both distributions in the divergence, which is multiplied by its square.
+        beta: weight of the mixture in `jsd`, `skew_kl` and `skew_reverse_kl`; the paper's value if not given.
         sequence_alpha: the weight of `sequence_kl`.
 
     Raises:
-        ValueError: one of them is out of its range, or beta is given for a divergence without a mixture.
+        ValueError: if one of them is out of range, or beta is given for a divergence without a mixture.
     """
 
     loss: str = "forward_kl"
@@ -256,19 +256,19 @@ class Objective:
             )
 
     def divergences(self, teacher_NJ: Tensor, student_NJ: Tensor) -> dict[str, Tensor]:
-        """The divergence under its name, and always forward KL, as `kl`, so that runs with different losses compare."""
+        """The divergence under its name and, always, forward KL as `kl`, so that runs with different losses can be compared."""
         found = {"kl": divergence("forward_kl", teacher_NJ, student_NJ, self.temperature)}
         if self.loss != "forward_kl":
             found[self.loss] = divergence(self.loss, teacher_NJ, student_NJ, self.temperature, self.beta)
         return found
 
     def total(self, parts: dict[str, Tensor], batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, its tokens weighted and summed, and the detached sums of its parts, unweighted.
+        """The loss, weighted and summed over tokens, and the detached, unweighted sums of its parts.
 
         Args:
-            parts: `ce` and, where there are soft targets, the divergence and `agreement`; one value a token.
-            batch: of the same tokens; `token_weights` (N,) multiply their losses, and `sequence_kl` is added to the parts
-                where there are `token_importance` and `token_logprobs`. What has no weight gets no gradient.
+            parts: `ce` and, if there are soft targets, the divergence and `agreement`; one value per token.
+            batch: of the same tokens; `token_weights` (N,) multiply their losses, and `sequence_kl` is added to the parts if
+                there are `token_importance` and `token_logprobs`. Tokens without weight get no gradient.
         """
         if "token_importance" in batch:
             parts["sequence_kl"] = sequence_kl(parts["ce"], batch["token_logprobs"], batch["token_importance"])
@@ -284,7 +284,7 @@ class Objective:
 
 
 def _kl(log_a_NJ: Tensor, log_b_NJ: Tensor) -> Tensor:
-    """Σ a log(a/b); an outcome with a = 0 adds nothing, whatever its logarithm: 0 × −inf would be NaN."""
+    """Σ a log(a/b); outcomes with a = 0 add nothing, whatever their logarithm: 0 × −inf would be NaN."""
     return (log_a_NJ.exp() * (log_a_NJ.clamp(min=SMALLEST) - log_b_NJ)).sum(dim=1)
 
 
@@ -294,5 +294,5 @@ def _mixture(log_a_NJ: Tensor, log_b_NJ: Tensor, share: float) -> Tensor:
 
 
 def wide(values: Tensor) -> Tensor:
-    """In float32 at least; float64 stays, for tests."""
+    """Convert to float32 at least; float64 is kept, for tests."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

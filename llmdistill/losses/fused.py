@@ -1,16 +1,16 @@
 """The fused form of the loss: from hidden states and the output matrix to the loss and its gradients, in chunks of rows.
 
-Every loss here depends on a row of logits through a few of them, which are picked, and through the log-sum-exp of the
-others. So a chunk of logits is computed, turned in place into the loss's gradient with respect to itself, multiplied into
-the gradients of the hidden states and of the output matrix, and overwritten by the next: one matrix product forward and
-two backward, as for plain cross-entropy, and never N × V numbers in memory. In suffixes, n and C count a chunk's rows and
-the picked logits of a row.
+Every loss here depends on a row of logits through a few of them, which are picked, and the log-sum-exp of the others. So a
+chunk of logits is computed, replaced in place by the loss's gradient with respect to it, multiplied into the gradients of the
+hidden states and of the output matrix, and overwritten by the next: one matrix product forward and two backward, as for plain
+cross-entropy, and never N × V numbers in memory. In suffixes, n and C are the number of a chunk's rows and of the picked
+logits per row.
 
-On a GPU with Triton a chunk stays in the type of the products and is read once and rewritten once (`fused_triton`); all
-arithmetic is in float32 either way.
+On a GPU with Triton, a chunk stays in the type of the products and is read once and rewritten once (`fused_triton`);
+all arithmetic is in float32 either way.
 
-An online teacher's distribution is dense: there the loss depends on every logit of a row. Its logits are made chunk by chunk
-from its own hidden states (`ChunkedLogits`), and a chunk's gradient is autograd's.
+An online teacher's distribution is dense, so the loss depends on every logit of a row. Its logits are computed chunk by chunk
+from its own hidden states (`ChunkedLogits`), and a chunk's gradient is left to autograd.
 """
 
 import functools
@@ -34,30 +34,30 @@ from llmdistill.losses.chunks import chunk_parts
 from llmdistill.losses.classes import ClassPicks
 from llmdistill.models.forward import at_work, completion_logits, in_place_of_logits, output_layer, replaced_forward
 
-# Of float32 logits: enough rows for matrix products at full speed. On a GPU every chunk also reads and writes the whole gradient
-# of the output matrix, which fewer chunks do less often.
+# Size of float32 logits: enough rows for matrix products at full speed. On a GPU, every chunk also reads and writes the whole
+# gradient of the output matrix, so fewer chunks are faster.
 CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 3 << 29}
 _CACHED = 1 << 20  # numbers
 
-# The dense loss and its gradient hold some float32 copies of a chunk of both models' logits.
+# The dense loss and its gradient hold several float32 copies of a chunk of both models' logits.
 _DENSE_COPIES = 8
 
 # From the picked logits, of rows (n, C) or of classes (P,), the log-sum-exp of the others (n, 1) and the largest of those (n, 1):
 # the loss, and the sums of its parts.
 RowLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-# From the rows' place among N and their logits (n, V), which it turns in place into the gradient of the loss: the same.
-ChunkLoss = Callable[[slice, Tensor], tuple[Tensor, dict[str, Tensor]]]
-# An adapter of low rank: from the hidden states (N, D) to (N, R), the linear layer from R to V, and a factor.
+# From the rows' place among N, their logits (n, V), and whether to turn those in place into the gradient of the loss: the same.
+ChunkLoss = Callable[[slice, Tensor, bool], tuple[Tensor, dict[str, Tensor]]]
+# A low-rank adapter: from the hidden states (N, D) to (N, R), the linear layer from R to V, and a factor.
 Adapter = tuple[Callable[[Tensor], Tensor], torch.nn.Linear, float]
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear output layer, and what the model does to its output.
+    """A linear output layer, and what the model does with its output.
 
     logits = bend(scale · (hidden · weightᵀ + bias)), where bend(x) = softcap · tanh(x / softcap) if there is a softcap. The
-    layer may be one that peft trains whole (`modules_to_save`) or adapts by LoRA, which adds to the weight without being
-    added: hidden · (W + s · B · A)ᵀ = hidden · Wᵀ + (s · hidden · Aᵀ) · Bᵀ, two terms and no matrix of the size of W.
+    layer may be one that peft trains fully (`modules_to_save`) or adapts by LoRA, which is not added to the weight:
+    hidden · (W + s · B · A)ᵀ = hidden · Wᵀ + (s · hidden · Aᵀ) · Bᵀ, two terms and no matrix of the size of W.
     """
 
     layer: torch.nn.Module
@@ -65,14 +65,14 @@ class Head:
     softcap: float | None = None
 
     def is_in(self, model: Any) -> bool:
-        """Whether it is the model's output layer still, neither replaced nor wrapped since it was found."""
+        """Whether it is still the model's output layer, neither replaced nor wrapped since it was found."""
         return output_layer(model) is self.layer and _is_untouched(self.layer) and _opened(self.layer) is not None
 
     def terms(self, hidden_ND: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Pairs x (N, R), W (V, R), flat, the first of the hidden states and the layer's own weight, and the bias (V,).
 
-        The logits before the soft-cap are the sum of the products x · Wᵀ and the bias. The weights are those of this
-        moment, for FSDP has them whole only while the layer is at work.
+        The logits before the soft-cap are the sum of the products x · Wᵀ and the bias. The weights are the current ones, as
+        FSDP gathers them only while the layer is running.
         """
         opened = _opened(self.layer)
         assert opened is not None
@@ -87,11 +87,11 @@ class Head:
 
 
 class ChunkedLogits:
-    """The logits (N, V) of a model that runs beside the student, without gradients: slices are computed when asked for.
+    """The logits (N, V) of a model that runs next to the student, without gradients; slices are computed on demand.
 
     Args:
-        hidden_ND: what enters the model's output layer.
-        head: that layer. The product with its weight is in the type that autocast asks for here.
+        hidden_ND: the input of the model's output layer.
+        head: the output layer. The product with its weight is in autocast's precision here.
     """
 
     def __init__(self, hidden_ND: Tensor, head: Head) -> None:
@@ -104,7 +104,7 @@ class ChunkedLogits:
         self._softcap = head.softcap
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        """Logits (n, V) of a slice, or of rows by their numbers."""
+        """Logits (n, V) of a slice, or of rows given by number."""
         with torch.no_grad(), torch.autocast(self._x_ND.device.type, enabled=False):
             logits_nV = torch.nn.functional.linear(self._x_ND[rows], self._weight_VD, self._bias_V)
             for x_NR, weight_VR in zip(self._low[::2], self._low[1::2], strict=True):
@@ -114,12 +114,12 @@ class ChunkedLogits:
 
 @torch.no_grad()
 def logits_of(model: Any, batch: Mapping[str, Any], head: Head | None) -> Tensor | ChunkedLogits:
-    """A model's logits that predict each completion token, to be sliced: held as hidden states, where there is a head for them.
+    """A model's logits that predict each completion token, to be sliced; kept as hidden states if there is a head for them.
 
     Args:
         model: the model.
         batch: as for `completion_logits`.
-        head: its output layer, by `find_head`.
+        head: its output layer, from `find_head`.
     """
     if head is None:
         return completion_logits(model, batch)
@@ -129,18 +129,16 @@ def logits_of(model: Any, batch: Mapping[str, Any], head: Head | None) -> Tensor
 
 @torch.no_grad()
 def find_head(model: Any) -> Head | None:
-    """The model's output layer, or None where the fused form would not compute the model's own logits.
+    """The model's output layer, or None if the fused form would not compute the model's own logits.
 
-    What a model does between this layer and its logits is measured, by putting known numbers in the layer's place. It is
-    not read from the configuration, where every family has its own names for it. A factor (Cohere, Granite) and a soft-cap
-    (Gemma) are recognised; whatever else is done makes it None. To be called under the autocast of the training: FlashAttention
-    has no float32.
+    What a model does between this layer and its logits is measured, by passing known numbers through, instead of read from the
+    configuration, where every family has its own names for it. A factor (Cohere, Granite) and a soft-cap (Gemma) are
+    recognised; anything else makes it None. Call it under the autocast of the training: FlashAttention does not support
+    float32.
     """
     layer = output_layer(model)
     opened = _opened(layer)
-    if (
-        opened is None or not _is_untouched(layer) or hasattr(opened[0].weight, "ds_id")
-    ):  # ZeRO-3 has it whole in no other forward
+    if opened is None or not _is_untouched(layer) or hasattr(opened[0].weight, "ds_id"):  # ZeRO-3 gathers it in no other forward
         return None
     device = opened[0].weight.device
     given_V = torch.linspace(-300, 300, opened[0].out_features, device=device)
@@ -156,7 +154,7 @@ def find_head(model: Any) -> Head | None:
     return Head(layer, scale, softcap) if torch.allclose(made_V, expected_V, rtol=1e-5, atol=1e-5) else None
 
 
-@torch.compiler.disable  # in a compiled model it is left as it is: it has matrix products of its own, and writes in place
+@torch.compiler.disable  # excluded from compilation: it has its own matrix products, and writes in place
 def distillation_loss(
     hidden_ND: Tensor,
     head: Head,
@@ -165,18 +163,18 @@ def distillation_loss(
     objective: losses.Objective,
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`losses.distillation_loss` of the logits that the head makes of the hidden states, without holding the logits.
+    """`losses.distillation_loss` of the head's logits for the hidden states, without holding the logits.
 
-    The matrix products are in the type that autocast asks for, everything else is in float32. Gradients reach the hidden
-    states and, where they are trained, the head's weight and bias.
+    Matrix products are in autocast's precision, everything else in float32. Gradients reach the hidden states and, if trained,
+    the head's weight and bias.
 
     Args:
-        hidden_ND: what enters the output layer at the positions that predict completion tokens.
+        hidden_ND: the input of the output layer at the positions that predict completion tokens.
         head: the output layer.
         labels_N: the completion tokens.
         targets: a batch of the collator.
         objective: what to compute.
-        chunk_bytes: of float32 logits in memory at a time; by the kind of device if not given.
+        chunk_bytes: size of the float32 logits in memory at a time; by the type of device if not given.
     """
     flat, bias_V = head.terms(hidden_ND)
     if chunk_bytes is None:
@@ -193,7 +191,7 @@ def distillation_loss(
         chunk_loss = _sparse(head, labels_N, targets, objective)
     count = max(len(hidden_ND), 1)
     chunks = math.ceil(count / max(chunk_bytes // (4 * len(flat[1])), 1))
-    rows = math.ceil(count / chunks)  # about as many in the last chunk as in the others
+    rows = math.ceil(count / chunks)  # the last chunk is about as large as the others
     in_float32 = head.softcap is not None or "teacher_logits" in targets
     parts = _parts(len(hidden_ND), rows, targets.get("target_chunk"))
     loss, sums, gradients = _in_chunks(flat, bias_V, in_float32, chunk_loss, parts)
@@ -201,7 +199,7 @@ def distillation_loss(
 
 
 def _parts(count: int, rows: int, chunk_N: Tensor | None) -> list[slice]:
-    """Stretches of about so many of N rows, of which none ends inside a chunk of text; one where there are no rows at all."""
+    """Slices of about this many of N rows, none of which ends inside a chunk of text; one slice if there are no rows."""
     starts = list(range(0, max(count, 1), rows))
     if chunk_N is not None and count:
         begins_N = torch.cat([chunk_N.new_ones(1, dtype=torch.bool), (chunk_N[1:] != chunk_N[:-1]) | (chunk_N[1:] < 0)])
@@ -211,7 +209,7 @@ def _parts(count: int, rows: int, chunk_N: Tensor | None) -> list[slice]:
 
 
 def _sparse(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
-    """The loss of stored targets, or of the text alone, which depends on a few logits of a row and the sum of the others."""
+    """The loss of stored targets, or of text only, which depends on a few logits of a row and the sum of the others."""
     kind = KINDS[targets["target_kind"]] if "target_kind" in targets else None
     has_tail = kind is not None and kind.has_tail
     columns_NC = torch.cat([labels_N[:, None]] if kind is None else [targets["target_ids"], labels_N[:, None]], dim=1)
@@ -232,22 +230,22 @@ def _sparse(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective:
             parts["agreement"] = (shown_nK.detach().gather(1, kind.choice(here))[:, 0] >= best_n).float()
         return objective.total(parts, here)
 
-    return lambda rows, logits_nV: _to_gradient(
-        logits_nV, _Columns(columns_NC[rows]), has_tail, head.softcap, partial(row_loss, rows)
+    return lambda rows, logits_nV, wanted: _to_gradient(
+        logits_nV, _Columns(columns_NC[rows]), has_tail, head.softcap, partial(row_loss, rows), wanted
     )  # fmt: skip
 
 
 def _text_chunks(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
     """The loss on chunks of text, which depends on the labels' logits, and the sum of the others."""
 
-    def chunk_loss(rows: slice, logits_nV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def chunk_loss(rows: slice, logits_nV: Tensor, wanted: bool) -> tuple[Tensor, dict[str, Tensor]]:
         here = some_tokens(targets, rows)
 
         def row_loss(label_n1: Tensor, all_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             ce_n = (all_n1 - label_n1)[:, 0]
             return objective.total({"ce": ce_n} | chunk_parts(ce_n, here, objective), here)
 
-        return _to_gradient(logits_nV, _Columns(labels_N[rows, None]), False, head.softcap, row_loss)
+        return _to_gradient(logits_nV, _Columns(labels_N[rows, None]), False, head.softcap, row_loss, wanted)
 
     return chunk_loss
 
@@ -256,14 +254,14 @@ def _classes(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective
     """The loss of stored targets on root classes: it depends on the logits of their tokens, and the sum of the others."""
     has_tail = KINDS[targets["target_kind"]].has_tail
 
-    def chunk_loss(rows: slice, logits_nV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def chunk_loss(rows: slice, logits_nV: Tensor, wanted: bool) -> tuple[Tensor, dict[str, Tensor]]:
         here = some_tokens(targets, rows)
         picks = ClassPicks.of(here, labels_N[rows], logits_nV.shape[1])
 
         def row_loss(picked_P: Tensor, others_n1: Tensor, top_n1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return objective.total(picks.row_loss(picked_P, others_n1, top_n1, here, objective), here)
 
-        return _to_gradient(logits_nV, picks, has_tail, head.softcap, row_loss)
+        return _to_gradient(logits_nV, picks, has_tail, head.softcap, row_loss, wanted)
 
     return chunk_loss
 
@@ -271,13 +269,13 @@ def _classes(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective
 def _dense(head: Head, labels_N: Tensor, targets: Mapping[str, Any], objective: losses.Objective) -> ChunkLoss:
     """The loss against all of an online teacher's logits."""
 
-    def chunk_loss(rows: slice, logits_nV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        given_nV = logits_nV.detach().requires_grad_()
-        with torch.enable_grad():
+    def chunk_loss(rows: slice, logits_nV: Tensor, wanted: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        given_nV = logits_nV.detach().requires_grad_(wanted)
+        with torch.set_grad_enabled(wanted):
             bent_nV = given_nV if head.softcap is None else _bent(given_nV, head.softcap)
             loss, sums = losses.distillation_loss(bent_nV, labels_N[rows], some_tokens(targets, rows), objective)
-            (gradient_nV,) = torch.autograd.grad(loss, given_nV)
-        logits_nV.copy_(gradient_nV)
+        if wanted:
+            logits_nV.copy_(torch.autograd.grad(loss, given_nV)[0])
         return loss.detach(), sums
 
     return chunk_loss
@@ -289,34 +287,34 @@ def _bent(logits_nV: Tensor, softcap: float) -> Tensor:
 
 
 def _product_type(hidden_ND: Tensor) -> torch.dtype:
-    """That of the matrix products: what autocast asks for, else as the hidden states are."""
+    """The precision of matrix products: autocast's, else that of the hidden states."""
     device = hidden_ND.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are known already."""
+    """A value whose gradients are already known."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor | None) -> Tensor:
-        """The value; the gradients are those with respect to the inputs. No activations, so that nothing offloads them."""
+        """Return the value; the gradients are those of the inputs. They are not activations, so nothing offloads them."""
         ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> Any:
-        """In place, for the weight's gradient is large, and therefore once."""
+        """Scale in place, as the weight's gradient is large; therefore only once."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("backward went through the fused loss before: its gradients were scaled in place")
+            raise RuntimeError("the fused loss does not support a second backward pass, as its gradients are scaled in place")
         return None, None, *(None if gradient is None else gradient.mul_(grad_value) for gradient in gradients)
 
 
 def _in_chunks(
     flat: list[Tensor], bias_V: Tensor | None, in_float32: bool, chunk_loss: ChunkLoss, parts: Sequence[slice]
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
-    """The loss and its parts, summed over N, and the gradients of a head's terms and bias where they are wanted."""
+    """The loss and its parts, summed over N, and the requested gradients of a head's terms and bias."""
     device, rows = flat[0].device, max(part.stop - part.start for part in parts)
     dtype = _product_type(flat[0])
     wide = torch.promote_types(dtype, torch.float32)
@@ -330,7 +328,7 @@ def _in_chunks(
         low = [tensor.to(wide) for tensor in flat[2:]]  # of low rank: float32 costs nothing there
         bias_V = None if bias_V is None else bias_V.to(dtype)
         buffer_nV = torch.empty(rows, len(weight_VD), dtype=dtype, device=device)
-        # What is added to the logits or bends them is not to be rounded, and without kernels nothing is.
+        # Anything added to the logits, or bending them, must not be rounded; without kernels nothing is.
         stays = dtype == wide or (kernels_for(device) is not None and not low and not in_float32)
         wide_buffer_nV = buffer_nV if stays else torch.empty_like(buffer_nV, dtype=wide)
         total, sums = torch.zeros((), dtype=wide, device=device), defaultdict[str, Any](int)
@@ -342,7 +340,7 @@ def _in_chunks(
             logits_nV = product_nV if stays else wide_buffer_nV[: len(x_nD)].copy_(product_nV)
             for x_NR, weight_VR in zip(low[::2], low[1::2], strict=True):
                 logits_nV.addmm_(x_NR[here], weight_VR.t())
-            loss, found = chunk_loss(here, logits_nV)
+            loss, found = chunk_loss(here, logits_nV, any(wanted))
             total += loss
             for name, value in found.items():
                 sums[name] += value
@@ -357,16 +355,16 @@ def _in_chunks(
 
 
 def _add_gradients(gradients: Sequence[Tensor | None], here: slice, grad_nV: Tensor, x_nR: Tensor, weight_VR: Tensor) -> None:
-    """To those of one term, x · Wᵀ, from the gradient with respect to a chunk of logits, in the type of the product."""
+    """Add to the gradients of one term, x · Wᵀ, from the gradient of a chunk of logits, in the type of the product."""
     grad_x_NR, grad_weight_VR = gradients[:2]
     if grad_x_NR is not None:
         grad_x_NR[here] = grad_nV @ weight_VR
     if grad_weight_VR is not None and grad_weight_VR.dtype == grad_nV.dtype:
         grad_weight_VR.addmm_(grad_nV.t(), x_nR)
-    elif grad_weight_VR is not None and grad_nV.is_cuda and torch.version.hip is None:  # adds in float32 what it does not round
+    elif grad_weight_VR is not None and grad_nV.is_cuda and torch.version.hip is None:  # adds unrounded products in float32
         torch.addmm(grad_weight_VR, grad_nV.t(), x_nR, out_dtype=grad_weight_VR.dtype, out=grad_weight_VR)
     elif grad_weight_VR is not None:
-        # On a CPU in parts that stay in its cache: adding bfloat16 to float32 would else cost as much as the product.
+        # On a CPU, in parts that stay in its cache: otherwise adding bfloat16 to float32 would cost as much as the product.
         block = max(_CACHED // x_nR.shape[1], 1) if x_nR.device.type == "cpu" else len(grad_weight_VR)
         for part, grad_nv in zip(grad_weight_VR.split(block), grad_nV.split(block, dim=1), strict=True):
             part.add_(grad_nv.t() @ x_nR)
@@ -374,7 +372,7 @@ def _add_gradients(gradients: Sequence[Tensor | None], here: slice, grad_nV: Ten
 
 @dataclass(frozen=True)
 class _Columns:
-    """The logits that a loss depends on, beside the log-sum-exp of the others: as many of each row, (n, C)."""
+    """The logits that a loss depends on, besides the log-sum-exp of the others: as many in each row, (n, C)."""
 
     columns_nC: Tensor
 
@@ -394,10 +392,12 @@ def _to_gradient(
     picked_apart: bool,
     softcap: float | None,
     row_loss: RowLoss,
+    wanted: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Turn logits, in place, into the gradient of the summed loss with respect to them; return the loss and its parts.
 
-    Of an unpicked logit z the loss's derivative is that with respect to the log-sum-exp, times exp(z − log-sum-exp).
+    Of an unpicked logit z the loss's derivative is that with respect to the log-sum-exp, times exp(z − log-sum-exp). Where no
+    gradient is wanted, what the logits become has no meaning.
     """
     slope_nV = None
     if softcap is not None:
@@ -405,7 +405,7 @@ def _to_gradient(
         slope_nV = torch.addcmul(torch.ones_like(logits_nV[:1]), logits_nV, logits_nV, value=-1)
         logits_nV.mul_(softcap)
     kernels = kernels_for(logits_nV.device)
-    picked = picks.take(logits_nV).to(torch.promote_types(logits_nV.dtype, torch.float32)).requires_grad_()
+    picked = picks.take(logits_nV).to(torch.promote_types(logits_nV.dtype, torch.float32)).requires_grad_(wanted)
     if picked_apart:
         picks.hide_(logits_nV, max(losses.SMALLEST, torch.finfo(logits_nV.dtype).min))
     if kernels is not None:
@@ -414,9 +414,11 @@ def _to_gradient(
         top_n1 = logits_nV.amax(dim=1, keepdim=True)
         sum_n1 = logits_nV.sub_(top_n1).exp_().sum(dim=1, keepdim=True)
         others_n1 = top_n1 + sum_n1.log()
-    with torch.enable_grad():
-        loss, parts = row_loss(picked, others_n1.requires_grad_(), top_n1)
-        grad_picked, grad_others_n1 = torch.autograd.grad(loss, (picked, others_n1))
+    with torch.set_grad_enabled(wanted):
+        loss, parts = row_loss(picked, others_n1.requires_grad_(wanted), top_n1)
+    if not wanted:
+        return loss, parts
+    grad_picked, grad_others_n1 = torch.autograd.grad(loss, (picked, others_n1))
     if kernels is not None:
         kernels.scaled_exp_(logits_nV, others_n1.detach(), grad_others_n1)
     else:
@@ -429,7 +431,7 @@ def _to_gradient(
 
 @functools.cache
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """`fused_triton` for a GPU that it works on."""
+    """`fused_triton`, if it works on this GPU."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
@@ -440,7 +442,7 @@ def kernels_for(device: torch.device) -> ModuleType | None:
 
 
 def _opened(layer: Any) -> tuple[torch.nn.Linear, list[Adapter]] | None:
-    """The linear layer inside what peft may have wrapped around it, and the adapters; None if there is more to it."""
+    """The linear layer inside possible peft wrappers, and the adapters; None if there is anything else."""
     if _is_linear(layer):
         return layer, []
     if not type(layer).__module__.startswith("peft."):
@@ -467,13 +469,13 @@ def _opened(layer: Any) -> tuple[torch.nn.Linear, list[Adapter]] | None:
 
 
 def _is_linear(layer: Any) -> bool:
-    """A linear layer and no subclass, as for quantised weights; but under FSDP2 its class is a subclass made for it."""
+    """Whether it is a linear layer and not a subclass, as for quantised weights; FSDP2, however, makes a subclass for it."""
     kind = type(layer)
     return (kind.__mro__[2] if issubclass(kind, FSDPModule) else kind) is torch.nn.Linear
 
 
 def _is_untouched(layer: Any) -> bool:
-    """Nobody replaced its forward, nor gets at its output by a hook, but FSDP, to free the weight, and TRL, not to offload it."""
+    """Whether its forward is not replaced and has no hooks, except FSDP's, to free the weight, and TRL's, not to offload it."""
     harmless = ("torch.distributed.fsdp.", "trl.models.activation_offloading")
     hooks = [hook for hook in layer._forward_hooks.values() if not hook.__module__.startswith(harmless)]
     return "forward" not in vars(layer) and not hooks

@@ -1,4 +1,4 @@
-"""The passes over a chunk of logits that plain torch would make several of, as Triton kernels: one reads it, one rewrites it."""
+"""Passes over a chunk of logits that take several in plain torch, as Triton kernels: one reads it, one rewrites it."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ _WARPS = 8
 
 @triton.jit
 def _log_sum_exp_kernel(logits_ptr, stride, top_ptr, log_sum_ptr, vocab, BLOCK: tl.constexpr):
-    """A program a row: every lane keeps the largest of its logits and the sum of exp(logit − largest)."""
+    """One program per row: every lane keeps the largest of its logits and the sum of exp(logit − largest)."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
     top_b = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
@@ -39,7 +39,7 @@ def _scaled_exp_kernel(logits_ptr, stride, log_sum_ptr, factor_ptr, vocab, BLOCK
 
 
 def log_sum_exp(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row, and the log-sum-exp of the row, both (n, 1) in float32.
+    """The largest logit of each row, and the log-sum-exp of the row, both (n, 1) in float32.
 
     Args:
         logits_nV: any float type up to float32, contiguous in a row.
@@ -58,8 +58,8 @@ def scaled_exp_(logits_nV: Tensor, log_sum_n1: Tensor, factor_n1: Tensor) -> Ten
 
     Args:
         logits_nV: as above.
-        log_sum_n1: of each row, float32.
-        factor_n1: of each row, float32.
+        log_sum_n1: per row, float32.
+        factor_n1: per row, float32.
     """
     if len(logits_nV):
         grid = (len(logits_nV), triton.cdiv(logits_nV.shape[1], _BLOCK))

@@ -1,8 +1,8 @@
-"""Losses between the layers of a student and those of a teacher beside it: hidden states and attention maps.
+"""Losses between the layers of a student and those of an online teacher: hidden states and attention maps.
 
-As in `losses`: pure functions of tensors, one value a completion token, in float32 whatever they are given. The values are
-those at the positions that predict completion tokens; several pairs of layers count by their mean. Shapes: N completion
-tokens, D hidden size, H attention heads, S positions that may be attended to.
+As in `losses`: pure functions of tensors, with one value per completion token, computed in float32. The values are those at
+the positions that predict completion tokens; several pairs of layers are averaged. Shapes: N completion tokens, D hidden
+size, H attention heads, S positions that may be attended to.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,34 +15,37 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmdistill.losses.divergences import wide
+
 Pairs = Sequence[tuple[int, int]]  # [student's layer, teacher's layer], counted from 0
-Seen = dict[tuple[str, int], Tensor]  # what was watched, by "hidden" or "attention" and number of the layer
+Seen = dict[tuple[str, int], Tensor]  # recorded values, by "hidden" or "attention" and the number of the layer
 _FILE = "hidden_projector.safetensors"
+_ATTENTION = ("self_attn", "attn", "attention")  # what a layer calls its own
 
 
 def cosine(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
     """1 − cos(student, teacher), from 0 to 2, whatever their lengths (DistilBERT, Sanh et al. 2019, arXiv 1910.01108)."""
-    return 1 - torch.nn.functional.cosine_similarity(_wide(student_ND), _wide(teacher_ND), dim=1)
+    return 1 - torch.nn.functional.cosine_similarity(wide(student_ND), wide(teacher_ND), dim=1)
 
 
 def mse(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
     """‖student − teacher‖² / D, in the teacher's units (TinyBERT, Jiao et al. 2019, arXiv 1909.10351)."""
-    return (_wide(student_ND) - _wide(teacher_ND)).square().mean(dim=1)
+    return (wide(student_ND) - wide(teacher_ND)).square().mean(dim=1)
 
 
 def attention_kl(student_NHS: Tensor, teacher_NHS: Tensor) -> Tensor:
     """Mean over heads of KL(teacher's map ‖ student's map), nats (MiniLM, Wang et al. 2020, arXiv 2002.10957).
 
-    Where teacher and student differ in their number of heads, the maps are averaged over heads first.
+    If teacher and student have different numbers of heads, the maps are averaged over heads first.
 
     Args:
         student_NHS: attention probabilities of the position that predicts each completion token.
-        teacher_NHS: the same of the teacher, perhaps with other heads.
+        teacher_NHS: the teacher's, possibly with a different number of heads.
     """
     if student_NHS.shape[1] != teacher_NHS.shape[1]:
-        student_NHS, teacher_NHS = (_wide(maps).mean(dim=1, keepdim=True) for maps in (student_NHS, teacher_NHS))
-    # Rounded to bfloat16 they do not add up to one, and what is not a distribution may have a negative divergence.
-    q_NHS, p_NHS = (maps / maps.sum(dim=2, keepdim=True) for maps in (_wide(student_NHS), _wide(teacher_NHS)))
+        student_NHS, teacher_NHS = (wide(maps).mean(dim=1, keepdim=True) for maps in (student_NHS, teacher_NHS))
+    # Rounded to bfloat16 they do not sum to one, and without a distribution the divergence may be negative.
+    q_NHS, p_NHS = (maps / maps.sum(dim=2, keepdim=True) for maps in (wide(student_NHS), wide(teacher_NHS)))
     tiny = torch.finfo(q_NHS.dtype).tiny
     return (p_NHS * (p_NHS.clamp(min=tiny).log() - q_NHS.clamp(min=tiny).log())).sum(dim=2).mean(dim=1)
 
@@ -51,30 +54,30 @@ LOSSES = {"cosine": cosine, "mse": mse}
 
 
 def evenly(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
-    """Every layer of the student with the teacher's at the same share of its depth, the last with the last."""
+    """Every layer of the student with the teacher's layer at the same relative depth, the last with the last."""
     return [(layer, max(round((layer + 1) * teacher_layers / student_layers) - 1, 0)) for layer in range(student_layers)]
 
 
 def of_pruned(kept: Sequence[int], teacher_layers: int) -> list[tuple[int, int]]:
-    """For a student made of these layers of the teacher: each layer answers for those that went after it.
+    """For a student made of these layers of the teacher: each layer also stands for those removed after it.
 
-    Its output goes where the next kept layer stands, so it should be what that one used to get: the output of the layer
-    before it. The last answers for the teacher's last.
+    Its output is the input of the next kept layer, so it should equal that layer's former input: the output of the layer before
+    it. The last one stands for the teacher's last.
     """
     return list(enumerate([*(layer - 1 for layer in kept[1:]), teacher_layers - 1]))
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hidden states as a part of the loss.
+    """Hidden states as part of the loss.
 
     Args:
-        weight: beside the other parts.
+        weight: weight relative to the other parts.
         loss: `cosine` or `mse`.
         layers: pairs [student's layer, teacher's layer] whose outputs are compared; `evenly` if not given.
 
     Raises:
-        ValueError: one of them is out of its range.
+        ValueError: if one of them is out of range.
     """
 
     weight: float = 1.0
@@ -89,7 +92,7 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention maps as a part of the loss; arguments as those of `Hidden`."""
+    """Attention maps as part of the loss; the arguments are those of `Hidden`."""
 
     weight: float = 1.0
     layers: Pairs | None = None
@@ -99,11 +102,11 @@ class Attention:
 
 
 class Projector(torch.nn.Linear):
-    """From the student's hidden size to the teacher's. A part of the model in training, and of nothing that is saved of it."""
+    """From the student's hidden size to the teacher's. Part of the model in training, but not of the saved one."""
 
     def __init__(self, student_size: int, teacher_size: int, seed: int) -> None:
         super().__init__(student_size, teacher_size, bias=False, dtype=torch.float32)
-        # Lengths and angles stay as they are until it has learned better.
+        # Lengths and angles are initially preserved.
         torch.nn.init.orthogonal_(self.weight, generator=torch.Generator().manual_seed(seed))
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -117,14 +120,14 @@ class LayerMatch:
     """Compares layers of a student with layers of its teacher while both run.
 
     Args:
-        student: the model that learns; where the sizes differ it gets a `Projector`, called `hidden_projector`.
-        teacher: the model beside it.
-        hidden: how to compare hidden states, if they are compared.
-        attention: how to compare attention maps; both models are set to eager attention, no other gives any.
-        seed: of the projector's weights.
+        student: the model that learns; if the sizes differ, it gets a `Projector`, called `hidden_projector`.
+        teacher: the online teacher.
+        hidden: how to compare hidden states, if at all.
+        attention: how to compare attention maps; both models are set to eager attention, since no other returns them.
+        seed: seed of the projector's weights.
 
     Raises:
-        ValueError: a layer that is not there.
+        ValueError: a layer that is not there, or one whose attention is not found.
     """
 
     def __init__(self, student: Any, teacher: Any, hidden: Hidden | None, attention: Attention | None, seed: int = 0) -> None:
@@ -133,6 +136,12 @@ class LayerMatch:
         self.pairs = {name: resolve(part.layers, *sizes) for name, part in (("hidden", hidden), ("attention", attention)) if part}
         if attention:
             for model in (student, teacher):
+                if _attention(decoder_layers(model)[0]) is None:
+                    names = f"{', '.join(_ATTENTION[:-1])} or {_ATTENTION[-1]}"
+                    raise ValueError(
+                        f"attention: the layers of {type(model).__name__} have no {names}, so their attention maps cannot "
+                        "be compared; compare hidden states instead"
+                    )
                 model.set_attn_implementation("eager")
         widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
         self.projector: Projector | None = None
@@ -142,14 +151,15 @@ class LayerMatch:
 
     @contextmanager
     def watch(self, model: Any, side: Literal["student", "teacher"]) -> Iterator[Seen]:
-        """Inside, a forward pass of the model leaves here what its watched layers give."""
+        """Within this context, a forward pass of the model records the outputs of its watched layers here."""
         seen: Seen = {}
         layers, place = decoder_layers(model), ("student", "teacher").index(side)
-        handles = [
-            _watched(layers[pair[place]], name).register_forward_hook(_keep(seen, (name, pair[place])))
+        watched = {
+            (name, pair[place]): _attention(layers[pair[place]]) if name == "attention" else layers[pair[place]]
             for name, pairs in self.pairs.items()
             for pair in pairs
-        ]
+        }
+        handles = [module.register_forward_hook(_keep(seen, key)) for key, module in watched.items()]
         try:
             yield seen
         finally:
@@ -157,12 +167,12 @@ class LayerMatch:
                 handle.remove()
 
     def loss(self, student: Seen, teacher: Seen, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum over the tokens, and the detached sums of its parts `hidden` and `attention`, unweighted.
+        """The loss, weighted and summed over tokens, and the detached, unweighted sums of its parts `hidden` and `attention`.
 
         Args:
-            student: what was watched of it.
-            teacher: what was watched of it.
-            batch: the collator's, with its `positions` and `token_weights`, shape (N,).
+            student: the recorded values of the student.
+            teacher: the recorded values of the teacher.
+            batch: batch of the collator, with `positions` and `token_weights`, shape (N,).
         """
         positions = batch["positions"]
         total, sums = torch.zeros((), device=positions.device), {}
@@ -183,26 +193,26 @@ class LayerMatch:
         assert self.hidden is not None
         student_ND, teacher_ND = (states.flatten(0, 1)[positions] for states in (student_BTD, teacher_BTD))
         if self.projector is not None:
-            student_ND = self.projector(_wide(student_ND))
+            student_ND = self.projector(wide(student_ND))
         return LOSSES[self.hidden.loss](student_ND, teacher_ND)
 
     def save(self, directory: str | Path) -> None:
-        """Keep the projector, if there is one, beside a checkpoint."""
+        """Save the projector, if there is one, next to a checkpoint."""
         if self.projector is not None:
             save_file({"weight": self.projector.weight.detach().cpu().contiguous()}, Path(directory) / _FILE)
 
     def load(self, directory: str | Path) -> None:
-        """Take the projector from a checkpoint."""
+        """Load the projector from a checkpoint."""
         if self.projector is not None:
             with torch.no_grad():
                 self.projector.weight.copy_(load_file(Path(directory) / _FILE)["weight"])
 
 
 def decoder_layers(model: Any) -> Any:
-    """The model's layers, however DDP or peft wrap it, and whatever its family calls them.
+    """The model's layers, whether or not DDP or peft wrap it, and whatever its family calls them.
 
     Raises:
-        ValueError: it has no such list of layers.
+        ValueError: if it has no such list of layers.
     """
     whole = getattr(model, "module", model)
     count = whole.config.get_text_config().num_hidden_layers
@@ -214,10 +224,10 @@ def decoder_layers(model: Any) -> Any:
 
 
 def resolve(layers: Pairs | None, student_layers: int, teacher_layers: int) -> Pairs:
-    """The pairs of layers, those by position if none are given.
+    """The pairs of layers, by position if none are given.
 
     Raises:
-        ValueError: there are none, or a layer that is not there.
+        ValueError: if there are none, or a layer does not exist.
     """
     if layers is None:
         return evenly(student_layers, teacher_layers)
@@ -232,10 +242,9 @@ def resolve(layers: Pairs | None, student_layers: int, teacher_layers: int) -> P
     return layers
 
 
-def _watched(layer: Any, name: str) -> Any:
-    if name != "attention":
-        return layer
-    return next(getattr(layer, own) for own in ("self_attn", "attn", "attention") if hasattr(layer, own))
+def _attention(layer: Any) -> Any:
+    """The attention of a layer; None if it has none by a name that is known."""
+    return next((getattr(layer, name) for name in _ATTENTION if hasattr(layer, name)), None)
 
 
 def _keep(seen: Seen, key: tuple[str, int]) -> Any:
@@ -249,10 +258,10 @@ def _keep(seen: Seen, key: tuple[str, int]) -> Any:
 
 
 def _alive(watched: Tensor) -> Tensor:
-    """What was watched, if gradients reach it where they should.
+    """The recorded values, if gradients reach them where they should.
 
     Raises:
-        RuntimeError: reentrant gradient checkpointing, which computes without a graph first.
+        RuntimeError: for reentrant gradient checkpointing, which first computes without a graph.
     """
     if torch.is_grad_enabled() and not watched.requires_grad:
         raise RuntimeError(
@@ -270,8 +279,3 @@ def _compare_attention(student_BHTS: Tensor, teacher_BHTS: Tensor, positions: Te
 def _check_weight(weight: float) -> None:
     if not weight > 0:
         raise ValueError(f"weight must be above 0, got {weight}")
-
-
-def _wide(values: Tensor) -> Tensor:
-    """In float32 at least; float64 stays, for tests."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

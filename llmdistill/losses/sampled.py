@@ -1,17 +1,17 @@
 """Any divergence Σ f(p, q) from a sample of tokens whose inclusion probabilities π are known (Horvitz & Thompson 1952).
 
-Σ_S f(p, q)/π over the sample is unbiased for Σ f(p, q) over the vocabulary, for every student, also one that has moved on since
+Σ_S f(p, q)/π over the sample is unbiased for Σ f(p, q) over the vocabulary, for every student, even one that has changed since
 the sample was drawn. As Σ p = Σ q = 1, so is
 
     L = c + d + Σ_S (f(p, q) − c q − d p)/π
 
-for all c and d that do not depend on the sample: control variates. Its gradient is Σ_S q (∂f/∂q − c)/π · ∇ log q.
+for all c and d that do not depend on the sample (control variates). Its gradient is Σ_S q (∂f/∂q − c)/π · ∇ log q.
 
-- Drawn from the teacher, π = min(1, p/τ), what is summed has to vanish with p, or tokens that the student alone thinks likely
-  come rarely and weigh much. That leaves one c: f(0, q) = c q. Total variation becomes 1 − Σ_S min(p, q)/π. Reverse KL has no
-  such c.
-- Drawn from the student, π = min(1, q₀/τ), it has to vanish with q, so d p = f(p, 0). c is free: it is ∂f/∂q where log(q/p) is
-  what it is on the mean over the drawn tokens of the row's other positions. Forward KL has no such d.
+- If drawn from the teacher, π = min(1, p/τ), the summand has to vanish with p; otherwise tokens that only the student considers
+  likely come rarely and have a large weight. That leaves one c: f(0, q) = c q. Total variation becomes 1 − Σ_S min(p, q)/π.
+  Reverse KL has no such c.
+- If drawn from the student, π = min(1, q₀/τ), it has to vanish with q, so d p = f(p, 0). c is free: it is ∂f/∂q where log(q/p)
+  has its mean over the drawn tokens of the row's other positions. Forward KL has no such d.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmdistill.losses.divergences import DIVERGENCES, SMALLEST, wide
 
-Terms = Callable[[Tensor, Tensor], Tensor]  # from log p and log q of some tokens f(p, q) of each
+Terms = Callable[[Tensor, Tensor], Tensor]  # from log p and log q of some tokens to f(p, q) of each
 
 _INFINITE = 1e20
 
@@ -34,14 +34,15 @@ def sampled_divergence(
     logratio_N: Tensor | None = None,
     beta: float | None = None,
 ) -> Tensor:
-    """The estimate L above, (N,), in nats; may be below zero.
+    """The estimate L above, (N,), in nats; may be negative.
 
     Args:
         name: one of `DIVERGENCES` that is a sum over tokens.
         log_q_NK: the student's log-probabilities of the sampled tokens.
         logprobs_NK: the teacher's.
-        logdesign_NK: −log π; −inf where there is no token.
-        logratio_N: of a sample drawn from the student the mean of log(q/p), by other samples; None if drawn from the teacher.
+        logdesign_NK: −log π; −inf for no token.
+        logratio_N: for a sample drawn from the student, the mean of log(q/p) over other samples; None if drawn from the
+            teacher.
         beta: as in `divergence`.
     """
     mixture = {} if beta is None else {"beta": beta}

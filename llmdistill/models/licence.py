@@ -1,4 +1,4 @@
-"""The licence of a model, as its card says it, and what licences say of training on a model's output."""
+"""The licence of a model, as given on its card, and what licences say about training on a model's output."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-# By the name that the Hub gives a licence. Facts as their texts had them; a summary is no legal advice.
+# By the Hub's name of a licence. The facts follow the texts of the licences; a summary is not legal advice.
 _OTHERS = "forbids using its output to improve language models outside its own family"
 _NAMED = "requires a model trained on its output to have a name that begins with “Llama” and to include the licence"
 _BINDS_OUTPUT = {
@@ -21,10 +21,10 @@ _BINDS_OUTPUT = {
 
 
 def licence_of(model: str, revision: str | None = None) -> dict[str, str]:
-    """What the card in a model's directory, or in its repository on the Hub, says of its licence; nothing if it cannot be read.
+    """The licence given on the card in a model's directory or in its repository on the Hub; empty if it cannot be read.
 
     Returns:
-        `license`, and `license_name` and `license_link` where that is `other`.
+        `license`, and `license_name` and `license_link` if that is `other`.
     """
     card = Path(model) / "README.md"
     if not Path(model).is_dir():
@@ -39,7 +39,7 @@ def licence_of(model: str, revision: str | None = None) -> dict[str, str]:
 
 
 def named(licence: str) -> dict[str, str]:
-    """A licence that is given by the Hub's name for it, or as terms or their address, in the form of `licence_of`."""
+    """A licence given by the Hub's name for it, or by terms or their address, in the form of `licence_of`."""
     if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
         return {"license": licence}
     return {"license": "other", "license_link" if licence.startswith("http") else "license_name": licence}
@@ -49,14 +49,14 @@ def _head(card: Path) -> dict[str, str]:
     try:
         parts = card.read_text(encoding="utf-8").split("---", 2)
         head: Any = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # the loader of YAML raises ValueError for a day that is none
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):  # the YAML loader raises ValueError for an invalid date
         return {}
     names = ("license", "license_name", "license_link")
     return {name: str(head[name]) for name in names if name in head} if isinstance(head, dict) else {}
 
 
 def restriction(licence: dict[str, str]) -> str | None:
-    """What a licence says of models that learn from the output, where it is known to say something."""
+    """What a licence says about models that learn from the output, if known."""
     name = (licence.get("license_name") or licence.get("license") or "").lower()
     if "-nc" in name:
         return f"the licence {name} allows no commercial use"
@@ -64,16 +64,26 @@ def restriction(licence: dict[str, str]) -> str | None:
 
 
 def sentence(licence: dict[str, str]) -> str:
-    """The licence and what it binds, for a card."""
+    """The licence and its restrictions, for a card."""
     if not licence:
         return (
             "The licence of the teacher is not known to llmdistill. "
-            "It, and the licence of the prompts, may apply to what is made from them."
+            "It and the licence of the prompts may apply to what is made from them."
         )
-    other = licence.get("license", "other") == "other"
-    name = licence.get("license_name") or (licence.get("license_link") if other else None) or licence.get("license") or "other"
     bound = restriction(licence)
-    warning = f" **Mind: {bound}.**" if bound else ""
+    warning = f" **Note: {bound}.**" if bound else ""
     return (
-        f"The teacher has the licence `{name}`. It, and the licence of the prompts, may apply to what is made from them.{warning}"
+        f"The teacher has the licence `{_name(licence)}`. It and the licence of the prompts may apply to what is made from "
+        f"them.{warning}"
     )
+
+
+def of_weights(model: str, licence: dict[str, str]) -> str:
+    """The licence of the weights that a student starts from, for a card."""
+    told = f"has the licence `{_name(licence)}`, which" if licence else "has a licence that is not known to llmdistill, which"
+    return f"The model that the student starts from, `{model}`, {told} applies to its weights."
+
+
+def _name(licence: dict[str, str]) -> str:
+    other = licence.get("license", "other") == "other"
+    return licence.get("license_name") or (licence.get("license_link") if other else None) or licence.get("license") or "other"

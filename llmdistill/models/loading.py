@@ -1,4 +1,4 @@
-"""Models and tokenizers by the Hugging Face names, with errors for people."""
+"""Loading models and tokenizers by their Hugging Face names, with readable errors."""
 
 import hashlib
 import json
@@ -15,29 +15,29 @@ from llmdistill.runs.record import read_json
 
 
 def check_model_exists(model: str | Path, key: str) -> None:
-    """Refuse, before anything is loaded, a path that is no model directory.
+    """Refuse, before anything is loaded, a path that is not a model directory.
 
     Args:
-        model: a directory, or a name on the Hub; as a `Path` a directory alone, whatever it is called.
-        key: of the configuration, for errors.
+        model: a directory, or a name on the Hub; a `Path` is always a directory.
+        key: key of the configuration, for errors.
 
     Raises:
-        InputError: naming the key.
+        InputError: names the key.
     """
     directory = Path(model)
     if (directory / "config.json").is_file():
         return
     if isinstance(model, Path):
-        raise InputError(f"{key}: {model} is no model directory (it has no config.json)")
+        raise InputError(f"{key}: {model} is not a model directory (it has no config.json)")
     if directory.is_dir() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise InputError(f"{key}: {model} is neither a model directory (it has no config.json) nor a name on the Hub")
 
 
 def check_tokenizer_exists(tokenizer: str, key: str) -> None:
-    """Refuse, before anything is loaded, a path that is no directory with a tokenizer.
+    """Refuse, before anything is loaded, a path that is not a directory with a tokenizer.
 
     Raises:
-        InputError: naming the key.
+        InputError: names the key.
     """
     if not any((Path(tokenizer) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         check_model_exists(tokenizer, key)
@@ -47,7 +47,7 @@ def load_config(model: str, revision: str | None, trust_remote_code: bool = Fals
     """The model's configuration.
 
     Raises:
-        InputError: there is no such model.
+        InputError: if there is no such model.
     """
     check_model_exists(model, key)
     from transformers import AutoConfig
@@ -59,7 +59,7 @@ def load_tokenizer(model: str, revision: str | None, trust_remote_code: bool = F
     """The model's tokenizer.
 
     Raises:
-        InputError: there is no such model, or it has no tokenizer.
+        InputError: if there is no such model, or it has no tokenizer.
     """
     check_tokenizer_exists(model, key)
     from transformers import AutoTokenizer
@@ -81,22 +81,22 @@ def load_model(
     gguf_file: str | None = None,
     spread: bool = False,
 ) -> Any:
-    """The model in evaluation mode, on the accelerator if there is one and no device is given.
+    """Load the model in evaluation mode, by default on the accelerator if there is one.
 
     Args:
         model: directory or name on the Hub.
-        revision: on the Hub.
-        dtype: of the weights; `auto` is what this machine computes in, `checkpoint` as they are stored.
-        trust_remote_code: whether code of the model's repository runs.
-        key: of the configuration, for errors.
-        device: where it goes.
-        quantization_config: transformers' own, to quantise it while it loads.
-        attn_implementation: how attention is computed.
+        revision: revision on the Hub.
+        dtype: precision of the weights; `auto` is the one for this machine, `checkpoint` the stored one.
+        trust_remote_code: whether to run code from the model's repository.
+        key: key of the configuration, for errors.
+        device: device to load it on.
+        quantization_config: transformers' quantisation while loading.
+        attn_implementation: attention implementation.
         gguf_file: the file in the directory with the weights, which are decoded; the shape is that of `config.json`.
-        spread: whether a model that is too large for one accelerator is laid over all of them, layer by layer.
+        spread: whether to split a model that is too large for one accelerator over all of them, layer by layer.
 
     Raises:
-        InputError: there is no such model, or its weights do not fit into the memory that is free.
+        InputError: if there is no such model, or its weights do not fit into the free memory.
     """
     check_model_exists(model, key)
     import torch
@@ -110,7 +110,7 @@ def load_model(
     over_all = False
     if quantization_config is None:
         needed = _weight_bytes(model, revision, dtype, trust_remote_code, key)
-        # What is measured needs room beside the weights.
+        # Measurements need room besides the weights.
         over_all = spread and device != "cpu" and torch.accelerator.device_count() > 1 and 2 * needed > free_memory(device)
         if not over_all:
             check_fits(model, needed, dtype, key, device)
@@ -123,7 +123,7 @@ def load_model(
         how["quantization_config"] = quantization_config
     if over_all:
         how["device_map"] = "auto"
-    elif quantization_config is not None or device != "cpu":  # it is made where it stays
+    elif quantization_config is not None or device != "cpu":  # it is created on its final device
         how["device_map"] = {"": device if device == "cpu" else torch.accelerator.current_device_index()}
     loaded = _found(model, key, lambda: AutoModelForCausalLM.from_pretrained(model, **how))
     _make_writable(loaded.generation_config)
@@ -131,7 +131,7 @@ def load_model(
 
 
 def _taking_any_device(model: Any) -> Any:
-    """A model that was laid out by itself, with its output where its input is, also if it lies on one device alone."""
+    """A model laid out by transformers, with its output on the device of its input, even if it is on a single device."""
     if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
@@ -140,36 +140,41 @@ def _taking_any_device(model: Any) -> Any:
 
 
 def _weight_bytes(model: str, revision: str | None, dtype: str, trust_remote_code: bool, key: str) -> int:
-    """Bytes of a model's weights in a precision; `auto` is that of the checkpoint.
+    """Size in bytes of a model's weights in a precision; `auto` is that of the checkpoint.
 
-    Of a quantised checkpoint, and of one with code of its own, those of its files are all that is known; 0 where there are none.
+    For quantised checkpoints, and those with their own code, only the size of the files is known; 0 if there are none.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     stored = model_bytes(model)
     config = load_config(model, revision, trust_remote_code, key)
     is_special = getattr(config, "quantization_config", None) or getattr(config, "auto_map", None)
     if is_special or (dtype == "auto" and stored is not None):
         return stored or 0
     width = torch_dtype(config.dtype if dtype == "auto" else dtype).itemsize
-    with whole_on_every_process(), torch.device("meta"):
-        made = _found(model, key, lambda: AutoModelForCausalLM.from_config(config))
+    made = _found(model, key, lambda: meta_model(config))
     return width * sum(parameter.numel() for parameter in made.parameters())
 
 
+def meta_model(config: Any) -> Any:
+    """The model of a configuration with shapes but no weights; code from its repository does not run."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with whole_on_every_process(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def torch_dtype(named: Any) -> Any:
-    """A precision as torch's, which a configuration may have by its name; one that says none is of float32."""
+    """A precision as torch's dtype; a configuration may give it by name, and the default is float32."""
     import torch
 
     return getattr(torch, named) if isinstance(named, str) else named or torch.float32
 
 
 def _make_writable(generation_config: Any) -> None:
-    """Mend what transformers reads but refuses to write, which would end training at its first checkpoint.
+    """Repair generation settings that transformers reads but does not write, which would end training at a checkpoint.
 
-    A temperature, or another setting of sampling, says that the model is to sample, unless the file says that it is not; a
-    setting of what is off goes back to its default.
+    A temperature, or another sampling setting, means that the model samples, unless the file says that it does not; settings of
+    what is off are reset to their defaults.
     """
     from transformers import GenerationConfig
 
@@ -196,35 +201,35 @@ def model_precision(
     key: str = "teacher.model",
     runtime: Runtime = "torch",
 ) -> Precision:
-    """What a model computes in; its `dtype` is what transformers and vLLM take, whose own `auto` is that of the checkpoint.
+    """The precision of a model; its `dtype` is passed to transformers and vLLM, whose `auto` is the checkpoint's.
 
-    Quantised checkpoints are left as they are, being made for the precision that they name.
+    Quantised checkpoints are left unchanged, as they are made for a particular precision.
 
     Args:
         model: directory or name on the Hub.
-        revision: on the Hub.
-        asked: a precision, `auto` for what this machine is good at, or `checkpoint`.
-        trust_remote_code: whether code of the model's repository runs.
-        key: of the configuration, for errors.
-        runtime: whose view of the device counts.
+        revision: revision on the Hub.
+        asked: a precision, `auto` for the one for this machine, or `checkpoint`.
+        trust_remote_code: whether to run code from the model's repository.
+        key: key of the configuration, for errors.
+        runtime: the library whose view of the device decides.
     """
     if asked == "checkpoint":
-        return Precision("auto", "in what the checkpoint is stored in")
+        return Precision("auto", "the precision of the checkpoint")
     if asked == "auto" and getattr(load_config(model, revision, trust_remote_code, key), "quantization_config", None):
-        return Precision("auto", "in what the quantised checkpoint was made for")
+        return Precision("auto", "the precision that the quantised checkpoint was made for")
     return inference_precision(asked, runtime)
 
 
 def continue_prompts(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int], **how: Any
 ) -> Any:
-    """What a model writes after prompts of any lengths, in one batch; shape (B, T), on the CPU, padded behind the end tokens.
+    """Generate after prompts of any lengths, in one batch; shape (B, T), on the CPU, padded after the end tokens.
 
     Args:
-        model: as `load_model` gives it.
+        model: from `load_model`.
         prompts: token ids.
-        max_new_tokens: where an answer is cut.
-        end_ids: the tokens that end one; those of the model's own generation configuration if there are none.
+        max_new_tokens: maximum length of an answer.
+        end_ids: the tokens that end an answer; those of the model's generation configuration if empty.
         how: more arguments of `generate`.
     """
     import torch
@@ -240,9 +245,9 @@ def continue_prompts(
 
 @contextmanager
 def plain_generation(*models: Any) -> Iterator[None]:
-    """Inside, `generate` does what its arguments say: of a model's own generation configuration only the tokens count.
+    """Temporarily make `generate` use only its arguments, and only the tokens of the model's generation configuration.
 
-    Else a repetition penalty, or another setting that a model was published with, would change text that is called greedy.
+    Otherwise a repetition penalty or another published setting of a model would change text that is called greedy.
     """
     from transformers import GenerationConfig
 
@@ -258,20 +263,20 @@ def plain_generation(*models: Any) -> Iterator[None]:
 
 
 def check_fits(model: str, needed: int, dtype: str, key: str, device: str) -> None:
-    """Refuse a model whose weights are larger than the memory that is free.
+    """Refuse a model whose weights are larger than the free memory.
 
     Raises:
-        InputError: naming both.
+        InputError: names both sizes.
     """
     free, form = free_memory(device), "" if dtype == "auto" else f" in {dtype}"
     if needed > free:
         raise InputError(
-            f"{key}: the weights of {model} are {needed / 1e9:.1f} GB{form}, and {free / 1e9:.1f} GB are free on {device}"
+            f"{key}: the weights of {model} take {needed / 1e9:.1f} GB{form}, but only {free / 1e9:.1f} GB are free on {device}"
         )
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a device, with what torch keeps there for nothing."""
+    """Free bytes on a device, including what torch caches there."""
     import psutil
     import torch
 
@@ -282,7 +287,7 @@ def free_memory(device: str) -> int:
 
 
 def hand_back_memory() -> None:
-    """Give the accelerator back what no tensor needs any more, for another process or engine."""
+    """Return unused memory to the accelerator, for another process or engine."""
     import gc
 
     import torch
@@ -294,9 +299,9 @@ def hand_back_memory() -> None:
 
 @contextmanager
 def whole_on_every_process() -> Iterator[None]:
-    """Inside, a process that is about to train under FSDP or DeepSpeed loads a model as it would by itself.
+    """Temporarily make a process that is about to train under FSDP or DeepSpeed load a model as if it were alone.
 
-    For a model to be trained transformers would else load weights in one process alone (FSDP) or spread them (ZeRO-3).
+    Otherwise transformers would load weights in only one process (FSDP) or spread them (ZeRO-3).
     """
     from transformers.integrations import deepspeed
 
@@ -312,7 +317,7 @@ def whole_on_every_process() -> Iterator[None]:
 
 
 def generation_config(model: str, revision: str | None) -> Any:
-    """The model's generation configuration, such that it can be written again; None if it has none."""
+    """The model's generation configuration in a form that can be written; None if it has none."""
     from transformers import GenerationConfig
 
     try:
@@ -326,7 +331,7 @@ def generation_config(model: str, revision: str | None) -> Any:
 def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a completion; loads no weights.
 
-    Those that the model itself ends with, that of the tokenizer, and the one that the chat template writes behind an answer.
+    They are the model's own, the tokenizer's, and the one that the chat template writes after an answer.
     """
     ends = own_end_ids(model, revision, config, tokenizer)
     more = [tokenizer.eos_token_id, end_of_turn(tokenizer)]
@@ -334,7 +339,7 @@ def end_token_ids(model: str, revision: str | None, config: Any, tokenizer: Any)
 
 
 def own_end_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -> list[int]:
-    """The tokens that a model ends its text with, from its generation configuration; loads no weights, and needs no `config`."""
+    """The model's own end tokens, from its generation configuration; loads no weights, and does not need `config`."""
     generation = generation_config(model, revision)
     own = config.get_text_config().eos_token_id if config else None
     known = [generation.eos_token_id] if generation else [own, tokenizer.eos_token_id]
@@ -343,13 +348,13 @@ def own_end_ids(model: str, revision: str | None, config: Any, tokenizer: Any) -
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes behind an answer, if it writes one."""
+    """The special token that the chat template writes after an answer, if any."""
     if not tokenizer.chat_template:
         return None
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
-    except Exception:  # templates raise whatever they like
+    except Exception:  # templates may raise anything
         return None
     behind = text.rpartition("answer")[2]
     added = tokenizer.added_tokens_decoder
@@ -358,27 +363,27 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def special_token_ids(tokenizer: Any) -> list[int]:
-    """The tokens that mark turns and ends, and are no text."""
+    """The tokens that mark turns and ends and are not text."""
     return sorted(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """Identifies which token has which id; models of one family agree here even when their matrices are padded apart."""
+    """Hash of the mapping from tokens to ids; equal within a model family even if matrices are padded differently."""
     content = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def token_identity(tokenizer: Any, end_ids: Iterable[int]) -> tuple[Any, ...]:
-    """What two tokenizers have alike if they make the same token ids of the same conversation and its end."""
+    """A value that is equal for two tokenizers if they encode the same conversation and its end identically."""
     return vocabulary_hash(tokenizer), tokenizer.chat_template, tuple(sorted(end_ids))
 
 
 def describe_tokenizer(tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) -> dict[str, Any]:
-    """What `dataset.json` says of the tokenizer whose ids are stored.
+    """The entry in `dataset.json` for the tokenizer whose ids are stored.
 
     Args:
-        tokenizer: it.
-        vocab_size: of the model's output layer.
+        tokenizer: the tokenizer.
+        vocab_size: size of the model's output layer.
         end_ids: the tokens that end a completion.
     """
     return {
@@ -391,18 +396,18 @@ def describe_tokenizer(tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) 
 
 
 def context_length(config: Any) -> int | None:
-    """The longest sequence that the model was made for, in tokens."""
+    """The longest sequence that the model supports, in tokens."""
     length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length
 
 
 def model_bytes(directory: str) -> int | None:
-    """Bytes of the weight files in a model directory; None for a model on the Hub, and where there are none."""
+    """Size in bytes of the weight files in a model directory; None for a model on the Hub, or if there are none."""
     path = Path(directory)
     index = read_json(path / "model.safetensors.index.json")
     if index:
         return sum((path / name).stat().st_size for name in set(index["weight_map"].values()))
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):  # the first kind there is, as transformers looks for them
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):  # the first kind found, in transformers' order
         if files := list(path.glob(pattern)):
             return sum(file.stat().st_size for file in files)
     return None

@@ -1,15 +1,17 @@
-"""Root classes: what two vocabularies have in common, as a partition of both.
+"""Root classes: a common partition of two vocabularies.
 
-For a byte string b that is a student token let φ(b) be the first token of the teacher's encoding of b, and for a teacher
-token ψ(b) the first of the student's. Each is a prefix of its argument. Follow φ and ψ in turn until a string is reached
-that both vocabularies have: the root. Every token of either vocabulary has exactly one, so the roots partition both, and a
-distribution over either vocabulary is one over the classes. With one vocabulary every token is its own class.
+For a byte string b that is a student token, let φ(b) be the first token of the teacher's encoding of b, and for a teacher
+token, ψ(b) the first of the student's. Each is a prefix of its argument. Apply φ and ψ alternately until reaching a string
+that both vocabularies contain: the root. Every token of either vocabulary has exactly one root, so roots partition both, and
+a distribution over either vocabulary is one over the classes. With a single vocabulary, every token is its own class.
 
-Tokens that end a text are one class, by table. Special tokens that end nothing, ids that the tokenizer does not know and
-tokens without a root are one class, too, the last. A teacher's mass on it is dropped, if the student has none of them.
+Tokens that end a text are one class, by table. Special tokens that do not end a text, ids unknown to the tokenizer and tokens
+without a root form one last class. The teacher's mass on it is dropped if the student has no such tokens.
 """
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +23,11 @@ import numpy as np
 from llmdistill.errors import InputError
 from llmdistill.models.token_bytes import first_tokens, token_bytes
 from llmdistill.runs import lock
-from llmdistill.runs.record import fsync_directory
+from llmdistill.runs.record import check_shape, fsync_directory, read_json
 
 Array = np.ndarray[Any, Any]
 FILE = "classes.npz"  # in a dataset
+_MANIFEST = "dataset.json"  # next to it
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class RootClasses:
     """The class of each token: numbers from 0, below `count`.
 
     Attributes:
-        teacher_V: of the teacher's tokens, over its output layer.
-        student_V: of the student's, over its own.
+        teacher_V: class of each of the teacher's tokens, over its output layer.
+        student_V: class of each of the student's tokens, over its output layer.
     """
 
     teacher_V: Array
@@ -41,65 +44,65 @@ class RootClasses:
 
     @cached_property
     def count(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return int(max(self.teacher_V.max(initial=-1), self.student_V.max(initial=-1))) + 1
 
     @property
     def dropped(self) -> int | None:
-        """The class of special tokens, if the student has none: what the teacher thinks of it cannot be learnt."""
+        """The class of special tokens, if the student has none: the teacher's probability of it cannot be learned."""
         last = self.count - 1
         return None if (self.student_V == last).any() else last
 
     @cached_property
     def members(self) -> tuple[Array, Array]:
-        """The student's tokens, those of a class one behind the other (V,), and where each class begins (C + 1,)."""
+        """The student's tokens sorted by class (V,), and the start of each class (C + 1,)."""
         order_V = np.argsort(self.student_V, kind="stable")
         sizes_C = np.bincount(self.student_V, minlength=self.count)
         return order_V, np.concatenate([[0], np.cumsum(sizes_C)])
 
     @classmethod
     def of_one_vocabulary(cls, teacher: int, student: int) -> "RootClasses":
-        """Every token is its own class; those that pad the teacher's output layer further than the student's are the last.
+        """Make every token its own class; those that pad the teacher's output layer beyond the student's are last.
 
         Args:
             teacher: size of the teacher's output layer.
-            student: of the student's.
+            student: size of the student's.
         """
         return cls(np.minimum(np.arange(teacher), student), np.arange(student))
 
     @property
     def are_tokens(self) -> bool:
-        """Whether they are those of `of_one_vocabulary`."""
+        """Whether they equal those of `of_one_vocabulary`."""
         same = type(self).of_one_vocabulary(len(self.teacher_V), len(self.student_V))
         return np.array_equal(self.teacher_V, same.teacher_V) and np.array_equal(self.student_V, same.student_V)
 
     @property
     def hash(self) -> str:
-        """Of the content."""
+        """Hash of the content."""
         digest = hashlib.sha256()
         for values in (self.teacher_V, self.student_V):
             digest.update(values.astype("<i4").tobytes() + b"|")
         return digest.hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write it beside a dataset's shards."""
+        """Write the classes next to a dataset's shards."""
         save_classes({"": self}, directory)
 
     @classmethod
     def load(cls, directory: Path) -> "RootClasses":
-        """Read those of a dataset of a single teacher.
+        """Read the classes of a dataset with a single teacher.
 
         Raises:
-            InputError: they are not there, are none, or are of several teachers.
+            InputError: if they are missing, invalid, or those of several teachers.
         """
         found = load_classes(directory)
         if "" not in found:
-            raise InputError(f"{directory / FILE}: holds classes of several teachers, {', '.join(found)}; use load_classes")
+            raise InputError(f"{directory / FILE}: contains classes of several teachers, {', '.join(found)}; use load_classes")
         return found[""]
 
 
 def save_classes(by_teacher: "Mapping[str, RootClasses]", directory: Path) -> None:
-    """Write those of each teacher beside a dataset's shards; of a single one the name is empty."""
+    """Write the classes of each teacher next to a dataset's shards; the name of a single teacher is empty."""
     arrays: dict[str, Any] = {
         f"{side}{name and f'.{name}'}": values.astype(np.int32)
         for name, classes in by_teacher.items()
@@ -111,40 +114,60 @@ def save_classes(by_teacher: "Mapping[str, RootClasses]", directory: Path) -> No
 
 
 def load_classes(directory: Path) -> "dict[str, RootClasses]":
-    """The classes of each of a dataset's teachers by its name; of a single one the name is empty.
+    """The classes of each of a dataset's teachers by name; the name of a single teacher is empty.
 
     Raises:
-        InputError: they are not there, or are none.
+        InputError: if they are missing, invalid, or do not match the hashes in the `dataset.json` next to them.
     """
     file = directory / FILE
     try:
         with np.load(file, allow_pickle=False) as stored:
             names = [name.removeprefix("teacher").removeprefix(".") for name in stored.files if name.startswith("teacher")]
             found = {name: [stored[f"{side}{name and f'.{name}'}"] for side in ("teacher", "student")] for name in names}
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        why = str(error) or type(error).__name__
+        raise InputError(f"{file}: cannot be read: {why.splitlines()[0]}") from None
     sides = [side for pair in found.values() for side in pair]
     if not sides or not all(side.ndim == 1 and side.size and side.dtype.kind == "i" and side.min() >= 0 for side in sides):
-        raise InputError(f"{file}: holds no classes of two vocabularies")
+        raise InputError(f"{file}: does not contain classes of two vocabularies")
     if len({len(student) for _, student in found.values()}) > 1:
-        raise InputError(f"{file}: holds classes of students of different sizes")
-    return {name: RootClasses(*(side.astype(np.int64) for side in pair)) for name, pair in found.items()}
+        raise InputError(f"{file}: contains classes for students of different sizes")
+    by_teacher = {name: RootClasses(*(side.astype(np.int64) for side in pair)) for name, pair in found.items()}
+    _check_hashes(directory, by_teacher)
+    return by_teacher
+
+
+def _check_hashes(directory: Path, by_teacher: "Mapping[str, RootClasses]") -> None:
+    """Refuse classes that differ from those with which the dataset's targets were aligned.
+
+    Raises:
+        InputError: names the file.
+    """
+    manifest = check_shape(directory / _MANIFEST, read_json(directory / _MANIFEST) or {}, {})
+    alignment = check_shape(directory / _MANIFEST, manifest.get("alignment", {}), {}, "alignment")
+    known = alignment.get("teachers") or {"": alignment}
+    expected = {name: one["classes_hash"] for name, one in known.items() if "classes_hash" in one}
+    if expected and expected != {name: classes.hash for name, classes in by_teacher.items()}:
+        raise InputError(
+            f"{directory / FILE}: the classes do not match their hash in {_MANIFEST} (alignment.classes_hash); "
+            "the file was damaged or changed; remove the directory and run `retokenize` again"
+        )
 
 
 def by_name(classes: "RootClasses | Mapping[str, RootClasses]") -> "dict[str, RootClasses]":
-    """Those of each teacher by its name; of a single one the name is empty."""
+    """The classes of each teacher by name; the name of a single teacher is empty."""
     return {"": classes} if isinstance(classes, RootClasses) else dict(classes)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer, and what is to be known of its tokens.
+    """A tokenizer and properties of its tokens.
 
     Attributes:
         bytes_of: each token's bytes by its id; None for special ones.
         end_ids: the tokens that end a text.
-        size: of the model's output layer, which may be padded.
-        first: of some byte strings, the first token of the encoding of each, as bytes; empty where there is none.
+        size: size of the model's output layer, which may be padded.
+        first: for some byte strings, the first token of their encoding, as bytes; empty if there is none.
     """
 
     bytes_of: Sequence[bytes | None]
@@ -154,17 +177,17 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any, end_ids: Sequence[int], size: int, key: str) -> "Vocabulary":
-        """From a fast tokenizer of transformers.
+        """Build from a fast tokenizer of transformers.
 
         Raises:
-            InputError: the bytes of its tokens cannot be told; naming the key.
+            InputError: if the bytes of its tokens cannot be determined; names the key.
         """
         bytes_of = token_bytes(tokenizer, key)
         return cls(bytes_of, end_ids, size, lambda strings: first_tokens(tokenizer, bytes_of, strings))
 
 
 def root_classes(teacher: Vocabulary, student: Vocabulary) -> RootClasses:
-    """The classes of two vocabularies. The first classes are the roots in the order of their bytes, then come two by table."""
+    """The classes of two vocabularies: first the roots in the order of their bytes, then two classes by table."""
     theirs, own = _strings(teacher), _strings(student)
     roots = _roots(theirs, own, teacher.first, student.first)
     number_of = {root: number for number, root in enumerate(sorted(set(roots.values())))}
@@ -202,6 +225,6 @@ def _roots(
 
 
 def _steps(strings: Iterable[bytes], first: Callable[[Sequence[bytes]], list[bytes]]) -> dict[bytes, bytes]:
-    """Of strings that the other side does not have, the first token there."""
+    """For strings that the other side lacks, the first token of their encoding there."""
     ordered = sorted(strings)
     return {string: found for string, found in zip(ordered, first(ordered), strict=True) if found and len(found) < len(string)}

@@ -1,8 +1,8 @@
 """The bytes that each token of a vocabulary stands for.
 
-A token is a string of bytes, and not always of characters: one character may be split between tokens. Known are byte-level
-BPE (GPT-2's alphabet of 256 characters, one a byte) and SentencePiece with byte fallback (`▁` for a space, `<0x0A>` for a
-byte). What is told here is checked against the tokenizer itself on text that has every kind of trouble in it.
+A token is a string of bytes, not always of characters: a character may be split between tokens. Supported are byte-level BPE
+(GPT-2's alphabet of 256 characters, one per byte) and SentencePiece with byte fallback (`▁` for a space, `<0x0A>` for a byte).
+The result is checked against the tokenizer itself on a difficult text.
 """
 
 import json
@@ -14,7 +14,7 @@ from llmdistill.errors import InputError
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"
-# Runs of spaces, a contraction, CRLF, a tab, digits, characters of two to four bytes, a sequence of joined emoji, code.
+# Runs of spaces, a contraction, CRLF, a tab, digits, characters of two to four bytes, joined emoji, code.
 _PROBE = (
     "Hello  world, don't\r\n\t 12345 caf\u00e9 \U0001f600 \u65e5\u672c\u8a9e \U0001f468\u200d\U0001f469 \u0627\u0644\n\n"
     "def f(x):\n    return x"
@@ -22,14 +22,14 @@ _PROBE = (
 
 
 def token_bytes(tokenizer: Any, key: str = "tokenizer") -> list[bytes | None]:
-    """The bytes of each token by its id; None for special tokens, which are no text, and for ids that are none.
+    """The bytes of each token by its id; None for special tokens, which are not text, and for unused ids.
 
     Args:
-        tokenizer: a fast one of transformers.
-        key: of the configuration, for the error.
+        tokenizer: a fast tokenizer of transformers.
+        key: key of the configuration, for the error.
 
     Raises:
-        InputError: the bytes of its tokens cannot be told.
+        InputError: if the bytes of its tokens cannot be determined.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     added = tokenizer.added_tokens_decoder
@@ -44,21 +44,21 @@ def token_bytes(tokenizer: Any, key: str = "tokenizer") -> list[bytes | None]:
     together = b"".join(found[number] or b"\xff" for number in ids)
     if together not in (_PROBE.encode(), b" " + _PROBE.encode()):
         raise InputError(
-            f"{key}: the bytes of the tokens of {tokenizer.name_or_path} cannot be told: it is neither byte-level BPE nor "
-            "SentencePiece with byte fallback, or it changes the text that it encodes"
+            f"{key}: cannot determine the bytes of {tokenizer.name_or_path}'s tokens: it is neither byte-level BPE nor "
+            "SentencePiece with byte fallback, or it alters the text that it encodes"
         )
     return found
 
 
 def is_byte_level(tokenizer: Any) -> bool:
-    """Whether the tokens are written in GPT-2's alphabet, one character a byte."""
+    """Whether the tokens are written in GPT-2's alphabet, one character per byte."""
     decoder = tokenizer.backend_tokenizer.decoder
     decoder = {} if decoder is None else json.loads(decoder.__getstate__())
     return any(part.get("type") == "ByteLevel" for part in (decoder, *decoder.get("decoders", [])))
 
 
 def alphabet() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes: those that print stand for themselves, the others follow from U+0100 on."""
+    """GPT-2's characters for the 256 bytes: printable ones represent themselves, the others follow from U+0100."""
     printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printing]
     return {chr(byte): byte for byte in printing} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
@@ -81,13 +81,13 @@ def _sentencepiece(text: str) -> bytes:
 def first_tokens(tokenizer: Any, bytes_of: Sequence[bytes | None], strings: Sequence[bytes]) -> list[bytes]:
     """The first token of the encoding of each byte string, as bytes: a prefix of it.
 
-    Where the tokenizer would change the string (a space in front, the name of a special token) or it is not whole
-    characters, the merges alone decide, without what the tokenizer does before them; and if those do not know it, it is the
-    first byte, where the vocabulary has that, else nothing.
+    If the tokenizer would alter the string (a leading space, the name of a special token), or it is not a sequence of whole
+    characters, only the merges are used, without the tokenizer's preprocessing; if they do not know it, the result is the first
+    byte if it is in the vocabulary, else nothing.
 
     Args:
-        tokenizer: a fast one of transformers.
-        bytes_of: by `token_bytes`.
+        tokenizer: a fast tokenizer of transformers.
+        bytes_of: from `token_bytes`.
         strings: none of them empty.
     """
     found = [b""] * len(strings)

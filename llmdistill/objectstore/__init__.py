@@ -1,1 +1,1 @@
-"""The copy of a run in an object store, and shards that workers without a common disk make."""
+"""The copy of a run in an object store, and shards made by workers without a shared disk."""

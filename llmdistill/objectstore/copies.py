@@ -1,9 +1,9 @@
-"""The copy of a run in an object store: it outlives the machine, and another one goes on from it.
+"""The copy of a run in an object store, which outlives the machine so that another one can continue.
 
-Under the URL lie the same names as under `output`. One object appears whole or not at all, but nothing can be renamed there,
-so a directory says itself that it is whole: its `.finished.json` holds the SHA-256 of every file and what `run.json` says.
-It is uploaded after them and taken away before any of them changes. What is worth something before that are checkpoints,
-each a directory of its own, and the shards of a dataset that is being made (see `shared_shards`).
+The names under the URL are the same as under `output`. Single objects are written atomically, but nothing can be renamed, so a
+complete directory is marked: its `.finished.json` holds the SHA-256 of every file and the contents of `run.json`. It is
+uploaded after them and deleted before any of them changes. Useful before that are checkpoints, each a directory of its own,
+and the shards of an unfinished dataset (see `shared_shards`).
 """
 
 import json
@@ -20,15 +20,16 @@ from llmdistill.errors import InputError
 from llmdistill.objectstore.store import DamagedError, Store
 from llmdistill.runs import lock, record
 from llmdistill.runs.progress import say
+from llmdistill.runs.watch import is_first_process
 from llmdistill.stages.table import STAGES, Directory
 
 SEAL = ".finished.json"
 CARD = "README.md"
 _CHECKPOINTS = "checkpoints"
-_STATE = "trainer_state.json"  # the trainer writes it last: a checkpoint that has it is whole
-# What several workers may make, so that the first of them decides.
+_STATE = "trainer_state.json"  # the trainer writes it last: a checkpoint that has it is complete
+# Made by several workers, of which the first decides.
 _SHARED = {directory for stage in STAGES.values() if stage.shared for directory in stage.writes}
-# Not a stage, but it reads what one has made.
+# Not a stage, but it reads the results of one.
 _OTHER_READERS: dict[str, tuple[Directory, ...]] = {"chat": ("student",)}
 
 
@@ -42,11 +43,11 @@ class Copy:
         self.url = f"{store.url}/{self.name}"
 
     def part(self, name: str) -> "Copy":
-        """A directory in it that is whole by itself."""
+        """A directory in it that is complete by itself."""
         return Copy(self.store, self.directory, name, f"{self.name}/{name}")
 
     def seal(self) -> dict[str, Any] | None:
-        """What the store says of the whole directory; None if it is not whole there."""
+        """The store's record of the complete directory; None if it is incomplete there."""
         found: dict[str, Any] | None = None
         with suppress(DamagedError):
             found = self.store.read(f"{self.name}/{SEAL}")
@@ -59,10 +60,10 @@ class Copy:
         return found
 
     def break_seal(self, damaged: str | None = None) -> None:
-        """From now on it is not whole there, and what decides on the shards of a dataset goes with the seal.
+        """Mark it as incomplete there; the record that decides on a dataset's shards is removed with the seal.
 
         Args:
-            damaged: an object that goes, too.
+            damaged: an object to remove as well.
         """
         self.store.remove(f"{self.name}/{SEAL}")
         self.store.remove(f"{self.name}/{MANIFEST}")
@@ -70,7 +71,7 @@ class Copy:
             self.store.remove(damaged)
 
     def is_here(self) -> bool:
-        """Whether it need not be fetched: it is done, or was not made by a stage."""
+        """Whether it need not be fetched, as it is done or was not made by a stage."""
         return self.directory.exists() and (self.is_done_here() or not (self.directory / record.RUN_FILE).exists())
 
     def is_done_here(self) -> bool:
@@ -82,20 +83,20 @@ class Copy:
         """Upload a finished directory, unless the store has it already.
 
         Raises:
-            InputError: the store has the work of other settings.
+            InputError: if the store has work made with other settings.
         """
         if not self.is_done_here():
             return
         run, seal = record.read_run(self.directory) or {}, self.seal()
         if seal and seal["run"] != run:
             self.check(run["stage"], run["settings"], run["inputs"])
-        # Where another run has done the same, its result stays; where it is this one, it has been gone on with.
+        # If another run has made the same, its result stays; if it was this one, it has continued since.
         if not seal or (seal["run"] != run and seal["run"]["started"] == run["started"]):
             say("store", f"uploading {self.directory} to {self.url}")
             self.upload()
 
     def upload(self) -> None:
-        """Make the copy what is here, with what says so at the very end."""
+        """Make the copy equal to this directory, with its seal at the very end."""
         files = sorted(self.directory.rglob("*"))
         here = {path.relative_to(self.directory).as_posix(): path for path in files if path.is_file()}
         here = {name: path for name, path in here.items() if not _is_apart(name)}
@@ -131,10 +132,10 @@ class Copy:
             file.unlink()
 
     def fetch(self) -> None:
-        """Make this directory the copy, `run.json` with its status at the very end.
+        """Make this directory equal to the copy, with the status in `run.json` at the very end.
 
         Raises:
-            DamagedError: an object is not what was uploaded, or is not there.
+            DamagedError: if an object differs from what was uploaded, or is missing.
         """
         seal = self.seal()
         assert seal is not None
@@ -147,7 +148,7 @@ class Copy:
             file = self.directory / name
             if not file.is_file() or record.sha256(file) != seal["files"][name]:
                 self.store.get(f"{self.name}/{name}", file, seal["files"][name])
-        with suppress(DamagedError):  # `eval` writes on a card after the seal; a checkpoint has none
+        with suppress(DamagedError):  # `eval` writes to a card after the seal; a checkpoint has none
             self.store.get(f"{self.name}/{CARD}", self.directory / CARD)
         for file in self.directory.glob("*.parquet"):
             if file.name not in seal["files"]:
@@ -156,25 +157,25 @@ class Copy:
             record.write_json(run_file, seal["run"])
 
     def check(self, name: str, settings: dict[str, Any], inputs: dict[str, str]) -> None:
-        """Refuse to mix the work of two settings.
+        """Refuse to mix work made with different settings.
 
         Args:
-            name: of the stage.
+            name: name of the stage.
             settings: the resolved configuration that its result depends on.
             inputs: path and hash of what it reads.
 
         Raises:
-            InputError: the store has work of another stage, or of other settings.
+            InputError: if the store has work of another stage, or made with other settings.
         """
         seal = self.seal()
         run = seal["run"] if seal else self.store.read(f"{self.name}/{record.RUN_FILE}")
         self._compare(run, {"stage": name, "settings": settings, "inputs": inputs})
 
     def begin(self) -> None:
-        """Before the first part of the work is uploaded: let the store know whose it is, or see that it is the same.
+        """Before the first upload, record the settings of the work in the store, or check that they are the same.
 
         Raises:
-            InputError: the store has work of another stage, or of other settings.
+            InputError: if the store has work of another stage, or made with other settings.
         """
         file = self.directory / record.RUN_FILE
         self._compare(json.loads(self.store.decide(file, f"{self.name}/{file.name}")), record.read_json(file))
@@ -183,6 +184,7 @@ class Copy:
         if there is None:
             return
         found = record.differences(there, here["settings"], here["inputs"])
+        found += record.other_commits(there.get("commits", {}), here.get("commits", {}))
         dtypes = [run["precision"]["dtype"] for run in (there, here) if run.get("precision")]
         if len(set(dtypes)) == 2:
             found.append(f"its teacher computes in {dtypes[0]}, that of {self.directory} in {dtypes[1]}")
@@ -191,51 +193,51 @@ class Copy:
         if found:
             raise InputError(
                 f"{self.url} was made with other settings: {'; '.join(found)}. "
-                "Choose another `store`, or remove that directory there to make it again"
+                "Choose another `store`, or remove that directory from it to make it again"
             )
 
 
 def _is_apart(name: str) -> bool:
-    """What is no part of a stage's result: hidden files, and checkpoints, each of which is whole by itself."""
+    """Files that are not part of a stage's result: hidden files, and checkpoints, each of which is complete by itself."""
     parts = PurePosixPath(name).parts
     return any(part.startswith(".") for part in parts) or parts[0] == _CHECKPOINTS
 
 
 def _order(name: str) -> tuple[bool, bool, bool, str]:
-    """What says of others that they are there comes after them."""
+    """Files that mark others as complete come after them."""
     return name == record.RUN_FILE, name == MANIFEST, name == _STATE, name
 
 
 def bring(experiment: Experiment, name: str) -> None:
-    """Before a stage: fetch what it reads, and what of its own work was finished elsewhere, where it is not here.
+    """Before a stage, fetch its input and those of its own results that were finished elsewhere and are missing here.
 
     Raises:
-        InputError: the store cannot be used, holds the work of other settings, or what the stage reads is damaged there.
+        InputError: if the store is unusable or has work made with other settings, or the stage's input is damaged there.
     """
     assert experiment.store is not None
     Store(experiment.store).check()
     output = Path(experiment.output)
     output.mkdir(parents=True, exist_ok=True)
-    with lock.in_turn(output / "store"):  # of several processes the first fetches, the others find it there
+    with lock.in_turn(output / "store"):  # of several processes the first fetches, and the others find the result
         for directory in _reads(experiment, name):
             copy = _copy(experiment, directory)
             try:
                 if copy and not copy.is_here() and copy.seal():
                     copy.fetch()
             except DamagedError as error:
-                raise InputError(f"{error}; run the stage that makes {directory} on this machine, and it is made again") from None
+                raise InputError(f"{error}; run the stage that makes {directory} on this machine to make it again") from None
         for copy in _own(experiment, name):
             _bring_own(copy)
 
 
 def _own(experiment: Experiment, name: str) -> list[Copy]:
-    """What a stage writes."""
+    """The directories that a stage writes."""
     copies = [_copy(experiment, experiment.directory(part)) for part in (STAGES[name].writes if name in STAGES else ())]
     return [copy for copy in copies if copy]
 
 
 def _reads(experiment: Experiment, name: str) -> list[Path]:
-    """What a stage reads that another one may have made: of this experiment, or of one that the configuration names."""
+    """Inputs of a stage that another one may have made, in this experiment or in one that the configuration names."""
     prompts, score, train, export = experiment.prompts, experiment.score, experiment.train, experiment.export
     learned = [train.dataset, *experiment.mixed_datasets]
     student = [experiment.student.model, experiment.first_student if experiment.rounds else None]
@@ -256,7 +258,7 @@ def _reads(experiment: Experiment, name: str) -> list[Path]:
 
 
 def _copy(experiment: Experiment, directory: Path) -> Copy | None:
-    """A directory under `output`, or beside it as far up as `output` and the URL end in the same names; else None."""
+    """A directory under `output`, or next to it as far up as `output` and the URL end with the same names; else None."""
     assert experiment.store is not None
     output, url = Path(os.path.normpath(experiment.output)), experiment.store.rstrip("/")
     parts = PurePosixPath(os.path.relpath(directory, output)).parts
@@ -270,7 +272,7 @@ def _copy(experiment: Experiment, directory: Path) -> Copy | None:
 
 
 def _bring_own(copy: Copy) -> None:
-    """What was done elsewhere of what this stage is to do; what is damaged is made again."""
+    """Fetch results of this stage that were finished elsewhere; damaged ones are made again."""
     try:
         if here := record.read_run(copy.directory):
             copy.check(here["stage"], here["settings"], here["inputs"])
@@ -281,23 +283,23 @@ def _bring_own(copy: Copy) -> None:
         elif copy.directory.name in ("student", "student-text-only", "student-examples"):
             _bring_checkpoints(copy)
     except DamagedError as error:
-        say("store", f"{error}; it is made again")
+        say("store", f"{error}; making it again")
         copy.break_seal(error.name)
         _bring_own(copy)
 
 
 def keep(experiment: Experiment, name: str) -> None:
-    """After a stage: upload what it has finished.
+    """After a stage, upload what it has finished.
 
     Raises:
-        InputError: the store holds the work of other settings, or refuses.
+        InputError: if the store has work made with other settings, or refuses access.
     """
     assert experiment.store is not None
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     for copy in _own(experiment, name):
         copy.upload_if_done()
-    # A page is no directory, and on the student's card `eval` has written its results.
+    # A page is not a directory, and `eval` has written its results on the student's card.
     output = Path(experiment.output)
     pages = {
         "report": [output / f"report.{form}" for form in ("html", "md", "png")],
@@ -309,7 +311,7 @@ def keep(experiment: Experiment, name: str) -> None:
 
 
 def _checkpoints(names: Sequence[str], last: str) -> list[str]:
-    """The whole checkpoints, by the file that is written last, from the oldest to the newest."""
+    """The complete checkpoints, by the file written last, from oldest to newest."""
     found = [match for name in names if (match := re.fullmatch(rf"(checkpoint-(\d+))/{re.escape(last)}", name))]
     return [match[1] for match in sorted(found, key=lambda match: int(match[2]))]
 
@@ -320,7 +322,7 @@ def _checkpoints_here(student: Copy) -> list[str]:
 
 
 def _bring_checkpoints(student: Copy) -> None:
-    """The newest whole checkpoint, and the best before it if that is another, where none as new is here."""
+    """Fetch the newest complete checkpoint, and the best one if it is an earlier one, unless one as new is here."""
     there, here = _checkpoints(list(student.store.names(f"{student.name}/{_CHECKPOINTS}")), SEAL), _checkpoints_here(student)
     if not there:
         return
@@ -336,17 +338,17 @@ def _bring_checkpoints(student: Copy) -> None:
         for wanted in [checkpoint for checkpoint in there if checkpoint in (best, newest) and checkpoint not in here]:
             student.part(f"{_CHECKPOINTS}/{wanted}").fetch()
     except DamagedError as error:
-        say("store", f"{error}; the checkpoint before it is tried")
+        say("store", f"{error}; trying the previous checkpoint")
         student.part(f"{_CHECKPOINTS}/{wanted}").break_seal()
         _bring_checkpoints(student)
 
 
 def keep_checkpoints(experiment: Experiment, directory: Path, limit: int | None) -> None:
-    """Upload the whole checkpoints that the store lacks; under a limit those go there that are gone here.
+    """Upload the complete checkpoints that the store lacks; under a limit, also delete those deleted here.
 
     Args:
         experiment: the configuration.
-        directory: the student's.
+        directory: the student's directory.
         limit: `save_total_limit`.
     """
     student = _copy(experiment, directory)
@@ -363,7 +365,7 @@ def keep_checkpoints(experiment: Experiment, directory: Path, limit: int | None)
 
 
 def upload_checkpoints(experiment: Experiment, trainer: Any, directory: Path) -> None:
-    """From now on each checkpoint is uploaded when all processes have written it; training waits for that."""
+    """Upload each checkpoint once all processes have written it; training waits for the upload."""
     from transformers import TrainerCallback
 
     class Upload(TrainerCallback):

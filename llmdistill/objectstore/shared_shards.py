@@ -1,8 +1,8 @@
-"""The shards of a dataset that workers make without a common disk: they meet in the store.
+"""The shards of a dataset made by workers without a shared disk, which exchange them through the store.
 
-A shard is uploaded as soon as it is there, and its name holds its checksum. Whoever finds all of them there fetches what it
-lacks and writes `dataset.json`, which only the first can upload: where two made the same shard with other bytes, that file
-says which one counts, and the others take it over.
+A shard is uploaded as soon as it is finished, and its name contains its checksum. A worker that finds all of them there
+fetches those it lacks and writes `dataset.json`, which only the first can upload: if two workers made the same shard with
+different bytes, that file determines which one counts, and the others adopt it.
 """
 
 import json
@@ -20,11 +20,11 @@ from llmdistill.objectstore.store import DamagedError, Store
 from llmdistill.runs import record
 from llmdistill.runs.progress import say
 
-_TRIES = 5  # at fetching shards while others decide or damaged ones are made again
+_TRIES = 5  # attempts to fetch shards while others decide or damaged ones are made again
 
 
 class SharedShards:
-    """The training shards in the store of one dataset; without a store there are none, and nothing is to be done."""
+    """The training shards of one dataset in the store; without a store there are none, and nothing needs to be done."""
 
     def __init__(self, experiment: Experiment, directory: Path) -> None:
         self.directory = directory
@@ -33,38 +33,38 @@ class SharedShards:
         self.copy = Copy(Store(experiment.store), directory.parent, directory.name) if experiment.store else None
 
     def join(self, name: str, settings: dict[str, Any], inputs: dict[str, str]) -> None:
-        """See that this worker's settings are those of the others.
+        """Check that this worker's settings equal those of the others.
 
         Args:
-            name: of the stage.
+            name: name of the stage.
             settings: the resolved configuration that the rows depend on.
             inputs: path and hash of what is read.
 
         Raises:
-            InputError: the store has the work of other settings.
+            InputError: if the store has work made with other settings.
         """
         if self.copy:
             self.copy.check(name, settings, inputs)
 
     def begun_precision(self) -> Precision | None:
-        """What the teacher computes in, as the work in the store was begun; None if it was not."""
+        """The teacher's precision in the work that was started in the store; None if there is none."""
         run = self.copy.store.read(f"{self.copy.name}/{record.RUN_FILE}") if self.copy else None
         recorded = (run or {}).get("precision")
         return Precision(**recorded) if recorded else None
 
     def indices(self) -> set[int]:
-        """Which shards are in the store."""
+        """The shards in the store."""
         return set(self._names()) if self.copy else set()
 
     def lacking(self, wanted: Iterable[int]) -> Generator[int, None, None]:
-        """Those of the wanted shards that are not in the store, which is asked again just before each is made."""
+        """The wanted shards that are not in the store, which is asked again just before each is made."""
         there = self.indices()
         for index in wanted:
             if index not in there and not (self.copy and self._names(_prefix(index))):
                 yield index
 
     def put(self, shard: Shard) -> None:
-        """Upload a shard, unless another worker did; then that one counts, and this one goes."""
+        """Upload a shard unless another worker has done so; then that one counts, and this one is deleted."""
         if not self.copy:
             return
         there = self._names(_prefix(shard.index)).get(shard.index)
@@ -77,17 +77,17 @@ class SharedShards:
             shard.file.unlink()
 
     def put_lacking(self) -> None:
-        """Upload what a killed worker had finished here."""
+        """Upload shards that a killed worker had finished here."""
         there = self.indices()
         for shard in finished_shards(self.directory, "train") if self.copy else ():
             if shard.index not in there and not is_damaged(shard):
                 self.put(shard)
 
     def gather(self, count: int) -> bool:
-        """Once all shards are in the store, have them here; False if one is damaged there: it goes, and has to be made again.
+        """Once all shards are in the store, fetch them; returns False if one is damaged there, in which case it is deleted.
 
         Raises:
-            RemoteError: they are damaged again and again.
+            RemoteError: if they are damaged repeatedly.
         """
         if not self.copy:
             return True
@@ -100,12 +100,12 @@ class SharedShards:
             self._tries -= 1
             if not self._tries:
                 raise RemoteError(f"{error}, repeatedly") from None
-            say("store", f"{error}; it is made again, unless another one is there")
+            say("store", f"{error}; making it again unless there is another one")
             self.copy.break_seal(error.name)
             return False
 
     def decide(self) -> None:
-        """Upload `dataset.json`, or take over the one that is there."""
+        """Upload `dataset.json`, or adopt the existing one."""
         if not self.copy:
             return
         file = self.directory / MANIFEST
@@ -122,7 +122,7 @@ class SharedShards:
             self.copy.upload_if_done()
 
     def _names(self, prefix: str = "train-") -> dict[int, str]:
-        """The shards in the store by their index; where two workers made the same one, the first by name."""
+        """The shards in the store by index; if two workers made the same one, the first by name."""
         assert self.copy is not None
         names: dict[int, str] = {}
         for name in sorted(self.copy.store.names(self.copy.name, prefix)):
@@ -131,7 +131,7 @@ class SharedShards:
         return names
 
     def _decided(self) -> list[str]:
-        """The shards that count, if a worker has decided on them; what has gone since is to be made again."""
+        """The shards that count, if a worker has decided; those deleted since have to be made again."""
         assert self.copy is not None
         manifest = self.copy.store.read(f"{self.copy.name}/{MANIFEST}")
         if manifest is None:
@@ -143,7 +143,7 @@ class SharedShards:
         return names
 
     def _fetch(self, names: Collection[str]) -> None:
-        """Have these shards here, and no others."""
+        """Make exactly these shards available here."""
         assert self.copy is not None
         for name in names:
             file, checksum = self.directory / name, name.removesuffix(".parquet").rpartition("-")[2]
@@ -162,5 +162,5 @@ def _shards_of(manifest: dict[str, Any]) -> list[str]:
     """The names in a `dataset.json`."""
     names = [str(entry["file"]) for entry in manifest["shards"]]
     if not all(SHARD_NAME.fullmatch(name) for name in names):
-        raise InputError(f"{MANIFEST} of the store names files that are no shards")
+        raise InputError(f"{MANIFEST} of the store names files that are not shards")
     return names

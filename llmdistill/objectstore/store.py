@@ -1,4 +1,4 @@
-"""An object store as files under a URL: whole or not there, tried again when it fails, by fsspec."""
+"""An object store as files under a URL, by fsspec: writes are atomic, and failing calls are retried."""
 
 import errno
 import json
@@ -9,14 +9,14 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from llmdistill.errors import InputError, RemoteError
+from llmdistill.errors import InputError, RemoteError, not_installed
 from llmdistill.runs import lock, record
 from llmdistill.runs.progress import say
 
-_DELAYS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds between tries, about five minutes
+_DELAYS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds between attempts, about five minutes
 _LIBRARIES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "file": ("fsspec", "s3")}  # package and extra
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}},  # it is us who try again, and say so
+    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}},  # retries are done here, with a message
     "gs": {},
     "file": {"auto_mkdir": True},
 }
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class DamagedError(InputError):
-    """An object is not what was uploaded, or is gone, though it is said to be there; `name` is its name."""
+    """An object differs from what was uploaded, or is gone although it is listed; `name` is its name."""
 
     def __init__(self, url: str, name: str) -> None:
         super().__init__(f"{url}/{name} is damaged or gone")
@@ -35,11 +35,11 @@ class DamagedError(InputError):
 
 
 class Store:
-    """Files by name under a URL; every call is tried again for some minutes.
+    """Files by name under a URL; every call is retried for some minutes.
 
     Raises:
-        InputError: a library is missing, there are no credentials, no such bucket, or the store refuses.
-        RemoteError: from any call: it cannot be reached, or fails.
+        InputError: if a library, the credentials or the bucket are missing, or the store refuses access.
+        RemoteError: from any call, if the store cannot be reached, or fails.
     """
 
     def __init__(self, url: str) -> None:
@@ -51,16 +51,16 @@ class Store:
 
             self._files = fsspec.filesystem(protocol, use_listings_cache=False, **_OPTIONS[protocol])
         except ImportError:
-            raise InputError(f"store: {url} needs {package}, which is not installed: pip install 'llmdistill[{extra}]'") from None
+            raise not_installed(f"store: {url}", package, extra) from None
         self._root = str(self._files._strip_protocol(self.url))
         self._renames = protocol == "file"
-        self._no_bucket = f"store: {self.url}: there is no such bucket"
+        self._no_bucket = f"store: {self.url}: no such bucket"
 
     def check(self) -> None:
-        """See that there is such a store, before work is begun that it is to receive."""
+        """Check that the store exists before starting work that will be uploaded to it."""
         if not self._renames:
             try:
-                self._ask("", lambda: self._files.find(self._root, prefix="."))  # as good as nothing begins with that
+                self._ask("", lambda: self._files.find(self._root, prefix="."))  # a prefix with which hardly anything begins
             except FileNotFoundError:
                 raise InputError(self._no_bucket) from None
 
@@ -68,8 +68,8 @@ class Store:
         """The files in a directory and below, by their path in it, with their sizes in bytes.
 
         Args:
-            under: the directory's name.
-            prefix: how the paths begin.
+            under: name of the directory.
+            prefix: beginning of the paths.
         """
         root = f"{self._root}/{under}"
         try:
@@ -80,7 +80,7 @@ class Store:
         return {name: size for name, size in names.items() if name.startswith(prefix) and not name.endswith(".unfinished")}
 
     def put(self, file: Path, name: str) -> None:
-        """Upload a file; it is there whole or not at all."""
+        """Upload a file atomically."""
         try:
             if self._renames:
                 self._ask(name, lambda: self._put_beside(file, name).replace(f"{self._root}/{name}"))
@@ -92,23 +92,23 @@ class Store:
             raise InputError(self._no_bucket) from None
 
     def decide(self, file: Path, name: str) -> bytes:
-        """Upload a file unless there is one already; the content of what is there then, which many may ask for at once."""
+        """Upload a file unless there is one already; returns the content found then, also with concurrent calls."""
         while True:
             with suppress(FileExistsError):
                 self._create(file, name)
-            with suppress(FileNotFoundError):  # gone again already
+            with suppress(FileNotFoundError):  # already gone again
                 return self._ask(name, lambda: bytes(self._files.cat_file(f"{self._root}/{name}")))
 
     def get(self, name: str, file: Path, checksum: str | None = None) -> None:
-        """Download a file; here, too, it appears whole or not at all.
+        """Download a file; it appears atomically here too.
 
         Args:
-            name: in the store.
-            file: where it goes.
-            checksum: how its SHA-256 begins.
+            name: name in the store.
+            file: where to write it.
+            checksum: beginning of its SHA-256.
 
         Raises:
-            DamagedError: it has another one, or is not there.
+            DamagedError: if the checksum differs, or the file is missing.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -122,10 +122,10 @@ class Store:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(file)) from None
 
     def read(self, name: str) -> Any:
-        """A JSON file; None if it is not there.
+        """Read a JSON file; None if it does not exist.
 
         Raises:
-            DamagedError: it is no JSON.
+            DamagedError: if it is not JSON.
         """
         try:
             content = self._ask(name, lambda: bytes(self._files.cat_file(f"{self._root}/{name}")))
@@ -137,7 +137,7 @@ class Store:
             raise DamagedError(self.url, name) from None
 
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file, if it exists."""
         with suppress(FileNotFoundError):
             self._ask(name, lambda: self._files.rm_file(f"{self._root}/{name}"))
 
@@ -153,25 +153,25 @@ class Store:
             beside.unlink()
 
     def _put_beside(self, file: Path, name: str) -> Path:
-        """In a directory, which unlike a store shows a file while it is written: under a hidden name first."""
+        """Write to a directory, which unlike a store shows a file while it is written: under a hidden name first."""
         target = PurePosixPath(self._root, name)
         beside = target.with_name(f".{target.name}.{lock.writer_name()}.unfinished")
         self._files.put_file(str(file), str(beside))
         return Path(beside)
 
     def _ask(self, name: str, what: Callable[[], T]) -> T:
-        """Call until it works.
+        """Call until it succeeds.
 
         Raises:
-            FileNotFoundError, FileExistsError: as the store says.
-            OSError: the local disk is full.
+            FileNotFoundError, FileExistsError: as raised by the store.
+            OSError: if the local disk is full.
         """
         for number, delay in enumerate([*_DELAYS, None]):
             try:
                 return what()
             except (FileNotFoundError, FileExistsError):
                 raise
-            except Exception as error:  # every library raises its own, with no common base
+            except Exception as error:  # every library raises its own exceptions, with no common base
                 reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
                 if _code(error)[0] == "PreconditionFailed":
                     raise FileExistsError(name) from None
@@ -189,13 +189,13 @@ class Store:
                         f"{self.url}/{name}: {reason}; finished work is kept locally; run the same command to continue"
                     ) from error
                 if number == 0:
-                    say("store", f"{self.url}/{name}: {reason}; trying again for {sum(_DELAYS) / 60:.0f} minutes")
+                    say("store", f"{self.url}/{name}: {reason}; retrying for {sum(_DELAYS) / 60:.0f} minutes")
                 time.sleep(delay)
         raise AssertionError
 
 
 def _code(error: BaseException) -> tuple[str, int]:
-    """What S3 calls an error, and its HTTP status; empty and 0 where it was another."""
+    """S3's code for an error, and its HTTP status; empty and 0 for other errors."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if not isinstance(response, dict):
         return "", 0

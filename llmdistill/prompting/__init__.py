@@ -1,1 +1,1 @@
-"""What `prompts` is made of: sources, templates, and the steps in which the teacher makes prompts of prompts."""
+"""The parts of `prompts`: sources, templates, and the steps in which the teacher makes prompts from prompts."""

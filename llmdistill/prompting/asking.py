@@ -1,4 +1,4 @@
-"""The teacher asked while prompts are made: answers in shards that a later try, or another worker, finds and keeps."""
+"""Asking the teacher while making prompts: answers are stored in shards, which later attempts and other workers reuse."""
 
 import time
 from collections import Counter
@@ -34,7 +34,7 @@ TOO_LONG, UNUSABLE, GIVEN_UP = "context", "unusable: ", "failed: "
 
 @dataclass(frozen=True)
 class Question:
-    """What the teacher is asked, under a name that stays the same.
+    """A question for the teacher, under a stable name.
 
     `origin` is for messages; `unusable` says why it cannot be asked, if it cannot.
     """
@@ -47,18 +47,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What it answered."""
+    """Its answer."""
 
     text: str
     finish_reason: str
 
 
 class WaitingForOthersError(Exception):
-    """Other workers have not made all shards of a step; the same command goes on when they have."""
+    """Other workers have not finished all shards of a step; the same command continues when they have."""
 
 
 class PromptFormat(Protocol):
-    """How messages become the token ids that the teacher continues, and what it wrote becomes an answer."""
+    """How messages become token ids for the teacher, and its text becomes an answer."""
 
     def ids(self, messages: Messages, origin: str) -> Sequence[int]:
         """What the teacher sees."""
@@ -140,9 +140,7 @@ class Asker:
                 self._make(label, directory, chain([first], missing), rows, questions, prompt_format)
         there = len(finished_shards(directory, "train"))
         if there < shards:
-            raise WaitingForOthersError(
-                f"{there:,} of {counted(shards, 'shard')} there, the others are for other workers to make"
-            )
+            raise WaitingForOthersError(f"{there:,} of {counted(shards, 'shard')} finished; the rest are left to other workers")
         return _read(directory, questions())
 
     def _make(
@@ -162,7 +160,7 @@ class Asker:
         def batches() -> Iterator[list[Request]]:
             waiting, reached = iter(questions()), 0
             for shard in counting_others(missing, directory, mine, bar):
-                if shard < reached:  # others had it in hand
+                if shard < reached:  # in progress elsewhere
                     waiting, reached = iter(questions()), 0
                 start = (shard - reached) * size
                 chunk, reached = list(islice(waiting, start, start + size)), shard + 1
@@ -255,5 +253,5 @@ def _read(directory: Path, questions: Iterable[Question]) -> Iterator[tuple[Ques
     rows = (row for batch in read_batches(files) for row in batch.to_pylist())
     for question, row in zip(questions, rows, strict=True):
         if question.id != row["id"]:
-            raise InputError(f"{directory}: holds answers to other questions; remove it to ask again")
+            raise InputError(f"{directory}: contains answers to other questions; remove it to ask again")
         yield question, Answer(row["text"], row["finish_reason"])

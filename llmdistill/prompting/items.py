@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from llmdistill.data.dataset import ROW_GROUP, read_batches, storable, to_json
 from llmdistill.data.jsonl import Fields
-from llmdistill.prompting.sources import describe_place
+from llmdistill.data.tables import describe_place
 from llmdistill.runs import lock
 from llmdistill.runs.record import fsync_directory
 
@@ -135,7 +135,7 @@ class ItemWriter:
         self.rows = rows
 
     def keep(self, item: Item) -> None:
-        """The item goes on."""
+        """Keep the item."""
         self._add(item, fields=to_json(item.fields), verdict="kept")
 
     def refuse(self, verdict: Verdict, item: Item, reason: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Magpie (2406.08464): a teacher that sees only what comes before the user's turn writes that turn itself."""
+"""Magpie (2406.08464): a teacher that sees only what precedes the user's turn writes that turn itself."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -27,7 +27,7 @@ class PreQueryFormat:
         teacher = chat.experiment.teacher
         if teacher.abilities.api and teacher.api == "chat":
             raise InputError(
-                f"teacher.engine {teacher.engine} sends conversations, and magpie has none: set teacher.api to completions, or "
+                f"magpie needs raw prompts, but engine {teacher.engine} sends conversations; set teacher.api to completions, or "
                 "remove the step"
             )
         self.template = chat.template
@@ -39,14 +39,14 @@ class PreQueryFormat:
         self._end = next((line.strip() for line in after.splitlines() if line.strip()), "")
 
     def ids(self, messages: Messages, origin: str) -> Sequence[int]:
-        """What the chat template puts before the user's turn."""
+        """The text that the chat template puts before the user's turn."""
         return self._around(messages)[0]
 
     def messages(self, messages: Messages) -> None:
-        """It is no conversation."""
+        """None: it is not a conversation."""
 
     def answer(self, ids: Array, finish_reason: str) -> Answer:
-        """What was written up to a special token, or to what the template puts after a user's turn.
+        """The text up to a special token, or to what the template puts after a user's turn.
 
         A template may end the turn by words, which the engine does not stop at: then the teacher has gone on to answer.
         """

@@ -1,4 +1,4 @@
-"""How much of a text is in another one already: ROUGE-L, against everything that was kept so far."""
+"""How much of a text is contained in an earlier one: ROUGE-L against everything kept so far."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ _CHARACTERS = 0x110000 - _FIRST_CHARACTER
 
 @dataclass
 class Pool:
-    """Texts that were kept, with their names.
+    """The kept texts, with their names.
 
     A text is held as a string with one character a word, so that ROUGE-L, F = 2 · LCS / (m + n) over words, is the
     normalised indel similarity of two strings, which rapidfuzz computes for a whole list at once. Only past a million
@@ -29,7 +29,7 @@ class Pool:
     _words: dict[str, str] = field(default_factory=dict)
 
     def nearest(self, text: str, at_least: float) -> tuple[float, str] | None:
-        """The largest overlap with a text of the pool, and that one's name, if it is above `at_least`."""
+        """The largest overlap with a text of the pool, and that text's name, if it is above `at_least`."""
         found = process.extractOne(
             self._encoded(text), self._texts, scorer=Indel.normalized_similarity, processor=None, score_cutoff=at_least
         )
@@ -38,7 +38,7 @@ class Pool:
         return float(found[1]), self.names[found[2]]
 
     def add(self, text: str, name: str) -> None:
-        """Keep a text."""
+        """Add a text."""
         self._texts.append(self._encoded(text))
         self.names.append(name)
 
@@ -51,7 +51,7 @@ class Pool:
 
 
 def read_others(settings: Novelty, key: str) -> Iterator[tuple[str, str]]:
-    """Text and place of every row of the files in `against`.
+    """Text and location of every row of the files in `against`.
 
     Raises:
         InputError: a file cannot be read, or a row lacks the field.

@@ -1,4 +1,4 @@
-"""Documents cut into passages: at headings, and between paragraphs where a section is too long."""
+"""Splits documents into passages: at headings, and between paragraphs if a section is too long."""
 
 import re
 from bisect import bisect_left
@@ -21,7 +21,7 @@ _HEADING_SEPARATOR = " › "
 
 @dataclass(frozen=True)
 class Passage:
-    """A part of a document: `text[start:end]`, and the headings that it stands under."""
+    """A part of a document: `text[start:end]`, and the headings above it."""
 
     start: int
     end: int
@@ -69,7 +69,7 @@ def split_text(text: str, markdown: bool, settings: Passages, token_starts: Star
 
 
 def _markdown_blocks(text: str) -> Iterator[_Block]:
-    """Top-level blocks by CommonMark with tables; a block goes on to where the next one begins."""
+    """Top-level blocks by CommonMark with tables; a block extends to the start of the next one."""
     front = _FRONT_MATTER.match(text)
     offset = front.end() if front else 0
     tokens = MarkdownIt("commonmark").enable("table").parse(text[offset:])
@@ -104,7 +104,7 @@ def _sections(blocks: list[_Block]) -> Iterator[list[_Block]]:
 def _pieces(
     text: str, start: int, end: int, size: Callable[[int, int], int], most: int, cuts: Sequence[str] = _CUTS
 ) -> Iterator[tuple[int, int]]:
-    """The block, or where it is too long its lines, sentences, words, and at last as much of a word as fits.
+    """The block or, if it is too long, its lines, sentences, words, and finally as much of a word as fits.
 
     White space around them is in none, but what indents their first line.
     """
@@ -149,7 +149,7 @@ def _pack(pieces: list[tuple[int, int]], size: Callable[[int, int], int], settin
 
 
 def _join(passages: list[Passage], size: Callable[[int, int], int], settings: Passages) -> Iterator[Passage]:
-    """Join what is too short to the passage after it, else to the one before; mark what fits to neither."""
+    """Merge short passages with the next one, else the previous one; mark those that fit neither."""
     done: list[Passage] = []
     for passage in passages:
         last = done[-1] if done else None

@@ -1,4 +1,4 @@
-"""What `prompts` will need, known before the teacher is loaded: files, templates, and the fields that they use."""
+"""What `prompts` will need, determined before the teacher is loaded: files, templates, and the fields that they use."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,9 +6,10 @@ from pathlib import Path
 
 from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, Prompts, SelfInstruct
 from llmdistill.config.section import Section
+from llmdistill.data.tables import Entry, files_hash
 from llmdistill.errors import InputError
 from llmdistill.prompting.novelty import read_others
-from llmdistill.prompting.sources import Entry, files_hash, read_list
+from llmdistill.prompting.sources import read_list
 from llmdistill.prompting.task_prompt import TaskPrompt, read_task_prompt
 from llmdistill.prompting.template import PromptTemplate, check_field, compile_text
 from llmdistill.runs.record import file_input
@@ -16,7 +17,7 @@ from llmdistill.runs.record import file_input
 
 @dataclass
 class Plan:
-    """The templates by their paths, and what each row of the source must have or must not have.
+    """The templates by path, and the fields that each row of the source must or must not have.
 
     `inputs` holds path and hash of what is read beside the source: templates and lists.
 
@@ -45,19 +46,19 @@ class Plan:
 
     @property
     def makes_prompt(self) -> bool:
-        """Whether a step has made the field `prompt` that is to be answered, beside whatever conversation a row came with."""
+        """Whether a step has made the field `prompt`, which replaces any conversation of the row."""
         return self.final is None and "prompt" in self._made
 
     @property
     def task(self) -> dict[str, str]:
-        """What the task tells a model, as a variable for templates; nothing where there is no task."""
+        """The task's instruction, as a variable for templates; empty without a task."""
         return {"task": self.final.task.told} if isinstance(self.final, TaskPrompt) else {}
 
     def check(self, entry: Entry) -> None:
-        """Refuse a row of the source that lacks a field, or has one that a list brings too.
+        """Refuse a row of the source that lacks a field, or has one that a list also adds.
 
         Raises:
-            InputError: naming its place and the field.
+            InputError: names its place and the field.
         """
         for name, what in self.needed.items():
             check_field(entry.fields, name, entry.origin, what)
@@ -66,7 +67,7 @@ class Plan:
                 raise InputError(f"{entry.origin}: has the field {name}, which {what} also adds; select others with its `fields`")
 
     def _follow(self, settings: Section, key: str) -> None:
-        """What a step needs, and the fields that there are after it."""
+        """What a step needs, and the fields that exist after it."""
         if isinstance(settings, Ask | Evolve):
             files = {"template": [settings.template]} if isinstance(settings, Ask) else {"templates": settings.templates}
             templates = [self._load(file, f"{key}.{name}") for name, several in files.items() for file in several]
@@ -113,7 +114,7 @@ class Plan:
             return
         if not self._source_is_there:
             there = ", ".join(sorted(self._made)) or "none"
-            raise InputError(f"{what} needs the field {name}; the previous steps give {there}")
+            raise InputError(f"{what} needs the field {name}; the previous steps provide {there}")
         self.needed.setdefault(name, what)
 
     def _load(self, file: str, key: str) -> PromptTemplate:
@@ -124,7 +125,7 @@ class Plan:
 
 
 def final_template(section: Prompts) -> PromptTemplate | TaskPrompt | None:
-    """What turns the fields of an item into a conversation; None where they hold one.
+    """The template that turns the fields of an item into a conversation; None if they contain one.
 
     Raises:
         InputError: it is missing, or cannot be used.
@@ -135,7 +136,7 @@ def final_template(section: Prompts) -> PromptTemplate | TaskPrompt | None:
 
 
 def describe_steps(section: Prompts, items: int) -> Iterator[tuple[str, str]]:
-    """What each step asks of the teacher, as far as that is known before the teacher has answered.
+    """What each step asks of the teacher, as far as known before the teacher has answered.
 
     Args:
         section: the configuration.

@@ -1,4 +1,4 @@
-"""Which of several teachers each row goes to, known before any of them is loaded."""
+"""Assigns rows to teachers before any of them is loaded."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,12 +12,12 @@ Routed = tuple[Mapping[str, Any], Mapping[str, Any], str]  # a row's fields, its
 
 
 def teachers_of(experiment: Experiment, count: int, rows: Iterable[Routed]) -> list[str]:
-    """The name of each row's teacher; the empty name where there is a single one.
+    """The name of each row's teacher; empty for a single teacher.
 
     Args:
         experiment: the configuration.
         count: of the rows.
-        rows: what their teachers are told by.
+        rows: what determines their teachers.
 
     Raises:
         InputError: a row names no teacher, or a teacher is named by no row.
@@ -29,11 +29,11 @@ def teachers_of(experiment: Experiment, count: int, rows: Iterable[Routed]) -> l
     for name in teachers:
         if name not in names and name != DEFAULT:
             by = f"route.column {route.column}" if route.column else "route.files"
-            raise InputError(f"teachers.{name}: no row goes to it by {by}; remove it or mend the route")
+            raise InputError(f"teachers.{name}: no row is assigned to it by {by}; remove it or correct the route")
     return names
 
 
 def said(names: Iterable[str]) -> str:
-    """How many rows go to which teacher, in words; empty where there is a single one."""
+    """Number of rows per teacher, in words; empty for a single teacher."""
     counts = Counter(name for name in names if name)
     return ", ".join(f"{count:,} to {name}" for name, count in counts.most_common())

@@ -1,4 +1,4 @@
-"""The steps of `prompts.steps`: each reads the items of the one before and writes a file with what became of every one."""
+"""The steps of `prompts.steps`: each reads the previous step's items and writes a file that accounts for every one."""
 
 import random
 from collections import Counter
@@ -24,7 +24,7 @@ _OWN_EXAMPLES = 0.25  # of the examples of a later round, as in the paper: 2 of 
 
 @dataclass(frozen=True)
 class PromptStepContext:
-    """What the steps need: the teacher, the templates by their paths, the experiment's seed, and what a task tells a model."""
+    """The context of the steps: the teacher, the templates by path, the experiment's seed, and a task's instruction."""
 
     asker: Asker
     templates: dict[str, PromptTemplate]
@@ -34,18 +34,18 @@ class PromptStepContext:
 
 @dataclass(frozen=True)
 class Files:
-    """Where a step reads and writes; the teacher's answers lie in a directory beside what is written."""
+    """The input and output of a step; the teacher's answers are in a directory next to the output."""
 
     source: Path
     out: Path
 
     def round(self, number: int) -> Path:
-        """What belongs to one round of several."""
+        """The files of one of several rounds."""
         return self.out.with_suffix("") / f"round-{number}"
 
 
 def run_step(context: PromptStepContext, settings: Section, files: Files) -> None:
-    """Write what a step makes of its items, with what became of each.
+    """Write the items that a step makes, with an account of its inputs.
 
     Raises:
         InputError: an item, a template or a list does not fit.
@@ -134,7 +134,7 @@ def _self_instruct(context: PromptStepContext, settings: SelfInstruct, files: Fi
 
 
 def _examples(chance: random.Random, count: int, seeds: list[Item], made: list[Item]) -> list[Item]:
-    """Some of the seeds and, once there are any, some of what the teacher has made; in any order."""
+    """Some of the seeds and, once there are any, some of what the teacher has made; in random order."""
     own = min(len(made), int(count * _OWN_EXAMPLES))
     examples = [*chance.sample(seeds, count - own), *chance.sample(made, own)]
     chance.shuffle(examples)
@@ -148,7 +148,7 @@ def _combine(context: PromptStepContext, settings: Combine, files: Files, writer
         for entry in chance.sample(entries, settings.samples):
             both = entry.fields.keys() & item.fields.keys()
             if both:
-                raise InputError(f"{entry.origin}: has the field {min(both)}, and so has {item.where}; choose by combine.fields")
+                raise InputError(f"{entry.origin}: has the field {min(both)}, like {item.where}; select with combine.fields")
             writer.keep(item.child(stable_id(item.id, entry.place), entry.fields, {"step": "combine", **entry.place}))
 
 
@@ -161,7 +161,7 @@ def _novelty(context: PromptStepContext, settings: Novelty, files: Files, writer
 
 
 def _is_new(writer: ItemWriter, pool: Pool, item: Item, name: str, most: float) -> bool:
-    """Keep an item that is unlike those of the pool, and add it to them."""
+    """Keep an item that is not similar to those of the pool, and add it to them."""
     text = str(item.fields[name])
     near = pool.nearest(text, most)
     if near is None:
@@ -177,7 +177,7 @@ def _is_new(writer: ItemWriter, pool: Pool, item: Item, name: str, most: float) 
 
 @dataclass(frozen=True)
 class _Questions:
-    """Questions about items; where the same messages come again, they are the next sample, not the same question."""
+    """Questions about items; repeated messages are further samples, not the same question."""
 
     context: PromptStepContext
     samples: int
@@ -185,7 +185,7 @@ class _Questions:
     prompt_format: PromptFormat | None = None
 
     def answered(self, label: str, source: Path, directory: Path) -> Iterator[tuple[Item, Question, Answer]]:
-        """The items that were kept in a file, each as often as it was asked about, with question and answer."""
+        """The items kept in a file, each repeated by the number of questions, with question and answer."""
         return self._answered(label, lambda: read_items(source), count_items(source).kept, directory)
 
     def answered_in_memory(self, label: str, items: list[Item], directory: Path) -> Iterator[tuple[Item, Question, Answer]]:
@@ -219,7 +219,7 @@ class _Questions:
 def _children(
     writer: ItemWriter, template: PromptTemplate, item: Item, question: Question, answer: Answer, record: dict[str, Any]
 ) -> Iterator[Item]:
-    """What an answer holds, as items that the caller keeps or refuses; what cannot be used is refused here."""
+    """The contents of an answer, as items that the caller keeps or refuses; unusable parts are refused here."""
     record = {**record, "template": str(template.file), "answer": question.id}
     if answer.finish_reason.startswith((TOO_LONG, UNUSABLE, GIVEN_UP)):
         writer.refuse("failed", item.child(stable_id(question.id), {}, record), _why_cut(answer), "")

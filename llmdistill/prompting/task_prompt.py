@@ -1,10 +1,10 @@
-"""A task of a user's own in the place of a template: a row's field `input` is asked as training and evaluation ask it."""
+"""One of the user's own tasks instead of a template: the field `input` of a row, as in training and evaluation."""
 
 from dataclasses import dataclass
 
 from llmdistill.data.dataset import Messages
 from llmdistill.data.jsonl import Fields
-from llmdistill.errors import InputError
+from llmdistill.errors import UnreadableError
 from llmdistill.prompting.template import check_field
 from llmdistill.runs.record import sha256
 from llmdistill.tasks.task import Task, read_task
@@ -14,30 +14,30 @@ KEY = "prompts.task"
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """What `prompts.task` names."""
+    """The task of `prompts.task`."""
 
     task: Task
     variables: tuple[str, ...] = ("input",)
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Path and hash of its files, but for its held-out items."""
+        """Path and hash of its files, except its held-out items."""
         return {name: sha256(file) for name, file in self.task.files.items()}
 
     def render(self, fields: Fields, origin: str) -> Messages:
         """The conversation about an item.
 
         Raises:
-            InputError: naming the item's origin, whose input is missing or no text.
+            UnreadableError: names the item's origin, whose input is missing or no text.
         """
         check_field(fields, "input", origin, KEY)
         if not isinstance(fields["input"], str) or not fields["input"].strip():
-            raise InputError(f"{origin}: input must be text ({KEY})")
+            raise UnreadableError(f"input must be text ({KEY})", origin)
         return self.task.prompt(fields["input"])
 
 
 def read_task_prompt(file: str) -> TaskPrompt:
-    """What `prompts.task` names; loads no model.
+    """Read the task of `prompts.task`; loads no model.
 
     Raises:
         InputError: it, or a file that it names, is missing or cannot be used.

@@ -1,4 +1,4 @@
-"""Prompt templates: a YAML file with a head and Jinja messages; what goes in, and how what comes back is read."""
+"""Prompt templates: a YAML file with a header and Jinja messages; its variables, and how answers are parsed."""
 
 import json
 import re
@@ -37,7 +37,7 @@ class Message(Section):
 
 
 class AnswerFormat(Section):
-    """How a step of `prompts.steps` reads what the teacher answers."""
+    """How a step of `prompts.steps` parses the teacher's answer."""
 
     field: str
     """The field that what was read becomes."""
@@ -97,7 +97,7 @@ class Head(Section):
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer holds: fields of new items; what was read and is not wanted, and what could not be read, with reasons."""
+    """The contents of an answer: fields of new items, rejected parts, and unreadable parts, with reasons."""
 
     items: list[Fields]
     rejected: list[tuple[str, str]]
@@ -105,10 +105,10 @@ class Reading:
 
 
 class PromptTemplate:
-    """A template file, compiled; `key` is the one of the configuration that names it.
+    """A compiled template file; `key` is the key of the configuration that names it.
 
     Raises:
-        InputError: naming the file and the key, or the variable that its head does not declare.
+        InputError: names the file and the key, or the variable that its head does not declare.
     """
 
     def __init__(self, file: Path, key: str) -> None:
@@ -132,7 +132,7 @@ class PromptTemplate:
 
     @property
     def answer(self) -> AnswerFormat:
-        """How to read what is answered.
+        """How to parse the answer.
 
         Raises:
             InputError: the file does not say.
@@ -145,7 +145,7 @@ class PromptTemplate:
         """Refuse an item that lacks a variable.
 
         Raises:
-            InputError: naming the item's origin and the variable.
+            InputError: names the item's origin and the variable.
         """
         for name in self.variables:
             check_field(fields, name, origin, f"the template {self.head.name}")
@@ -154,7 +154,7 @@ class PromptTemplate:
         """The conversation about an item.
 
         Raises:
-            UnreadableError: naming the item's origin, and what is missing or wrong.
+            UnreadableError: names the item's origin, and what is missing or wrong.
         """
         self.check(fields, origin)
         values = {**self.head.defaults, **{name: value for name, value in fields.items() if value is not None}}
@@ -166,23 +166,23 @@ def check_field(fields: Fields, name: str, origin: str, what: str) -> None:
     """Refuse fields that lack one, or in which it is null.
 
     Raises:
-        UnreadableError: naming their origin, and what needs it.
+        UnreadableError: names their origin, and what needs it.
     """
     if fields.get(name) is None:
-        there = f"is empty in {name}" if name in fields else f"has {', '.join(fields) or 'nothing'}"
+        there = f"has an empty {name}" if name in fields else f"has {', '.join(fields) or 'nothing'}"
         raise UnreadableError(f"{what} needs the field {name}; the line {there}", origin)
 
 
 @dataclass(frozen=True)
 class Text:
-    """Jinja, compiled, and the variables that it uses."""
+    """A compiled Jinja template, and the variables that it uses."""
 
     jinja: Template
     variables: frozenset[str]
 
 
 def compile_text(text: str, where: str) -> Text:
-    """Jinja in its sandbox.
+    """Jinja in a sandbox.
 
     Raises:
         InputError: it is none, beginning with `where`.
@@ -194,10 +194,10 @@ def compile_text(text: str, where: str) -> Text:
 
 
 def render_text(text: Text, fields: Fields, what: str, origin: str) -> str:
-    """The text with the fields of an item in their places.
+    """The text with the fields of an item inserted.
 
     Raises:
-        UnreadableError: naming the item's origin, and `what` cannot be rendered.
+        UnreadableError: names the item's origin, and `what` cannot be rendered.
     """
     try:
         return text.jinja.render(fields).strip()
@@ -206,7 +206,7 @@ def render_text(text: Text, fields: Fields, what: str, origin: str) -> str:
 
 
 def read_answer(answer: AnswerFormat, text: str, ended: bool) -> Reading:
-    """What an answer holds.
+    """Parse an answer.
 
     Args:
         answer: how to read it.
@@ -242,9 +242,9 @@ def _holds(text: str, words: str) -> bool:
 
 
 def list_entries(text: str, ended: bool) -> tuple[list[str], str]:
-    """The entries of a list, numbered or with bullets, or without either its lines; and what was cut off in its last one.
+    """The entries of a list, numbered or with bullets, or else its lines; and the part of the last one that was cut off.
 
-    What stands before, between and after the entries of a marked list is no entry; a line right below one goes on with it.
+    Text before, between and after the entries of a marked list is not an entry; a line directly below one continues it.
     """
     lines = text.rstrip().splitlines()
     marked = any(_ITEM.match(line) for line in lines)
@@ -276,7 +276,7 @@ def _read_parts(answer: AnswerFormat, parts: list[str], cut_off: str) -> Reading
 
 
 def _value(answer: AnswerFormat, text: str) -> str:
-    """What counts of a text or a line; empty where nothing does."""
+    """The relevant part of a text or a line; empty if there is none."""
     if answer.pattern is not None:
         matches = [match for match in regex.findall(answer.pattern, text, timeout=_SECONDS) if match.strip()]
         text = matches[-1] if matches else ""
@@ -289,7 +289,7 @@ def _value(answer: AnswerFormat, text: str) -> str:
 
 
 def _read_json(answer: AnswerFormat, text: str, ended: bool) -> Reading:
-    """The first JSON object, or list of some, in a text that may say more around it; of a list that is cut, what is whole."""
+    """The first JSON object, or list of objects, in a text with other content; for a truncated list, the complete objects."""
     for place in _openings(text):
         try:
             value, _ = json.JSONDecoder().raw_decode(text, place)
@@ -298,7 +298,7 @@ def _read_json(answer: AnswerFormat, text: str, ended: bool) -> Reading:
             entries, rest = _whole_entries(text, place)
         if not any(isinstance(entry, dict | str) for entry in entries):
             continue  # such as the number of a footnote
-        reading = Reading([], [], [(rest, "no JSON" if ended else "cut at max_tokens")] if rest else [])
+        reading = Reading([], [], [(rest, "not JSON" if ended else "cut at max_tokens")] if rest else [])
         for entry in entries:
             reason = _against(answer, entry)
             if reason:
@@ -307,11 +307,11 @@ def _read_json(answer: AnswerFormat, text: str, ended: bool) -> Reading:
                 reading.items.append(entry if isinstance(entry, dict) else {answer.field: entry})
         if reading.items or reading.rejected:
             return reading
-    return Reading([], [], [(text, "no JSON")])
+    return Reading([], [], [(text, "not JSON")])
 
 
 def _whole_entries(text: str, place: int) -> tuple[list[Any], str]:
-    """What can be read of a list that does not end, and the rest of it."""
+    """The readable part of a list that does not end, and the rest of it."""
     entries: list[Any] = []
     between = re.compile(r"\s*,?\s*")
     place = between.match(text, place + 1).end() if text[place] == "[" else len(text)  # type: ignore[union-attr]
@@ -326,7 +326,7 @@ def _whole_entries(text: str, place: int) -> tuple[list[Any], str]:
 
 
 def _can_show(answer: AnswerFormat, value: Any) -> bool:
-    """Whether a template can show it: text or a number; with a schema, which says what it may be, all but nothing."""
+    """Whether a template can show it: text or a number; with a schema, which restricts it, anything but null."""
     if isinstance(value, str):
         return bool(value.strip())
     return value is not None if answer.json_schema else isinstance(value, int | float)
@@ -337,7 +337,7 @@ def _openings(text: str) -> Iterator[int]:
 
 
 def _against(answer: AnswerFormat, entry: Any) -> str | None:
-    """Why an entry is not what was asked for."""
+    """Why an entry is not as requested."""
     if answer.json_schema is not None:
         error = next(bounded(jsonschema.Draft202012Validator)(answer.json_schema).iter_errors(entry), None)
         if error:

@@ -1,1 +1,1 @@
-"""A run: its record, the order of its stages, how far it is, and who may watch."""
+"""A run: its record, the order of its stages, its progress, and monitoring."""

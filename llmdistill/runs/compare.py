@@ -1,4 +1,4 @@
-"""Several finished runs on one page: what they differ in, and which student is nearer to the teacher, on the same rows."""
+"""Several finished runs on one page: their differences, and which student is closer to the teacher, on the same rows."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _MOST_KEYS = 12  # that are shown of what runs differ in
 
 
 def compare(directories: list[Path], out: Path, dry_run: bool = False) -> None:
-    """Write a page, and the same in Markdown beside it.
+    """Write a page, and the same in Markdown next to it.
 
     Args:
         directories: the `output` of each run; the first is what the others are compared with.
@@ -31,19 +31,19 @@ def compare(directories: list[Path], out: Path, dry_run: bool = False) -> None:
         dry_run: only say what would be written.
 
     Raises:
-        InputError: there are fewer than two, one has no evaluation, they were not measured on the same rows, or the pages cannot
-            be written.
+        InputError: there are fewer than two, one has no evaluation, they were not measured on the same rows, or the pages
+            cannot be written.
     """
     if len(directories) < 2:
         raise InputError(
-            f"{directories[0]}: a comparison needs at least two directories; for the report of one run, give its configuration"
+            f"{directories[0]}: a comparison needs at least two directories; for the report of one run, pass its configuration"
         )
     if out.suffix != ".html":
         raise InputError(f"--out {out}: must end in .html")
     if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no directory {out.parent}")
+        raise InputError(f"--out {out}: no such directory {out.parent}")
     if (beside := out.with_suffix(".md")).exists() and not out.exists():
-        raise InputError(f"--out {out}: {beside}, which would be written beside it, is there already; choose another name")
+        raise InputError(f"--out {out}: {beside}, which would be written next to it, already exists; choose another name")
     names = _names(directories)
     metrics = [read_metrics(directory / "eval" / "metrics.json") for directory in directories]
     _check_teachers(directories)
@@ -77,7 +77,7 @@ def compare(directories: list[Path], out: Path, dry_run: bool = False) -> None:
 
 
 def _names(directories: list[Path]) -> list[str]:
-    """The last parts of their paths that tell them apart."""
+    """The last parts of their paths that distinguish them."""
     parts = [directory.resolve().parts for directory in directories]
     if len(set(parts)) < len(parts):
         raise InputError("a run is named twice")
@@ -86,10 +86,10 @@ def _names(directories: list[Path]) -> list[str]:
 
 
 def _check_teachers(directories: list[Path]) -> None:
-    """Refuse runs whose students were measured against different teachers, or without the weights of one.
+    """Refuse runs whose students were compared with different teachers, or without a teacher's weights.
 
     Raises:
-        InputError: naming it, or the first two.
+        InputError: names it, or the first two.
     """
     teachers = {}
     for directory in directories:
@@ -97,7 +97,7 @@ def _check_teachers(directories: list[Path]) -> None:
         metrics = read_metrics(directory / "eval" / "metrics.json")
         if not has_teacher(metrics["models"]):
             raise InputError(
-                f"{directory}: its teacher is behind an API, and runs are compared by the KL from the teacher's weights"
+                f"{directory}: its teacher is behind an API, but comparing runs needs the teacher's weights for the KL"
             )
         model = next(found["path"] for found in metrics["models"] if found["name"] == "teacher")
         teachers[directory] = (run.get("inputs", {}).get(model), model)
@@ -105,13 +105,13 @@ def _check_teachers(directories: list[Path]) -> None:
     for directory, (fingerprint, model) in others:
         if fingerprint != first[1][0]:
             raise InputError(
-                f"{directory} was measured against another teacher, {model}, than {first[0]}, {first[1][1]}: "
-                "the distance from one says nothing of that from the other"
+                f"{directory} was compared with the teacher {model}, but {first[0]} with {first[1][1]}; "
+                "the distances from two teachers are not comparable"
             )
 
 
 def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:
-    """The student's sums over every held-out row of each run, in one order.
+    """The sums over every held-out row for the student of each run, in one order.
 
     Raises:
         InputError: a run has other rows than the first.
@@ -120,7 +120,7 @@ def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:
     for directory in directories:
         file = directory / "eval" / "rows.parquet"
         if not file.is_file():
-            raise InputError(f"{file} is not there; run `eval` again")
+            raise InputError(f"{file} is missing; run `eval` again")
         tables.append(pq.read_table(file).sort_by("id"))
     first = tables[0]
     for directory, table in zip(directories, tables, strict=True):
@@ -132,8 +132,8 @@ def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:
             )
         if table["tokens"] != first["tokens"]:
             raise InputError(
-                f"{directory}: its held-out rows have other positions than in {directories[0]}: a student with another "
-                "vocabulary is measured over what both share, which cannot be compared"
+                f"{directory}: its held-out rows have different positions than in {directories[0]}; students with different "
+                "vocabularies are measured at shared positions, which cannot be compared"
             )
     draws = Draws.of(first["conversation"].to_pylist(), _RESAMPLES, 0)
     return [
@@ -143,7 +143,7 @@ def _same_rows(directories: list[Path]) -> tuple[list[Json], Draws]:
 
 
 def _differences(sums: list[Json], draws: Draws) -> list[Json]:
-    """Each run but the first, minus the first: paired intervals, and p of the KL by the bootstrap, adjusted by Holm."""
+    """Each run except the first, minus the first: paired intervals, and p of the KL by the bootstrap, adjusted by Holm."""
     tokens = sums[0]["tokens"]
     found: list[Json] = [
         {key: draws.interval(mine[key] - sums[0][key], tokens) for key in _COMPARED}
@@ -156,7 +156,7 @@ def _differences(sums: list[Json], draws: Draws) -> list[Json]:
 
 
 def _verdict(names: list[str], differences: list[Json]) -> str:
-    """In one sentence, which are nearer to the teacher than the first, and which are farther."""
+    """One sentence: which runs are closer to the teacher than the first, and which are farther."""
     nearer = [name for name, d in zip(names[1:], differences, strict=True) if d["kl"]["high"] < 0 and d["p"] < 0.05]
     farther = [name for name, d in zip(names[1:], differences, strict=True) if d["kl"]["low"] > 0 and d["p"] < 0.05]
     open_ones = [name for name in names[1:] if name not in (*nearer, *farther)]
@@ -173,7 +173,7 @@ def _verdict(names: list[str], differences: list[Json]) -> str:
 
 
 def _what_differs(directories: list[Path]) -> list[Json]:
-    """Keys of the configuration that are not the same in all runs, with each run's value; seeds and paths of outputs left out."""
+    """Keys of the configuration that differ between runs, with each run's value, except seeds and output paths."""
     settings = []
     for directory in directories:
         found: Json = {}

@@ -1,8 +1,8 @@
-"""About how long the stages of a run will take on this machine, from a measurement of a second or two and the configuration.
+"""The approximate duration of the stages of a run on this machine, from a short measurement and the configuration.
 
-The measurement runs in a process of its own (`python -m llmdistill.runs.estimate`), so that who asks need not load torch. Matrix
-products of the models' own shapes, a softmax over the vocabulary and a pass over memory are timed; the rest are factors that
-were fitted on whole runs of `configs/demo.yaml`.
+The measurement runs in a process of its own (`python -m llmdistill.runs.estimate`), so that who asks need not load torch.
+Matrix products of the models' own shapes, a softmax over the vocabulary and a pass over memory are timed; the rest are factors
+that were fitted on whole runs of `configs/demo.yaml`.
 """
 
 import json
@@ -34,7 +34,7 @@ _OPTIMISER_BYTES = 28  # a parameter: gradient, weight and two moments, read and
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured.
+    """The result of the measurement.
 
     Attributes:
         start: seconds that importing torch takes.
@@ -61,7 +61,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Asked:
-    """So many rows or items, and the tokens of the prompt and the answer of one."""
+    """A number of rows or items, and the tokens of the prompt and answer of one."""
 
     count: int
     prompt: float
@@ -69,14 +69,14 @@ class Asked:
 
     @classmethod
     def of_task(cls, own: OwnTask, limit: int | None) -> "Asked":
-        """The items of a task, by the characters of their inputs and right answers."""
+        """The items of a task, by the number of characters of their inputs and right answers."""
         items = own.items[:limit]
         prompt, answer = (sum(map(len, texts)) / len(items) for texts in zip(*((i.input, i.output) for i in items), strict=True))
         return cls(len(items), (len(own.task.told) + prompt) / _CHARACTERS, answer / _CHARACTERS)
 
 
 def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[str, float]:
-    """Seconds of each stage; those that cannot be estimated are left out.
+    """Seconds of each stage; stages that cannot be estimated are left out.
 
     Args:
         experiment: the configuration.
@@ -119,7 +119,7 @@ def estimate(experiment: Experiment, stages: list[str], prompts: int) -> dict[st
 
 
 def _student_share(experiment: Experiment, speed: Speed) -> float:
-    """The student's size in times that of the teacher, as far as the configuration says."""
+    """The student's size relative to the teacher's, as far as the configuration determines it."""
     prune = experiment.student.prune
     if prune is None or prune.layers is None:
         return 1.0
@@ -127,7 +127,7 @@ def _student_share(experiment: Experiment, speed: Speed) -> float:
 
 
 def _pruning_rows(experiment: Experiment, rows: int) -> float:
-    """Rows that go through a model of the teacher's size: of calibration, and those on which the student is looked at."""
+    """Rows that go through a model of the teacher's size: for calibration and for evaluating the pruned student."""
     prune = experiment.student.prune
     if prune is None or not prune.measured:
         return 0.0
@@ -147,7 +147,7 @@ def _training(experiment: Experiment, speed: Speed, rows: int, row_tokens: float
 
 
 def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float, own: list[Asked]) -> float:
-    """Seconds for one model of the teacher's size, with so many items of each task of the user's own."""
+    """Seconds for one model of the teacher's size, with this many items of each of the user's own tasks."""
     settings = experiment.eval
     items = (len(settings.tasks) - len(own)) * (settings.task_limit or 100)
     read = held_out_tokens + items * _ITEM_TOKENS + 2 * settings.own_prompts * settings.own_tokens
@@ -163,7 +163,7 @@ def _evaluation(experiment: Experiment, speed: Speed, held_out_tokens: float, ow
 
 
 def _own_tasks(experiment: Experiment, speed: Speed, own: list[Asked]) -> float:
-    """Seconds in which a model of the teacher's size answers the items of each task."""
+    """Seconds for a model of the teacher's size to answer the items of each task."""
     batch = experiment.eval.batch_size
     steps = sum(math.ceil(task.count / batch) * _LONGEST * task.answer for task in own)
     read = sum(task.count * task.prompt for task in own)
@@ -171,7 +171,7 @@ def _own_tasks(experiment: Experiment, speed: Speed, own: list[Asked]) -> float:
 
 
 def _step(speed: Speed, batch: int) -> float:
-    """Seconds of the products of a decoding step of so many sequences, on a line through those that were measured."""
+    """Seconds of the products in a decoding step of this many sequences, by linear interpolation of the measurements."""
     if batch <= _SMALL_BATCH or speed.batch <= _SMALL_BATCH:
         return speed.small
     slope = max(speed.decode - speed.small, 0.0) / (speed.batch - _SMALL_BATCH)
@@ -179,11 +179,12 @@ def _step(speed: Speed, batch: int) -> float:
 
 
 def measure(experiment: Experiment, batch: int) -> Speed | None:
-    """Time this machine; None where torch is not installed or the teacher's configuration cannot be read."""
+    """Time this machine; None if torch is not installed or the teacher's configuration cannot be read."""
     teacher = experiment.teacher
     asked = {
         "model": teacher.model,
         "revision": teacher.revision,
+        "trust_remote_code": teacher.trust_remote_code,
         "dtype": teacher.dtype,
         "batch": max(batch, 1),
         "train": {name: experiment.train.args[name] for name in ("bf16", "fp16") if name in experiment.train.args},
@@ -214,19 +215,18 @@ def _minutes(value: float) -> str:
 
 
 def main() -> None:
-    """Time this machine as the JSON of the command line says, and print a `Speed` as JSON."""
+    """Measure this machine as specified by the JSON on the command line, and print a `Speed` as JSON."""
     asked = json.loads(sys.argv[1])
     begun = time.perf_counter()
     import torch
 
     imported = time.perf_counter() - begun
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from llmdistill.config.machine import inference_precision, torch_device, training_precision
+    from llmdistill.models.loading import load_config, meta_model, torch_dtype
 
-    config = AutoConfig.from_pretrained(asked["model"], revision=asked["revision"]).get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    config = load_config(asked["model"], asked["revision"], asked["trust_remote_code"]).get_text_config()
+    model = meta_model(config)
     experts = getattr(config, "num_experts_per_tok", 1) / max(getattr(config, "num_experts", 0) or 1, 1)
     head = config.hidden_size * config.vocab_size
     inner = sum(
@@ -238,7 +238,7 @@ def main() -> None:
     width, wide, vocabulary = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size), config.vocab_size
 
     def seconds(call: Any) -> float:
-        """The shortest of several calls: what else the machine does now may have ended by then."""
+        """The shortest of several calls, to reduce the influence of other load."""
         taken: list[float] = []
         begun = time.perf_counter()
         while len(taken) < 3 or (time.perf_counter() - begun < 0.15 and len(taken) < 50):
@@ -255,7 +255,7 @@ def main() -> None:
         return seconds(lambda: torch.nn.functional.linear(x, w)) / rows / (n * width)
 
     computed, trained = (
-        getattr(torch, precision.dtype if precision.dtype != "auto" else "bfloat16")
+        torch_dtype(config.dtype if precision.dtype == "auto" else precision.dtype)
         for precision in (inference_precision(asked["dtype"]), training_precision(**asked["train"]))
     )
     batch = asked["batch"]

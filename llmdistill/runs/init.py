@@ -1,4 +1,4 @@
-"""`llmdistill init`: a directory with a first experiment, by flags and a few questions, or with the demo."""
+"""`llmdistill init`: a directory with a first experiment, from flags and a few questions, or with the demo."""
 
 import importlib.util
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,21 @@ from llmdistill.config.reading import dump_yaml
 from llmdistill.config.rows import RowReading
 from llmdistill.config.shipped import SHIPPED
 from llmdistill.data.conversations import Turn, given_prompt, learned_turns
+from llmdistill.data.jsonl import Fields
+from llmdistill.data.left_out import LeftOut
 from llmdistill.data.row_formats import read_row
-from llmdistill.errors import InputError
+from llmdistill.data.tables import Entry, read_answered
+from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.demo_teacher import WHEEL
 from llmdistill.models.loading import check_model_exists
-from llmdistill.prompting.sources import Entry, read_answered, read_source
-from llmdistill.prompting.template import PromptTemplate
+from llmdistill.prompting.sources import read_source
 from llmdistill.runs.init_task import SEEDS, TaskChoices, task_parts
 from llmdistill.runs.questions import answer
 from llmdistill.runs.record import write_text
 
 # What is asked about data of each kind.
 _DATA = {
-    "prompts": "File with a prompt in each row (.jsonl, .csv, .parquet) or on each line (.txt)",
+    "prompts": "File with one prompt per row (.jsonl, .csv, .parquet) or per line (.txt)",
     "text": "JSONL file with finished conversations, or text",
     "documents": "Folder of text or Markdown files",
     "task": "",
@@ -51,7 +53,7 @@ _HELD_OUT = 50  # prompts wanted, but at least a twentieth of them and at most a
 
 @dataclass(frozen=True)
 class Choices:
-    """What the flags say; None is what they leave open."""
+    """The flags; None for what they leave open."""
 
     kind: str | None = None
     """`prompts`, `text`, `documents`, `task` or `none`."""
@@ -66,7 +68,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the rows come from, the files that are written beside the experiment for it, and what else follows from it."""
+    """The source of the rows, the files written next to the experiment for it, and further settings."""
 
     path: str
     rows: int
@@ -76,7 +78,7 @@ class _Source:
 
 
 def init(directory: Path, choices: Choices) -> None:
-    """Write a first experiment, and say what to type next.
+    """Write a first experiment, and print the next commands.
 
     What the flags leave open is asked for on a terminal, and has defaults elsewhere.
 
@@ -87,7 +89,7 @@ def init(directory: Path, choices: Choices) -> None:
     path = choices.path or Path(answer(_DATA[kind], "") if _DATA[kind] else "")
     gpu = choices.gpu
     if gpu is None:
-        gpu = answer("A GPU on this machine", "yes" if _finds_gpu() else "no", ["yes", "no"]) == "yes"
+        gpu = answer("Does this machine have a GPU", "yes" if _finds_gpu() else "no", ["yes", "no"]) == "yes"
     teacher, student = _models(choices, gpu)
     source = _of_task(choices.task, gpu) if kind == "task" else _source(kind, path.expanduser(), directory)
     if not source.rows:
@@ -114,7 +116,7 @@ def init(directory: Path, choices: Choices) -> None:
 
 
 def init_demo(directory: Path) -> None:
-    """Write the demo: its configuration, prompts and tasks; say how its teacher is made and the demo run.
+    """Write the demo: its configuration, prompts and tasks; print how to make its teacher and run it.
 
     Raises:
         InputError: a file exists already; nothing was written.
@@ -139,7 +141,7 @@ def _finds_gpu() -> bool:
 
 
 def _models(choices: Choices, gpu: bool) -> tuple[str, str | None]:
-    """Teacher and student, if that is another model; who names one names the other, too."""
+    """Teacher and student, if that is a different model; naming one requires naming the other."""
     usual_teacher, usual_student = _MODELS[gpu]
     teacher = choices.teacher or answer("Teacher", "" if choices.student else usual_teacher)
     if choices.layers is not None:
@@ -148,58 +150,63 @@ def _models(choices: Choices, gpu: bool) -> tuple[str, str | None]:
         return teacher, None
     student = choices.student or answer("Student", usual_student if teacher == usual_teacher else "")
     if not (teacher and student):
-        raise InputError("give both --teacher and --student: soft targets need one tokenizer, so one follows from the other")
+        raise InputError("give both --teacher and --student, as soft targets need a common tokenizer")
     return teacher, student
 
 
 def _of_task(choices: TaskChoices, gpu: bool) -> _Source:
-    """The inputs that the teacher is to write for a task of the user's own."""
+    """The inputs that the teacher is to write for one of the user's own tasks."""
     parts = task_parts(choices, gpu)
     files = {**parts.files, parts.template: _shipped(parts.template)}
     return _Source(SEEDS, parts.rows, parts.template, files, parts.settings)
 
 
 def _source(kind: str, path: Path, directory: Path) -> _Source:
-    """Where the rows come from, read once, so that what is wrong with it is known before anything is written."""
+    """The source of the rows, read once so that errors in it are found before anything is written."""
     if kind == "none":
         rows = len(_shipped(_SEEDS).splitlines())
         return _Source(_SEEDS, rows, _INSTRUCT, {name: _shipped(name) for name in (_SEEDS, _INSTRUCT)})
     if not path.name and not path.is_dir():
-        raise InputError(f"--{kind}: no file was named; nothing was written")
+        raise InputError(f"--{kind}: no file given; nothing was written")
     named = _from(directory, path)
     if kind == "text":
-        return _Source(named, sum(1 for entry in _answered(path) for _ in _turns(entry)))
+        return _Source(named, _count(read_answered(str(path), RowReading(), "--text"), _answers))
     if kind == "documents":
         passages = read_source(Prompts(source=str(path), passages=Passages(size=1000)))
         rows = _QUESTIONS * sum(1 for passage in passages if passage.refused is None)
         return _Source(named, rows, _GROUNDED, {name: _shipped(name) for name in (_QUESTION, _GROUNDED)})
     if path.suffix.lower() == ".txt":
         return _one_a_line(path)
-    rows, template = 0, None
-    for entry in read_source(Prompts(source=str(path))):
-        entry.check()
-        if not rows and "instruction" in entry.fields and not entry.fields.keys() & {"prompt", "messages"}:
-            template = PromptTemplate(Path(_INSTRUCT), "prompts.template")
-        if template:
-            template.check(entry.fields, entry.origin)
-        else:
-            given_prompt(read_row(entry.fields, RowReading(), entry.origin)[0], entry.origin)
-        rows += 1
-    return _Source(named, rows, _INSTRUCT, {_INSTRUCT: _shipped(_INSTRUCT)}) if template else _Source(named, rows)
+    return _Source(named, _count(read_source(Prompts(source=str(path))), given_prompt))
 
 
-def _answered(path: Path) -> Iterator[Entry]:
-    return (entry for entry in read_answered(str(path), RowReading(), "--text") if entry.refused is None)
+def _count(entries: Iterable[Entry], read: Callable[[Fields, str], Sequence[Any]]) -> int:
+    """Number of rows that `generate` or `score` will make from a file; unusable ones are reported.
+
+    Raises:
+        InputError: there are none, or too many that cannot be read.
+    """
+    rows, left_out = 0, LeftOut()
+    for entry in entries:
+        left_out.seen += 1
+        try:
+            entry.check()
+            if entry.refused is not None:
+                raise UnusableError(entry.refused, entry.origin)
+            read(read_row(entry.fields, left_out.settings, entry.origin)[0], entry.origin)
+            rows += 1
+        except UnusableError as error:
+            left_out.add(error)
+    left_out.close("init", rows)
+    return rows
 
 
-def _turns(entry: Entry) -> Iterator[Turn]:
-    entry.check()
-    fields, _ = read_row(entry.fields, RowReading(), entry.origin)
-    return learned_turns(fields, entry.origin, every=False, tool_calls=True)
+def _answers(fields: Fields, origin: str) -> list[Turn]:
+    return list(learned_turns(fields, origin, every=False, tool_calls=True))
 
 
 def _one_a_line(path: Path) -> _Source:
-    """A text file with a prompt on each line, as the JSONL file that the experiment reads."""
+    """Convert a text file with one prompt per line to the JSONL file that the experiment reads."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except FileNotFoundError:
@@ -207,7 +214,7 @@ def _one_a_line(path: Path) -> _Source:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     if not lines:
-        raise InputError(f"{path}: holds no prompts")
+        raise InputError(f"{path}: contains no prompts")
     text = "".join(json.dumps({"prompt": line}, ensure_ascii=False) + "\n" for line in lines)
     return _Source("prompts.jsonl", len(lines), files={"prompts.jsonl": text})
 
@@ -217,7 +224,7 @@ def _shipped(name: str) -> str:
 
 
 def _from(directory: Path, path: Path) -> str:
-    """A path as the experiment in the directory names it."""
+    """A path relative to the directory, as the experiment there names it."""
     if path.is_absolute():
         return str(path)
     # Where the directories really are: `..` leads out of the target of a link. The file itself may stay one.
@@ -231,14 +238,14 @@ def _model_from(directory: Path, model: str, key: str) -> str:
 
 
 def _scalar(text: str) -> str:
-    """The text as YAML, in quotes where it has to be."""
+    """The text as YAML, quoted if necessary."""
     return text if dump_yaml({"key": text}) == f"key: {text}\n" else json.dumps(text)
 
 
 def _write(directory: Path, files: dict[str, str]) -> None:
     for name in files:
         if (directory / name).exists():
-            raise InputError(f"{directory / name}: exists already; nothing was written")
+            raise InputError(f"{directory / name}: already exists; nothing was written")
     for name, text in files.items():
         try:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +256,7 @@ def _write(directory: Path, files: dict[str, str]) -> None:
 
 
 def _extras(needed: dict[str, str]) -> list[str]:
-    """The command that installs the extras of which a module is missing, if any is."""
+    """The command that installs missing extras, if any."""
     missing = [extra for extra, module in needed.items() if importlib.util.find_spec(module) is None]
     return [f'pip install "llmdistill[{",".join(missing)}]"'] if missing else []
 

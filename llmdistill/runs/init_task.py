@@ -1,4 +1,4 @@
-"""What `llmdistill init --task` writes of a user's examples: the task, its held-out items, and what the teacher is shown."""
+"""The output of `llmdistill init --task` from a user's examples: the task, its held-out items, and seeds for the teacher."""
 
 import hashlib
 import json
@@ -22,8 +22,8 @@ KINDS: list[Kind] = list(get_args(Kind))
 _FILES = {"schema": "schema.json", "database": "database.sql", "tools": "tools.json"}  # names of the copies
 _ASKED = {
     "schema": "JSON schema of an answer",
-    "labels": "Labels, with commas between them (default: those of the examples)",
-    "database": "File of SQL that makes the tables and their rows",
+    "labels": "Labels, separated by commas (default: those of the examples)",
+    "database": "SQL file that creates and fills the tables",
     "tools": "JSON list of function schemas",
 }
 _FEWEST = 10  # examples
@@ -37,7 +37,7 @@ _MOST_TOKENS = 4096
 
 @dataclass(frozen=True)
 class TaskChoices:
-    """What the flags say of a task; None is what they leave open."""
+    """The flags about a task; None for what they leave open."""
 
     kind: Kind | None = None
     examples: Path | None = None
@@ -50,13 +50,13 @@ class TaskChoices:
 
     @property
     def given(self) -> list[str]:
-        """The flags that were used, beside that of the kind."""
+        """The flags that were used, except that of the kind."""
         return [entry.name for entry in fields(self) if entry.name != "kind" and getattr(self, entry.name) is not None]
 
 
 @dataclass(frozen=True)
 class TaskParts:
-    """What an experiment on a task is made of.
+    """The parts of an experiment on a task.
 
     Attributes:
         files: content by name.
@@ -72,7 +72,7 @@ class TaskParts:
 
 
 def task_parts(choices: TaskChoices, gpu: bool) -> TaskParts:
-    """Read a user's examples, and check them against the rules of their kind.
+    """Read a user's examples, and check them by the rules of their kind.
 
     Args:
         choices: what the flags say; the rest is asked for on a terminal.
@@ -88,7 +88,7 @@ def task_parts(choices: TaskChoices, gpu: bool) -> TaskParts:
     path = choices.examples or Path(answer("JSONL file of examples, with input and output", "")).expanduser()
     if not path.is_file():
         raise InputError(f"{path}: no such file (--examples)" if path.name else "--examples is missing; nothing was written")
-    description = choices.description or answer("What is to be done with an input", "")
+    description = choices.description or answer("What to do with an input", "")
     if not description.strip():
         raise InputError("--description is missing; nothing was written")
     items = read_items(path)
@@ -102,14 +102,14 @@ def task_parts(choices: TaskChoices, gpu: bool) -> TaskParts:
     seeds, held_out = split(items, of_label=kind == "classify")
     if len(seeds) < 2 or len({item.cluster for item in held_out}) < 2:
         raise InputError(
-            f"{path}: too few values of the field cluster: they leave {len(seeds)} to show and {len(held_out)} to test"
+            f"{path}: too few values of the field cluster: they leave {len(seeds)} as examples and {len(held_out)} for the test"
         )
     template, rows, settings = _settings(items, len(seeds), gpu)
     return TaskParts(_files(task, rules, seeds, held_out), template, rows, settings)
 
 
 def split(items: Sequence[Item], of_label: bool) -> tuple[list[Item], list[Item]]:
-    """The examples that the teacher is shown, and those that are held out.
+    """The examples shown to the teacher, and those held out.
 
     A quarter, rounded up, is shown, of every label where there are some, and of each at least one is held out. Which they
     are follows from the texts alone: the order of lines plays no part. What has one `cluster` stays together.
@@ -134,7 +134,7 @@ def _digest(text: str) -> bytes:
 
 
 def _rule(choices: TaskChoices, kind: Kind, name: str, items: Sequence[Item]) -> str | list[str]:
-    """The path of what the kind needs, or the labels."""
+    """The path of the file that the kind needs, or the labels."""
     given = getattr(choices, name)
     typed = str(given) if given is not None else answer(_ASKED[name], "")
     if name == "labels" and typed:
@@ -147,24 +147,24 @@ def _rule(choices: TaskChoices, kind: Kind, name: str, items: Sequence[Item]) ->
 
 
 def _check_inputs(items: Sequence[Item]) -> None:
-    """Refuse an input that is there twice: it could be shown and held out, or have two right answers.
+    """Refuse duplicate inputs, which could be both shown and held out, or have two right answers.
 
     Raises:
-        InputError: naming the lines.
+        InputError: names the lines.
     """
     seen: dict[str, str] = {}
     found = []
     for item in items:
         text = normalised(item.input)
         if text in seen:
-            found.append(f"{item.origin}: has the input of {seen[text]}, too")
+            found.append(f"{item.origin}: has the same input as {seen[text]}")
         seen.setdefault(text, item.origin)
     if found:
         raise InputError("\n".join(found))
 
 
 def _settings(items: Sequence[Item], seeds: int, gpu: bool) -> tuple[str, int, dict[str, Any]]:
-    """The template by which the teacher writes inputs, how many it is asked for, and what follows from the examples' lengths."""
+    """The template for the teacher to write inputs, how many to request, and settings based on the examples' lengths."""
     inputs = [item.input.strip() for item in items]
     lines = all("\n" not in text for text in inputs)
     each = _LISTED if lines else 1
@@ -187,7 +187,7 @@ def _bytes(text: str) -> int:
 
 
 def _tokens(number: int) -> int:
-    """With some to spare, in whole sixty-fours."""
+    """Rounded up with a margin, to a multiple of 64."""
     return min(64 * math.ceil((number + 64) / 64), _MOST_TOKENS)
 
 
@@ -200,7 +200,7 @@ def _files(task: Task, rules: dict[str, Any], seeds: list[Item], held_out: list[
         if name in _FILES:
             files[_FILES[name]] = Path(rule).read_text(encoding="utf-8")
     clusters = Counter(item.cluster for item in [*seeds, *held_out])
-    about = "# How every model is asked, and what an answer is checked by.\n"
+    about = "# The prompt for every model, and how answers are checked.\n"
     return {
         TASK: about + dump_yaml({**tree, "test": TEST}),
         **files,
@@ -210,7 +210,7 @@ def _files(task: Task, rules: dict[str, Any], seeds: list[Item], held_out: list[
 
 
 def _line(item: Item, clusters: Counter[str]) -> str:
-    """An example as a line of JSONL; an output in JSON stands there as such."""
+    """An example as a line of JSONL; JSON outputs are embedded as JSON."""
     try:
         value = json.loads(item.output)
     except ValueError:

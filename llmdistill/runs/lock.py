@@ -1,4 +1,4 @@
-"""Who works in a directory: locks that go with the process that holds them, on local disks and on NFS.
+"""Locks on directories that are released with the process that holds them, on local disks and NFS.
 
 The lock of a directory is the file `.NAME.lock` beside it, held by `flock` and removed at the end. It says who holds it.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llmdistill.errors import BusyError, InputError
 from llmdistill.runs.progress import say
+from llmdistill.runs.watch import timestamp
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -46,25 +47,29 @@ def alone(directories: Iterable[Path], stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def among_others(directory: Path, stage: str, first: Callable[[], None]) -> Iterator[None]:
+def among_others(directory: Path, stage: str, forget: Callable[[], None]) -> Iterator[None]:
     """Work in a directory together with other processes of the same stage.
 
     Args:
         directory: what the stage writes.
         stage: its name, for those who find the lock.
-        first: called before this process begins if no other works there.
+        forget: called if no other process works there, before this one begins and after its input was refused.
 
     Raises:
         BusyError: another process works there alone.
         InputError: there can be no such directory.
     """
     with _Lock(directory, stage) as lock:
-        lock.share(first)
-        yield
+        lock.share(forget)
+        try:
+            yield
+        except InputError:
+            lock.call_if_alone(forget)
+            raise
 
 
 def begin(path: Path, directory: bool = False) -> int | None:
-    """Make an unfinished file, or a directory, and show that it is being written.
+    """Create an unfinished file or directory, marked as being written.
 
     It is shown for as long as the descriptor that this returns is open; None where a disk has no locks.
     """
@@ -89,7 +94,7 @@ def begin(path: Path, directory: bool = False) -> int | None:
 
 @contextmanager
 def written(file: Path) -> Iterator[Path]:
-    """A path beside a file, which becomes the file once the block has ended well; else nothing of it is left."""
+    """A path next to a file, which becomes the file if the block succeeds; otherwise it is deleted."""
     unfinished = file.with_name(f".{file.name}.{writer_name()}.unfinished")
     mark = begin(unfinished)
     try:
@@ -105,7 +110,7 @@ def written(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def in_turn(file: Path) -> Iterator[None]:
-    """Let processes that each make a file of what they find look and write one after another.
+    """Let processes that each make a file from what they find take turns.
 
     What is created in a directory makes NFS read its listing anew, so that it shows what the others have made.
     """
@@ -120,7 +125,7 @@ def in_turn(file: Path) -> Iterator[None]:
 
 
 def writer_name() -> str:
-    """What tells the unfinished files of two processes apart: a sign of the machine, and a random name of the process."""
+    """What distinguishes the unfinished files of two processes: a sign of the machine, and a random name of the process."""
     return _HOST + _random_of(os.getpid())
 
 
@@ -130,7 +135,7 @@ def _random_of(pid: int) -> str:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether nobody writes an unfinished file or directory any more.
+    """Whether an unfinished file or directory is no longer being written.
 
     Of another machine's, and on a disk without locks, that is after a day: not every disk shows the locks of others.
     """
@@ -154,7 +159,7 @@ def is_abandoned(path: Path) -> bool:
 
 
 class InHand:
-    """What of the work in a directory this process has in hand, so that others begin with something else.
+    """The parts of the work in a directory in progress in this process, so that others start with something else.
 
     On a disk without locks nobody sees it.
     """
@@ -167,7 +172,7 @@ class InHand:
         return self
 
     def take(self, name: str) -> bool:
-        """Take a part of the work; whether no other process has it."""
+        """Take a part of the work; returns whether no other process has it."""
         try:
             descriptor = os.open(self._file(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except PermissionError:  # it is another user's
@@ -184,7 +189,7 @@ class InHand:
         return True
 
     def put_down(self, name: str) -> None:
-        """Leave a part, done or not, if it was taken."""
+        """Release a part, done or not, if it was taken."""
         if (descriptor := self._descriptors.pop(name, None)) is not None:
             self._file(name).unlink(missing_ok=True)
             os.close(descriptor)
@@ -198,7 +203,7 @@ class InHand:
 
 
 class _Lock:
-    """The lock of a directory; without one on a disk that has none, or that cannot be written to."""
+    """The lock of a directory; none on a disk that does not support it, or that is read-only."""
 
     def __init__(self, directory: Path, stage: str) -> None:
         self._directory, self._stage = directory, stage
@@ -230,8 +235,13 @@ class _Lock:
                 raise BusyError(f"{self._directory}: {self._holder()}")
             time.sleep(0.05)
 
+    def call_if_alone(self, call: Callable[[], None]) -> None:
+        """Call it if no other process shares the lock, which may be lost otherwise."""
+        if self._descriptor is not None and self._try(fcntl.LOCK_EX):
+            call()
+
     def _open(self) -> bool:
-        """Open the file; whether there is a lock to be had."""
+        """Open the file; returns whether locking is supported."""
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -242,7 +252,7 @@ class _Lock:
         return True
 
     def _try(self, kind: int) -> bool:
-        """Whether the lock could be had now."""
+        """Whether the lock is available."""
         while True:
             assert self._descriptor is not None
             try:
@@ -252,7 +262,7 @@ class _Lock:
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise
-                say("warning", f"{self._file.parent}: this disk has no locks; do not start a stage twice there")
+                say("warning", f"{self._file.parent}: this disk does not support locks; do not start a stage twice there")
                 os.close(self._descriptor)
                 self._descriptor = None
                 return True
@@ -266,7 +276,7 @@ class _Lock:
         if self._descriptor is None:
             return
         holder = {"stage": self._stage, "host": platform.node(), "pid": os.getpid()}
-        holder["since"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        holder["since"] = timestamp()
         with suppress(OSError):  # a full disk, or one that lets locks be had and nothing be written
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
@@ -274,9 +284,9 @@ class _Lock:
     def _holder(self) -> str:
         try:
             held = json.loads(self._file.read_text(encoding="utf-8"))
-            return f"`{held['stage']}` works here, process {held['pid']} on {held['host']}, since {held['since']}"
+            return f"`{held['stage']}` is running here, process {held['pid']} on {held['host']}, since {held['since']}"
         except (OSError, ValueError, KeyError, TypeError):
-            return "another process works here"
+            return "another process is running here"
 
     def __exit__(self, *_: object) -> None:
         if self._descriptor is not None:

@@ -1,4 +1,4 @@
-"""`llmdistill run`: every stage in order, each in a process of its own, as a scheduler would start them."""
+"""`llmdistill run`: every stage in order, each in a separate process, as a scheduler would start them."""
 
 import shutil
 import subprocess
@@ -34,7 +34,7 @@ CONFIGS = "configs"  # in `output`: what each stage was started with
 
 @dataclass(frozen=True)
 class StageRun:
-    """A stage of a run, and the experiment that it is a stage of.
+    """A stage of a run, and the experiment that it belongs to.
 
     Attributes:
         command: the stage's name.
@@ -50,17 +50,17 @@ class StageRun:
 
     @property
     def name(self) -> str:
-        """What tells it from the others: `train`, `round-1-train`, `prompts-2`."""
+        """Its unique name: `train`, `round-1-train`, `prompts-2`."""
         return (f"round-{self.round}-" if self.round else "") + self.command + (f"-{self.part}" if self.part > 1 else "")
 
     @property
     def shared(self) -> bool:
-        """Whether several workers may make its shards together."""
+        """Whether several workers may share its shards."""
         return STAGES[self.command].shared
 
 
 def stages(experiment: Experiment) -> list[StageRun]:
-    """The stages in order: the dataset is written by the teacher, or, where `score` is given, read by it.
+    """The stages in order: the teacher generates the dataset or, if `score` is given, scores it.
 
     Raises:
         InputError: the student has another tokenizer, which the kind of targets or micro-rounds do not support.
@@ -82,7 +82,7 @@ def stages(experiment: Experiment) -> list[StageRun]:
 
 
 def _rounds(experiment: Experiment) -> Iterator[StageRun]:
-    """What each round adds: the student writes, the teacher reads it, the rows are filtered as ever, the student learns.
+    """The stages of each round: the student generates, the teacher scores, the rows are filtered as usual, the student trains.
 
     Raises:
         InputError: micro-rounds of a student with another vocabulary.
@@ -94,8 +94,8 @@ def _rounds(experiment: Experiment) -> Iterator[StageRun]:
     if settings.every:
         if own:
             raise InputError(
-                f"rounds.every does not support student.model {experiment.student.model}, which has another vocabulary than the "
-                "teacher; remove rounds.every"
+                f"rounds.every does not support student.model {experiment.student.model}, whose vocabulary differs from the "
+                "teacher's; remove rounds.every"
             )
         yield StageRun("rounds", experiment)
         return
@@ -112,7 +112,7 @@ def _rounds(experiment: Experiment) -> Iterator[StageRun]:
 
 
 def run_pipeline(experiment: Experiment, remake: bool = False) -> None:
-    """Run the stages; the first that fails ends the run with its exit status. A finished stage says so and is skipped.
+    """Run the stages; the first that fails ends the run with its exit status. Finished stages are skipped with a message.
 
     Args:
         experiment: the configuration.
@@ -136,7 +136,7 @@ def run_pipeline(experiment: Experiment, remake: bool = False) -> None:
 
 
 def dry_run(experiment: Experiment, remake: bool = False) -> None:
-    """Say what every stage would do, and about how long it would take.
+    """Print what every stage would do, and about how long it would take.
 
     Args:
         experiment: the configuration.
@@ -148,7 +148,7 @@ def dry_run(experiment: Experiment, remake: bool = False) -> None:
     check_inputs(experiment)
     if stale := check_stale(experiment, remake):
         for directory, why in stale.items():
-            say("run", f"would remove {directory} and make it again: {why}")
+            say("run", f"would delete {directory} and make it again: {why}")
         return
     for stage in stages(experiment):
         if stage.round:  # Its models are those that earlier stages make: there is nothing to check them by yet.
@@ -160,7 +160,7 @@ def dry_run(experiment: Experiment, remake: bool = False) -> None:
 
 
 def check_stale(experiment: Experiment, remake: bool = False) -> dict[Path, str]:
-    """The directories that hold work of other settings, or work that was made from such, each with the reason.
+    """The directories with work made with other settings, or made from such work, each with the reason.
 
     Raises:
         InputError: there are some, and they are not to be made again, or are in an object store, too.
@@ -179,33 +179,33 @@ def check_stale(experiment: Experiment, remake: bool = False) -> dict[Path, str]
                     changed[error.directory] = "; ".join(error.changed)
     output = Path(experiment.output)
     derived = record.made_from(changed, output, inputs) if changed else []
-    stale = changed | {path: "made from that" for path in derived if path not in changed}
+    stale = changed | {path: "made from these" for path in derived if path not in changed}
     if stale and not remake:
         lines = "".join(f"\n  {directory.relative_to(output)}: {why}" for directory, why in stale.items())
         raise InputError(f"{output} was made with other settings:{lines}\n{record.REMEDY}")
     if stale and experiment.store:
         raise InputError(
-            f"--remake removes nothing in a store: remove {', '.join(path.name for path in stale)} in {experiment.store} and in "
+            f"--remake deletes nothing from a store; delete {', '.join(path.name for path in stale)} from {experiment.store} and "
             f"{output}, or choose another `output` and `store`"
         )
     return stale
 
 
 def _claims(stage: StageRun) -> list[record.Claim]:
-    """What a stage writes, `student-before` included where `train` makes it, and what that depends on."""
+    """The outputs of a stage, including `student-before` if `train` makes it, and what they depend on."""
     made: list[record.Claim] = STAGES[stage.command].claims(stage.experiment)
     return [*made, *(fresh_claims(stage.experiment) if stage.command == "train" else [])]
 
 
 def check_inputs(experiment: Experiment, here: bool = True) -> None:
-    """What the configuration names for the stages after the teacher's work is there and can be used.
+    """Check that everything that the configuration names for the stages after the teacher's work exists and is usable.
 
     Args:
         experiment: the configuration.
         here: whether the stages run in this environment, so that their libraries must be in it.
 
     Raises:
-        InputError: naming the key.
+        InputError: names the key.
     """
     if not experiment.eval.held_out and experiment.train.dataset is None:
         raise InputError(
@@ -232,7 +232,7 @@ def _check_prune(experiment: Experiment) -> None:
     """Refuse a student that is larger than its teacher, if the teacher is a directory.
 
     Raises:
-        InputError: naming the key.
+        InputError: names the key.
     """
     prune, config = experiment.student.prune, record.read_json(Path(experiment.teacher.model) / "config.json")
     if prune is not None and isinstance(config, dict):
@@ -240,7 +240,7 @@ def _check_prune(experiment: Experiment) -> None:
 
 
 def check_plan(experiment: Experiment) -> None:
-    """Check the held-out split, and say about how long the stages that are not done will take here, as far as both can be told.
+    """Check the held-out split, and print the approximate duration of the unfinished stages, as far as possible.
 
     Raises:
         InputError: the prompts leave a split empty.
@@ -264,12 +264,12 @@ def check_plan(experiment: Experiment) -> None:
 
 
 def missing_stages(experiment: Experiment) -> list[StageRun]:
-    """The stages that are not done."""
+    """The unfinished stages."""
     return [stage for stage in stages(experiment) if how_far(Path(experiment.output), stage.name) != "done"]
 
 
 def check_held_out(experiment: Experiment, missing: Sequence[StageRun]) -> Prepared | None:
-    """Check the held-out split if `curate` is still to make it, and return the prompts, if they can be told by now.
+    """Check the held-out split if `curate` has not made it yet, and return the prompts, if known already.
 
     Raises:
         InputError: the prompts leave a split empty.
@@ -294,8 +294,8 @@ def check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
     train, test = count_splits(experiment, prompts)
     if not (train and test):
         raise InputError(
-            f"eval.held_out: {share:g} of {counted(train + test, 'conversation')} leaves {train:,} to train on and {test:,} held "
-            "out; give it more prompts, or change eval.held_out or seed"
+            f"eval.held_out: {share:g} of {counted(train + test, 'conversation')} leaves {train:,} for training, {test:,} held "
+            "out; add prompts, or change eval.held_out or seed"
         )
     if not experiment.train.mix:  # else there are more held-out rows in those datasets
         check_clusters(test, "held-out prompts", "raise eval.held_out")  # `eval` would refuse it after everything else
@@ -303,7 +303,7 @@ def check_splits(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
 
 
 def run_stages(stages: list[StageRun]) -> None:
-    """Run stages one after the other; the first that fails ends this process with its exit status."""
+    """Run stages one after another; the first that fails ends this process with its exit status."""
     for stage in stages:
         if stage.round and stage.command == "generate":
             say(f"round {stage.round}", "the student writes, the teacher scores the text, and the student trains on it")
@@ -313,7 +313,7 @@ def run_stages(stages: list[StageRun]) -> None:
 
 
 def _run(stage: StageRun) -> int:
-    """Run a stage in a process of its own, on a configuration that stays beside what it makes; its exit status."""
+    """Run a stage in a separate process, on a configuration saved next to its output; returns its exit status."""
     file = Path(stage.experiment.output) / CONFIGS / f"{stage.command}.yaml"
     text, was_there = dump_experiment(stage.experiment), file.exists()
     if not was_there or file.read_text(encoding="utf-8") != text:

@@ -1,10 +1,9 @@
-"""What a stage shows of itself: a bar on a terminal, plain lines in a log, or lines of JSON.
+"""The output of a stage: a progress bar on a terminal, plain lines in a log, or lines of JSON.
 
 A thread of its own reports what is going on every few seconds, so a stage says something while a model loads, before its
 first row is whole, and when nothing moves.
 """
 
-import os
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.status import Status
 
-from llmdistill.runs.watch import StageProgress, current, event, without_secrets
+from llmdistill.runs.watch import StageProgress, current, event, is_first_process, without_secrets
 
 FIRST_LINE_SECONDS = 3  # until the first line on an activity in a log
 LINE_SECONDS = 9  # between two lines of a log
@@ -29,14 +28,13 @@ _RATE_SECONDS = 30  # over which a rate is measured
 _TOLD_FROM = 0.1  # share of the most tokens that there can be, from which on the time left is told
 _STEADY_ROWS = 1024  # rows after which their mean length is taken for that of the others
 _TURNS_TEXT = set(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]))  # its direction
-_IS_FIRST = os.environ.get("RANK", "0") == "0"  # one of many processes speaks
 # FORCE_COLOR, which Jupyter and CI set, asks for colours, and not for lines that move.
 _MOVES = None if sys.stdout.isatty() else False
-console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not _IS_FIRST, force_interactive=_MOVES)
+console = Console(highlight=False, soft_wrap=True, emoji=False, quiet=not is_first_process(), force_interactive=_MOVES)
 
 
 def say(stage: str, text: str) -> None:
-    """A stage's line that is not a bar."""
+    """Print a message of a stage."""
     if current.as_json:
         event(stage, "message", level="warning" if stage == "warning" else "info", text=text)
     else:
@@ -50,18 +48,18 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text of models or files without what a terminal would obey: control characters, escape sequences, turns of direction."""
+    """Text of models or files without control characters, escape sequences and bidirectional overrides."""
     return "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNS_TEXT))
 
 
 class Rate:
-    """How fast a number grows, measured over the last half minute."""
+    """The rate of growth of a number over the last half minute."""
 
     def __init__(self, value: float = 0.0) -> None:
         self._seen = deque([(time.monotonic(), value)])
 
     def see(self, value: float) -> None:
-        """Remember the value that the number has now; what has not changed is not worth remembering."""
+        """Record the current value; unchanged values are not recorded."""
         now = time.monotonic()
         if value != self._seen[-1][1]:
             self._seen.append((now, value))
@@ -70,7 +68,7 @@ class Rate:
 
     @property
     def per_second(self) -> float | None:
-        """None as long as nothing has changed."""
+        """The rate; None as long as nothing has changed."""
         (begin, first), (end, last) = self._seen[0], self._seen[-1]
         if last == first:
             return None
@@ -87,7 +85,7 @@ class Activity:
         self._status: Status | None = None
 
     def show(self) -> None:
-        """Put it on the terminal, with the time that it has taken."""
+        """Show it on the terminal, with the elapsed time."""
         if not console.is_interactive or current.as_json:
             return
         text = escape(without_secrets(f"{self.stage:<9} {self._with_time()}"))
@@ -98,7 +96,7 @@ class Activity:
             self._status.update(text)
 
     def hide(self) -> None:
-        """Take it off the terminal."""
+        """Remove it from the terminal."""
         if self._status is not None:
             self._status.stop()
             self._status = None
@@ -112,7 +110,7 @@ class Activity:
             say(self.stage, self._with_time())
 
     def progress(self) -> StageProgress:
-        """What `status` sees of it."""
+        """Its entry for `status`."""
         return StageProgress(self.stage, 0, 0, activity=self.text)
 
     def _with_time(self) -> str:
@@ -122,7 +120,7 @@ class Activity:
 
 @contextmanager
 def working(stage: str, text: str) -> Iterator[Activity]:
-    """Show what a stage is doing inside the block, if it takes a while."""
+    """Show the activity of a stage inside the block, if it takes a while."""
     activity = Activity(stage, text)
     with _reporter.reporting(activity):
         yield activity
@@ -155,7 +153,7 @@ class StageBar:
         self._progress = Progress(
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}{task.fields[text]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}{task.fields[text]}"),
             console=console,
             disable=not console.is_interactive or current.as_json,
         )
@@ -163,7 +161,7 @@ class StageBar:
         self._reporting = _reporter.reporting(self)
 
     def count_tokens(self, tokens: Callable[[], int], row_tokens: int) -> None:
-        """Show tokens before the rows that they are in are whole.
+        """Show tokens before their rows are complete.
 
         Args:
             tokens: how many there are by now, those of unfinished rows included; `advance` is told those of whole rows.
@@ -186,7 +184,7 @@ class StageBar:
             self.log(end=True)
 
     def advance(self, steps: int = 1, tokens: int = 0, facts: list[str] | None = None) -> None:
-        """Count `steps` more as done; `facts` replace what is shown beside the count."""
+        """Count `steps` more as done; `facts` replace those shown next to the count."""
         self.done += steps
         self._told += tokens
         if facts is not None:
@@ -195,19 +193,19 @@ class StageBar:
         _reporter.report_if_due()
 
     def found(self, steps: int) -> None:
-        """Count steps that others have done, which say nothing of what is done here."""
+        """Count steps done by others, which do not affect the speed here."""
         self.done += steps
         self._started_at += steps
 
     def show(self) -> None:
-        """Put it on the terminal as it is now."""
+        """Show its current state on the terminal."""
         self._see()
         self._progress.live.transient = True
         self._progress.start()
         self._show()
 
     def hide(self) -> None:
-        """Take it off the terminal, or once it has ended leave it there."""
+        """Remove it from the terminal, or leave it there if it has finished."""
         self._progress.stop()
 
     def log(self, end: bool = False) -> None:
@@ -219,7 +217,7 @@ class StageBar:
         return None
 
     def progress(self, end: bool = False) -> StageProgress:
-        """How far it is; the rate is that of the last half minute, at the end that of the whole."""
+        """The current progress; the rate is that of the last half minute, or at the end the overall rate."""
         tokens, seconds = self.tokens, max(time.monotonic() - self._start, 1e-9)
         rate = self._token_rate.per_second if tokens and not end else tokens / seconds if tokens else None
         return StageProgress(self.stage, self.done, self.total, tokens, rate, self._seconds_left()[0], dict(self.losses))
@@ -234,7 +232,7 @@ class StageBar:
         self._rate.see(self.done)
 
     def _seconds_left(self) -> tuple[float | None, bool]:
-        """Seconds until all is done, and whether that is the most that it can be; None as long as it is not known."""
+        """Seconds until the end, and whether that is an upper bound; None if unknown."""
         rows, new = self.total - self.done, self.done - self._started_at
         if not rows:
             return 0.0, False
@@ -270,7 +268,7 @@ class StageBar:
 
 
 class _Reporter:
-    """Shows the innermost of the things that are going on, from a thread, until none is left."""
+    """Shows the innermost active item, from a thread, until none is left."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -303,11 +301,11 @@ class _Reporter:
                     self._going_on[-1].show()
 
     def spoke(self) -> None:
-        """A line was written, by whomever."""
+        """Note that a line was written, by anyone."""
         self._spoke, self._has_spoken = time.monotonic(), True
 
     def report_if_due(self) -> None:
-        """Refresh the terminal; write a line to a log and to those who watch if it is time."""
+        """Refresh the terminal; write a line to logs and watchers when it is time."""
         with self._lock:
             if not self._going_on:
                 return

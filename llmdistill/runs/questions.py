@@ -1,4 +1,4 @@
-"""What `init` asks for on a terminal."""
+"""Questions that `init` asks on a terminal."""
 
 import sys
 
@@ -6,7 +6,7 @@ from llmdistill.errors import InputError
 
 
 def answer(question: str, default: str, choices: list[str] | None = None) -> str:
-    """What is typed on a terminal; elsewhere the default.
+    """The typed answer on a terminal; otherwise the default.
 
     Raises:
         InputError: the input has ended.

@@ -1,4 +1,4 @@
-"""Keeps what libraries say to their own developers off a person's screen; what the person has set stays."""
+"""Silences messages of libraries for their own developers; the user's settings are kept."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ _LOGGERS = ("torchao", "torch.utils._pytree", "torch._library.triton")
 
 
 def quiet_libraries() -> None:
-    """To be called before torch or vLLM is imported."""
+    """Call this before torch or vLLM is imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in _LOGGERS:

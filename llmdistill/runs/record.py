@@ -1,26 +1,28 @@
-"""What every stage does with its output directory: claim it, or refuse it, and leave its lineage in `run.json`."""
+"""What every stage does with its output directory: claim or refuse it, and record its lineage in `run.json`."""
 
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from llmdistill.config.machine import Precision
 from llmdistill.config.shipped import find
 from llmdistill.config.teacher import ARGUMENTS_OF_SPEED, ENGINES
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
+from llmdistill.runs.hashes import content_hashes
 from llmdistill.runs.lock import writer_name
 from llmdistill.runs.progress import say
+from llmdistill.runs.watch import timestamp
 
 RUN_FILE = "run.json"
 _PACKAGES = ["llmdistill", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow"]
@@ -35,11 +37,12 @@ _FREE_SETTINGS |= {f"train.args.logging_{name}" for name in ("steps", "strategy"
 _FREE_SETTINGS |= {
     f"train.args.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
 }
+_LARGE = 16 << 20  # bytes
 _ALTERNATIVES = {"prune", "fresh"}  # either makes `student-before`
 
 
 class Claim(NamedTuple):
-    """A directory, the stage that makes it, and what the result depends on, as `claim` and `begin` take them.
+    """A directory, the stage that makes it, and what the result depends on, as passed to `claim` and `begin`.
 
     Attributes:
         directory: the stage's output directory.
@@ -55,7 +58,7 @@ class Claim(NamedTuple):
 
 
 def forget_begun(directory: Path) -> None:
-    """Remove what a stage has left that stopped before anything was finished: there is nothing to lose to other settings.
+    """Delete the output of a stage that stopped before anything was finished, so that changed settings lose nothing.
 
     Args:
         directory: the stage's, in which no process works.
@@ -65,20 +68,39 @@ def forget_begun(directory: Path) -> None:
         for entry in directory.iterdir():
             if _is_empty(entry):
                 entry.rmdir()
+        with suppress(OSError):  # a link, a mount point, or another worker's unfinished files in it
+            directory.rmdir()
+
+
+@contextmanager
+def nothing_begun(directories: Collection[Path]) -> Iterator[None]:
+    """Delete directories that have only been started, before the block and if its input is refused.
+
+    Args:
+        directories: what a stage writes, in which no other process works.
+    """
+    for directory in directories:
+        forget_begun(directory)
+    try:
+        yield
+    except InputError:
+        for directory in directories:
+            forget_begun(directory)
+        raise
 
 
 def _finished(directory: Path) -> set[str]:
-    """The names in a directory, but for those of unfinished files and of directories that are empty."""
+    """The names in a directory, except unfinished files and empty directories."""
     return {entry.name for entry in directory.iterdir() if not entry.name.endswith(".unfinished") and not _is_empty(entry)}
 
 
 def _is_empty(entry: Path) -> bool:
-    """Whether it is a directory with nothing in it."""
+    """Whether it is an empty directory."""
     return entry.is_dir() and not any(entry.iterdir())
 
 
 class StaleError(InputError):
-    """A directory holds the work of other settings.
+    """A directory contains work made with other settings.
 
     Attributes:
         directory: which.
@@ -92,11 +114,11 @@ class StaleError(InputError):
         self.directory, self.changed = directory, changed
 
 
-REMEDY = "Choose another `output`, or add --remake to `llmdistill run`, which removes all of this and makes it again"
+REMEDY = "Choose another `output`, or use `llmdistill run … --remake` to delete these directories and make them again"
 
 
 def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str]) -> Literal["new", "resume", "done"]:
-    """Whether `stage` starts in `directory`, goes on there, or is finished. Writes nothing.
+    """Whether `stage` starts in `directory`, continues there, or is finished. Writes nothing.
 
     Args:
         directory: the stage's output directory.
@@ -106,23 +128,35 @@ def claim(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[st
 
     Raises:
         InputError: the directory holds something else.
-        StaleError: it holds the work of other settings.
+        StaleError: it holds the work of other settings, or unfinished work with another commit of a model on the Hub.
     """
     there = _finished(directory) if directory.exists() else set()
     if not there:
         return "new"
     run = read_run(directory)
+    if there == {RUN_FILE} and run is not None and run["status"] != "done":
+        return "new"  # whether a live worker has begun it with other settings, `begin_computing` says
     if run is None or not (run.get("stage") == stage or {run.get("stage"), stage} == _ALTERNATIVES):
-        raise InputError(f"{directory} contains files that `{stage}` did not write; choose another `output`, or move them away")
-    if found := differences(run, settings, inputs):
+        raise InputError(f"{directory} contains files not written by `{stage}`; choose another `output`, or move them")
+    is_done = run["status"] == "done"
+    found = differences(run, settings, inputs)
+    found += [] if is_done else other_commits(run.get("commits", {}), hub_commits(inputs))
+    if found:
         raise StaleError(directory, found)
-    if there == {RUN_FILE} and run["status"] != "done":
-        return "new"
-    return "done" if run["status"] == "done" else "resume"
+    return "done" if is_done else "resume"
+
+
+def other_commits(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """The models whose known commits differ, in words."""
+    return [
+        f"{name} was commit {commit}, is {new[name]} (to continue, set its `revision` to the former)"
+        for name, commit in old.items()
+        if new.get(name, commit) != commit
+    ]
 
 
 def made_from(directories: Collection[Path], output: Path, inputs: Mapping[Path, Collection[str]] | None = None) -> list[Path]:
-    """The directories of a run whose work was made from that in others, directly or not.
+    """The directories of a run whose contents were made from others, directly or indirectly.
 
     Args:
         directories: the others.
@@ -154,9 +188,10 @@ def _run_files(output: Path) -> list[Path]:
 
 
 def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]) -> list[str]:
-    """In what the settings and inputs of `run.json` are others than these, where what comes out depends on it; for people.
+    """How the settings and inputs in `run.json` differ from these, as far as the result depends on them, in words.
 
-    Files and models are compared by their content: they may have been moved, or be called by another path.
+    Files and models are compared by their content: they may have been moved, or be called by another path. A revision may be
+    set to the commit that was used.
     """
 
     def is_same(old: Any, new: Any) -> bool:
@@ -169,25 +204,31 @@ def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str,
             return bool(content) and content == _contents(new, inputs)
         return bool(old == new)
 
-    free = set(_FREE_SETTINGS)
+    free, commits = set(_FREE_SETTINGS), run.get("commits", {})
     if not any(one.get("train", {}).get("validation") for one in (run["settings"], settings)):  # else it says when to validate
         free.add("train.args.save_steps")
     found = [
         (key, old, new)
         for key, old, new in _differences(run["settings"], settings)
-        if not any(_setting(key) == name or _setting(key).startswith(f"{name}.") for name in free) and not is_same(old, new)
+        if not any(_setting(key) == name or _setting(key).startswith(f"{name}.") for name in free)
+        and not is_same(old, new)
+        and not (key.endswith(".revision") and new in commits.values())
     ]
-    found += [(f"input.{name}", old, new) for name, old, new in _differences(*_not_renamed(run["inputs"], inputs))]
+    found += [
+        (f"input.{name}", old, new)
+        for name, old, new in _differences(*_not_renamed(run["inputs"], inputs))
+        if name not in commits or new != _on_hub(name, commits[name])
+    ]
     return [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in found]
 
 
 def _contents(name: str, inputs: Mapping[str, str]) -> dict[str, str]:
-    """The hash of a file or model, or those of what is read in a directory, by the path in it."""
+    """The hash of a file or model, or those of the files read from a directory, by path."""
     return {path.removeprefix(name): content for path, content in inputs.items() if path == name or path.startswith(f"{name}/")}
 
 
 def _not_renamed(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The inputs without those of which the other side has the content under a name that this side has not."""
+    """The inputs without those whose content the other side has under a name that this side lacks."""
 
     def without(inputs: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
         elsewhere = Counter(content for name, content in others.items() if name not in inputs)
@@ -203,7 +244,7 @@ def _not_renamed(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[dict[s
 
 
 def lasting(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings without those that may change between two tries."""
+    """The settings without those that may change between two attempts."""
     kept = {
         name: lasting(value, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in settings.items()
@@ -219,27 +260,43 @@ def _setting(key: str) -> str:
 
 
 def begin(directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, **more: Any) -> None:
-    """Write `run.json` with status `unfinished`; `more` are further keys of it."""
+    """Write `run.json` with status `unfinished`; `more` are further keys of it.
+
+    The versions of earlier tries, which have made a part of the work, are kept under `earlier` where they differ.
+
+    Raises:
+        StaleError: the work was begun with another commit of a model on the Hub.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    old = read_run(directory) or {}
-    run = {
-        "stage": stage,
-        "status": "unfinished",
-        "started": old.get("started", _now()),
-        "settings": settings,
-        "inputs": inputs,
-        "seed": seed,
-        **more,
-        "versions": versions(),
-        "git": _git_revision(),
-    }
-    write_json(directory / RUN_FILE, run)
+    now = {"versions": versions(), "git": _git_revision()}
+    with lock.in_turn(directory / RUN_FILE):
+        old = read_run(directory) or {}
+        commits, earlier = hub_commits(inputs), old.get("earlier", [])
+        if found := other_commits(old.get("commits", {}), commits):
+            raise StaleError(directory, found)
+        commits |= old.get("commits", {})
+        before = {name: old[name] for name in now if name in old}
+        if before and before != now and before not in earlier:
+            earlier = [*earlier, before]
+        run = {
+            "stage": stage,
+            "status": "unfinished",
+            "started": old.get("started", timestamp()),
+            "settings": settings,
+            "inputs": inputs,
+            **({"commits": commits} if commits else {}),
+            "seed": seed,
+            **more,
+            **now,
+            **({"earlier": earlier} if earlier else {}),
+        }
+        write_json(directory / RUN_FILE, run)
 
 
 def begin_computing(
     directory: Path, stage: str, settings: dict[str, Any], inputs: dict[str, str], seed: int, precision: Precision
 ) -> Precision:
-    """`begin`, and say what models compute in; the precision that counts.
+    """`begin`, and print the compute precision; returns the precision to use.
 
     Whoever begins a directory decides for all who work on it: later ones, on whatever machine, compute in the same.
 
@@ -252,7 +309,7 @@ def begin_computing(
         precision: what this machine would choose.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    run = {"stage": stage, "status": "unfinished", "started": _now(), "settings": settings, "inputs": inputs}
+    run = {"stage": stage, "status": "unfinished", "started": timestamp(), "settings": settings, "inputs": inputs}
     first = _create_json(directory / RUN_FILE, {**run, "precision": precision.recorded})
     if not first and (found := differences(read_run(directory) or run, settings, inputs)):
         raise StaleError(directory, found)  # another worker was faster
@@ -263,14 +320,14 @@ def begin_computing(
 
 
 def begun_precision(directory: Path, settings: dict[str, Any], inputs: dict[str, str]) -> Precision | None:
-    """What models compute in for the work in a directory, as it was begun; None if it was not."""
+    """The precision in which the work in a directory was started; None if it was not."""
     run = read_run(directory)
     recorded = (run or {}).get("precision")
     return None if run is None or not recorded or differences(run, settings, inputs) else Precision(**recorded)
 
 
 def settled_precision(directory: Path, settings: dict[str, Any], inputs: dict[str, str], wanted: Precision) -> Precision:
-    """What models compute in for the work in a directory: as it was begun, or as wanted if it was not."""
+    """The precision for the work in a directory: as it was started, or as wanted if it was not."""
     begun = begun_precision(directory, settings, inputs) or wanted
     if begun.dtype == wanted.dtype:
         return begun
@@ -280,17 +337,19 @@ def settled_precision(directory: Path, settings: dict[str, Any], inputs: dict[st
 def finish(directory: Path, results: dict[str, Any]) -> None:
     """Set the status to `done` and add the stage's results."""
     run = read_run(directory) or {}
-    write_json(directory / RUN_FILE, {**run, "status": "done", "finished": _now(), "results": results})
+    if commits := hub_commits(run.get("inputs", {})) | run.get("commits", {}):
+        run["commits"] = commits
+    write_json(directory / RUN_FILE, {**run, "status": "done", "finished": timestamp(), "results": results})
 
 
 def speed(tokens: int, seconds: float) -> dict[str, Any]:
-    """What `run.json` says of how fast a stage was."""
+    """The entry in `run.json` about the speed of a stage."""
     return {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / max(seconds, 1e-9), 1)}
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write in that becomes `path` once the block has ended well; else nothing of it is left.
+    """A directory to write to, which becomes `path` if the block succeeds; otherwise it is deleted.
 
     Raises:
         InputError: `path` exists and is not empty, or cannot be written.
@@ -301,7 +360,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     unfinished = path / ".unfinished" if inside else path.with_name(f".{path.name}.{writer_name()}.unfinished")
     try:
         if path.exists() and not (path.is_dir() and not {entry.name for entry in path.iterdir()} - {"lost+found", ".unfinished"}):
-            raise InputError(f"{path}: exists and is not empty; choose another output directory, or move it away")
+            raise InputError(f"{path}: exists and is not empty; choose another output directory, or move it")
         if inside:
             shutil.rmtree(unfinished, ignore_errors=True)
         for leftover in path.parent.glob(f".{path.name}.*.unfinished"):
@@ -330,13 +389,13 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def read_json(file: Path) -> Any:
-    """The file's content, or None if it is not there.
+    """Read a JSON file; None if it does not exist.
 
     Raises:
         InputError: it is not JSON.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
     except (ValueError, OSError, RecursionError) as error:
@@ -344,7 +403,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
-    """The `run.json` of a directory, or None if it is not there.
+    """The `run.json` of a directory; None if it does not exist.
 
     Raises:
         InputError: it is none.
@@ -359,15 +418,15 @@ def read_run(directory: Path) -> dict[str, Any] | None:
 
 _KINDS: dict[type, str] = {
     str: "text",
-    int: "a whole number",
+    int: "an integer",
     dict: "a mapping",
     list: "a list",
-    object: "there, if only as null",
+    object: "present, even if null",
 }
 
 
 def check_shape(file: Path, found: Any, shape: Mapping[str, type], at: str = "") -> dict[str, Any]:
-    """A mapping of a JSON file whose values are of the kinds that they must be.
+    """Check that a mapping in a JSON file has values of the right types.
 
     Args:
         file: it stands in, for the error.
@@ -376,7 +435,7 @@ def check_shape(file: Path, found: Any, shape: Mapping[str, type], at: str = "")
         at: where in the file it stands.
 
     Raises:
-        InputError: naming the file and the key.
+        InputError: names the file and the key.
     """
     if not isinstance(found, dict):
         raise InputError(f"{file}: {at or 'the whole'} must be a mapping, got {_short(found)}")
@@ -388,7 +447,7 @@ def check_shape(file: Path, found: Any, shape: Mapping[str, type], at: str = "")
 
 
 def _create_json(file: Path, content: Any) -> bool:
-    """Write the file as a whole unless it is there; whether it was not."""
+    """Write a complete file unless it exists; returns whether it did not."""
     unfinished = file.with_name(f".{file.name}.new.{writer_name()}.unfinished")
     write_json(unfinished, content)
     try:
@@ -405,29 +464,46 @@ def _create_json(file: Path, content: Any) -> bool:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write so that the file is there as a whole or not at all."""
+    """Write the file atomically."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write so that the file is there as a whole or not at all; half a surrogate pair, which a model may write, becomes `?`."""
+    """Write the file atomically; lone surrogates, which a model may write, become `?`."""
     write_bytes(file, text.encode("utf-8", errors="replace"))
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write so that the file is there as a whole or not at all."""
+    """Write the file atomically."""
+    with writing(file) as stream:
+        stream.write(content)
+
+
+def write_parquet(file: Path, table: Any) -> None:
+    """Write the file atomically."""
+    import pyarrow.parquet as pq
+
+    with writing(file) as stream:
+        pq.write_table(table, stream, compression="zstd")
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[BinaryIO]:
+    """A stream to write to; the complete file appears if the block succeeds, otherwise nothing does."""
     try:
         with lock.written(file) as unfinished, unfinished.open("wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
+        if error.errno is None:  # a library's own, which names no file
+            raise
         raise OSError(error.errno, error.strerror, str(file)) from None
     fsync_directory(file.parent)
 
 
 def fsync_directory(directory: Path) -> None:
-    """Wait until a rename in the directory is on the disk."""
+    """Wait until a rename in the directory is on disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -461,32 +537,60 @@ def file_input(file: str | Path, key: str) -> dict[str, str]:
 
 
 def model_fingerprint(model: str, revision: str | None) -> str:
-    """What identifies a model: the content of a local directory, or name and revision on the Hub.
+    """The identity of a model: the content of a local directory, or name and revision on the Hub; see `hub_commits`.
 
-    Files over 16 MiB enter by name, size, and their first and last MiB: a safetensors header with the tail of the
-    weights, which a 60 GB checkpoint gives up in a second.
+    Files over 16 MiB enter by their hashes, which are kept.
     """
     directory = Path(model)
     if not directory.is_dir():
-        return f"{model}@{revision or 'main'}"
+        return _on_hub(model, revision)
+    skipped = (RUN_FILE, "README.md")
+    files = [
+        (file, file.stat().st_size)
+        for file in sorted(directory.iterdir())
+        if file.name not in skipped and not file.name.startswith(".") and file.is_file()
+    ]
+    large = [file for file, size in files if size > _LARGE]
+    hashes = dict(zip(large, content_hashes(large), strict=True))
     digest = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        if file.name in (RUN_FILE, "README.md") or file.name.startswith(".") or not file.is_file():
-            continue
-        size = file.stat().st_size
+    for file, size in files:
         digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as stream:
-            if size <= 16 << 20:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(1 << 20))
-                stream.seek(-(1 << 20), os.SEEK_END)
-                digest.update(stream.read())
+        digest.update(hashes[file].encode() if file in hashes else file.read_bytes())
     return digest.hexdigest()
 
 
+def _on_hub(model: str, revision: str | None) -> str:
+    return f"{model}@{revision or 'main'}"
+
+
+def hub_commits(inputs: Mapping[str, str]) -> dict[str, str]:
+    """The Hub commit of each model that a stage reads, as far as the local cache knows it, without network access.
+
+    Args:
+        inputs: path or name of what the stage reads, with its hash or `model_fingerprint`.
+    """
+    found = {}
+    for name, content in inputs.items():
+        model, at, revision = content.rpartition("@")
+        if at and (commit := _commit(model, revision)):
+            found[name] = commit
+    return found
+
+
+def _commit(model: str, revision: str) -> str | None:
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+    except ValueError:  # no name on the Hub
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def versions() -> dict[str, str]:
-    """The versions that shape a result."""
+    """The versions that affect a result."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -497,7 +601,7 @@ def versions() -> dict[str, str]:
 
 
 def _git_revision() -> str | None:
-    """The commit of the working directory, with `+changes` if it has any; None outside a repository."""
+    """The commit of the working directory, with `+changes` if there are any; None outside a repository."""
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
@@ -525,7 +629,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,6 +1,6 @@
-"""`llmdistill refresh`: a run that comes back.
+"""`llmdistill refresh`: incremental retraining.
 
-Each version adds what is new, goes on from the promoted student, and is promoted only if it is not worse.
+Each version adds new prompts, continues from the promoted student, and is promoted only if it is not worse.
 
     OUTPUT/versions/1, 2, …     the output of each version, as `run` writes it
     OUTPUT/refresh.json         every version: what it was made from, whether it was promoted, and why
@@ -29,7 +29,7 @@ _LINK = "promoted"
 
 
 def refresh(experiment: Experiment, dry_run: bool = False) -> None:
-    """Make the next version, or go on with one that was interrupted, and decide about it; twice in a night is once.
+    """Make the next version, or continue an interrupted one, and decide on it; repeated calls without new data do nothing.
 
     Args:
         experiment: the configuration.
@@ -40,11 +40,11 @@ def refresh(experiment: Experiment, dry_run: bool = False) -> None:
         BusyError: another process is at it.
     """
     if experiment.refresh is None:
-        raise InputError("the key refresh is missing: `refresh: {}` is enough")
+        raise InputError("the key refresh is missing; `refresh: {}` is enough")
     if experiment.prompts is None:
-        raise InputError("the key prompts is missing: `refresh` needs new prompts from prompts.source")
+        raise InputError("the key prompts is missing; `refresh` needs new prompts from prompts.source")
     if experiment.store:
-        raise InputError("refresh does not support store: it keeps its versions on one machine; remove store")
+        raise InputError("refresh does not support store, as it keeps its versions on one machine; remove store")
     if experiment.rounds:
         raise InputError("refresh does not support rounds; remove one of them")
     if dry_run:
@@ -61,22 +61,22 @@ def _next(experiment: Experiment, dry_run: bool = False) -> None:
         _promote(output, versions)
     last = versions[-1] if versions else None
     if last and last["made_from"] == made_from and "promoted" in last:
-        return say("refresh", f"nothing is new since version {last['version']}, which was {_verdict(last)}")
+        return say("refresh", f"nothing new since version {last['version']}, which was {_verdict(last)}")
     resumed = last is not None and "promoted" not in last and last["made_from"] == made_from
     number = last["version"] if last and resumed else len(versions) + 1
     here = _version(experiment, versions, number)
     prepared = _prepared(here)
     new = None if prepared is None else len(prepared.prompts)
     if new == 0:
-        return say("refresh", "prompts.source has no prompt that is not in an earlier version")
+        return say("refresh", "all prompts of prompts.source are in earlier versions")
     if prepared and (reason := _too_few(here, prepared.prompts)):
-        return say("refresh", f"waits for more prompts: {reason}")
+        return say("refresh", f"waiting for more prompts: {reason}")
     if dry_run:
         return say("refresh", f"would make version {number} in {output / 'versions' / str(number)}" + _of(new))
     if not resumed:
         versions.append({"version": number, "made_from": made_from})
         _write(output, versions)
-    say("refresh", f"version {number}{_of(new)}" + (", going on" if resumed else ""))
+    say("refresh", f"version {number}{_of(new)}" + (", continued" if resumed else ""))
     run_stages(stages(here))
     versions[-1] |= _decide(experiment, output, versions)
     _write(output, versions)
@@ -85,7 +85,7 @@ def _next(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def _made_from(experiment: Experiment) -> str:
-    """What a version follows from: the configuration, the prompts, the teacher."""
+    """What a version depends on: the configuration, the prompts, the teacher."""
     assert experiment.prompts is not None
     settings = experiment.model_dump(mode="json", exclude={"output", "jobs", "refresh", "watch"})
     return stable_id(settings, prompts_inputs(experiment.prompts), all_fingerprints(experiment)[0])
@@ -102,7 +102,7 @@ def _write(output: Path, versions: list[dict[str, Any]]) -> None:
 
 
 def _version(experiment: Experiment, versions: list[dict[str, Any]], number: int) -> Experiment:
-    """A version of the experiment: earlier prompts are left out, earlier rows mixed in, and the promoted student goes on."""
+    """The experiment of a version: earlier prompts are left out, earlier rows mixed in, and the promoted student continues."""
     assert experiment.refresh is not None
     assert experiment.prompts is not None
     directory = Path(experiment.output) / "versions"
@@ -121,14 +121,14 @@ def _version(experiment: Experiment, versions: list[dict[str, Any]], number: int
 
 
 def _prepared(experiment: Experiment) -> Prepared | None:
-    """The prompts that a version adds; None where the teacher has still to make them."""
+    """The prompts that a version adds; None if the teacher has yet to make them."""
     if experiment.prompts is None or experiment.prompts.steps:
         return None
     return prepared_prompts(experiment, empty=True)
 
 
 def _too_few(experiment: Experiment, prompts: Sequence[Prompt]) -> str | None:
-    """Why a version of these prompts could not be finished; the teacher would have answered them for nothing."""
+    """Why a version with these prompts could not be finished, so that the teacher would answer them in vain."""
     try:
         check_splits(experiment, prompts)
     except InputError as error:
@@ -170,7 +170,7 @@ def _verdict(entry: dict[str, Any]) -> str:
 
 
 def _promote(output: Path, versions: list[dict[str, Any]]) -> None:
-    """Let the link point to the student that was promoted last, from one moment to the next; `refresh.json` says which."""
+    """Atomically link to the student that was promoted last; `refresh.json` names it."""
     promoted = [entry["version"] for entry in versions if entry.get("promoted")]
     if not promoted:
         return

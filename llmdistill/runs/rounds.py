@@ -1,4 +1,4 @@
-"""What on-policy rounds are made of: experiments in which the student writes, the teacher reads it, and the student learns."""
+"""The parts of on-policy rounds: experiments in which the student generates, the teacher scores, and the student trains."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class Round:
 
 
 def round_of(experiment: Experiment, name: str, number: int, student: str) -> Round:
-    """The experiments of a round. Where the targets are of a sample of the student's, it draws that as it writes.
+    """The experiments of a round. If the targets are a sample of the student's, it draws them while generating.
 
     Args:
         experiment: the run's.
@@ -61,7 +61,7 @@ def round_of(experiment: Experiment, name: str, number: int, student: str) -> Ro
 
 
 def round_training(experiment: Experiment) -> Train:
-    """How the student trains in the rounds: on their own datasets, and with no cross-entropy on what it wrote itself."""
+    """How the student trains in the rounds: on their own datasets, without cross-entropy on its own text."""
     settings = experiment.rounds
     assert settings is not None
     changes: dict[str, Any] = {
@@ -79,7 +79,7 @@ def round_training(experiment: Experiment) -> Train:
 
 
 def _arguments(of_training: dict[str, Any], of_rounds: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the training with those of the rounds in their place; a number of epochs takes that of steps."""
+    """The training arguments, overridden by those of the rounds; a number of epochs replaces a number of steps."""
     if "num_train_epochs" in of_rounds and "max_steps" not in of_rounds:
         of_training = {name: value for name, value in of_training.items() if name != "max_steps"}
     return of_training | of_rounds

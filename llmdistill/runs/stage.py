@@ -1,7 +1,8 @@
-"""One stage in this process: alone or among its workers, watched, and with an object store if there is one."""
+"""One stage in this process: alone or as one of several workers, monitored, and with an object store if there is one."""
 
-import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from llmdistill.config import Experiment
 from llmdistill.objectstore.copies import bring, keep
 from llmdistill.runs import lock, record
 from llmdistill.runs.progress import console, working
-from llmdistill.runs.watch import watched
+from llmdistill.runs.watch import is_first_process, watched
 from llmdistill.stages.table import STAGES
 
 
 def run_stage(experiment: Experiment, name: str, share: str | None = None, **options: Any) -> None:
-    """Run a stage; what it reads and writes is brought from the object store and kept there.
+    """Run a stage; its inputs are fetched from the object store, and its outputs are uploaded.
 
     Args:
         experiment: the configuration.
@@ -35,12 +36,20 @@ def run_stage(experiment: Experiment, name: str, share: str | None = None, **opt
             keep(experiment, name)
 
 
-def _locked(experiment: Experiment, name: str) -> AbstractContextManager[None]:
-    """The lock of what a stage writes, which workers that make shards share, and processes that train together have once."""
+@contextmanager
+def _locked(experiment: Experiment, name: str) -> Iterator[None]:
+    """Hold the lock of a stage's output, which workers that make shards share, and processes that train together take once.
+
+    What was only begun there, and what is begun here and then refused, is forgotten.
+    """
     stage = STAGES[name]
-    if os.environ.get("RANK", "0") != "0":
-        return nullcontext()
-    if stage.shared and stage.record is not None:
+    written = [experiment.directory(directory) for directory in stage.writes]
+    if not is_first_process():
+        yield
+    elif stage.shared and stage.record is not None:
         directory = experiment.directory(stage.record)
-        return lock.among_others(directory, name, lambda: record.forget_begun(directory))
-    return lock.alone([experiment.directory(written) for written in stage.writes] or [Path(experiment.output) / name], name)
+        with lock.among_others(directory, name, partial(record.forget_begun, directory)):
+            yield
+    else:
+        with lock.alone(written or [Path(experiment.output) / name], name), record.nothing_begun(written):
+            yield

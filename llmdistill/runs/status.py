@@ -1,4 +1,4 @@
-"""What `llmdistill status` says of the stages in an output directory: done, running and how far, or not done."""
+"""The output of `llmdistill status`: the stages in an output directory that are done, running (and how far), or not done."""
 
 import platform
 import re
@@ -21,7 +21,7 @@ _OLD = 120  # seconds without news that are worth a word
 
 
 def begun(output: Path) -> list[str]:
-    """The stages that have begun there, in their order."""
+    """The stages that have started there, in order."""
     names = [name for name in STAGES if _has_begun(output, name)]
     rounds = sorted(int(path.name) for path in (output / "rounds").glob("[0-9]*") if path.name.isdigit())
     later = [
@@ -35,7 +35,7 @@ def begun(output: Path) -> list[str]:
 
 
 def known(output: Path) -> list[str]:
-    """The stages of a run in their order: those of its configuration, as `run` has kept it, and others that have begun."""
+    """The stages of a run in order: those of the configuration saved by `run`, and others that have started."""
     from llmdistill.runs.pipeline import CONFIGS, stages
 
     planned: list[str] = []
@@ -48,7 +48,7 @@ def known(output: Path) -> list[str]:
 
 
 def how_far(output: Path, name: str) -> str:
-    """Whether a stage is done, how far it is, or that it is not done; named as by `StageRun.name`."""
+    """Whether a stage is done, its progress, or that it is not done; named as by `StageRun.name`."""
     named = re.fullmatch(r"(?:round-(\d+)-)?([a-z]+)(?:-\d+)?", name)
     assert named is not None
     number, name = named.groups()
@@ -62,7 +62,7 @@ def how_far(output: Path, name: str) -> str:
 
 
 def _sum(looks: list[dict[str, Any]], silent: float) -> str:
-    """One line for all workers: those at the same step are added up."""
+    """One line for all workers; those at the same step are added up."""
     newest = max(looks, key=lambda look: look["time"])
     step = newest["step"]
     there = [look for look in looks if look["step"] == step]
@@ -86,7 +86,7 @@ def _sum(looks: list[dict[str, Any]], silent: float) -> str:
 
 
 def _looks(output: Path) -> Iterator[dict[str, Any]]:
-    """What the processes that run have left there last; of several with the same share the newest."""
+    """The latest reports of running processes there; of several with the same share, the newest."""
     newest: dict[Any, dict[str, Any]] = {}
     for file in (output / PROGRESS).glob("*.json"):
         try:

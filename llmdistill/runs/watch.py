@@ -1,4 +1,4 @@
-"""A stage as it is seen from outside: lines of JSON, metrics for Prometheus, and a file of progress for `status`."""
+"""Monitoring of a stage: lines of JSON, metrics for Prometheus, and a progress file for `status`."""
 
 import json
 import os
@@ -15,19 +15,18 @@ from typing import Any
 from urllib.parse import quote
 
 from llmdistill.config.jobs import Watch
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, not_installed
 
 PROGRESS = ".progress"
 STATES = ("running", "done", "failed", "stopped")
 _EVERY = 5  # seconds between two looks at a stage
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTH)(_ID)?$")  # names of the environment
 _FORGOTTEN = 3600  # seconds after which nobody writes a file of progress any more
-_SPEAKS = os.environ.get("RANK", "0") == "0"  # one of many processes
 
 
 @dataclass
 class StageProgress:
-    """How far a stage is, or where nothing can be counted, what it is doing."""
+    """The progress of a stage or, if nothing can be counted, its activity."""
 
     step: str
     done: int
@@ -40,7 +39,7 @@ class StageProgress:
 
 
 class Watcher:
-    """Who watches one stage of one process."""
+    """Monitors one stage of one process."""
 
     def __init__(self, stage: str, output: str, settings: Watch, share: str | None) -> None:
         self.stage, self.output, self.settings, self.share = stage, output, settings, share
@@ -52,11 +51,11 @@ class Watcher:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for another look."""
+        """Whether it is time for another update."""
         return time.monotonic() - self._looked >= _EVERY
 
     def see(self, progress: StageProgress) -> None:
-        """Keep how far the stage is where others see it."""
+        """Publish the progress of the stage."""
         self.last, self._looked = progress, time.monotonic()
         record = {"stage": self.stage, **asdict(progress), "time": time.time(), **_who(self.share)}
         with suppress(OSError):  # a stage does not end because nobody can watch it
@@ -71,7 +70,7 @@ class Watcher:
                 self._metrics.write("running", progress)
 
     def end(self, state: str) -> None:
-        """The stage is over: the file of its progress goes, its metrics stay with the last numbers."""
+        """The stage is over: delete its progress file; its metrics keep the last values."""
         with suppress(OSError):
             if self._metrics:
                 self._metrics.write(state, self.last)
@@ -81,7 +80,7 @@ class Watcher:
 
 
 def _remove_old(directory: Path) -> None:
-    """Remove what killed processes have left: living ones write every few seconds."""
+    """Delete files of killed processes: running ones write every few seconds."""
     for file in directory.glob("*"):
         with suppress(OSError):
             if time.time() - file.stat().st_mtime > _FORGOTTEN:
@@ -99,7 +98,7 @@ class Metrics:
         try:
             from prometheus_client import CollectorRegistry, Gauge
         except ImportError:
-            raise InputError('watch.metrics needs prometheus_client: pip install "llmdistill[watch]"') from None
+            raise not_installed("watch.metrics", "prometheus_client", "watch") from None
         run, worker = without_secrets(output), share or "1/1"
         name = re.sub(r"[^\w.-]+", "_", f"llmdistill-{run[-100:]}-{stage}-{worker.replace('/', '-of-')}")
         self.file = Path(directory) / f"{name}.prom"
@@ -114,19 +113,19 @@ class Metrics:
             return Gauge(f"llmdistill_{name}", text, [*self._labels, *labels], registry=self._registry)
 
         self._numbers = {
-            "done": gauge("done", "Rows, steps or other units that are done.", "step"),
-            "total": gauge("total", "Rows, steps or other units of all the work.", "step"),
-            "tokens": gauge("tokens", "Tokens since the process began with this step.", "step"),
-            "tokens_per_s": gauge("tokens_per_second", "Tokens a second over the last half minute.", "step"),
-            "seconds_left": gauge("seconds_left", "Seconds until the step is done, at this speed.", "step"),
+            "done": gauge("done", "Finished rows, steps or other units.", "step"),
+            "total": gauge("total", "Total rows, steps or other units.", "step"),
+            "tokens": gauge("tokens", "Tokens since the process started this step.", "step"),
+            "tokens_per_s": gauge("tokens_per_second", "Tokens per second over the last half minute.", "step"),
+            "seconds_left": gauge("seconds_left", "Estimated seconds until the step is done.", "step"),
         }
-        self._losses = gauge("loss", "The last value of each part of the loss, and of what else is measured.", "step", "part")
+        self._losses = gauge("loss", "The last value of each part of the loss and of other measurements.", "step", "part")
         self._state = gauge("stage_state", "1 for the state that the stage is in.", "state")
         self._updated = gauge("last_update_timestamp_seconds", "When this file was written.")
         self.write("running", None)
 
     def write(self, state: str, progress: StageProgress | None) -> None:
-        """Write the file as a whole."""
+        """Write the file atomically."""
         from prometheus_client import write_to_textfile
 
         for name in STATES:
@@ -142,7 +141,7 @@ class Metrics:
 
 
 class _Current:
-    """What is watched in this process, and whether its lines are JSON."""
+    """The monitor in this process, and whether its lines are JSON."""
 
     watcher: Watcher | None = None
     as_json = False
@@ -153,13 +152,13 @@ current = _Current()
 
 @contextmanager
 def watched(stage: str, output: str, settings: Watch, share: str | None = None) -> Iterator[None]:
-    """Watch what is done inside, which is a stage; only the first of many processes is watched.
+    """Monitor a stage inside the block; only the first of many processes is monitored.
 
     Raises:
         InputError: the metrics have nowhere to go.
     """
     current.as_json = settings.log == "json"  # also of what is said after the stage
-    current.watcher = Watcher(stage, output, settings, share) if _SPEAKS else None
+    current.watcher = Watcher(stage, output, settings, share) if is_first_process() else None
     event(stage, "start")
     state = "failed"
     try:
@@ -179,17 +178,17 @@ def watched(stage: str, output: str, settings: Watch, share: str | None = None) 
 
 
 def event(stage: str, name: str, level: str = "info", error: bool = False, **fields: Any) -> None:
-    """One line of JSON, if that is what lines are; numbers that are not known are left out."""
-    if not current.as_json or not _SPEAKS:
+    """Write one line of JSON, if enabled; unknown numbers are left out."""
+    if not current.as_json or not is_first_process():
         return
     share = current.watcher.share if current.watcher else None
     known = {key: value for key, value in fields.items() if value not in (None, {}, [])}
-    record = {"time": _now(), "level": level, "stage": stage, "event": name, **known, **_who(share)}
+    record = {"time": timestamp(), "level": level, "stage": stage, "event": name, **known, **_who(share)}
     print(without_secrets(json.dumps(record, ensure_ascii=False)), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def without_secrets(text: str) -> str:
-    """The text without passwords in addresses, and without what the environment calls a token, a key, a secret or a password."""
+    """The text without passwords in addresses, and without tokens, keys, secrets and passwords from the environment."""
     for name, value in os.environ.items():
         if len(value.strip()) >= 8 and _SECRET.search(name.upper()):
             for written in {value.strip(), repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe="")}:
@@ -201,5 +200,11 @@ def _who(share: str | None) -> dict[str, Any]:
     return {"host": platform.node(), "pid": os.getpid(), "share": share}
 
 
-def _now() -> str:
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that train together, which prints and keeps the record for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def timestamp() -> str:
+    """The time in UTC, as in 2026-01-31T12:00:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,1 +1,1 @@
-"""The stages: each reads directories, writes one, and is a command of its own."""
+"""The stages: each reads directories, writes one, and has its own command."""

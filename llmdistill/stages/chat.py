@@ -1,4 +1,4 @@
-"""`llmdistill chat`: talk to the teacher and the student side by side in the terminal, each with a history of its own."""
+"""`llmdistill chat`: talk to the teacher and the student side by side in the terminal, each with its own history."""
 
 import signal
 import sys
@@ -24,12 +24,12 @@ _SIDE_BY_SIDE = 80  # columns of a terminal from which on two answers stand besi
 
 
 def chat(experiment: Experiment, dry_run: bool = False) -> None:
-    """Answer what is typed, or what comes in a pipe line by line, until it ends.
+    """Answer typed input, or lines from a pipe, until it ends.
 
     With `prompts.task` each line is an input of the task, and a conversation of its own.
 
     Raises:
-        InputError: a model is not there, is behind an API, or has no chat template.
+        InputError: if a model is missing, is behind an API, or has no chat template.
     """
     teacher, student = experiment.teacher, str(experiment.directory("student"))
     if teacher.abilities.api:
@@ -87,7 +87,7 @@ class Speaker:
         """Of the answer at work."""
 
     def answer(self, question: str, sampling: Generate, stop: threading.Event) -> None:
-        """Write `text`, and put question and answer into the history; until `stop` is set, then with what is there."""
+        """Write `text`, and add question and answer to the history; if `stop` is set, with the answer so far."""
         import torch
         from transformers import StoppingCriteriaList, TextStreamer
 
@@ -125,14 +125,14 @@ class Speaker:
 
 
 def stops_at(stop: threading.Event) -> Callable[[Any, Any], Any]:
-    """Whether each sequence that is written ends, for `generate`: all of them once the event is set."""
+    """A stopping criterion for `generate`: all sequences end once the event is set."""
     import torch
 
     return lambda ids, scores: torch.full((len(ids),), stop.is_set(), device=ids.device)
 
 
 def _lines() -> Iterator[str]:
-    """What is typed; an interrupt at the prompt begins a new line."""
+    """The typed line; an interrupt at the prompt begins a new one."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
@@ -148,7 +148,7 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(speakers: list[Speaker], question: str, sampling: Generate) -> None:
-    """All speakers at once, shown while they write where there is a terminal."""
+    """All speakers at once, shown while they write if there is a terminal."""
     stop, failures = threading.Event(), list[BaseException]()
 
     def work(speaker: Speaker) -> None:
@@ -178,7 +178,7 @@ def _answer(speakers: list[Speaker], question: str, sampling: Generate) -> None:
 
 
 def _beside(speakers: list[Speaker], lines: int | None = None) -> RenderableType:
-    """The answers side by side where the terminal is wide, else one below the other; only so many of their last lines."""
+    """The answers side by side if the terminal is wide, else below each other; only their last lines."""
     wide = console.is_terminal and console.width >= _SIDE_BY_SIDE
     width = console.width // len(speakers) - 2 if wide else console.width
     room = lines if lines is None or wide else lines // len(speakers)

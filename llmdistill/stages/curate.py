@@ -1,7 +1,7 @@
-"""`llmdistill curate`: filter a dataset and hold rows out, with every row accounted for.
+"""`llmdistill curate`: filter a dataset and hold out rows, accounting for every row.
 
 The rows are read twice: once to decide what becomes of each, once to copy them to where they belong. What is held between
-the two is two bytes a row; why a row was rejected waits on the disk.
+the two is two bytes per row; the reasons for rejection are kept on disk.
 """
 
 import shutil
@@ -43,7 +43,7 @@ _DETAILS = pa.schema({"failed": pa.bool_(), "detail": pa.string()})  # of every 
 
 @dataclass
 class Account:
-    """What became of the rows that came to one step: in = kept + rejected + failed."""
+    """The account of one step: in = kept + rejected + failed."""
 
     name: str
     rows_in: int = 0
@@ -54,7 +54,7 @@ class Account:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, reasons: list[str | None]) -> None:
-        """Count rows by what the step says of them."""
+        """Count rows by the step's verdict."""
         kept, failed = reasons.count(None), sum(isinstance(reason, Failed) for reason in reasons)
         self.rows_in += len(reasons)
         self.kept += kept
@@ -62,14 +62,14 @@ class Account:
         self.rejected += len(reasons) - kept - failed
 
     def described(self) -> dict[str, Any]:
-        """For `dataset.json`: nothing that is another one on the next run."""
+        """Entry in `dataset.json`: only what is the same in the next run."""
         counts = {name: getattr(self, name) for name in ("name", "rows_in", "kept", "rejected", "failed")}
         return counts | ({"facts": self.facts} if self.facts else {})
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What becomes of rows; two arrays of shape (N,), one byte a row each.
+    """The verdicts on rows; two arrays of shape (N,), with one byte per row.
 
     Attributes:
         step_N: number of the step, from 0, that has rejected the row or failed on it; -1 for rows that stay.
@@ -83,15 +83,15 @@ class Verdicts:
         return len(self.step_N)
 
     def part(self, start: int, rows: int) -> "Verdicts":
-        """Of consecutive rows."""
+        """Verdicts on consecutive rows."""
         return Verdicts(self.step_N[start : start + rows], self.held_out_N[start : start + rows])
 
     def out(self) -> Array:
-        """The rows that do not stay."""
+        """The rows that are not kept."""
         return self.step_N >= 0
 
     def of_split(self, split: Split) -> Array:
-        """The rows that stay, of a split."""
+        """The kept rows of a split."""
         return ~self.out() & (self.held_out_N == (split == "test"))
 
 
@@ -131,7 +131,7 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
             shutil.move(log, directory / log.name)
         write_manifest(directory, shards, _description(manifest, claim.inputs, accounts, len(verdicts)))
         if (paid := manifest.get("cost", {}).get("paid")) is not None:
-            say("curate", f"a kept row cost {money(paid / max(train + test, 1))}")
+            say("curate", f"cost per kept row: {money(paid / max(train + test, 1))}")
         record.finish(directory, _results(manifest, accounts, len(verdicts), train + test, time.monotonic() - started))
         bar.summary = _sum(accounts, train, test)
     if experiment.eval.held_out:  # said before training, not after it
@@ -140,7 +140,7 @@ def curate(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def warn_of_few(prompts: int) -> None:
-    """Say whether so few held-out prompts have no interval, or one that may be too narrow."""
+    """Warn if there are too few held-out prompts for an interval, or for a reliable one."""
     try:
         warning = check_clusters(prompts, "held-out prompts", "raise eval.held_out")
     except InputError as error:
@@ -161,7 +161,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 
 def _clear(directory: Path) -> None:
-    """Remove what an interrupted run has written: what it had decided is gone, so writing starts over."""
+    """Delete the output of an interrupted run: its decisions are lost, so writing starts over."""
     for leftover in [*directory.glob("*.parquet"), *directory.glob(".*.unfinished"), *directory.glob("*-*.jsonl")]:
         leftover.unlink()
 
@@ -170,7 +170,7 @@ _CARRIED = ("precision", "left_out", "failed", "cost", "gives", "teachers", "rou
 
 
 def _description(manifest: dict[str, Any], inputs: dict[str, str], accounts: list[Account], rows_in: int) -> dict[str, Any]:
-    """For `dataset.json`."""
+    """Entry in `dataset.json`."""
     description = {key: manifest[key] for key in ("teacher", "tokenizer", "sampling", "targets", "seed", "determinism")}
     description |= {"prompts": manifest.get("prompts", [])}
     description |= {key: manifest[key] for key in _CARRIED if key in manifest}
@@ -179,7 +179,7 @@ def _description(manifest: dict[str, Any], inputs: dict[str, str], accounts: lis
 
 
 def _sum(accounts: list[Account], train: int, test: int) -> str:
-    """The account in a line."""
+    """The account in one line."""
     parts = [f"{train:,} train", f"{test:,} held out"]
     for outcome in ("rejected", "failed"):
         by_name: dict[str, int] = {}
@@ -193,7 +193,7 @@ def _sum(accounts: list[Account], train: int, test: int) -> str:
 
 
 def _results(manifest: dict[str, Any], accounts: list[Account], rows_in: int, kept: int, seconds: float) -> dict[str, Any]:
-    """For `run.json`."""
+    """Entry in `run.json`."""
     tokens = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "train")
     return {
         "rows_in": rows_in,
@@ -223,7 +223,7 @@ def _say_plan(experiment: Experiment, source: Path, directory: Path) -> None:
 
 @contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A directory beside those of the stages, gone afterwards."""
+    """A temporary directory next to those of the stages."""
     for leftover in output.glob(".curate.*.unfinished"):
         shutil.rmtree(leftover, ignore_errors=True)
     scratch = output / f".curate.{lock.writer_name()}.unfinished"
@@ -237,7 +237,7 @@ def _scratch(output: Path) -> Iterator[Path]:
 def _decide(
     experiment: Experiment, manifest: dict[str, Any], files: list[Path], scratch: Path, bar: StageBar
 ) -> tuple[Verdicts, list[Account], int]:
-    """What becomes of every row, the account of every step, and how many prompts are held out.
+    """The verdict on every row, the account of every step, and the number of prompts held out.
 
     The reasons go to `scratch/details.arrow`, a batch for each group of rows.
     """
@@ -267,7 +267,7 @@ def _decide(
 
 
 def _whole_prompts(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in groups that end where the prompt changes, so that all answers to one that stand together are in one."""
+    """The same rows in groups that end where the prompt changes, so that consecutive answers to a prompt are together."""
     waiting: pa.Table | None = None
     for batch in batches:
         rows = batch if waiting is None else pa.concat_tables([waiting, batch])
@@ -283,7 +283,7 @@ def _whole_prompts(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _look(checks: list[Check], accounts: list[Account], rows: pa.Table) -> tuple[Array, list[str | None]]:
-    """Let one step after the other look at the rows of a group that are left; as `Verdicts.step_N`, and the reasons."""
+    """Apply the steps in order to the remaining rows of a group; returns `Verdicts.step_N` and the reasons."""
     step_N = np.full(len(rows), -1, dtype=np.int8)
     reasons: list[str | None] = [None] * len(rows)
     left = np.arange(len(rows))
@@ -300,14 +300,14 @@ def _look(checks: list[Check], accounts: list[Account], rows: pa.Table) -> tuple
 
 
 def _details(reasons: list[str | None]) -> pa.RecordBatch:
-    """Reasons as they wait on the disk."""
+    """Reasons, stored on disk until needed."""
     failed = [reason if reason is None else isinstance(reason, Failed) for reason in reasons]
     texts = [reason if reason is None else str(reason).encode(errors="replace").decode() for reason in reasons]
     return pa.record_batch({"failed": failed, "detail": texts}, schema=_DETAILS)
 
 
 def _check_accounts(accounts: list[Account], rows_in: int, kept: int) -> None:
-    """Every row that came in is somewhere, at every step."""
+    """Check that every input row is accounted for at every step."""
     left = rows_in
     for account in accounts:
         assert account.rows_in == left, account
@@ -327,7 +327,7 @@ def _open_details(scratch: Path) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
 
 
 def _write(experiment: Experiment, files: list[Path], verdicts: Verdicts, scratch: Path, directory: Path) -> list[Shard]:
-    """Copy the rows to where they belong, a group at a time."""
+    """Copy the rows to their destination, a group at a time."""
     names = [step.name for step in experiment.curate]
     splits = {split: SplitWriter(directory, split, int(experiment.shard_mb * 1e6)) for split in SPLITS}
     unfinished = directory / f".rejected.{lock.writer_name()}.unfinished"
@@ -354,7 +354,7 @@ def _write(experiment: Experiment, files: list[Path], verdicts: Verdicts, scratc
 
 
 def _rejected(rows: pa.Table, details: pa.RecordBatch, verdicts: Verdicts, names: list[str]) -> pa.Table:
-    """The rows that do not stay, with the step, its name, and what it says of them."""
+    """The rows that are not kept, with the step, its name and the reason."""
     for name in _DETAILS.names:
         rows = rows.append_column(name, details[name])
     steps = verdicts.step_N[verdicts.out()].tolist()

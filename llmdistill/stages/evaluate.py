@@ -1,6 +1,6 @@
-"""`llmdistill eval`: how far the student is from the teacher on held-out text, with intervals, and what it costs.
+"""`llmdistill eval`: the distance of the student from the teacher on held-out text, with intervals, and its cost.
 
-Of a teacher behind an API, whose weights are not here, its text alone is known: `teacher` is then none of the models.
+For a teacher behind an API, without weights, only its text is known: `teacher` is then not one of the models.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.config.machine import inference_precision
@@ -54,7 +53,7 @@ METRICS_VERSION = 2
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is compared, and what by beside the held-out rows.
+    """What is compared, and by which measures besides those on the held-out rows.
 
     Attributes:
         subjects: the models.
@@ -69,7 +68,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What is measured, and what on.
+    """The models and the data to measure them on.
 
     Attributes:
         models: by name.
@@ -78,7 +77,7 @@ class _Loaded:
         prompts: the conversation that each row belongs to.
         draws: resamples of the prompts.
         end_ids: the tokens that end a completion, of each model.
-        sides: where the student has another vocabulary than a teacher, both, by the teachers' names; else None.
+        sides: if the student's vocabulary differs from a teacher's, both, by teacher; else None.
         teachers: the name of each row's teacher; empty where there is a single one.
         dtype: that the models are in.
     """
@@ -95,7 +94,7 @@ class _Loaded:
 
     @property
     def classes(self) -> dict[str, RootClasses] | None:
-        """In which the vocabularies are compared, by the teachers' names."""
+        """The classes in which vocabularies are compared, by teacher."""
         return {name: sides.classes for name, sides in self.sides.items()} if self.sides else None
 
     @property
@@ -105,12 +104,12 @@ class _Loaded:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the teacher's weights are here."""
+        """Whether the teacher's weights are available."""
         return "teacher" in self.models
 
 
 def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
-    """Write `OUTPUT/eval/metrics.json`, and `rows.parquet` with every row's own numbers.
+    """Write `OUTPUT/eval/metrics.json`, and `rows.parquet` with the numbers of every row.
 
     Raises:
         InputError: a model or the held-out rows are missing, or the vocabularies differ.
@@ -179,7 +178,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def _plan(experiment: Experiment) -> _Plan:
-    """What is to be done, as far as the configuration tells.
+    """The plan, as far as the configuration determines it.
 
     Raises:
         InputError: a library, a task or the judge's template is missing, or cannot be used.
@@ -193,7 +192,7 @@ def _plan(experiment: Experiment) -> _Plan:
 
 
 def _check_models(experiment: Experiment, plan: _Plan, written: bool = True) -> None:
-    """Every model is there.
+    """Check that every model exists.
 
     Args:
         experiment: the configuration.
@@ -210,7 +209,7 @@ def _check_models(experiment: Experiment, plan: _Plan, written: bool = True) -> 
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:
-    """The figures, and what they depend on."""
+    """The results, and what they depend on."""
     return [_claim(experiment, _plan(experiment))]
 
 
@@ -225,7 +224,7 @@ def _claim(experiment: Experiment, plan: _Plan) -> record.Claim:
 
 
 def _inputs(experiment: Experiment, plan: _Plan) -> dict[str, str]:
-    """Path or name and hash of what is read."""
+    """Path or name and hash of the inputs."""
     inputs = {subject.path: record.model_fingerprint(subject.path, subject.revision) for subject in plan.subjects}
     inputs |= {other.model: record.model_fingerprint(other.model, other.revision) for other in experiment.teachers.values()}
     manifests = [directory / MANIFEST for directory in (training_dataset(experiment), *experiment.mixed_datasets)]
@@ -235,7 +234,7 @@ def _inputs(experiment: Experiment, plan: _Plan) -> dict[str, str]:
 
 
 def held_out_rows(experiment: Experiment) -> Any:
-    """The held-out rows of the dataset, and of those that are mixed in."""
+    """The held-out rows of the dataset, and of those mixed in."""
     import datasets
 
     parts = [load_dataset(directory, "test") for directory in (training_dataset(experiment), *experiment.mixed_datasets)]
@@ -244,14 +243,14 @@ def held_out_rows(experiment: Experiment) -> Any:
 
 
 def _load(subjects: list[Served], dtype: str) -> dict[str, Any]:
-    """The models by their names."""
+    """The models by name."""
     return {
         s.name: load_model(s.path, s.revision, dtype, s.trust_remote_code, f"the model `{s.name}`", spread=True) for s in subjects
     }
 
 
 def _described(manifest: dict[str, Any], name: str) -> dict[str, Any]:
-    """What the dataset says of the tokenizer of a model."""
+    """The dataset's entry for the tokenizer of a model."""
     if "alignment" in manifest and name.startswith("teachers."):
         return tokenizer_of(manifest, name.removeprefix("teachers."))
     described: dict[str, Any] = manifest.get("teacher_tokenizer" if name == "teacher" else "tokenizer", manifest["tokenizer"])
@@ -261,7 +260,7 @@ def _described(manifest: dict[str, Any], name: str) -> dict[str, Any]:
 def _with_main_prompts(
     rows: Any, teachers: list[str], experiment: Experiment, sides: dict[str, Sides], manifest: dict[str, Any]
 ) -> Any:
-    """The rows, each with its prompt in the tokens of the main teacher, which answers all; empty if its template refuses it."""
+    """The rows, each with its prompt in the main teacher's tokens; empty if its template refuses it."""
     chat, found, own = sides[experiment.main].teacher_chat, [], tokenizer_of(manifest, experiment.main)
     for row, name in zip(rows.with_format(None), teachers, strict=True):
         prompt_ids = row["teacher_ids"][: row["teacher_start"]]
@@ -276,7 +275,7 @@ def _with_main_prompts(
 
 
 def _tokenizer(experiment: Experiment, subject: Served, manifest: dict[str, Any]) -> Any:
-    """The tokenizer whose ids a model is given: with one vocabulary the teacher's, which every student has, too."""
+    """The tokenizer for a model's input: with one vocabulary the teacher's, which every student has too."""
     if "alignment" not in manifest or subject.name == "teacher":
         name, revision, key = experiment.tokenizer
         return load_tokenizer(name, revision, experiment.teacher.trust_remote_code, key)
@@ -286,7 +285,7 @@ def _tokenizer(experiment: Experiment, subject: Served, manifest: dict[str, Any]
 
 
 def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
-    """The sums of `fidelity` over every held-out row; of `text_sums` where there is no teacher."""
+    """The sums of `fidelity` over every held-out row; of `text_sums` without a teacher."""
     models = loaded.models
     with StageBar("eval", len(loaded.rows)) as bar:
 
@@ -309,7 +308,7 @@ def _measure(experiment: Experiment, loaded: _Loaded) -> dict[str, Array]:
 
 
 def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, measured: dict[str, Array]) -> dict[str, Any]:
-    """The content of `metrics.json`, but for what needs more of the models than their distributions on held-out text."""
+    """The content of `metrics.json`, except results that need more than the models' distributions on held-out text."""
     ids = loaded.rows.select_columns(["input_ids", "completion_start"])
     text_bytes, weights = text_bytes_of(ids, loaded.tokenizers["student"]), _importance(loaded.rows)
     shown = [metric for metric in METRICS if loaded.has_teacher or metric.of_text]
@@ -351,7 +350,7 @@ def _metrics(experiment: Experiment, subjects: list[Served], loaded: _Loaded, me
 
 
 def _add_speeds(metrics: dict[str, Any], served: dict[str, Any]) -> None:
-    """What every model costs, and the one line, which tells it."""
+    """The cost of every model, and the headline, which includes it."""
     speeds = {entry["name"]: entry for entry in served["models"]}
     for described in metrics["models"]:
         described |= speeds[described["name"]]
@@ -363,13 +362,13 @@ def _add_speeds(metrics: dict[str, Any], served: dict[str, Any]) -> None:
 
 
 def _computed(metrics: Iterable[Metric], sums: Sums) -> dict[str, Any]:
-    """Those that are defined."""
+    """Omit metrics that are not defined."""
     values = {metric.name: metric.compute(sums) for metric in metrics}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def text_bytes_of(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Array:
-    """Bytes in UTF-8 of the text that each row's completion tokens stand for, all of them: a trace and calls of tools, too.
+    """Length in UTF-8 bytes of the text of each row's completion tokens, including traces and tool calls.
 
     Args:
         rows: with `input_ids` and `completion_start`.
@@ -381,7 +380,7 @@ def text_bytes_of(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Array:
 
 
 def _importance(rows: Any) -> Array | None:
-    """The weight of each row, where the held-out text is a sample."""
+    """The weight of each row, if the held-out text is a sample."""
     try:
         return importance(log_importance(rows))
     except ValueError:  # text of another origin, or cut by top-p or top-k: the weights do not exist
@@ -389,7 +388,7 @@ def _importance(rows: Any) -> Array | None:
 
 
 def _own_texts(loaded: _Loaded, experiment: Experiment, parts: Parts) -> dict[str, dict[str, Any]]:
-    """What each model writes by itself: how near it stays to the teacher there, how long it is, and whether it ends."""
+    """Evaluation of each model on its own text: distance from the teacher, length, and whether it ends."""
     settings, models = experiment.eval, loaded.models
 
     def measure(name: str) -> dict[str, Any]:
@@ -436,7 +435,7 @@ def _add_own_texts(metrics: dict[str, Any], own: dict[str, dict[str, Any]], expe
 
 
 def _texts(experiment: Experiment, loaded: _Loaded, measured: dict[str, Array]) -> dict[str, Any]:
-    """Single texts for people to look at."""
+    """Individual texts for readers."""
     settings, models, rows = experiment.eval, loaded.models, loaded.rows
     rival = next(name for name in reversed(models) if name != "student")
     mains = rows.select([number for number, name in enumerate(loaded.teachers) if name == experiment.main])
@@ -456,12 +455,12 @@ def _write(
     loaded: _Loaded,
     manifest: dict[str, Any],
 ) -> None:
-    """Write the numbers of every row, `metrics.json`, and the results into the student's card."""
+    """Write the numbers of every row, `metrics.json`, and the results on the student's card."""
     flat = {name: values for name, values in measured.items() if values.ndim == 1}
     names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in loaded.prompts]
     ids = [str(value) for value in loaded.rows.with_format(None)["id"]]
     teachers = {"teacher": loaded.teachers} if experiment.teachers else {}
-    pq.write_table(pa.table({"id": ids, "conversation": names, **teachers, **flat}), directory / "rows.parquet")
+    record.write_parquet(directory / "rows.parquet", pa.table({"id": ids, "conversation": names, **teachers, **flat}))
     record.write_json(directory / "metrics.json", metrics)
     card = experiment.directory("student") / "README.md"
     if card.is_file():
@@ -469,7 +468,7 @@ def _write(
 
 
 def _subjects(experiment: Experiment) -> list[Served]:
-    """The models: the teacher first, if its weights are here."""
+    """The models: first the teacher, if its weights are available."""
     teacher, found = experiment.teacher, []
     if not teacher.abilities.api:
         found = [Served("teacher", teacher.model, teacher.revision, teacher.trust_remote_code, teacher.tensor_parallel_size)]
@@ -487,13 +486,13 @@ def _subjects(experiment: Experiment) -> list[Served]:
 
 
 def _other_teachers(experiment: Experiment) -> list[Served]:
-    """Those that stand beside the main one."""
+    """The teachers besides the main one."""
     others = {name: teacher for name, teacher in experiment.teachers.items() if name != experiment.main}
     return [Served(f"teachers.{name}", t.model, t.revision, t.trust_remote_code) for name, t in others.items()]
 
 
 def _requests(experiment: Experiment, plan: _Plan, manifest: dict[str, Any]) -> dict[str, dict[str, Requests]]:
-    """What every model is timed on, by task and model."""
+    """The requests on which every model is timed, by task and model."""
     settings, found = experiment.eval, dict[str, dict[str, Requests]]()
     own = [task for task in plan.tasks if isinstance(task, OwnTask)] if settings.timed_requests else []
     for subject in plan.subjects if own else []:
@@ -524,7 +523,7 @@ def _check_vocabulary(subject: Served, manifest: dict[str, Any]) -> None:
         return  # one output layer may still be padded further than the other
     size = load_config(*how).get_text_config().vocab_size
     raise InputError(
-        f"{subject.path} has another vocabulary, of {size:,} tokens, than the held-out rows, of {told['vocab_size']:,}"
+        f"{subject.path} has a vocabulary of {size:,} tokens, but that of the held-out rows has {told['vocab_size']:,}"
     )
 
 

@@ -1,4 +1,4 @@
-"""`llmdistill export`: the student as directories to serve, whole and quantised, each measured against the student itself."""
+"""`llmdistill export`: directories for serving the student, unquantised and quantised, compared with the student itself."""
 
 import importlib.metadata
 import random
@@ -27,6 +27,7 @@ from llmdistill.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    meta_model,
     model_bytes,
     vocabulary_hash,
 )
@@ -42,14 +43,14 @@ RESULTS = "export.json"
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """What formats are measured on: the held-out rows, and resamples of the prompts that they belong to."""
+    """The data for measuring formats: the held-out rows, and resamples of their prompts."""
 
     rows: Any
     draws: Draws
 
 
 def export(experiment: Experiment, dry_run: bool = False) -> None:
-    """Write `OUTPUT/export/FORM` for every form asked for, and `OUTPUT/export/export.json`; finished forms are kept.
+    """Write `OUTPUT/export/FORM` for every requested format, and `OUTPUT/export/export.json`; finished ones are kept.
 
     Raises:
         InputError: the student, the dataset, a library or the output directory is not usable; nothing was written.
@@ -96,12 +97,12 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def _without_tasks(results: dict[str, Any], tasks: MeasuredTasks | None) -> list[dict[str, Any]]:
-    """The forms that have not answered the tasks as `eval` has measured them."""
+    """The formats that have not been evaluated on the tasks of `eval`."""
     return [made for made in results["formats"] if tasks and made.get("tasks", {}).get("of") != tasks.sha256]
 
 
 def _on_tasks(experiment: Experiment, source: str, made: dict[str, Any], tasks: MeasuredTasks | None, end_ids: list[int]) -> None:
-    """Measure a form on the tasks, and say so in its entry, on its card and in `cascade.json` beside its weights."""
+    """Evaluate a format on the tasks, and record it in its entry, on its card and in its `cascade.json`."""
     assert tasks is not None
     name, path = made["name"], Path(made["path"])
     with working("export", f"loading {name}"):
@@ -114,10 +115,10 @@ def _on_tasks(experiment: Experiment, source: str, made: dict[str, Any], tasks: 
 
 
 def check_libraries(experiment: Experiment, settings: Export) -> None:
-    """Refuse what needs a library that is not installed.
+    """Refuse formats whose library is not installed.
 
     Raises:
-        InputError: naming what to install.
+        InputError: names what to install.
     """
     for form in settings.formats:
         FORMATS[form].check_library(settings)
@@ -126,7 +127,7 @@ def check_libraries(experiment: Experiment, settings: Export) -> None:
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:
-    """The exported formats, and what they depend on; more formats may be asked for later."""
+    """The exported formats, and what they depend on; more formats may be requested later."""
     settings = experiment.export or Export()
     source = Path(settings.model or experiment.directory("student"))
     timed = {"sample_tokens", "batch_size", "timed_requests"} if experiment.eval.speed == "vllm" else set()
@@ -142,7 +143,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 
 def _inputs(experiment: Experiment, source: Path) -> dict[str, str]:
-    """Path or name and hash of what is read; of adapters their base, too."""
+    """Path or name and hash of the inputs; for adapters, also of their base."""
     models = [base_of(source)] if (source / "adapter_config.json").is_file() else []
     inputs = {model: record.model_fingerprint(model, None) for model in (*models, str(source))}
     manifest = training_dataset(experiment) / MANIFEST
@@ -162,10 +163,10 @@ def _held_out(experiment: Experiment) -> _HeldOut:
 
 
 def _check_source(settings: Export, source: Path) -> None:
-    """Refuse what is no model, or adapters without their base.
+    """Refuse a directory that is not a model, or adapters without their base.
 
     Raises:
-        InputError: naming the key.
+        InputError: names the key.
     """
     if (source / "adapter_config.json").is_file():
         check_model_exists(base_of(source), "export.model: the adapters' base")
@@ -177,40 +178,36 @@ def _results(directory: Path) -> dict[str, Any]:
     found = record.read_json(directory / RESULTS) or {"schema_version": EXPORT_VERSION, "formats": []}
     if found.get("schema_version") != EXPORT_VERSION:
         raise InputError(
-            f"{directory / RESULTS} is of schema {found.get('schema_version')}, this version writes {EXPORT_VERSION}"
+            f"{directory / RESULTS}: schema_version is {found.get('schema_version')}, but this version writes {EXPORT_VERSION}"
         )
     return dict(found)
 
 
 def _check_fit(source: Path, settings: Export, manifest: dict[str, Any]) -> None:
-    """What the student's shape does not allow, from its configuration alone.
+    """Check the student's shape, from its configuration only.
 
     Raises:
         InputError: it has other tokens than the held-out rows, or a format does not fit its layers or tokenizer.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     model = base_of(source) if (source / "adapter_config.json").is_file() else str(source)
     config, tokenizer = load_config(model, None, key="export.model"), load_tokenizer(model, None, key="export.model")
     if vocabulary_hash(tokenizer) != manifest["tokenizer"]["vocabulary_hash"]:  # its output layer may be padded as it likes
         raise InputError(
-            f"{source} has another vocabulary than the dataset: fidelity is measured on its held-out rows, which must have the "
+            f"{source} and the dataset have different vocabularies; fidelity is measured on held-out rows, which must have the "
             "student's tokens"
         )
     checks = [check for form in settings.formats if (check := FORMATS[form].check)]
     if checks:
-        with torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(config)
+        shape = meta_model(config)
         for check in checks:
             check(shape, tokenizer, settings)
 
 
 @contextmanager
 def _whole(source: Path, settings: Export, directory: Path, talks: dict[str, Any]) -> Iterator[str]:
-    """A directory with the whole student in it: `source`, or where it holds adapters the base with them merged into it.
+    """A directory with the whole student: `source`, or if it contains adapters, the base with them merged.
 
-    Such a student has learnt the dataset's chat template and end tokens, which its base need not have.
+    Such a student has learned the dataset's chat template and end tokens, which its base need not have.
     """
     if not (source / "adapter_config.json").is_file():
         yield str(source)
@@ -228,7 +225,7 @@ def _whole(source: Path, settings: Export, directory: Path, talks: dict[str, Any
 
 
 def _source(experiment: Experiment, form: ExportFormat, model: str) -> Source:
-    """The student with what it takes to write it in a format: for gptq rows of the training split, drawn by the seed."""
+    """The student with what is needed to write it; for gptq, rows of the training split, drawn by the seed."""
     settings = experiment.export or Export()
     tokenizer = load_tokenizer(model, None, key="export.model")
     if not form.by_gptq(settings):
@@ -239,7 +236,7 @@ def _source(experiment: Experiment, form: ExportFormat, model: str) -> Source:
 
 
 def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtype: str, held_out: _HeldOut) -> dict[str, Any]:
-    """Write one form, load it again and measure it; what `export.json` says of it."""
+    """Write one format, load it again and measure it; returns its entry in `export.json`."""
     name, path, whose = form.name, experiment.directory("export") / form.name, exported_model(experiment)
     if path.exists():  # its measurement was interrupted
         shutil.rmtree(path)
@@ -270,7 +267,7 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
 def _serve(
     experiment: Experiment, model: str, formats: list[dict[str, Any]], tasks: MeasuredTasks | None, end_ids: list[int]
 ) -> dict[str, Any]:
-    """The student and every form of it in vLLM, side by side."""
+    """The student and every format of it in vLLM, side by side."""
     models = [serving.Served("student", model), *(serving.Served(made["name"], made["path"]) for made in formats)]
     requests: dict[str, dict[str, serving.Requests]] = {}
     if tasks and (count := experiment.eval.timed_requests):
@@ -284,7 +281,7 @@ def _serve(
 
 
 def _card(model: Path, form: ExportFormat, made: dict[str, Any], whose: str) -> str:
-    """The model's own card without its results, which are not those of this form; and what became of it here."""
+    """The model's own card without its results, which do not apply to this format, plus its description."""
     card = model / "README.md"
     text = without_results(card.read_text(encoding="utf-8")) if card.is_file() else f"# {model.name}\n"
     measured = ""
@@ -294,7 +291,7 @@ def _card(model: Path, form: ExportFormat, made: dict[str, Any], whose: str) -> 
         measured = (
             f"\nOn {held_out['tokens']:,} tokens for {held_out['prompts']:,} held-out prompts, compared in {made['dtype']}, it "
             f"is {kl} nats per token from {whose} before export (95% CI {kl_ends}) and has the same most likely token at "
-            f"{top1}% (95% CI {top1_ends}) of them. What {whose} itself was measured at is in its own card.\n"
+            f"{top1}% (95% CI {top1_ends}) of them. The results of {whose} itself are in its own card.\n"
         )
     if "tasks" in made:
         lines = "".join(f"- {line}\n" for line in task_lines(made["tasks"]))
@@ -315,9 +312,9 @@ def _summary(made: dict[str, Any], whole: int | None, whose: str) -> str:
 def _speed_summary(entry: dict[str, Any], whose: str) -> str:
     name = whose.removeprefix("the ") if entry["name"] == "student" else entry["name"]
     if "failed" in entry:
-        return f"{name:<11} does not load in this vLLM: {entry['failed']}"
+        return f"{name:<11} cannot be loaded by this vLLM: {entry['failed']}"
     writes = f"{entry['decode']['median']:,.0f} tok/s"
     if ratio := entry.get("decode_ratio"):
         writes += f", {ratio['median']:.2f} × {whose} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    reads = f"{entry['prefill']['median']:,.0f} tok/s, takes {entry['peak_bytes'] / 1e9:.1f} GB"
-    return f"{name:<11} in vLLM writes {writes}, reads {reads}"
+    reads = f"{entry['prefill']['median']:,.0f} tok/s, memory {entry['peak_bytes'] / 1e9:.1f} GB"
+    return f"{name:<11} in vLLM: decoding {writes}, prefill {reads}"

@@ -27,7 +27,7 @@ NO_ANSWER = "no_answer"  # the finish reason of a reasoning trace that has not e
 
 @dataclass(frozen=True)
 class Writer:
-    """A model in memory that writes in place of the weights in `teacher.model`, which has its tokenizer and chat template.
+    """A model in memory that generates instead of the weights in `teacher.model`, with the same tokenizer and template.
 
     Attributes:
         opened: gives its engine.
@@ -45,7 +45,7 @@ class Writer:
 
 
 def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING, writer: Writer | None = None) -> None:
-    """Write the dataset `OUTPUT/data`, going on where an interrupted run stopped.
+    """Write the dataset `OUTPUT/data`, continuing an interrupted run.
 
     Args:
         experiment: the configuration.
@@ -66,7 +66,7 @@ def generate(experiment: Experiment, dry_run: bool = False, worker: Worker = EVE
     prepared = prepared_prompts(experiment) if writer is None else writer.prepared()
     if prepared is None:
         if dry_run:
-            return say("generate", "answers all prompts that `prompts` makes")
+            return say("generate", "will answer all prompts made by `prompts`")
         raise InputError(f"{experiment.directory('prompts')}: does not exist; run `prompts` first, or `run` for all stages")
     rows = ((prompt.metadata, prompt.lineage.get("source", {}), prompt.origin) for prompt in prepared.prompts)
     names = teachers_of(experiment, len(prepared.prompts), rows)
@@ -97,7 +97,7 @@ def _claim(experiment: Experiment, inputs: dict[str, str], writer: Writer | None
 
 
 class _Prompts:
-    """The rows to make: prompts as the teacher's token ids, as often as they are to be answered; those of a teacher together."""
+    """The rows to make: prompts as the teacher's token ids, repeated by the number of samples; grouped by teacher."""
 
     def __init__(self, experiment: Experiment, chats: dict[str, PromptEncoder], prepared: Prepared, names: list[str]) -> None:
         self.chat = next(chat for chat in chats.values() if chat.experiment.teacher == experiment.teacher)
@@ -121,8 +121,8 @@ class _Prompts:
         """Encode the prompts of a teacher."""
         if self.sampling.thinking == "removed" and not chat.experiment.teacher.abilities.api and chat.template.begins_traces:
             raise InputError(
-                f"generate.thinking: removed, but the chat template of {chat.experiment.teacher.model} begins a trace in every "
-                "prompt, where an answer without one has no place; keep the traces or mask them"
+                f"generate.thinking: removed, but the chat template of {chat.experiment.teacher.model} opens a trace in every "
+                "prompt, so answers without a trace are not possible; keep the traces or mask them"
             )
         longest, before, what = 0, len(self._usable), f"its prompt and generate.max_tokens {self.sampling.max_tokens:,}"
         for number, prompt in enumerate(self._prompts):
@@ -145,12 +145,12 @@ class _Prompts:
         return len(self._usable)
 
     def prompt(self, number: int) -> Prompt:
-        """One of those that the teacher is asked."""
+        """A prompt for the teacher."""
         found: Prompt = self._prompts[self._usable[number]]
         return found
 
     def part(self, index: int) -> Part:
-        """The part that a row is of."""
+        """The part that a row belongs to."""
         return self.parts[self.layout.part_of(index)]
 
     def told_ids(self, number: int) -> Sequence[int]:
@@ -158,7 +158,7 @@ class _Prompts:
         return self._ids[self._starts[number] : self._starts[number + 1]]
 
     def prompt_ids(self, index: int) -> Sequence[int]:
-        """The token ids of a row's prompt as it is stored."""
+        """The token ids of a row's prompt as stored."""
         number, chat = index // self.sampling.samples, self.part(index).chat
         if chat.experiment.teacher.system is None:
             return self.told_ids(number)
@@ -166,7 +166,7 @@ class _Prompts:
         return chat.prompt_ids(prompt.messages, prompt.origin, prompt.tools)
 
     def id(self, index: int) -> str:
-        """The stable name of a row."""
+        """The stable id of a row."""
         number, sample = divmod(index, self.sampling.samples)
         return row_id(self.prompt(number).content, self.part(index).chat.fingerprint, self.sampling, sample)
 
@@ -199,7 +199,7 @@ class _Prompts:
                 yield read if read.failed else replace(read, finish_reason=reason_of[read.index])
 
     def _answer(self, completion: Completion) -> tuple[int, str]:
-        """Where the answer begins and how it ends; a trace without one leaves its last token, and says `no_answer`.
+        """Where the answer begins and how it ends; an unfinished trace keeps its last token, with `no_answer`.
 
         What an endpoint gives apart from a trace is the answer, and so is what it ends by itself without any.
         """
@@ -250,7 +250,7 @@ class _Prompts:
 
 
 class _Requests(Sequence[Request]):
-    """Requests for all rows, made when they are asked for."""
+    """Requests for all rows, made on demand."""
 
     def __init__(self, prompts: _Prompts) -> None:
         self.prompts = prompts
@@ -281,9 +281,10 @@ def _say_plan(experiment: Experiment, prepared: Prepared, names: list[str]) -> N
     console.print(
         f"{counted(prompts, 'prompt')}{routed}{times} = {counted(rows, 'row')}, up to {_human(tokens)} tokens, "
         f"at most about {_human_bytes(size)} ({per_position:.0f} B/position) in {counted(count, 'shard')}\n"
-        f"would write {directory}  ({there:,} of {counted(count, 'shard')} there)",
+        f"would write {directory}  ({there:,} of {counted(count, 'shard')} finished)",
         markup=False,
     )
+    prepared.left_out.say("generate", prompts)
     if experiment.teacher.price:
         letters = sum(len(str(message.get("content"))) for prompt in prepared.prompts for message in prompt.messages)
         say("generate", f"costs {estimate(experiment, letters * experiment.generate.samples, rows)}")

@@ -1,4 +1,4 @@
-"""`llmdistill prompts`: the teacher makes prompts out of prompts. And where `generate` gets its prompts from."""
+"""`llmdistill prompts`: the teacher makes prompts from prompts. Also the source of prompts for `generate`."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment
 from llmdistill.config.prompts import Magpie, Prompts, SelfInstruct
-from llmdistill.data.conversations import CONVERSATION, as_columns, given_prompt, more_than_text
+from llmdistill.data.conversations import CONVERSATION, as_columns, given_prompt, metadata, more_than_text
 from llmdistill.data.dataset import (
     MANIFEST,
     MESSAGES,
@@ -29,6 +29,7 @@ from llmdistill.data.jsonl import Fields
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.row_formats import RowReader, check_reserved
 from llmdistill.data.shards import EVERYTHING, Share
+from llmdistill.data.tables import Entry, conversation_of_prompt
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import load_tokenizer
 from llmdistill.prompting.asking import Asker, WaitingForOthersError
@@ -36,7 +37,7 @@ from llmdistill.prompting.items import Counts, Item, count_items, items_file, re
 from llmdistill.prompting.magpie import PreQueryFormat
 from llmdistill.prompting.passages import Starts
 from llmdistill.prompting.plan import Plan, describe_steps, final_template
-from llmdistill.prompting.sources import Entry, conversation_of_prompt, metadata, read_source, source_hash
+from llmdistill.prompting.sources import read_source, source_hash
 from llmdistill.prompting.steps import Files, PromptStepContext, run_step
 from llmdistill.prompting.task_prompt import TaskPrompt
 from llmdistill.prompting.template import PromptTemplate
@@ -54,7 +55,7 @@ _REJECTED_SCHEMA = pa.schema([(name, pa.string()) for name in ("step", "verdict"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that the teacher is to continue, as the chat template takes it.
+    """A conversation for the teacher to continue, as the chat template takes it.
 
     Attributes:
         messages: up to the turn that the teacher writes.
@@ -72,17 +73,17 @@ class Prompt:
 
     @property
     def uses_tools(self) -> bool:
-        """Whether there is more to it than roles and contents."""
+        """Whether it has more than roles and contents."""
         return more_than_text(self.messages, self.tools)
 
     @property
     def session(self) -> str | None:
-        """The conversation that it is a part of, if its source says so."""
+        """The session that it belongs to, if its source has one."""
         return self.lineage.get("source", {}).get("conversation")
 
     @property
     def content(self) -> Any:
-        """What makes it another one than the others."""
+        """What distinguishes it from the others."""
         return {"messages": self.messages, "tools": self.tools} if self.uses_tools else self.messages
 
 
@@ -110,7 +111,7 @@ class PromptTable(Sequence[Prompt]):
 
 
 def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERYTHING) -> None:
-    """Write `OUTPUT/prompts`, going on where an interrupted run stopped.
+    """Write `OUTPUT/prompts`, continuing an interrupted run.
 
     Args:
         experiment: the configuration.
@@ -123,7 +124,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     section, teacher = experiment.prompts, experiment.teacher
     if section is None or not section.steps:
         raise InputError(
-            "the key prompts.steps is missing: without steps there is nothing to do, `generate` reads prompts.source itself"
+            "the key prompts.steps is missing; without steps there is nothing to do, as `generate` reads prompts.source itself"
         )
     directory = experiment.directory("prompts")
     models, _ = all_fingerprints(experiment)
@@ -147,7 +148,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
         made = (record.read_run(directory) or {})["results"]["prompts"]
         return say("prompts", f"{directory} is finished ({counted(made, 'prompt')})")
     if teacher.budget is not None:
-        say("warning", "teacher.budget is for the dataset: what the teacher is asked in prompts.steps does not count")
+        say("warning", "teacher.budget covers only the dataset; requests made by prompts.steps do not count")
     chat = PromptEncoder(experiment, models[teacher.model])
     for step in section.steps:
         if isinstance(step.settings, Magpie):
@@ -159,7 +160,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     try:
         _make(plan, context, starts, directory)
     except WaitingForOthersError as error:
-        say("prompts", f"{error}; run it again then")
+        say("prompts", f"{error}; then run this command again")
     return None
 
 
@@ -171,7 +172,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 
 def _make(plan: Plan, context: PromptStepContext, starts: Starts | None, directory: Path) -> None:
-    """Take the source through the steps that are not done yet, and the last one's items through the template."""
+    """Process the source with the steps that are not done, and the result with the template."""
     last = directory / "0-source.parquet"
     if not last.exists():
         _write_source(plan, starts, last)
@@ -195,8 +196,9 @@ def _make(plan: Plan, context: PromptStepContext, starts: Starts | None, directo
 
 
 def _entries(plan: Plan, starts: Starts | None, bad: LeftOut) -> Iterator[tuple[Entry, str | None]]:
-    """The rows of the source, each with the reason why the steps cannot use it; those that cannot be read go into `bad`, too."""
+    """The rows of the source, each with the reason if it is unusable; unreadable ones are also added to `bad`."""
     for entry in read_source(plan.section, starts):
+        bad.seen += 1
         reason = entry.refused
         try:
             entry.check()
@@ -224,7 +226,7 @@ def _write_source(plan: Plan, starts: Starts | None, file: Path) -> None:
 
 
 def _write_prompts(plan: Plan, made: list[tuple[str, Path]], directory: Path) -> Counts:
-    """Write `prompts.parquet`, and `rejected.parquet` with all that was left on the way."""
+    """Write `prompts.parquet`, and `rejected.parquet` with everything that was left out."""
     counts, seen = Counts(), _Seen()
     with (
         rows_file(directory / PROMPTS_FILE, _PROMPTS_SCHEMA) as kept,
@@ -252,16 +254,16 @@ def _write_prompts(plan: Plan, made: list[tuple[str, Path]], directory: Path) ->
 def load_prompts(
     section: Prompts, starts: Starts | None = None, counts: Counts | None = None, left_out: LeftOut | None = None
 ) -> PromptTable:
-    """Read and render every row of the source; a conversation that is there twice is kept once.
+    """Read and render every row of the source; duplicate conversations are kept once.
 
     Args:
         section: the configuration; its steps play no part.
-        starts: where tokens begin in a text; needed where passages are measured in tokens.
+        starts: returns the positions of tokens in a text; needed if passages are measured in tokens.
         counts: receives what became of the rows.
         left_out: receives those that cannot be used.
 
     Raises:
-        InputError: naming the file and the line or key.
+        InputError: names the file and the line or key.
     """
     counts = Counts() if counts is None else counts
     bad = LeftOut(section) if left_out is None else left_out
@@ -270,6 +272,7 @@ def load_prompts(
         template = final_template(section)
         seen, reader = _Seen(), RowReader(section)
         for entry in read_source(section, starts):
+            bad.seen += 1
             reason = entry.refused
             try:
                 entry.check()
@@ -292,7 +295,7 @@ def load_prompts(
 
 @dataclass(frozen=True)
 class Prepared:
-    """The prompts that `generate` is to answer, what they were read from, how many became of how many, and what was left out."""
+    """The prompts for `generate`, their source, the counts, and what was left out."""
 
     prompts: PromptTable
     inputs: dict[str, str]
@@ -301,7 +304,7 @@ class Prepared:
 
 
 def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | None:
-    """What `prompts` has made, or where there are no steps, the source itself; None if `prompts` has not been run.
+    """The output of `prompts` or, without steps, the source itself; None if `prompts` has not been run.
 
     Args:
         experiment: the configuration.
@@ -337,7 +340,7 @@ def prepared_prompts(experiment: Experiment, empty: bool = False) -> Prepared | 
 
 
 def count_splits(experiment: Experiment, prompts: Iterable[Prompt]) -> tuple[int, int]:
-    """How many conversations `curate` will train on, and how many it will hold out, if it rejects none."""
+    """Number of conversations that `curate` will train on and hold out if it rejects none."""
     keys = {json.dumps(prompt.session) if prompt.session else conversation_of(as_columns(prompt.messages)) for prompt in prompts}
     held_out = sum(is_held_out(key, experiment.seed, experiment.eval.held_out) for key in keys)
     return len(keys) - held_out, held_out
@@ -371,7 +374,7 @@ def _known_inputs(section: Prompts) -> dict[str, str]:
 
 
 def prompts_inputs(section: Prompts) -> dict[str, str]:
-    """Path or name and hash of the files that prompts are made of: the source, templates and lists.
+    """Path or name and hash of the files that prompts are made from: the source, templates and lists.
 
     Raises:
         InputError: one is missing, or cannot be used.
@@ -394,7 +397,7 @@ def _made_prompts(experiment: Experiment) -> Prepared | None:
 
 
 def token_starts(experiment: Experiment) -> Starts | None:
-    """Where the teacher's tokens begin in a text, if passages are measured in them."""
+    """The positions of the teacher's tokens in a text, if passages are measured in them."""
     section = experiment.prompts
     if section is None or section.passages is None or section.passages.unit != "tokens":
         return None
@@ -409,7 +412,7 @@ def token_starts(experiment: Experiment) -> Starts | None:
 
 
 class _Seen:
-    """Conversations that were there before."""
+    """Conversations that exist already."""
 
     def __init__(self) -> None:
         self._digests: set[bytes] = set()
@@ -431,7 +434,7 @@ def _render(
     reader: RowReader | None = None,
     is_made: bool = False,
 ) -> Prompt:
-    """A conversation from a row's fields: by a template; or its own, which is the field `prompt` alone where that `is_made`."""
+    """A conversation from a row's fields: by a template, or its own, which is only the field `prompt` if `is_made`."""
     answer: Fields = {}
     if template:
         check_reserved(fields, origin)

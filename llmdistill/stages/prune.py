@@ -1,4 +1,4 @@
-"""`llmdistill prune`: the student is cut out of the teacher and refitted; what goes, why, and how near the rest is."""
+"""`llmdistill prune`: make the student by pruning the teacher and refitting; reports what was removed, and the effect."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def prune(experiment: Experiment, dry_run: bool = False) -> None:
         InputError: there is nothing to prune, the teacher or the dataset are not usable, or more is to stay than there is.
     """
     if experiment.student.prune is None:
-        raise InputError("the key student.prune is missing: `prune` needs to know what to keep")
+        raise InputError("the key student.prune is missing; `prune` needs it to know what to keep")
     directory = experiment.directory("student-before")
     check_model_exists(experiment.teacher.model, "teacher.model")
     if dry_run:
@@ -49,7 +49,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 
 def ensure_pruned(experiment: Experiment) -> bool:
-    """Make the pruned teacher if it is not there; whether it had to be made."""
+    """Make the pruned teacher if it does not exist; returns whether it did not."""
     settings, teacher = experiment.student.prune, experiment.teacher
     assert settings is not None
     directory = experiment.directory("student-before")
@@ -83,13 +83,13 @@ def _dataset_hash(experiment: Experiment) -> str:
         read_manifest(training_dataset(experiment))
     except InputError as error:
         raise InputError(
-            f"{error}; student.prune needs its rows (only listed or evenly spaced layers with student.prune.refit false do not)"
+            f"{error}; student.prune needs its rows, except for listed or evenly spaced layers with student.prune.refit false"
         ) from None
     return record.sha256(training_dataset(experiment) / MANIFEST)
 
 
 def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any], list[str]]:
-    """The student in the precision of the teacher's checkpoint, the results for `run.json`, and what is said of it.
+    """The student in the precision of the teacher's checkpoint, the results for `run.json`, and messages.
 
     Everything is measured and solved in float32.
     """
@@ -127,7 +127,7 @@ def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any],
 
 
 def calibration_and_others(experiment: Experiment, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of calibration, and others from held-out prompts, or where there are none from the rest of the training rows."""
+    """Calibration rows, and others from held-out prompts or, if there are none, from the remaining training rows."""
     directory = training_dataset(experiment)
     rows = load_dataset(directory, "train")
     count = min(count, len(rows))
@@ -143,7 +143,7 @@ def calibration_and_others(experiment: Experiment, count: int) -> tuple[list[dic
 
 
 def _stored_dtype(experiment: Experiment) -> Any:
-    """The precision that the teacher's `config.json` names; float32 if it names none."""
+    """The precision in the teacher's `config.json`; float32 if there is none."""
     import torch
 
     teacher = experiment.teacher
@@ -151,7 +151,7 @@ def _stored_dtype(experiment: Experiment) -> Any:
 
 
 def rounded(student: Any, dtype: Any) -> Any:
-    """The student as it would be saved, in place: weights rounded to a precision, kept in float32."""
+    """The student as it would be saved, in place: weights rounded to a precision, but stored in float32."""
     for parameter in student.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return student
@@ -159,11 +159,11 @@ def rounded(student: Any, dtype: Any) -> Any:
 
 def _how_near(near: dict[str, float], rows: int) -> str:
     after = f", {near['refitted']:.2f} after the refit" if "refitted" in near else ""
-    return f"KL from the teacher {near['cut']:.2f} nats a token{after} ({rows} rows)"
+    return f"KL from the teacher {near['cut']:.2f} nats per token{after} ({rows} rows)"
 
 
 def _indices(kept: Any, config: Any) -> dict[str, Any]:
-    """What stays where something went, for `run.json`."""
+    """The parts that were kept, for `run.json`."""
     found: dict[str, Any] = {"layers": kept.layers}
     for name, size, chosen in (
         ("neurons", config.intermediate_size, kept.neurons),
@@ -176,17 +176,17 @@ def _indices(kept: Any, config: Any) -> dict[str, Any]:
 
 
 def _what_went(settings: Prune, config: Any, kept: Any, importance: Any, removed: list[tuple[int, float]]) -> list[str]:
-    """A line for every kind of part that lost some, with what the removed ones did."""
+    """A line for every kind of part that was pruned, with the importance of the removed ones."""
     lines = []
     if len(kept.layers) < config.num_hidden_layers:
         gone = np.setdiff1d(np.arange(config.num_hidden_layers), kept.layers)
         why = "as listed" if isinstance(settings.layers, list) else "evenly spaced" if settings.by == "even" else ""
         if removed:
             steps = ", ".join(f"{layer} ({kl:.2f})" for layer, kl in removed)
-            why = f"by KL after a refit, in nats a token: without {steps}"
+            why = f"by KL after a refit, in nats per token: without {steps}"
         elif importance is not None:
             most, least = importance.layers[gone].max(), importance.layers[kept.layers].min()
-            influence = f"block influence: up to {most:.3f} in those that go, from {least:.3f} in those that stay"
+            influence = f"block influence: up to {most:.3f} in removed layers, from {least:.3f} in kept ones"
             why = f"{why}; {influence}" if why else f"by {influence}"
         lines.append(f"keeps layers {', '.join(map(str, kept.layers))} of {config.num_hidden_layers}, {why}")
     for what, size, chosen, scores in (
@@ -198,5 +198,5 @@ def _what_went(settings: Prune, config: Any, kept: Any, importance: Any, removed
             values = np.asarray(getattr(importance, scores))
             values = values[None] if scores == "hidden" else values[kept.layers]
             share = sum(row[stay].sum() for row, stay in zip(values, chosen, strict=True)) / values.sum()
-            lines.append(f"keeps {len(chosen[0]):,} of {size:,} {what}, with {share:.0%} of their activation")
+            lines.append(f"keeps {len(chosen[0]):,} of {size:,} {what}, with {share:.0%} of their total activation")
     return lines

@@ -1,4 +1,4 @@
-"""`llmdistill report`: one page that says what was made, from what, and how well it does, for people."""
+"""`llmdistill report`: one page with what was made, from what, and how good it is, for readers."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ Json = dict[str, Any]
 
 
 def report(experiment: Experiment, dry_run: bool = False) -> None:
-    """Write `OUTPUT/report.html`, `report.md` and `report.png`, always anew: it takes no time and no model.
+    """Write `OUTPUT/report.html`, `report.md` and `report.png`, always anew, as it takes no time and no model.
 
     Raises:
         InputError: there is no evaluation, or it is of another schema.
@@ -54,7 +54,7 @@ def report(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def _name(model: Path) -> str:
-    """A model's, for a title; a student of another run has that of the run."""
+    """The title of a model; for a student of another run, that of the run."""
     return model.parent.name if model.name == "student" and model.parent.name else model.name
 
 
@@ -118,7 +118,7 @@ def read_metrics(file: Path) -> Json:
     """
     metrics: Json | None = read_json(file)
     if metrics is None:
-        raise InputError(f"{file} is not there; run `eval` first")
+        raise InputError(f"{file} is missing; run `eval` first")
     check_shape(file, metrics, {})
     if metrics.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{file}: schema_version is {metrics.get('schema_version')!r}, this version reads {SCHEMA_VERSION}")

@@ -1,4 +1,4 @@
-"""`llmdistill retokenize`: the dataset in the tokens of a student with another vocabulary than the teacher.
+"""`llmdistill retokenize`: convert the dataset to the tokens of a student with a different vocabulary.
 
 The stored targets stay as they are, in the teacher's tokens. Beside them stands which of the teacher's positions each of the
 student's has its target from (`data.alignment`), and for the whole dataset the classes in which both vocabularies are compared
@@ -46,7 +46,7 @@ def retokenize(experiment: Experiment, dry_run: bool = False) -> None:
     """Write `OUTPUT/retokenized`, both splits.
 
     Raises:
-        InputError: there is no dataset or no student, the bytes of a tokenizer's tokens cannot be told, or both have the same
+        InputError: if there is no dataset or student, the bytes of tokens cannot be determined, or both have the same
             vocabulary.
     """
     source, directory = experiment.dataset_directory, experiment.directory("retokenized")
@@ -103,7 +103,7 @@ def _write(experiment: Experiment, manifest: Mapping[str, Any], claim: record.Cl
 
 @dataclass(frozen=True)
 class _Making:
-    """What a dataset in the student's tokens is made by, and what is counted on the way.
+    """The tools for converting a dataset to the student's tokens, and the counts.
 
     Attributes:
         sides: the tokenizers, by the teachers' names.
@@ -121,12 +121,12 @@ class _Making:
 
     @property
     def total(self) -> Counter[str]:
-        """Positions of each sort of all teachers."""
+        """Positions by category, over all teachers."""
         return Counter({sort: sum(counts[sort] for counts in self.counts.values()) for sort in Alignment.SORTS})
 
     @property
     def any(self) -> Sides:
-        """What holds for all teachers alike."""
+        """The entries common to all teachers."""
         return next(iter(self.sides.values()))
 
 
@@ -145,24 +145,24 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 
 def check_kind(name: str, where: str) -> None:
-    """Refuse targets that cannot be told over classes of tokens.
+    """Refuse targets that cannot be converted to classes of tokens.
 
     Args:
         name: of the kind.
         where: what has them.
 
     Raises:
-        InputError: naming what can.
+        InputError: names what can.
     """
     if not KINDS[name].over_classes:
         raise InputError(
-            f"{where}: targets of kind {name} cannot be told over classes of tokens, which a student with another tokenizer "
+            f"{where}: targets of kind {name} cannot be converted to classes, which a student with a different tokenizer "
             "needs; set targets.kind to sampled (with loss forward_kl) or topk"
         )
 
 
 def _table(table: pa.Table, making: _Making) -> pa.Table:
-    """Some rows in the student's tokens; what they hold is added to the counts."""
+    """Convert some rows to the student's tokens, and update the counts."""
     used: list[int] = []
     made: list[_Row] = []
     names = [name for name in (*_KEPT, "input_ids", "completion_start", "token_logprobs") if name in table.column_names]
@@ -180,7 +180,7 @@ def _table(table: pa.Table, making: _Making) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row in the student's tokens, and in those of the teacher of that name."""
+    """A row in the student's tokens, and in those of the named teacher."""
 
     teacher: str
     ids: np.ndarray[Any, Any]
@@ -194,7 +194,7 @@ def _row(row: Mapping[str, Any], name: str, sides: Sides, leave_out: bool) -> _R
     if sides.same:
         return _as_it_is(name, their_ids, their_start, np.array(row["token_logprobs"], dtype=np.float64))
     if leave_out and sides.teacher.is_silent(their_ids[their_start:]).any():
-        raise UnusableError("its completion has special tokens in it")
+        raise UnusableError("its completion contains special tokens")
     prompt_ids, ids = stored_ids(row, sides.chat, _trace(row) if sides.masked else "")
     own_ids, start = np.array([*prompt_ids, *ids]), len(prompt_ids)
     if sides.masked:
@@ -207,20 +207,20 @@ def _row(row: Mapping[str, Any], name: str, sides: Sides, leave_out: bool) -> _R
 
 
 def _as_it_is(name: str, ids: np.ndarray[Any, Any], start: int, logprobs_N: np.ndarray[Any, Any]) -> _Row:
-    """A row that is in the student's tokens: every position has its own target, and every token is a chunk."""
+    """A row that is already in the student's tokens: every position has its own target, and every token is a chunk."""
     known_N, places_N = np.isfinite(logprobs_N), np.arange(len(logprobs_N))
     chunked = Chunks(np.empty((len(places_N), 0)), known_N.astype(np.int64), np.where(known_N, logprobs_N, 0))
     return _Row(name, ids, start, Alignment(places_N, 0, 0), chunked)
 
 
 def _trace(row: Mapping[str, Any]) -> str:
-    """The reasoning trace that stands before the answer and is not learned."""
+    """The reasoning trace before the answer, which is not learned."""
     _, provenance = metadata_and_provenance(row["metadata"])
     return str(provenance.get("thinking", ""))
 
 
 def _columns(table: pa.Table, rows: list[_Row], making: _Making) -> pa.Table:
-    """The stored columns that stay, and those of the student's tokens."""
+    """The stored columns that are kept, and those for the student's tokens."""
     columns: dict[str, Any] = {name: table[name] for name in _KEPT}
     columns |= {
         "input_ids": list_column([row.ids for row in rows], np.int32),
@@ -239,7 +239,7 @@ def _columns(table: pa.Table, rows: list[_Row], making: _Making) -> pa.Table:
 
 
 def _description(manifest: Mapping[str, Any], making: _Making, inputs: dict[str, str]) -> dict[str, Any]:
-    """For `dataset.json`."""
+    """Entry in `dataset.json`."""
     sides, each = making.any, {}
     for name, own in making.sides.items():
         each[name] = {**making.counts[name], "classes": own.classes.count, "classes_hash": own.classes.hash}

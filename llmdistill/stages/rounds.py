@@ -1,4 +1,4 @@
-"""`llmdistill rounds`: micro-rounds, one training on rows that the student writes and the teacher scores every few steps."""
+"""`llmdistill rounds`: micro-rounds, a training on rows that the student generates and the teacher scores every few steps."""
 
 import os
 from collections.abc import Iterator
@@ -25,16 +25,16 @@ _KEPT_CHECKPOINTS = 2
 
 
 def rounds(experiment: Experiment, dry_run: bool = False) -> None:
-    """Write `OUTPUT/rounds/student` and the rows of every round, `OUTPUT/rounds/step-N`, going on where a run stopped.
+    """Write `OUTPUT/rounds/student` and the rows of every round, `OUTPUT/rounds/step-N`, continuing an interrupted run.
 
     Raises:
         InputError: the first student, the dataset, the teacher or the output directory are not usable; nothing was written.
     """
     settings = experiment.rounds
     if settings is None or settings.every is None:
-        raise InputError("the key rounds.every is missing: `rounds` makes micro-rounds; `run` makes whole rounds of other stages")
+        raise InputError("the key rounds.every is missing; `rounds` makes micro-rounds, `run` whole rounds of other stages")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("rounds.every: micro-rounds are made by one process on one device; start it without torchrun")
+        raise InputError("rounds.every: micro-rounds run in one process on one device; start without torchrun")
     directory, first = experiment.directory("student"), experiment.first_student
     plan = f"{counted(settings.n, 'round')} of {counted(settings.every, 'step')}; would write {directory}"
     if dry_run and not (first / "config.json").is_file():
@@ -51,7 +51,7 @@ def rounds(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:
-    """The student, the rows of the rounds that are there, and what they depend on."""
+    """The student, the existing rows of the rounds, and what they depend on."""
     claim = _claim(experiment)
     return [claim, *_MicroRounds(experiment, claim).there()]
 
@@ -94,7 +94,7 @@ class _MicroRounds:
         )
 
     def train(self) -> None:
-        """Make the first round, whose writer is the student before training, and train; the others are made meanwhile."""
+        """Make the first round, with the student before training as the writer, and train; the others are made meanwhile."""
         self.arguments  # noqa: B018 - what is wrong with them is said before anything is written
         if record.read_run(self.claim.directory) is None:
             record.begin(*self.claim, self.experiment.seed)
@@ -109,7 +109,7 @@ class _MicroRounds:
             self.reader.close()
 
     def there(self) -> Iterator[record.Claim]:
-        """The datasets of all rounds, as far as they have been begun."""
+        """The datasets of all rounds started so far."""
         for number in range(self.settings.n):
             made = self._of(number)
             if not made.written.directory("data").is_dir():
@@ -124,7 +124,7 @@ class _MicroRounds:
         train_in_rounds(trainer, self.every, self._rows)
 
     def _rows(self, number: int, student: Any) -> Any:
-        """The rows of a round, from 0, with those of the teacher's text among them."""
+        """The rows of a round, from 0, including those of the teacher's text."""
         self.writer.student = student
         self._make(number)
         rows = load_dataset(self._of(number).curated.directory("curated"), "train")
@@ -132,19 +132,21 @@ class _MicroRounds:
         return train.learnable(train.mixed_rows(self.learner.with_(seed=seed), rows), self.arguments)
 
     def _make(self, number: int) -> None:
-        """Let the student write, the teacher score, and the steps of `curate` choose, as far as that was not done before."""
+        """Let the student generate, the teacher score, and the steps of `curate` select, as far as not done before."""
         if all(record.claim(*claim) == "done" for claim in self._claims(number)):
             return
         made = self._of(number)
         say("rounds", f"{number + 1:,} of {self.settings.n:,}: the student writes after {counted(number * self.every, 'step')}")
-        generate.generate(made.written, writer=self._writer(number))
-        self.writer.rest()
-        score.score(made.scored, opened=self.reader.open)
-        self.reader.rest()
-        curate.curate(made.curated)
+        datasets = made.written.directory("data"), made.scored.directory("data"), made.curated.directory("curated")
+        with record.nothing_begun(datasets):
+            generate.generate(made.written, writer=self._writer(number))
+            self.writer.rest()
+            score.score(made.scored, opened=self.reader.open)
+            self.reader.rest()
+            curate.curate(made.curated)
 
     def _claims(self, number: int) -> Iterator[record.Claim]:
-        """What the datasets of a round depend on; each can only be told once the one before is there."""
+        """What the datasets of a round depend on, each known only once the previous one exists."""
         made = self._of(number)
         yield from generate.claims(made.written, self._writer(number))
         if (made.written.directory("data") / MANIFEST).is_file():
@@ -164,7 +166,7 @@ class _MicroRounds:
         return Round(made.written.with_(teacher=teacher), made.scored, made.curated, made.whole)
 
     def _writer(self, number: int) -> generate.Writer:
-        """The student of a round: it follows from the first one, how it trains, and the rows of the round before."""
+        """The student of a round: determined by the first one, its training, and the rows of the previous round."""
         first, teacher = str(self.experiment.first_student), self.experiment.teacher.model
         made_from = {first: self.claim.inputs[first]}
         fingerprint = made_from[first]
@@ -189,12 +191,12 @@ class _MicroRounds:
 
     @cached_property
     def precision(self) -> Precision:
-        """What the student is trained in."""
+        """The precision of the student's training."""
         return train.settled(self.learner, self.claim)
 
     @cached_property
     def _prompts(self) -> int:
-        """Prompts that are answered in a round."""
+        """Number of prompts answered per round."""
         from llmdistill.training.rounds import round_places
 
         if self.settings.limit:
@@ -227,6 +229,6 @@ class _MicroRounds:
 
     @cached_property
     def _longest(self) -> int:
-        """Tokens of the longest prompt and answer."""
+        """Length in tokens of the longest prompt with its answer."""
         rows = load_dataset(self.experiment.dataset_directory, "train").select_columns(["completion_start"])
         return int(rows.with_format("arrow")[:]["completion_start"].to_numpy().max()) + self.experiment.generate.max_tokens

@@ -1,4 +1,4 @@
-"""`llmdistill score`: the teacher reads finished text; it is stored with soft targets, as `generate` stores its own."""
+"""`llmdistill score`: the teacher scores finished text, which is stored with soft targets like that of `generate`."""
 
 from array import array
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment, Score
-from llmdistill.data.conversations import Turn, as_columns, learned_turns, stored_ids
+from llmdistill.data.conversations import Turn, as_columns, learned_turns, metadata, stored_ids
 from llmdistill.data.dataset import (
     SHARD_NAME,
     SPLITS,
@@ -25,12 +25,12 @@ from llmdistill.data.ids import row_seed, stable_id
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.row_formats import RowReader
 from llmdistill.data.shards import EVERYTHING, Opened, Part, Worker, count_finished, count_shards, is_whole, make_dataset
+from llmdistill.data.tables import Entry, files_hash, read_answered
 from llmdistill.data.targets import SampledByStudent, SampledLogprobs
 from llmdistill.data.traffic import opening
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import vocabulary_hash
 from llmdistill.prompting.routing import Routed, said, teachers_of
-from llmdistill.prompting.sources import Entry, files_hash, metadata, read_answered
 from llmdistill.runs import record
 from llmdistill.runs.progress import counted, say
 from llmdistill.teachers import Completion, Engine, Request, all_fingerprints, open_engine
@@ -38,7 +38,7 @@ from llmdistill.teachers.prompt_encoding import PromptEncoder, encoders
 
 
 def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYTHING, opened: Opened = open_engine) -> None:
-    """Write the dataset `OUTPUT/data`, going on where an interrupted run stopped.
+    """Write the dataset `OUTPUT/data`, continuing an interrupted run.
 
     Args:
         experiment: the configuration.
@@ -50,7 +50,7 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
         InputError: the text, the teacher or the output directory are not usable; nothing was written.
     """
     if experiment.score is None:
-        raise InputError("the key score is missing: `score` needs score.source")
+        raise InputError("the key score is missing; `score` needs score.source")
     directory, source = experiment.directory("data"), Path(experiment.score.source)
     _, wholes = all_fingerprints(experiment)
     is_dataset = source.is_dir() and any(SHARD_NAME.fullmatch(file.name) for file in source.iterdir())
@@ -65,7 +65,8 @@ def score(experiment: Experiment, dry_run: bool = False, worker: Worker = EVERYT
         count = count_shards(experiment, Counter(names).values())
         where = f" ({said(names)})" if experiment.teachers else ""
         say("score", f"{counted(len(texts), 'row')}{where} of {source} in {counted(count, 'shard')}")
-        say("score", f"would write {directory}  ({count_finished(directory):,} of {counted(count, 'shard')} there)")
+        texts.left_out.say("score", len(texts))
+        say("score", f"would write {directory}  ({count_finished(directory):,} of {counted(count, 'shard')} finished)")
     elif state == "done" and is_whole(directory):
         say("score", f"{directory} is finished ({counted(read_manifest(directory)['rows'], 'row')})")
     else:
@@ -84,7 +85,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 @dataclass(frozen=True)
 class Text:
-    """A conversation with its answer, as token ids too; `told_ids` is the prompt as the teacher sees it, if that differs.
+    """A conversation with its answer, as token ids too; `told_ids` is the prompt as the teacher sees it, if different.
 
     `sample` is what the model that wrote it has drawn, where the targets are to be of that.
     """
@@ -109,17 +110,17 @@ class _Source(Protocol):
     def __len__(self) -> int: ...
 
     def routed(self) -> Iterable[Routed]:
-        """Of each text its fields, its place, and that in words: what its teacher is told by."""
+        """For each text, its fields, its file, and its location in words, which determine its teacher."""
         ...
 
     def prepare(self, chats: Mapping[str, PromptEncoder], names: Sequence[str]) -> list[Part]:
-        """Check everything against its teacher, and put the texts of a teacher together."""
+        """Check each text against its teacher, and group the texts by teacher."""
         ...
 
     def text(self, index: int) -> Text: ...
 
 
-_ROOM = "its tokens and the one that vLLM adds"
+_ROOM = "its tokens plus the one that vLLM adds"
 
 
 class _Conversations:
@@ -133,6 +134,7 @@ class _Conversations:
         self.left_out = LeftOut(section)
         reader = RowReader(section)
         for entry in read_answered(section.source, section, "score.source"):
+            self.left_out.seen += 1
             try:
                 entry.check()
                 if entry.refused:
@@ -151,7 +153,7 @@ class _Conversations:
         self.left_out.check_share(len(self.turns))
         reader.close("score", section.source)
         if not self.turns and not self.left_out.reasons:
-            raise InputError(f"{section.source}: holds no text" + ("" if section.tool_calls else " but tool calls"))
+            raise InputError(f"{section.source}: contains no text" + ("" if section.tool_calls else " but tool calls"))
 
     def __len__(self) -> int:
         return len(self.turns if self.texts is None else self.texts)
@@ -166,7 +168,7 @@ class _Conversations:
         return parts
 
     def _part(self, name: str, chat: PromptEncoder, names: Sequence[str]) -> Part:
-        """Take the texts of a teacher."""
+        """Add the texts of a teacher."""
         texts: list[Text] = []
         seen: dict[str, int] = {}
         longest = 0
@@ -205,7 +207,7 @@ class _Conversations:
 
 
 def _token_ids(turn: Turn, chat: PromptEncoder, origin: str) -> tuple[list[int], list[int], list[int]]:
-    """The prompt as the teacher sees it and as it is stored, and the answer."""
+    """The prompt as the teacher sees it and as stored, and the answer."""
     try:
         prompt_ids, completion_ids = turn.token_ids(chat.template)
     except UnusableError as error:
@@ -216,7 +218,7 @@ def _token_ids(turn: Turn, chat: PromptEncoder, origin: str) -> tuple[list[int],
 
 
 class _Stored:
-    """The rows of a dataset, all of its splits. Their ids stay as they are, and their token ids, if they are the teacher's."""
+    """The rows of a dataset, in all of its splits. Their ids are kept, and so are token ids if they are the teacher's."""
 
     def __init__(self, experiment: Experiment, drawn: bool) -> None:
         import datasets
@@ -225,7 +227,7 @@ class _Stored:
         assert section is not None
         self.directory = directory = Path(section.source)
         if section.turns != "last" or not section.tool_calls:
-            raise InputError(f"score.turns and score.tool_calls are for tables; the rows of {directory} are read as they are")
+            raise InputError(f"score.turns and score.tool_calls are for tables; the rows of {directory} are used unchanged")
         self.left_out = LeftOut()
         self.manifest = read_manifest(directory, "score.source")
         if drawn and self.manifest["targets"]["kind"] != SampledLogprobs.name:
@@ -233,7 +235,7 @@ class _Stored:
         if drawn and self.manifest["targets"]["n"] != experiment.targets.n:
             drawn_n = self.manifest["targets"]["n"]
             raise InputError(
-                f"targets.n is {experiment.targets.n}, but the sample in {directory} has {drawn_n} tokens a position"
+                f"targets.n is {experiment.targets.n}, but the sample in {directory} has {drawn_n} tokens per position"
             )
         self.sampling = self.manifest["sampling"]
         there = {entry["split"] for entry in self.manifest["shards"]}
@@ -243,7 +245,7 @@ class _Stored:
         columns += [*self.sampled, *(SampledLogprobs.columns if drawn else ())]
         parts = [load_dataset(directory, split).select_columns(columns) for split in SPLITS if split in there]
         self.rows = datasets.concatenate_datasets(parts)
-        # Of rows in another vocabulary, in the teacher's tokens.
+        # For rows in a different vocabulary, in the teacher's tokens.
         self.encoded: dict[int, tuple[Sequence[int], Sequence[int]]] = {}
         self.order: list[int] | None = None  # of the rows that are read, those of a teacher together, once `prepare` has looked
 
@@ -262,7 +264,7 @@ class _Stored:
         if self.drawn and others:
             other = chats[names[others[0]]].experiment.teacher.model
             raise InputError(
-                f"{self.directory}: its samples are of another vocabulary than that of {other}; set targets.kind to topk"
+                f"{self.directory}: its samples are in a different vocabulary than that of {other}; set targets.kind to topk"
             )
         self._encode(chats, names, others)
         self._arrange(chats, names, [number for number, same in enumerate(stored) if same or number in self.encoded])
@@ -276,31 +278,31 @@ class _Stored:
         return parts
 
     def _arrange(self, chats: Mapping[str, PromptEncoder], names: Sequence[str], numbers: Sequence[int]) -> None:
-        """Take rows by their numbers, those of a teacher together."""
+        """Add rows by number, grouped by teacher."""
         self.order = [number for name in chats for number in numbers if names[number] == name]
         self.encoders = [(names[number], chats[names[number]]) for number in self.order]
 
     def _vocabularies(self) -> Iterator[str]:
-        """The hash of the vocabulary that each row is stored in."""
+        """The hash of the vocabulary in which each row is stored."""
         teachers = self.manifest["teachers"] if has_several_tokenizers(self.manifest) else {}
         for text in self.rows["metadata"]:
             writer = metadata_and_provenance(str(text))[1].get("teacher") if teachers else None
             yield (teachers[writer] if writer else self.manifest)["tokenizer"]["vocabulary_hash"]
 
     def _encode(self, chats: Mapping[str, PromptEncoder], names: Sequence[str], numbers: Sequence[int]) -> None:
-        """Rows in another vocabulary than their teacher's, those that its chat template takes."""
+        """Rows in a different vocabulary than their teacher's, if its chat template accepts them."""
         rows = self.rows.with_format(None)
         for number in numbers:
             try:
                 if self.sampling.get("thinking") == "masked":
-                    raise UnusableError("its reasoning trace stands in its prompt, which is in another model's tokens")
+                    raise UnusableError("its reasoning trace is part of its prompt, which is in another model's tokens")
                 prompt_ids, ids = stored_ids(rows[number], chats[names[number]].template)
                 self.encoded[number] = array("i", prompt_ids), array("i", ids)
             except UnusableError as error:
                 self.left_out.add(error.at(f"{self.directory} row {rows[number]['id']}"))
 
     def _lengths(self) -> dict[int, int]:
-        """The tokens of each row that fits its teacher, by its number in the order in which they are read."""
+        """The tokens of each row that fits its teacher, by its number in reading order."""
         import pyarrow.compute as pc
 
         assert self.order is not None
@@ -311,7 +313,7 @@ class _Stored:
                 if chat.experiment.teacher.system is not None or number in self.encoded:
                     text = self.text(place)
                     length = len(text.told_ids or text.prompt_ids) + len(text.completion_ids)
-                chat.check_length(length + 1, "its tokens and the one that vLLM adds", str(self.directory))
+                chat.check_length(length + 1, "its tokens plus the one that vLLM adds", str(self.directory))
                 found[number] = length
             except UnusableError as error:
                 self.left_out.add(error.at(f"{self.directory} row {self.rows[number]['id']}"))
@@ -349,7 +351,7 @@ def _no_sample(experiment: Experiment, source: Path) -> str:
 
 
 class _Requests(Sequence[Request]):
-    """Requests for texts, made when they are asked for."""
+    """Requests for texts, made on demand."""
 
     def __init__(self, texts: _Source, seed: int) -> None:
         self.texts = texts
@@ -367,7 +369,7 @@ class _Requests(Sequence[Request]):
 
 
 class _Texts:
-    """The rows to make, from whatever holds the text; those of a teacher together."""
+    """The rows to make, from any source of text; grouped by teacher."""
 
     reads = True
 

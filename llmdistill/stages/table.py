@@ -1,6 +1,6 @@
-"""The stages: what each is called, reads, writes and needs. Whoever deals with stages in general reads this table.
+"""The stages: the name, inputs, outputs and needs of each. Code that handles stages in general reads this table.
 
-It imports nothing of the package, so that `config` can take the names from it.
+It imports nothing from the package, so that `config` can use the names.
 """
 
 import importlib
@@ -26,17 +26,17 @@ Directory = Literal[
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a run that reads directories and writes one; a command of its own.
+    """A step of a run with its own command, which reads directories and writes one.
 
     Attributes:
-        name: of the command.
-        help: what it does, in a line.
-        sections: of the configuration that it reads.
-        module: where its function is, in this package; the function is named as the module.
-        reads: directories of the run that other stages make.
+        name: name of the command.
+        help: one-line description.
+        sections: sections of the configuration that it reads.
+        module: module in this package with its function, which has the same name.
+        reads: directories of the run that it reads and other stages make.
         writes: directories of the run that it makes.
-        shared: whether several workers may make its shards together: by `--shards` of its command, and as a job.
-        uses_model: whether it loads a model, so that its job gets GPUs unless told otherwise.
+        shared: whether several workers may share its shards, with `--shards` and as jobs.
+        uses_model: whether it loads a model, so that its job gets GPUs by default.
         after_rounds: whether it comes after all rounds.
     """
 
@@ -52,19 +52,19 @@ class Stage:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """What makes it, imported when it is asked for: `function(experiment, dry_run=False)`."""
+        """The function that runs the stage, imported on demand: `function(experiment, dry_run=False)`."""
         found: Callable[..., Any] = getattr(importlib.import_module(f"llmdistill.stages.{self.module}"), self.module)
         return found
 
     @property
     def claims(self) -> Callable[..., Any]:
-        """What it writes and what that depends on: `claims(experiment)`, a list of `record.Claim`; of `report`, none."""
+        """Its outputs and what they depend on: `claims(experiment)`, a list of `record.Claim`, empty for `report`."""
         module = importlib.import_module(f"llmdistill.stages.{self.module}")
         return getattr(module, "claims", lambda experiment: [])
 
     @property
     def record(self) -> Directory | None:
-        """The directory whose `run.json` says whether it is done; None for `report`, which is done where its page is."""
+        """The directory whose `run.json` records whether it is done; None for `report`, which is done if its page exists."""
         made = [directory for directory in self.writes if directory != "student-before" or self.name == "prune"]
         return made[0] if made else None
 
@@ -116,7 +116,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "retokenize",
-            "bring the dataset into the tokens of a student with another vocabulary",
+            "convert the dataset to the tokens of a student with a different vocabulary",
             ("teacher", "student", "retokenize"),
             "retokenize",
             reads=("curated",),
@@ -133,7 +133,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "rounds",
-            "train the student on its own text in micro-rounds, within one process",
+            "train the student on its own text in micro-rounds, in a single process",
             ("teacher", "generate", "targets", "curate", "student", "train", "rounds"),
             "rounds",
             reads=("curated",),
@@ -150,7 +150,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "export",
-            "write the student for serving, quantised or not, and measure the loss in fidelity",
+            "write the student for serving, quantised or not, and measure the loss of fidelity",
             ("export", "eval.speed"),
             "export",
             reads=("curated", "retokenized", "student", "eval"),
@@ -159,7 +159,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "report",
-            "write the report, as HTML, Markdown and a picture, or compare several runs on one page",
+            "write the report as HTML, Markdown and an image, or compare several runs on one page",
             ("eval.price_per_hour",),
             "report",
             reads=(

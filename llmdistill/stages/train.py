@@ -1,4 +1,4 @@
-"""`llmdistill train`: the student learns from the dataset; the result is a directory that any engine loads."""
+"""`llmdistill train`: train the student on the dataset; the result is a directory that any engine loads."""
 
 import dataclasses
 import os
@@ -31,6 +31,7 @@ from llmdistill.evaluation.routes import teachers_of_rows
 from llmdistill.models.loading import (
     check_model_exists,
     context_length,
+    load_config,
     load_model,
     load_tokenizer,
     vocabulary_hash,
@@ -61,13 +62,13 @@ _LOSS += ["hidden", "attention"]
 # Arguments of TRL and transformers that the stage sets itself, or that would break what it promises.
 _REFUSED = {"output_dir": "is set by the key output"} | {name: f"is set by the key train.{name}" for name in _LOSS}
 _REFUSED |= {
-    "model_init_kwargs": "is not read: the student is loaded as the section student says",
+    "model_init_kwargs": "is ignored: the section student determines how the student is loaded",
     "trust_remote_code": "is set by the key student.trust_remote_code",
-    "resume_from_checkpoint": "is not needed: training goes on from its last checkpoint",
-    "enable_jit_checkpoint": "is not needed: a checkpoint is kept when training is terminated",
-    "save_only_model": "would leave nothing to go on from: a checkpoint needs the optimiser and the schedule",
+    "resume_from_checkpoint": "is not needed: training continues from its last checkpoint",
+    "enable_jit_checkpoint": "is not needed: a checkpoint is saved when training is terminated",
+    "save_only_model": "would make it impossible to continue: a checkpoint needs the optimiser and the schedule",
     "ignore_data_skip": "would train on the same rows again after a stop",
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "is not read: the stages say what is done"),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "is ignored: the stages determine what is done"),
 }
 _MAY_NAME_A_FILE = ("deepspeed", "fsdp_config", "accelerator_config")  # arguments of trl.SFTConfig
 # The second student's: cross-entropy on the text, and nothing of the soft targets.
@@ -76,7 +77,7 @@ _TEXT_ONLY |= {"loss": "forward_kl", "temperature": 1.0, "position_weights": "un
 
 
 def train(experiment: Experiment, dry_run: bool = False) -> None:
-    """Write `OUTPUT/student`, and the students that it is to be compared with, going on from the last checkpoint.
+    """Write `OUTPUT/student`, and the students for comparison, continuing from the last checkpoint.
 
     Raises:
         InputError: the dataset, the student or the output directory are not usable; nothing was written.
@@ -97,10 +98,8 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
             raise InputError(
                 f"teachers: the rows of {experiment.dataset_directory} are in the tokens of each; run `retokenize` first"
             )
-        raise InputError(
-            f"student.model: {experiment.student.model} has another vocabulary than {experiment.dataset_directory}; "
-            "run `retokenize` first"
-        )
+        whole = read_manifest(experiment.dataset_directory)
+        raise InputError(f"{_other_vocabulary(experiment, experiment.dataset_directory, whole)}; run `retokenize` first")
     manifest = read_manifest(dataset)
     _check_loss(experiment, manifest)
     check_mix(experiment, manifest, mixed)
@@ -116,7 +115,7 @@ def train(experiment: Experiment, dry_run: bool = False) -> None:
 
 
 def claims(experiment: Experiment) -> list[record.Claim]:
-    """The student and, if asked for, those of the text alone and of a task's examples alone, and what they depend on."""
+    """The student and, if requested, those of the text only and of a task's examples only, and what they depend on."""
     directories = {experiment.directory("student"): False}
     if experiment.train.compare_text_only:
         directories[experiment.directory("student-text-only")] = True
@@ -136,7 +135,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
-    """What the student depends on, by the sections of the configuration."""
+    """The sections of the configuration that the student depends on."""
     settings = experiment.model_dump(mode="json", include={"seed", "student", "train"})
     online = experiment.targets.online
     if online:
@@ -151,13 +150,13 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def _weights(teacher: Teacher, computes: bool) -> dict[str, Any]:
-    """Which weights a teacher has, and what it computes in, where it does and that is said."""
+    """The weights and the precision of a teacher, if it is online."""
     more = {"dtype"} if computes and teacher.dtype != "auto" else set()
     return teacher.model_dump(mode="json", include={"model", "revision"} | more)
 
 
 def _models_and_files(experiment: Experiment) -> dict[str, str]:
-    """Path or name and hash of what is read beside the datasets.
+    """Path or name and hash of the inputs besides the datasets.
 
     Raises:
         InputError: one is missing.
@@ -176,7 +175,7 @@ def _models_and_files(experiment: Experiment) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Materials:
-    """What the trainer is given.
+    """The inputs of the trainer.
 
     Attributes:
         precision: what the student is trained in.
@@ -202,7 +201,7 @@ class _Materials:
 
 
 def _materials(experiment: Experiment, manifest: dict[str, Any], claim: record.Claim, precision: Precision) -> _Materials:
-    """Everything loaded, and checked against each other."""
+    """Load everything, and check consistency."""
     text_only, examples = claim.settings.get("text_only", False), _examples_of(experiment, claim)
     more = {"max_steps": _steps_of_the_student(experiment)} if examples else {}
     stored = None if experiment.targets.online else KINDS[manifest["targets"]["kind"]]
@@ -230,12 +229,12 @@ def _materials(experiment: Experiment, manifest: dict[str, Any], claim: record.C
 
 
 def _examples_of(experiment: Experiment, claim: record.Claim) -> Examples | None:
-    """What a student learns instead of the dataset."""
+    """The training data of a student that does not learn from the dataset."""
     return experiment.train.compare_examples if claim.settings.get("examples_only") else None
 
 
 def _steps_of_the_student(experiment: Experiment) -> int:
-    """For how many steps the student was trained, before those that it is compared with."""
+    """Number of steps of the student, which the students for comparison repeat."""
     state = record.read_json(experiment.directory("student") / "trainer_state.json")
     assert state is not None
     return int(state["global_step"])
@@ -265,7 +264,7 @@ def train_one(
         parameters = made.student.num_parameters()
         for text in [] if text_only else traps(experiment.student, made.arguments, manifest, made.rows, parameters):
             say("warning", text)
-    trainer = _trainer(experiment, made, directory)
+    trainer = _trainer(experiment, made)
     show_progress(trainer, "examples only" if examples else "text only" if text_only else claim.stage)
     # What one process finds counts for all: another may still see a shared disk as it was.
     (checkpoint,) = broadcast_object_list([last_checkpoint(directory / "checkpoints")])
@@ -277,17 +276,17 @@ def train_one(
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
         if trainer.is_world_process_zero():
-            print(f"terminated; the same command goes on from step {trainer.state.global_step:,}", file=sys.stderr)
+            print(f"terminated; run the same command to continue from step {trainer.state.global_step:,}", file=sys.stderr)
         sys.exit(143)
     _save(experiment, manifest, directory, trainer, made, examples.file if examples else None)
     trainer.accelerator.wait_for_everyone()
 
 
-def _trainer(experiment: Experiment, made: _Materials, directory: Path) -> Any:
-    """The trainer; where it takes some argument ill, as if nothing had been begun.
+def _trainer(experiment: Experiment, made: _Materials) -> Any:
+    """Create the trainer.
 
     Raises:
-        InputError: it does.
+        InputError: it rejects an argument.
     """
     try:
         trainer = _made_trainer(experiment, made)
@@ -295,11 +294,9 @@ def _trainer(experiment: Experiment, made: _Materials, directory: Path) -> Any:
         if not batches:
             raise ValueError(
                 f"dataloader_drop_last: {counted(len(made.dataset), 'row')} are fewer than the "
-                f"{made.arguments.per_device_train_batch_size:,} of a batch, so that nothing would be trained on"
+                f"{made.arguments.per_device_train_batch_size:,} of a batch, so nothing would be trained on"
             )
     except (TypeError, ValueError, ImportError) as error:
-        if made.arguments.process_index == 0:
-            record.forget_begun(directory)
         raise InputError(f"train.args: {error}") from None
     return trainer
 
@@ -326,7 +323,7 @@ def _made_trainer(experiment: Experiment, made: _Materials) -> Any:
 def _save(
     experiment: Experiment, manifest: dict[str, Any], directory: Path, trainer: Any, made: _Materials, examples: str | None
 ) -> None:
-    """Write the trained student, its card and its record; by one process."""
+    """Write the trained student, its card and its record, in one process."""
     trained = _trained(experiment, trainer)
     if trained is None:
         return
@@ -342,7 +339,7 @@ def _save(
 
 
 def _counts(made: _Materials) -> tuple[int, int]:
-    """Rows and completion tokens of what was trained on."""
+    """Rows and completion tokens of the training data."""
     from llmdistill.training.packing import row_lengths
 
     limit = made.arguments.max_length or sys.maxsize
@@ -365,21 +362,19 @@ def _check_loss(experiment: Experiment, manifest: dict[str, Any]) -> None:
 
 
 def _check_teachers(experiment: Experiment, manifest: dict[str, Any]) -> None:
-    """Refuse an online teacher that would read the rows' ids as those of another vocabulary.
+    """Refuse an online teacher that would read the rows' ids in a different vocabulary.
 
     Raises:
-        InputError: naming it.
+        InputError: names it.
     """
     for name, teacher in experiment.routed.items():
         tokenizer, key = teacher_tokenizer(experiment, name)
         if vocabulary_hash(tokenizer) != tokenizer_of(manifest, name)["vocabulary_hash"]:
-            raise InputError(
-                f"{key}: {teacher.model} has another vocabulary than that in which {training_dataset(experiment)} is"
-            )
+            raise InputError(f"{key}: the vocabulary of {teacher.model} differs from that of {training_dataset(experiment)}")
 
 
 def check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict[str, Any]]) -> None:
-    """Refuse to mix what is not of one vocabulary and one kind of targets."""
+    """Refuse to mix datasets with different vocabularies or kinds of targets."""
     for directory, other in zip(experiment.mixed_datasets, mixed, strict=True):
         if has_several_tokenizers(other):
             raise InputError(
@@ -392,21 +387,21 @@ def check_mix(experiment: Experiment, manifest: dict[str, Any], mixed: list[dict
             ("classes", *(one.get("alignment", {}).get("classes_hash") for one in (manifest, other))),
         ):
             if mine != theirs and not (what == "targets" and _are_the_teachers(mine, theirs)):
-                raise InputError(f"train.mix.datasets: {directory} has other {what} than {training_dataset(experiment)}")
+                raise InputError(f"train.mix.datasets: {directory} has different {what} than {training_dataset(experiment)}")
 
 
 def _kind_of(described: dict[str, Any]) -> tuple[str, Any]:
-    """The kind of targets and how many tokens they are of; what else is said of them, not every source knows."""
+    """The kind and size of the targets; other entries are not known for every source."""
     return described["kind"], described.get(KINDS[described["kind"]].size or "")
 
 
 def _are_the_teachers(mine: tuple[str, Any], theirs: tuple[str, Any]) -> bool:
-    """Whether targets are the teacher's sample of its own text, which a student learns beside its own sample of its own text."""
+    """Whether targets are the teacher's sample of its own text, learned next to the student's sample of its own text."""
     return (mine[0], theirs[0]) == (SampledByStudent.name, Sampled.name) and mine[1] == theirs[1]
 
 
 def _with_columns(rows: Any, others: Any) -> Any:
-    """The rows with the columns of soft targets that only others have, as empty lists."""
+    """Add columns of soft targets that only other rows have, as empty lists."""
     import datasets
     import pyarrow as pa
 
@@ -418,13 +413,13 @@ def _with_columns(rows: Any, others: Any) -> Any:
 
 
 def _held_out_prompts(directory: Path) -> set[str]:
-    """What the held-out rows of a dataset are about."""
+    """The subjects of a dataset's held-out rows."""
     tables = read_batches(shard_files(directory, "test"), ["prompt", "completion", "metadata"])
     return {key for table in tables for key in conversation_keys(table)}
 
 
 def _without(rows: Any, directory: Path, held_out: dict[Path, set[str]]) -> Any:
-    """The rows of a dataset that are about nothing that another one holds out; how many are is said."""
+    """The rows of a dataset whose subject is not held out elsewhere; reports how many are left out."""
     prompts = {prompt for other, found in held_out.items() if other != directory for prompt in found}
     if not prompts:
         return rows
@@ -433,12 +428,12 @@ def _without(rows: Any, directory: Path, held_out: dict[Path, set[str]]) -> Any:
         keys += conversation_keys(table)
     kept = [number for number, key in enumerate(keys) if key not in prompts]
     if len(kept) < len(keys):
-        say("train", f"leaves out {counted(len(keys) - len(kept), 'row')}, whose prompts another of the datasets holds out")
+        say("train", f"leaves out {counted(len(keys) - len(kept), 'row')} whose prompts another dataset holds out")
     return rows.select(kept) if len(kept) < len(keys) else rows
 
 
 def mixed_rows(experiment: Experiment, rows: Any) -> Any:
-    """The rows with those of other datasets among them, as many as make up their share, drawn without repeats."""
+    """The rows mixed with those of other datasets, up to their share, drawn without repeats."""
     mix = experiment.train.mix
     if mix is None:
         return rows
@@ -461,7 +456,7 @@ def mixed_rows(experiment: Experiment, rows: Any) -> Any:
 
 
 def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
-    """The rows to train on and those to validate on, None if there are to be none; all rows of a prompt on one side.
+    """The rows for training and for validation, None if there are none; all rows of a prompt are on the same side.
 
     Raises:
         InputError: one side is empty.
@@ -475,14 +470,14 @@ def _split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
     rows = [[row for row, side in enumerate(sides) if side == wanted] for wanted in (False, True)]
     if not all(rows):
         raise InputError(
-            f"train.validation is {share:g}: of {len(sides):,} rows {len(rows[1]):,} would be for validation and "
+            f"train.validation is {share:g}: of {len(sides):,} rows, {len(rows[1]):,} would be used for validation and "
             f"{len(rows[0]):,} for training; both need at least one"
         )
     return dataset.select(rows[0]), dataset.select(rows[1])
 
 
 def learnable(dataset: Any, arguments: Any) -> Any:
-    """The rows with a completion token to learn; the number of the others is said.
+    """The rows with completion tokens to learn; reports the number of the others.
 
     Raises:
         InputError: there are none.
@@ -495,12 +490,12 @@ def learnable(dataset: Any, arguments: Any) -> Any:
         raise InputError(f"train.args.max_length: {error}") from None
     if left := len(dataset) - len(kept):
         within = f" within train.args.max_length, {arguments.max_length:,} tokens" if arguments.max_length else ""
-        say("train", f"leaves out {left:,} of {len(dataset):,} rows, which have no completion token{within}")
+        say("train", f"leaves out {left:,} of {len(dataset):,} rows, which have no completion tokens{within}")
     return kept
 
 
 def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None:
-    """What the trainer would refuse, before anything is written.
+    """Check what the trainer would refuse, before anything is written.
 
     Raises:
         InputError: the loss does not fit the dataset, or the student cannot be trained on packed rows.
@@ -521,7 +516,7 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
         positions = context_length(student.config)
         if positions and longest > positions:
             raise ValueError(
-                f"rows have up to {longest:,} tokens, and the student was made for {positions:,}; "
+                f"rows have up to {longest:,} tokens, but the student supports only {positions:,}; "
                 f"set train.args.max_length to {positions} or less, or choose another student"
             )
         if arguments.sequence_alpha:
@@ -535,7 +530,7 @@ def _check_fit(arguments: Any, dataset: Any, student: Any, teacher: Any) -> None
 
 
 def _evaluation(experiment: Experiment, stored: type[SoftTargets]) -> dict[str, Any]:
-    """Defaults of the arguments that measure the student while it trains."""
+    """Defaults of the arguments for measuring the student during training."""
     train = experiment.train
     if not train.validation:
         for name in ("eval_strategy", "eval_on_start", "load_best_model_at_end"):
@@ -543,30 +538,30 @@ def _evaluation(experiment: Experiment, stored: type[SoftTargets]) -> dict[str, 
                 raise InputError(f"train.args.{name} needs train.validation, the share of the training prompts to validate on")
         return {}
     if train.args.get("eval_strategy") == "no":
-        raise InputError("train.args.eval_strategy is no, so the rows of train.validation would be held back for nothing")
+        raise InputError("train.args.eval_strategy is no, so the rows of train.validation would be held out without being used")
     saved = "epoch" if train.args.get("save_strategy") == "epoch" else "steps"
     found: dict[str, Any] = {"eval_strategy": saved}
     found |= {"eval_steps": train.args.get("save_steps", 500)} if saved == "steps" else {}
     if train.early_stopping:
-        # Of a sample that cannot tell the forward KL, the divergence that is trained is what can be watched.
+        # If the sample does not determine the forward KL, the trained divergence is monitored instead.
         told = not stored.refuses("forward_kl", train.temperature)
         metric = ("kl" if told else train.loss) if train.uses_targets else "ce"
         found |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": False}
         found |= {"restore_callback_states_from_checkpoint": True}  # how long there was no improvement
         if not train.args.get("restore_callback_states_from_checkpoint", True):
-            raise InputError("train.args.restore_callback_states_from_checkpoint is false: train.early_stopping would begin anew")
+            raise InputError("train.args.restore_callback_states_from_checkpoint is false: train.early_stopping would restart")
     return found
 
 
 def settled(experiment: Experiment, claim: record.Claim) -> Precision:
-    """What the products are computed in: as the training was begun, as configured, or as this machine is good at."""
+    """The precision of matrix products: as the training was started, as configured, or the preferred one of this machine."""
     asked = experiment.train.args
     found = training_precision(asked.get("use_cpu", False), asked.get("bf16"), asked.get("fp16", False))
     return record.settled_precision(claim.directory, claim.settings, claim.inputs, found)
 
 
 def check_arguments(args: Iterable[str], key: str) -> None:
-    """Check the names of arguments of `trl.SFTConfig`; `key` is the one that they stand under.
+    """Check the names of arguments of `trl.SFTConfig`; `key` is the key that contains them.
 
     Raises:
         InputError: there is no such argument, or it cannot be chosen here.
@@ -588,14 +583,14 @@ _OF_THE_MACHINE = ("bf16", "fp16", "tf32", "use_cpu", "fsdp", "fsdp_config", "de
 
 
 def check_training(experiment: Experiment, key: str = "train.args") -> None:
-    """Refuse what the training of a student would refuse, before a teacher has worked for it.
+    """Check what the training of a student would refuse, before a teacher has worked for it.
 
     Args:
         experiment: the configuration.
         key: what the arguments stand under.
 
     Raises:
-        InputError: naming the key.
+        InputError: names the key.
     """
     from llmdistill.students.adapters import lora_config
 
@@ -618,12 +613,12 @@ def check_training(experiment: Experiment, key: str = "train.args") -> None:
     if train.sequence_alpha and experiment.score and not (Path(experiment.score.source) / MANIFEST).is_file():
         raise InputError(
             f"train.sequence_alpha is {train.sequence_alpha:g}, which needs text that a model has sampled with known "
-            f"probabilities; {experiment.score.source} (score.source) does not tell them"
+            f"probabilities; {experiment.score.source} (score.source) does not contain them"
         )
     if train.sequence_alpha and not experiment.score and not experiment.generate.shows_everything:
         raise InputError(
-            f"train.sequence_alpha is {train.sequence_alpha:g}, which needs text that could have been any: generate.temperature "
-            "above 0, and neither generate.top_p, top_k, min_tokens, json_schema nor thinking"
+            f"train.sequence_alpha is {train.sequence_alpha:g}, which needs sampling that can give any text: "
+            "generate.temperature above 0, and neither generate.top_p, top_k, min_tokens, json_schema nor thinking"
         )
 
 
@@ -686,10 +681,10 @@ def arguments_of(
 
 
 def _check_optimizer(arguments: Any, key: str) -> None:
-    """Refuse arguments of the optimiser and the schedule that these do not take.
+    """Refuse arguments that the optimiser and the schedule do not accept.
 
     Raises:
-        InputError: naming the key above them.
+        InputError: names the key above them.
     """
     import torch
     from transformers import Trainer, get_scheduler
@@ -704,11 +699,11 @@ def _check_optimizer(arguments: Any, key: str) -> None:
             arguments.lr_scheduler_type, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=more
         )
     except (TypeError, ValueError, ImportError, AttributeError) as error:
-        raise InputError(f"{key}: the optimiser or its schedule does not take this: {error}") from None
+        raise InputError(f"{key}: the optimiser or its schedule rejects this: {error}") from None
 
 
 def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:
-    """Refuse what accelerate's FSDP does in the place of `gradient_checkpointing` where it does not work."""
+    """Refuse accelerate's own FSDP checkpointing where it does not work."""
     key = "fsdp_activation_checkpointing"
     if arguments.fsdp:
         asked = arguments.fsdp_plugin_args.get("activation_checkpointing")
@@ -716,30 +711,38 @@ def _check_checkpointing(arguments: Any, experiment: Experiment) -> None:
         asked = os.environ.get("ACCELERATE_USE_FSDP") == os.environ.get(key.upper()) == "true"
     if asked and experiment.student.lora:
         raise InputError(
-            f"student.lora with {key}: its checkpoints lose the adapter; use train.args.gradient_checkpointing instead"
+            f"student.lora with {key}: its checkpoints lack the adapter; use train.args.gradient_checkpointing instead"
         )
     if asked and arguments.gradient_checkpointing:
         raise InputError(f"train.args.gradient_checkpointing is true (which it is unless set) and so is {key}; use one of them")
 
 
 def _tokenizer(experiment: Experiment, manifest: dict[str, Any]) -> Any:
-    """The tokenizer to save with the student: the student learns exactly the dataset's ids.
+    """The tokenizer to save with the student, which learns the dataset's ids unchanged.
 
     Its chat template and end token are the dataset's, also where the student was a base model that knew another end token.
 
     Raises:
-        InputError: the student has another vocabulary.
+        InputError: if the student has a different vocabulary.
     """
     model, revision, trust = origin(experiment)
     tokenizer = load_tokenizer(model, revision, trust, "student.model")
     if vocabulary_hash(tokenizer) != manifest["tokenizer"]["vocabulary_hash"]:
-        raise InputError(f"student.model: {model} has another vocabulary than {training_dataset(experiment)}")
+        raise InputError(_other_vocabulary(experiment, training_dataset(experiment), manifest))
     tokenizer.chat_template = manifest["tokenizer"]["chat_template"]
     return tokenizer
 
 
+def _other_vocabulary(experiment: Experiment, dataset: Path, manifest: dict[str, Any]) -> str:
+    """The message for different vocabularies of the student and a dataset, with both sizes."""
+    model, revision, trust = origin(experiment)
+    size = load_config(model, revision, trust, "student.model").get_text_config().vocab_size
+    its = manifest["tokenizer"]["vocab_size"]
+    return f"student.model: {model} and {dataset} have different vocabularies, of {size:,} and {its:,} tokens"
+
+
 def _online_teacher(experiment: Experiment, arguments: Any) -> Any:
-    """The teacher to run beside the student, or all of them by name, where targets are not stored ones and the loss needs it."""
+    """The online teacher, or all of them by name, if targets are not stored and the loss needs it."""
     if not experiment.targets.online or not (arguments.uses_targets or any(arguments.layers())):
         return None
     with whole_on_every_process():
@@ -751,7 +754,7 @@ def _online_teacher(experiment: Experiment, arguments: Any) -> Any:
 
 
 def _trained(experiment: Experiment, trainer: Any) -> Any:
-    """The trained student in the main process, None in the others; all have to call this.
+    """The trained student in the main process, None in the others; must be called by all processes.
 
     Where each process holds a part of the weights, they are gathered and put into the student as it was before.
     """
@@ -769,7 +772,7 @@ def _trained(experiment: Experiment, trainer: Any) -> Any:
 
 
 def _kept_losses(trainer: Any) -> dict[str, float]:
-    """The parts of the loss at the step whose weights are kept, and on the validation rows at the evaluation there.
+    """The parts of the loss at the step whose weights are kept, and on the validation rows at that evaluation.
 
     `best_step` is that step, where it is not the last.
     """

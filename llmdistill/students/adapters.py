@@ -1,4 +1,4 @@
-"""Low-rank adapters (peft) on a student, on quantised weights if asked for, and the whole student they become."""
+"""Low-rank adapters (peft) on a student, optionally on quantised weights, and the merged student that they become."""
 
 import dataclasses
 import importlib.util
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config.student import Lora
-from llmdistill.errors import InputError, no_such_key
+from llmdistill.errors import InputError, no_such_key, not_installed
 from llmdistill.models.loading import load_model
 from llmdistill.runs.record import read_json
 
-# Where it is installed peft imports it, and it warns: of a kernel for CPUs that it would fetch, of 8 bits at every layer.
+# If installed, peft imports it, and it warns about a CPU kernel that it would fetch, and about 8 bits at every layer.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# Set by keys of their own, or by this package.
+# Set by their own keys, or by this package.
 _RESERVED = {
     "r": "student.lora.r",
     "lora_alpha": "student.lora.alpha",
@@ -22,7 +22,7 @@ _RESERVED = {
     **dict.fromkeys(("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"), "the training itself"),
     **dict.fromkeys(("base_model_name_or_path", "revision"), "student.model"),
 }
-_NOT_MERGED = "the saved student is whole, and peft does not merge it into the weights"
+_NOT_MERGED = "the saved student is merged, and peft cannot merge it into the weights"
 _UNSUPPORTED = {
     **dict.fromkeys(("alora_invocation_tokens", "lora_bias", "layer_replication", "arrow_config"), _NOT_MERGED),
     **dict.fromkeys(("megatron_config", "megatron_core", "use_bdlora"), "it is for another engine"),
@@ -31,8 +31,8 @@ _UNSUPPORTED = {
     "kasa_config": "it changes the weights that the adapter is for",
     "runtime_config": "it is for inference",
 }
-_REWRITING = ("pissa", "olora")  # they take a part of the base's weights into the adapters
-_NOT_CONVERTED = ("modules_to_save", "trainable_token_indices", "bias")  # what of the adapter peft then leaves out or refuses
+_REWRITING = ("pissa", "olora")  # they move part of the base's weights into the adapters
+_NOT_CONVERTED = ("modules_to_save", "trainable_token_indices", "bias")  # parts of the adapter that peft then omits or refuses
 _INITS = (True, False, "gaussian", "orthogonal", "mica", "pissa", "olora")
 
 
@@ -40,7 +40,7 @@ def lora_config(lora: Lora) -> Any:
     """The `peft.LoraConfig`, with errors that name the key.
 
     Raises:
-        InputError: an argument that peft does not have or does not take, or that cannot end in a whole student.
+        InputError: if peft lacks or refuses an argument, or it does not allow merging.
     """
     from peft import LoraConfig
 
@@ -57,14 +57,14 @@ def lora_config(lora: Lora) -> Any:
         known = ", ".join(str(name).lower() if isinstance(name, bool) else name for name in _INITS)
         raise InputError(f"student.lora.args.init_lora_weights is {init}, must be one of {known}")
     if lora.args.get("use_dora") and str(init).startswith(_REWRITING):
-        raise InputError(f"student.lora.args: use_dora and init_lora_weights {init} do not end in an adapter for the base")
+        raise InputError(f"student.lora.args: use_dora and init_lora_weights {init} do not produce an adapter for the base")
     if str(init).startswith(_REWRITING):
         beside = [name for name in _NOT_CONVERTED if lora.args.get(name) not in (None, "none", [], {})]
         patterns = [name for name in ("rank_pattern", "alpha_pattern") if lora.args.get("use_rslora") and lora.args.get(name)]
         if beside or patterns:
             raise InputError(
                 f"student.lora.args: {(beside + patterns)[0]}{' with use_rslora' if not beside else ''} and init_lora_weights "
-                f"{init} do not end in an adapter for the base"
+                f"{init} do not produce an adapter for the base"
             )
     try:
         return LoraConfig(
@@ -80,15 +80,15 @@ def lora_config(lora: Lora) -> Any:
 
 
 def attach(model: Any, config: Any, seed: int) -> Any:
-    """The model with adapters, everything else frozen.
+    """The model with adapters, and everything else frozen.
 
     Args:
-        model: as it was loaded.
+        model: the loaded model.
         config: from `lora_config`.
-        seed: of the adapters' random numbers.
+        seed: seed for the adapters' initial weights.
 
     Raises:
-        InputError: they do not fit the model, or could not be merged into it.
+        InputError: if they do not fit the model, or could not be merged into it.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -101,17 +101,17 @@ def attach(model: Any, config: Any, seed: int) -> Any:
     try:
         adapted = get_peft_model(model, config)
         check_mergeable(adapted)
-    except Exception as error:  # peft refuses in many ways, each with its reason
+    except Exception as error:  # peft raises many types, each with a reason
         raise InputError(f"student.lora: {str(error).strip() or type(error).__name__}") from None
     train_in_float32(adapted)
     return adapted
 
 
 def train_in_float32(model: Any) -> None:
-    """Widen what adapters train, also whole modules beside them: in half precision a small step of a weight is lost.
+    """Convert trained adapters and modules to float32: in half precision, small updates of a weight are lost.
 
     Args:
-        model: with adapters.
+        model: the model with adapters.
     """
     import torch
 
@@ -121,16 +121,16 @@ def train_in_float32(model: Any) -> None:
 
 
 def check_mergeable(model: Any) -> None:
-    """Refuse low-rank adapters that cannot be merged: those on a matrix that another module uses, too.
+    """Refuse low-rank adapters that cannot be merged: those on a matrix that another module also uses.
 
-    While it trains, the adapter changes one of them; merged, it would change both. Modules that are trained whole
-    (`modules_to_save`) and single tokens (`trainable_token_indices`) are copies and stay what they were trained to be.
+    In training the adapter changes only one of them; merged, it would change both. Fully trained modules (`modules_to_save`) and
+    single tokens (`trainable_token_indices`) are copies and keep their trained values.
 
     Args:
-        model: with adapters, before anything shards it.
+        model: the model with adapters, before anything shards it.
 
     Raises:
-        ValueError: naming both modules.
+        ValueError: names both modules.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -143,24 +143,24 @@ def check_mergeable(model: Any) -> None:
             for parameter in module.get_base_layer().parameters(recurse=False):
                 if len(places := users[id(parameter)]) > 1:
                     raise ValueError(
-                        f"adapters on {places[0]}, whose matrix is also that of {', '.join(places[1:])}, cannot be merged: that "
-                        "would change both; leave it out of target_modules, or train it whole by modules_to_save"
+                        f"adapters on {places[0]}, whose matrix is shared with {', '.join(places[1:])}, cannot be merged, since "
+                        "that would change both; leave it out of target_modules, or train it fully with modules_to_save"
                     )
 
 
 def quantization_config(kind: str, dtype: Any) -> Any:
-    """How bitsandbytes is to hold the frozen weights, for `from_pretrained`.
+    """Configuration of bitsandbytes for the frozen weights, for `from_pretrained`.
 
     Args:
         kind: `nf4`, 4-bit NormalFloat with doubly quantised constants (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), or
-            `int8`, 8 bits with the outliers apart (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339).
-        dtype: of the matrix products, the checkpoint's own.
+            `int8`, 8 bits with outliers kept apart (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339).
+        dtype: precision of the matrix products, that of the checkpoint.
 
     Raises:
-        InputError: bitsandbytes is not installed.
+        InputError: if bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"student.quantize is {kind}, which needs bitsandbytes: pip install bitsandbytes")
+        raise not_installed(f"student.quantize {kind}", "bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
@@ -173,7 +173,7 @@ def quantization_config(kind: str, dtype: Any) -> Any:
 def keep_gradients(model: Any) -> None:
     """Keep bitsandbytes from packing 4-bit weights for inference on a CPU.
 
-    It packs them at the first forward pass in evaluation mode, and from then on no gradient goes through them, in silence.
+    It packs them at the first forward pass in evaluation mode, after which gradients silently do not pass through them.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -181,21 +181,21 @@ def keep_gradients(model: Any) -> None:
 
 
 def rewrites_base(model: Any) -> bool:
-    """Whether the adapters took a part of the base's weights with them, so that as they are they do not fit the base."""
+    """Whether the adapters contain part of the base's weights, so that they do not fit the unmodified base."""
     config = getattr(model, "peft_config", {}).get("default")
     return config is not None and str(config.init_lora_weights).startswith(_REWRITING)
 
 
 def save_start(model: Any, directory: Path) -> None:
-    """Keep the adapters before training: what they took out of the base is subtracted from them in the end."""
+    """Save the adapters before training: what they took from the base is subtracted at the end."""
     config = model.peft_config["default"]
-    init, config.init_lora_weights = config.init_lora_weights, True  # else loading them would take it out again
+    init, config.init_lora_weights = config.init_lora_weights, True  # otherwise loading them would take it out again
     model.save_pretrained(directory)
     config.init_lora_weights = init
 
 
 def save_adapter(model: Any, directory: Path, start: Path | None) -> None:
-    """The trained adapters as peft and vLLM load them beside the base."""
+    """The trained adapters in a form that peft and vLLM can load on top of the base."""
     model.save_pretrained(directory, path_initial_model_for_weight_conversion=str(start) if start else None)
 
 
@@ -203,9 +203,9 @@ def merged(model: Any, adapter: Path, base: Any = None) -> Any:
     """The whole student: the base with the adapters merged into it.
 
     Args:
-        model: the trained one.
-        adapter: where they were saved.
-        base: the base in its own precision, where the trained model's is quantised: nothing is merged into 4 bits.
+        model: the trained model.
+        adapter: directory of the saved adapters.
+        base: the base in its own precision, if the trained model's is quantised: nothing is merged into 4 bits.
     """
     from peft import PeftModel
 
@@ -213,10 +213,10 @@ def merged(model: Any, adapter: Path, base: Any = None) -> Any:
 
 
 def merge_adapters(adapters: Path, dtype: str, end_token_ids: list[int], directory: Path) -> None:
-    """Write the base with the adapters merged into it as a whole model, which stops at the end tokens.
+    """Write the base with the adapters merged into it as a whole model, with its end tokens.
 
     Raises:
-        InputError: the base is not there, or the adapters cannot be merged into it.
+        InputError: if the base is missing, or the adapters cannot be merged into it.
     """
     from peft import PeftModel
 
@@ -236,7 +236,7 @@ def base_of(adapters: Path) -> str:
     """The model that adapters were trained on, by path or name.
 
     Raises:
-        InputError: they do not say.
+        InputError: if they do not name it.
     """
     config = read_json(adapters / "adapter_config.json")
     if not isinstance(config, dict) or not config.get("base_model_name_or_path"):

@@ -1,4 +1,4 @@
-"""The formats that `export` writes, one entry each, by the libraries that made them.
+"""The formats that `export` writes, one entry each, by the library that writes them.
 
 Their names are those of `export.formats` (`config/export.py`).
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from llmdistill.config.export import Export, Form
 from llmdistill.config.shipped import page
-from llmdistill.errors import InputError
+from llmdistill.errors import not_installed
 from llmdistill.models.loading import end_token_ids, generation_config, load_model
 from llmdistill.runs.progress import counted, say
 from llmdistill.students.gguf_file import check_gguf, describe, write_gguf
@@ -26,13 +26,13 @@ from llmdistill.students.quantization import fitting_group_size
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is to be written, and what that takes.
+    """A model to be written, and what is needed for it.
 
     Attributes:
-        model: its directory.
-        tokenizer: the model's.
+        model: directory of the model.
+        tokenizer: its tokenizer.
         settings: the section `export`.
-        calibration: token ids of the rows on which gptq measures.
+        calibration: token ids of the rows used by gptq.
     """
 
     model: str
@@ -41,7 +41,7 @@ class Source:
     calibration: list[list[int]]
 
     def load(self, device: str | None = "cpu", **how: Any) -> Any:
-        """The model in the precision that is written."""
+        """The model in the precision to be written."""
         return load_model(self.model, dtype=stored_dtype(self.settings), key="export.model", device=device, **how)
 
 
@@ -50,14 +50,14 @@ class ExportFormat:
     """A format in which the student is written.
 
     Attributes:
-        name: the format's, and that of its directory.
-        libraries: the modules that write and load it, where `export.rounding` does not need another one.
-        loaded_by: who loads it.
-        write: writes a model's weights and configuration into an empty directory, and says how in a few words.
-        load: loads what was written, in a precision, to be measured.
-        rounded: whether `export.rounding` decides how its weights are rounded.
-        check: refuses a model whose shape, or tokenizer, it does not fit; the model has no weights.
-        extra: what to install for the library.
+        name: name of the format and of its directory.
+        libraries: the modules that write and load it, unless `export.rounding` needs another one.
+        loaded_by: the programs that load it.
+        write: writes a model's weights and configuration into an empty directory, and returns a short description.
+        load: loads the result in a precision, to be measured.
+        rounded: whether `export.rounding` determines how its weights are rounded.
+        check: refuses a model, without weights, whose shape or tokenizer is not supported.
+        extra: the extra that installs the library.
     """
 
     name: Form
@@ -74,23 +74,21 @@ class ExportFormat:
         return self.rounded and settings.rounding == "gptq"
 
     def check_library(self, settings: Export) -> None:
-        """Refuse it where its library is not installed.
+        """Refuse it if its library is not installed.
 
         Raises:
-            InputError: naming what to install.
+            InputError: names what to install.
         """
         if self.by_gptq(settings) and importlib.util.find_spec("llmcompressor") is None:
-            raise InputError(
-                f"export.rounding is gptq, which needs llm-compressor for {self.name}: install the extra "
-                f"`gptq` (see {page('export')} for its use beside vLLM), or set export.rounding to nearest"
-            )
+            instead = f"set export.rounding to nearest (beside vLLM, see {page('export')})"
+            raise not_installed(f"export.rounding gptq of {self.name}", "llm-compressor", "gptq", instead=instead)
         for library in self.libraries:
             if importlib.util.find_spec(library) is None:
-                raise InputError(f"export.formats has {self.name}, which needs {library}: install the extra `{self.extra}`")
+                raise not_installed(f"export.formats: {self.name}", library, self.extra)
 
 
 def stored_dtype(settings: Export) -> str:
-    """The `dtype` of what is written, which has nothing to do with what this machine computes in."""
+    """The `dtype` of the result, regardless of what this machine computes in."""
     return "checkpoint" if settings.dtype == "auto" else settings.dtype
 
 
@@ -99,12 +97,12 @@ def _load(directory: str, dtype: str) -> Any:
 
 
 def _load_compressed(directory: str, dtype: str) -> Any:
-    """Weights are unpacked, the rounding of activations is kept."""
+    """Weights are unpacked, but activations are still rounded."""
     import torch
 
     with _quiet(), torch.inference_mode():
         model = _load(directory, dtype)
-        model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # compressed-tensors unpacks at the first pass
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.device))  # compressed-tensors unpacks in the first forward pass
     return model
 
 
@@ -118,32 +116,33 @@ def _write_int8(source: Source, directory: Path) -> str:
     from transformers import TorchAoConfig
 
     source.load(quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2))).save_pretrained(directory)
-    return "8-bit weights, a scale a row, rounded to the nearest"
+    return "8-bit weights with a scale per row, rounded to nearest"
 
 
 def _write_w8a8(source: Source, directory: Path) -> str:
     weights = {"num_bits": 8, "strategy": "channel", "group_size": None}
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     model = source.load(_device(source))
-    return f"8-bit weights, a scale a row, and 8-bit activations, {_compress(source, model, directory, weights, activations)}"
+    how = _compress(source, model, directory, weights, activations)
+    return f"8-bit weights with a scale per row, and 8-bit activations, {how}"
 
 
 def _write_w4a16(source: Source, directory: Path) -> str:
     model = source.load(_device(source))
     size = fitting_group_size(model, source.settings.group_size)
     weights = {"num_bits": 4, "strategy": "group", "group_size": size}
-    return f"4-bit weights, a scale for {size} of a row, {_compress(source, model, directory, weights)}"
+    return f"4-bit weights with a scale per {size}, {_compress(source, model, directory, weights)}"
 
 
 def _device(source: Source) -> str | None:
-    """Where weights are rounded: by gptq on the accelerator, if there is one."""
+    """The device for rounding weights: the accelerator for gptq, if there is one."""
     return None if source.settings.rounding == "gptq" else "cpu"
 
 
 def _compress(
     source: Source, model: Any, directory: Path, weights: dict[str, Any], activations: dict[str, Any] | None = None
 ) -> str:
-    """Write in the format of compressed-tensors, every linear layer but the output layer; how the weights were rounded."""
+    """Write every linear layer except the output layer in compressed-tensors' format; returns how weights were rounded."""
     head = model.get_output_embeddings()
     apart = [name for name, module in model.named_modules() if module is head]
     scheme: dict[str, Any] = {"targets": ["Linear"], "weights": {"type": "int", "symmetric": True, **weights}}
@@ -153,20 +152,20 @@ def _compress(
     with _quiet():
         if source.settings.rounding == "nearest":
             _to_nearest(model, groups, directory)
-            return "rounded to the nearest"
+            return "rounded to nearest"
         _by_gptq(model, groups, directory, source)
         return f"rounded by GPTQ on {counted(len(source.calibration), 'row')}"
 
 
 def _by_gptq(model: Any, groups: dict[str, Any], directory: Path, source: Source) -> None:
-    """Frantar et al. 2022, arXiv 2210.17323, by llm-compressor."""
+    """GPTQ (Frantar et al. 2022, arXiv 2210.17323), by llm-compressor."""
     import torch
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
     from loguru import logger
     from torch.utils.data import DataLoader
 
-    logger.disable("llmcompressor")  # which turns its log on when it is imported
+    logger.disable("llmcompressor")  # which enables its log on import
     batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()} for ids in source.calibration]
     rows: Any = DataLoader(batches, batch_size=None)
     recipe = GPTQModifier(**groups)
@@ -175,7 +174,7 @@ def _by_gptq(model: Any, groups: dict[str, Any], directory: Path, source: Source
 
 
 def _to_nearest(model: Any, groups: dict[str, Any], directory: Path) -> None:
-    """By compressed-tensors alone; the scale of a group is its largest magnitude over half the range."""
+    """Round with compressed-tensors only; the scale of a group is its largest magnitude over half the range."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams, is_module_quantized
@@ -194,7 +193,7 @@ def _to_nearest(model: Any, groups: dict[str, Any], directory: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without llm-compressor's and compressed-tensors' lines and bars: a failure speaks by its exception."""
+    """Silence the output of llm-compressor and compressed-tensors: failures raise exceptions."""
     from loguru import logger
 
     logger.disable("compressed_tensors")
@@ -204,13 +203,13 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the warnings and bars of libraries."""
+    """Silence warnings and progress bars of libraries."""
     with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), warnings.catch_warnings(action="ignore"):
         yield
 
 
 def _write_gguf(quantisation: Quantisation, source: Source, directory: Path) -> str:
-    """One file, what Ollama needs beside it, and what transformers does not read from the file."""
+    """Write one GGUF file, a Modelfile for Ollama, and what transformers does not read from the file."""
     model, tokenizer, file = source.load(), source.tokenizer, f"model-{quantisation}.gguf"
     ends = end_token_ids(source.model, None, model.config, tokenizer)
     written = write_gguf(model, tokenizer, ends, quantisation, directory / file)
@@ -219,12 +218,12 @@ def _write_gguf(quantisation: Quantisation, source: Source, directory: Path) -> 
     for config in filter(None, (model.config, own)):
         config.save_pretrained(directory)
     if written.unfitting:
-        say("export", f"{quantisation}: {counted(written.unfitting, 'weight')} in a wider type, the rows being no whole blocks")
+        say("export", f"{quantisation}: {counted(written.unfitting, 'weight')} in a wider type, as rows are not whole blocks")
     return describe(written)
 
 
 def _load_gguf(directory: str, dtype: str) -> Any:
-    """Its weights decoded by transformers."""
+    """Let transformers decode its weights."""
     (file,) = Path(directory).glob("*.gguf")
     with _silent():
         return load_model(directory, dtype=dtype, key="export", gguf_file=file.name)

@@ -1,4 +1,4 @@
-"""A model as one GGUF file, for llama.cpp, Ollama and what is built on them; `gguf` writes the container and names the weights.
+"""A model as one GGUF file for llama.cpp, Ollama and programs based on them; `gguf` writes the container.
 
 The weights and hyperparameters are those that llama.cpp reads for an architecture (docs/gguf.md of ggml has the keys).
 """
@@ -19,11 +19,11 @@ _ROPES = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class Written:
-    """What is in a GGUF file.
+    """The contents of a GGUF file.
 
     Attributes:
-        types: how many weights have which type.
-        unfitting: how many have another type than they would, because their rows are not whole blocks of it.
+        types: number of weights of each type.
+        unfitting: number of weights in a wider type, because their rows are not whole blocks.
     """
 
     types: Counter[str]
@@ -31,14 +31,14 @@ class Written:
 
 
 def check_gguf(model: Any, tokenizer: Any) -> None:
-    """Refuse a model that llama.cpp would not compute as transformers does, or whose tokens it would not find.
+    """Refuse a model that llama.cpp would not compute like transformers, or whose tokenizer it does not support.
 
     Args:
-        model: it, with or without weights.
-        tokenizer: the model's.
+        model: the model, with or without weights.
+        tokenizer: its tokenizer.
 
     Raises:
-        InputError: naming what it is that the file cannot hold.
+        InputError: names what the file cannot represent.
     """
     config = model.config
     if config.model_type not in ARCHITECTURES:
@@ -60,17 +60,17 @@ def check_gguf(model: Any, tokenizer: Any) -> None:
 
 
 def write_gguf(model: Any, tokenizer: Any, ends: list[int], quantisation: Quantisation, file: Path) -> Written:
-    """Write a model with its tokenizer and chat template into one file.
+    """Write a model with its tokenizer and chat template to one file.
 
     Args:
-        model: on the CPU, as `check_gguf` lets it pass.
-        tokenizer: the model's.
+        model: on the CPU, and accepted by `check_gguf`.
+        tokenizer: its tokenizer.
         ends: the tokens that end an answer.
-        quantisation: of the weights.
-        file: where it goes.
+        quantisation: quantisation of the weights.
+        file: the output file.
 
     Raises:
-        InputError: a weight is beyond what 16 bits hold.
+        InputError: if a weight exceeds the 16-bit range.
     """
     import gguf
 
@@ -92,7 +92,7 @@ def write_gguf(model: Any, tokenizer: Any, ends: list[int], quantisation: Quanti
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for kind, (_, name, weight) in zip(chosen, _weights(model), strict=True):  # one at a time, not the file in memory
+    for kind, (_, name, weight) in zip(chosen, _weights(model), strict=True):  # one at a time, to save memory
         writer.write_tensor_data(_encoded(_ordered(model, name, weight), name, kind))
     if factors is not None:
         writer.write_tensor_data(factors)
@@ -101,10 +101,10 @@ def write_gguf(model: Any, tokenizer: Any, ends: list[int], quantisation: Quanti
 
 
 def _weights(model: Any) -> Iterator[tuple[str, str, Any]]:
-    """Every weight with its name in GGUF and in transformers; an output layer which is the embeddings stands in the file once.
+    """Every weight with its names in GGUF and in transformers; an output layer tied to the embeddings is written only once.
 
     Raises:
-        InputError: GGUF has no name for it.
+        InputError: if GGUF has no name for it.
     """
     import gguf
 
@@ -125,7 +125,7 @@ def _tied(model: Any) -> bool:
 
 
 def _announce(writer: Any, name: str, shape: Any, kind: str) -> None:
-    """Enter a weight into the file's table; what it holds follows in the same order."""
+    """Add a weight to the file's table; the data follow in the same order."""
     import gguf
     import numpy as np
 
@@ -139,10 +139,10 @@ def _announce(writer: Any, name: str, shape: Any, kind: str) -> None:
 
 
 def _ordered(model: Any, name: str, weight: Any) -> Any:
-    """The weight in float32, as an array, with its rows where GGUF has them.
+    """The weight in float32, as an array, with its rows in GGUF's order.
 
-    llama.cpp turns neighbouring elements of a llama's queries and keys, transformers those half a head apart; of a Qwen's
-    both turn the latter.
+    llama.cpp rotates neighbouring elements of a llama's queries and keys, transformers those half a head apart; for Qwen, both
+    rotate the latter.
     """
     config, array = model.config, weight.detach().float().cpu().numpy()
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
@@ -163,7 +163,7 @@ def _encoded(array: Any, name: str, kind: str) -> Any:
 
 
 def _write_hyperparameters(writer: Any, model: Any) -> None:
-    """What llama.cpp needs to know of the shape; its epsilon and base are those of `config.json`."""
+    """The hyperparameters that llama.cpp needs; epsilon and base are those of `config.json`."""
     import gguf
 
     config, rope = model.config, model.config.rope_parameters
@@ -186,7 +186,7 @@ def _write_hyperparameters(writer: Any, model: Any) -> None:
 
 
 def _rope_factors(model: Any) -> Any:
-    """What each frequency of the positions is divided by, for the kind of Llama 3; None for others."""
+    """The divisor of each rotary frequency for the type of Llama 3; None for others."""
     import numpy as np
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -200,7 +200,7 @@ def _rope_factors(model: Any) -> Any:
 
 
 def describe(written: Written) -> str:
-    """What is in a file, in a few words."""
+    """A short description of a file's contents."""
     types = ", ".join(f"{number} in {kind}" for kind, number in sorted(written.types.items()))
     odd = f"; {written.unfitting} of them in a wider type, as their rows are not whole blocks" if written.unfitting else ""
     return f"weights by type: {types}{odd}"

@@ -1,26 +1,26 @@
-"""Which type each weight of a GGUF file has, as llama.cpp chooses it, and the weights in that type."""
+"""The type of each weight in a GGUF file, as chosen by llama.cpp, and the conversion to it."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 Quantisation = Literal["F16", "Q8_0", "Q4_K_M"]
 
-# What a row that is not whole blocks of a type has instead. K types have blocks of 256 weights, the others of 32.
+# Replacement for rows that are not whole blocks of a type. K types have blocks of 256 weights, the others of 32.
 _WITHOUT_WHOLE_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0", "Q5_0": "F16", "Q8_0": "F16"}
 
 
 def wanted_type(name: str, shape: Sequence[int], quantisation: Quantisation, layers: int, tied: bool) -> str:
-    """The type that a file of some quantisation wants for a weight, whatever the length of its rows.
+    """The type that a quantisation assigns to a weight, regardless of the length of its rows.
 
-    Vectors (norms, biases) are in F32. Q4_K_M has Q4_K, but Q6_K for the output layer, or the embeddings where they are that
-    layer, and in the first and last eighth of the layers and every third between them for the values and the layers that
-    lead out of the feed-forward blocks. llama.cpp has one more exception, for models of 80 layers, which is not made here.
+    Vectors (norms, biases) are F32. Q4_K_M uses Q4_K, but Q6_K for the output layer (or the embeddings if tied), and for the
+    value and feed-forward down projections in the first and last eighth of the layers and every third one in between. llama.cpp
+    has one more exception, for models of 80 layers, which is not implemented here.
 
     Args:
-        name: of the weight, as GGUF has it.
-        shape: of the weight.
-        quantisation: of the file.
-        layers: how many the model has.
+        name: name of the weight in GGUF.
+        shape: shape of the weight.
+        quantisation: quantisation of the file.
+        layers: number of layers of the model.
         tied: whether the embeddings are the output layer.
     """
     if len(shape) < 2:
@@ -37,7 +37,7 @@ def wanted_type(name: str, shape: Sequence[int], quantisation: Quantisation, lay
 
 
 def fitting_type(wanted: str, width: int) -> str:
-    """That type, or what llama.cpp takes instead for rows of `width` weights that are not whole blocks of it."""
+    """That type, or llama.cpp's replacement for rows of `width` weights that are not whole blocks of it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     while width % GGML_QUANT_SIZES[GGMLQuantizationType[wanted]][0]:
@@ -46,9 +46,9 @@ def fitting_type(wanted: str, width: int) -> str:
 
 
 def encode(weight: Any, kind: str) -> Any:
-    """A float32 array in a type of GGUF, as an array of bytes or of floats.
+    """Convert a float32 array to a GGUF type, as an array of bytes or floats.
 
-    `gguf` rounds to every type but the K types, which it only reads; libgguf has llama.cpp's own code for those.
+    `gguf` writes every type except K types, which it only reads; libgguf has llama.cpp's code for those.
     """
     import gguf
 

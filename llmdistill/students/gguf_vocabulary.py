@@ -1,17 +1,17 @@
-"""A tokenizer in a GGUF file: its tokens and merges, and which of llama.cpp's ways of splitting text is its own."""
+"""A tokenizer in a GGUF file: its tokens and merges, and the pre-tokenizer of llama.cpp that corresponds to its own."""
 
 import json
 from typing import Any
 
 from llmdistill.errors import InputError
 
-# How text is split before its bytes are merged, by the name that llama.cpp knows it under.
+# How text is split before its bytes are merged, by llama.cpp's name.
 _SPLITS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# Text on which ways of splitting differ: cases, digits, marks, spaces, line ends, punctuation and scripts of all kinds.
+# Text on which pre-tokenizers differ: cases, digits, marks, spaces, line ends, punctuation and many scripts.
 _PROBE = (
     "Hello world, it's HERE'S camelCase WORDs don'T we'Re I'M 3.14 12345 1,000,000 ½ ²³ ٣٤٥ x2y 7a\n\n \n\t\t tab  two   "
     "three\r\n    indented(); // c++ ->\n!!!\n ...?? /a/b/\n\n\u00a0nbsp e\u0301te\u0301 naïve कान्ति ไทยนี้ 中文字符。 "
@@ -20,10 +20,10 @@ _PROBE = (
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a tokenizer that llama.cpp has no equal of.
+    """Refuse a tokenizer without an equivalent in llama.cpp.
 
     Raises:
-        InputError: saying what it is.
+        InputError: names the reason.
     """
     _splitting(tokenizer)
     if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
@@ -36,9 +36,9 @@ def write_vocabulary(writer: Any, tokenizer: Any, vocab_size: int, ends: list[in
     """Write tokens, merges, special tokens and the chat template.
 
     Args:
-        writer: of the file.
-        tokenizer: as `check_vocabulary` lets it pass.
-        vocab_size: of the embeddings, which may have more rows than there are tokens.
+        writer: writer of the file.
+        tokenizer: accepted by `check_vocabulary`.
+        vocab_size: size of the embeddings, which may have more rows than there are tokens.
         ends: the tokens that end an answer.
     """
     import gguf
@@ -78,10 +78,10 @@ def _definition(tokenizer: Any) -> dict[str, Any]:
 
 
 def _splitting(tokenizer: Any) -> str:
-    """What llama.cpp calls the way in which the tokenizer splits text: the one that splits a difficult text as it does.
+    """llama.cpp's name for the tokenizer's way of splitting text: the one that splits a difficult text identically.
 
     Raises:
-        InputError: it does not merge bytes, or splits or normalises text in another way than those.
+        InputError: if it is not a byte-level BPE, or splits or normalises text differently from all of them.
     """
     from tokenizers import Regex, pre_tokenizers
 

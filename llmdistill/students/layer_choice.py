@@ -1,7 +1,7 @@
-"""Layers to remove, chosen one after the other by the KL from the teacher after a refit.
+"""Choice of layers to remove, one at a time, by the KL from the teacher after a refit.
 
-Block influence looks at each layer of the whole model. What a layer is worth depends on which others are gone, and on what a
-refit makes good; so here each removal is tried.
+Block influence rates each layer in the whole model. But the value of a layer depends on which others are removed, and on what
+a refit can compensate, so each removal is tried here.
 """
 
 import math
@@ -21,19 +21,19 @@ from llmdistill.models.forward import completion_logits, replaced_forward
 from llmdistill.students.pruning import Importance, Kept, choose, measure, prune_model
 from llmdistill.students.refit import ResidualPath, Sweep, batches_of, refit, residual_paths, solve
 
-_CANDIDATES = 10  # layers tried for each removal, those with the least block influence in the student so far
-_JUDGED = 4  # one calibration row in so many is not solved on: the KL is measured on it
-_MOST_JUDGED = 16  # rows: the teacher's distributions on them are held
-_TOKENS = 83  # of a row's completion, on which the KL is measured
+_CANDIDATES = 10  # layers tried for each removal: those with the least block influence in the current student
+_JUDGED = 4  # one calibration row in this many is used to measure the KL instead of solving
+_MOST_JUDGED = 16  # rows, for which the teacher's distributions are kept in memory
+_TOKENS = 83  # of a row's completion on which the KL is measured
 
-Removed = list[tuple[int, float]]  # layers in the order in which they went, each with the KL that it left
+Removed = list[tuple[int, float]]  # layers in the order of removal, each with the resulting KL
 
 
 def parts_kept(prune: Prune, teacher: Any, rows: Sequence[dict[str, Any]]) -> tuple[Kept, Importance | None, Removed]:
-    """What stays of the teacher, the measurements that it was chosen by, and what went by KL.
+    """The parts of the teacher to keep, the measurements behind the choice, and the layers removed by KL.
 
     Raises:
-        InputError: as `choose` and `layers_by_kl`.
+        InputError: as for `choose` and `layers_by_kl`.
     """
     importance = measure(teacher, rows) if prune.measured else None
     config = teacher.config.get_text_config()
@@ -45,9 +45,9 @@ def parts_kept(prune: Prune, teacher: Any, rows: Sequence[dict[str, Any]]) -> tu
 
 
 class TeacherKl:
-    """How far a student is from the teacher on the first 83 completion tokens of some rows; in float32.
+    """The distance of a student from the teacher on the first 83 completion tokens of some rows, in float32.
 
-    The teacher's distributions are computed once and held: 4 · V bytes a token (V: vocabulary).
+    The teacher's distributions are computed once and kept: 4 · V bytes per token (V: vocabulary).
     """
 
     def __init__(self, teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 4) -> None:
@@ -73,32 +73,32 @@ class TeacherKl:
 
 
 def layers_by_kl(teacher: Any, rows: Sequence[dict[str, Any]], keep: int, ridge: float) -> tuple[list[int], Removed]:
-    """The layers that stay when, one after the other, the layer goes whose removal leaves the least KL from the teacher.
+    """Choose layers to keep by repeatedly removing the one whose removal leaves the least KL from the teacher.
 
-    For each of the ten layers with the least block influence in the student so far, the layer is left out, the `down_proj`
-    before it is solved again, and the KL is measured on a quarter of the rows, 16 at most; the others are solved on. The best
-    one goes, and the whole student is refitted. The first layer always stays, since nothing before it could be refitted.
+    Each of the ten layers with the least block influence in the current student is left out in turn: the `down_proj` before it
+    is solved again, and the KL is measured on a quarter of the rows, at most 16; the others are used for solving. The best one
+    is removed, and the whole student is refitted. The first layer is always kept, since nothing before it could be refitted.
 
     Args:
-        teacher: in float32.
+        teacher: the teacher in float32.
         rows: with `input_ids` and `completion_start`.
-        keep: how many layers stay.
+        keep: number of layers to keep.
         ridge: as in `refit`.
 
     Returns:
-        The layers that stay, and those that went in their order, each with the KL in nats per token that it left.
+        The layers to keep, and those removed in order, each with the resulting KL in nats per token.
 
     Raises:
-        InputError: there are too few rows, or the layers are not built so that they can be refitted.
+        InputError: if there are too few rows, or the layers cannot be refitted.
     """
     each = max(_JUDGED, math.ceil(len(rows) / _MOST_JUDGED))
     judged = list(rows[::each])
     solved_on = [row for number, row in enumerate(rows) if number % each]
     if not solved_on:
-        raise InputError(f"student.prune.by: kl needs at least two calibration rows, there are {len(rows)}")
+        raise InputError(f"student.prune.by: kl needs at least two calibration rows, got {len(rows)}")
     paths = residual_paths(teacher, rows)
     if isinstance(paths, str):
-        raise InputError(f"student.prune.by: kl refits, but {paths}; choose block_influence")
+        raise InputError(f"student.prune.by: kl needs a refit, but {paths}; choose block_influence")
     nearness = TeacherKl(teacher, judged)
     layers = list(range(teacher.config.num_hidden_layers))
     removed: Removed = []
@@ -123,7 +123,7 @@ def _tried(
     paths: list[ResidualPath],
     ridge: float,
 ) -> list[tuple[int, float]]:
-    """The place of each candidate in the student, and the KL without it."""
+    """The position of each candidate in the student, and the KL without it."""
     influence: Array = measure(student, rows).layers[1:]
     candidates = {int(place) + 1 for place in np.argsort(influence, kind="stable")[:_CANDIDATES]}
     batches = batches_of(rows, 8, student.device)
@@ -131,7 +131,7 @@ def _tried(
     done, found = 0, []
     for place in range(1, len(layers)):
         if place in candidates:
-            # What the layer behind the gap used to get, or, where the last layer goes, the final norm.
+            # The former input of the layer after the gap or, if the last layer is removed, of the final norm.
             upto = layers[place + 1] if place + 1 < len(layers) else len(theirs.layers)
             while done < upto:
                 theirs.advance(done)
@@ -148,7 +148,7 @@ def _tried(
 
 
 def _kl_without(student: Any, place: int, states: list[Tensor], nearness: TeacherKl) -> float:
-    """The KL without a layer, given the hidden states in front of the layer before it, batch by batch."""
+    """The KL without a layer, given the hidden states before the preceding layer, batch by batch."""
     layers = student.get_decoder().layers
     before = layers[place - 1]
     coming = iter(states)

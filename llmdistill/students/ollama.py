@@ -1,4 +1,4 @@
-"""The `Modelfile` that tells Ollama how to talk to a model in a GGUF file."""
+"""The `Modelfile` with which Ollama serves a model in a GGUF file."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,13 @@ _CONVERSATIONS = (["user"], ["system", "user"], ["user", "assistant", "user"], [
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template that writes turn behind turn, each between two texts that its role decides.
+    """A chat template that writes one turn after another, each between two texts determined by its role.
 
     Attributes:
-        start: stands before everything.
-        around: what is before and after a text, for each role.
-        prompt: what asks for an answer.
-        system: the message that stands first where a conversation has none of the system's.
+        start: text before everything.
+        around: text before and after a message, for each role.
+        prompt: text that prompts for an answer.
+        system: the default system message.
     """
 
     start: str
@@ -25,14 +25,14 @@ class Turns:
     system: str | None
 
     def render(self, roles: list[str]) -> str:
-        """A conversation in which the text of a role is its name, as `_rendered` has it from the tokenizer."""
+        """A conversation in which the text of a role is its name, as rendered by the tokenizer."""
         texts = [(role, _text(role)) for role in roles]
         if self.system is not None and roles[0] != "system":
             texts.insert(0, ("system", self.system))
         return self.start + "".join(self.around[role][0] + text + self.around[role][1] for role, text in texts) + self.prompt
 
     def for_ollama(self, begin: str) -> str:
-        """As a template of Go, without the token that Ollama writes before every prompt."""
+        """As a Go template, without the token that Ollama writes before every prompt."""
         text = self.start.removeprefix(begin) + "{{ range .Messages }}"
         for role, (before, after) in self.around.items():
             condition = "if" if role == "system" else "else if"
@@ -43,12 +43,12 @@ class Turns:
 def modelfile(file: str, tokenizer: Any, ends: list[int], generation: Any) -> str:
     """The text of a `Modelfile`.
 
-    Ollama does not run the chat template that is in the file (Jinja). It has templates of its own (Go) for those that it knows,
-    and takes none for others; so one is written here.
+    Ollama does not run the chat template in the file (Jinja). It has its own templates (Go) for those that it knows, and uses
+    none for others, so one is written here.
 
     Args:
-        file: the GGUF file beside it.
-        tokenizer: the model's.
+        file: the GGUF file next to it.
+        tokenizer: the model's tokenizer.
         ends: the tokens that end an answer.
         generation: the model's generation configuration; None if it has none.
     """
@@ -59,7 +59,7 @@ def modelfile(file: str, tokenizer: Any, ends: list[int], generation: Any) -> st
         if turns.system is not None:
             lines.append(f'SYSTEM """{turns.system}"""')
     elif tokenizer.chat_template:
-        lines.append("# TEMPLATE is left to Ollama: the chat template in the file does more than to write turn behind turn.")
+        lines.append("# TEMPLATE is left to Ollama: the chat template in the file does more than write one turn after another.")
     lines += [f'PARAMETER stop "{tokenizer.decode([end])}"' for end in ends]
     settings = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
     lines += [f"PARAMETER {name} {value}" for name, value in settings.items() if value is not None]
@@ -67,14 +67,14 @@ def modelfile(file: str, tokenizer: Any, ends: list[int], generation: Any) -> st
 
 
 def turns_of(tokenizer: Any) -> Turns | None:
-    """What a chat template writes, where it does no more than that; None for other templates, and where there is none."""
+    """The pieces of a chat template that only writes turns; None for other templates, and if there is none."""
     template = tokenizer.chat_template
-    if not isinstance(template, str) or "strftime_now" in template:  # the day of the export is no part of a template
+    if not isinstance(template, str) or "strftime_now" in template:  # the day of the export must not become part of a template
         return None
     try:
         turns = _read(tokenizer)
         same = turns is not None and all(turns.render(roles) == _rendered(tokenizer, roles) for roles in _CONVERSATIONS)
-    except Exception:  # templates raise whatever they like
+    except Exception:  # templates may raise anything
         return None
     pieces = [*turns.around.values(), (turns.start, turns.prompt), (turns.system or "", "")] if turns else []
     quotable = not any(mark in text for pair in pieces for text in pair for mark in ("{{", '"""'))
@@ -82,7 +82,7 @@ def turns_of(tokenizer: Any) -> Turns | None:
 
 
 def _read(tokenizer: Any) -> Turns | None:
-    """The pieces, from conversations that are a turn longer each."""
+    """The pieces, from conversations that each are one turn longer."""
     roles, around = ["system", "user", "assistant"], {}
     begin = tokenizer.bos_token if adds_begin(tokenizer) else ""
     whole = begin = begin if _rendered(tokenizer, roles).startswith(begin) else ""

@@ -1,4 +1,4 @@
-"""Where the student comes from: an existing model, the teacher cut down, or its architecture with random weights."""
+"""The origin of the student: an existing model, the pruned teacher, or its architecture with random weights."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ from llmdistill.students import adapters
 
 Source = tuple[str, str | None, bool]  # model, revision, trust_remote_code
 _START = "checkpoints/adapter-start"
-# They follow from the tokenizer, which is the teacher's.
+# These follow from the tokenizer, which is the teacher's.
 _THE_TOKENIZERS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -32,7 +32,7 @@ def origin(experiment: Experiment) -> Source:
     """The model that the student is made from: its own, or the teacher.
 
     Raises:
-        InputError: the configuration does not say, or there is no such model.
+        InputError: if the configuration does not name it, or there is no such model.
     """
     student, teacher = experiment.student, experiment.teacher
     if all(getattr(student, name) is None for name in ORIGINS):
@@ -45,7 +45,7 @@ def origin(experiment: Experiment) -> Source:
 
 
 def before(experiment: Experiment) -> Source:
-    """The student before training: the existing model, or what `ensure_before` makes."""
+    """The student before training: the existing model, or the result of `ensure_before`."""
     student = experiment.student
     if student.model:
         return student.model, student.revision, student.trust_remote_code
@@ -53,10 +53,10 @@ def before(experiment: Experiment) -> Source:
 
 
 def ensure_before(experiment: Experiment) -> None:
-    """Make `OUTPUT/student-before` if the student is no existing model and it is not there.
+    """Make `OUTPUT/student-before` if the student is not an existing model and it is missing.
 
     Raises:
-        InputError: the teacher cannot be cut, or its architecture built, as asked for.
+        InputError: if the teacher cannot be pruned, or its architecture cannot be built, as requested.
     """
     if experiment.student.prune:
         ensure_pruned(experiment)
@@ -65,7 +65,7 @@ def ensure_before(experiment: Experiment) -> None:
 
 
 def fresh_claims(experiment: Experiment) -> list[record.Claim]:
-    """The student of `student.config` before training, and what it depends on; none of another student."""
+    """The student of `student.config` before training, and what it depends on; empty for any other student."""
     student, teacher = experiment.student, experiment.teacher
     if student.config is None:
         return []
@@ -98,16 +98,16 @@ def _ensure_fresh(experiment: Experiment) -> None:
 def fresh(config: Any, changes: dict[str, Any], seed: int, trust_remote_code: bool = False) -> Any:
     """A model of the same architecture with some sizes changed and random weights.
 
-    A list with an entry a layer (`layer_types`) is cut, or repeated, to the new number of layers unless it is given.
+    A list with one entry per layer (`layer_types`) is cut or repeated to the new number of layers unless it is given.
 
     Args:
-        config: the teacher's, of its text part.
-        changes: keys of it and their values.
-        seed: of the weights, which depend on nothing else.
+        config: configuration of the teacher's text part.
+        changes: keys to change, with their values.
+        seed: seed of the weights, which depend on nothing else.
         trust_remote_code: as for the teacher.
 
     Raises:
-        InputError: a key that this architecture does not have, or sizes that it cannot have.
+        InputError: if this architecture does not have a key or allow the sizes.
     """
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -131,8 +131,8 @@ def fresh(config: Any, changes: dict[str, Any], seed: int, trust_remote_code: bo
             student = AutoModelForCausalLM.from_config(
                 type(config).from_dict({**fields, **changes}), dtype=config.dtype, trust_remote_code=trust_remote_code
             ).eval()
-            student(torch.zeros(1, 2, dtype=torch.long))  # what the configuration does not check itself shows here
-    except Exception as error:  # every configuration and model refuses in its own way
+            student(torch.zeros(1, 2, dtype=torch.long))  # reveals what the configuration does not check itself
+    except Exception as error:  # configurations and models may raise anything
         given = ", ".join(f"{name} {value}" for name, value in changes.items())
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise InputError(f"student.config: {type(config).__name__} cannot have {given}: {reason}") from None
@@ -140,27 +140,27 @@ def fresh(config: Any, changes: dict[str, Any], seed: int, trust_remote_code: bo
 
 
 def load_student(experiment: Experiment) -> Any:
-    """The model before training; all processes have to call this, the first of them makes what is not there yet.
+    """Load the model before training; must be called by all processes, of which the first makes what is missing.
 
     Raises:
-        InputError: there is no such model, or it cannot be made, quantised or given adapters as asked for.
+        InputError: if there is no such model, or it cannot be made, quantised or given adapters as requested.
     """
     from accelerate import PartialState
 
-    _adapters(experiment)  # what is wrong with them is said before anything is written
+    _adapters(experiment)  # errors in them are reported before anything is written
     with PartialState().main_process_first(), whole_on_every_process():
         ensure_before(experiment)
     return make_student(experiment)
 
 
 def make_student(experiment: Experiment) -> Any:
-    """The model before training: float32 where all weights train; under adapters, in its own precision or quantised.
+    """Load the model before training: in float32 if all weights train; under adapters, in its own precision or quantised.
 
-    It is on the CPU, if it is not quantised; the trainer moves it, or the part of it that this process is to hold.
+    It is on the CPU unless quantised; the trainer moves it, or the part of it that this process holds.
     """
     student = experiment.student
     config, quantised = _adapters(experiment)
-    # Frozen weights stay as they are stored, unless this machine computes in float32 alone.
+    # Frozen weights keep their stored precision, unless this machine only computes in float32.
     frozen = "float32" if inference_precision().dtype == "float32" and not quantised else "checkpoint"
     dtype, device = frozen if config else "float32", None if quantised else "cpu"
     how = {"quantization_config": quantised, "attn_implementation": student.attn_implementation}
@@ -173,7 +173,7 @@ def make_student(experiment: Experiment) -> Any:
 
 
 def freeze_unread(model: Any) -> None:
-    """Freeze what no text goes through: of a multimodal model, all beside its language model."""
+    """Freeze the parts that text does not use: everything but the language model of a multimodal model."""
     if model.config.get_text_config() is model.config:
         return
     read = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
@@ -183,7 +183,7 @@ def freeze_unread(model: Any) -> None:
 
 
 def _adapters(experiment: Experiment) -> tuple[Any, Any]:
-    """The configurations of peft and of the quantisation, None where there is none."""
+    """The configurations of peft and of the quantisation, or None."""
     student = experiment.student
     config = adapters.lora_config(student.lora) if student.lora else None
     if student.quantize is None:
@@ -193,27 +193,27 @@ def _adapters(experiment: Experiment) -> tuple[Any, Any]:
     if student.quantize == "int8" and student.lora and student.lora.args.get("use_dora") and not torch.cuda.is_available():
         raise InputError("student.quantize int8 with student.lora.args.use_dora needs a GPU; use nf4")
 
-    # The products are in the checkpoint's precision, unless this machine computes in float32 alone.
+    # Products are in the checkpoint's precision, unless this machine only computes in float32.
     dtype = torch.float32 if inference_precision().dtype == "float32" else saved_dtype(experiment)
     return config, adapters.quantization_config(student.quantize, dtype)
 
 
 def saved_dtype(experiment: Experiment) -> Any:
-    """The precision of the checkpoint that the student comes from, in which it is saved again."""
+    """The precision of the student's original checkpoint, in which it is saved."""
     return torch_dtype(load_config(*origin(experiment)).dtype)
 
 
 def pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: Any) -> None:
-    """Decide which layers are compared where the configuration does not say: of a pruned student, by where they were.
+    """Choose the layers to compare if not configured: for a pruned student, by their original positions.
 
     Args:
         experiment: the configuration.
-        arguments: the `DistillConfig`, in which the pairs are written down.
+        arguments: the `DistillConfig`, in which the pairs are stored.
         student: the model before training.
-        teacher: the one beside it, if there is one.
+        teacher: the online teacher, if there is one.
 
     Raises:
-        InputError: the configuration names layers that are not there, or asks for what cannot be trained.
+        InputError: if the configuration names missing layers, or something that cannot be trained.
     """
     from llmdistill.losses.hidden_states import decoder_layers, of_pruned, resolve
 
@@ -234,41 +234,41 @@ def pair_layers(experiment: Experiment, arguments: Any, student: Any, teacher: A
     sizes = {model.config.get_text_config().hidden_size for model in (student, teacher) if model is not None}
     if arguments.hidden and len(sizes) > 1 and is_sharded(arguments):
         raise InputError(
-            "train.hidden: sizes that differ need a projector, which is not trained under FSDP or DeepSpeed; use DDP"
+            "train.hidden: different hidden sizes need a projector, which FSDP and DeepSpeed do not support; use DDP"
         )
 
 
 def is_sharded(arguments: Any) -> bool:
-    """Whether each process will hold a part of the weights, as accelerate was told or the arguments say."""
+    """Whether each process will hold a part of the weights, according to accelerate or the arguments."""
     told = any(os.environ.get(f"ACCELERATE_USE_{way}") == "true" for way in ("FSDP", "DEEPSPEED"))
     return told or bool(arguments.fsdp or arguments.deepspeed)
 
 
 def begin_student(model: Any, directory: Path) -> None:
-    """Keep what is needed to make the student from the trained model, before it is trained."""
+    """Save what is needed to make the student from the trained model, before training."""
     if adapters.rewrites_base(model):
         adapters.save_start(model, directory / _START)
 
 
 def save_student(model: Any, tokenizer: Any, experiment: Experiment, directory: Path, end_token_ids: list[int] | None) -> None:
-    """The trained model as a directory that any engine loads: whole, in the precision of the checkpoint it comes from.
+    """Save the trained model as a directory that any engine loads: whole, in the precision of its original checkpoint.
 
-    Adapters are kept beside it, in `adapter`, and merged into the base in its own precision, never into quantised weights.
+    Adapters are saved next to it, in `adapter`, and merged into the base in its own precision, never into quantised weights.
 
     Raises:
-        NonFiniteError: a trained weight is not finite; nothing was written.
+        NonFiniteError: if a trained weight is not finite; nothing has been written.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             raise NonFiniteError(f"the trained weight {name} is not finite; nothing was saved")
     if experiment.student.lora:
         adapters.save_adapter(model, directory / "adapter", directory / _START if adapters.rewrites_base(model) else None)
-        # On the CPU: a base that was quantised to fit the accelerator may not fit it whole.
+        # On the CPU: a base that was quantised to fit the accelerator may not fit unquantised.
         base = _load_before(experiment, dtype="checkpoint", device="cpu") if experiment.student.quantize else None
         model = adapters.merged(model, directory / "adapter", base)
     if end_token_ids:
         model.generation_config.eos_token_id = end_token_ids
-    model.config.use_cache = True  # off while gradient checkpointing trains it
+    model.config.use_cache = True  # off in training with gradient checkpointing
     if hasattr(model.config.get_text_config(), "output_router_logits"):
         model.config.get_text_config().output_router_logits = False  # on for the router's loss of a mixture of experts
     model.to(saved_dtype(experiment)).save_pretrained(directory)

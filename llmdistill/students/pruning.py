@@ -1,8 +1,8 @@
-"""Students cut out of the teacher: what each part of it does on some text, what stays, and the smaller model.
+"""Students pruned from the teacher: measure the importance of its parts on some text, choose, and build the smaller model.
 
-For models whose layers are built as those of llama: qwen, gemma, mistral, olmo, granite, smollm3. Importance is that of
-Minitron (Muralidharan et al. 2024, arXiv 2407.14679), measured by activations in one pass over a calibration set, and block
-influence for layers.
+For models whose layers are built like llama's: qwen, gemma, mistral, olmo, granite, smollm3. Importance is that of Minitron
+(Muralidharan et al. 2024, arXiv 2407.14679), measured by activations in one pass over a calibration set, and block influence
+for layers.
 """
 
 import copy
@@ -32,7 +32,7 @@ _AXES = {
     "down_proj": ("hidden", "neurons"),
     "embed_tokens": ("all", "hidden"),
     "lm_head": ("all", "hidden"),
-    "q_norm": ("heads",),  # over all heads together (olmo2); one shared by the heads is not cut (qwen3, gemma3)
+    "q_norm": ("heads",),  # over all heads together (olmo2); one shared by the heads is not pruned (qwen3, gemma3)
     "k_norm": ("key_values",),
     "norm": ("hidden",),
     "input_layernorm": ("hidden",),
@@ -41,20 +41,20 @@ _AXES = {
     "post_feedforward_layernorm": ("hidden",),
 }
 _NORMS = [name for name in _AXES if name.endswith("_layernorm")]
-# Settings of a module that follow from the model's sizes, or from where the layer stands.
+# Settings of a module that follow from the model's sizes, or from the position of the layer.
 _SIZES = re.compile("size|heads|features|dim|normalized_shape|layer_idx")
 
 
 @dataclass(frozen=True)
 class Importance:
-    """How much every part of a model does, in one pass over some text; L layers.
+    """The importance of every part of a model, from one pass over some text; L layers.
 
     Attributes:
         layers: block influence, 1 − mean cosine between a layer's input and output (ShortGPT, Men et al. 2024,
             arXiv 2403.03853); shape (L,).
         neurons: mean |activation| of every feed-forward neuron; shape (L, intermediate size).
-        heads: mean Euclidean norm of what each key-value head's group of query heads gives out; shape (L, groups).
-        hidden: mean |activation| of every channel after the norms, summed over them; shape (hidden size,).
+        heads: mean Euclidean norm of the output of each key-value head's group of query heads; shape (L, groups).
+        hidden: mean |activation| of every channel after the norms, summed over the norms; shape (hidden size,).
     """
 
     layers: Array
@@ -65,7 +65,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Kept:
-    """The indices of what stays, ascending: layers, and in each of those neurons and key-value heads; and channels."""
+    """The indices to keep, ascending: layers, the neurons and key-value heads in each of them, and channels."""
 
     layers: list[int]
     neurons: list[Array]
@@ -74,20 +74,20 @@ class Kept:
 
 
 def evenly_spaced(layers: int, keep: int) -> list[int]:
-    """`keep` of `layers` layer numbers, the first and the last among them, the others evenly between."""
+    """`keep` of `layers` layer numbers, including the first and the last, evenly spaced."""
     return [int(number) for number in np.linspace(0, layers - 1, keep).round()]
 
 
 def choose(prune: Prune, config: Any, importance: Importance | None) -> Kept:
-    """What stays of a model.
+    """Choose the parts of a model to keep.
 
     Args:
-        prune: the configuration.
-        config: the model's, of its text part.
-        importance: on the calibration set; None if nothing is chosen by it.
+        prune: the section of the configuration.
+        config: configuration of the model's text part.
+        importance: importance on the calibration set; None if not used.
 
     Raises:
-        InputError: the configuration asks for more than the teacher has.
+        InputError: if the configuration asks for more than the teacher has.
     """
     check_sizes(prune, config.to_dict())
     layers = _choose_layers(prune, config.num_hidden_layers, importance.layers if importance else None)
@@ -122,10 +122,10 @@ def _choose_layers(prune: Prune, layers: int, influence: Array | None) -> list[i
 
 
 def prune_model(teacher: Any, kept: Kept) -> Any:
-    """A new model with what stays of the teacher; the teacher is not changed.
+    """A new model with the parts of the teacher that are kept; the teacher is not changed.
 
     Raises:
-        InputError: the architecture has parameters that are not known to be cut.
+        InputError: if it is not known how to prune a parameter of the architecture.
     """
     config = copy.deepcopy(teacher.config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -153,7 +153,7 @@ def prune_model(teacher: Any, kept: Kept) -> Any:
         config.validate()
         student = type(teacher)._from_config(config, dtype=teacher.dtype).to(teacher.device)
         student.load_state_dict(state)
-    except Exception as error:  # configurations check themselves, each in its own way
+    except Exception as error:  # configurations check themselves and may raise anything
         raise InputError(
             f"student.prune: {type(teacher).__name__} cannot have these sizes: {str(error).splitlines()[-1].strip()}"
         ) from None
@@ -163,7 +163,7 @@ def prune_model(teacher: Any, kept: Kept) -> Any:
 
 
 def _cut_lists(config: Any, layers: list[int]) -> None:
-    """Keep those of the layers in every list that has an entry a layer, such as `layer_types` and `no_rope_layers`."""
+    """Keep the entries of these layers in every list with one entry per layer, such as `layer_types`."""
     count = config.num_hidden_layers
     for name, values in config.to_dict().items():
         if isinstance(values, (list, tuple)) and len(values) == count and not name.endswith(("token_id", "architectures")):
@@ -173,17 +173,17 @@ def _cut_lists(config: Any, layers: list[int]) -> None:
 
 @torch.inference_mode()
 def check_layers(teacher: Any, student: Any, kept: Kept) -> None:
-    """Refuse a student whose layers are not the teacher's: each with the settings that it had there.
+    """Refuse a student whose layers differ from the teacher's in their settings.
 
-    Some configurations say by a layer's number what it does (rotary positions, a window, a scale), so a layer that moves up
-    would do something else. Compared are the settings of all modules and, where only layers are cut, the logits with those
-    of the teacher whose other layers let everything pass.
+    Some configurations determine by a layer's number what it does (rotary positions, a window, a scale), so a layer that moves
+    would do something else. The settings of all modules are compared and, if only layers are pruned, the logits with those of
+    the teacher with its other layers bypassed.
 
     Raises:
-        InputError: naming what differs.
+        InputError: names the difference.
     """
     before, after = decoder_of(teacher).layers, decoder_of(student).layers
-    refused = f"student.prune: the layers of {type(teacher).__name__} cannot be cut: in the smaller model"
+    refused = f"student.prune: the layers of {type(teacher).__name__} cannot be pruned: in the smaller model"
     for number, layer in zip(kept.layers, after, strict=True):
         for (name, theirs), (_, mine) in zip(before[number].named_modules(), layer.named_modules(), strict=True):
             for key, value in vars(theirs).items():
@@ -208,7 +208,7 @@ def check_layers(teacher: Any, student: Any, kept: Kept) -> None:
             handle.remove()
     off = (student(input_ids=ids_1T, use_cache=False).logits.float() - want).norm() / want.norm()
     if not off < 0.02:
-        raise InputError(f"{refused} they give other logits than in the teacher (by {off:.0%})")
+        raise InputError(f"{refused} they give different logits than in the teacher (by {off:.0%})")
 
 
 def _select(name: str, tensor: Tensor, indices: dict[str, Array], head_dim: int) -> Tensor:
@@ -216,7 +216,7 @@ def _select(name: str, tensor: Tensor, indices: dict[str, Array], head_dim: int)
     axes = _AXES.get(module)
     if axes is None or kind not in ("weight", "bias"):
         raise InputError(
-            f"student.prune: cannot prune the parameter {name}; models built as llama can be pruned (qwen, gemma, olmo, …)"
+            f"student.prune: cannot prune the parameter {name}; models built like llama can be pruned (qwen, gemma, olmo, …)"
         )
     shared = module in ("q_norm", "k_norm") and len(tensor) == head_dim
     for number, axis in enumerate(axes[: tensor.ndim]):
@@ -226,17 +226,17 @@ def _select(name: str, tensor: Tensor, indices: dict[str, Array], head_dim: int)
 
 
 def _expanded(groups: Array, size: int) -> Array:
-    """The indices of groups of so many neighbours."""
+    """The indices of groups of this many neighbours."""
     expanded: Array = (groups[:, None] * size + np.arange(size)).ravel()
     return expanded
 
 
 @torch.inference_mode()
 def measure(teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 8) -> Importance:
-    """How much every part of the teacher does on the calibration rows, prompts included.
+    """Measure the importance of every part of the teacher on the calibration rows, including prompts.
 
     Raises:
-        InputError: the architecture's layers are not where they are known to be.
+        InputError: if the layers of the architecture are not found.
     """
     decoder = decoder_of(teacher)
     config = teacher.config.get_text_config()
@@ -244,7 +244,7 @@ def measure(teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 8) -
     tokens = 0
 
     def add(part: str, layer: int, values: Tensor) -> None:
-        """Sum over the tokens that are not padding; values has their shape first."""
+        """Sum over the tokens that are not padding; values have their shape first."""
         sums[part, layer] = sums.get((part, layer), 0) + values[mask_BT].double().sum(0).cpu().numpy()
 
     def watch_layer(number: int) -> Any:
@@ -290,18 +290,18 @@ def measure(teacher: Any, rows: Sequence[dict[str, Any]], batch_size: int = 8) -
 
 
 def decoder_of(model: Any) -> Any:
-    """The part of a model that holds its layers.
+    """The part of a model that contains its layers.
 
     Raises:
-        InputError: the layers are not built so that they can be cut.
+        InputError: if the layers cannot be pruned.
     """
     try:
         decoder, config = model.get_decoder(), model.config
         sizes = [config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size, config.hidden_size]
         parts = [(layer.post_attention_layernorm, layer.self_attn.o_proj, layer.mlp.down_proj) for layer in decoder.layers]
         known = len(parts) == sizes[0]
-    except (AttributeError, RuntimeError):  # of a configuration with sizes for single layers, or of several models
+    except (AttributeError, RuntimeError):  # a configuration with per-layer sizes, or of several models
         known = False
     if not known:
-        raise InputError(f"student.prune: {type(model).__name__} is not built as llama models are (qwen, gemma, olmo, …)")
+        raise InputError(f"student.prune: {type(model).__name__} is not built like llama models (qwen, gemma, olmo, …)")
     return decoder

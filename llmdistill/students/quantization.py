@@ -1,24 +1,24 @@
-"""Training through rounded weights, and how many weights share a scale."""
+"""Training with rounded weights, and the group size of scales."""
 
 import importlib.util
 from typing import Any
 
-from llmdistill.errors import InputError
+from llmdistill.errors import InputError, not_installed
 
 _GROUP_SIZES = (128, 64, 32)
 
 
 def fake_quantise(model: Any, group_size: int | None) -> None:
-    """Have every layer that w4a16 quantises work with its weights rounded to the nearest; gradients pass the rounding by.
+    """Make every layer that w4a16 quantises use its weights rounded to nearest; gradients bypass the rounding.
 
-    That is the straight-through estimator of Bengio et al. 2013, arXiv 1308.3432; for language models, with a teacher, see
-    LLM-QAT (Liu et al. 2023, arXiv 2305.17888). The weights themselves stay as they are and train.
+    This is the straight-through estimator of Bengio et al. 2013, arXiv 1308.3432; for language models with a teacher, see
+    LLM-QAT (Liu et al. 2023, arXiv 2305.17888). The weights themselves are trained unrounded.
 
     Raises:
-        InputError: torchao is not installed, or the layers do not divide into groups.
+        InputError: if torchao is not installed, or the layers do not divide into groups.
     """
     if importlib.util.find_spec("torchao") is None:
-        raise InputError("train.fake_quantize needs torchao: install the extra `export`")
+        raise not_installed("train.fake_quantize", "torchao", "export")
     import torch
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -39,10 +39,10 @@ def unfake(model: Any) -> None:
 
 
 def fitting_group_size(model: Any, wanted: int | None) -> int:
-    """How many weights of a row share a scale, so that every row of a quantised layer is whole groups.
+    """The number of weights of a row that share a scale, such that every row of a quantised layer is a whole number of groups.
 
     Raises:
-        InputError: the size asked for does not divide a layer's rows, or none of the usual ones does.
+        InputError: if the requested size does not divide a layer's rows, or none of the usual ones does.
     """
     import torch
 

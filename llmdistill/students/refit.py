@@ -1,10 +1,10 @@
-"""Refit of a pruned student: its layers' `down_proj` in closed form, so that its hidden states come near the teacher's.
+"""Refit of a pruned student: its layers' `down_proj` in closed form, to bring its hidden states close to the teacher's.
 
-Where layers go, the next one gets another input than it used to. From the first layer to the last, each `down_proj` is
-therefore solved again by ridge regression, on what the student refitted so far makes of the calibration rows. ReplaceMe
-(Shopkhoev et al. 2025, arXiv 2505.02819) puts one linear map behind the MLP before a gap and folds it into `down_proj`; here
-all of `down_proj` is free, which contains that map, and every layer that stays is refitted. Where a norm follows `down_proj`
-(gemma, olmo2), the same equations are solved a few times with the norm's divisors held fixed.
+When layers are removed, the next one gets a different input. From the first layer to the last, each `down_proj` is therefore
+solved again by ridge regression, on the output of the student refitted so far for the calibration rows. ReplaceMe (Shopkhoev
+et al. 2025, arXiv 2505.02819) inserts one linear map after the MLP before a gap and folds it into `down_proj`; here all of
+`down_proj` is free, which includes that map, and every layer that is kept is refitted. If a norm follows `down_proj` (gemma,
+olmo2), the same equations are solved a few times with the norm's divisors held fixed.
 
 Shapes: B rows of a batch, T tokens, N positions of a batch that are not padding, D hidden size, F feed-forward neurons.
 """
@@ -28,17 +28,17 @@ from llmdistill.students.pruning import Kept
 Batch = dict[str, Tensor]
 _PROBE_TOKENS = 8
 _NOT_LINEAR = 1e-3  # share of a change in a layer's output; rounding to float32 is a thousandth of it, a norm leaves about 1
-_NORM = "post_feedforward_layernorm"  # behind the MLP and before the sum: gemma, olmo2
+_NORM = "post_feedforward_layernorm"  # after the MLP and before the sum: gemma, olmo2
 _STEPS = 4  # with the norm's divisors held fixed; the first one or two do nearly all
 
 
 @dataclass(frozen=True)
 class ResidualPath:
-    """How a layer adds what `down_proj` gives: its output = what does not depend on it + scale · norm(down_proj(a)).
+    """How a layer adds the output of `down_proj`: its output = what does not depend on it + scale · norm(down_proj(a)).
 
     Attributes:
         scale: 1 for most models; granite's residual_multiplier.
-        norm: whether a norm by the root mean square stands between them.
+        norm: whether there is an RMS norm between them.
     """
 
     scale: float
@@ -51,32 +51,32 @@ def refit(
 ) -> list[tuple[float, float]]:
     """Solve every layer's `down_proj` again, in place.
 
-    With A (N × F) the input of `down_proj`, Y (N × D) what the next kept layer used to get in the teacher (the last: the
+    With A (N × F) the input of `down_proj`, Y (N × D) the former input of the next kept layer in the teacher (for the last: the
     teacher's last hidden state before the final norm) and R = Y − the layer's output, over all positions of all rows:
 
         W ← W + ΔW,  ΔWᵀ = (AᵀA + ridge · mean(diag AᵀA) · I)⁻¹ Aᵀ R / s
 
     s is the factor with which the layer adds the MLP's output, 1 for most models (granite's residual_multiplier). If a norm
     x ↦ g · x / d(x) follows `down_proj`, each position of A is divided by its d, column j of R/s by g_j, the penalty is on
-    g_j · ΔW_j, and the step is repeated with the new d for as long as Σ R² falls, four times at most. On these rows Σ R² never
-    grows by this. A bias stays as it is. Where channels went, Y is the teacher's state on those that stayed.
+    g_j · ΔW_j, and the step is repeated with the new d as long as Σ R² falls, at most four times. On these rows Σ R² never
+    increases. A bias is not changed. If channels were removed, Y is the teacher's state on those that are kept.
 
-    Teacher and student go through the rows layer by layer, the teacher once and the student twice. Memory holds four hidden
-    states of every position, 16 · D bytes, and the equations, 16 · F · (F + D) bytes whatever the number of rows.
+    Teacher and student process the rows layer by layer, the teacher once and the student twice. Memory holds four hidden states
+    of every position, 16 · D bytes, and the equations, 16 · F · (F + D) bytes regardless of the number of rows.
 
     Args:
-        student: cut out of the teacher by `prune_model`, in float32.
-        teacher: in float32.
-        kept: what stayed.
-        rows: with `input_ids` and `completion_start`; prompts count, too.
+        student: pruned from the teacher by `prune_model`, in float32.
+        teacher: the teacher in float32.
+        kept: what was kept.
+        rows: with `input_ids` and `completion_start`; prompts count too.
         ridge: how strongly the weights are kept near the old ones.
-        batch_size: rows in one forward pass; the result does not depend on it.
+        batch_size: rows per forward pass; the result does not depend on it.
 
     Returns:
-        For every layer of the student the sum of R² over that of Y², with the old and with the new weights of that layer.
+        For every layer of the student, the sum of R² over that of Y², with the old and with the new weights of that layer.
 
     Raises:
-        InputError: the layers are not built so that this solution is exact, or what they compute is not finite.
+        InputError: if the layers do not allow this solution exactly, or produce values that are not finite.
     """
     batches = batches_of(rows, batch_size, student.device)
     paths = residual_paths(student, rows)
@@ -102,14 +102,14 @@ def solve(
     """Solve for the `down_proj` of layer `number`, in place.
 
     Args:
-        sweep: stands in front of the layer, and stays there.
-        number: of the layer.
-        targets: what its output should be, batch by batch, shape (N, D).
-        path: of the layer.
+        sweep: positioned before the layer, and not moved.
+        number: number of the layer.
+        targets: the desired output, batch by batch, shape (N, D).
+        path: path of the layer.
         ridge: as in `refit`.
 
     Returns:
-        The hidden states behind the layer, and the sum of squared errors over that of the targets, before and after.
+        The hidden states after the layer, and the sum of squared errors over that of the targets, before and after.
     """
     layer = sweep.layers[number]
     weight_DF = layer.mlp.down_proj.weight
@@ -133,7 +133,7 @@ def solve(
 
 
 def _solution(sweep: "Sweep", number: int, targets: list[Tensor], gain_D: Tensor | None, ridge: float) -> tuple[float, Tensor]:
-    """Σ R² of a layer as it is, and what to add to scale · g · W, shape (D, F), by the equations on all batches."""
+    """Σ R² of a layer before, and the update of scale · g · W, shape (D, F), by the equations on all batches."""
     down = sweep.layers[number].mlp.down_proj
     size, width = down.in_features, down.out_features
     device = "cpu" if widest(down.weight) != torch.float64 else down.weight.device  # the sums are in float64
@@ -146,7 +146,7 @@ def _solution(sweep: "Sweep", number: int, targets: list[Tensor], gain_D: Tensor
         a_NF = seen.input_BTF[mask_BT]
         if gain_D is not None:
             a_NF = a_NF / _divisors(seen.down_BTD[mask_BT], seen.added_BTD[mask_BT], gain_D)
-        # With the ridge the equations are well-conditioned: products in float32 lose nothing that counts, and are fast.
+        # With the ridge the equations are well-conditioned: products in float32 are accurate enough, and fast.
         gram_FF += (a_NF.T @ a_NF).to(device)
         cross_FD += (a_NF.T @ gap_ND).to(device)
         error += _squares(gap_ND)
@@ -160,7 +160,7 @@ def _squares(values: Tensor) -> float:
 
 
 def _gain(layer: Any) -> Tensor:
-    """The factors g of the norm behind `down_proj`, shape (D,): what it makes of ones, whose root mean square is 1."""
+    """The factors g of the norm after `down_proj`, shape (D,): its output for ones, whose root mean square is 1."""
     found_1D: Tensor = getattr(layer, _NORM)(torch.ones_like(layer.mlp.down_proj.weight[:, :1].T))
     return found_1D[0]
 
@@ -173,12 +173,12 @@ def _divisors(x_ND: Tensor, y_ND: Tensor, gain_D: Tensor) -> Tensor:
 
 
 def ridge_solution(gram_FF: Tensor, cross_FD: Tensor, ridge: float) -> Tensor:
-    """(G + ridge · mean(diag G) · I)⁻¹ C, shape (F, D); zero where G is zero, since what is always zero has no effect.
+    """(G + ridge · mean(diag G) · I)⁻¹ C, shape (F, D); zero where G is zero, since inputs that are always zero have no effect.
 
-    The ridge is added to `gram_FF` in place: of a large F it is too large for a copy.
+    The ridge is added to `gram_FF` in place, as a copy would be too large for large F.
 
     Raises:
-        InputError: the sums are not finite.
+        InputError: if the sums are not finite.
     """
     mean = gram_FF.diagonal().mean()
     if not (mean.isfinite() and cross_FD.isfinite().all()):
@@ -191,13 +191,13 @@ def ridge_solution(gram_FF: Tensor, cross_FD: Tensor, ridge: float) -> Tensor:
 
 @torch.no_grad()
 def residual_paths(model: Any, rows: Sequence[dict[str, Any]]) -> list[ResidualPath] | str:
-    """For every layer how it adds the output of `down_proj`.
+    """For every layer, how it adds the output of `down_proj`.
 
-    It is measured, by adding known numbers behind `down_proj`, or behind a norm that follows it, so no list of architectures
-    has to be right.
+    Measured by adding known values after `down_proj`, or after a norm that follows it, so that no list of architectures is
+    needed.
 
     Returns:
-        The paths, or, for people, why there are none.
+        The paths, or a message saying why there are none.
     """
     ids = [int(number) for number in rows[0]["input_ids"][:_PROBE_TOKENS]]
     (batch,) = batches_of([{"input_ids": ids, "completion_start": 0}], 1, model.device)
@@ -211,13 +211,13 @@ def residual_paths(model: Any, rows: Sequence[dict[str, Any]]) -> list[ResidualP
         if scale is None and _norm_follows(layer, output):
             scale, norm = _linear_in(getattr(layer, _NORM), output, number), True
         if scale is None:
-            return f"layer {number} of {type(model).__name__} is linear neither in down_proj nor in an RMS norm behind it"
+            return f"layer {number} of {type(model).__name__} is linear neither in down_proj nor in an RMS norm after it"
         found.append(ResidualPath(scale, norm))
     return found
 
 
 def _linear_in(module: Any, output: Callable[[], Tensor], seed: int) -> float | None:
-    """The factor with which a layer's output moves with that of a module in it; None if it is not linear in it."""
+    """The factor by which a layer's output changes with that of a module in it; None if it is not linear in it."""
     plain_BTD = output()
     noise = torch.Generator().manual_seed(seed)
     added_BTD = torch.randn(plain_BTD.shape, generator=noise).to(plain_BTD) * plain_BTD.square().mean().sqrt()
@@ -227,13 +227,13 @@ def _linear_in(module: Any, output: Callable[[], Tensor], seed: int) -> float | 
     finally:
         handle.remove()
     scale = float((change_BTD * added_BTD).sum() / added_BTD.square().sum())
-    # Written so that what is not a number fails.
+    # Written so that NaN fails.
     linear = scale != 0 and bool((change_BTD - scale * added_BTD).norm() <= _NOT_LINEAR * change_BTD.norm())
     return scale if linear else None
 
 
 def _norm_follows(layer: Any, output: Callable[[], Tensor]) -> bool:
-    """Whether the output of `down_proj` goes through a norm by the root mean square, without a shift."""
+    """Whether the output of `down_proj` goes through an RMS norm without a shift."""
     if not hasattr(layer, _NORM):
         return False
     seen = _Seen.of(layer, output)
@@ -243,7 +243,7 @@ def _norm_follows(layer: Any, output: Callable[[], Tensor]) -> bool:
 
 
 class _Seen(NamedTuple):
-    """What passes in a layer: the input and the output of `down_proj`, that of the norm behind it, and the layer's."""
+    """Values in a layer: the input and output of `down_proj`, the output of the norm after it, and the layer's output."""
 
     input_BTF: Tensor
     down_BTD: Tensor
@@ -252,7 +252,7 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any, output: Callable[[], Tensor]) -> "_Seen":
-        """Call the layer and keep what passes."""
+        """Call the layer and record the values."""
         inside: list[Tensor] = []
         modules = [layer.mlp.down_proj, *([getattr(layer, _NORM)] if hasattr(layer, _NORM) else [])]
         handles = [
@@ -267,7 +267,7 @@ class _Seen(NamedTuple):
 
 
 class Sweep:
-    """A model's hidden states in front of one layer after the other, on all batches; `states` are of shape (B, T, D)."""
+    """A model's hidden states before one layer after the other, on all batches; `states` have shape (B, T, D)."""
 
     def __init__(self, model: Any, batches: list[Batch]) -> None:
         self.layers = model.get_decoder().layers
@@ -277,31 +277,31 @@ class Sweep:
         self._arguments = [[(args, kwargs) for _, args, kwargs in of_batch] for of_batch in calls]
 
     def output(self, number: int, index: int) -> Tensor:
-        """What layer `number` makes of the states of batch `index`, shape (B, T, D)."""
+        """The output of layer `number` for the states of batch `index`, shape (B, T, D)."""
         args, kwargs = self._arguments[index][number]
         found: Tensor = self.layers[number](self.states[index], *args, **kwargs)
         return found
 
     def seen(self, number: int, index: int) -> _Seen:
-        """What passes in layer `number` on batch `index`."""
+        """The values in layer `number` on batch `index`."""
         return _Seen.of(self.layers[number], partial(self.output, number, index))
 
     def advance(self, number: int) -> None:
-        """Move all states behind layer `number`."""
+        """Move all states past layer `number`."""
         for index in range(len(self.states)):
             self.states[index] = self.output(number, index)
 
     def moved(self, number: int, targets: list[Tensor]) -> tuple[list[Tensor], float]:
-        """The states behind layer `number`, and the sum of their squared distances from targets of shape (N, D)."""
+        """The states after layer `number`, and the sum of their squared distances from targets of shape (N, D)."""
         states = [self.output(number, index) for index in range(len(self.states))]
         pairs = zip(targets, states, self.masks, strict=True)
         return states, sum(_squares(y_ND - states_BTD[mask_BT]) for y_ND, states_BTD, mask_BT in pairs)
 
 
 def _calls(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
-    """What the model calls each of its layers with: the embedded tokens, in place of hidden states, and other arguments.
+    """The arguments with which the model calls each of its layers: the embedded tokens as hidden states, and others.
 
-    Masks and rotary embeddings, which differ between the kinds of layers, so are those of the model itself.
+    Masks and rotary embeddings, which differ between types of layers, are thus the model's own.
     """
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 

@@ -1,4 +1,4 @@
-"""Whether what is to stay of a model is there; known from its `config.json` alone, without torch."""
+"""Checks whether the parts of a model to keep exist, from its `config.json` alone, without torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +11,14 @@ _KEYS = {"intermediate_size": "intermediate_size", "key_value_heads": "num_key_v
 
 
 def check_sizes(prune: Prune, config: Mapping[str, Any]) -> None:
-    """Refuse to keep more than there is. What a configuration does not tell is looked for once the model is loaded.
+    """Refuse to keep more than there is. Sizes missing from the configuration are checked after loading the model.
 
     Args:
-        prune: the configuration.
-        config: the teacher's `config.json`, or the part of it for text.
+        prune: the section of the configuration.
+        config: the teacher's `config.json`, or its text part.
 
     Raises:
-        InputError: naming the key.
+        InputError: names the key.
     """
     if (count := config.get("num_hidden_layers")) is not None:
         _check_layers(prune.layers, count)

@@ -1,1 +1,1 @@
-"""Tasks of a user's own, by kind: what an answer must look like, and how it is scored. Needs neither torch nor a model."""
+"""A user's own tasks, by kind: the format of an answer, and how it is scored. Needs neither torch nor a model."""

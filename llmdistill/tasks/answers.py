@@ -1,4 +1,4 @@
-"""What is read of a model's answer: its one fenced block, JSON, a canonical form of JSON, and the check against a schema."""
+"""Reading a model's answer: its one fenced block, JSON, a canonical form of JSON, and the check against a schema."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import regex
 
 from llmdistill.errors import InputError
 
-_FENCED = re.compile(r"^(```+|~~~+)[^\n]*\n(.*?)^\1[`~]*\s*$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^(```+|~~~+)(.*)\n?", re.MULTILINE)
 _DEPTH = 100
 _SECONDS = 1.0  # for a pattern of a schema on one text
 _RANGES = (  # keywords of JSON schema between which no value may be left
@@ -29,15 +29,21 @@ _RANGES = (  # keywords of JSON schema between which no value may be left
 
 def unfenced(answer: str) -> str:
     """The content of the one fenced block in an answer, or else the answer itself."""
-    blocks = _FENCED.findall(answer)
-    return blocks[0][1] if len(blocks) == 1 else answer
+    blocks, marks, start = [], "", 0
+    for match in _FENCE.finditer(answer):
+        if not marks:
+            marks, start = match[1], match.end()
+        elif match[1].startswith(marks) and not match[2].strip("`~ \t\r\f\v"):
+            blocks.append(answer[start : match.start()])
+            marks = ""
+    return blocks[0] if len(blocks) == 1 else answer
 
 
 def read_answer(answer: str) -> Any:
     """The answer as JSON, or the content of its one fenced block.
 
     Raises:
-        ValueError: it is no JSON, has a number that is not finite, or is nested more than 100 deep.
+        ValueError: if it is not JSON, has a number that is not finite, or is nested more than 100 deep.
     """
     try:
         value = json.loads(unfenced(answer), parse_constant=_refuse_constant, parse_float=_finite)
@@ -55,7 +61,7 @@ def _inside(value: Any) -> Any:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
@@ -79,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 def validator_of(schema: Any, file: str | Path) -> Any:
-    """What checks JSON against a schema; nothing that the schema refers to is fetched.
+    """A validator of JSON against a schema; references in the schema are not fetched.
 
     Args:
         schema: as read from JSON.
@@ -92,7 +98,7 @@ def validator_of(schema: Any, file: str | Path) -> Any:
     from referencing import Registry
 
     if not isinstance(schema, dict | bool):
-        raise InputError(f"{file}: no JSON schema: it must be an object")
+        raise InputError(f"{file}: not a JSON schema: it must be an object")
     if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
         raise InputError(f"{file}: not a valid JSON schema: $schema must be text")
     kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
@@ -105,7 +111,7 @@ def validator_of(schema: Any, file: str | Path) -> Any:
 
 @cache
 def bounded(kind: Any) -> Any:
-    """A class of validators whose patterns take a second at the most, and whose `multipleOf` is exact."""
+    """A class of validators whose patterns have a time limit of one second, and whose `multipleOf` is exact."""
     import jsonschema
 
     own = {"pattern": _pattern, "patternProperties": _pattern_properties, "additionalProperties": _additional_properties}
@@ -114,10 +120,10 @@ def bounded(kind: Any) -> Any:
 
 
 def _matches(pattern: str, text: str) -> bool:
-    """Whether a text, which a model may have written, holds what a pattern describes.
+    """Whether a text, which a model may have written, matches a pattern.
 
     Raises:
-        TimeoutError: that cannot be told in a second.
+        TimeoutError: if that takes more than a second.
         ValueError: the pattern is none.
     """
     try:
@@ -167,7 +173,7 @@ def _written(number: int | float) -> Fraction:
 
 
 def problem(validator: Any, value: Any, file: str | Path) -> str | None:
-    """Where and how a value breaks the schema; None if it does not.
+    """Where and how a value violates the schema; None if it does not.
 
     Raises:
         InputError: the schema refers to what is not in its file, or to what is no schema.
@@ -189,12 +195,12 @@ def problem(validator: Any, value: Any, file: str | Path) -> str | None:
 
 
 def storable(text: str) -> str:
-    """Text without what JSON can write and UTF-8 cannot: half of a surrogate pair."""
+    """Text without lone surrogates, which JSON can represent and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode()
 
 
 def contradiction(schema: Any, path: str = "$") -> str | None:
-    """Where a schema asks for what cannot be, of the plain cases: empty ranges, and required properties that are not allowed.
+    """Find obvious contradictions in a schema: empty ranges, and required properties that are not allowed.
 
     Properties, items and `allOf` are looked into; alternatives and references are not.
     """

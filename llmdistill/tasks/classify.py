@@ -20,19 +20,19 @@ def instructions(task: Task) -> str:
 
 
 def check_outputs(task: Task, items: Sequence[Item]) -> None:
-    """Refuse outputs that are no label, and a label that is there once, of which nothing could be both learned and tested.
+    """Refuse outputs that are not labels, and a label with a single example, which cannot be both learned and tested.
 
     Raises:
-        InputError: naming each line.
+        InputError: names each line.
     """
     check_targets(items, lambda output: verdict(task, output))
     counts = Counter(item.output.strip() for item in items)
     if once := [f"{item.origin}: {item.output.strip()!r}" for item in items if counts[item.output.strip()] == 1]:
-        raise InputError("labels that are there once only; each needs at least two examples:\n" + "\n".join(once))
+        raise InputError("labels with a single example; each needs at least two:\n" + "\n".join(once))
 
 
 def verdict(task: Task, answer: str) -> str | None:
-    """Why an answer is no label; None if it is one."""
+    """Why an answer is not a label; None if it is one."""
     if answer.strip() in task.labels:
         return None
     shown = " ".join(answer.split())
@@ -45,7 +45,7 @@ def score(task: Task, answer: str, target: str) -> dict[str, float]:
 
 
 def tables(task: Task, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """`confusion`: for each right label (row) how often each label was the answer (column); the last column is no label."""
+    """`confusion`: for each right label (row), how often each label was answered (column); the last column is no label."""
     columns = [*task.labels, _NO_LABEL]
     counted = Counter(
         (target.strip(), label if (label := answer.strip()) in task.labels else _NO_LABEL) for answer, target in pairs

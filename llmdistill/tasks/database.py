@@ -1,4 +1,4 @@
-"""A SQLite database that queries can only read: a model writes them, so they are hostile until shown otherwise.
+"""A SQLite database that queries can only read: models write them, so they are treated as hostile.
 
 They run in a process that is killed when one takes too long (curation/verify.py), on a copy that nothing else needs.
 """
@@ -16,7 +16,7 @@ _KILLED_SECONDS = 10.0  # for two and their comparison
 
 
 class Database:
-    """The tables that a file of SQL makes.
+    """The tables that an SQL file creates.
 
     Args:
         script: the file.
@@ -41,14 +41,14 @@ class Database:
         finally:
             connection.close()
         if not self.definitions:
-            raise InputError(f"{script}: makes no table")
+            raise InputError(f"{script}: creates no table")
         self.seconds = _SECONDS
         first = {"check": "sql", "database": str(self._file), "query": "SELECT 1", "seconds": _SECONDS}
         self._worker = Worker(_KILLED_SECONDS, first)
         weakref.finalize(self, self._worker.kill)
 
     def refused(self, query: str, target: str | None = None, ordered: bool = False) -> str | None:
-        """Why a query is not accepted: it does not run or, with a target, has not the rows of that query; None if it is.
+        """Why a query is invalid: it does not run or, with a target, does not give the same rows; None if it is valid.
 
         Args:
             query: it.

@@ -24,29 +24,29 @@ def instructions(task: Task) -> str:
 
 
 def check_outputs(task: Task, items: Sequence[Item]) -> None:
-    """Refuse outputs that break the schema, and a schema that cannot be met.
+    """Refuse outputs that violate the schema, and a schema that cannot be satisfied.
 
     Raises:
-        InputError: naming each line.
+        InputError: names each line.
     """
     if found := contradiction(task.schemas[""]):
-        raise InputError(f"{task.file}: schema: {task.settings.schema_file} cannot be met: {found}")
+        raise InputError(f"{task.file}: schema: {task.settings.schema_file} cannot be satisfied: {found}")
     check_targets(items, lambda output: verdict(task, output))
 
 
 def verdict(task: Task, answer: str) -> str | None:
-    """Why an answer is no JSON of the schema; None if it is."""
+    """Why an answer is not JSON that matches the schema; None if it is."""
     try:
         value = read_answer(answer)
     except ValueError as error:
-        return f"no JSON: {error}"
+        return f"not JSON: {error}"
     return problem(task.validators[""], value, task.file)
 
 
 def score(task: Task, answer: str, target: str) -> dict[str, float]:
     """`exact_match`, and the `true_positives`, `false_positives` and `false_negatives` of all fields together.
 
-    An answer that is no JSON has no field.
+    An answer that is not JSON has no fields.
     """
     wanted = read_answer(target)
     try:
@@ -90,7 +90,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _counts(found: tuple[Any, ...] | None, wanted: Any) -> dict[str, Counter[str]]:
-    """By path, how many values are right, too many, and missing; `found` is None where nothing could be read."""
+    """By path, the numbers of right, extra and missing values; `found` is None if nothing could be read."""
     ours = Counter(_leaves(found[0])) if found else Counter()
     theirs = Counter(_leaves(wanted))
     counts: dict[str, Counter[str]] = {}
@@ -110,7 +110,7 @@ def _summed(counts: Any) -> dict[str, float]:
 
 
 def _row(path: str, counted: dict[str, float]) -> dict[str, Any]:
-    """Counts with what follows from them; None where a share is of nothing."""
+    """Counts and the scores derived from them; None for a share of nothing."""
     right, wrong, missing = counted.values()
     return {
         "field": path,

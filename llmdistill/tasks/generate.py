@@ -10,7 +10,7 @@ METRIC = "rouge_l"
 
 
 def instructions(task: Task) -> str:
-    """Nothing more than the description."""
+    """No instruction beyond the description."""
     return ""
 
 
@@ -18,13 +18,13 @@ def check_outputs(task: Task, items: Sequence[Item]) -> None:
     """Refuse outputs without a word.
 
     Raises:
-        InputError: naming each line.
+        InputError: names each line.
     """
     check_targets(items, lambda output: verdict(task, output))
 
 
 def verdict(task: Task, answer: str) -> str | None:
-    """Why an answer is none; None if it is one."""
+    """Why an answer is invalid; None if it is valid."""
     return None if rouge_words(answer) else "has no word"
 
 
@@ -37,5 +37,5 @@ def score(task: Task, answer: str, target: str) -> dict[str, float]:
 
 
 def tables(task: Task, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Nothing more than the scores."""
+    """No results beyond the scores."""
     return {}

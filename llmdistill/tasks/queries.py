@@ -1,4 +1,4 @@
-"""What runs a query that a model wrote, in a process of its own: see database.py. Needs only the standard library.
+"""Runs a query that a model wrote, in a separate process: see database.py. Needs only the standard library.
 
 What a query may do is a list of what is allowed, not of what is forbidden. The file is opened read-only; memory, strings and
 the result are bounded. The time limit is looked at between operations of SQLite: one that takes long, as printf can, is ended
@@ -28,11 +28,11 @@ _EXPLAINS = re.compile(r"(?:\s|--[^\n]*+(?:\n|$)|/\*.*?\*/)*+explain\b", re.IGNO
 
 
 class QueryError(Exception):
-    """Why there is no result."""
+    """The reason why there is no result."""
 
 
 def check_query(database: str, query: str, seconds: float, target: str | None = None, ordered: bool = False) -> str | None:
-    """Why a query is not accepted: it does not run or, with a target, has not the rows of that query.
+    """Why a query is invalid: it does not run or, with a target, does not give the same rows.
 
     Args:
         database: the file.
@@ -47,7 +47,7 @@ def check_query(database: str, query: str, seconds: float, target: str | None = 
         return str(error)
     if target is None or same_rows(found, read_rows(database, target, seconds), ordered):
         return None
-    return "gives other rows"
+    return "gives different rows"
 
 
 def read_rows(database: str, query: str, seconds: float) -> list[Row]:
@@ -57,7 +57,7 @@ def read_rows(database: str, query: str, seconds: float) -> list[Row]:
         QueryError: it does not run, does more than read, takes too long, or gives too much.
     """
     if _EXPLAINS.match(query):
-        raise QueryError("is no query")
+        raise QueryError("is not a query")
     refused: list[int] = []
 
     def authorise(action: int, first: str | None, second: str | None, *where: str | None) -> int:
@@ -95,7 +95,7 @@ def read_rows(database: str, query: str, seconds: float) -> list[Row]:
 
 
 def _virtual_tables(connection: sqlite3.Connection) -> list[str]:
-    """Tables that SQLite declares when they are first used, which looks like a change of the schema."""
+    """Tables that SQLite declares on first use, which looks like a change of the schema."""
     declared = "SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE 'CREATE VIRTUAL TABLE%'"
     own = ['"' + name.replace('"', '""') + '"' for (name,) in connection.execute(declared)]
     return ["json_each('[]')", "json_tree('[]')", *own]
@@ -103,14 +103,14 @@ def _virtual_tables(connection: sqlite3.Connection) -> list[str]:
 
 def _fetched(cursor: sqlite3.Cursor) -> list[Row]:
     if cursor.description is None:
-        raise QueryError("is no query")
+        raise QueryError("is not a query")
     rows: list[Row] = []
     size = 0
     for row in cursor:
         rows.append(row)
         size += sum(len(value) for value in row if isinstance(value, str | bytes))
         if len(rows) > _ROWS or size > _CHARACTERS:
-            raise QueryError(f"gives more than {_ROWS:,} rows or {_CHARACTERS:,} characters")
+            raise QueryError(f"returns more than {_ROWS:,} rows or {_CHARACTERS:,} characters")
     return rows
 
 
@@ -141,7 +141,7 @@ def _same(one: Row, other: Row) -> bool:
 
 
 def _sort_key(row: Row) -> list[tuple[str, Any]]:
-    """What makes rows of any types comparable: NULLs, numbers, text and blobs apart."""
+    """A sort key that makes rows of any types comparable: NULLs, numbers, text and blobs are separate."""
     return [
         ("", 0) if value is None else ("number" if isinstance(value, int | float) else type(value).__name__, value)
         for value in row

@@ -1,4 +1,4 @@
-"""The words of ROUGE-L (Lin 2004), F = 2 · LCS / (m + n), which compares texts by their longest common subsequence."""
+"""Words for ROUGE-L (Lin 2004), F = 2 · LCS / (m + n), which compares texts by their longest common subsequence."""
 
 import regex
 

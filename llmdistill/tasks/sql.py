@@ -24,16 +24,16 @@ def instructions(task: Task) -> str:
 
 
 def check_outputs(task: Task, items: Sequence[Item]) -> None:
-    """Refuse outputs that do not run, or do more than read.
+    """Refuse outputs that do not run, or that do more than read.
 
     Raises:
-        InputError: naming each line.
+        InputError: names each line.
     """
     check_targets(items, lambda output: verdict(task, output))
 
 
 def verdict(task: Task, answer: str) -> str | None:
-    """Why an answer is no query that can be run; None if it is one."""
+    """Why an answer is not a valid query; None if it is."""
     return _database(task).refused(unfenced(answer))
 
 
@@ -44,7 +44,7 @@ def score(task: Task, answer: str, target: str) -> dict[str, float]:
 
 
 def tables(task: Task, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Nothing more than the scores."""
+    """No results beyond the scores."""
     return {}
 
 

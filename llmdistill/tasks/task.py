@@ -1,4 +1,4 @@
-"""A task of a user's own: one YAML file that says what is asked, of which kind the answers are, and what they are checked by.
+"""A user's own task: one YAML file that defines the instruction, the kind of answers, and how they are checked.
 
 The kind NAME is the module `tasks/NAME.py`, of plain functions: `instructions(task)`, what the system message says beside the
 description; `check_outputs(task, items)`, which refuses examples that cannot be learned from; `verdict(task, answer)`, why an
@@ -59,7 +59,7 @@ class TaskSettings(Section):
 
 @dataclass(frozen=True)
 class Item:
-    """An input with its right answer, as text; `origin` is the file and line, `cluster` what is drawn together with it."""
+    """An input with its right answer, as text; `origin` is the file and line, `cluster` groups dependent items."""
 
     origin: str
     id: str
@@ -70,7 +70,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """A task as read; what its kind does not need is empty.
+    """A task as read; fields that its kind does not need are empty.
 
     Attributes:
         file: its YAML file.
@@ -92,7 +92,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
+        """The file's name without its suffix."""
         return self.file.stem
 
     @property
@@ -107,17 +107,17 @@ class Task:
 
     @property
     def told(self) -> str:
-        """What every model is told before the input."""
+        """The instruction before the input, the same for every model."""
         answers = self.rules.instructions(self) if self.settings.describe_answers else ""
         return "\n\n".join(part for part in (self.settings.description.strip(), answers) if part)
 
     def prompt(self, text: str) -> list[dict[str, str]]:
-        """The messages by which every model is asked, for prompts, training and evaluation alike."""
+        """The messages for every model, for prompts, training and evaluation alike."""
         return [{"role": "system", "content": self.told}, {"role": "user", "content": text}]
 
 
 def read_task(file: str | Path, key: str) -> Task:
-    """A task by its file; loads no model.
+    """Read a task from its file; loads no model.
 
     Args:
         file: the YAML file.
@@ -130,7 +130,7 @@ def read_task(file: str | Path, key: str) -> Task:
 
 
 def task_of(tree: dict[str, Any], file: Path) -> Task:
-    """A task by the content of its file, which need not be there itself; what it names has to be.
+    """Read a task from the content of its file, which need not exist itself; the files that it names must.
 
     Raises:
         InputError: the content, or a file that it names, cannot be used.
@@ -144,14 +144,14 @@ def task_of(tree: dict[str, Any], file: Path) -> Task:
         if name in NEEDS[kind] and tree.get(name) is None:
             raise InputError(f"{file}: the key {name} is missing, which kind {kind} needs")
         if name not in NEEDS[kind] and name in tree:
-            raise InputError(f"{file}: {name} is no key of kind {kind}")
+            raise InputError(f"{file}: {name} is not a key of kind {kind}")
     _check_labels(file, settings.labels or [])
     files = {str(file): find(file)}
 
     def named(name: str, path: str) -> Path:
         found = find(file).parent / path
         if not found.is_file():
-            raise InputError(f"{file}: {name}: {path} is not there")
+            raise InputError(f"{file}: {name}: {path} does not exist")
         files[str(file.parent / path)] = found
         return found
 
@@ -181,13 +181,13 @@ def _explained(detail: Any) -> str:
 def _check_labels(file: Path, labels: list[str]) -> None:
     for label in labels:
         if label != label.strip() or not label:
-            raise InputError(f"{file}: labels: {label!r} is empty, or has white space at an end")
+            raise InputError(f"{file}: labels: {label!r} is empty, or has leading or trailing white space")
         if labels.count(label) > 1:
-            raise InputError(f"{file}: labels: {label!r} is there twice")
+            raise InputError(f"{file}: labels: {label!r} is listed twice")
 
 
 def _parameters(functions: Any, file: Path) -> Iterator[tuple[str, Any]]:
-    """Name and schema of the arguments of each function."""
+    """Name and argument schema of each function."""
     if not isinstance(functions, list) or not functions:
         raise InputError(f"{file}: must be a list of function schemas")
     seen: set[str] = set()
@@ -196,27 +196,27 @@ def _parameters(functions: Any, file: Path) -> Iterator[tuple[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise InputError(f'{file}: entry {number} is not {{"type": "function", "function": {{"name": …}}}}')
         if function["name"] in seen:
-            raise InputError(f"{file}: entry {number}: the function {function['name']} is there twice")
+            raise InputError(f"{file}: entry {number}: the function {function['name']} is defined twice")
         seen.add(function["name"])
         yield function["name"], function.get("parameters", {"type": "object", "properties": {}})
 
 
 def items_file(task: Task) -> tuple[str, Path]:
-    """The file of held-out items, by its path as the experiment would name it, and where it is.
+    """The file of held-out items, by its path as in the experiment, and its location.
 
     Raises:
         InputError: the task has none, or it is not there.
     """
     if task.settings.test is None:
-        raise InputError(f"{task.file}: the key test is missing: without held-out items there is nothing to evaluate")
+        raise InputError(f"{task.file}: the key test is missing; without held-out items there is nothing to evaluate")
     found = find(task.file).parent / task.settings.test
     if not found.is_file():
-        raise InputError(f"{task.file}: test: {task.settings.test} is not there")
+        raise InputError(f"{task.file}: test: {task.settings.test} does not exist")
     return str(task.file.parent / task.settings.test), found
 
 
 def read_items(file: Path) -> list[Item]:
-    """The items of a JSONL file, one `{"input": …, "output": …}` a line.
+    """The items of a JSONL file, one `{"input": …, "output": …}` per line.
 
     An output that is no text is its JSON. Fields `id` and `cluster` name an item, and what is drawn together.
 
@@ -237,19 +237,19 @@ def read_items(file: Path) -> list[Item]:
         named = {name: str(row[name]) for name in ("id", "cluster") if row.get(name) is not None}
         identity = named.get("id", str(number - 1))
         if identity in seen:
-            raise InputError(f"{origin}: the id {identity} is that of {seen[identity]}, too")
+            raise InputError(f"{origin}: the id {identity} is also that of {seen[identity]}")
         seen[identity] = origin
         items.append(Item(origin, identity, named.get("cluster", f"item {identity}"), row["input"], output))
     if not items:
-        raise InputError(f"{file}: holds no items")
+        raise InputError(f"{file}: contains no items")
     return items
 
 
 def check_targets(items: Sequence[Item], verdict: Callable[[str], str | None]) -> None:
-    """Refuse right answers that could not be accepted.
+    """Refuse invalid right answers.
 
     Raises:
-        InputError: naming the line of each, ten at most.
+        InputError: names the line of each, ten at most.
     """
     found = [f"{item.origin}: output: {why}" for item in items if (why := verdict(item.output)) is not None]
     if found:

@@ -23,10 +23,10 @@ def instructions(task: Task) -> str:
 
 
 def check_outputs(task: Task, items: Sequence[Item]) -> None:
-    """Refuse outputs that do not match their function's schema, and a schema that cannot be met.
+    """Refuse outputs that do not match their function's schema, and a schema that cannot be satisfied.
 
     Raises:
-        InputError: naming each line.
+        InputError: names each line.
     """
     for name, schema in task.schemas.items():
         if found := contradiction(schema):
@@ -35,7 +35,7 @@ def check_outputs(task: Task, items: Sequence[Item]) -> None:
 
 
 def verdict(task: Task, answer: str) -> str | None:
-    """Why an answer is no call that matches its schema; None if it is one."""
+    """Why an answer is not a call that matches its schema; None if it is."""
     try:
         name, arguments = _call(answer)
     except ValueError as error:
@@ -55,7 +55,7 @@ def score(task: Task, answer: str, target: str) -> dict[str, float]:
 
 
 def tables(task: Task, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Nothing more than the scores."""
+    """No results beyond the scores."""
     return {}
 
 
@@ -79,7 +79,7 @@ def _normalised(task: Task, name: str, arguments: Any) -> tuple[str, str]:
 
 
 def with_defaults(schema: Any, value: Any) -> Any:
-    """A value with the schema's defaults in the place of properties that it leaves out, at any depth of objects and lists.
+    """A value with the schema's defaults for missing properties, at any depth of objects and lists.
 
     References within the schema and `allOf` are followed; of alternatives (`anyOf`, `oneOf`) no default is taken.
     """
@@ -87,7 +87,7 @@ def with_defaults(schema: Any, value: Any) -> Any:
 
 
 def _with_defaults(schema: Any, value: Any, root: Any, inserted: tuple[int, ...]) -> Any:
-    """As `with_defaults`; `inserted` are the schemas whose defaults the value stands in, which would go on for ever."""
+    """As `with_defaults`; `inserted` are the schemas whose defaults contain the value, which would recurse forever."""
     parts = _parts(schema, root, ())
     if isinstance(value, list):
         items = next((part["items"] for part in parts if "items" in part), None)
@@ -109,7 +109,7 @@ def _with_defaults(schema: Any, value: Any, root: Any, inserted: tuple[int, ...]
 
 
 def _parts(schema: Any, root: Any, seen: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A schema, and those that it refers to or combines, the nearest first."""
+    """A schema, and those that it refers to or combines, nearest first."""
     if not isinstance(schema, dict):
         return []
     found, reference = [schema], schema.get("$ref")
@@ -119,7 +119,7 @@ def _parts(schema: Any, root: Any, seen: tuple[str, ...]) -> list[dict[str, Any]
 
 
 def _pointed(reference: str, root: Any) -> Any:
-    """What a JSON pointer leads to; None if nothing is there."""
+    """The target of a JSON pointer; None if there is none."""
     for step in unquote(reference[1:]).split("/")[1:]:
         root = root.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
     return root

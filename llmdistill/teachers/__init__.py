@@ -1,8 +1,8 @@
-"""Teachers: a model that continues prompts, or reads finished text, and gives its distribution at every token.
+"""Teachers: models that continue prompts or score finished text, and give their distribution at every token.
 
-All engines take the same requests and give the same completions; `transformers` is the exact reference, `vllm` is
-fast, `server` is a vLLM that runs elsewhere. They agree on the distribution for the same token ids within the precision
-of the weights. `openai` and `anthropic` send conversations to whatever is behind an address, and store what it gives.
+All engines take the same requests and return the same completions; `transformers` is the exact reference, `vllm` is fast,
+`server` is a vLLM that runs elsewhere. They agree on the distribution for the same token ids within the precision of the
+weights. `openai` and `anthropic` send conversations to an endpoint and store what it returns.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from llmdistill.config import Experiment, Generate, Price, Targets, Teacher
 from llmdistill.config.machine import Precision
 from llmdistill.data.ids import stable_id
 from llmdistill.data.targets import Array, SoftTargets
-from llmdistill.errors import InputError
+from llmdistill.errors import not_installed
 from llmdistill.models.chat_template import ChatTemplate, Conversation
 from llmdistill.models.loading import check_model_exists, check_tokenizer_exists, model_precision
 from llmdistill.runs.record import model_fingerprint
@@ -26,10 +26,10 @@ _IN_TURN = "llmdistill.teachers.ensemble:EnsembleEngine"
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue, or with `completion_ids` a text to score; `seed` alone decides its random numbers.
+    """A prompt to continue, or with `completion_ids` a text to score; `seed` alone determines its random numbers.
 
-    `messages` are the prompt as a conversation, with `tools` if it offers some; engines that take token ids need none.
-    `asked_NJ` are token ids for each token of the text, whose log-probabilities are wanted too.
+    `messages` is the prompt as a conversation, with `tools` if it offers any; engines that take token ids do not need them.
+    `asked_NJ` are token ids for each token of the text whose log-probabilities are also requested.
     """
 
     index: int
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """The tokens that an endpoint bills; `cached` are those of the input that it had in its cache."""
+    """The tokens that an endpoint bills; `cached` are those of the input that were in its cache."""
 
     input: int = 0
     output: int = 0
@@ -53,7 +53,7 @@ class Usage:
         return Usage(self.input + other.input, self.output + other.output, self.cached + other.cached)
 
     def cost(self, price: Price | None, batch: bool = False) -> float | None:
-        """What it costs, in the currency of the price."""
+        """Cost, in the currency of the price."""
         if price is None:
             return None
         cached = price.input if price.cached_input is None else price.cached_input
@@ -63,12 +63,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the teacher wrote, or read, for the request of the same index; its end token included if it was emitted.
+    """What the teacher generated or scored for the request of the same index, including its end token if it was emitted.
 
-    `sampling_logprob` is the logarithm of the probability with which it wrote just this, at the sampling temperature.
-    `failed` says why there is nothing, of a request that was given up. `trace` is the reasoning trace, where an endpoint gives it
-    apart from the answer. `usage` is what an endpoint bills for it. Of a member of
-    an ensemble, and of the reader of a sample that another model has drawn, `said` is what the targets are made of.
+    `sampling_logprob` is the log-probability of having generated exactly this text, at the sampling temperature. `failed` is
+    the reason why there is no completion. `trace` is the reasoning trace, if an endpoint returns it separately from the answer.
+    `usage` is what an endpoint bills. For a member of an ensemble, and for the scoring of a sample that another model has
+    drawn, `said` is what the targets are computed from.
     """
 
     index: int
@@ -90,12 +90,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Said:
-    """What a member of an ensemble, or the reader of another model's sample, says at N tokens.
+    """Result of a member of an ensemble, or of scoring another model's sample, at N tokens.
 
     Attributes:
         ids_NK: the tokens that it kept.
         logprobs_NK: their log-probabilities.
-        asked_NJ: the log-probabilities of the tokens that it was asked for.
+        asked_NJ: the log-probabilities of the requested tokens.
     """
 
     ids_NK: Array
@@ -104,31 +104,31 @@ class Said:
 
     @classmethod
     def of(cls, ids_NK: Array, logprobs_NK: Array, kept: int) -> "Said":
-        """From the kept tokens and behind them those that were asked for."""
+        """Build from the kept tokens followed by the requested ones."""
         return cls(ids_NK[:, :kept], logprobs_NK[:, :kept], logprobs_NK[:, kept:])
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine is made from.
+    """What an engine is created from.
 
     Attributes:
         teacher: the models and the engine.
-        sampling: how it is to write.
+        sampling: the sampling parameters.
         kept: the targets to keep.
         end_ids: the tokens that end a completion.
-        max_model_len: tokens of the longest sequence.
-        seed: of draws that are not seeded by the row.
-        reads_with: the size of its vocabulary, if it is to read finished text.
-        known_ids: how many token ids the tokenizer knows, where the output layer is padded with more: those are never written
-            nor kept, and have no part in the distribution.
-        vocab_size: of its output layer, where answers come from outside and are checked.
-        template: what an endpoint's text is encoded by.
-        shared: the file in which the workers of one dataset share an endpoint's limits and what was spent.
-        staging: a directory for what the members of an ensemble say, where they are loaded one after the other.
-        asked: where its requests ask for the log-probabilities of tokens of their own, how many at every token; else None. It
-            then gives what it `said`, and no targets.
-        beside_training: which model it is, where it stays in memory while the student trains (`teachers.resident`); else None.
+        max_model_len: length of the longest sequence in tokens.
+        seed: seed of draws that are not seeded by the row.
+        reads_with: size of its vocabulary if it is to score finished text.
+        known_ids: number of token ids that the tokenizer knows, if the output layer is padded beyond them: the padding is never
+            generated or kept, and has no part in the distribution.
+        vocab_size: size of its output layer, if answers come from outside and are checked.
+        template: the chat template that encodes an endpoint's text.
+        shared: the file in which the workers of a dataset share an endpoint's limits and spending.
+        staging: a directory for the results of the members of an ensemble that are loaded in turn.
+        asked: if its requests ask for log-probabilities of given tokens, how many at every token; else None. The engine then
+            returns `said` instead of targets.
+        beside_training: name of the model if it stays in memory while the student trains (`teachers.resident`); else None.
     """
 
     teacher: Teacher
@@ -153,39 +153,39 @@ class Engine(Protocol):
     def __init__(self, spec: EngineSpec) -> None: ...
 
     tokens: int
-    """Completion tokens that it has written or read so far, those of unfinished completions included where it knows them."""
+    """Completion tokens generated or scored so far, including those of unfinished completions where known."""
     gives: dict[str, Any] | None = None
-    """What a probe has found that an endpoint gives, for `dataset.json`."""
+    """What a probe has found that an endpoint returns, for `dataset.json`."""
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Continue every request; completions come in any order, each as soon as it is there."""
+        """Continue every request; completions come in any order, each as soon as it is finished."""
         ...
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Give every request's own completion back, with the teacher's distribution at each of its tokens."""
+        """Score every request's own completion: return it with the teacher's distribution at each of its tokens."""
         ...
 
     def close(self) -> None:
-        """Give its memory back; only the engines of an ensemble's members and of micro-rounds are asked for it."""
+        """Release its memory; called only for ensemble members and micro-rounds."""
         ...
 
     def rest(self) -> None:
-        """Until `wake`, leave the accelerator's memory to others where it can; the student's weights may go."""
+        """Until `wake`, release the accelerator's memory where possible; the student's weights may be dropped."""
         return
 
     def wake(self, weights: Iterable[tuple[str, Any]] | None = None) -> None:
-        """Go on after `rest`, with other weights if some are given, by the names that they have in the checkpoint."""
+        """Continue after `rest`, with new weights if given, by their names in the checkpoint."""
         return
 
 
 def longest_answer(teacher: Teacher, sampling: Generate) -> int:
-    """The most tokens that an endpoint may write, and bill, for a request, its hidden reasoning included."""
+    """Maximum number of tokens that an endpoint may generate and bill for a request, including hidden reasoning."""
     longest: int = teacher.request_args.get("max_completion_tokens") or sampling.max_tokens
     return longest
 
 
 def most_billed(request: Request, teacher: Teacher, sampling: Generate) -> Usage:
-    """The most tokens that an endpoint may bill for a request, as its prompt is encoded here: for given text, one behind it."""
+    """Maximum number of tokens billed for a request, as its prompt is encoded here; for given text, plus one."""
     given = len(request.completion_ids)
     return Usage(len(request.prompt_ids) + given, 1 if given else longest_answer(teacher, sampling))
 
@@ -194,28 +194,26 @@ def check_engine(teacher: Teacher) -> None:
     """Refuse an engine that is not installed.
 
     Raises:
-        InputError: naming what to install.
+        InputError: names what to install.
     """
     package = teacher.abilities.package
     if package and importlib.util.find_spec(package) is None:
-        raise InputError(
-            f"teacher.engine is {teacher.engine}, which is not installed: install the extra `{teacher.abilities.extra}`"
-            + ("" if teacher.abilities.api else ", or use transformers")
-        )
+        instead = None if teacher.abilities.api else "set it to transformers"
+        raise not_installed(f"teacher.engine {teacher.engine}", package, teacher.abilities.extra, instead=instead)
 
 
 def all_fingerprints(experiment: Experiment) -> tuple[dict[str, str], dict[str, str]]:
-    """What identifies each model of all teachers by its path or name, and each teacher as a whole by its own name.
+    """Identify each model of all teachers by its path or name, and each teacher as a whole by its own name.
 
     Raises:
-        InputError: one of the models is not there.
+        InputError: if one of the models is missing.
     """
     models: dict[str, str] = {}
     wholes: dict[str, str] = {}
     for name, teacher in experiment.routed.items():
         found, wholes[name] = fingerprints(teacher, f"teachers.{name}" if name else "teacher")
         models |= found
-    if experiment.teacher.abilities.api:  # its tokenizer is apart from it
+    if experiment.teacher.abilities.api:  # its tokenizer is separate
         tokenizer, revision, key = experiment.tokenizer
         check_tokenizer_exists(tokenizer, key)
         models |= {tokenizer: model_fingerprint(tokenizer, revision)}
@@ -223,14 +221,14 @@ def all_fingerprints(experiment: Experiment) -> tuple[dict[str, str], dict[str, 
 
 
 def fingerprints(teacher: Teacher, key: str = "teacher") -> tuple[dict[str, str], str]:
-    """What identifies each model of the teacher by its path or name, and the teacher as a whole.
+    """Identify each model of the teacher by its path or name, and the teacher as a whole.
 
     Args:
         teacher: the models.
-        key: where the teacher stands in the configuration, for the error.
+        key: key of the teacher in the configuration, for the error.
 
     Raises:
-        InputError: one of the models is not there.
+        InputError: if one of the models is missing.
     """
     if teacher.abilities.api:
         return _endpoint_fingerprints(teacher)
@@ -250,28 +248,28 @@ def fingerprints(teacher: Teacher, key: str = "teacher") -> tuple[dict[str, str]
 
 
 def _endpoint_fingerprints(teacher: Teacher) -> tuple[dict[str, str], str]:
-    """By the names alone; where it is served, and how the requests are sent, may change between two tries."""
+    """Identify by names only; where the model is served, and how requests are sent, may change between attempts."""
     found = f"{teacher.model}@{teacher.engine}"
     how = [teacher.system, teacher.template_args, teacher.request_args]
     return {teacher.model: found}, stable_id(found, *how) if any(how) else found
 
 
 def teacher_precision(teacher: Teacher) -> Precision:
-    """What a teacher computes in."""
+    """The precision in which a teacher computes."""
     if teacher.abilities.remote:
-        return Precision("auto", "what the server was started with")
+        return Precision("auto", "as the server was started")
     return model_precision(
         teacher.model, teacher.revision, teacher.dtype, teacher.trust_remote_code, "teacher.model", teacher.abilities.runtime
     )
 
 
 def open_engine(spec: EngineSpec) -> Engine:
-    """Load the teacher into the engine that the configuration names, or make ready to load its members in turn."""
+    """Load the teacher into the configured engine, or prepare to load its members in turn."""
     teacher = spec.teacher.model_copy(update={"dtype": teacher_precision(spec.teacher).dtype})
     engine: type[Engine] = pkgutil.resolve_name(_IN_TURN if teacher.in_turn else teacher.abilities.implementation)
     return engine(replace(spec, teacher=teacher))
 
 
 def shared_file(directory: Path) -> Path:
-    """Where the workers of the dataset in a directory share an endpoint's limits and what was spent."""
+    """The file in which the workers of the dataset in a directory share an endpoint's limits and spending."""
     return directory.parent / f".{directory.name}.endpoint"

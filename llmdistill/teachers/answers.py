@@ -1,4 +1,4 @@
-"""What a server's answer must be like, whichever server it is: nothing of it is stored before it is checked."""
+"""Checks of any server's answers: nothing is stored before it is checked."""
 
 import json
 import math
@@ -12,10 +12,10 @@ import numpy as np
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 
-ROUNDING = 1e-3  # by which a log-probability may be above zero, and probabilities add up to more than one
+ROUNDING = 1e-3  # tolerance for log-probabilities above zero and probabilities that sum to more than one
 
 
-# How endpoints say that it is this prompt which they do not take: by a code or a type, in words, or with what was flagged in it.
+# How endpoints say that they refuse this particular prompt: by a code or type, in words, or with what was flagged in it.
 _CODES = {
     "content_filter", "content_policy_violation", "data_inspection_failed", "invalid_prompt",
     "context_length_exceeded", "exceed_context_size_error", "string_above_max_length",
@@ -33,29 +33,29 @@ class UnusableAnswerError(ValueError):
 
 
 class FinalAnswerError(UnusableAnswerError):
-    """An answer that is of no use and would be the same again, such as a refusal."""
+    """An answer that is unusable and would be the same again, such as a refusal."""
 
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """While an answer is read: what is not where it should be makes it unusable.
+    """While an answer is read, turn missing or misplaced values into an unusable answer.
 
     Raises:
-        UnusableAnswerError: it has another shape.
+        UnusableAnswerError: if it has an unexpected format.
     """
     try:
         yield
     except (InputError, UnusableAnswerError):
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UnusableAnswerError(f"an answer of another shape ({type(error).__name__}: {error})") from None
+        raise UnusableAnswerError(f"an answer in an unexpected format ({type(error).__name__}: {error})") from None
 
 
 def only_choice(answer: Any) -> Any:
-    """The choice of an answer, of either of OpenAI's APIs.
+    """The choice of an answer, from either of OpenAI's APIs.
 
     Raises:
-        FinalAnswerError: there is none, as some endpoints' filters leave it, or more than the one that was asked for.
+        FinalAnswerError: if there is none, as after some endpoints' filters, or more than the one requested.
     """
     choices = answer["choices"]
     if len(choices) != 1:
@@ -64,21 +64,21 @@ def only_choice(answer: Any) -> Any:
 
 
 def check_logprobs(values: Iterable[Any]) -> None:
-    """Refuse what no log-probability can be.
+    """Refuse invalid log-probabilities.
 
     Raises:
-        UnusableAnswerError: one is not a finite number, or is above zero.
+        UnusableAnswerError: if one is not a finite number, or is above zero.
     """
     for value in values:
         if type(value) not in (int, float) or not -math.inf < value <= ROUNDING:
-            raise UnusableAnswerError("log-probabilities that are none")
+            raise UnusableAnswerError("invalid log-probabilities")
 
 
 def check_sums(logprobs_NK: Array) -> None:
     """Refuse probabilities that add up to more than one.
 
     Raises:
-        UnusableAnswerError: those of a position do.
+        UnusableAnswerError: if those of a position do.
     """
     if (np.exp(logprobs_NK.astype(np.float64)).sum(axis=1) > 1 + ROUNDING).any():
         raise UnusableAnswerError("probabilities that add up to more than one")
@@ -88,10 +88,10 @@ def token_ids(given: Any, vocab_size: int | None) -> Array:
     """Token ids of the vocabulary, at least one.
 
     Raises:
-        UnusableAnswerError: they are none.
+        UnusableAnswerError: if they are invalid.
     """
     if not isinstance(given, list) or not all(type(token) is int for token in given):
-        raise UnusableAnswerError("token ids that are no whole numbers")
+        raise UnusableAnswerError("token ids that are not integers")
     ids = np.array(given, dtype=object)
     if not given or min(given) < 0 or (vocab_size is not None and max(given) >= vocab_size):
         raise UnusableAnswerError("token ids outside the vocabulary" if given else "no tokens")
@@ -99,19 +99,19 @@ def token_ids(given: Any, vocab_size: int | None) -> Array:
 
 
 def is_error(answer: Any) -> bool:
-    """Whether the body of an answer that came with a status of success is an error, as routers send it."""
+    """Whether the body of an answer with a success status is an error, as some routers send it."""
     return isinstance(answer, dict) and bool(answer.get("error")) and not (answer.get("choices") or answer.get("content"))
 
 
 def _error(response: Any) -> Any:
-    """What the body of a response holds under `error`, or all of it."""
+    """The entry `error` of a response's body, or all of it."""
     content = response.json()
-    content = content[0] if isinstance(content, list) and content else content  # as Gemini's endpoint wraps them
+    content = content[0] if isinstance(content, list) and content else content  # Gemini's endpoint wraps them
     return content.get("error", content)
 
 
 def message(response: Any) -> str:
-    """The server's own words, from a response with an error."""
+    """The server's own message, from an error response."""
     try:
         error = _error(response)
         return str(error.get("message", error) if isinstance(error, dict) else error)
@@ -120,7 +120,7 @@ def message(response: Any) -> str:
 
 
 def refused_prompt(response: Any) -> str | None:
-    """Why a prompt is refused, by a response with an error that says so; another prompt might be answered."""
+    """Why a prompt is refused, if an error response says so; another prompt might be answered."""
     said = message(response)
     if response.status_code not in (400, 403, 413, 422) or "max_tokens" in said or "max_completion_tokens" in said:
         return None
@@ -129,7 +129,7 @@ def refused_prompt(response: Any) -> str | None:
     except (ValueError, AttributeError):
         error = None
     fields = error if isinstance(error, dict) else {}
-    if response.status_code == 403:  # else it is of the key
+    if response.status_code == 403:  # otherwise it is about the key
         metadata = fields.get("metadata")
         why = "moderation" if isinstance(metadata, dict) and _FLAGGED & metadata.keys() else None
     else:

@@ -1,4 +1,4 @@
-"""A teacher behind Anthropic's API: conversations go in, text comes out; it gives no log-probabilities."""
+"""A teacher behind Anthropic's API: takes conversations and returns text, without log-probabilities."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from llmdistill.teachers.remote import Response, given_up
 
 _CONNECT_SECONDS = 10.0
 _REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
-_REFUSED = {"refusal": "a refusal (stop_reason refusal)", "tool_use": "a call of a tool"}
+_REFUSED = {"refusal": "a refusal (stop_reason refusal)", "tool_use": "a tool call"}
 
 
 class AnthropicEngine(EndpointEngine):
-    """Its text is stored in the tokens of the student."""
+    """Its text is stored in the student's tokens."""
 
     faults = (httpx2.HTTPError, anthropic.AnthropicError)
 
@@ -32,23 +32,23 @@ class AnthropicEngine(EndpointEngine):
             timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
         )
         self.gives = {"logprobs": False}
-        say("teacher", f"{self.teacher.model} at {self.teacher.endpoint}: gives text, no log-probabilities")
+        say("teacher", f"{self.teacher.model} at {self.teacher.endpoint}: returns text, no log-probabilities")
         self.batches = AnthropicBatches(self, spec.shared) if self.teacher.batch else None
 
     async def written(self, request: Request) -> Completion:
-        """What the endpoint writes for a request."""
+        """The endpoint's completion of a request."""
         if why := self.unfit(request):
             return given_up(request, why)
         body = self.body(request)
         return await self.paid(request, lambda: self._post(body), lambda answer: self.completion(request, answer))
 
     def unfit(self, request: Request) -> str | None:
-        """Tools have another form there."""
+        """Refuse tools, whose format differs there."""
         with_tools = request.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in request.messages or [])
-        return "a prompt with tools, which engine anthropic does not send" if with_tools else None
+        return "a prompt with tools, which engine anthropic does not support" if with_tools else None
 
     def body(self, request: Request) -> Body:
-        """A request's body."""
+        """The body of a request."""
         sampling, messages = self.sampling, request.messages or []
         system = "\n\n".join(str(message["content"]) for message in messages if message["role"] == "system")
         body: Body = {
@@ -70,16 +70,16 @@ class AnthropicEngine(EndpointEngine):
             return error.response
 
     def usage(self, answer: Any) -> Usage:
-        """What the answer says; there, tokens that were read from the cache or written to it are not part of the input."""
+        """Token usage from the answer; there, tokens read from or written to the cache are not counted as input."""
         told = answer.get("usage") or {}
         read, written = (int(told.get(f"cache_{name}_input_tokens") or 0) for name in ("read", "creation"))
         return Usage(int(told.get("input_tokens") or 0) + read + written, int(told.get("output_tokens") or 0), read)
 
     def completion(self, request: Request, answer: Any) -> Completion:
-        """What is kept of an answer.
+        """The kept part of an answer.
 
         Raises:
-            UnusableAnswerError: it is of no use.
+            UnusableAnswerError: if it is unusable.
         """
         reason = answer["stop_reason"]
         if reason not in _REASONS:
@@ -87,7 +87,7 @@ class AnthropicEngine(EndpointEngine):
         traces = [part.get("thinking", "") for part in answer["content"] if part["type"] in ("thinking", "redacted_thinking")]
         trace = "".join(traces) if traces else None
         if trace is not None and self.sampling.thinking != "removed":
-            raise FinalAnswerError("a reasoning trace apart from the answer (set generate.thinking to removed)")
+            raise FinalAnswerError("a reasoning trace separate from the answer (set generate.thinking to removed)")
         text = "".join(part["text"] for part in answer["content"] if part["type"] == "text")
         if not text:
             raise FinalAnswerError("no text")

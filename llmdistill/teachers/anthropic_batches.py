@@ -1,7 +1,8 @@
 """Message batches of Anthropic's API, which carry nothing but their requests: the name is in the `custom_id` of each.
 
-A batch tells them only once it has ended. So one whose id was not written down is looked for among those that may be it: as many
-requests, created since, and of no other claim; each of them is waited for, and then its results say whose it is.
+A batch reveals them only after it has ended. A batch whose id was not recorded is therefore searched for among those that may
+be it: with as many requests, created since, and of no other claim. Each of them is waited for, and its results then show
+whose it is.
 """
 
 import json
@@ -19,31 +20,31 @@ from llmdistill.teachers.batches import Batches, Claim, Result, lines
 if TYPE_CHECKING:
     from llmdistill.teachers.anthropic import AnthropicEngine
 
-_CLOCKS = 86400.0  # seconds by which the clock of the endpoint may be behind
+_CLOCKS = 86400.0  # seconds by which the endpoint's clock may lag
 _NO_ANSWER = {"expired": "no answer within the batch's day", "canceled": "a batch that was cancelled"}
 
 
 class AnthropicBatches(Batches):
-    """What is asked goes into the call that creates the batch, and all results come in one answer."""
+    """Requests are part of the call that creates the batch, and all results come in one answer."""
 
     engine: "AnthropicEngine"
 
     def __init__(self, engine: "AnthropicEngine", shared: Path | None) -> None:
         super().__init__(engine, shared)
-        self._names: dict[str, str] = {}  # of batches that were looked into, by their ids
+        self._names: dict[str, str] = {}  # names of inspected batches, by their ids
 
     def line(self, request: Request) -> bytes:
-        """Its index and its body."""
+        """The index and body of a request."""
         return json.dumps([request.index, self.engine.body(request)], ensure_ascii=False, sort_keys=True).encode() + b"\n"
 
     async def create(self, claim: Claim, requests: Sequence[Request]) -> str:
-        """Send all requests, which costs."""
+        """Send all requests, which is billed."""
         asked = [{"custom_id": f"{claim.name}-{request.index}", "params": self.engine.body(request)} for request in requests]
         batch = await self.once(self.engine.client.messages.batches.create(requests=asked))
         return str(batch.id)
 
     async def find(self, claim: Claim, requests: Sequence[Request]) -> tuple[str | None, bool]:
-        """By the results of all batches that may be it, as far as they have ended."""
+        """Find it by the results of all batches that may be it, if they have ended."""
         claims = [record.read_json(file) or {} for file in self.directory.glob("*.json")]
         others = {held.get("id") for held in claims}
         candidates = [batch for batch in await self._since(claim.since - _CLOCKS) if batch.id not in others]
@@ -54,17 +55,17 @@ class AnthropicBatches(Batches):
         return None, any(batch.processing_status != "ended" for batch in candidates)
 
     async def ended(self, claim: Claim) -> Any:
-        """The batch if nothing more comes, else None."""
+        """The batch once it is complete, else None."""
         batch = await self.patient(lambda: self.engine.client.messages.batches.retrieve(claim.id))
         return batch if batch.processing_status == "ended" else None
 
     async def results(self, claim: Claim, batch: Any) -> list[Result]:
-        """Of every request, whether it has an answer or not."""
+        """The result of every request, with or without an answer."""
         entries = [(*str(entry.get("custom_id")).rpartition("-"), entry) for entry in await self._entries(claim, batch)]
         return [_result(index, entry) for name, _, index, entry in entries if name == claim.name]
 
     async def _since(self, begin: float) -> list[Any]:
-        """The batches that were created since a time; the newest are listed first."""
+        """The batches created since a given time; the newest are listed first."""
 
         async def listed() -> list[Any]:
             found = []
@@ -77,7 +78,7 @@ class AnthropicBatches(Batches):
         return await self.patient(listed)
 
     async def _name(self, claim: Claim, batch: Any) -> str:
-        """The name that a batch carries; something else of a batch that is not ours."""
+        """The name that a batch carries; something else for a batch that is not ours."""
         if batch.id not in self._names:
             entries = await self._entries(claim, batch)
             self._names[batch.id] = str(entries[0].get("custom_id")).rpartition("-")[0] if entries else ""
@@ -87,7 +88,7 @@ class AnthropicBatches(Batches):
         """The lines of a batch's results.
 
         Raises:
-            InputError: they are no longer kept.
+            InputError: if they are no longer available.
         """
         if batch.archived_at is not None:
             raise InputError(
@@ -96,7 +97,7 @@ class AnthropicBatches(Batches):
             )
 
         async def read() -> list[Any]:
-            # Not by `results_url`, which is an answer's own word for where the key is sent.
+            # Not from `results_url`: an answer must not determine where the key is sent.
             response = await self.engine.client.get(f"/v1/messages/batches/{batch.id}/results", cast_to=httpx2.Response)
             found = lines(response.text)
             if len(found) != _count(batch):
@@ -107,7 +108,7 @@ class AnthropicBatches(Batches):
 
 
 def _count(batch: Any) -> int:
-    """How many requests a batch has, whatever has become of them."""
+    """Number of requests in a batch, whatever their state."""
     counts = batch.request_counts
     return int(counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired)
 

@@ -1,8 +1,8 @@
 """Batches: a shard is one batch, whose answers cost half and come within a day.
 
-What is paid is paid once. Before a batch is created, its random name is on the disk, and the batch carries it: a worker that was
-killed in between finds the batch again among all that are there. The results of a finished batch can be read as often as one
-likes. A claim also holds the hash of what was asked, so that answers to other questions are never taken.
+Nothing is paid for twice. Before a batch is created, its random name is written to disk, and the batch carries it, so that a
+worker that was killed in between can find it again. The results of a finished batch can be read any number of times. A claim
+also holds the hash of the requests, so that answers to other requests are never used.
 """
 
 import asyncio
@@ -27,24 +27,24 @@ from llmdistill.teachers.remote import given_up
 if TYPE_CHECKING:
     from llmdistill.teachers.endpoint import EndpointEngine
 
-POLL = 30.0  # seconds between two looks at a batch
-SETTLES = 60.0  # seconds after which a batch that was created stands in the list of all
-_WAITING = 8  # batches of one worker that are unfinished at a time
-_TRIES = 3  # batches for the rows of one shard: those without an answer are asked for again
+POLL = 30.0  # seconds between polls of a batch
+SETTLES = 60.0  # seconds after which a created batch appears in the list
+_WAITING = 8  # maximum number of unfinished batches of a worker
+_TRIES = 3  # batches for the rows of one shard; those without an answer are requested again
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is on the disk of a batch.
+    """The record of a batch on disk.
 
     Attributes:
-        file: where it is.
-        asked: the hash of what the batch asks.
-        name: a random one, which the batch carries.
-        since: the time at which it was to be created.
-        id: what the API calls the batch; None while that is not known.
+        file: path of the record.
+        asked: hash of the batch's requests.
+        name: random name that the batch carries.
+        since: time at which its creation started.
+        id: the API's id of the batch; None if not known yet.
     """
 
     file: Path
@@ -54,17 +54,17 @@ class Claim:
     id: str | None
 
     def write(self) -> None:
-        """So that it is there as a whole or not at all."""
+        """Write it atomically."""
         record.write_json(self.file, {"asked": self.asked, "name": self.name, "since": self.since, "id": self.id})
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a batch has for a request.
+    """The result of a request in a batch.
 
     Attributes:
-        index: of the request, as the batch spells it.
-        answer: the body of the answer; None if there is none.
+        index: index of the request, as written in the batch.
+        answer: body of the answer; None if there is none.
         reason: why there is none.
     """
 
@@ -74,10 +74,10 @@ class Result:
 
 
 class RefusedBatchError(Exception):
-    """The endpoint has taken a batch and then refused it as a whole, unbilled.
+    """The endpoint accepted a batch and then refused it as a whole, unbilled.
 
     Attributes:
-        crowded: whether that is for the batches that are there already.
+        crowded: whether because of existing batches.
     """
 
     def __init__(self, said: str, crowded: bool) -> None:
@@ -86,11 +86,11 @@ class RefusedBatchError(Exception):
 
 
 class Batches:
-    """Makes shards by batches; how an API creates, lists and reads them is in a class of its own.
+    """Makes shards by batches; how an API creates, lists and reads them is in subclasses.
 
     Args:
-        engine: whose client, bodies and checks are used.
-        shared: the file beside the dataset, beside which the claims are kept.
+        engine: the engine whose client, bodies and checks are used.
+        shared: the file next to the dataset; the claims are kept beside it.
     """
 
     def __init__(self, engine: "EndpointEngine", shared: Path | None) -> None:
@@ -101,31 +101,31 @@ class Batches:
         self._turn = asyncio.Lock()
 
     def line(self, request: Request) -> bytes:
-        """What a request asks, as a line of JSON that is always the same."""
+        """A request as a canonical line of JSON."""
         raise NotImplementedError
 
     async def create(self, claim: Claim, requests: Sequence[Request]) -> str:
-        """Try once to create a batch that carries the claim's name; what the API calls it."""
+        """Try once to create a batch that carries the claim's name; returns the API's id."""
         raise NotImplementedError
 
     async def find(self, claim: Claim, requests: Sequence[Request]) -> tuple[str | None, bool]:
-        """What the API calls the batch that carries the claim's name.
+        """The API's id of the batch that carries the claim's name.
 
         Returns:
-            None if no batch is known to carry it; and whether one that is listed may yet turn out to.
+            The id, or None if no batch is known to carry it; and whether a listed one may still turn out to.
         """
         raise NotImplementedError
 
     async def ended(self, claim: Claim) -> Any:
-        """The batch if nothing more comes, else None.
+        """The batch once it is complete, else None.
 
         Raises:
-            RefusedBatchError: the endpoint has not begun with it.
+            RefusedBatchError: if the endpoint has refused it.
         """
         raise NotImplementedError
 
     async def results(self, claim: Claim, batch: Any) -> list[Result]:
-        """What a batch that has ended has for its requests, in any order."""
+        """The results of a finished batch, in any order."""
         raise NotImplementedError
 
     def generate(self, shards: Iterable[Sequence[Request]]) -> Iterator[Completion]:
@@ -157,7 +157,7 @@ class Batches:
         while (left := [request for request in requests if request.index not in found]) and tries < _TRIES:
             attempt += 1
             claim, batch, is_new = await self._ended(self.directory / f"{requests[0].index:08d}-{attempt}.json", left)
-            tries += is_new  # those of earlier processes are read once more, and cost nothing
+            tries += is_new  # those of earlier processes are read again, at no cost
             by_index = {str(request.index): request for request in left}
             for result in await self.results(claim, batch):
                 request = by_index.get(result.index)
@@ -170,7 +170,7 @@ class Batches:
         return [found.get(request.index) or given_up(request, _reason(reasons, request)) for request in requests]
 
     async def _ended(self, file: Path, requests: list[Request]) -> tuple[Claim, Any, bool]:
-        """A batch that nothing more comes of, its claim, and whether it was created here, later if there are too many now."""
+        """A complete batch, its claim, and whether it was created here; delayed if there are too many batches."""
         told = is_new = False
         while True:
             claim, fresh = await self._claim(file, requests)
@@ -179,16 +179,16 @@ class Batches:
                 if (batch := await self.ended(claim)) is not None:
                     return claim, batch, is_new
             except RefusedBatchError as error:
-                file.unlink()  # nothing of it is billed, and the next try may be taken
+                file.unlink()  # nothing of it is billed, and the next attempt may succeed
                 if not error.crowded:
                     raise InputError(str(error)) from None
                 if not told:
-                    say("teacher", f"{error}; it is asked for again until others have ended")
+                    say("teacher", f"{error}; retrying until others have ended")
                 told = True
             await asyncio.sleep(POLL)
 
     async def _claim(self, file: Path, requests: list[Request]) -> tuple[Claim, bool]:
-        """The claim of a batch that is there, a found one or a new one, and whether it is new."""
+        """The claim of an existing batch, a found one or a new one, and whether it is new."""
         digest = hashlib.sha256(b"".join(self.line(request) for request in requests)).hexdigest()
         self.directory.mkdir(parents=True, exist_ok=True)
         async with self._turn:
@@ -207,9 +207,9 @@ class Batches:
         return claim, fresh
 
     async def _created(self, claim: Claim, requests: list[Request]) -> str:
-        """What the API calls a new batch.
+        """The API's id of a new batch.
 
-        Creating is not tried again by itself: whether the first try was heard is known by the list of all batches alone.
+        Creation is not simply retried: only the list of all batches shows whether the first attempt arrived.
         """
         url, reason = self.engine.teacher.endpoint, ""
         faults: tuple[type[Exception], ...] = (*self.engine.faults, TimeoutError)
@@ -224,7 +224,7 @@ class Batches:
         raise RemoteError(f"{url}: failed {remote.TRIES} times; last error: {reason}")
 
     async def _found(self, claim: Claim, requests: list[Request]) -> str | None:
-        """What the API calls the batch of a claim, if it was created; looked for until that is certain."""
+        """The API's id of a claim's batch, if it was created; searched for until that is certain."""
         told = False
         while True:
             late = time.time() > claim.since + SETTLES
@@ -234,7 +234,7 @@ class Batches:
             if open_question and not told:
                 say(
                     "teacher",
-                    f"waiting for a batch to end, to see whether it is that of {claim.file}, so that none is paid twice",
+                    f"waiting for a batch to end, to see whether it belongs to {claim.file}, so that none is paid for twice",
                 )
                 told = True
             await asyncio.sleep(min(POLL, SETTLES / 4))
@@ -250,16 +250,16 @@ class Batches:
         return replace(made, usage=usage)
 
     async def once(self, call: Awaitable[T]) -> T:
-        """The answer to a call, which may take as long as any.
+        """The answer to a call that may take a long time.
 
         Raises:
-            TimeoutError: it takes longer.
+            TimeoutError: if it takes too long.
         """
         async with asyncio.timeout(self.engine.teacher.timeout):
             return await call
 
     async def patient(self, call: Callable[[], Awaitable[T]]) -> T:
-        """A call that costs nothing, again and again while the fault is the endpoint's or the network's."""
+        """An unbilled call, retried while the fault is the endpoint's or the network's."""
         reason = ""
         faults: tuple[type[Exception], ...] = (*self.engine.faults, ValueError, TimeoutError)
         for attempt in range(1, remote.TRIES + 1):
@@ -272,7 +272,7 @@ class Batches:
         raise RemoteError(f"{self.engine.teacher.endpoint}: failed {remote.TRIES} times; last error: {reason}")
 
     def _check(self, error: Exception) -> float | None:
-        """Refuse a response that would be the same again; the seconds that another wants the next try to wait."""
+        """Refuse a response that would be the same again; returns the seconds to wait before a retry."""
         response = getattr(error, "response", None)
         if response is None:
             return None
@@ -282,19 +282,19 @@ class Batches:
 
 
 def lines(text: str) -> list[Any]:
-    """The objects in a text that has one a line.
+    """The objects in a text with one per line.
 
     Raises:
-        ValueError: it has something else, such as a line that a fault of the network has cut off.
+        ValueError: if it has anything else, such as a line cut off by a network error.
     """
     found = [json.loads(line) for line in text.split("\n") if line]
     if not all(isinstance(entry, dict) for entry in found):
-        raise ValueError("a line that is no JSON object")
+        raise ValueError("a line that is not a JSON object")
     return found
 
 
 def _said(error: Exception) -> str:
-    return "no whole answer in time (teacher.timeout)" if isinstance(error, TimeoutError) else str(error)
+    return "no complete answer in time (teacher.timeout)" if isinstance(error, TimeoutError) else str(error)
 
 
 def _reason(reasons: dict[int, str], request: Request) -> str:

@@ -1,4 +1,4 @@
-"""What the engines of endpoints that bill by the token share: limits, what is spent, and reading an answer."""
+"""Shared parts of the engines for endpoints that bill per token: limits, spending, and reading an answer."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -14,15 +14,15 @@ from llmdistill.teachers.limits import Limits
 from llmdistill.teachers.remote import RemoteEngine, Response, given_up, key_of
 
 Body = dict[str, Any]
-_PAID_TRIES = 1  # of an answer that cannot be used: each is paid
-NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that waiting does not help
+_PAID_TRIES = 1  # attempts at an unusable answer: each is billed
+NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")  # a 429 that waiting does not resolve
 
 
 class EndpointEngine(RemoteEngine):
-    """Sends conversations, and keeps to what the endpoint and its other workers leave."""
+    """Sends conversations within the limits that the endpoint and other workers leave."""
 
     batches: Batches | None = None
-    """What makes shards by batches, with `teacher.batch`."""
+    """Class that makes shards by batches, with `teacher.batch`."""
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec.teacher)
@@ -36,30 +36,30 @@ class EndpointEngine(RemoteEngine):
         self.end_id: int = tokenizer.eos_token_id if end is None else end
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Continue every request, one by one or a batch a shard."""
+        """Continue every request, individually or with one batch per shard."""
         return self.batches.generate(batches) if self.batches else self.answers(batches, self.written)
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Endpoints read no given text, but for those that say so."""
+        """Refuse to score given text; engines that can override this."""
         raise InputError(f"{self.teacher.endpoint} cannot score given text")
 
     async def written(self, request: Request) -> Completion:
-        """What the endpoint writes for a request."""
+        """The endpoint's completion of a request."""
         raise NotImplementedError
 
     def unfit(self, request: Request) -> str | None:
-        """Why a request is not sent, which would only be refused; None if it is."""
+        """Why a request is not sent because it would be refused; None if it is sent."""
         return None
 
     async def paid(
         self, request: Request, send: Callable[[], Awaitable[Response]], read: Callable[[Any], Completion]
     ) -> Completion:
-        """One answer, with what it costs, also where it is of no use.
+        """One answer with its cost, even if it is unusable.
 
         Args:
-            request: what is asked.
+            request: the request.
             send: sends it.
-            read: what is made of the JSON of the answer.
+            read: reads the JSON of the answer.
         """
         usage = Usage()
 
@@ -82,27 +82,27 @@ class EndpointEngine(RemoteEngine):
         return replace(completion, usage=usage)
 
     def billed(self, request: Request, answer: Any) -> Usage:
-        """The tokens that an answer bills: the most that it may, where it does not say it and they have a price."""
+        """The tokens that an answer bills; the maximum if it does not report them and they have a price."""
         told = self.usage(answer)
         return told if told.input or self.teacher.price is None else most_billed(request, self.teacher, self.sampling)
 
     def usage(self, answer: Any) -> Usage:
-        """The tokens that an answer says it bills."""
+        """The tokens that an answer reports as billed."""
         raise NotImplementedError
 
     def completion(self, request: Request, answer: Any) -> Completion:
-        """What is kept of an answer.
+        """The kept part of an answer.
 
         Raises:
-            UnusableAnswerError: it is of no use.
+            UnusableAnswerError: if it is unusable.
         """
         raise NotImplementedError
 
     def encoded(self, request: Request, text: str, finish_reason: str) -> list[int]:
-        """The ids of an answer of which only the text is known, its end token included if the model stopped.
+        """The token ids of an answer that is given as text, including its end token if the model stopped.
 
         Raises:
-            FinalAnswerError: the chat template refuses it.
+            FinalAnswerError: if the chat template refuses it.
         """
         try:
             _, ids = self.template.turn_ids(request.messages or [], {"role": "assistant", "content": text}, request.tools)
@@ -114,18 +114,18 @@ class EndpointEngine(RemoteEngine):
         return ids[:-1] if ends else ids
 
     def refusal(self, response: Response) -> str:
-        """With what may have led to it."""
+        """Add a likely cause."""
         said = message(response)
         if response.status_code == 401 and not self.api_key:
             return f"{said}; {self.variable} is not set in the environment"
         if response.status_code == 404:
-            return f"{said}; see teacher.model and teacher.url, which mostly ends in /v1"
+            return f"{said}; check teacher.model and teacher.url, which usually ends in /v1"
         return said
 
     def after(self, response: Response) -> float | None:
-        """Take over what it says of its limits."""
+        """Record the limits that it reports."""
         return self.limits.learn(response.headers, response.status_code)
 
     def is_final(self, response: Response) -> bool:
-        """Also where no money is left."""
+        """Also true if no money is left."""
         return super().is_final(response) or (response.status_code == 429 and any(name in response.text for name in NO_QUOTA))

@@ -1,10 +1,10 @@
-"""Several teachers that are loaded one after the other: the first writes, each reads, and what they say is averaged in the end.
+"""Several teachers loaded in turn: the first generates, all score, and the results are averaged at the end.
 
-An engine that gives no whole distributions cannot average them. But each member can keep some tokens by its own
-distribution, and give its log-probabilities of those that the others kept; from these follow the targets of the mean
-(`SoftTargets.mix`). For M members that takes 2M − 1 passes: each writes or reads, keeps, and is asked about those before it;
-then each but the last is asked about those behind it. What a pass says of a shard is a file, so that a killed run goes on with
-the pass and the shard where it was.
+An engine without full distributions cannot average them. But each member can keep some tokens from its own distribution, and
+return its log-probabilities of those that the others kept; these determine the targets of the mean (`SoftTargets.mix`). For M
+members that takes 2M − 1 passes: each generates or scores, keeps tokens, and is asked about those of earlier members; then
+each but the last is asked about those of later members. The results of a pass for a shard are a file, so that a killed run
+continues with the pass and shard where it was.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,13 +27,13 @@ from llmdistill.runs import lock
 from llmdistill.runs.progress import counted, say, working
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said, open_engine
 
-_GROUP = 32  # shards that go through all passes together: what is staged takes that much space, each pass loads a model for it
-_ROWS = 32  # of a staged file at a time
+_GROUP = 32  # shards that go through all passes together; a trade-off between disk space for staging and loading models
+_ROWS = 32  # rows of a staged file at a time
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One member reads, or writes; whether it keeps tokens of its own, and the members about whose tokens it is asked."""
+    """A pass of one member, generating or scoring: whether it keeps its own tokens, and about whose tokens it is asked."""
 
     member: int
     keeps: bool
@@ -41,7 +41,7 @@ class _Pass:
 
 
 class EnsembleEngine(Engine):
-    """Takes groups of shards through all passes; see the module."""
+    """Takes groups of shards through all passes; see the module docstring."""
 
     def __init__(self, spec: EngineSpec) -> None:
         if spec.staging is None:
@@ -52,10 +52,10 @@ class EnsembleEngine(Engine):
         self.members = [teacher.model_copy(update={"ensemble": [], **update}) for update in ({}, *also)]
         weights = np.array([teacher.weight, *(more.weight for more in teacher.ensemble)], dtype=np.float64)
         self.log_weights_M = np.log(weights / weights.sum())
-        # What was written is read with the one token more that vLLM insists on.
+        # Generated text is scored with the extra token that vLLM insists on.
         self.length = spec.max_model_len + (spec.reads_with is None)
         self.sizes = [_check_length(member, self.length, number) for number, member in enumerate(self.members)]
-        self.common = min([*self.sizes, *([spec.known_ids] if spec.known_ids else [])])  # the ids that all of them have
+        self.common = min([*self.sizes, *([spec.known_ids] if spec.known_ids else [])])  # the ids that all members have
         kind = spec.kept.stored
         self.kept = min(kind.of_member(spec.kept.kept), self.common - 1) if kind.size else 0
         last = len(self.members) - 1
@@ -65,15 +65,15 @@ class EnsembleEngine(Engine):
         self.tokens = 0
 
     def generate(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """The first member continues every request."""
+        """Let the first member continue every request."""
         return self._run(batches, writes=True)
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """All members read."""
+        """Let all members score."""
         return self._run(batches, writes=False)
 
     def close(self) -> None:
-        """Nothing is held between the passes."""
+        """Nothing is held between passes."""
 
     def _run(self, batches: Iterable[Sequence[Request]], writes: bool) -> Iterator[Completion]:
         waiting = iter(batches)
@@ -82,21 +82,21 @@ class EnsembleEngine(Engine):
                 self._make(number, group, writes and number == 0)
             for batch in group:
                 yield from self._mixed(batch)
-                for number in range(len(self.passes)):  # the shard is stored by now
+                for number in range(len(self.passes)):  # the shard is stored
                     self._file(number, batch).unlink(missing_ok=True)
 
     def _file(self, number: int, batch: Sequence[Request]) -> Path:
-        """What a pass says of a shard."""
+        """The file with the results of a pass for a shard."""
         return self.staging / f"{stable_id([[request.index, request.seed] for request in batch])}-{number}.parquet"
 
     def _make(self, number: int, group: list[Sequence[Request]], writes: bool) -> None:
-        """Let the member of a pass write or read the shards of a group that are not there yet."""
+        """Let the member of a pass generate or score the missing shards of a group."""
         step, missing = self.passes[number], [batch for batch in group if not self._file(number, batch).is_file()]
         if not missing:
             return
         self.staging.mkdir(parents=True, exist_ok=True)
         member = self.members[step.member]
-        does = f"{'writes' if writes else 'reads'} {counted(len(missing), 'shard')}"
+        does = f"{'generates' if writes else 'scores'} {counted(len(missing), 'shard')}"
         say("ensemble", f"{member.model} {does} (pass {number + 1} of {len(self.passes)})")
         with working("ensemble", f"starting {member.model}"):
             engine = open_engine(self._spec_of(number, writes))
@@ -115,7 +115,7 @@ class EnsembleEngine(Engine):
                     _write(self._file(number, batch), done)
 
     def _spec_of(self, number: int, writes: bool) -> EngineSpec:
-        """What the engine of a pass is made from."""
+        """The specification for the engine of a pass."""
         step, size, spec = self.passes[number], self.sizes[self.passes[number].member], self.spec
         kind = spec.kept.stored
         keeps = step.keeps and kind.size
@@ -133,7 +133,7 @@ class EnsembleEngine(Engine):
         )
 
     def _texts(self, number: int, batch: Sequence[Request]) -> Sequence[Request]:
-        """The requests of a shard to be read by the member of a pass: what the first one wrote, and what it is asked about."""
+        """The requests for scoring a shard in a pass: the text of the first member, and the tokens to ask about."""
         step = self.passes[number]
         if number == 0:
             return batch
@@ -146,7 +146,7 @@ class EnsembleEngine(Engine):
         return texts
 
     def _said(self, batch: Sequence[Request], numbers: Sequence[int]) -> Iterator[dict[int, Any]]:
-        """What some passes say of each row of a shard, by the number of the pass."""
+        """The results of some passes for each row of a shard, by the number of the pass."""
         for rows in zip(*(_read(self._file(number, batch)) for number in numbers), strict=True):
             yield dict(zip(numbers, rows, strict=True))
 
@@ -169,7 +169,7 @@ class EnsembleEngine(Engine):
             yield replace(first, token_logprobs=mean_N, targets=targets, said=None)
 
     def _known(self, said: dict[int, Said]) -> Array:
-        """The log-probability by every member of every token that any of them kept, (M, M, N, K)."""
+        """Each member's log-probability of every token that any of them kept, (M, M, N, K)."""
         known = [[said[member].logprobs_NK for member in range(len(self.members))] for _ in self.members]
         for number, step in enumerate(self.passes):
             for place, member in enumerate(step.asked):
@@ -181,7 +181,7 @@ def _check_length(member: Teacher, length: int, number: int) -> int:
     """The size of a member's output layer.
 
     Raises:
-        InputError: its context is too short for the longest sequence.
+        InputError: if its context is too short for the longest sequence.
     """
     config = load_config(member.model, member.revision, member.trust_remote_code)
     limit = context_length(config)
@@ -193,7 +193,7 @@ def _check_length(member: Teacher, length: int, number: int) -> int:
 
 
 def _write(file: Path, rows: list[Completion]) -> None:
-    """What a pass says of a shard; it appears when it is whole."""
+    """Write the results of a pass for a shard atomically."""
     said = [row.said for row in rows]
     assert all(part is not None for part in said)
     told = [part for part in said if part]

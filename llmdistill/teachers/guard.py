@@ -1,7 +1,7 @@
-"""A process of its own that outlives another one, to end what that one started. Run by its path; it imports no package.
+"""A process that outlives another one, to stop what that one started. Run by its path; it imports nothing from the package.
 
-Processes of vLLM do not notice when the process that they work for is killed outright: they would go on, and keep the GPU's
-memory from the next try. This one looks for them from the first moment, since loading a model takes minutes.
+Processes of vLLM do not notice if the process that they work for is killed outright: they would continue, and keep the GPU's
+memory from the next attempt. This one watches from the start, since loading a model takes minutes.
 """
 
 import os
@@ -11,12 +11,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-_SECONDS = 0.25  # between two looks
+_SECONDS = 0.25  # between checks
 
 
 def main(parent: int) -> None:
-    """Wait until a pipe on the standard input has ended, which only `parent` holds open; then kill what it started."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a terminal sends them to all; the pipe tells when to go
+    """Wait until a pipe on stdin, which only `parent` holds open, is closed; then kill everything it started."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a terminal sends them to all; the pipe decides when to exit
         signal.signal(name, signal.SIG_IGN)
     found: set[tuple[int, str]] = set()
     while True:
@@ -31,7 +31,7 @@ def main(parent: int) -> None:
 
 
 def _descendants(parent: int) -> set[tuple[int, str]]:
-    """All processes below one, but for this one; each with its start, as a number may be used again."""
+    """All descendants of a process except this one; each with its start time, as pids are reused."""
     found: set[tuple[int, str]] = set()
     waiting = [parent]
     while waiting:
@@ -44,7 +44,7 @@ def _descendants(parent: int) -> set[tuple[int, str]]:
 
 
 def _started(pid: int) -> str:
-    """When a process started, by the clock of its kernel; empty if it is not there."""
+    """When a process started, by the kernel's clock; empty if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

@@ -1,7 +1,7 @@
-"""What workers must not do too much of together: requests and tokens a minute, and money.
+"""Limits shared by workers: requests and tokens per minute, and money.
 
-All workers of a dataset share one file, which is read and written under `flock`: what the endpoint says is left, from the
-headers of its answers, until when nothing may be sent, and what was spent. Without such headers nothing is waited for.
+All workers of a dataset share one file, read and written under `flock`: the remaining limits from the headers of the
+endpoint's answers, the time before which nothing may be sent, and the spending. Without such headers nothing is delayed.
 """
 
 import fcntl
@@ -19,31 +19,31 @@ from typing import Any
 from llmdistill.config import Price
 from llmdistill.teachers import Usage
 
-_SIZE = 4096  # bytes of the file; one write of a page is there as a whole or not at all
-_LONGEST = 3600.0  # seconds that any header may make a worker wait
+_SIZE = 4096  # bytes of the file; a write of one page is atomic
+_LONGEST = 3600.0  # maximum number of seconds that a header may make a worker wait
 _KINDS = ("requests", "tokens")
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _HEADERS = ("x-ratelimit-{what}-{kind}", "anthropic-ratelimit-{kind}-{what}")
 
 
 class Limits:
-    """The share of one worker in what all of them may send.
+    """One worker's share of what all of them may send.
 
     Args:
-        file: that they share; None where there is one worker and nothing is to be remembered.
-        price: of the tokens, if it is known.
+        file: the shared file; None if there is one worker and nothing to remember.
+        price: price of the tokens, if known.
     """
 
     def __init__(self, file: Path | None, price: Price | None) -> None:
         self.file, self.price = file, price
         self._alone: dict[str, Any] = {}
-        self._limited = False  # whether the endpoint tells limits, to this worker or, as the file says, to another
+        self._limited = False  # whether the endpoint reports limits, to this worker or, by the file, to another
 
     def pause(self, tokens: int) -> float:
-        """Take part in what is left for one request; or the seconds to wait before asking again.
+        """Reserve one request from the remaining limits, or return the seconds to wait before asking again.
 
         Args:
-            tokens: of the prompt, and of the longest answer.
+            tokens: tokens of the prompt and of the longest answer.
         """
         with self._state() as state:
             now = time.time()
@@ -61,7 +61,7 @@ class Limits:
             return min(wait, _LONGEST)
 
     def learn(self, headers: Mapping[str, str], status: int) -> float | None:
-        """Take over what an answer's headers say; the seconds to wait before the next try, if they say so."""
+        """Record the limits in an answer's headers; returns the seconds to wait before the next attempt, if they say so."""
         now = time.time()
         asked = _seconds(headers.get("retry-after"), now) if status >= 400 else None
         found = {kind: left for kind in _KINDS if (left := _left(headers, kind, now)) is not None}
@@ -74,7 +74,7 @@ class Limits:
         return asked
 
     def spend(self, usage: Usage) -> None:
-        """Remember what an answer cost, whatever becomes of it."""
+        """Record what an answer cost, whether or not it is used."""
         cost = usage.cost(self.price)
         if cost:
             with self._state() as state:
@@ -88,7 +88,7 @@ class Limits:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            with suppress(OSError):  # a disk without locks: the endpoint itself still says when it is too much
+            with suppress(OSError):  # a disk without locks: the endpoint still enforces its limits
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             state = _parsed(os.pread(descriptor, _SIZE, 0))
             before = json.dumps(state)
@@ -100,7 +100,7 @@ class Limits:
 
 
 def _forget_other_clocks(state: dict[str, Any], now: float) -> None:
-    """Drop times that no header can have asked for: a worker whose clock is ahead has written them."""
+    """Drop times that no header can have asked for: a worker whose clock is fast has written them."""
     if state.get("until", 0.0) > now + _LONGEST:
         del state["until"]
     for kind in _KINDS:
@@ -109,7 +109,7 @@ def _forget_other_clocks(state: dict[str, Any], now: float) -> None:
 
 
 def spent(file: Path) -> float:
-    """What the workers that share a file have paid so far, answers that are not stored included."""
+    """Spending so far of the workers that share a file, including answers that are not stored."""
     try:
         return float(_parsed(file.read_bytes()).get("spent", 0.0))
     except OSError:
@@ -125,7 +125,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _left(headers: Mapping[str, str], kind: str, now: float) -> tuple[int, float] | None:
-    """How much of a kind is left, and until when that holds."""
+    """The remainder of a limit, and until when it holds."""
     for form in _HEADERS:
         left, resets = (headers.get(form.format(what=what, kind=kind)) for what in ("remaining", "reset"))
         seconds = _seconds(resets, now)
@@ -135,7 +135,7 @@ def _left(headers: Mapping[str, str], kind: str, now: float) -> tuple[int, float
 
 
 def _seconds(text: str | None, now: float) -> float | None:
-    """From `20`, `6m0s`, `20ms`, a date of HTTP, or one of ISO 8601, how long from now; None if it is none of them."""
+    """Time from now given by `20`, `6m0s`, `20ms`, an HTTP date or an ISO 8601 date; None if it is none of them."""
     if not text:
         return None
     text = text.strip()

@@ -1,7 +1,7 @@
 """A teacher behind any endpoint with OpenAI's API: OpenAI, vLLM, SGLang, llama.cpp, Ollama, OpenRouter and others.
 
-What such an endpoint gives differs, so one request at the start finds out (see `probe`), and what the configuration asks for
-and is not given is refused before anything else is paid. docs/api-teachers.md has the table.
+Such endpoints differ in what they return. One request at the start finds out (see `probe`), and whatever the configuration
+needs but does not get is refused before anything else is billed. docs/api-teachers.md has the table.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,25 +25,25 @@ from llmdistill.teachers.remote import Response
 from llmdistill.teachers.token_matching import Matched, TokenMatcher, chunks_of, entries_of
 
 _CONNECT_SECONDS = 10.0
-# OpenAI's two, and other names that endpoints have for them.
+# OpenAI's two fields, and other endpoints' names for them.
 _REASONS = dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn"), "stop")
 _REASONS |= dict.fromkeys(("length", "max_tokens", "model_length"), "length")
 _PATHS = {"chat": "/chat/completions", "completions": "/completions"}
-# What servers of open models take from the model's generation configuration, or have of their own, where it is not said; and
-# what makes vLLM name tokens by their ids. Those that an endpoint does not know are not sent to it; see `probe`.
+# Parameters for which servers of open models use the model's generation configuration or their own defaults if not sent; and
+# those that make vLLM name tokens by their ids. They are not sent to endpoints that do not know them; see `probe`.
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 IDS = {"return_token_ids": True, "return_tokens_as_token_ids": True}
 
 
 class OpenAIEngine(EndpointEngine):
-    """Conversations or token ids go in; text comes out, with tokens, ids and log-probabilities as far as they are given."""
+    """Takes conversations or token ids; returns text, with tokens, ids and log-probabilities as far as they are available."""
 
     faults = (httpx2.HTTPError, openai.OpenAIError)
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec)
         self.client = openai.AsyncOpenAI(
-            api_key=self.api_key or "none",  # servers of one's own ask for none
+            api_key=self.api_key or "none",  # self-hosted servers need none
             base_url=self.teacher.endpoint,
             max_retries=0,
             timeout=httpx2.Timeout(None, connect=_CONNECT_SECONDS),
@@ -60,24 +60,24 @@ class OpenAIEngine(EndpointEngine):
         self.batches = OpenAIBatches(self, spec.shared) if self.teacher.batch else None
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Read every request's text, as the echo of a prompt."""
+        """Score every request's text, as the echo of a prompt."""
         return self.answers(batches, self._read)
 
     async def written(self, request: Request) -> Completion:
-        """What the endpoint writes for a request."""
+        """The endpoint's completion of a request."""
         body = self.body(request, self.found.top_logprobs, self.found.taken)
         return await self.paid(request, lambda: self.post(body), lambda answer: self.completion(request, answer))
 
     def body(self, request: Request, top: int | None, taken: Sequence[str]) -> Body:
-        """A request's body.
+        """The body of a request.
 
         Args:
-            request: what is asked.
-            top: log-probabilities to ask for at each token; None for none at all.
+            request: the request.
+            top: number of log-probabilities to ask for at each token; None for none.
             taken: the names of `NEUTRAL` and `IDS` that the endpoint knows.
         """
         sampling = self.sampling
-        extra = {**NEUTRAL, **IDS, "seed": request.seed >> 32}  # 31 bits: some endpoints take no more
+        extra = {**NEUTRAL, **IDS, "seed": request.seed >> 32}  # 31 bits: some endpoints do not accept more
         body: Body = {
             "model": self.teacher.model,
             "max_tokens": sampling.max_tokens,
@@ -109,16 +109,16 @@ class OpenAIEngine(EndpointEngine):
             return error.response
 
     def usage(self, answer: Any) -> Usage:
-        """What the answer says; nothing if it does not say it."""
+        """Token usage from the answer; None if it does not report it."""
         told = answer.get("usage") or {}
         cached = (told.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return Usage(int(told.get("prompt_tokens") or 0), int(told.get("completion_tokens") or 0), int(cached))
 
     def completion(self, request: Request, answer: Any) -> Completion:
-        """What is kept of an answer.
+        """The kept part of an answer.
 
         Raises:
-            UnusableAnswerError: it is of no use.
+            UnusableAnswerError: if it is unusable.
         """
         choice = only_choice(answer)
         text, reason = self._text(choice), _REASONS[choice["finish_reason"]]
@@ -129,7 +129,7 @@ class OpenAIEngine(EndpointEngine):
             chunks = chunks_of(entries, text, self.side, ids, reason == "stop") if self.side else None
             matched = Matched(ids, np.full(len(ids), np.nan, dtype=np.float32), chunks)
         elif len(matched.ids) > 2 * longest_answer(self.teacher, self.sampling) + 1:
-            raise FinalAnswerError("more tokens than were asked for")
+            raise FinalAnswerError("more tokens than requested")
         if not len(matched.ids):
             raise FinalAnswerError("no tokens")
         trace = _trace_apart(choice)
@@ -144,26 +144,26 @@ class OpenAIEngine(EndpointEngine):
         """The text of an answer.
 
         Raises:
-            FinalAnswerError: there is none, and why.
+            FinalAnswerError: if there is none, with the reason.
         """
         message, reason = choice.get("message") or {}, choice["finish_reason"]
         if message.get("refusal"):
             raise FinalAnswerError("a refusal (message.refusal)")
         if reason == "content_filter":
-            raise FinalAnswerError("an answer that its content filter has cut (finish_reason content_filter)")
+            raise FinalAnswerError("an answer truncated by the content filter (finish_reason content_filter)")
         if message.get("tool_calls"):
-            raise FinalAnswerError("a call of a tool")
+            raise FinalAnswerError("a tool call")
         if reason not in _REASONS:
             raise FinalAnswerError("a finish reason other than stop or length")
         if _trace_apart(choice) and self.sampling.thinking != "removed":
-            raise FinalAnswerError("a reasoning trace apart from the answer (set generate.thinking to removed)")
+            raise FinalAnswerError("a reasoning trace separate from the answer (set generate.thinking to removed)")
         text = choice["text"] if self.teacher.api == "completions" else message.get("content")
         if not isinstance(text, str) or not text:
             raise FinalAnswerError("no text")
         return text
 
     def _matched(self, choice: Any, text: str, stopped: bool) -> Matched | None:
-        """The tokens that the endpoint names as those of the tokenizer; None where it names none, or the tokenizer is unknown."""
+        """The tokens that the endpoint names, in the tokenizer's ids; None if it names none, or the tokenizer is unknown."""
         if self.matcher is None:
             return None
         if not self.found.logprobs or not (self.found.token_ids or self.found.bytes):
@@ -171,12 +171,12 @@ class OpenAIEngine(EndpointEngine):
         matched = self.matcher.match(entries_of(choice["logprobs"]), stopped)
         if self.template.decode(matched.ids).strip() != text.strip():
             if _trace_apart(choice):
-                return None  # they are also those of the trace, on which all others depend
-            raise FinalAnswerError("tokens of another text than the answer")
+                return None  # they include the trace, on which all others depend
+            raise FinalAnswerError("tokens that do not match the text of the answer")
         return matched
 
     async def _read(self, request: Request) -> Completion:
-        """Score by the echo of a prompt; the token that the endpoint insists on writing after it is dropped."""
+        """Score by the echo of a prompt; the extra token that the endpoint insists on generating is dropped."""
         start, ids = len(request.prompt_ids), list(request.completion_ids)
         asked = Request(request.index, [*request.prompt_ids, *ids], request.seed)
         body = one_token(self.body(asked, self.found.top_logprobs, self.found.taken)) | {"echo": True, "temperature": 0}
@@ -186,7 +186,7 @@ class OpenAIEngine(EndpointEngine):
             entries = entries_of(only_choice(answer)["logprobs"])[start : start + len(ids)]
             matched = self.matcher.match(entries, stopped=False)
             if matched.ids.tolist() != ids:
-                raise UnusableAnswerError("an echo of other tokens than those that were sent")
+                raise UnusableAnswerError("an echo of different tokens than those sent")
             reason = "stop" if ids[-1] in self.template.end_ids else "length"
             return Completion(request.index, matched.ids, reason, matched.logprobs, matched.targets)
 
@@ -194,6 +194,6 @@ class OpenAIEngine(EndpointEngine):
 
 
 def _trace_apart(choice: Any) -> str | None:
-    """The reasoning trace that an endpoint gives beside the answer, if it does."""
+    """The reasoning trace that an endpoint returns separately from the answer, if any."""
     message = choice.get("message") or {}
     return message.get("reasoning_content") or message.get("reasoning") or None

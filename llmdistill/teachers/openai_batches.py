@@ -11,25 +11,25 @@ if TYPE_CHECKING:
     from llmdistill.teachers.openai import OpenAIEngine
 
 ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-LABEL = "llmdistill"  # the key of a batch's metadata that has its name
+LABEL = "llmdistill"  # the key of a batch's metadata with its name
 _CROWDED = "token_limit_exceeded"  # the code of too many tokens in unfinished batches
 _ENDED = ("completed", "failed", "expired", "cancelled")
 
 
 class OpenAIBatches(Batches):
-    """What is asked is uploaded as a file, and results come as files, those without an answer in one of their own."""
+    """Requests are uploaded as a file, and results come as files; those without an answer are in a separate file."""
 
     engine: "OpenAIEngine"
 
     def line(self, request: Request) -> bytes:
-        """As a batch file has it."""
+        """A request as a line of a batch file."""
         engine = self.engine
         body = engine.body(request, engine.found.top_logprobs, engine.found.taken)
         line = {"custom_id": str(request.index), "method": "POST", "url": ENDPOINTS[engine.teacher.api], "body": body}
         return json.dumps(line, ensure_ascii=False, sort_keys=True).encode() + b"\n"
 
     async def create(self, claim: Claim, requests: Sequence[Request]) -> str:
-        """Upload what is asked, which costs nothing, and create the batch, which does."""
+        """Upload the requests, which is free, and create the batch, which is billed."""
         client, content = self.engine.client, b"".join(self.line(request) for request in requests)
         file = await self.patient(lambda: client.files.create(file=(f"{claim.name}.jsonl", content), purpose="batch"))
         batch = await self.once(
@@ -43,7 +43,7 @@ class OpenAIBatches(Batches):
         return str(batch.id)
 
     async def find(self, claim: Claim, requests: Sequence[Request]) -> tuple[str | None, bool]:
-        """By its metadata."""
+        """Find it by its metadata."""
 
         async def listed() -> str | None:
             async for batch in self.engine.client.batches.list(limit=100):
@@ -54,7 +54,7 @@ class OpenAIBatches(Batches):
         return await self.patient(listed), False
 
     async def ended(self, claim: Claim) -> Any:
-        """The batch if nothing more comes, else None."""
+        """The batch once it is complete, else None."""
         batch = await self.patient(lambda: self.engine.client.batches.retrieve(str(claim.id)))
         if batch.status == "failed":
             errors = batch.errors.data if batch.errors and batch.errors.data else []
@@ -64,7 +64,7 @@ class OpenAIBatches(Batches):
         return batch if batch.status in _ENDED else None
 
     async def results(self, claim: Claim, batch: Any) -> list[Result]:
-        """Those with an answer, and then those without."""
+        """Results with an answer, followed by those without."""
         names = [name for name in (batch.output_file_id, batch.error_file_id) if name]
         return [_result(entry) for name in names for entry in await self._content(name)]
 

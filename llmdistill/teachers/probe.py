@@ -1,4 +1,4 @@
-"""What an endpoint gives: one request at the start finds out, and what the configuration asks for beyond it is refused."""
+"""What an endpoint returns: one request at the start finds out, and whatever the configuration needs beyond it is refused."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from llmdistill.teachers.openai import OpenAIEngine
 
 _QUESTION = [{"role": "user", "content": "Say yes."}]
-_SAME = 0.1  # nats by which two numbers of the same distribution may differ
-_COMPARED = 3  # of the most likely tokens
+_SAME = 0.1  # tolerance between two values of the same distribution, in nats
+_COMPARED = 3  # number of the most likely tokens to compare
 _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 # In the place of the values that are asked for: where it is nearly certain what comes, a weaker cut would change nothing.
 _STRONGEST = {"top_p": 0.01, "top_k": 1}
@@ -25,14 +25,14 @@ _STRONGEST = {"top_p": 0.01, "top_k": 1}
 
 @dataclass(frozen=True)
 class Gives:
-    """What an endpoint gives.
+    """What an endpoint returns.
 
     Attributes:
-        logprobs: whether it gives log-probabilities.
-        top_logprobs: of how many tokens at each position it is asked for them, beside the written one; None if for none.
+        logprobs: whether it returns log-probabilities.
+        top_logprobs: number of most likely tokens at each position to ask for, besides the written one; None if none.
         token_ids: whether it names tokens by their ids.
-        bytes: whether it gives the bytes of tokens.
-        scores: whether it gives the log-probabilities of a given text.
+        bytes: whether it returns the bytes of tokens.
+        scores: whether it returns the log-probabilities of a given text.
         taken: parameters beyond OpenAI's that it knows.
     """
 
@@ -45,21 +45,21 @@ class Gives:
 
     def __str__(self) -> str:
         if not self.logprobs:
-            return "gives text, no log-probabilities"
+            return "returns text, no log-probabilities"
         named = "token ids" if self.token_ids else "bytes of tokens" if self.bytes else "no bytes of tokens"
         most = f" of the {self.top_logprobs} most likely tokens" if self.top_logprobs else ""
-        return f"gives text, log-probabilities{most}, {named}{', and scores given text' if self.scores else ''}"
+        return f"returns text, log-probabilities{most}, {named}{', and scores given text' if self.scores else ''}"
 
 
 async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
     """Ask for one token, and see what comes with it.
 
     Args:
-        engine: whose endpoint is asked.
+        engine: the engine whose endpoint is asked.
         reads: whether given text is to be scored.
 
     Raises:
-        InputError: the endpoint refuses it, or does not give what the configuration asks for.
+        InputError: if the endpoint refuses it, or does not return what the configuration needs.
     """
     teacher, kept = engine.teacher, engine.kept
     ids = engine.template.prompt_ids(_QUESTION)
@@ -67,8 +67,8 @@ async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
     body, answer, taken, top = await _accepted(engine, request, kept.kept)
     if teacher.price is not None and not engine.usage(answer).input:
         raise InputError(
-            f"teacher.price: {teacher.endpoint} does not say how many tokens it bills (usage.prompt_tokens), so what is spent "
-            "cannot be told; remove teacher.price and teacher.budget"
+            f"teacher.price: {teacher.endpoint} does not say how many tokens it bills (usage.prompt_tokens), so spending "
+            "cannot be tracked; remove teacher.price and teacher.budget"
         )
     with reading():
         choice = only_choice(answer)
@@ -82,7 +82,7 @@ async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
     seen = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
     if engine.matcher is not None and seen and seen != ids:
         raise InputError(
-            f"teacher.tokenizer: {teacher.endpoint} sees other token ids than {teacher.tokenizer} with its chat template makes"
+            f"teacher.tokenizer: {teacher.endpoint} sees other token ids than {teacher.tokenizer} and its chat template produce"
         )
     if kept.kept and not reads:
         await _check_dependence(engine, body)
@@ -90,9 +90,9 @@ async def probe(engine: OpenAIEngine, reads: bool) -> Gives:
 
 
 async def _accepted(engine: OpenAIEngine, request: Request, kept: int) -> tuple[dict[str, Any], Any, list[str], int | None]:
-    """The first body that the endpoint accepts and its answer; what was taken out of it is not known to the endpoint.
+    """The first body that the endpoint accepts, with its answer; parameters removed from it are unknown to the endpoint.
 
-    One token more than are kept is asked for: some endpoints count the written one among them.
+    One token more than are kept is requested: some endpoints count the written one among them.
     """
     from llmdistill.teachers.openai import IDS, NEUTRAL
 
@@ -127,38 +127,38 @@ async def _accepted(engine: OpenAIEngine, request: Request, kept: int) -> tuple[
 
 
 def one_token(body: dict[str, Any]) -> dict[str, Any]:
-    """The body for an answer of one token.
+    """The body of a request for one token.
 
-    `max_completion_tokens` stays: it counts hidden reasoning, and models that reason refuse to answer where it has no room.
+    `max_completion_tokens` is kept: it counts hidden reasoning, and reasoning models refuse to answer without room for it.
     """
     body = {name: value for name, value in body.items() if name != "min_tokens"}
     return body | ({"max_tokens": 1} if "max_completion_tokens" not in body else {})
 
 
 def _check(engine: OpenAIEngine, found: Gives, given: int) -> None:
-    """Refuse what is asked for and not given."""
+    """Refuse what is needed and not returned."""
     teacher, kept = engine.teacher, engine.kept
     soft, where = kept.kept, f"{teacher.endpoint} ({teacher.model})"
     if soft and not found.logprobs:
-        raise InputError(f"targets.kind {kept.kind}: {where} gives no log-probabilities; set targets.kind to none")
+        raise InputError(f"targets.kind {kept.kind}: {where} returns no log-probabilities; set targets.kind to none")
     if soft and not (found.token_ids or found.bytes):
         raise InputError(
-            f"targets.kind {kept.kind}: {where} gives neither the ids nor the bytes of tokens, so that they cannot be told; "
+            f"targets.kind {kept.kind}: {where} returns neither the ids nor the bytes of tokens, which identify them; "
             "set targets.kind to none"
         )
     if kept.stored.of_text and not found.bytes:
         raise InputError(
-            f"targets.kind {kept.kind}: {where} gives no log-probabilities with the bytes of tokens; set targets.kind to none"
+            f"targets.kind {kept.kind}: {where} returns no log-probabilities with the bytes of tokens; set targets.kind to none"
         )
     if soft and given < soft:
-        raise InputError(f"targets.k is {soft}, but {where} gives the {given} most likely tokens; lower targets.k")
+        raise InputError(f"targets.k is {soft}, but {where} returns only the {given} most likely tokens; lower targets.k")
 
 
 async def _echoes(engine: OpenAIEngine, body: dict[str, Any]) -> bool:
-    """Whether a prompt comes back with log-probabilities.
+    """Check whether a prompt is echoed with log-probabilities.
 
     Raises:
-        InputError: it does not.
+        InputError: if it is not.
     """
     asked = {**body, "echo": True}
 
@@ -168,7 +168,7 @@ async def _echoes(engine: OpenAIEngine, body: dict[str, Any]) -> bool:
         return len(entries) == len(body["prompt"]) - 1 and all(entry["logprob"] is not None for entry in entries)
 
     if not await engine.call(lambda: engine.post(asked), understand):
-        raise InputError(f"{engine.teacher.endpoint} cannot score given text: it gives no log-probabilities of an echoed prompt")
+        raise InputError(f"{engine.teacher.endpoint} cannot score given text: it echoes no log-probabilities of a prompt")
     return True
 
 
@@ -178,7 +178,7 @@ async def _check_dependence(engine: OpenAIEngine, body: dict[str, Any]) -> None:
     async def top(changes: Mapping[str, float]) -> dict[str, float]:
         asked = {name: value for name, value in {**body, **changes}.items() if name in body}
         if engine.sampling.top_k and not changes["top_k"]:
-            asked.pop("top_k", None)  # not every endpoint takes zero
+            asked.pop("top_k", None)  # not every endpoint accepts zero
 
         def understand(answer: Any) -> dict[str, float]:
             engine.limits.spend(engine.usage(answer))
@@ -197,17 +197,17 @@ async def check_dependence(
     top: Callable[[Mapping[str, float]], Awaitable[Mapping[str, float]]],
     drawn: bool = False,
 ) -> None:
-    """Refuse log-probabilities that depend on the temperature, top-p or top-k of the sampling: the model's own are stored.
+    """Refuse log-probabilities that depend on temperature, top-p or top-k: those of the model itself are stored.
 
     Args:
-        sampling: as it is configured.
-        where: whose they are.
-        kept: of how many tokens they are stored.
-        top: gives the tokens that may come first and their log-probabilities, sampled with these parameters.
-        drawn: whether these tokens are drawn, so that two answers may have none in common and tell nothing.
+        sampling: the configured sampling parameters.
+        where: whose log-probabilities they are.
+        kept: number of tokens whose log-probabilities are stored.
+        top: returns the possible first tokens and their log-probabilities, sampled with these parameters.
+        drawn: whether these tokens are drawn, so that two answers may have none in common and prove nothing.
 
     Raises:
-        InputError: they do.
+        InputError: if they do.
     """
     changed = {name: value for name, neutral in _NEUTRAL.items() if (value := getattr(sampling, name)) != neutral}
     if not changed:
@@ -226,6 +226,6 @@ async def check_dependence(
         return
     raise InputError(
         f"{' and '.join(f'generate.{name} is {value:g}' for name, value in changed.items())}, and the log-probabilities of "
-        f"{where} depend on it; soft targets are of the model's own distribution: set "
+        f"{where} depend on it; soft targets need the model's own distribution: set "
         f"{' and '.join(f'generate.{name} to {_NEUTRAL[name]:g}' for name in changed)}"
     )

@@ -1,4 +1,4 @@
-"""The teacher without its weights: its tokenizer, its chat template, and what a dataset says of it."""
+"""The teacher without its weights: its tokenizer, its chat template, and its entries in a dataset."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -23,21 +23,20 @@ from llmdistill.teachers import check_engine
 
 
 def encoders(experiment: Experiment, fingerprints: dict[str, str]) -> "dict[str, PromptEncoder]":
-    """Those of all teachers, by their names; of a single one the name is empty.
+    """Prompt encoders of all teachers by name; the name of a single teacher is empty.
 
     Args:
         experiment: the configuration.
-        fingerprints: of the teachers.
+        fingerprints: fingerprints of the teachers.
 
     Raises:
-        InputError: a teacher is not usable; or they have different tokens, and `retokenize` could not bring all of them into the
-            student's.
+        InputError: if a teacher is unusable, or they have different tokens that `retokenize` cannot convert to the student's.
     """
     found = {
         name: PromptEncoder(experiment.model_copy(update={"teacher": teacher}), fingerprints[name])
         for name, teacher in experiment.routed.items()
     }
-    if have_several_tokenizers(found):  # said before anything is written, not when all of it is there
+    if have_several_tokenizers(found):  # reported before anything is written, not when all of it is finished
         for name, chat in found.items():
             token_bytes(chat.tokenizer, f"teachers.{name}.model")
         student = experiment.student
@@ -48,14 +47,14 @@ def encoders(experiment: Experiment, fingerprints: dict[str, str]) -> "dict[str,
             own = vocabulary_hash(tokenizer)
             if not tokenizer.chat_template and all(vocabulary_hash(chat.tokenizer) != own for chat in found.values()):
                 raise InputError(
-                    f"{key}: {student.model} has no chat template, and no teacher has its vocabulary, so there is none to "
-                    "write the prompts of all teachers by; choose another student"
+                    f"{key}: {student.model} has no chat template, and no teacher has its vocabulary, so there is no "
+                    "template for the prompts of all teachers; choose another student"
                 )
     return found
 
 
 def have_several_tokenizers(chats: "Mapping[str, PromptEncoder]") -> bool:
-    """Whether teachers do not all make the same token ids of the same conversation and its end."""
+    """Whether teachers encode the same conversation and its end differently."""
     return len({token_identity(chat.tokenizer, chat.end_ids) for chat in chats.values()}) > 1
 
 
@@ -63,7 +62,7 @@ class PromptEncoder:
     """Turns conversations into the token ids that the teacher sees.
 
     Raises:
-        InputError: the teacher, its engine or `targets` are not usable.
+        InputError: if the teacher, its engine or `targets` are unusable.
     """
 
     def __init__(self, experiment: Experiment, fingerprint: str) -> None:
@@ -73,7 +72,7 @@ class PromptEncoder:
         self.fingerprint = fingerprint
         model, revision, key = experiment.tokenizer
         api, trust = teacher.abilities.api, teacher.trust_remote_code
-        self.config = None if api else load_config(model, revision, trust)  # of a teacher whose weights are there
+        self.config = None if api else load_config(model, revision, trust)  # for a teacher whose weights are available
         self.tokenizer = load_tokenizer(model, revision, trust, key)
         highest = max(self.tokenizer.get_vocab().values(), default=0)
         self.vocab_size: int = self.config.get_text_config().vocab_size if self.config else highest + 1
@@ -83,7 +82,7 @@ class PromptEncoder:
             key = f"teacher.ensemble.{number}.model"
             theirs = load_tokenizer(more.model, more.revision, teacher.trust_remote_code, key)
             if vocabulary_hash(theirs) != vocabulary_hash(self.tokenizer):
-                raise InputError(f"{key}: {more.model} has another tokenizer than {teacher.model}; their mean is not defined")
+                raise InputError(f"{key}: {more.model} and {teacher.model} have different tokenizers, so they have no mean")
         if kept.stored.distinct and kept.kept > (self.known_ids or self.vocab_size):
             raise InputError(
                 f"targets.{kept.stored.size} is {kept.kept:,}, "
@@ -92,19 +91,19 @@ class PromptEncoder:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """What encodes and decodes all of its text."""
+        """The tokenizer that encodes and decodes all of its text."""
         return ChatTemplate(self.tokenizer, self.end_ids, self.experiment.teacher.template_args)
 
     @property
     def context(self) -> int | None:
-        """The longest sequence that the teacher was made for, in tokens, where it is known."""
+        """The longest sequence that the teacher supports, in tokens, if known."""
         return context_length(self.config) if self.config else None
 
     def prompt_ids(self, messages: Conversation, origin: str, tools: list[Any] | None = None) -> list[int]:
-        """The prompt as it is stored and the student sees it: through the chat template, up to where the answer begins.
+        """The prompt as stored and seen by the student: rendered with the chat template, up to the start of the answer.
 
         Raises:
-            UnusableError: the template refuses it, or does not show all of it.
+            UnusableError: if the template refuses it, or does not render all of it.
         """
         try:
             return self.template.prompt_ids(messages, tools)
@@ -112,7 +111,7 @@ class PromptEncoder:
             raise error.at(origin) from None
 
     def told_ids(self, messages: Conversation, origin: str, tools: list[Any] | None = None) -> list[int]:
-        """The prompt as the teacher sees it: with `teacher.system` in the place of its own system message, if there is one."""
+        """The prompt as the teacher sees it: with `teacher.system`, if set, instead of its own system message."""
         return self.prompt_ids(self.told(messages), origin, tools)
 
     def told(self, messages: Conversation) -> Conversation:
@@ -123,16 +122,16 @@ class PromptEncoder:
         return [{"role": "system", "content": system}, *(message for message in messages if message["role"] != "system")]
 
     def check_length(self, length: int, what: str, origin: str) -> None:
-        """Refuse what does not fit into `teacher.max_model_len`, or into what the model was made for.
+        """Refuse what exceeds `teacher.max_model_len` or the model's own limit.
 
         Args:
-            length: in tokens.
-            what: is so long, in words.
-            origin: of the row.
+            length: length in tokens.
+            what: description of what is too long.
+            origin: where the row was read.
 
         Raises:
-            UnusableError: it is longer.
-            InputError: `teacher.max_model_len` is more than the model has.
+            UnusableError: if it is longer.
+            InputError: if `teacher.max_model_len` exceeds the model's limit.
         """
         teacher = self.experiment.teacher
         limit, asked = self.context, teacher.max_model_len
@@ -140,10 +139,10 @@ class PromptEncoder:
             raise InputError(f"teacher.max_model_len is {asked:,}, but {teacher.model} has a context of {limit:,} tokens")
         allowed = asked or limit
         if allowed and length > allowed:
-            raise UnusableError(f"{what} are more than the context of {allowed:,} tokens", origin)
+            raise UnusableError(f"{what} exceed the context of {allowed:,} tokens", origin)
 
     def description(self) -> dict[str, Any]:
-        """What `dataset.json` says of how rows were made."""
+        """The entry in `dataset.json` about how rows were made."""
         teacher = self.experiment.teacher
         return {
             "teacher": {

@@ -1,8 +1,8 @@
-"""What engines behind an address share: requests in an event loop, tried again while the fault is not ours.
+"""Shared parts of engines behind an address: requests in an event loop, retried while the fault is not ours.
 
-A request that fails by the server's or the network's fault is sent again, after a while; the row's seed goes with it, so
-it costs time and no row. What the server refuses for good (4xx) ends the stage with the server's own words. A row whose prompt it
-does not take is given up with the reason (`Completion.failed`), and so is one whose answer cannot be right, again and again.
+A request that fails because of the server or the network is sent again after a while, with the row's seed, so it costs time
+but no row. A permanent refusal (4xx) ends the stage with the server's own message. A row whose prompt the server does not
+accept is given up with the reason (`Completion.failed`), and so is one whose answer is repeatedly unusable.
 """
 
 import asyncio
@@ -22,24 +22,24 @@ from llmdistill.teachers import Completion, Engine, Request, Usage
 from llmdistill.teachers.answers import FinalAnswerError, UnusableAnswerError, is_error, message, refused_prompt
 
 TRIES = 9
-UNUSABLE_TRIES = 3  # of an answer that cannot be right
-LONGEST_PAUSE = 60.0  # seconds; the pauses double from half a second, so that a server may take two minutes to come back
+UNUSABLE_TRIES = 3  # attempts at an unusable answer
+LONGEST_PAUSE = 60.0  # seconds; pauses double from half a second, so that a server may take two minutes to recover
 AGAIN = {408, 409, 425, 429}  # and all 5xx
 
 T = TypeVar("T")
 
 
 class Response(Protocol):
-    """What the clients' responses have in common."""
+    """The common interface of the clients' responses."""
 
     @property
     def status_code(self) -> int:
-        """Of HTTP."""
+        """HTTP status code."""
         ...
 
     @property
     def headers(self) -> Any:
-        """By their names, in any case."""
+        """Headers, by case-insensitive name."""
         ...
 
     @property
@@ -53,20 +53,20 @@ class Response(Protocol):
 
 
 class RemoteEngine(Engine):
-    """Sends `teacher.concurrency` requests at a time; every request has its own answer, so they come back in any order.
+    """Sends `teacher.concurrency` requests at a time; answers come in any order.
 
-    The requests run in an event loop of a thread of their own, where they can be ended at any moment.
+    The requests run in an event loop in a separate thread, where they can be cancelled at any time.
     """
 
     faults: tuple[type[Exception], ...] = (httpx.HTTPError,)
-    """What the client raises when a request has no answer."""
+    """Exceptions that the client raises if a request has no answer."""
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._places = asyncio.Semaphore(teacher.concurrency)
-        self._answered = 0  # requests so far
+        self._answered = 0  # requests answered so far
         self.tokens = 0
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class RemoteEngine(Engine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run something in the event loop to its end."""
+        """Run something in the event loop until it finishes."""
         future = self.start(coroutine)
         try:
             return future.result()
@@ -87,7 +87,7 @@ class RemoteEngine(Engine):
     def answers(
         self, batches: Iterable[Sequence[Request]], answer: Callable[[Request], Coroutine[Any, Any, Completion]]
     ) -> Iterator[Completion]:
-        """The answers to all requests, each as soon as it is there."""
+        """The answers to all requests, each as soon as it is available."""
         waiting = (request for batch in batches for request in batch)
         running: set[Future[Completion]] = set()
         try:
@@ -106,7 +106,7 @@ class RemoteEngine(Engine):
                 future.cancel()
 
     async def _in_turn(self, answer: Callable[[Request], Coroutine[Any, Any, Completion]], request: Request) -> Completion:
-        """The answer to a request, or why there is none that could be right."""
+        """The answer to a request, or the reason why there is no usable one."""
         async with self._places:
             try:
                 return await answer(request)
@@ -114,11 +114,11 @@ class RemoteEngine(Engine):
                 return given_up(request, str(error))
 
     def after(self, response: Response) -> float | None:
-        """Called with every response; the seconds that the server wants the next try to wait, if it says so."""
+        """Called with every response; returns the seconds that the server wants to wait before the next attempt, if any."""
         return None
 
     def refusal(self, response: Response) -> str:
-        """What the user is told of a response that would be the same again: the server's own words."""
+        """What the user is told about a permanent error: the server's own message."""
         return message(response)
 
     def is_final(self, response: Response) -> bool:
@@ -134,20 +134,20 @@ class RemoteEngine(Engine):
         before: Callable[[], Awaitable[None]] | None = None,
         of_a_row: bool = False,
     ) -> T:
-        """One call, again and again while the fault is the server's or the network's.
+        """One call, retried while the fault is the server's or the network's.
 
         Args:
             send: sends the request.
-            understand: what is made of the JSON of the answer.
-            tries: until it is given up.
-            unusable_tries: of them until an answer that cannot be right is given up.
-            before: waits, before every try, until it may be sent.
-            of_a_row: whether it asks for the answer to a prompt of the user's, which may be refused for itself.
+            understand: reads the JSON of the answer.
+            tries: number of attempts.
+            unusable_tries: number of them after which an unusable answer is given up.
+            before: waits, before every attempt, until it may be sent.
+            of_a_row: whether it is the prompt of a row, which may be refused by itself.
 
         Raises:
-            InputError: the server refuses it.
-            RemoteError: it still fails after the last try.
-            UnusableAnswerError: the server answers, but what it says cannot be right.
+            InputError: if the server refuses it.
+            RemoteError: if the last attempt fails.
+            UnusableAnswerError: if the server's answer is unusable.
         """
         tries = tries or TRIES
         url, unusable, answered, attempt, others = self.teacher.endpoint, 0, False, 0, self._answered
@@ -158,7 +158,7 @@ class RemoteEngine(Engine):
             try:
                 if before:
                     await before()
-                async with asyncio.timeout(self.teacher.timeout):  # of the whole answer, which may come byte by byte
+                async with asyncio.timeout(self.teacher.timeout):  # for the complete answer, which may come byte by byte
                     response = await send()
                 asked = self.after(response)
                 if of_a_row and (why := refused_prompt(response)):
@@ -182,28 +182,28 @@ class RemoteEngine(Engine):
                 if unusable == min(unusable_tries or UNUSABLE_TRIES, tries):
                     raise
             except TimeoutError:
-                reason = f"no whole answer within {self.teacher.timeout:g} seconds (teacher.timeout)"
+                reason = f"no complete answer within {self.teacher.timeout:g} seconds (teacher.timeout)"
             except Exception as error:
                 if not isinstance(error, (*faults, *((LookupError, TypeError, AttributeError) if answered else ()))):
                     raise
                 reason = f"{type(error).__name__}: {str(error) or 'no answer'}".splitlines()[0]
             if asked is not None and self._answered > others:
-                attempt -= 1  # the server only wants fewer requests at a time, and answers those
+                attempt -= 1  # the server only wants fewer concurrent requests, and answers those
             others = self._answered
             if attempt < tries:
                 await asyncio.sleep((asked or 0) + pause_after(attempt))
         if answered:
-            raise UnusableAnswerError(f"an answer of another shape ({reason})")
+            raise UnusableAnswerError(f"an answer in an unexpected format ({reason})")
         raise RemoteError(f"{url}: failed {tries} times; last error: {reason}")
 
 
 def pause_after(attempt: int) -> float:
-    """The seconds to wait after so many tries that failed, not the same for all who wait."""
+    """Seconds to wait after this many failed attempts, with jitter."""
     return min(0.5 * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.5)  # noqa: S311
 
 
 def given_up(request: Request, reason: str, usage: Usage | None = None) -> Completion:
-    """What stands for the answer to a request that has none of use."""
+    """The completion for a request without a usable answer."""
     nothing = np.empty(0, dtype=np.int64)
     return Completion(request.index, nothing, "failed", np.empty(0, dtype=np.float32), None, failed=reason, usage=usage)
 
@@ -212,9 +212,9 @@ def key_of(variable: str) -> str:
     """An API key from the environment; empty if there is none.
 
     Raises:
-        InputError: it cannot be sent.
+        InputError: if it cannot be sent.
     """
-    key = os.environ.get(variable, "").strip()  # a secret that is mounted as a file ends in a line break
+    key = os.environ.get(variable, "").strip()  # a secret mounted as a file ends with a newline
     if not (key.isascii() and key.isprintable()):
-        raise InputError(f"{variable} has characters that a header cannot have")
+        raise InputError(f"{variable} contains characters that are not allowed in a header")
     return key

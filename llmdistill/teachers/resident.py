@@ -1,4 +1,4 @@
-"""Engines of micro-rounds: started once, they rest while the student trains; the student's goes on with its new weights."""
+"""Engines of micro-rounds: started once, they rest while the student trains; the student's continues with its new weights."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,18 +16,18 @@ class Resident:
     """The engine of a model, for one dataset after another.
 
     Args:
-        model: which one it is.
-        longest: tokens of the longest sequence that is expected; a longer one has the engine started again.
+        model: which model it is.
+        longest: length in tokens of the longest expected sequence; a longer one restarts the engine.
     """
 
     def __init__(self, model: Literal["teacher", "student"], longest: int) -> None:
         self.model, self.longest = model, longest
         self.student: Any = None
-        """The student in training, whose weights write; before training None: those in the directory do."""
+        """The student in training, whose weights generate; None before training, when those in the directory do."""
         self._engine: Engine | None = None
 
     def open(self, spec: EngineSpec) -> Engine:
-        """The engine, ready for a dataset; as `make_dataset` asks for it."""
+        """The engine, ready for a dataset, as requested by `make_dataset`."""
         if self.model == "student" and spec.teacher.engine == "transformers":
             from llmdistill.teachers.transformers import TransformersEngine
 
@@ -43,12 +43,12 @@ class Resident:
         return self._engine
 
     def rest(self) -> None:
-        """Nothing is to be written or read for a while."""
+        """Let it rest: nothing will be generated or scored for a while."""
         if self._engine is not None:
             self._engine.rest()
 
     def close(self) -> None:
-        """End the engine, if there is one."""
+        """Stop the engine, if there is one."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -59,10 +59,10 @@ def checkpoint_weights(model: Any, directory: Path) -> Iterator[tuple[str, torch
 
     Args:
         model: a `PreTrainedModel`.
-        directory: the checkpoint that it was loaded from, whose names they must have.
+        directory: the checkpoint that it was loaded from, whose names must match.
 
     Raises:
-        InputError: there are others than in the checkpoint, so that an engine would keep some of its old ones.
+        InputError: if the names differ from those in the checkpoint, so that an engine would keep some old weights.
     """
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -72,7 +72,7 @@ def checkpoint_weights(model: Any, directory: Path) -> Iterator[tuple[str, torch
     if other := sorted(stored ^ found.keys()):
         raise InputError(
             f"rounds.every: {directory} and the student in memory differ in {', '.join(other[:4])}{' …' if other[4:] else ''}, "
-            "so its weights cannot be handed over; set teacher.engine to transformers, or remove rounds.every"
+            "so its weights cannot be passed to vLLM; set teacher.engine to transformers, or remove rounds.every"
         )
     yield from found.items()
 

@@ -1,4 +1,4 @@
-"""A teacher behind `vllm serve`, over its OpenAI-compatible API: token ids go in, token ids and log-probabilities come out."""
+"""A teacher behind `vllm serve`, over its OpenAI-compatible API: takes token ids, returns token ids and log-probabilities."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from llmdistill.teachers.probe import check_dependence
 from llmdistill.teachers.remote import RemoteEngine, Response, key_of
 
 _CONNECT_SECONDS = 10.0
-# What a server takes from the model's generation configuration where a request does not say it.
+# Parameters that a server takes from the model's generation configuration if a request does not set them.
 _NO_DEFAULTS = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 _TELL = "/collective_rpc"
 _EXTENSION = "llmdistill.teachers.vllm_worker.SampleTargets"
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class ServerEngine(RemoteEngine):
-    """The exact one: what the server saw is compared with what was sent, and samples can be drawn inside it."""
+    """An exact engine: the token ids that the server saw are checked, and samples can be drawn inside it."""
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__(spec.teacher)
@@ -47,7 +47,7 @@ class ServerEngine(RemoteEngine):
         return self.answers(batches, self._continue)
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Read every request's text."""
+        """Score every request's text."""
         return self.answers(batches, self._read)
 
     async def _continue(self, request: Request) -> Completion:
@@ -69,7 +69,7 @@ class ServerEngine(RemoteEngine):
         def read(choice: Any) -> Completion:
             ids = token_ids(choice["token_ids"], self._vocab_size)
             if len(ids) > self.sampling.max_tokens:
-                raise UnusableAnswerError("more tokens than were asked for")
+                raise UnusableAnswerError("more tokens than requested")
             if choice["finish_reason"] not in ("stop", "length"):
                 raise UnusableAnswerError("a finish reason other than stop or length")
             tops = [
@@ -90,7 +90,7 @@ class ServerEngine(RemoteEngine):
         return await self._ask(body, read)
 
     async def _read(self, request: Request) -> Completion:
-        """Score in one prefill; the token that the server insists on writing after it is dropped."""
+        """Score in one prefill; the extra token that the server insists on generating is dropped."""
         start = len(request.prompt_ids)
         body = {
             "prompt": [*request.prompt_ids, *request.completion_ids],
@@ -111,22 +111,22 @@ class ServerEngine(RemoteEngine):
         return await self._ask(body, read)
 
     def _logprobs(self, ids: Array, given: Any) -> Array:
-        """A log-probability a token."""
+        """One log-probability per token."""
         if not isinstance(given, list) or len(given) != len(ids):
-            raise UnusableAnswerError("not one log-probability a token")
+            raise UnusableAnswerError("not one log-probability per token")
         check_logprobs(given)
         return np.array(given, dtype=np.float32)
 
     def _targets(self, ids: Array, tops: Sequence[Mapping[int, Any]]) -> SoftTargets | None:
-        """The server gives the kept tokens at every position, and the written one beside them if it is not one of them."""
+        """The server gives the kept tokens at every position, and plus the written one if it is not among them."""
         if len(tops) != len(ids):
-            raise UnusableAnswerError("not one distribution a token")
+            raise UnusableAnswerError("not one distribution per token")
         kept = self.kept.kept
         ids_NK, logprobs_NK = np.zeros((len(ids), kept), dtype=np.int64), np.zeros((len(ids), kept), dtype=np.float32)
         for position, (token, top) in enumerate(zip(ids.tolist(), tops, strict=True)):
             found = {other: value for other, value in top.items() if len(top) == kept or other != token}
             if len(found) != kept:
-                raise UnusableAnswerError("another number of log-probabilities a token than were asked for")
+                raise UnusableAnswerError("not as many log-probabilities per token as requested")
             check_logprobs(found.values())
             if kept:
                 token_ids(list(found), self._vocab_size)
@@ -138,7 +138,7 @@ class ServerEngine(RemoteEngine):
         return made if made is None or self.known_ids is None else made.within(self.known_ids)
 
     async def _first_tokens(self, changes: Mapping[str, float]) -> dict[str, float]:
-        """What may come behind an end token, sampled with these parameters: tokens and their log-probabilities."""
+        """Possible tokens after an end token, sampled with these parameters, and their log-probabilities."""
         body = {
             "prompt": list(self.end_ids)[:1],
             "max_tokens": 1,
@@ -151,19 +151,19 @@ class ServerEngine(RemoteEngine):
         return await self._ask(body, lambda choice: dict(choice["logprobs"]["top_logprobs"][0]))
 
     async def _ask(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """What `read` makes of the one choice that the server returns."""
+        """The result of `read` for the one choice that the server returns."""
         body = {**body, "model": self.model, "add_special_tokens": False, "return_token_ids": True}
 
         def understand(answer: Any) -> T:
             (choice,) = answer["choices"]
             if choice["prompt_token_ids"] != body["prompt"]:
-                raise InputError(f"{self.teacher.url}: the server saw other token ids than those that were sent")
+                raise InputError(f"{self.teacher.url}: the server saw different token ids than those sent")
             return read(choice)
 
         return await self._call("POST", "/v1/completions", understand, body)
 
     def is_final(self, response: Any) -> bool:
-        """Whether a response with an error status would be the same again: as is what a worker raises that is told something."""
+        """Whether a response with an error status would be the same again, like an error raised by a worker."""
         return super().is_final(response) or (response.status_code == 500 and response.url.path.endswith(_TELL))
 
     async def _call(
@@ -177,7 +177,7 @@ class ServerEngine(RemoteEngine):
         return await self.call(send, understand, tries)
 
     async def _served_model(self) -> str:
-        """The name under which the server has the teacher."""
+        """The name of the teacher on the server."""
 
         def understand(answer: Any) -> list[tuple[str, str]]:
             return [(str(model["id"]), str(model.get("root"))) for model in answer["data"]]
@@ -193,7 +193,7 @@ class ServerEngine(RemoteEngine):
         )
 
     async def _set_targets(self, seed: int) -> None:
-        """Tell the server's workers which tokens to return, so that samples are drawn inside, as the engine vllm does.
+        """Configure which tokens the server's workers return, so that samples are drawn inside, as with engine vllm.
 
         A server without the extension always returns the most likely tokens; one that has it may have been told otherwise.
 

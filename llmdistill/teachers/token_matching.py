@@ -1,8 +1,8 @@
-"""From the tokens that an endpoint names, by ids or by bytes, to the ids of a tokenizer.
+"""Mapping from the tokens that an endpoint names, by ids or bytes, to the ids of a tokenizer.
 
-An entry is what OpenAI's API gives for a token: `token`, `bytes`, `logprob` and, of a written one, `top_logprobs`, a list of
-the same for the most likely tokens. Three things in it are no values: a log-probability of -9999.0 says "outside the most
-likely tokens", null `bytes` say that the token is no text, and empty ones that the server does not show it.
+An entry is what OpenAI's API returns for a token: `token`, `bytes`, `logprob` and, for a written one, `top_logprobs`, a list
+of the same for the most likely tokens. Three values are placeholders: a log-probability of -9999.0 means "outside the most
+likely tokens", null `bytes` that the token is not text, and empty ones that the server does not show it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Matched:
-    """What was written: ids (N,), the log-probability of each, NaN where it is not known, and the targets."""
+    """Written tokens: ids (N,), the log-probability of each, NaN if unknown, and the targets."""
 
     ids: Array
     logprobs: Array
@@ -36,7 +36,7 @@ class TokenMatcher:
     """Knows a tokenizer's tokens by their bytes, and its special tokens by their names.
 
     Args:
-        tokenizer: of the model behind the endpoint.
+        tokenizer: the tokenizer of the endpoint's model.
         end_id: the token that ends its turn.
         kept: the targets to keep.
     """
@@ -51,13 +51,13 @@ class TokenMatcher:
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
 
     def match(self, entries: Sequence[Entry], stopped: bool) -> Matched:
-        """The ids, log-probabilities and targets of written tokens, the end token included if the model stopped.
+        """The ids, log-probabilities and targets of written tokens, including the end token if the model stopped.
 
-        Endpoints that do not show the end token give no distribution where it stands. Of such a position nothing is known but
-        the token: all probability is in the tail, where it adds nothing to a divergence, and the log-probability is NaN.
+        Endpoints that do not show the end token return no distribution for it. At such a position only the token is known: all
+        probability is in the tail, where it adds nothing to a divergence, and the log-probability is NaN.
 
         Raises:
-            FinalAnswerError: a token is not one of the tokenizer's, or the distributions cannot be right.
+            FinalAnswerError: if a token is not in the tokenizer, or the distributions are invalid.
         """
         k, ids, rows = self.kept.kept, [], []
         for place, entry in enumerate(entries):
@@ -80,10 +80,10 @@ class TokenMatcher:
         return Matched(found, np.array(logprobs, dtype=np.float32), self.kept.stored.from_kept(ids_NK, logprobs_NK))
 
     def find(self, entry: Entry) -> int | None:
-        """The id of a token; None where the endpoint hides it.
+        """The id of a token; None if the endpoint hides it.
 
         Raises:
-            FinalAnswerError: it is no token of the tokenizer.
+            FinalAnswerError: if it is not a token of the tokenizer.
         """
         token, given = str(entry["token"]), entry.get("bytes")
         if (number := id_of(entry)) is not None:
@@ -92,7 +92,7 @@ class TokenMatcher:
             return self._special[token]
         content = bytes_of(entry)
         if content is None:
-            raise FinalAnswerError("a token without bytes" if given is None else "bytes that are none")
+            raise FinalAnswerError("a token without bytes" if given is None else "invalid bytes")
         if not content:
             return None
         found = self._by_bytes.get(content, [])
@@ -101,20 +101,20 @@ class TokenMatcher:
         return found[0] if len(found) == 1 else self._as_encoded(content, found)
 
     def _as_encoded(self, content: bytes, found: list[int]) -> int:
-        """Of several tokens with the same bytes, that which the tokenizer uses for them."""
+        """Of several tokens with the same bytes, the one that the tokenizer uses for them."""
         text = content.decode("utf-8", errors="replace")
         for encoded in (self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.encode(text)):
             if len(encoded) == 1 and encoded[0] in found:
                 return int(encoded[0])
-        raise FinalAnswerError("bytes that are those of several tokens")
+        raise FinalAnswerError("bytes shared by several tokens")
 
     def _alternatives(self, entry: Entry, written: int, k: int) -> tuple[list[int], list[float]]:
-        """The k most likely tokens, most likely first; what the endpoint gives no probability or no name of is in the tail."""
+        """The k most likely tokens, most likely first; tokens without a probability or name are in the tail."""
         if not k:
             return [], []
         given = entry.get("top_logprobs") or []
         if len(given) < k:
-            raise FinalAnswerError("fewer log-probabilities a token than were asked for")
+            raise FinalAnswerError("fewer log-probabilities per token than requested")
         shown = [other for other in given if other["logprob"] != OUTSIDE]
         check_logprobs(other["logprob"] for other in shown)
         shown = sorted(shown, key=lambda other: -other["logprob"])[:k]
@@ -122,12 +122,12 @@ class TokenMatcher:
         if len({token for token, _ in named}) < len(named):
             raise FinalAnswerError("the same token twice at one position")
         lacking = k - len(named)
-        filler = named[0][0] if named else written  # stands for no token, as its weight is zero
+        filler = named[0][0] if named else written  # a placeholder, as its weight is zero
         return [token for token, _ in named] + [filler] * lacking, [value for _, value in named] + [-np.inf] * lacking
 
 
 def id_of(entry: Entry) -> int | None:
-    """The id that an endpoint gives for a token: as `id` (llama.cpp), as `token_id` (Fireworks), or in its name (vLLM)."""
+    """An endpoint's id for a token: as `id` (llama.cpp), as `token_id` (Fireworks), or in its name (vLLM)."""
     given = entry.get("id", entry.get("token_id"))
     if type(given) is int:
         return given
@@ -136,7 +136,7 @@ def id_of(entry: Entry) -> int | None:
 
 
 def bytes_of(entry: Entry) -> bytes | None:
-    """The bytes of a token; None where there are none."""
+    """The bytes of a token; None if there are none."""
     given = entry.get("bytes")
     if not isinstance(given, list) or not all(type(value) is int and 0 <= value < 256 for value in given):
         return None
@@ -144,7 +144,7 @@ def bytes_of(entry: Entry) -> bytes | None:
 
 
 def entries_of(logprobs: Any) -> list[Entry]:
-    """The entries of a choice's `logprobs`, of either API; none if it is null."""
+    """The entries of a choice's `logprobs`, from either API; empty if it is null."""
     if not logprobs:
         return []
     if logprobs.get("content") is not None:
@@ -158,24 +158,24 @@ def entries_of(logprobs: Any) -> list[Entry]:
 
 
 def chunks_of(entries: Sequence[Entry], text: str, side: Side, ids: Array, stopped: bool) -> Chunks:
-    """The chunks of a text whose tokens an endpoint names by their bytes, in the tokens of another tokenizer.
+    """The chunks of a text whose tokens an endpoint names by their bytes, in the tokens of a different tokenizer.
 
     Args:
-        entries: of the written tokens.
-        text: that they spell; endpoints that show the end token have one entry more.
-        side: how the other tokenizer's tokens read.
-        ids: its tokens of the text.
-        stopped: whether the model has ended its turn.
+        entries: entries of the written tokens.
+        text: the text that they spell; endpoints that show the end token have one more entry.
+        side: how the tokens of the other tokenizer are spelled.
+        ids: its tokens for the text.
+        stopped: whether the model ended its turn.
 
     Raises:
-        FinalAnswerError: the tokens are not those of the text.
+        FinalAnswerError: if the tokens do not match the text.
     """
     contents = [bytes_of(entry) or b"" for entry in entries]
     ended = stopped and bool(contents) and b"".join(contents[:-1]) == text.encode()
     if ended:
         contents[-1] = b""
     if b"".join(contents) != text.encode():
-        raise FinalAnswerError("tokens of another text than the answer")
+        raise FinalAnswerError("tokens that do not match the text of the answer")
     values_N = np.array([_known(entry["logprob"]) for entry in entries])
     return Chunks(np.empty((len(ids), 0), dtype=np.int64), *told_chunks(contents, values_N, side, ids, ended))
 

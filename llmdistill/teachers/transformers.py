@@ -1,4 +1,4 @@
-"""The exact reference engine: the full distribution at every step, with no vLLM needed; of one teacher or of several."""
+"""The exact reference engine: the full distribution at every step, without vLLM, for one teacher or several."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said
 
 
 class TransformersEngine(Engine):
-    """Decodes batches in order; a batch's composition is fixed by the configuration, so results repeat exactly.
+    """Decodes batches in order; their composition is fixed by the configuration, so results are exactly reproducible.
 
     Args:
-        spec: what it is made from.
-        models: those of `spec.teacher`, if they are in memory.
+        spec: the specification of the engine.
+        models: the models of `spec.teacher`, if they are in memory.
     """
 
     def __init__(self, spec: EngineSpec, models: Sequence[PreTrainedModel] | None = None) -> None:
@@ -52,7 +52,7 @@ class TransformersEngine(Engine):
                 yield from self._generate_batch(requests[start : start + self.batch_size])
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Read every request's text, `teacher.batch_size` at a time."""
+        """Score every request's text, `teacher.batch_size` at a time."""
         for requests in batches:
             for start in range(0, len(requests), self.batch_size):
                 yield from self._score_batch(requests[start : start + self.batch_size])
@@ -65,7 +65,7 @@ class TransformersEngine(Engine):
         ]
         batch = {name: values.to(self.device) for name, values in DistillCollator(pad_token_id=0)(rows).items()}
         lengths = [len(request.completion_ids) for request in requests]
-        logits = [completion_logits(model, batch).split(lengths) for model in self.models]  # a row at a time in float32
+        logits = [completion_logits(model, batch).split(lengths) for model in self.models]  # one row at a time in float32
         for request, *logits_TV in zip(requests, *logits, strict=True):
             logprobs_TV = self._logprobs(logits_TV)
             ids_T = torch.tensor(request.completion_ids, device=logprobs_TV.device)
@@ -85,11 +85,11 @@ class TransformersEngine(Engine):
             )
 
     def close(self) -> None:
-        """Let go of the models."""
+        """Release the models."""
         self.models = []
 
     def _uniforms(self, request: Request, positions: int) -> torch.Tensor:
-        """The random numbers of a row's targets; a stream of its own, so that the kind of targets changes no text."""
+        """The random numbers for a row's targets; a separate stream, so that the kind of targets does not change the text."""
         key = np.array([request.seed, 1], dtype=np.uint64)
         shape = (positions, self.kept.stored.uniforms(self.kept.kept))
         return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(shape))
@@ -121,7 +121,7 @@ class TransformersEngine(Engine):
             yield self._completion(request, row, steps[: lengths_B[row]])
 
     def _forward(self, inputs_BT: torch.Tensor, mask_BT: torch.Tensor, caches: list[Any]) -> tuple[torch.Tensor, list[Any]]:
-        """The log-probabilities (B, V) of the next tokens, and the caches with the inputs in them."""
+        """The log-probabilities (B, V) of the next tokens, and the caches including the inputs."""
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -inputs_BT.shape[1] :]
         text = {"input_ids": inputs_BT, "attention_mask": mask_BT, "position_ids": positions_BT}
         outputs = [
@@ -141,7 +141,7 @@ class TransformersEngine(Engine):
         return _Step(token_B.cpu().numpy(), of_token(logprobs_BV), tempered_B, *self._keep(logprobs_BV, uniform_BU))
 
     def _completion(self, request: Request, row: int, steps: Sequence["_Step"]) -> Completion:
-        """What a row of the batch wrote, in so many steps."""
+        """The text that a row of the batch generated, in this many steps."""
         ids = np.array([step.token_B[row] for step in steps], dtype=np.int64)
         tempered = [step.tempered_B[row] for step in steps if step.tempered_B is not None]
         kept_ids = np.stack([step.kept_ids_BK[row] for step in steps])
@@ -157,7 +157,7 @@ class TransformersEngine(Engine):
         )
 
     def _logprobs(self, logits_NV: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Of the teacher, or of the weighted mean of the teachers' probabilities; over what all their vocabularies have."""
+        """Log-probabilities of the teacher, or of the weighted mean of several, over the ids that all vocabularies have."""
         size = min([logits.shape[1] for logits in logits_NV] + ([self.known_ids] if self.known_ids else []))
         each_NV = [logits[:, :size].float().log_softmax(-1) for logits in logits_NV]
         if len(each_NV) == 1:
@@ -166,14 +166,14 @@ class TransformersEngine(Engine):
         return torch.stack(weighted).logsumexp(dim=0)
 
     def _keep(self, logprobs_NV: torch.Tensor, uniform_NU: torch.Tensor) -> tuple[Array, Array]:
-        """The ids to keep at some positions, and their log-probabilities."""
+        """The ids to keep at some positions, with their log-probabilities."""
         ids_NK = self.kept.stored.keep(logprobs_NV, self.kept.kept, uniform_NU.to(logprobs_NV.device, draw.widest(logprobs_NV)))
         return ids_NK.cpu().numpy(), logprobs_NV.gather(1, ids_NK).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One decoding step: the token of each row, its log-probability, that at the sampling temperature, and what is kept."""
+    """One decoding step: the token of each row, its log-probability, that at the sampling temperature, and the kept tokens."""
 
     token_B: Array
     logprob_B: Array
@@ -183,7 +183,7 @@ class _Step:
 
 
 def _left_padded(requests: Sequence[Request], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompts and their mask (B, T), padded on the left: every next token stands in the same column."""
+    """The prompts and their mask (B, T), padded on the left, so that all next tokens are in the same column."""
     width = max(len(request.prompt_ids) for request in requests)
     ids_BT = torch.zeros(len(requests), width, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
@@ -194,10 +194,10 @@ def _left_padded(requests: Sequence[Request], device: torch.device) -> tuple[tor
 
 
 def sample(logprobs_BV: torch.Tensor, sampling: Generate, uniform_B: torch.Tensor) -> torch.Tensor:
-    """One token a row by the inverse of the cumulative distribution at `uniform_B`; the most likely one at temperature 0.
+    """One token per row by the inverse of the cumulative distribution at `uniform_B`; the most likely one at temperature 0.
 
-    The distribution is summed up in the order of the ids: in that of the probabilities, the last bit of one of them could
-    swap two tokens, and a row's text would depend on what else is in its batch.
+    The distribution is summed in the order of the ids: in the order of probability, the last bit of one of them could swap two
+    tokens, and a row's text would depend on the rest of its batch.
     """
     if sampling.temperature == 0:
         return logprobs_BV.argmax(-1)

@@ -1,4 +1,4 @@
-"""The fast engine: vLLM in this process, continuous batching, the top of the distribution in the same pass."""
+"""The fast engine: vLLM in this process, with continuous batching and the top of the distribution in the same pass."""
 
 import math
 import os
@@ -11,21 +11,22 @@ from typing import Any
 import numpy as np
 
 from llmdistill.config import Generate
+from llmdistill.config.machine import count_cores
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 from llmdistill.runs.quiet import quiet_libraries
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, Said, guard
 from llmdistill.teachers.vllm_worker import ASKED
 
-# Requests inside the engine at a time: more than it runs at once, so that it is never idle while a shard is written.
+# Concurrent requests in the engine: more than it runs at once, so that it is never idle while a shard is written.
 _QUEUE = 2048
-_READ_BYTES = 1 << 30  # of float32 log-probabilities at a time, when finished text is read; some copies come on top
-_SEQUENCES = 256  # read at a time
-_MOST, _SPARE = 0.92, 0.03  # shares of a GPU's memory: vLLM's own default, and what is left of what is free
-# Where a CPU has so many cores or fewer, vLLM runs in this process: the processes that it else starts wait for each other in
-# loops that keep a core busy, and each takes its time to start. On two cores that doubles the speed (docs/teachers.md).
+_READ_BYTES = 1 << 30  # of float32 log-probabilities at a time when scoring finished text; some copies come on top
+_SEQUENCES = 256  # sequences scored at a time
+_MOST, _SPARE = 0.92, 0.03  # shares of a GPU's memory: vLLM's default, and what is left free
+# On a CPU with at most this many cores, vLLM runs in this process: the processes that it starts otherwise wait for each other
+# in busy loops that occupy a core, and each takes time to start. On two cores that doubles the speed (docs/teachers.md).
 _FEW_CORES = 8
-_SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # where it is not set, vLLM takes its second model runner on a GPU
+_SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # if not set, vLLM uses its second model runner on a GPU
 
 
 class VllmEngine(Engine):
@@ -37,7 +38,7 @@ class VllmEngine(Engine):
         self.kept = spec.kept
         self.end_ids = spec.end_ids
         self.sampling = spec.sampling
-        # How much a temperature takes off a log-probability at a position comes as one more of the position's numbers.
+        # The correction of a log-probability for the temperature comes as one more value at each position.
         self.tempered = spec.sampling.shows_everything and spec.sampling.temperature != 1
         self.tokens = 0
         self.asked = spec.asked
@@ -60,7 +61,7 @@ class VllmEngine(Engine):
         self._sampling = self._sampling_arguments(spec.sampling, spec.end_ids)
 
     def _arguments(self, spec: EngineSpec) -> dict[str, Any]:
-        """What `vllm.LLM` is made from, before `teacher.engine_args`."""
+        """Arguments of `vllm.LLM`, before `teacher.engine_args`."""
         from vllm.platforms import current_platform
 
         teacher = spec.teacher
@@ -81,7 +82,7 @@ class VllmEngine(Engine):
         if self._sleep_level:
             arguments["enable_sleep_mode"] = True
         if spec.reads_with:
-            # Every token of a prefill gets a whole distribution then, which vLLM does not reckon with: it has to fit.
+            # Every token of a prefill then gets a full distribution, which vLLM does not account for: it has to fit.
             arguments["max_num_batched_tokens"] = max(_READ_BYTES // (4 * spec.reads_with), _SEQUENCES)
             arguments |= {"max_num_seqs": _SEQUENCES, "enable_chunked_prefill": True}
         if current_platform.is_cpu():
@@ -93,7 +94,7 @@ class VllmEngine(Engine):
         return arguments
 
     def _sampling_arguments(self, sampling: Generate, end_ids: Sequence[int]) -> dict[str, Any]:
-        """What `vllm.SamplingParams` are made from, beside the seed of the request."""
+        """Arguments of `vllm.SamplingParams`, except the seed of the request."""
         from vllm.sampling_params import StructuredOutputsParams
 
         schema = sampling.json_schema
@@ -122,7 +123,7 @@ class VllmEngine(Engine):
             yield replace(made, sampling_logprob=self._sampling_logprob(made, completion.logprobs))
 
     def score(self, batches: Iterable[Sequence[Request]]) -> Iterator[Completion]:
-        """Read every request's text in one prefill; the token that vLLM insists on writing after it is dropped."""
+        """Score every request's text in one prefill; the extra token that vLLM insists on generating is dropped."""
         wanted = {"prompt_logprobs": self.kept.kept + (self.asked or 0), "flat_logprobs": True, "detokenize": False}
         params = self._params(temperature=0, max_tokens=1, **wanted)
         starts: dict[str, int] = {}
@@ -131,7 +132,7 @@ class VllmEngine(Engine):
             starts[str(request.index)] = len(request.prompt_ids)
             if request.asked_NJ is None:
                 return params
-            # The distribution of a token stands in the row of the one before it.
+            # The distribution of a token is in the row of the previous one.
             asked = {"first_row": len(request.prompt_ids) - 1, "ids": request.asked_NJ.astype(np.int32).tobytes()}
             return self._params(temperature=0, max_tokens=1, **wanted, extra_args={ASKED: asked})
 
@@ -158,9 +159,9 @@ class VllmEngine(Engine):
                 else:
                     ids = [*request.prompt_ids, *request.completion_ids]
                     engine.add_request(str(request.index), {"prompt_token_ids": ids}, params_of(request))
-            # Where it runs in a process of its own, a step without a request would wait for one for ever.
+            # If it runs in a separate process, a step without a request would wait for one forever.
             outputs = engine.step() if engine.has_unfinished_requests() else []
-            self.tokens += 0 if reads else len(outputs)  # a step writes a token for each
+            self.tokens += 0 if reads else len(outputs)  # each step generates one token for each
             yield from (output for output in outputs if output.finished)
 
     def _sampling_logprob(self, completion: Completion, flat: Any) -> float | None:
@@ -173,25 +174,25 @@ class VllmEngine(Engine):
         return float(written / self.sampling.temperature - normalisers.sum())
 
     def rest(self) -> None:
-        """Free the accelerator's memory; the teacher's weights wait in the machine's, the student's are not kept."""
+        """Free the accelerator's memory; the teacher's weights move to the machine's memory, the student's are dropped."""
         if self._sleep_level and not self._rests:
             self.llm.sleep(level=self._sleep_level)
             self._rests = True
 
     def wake(self, weights: Iterable[tuple[str, Any]] | None = None) -> None:
-        """Take the memory back, and other weights if some are given; what was computed with the old ones is forgotten."""
+        """Take the memory back, with new weights if given; everything computed with the old ones is discarded."""
         if self._rests:
             self.llm.wake_up(tags=["weights"])
         if weights is not None:
             self.llm.collective_rpc("take_weights", args=(weights,))
             if not self.llm.reset_prefix_cache():
-                raise RuntimeError("vLLM kept its prefix cache, which is that of other weights")
+                raise RuntimeError("vLLM kept its prefix cache, which belongs to the old weights")
         if self._rests:
             self.llm.wake_up(tags=["kv_cache"])
             self._rests = False
 
     def close(self) -> None:
-        """End vLLM's processes, or let go of the model where it runs in this one."""
+        """Stop vLLM's processes, or release the model if it runs in this one."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
@@ -210,7 +211,7 @@ class VllmEngine(Engine):
 
 
 def prepare_environment(kv_cache_gib: int = 2) -> None:
-    """Set what vLLM's processes take from the environment; what the user has set stays.
+    """Set environment variables for vLLM's processes; those set by the user are kept.
 
     Args:
         kv_cache_gib: memory for keys and values on a CPU, in GiB.
@@ -220,22 +221,21 @@ def prepare_environment(kv_cache_gib: int = 2) -> None:
     os.environ.setdefault(_SECOND_RUNNER, "0")
     from vllm.platforms import current_platform
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if current_platform.is_cpu() and cores <= _FEW_CORES:
+    if current_platform.is_cpu() and count_cores() <= _FEW_CORES:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 def _share_of_memory(reads: bool) -> float | None:
-    """Of a GPU's memory what vLLM may take: its own default, but no more than is free; None leaves it to vLLM.
+    """The share of a GPU's memory that vLLM may use: its own default, but no more than is free; None leaves it to vLLM.
 
     Args:
-        reads: whether prompts get log-probabilities, whose memory vLLM does not reckon with.
+        reads: whether prompts get log-probabilities, whose memory vLLM does not account for.
     """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
         return None
-    from vllm.third_party import pynvml  # which makes no CUDA context in this process
+    from vllm.third_party import pynvml  # which creates no CUDA context in this process
 
     try:
         pynvml.nvmlInit()
@@ -249,22 +249,22 @@ def _share_of_memory(reads: bool) -> float | None:
 
 
 def _check_runner() -> None:
-    """Refuse the model runner whose sampler the worker extension does not know.
+    """Refuse the model runner whose sampler the worker extension does not support.
 
     Raises:
-        InputError: the environment asks for it.
+        InputError: if the environment selects it.
     """
     if (found := os.environ[_SECOND_RUNNER]) != "0":
         raise InputError(
-            f"{_SECOND_RUNNER} is {found} in the environment, but teacher.engine vllm makes these targets in vLLM's first model "
-            "runner; unset it, or set teacher.engine to transformers"
+            f"{_SECOND_RUNNER} is {found} in the environment, but teacher.engine vllm needs vLLM's first model runner for "
+            "these targets; unset it, or set teacher.engine to transformers"
         )
 
 
 def _sleep_level(spec: EngineSpec) -> int:
-    """How deep the engine sleeps while the student trains: 1 keeps the weights in the machine's memory, 2 does not.
+    """How deeply the engine sleeps while the student trains: 1 keeps the weights in the machine's memory, 2 does not.
 
-    0 is not at all: on a CPU vLLM has no such mode.
+    0 means not at all: on a CPU vLLM has no such mode.
     """
     from vllm.platforms import current_platform
 
@@ -274,20 +274,20 @@ def _sleep_level(spec: EngineSpec) -> int:
 
 
 def _choose_process(spec: EngineSpec) -> None:
-    """The student's engine is in this process, so that weights are handed over by reference.
+    """Run the student's engine in this process, so that weights are passed by reference.
 
-    vLLM lets one engine of a process sleep, so the teacher's is in another one.
+    vLLM lets only one engine per process sleep, so the teacher's runs in another one.
     """
     from vllm import envs
     from vllm.platforms import current_platform
 
     if spec.beside_training == "student" or (spec.beside_training and not current_platform.is_cpu()):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(spec.beside_training == "teacher"))
-        envs.disable_envs_cache()  # an engine that was started in this process has it read
+        envs.disable_envs_cache()  # an engine started earlier in this process has already read it
 
 
 def _end_with_this_process() -> "subprocess.Popen[bytes]":
-    """Have what vLLM starts from now on killed when this process is gone; keep what is returned."""
+    """Have everything that vLLM starts killed when this process is gone; keep the returned object alive."""
     return subprocess.Popen(
         [sys.executable, "-I", "-S", guard.__file__, str(os.getpid())],
         stdin=subprocess.PIPE,
@@ -300,8 +300,8 @@ def _end_with_this_process() -> "subprocess.Popen[bytes]":
 def flat_logprobs(flat: Any, count: int) -> tuple[Array, Array, Array]:
     """The written tokens' log-probabilities, and the ids and log-probabilities of so many others, from vLLM's `FlatLogprobs`.
 
-    vLLM puts the written token first at every position, before those that were asked for, whatever its rank; it stands
-    there twice when it is one of them.
+    vLLM puts the written token first at every position, before those requested, whatever its rank; it appears twice if it is
+    one of them.
     """
     positions = len(flat.start_indices)
     logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(positions, -1)[:, : count + 1]

@@ -1,9 +1,9 @@
-"""Runs inside vLLM's workers: the sample is drawn there, from the full distribution, and only it travels.
+"""Runs inside vLLM's workers: the sample is drawn there, from the full distribution, and only the sample is transferred.
 
-vLLM loads the class by name (`worker_extension_cls`) and calls its method by `collective_rpc`, both public. What the
-method replaces is not: the two functions by which the sampler of vLLM's first model runner makes the log-probabilities and
-picks those to return, and the table of requests whose prompts are read. If a version of vLLM does without them, or its second
-model runner is used (`VLLM_USE_V2_MODEL_RUNNER`), the call fails at start; nothing falls back to another kind of targets.
+vLLM loads the class by name (`worker_extension_cls`) and calls its method by `collective_rpc`, both public. What the method
+replaces is not: the two functions with which the sampler of vLLM's first model runner computes log-probabilities and selects
+those to return, and the table of requests whose prompts are scored. If a version of vLLM lacks them, or its second model
+runner is used (`VLLM_USE_V2_MODEL_RUNNER`), the call fails at start; nothing falls back to another kind of targets.
 """
 
 import math
@@ -16,8 +16,8 @@ from llmdistill.data.targets import KINDS
 from llmdistill.data.targets.draw import pieces
 
 ASKED = "llmdistill_asked"
-"""Of a request's `extra_args`: the tokens whose log-probabilities are wanted in its text, `ids` (N, J) as bytes of int32, of
-which the first row belongs to the row `first_row` of the prompt's log-probabilities."""
+"""In a request's `extra_args`: the tokens whose log-probabilities are requested in its text, `ids` (N, J) as bytes of int32,
+whose first row belongs to row `first_row` of the prompt's log-probabilities."""
 
 
 class SampleTargets:
@@ -26,14 +26,14 @@ class SampleTargets:
     model_runner: Any
 
     def take_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Go on with other weights.
+        """Continue with new weights.
 
         Args:
             weights: all of them, by their names in the checkpoint.
         """
         self.model_runner.reload_weights(weights_iterator=iter(weights))
         head = getattr(self.model_runner.get_model(), "lm_head", None)
-        if head is not None and hasattr(head, "cpu_linear"):  # made of the old weights where the head shares the embedding's
+        if head is not None and hasattr(head, "cpu_linear"):  # made from the old weights if the head shares the embedding's
             head.quant_method.process_weights_after_loading(head)
 
     def sample_targets(
@@ -45,19 +45,19 @@ class SampleTargets:
         known_ids: int | str | None = None,
         asked: int | str = 0,
     ) -> None:
-        """From now on, log-probabilities are returned of the tokens that a kind of targets keeps.
+        """Return log-probabilities of the tokens that a kind of targets keeps.
 
         Args:
-            kind: the name of the kind.
-            kept: tokens kept a position.
-            seed: of the draw.
-            temperature: that of the sampling; where one more log-probability than `kept` is asked for, it is
-                log Σ p^(1/temperature), what a tempered log-probability is short of being normalised.
-            known_ids: ids from here on are padding of the output layer: they get no probability.
-            asked: log-probabilities that each text asks for at every token, of ids of its own (`ASKED`).
+            kind: name of the kind.
+            kept: number of tokens kept per position.
+            seed: seed of the draws.
+            temperature: sampling temperature; if one log-probability more than `kept` is requested, it is log Σ
+                p^(1/temperature), the normaliser of tempered log-probabilities.
+            known_ids: ids from here on are padding of the output layer and get no probability.
+            asked: number of log-probabilities that each text requests at every token, of given ids (`ASKED`).
 
         Raises:
-            RuntimeError: this worker's sampler does not return log-probabilities in the known way.
+            RuntimeError: if this worker's sampler does not return log-probabilities in the known way.
         """
         from vllm.v1.outputs import LogprobsTensors
 
@@ -68,7 +68,7 @@ class SampleTargets:
                     f"targets.kind {kind}: this vLLM's model runner has no Sampler.{name}; start it with "
                     "VLLM_USE_V2_MODEL_RUNNER=0, or use engine transformers"
                 )
-        kept, uniform = int(kept), _Uniform(int(seed))  # a server passes strings on
+        kept, uniform = int(kept), _Uniform(int(seed))  # a server passes strings
         logprobs = LogSoftmax()
         reading = _know_what_is_read(self.model_runner) if int(asked) else None
 
@@ -77,7 +77,7 @@ class SampleTargets:
             kept_Nn = KINDS[kind].keep(logprobs_NV, kept, uniform_NU)
             ids_NK = torch.cat([token_ids[:, None], kept_Nn], dim=1)
             kept_NK = logprobs_NV.gather(1, ids_NK)
-            rank_N = torch.zeros_like(token_ids)  # nobody looks at it, and to count costs as much as to sample
+            rank_N = torch.zeros_like(token_ids)  # unused, and counting costs as much as sampling
             if reading is not None:
                 asked_NJ = _asked_ids(self.model_runner.requests[reading.current], len(logprobs_NV), int(asked))
                 ids_NK = torch.cat([ids_NK, asked_NJ.to(ids_NK.device)], dim=1)
@@ -100,7 +100,7 @@ class SampleTargets:
 
 
 class _Reading(dict[str, int]):
-    """The requests whose prompts get log-probabilities; remembers which one the runner has come to, as it goes through them."""
+    """The requests whose prompts get log-probabilities; remembers which one the runner is processing."""
 
     current: str = ""
 
@@ -111,10 +111,10 @@ class _Reading(dict[str, int]):
 
 
 def _know_what_is_read(runner: Any) -> _Reading:
-    """Have the runner keep its table in one that says where it is.
+    """Replace the runner's table with one that records its progress.
 
     Raises:
-        RuntimeError: it has no such table.
+        RuntimeError: if it has no such table.
     """
     if not isinstance(getattr(runner, "num_prompt_logprobs", None), dict):
         raise RuntimeError("teacher.ensemble: this vLLM's model runner has no table num_prompt_logprobs; use engine transformers")
@@ -124,7 +124,7 @@ def _know_what_is_read(runner: Any) -> _Reading:
 
 
 def _asked_ids(request: Any, rows: int, asked: int) -> torch.Tensor:
-    """What a request asks for in the next so many rows of its prompt, (rows, J); token 0 where it asks for nothing."""
+    """The token ids requested in the next rows of a request's prompt, (rows, J); 0 where nothing is requested."""
     wanted = request.sampling_params.extra_args[ASKED]
     ids_NJ = torch.frombuffer(bytearray(wanted["ids"]), dtype=torch.int32).view(-1, asked).long()
     places = torch.arange(rows) + request.num_computed_tokens - wanted["first_row"]
@@ -133,21 +133,21 @@ def _asked_ids(request: Any, rows: int, asked: int) -> torch.Tensor:
 
 
 class _Uniform:
-    """Random numbers that are made where they are used: to copy them to a GPU, it would have to be waited for in every step."""
+    """Random numbers generated on the device: copying them to a GPU would need a synchronisation in every step."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._generator: torch.Generator | None = None
 
     def __call__(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """From 0 to 1, in float64; shape (rows, columns)."""
+        """Values from 0 to 1, in float64; shape (rows, columns)."""
         if self._generator is None:
             self._generator = torch.Generator(device).manual_seed(self._seed)
         return torch.rand((rows, columns), generator=self._generator, dtype=torch.float64, device=device)
 
 
 class LogSoftmax:
-    """Log-softmax in float32. On a CPU its results share one memory, which takes longer to get anew than to fill."""
+    """Log-softmax in float32. On a CPU, results share one buffer, as allocating it takes longer than filling it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
@@ -165,16 +165,16 @@ class LogSoftmax:
 
 
 def _without_padding(logits_NV: torch.Tensor, known_ids: int | str | None) -> torch.Tensor:
-    """The logits, in place, with those of ids that no tokenizer knows at −inf."""
+    """The logits, in place, with ids unknown to the tokenizer set to −inf."""
     if known_ids is not None:
         logits_NV[:, int(known_ids) :] = -torch.inf
     return logits_NV
 
 
 def _log_sum(logprobs_NV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Of a distribution p, log Σ p^(1/temperature), shape (N, 1).
+    """For a distribution p, log Σ p^(1/temperature), shape (N, 1).
 
-    The largest is at least 1/V; where that to the power could underflow, the sum is taken around it.
+    The largest p is at least 1/V; where its power could underflow, the sum is computed relative to it.
     """
     return torch.cat([_log_sum_of(logprobs, temperature) for (logprobs,) in pieces(logprobs_NV)])
 

@@ -1,1 +1,1 @@
-"""What `train` is made of beside the loss: the fused form, packing, other objectives, adapters, smaller and rounded students."""
+"""The parts of `train` other than the loss: the trainer and its arguments, packing, rounds, FLOPs, checks."""

@@ -1,4 +1,4 @@
-"""`DistillConfig`: TRL's `SFTConfig` with the distillation loss, and what of it is refused."""
+"""`DistillConfig`: TRL's `SFTConfig` with the distillation loss, and the arguments that it refuses."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,27 +11,27 @@ from llmdistill.config.machine import training_precision
 from llmdistill.data.collator import POSITION_WEIGHTS
 from llmdistill.losses.hidden_states import Attention, Hidden
 
-# Of TRL's and transformers' arguments those that would change the loss without being part of it, or that nothing would come
-# of: what they may be, and why.
+# Arguments of TRL and transformers that would change the loss without being part of it, or have no effect: the values that
+# they may have, and why.
 _NEVER_TOKENISED = "the rows are trained on in the dataset's own token ids"
-_NO_PREDICTIONS = "a batch's logits are never there as a whole, so there are no predictions"
+_NO_PREDICTIONS = "the logits of a whole batch are never computed, so there are no predictions"
 _ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_only_loss": ((False,), "the loss is on the completion"),
     "average_tokens_across_devices": ((True,), "the loss is a mean over the tokens of all processes"),
     "completion_only_loss": ((None, True), "the loss is on the completion"),
-    "eval_packing": ((None,), "rows that are evaluated are not packed"),
-    "label_smoothing_factor": ((0.0,), "it changes the labels; alpha weighs the teacher's distribution against them"),
+    "eval_packing": ((None,), "evaluation rows are not packed"),
+    "label_smoothing_factor": ((0.0,), "it would change the labels; alpha weights the teacher's distribution against them"),
     "loss_type": (("nll",), "the loss is set by loss and alpha"),
     "packing_strategy": (("bfd",), "rows are packed whole, best fit first"),
     "pad_to_multiple_of": (("auto", None), "batches are padded to their longest row"),
     "truncation_mode": (("keep_start",), "targets are cut at the end"),
     "chat_template_path": ((None,), _NEVER_TOKENISED),
     "eos_token": ((None,), _NEVER_TOKENISED),
-    "pad_token": ((None,), "padding is masked, so that any token will do"),
+    "pad_token": ((None,), "padding is masked, so any token will do"),
     "dataset_text_field": (("text",), _NEVER_TOKENISED),
     "dataset_kwargs": ((None, {"skip_prepare_dataset": True}), _NEVER_TOKENISED),
     "dataset_num_proc": ((None,), _NEVER_TOKENISED),
-    "dataloader_in_order": ((True,), "the last batch of an epoch is known by its place"),
+    "dataloader_in_order": ((True,), "the last batch of an epoch is identified by its position"),
     "train_sampling_strategy": (
         ("random", "sequential", "group_by_length"),
         "its batches repeat rows, and not all processes have as many",
@@ -44,8 +44,8 @@ _ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_do_concat_batches": ((True,), _NO_PREDICTIONS),
     "eval_use_gather_object": ((False,), _NO_PREDICTIONS),
     "eval_accumulation_steps": ((None,), _NO_PREDICTIONS),
-    "bf16_full_eval": ((False,), "the student is evaluated as it is trained"),
-    "fp16_full_eval": ((False,), "the student is evaluated as it is trained"),
+    "bf16_full_eval": ((False,), "the student is evaluated in the precision of training"),
+    "fp16_full_eval": ((False,), "the student is evaluated in the precision of training"),
 }
 _REDUCTIONS = ("token", "sequence")
 
@@ -104,21 +104,21 @@ class DistillConfig(trl.SFTConfig):
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}, must be at least 1")
         if self.packing and (self.max_length is None or self.train_sampling_strategy not in ("random", "sequential")):
-            raise ValueError("packing needs max_length, the tokens in a pack, and no train_sampling_strategy by length")
+            raise ValueError("packing needs max_length, the size of a pack in tokens, and no train_sampling_strategy by length")
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         asked: dict[str, Any] = {name: getattr(self, name) for name in ("use_cpu", "bf16", "fp16")}
         if asked["bf16"] and asked["fp16"]:
             raise ValueError("bf16 and fp16 are both true; set one of them")
         if asked["fp16"] and (asked["use_cpu"] or not torch.cuda.is_available()):
-            raise ValueError("fp16 trains on CUDA alone; without it, the products are in bfloat16 or float32")
-        precision = training_precision(**asked)  # where TRL takes bfloat16 on every machine
+            raise ValueError("fp16 training needs CUDA; remove fp16 to train in bfloat16 or float32")
+        precision = training_precision(**asked)  # TRL uses bfloat16 on every machine
         self.bf16, self.fp16 = precision.dtype == "bfloat16", precision.dtype == "float16"
         super().__post_init__()
         self._check_accelerator()
         self.layers()
 
     def _check_accelerator(self) -> None:
-        """Refuse what would cut a batch apart from its targets, or give processes or tries unlike batches."""
+        """Refuse settings that would separate a batch from its targets, or give processes or retries different batches."""
         allowed_values = {"dispatch_batches": (None, False), "even_batches": (True,), "use_seedable_sampler": (True,)}
         for name, allowed in allowed_values.items():
             value = getattr(self.accelerator_config, name)
@@ -126,13 +126,13 @@ class DistillConfig(trl.SFTConfig):
                 raise ValueError(f"accelerator_config.{name}={value} is not supported by DistillTrainer")
 
     def layers(self) -> tuple[Hidden | None, Attention | None]:
-        """What of the layers is compared with the teacher's."""
+        """Which hidden states or attention maps are compared with the teacher's."""
         hidden: Any = self.hidden
         attention: Any = self.attention
         return None if hidden is None else Hidden(**hidden), None if attention is None else Attention(**attention)
 
     def objective(self, progress: float) -> losses.Objective:
-        """The loss that these fields describe, at a share of the training between 0 and 1."""
+        """The loss that these fields describe, at a given share of training between 0 and 1."""
         alpha, beta = (
             start if end is None or start is None else start + (end - start) * progress
             for start, end in ((self.alpha, self.alpha_end), (self.beta, self.beta_end))
@@ -142,5 +142,5 @@ class DistillConfig(trl.SFTConfig):
 
     @property
     def uses_targets(self) -> bool:
-        """Whether soft targets have a weight in the loss, at some step."""
+        """Whether soft targets have weight in the loss at any step."""
         return self.alpha > 0 or (self.alpha_end or 0) > 0

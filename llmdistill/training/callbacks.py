@@ -1,4 +1,4 @@
-"""What happens while the trainer trains: progress is shown, and SIGTERM ends it with a checkpoint."""
+"""Trainer callbacks: show progress, and end with a checkpoint on SIGTERM."""
 
 import json
 import signal
@@ -12,9 +12,9 @@ _WATCHED = ("loss", "kl", "ce", "agreement", "hidden", "attention", "grad_norm",
 
 
 def stop_with_a_checkpoint(trainer: Any) -> Any:
-    """From now on SIGTERM ends the training with a checkpoint after the step; a second one ends it at once.
+    """Make SIGTERM end the training with a checkpoint after the current step; a second one ends it immediately.
 
-    Of several processes each is told at a moment of its own, so they agree after every step: all stop behind the same one.
+    Processes receive the signal at different moments, so they agree after every step: all stop after the same one.
     """
     import torch
     from transformers import TrainerCallback
@@ -44,10 +44,10 @@ def stop_with_a_checkpoint(trainer: Any) -> Any:
 
 
 def same_rows_a_step(trainer: Any, checkpoint: str | None) -> None:
-    """Keep in every checkpoint how many rows a step has, and refuse to go on from one with another number.
+    """Store the number of rows per step in every checkpoint, and refuse to continue from one with a different number.
 
     Raises:
-        InputError: there are more or fewer processes than before the stop.
+        InputError: if there are more or fewer processes than before the stop.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
@@ -66,14 +66,14 @@ def same_rows_a_step(trainer: Any, checkpoint: str | None) -> None:
         before = kept.get(RowsAStep.__name__, {}).get("args", {}).get("rows", rows)
     if before != rows:
         raise InputError(
-            f"{checkpoint} is of a training with {before:,} rows a step, here it would be {rows:,}, and rows would be skipped or "
+            f"{checkpoint} was trained with {before:,} rows per step, here it would be {rows:,}, so rows would be skipped or "
             "trained on twice; start as many processes as before"
         )
     trainer.add_callback(RowsAStep(rows))
 
 
 def last_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint that was written to its end; the trainer writes its state last."""
+    """The newest complete checkpoint; the trainer writes its state last."""
     finished = []
     for candidate in directory.glob("checkpoint-*"):
         try:
@@ -84,12 +84,12 @@ def last_checkpoint(directory: Path) -> str | None:
 
 
 def trained_tokens(history: list[dict[str, Any]]) -> int:
-    """Completion tokens trained on until the last log, those before a resume included."""
+    """Completion tokens trained on up to the last log, including those before a resume."""
     return next((entry["num_completion_tokens"] for entry in reversed(history) if "num_completion_tokens" in entry), 0)
 
 
 def show_progress(trainer: Any, label: str) -> None:
-    """Replace the trainer's own progress bars and prints by one line."""
+    """Replace the trainer's own progress bars and prints with a single line."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Bar(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The rows of a student that learns from a task's own examples alone, beside which the worth of distillation is seen."""
+"""The training rows of a student that learns only from a task's examples, as a baseline for distillation."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ KEY = "train.compare_examples"
 
 
 def read_examples(settings: Examples) -> tuple[Task, list[Item], dict[str, str]]:
-    """The task, its examples, and the path and hash of every file that they are read from.
+    """Read the task, its examples, and the path and hash of every file that they are read from.
 
     Raises:
-        InputError: a file is missing or cannot be used, an output could not be accepted, or an example is a held-out item.
+        InputError: if a file is missing or unusable, an output is invalid, or an example is a held-out item.
     """
     task = read_task(settings.task, f"{KEY}.task")
     inputs = {name: sha256(path) for name, path in task.files.items()} | file_input(settings.file, f"{KEY}.file")
@@ -29,7 +29,7 @@ def read_examples(settings: Examples) -> tuple[Task, list[Item], dict[str, str]]
         held_out = {normalised(item.input): item.origin for item in read_items(file)}
         for item in items:
             if origin := held_out.get(normalised(item.input)):
-                raise InputError(f"{item.origin}: its input is that of {origin}, which is held out: nothing may be trained on it")
+                raise InputError(f"{item.origin}: its input equals that of {origin}, which is held out from training")
     return task, items, inputs
 
 
@@ -37,8 +37,8 @@ def example_rows(settings: Examples, tokenizer: Any, end_ids: list[int], templat
     """A `datasets.Dataset` of text without soft targets, in the student's tokens.
 
     Raises:
-        InputError: as `read_examples`.
-        UnusableError: the chat template refuses an example.
+        InputError: as for `read_examples`.
+        UnusableError: if the chat template refuses an example.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""Packing: several whole rows in one sequence of tokens, so that little is padding; none of them sees another."""
+"""Packing: several whole rows in one sequence of tokens, to avoid padding; they do not attend to each other."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,20 +13,20 @@ Array = np.ndarray[Any, Any]
 
 
 def row_lengths(dataset: Any) -> Array:
-    """Tokens in every row of a `load_dataset`."""
+    """Number of tokens in every row of a `load_dataset`."""
     tables = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
     return np.concatenate([pc.list_value_length(table["input_ids"]).to_numpy() for table in tables]).astype(np.int64)
 
 
 def pack(lengths: Sequence[int] | Array, capacity: int) -> list[list[int]]:
-    """The rows' numbers in packs of at most `capacity` tokens: best fit, the longest first (Johnson 1974).
+    """Group row numbers into packs of at most `capacity` tokens: best fit, longest first (Johnson 1974).
 
-    Each row goes where the least room is left after it. A row longer than `capacity`, which will be cut, is a pack.
+    Each row goes into the pack with the least room left. A row longer than `capacity`, which will be cut, is a pack by itself.
     """
     sizes = np.minimum(np.asarray(lengths), capacity)
     packs: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # packs by the tokens that still fit in
-    rooms = 0  # bit r is set if some pack has room for r: so the best fit is the lowest bit from the length on
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # packs by their remaining room in tokens
+    rooms = 0  # bit r is set if some pack has room for r: the best fit is the lowest set bit from the length up
     for row in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[row])
         fitting = rooms >> size
@@ -46,7 +46,7 @@ def pack(lengths: Sequence[int] | Array, capacity: int) -> list[list[int]]:
 
 
 class Packs(torch.utils.data.Dataset[list[Any]]):
-    """A dataset's rows in packs; an item is the list of a pack's rows."""
+    """A dataset's rows in packs; each item is the list of a pack's rows."""
 
     def __init__(self, dataset: Any, capacity: int) -> None:
         self.dataset = dataset
@@ -60,15 +60,15 @@ class Packs(torch.utils.data.Dataset[list[Any]]):
 
 
 def check_apart(model: Any) -> None:
-    """Refuse a model in which rows that stand one behind the other see each other.
+    """Refuse a model in which packed rows affect each other.
 
-    It is tried, by whoever has the weights, with two short rows one behind the other. No gradient of one row's logits may
-    reach the other row's embeddings, whatever the size of the weights; and the logits must be those of each row alone, which
-    they are not where a model counts positions by itself. To be called under the autocast of the training: FlashAttention has
-    no float32.
+    Tested with two short rows in one sequence, by the process that holds the weights. No gradient of one row's logits may reach
+    the other row's embeddings, whatever the size of the weights, and the logits must equal those of each row alone, which they
+    do not if a model counts positions itself. Call it under the autocast of the training: FlashAttention does not support
+    float32.
 
     Raises:
-        ValueError: they see each other, or stand at other positions than alone.
+        ValueError: if they affect each other, or get other positions than alone.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("packing and padding_free cannot be checked with weights that ZeRO-3 shards; use FSDP2 or ZeRO-2")
@@ -80,18 +80,18 @@ def check_apart(model: Any) -> None:
         together_TV, leaks = _leaks(model, ids_T, position_ids, rows)
         with torch.inference_mode():
             alone_TV = torch.cat([model(input_ids=ids_T[row][None], use_cache=False).logits[0].float() for row in rows])
-    if not alone_TV.any():  # FSDP gives this process its weights later; the first has them
+    if not alone_TV.any():  # FSDP loads this process's weights later; the first process has them
         return
     refused = f"packing and padding_free: {type(model).__name__}"
     if leaks:
-        raise ValueError(f"{refused} does not isolate packed rows from each other; train without")
+        raise ValueError(f"{refused} does not isolate packed rows from each other; train without it")
     off = (together_TV - alone_TV).norm() / alone_TV.norm()
     if not off < 0.02:  # bfloat16 rounds differently in another batch
-        raise ValueError(f"{refused} computes other logits for packed rows (by {off:.0%}); train without")
+        raise ValueError(f"{refused} computes different logits for packed rows (by {off:.0%}); train without it")
 
 
 def _leaks(model: Any, ids_T: Any, position_ids_T: Any, rows: Sequence[slice]) -> tuple[Any, bool]:
-    """The logits (T, V) of rows in one sequence, and whether one row's have a gradient at the embeddings of another."""
+    """The logits (T, V) of rows in one sequence, and whether the gradient of one row's reaches the embeddings of another."""
     embedded: list[Any] = []
 
     def keep(_module: Any, _inputs: Any, output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Training whose rows are made while it trains: every few steps, by the student as it then is."""
+"""Training on rows made during training: every few steps, by the current student."""
 
 import random
 import signal
@@ -14,9 +14,9 @@ from llmdistill.models.loading import hand_back_memory
 
 
 class RoundRows(torch.utils.data.Dataset[Any]):
-    """As many places as the steps of a round take rows.
+    """As many rows as the steps of a round take.
 
-    The rows of the round fill them in random order, several times if they are fewer; if they are more, some are left out.
+    They are the round's rows in random order, repeated if there are too few; if there are too many, some are left out.
     """
 
     def __init__(self, places: int) -> None:
@@ -25,7 +25,7 @@ class RoundRows(torch.utils.data.Dataset[Any]):
         self._order = np.empty(0, dtype=np.int64)
 
     def fill(self, rows: Any, seed: int) -> None:
-        """Go on with the rows of another round."""
+        """Continue with the rows of another round."""
         self.rows, self._order = rows, np.random.default_rng(seed).permutation(len(rows))
 
     def __len__(self) -> int:
@@ -36,17 +36,17 @@ class RoundRows(torch.utils.data.Dataset[Any]):
 
 
 def train_in_rounds(trainer: Any, every: int, rows_of: Callable[[int, Any], Any]) -> None:
-    """From now on the trainer's epochs are rounds of `every` steps, each on rows of its own.
+    """Turn the trainer's epochs into rounds of `every` steps, each on its own rows.
 
-    The trainer asks for the first batch of an epoch after `on_epoch_begin`, and for none of the next one before: so the rows are
-    made with the weights behind the last step. A training that goes on from a checkpoint inside a round asks for the rows of
-    that round again.
+    The trainer asks for the first batch of an epoch after `on_epoch_begin`, and for none of the next one before, so rows are
+    made with the weights of the last step. A training that resumes from a checkpoint within a round asks for the rows of that
+    round again.
 
     Args:
-        trainer: a `DistillTrainer` of a single process.
-        every: optimiser steps of a round.
-        rows_of: gives the rows of a round, from 0, as a `load_dataset`; is called with its number and the student in
-            evaluation mode. The random numbers that it draws are not those of the training, and SIGTERM ends it at once.
+        trainer: a `DistillTrainer` in a single process.
+        every: optimiser steps per round.
+        rows_of: returns the rows of a round as a `load_dataset`; called with its number, from 0, and the student in evaluation
+            mode. Its random numbers do not affect those of the training, and SIGTERM ends it immediately.
     """
     at_once = signal.getsignal(signal.SIGTERM)
     rows = RoundRows(round_places(trainer.args, every))
@@ -67,13 +67,13 @@ def train_in_rounds(trainer: Any, every: int, rows_of: Callable[[int, Any], Any]
 
 
 def round_places(arguments: Any, every: int) -> int:
-    """How many rows so many steps take, from the training arguments of a single process."""
+    """Number of rows that this many steps take, from the training arguments of a single process."""
     return int(every * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps)
 
 
 @contextmanager
 def _own_random_numbers() -> Iterator[None]:
-    """What is drawn inside is drawn for nobody else: a round that was written before a stop is not written again after it."""
+    """Isolate the random numbers drawn inside: a round written before a stop is not written again after it."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
@@ -85,7 +85,7 @@ def _own_random_numbers() -> Iterator[None]:
 
 @contextmanager
 def _on_sigterm(handler: Any) -> Iterator[None]:
-    """SIGTERM is for this handler, and not for the trainer, which would wait for the end of the next step."""
+    """Handle SIGTERM here instead of in the trainer, which would wait for the end of the next step."""
     before = signal.signal(signal.SIGTERM, handler)
     try:
         yield

@@ -44,26 +44,26 @@ class DistillTrainer(trl.SFTTrainer):
     over the completion tokens of the global batch, that is, of all gradient-accumulation steps on all processes. The loss
     does not depend on how the global batch is divided. w is 1 unless `position_weights` or `reduction` is set.
 
-    Logged are the parts of the loss, unweighted, in nats per token: `ce`, the divergence under its name, and always `kl`, the
-    forward KL on the same targets; `agreement`, the share of tokens where teacher and student have the same most likely
-    token; `tokens_per_s`; `tflops` per device; and `mfu`, their share of the device's peak, if that is known. For an
-    `eval_dataset` the same parts are logged as `eval_kl` and so on.
+    Logged are the unweighted parts of the loss, in nats per token: `ce`, the divergence under its name, and always `kl`, the
+    forward KL on the same targets; also `agreement`, the share of tokens where teacher and student have the same most likely
+    token; `tokens_per_s`; `tflops` per device; and `mfu`, their share of the device's peak, if known. For an `eval_dataset`,
+    the same parts are logged as `eval_kl` and so on.
 
-    A mixture of experts has its router's load-balancing loss beside it, with the coefficient of its configuration or of
+    A mixture of experts adds its router's load-balancing loss, with the coefficient of its configuration or of
     `router_aux_loss_coef`, logged as `router`.
 
     With an online `teacher` (a model), the divergence is computed from its full distribution at every step, and the soft
     targets of the dataset are ignored. `hidden` and `attention` then add terms for its hidden states and attention maps,
     with their own weights.
 
-    With a dataset from `retokenize`, whose targets are in another vocabulary than the student's, `classes` are those of the
-    dataset (`RootClasses.load`), and the divergence is over classes. Where its rows have several teachers, they are those of
-    each by its name (`load_classes`), and every row is compared in those of the teacher that its column `teacher` names. Online
-    teachers may be several, too: models by these names.
+    With a dataset from `retokenize`, whose targets are in a different vocabulary than the student's, `classes` are those of the
+    dataset (`RootClasses.load`), and the divergence is over classes. If its rows have several teachers, pass the classes of
+    each by name (`load_classes`); every row is compared in those of the teacher named in its column `teacher`. Several
+    online teachers are passed as models by these names.
 
     Raises:
-        TypeError: an argument is something else than it must be.
-        ValueError: the arguments conflict with each other, with the dataset or with the model.
+        TypeError: if an argument has the wrong type.
+        ValueError: if the arguments conflict with each other, with the dataset or with the model.
     """
 
     _tag_names = ["trl", "llmdistill"]
@@ -91,7 +91,7 @@ class DistillTrainer(trl.SFTTrainer):
         elif eval_dataset is not None:
             eval_dataset = self._prepared(args, eval_dataset, teacher, "eval_dataset")
         several = isinstance(teacher, Mapping)
-        collator = kwargs.get("data_collator") or DistillCollator(0)  # also of a given one what `args` says holds
+        collator = kwargs.get("data_collator") or DistillCollator(0)  # `args` also applies to a given one
         collator.max_length, collator.padding_free = args.max_length, args.packing or args.padding_free
         collator.position_weights, collator.by_sequence = args.position_weights, args.reduction == "sequence"
         collator.with_ids = True
@@ -101,27 +101,25 @@ class DistillTrainer(trl.SFTTrainer):
             raise ValueError("hidden and attention need a single teacher, and a student with its vocabulary")
         kwargs["data_collator"] = collator
         if args.hidden and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # DDP looks inside the model's forward, a projector is used after it
+            args.ddp_find_unused_parameters = False  # DDP searches the model's forward, but a projector is used after it
         wanted = args.packing, args.padding_free
-        args.packing = args.padding_free = False  # they are ours: TRL would want its own collator for them
+        args.packing = args.padding_free = False  # handled here; TRL would require its own collator
         with adapters_on_the_output_layer():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         args.packing, args.padding_free = wanted
-        if self.data_collator.vocab_size is None:  # a teacher may be padded further than its student
+        if self.data_collator.vocab_size is None:  # a teacher's vocabulary may be padded further
             self.data_collator.vocab_size = self.model.get_output_embeddings().weight.shape[0] or None
         if self.is_fsdp_enabled:
             add_up_in_float32(self.accelerator.state.fsdp_plugin)
-        self._router: list[Any] = []  # the router's loss of the last forward, of a mixture of experts
+        self._router: list[Any] = []  # the router's loss of the last forward of a mixture of experts
         self._watch_router()
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
-            raise ValueError(
-                "context and sequence parallelism are not supported: they would separate sequences from their targets"
-            )
+            raise ValueError("context and sequence parallelism are not supported: they separate sequences from their targets")
         if getattr(self.model, "peft_config", {}):
             check_mergeable(self.model)
-            if not self.is_fsdp_enabled:  # TRL has made those beside quantised weights bfloat16
+            if not self.is_fsdp_enabled:  # TRL has converted those next to quantised weights to bfloat16
                 train_in_float32(self.model)
-        ordered = by_name(classes) if several and classes is not None else teacher  # as the collator counts them
+        ordered = by_name(classes) if several and classes is not None else teacher  # in the collator's order
         beside = [teacher[name] for name in ordered] if several else [] if teacher is None else [teacher]
         self.teachers = [one.to(self.accelerator.device).eval().requires_grad_(False) for one in beside]
         self.match = self._match(args)
@@ -136,22 +134,22 @@ class DistillTrainer(trl.SFTTrainer):
         self._flops = training_flops(self.model, self.model.get_output_embeddings())
         self._table = None if classes is None else ClassTable.of(classes, self.accelerator.device)
         self._since: float | None = None
-        self._step: list[tuple[torch.Tensor, list[str]]] = []  # of each micro-batch of a step the loss and the rows
-        self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and given to compute_loss
+        self._step: list[tuple[torch.Tensor, list[str]]] = []  # the loss and the rows of each micro-batch of a step
+        self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted and passed to compute_loss
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
 
     def _watch_router(self) -> None:
-        """Keep the router's loss of every forward, which TRL has told a mixture of experts to compute."""
+        """Keep the router's loss of every forward, which TRL makes a mixture of experts compute."""
         text_config = self.model.config.get_text_config()
         if any(getattr(text_config, name, None) == 0 for name in ("num_local_experts", "num_experts")):
             self.aux_loss_enabled = text_config.output_router_logits = False  # a dense model of such a family
-        if self.aux_loss_enabled:  # by a hook, since only the logits of a forward are asked for
+        if self.aux_loss_enabled:  # by a hook, since only the logits of a forward are requested
             whole = self.model.get_base_model() if getattr(self.model, "peft_config", {}) else self.model
             whole.register_forward_hook(lambda module, inputs, output: self._router.append(output.aux_loss))
 
     @classmethod
     def _prepared(cls, args: DistillConfig, dataset: Any, teacher: Any, name: str) -> Any:
-        """The rows that there is something to learn from or to measure on, with what the loss needs."""
+        """The rows with something to learn from or measure on, with the columns that the loss needs."""
         cls.check_dataset(args, dataset, teacher, name)
         rows = with_completions(dataset, args.max_length)
         return _with_importance(rows) if args.sequence_alpha else rows
@@ -161,12 +159,12 @@ class DistillTrainer(trl.SFTTrainer):
         """Refuse a dataset that the loss cannot learn from.
 
         Raises:
-            TypeError: it is no `datasets.Dataset`.
-            ValueError: it is not of this package, has no soft targets, or not of the kind that the loss needs.
+            TypeError: if it is not a `datasets.Dataset`.
+            ValueError: if it is not from this package, or lacks soft targets of the kind that the loss needs.
         """
         if not isinstance(dataset, datasets.Dataset):
             given = type(dataset).__name__
-            raise TypeError(f"{name} must be a datasets.Dataset, as load_dataset gives (it does not stream), got {given}")
+            raise TypeError(f"{name} must be a datasets.Dataset from load_dataset (without streaming), got {given}")
         columns = dataset.column_names
         for needed in ("input_ids", "completion_start"):
             if needed not in columns:
@@ -177,7 +175,7 @@ class DistillTrainer(trl.SFTTrainer):
         if args.position_weights != "uniform" and (teacher is not None or kind in (TextOnly, Chunks)):
             raise ValueError(f"position_weights is {args.position_weights}, which needs stored soft targets")
         if args.position_weights != "uniform" and kind.of_writer:
-            raise ValueError(f"position_weights is {args.position_weights}, which a sample of the student's own cannot tell")
+            raise ValueError(f"position_weights is {args.position_weights}, which tokens drawn by the student cannot give")
         if teacher is None:
             if reason := kind.refuses(args.loss, args.temperature):
                 raise ValueError(reason)
@@ -189,16 +187,16 @@ class DistillTrainer(trl.SFTTrainer):
             return None
         match = LayerMatch(self.model, self.teachers[0], *args.layers(), args.seed)
         if match.projector and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("hidden states of different sizes need a projector, which is not trained under FSDP or DeepSpeed")
+            raise ValueError("hidden states of different sizes need a projector, which FSDP and DeepSpeed do not support")
         return match
 
     def learned_rows(self, dataset: Any) -> Any:
-        """Those of a `load_dataset` to learn from, checked as the `train_dataset` was; for who gives rows while it trains."""
+        """The rows of a `load_dataset` to learn from, checked like `train_dataset`; for rows added during training."""
         return self._read_columns(self._prepared(self.args, dataset, self.teachers or None, "rows"))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What takes time inside is no training: the speed does not count it."""
+        """Exclude the time spent inside from the speed."""
         start = time.perf_counter()
         self._use_averaged()
         yield
@@ -207,7 +205,7 @@ class DistillTrainer(trl.SFTTrainer):
             self._since += time.perf_counter() - start
 
     def _read_columns(self, dataset: Any) -> Any:
-        """The rows with the columns that the collator reads, and no others."""
+        """The rows with only the columns that the collator reads."""
         self._set_signature_columns_if_needed()
         return dataset.select_columns([name for name in self._signature_columns if name in dataset.column_names])
 
@@ -219,7 +217,7 @@ class DistillTrainer(trl.SFTTrainer):
             self._signature_columns += ["importance", "token_logprobs"]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """As `Trainer` does, but for lengths that are read from the offsets of a column instead of row after row."""
+        """As in `Trainer`, but with lengths read from a column's offsets instead of row by row."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -227,15 +225,15 @@ class DistillTrainer(trl.SFTTrainer):
         return _ByLength(size, row_lengths(rows).tolist(), self.args.seed, lambda: int(self.state.epoch or 0))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of one optimiser step, and what the loss is divided by."""
+        """The micro-batches of one optimiser step, and the divisor of the loss."""
         return super().get_batch_samples(map(self._without_filler, epoch_iterator), num_batches, device)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """One batch of an evaluation."""
+        """One evaluation batch."""
         return super().prediction_step(model, self._without_filler(inputs), *args, **kwargs)
 
     def _without_filler(self, batch: Any) -> Any:
-        """Accelerate fills the last batch up from the first, so that every process has as many rows; they count once."""
+        """Count rows once: accelerate fills up the last batch from the first, so that all processes have as many."""
         state = self.accelerator.gradient_state
         rows = rows_in_last_batch(state.active_dataloader) if state.end_of_dataloader else 0
         if not rows:
@@ -243,8 +241,8 @@ class DistillTrainer(trl.SFTTrainer):
         return first_items(batch, max(rows - self.args.process_index * len(batch["pack_sizes"]), 0))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """One epoch, or what is left of it; nothing if the training had ended when it was stopped, which Trainer does not see."""
-        if self.state.global_step == self._initial_global_step:  # also where a larger batch did not fit into the memory
+        """One epoch, or the rest of it; nothing if training had ended before it was stopped, which Trainer does not notice."""
+        if self.state.global_step == self._initial_global_step:  # also if a larger batch did not fit into memory
             self._sums["train"].clear()
             self._step.clear()
         early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
@@ -255,36 +253,36 @@ class DistillTrainer(trl.SFTTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """What is counted since the last log is not in a checkpoint, so it is logged before one is written."""
+        """Log before writing a checkpoint, which does not contain the counts since the last log."""
         self.control.should_log |= self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Callbacks that the checkpoint gone on from does not know have a place in the next one, which Trainer fails without."""
+        """Add callbacks that the resumed checkpoint does not know to the next one; Trainer fails without them."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         super()._save_checkpoint(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The parts of the loss on rows of a `load_dataset`, those that were given at first if none are."""
+        """Evaluate the parts of the loss on rows of a `load_dataset`, by default those passed at first."""
         if isinstance(eval_dataset, datasets.Dataset):
             eval_dataset = self._prepared(self.args, eval_dataset, self.teachers or None, "eval_dataset")
         found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return found
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; what an optimiser averages in between (schedule-free ones do) is what the model has at the end."""
+        """Train; if an optimiser averages weights (schedule-free ones do), the model ends up with the average."""
         found = super().train(*args, **kwargs)
         self._use_averaged()
         return found
 
     def _use_averaged(self) -> None:
         if callable(averaged := getattr(self.optimizer, "eval", None)):
-            averaged()  # the next step goes back by itself
+            averaged()  # the next step switches back by itself
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch; the clock of `tokens_per_s` starts with the first."""
+        """One micro-batch; starts the clock of `tokens_per_s` at the first."""
         if self._since is None:
             self._since = time.perf_counter()
         return super().training_step(*args, **kwargs)
@@ -317,7 +315,7 @@ class DistillTrainer(trl.SFTTrainer):
         if router is not None:
             if self.args.gradient_checkpointing and torch.is_grad_enabled() and not router.requires_grad:
                 raise RuntimeError(
-                    "the router's loss has no gradient under reentrant gradient checkpointing: set "
+                    "the router's loss has no gradient under reentrant gradient checkpointing; set "
                     "gradient_checkpointing_kwargs use_reentrant to false, or router_aux_loss_coef to 0"
                 )
             loss = loss + self.router_aux_loss_coef * router * weight
@@ -332,34 +330,34 @@ class DistillTrainer(trl.SFTTrainer):
         return loss
 
     def _teacher_logits(self, inputs: Any) -> Any:
-        """The online teacher's logits that predict each completion token, or those of several, each in its own tokens."""
+        """The online teacher's logits that predict each completion token; with several teachers, each in its own tokens."""
         if "teacher_positions" not in inputs:
             return self._logits_of(0, inputs)
         if "target_teacher" not in inputs:
             return self._logits_of(0, teacher_batch(inputs))
         theirs = inputs["target_teacher"]
-        # Of a batch of nothing but filler one teacher reads all the same.
+        # For a batch of only filler, one teacher runs anyway.
         numbers = theirs.unique().tolist() or [next(n for n in range(len(self.teachers)) if f"their_{n}_input_ids" in inputs)]
         there = {number: self._logits_of(number, teacher_batch(inputs, number)) for number in numbers}
         return losses.RoutedLogits(theirs, there)
 
     def _logits_of(self, number: int, inputs: Any) -> torch.Tensor | fused.ChunkedLogits:
-        """One online teacher's, computed by the chunk where its output layer allows."""
+        """The logits of one online teacher, computed in chunks if its output layer allows."""
         return fused.logits_of(self.teachers[number], inputs, self._teacher_heads[number])
 
     def _watched(self, model: Any, side: Literal["student", "teacher"]) -> Any:
         return self.match.watch(model, side) if self.match else nullcontext()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm of the step's gradients, before the optimiser takes them.
+        """The norm of the step's gradients, before the optimiser uses them.
 
         Raises:
-            NonFiniteError: the loss or the norm is not finite; the weights are still those of the last step.
+            NonFiniteError: if the loss or the norm is not finite; the weights are still those of the last step.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         step, self._step = self._step, []
         finite = torch.stack([loss for loss, _ in step]).isfinite().all() if step else torch.tensor(True)
-        if norm is not None and self.accelerator.scaler is None:  # float16 looks for the largest factor that does not overflow
+        if norm is not None and self.accelerator.scaler is None:  # float16 searches for the largest usable factor
             finite = finite & torch.as_tensor(norm, device=finite.device).isfinite()
         if not finite:
             raise NonFiniteError(self._not_finite(step, norm))
@@ -375,8 +373,8 @@ class DistillTrainer(trl.SFTTrainer):
         return f"step {self.state.global_step + 1}: {what}{rows}; training stops here, {kept}"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The student, and beside a checkpoint what else has learned."""
-        # Every process makes the directory before the barrier after which each looks whether the best checkpoint is there.
+        """Save the student and, next to a checkpoint, everything else that has learned."""
+        # Every process makes the directory before the barrier after which each checks whether the best checkpoint exists.
         Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
         super().save_model(output_dir, _internal_call)
         if self.match and _internal_call and self.args.should_save:
@@ -388,14 +386,14 @@ class DistillTrainer(trl.SFTTrainer):
         for (
             name,
             parameter,
-        ) in self.model.named_parameters():  # peft widens adapters that it loads, also where they train in bfloat16
+        ) in self.model.named_parameters():  # peft loads adapters in float32 even if they train in bfloat16
             parameter.data = parameter.data.to(dtypes[name])
         if self.match:
             self.match.load(resume_from_checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss, exact means over the tokens since the last log, and the speed."""
-        # Not by the model's mode: after an evaluation at the last step, what was not logged yet comes with the summary.
+        """Add the parts of the loss, as exact means over the tokens since the last log, and the speed."""
+        # Not by the model's mode: after an evaluation at the last step, what is not logged yet comes with the summary.
         mode = "eval" if any(name.endswith("_loss") and name != "train_loss" for name in logs) else "train"
         counted = self._sums[mode]
         if counted:
@@ -417,11 +415,11 @@ class DistillTrainer(trl.SFTTrainer):
         super().log(logs, start_time)
 
     def _progress(self) -> float:
-        """The share of the training that is behind: 0 in the first step, 1 in the last."""
+        """The completed share of the training: 0 in the first step, 1 in the last."""
         return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
-        """What the loss is divided by: the weight of all completion tokens of the global batch."""
+        """The divisor of the loss: the weight of all completion tokens of the global batch."""
         if not batch_samples:
             return None
         weight = torch.stack([batch["token_weights"].sum() for batch in batch_samples]).sum().to(device)
@@ -447,7 +445,7 @@ class DistillTrainer(trl.SFTTrainer):
         return {"tokens_per_s": tokens / seconds, "tflops": per_device / 1e12, **({"mfu": per_device / peak} if peak else {})}
 
     def _scheduled(self) -> dict[str, float]:
-        """What changes from step to step, as it was in the last one."""
+        """The scheduled values of the last step."""
         last = (self.state.global_step - 1) / max(self.state.max_steps - 1, 1)
         objective = self.args.objective(min(max(last, 0.0), 1.0))
         ends = {"alpha": self.args.alpha_end, "beta": self.args.beta_end}
@@ -455,17 +453,17 @@ class DistillTrainer(trl.SFTTrainer):
 
 
 def _check_given(args: Any, teacher: Any, classes: Any, others: dict[str, Any]) -> None:
-    """Refuse arguments of `DistillTrainer` that are something else than they must be.
+    """Refuse arguments of `DistillTrainer` that have the wrong type.
 
     Raises:
-        TypeError: naming it.
-        ValueError: `compute_metrics` is given, or the classes are not those of the teachers.
+        TypeError: names the argument.
+        ValueError: if `compute_metrics` is given, or the classes are not those of the teachers.
     """
     if not isinstance(args, DistillConfig):
         raise TypeError(f"args must be a DistillConfig, got {type(args).__name__}")
     for one in teacher.values() if isinstance(teacher, Mapping) else [teacher]:
         if one is not None and not isinstance(one, torch.nn.Module):
-            raise TypeError(f"teacher must be a model that is loaded, got {type(one).__name__}")
+            raise TypeError(f"teacher must be a loaded model, got {type(one).__name__}")
     if classes is not None and teacher is not None:
         names, theirs = ([""] if not isinstance(given, Mapping) else sorted(given) for given in (classes, teacher))
         if names != theirs:
@@ -477,7 +475,7 @@ def _check_given(args: Any, teacher: Any, classes: Any, others: dict[str, Any]) 
 
 
 class _ByLength(LengthGroupedSampler):
-    """In an order that follows from the seed and the epoch: the same on all processes, and again after a resume."""
+    """An order determined by the seed and the epoch: the same on all processes, and again after a resume."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]) -> None:
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
@@ -489,12 +487,12 @@ class _ByLength(LengthGroupedSampler):
 
 
 def rows_in_last_batch(loader: Any) -> int:
-    """How many rows of a dataset the last batch of all processes has together, where it has fewer than the others; else 0.
+    """Number of dataset rows in the last batch of all processes if it has fewer than the others, else 0.
 
-    `GradientState.remainder` is not known where the first batches are skipped, as at a resume inside an epoch.
+    `GradientState.remainder` is unknown if the first batches are skipped, as when resuming within an epoch.
 
     Args:
-        loader: as accelerate prepared it.
+        loader: the loader as prepared by accelerate.
     """
     sampler = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
     while isinstance(sampler, SkipBatchSampler):
@@ -506,20 +504,20 @@ def rows_in_last_batch(loader: Any) -> int:
 
 
 def add_up_in_float32(plugin: Any) -> None:
-    """Have FSDP2 add up gradients over processes in float32, as DDP does, and not in the precision of the products.
+    """Make FSDP2 sum gradients over processes in float32, like DDP, instead of in the precision of the products.
 
     Args:
-        plugin: accelerate's settings of FSDP, before the model is sharded.
+        plugin: accelerate's FSDP settings, before the model is sharded.
     """
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
 def with_completions(dataset: Any, max_length: int | None) -> Any:
-    """The rows of a `load_dataset` of which there is something to learn: those with a completion token within `max_length`.
+    """The rows of a `load_dataset` to learn from: those with a completion token within `max_length`.
 
     Raises:
-        ValueError: there are none.
+        ValueError: if there are none.
     """
     ends = np.minimum(row_lengths(dataset), max_length or np.iinfo(np.int64).max)
     starts = dataset.select_columns(["completion_start"]).with_format("arrow")[:]["completion_start"].to_numpy()
@@ -531,7 +529,7 @@ def with_completions(dataset: Any, max_length: int | None) -> Any:
 
 
 def _with_importance(dataset: Any) -> Any:
-    """The rows with their importance as one more column."""
+    """The rows with their importance as an additional column."""
     return dataset.add_column("importance", importance(log_importance(dataset))).with_format("numpy")
 
 

@@ -1,4 +1,4 @@
-"""Well-known traps of a training run, said before it starts: what is off, by which key, and what would be better."""
+"""Warnings about well-known mistakes before a training run: what is wrong, by which key, and what would be better."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,21 +9,21 @@ from llmdistill.config.student import Student
 from llmdistill.data.targets import kind_of
 from llmdistill.models.loading import load_config, load_tokenizer, own_end_ids, vocabulary_hash
 
-_LOOKED_AT = 4096  # rows of the dataset; so that a large one takes no longer
+_LOOKED_AT = 4096  # rows of the dataset, so that a large one does not take longer
 _ROWS_WITHOUT_END = 0.8
-_RATE_FACTOR = 5  # a learning rate so many times off the usual one is the other way of training's
-_LARGE = 1e9  # parameters; smaller models take large steps well
+_RATE_FACTOR = 5  # off by this factor, a learning rate is meant for the other way of training
+_LARGE = 1e9  # parameters; smaller models tolerate large steps
 
 
 def traps(student: Student, arguments: Any, manifest: dict[str, Any], rows: Any, parameters: int) -> Iterator[str]:
-    """A sentence for every trap that this run is in.
+    """One sentence for every mistake in this run.
 
     Args:
-        student: the section of the configuration.
+        student: section of the configuration.
         arguments: the `DistillConfig`.
-        manifest: the dataset's.
+        manifest: manifest of the dataset.
         rows: the training rows, as stored.
-        parameters: of the student.
+        parameters: number of parameters of the student.
     """
     found = [
         end_token(student, manifest),
@@ -35,21 +35,21 @@ def traps(student: Student, arguments: Any, manifest: dict[str, Any], rows: Any,
 
 
 def end_token(student: Student, manifest: dict[str, Any]) -> str | None:
-    """A student that ends its text with another token than the rows: a base model after an instruction-tuned teacher."""
+    """A student whose end token differs from the rows': a base model with an instruction-tuned teacher."""
     if student.model is None:
         return None
     config = load_config(student.model, student.revision, student.trust_remote_code, "student.model")
     tokenizer = load_tokenizer(student.model, student.revision, student.trust_remote_code, "student.model")
     if vocabulary_hash(tokenizer) != manifest["tokenizer"]["vocabulary_hash"]:
-        return None  # it learns from the text alone, with its own end token
+        return None  # it learns from text only, with its own end token
     own, theirs = own_end_ids(student.model, student.revision, config, tokenizer), manifest["tokenizer"]["end_token_ids"]
     new = sorted(set(theirs) - set(own))
     if not own or not new:
         return None
     names = [" or ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (own, new)]
-    text = f"student.model ends its text with {names[0]}; the rows also end with {names[1]}, which it has to learn from them"
+    text = f"student.model ends its text with {names[0]}; the rows also end with {names[1]}, which it has to learn"
     if student.lora is None:
-        return f"{text}; it is saved with them, but an instruction-tuned student.model would already use them"
+        return f"{text}; both are saved as end tokens, but an instruction-tuned student.model would already know them"
     if {"modules_to_save", "trainable_token_indices"} & student.lora.args.keys():
         return None
     trained = new if config.get_text_config().tie_word_embeddings else {"embed_tokens": new, "lm_head": new}
@@ -57,19 +57,19 @@ def end_token(student: Student, manifest: dict[str, Any]) -> str | None:
 
 
 def soft_targets(rows: Any) -> str | None:
-    """What the kind of soft targets finds wrong with them."""
+    """Warnings of the kind of soft targets."""
     kind = kind_of(rows.column_names)
     return kind.warning(rows.select_columns(list(kind.columns)).with_format("arrow")[:_LOOKED_AT]) if kind.columns else None
 
 
 def learning_rate(student: Student, rate: float, parameters: int) -> str | None:
-    """The learning rate of training all weights with adapters, or of adapters with all weights of a large model."""
+    """A learning rate for all weights used with adapters, or one for adapters used with all weights of a large model."""
     usual = student.default_learning_rate
     said = f"train.args.learning_rate is {rate:g}"
     if student.lora and rate <= usual / _RATE_FACTOR:
-        return f"{said}, as for training all weights; adapters (student.lora) learn best at about ten times that, {usual:g}"
+        return f"{said}, typical for training all weights; adapters (student.lora) usually need about ten times that, {usual:g}"
     if not student.lora and parameters > _LARGE and rate >= usual * _RATE_FACTOR:
-        return f"{said}, as for adapters; all weights of a model of {parameters / 1e9:.1f}B parameters take about {usual:g}"
+        return f"{said}, typical for adapters; all weights of a {parameters / 1e9:.1f}B model usually need about {usual:g}"
     return None
 
 
@@ -83,6 +83,6 @@ def rows_without_end(rows: Any, max_length: int | None) -> str | None:
         return None
     longer = "generate.max_tokens" if pc.sum(by_teacher).as_py() > pc.sum(by_training).as_py() else "train.args.max_length"
     return (
-        f"{share:.0%} of the rows are cut before they end, so the student rarely sees an end token and may not stop; "
-        f"raise {longer}, or keep those that end: curate: [{{finish_reason: {{keep: [stop]}}}}]"
+        f"{share:.0%} of the rows are cut off before they end, so the student rarely sees an end token and may not stop; "
+        f"raise {longer}, or keep only rows that end: curate: [{{finish_reason: {{keep: [stop]}}}}]"
     )

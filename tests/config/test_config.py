@@ -109,7 +109,7 @@ def test_taking_away_what_another_origin_has_replaced_changes_nothing(file):
         ("student", "{model: x, prune: {layers: 2}}", "either student.model or student.prune"),
         ("curate", "[{repetition: {}, length: {}}]", "exactly one key"),
         ("curate", "[{repetiton: {}}]", "did you mean curate.0.repetition?"),
-        ("curate", "[{nope: {}}]", "no such key curate.0.nope; there are finish_reason, length, language"),
+        ("curate", "[{nope: {}}]", "no such key curate.0.nope; available are finish_reason, length, language"),
         (
             "curate",
             "[duplicates]",
@@ -117,7 +117,7 @@ def test_taking_away_what_another_origin_has_replaced_changes_nothing(file):
         ),
         ("targets", "{k: 64}", "targets: k has no effect with kind sampled, only with topk"),
         ("targets", "{kind: topk, n: 16}", "targets: n has no effect with kind topk, only with sampled, "),
-        ("output", "~/runs", "output: ~/runs begins with ~, which only a shell replaces; write the whole path"),
+        ("output", "~/runs", "output: ~/runs begins with ~, which only a shell expands; write the full path"),
         ("output.x", "1", "cannot set output.x"),
         ("train.loss", "mse", "train.loss should be 'forward_kl', 'reverse_kl', 'jsd'"),
         ("train.loss", "jsd", "train.loss is jsd, but sampled targets give an unbiased estimate of forward_kl only"),
@@ -193,10 +193,11 @@ def test_a_loss_of_the_rounds_that_does_not_fit_is_named_before_the_first_stage(
     ("text", "message"),
     [
         ("a: [1", "not valid YAML"),
-        ("- 1", "must hold a mapping"),
-        (MINIMAL + "output: again\n", "the key output is there twice"),
+        ("- 1", "must contain a mapping"),
+        (MINIMAL + "output: again\n", "duplicate key output"),
         ("output: out\n", "the key teacher is missing"),
         (MINIMAL + "train: {args: !!python/object/apply:os.system [true]}\n", "not valid YAML"),
+        (MINIMAL + 'prompts: {source: a.jsonl, system: "Be \\ud83d brief."}\n', "half of a surrogate pair"),
     ],
 )
 def test_a_wrong_file(file, text, message):
@@ -217,12 +218,12 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 
     [
         (nested(3000), "nested more than 100 deep"),
         ("a: " + "{b: " * 3000 + "1" + "}" * 3000, "nested more than 100 deep"),
-        (BOMB, "more than 1,000,000 values, aliases written out"),
-        ("a: &a [*a]\n", "an alias inside of what it names"),
-        ("a: &a {b: *a}\n", "an alias inside of what it names"),
+        (BOMB, "more than 1,000,000 values after expanding aliases"),
+        ("a: &a [*a]\n", "an alias inside the node that it refers to"),
+        ("a: &a {b: *a}\n", "an alias inside the node that it refers to"),
         ("output: {{ name }}\n", r"text that begins with \{ or \[ needs quotes"),
         ("? [1, 2]\n: 3\n", r"text that begins with \{ or \[ needs quotes"),
-        ("x" * 10_000_001, "is longer than 10,000,000 characters"),
+        ("x" * 10_000_001, "longer than 10,000,000 characters"),
     ],
 )
 @pytest.mark.timeout(60)
@@ -302,10 +303,10 @@ def test_configuration_needs_no_torch_and_imports_fast():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"targets": {"kind": "sampled_logprobs"}}, "needs the whole distribution of the ensemble"),
+        ({"targets": {"kind": "sampled_logprobs"}}, "needs the full distribution of the ensemble"),
         (
             {"generate": {"thinking": "removed"}, "curate": [{"finish_reason": {}}]},
-            "which an ensemble of engine vllm does not support",
+            "which an ensemble with engine vllm does not support",
         ),
     ],
 )

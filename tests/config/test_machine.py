@@ -89,7 +89,7 @@ def test_a_vllm_that_finds_no_device_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
     machine._vllm_precision.cache_clear()
-    with pytest.raises(InputError, match="vLLM finds no device here that it was built for"):
+    with pytest.raises(InputError, match="vLLM found no device that it was built for"):
         machine.inference_precision(runtime="vllm")
 
 

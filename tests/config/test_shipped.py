@@ -9,8 +9,9 @@ from llmdistill.config import keys, load_experiment, shipped
 from llmdistill.config.prompts import Prompts
 from llmdistill.curation.contamination import _read
 from llmdistill.curation.steps import step_inputs
+from llmdistill.data.tables import files_hash
 from llmdistill.evaluation.tasks import files_of, read_tasks
-from llmdistill.prompting.sources import files_hash, read_source
+from llmdistill.prompting.sources import read_source
 from llmdistill.prompting.template import PromptTemplate
 from tests.conftest import ROOT
 

@@ -92,6 +92,14 @@ def test_only_some_fields_are_searched_for(tmp_path):
         apply_step(tmp_path, {"contamination": {"against": [text], "fields": ["input"]}}, rows)
 
 
+def test_a_question_is_found_with_the_number_of_a_sample_however_many_there_are(tmp_path):
+    items = [{"text": f"{QUESTION} Sample {number}"} for number in range(11)]
+    file = write(tmp_path, "samples.jsonl", "".join(json.dumps(item) + "\n" for item in items))
+    reasons, facts = apply_step(tmp_path, {"contamination": {"against": [file]}}, table(["x"], prompts=[QUESTION]))
+    assert reasons == [f"{file} line 1 text: {' '.join(words(QUESTION)[:13])}"]
+    assert facts == {"strings": 11, "short_strings": 0, "common_ngrams": 0}
+
+
 def test_what_many_items_share_is_the_wording_of_the_task(tmp_path):
     wording = "Answer the following question with exactly one word and do not explain your answer in any way"
     items = [{"q": f"{wording}: {' '.join(f'{n}x{k}' for k in range(13))}"} for n in range(11)]

@@ -27,7 +27,19 @@ def test_json_schema(tmp_path):
     assert reasons[:2] == [None, None]
     assert reasons[2] == "$.age: '3' is not of type 'integer'"
     assert reasons[3].startswith("$: ")
-    assert all(reason.startswith("no JSON: ") for reason in reasons[4:])
+    assert all(reason.startswith("not JSON: ") for reason in reasons[4:])
+
+
+def test_a_schema_with_a_byte_order_mark_is_read(tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "object"}', encoding="utf-8-sig")
+    assert apply_step(tmp_path, {"json_schema": {"file": str(file)}}, table(["{}"]))[0] == [None]
+
+
+def test_a_shipped_schema_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = {"json_schema": {"file": "configs/tasks/orders.schema.json"}}
+    assert apply_step(tmp_path, shipped, table(["3"]))[0] == ["$: 3 is not of type 'object'"]
 
 
 def test_a_schema_is_checked_and_fetches_nothing(tmp_path):
@@ -36,7 +48,7 @@ def test_a_schema_is_checked_and_fetches_nothing(tmp_path):
     with pytest.raises(InputError, match=r"schema\.json: not a valid JSON schema: 'objekt' is not valid"):
         apply_step(tmp_path, {"json_schema": {"file": str(file)}}, table(["{}"]))
     file.write_text("3")
-    with pytest.raises(InputError, match=r"schema\.json: no JSON schema: it must be an object"):
+    with pytest.raises(InputError, match=r"schema\.json: not a JSON schema: it must be an object"):
         apply_step(tmp_path, {"json_schema": {"file": str(file)}}, table(["{}"]))
     file.write_text('{"$ref": "http://127.0.0.1:9/schema.json"}')
     with pytest.raises(InputError, match=r"refers to http://127.0.0.1:9/schema.json, which is not in the file"):

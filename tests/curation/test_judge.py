@@ -54,7 +54,7 @@ def test_scores_are_those_of_a_forward_pass_and_are_kept(tiny, tmp_path, monkeyp
     assert apply_step(tmp_path, step(tiny, min_mass=1e-9, min_score=1), backwards, group=1)[0] == [None] * 3
     failed, *_ = apply_step(tmp_path, step(tiny, min_mass=1), backwards)[0]
     assert isinstance(failed, Failed)
-    assert failed == f"the judge gives the digits a probability of {kept['row2']['mass']:.2f}"
+    assert failed == f"the judge assigns the digits a probability of {kept['row2']['mass']:.2f}"
 
 
 def test_only_new_questions_are_asked(tiny, tmp_path, monkeypatch):

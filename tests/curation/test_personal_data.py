@@ -84,6 +84,11 @@ def test_examples(kind, text, example):
         "30 + 2127365000",
         "ISBN 978-0-306-40615-7",
         "the years 1999 2000 2001",
+        "The router is at 192.168.10.12.",
+        "RGB (255) 128 64 32",
+        "the code 12-34-56-78-90",
+        "the bytes 00 11 22 33 44 55",
+        "9876543210 calls were made",
     ],
 )
 def test_numbers_are_no_phones(tmp_path, text):
@@ -92,7 +97,20 @@ def test_numbers_are_no_phones(tmp_path, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["Call +1 212-736-5000 now", "(212) 736-5000", "212-736-5000", "my phone is 2127365000", "020 7946 0958", "+49 171 2345678"],
+    [
+        "Call +1 212-736-5000 now",
+        "(212) 736-5000",
+        "212-736-5000",
+        "my phone is 2127365000",
+        "020 7946 0958",
+        "+49 171 2345678",
+        "0049 170 1234567",
+        "9876543210 call me",
+        "2127365000 is my number",
+        "06 12 34 56 78",
+        "(030) 90 18 20",
+        "(11) 98765-4321",
+    ],
 )
 def test_phones_are_phones(tmp_path, text):
     (reason,), _ = apply_step(tmp_path, {"personal_data": {"kinds": ["phone"]}}, table([text]))

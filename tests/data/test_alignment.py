@@ -49,6 +49,13 @@ def test_white_space_in_front_is_passed_over():
     assert aligned([0, 1, 6], [5, 0, 1, 6]) == ([-1, 0, 1, 2], 1, 0)
 
 
+def test_only_what_is_behind_the_first_difference_is_lost():
+    """White space in front as well as a difference at the end, such as a line feed that one template strips."""
+    assert aligned([4, 0, 1, 4, 6], [0, 1, 6]) == ([1, 2, -1], 0, 1)
+    assert aligned([0, 1, 6], [5, 0, 1, 5, 6]) == ([-1, 0, 1, -1, -1], 2, 1)
+    assert aligned([4, 0, 1, 2], [0, 1, 1]) == ([1, 2, -1], 0, 1)
+
+
 def test_behind_a_difference_nothing_meets():
     assert aligned([0, 1, 2, 6], [0, 2, 2, 6]) == ([0, -1, -1, -1], 2, 1)
 
@@ -79,6 +86,9 @@ def test_chunks_begin_and_end_on_both_sides():
     assert sizes.tolist() == [1, 0, 1]
     sizes, _ = chunks(Texts(*sides(), np.array([0, 1, 2]), np.array([0, 2, 2])), log_p)
     assert sizes.tolist() == [1, 0, 0]
+    # One text goes on where the other has ended: its token there is no end.
+    sizes, _ = chunks(Texts(*sides(), np.array([0, 1, 6]), np.array([0, 1, 2, 6])), log_p)
+    assert sizes.tolist() == [1, 1, 0, 0]
 
 
 @given(text=st.text("abc", min_size=1, max_size=30), seed=st.integers(0, 1000))

@@ -5,8 +5,10 @@ import re
 import pytest
 import yaml
 
-from llmdistill.data.cards import dataset_card, with_results
+from llmdistill.config import Experiment
+from llmdistill.data.cards import dataset_card, model_card, with_results
 from llmdistill.models.licence import licence_of, restriction, sentence
+from llmdistill.training.trainer import DistillConfig
 from tests.stages.test_report import HEADLINE, metrics
 
 
@@ -47,7 +49,7 @@ def test_a_dataset_carries_the_licence_of_its_teacher():
     manifest = {"teacher": teacher, "sampling": {}, "targets": {"kind": "none"}, "shards": [], "rows": 0, "completion_tokens": 0}
     card = dataset_card(manifest)
     assert yaml.safe_load(card.split("---")[1])["license"] == "llama3"
-    assert "**Mind: the Llama 3 licence forbids" in card
+    assert "**Note: the Llama 3 licence forbids" in card
 
 
 def test_text_that_the_teacher_has_only_read_is_not_called_its_own():
@@ -59,7 +61,31 @@ def test_text_that_the_teacher_has_only_read_is_not_called_its_own():
     head = yaml.safe_load(card.split("---")[1])
     assert "synthetic" not in head["tags"]
     assert "license" not in head
-    assert "| text | from `books.jsonl`, read by `big` |" in card
+    assert "| text | from `books.jsonl`, scored by `big` |" in card
+
+
+def test_a_student_has_the_licence_of_the_weights_that_it_starts_from(tmp_path):
+    """And not the teacher's, which its card names beside it."""
+    teacher = {"model": "big", "engine": "vllm", "licence": {"license": "llama3"}}
+    manifest = {"teacher": teacher, "targets": {"kind": "topk", "k": 4}, "shards": []}
+    arguments = DistillConfig(str(tmp_path), use_cpu=True, bf16=False)
+
+    def card(**student):
+        parts = {"output": str(tmp_path), "teacher": {"model": "big"}, "student": student}
+        return model_card(Experiment.model_validate(parts), manifest, "student", arguments, {"steps": 1})
+
+    def licence(text):
+        return yaml.safe_load(text.split("---")[1])["license"]
+
+    (tmp_path / "small").mkdir()
+    assert licence(card(model=str(tmp_path / "small"))) == "other", "it is not known"
+    (tmp_path / "small/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    own = card(model=str(tmp_path / "small"))
+    assert licence(own) == "apache-2.0"
+    assert "small`, has the licence `apache-2.0`, which applies to its weights." in own
+    assert "The teacher has the licence `llama3`." in own
+    for derived in ({"model": "big"}, {"prune": {"layers": 2}}):
+        assert licence(card(**derived)) == "llama3"
 
 
 def test_results_stand_before_the_configuration_once():
@@ -78,8 +104,8 @@ def test_results_say_whose_text_was_measured_and_by_which_score():
     assert "| <b>|facts, rouge_l, % | 50.0% (95% CI 40.0 to 60.0), teacher 50.0% |" in wrote
     assert "right" not in wrote
     assert "On 3,903 tokens that the teacher wrote for 48 prompts" in wrote
-    assert "On 3,903 tokens that the teacher read for 48 prompts" in read
-    for text, how in ((wrote, "wrote"), (read, "read")):
+    assert "On 3,903 tokens that the teacher scored for 48 prompts" in read
+    for text, how in ((wrote, "wrote"), (read, "scored")):
         results = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
         assert results[0]["dataset"]["name"] == f"held-out text that the teacher {how}"
         assert results[1]["metrics"][0] == {"type": "rouge_l", "name": "rouge_l", "value": 0.5}

@@ -96,6 +96,16 @@ def test_weights_by_hand():
         np.testing.assert_allclose(batch["token_weights"], [0.5, 0.5, 1.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("by", ["entropy", "certainty"])
+def test_a_row_whose_tokens_all_weigh_nothing_counts_uniformly(by):
+    """One token a position and nothing outside: the teacher's entropy is 0 everywhere."""
+    sure = row([10, 20, 21], 1) | {"target_ids": [20, 21], "target_logprobs": [0.0, 0.0], "target_tail": [0.0, 0.0]}
+    assert DistillCollator(0, position_weights=by)([sure])["token_weights"].tolist() == [1, 1]
+    found = DistillCollator(0, position_weights=by, by_sequence=True)([row([13, 30], 1), row([10, 20, 21], 1)])
+    np.testing.assert_allclose(found["token_weights"], [1, 0.5, 0.5], rtol=1e-6)
+    assert DistillCollator(0, position_weights=by, by_sequence=True)([sure])["token_weights"].tolist() == [0.5, 0.5]
+
+
 def test_importance_goes_with_the_tokens_of_its_row():
     rows = [row([10, 11, 12, 20, 21], 3) | {"importance": 0.5, "token_logprobs": [-1.0, -2.0]}]
     rows += [row([13, 30, 31], 1) | {"importance": 2.0, "token_logprobs": [-3.0, -4.0]}]

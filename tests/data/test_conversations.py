@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmdistill.data.conversations import given_prompt, learned_turns
+from llmdistill.data.tables import read_tables
 from llmdistill.errors import InputError, UnusableError
-from llmdistill.prompting.sources import read_tables
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -35,18 +35,52 @@ def test_another_weight_is_refused():
 
 @pytest.mark.parametrize("name", ["images", "image", "videos", "audio"])
 def test_what_is_not_text_is_not_dropped(name):
-    with pytest.raises(UnusableError, match=f"f line 1: `{name}` cannot be given to the teacher"):
+    with pytest.raises(UnusableError, match=f"f line 1: `{name}` cannot be passed to the teacher"):
         turns([USER, ANSWER], **{name: ["a/1.jpg"]})
     with pytest.raises(UnusableError, match=f"`{name}`"):
         given_prompt({"prompt": "q", name: {"bytes": "…"}}, "f line 1")
     assert turns([USER, ANSWER], **{name: []}), "a table gives every row the column"
 
 
+@pytest.mark.parametrize("name", ["images", "image", "videos", "audio"])
+@pytest.mark.parametrize(
+    "value",
+    ["coco/1.jpg", "A B.WAV", '["a.png"]', "data:image/png;base64,iVBO", "https://example.org/1", "s3://b/1", "iVBO" * 30],
+)
+def test_a_text_that_leads_to_a_picture_is_not_dropped(name, value):
+    with pytest.raises(UnusableError, match=f"f line 1: `{name}` cannot be passed to the teacher"):
+        turns([USER, ANSWER], **{name: value})
+
+
+@pytest.mark.parametrize("value", ["A bird on a roof.", "[]", " ", 3, ""])
+def test_a_caption_is_a_users_field(value):
+    assert turns([USER, ANSWER], image=value)
+    assert turns([USER, ANSWER], image_url="https://example.org/1.jpg")
+    tag = {"role": "user", "content": "How do I close an <image>?"}
+    assert turns([tag, ANSWER], source="https://example.org/1.html")
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<video>", "<audio>"])
+def test_what_a_mark_in_a_message_stands_for_is_not_dropped(mark):
+    asked = {"role": "user", "content": f"{mark}\nWhat is it?"}
+    with pytest.raises(UnusableError, match="`image` cannot be passed"):
+        turns([asked, ANSWER], image=17)
+    with pytest.raises(UnusableError, match="`video_path` cannot be passed"):
+        given_prompt({"prompt": asked["content"], "video_path": "1"}, "f line 1")
+
+
+def test_pictures_of_a_message_are_not_dropped():
+    with pytest.raises(UnusableError, match="`images` cannot be passed"):
+        turns([{**USER, "images": ["iVBO"]}, ANSWER])
+    (turn,) = turns([{**USER, "images": [], "tool_calls": []}, {**ANSWER, "tool_calls": []}])
+    assert (turn.prompt, turn.completion, turn.uses_tools) == ([USER], [ANSWER], False)
+
+
 def test_parts_of_text_are_a_text_and_others_are_not():
     parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "is it?"}]
     (turn,) = turns([{"role": "user", "content": parts}, ANSWER])
     assert turn.prompt == [{"role": "user", "content": "Who is it?"}]
-    with pytest.raises(UnusableError, match="a part of a content is of type 'image_url'"):
+    with pytest.raises(UnusableError, match="a part of a content has type 'image_url'"):
         turns([{"role": "user", "content": [*parts, {"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER])
 
 

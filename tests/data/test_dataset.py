@@ -56,7 +56,7 @@ def make_row(number, length=3):
         completion_ids=ids,
         finish_reason="stop",
         token_logprobs=logprobs[np.arange(length), ids].astype(np.float32),
-        targets=targets.TopK.from_dense(logprobs, 4),
+        targets=factories.most_likely(logprobs, 4),
     )
 
 
@@ -259,23 +259,42 @@ def test_there_may_be_more_than_99_999_shards(directory, tmp_path):
         ({"targets": None}, "dataset.json: targets must be a mapping, got null"),
         ({"teacher": "x"}, "dataset.json: teacher must be a mapping"),
         ({"teacher": {"model": "t"}}, r"dataset.json: teacher\.engine must be text, got nothing"),
-        ({"targets": {"kind": "topk"}}, r"dataset.json: targets\.k must be a whole number, got nothing"),
+        ({"shards": []}, "dataset.json: shards is empty"),
+        ({"targets": {"kind": ["topk"]}}, r"dataset.json: targets\.kind must be text"),
+        ({"targets": {"kind": "topk"}}, r"dataset.json: targets\.k must be an integer, got nothing"),
         ({"tokenizer": None}, "dataset.json: tokenizer must be a mapping, got null"),
-        ({"tokenizer": {"vocab_size": "100"}}, r"dataset.json: tokenizer\.vocab_size must be a whole number, got \"100\""),
-        ({"tokenizer": _without("chat_template")}, r"dataset.json: tokenizer\.chat_template must be there, if only as null"),
-        ({"teacher_tokenizer": {}}, r"dataset.json: teacher_tokenizer\.vocab_size must be a whole number, got nothing"),
-        ({"rows": None}, "dataset.json: rows must be a whole number, got null"),
+        ({"tokenizer": {"vocab_size": "100"}}, r"dataset.json: tokenizer\.vocab_size must be an integer, got \"100\""),
+        ({"tokenizer": _without("chat_template")}, r"dataset.json: tokenizer\.chat_template must be present, even if null"),
+        ({"teacher_tokenizer": {}}, r"dataset.json: teacher_tokenizer\.vocab_size must be an integer, got nothing"),
+        ({"rows": None}, "dataset.json: rows must be an integer, got null"),
         ({"determinism": 1}, "dataset.json: determinism must be text, got 1"),
-        ({"steps": []}, "dataset.json: rows_in must be a whole number, got nothing"),
-        ({"rows_in": 6, "steps": [{"name": "a", "kept": 6}]}, r"dataset.json: steps\.0\.rows_in must be a whole number"),
+        ({"steps": []}, "dataset.json: rows_in must be an integer, got nothing"),
+        ({"rows_in": 6, "steps": [{"name": "a", "kept": 6}]}, r"dataset.json: steps\.0\.rows_in must be an integer"),
         ({"alignment": {}}, "dataset.json: student must be a mapping, got nothing"),
-        ({"alignment": {"soft": 1}, "student": {"model": "s"}}, r"dataset.json: alignment\.positions must be a whole number"),
+        ({"alignment": {"soft": 1}, "student": {"model": "s"}}, r"dataset.json: alignment\.positions must be an integer"),
     ],
 )
 def test_a_manifest_of_another_shape_is_named(directory, change, message):
     manifest = json.loads((directory / "dataset.json").read_text())
     (directory / "dataset.json").write_text(json.dumps(manifest | change))
     with pytest.raises(InputError, match=message):
+        read_manifest(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shards: shards[0].pop("target_bytes"), r"shards\.0\.target_bytes must be an integer, got nothing"),
+        (lambda shards: shards[1].update(rows=-1), r"shards\.1\.rows is -1, must be at least 0"),
+        (lambda shards: shards[0].update(split="test"), r"shards\.0\.split is 'test', but the file is train-00000-of"),
+        (lambda shards: shards[1].update(shards[0]), r"shards\.1\.file is train-00000-of-.*, which is listed twice"),
+    ],
+)
+def test_what_a_manifest_cannot_say_of_a_shard_is_named(directory, change, message):
+    manifest = json.loads((directory / "dataset.json").read_text())
+    change(manifest["shards"])
+    (directory / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"dataset\.json: {message}"):
         read_manifest(directory)
 
 
@@ -317,9 +336,14 @@ def starts(table, values):
     [
         (lambda t: all_ids(t, VOCAB), "row 0: the token id 100 is outside"),
         (lambda t: all_ids(t, -1), "row 0: the token id -1 is outside"),
-        (lambda t: starts(t, [*t["completion_start"].to_pylist()[:-1], 10**6]), "completion_start is not a place"),
-        (lambda t: starts(t, [None] * len(t)), "row 0: completion_start is not a place"),
-        (lambda t: with_column(t, "token_logprobs", [[]] * len(t)), "row 0: token_logprobs has not one value"),
+        (lambda t: starts(t, [*t["completion_start"].to_pylist()[:-1], 10**6]), "completion_start is not a position"),
+        (lambda t: starts(t, [None] * len(t)), "row 0: completion_start is not a position"),
+        (lambda t: with_column(t, "token_logprobs", [[]] * len(t)), "row 0: token_logprobs does not have one value"),
+        (lambda t: with_column(t, "completion", [[], *t["completion"].to_pylist()[1:]]), "row 0: completion has 0 messages"),
+        (
+            lambda t: with_column(t, "completion", [2 * turns for turns in t["completion"].to_pylist()]),
+            "completion has 2 messages",
+        ),
         (lambda t: t.drop_columns(["metadata"]), "has no column metadata"),
         (lambda t: t.slice(0, 0), "has no rows"),
     ],
@@ -331,6 +355,14 @@ def test_rows_that_no_teacher_wrote_are_named(directory, change, message):
         load_dataset(directory)
     with pytest.raises(InputError, match=message):
         inspect(directory, verify=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 14, 1 << 16])
+def test_a_row_is_named_however_few_are_read_at_once(directory, monkeypatch, tokens):
+    monkeypatch.setattr("llmdistill.data.dataset.TOKENS_AT_ONCE", tokens)
+    rewritten(directory, lambda t: with_column(t, "target_tail", [*t["target_tail"].to_pylist()[:2], [9.0] * 4]))
+    with pytest.raises(InputError, match="row 2: target_tail holds 9"):
+        load_dataset(directory)
 
 
 def first(value, place=0):
@@ -347,27 +379,53 @@ def shorter(lists):
     return [lists[0][:-1], *lists[1:]]
 
 
+def moved(lists):
+    """The last value of the first row is the first of the second: as many in all, but not in each."""
+    return [lists[0][:-1], [lists[0][-1], *lists[1]], *lists[2:]]
+
+
+def raised(lists):
+    """Probabilities that are three times as large together."""
+    return [[min(value + np.log(3), 0) for value in values] for values in lists]
+
+
+def certain(lists):
+    return [[0.0] * len(values) for values in lists]
+
+
+def repeated(lists):
+    lists[0][1] = lists[0][0]
+    return lists
+
+
 KINDS = ("sampled", "topk", "sampled_logprobs", "multinomial")
 BAD = [
-    *((kind, "target_ids", first(60_000), "outside of the vocabulary") for kind in KINDS),
+    *((kind, "target_ids", first(60_000), "outside the vocabulary") for kind in KINDS),
     *((kind, "target_ids", shorter, "") for kind in KINDS),
     *((kind, "target_logprobs", first(np.nan), "target_logprobs holds nan") for kind in ("sampled", "topk", "sampled_logprobs")),
     *((kind, "target_logprobs", first(5.0), "target_logprobs holds 5") for kind in ("sampled", "topk", "sampled_logprobs")),
     *((kind, "target_logprobs", first(None), "has a null") for kind in ("sampled", "topk", "sampled_logprobs")),
+    *((kind, "target_logprobs", moved, "row 0: target_logprobs has") for kind in ("sampled", "topk", "sampled_logprobs")),
+    ("multinomial", "target_counts", moved, "row 0: target_counts has"),
+    ("topk", "target_logprobs", raised, "the probabilities in target_logprobs and target_tail add up to"),
+    ("topk", "target_tail", certain, "row 0: the probabilities in target_logprobs"),
+    ("sampled", "target_logprobs", certain, "row 0: the probabilities in target_logprobs"),
+    ("sampled_logprobs", "target_logprobs", certain, "row 0: the probabilities in target_logprobs"),
+    ("topk", "target_ids", repeated, "row 0: target_ids contains a token twice"),
     *(("topk", "target_tail", first(value), "target_tail holds") for value in (np.nan, -5.0, 1e9)),
-    ("topk", "target_tail", shorter, "row 0: target_tail has not one value"),
+    ("topk", "target_tail", shorter, "row 0: target_tail does not have one value"),
     *((kind, "target_exact", first(value), "") for kind in ("sampled", "sampled_logprobs") for value in (4, 200)),
-    ("sampled", "target_exact", shorter, "row 0: target_exact has not one value"),
+    ("sampled", "target_exact", shorter, "row 0: target_exact does not have one value"),
     ("sampled", "target_entropy", first(np.nan), "target_entropy holds nan"),
     ("multinomial", "target_entropy", first(np.inf), "target_entropy holds inf"),
     ("multinomial", "target_distinct", first(9), ""),
-    ("topk", "token_logprobs", first(5.0), "token_logprobs holds what is no log-probability"),
-    ("topk", "metadata", lambda rows: ["{", *rows[1:]], "row 0: metadata is no JSON object"),
-    ("topk", "metadata", lambda rows: ["[]", *rows[1:]], "row 0: metadata is no JSON object"),
-    ("topk", "metadata", lambda rows: [None, *rows[1:]], "row 0: metadata is no JSON object"),
+    ("topk", "token_logprobs", first(5.0), "token_logprobs has an invalid log-probability"),
+    ("topk", "metadata", lambda rows: ["{", *rows[1:]], "row 0: metadata is not a JSON object"),
+    ("topk", "metadata", lambda rows: ["[]", *rows[1:]], "row 0: metadata is not a JSON object"),
+    ("topk", "metadata", lambda rows: [None, *rows[1:]], "row 0: metadata is not a JSON object"),
     ("topk", "finish_reason", lambda rows: [None, *rows[1:]], "the column finish_reason has a null"),
     ("topk", "completion", lambda rows: [[{"role": None, "content": "x"}], *rows[1:]], "the column completion has a null"),
-    ("topk", "completion_start", lambda rows: [0, *rows[1:]], "row 0: completion_start is not a place"),
+    ("topk", "completion_start", lambda rows: [0, *rows[1:]], "row 0: completion_start is not a position"),
 ]  # fmt: skip
 
 
@@ -386,6 +444,69 @@ def test_targets_that_no_teacher_has_told_are_refused_before_they_are_learned(tm
     assert len(load_dataset(tmp_path)) == 2
     rewritten(tmp_path, lambda table: with_column(table, column, change(table[column].to_pylist())))
     with pytest.raises(InputError, match=rf"train-00000-of-.*\.parquet: .*{message}"):
+        load_dataset(tmp_path)
+
+
+def test_targets_of_which_nothing_is_known_have_all_of_their_mass_outside(tmp_path):
+    """As of a token that an endpoint has not shown; without the mass outside, nothing would be left."""
+    hidden = targets.TopK(np.full((2, 3), 7), np.full((2, 3), -np.inf, dtype=np.float32), np.ones(2, dtype=np.float32))
+    factories.write_rows(tmp_path, [factories.make_row("a", [1, 2], np.arange(2), soft=hidden)], "topk", VOCAB)
+    assert len(load_dataset(tmp_path)) == 1
+    rewritten(tmp_path, lambda table: with_column(table, "target_tail", [[1.0, 0.0]]))
+    with pytest.raises(InputError, match="row 0: the probabilities in target_logprobs and target_tail add up to 0"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [[2, 0, 1], [0, 0, 4], [0, 2, 2], [1, 2, 1]])
+def test_a_chunk_that_reaches_into_the_one_before_or_another_row_is_refused(tmp_path, sizes):
+    def row(name, sizes):
+        kept = targets.Chunks(np.empty((3, 0)), np.array(sizes), np.where(np.array(sizes) > 0, -0.5, 0))
+        return factories.make_row(name, [1, 2], np.arange(3), soft=kept)
+
+    right = [row("a", [0, 2, 1]), row("b", [0, 0, 3])]
+    assert len(load_dataset(factories.write_rows(tmp_path / "right", right, "chunks", VOCAB))) == 2
+    factories.write_rows(tmp_path / "wrong", [*right, row("c", sizes)], "chunks", VOCAB)
+    with pytest.raises(InputError, match="row 2: target_chunks is"):
+        load_dataset(tmp_path / "wrong")
+
+
+def write_aligned(directory):
+    """Two rows as `retokenize` stores them, of 3 and 2 tokens in the student's and of 4 and 2 in the teacher's."""
+    generator = np.random.default_rng(0)
+    soft = [factories.most_likely(np.log(generator.dirichlet(np.ones(20), size)), 4) for size in (4, 2)]
+    rows = [factories.make_row(name, [1, 2], np.arange(size)) for name, size in (("a", 3), ("b", 2))]
+    columns = {
+        "teacher_ids": pa.array([[1, 2, 3, 4, 5, 19], [1, 6, 7]], pa.list_(pa.int32())),
+        "teacher_start": pa.array([2, 1], pa.int32()),
+        "target_places": pa.array([[0, -1, 3], [0, 1]], pa.list_(pa.int32())),
+    } | targets.TopK.encode(soft, 20)
+    table = rows_to_table(rows, 10)
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    description = factories.described("topk", 10, k=4)
+    counts = {"positions": 5, "soft": 4, "inside": 1, "disagree": 0}
+    theirs = {"teacher_tokenizer": description["tokenizer"] | {"vocab_size": 20}, "alignment": counts, "student": {"model": "s"}}
+    write_manifest(directory, [write_shard(directory, "train", 0, 1, table)], description | theirs)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "message"),
+    [
+        ("target_places", lambda rows: [[0, -1, 4], *rows[1:]], "row 0: target_places has 4, must be from -1 to 3"),
+        ("target_places", lambda rows: [rows[0], [-2, 1]], "row 1: target_places has -2, must be from -1 to 1"),
+        ("target_places", shorter, "row 0: target_places does not have one value per completion token"),
+        ("target_places", lambda rows: [None, *rows[1:]], "row 0: target_places does not have one value per completion token"),
+        ("teacher_ids", lambda rows: [rows[0], [1, 6, 20]], "row 1: the token id 20 is outside the vocabulary .teacher_ids"),
+        ("teacher_start", lambda rows: [2, 0], "row 1: teacher_start is not a position in teacher_ids after the first"),
+        ("teacher_start", lambda rows: [7, 1], "row 0: teacher_start is not a position in teacher_ids after the first"),
+        ("target_ids", lambda rows: [[20, *rows[0][1:]], rows[1]], "row 0: target_ids contains a token outside"),
+    ],
+)
+def test_positions_that_the_teachers_text_does_not_have_are_refused(tmp_path, column, change, message):
+    assert len(load_dataset(write_aligned(tmp_path))) == 2
+    rewritten(tmp_path, lambda table: with_column(table, column, change(table[column].to_pylist())))
+    with pytest.raises(InputError, match=rf"train-00000-of-.*\.parquet: {message}"):
         load_dataset(tmp_path)
 
 

@@ -356,7 +356,7 @@ def test_what_is_not_whole_is_refused_and_nothing_is_asked_or_sent(case, hub, re
 
 @pytest.mark.parametrize("repo_id", ["datasets/me/name", "me/na me", "me/-name", "me/a--b", "", "me/name.git"])
 def test_a_wrong_name_is_refused_before_anything_is_asked(hub, dataset, repo_id):
-    with pytest.raises(InputError, match="not the name of a repository"):
+    with pytest.raises(InputError, match="not a valid repository name"):
         push_to_hub(dataset, repo_id)
     assert not hub.requests
 
@@ -384,7 +384,7 @@ def test_without_a_usable_token_or_offline_nothing_is_asked(hub, dataset, monkey
 @pytest.mark.parametrize(
     ("failure", "kind", "message"),
     [
-        (401, InputError, "me/answers: the Hub does not accept the token"),
+        (401, InputError, "me/answers: the Hub rejects the token"),
         (403, InputError, "me/answers: the Hub refuses: no, whatever Bearer … may be"),
         (400, InputError, "me/answers: the Hub refuses"),
         (412, RemoteError, "me/answers: the push failed; try again"),

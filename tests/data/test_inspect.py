@@ -53,5 +53,5 @@ def test_a_right_answer_that_is_none_is_named(task, tmp_path):
 
 
 def test_a_dataset_without_them_is_refused(task, tmp_path):
-    with pytest.raises(InputError, match=r"data: no row asks an example of test\.jsonl, which task\.yaml \(--task\) names"):
+    with pytest.raises(InputError, match=r"data: no prompt is an example of test\.jsonl, the test of task\.yaml \(--task\)"):
         inspect(answered(tmp_path / "data", "x"), task=task)

@@ -8,7 +8,7 @@ from llmdistill.config.rows import FORMATS, RowReading
 from llmdistill.data.conversations import given_prompt, learned_turns
 from llmdistill.data.row_formats import FORMS, read_row
 from llmdistill.data.traffic import is_recorded
-from llmdistill.errors import UnreadableError
+from llmdistill.errors import UnreadableError, UnusableError
 
 Q, A = "What is 2 + 2?", "It is 4."
 ASKED, ANSWERED = [{"role": "user", "content": Q}], [{"role": "assistant", "content": A}]
@@ -97,6 +97,37 @@ ROWS = {
     ),
     "GSM8K": ("question", {"question": Q, "answer": A}, [*ASKED, *ANSWERED]),
     "problems and solutions": ("question", {"problem": Q, "solution": A, "level": "1"}, [*ASKED, *ANSWERED]),
+    "ShareGPT with a reasoning trace": (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": Q, "score": 1},
+                {"from": "gpt", "value": A, "reasoning_content": "2 and 2", "score": 1},
+            ]
+        },
+        [*ASKED, {**ANSWERED[0], "reasoning_content": "2 and 2"}],
+    ),
+    "OpenOrca with a system message": (
+        "question",
+        {"id": "x", "system_prompt": "Be brief.", "question": Q, "response": A},
+        [BRIEF, *ASKED, *ANSWERED],
+    ),
+    "prompt and completion with a system message": (
+        "completion",
+        {"system": "Be brief.", "prompt": Q, "completion": A},
+        [BRIEF, *ASKED, *ANSWERED],
+    ),
+    "prompt and completion of a developer": (
+        "completion",
+        {"prompt": [{**BRIEF, "role": "developer"}, *ASKED], "completion": ANSWERED},
+        [BRIEF, *ASKED, *ANSWERED],
+    ),
+    "KTO with a system message": (
+        "kto",
+        {"system": "Be brief.", "prompt": Q, "completion": A, "label": True},
+        [BRIEF, *ASKED, *ANSWERED],
+    ),
+    "Alpaca without an instruction": ("alpaca", {"instruction": "", "input": Q, "output": A}, [*ASKED, *ANSWERED]),
     "OpenOrca": ("question", {"id": "x", "system_prompt": "", "question": Q, "response": A}, [*ASKED, *ANSWERED]),
     "prompt and response": ("prompt", {"prompt": Q, "response": A}, [*ASKED, *ANSWERED]),
     "prompt and completion": ("completion", {"prompt": Q, "completion": A}, [*ASKED, *ANSWERED]),
@@ -152,6 +183,7 @@ def test_prompts_without_answers():
         {"question": Q},
         {"instruction": Q, "input": ""},
         {"turns": [Q, "And?"]},
+        {"prompt": ASKED, "system": " "},
     ):
         fields, _ = read_row(row, RowReading(), "a row")
         assert given_prompt(fields, "a row") == ASKED
@@ -199,6 +231,45 @@ def test_the_system_message_beside_a_whole_conversation_is_part_of_it():
     assert fields["messages"] == [{"role": "system", "content": "You are a pirate."}, *ASKED, *ANSWERED]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "completion": A},
+        {"prompt": ASKED},
+        {"prompt": Q, "completion": A, "label": True},
+        {"instruction": Q, "output": A},
+        {"messages": [*ASKED, *ANSWERED]},
+        {"prompt": Q, "chosen": A, "rejected": "5"},
+    ],
+)
+def test_tools_are_a_list_in_every_form(row):
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        assert read_row({**row, "tools": tools}, RowReading(), "a row")[0]["tools"] == TOOLS
+    for tools in ("hammer, saw", {"name": "add"}):
+        with pytest.raises(UnreadableError, match="a row: cannot be read as"):
+            read_row({**row, "tools": tools}, RowReading(), "a row")
+
+
+def test_a_field_that_is_no_system_message_stays():
+    whole = {"messages": [BRIEF, *ASKED, *ANSWERED], "system": "linux"}
+    assert read_row(whole, RowReading(), "a row")[0] == whole
+    assert read_row({"text": A, "system": "linux"}, RowReading(), "a row")[0] == {"text": A, "system": "linux"}
+
+
+@pytest.mark.parametrize("turn", [{"images": ["a.jpg"]}, {"image": "a.jpg"}])
+def test_pictures_of_a_turn_are_not_dropped(turn):
+    row = {"conversations": [{"from": "human", "value": Q, **turn}, {"from": "gpt", "value": A}]}
+    fields, _ = read_row(row, RowReading(), "a row")
+    with pytest.raises(UnusableError, match=f"`{next(iter(turn))}` cannot be passed"):
+        conversation(fields)
+
+
+def test_a_caption_beside_a_mark_is_a_picture():
+    row = {"image": "coco/1", "conversations": [{"from": "human", "value": f"<image>\n{Q}"}, {"from": "gpt", "value": A}]}
+    with pytest.raises(UnusableError, match="`image` cannot be passed"):
+        conversation(read_row(row, RowReading(), "a row")[0])
+
+
 def test_an_unwanted_answer_is_not_learned():
     fields, _ = read_row({"prompt": Q, "completion": A, "label": False}, RowReading(), "a row")
     with pytest.raises(Exception, match="marked as not to be learned"):
@@ -213,18 +284,20 @@ def test_other_names_by_keys():
     settings = RowReading(columns={"conversations": "talk"}, roles={"customer": "user", "agent": "assistant"})
     assert conversation(read_row({"talk": turns}, settings, "a row")[0]) == [*ASKED, *ANSWERED]
     settings = RowReading(roles={"human": "user", "gpt": "assistant"})
-    told = {"messages": [{"role": "human", "content": Q}, {"role": "gpt", "content": A}]}
-    assert conversation(read_row(told, settings, "a row")[0]) == [*ASKED, *ANSWERED]
+    asked, said = [{"role": "human", "content": Q}], [{"role": "gpt", "content": A}]
+    for told in ({"messages": [*asked, *said]}, {"prompt": asked, "completion": said}, {"prompt": asked, "chosen": said}):
+        assert conversation(read_row(told, settings, "a row")[0]) == [*ASKED, *ANSWERED]
+    assert given_prompt(read_row({"prompt": asked}, settings, "a row")[0], "a row") == ASKED
 
 
 @pytest.mark.parametrize(
     ("row", "settings", "message"),
     [
-        ({"a": 1, "b": 2}, {}, "a row: has no conversation that is known, only a, b; set `columns`"),
+        ({"a": 1, "b": 2}, {}, "a row: has no conversation in a known format, only a, b; set `columns`"),
         ({}, {}, "only no fields"),
         ({"prompt": Q}, {"columns": {"prompt": "ask"}}, r"a row: has no field ask \(columns\.prompt\), only prompt"),
-        ({"prompt": Q}, {"format": "sharegpt"}, r"is not of the form sharegpt \(ShareGPT"),
-        ({"conversations": [{"from": "alien", "value": Q}]}, {}, "turn 1 is from 'alien'; say in `roles` who that is"),
+        ({"prompt": Q}, {"format": "sharegpt"}, r"is not of format sharegpt \(ShareGPT"),
+        ({"conversations": [{"from": "alien", "value": Q}]}, {}, "turn 1 is from 'alien'; assign a role to it in `roles`"),
         ({"conversations": [{"from": "function_call", "value": "no JSON"}]}, {}, "cannot be read as ShareGPT"),
     ],
 )

@@ -91,7 +91,7 @@ def test_shards_that_were_cut_elsewhere_are_refused(experiment, monkeypatch, oth
         self.shards = [(0, range(start, min(start + other, rows[0]))) for start in range(0, rows[0], other)]
 
     monkeypatch.setattr(shards.Layout, "__init__", elsewhere)
-    with pytest.raises(InputError, match=rf"train-00000-of-00004-.*: has 6 rows where {rows} belong: another version"):
+    with pytest.raises(InputError, match=rf"train-00000-of-00004-.*: has 6 rows instead of {rows}: another version"):
         generate(odd)
 
 
@@ -101,8 +101,38 @@ def test_a_damaged_shard_is_named_and_made_again_when_work_goes_on(experiment, u
     file = finished_shards(directory, "train")[1].file
     file.write_bytes(file.read_bytes()[:-7])
     generate(experiment)
-    assert f"{file} is damaged; it is made again" in capsys.readouterr().out.replace("\n", "")
+    assert f"{file} is damaged; making it again" in capsys.readouterr().out.replace("\n", "")
     assert files(directory) == undisturbed
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-7], lambda content: content[:200] + b"x" + content[201:]])
+def test_a_damaged_shard_of_another_worker_is_not_completed_with(experiment, undisturbed, capsys, damage):
+    """Neither one that is no Parquet any more, nor one of which a byte is another."""
+    directory = experiment.directory("data")
+    generate(experiment, worker=Share(0, 2))
+    file = finished_shards(directory, "train")[0].file
+    file.write_bytes(damage(file.read_bytes()))
+    generate(experiment, worker=Share(1, 2))
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"{file} is damaged" in said
+    assert "3 of 4 shards there" in said
+    assert not (directory / "dataset.json").exists()
+    generate(experiment, worker=Share(0, 2))
+    assert files(directory) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "shards must be a list, got nothing"),
+        ('{"shards": [{}]}', r"shards\.0\.file must be text"),
+        ("[]", "the whole must"),
+    ],
+)
+def test_a_manifest_that_says_no_shards_is_named(tmp_path, content, message):
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(InputError, match=rf"dataset\.json: {message}"):
+        is_whole(tmp_path)
 
 
 def test_a_shard_that_went_missing_after_the_end_is_made_again(experiment, undisturbed):

@@ -12,9 +12,10 @@ from llmdistill.config.rows import RowReading
 from llmdistill.data.conversations import given_prompt, learned_turns
 from llmdistill.data.dataset import conversation_keys, is_held_out, metadata_and_provenance, read_batches
 from llmdistill.data.row_formats import FORMS, read_row
+from llmdistill.data.tables import read_answered
 from llmdistill.data.traffic import is_recorded, read_recorded
-from llmdistill.errors import InputError, UnreadableError
-from llmdistill.prompting.sources import read_answered, read_source
+from llmdistill.errors import InputError, UnreadableError, UnusableError
+from llmdistill.prompting.sources import read_source
 from llmdistill.stages.generate import generate
 from llmdistill.stages.prompts import load_prompts, prepared_prompts
 from llmdistill.stages.score import score
@@ -76,6 +77,30 @@ def test_what_is_no_log_is_none(row):
     assert not is_recorded(row)
 
 
+def test_a_request_and_a_response_as_anthropic_has_them():
+    asked = {"model": "m", "max_tokens": 99, "system": [{"type": "text", "text": "Be brief."}], "messages": ASKED}
+    answer = {"type": "message", "role": "assistant", "content": [{"type": "text", "text": A}], "stop_reason": "end_turn"}
+    taken = read_recorded({"request": asked, "response": answer}, RowReading(), "a line")
+    (turn,) = learned_turns(taken, "a line", every=False, tool_calls=True)
+    assert (turn.prompt, turn.completion) == ([{"role": "system", "content": "Be brief."}, *ASKED], [ANSWER])
+    assert read_recorded({**asked, "system": "Be brief."}, RowReading(), "a line")["messages"] == turn.prompt
+
+
+@pytest.mark.parametrize(
+    "trace", [{"reasoning": "so"}, {"reasoning_content": "so"}, {"reasoning": "so", "reasoning_content": None}]
+)
+def test_the_trace_of_an_answer_comes_along(trace):
+    line = {"request": REQUEST, "response": {"choices": [{"message": {**ANSWER, **trace}, "finish_reason": "stop"}]}}
+    assert read_recorded(line, RowReading(), "a line")["messages"][-1] == {**ANSWER, "reasoning_content": "so"}
+
+
+def test_pictures_of_a_request_are_not_dropped():
+    """As Ollama's requests have them."""
+    line = {"request": {"messages": [{**ASKED[0], "images": ["iVBO"]}]}, "response": CHOICES}
+    with pytest.raises(UnusableError, match="`images` cannot be passed"):
+        given_prompt(read_recorded(line, RowReading(), "a line"), "a line")
+
+
 def test_tools_and_calls_come_along():
     call = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
     message = {"role": "assistant", "content": None, "tool_calls": call, "annotations": [], "audio": None}
@@ -95,6 +120,7 @@ def test_tools_and_calls_come_along():
         ({"choices": ["text"]}, "has no answer"),
         ({"choices": [{"message": {"role": "assistant", "content": None, "refusal": "no"}}]}, "has no answer"),
         ({"choices": [{"message": ANSWER, "finish_reason": "length"}]}, "its answer was cut off (length)"),
+        ({"type": "message", **ANSWER, "stop_reason": "max_tokens"}, "its answer was cut off (max_tokens)"),
     ],
 )
 def test_what_has_no_whole_answer_is_a_prompt_and_nothing_to_score(response, reason, tmp_path):
@@ -110,7 +136,7 @@ def test_only_what_is_named_stays_of_a_line():
     line = {**LINES["with bodies"], "user": "u"}
     settings = RowReading(metadata=["user", "request.body.model", "request.body.metadata.topic"])
     assert read_recorded(line, settings, "a line") == {"messages": [*ASKED, ANSWER], "user": "u", "request.body.model": "m"}
-    with pytest.raises(UnreadableError, match=r"a line: request\.headers \(metadata\) holds several values"):
+    with pytest.raises(UnreadableError, match=r"a line: request\.headers \(metadata\) has several values"):
         read_recorded(line, RowReading(metadata=["request.headers"]), "a line")
 
 
@@ -124,8 +150,8 @@ def test_a_name_that_no_line_has_is_a_slip(tmp_path):
     ("settings", "message"),
     [
         ({"metadata": ["headers.Authorization"]}, r"headers\.Authorization looks like a secret"),
-        ({"metadata": ["messages"]}, "messages is a part of the conversation"),
-        ({"format": "requests", "columns": {"messages": "m"}}, "the fields of recorded requests are known"),
+        ({"metadata": ["messages"]}, "messages is part of the conversation"),
+        ({"format": "requests", "columns": {"messages": "m"}}, "the fields of recorded requests are fixed"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings, message):

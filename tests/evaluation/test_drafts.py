@@ -60,7 +60,7 @@ def test_where_all_tokens_are_alike_it_is_the_formula_of_leviathan_et_al(rate):
 
 
 def test_cycles_begin_where_little_is_accepted():
-    """After the first token: easy and hard halves. With one draft a cycle, cycles are 1/2 and 1 a token, not the mean's 2/3."""
+    """After the first token: easy and hard halves. With one draft per cycle, cycles are 1/2 and 1 a token, not the mean's 2/3."""
     accept = np.array([[[0.0] + [1.0] * 200 + [0.0] * 200]])
     starts, kept = cycles(accept, np.array([401]))
     assert starts[0, 0, 0] == 100 + 200
@@ -146,7 +146,7 @@ def test_the_speed_up_is_tokens_over_what_they_cost():
     assert (sampling["mode"], sampling["gamma"], greedy["mode"], greedy["gamma"]) == ("sampled", 2, "temperature_0", 3)
     assert drafts.advice(sampling) == (
         "At temperature 1 the student as a draft model would give the teacher 1.43 times its speed (1.27 to 1.75), "
-        "with 2 sampled drafts a cycle."
+        "with 2 sampled drafts per cycle."
     )
     command = shlex.split(drafts.serve_command("a teacher's", "v1", "runs/x", sampling))
     assert command[:5] == ["vllm", "serve", "a teacher's", "--revision", "v1"]
@@ -164,13 +164,13 @@ def test_a_student_that_is_little_smaller_slows_the_teacher_down():
     draft = measured([1.4, 1.5], [1.45, 1.7], [1.55, 1.9])
     drafts.add_speed_ups(draft, {"median": 1 / 0.6, "low": 1 / 0.65, "high": 1 / 0.58})
     assert drafts.advice(drafts.best_cycles(draft)[0]) == (
-        "At temperature 1 the student as a draft model would slow the teacher down: even the best, 1 greedy draft a cycle, "
+        "At temperature 1 the student as a draft model would slow the teacher down: even the best, 1 greedy draft per cycle, "
         "gives 0.91 times its speed (0.82 to 0.98)."
     )
     for accepted in (1.5, 1.65):  # 0.94 (0.85 to 1.01) and 1.03 (0.94 to 1.11): neither is shown to be slower or faster
         draft = measured([1.4, 1.5], [accepted, 1.7], [1.55, 1.9])
         drafts.add_speed_ups(draft, {"median": 1 / 0.6, "low": 1 / 0.65, "high": 1 / 0.58})
-        assert "was not shown to be of use" in drafts.advice(drafts.best_cycles(draft)[0])
+        assert "was not shown to help" in drafts.advice(drafts.best_cycles(draft)[0])
 
 
 def test_where_speeds_are_not_known_no_speed_up_is_guessed():

@@ -72,11 +72,11 @@ def test_what_was_not_evaluated_or_by_another_version_is_said(experiment, tmp_pa
     file = tmp_path / "eval/tasks.parquet"
     table = pq.read_table(file)
     pq.write_table(table.drop_columns(["logprobs"]), file)
-    with pytest.raises(InputError, match=r"tasks.parquet: has other columns than this version writes; run `eval` again"):
+    with pytest.raises(InputError, match=r"tasks.parquet: its columns differ from those of this version; run `eval` again"):
         measured_tasks(experiment)
     pq.write_table(table, file)
     fewer = experiment.with_(eval=experiment.eval.with_(task_limit=5))
-    with pytest.raises(InputError, match=r"the items of .*classify.yaml are others; run `eval` again"):
+    with pytest.raises(InputError, match=r"the items of .*classify.yaml have changed; run `eval` again"):
         measured_tasks(fewer)
     (tmp_path / "eval/metrics.json").unlink()
     assert measured_tasks(experiment) is None
@@ -90,7 +90,7 @@ def test_what_has_changed_since_it_was_evaluated_is_not_compared(experiment, tmp
     with (tmp_path / changed).open("a") as file:
         file.write("\n")
     name = tmp_path / (changed if "student" not in changed else "student")
-    with pytest.raises(InputError, match=rf"^{name}: not as `eval` has measured it .*; run `eval` again before `export`"):
+    with pytest.raises(InputError, match=rf"^{name}: changed since `eval` measured it .*; run `eval` again before `export`"):
         measured_tasks(experiment)
 
 

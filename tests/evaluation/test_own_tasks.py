@@ -199,7 +199,7 @@ def test_a_template_that_refuses_and_a_prompt_that_does_not_fit(tmp_path, tiny):
         run()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     model.config.max_position_embeddings = 40
-    with pytest.raises(InputError, match=r"test.jsonl line 1: \d+ tokens and 70 of an answer are more than the context of 40"):
+    with pytest.raises(InputError, match=r"test.jsonl line 1: \d+ tokens plus 70 for an answer exceed the context of 40"):
         run()
 
 

@@ -134,7 +134,7 @@ def test_of_a_quantised_checkpoint_the_cache_is_in_the_precision_that_it_names(t
 
 def test_a_missing_vllm_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="speed is vllm, which is not installed"):
+    with pytest.raises(InputError, match=r"eval\.speed vllm needs vllm, which is not installed"):
         serving.check_vllm("eval.speed")
 
 

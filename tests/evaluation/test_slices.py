@@ -14,7 +14,7 @@ from llmdistill.evaluation.slices import by_slices
 from llmdistill.evaluation.text import text_sums
 from llmdistill.models.loading import load_model
 from llmdistill.models.root_classes import RootClasses
-from tests.factories import VOCAB, nearby
+from tests.factories import VOCAB, most_likely, nearby
 
 END, CLASSES, MOST = 7, 500, 5
 
@@ -53,7 +53,7 @@ def of_text(models):
     rows = []
     for n in (1, 4, 9, 40):
         logits = 3 * generator.normal(size=(n, VOCAB))
-        soft = TopK.from_dense(logits - np.log(np.exp(logits).sum(1, keepdims=True)), 8)
+        soft = most_likely(logits - np.log(np.exp(logits).sum(1, keepdims=True)), 8)
         columns = {name: values.values.to_numpy() for name, values in TopK.encode([soft], VOCAB).items()}
         rows.append({"input_ids": generator.integers(10, 3000, 3 + n), "completion_start": 3, **columns})
     return text_sums(models, rows, 3, [END])

@@ -153,7 +153,7 @@ def test_too_long_requests_are_told(files, tiny, run):
     (files / "echo.jsonl").write_text("".join(json.dumps({"word": word}) + "\n" for word in words))
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
     _, _, warnings = run([files / "echo.yaml"], {"a": model}, tokenizer)
-    assert warnings == ["echo: 3 requests were too long for a and were cut at their beginning"]
+    assert warnings == ["echo: 3 requests were too long for a and were truncated at the start"]
 
 
 def test_too_long_choices_are_told_one_by_one(files, tiny, run):
@@ -161,7 +161,7 @@ def test_too_long_choices_are_told_one_by_one(files, tiny, run):
     (files / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, tokenizer = load_model(str(tiny), dtype="float32"), load_tokenizer(str(tiny), None)
     _, _, warnings = run([files / "colours.yaml"], {"a": model}, tokenizer)
-    assert warnings == ["colours: 2 requests were too long for a and were cut at their beginning"]
+    assert warnings == ["colours: 2 requests were too long for a and were truncated at the start"]
 
 
 def test_too_few_items_are_refused_before_a_model_is_loaded(files):
@@ -185,7 +185,7 @@ def test_files_of(files):
     [
         (("task: colours", "task: colours\ninclude: other.yaml"), "colours.yaml: include is not supported"),
         (("task: colours\n", ""), "colours.yaml: the key task is missing"),
-        (("colours.jsonl", "nowhere.jsonl"), "colours.yaml: dataset_kwargs.data_files: nowhere.jsonl is not there beside it"),
+        (("colours.jsonl", "nowhere.jsonl"), "colours.yaml: dataset_kwargs.data_files: nowhere.jsonl not found next to it"),
         (("dataset_kwargs: {data_files: {test: colours.jsonl}}", ""), "the key dataset_kwargs.data_files is missing"),
         (("doc_to_target: answer", "doc_to_target: !function utils.target"), "colours.yaml: not valid YAML"),
         (("doc_to_target: answer", "doc_to_target: ["), "colours.yaml: not valid YAML"),
@@ -205,7 +205,7 @@ def test_a_broken_file_is_refused(files, change, message):
         (("test_split: test", "test_split: train"), "colours.yaml: cannot be loaded: "),
         (("multiple_choice", "essay"), "colours.yaml: cannot be loaded: .*essay"),
         (("metric: acc", "metric: beauty"), "colours.yaml: cannot be loaded: "),
-        (("doc_to_target", "unsafe_code: true\ndoc_to_target"), "colours.yaml: runs code that the model writes"),
+        (("doc_to_target", "unsafe_code: true\ndoc_to_target"), "colours.yaml: runs code written by the model"),
         (("doc_to_target", "colour: red\ndoc_to_target"), "colours.yaml: cannot be loaded: .*colour"),
     ],
 )
@@ -244,6 +244,6 @@ def test_two_tasks_of_one_name_and_a_missing_file(files):
 
 def test_without_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="install the extra `tasks`"):
+    with pytest.raises(InputError, match=r"eval\.tasks needs lm-eval, which is not installed: pip install 'llmdistill\[tasks\]'"):
         read_tasks(["configs/tasks/facts.yaml"])
     assert read_tasks([]) == []

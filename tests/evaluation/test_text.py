@@ -10,7 +10,7 @@ from llmdistill.evaluation.metrics import METRICS, Sums
 from llmdistill.evaluation.statistics import Draws
 from llmdistill.evaluation.text import text_sums
 from llmdistill.models.loading import load_model
-from tests.factories import VOCAB, nearby
+from tests.factories import VOCAB, most_likely, nearby
 
 END, K = 7, 16
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -34,7 +34,7 @@ def rows(models):
     for count in (2, 5, 9):
         ids = np.append(generator.integers(10, 3000, 2 + count), END)
         p_NV = logprobs(models["same"], ids, 3)
-        soft = TopK.from_dense(p_NV, K)
+        soft = most_likely(p_NV, K)
         if count == 9:
             soft.logprobs_NK[-1], soft.tail_N[-1] = -np.inf, 1
         columns = {name: values.values.to_numpy() for name, values in TopK.encode([soft], VOCAB).items()}

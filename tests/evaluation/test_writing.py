@@ -55,4 +55,4 @@ def test_a_reasoning_trace_is_no_part_of_an_answer(tiny, capsys):
     first, second = written(model, tokenizer, [[5, 7], [5, 6]], [2], longest)
     assert (first.text, len(first.logprobs)) == ("Yes.", len(script[0]) + 1)
     assert (second.text, len(second.logprobs)) == ("", longest)
-    assert "1 of 2 answers are a reasoning trace without an end" in " ".join(capsys.readouterr().out.split())
+    assert "1 of 2 answers are a reasoning trace that does not end" in " ".join(capsys.readouterr().out.split())

@@ -130,14 +130,14 @@ def test_the_student_loads_anywhere(finished_run):
 def test_inspect(finished_run):
     result = run_cli("inspect", output(finished_run[0]) / "curated")
     assert result.returncode == 0, result.stderr
-    for fact in ("sampled, n = 8", "bytes a position", "kept exactly", "train", "test", "Say"):
+    for fact in ("sampled, n = 8", "bytes per position", "kept exactly", "train", "test", "Say"):
         assert fact in result.stdout
 
 
 def test_inspect_top_k(experiment_file):
     assert run_cli("generate", experiment_file).returncode == 0
     result = run_cli("inspect", experiment_file.parent / "run/data")
-    for fact in ("topk, k = 8", "bytes a position", "kept mass"):
+    for fact in ("topk, k = 8", "bytes per position", "kept mass"):
         assert fact in result.stdout
 
 
@@ -175,7 +175,7 @@ def test_a_narrower_student(finished_run, tmp_path):
         "keeps 40 of 64 feed-forward neurons",
         "1 of 2 key-value heads",
         "24 of 32 channels",
-        "nats a token, ",
+        "nats per token, ",
     ):
         assert part in pruned.stdout
     assert "is finished" in run_cli("prune", file, *overrides).stdout
@@ -214,7 +214,7 @@ def test_adapters_on_a_pruned_student_from_yaml_alone(finished_run, student, tmp
     file.write_text(yaml.safe_dump(tree))
     result = run_cli("train", file)
     assert result.returncode == 0, result.stderr
-    assert "warning   100% of the rows are cut before they end" in result.stdout
+    assert "warning   100% of the rows are cut off before they end" in result.stdout
     assert "raise generate.max_tokens" in result.stdout
     run = tmp_path / "run"
     history = json.loads((run / "student/trainer_state.json").read_text())["log_history"]
@@ -301,7 +301,7 @@ def test_text_only_targets(experiment_file):
 WRONG = [
     (["generate", "{d}/nowhere.yaml"], "nowhere.yaml: no such file"),
     (["generate", "FILE", "--prompts.source", "{d}/nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    (["generate", "FILE", "--prompts.source", "{d}/empty.jsonl"], "empty.jsonl: holds no prompts"),
+    (["generate", "FILE", "--prompts.source", "{d}/empty.jsonl"], "empty.jsonl: contains no prompts"),
     (["generate", "FILE", "--prompts.source", "{d}/broken.jsonl"], "broken.jsonl line 2: not valid JSON"),
     (["generate", "FILE", "--generate.sampels", "2"], "no such key generate.sampels; did you mean generate.samples?"),
     (["generate", "FILE", "--generate.samples", "two"], "generate.samples should be a valid integer"),
@@ -309,9 +309,9 @@ WRONG = [
     (["generate", "FILE", "--teacher.model", "./nowhere"], "teacher.model: ./nowhere is neither a model directory"),
     (["generate", "FILE", "--teacher.model", "some/where"], "teacher.model: cannot load some/where"),
     (["generate", "FILE", "--targets.k", "50000"], "targets.k is 50,000, but the vocabulary"),
-    (["generate", "FILE", "--generate.max_tokens", "300"], "more than the context of 256 tokens"),
+    (["generate", "FILE", "--generate.max_tokens", "300"], "exceed the context of 256 tokens"),
     (["generate", "FILE", "--teacher.max_model_len", "500"], "teacher.max_model_len is 500, but"),
-    (["generate", "FILE", "--output", "{d}/occupied"], "occupied/data contains files that `generate` did not write"),
+    (["generate", "FILE", "--output", "{d}/occupied"], "occupied/data contains files not written by `generate`"),
     (["curate", "FILE"], "run/data: no such dataset"),
     (["train", "FILE"], "run/curated: no such dataset"),
     (["eval", "FILE"], "run/curated: no such dataset"),
@@ -393,14 +393,14 @@ def test_teacher_and_student_of_different_vocabularies(finished_run, tiny, tmp_p
         other,
     )
     assert result.returncode == 2
-    assert "other has another vocabulary than" in result.stderr
+    assert "have different vocabularies, of" in result.stderr
     assert "run `retokenize` first" in result.stderr
     assert not (tmp_path / "new").exists()
     result = run_cli(
         "retokenize", file, "--output", tmp_path / "new", "--train.dataset", output(file) / "curated", "--student.model", other
     )
     assert result.returncode == 2
-    assert "student.model: the bytes of the tokens of" in result.stderr
+    assert "student.model: cannot determine the bytes of" in result.stderr
     assert not (tmp_path / "new").exists()
 
 
@@ -457,7 +457,7 @@ def test_train_that_is_ended_goes_on_with_the_same_losses(experiment_file):
     process.terminate()
     process.join(60)
     assert process.exitcode == 143
-    step = int(re.search(r"the same command goes on from step (\d+)", err.read_text())[1])
+    step = int(re.search(r"run the same command to continue from step (\d+)", err.read_text())[1])
     assert (student / f"checkpoints/checkpoint-{step}/trainer_state.json").exists()
     assert json.loads((student / "run.json").read_text())["status"] == "unfinished"
     assert run_cli("train", experiment_file, *longer, *dataset).returncode == 0

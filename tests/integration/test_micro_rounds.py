@@ -286,7 +286,7 @@ def test_the_share_of_the_teachers_rows(prepared, tmp_path):
         ([("student.lora", "{}"), ("teacher.engine", "vllm")], "student.lora with engine vllm"),
         ([("train.validation", "0.2")], "rounds.every does not support train.validation"),
         ([("curate", "[{judge: {teacher: {model: a/b}}}]")], "a judge in curate"),
-        ([("rounds.args.max_steps", "3")], "rounds.args.max_steps is not read in micro-rounds"),
+        ([("rounds.args.max_steps", "3")], "rounds.args.max_steps has no effect in micro-rounds"),
         ([("train.args.packing", "true")], "set rounds.args.packing to false"),
         ([("train.args.deepspeed", "zero.json")], "rounds.every does not support deepspeed zero.json"),
         ([("rounds.every", "0")], "rounds.every should be greater than or equal to 1"),

@@ -113,7 +113,7 @@ def test_two_processes_that_are_told_to_stop_keep_the_same_step(trained, tmp_pat
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[1]
     assert process.returncode != 0
-    step = int(re.search(r"terminated; the same command goes on from step (\d+)", said)[1])
+    step = int(re.search(r"terminated; run the same command to continue from step (\d+)", said)[1])
     assert 4 <= step < 40
     assert last_checkpoint(checkpoints) == str(checkpoints / f"checkpoint-{step}")
     result = start("torchrun", *command)

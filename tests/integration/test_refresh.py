@@ -109,16 +109,16 @@ def test_each_version_adds_what_is_new_and_goes_on_from_the_last(nights):
     output, said = nights
     first, nothing, planned, locked, faulty, second, again = said
     assert "version 1 is promoted: it is the first" in first
-    assert "nothing is new since version 1" in nothing
+    assert "nothing new since version 1" in nothing
     assert "would make version 2" in planned
     assert "24 new prompts" in planned
-    assert f"run/versions: `refresh` works here, process {os.getpid()} on " in locked
-    assert "contains files that" in faulty
-    assert "version 2, of 24 new prompts, going on" in second
+    assert f"run/versions: `refresh` is running here, process {os.getpid()} on " in locked
+    assert "contains files not written by" in faulty
+    assert "version 2, of 24 new prompts, continued" in second
     assert "generate  " in second
     assert "data is finished" in second
     assert "version 2 is promoted: its KL" in second
-    assert "nothing is new since version 2" in again
+    assert "nothing new since version 2" in again
     assert (output / "promoted").resolve() == (output / "versions/2/student").resolve()
     versions = read_json(output / "refresh.json")["versions"]
     assert [entry["promoted"] for entry in versions] == [True, True]

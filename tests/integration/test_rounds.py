@@ -54,7 +54,7 @@ def test_a_number_is_short_for_a_section(tiny, tmp_path):
         ),
         (
             [("targets", "{kind: sampled_logprobs}"), ("teacher.engine", "vllm"), ("teacher.ensemble", "[{model: other}]")],
-            "targets.kind sampled_logprobs needs the whole distribution of the ensemble, .* use engine transformers",
+            "targets.kind sampled_logprobs needs the full distribution of the ensemble, .* use engine transformers",
         ),
         (
             [
@@ -63,7 +63,7 @@ def test_a_number_is_short_for_a_section(tiny, tmp_path):
                 ("teacher.engine", "vllm"),
                 ("teacher.ensemble", "[{model: other}]"),
             ],
-            "give, not an ensemble whose members are loaded in turn",
+            "return them, but not for an ensemble whose members are loaded in turn",
         ),
         ([("rounds", "{n: 0}")], "rounds.n should be greater than or equal to 1"),
     ],

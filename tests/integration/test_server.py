@@ -250,11 +250,11 @@ def test_as_an_endpoint_it_reads_given_text_by_its_echo(endpoint, tmp_path):
 
 def test_as_an_endpoint_it_says_what_it_does_not_give(endpoint, tmp_path):
     for overrides, said in [
-        (["--targets.kind", "sampled"], "gives the most likely tokens only"),
+        (["--targets.kind", "sampled"], "returns only the most likely tokens"),
         (["--targets.k", LIMIT + 1], str(LIMIT)),
         (["--teacher.tokenizer", "null"], "targets.kind topk needs teacher.tokenizer"),
         (["--teacher.licence", "null"], "licence is missing"),
-        (["--score.source", str(tmp_path)], "score needs a teacher that reads given text"),
+        (["--score.source", str(tmp_path)], "score needs a teacher that scores given text"),
     ]:
         result = run_cli("generate", endpoint, *overrides, OPENAI_API_KEY=KEY)
         assert result.returncode == 2, result.stderr

@@ -252,7 +252,7 @@ def test_what_is_damaged_in_the_store_is_noticed(prepared, bucket, environment, 
 
     status, said = run(tmp_path / "writer", environment, "generate", file, *command)
     assert status == 0
-    assert f"data/{victim} is damaged or gone; it is made again" in said
+    assert f"data/{victim} is damaged or gone; making it again" in said
     assert dataset(tmp_path / "writer/run/data") == dataset(local / "data")
     status, said = run(tmp_path / "reader", environment, "curate", file, *command)
     assert status == 0, said
@@ -275,7 +275,7 @@ def test_a_server_that_fails_costs_time_only(prepared, bucket, environment, serv
     worker.join(120)
     said = (one / "log").read_text()
     assert worker.exitcode == 0, said
-    assert re.search(r"train-00001.*: .*Try again; trying again for 5 minutes", said)
+    assert re.search(r"train-00001.*: .*Try again; retrying for 5 minutes", said)
     assert "Could not connect" in said or "Connection" in said
     assert dataset(one / "run/data") == dataset(local / "data")
     assert SEAL in bucket.names("data")
@@ -347,7 +347,7 @@ def test_training_goes_on_from_the_store_on_an_empty_machine(prepared, bucket, e
 @pytest.mark.parametrize(
     ("url", "unset", "message"),
     [
-        ("s3://not-there/run", (), "s3://not-there/run: there is no such bucket"),
+        ("s3://not-there/run", (), "s3://not-there/run: no such bucket"),
         ("s3://not-there/run", ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "no credentials"),
         ("s3://Not_A_Bucket!/run", (), "refused"),
     ],

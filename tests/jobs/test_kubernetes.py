@@ -270,7 +270,7 @@ def test_jobs_of_another_submission_are_not_removed_while_they_run(experiment_fi
     complete, failed, suspended = (
         {"conditions": [{"type": kind, "status": "True"}]} for kind in ("Complete", "Failed", "Suspended")
     )
-    with pytest.raises(InputError, match=r"output run: run-\w+-train, run-\w+-eval of another submission still wait or run in "):
+    with pytest.raises(InputError, match=r"output run: run-\w+-train, run-\w+-eval of another submission are waiting "):
         submit(generate=complete, train={"active": 1}, eval=suspended, order=failed)
     assert asked() == ["get"]
     submit(generate=complete, train=failed, order=failed)
@@ -284,7 +284,7 @@ def test_jobs_of_another_submission_are_not_removed_while_they_run(experiment_fi
         ("{image: i, kubectl_image: k}", "jobs.kubernetes.claim is missing"),
         ("{image: i, kubectl_image: k, claim: c, stages: {train: {nodes: 2}}}", "trains in one pod"),
         ("{image: i, kubectl_image: k, claim: c, nodes: 2}", "trains in one pod"),
-        ("{image: i, kubectl_image: k, claim: 'C c'}", "not a name of a Kubernetes object"),
+        ("{image: i, kubectl_image: k, claim: 'C c'}", "not a valid Kubernetes object name"),
         ("{image: i, kubectl_image: k, claim: c, mount: '/a/../b'}", "not an absolute path"),
         ("{image: i, kubectl_image: k, claim: c, time: 8h}", "not a time such as HH:MM:SS"),
         ("{image: i, kubectl_image: k, claim: c, pod: {password: x}}", "would be written"),

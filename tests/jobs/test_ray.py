@@ -50,7 +50,7 @@ def test_a_stage_keeps_others_out_and_is_seen(stage, tmp_path, monkeypatch):
     data = tmp_path / "run/data"
     with subprocess.Popen([sys.executable, "-c", HOLDER, data], stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
         assert holder.stdout.readline() == "holds\n"
-        with pytest.raises(BusyError, match="`refresh` works here"):
+        with pytest.raises(BusyError, match="`refresh` is running here"):
             ray_driver._make(stage, ray_driver.NoShards(data))
         holder.kill()
     seen, store = [], shards._store

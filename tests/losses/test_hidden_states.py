@@ -254,6 +254,15 @@ def test_there_must_be_a_teacher(tiny, text_rows, tmp_path):
         make_trainer(tiny, text_rows, tmp_path, narrow(), alpha=0.0, hidden={})
 
 
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+def test_a_family_whose_attention_is_not_found_is_refused_before_the_first_step(family):
+    config = CONFIG_MAPPING[family](vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"the layers of (Bloom|Falcon)ForCausalLM have no self_attn, attn or attention"):
+        LayerMatch(model, model, None, Attention())
+    LayerMatch(model, model, Hidden(), None)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt"])
 def test_layers_are_found_in_every_family(family):
     """What is watched is what the model itself returns as hidden states and attention maps."""

@@ -197,7 +197,7 @@ def test_a_teacher_beside_the_student_sees_its_own_rows_alone(padding_free):
 
 def test_a_row_of_an_unknown_teacher_is_refused():
     rows = interleaved("topk")
-    with pytest.raises(ValueError, match="a row is of the teacher far, but those of the dataset are same, near"):
+    with pytest.raises(ValueError, match="a row is of the teacher far, but the dataset has the teachers same, near"):
         DistillCollator(0, classes={name: classes_of(name) for name in ("same", "near")})(rows)
 
 
@@ -244,5 +244,5 @@ def test_classes_and_online_teachers_have_the_same_names():
     _check_given(args, {"a": model, "b": model}, {"b": classes, "a": classes}, {})
     with pytest.raises(ValueError, match="classes are those of a, but the teachers are a, b"):
         _check_given(args, {"a": model, "b": model}, {"a": classes}, {})
-    with pytest.raises(TypeError, match="teacher must be a model that is loaded, got str"):
+    with pytest.raises(TypeError, match="teacher must be a loaded model, got str"):
         _check_given(args, {"a": "name"}, None, {})

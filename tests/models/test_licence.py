@@ -12,7 +12,7 @@ from llmdistill.models.licence import licence_of, restriction, sentence
         ("license: apache-2.0", {"license": "apache-2.0"}, "has the licence `apache-2.0`"),
         ("license: other\nlicense_name: mine", {"license": "other", "license_name": "mine"}, "has the licence `mine`"),
         ("license_link: https://x.org/l", {"license_link": "https://x.org/l"}, "has the licence `https://x.org/l`"),
-        ("license: llama3.1", {"license": "llama3.1"}, "Mind: the Llama 3.1 licence"),
+        ("license: llama3.1", {"license": "llama3.1"}, "Note: the Llama 3.1 licence"),
         ("license: [mit, apache-2.0]", {"license": "['mit', 'apache-2.0']"}, "has the licence"),
         ("date: 2024-13-45", {}, "is not known to llmdistill"),
         ("license: *nothing", {}, "is not known to llmdistill"),

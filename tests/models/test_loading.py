@@ -62,7 +62,7 @@ def test_weights_are_counted_in_the_precision_that_they_are_loaded_in(tiny, dtyp
 @pytest.mark.parametrize(("devices", "spread"), [(1, True), (2, False)])
 def test_a_model_that_is_too_large_for_an_accelerator_is_refused(tiny, monkeypatch, devices, spread):
     pretend_accelerators(monkeypatch, devices)
-    with pytest.raises(InputError, match=r"teacher\.model: the weights of .* GB in float32, and 0\.0 GB are free on cuda"):
+    with pytest.raises(InputError, match=r"teacher\.model: the weights of .* GB in float32, but only 0\.0 GB are free on cuda"):
         load_model(str(tiny), dtype="float32", spread=spread)
 
 

@@ -1,5 +1,7 @@
 """Root classes of real vocabularies."""
 
+import json
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -80,9 +82,34 @@ def test_classes_are_stored_and_read(vocabularies, tmp_path):
     found = RootClasses.load(tmp_path)
     assert found.hash == classes.hash
     assert (found.teacher_V == classes.teacher_V).all()
-    (tmp_path / "classes.npz").write_bytes(b"none")
-    with pytest.raises(InputError, match=r"classes\.npz: cannot be read"):
-        RootClasses.load(tmp_path)
+
+
+def test_a_damaged_file_of_classes_is_named(tmp_path):
+    RootClasses.of_one_vocabulary(500, 400).save(tmp_path)
+    file = tmp_path / "classes.npz"
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(b"teacher.npy") + 60] ^= 255
+    for damaged in (b"none", b"", whole[: len(whole) // 2], whole[:4], bytes(flipped)):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"classes\.npz: cannot be read: \S"):
+            load_classes(tmp_path)
+
+
+def test_classes_that_the_targets_were_not_aligned_by_are_refused(tmp_path):
+    classes, other = RootClasses.of_one_vocabulary(7, 5), RootClasses.of_one_vocabulary(7, 6)
+    hashes = {"classes_hash": classes.hash}
+    for by_teacher, changed, alignment in (
+        ({"": classes}, {"": other}, hashes),
+        ({"a": classes}, {"a": other}, {"teachers": {"a": hashes}, "classes_hash": "of both"}),
+        ({"": classes}, {"a": classes}, hashes),
+    ):
+        (tmp_path / "dataset.json").write_text(json.dumps({"alignment": alignment}))
+        save_classes(by_teacher, tmp_path)
+        assert load_classes(tmp_path).keys() == by_teacher.keys()
+        save_classes(changed, tmp_path)
+        with pytest.raises(InputError, match=r"classes\.npz: the classes do not match their hash in dataset\.json"):
+            load_classes(tmp_path)
 
 
 def test_classes_of_several_teachers_are_read_by_their_names(vocabularies, tmp_path):
@@ -95,7 +122,7 @@ def test_classes_of_several_teachers_are_read_by_their_names(vocabularies, tmp_p
     assert {name: classes.hash for name, classes in found.items()} == {name: classes.hash for name, classes in both.items()}
     assert [classes.are_tokens for classes in found.values()] == [False, True]
     with pytest.raises(
-        InputError, match=r"classes\.npz: holds classes of several teachers, a/b\.teacher, same; use load_classes"
+        InputError, match=r"classes\.npz: contains classes of several teachers, a/b\.teacher, same; use load_classes"
     ):
         RootClasses.load(tmp_path)
 

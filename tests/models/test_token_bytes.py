@@ -91,5 +91,5 @@ def without_byte_fallback():
 
 @pytest.mark.parametrize("make", [wordpiece, without_byte_fallback])
 def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused(make):
-    with pytest.raises(InputError, match=r"student\.model: the bytes of the tokens of .* cannot be told"):
+    with pytest.raises(InputError, match=r"student\.model: cannot determine the bytes of .* tokens"):
         token_bytes(make(), "student.model")

@@ -131,7 +131,7 @@ def test_a_turn_ends_where_the_template_ends_it(tokenizer, tiny, template, writt
         ),
         (
             "{{ messages[-1].content }} {{ messages[-1].content }}",
-            "the chat template does not show what the user says, or not once",
+            "the chat template does not show the user's text exactly once",
         ),
         ("{{ raise_exception('system first') }}", "the chat template refuses it: system first"),
     ],

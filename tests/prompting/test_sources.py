@@ -58,6 +58,59 @@ def test_parquet(put, tmp_path):
     assert second[0]["q"] is None
 
 
+CALLS = [{"city": "Paris"}, {"zip": "75001"}]  # of one tool, with other arguments each
+CALLING = [
+    {"role": "user", "content": "Weather?"},
+    *({"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": call}}]} for call in CALLS),
+]
+OFFERED = [
+    {"function": {"name": "weather", "parameters": {"properties": {name: {"type": "string"} for name in call}}}} for call in CALLS
+]
+
+
+@pytest.mark.parametrize("name", ["messages", "prompt", "completion", "chosen", "talk"])
+def test_what_only_other_objects_of_a_column_have_is_no_part_of_a_message(put, tmp_path, name):
+    """Arrow gives every object of a column all the fields that one of them has."""
+    row = {name: CALLING, "tools": OFFERED, "meta": {"a": None}, "none": None, "scores": [1.5, None]}
+    table = pa.Table.from_pylist([row])
+    assert table[name].to_pylist()[0][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "zip": None}
+    pq.write_table(table, tmp_path / "a.parquet")
+    ((fields, _),) = read(source="a.parquet")
+    assert fields == row
+
+
+def test_a_null_in_a_line_is_the_users_own(put):
+    put("a.jsonl", json.dumps({"messages": [{"role": "user", "content": "q", "name": None}]}))
+    assert read(source="a.jsonl") == [({"messages": [{"role": "user", "content": "q", "name": None}]}, "a.jsonl line 1")]
+
+
+def test_messages_of_the_hub_have_no_nulls_of_other_rows(put, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    put("x", "")
+    Path("set").mkdir()
+    pq.write_table(pa.Table.from_pylist([{"messages": CALLING, "tools": OFFERED}]), "set/train.parquet")
+    ((fields, _),) = read(dataset={"path": "set"})
+    assert fields == {"messages": CALLING, "tools": OFFERED}
+
+
+def test_a_text_of_a_table_that_is_not_utf_8_is_a_row_that_cannot_be_read(put, tmp_path):
+    put("x", "")
+    text = pa.array([b"one", b"\xff", b"three"]).view(pa.string())
+    pq.write_table(pa.table({"q": text}), tmp_path / "a.parquet")
+    first, bad, last = read_source(Prompts(source="a.parquet"))
+    assert (first.fields, last.fields) == ({"q": "one"}, {"q": "three"})
+    assert (bad.origin, bad.refused, bad.unreadable) == ("a.parquet row 2", "contains text that is not UTF-8", True)
+
+
+@pytest.mark.parametrize("name", ["passage", "heading"])
+def test_a_field_that_each_passage_gets_is_not_overwritten(put, name):
+    put("a.jsonl", json.dumps({"t": "text", name: "mine"}))
+    (entry,) = read_source(Prompts(source="a.jsonl", passages={"field": "t", "min_size": 0}))
+    assert (entry.refused, entry.unreadable) == (f"has a field {name}, which each passage gets; give it another name", True)
+    (entry,) = read_source(Prompts(source="a.jsonl", passages={"field": name, "min_size": 0}))
+    assert (entry.fields, entry.refused) == ({"t": "text", "passage": "mine", "heading": ""}, None)
+
+
 def test_a_dataset_as_the_hub_has_it(put, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     put("set/data/train.jsonl", '{"q": "one"}\n{"q": "two"}\n{"q": "three"}\n')
@@ -127,13 +180,13 @@ def test_a_limit_stops_reading(put):
     [
         ({}, {"source": "a.jsonl"}, "a.jsonl: no such file (prompts.source)"),
         ({}, {"source": "*.md"}, "prompts.source: *.md matches no file"),
-        ({"d/a.png": ""}, {"source": "d"}, "prompts.source: d holds no file that ends in one of .jsonl, .json, .csv"),
-        ({"a.xlsx": ""}, {"source": "a.xlsx"}, "prompts.source: a.xlsx is no file that ends in one of"),
+        ({"d/a.png": ""}, {"source": "d"}, "prompts.source: d contains no file that ends in one of .jsonl, .json, .csv"),
+        ({"a.xlsx": ""}, {"source": "a.xlsx"}, "prompts.source: a.xlsx is not a file that ends in one of"),
         ({"d/a.md": "x", "d/b.csv": "x"}, {"source": "d"}, "both tables and documents (.csv, .md); use a glob such as *.csv"),
-        ({"a.jsonl": "\n"}, {"source": "a.jsonl"}, "a.jsonl: holds no prompts"),
-        ({"a.csv": "q,r\n"}, {"source": "a.csv"}, "a.csv: holds no prompts"),
-        ({"a.csv": ""}, {"source": "a.csv"}, "a.csv: holds no prompts"),
-        ({"a.csv": "q,q\n1,2\n"}, {"source": "a.csv"}, "a.csv line 1: the header has a column twice"),
+        ({"a.jsonl": "\n"}, {"source": "a.jsonl"}, "a.jsonl: contains no prompts"),
+        ({"a.csv": "q,r\n"}, {"source": "a.csv"}, "a.csv: contains no prompts"),
+        ({"a.csv": ""}, {"source": "a.csv"}, "a.csv: contains no prompts"),
+        ({"a.csv": "q,q\n1,2\n"}, {"source": "a.csv"}, "a.csv line 1: the header has a duplicate column"),
         ({"a.csv": 'q\n"1\n2\n'}, {"source": "a.csv"}, "a.csv line 2: not valid CSV"),
         ({"a.csv": b"q\n\xff\n"}, {"source": "a.csv"}, "a.csv: cannot be read"),
         ({"a.md": b"\xff"}, {"source": "a.md"}, "a.md: cannot be read"),
@@ -153,7 +206,7 @@ def test_a_wrong_source_is_named(put, files, section, message):
 @pytest.mark.parametrize(
     ("name", "content", "origin", "reason"),
     [
-        ("a.csv", "q,r\n1,2\n3\n4,5\n", "a.csv line 3", "has 1 cells, the header has 2"),
+        ("a.csv", "q,r\n1,2\n3\n4,5\n", "a.csv line 3", "has 1 cells, but the header has 2"),
         ("a.jsonl", '{"q": "1", "r": "2"}\n[1]\n{"q": "4", "r": "5"}', "a.jsonl line 2", "must be a JSON object"),
         ("a.jsonl", '{"q": "1", "r": "2"}\n{"q": \n{"q": "4", "r": "5"}', "a.jsonl line 2", "not valid JSON"),
         ("a.json", '[{"q": "1", "r": "2"}, 3, {"q": "4", "r": "5"}]', "a.json line 2", "must be a JSON object"),

@@ -107,7 +107,7 @@ def test_a_broken_head(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"), [({"city": "Lima"}, "the line has city"), ({"country": None}, "the line is empty in country")]
+    ("fields", "message"), [({"city": "Lima"}, "the line has city"), ({"country": None}, "the line has an empty country")]
 )
 def test_a_missing_variable_names_the_line(template, fields, message):
     with pytest.raises(InputError, match=f"a.jsonl line 3: the template capital needs the field country; {message}"):
@@ -151,13 +151,13 @@ OBJECTS = AnswerFormat(
         (OBJECTS, 'Here [is]:\n```json\n[{"q": "a", "n": 1}, {"q": "b"}]\n```', True, None, None, None),
         (OBJECTS, 'Well {"q": "a"} {"q": "b"}', False, ["a"], [], []),
         (OBJECTS, '{"q": "a", "n": "one"}', True, [], [('{"q": "a", "n": "one"}', "against the schema: $.n type")], []),
-        (OBJECTS, '{"q": "a', False, [], [], [('{"q": "a', "no JSON")]),
+        (OBJECTS, '{"q": "a', False, [], [], [('{"q": "a', "not JSON")]),
         (OBJECTS, '[{"q": "a"}, {"q": "b"}, {"q": "c', False, ["a", "b"], [], [('{"q": "c', "cut at max_tokens")]),
-        (OBJECTS, '[{"q": "a"}; {"q": "b"}]', True, ["a"], [], [('; {"q": "b"}]', "no JSON")]),
+        (OBJECTS, '[{"q": "a"}; {"q": "b"}]', True, ["a"], [], [('; {"q": "b"}]', "not JSON")]),
         (AnswerFormat(field="q", form="json"), '["a", "b", 3]', True, ["a", "b"], [("3", "no object")], []),
         (AnswerFormat(field="q", form="json"), 'See [1]: {"q": "why?"}', True, ["why?"], [], []),
         (AnswerFormat(field="q", form="json"), '[{"q": null}, {"q": ["a"]}]', True, [], 2, []),
-        (AnswerFormat(field="q", form="json"), "[1, 2]", True, [], [], [("[1, 2]", "no JSON")]),
+        (AnswerFormat(field="q", form="json"), "[1, 2]", True, [], [], [("[1, 2]", "not JSON")]),
     ],
 )
 def test_what_is_read_in_an_answer(answer, text, ended, items, rejected, failed):

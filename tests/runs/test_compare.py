@@ -81,17 +81,17 @@ def test_a_student_that_was_measured_over_other_positions_is_refused(tmp_path):
     fewer = pa.array([tokens - tokens // 3 for tokens in table["tokens"].to_pylist()])
     pq.write_table(table.set_column(table.schema.get_field_index("tokens"), "tokens", fewer), two / "eval/rows.parquet")
     with pytest.raises(
-        InputError, match=r"b: its held-out rows have other positions than in .*a: a student with another vocabulary"
+        InputError, match=r"b: its held-out rows have different positions than in .*a; students with different vocabularies"
     ):
         compare([one, two], tmp_path / "page.html")
 
 
 def test_a_comparison_is_written_where_it_can_be_and_over_nothing_else(tmp_path, capsys):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
-    with pytest.raises(InputError, match=r"there is no directory .*nowhere"):
+    with pytest.raises(InputError, match=r"no such directory .*nowhere"):
         compare(runs, tmp_path / "nowhere/page.html")
     (tmp_path / "README.md").write_text("precious")
-    with pytest.raises(InputError, match=r"README.md, which would be written beside it, is there already"):
+    with pytest.raises(InputError, match=r"README.md, which would be written next to it, already exists"):
         compare(runs, tmp_path / "README.html")
     compare(runs, tmp_path / "page.html", dry_run=True)
     assert "would write" in capsys.readouterr().out
@@ -110,7 +110,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(InputError, match=r"page.pdf: must end in .html"):
         compare([run, run], tmp_path / "page.pdf")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty/eval/metrics.json is not there"):
+    with pytest.raises(InputError, match=r"empty/eval/metrics.json is missing"):
         compare([run, tmp_path / "empty"], tmp_path / "page.html")
     assert not list(tmp_path.glob("page*"))
 
@@ -128,6 +128,6 @@ def test_the_command_takes_directories(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "both.html").is_file()
     wrong = run_cli("report", tmp_path / "a", tmp_path / "nothing")
-    message = f"{tmp_path}/nothing: no such directory; to compare runs, name the `output` of each\n"
+    message = f"{tmp_path}/nothing: no such directory; to compare runs, give the `output` directory of each\n"
     assert (wrong.returncode, wrong.stderr) == (2, message)
     assert json.loads((tmp_path / "a/eval/metrics.json").read_text())

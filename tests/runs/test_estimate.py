@@ -1,5 +1,6 @@
 """The estimate before a run: plain sums of what was measured."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from llmdistill.config import load_experiment
 from llmdistill.runs import estimate
 from llmdistill.runs.estimate import Speed
 
+NOTHING = SimpleNamespace(stdout="")
 SPEED = Speed(start=1, parameters=100, layers=4, decode=2, small=0.5, read=0.01, train=0.02, byte=0, batch=8)
 
 
@@ -65,6 +67,15 @@ def test_a_real_measurement(experiment):
     assert found is not None
     assert found.layers == 4
     assert min(found.decode, found.small, found.read, found.train, found.byte) > 0
+
+
+def test_code_of_the_teachers_repository_runs_only_if_it_is_trusted(experiment, monkeypatch):
+    asked = []
+    monkeypatch.setattr(estimate.subprocess, "run", lambda command, **how: asked.append(json.loads(command[-1])) or NOTHING)
+    for trusted in (False, True):
+        teacher = experiment.teacher.model_copy(update={"trust_remote_code": trusted})
+        estimate.measure(experiment.model_copy(update={"teacher": teacher}), 4)
+    assert [each["trust_remote_code"] for each in asked] == [False, True]
 
 
 def test_without_a_model_there_is_none(experiment):

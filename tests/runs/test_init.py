@@ -15,6 +15,7 @@ from llmdistill.errors import InputError
 from llmdistill.prompting.sources import read_source
 from llmdistill.runs import pipeline
 from llmdistill.runs.init import Choices, init, init_demo
+from llmdistill.stages.prompts import load_prompts
 from tests.conftest import ROOT, run_cli
 
 FILES = {
@@ -83,6 +84,34 @@ def test_each_is_valid_and_all_its_files_are_the_users(here, monkeypatch, capsys
     assert all(len(line) <= 125 for line in text.splitlines())
 
 
+PICTURE = {"image": "a.jpg", "prompt": "What is it?", "completion": "A bird."}
+
+
+@pytest.mark.parametrize("kind", ["prompts", "text"])
+def test_some_rows_that_cannot_be_used_are_said_and_the_others_counted(here, capsys, kind):
+    rows = [{"prompt": f"Number {number}?", "completion": "Yes.", "label": number > 0} for number in range(20)]
+    lines = [json.dumps(PICTURE), *map(json.dumps, rows), "no JSON"]
+    Path("some.jsonl").write_text("\n".join(lines))
+    init(Path("first"), choices(kind, "some.jsonl"))
+    said = capsys.readouterr().out
+    assert "left out 1 of 22 rows: some.jsonl line 1: `image` cannot be passed" in " ".join(said.split())
+    assert "some.jsonl line 22: not valid JSON" in " ".join(said.split())
+    assert ("its answer is marked as not to be learned" in " ".join(said.split())) == (kind == "text")
+
+
+def test_rows_with_an_instruction_are_asked_with_all_that_they_say(here, monkeypatch):
+    rows = [
+        {"instruction": "Add.", "context": "2, 2", "response": "4", "category": "qa"},
+        {"instruction": "Add.", "input": "3, 3", "output": "6", "system": "Be brief."},
+    ]
+    Path("dolly.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    init(Path("first"), choices("prompts", "dolly.jsonl"))
+    monkeypatch.chdir("first")
+    first, second = load_prompts(load_experiment(Path("experiment.yaml")).prompts)
+    assert first.messages == [{"role": "user", "content": "Add.\n\n2, 2"}]
+    assert second.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add.\n\n3, 3"}]
+
+
 def test_a_prompt_on_each_line_becomes_a_prompt_in_each_row(here):
     init(Path("first"), choices("prompts", "questions.txt"))
     rows = [json.loads(line) for line in Path("first/prompts.jsonl").read_text().splitlines()]
@@ -107,8 +136,8 @@ def test_an_absolute_path_stays_as_it_is(here):
     [
         (choices("prompts", "nowhere.jsonl"), r"nowhere\.jsonl: no such file"),
         (choices("prompts", "nowhere.txt"), r"nowhere\.txt: no such file"),
-        (choices("prompts", "empty.txt"), r"empty\.txt: holds no prompts"),
-        (choices("prompts", "other.csv"), "line 2: has no conversation that is known"),
+        (choices("prompts", "empty.txt"), r"empty\.txt: contains no prompts"),
+        (choices("prompts", "other.csv"), "line 2: has no conversation in a known format"),
         (choices("text", "unanswered.jsonl"), "line 1: must have `messages`"),
         (choices("text", "empty.txt"), r"empty\.txt lines 1–3: its text is empty"),
         (choices("documents", "asked.jsonl"), "prompts.passages.field is missing"),
@@ -130,7 +159,7 @@ def test_nothing_is_written_over(here, there):
     file = Path("first") / there
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    with pytest.raises(InputError, match=f"first/{there}: exists already"):
+    with pytest.raises(InputError, match=f"first/{there}: already exists"):
         init(Path("first"), choices("none"))
     assert [path for path in Path("first").rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "mine"
@@ -151,7 +180,7 @@ def test_without_a_terminal_nothing_is_asked_and_the_next_commands_are_said(here
     )
     again = run_cli("init", here / "in here", *arguments)
     assert again.returncode == 2
-    assert again.stderr == f"{here}/in here/experiment.yaml: exists already; nothing was written\n"
+    assert again.stderr == f"{here}/in here/experiment.yaml: already exists; nothing was written\n"
 
 
 def typed(text, *arguments):
@@ -210,7 +239,7 @@ def test_the_demo_is_the_shipped_one_with_its_files(here, smollm2, monkeypatch, 
     assert "128 prompts = 128 rows" in dry_run("demo.yaml", monkeypatch, capsys)
     section = load_experiment(Path("demo.yaml")).prompts
     assert len(list(read_source(section))) == 128
-    with pytest.raises(InputError, match=r"demo\.yaml: exists already"):
+    with pytest.raises(InputError, match=r"demo\.yaml: already exists"):
         init_demo(Path())
 
 
@@ -218,7 +247,7 @@ def test_the_demo_takes_no_other_flag(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["init", "--demo", "--gpu"])
     assert ended.value.code == 2
-    assert "takes no other flag" in capsys.readouterr().err
+    assert "cannot be combined with other flags" in capsys.readouterr().err
 
 
 def test_files_are_found_from_where_a_link_leads_to(here, monkeypatch):

@@ -140,7 +140,7 @@ def test_what_has_one_cluster_stays_together(here):
     assert Counter(Counter(one.cluster for one in found).values()) == {3: 3}
     write("generate.jsonl", [{"input": f"Text {n}", "output": "x", "cluster": n // 6} for n in range(12)])
     with pytest.raises(
-        InputError, match=r"generate.jsonl: too few values of the field cluster: they leave 6 to show and 6 to test"
+        InputError, match=r"generate.jsonl: too few values of the field cluster: they leave 6 as examples and 6 for the test"
     ):
         begin("generate", "second")
 
@@ -201,24 +201,24 @@ def changed(file, line, **fields):
         (
             "extract",
             lambda: Path("person.json").write_text(json.dumps({**SCHEMA, "required": ["name", "town"]})),
-            r"^--task: schema: person.json cannot be met: \$: town is required, but not allowed$",
+            r"^--task: schema: person.json cannot be satisfied: \$: town is required, but not allowed$",
         ),
         (
             "extract",
             lambda: Path("person.json").write_text(json.dumps({"properties": {"age": {"minimum": 3, "exclusiveMaximum": 3}}})),
-            r"cannot be met: \$\.age: minimum is 3, not less than exclusiveMaximum, 3$",
+            r"cannot be satisfied: \$\.age: minimum is 3, not less than exclusiveMaximum, 3$",
         ),
         ("extract", lambda: Path("person.json").write_text("{"), r"^person.json: cannot be read as JSON"),
-        ("extract", lambda: Path("person.json").unlink(), r"^--task: schema: person.json is not there$"),
+        ("extract", lambda: Path("person.json").unlink(), r"^--task: schema: person.json does not exist$"),
         (
             "classify",
             lambda: changed("classify.jsonl", 4, output="ugly"),
-            r"^labels that are there once only; each needs at least two examples:\nclassify.jsonl line 4: 'ugly'$",
+            r"^labels with a single example; each needs at least two:\nclassify.jsonl line 4: 'ugly'$",
         ),
         (
             "classify",
             lambda: changed("classify.jsonl", 4, input="message 0  about 0."),
-            r"^classify.jsonl line 4: has the input of classify.jsonl line 1, too$",
+            r"^classify.jsonl line 4: has the same input as classify.jsonl line 1$",
         ),
         (
             "sql",
@@ -261,9 +261,9 @@ def cut(file, lines):
         (["--task", "extract", "--examples", "extract.jsonl"], "--description is missing"),
         (["--task", "extract", "--description", "x"], "--examples is missing"),
         (["--task", "generate", "--tools", "tools.json"], "--tools is not for --task generate"),
-        (["--prompts", "extract.jsonl", "--schema", "person.json"], "--schema is for --task"),
-        (["--labels", "a,b"], "--labels is for --task"),
-        (["--demo", "--task", "generate"], "--demo takes no other flag"),
+        (["--prompts", "extract.jsonl", "--schema", "person.json"], "--schema needs --task"),
+        (["--labels", "a,b"], "--labels needs --task"),
+        (["--demo", "--task", "generate"], "--demo cannot be combined with other flags"),
         (
             ["--task", "classify", "--examples", "classify.jsonl", "--description", "x", "--labels", "good"],
             "--task: labels List should have at least 2 items",

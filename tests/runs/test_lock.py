@@ -46,7 +46,7 @@ def hold():
 def test_who_works_there_is_named_and_a_killed_one_holds_nothing(hold, tmp_path):
     holder = hold(tmp_path / "run/curated", "alone")
     with (
-        pytest.raises(BusyError, match=rf"run/curated: `curate` works here, process {holder.pid} on \S+, since 2\d{{3}}-"),
+        pytest.raises(BusyError, match=rf"run/curated: `curate` is running here, process {holder.pid} on \S+, since 2\d{{3}}-"),
         lock.alone([tmp_path / "run/curated"], "curate"),
     ):
         pass
@@ -69,15 +69,34 @@ def test_workers_share_and_only_the_first_cleans_up(hold, tmp_path):
     hold(directory, "shared")
     with lock.among_others(directory, "generate", lambda: cleaned.append(2)):
         assert cleaned == [1], "another works there"
-    with pytest.raises(BusyError, match="`generate` works here"), lock.alone([directory], "refresh"):
+    with pytest.raises(BusyError, match="`generate` is running here"), lock.alone([directory], "refresh"):
         pass
     assert (tmp_path / ".data.lock").exists(), "the other one still has it"
+
+
+def test_what_a_refused_worker_began_is_left_to_the_others(hold, tmp_path):
+    directory, forgotten = tmp_path / "data", []
+
+    def refused():
+        with lock.among_others(directory, "generate", lambda: forgotten.append(1)):
+            raise InputError("targets.k: lower it")
+
+    with pytest.raises(InputError):
+        refused()
+    assert len(forgotten) == 2, "before and after"
+    hold(directory, "shared")
+    with pytest.raises(InputError):
+        refused()
+    assert len(forgotten) == 2
 
 
 def test_a_worker_does_not_join_who_works_alone(hold, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_PATIENCE", 0.2)
     hold(tmp_path / "data", "alone")
-    with pytest.raises(BusyError, match="`curate` works here"), lock.among_others(tmp_path / "data", "generate", lambda: None):
+    with (
+        pytest.raises(BusyError, match="`curate` is running here"),
+        lock.among_others(tmp_path / "data", "generate", lambda: None),
+    ):
         pass
 
 
@@ -101,7 +120,7 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
         pass
     with lock.among_others(tmp_path / "data", "score", lambda: None):
         pass
-    assert "this disk has no locks; do not start a stage twice there" in capsys.readouterr().out
+    assert "this disk does not support locks; do not start a stage twice there" in capsys.readouterr().out
 
 
 def test_what_is_written_is_not_abandoned(tmp_path):

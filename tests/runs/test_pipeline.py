@@ -49,7 +49,7 @@ def test_a_dry_run_shows_every_round_before_there_is_a_student(tiny, tmp_path, c
         ("targets", "{kind: none}", r"train\.alpha is 0\.9, but targets\.kind is none"),
         ("eval.held_out", "0", r"eval\.held_out is 0, which leaves nothing for `eval`"),
         ("prompts.limit", "4", r"1 held-out prompt, but an interval needs at least 2; raise eval\.held_out"),
-        ("export", "{formats: [w8a8]}", r"install the extra `gptq`"),
+        ("export", "{formats: [w8a8]}", r"pip install 'llmdistill\[gptq\]'"),
     ],
 )
 def test_what_later_stages_read_is_looked_for_before_the_first(tiny, tmp_path, start, key, value, error):
@@ -70,7 +70,7 @@ def foreign(directory, changed):
 def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused_before_the_teacher_works(tiny, tmp_path):
     words = {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}, "pre_tokenizer": {"type": "Whitespace"}}
     student = foreign(tmp_path / "student", words)
-    with pytest.raises(InputError, match=r"student\.model: the bytes of the tokens of .* cannot be told"):
+    with pytest.raises(InputError, match=r"student\.model: cannot determine the bytes of .* tokens"):
         run_pipeline(load_experiment(write_experiment(tiny, tmp_path), [("student.model", str(student))]))
     assert not (tmp_path / "run").exists()
 
@@ -110,7 +110,7 @@ def test_work_of_other_settings_is_named_whole_and_once(begun, tmp_path):
         f"{tmp_path / 'run'} was made with other settings:",
         "  data: generate.temperature was 1.0, is 0.5",
         "  student: train.alpha was 0.9, is 0.25",
-        "  curated: made from that",
+        "  curated: made from these",
         f"{record.REMEDY}",
     ]
     only_training = load_experiment(begun, [("train.alpha", "0.25")])
@@ -128,8 +128,8 @@ def test_an_experiment_may_be_moved(begun, tmp_path):
     stale = check_stale(load_experiment(begun, [moved, ("generate.temperature", "0.5")]), remake=True)
     assert {path.name: why for path, why in stale.items()} == {
         "data": "generate.temperature was 1.0, is 0.5",
-        "curated": "made from that",
-        "student": "made from that",
+        "curated": "made from these",
+        "student": "made from these",
     }
 
 
@@ -150,7 +150,7 @@ def test_remake_removes_nothing_in_which_another_process_works(begun, tmp_path):
     directory = tmp_path / "run/curated"
     with subprocess.Popen([sys.executable, "-c", holder, str(directory)], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(BusyError, match="curated: `curate` works here"):
+        with pytest.raises(BusyError, match="curated: `curate` is running here"):
             run_pipeline(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
         process.kill()
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["curated", "data", "student"]
@@ -170,7 +170,7 @@ def test_too_few_held_out_prompts_are_said_before_the_teacher_works(tiny, tmp_pa
 
 
 @pytest.mark.parametrize("start", [dry_run, run_pipeline])
-@pytest.mark.parametrize(("share", "sides"), [("1e-06", "24 to train on and 0 held out"), ("0.999999", "0 to train on and 24")])
+@pytest.mark.parametrize(("share", "sides"), [("1e-06", "24 for training, 0 held out"), ("0.999999", "0 for training, 24")])
 def test_prompts_that_leave_a_split_empty_are_refused_before_the_teacher_works(tiny, tmp_path, start, share, sides):
     with pytest.raises(InputError, match=f"eval.held_out: {share} of 24 conversations leaves {sides}"):
         start(load_experiment(write_experiment(tiny, tmp_path), [("eval.held_out", share)]))
@@ -180,7 +180,7 @@ def test_prompts_that_leave_a_split_empty_are_refused_before_the_teacher_works(t
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"train.sequence_alpha": "0.1", "generate.top_p": "0.9"}, r"train\.sequence_alpha is 0\.1, which needs text"),
+        ({"train.sequence_alpha": "0.1", "generate.top_p": "0.9"}, r"train\.sequence_alpha is 0\.1, which needs"),
         ({"train.position_weights": "entropy", "targets": "{kind: none}", "train.alpha": "0"}, "which needs stored soft targets"),
     ],
 )

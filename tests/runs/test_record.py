@@ -1,3 +1,4 @@
+import hashlib
 import multiprocessing
 import os
 import re
@@ -9,7 +10,7 @@ import pytest
 
 from llmdistill.config.machine import Precision
 from llmdistill.errors import InputError
-from llmdistill.runs import lock, record
+from llmdistill.runs import hashes, lock, record
 
 SETTINGS = {"generate": {"temperature": 1.0, "samples": 1}, "teacher": {"engine_args": {"max_num_seqs": 1}}}
 INPUTS = {"prompts.jsonl": "hash"}
@@ -127,11 +128,11 @@ def test_an_empty_directory_is_no_work(tmp_path):
 
 
 def test_other_work_is_never_touched(started, tmp_path):
-    with pytest.raises(InputError, match="contains files that `train` did not write"):
+    with pytest.raises(InputError, match="contains files not written by `train`"):
         record.claim(started, "train", SETTINGS, INPUTS)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("x")
-    with pytest.raises(InputError, match="contains files that `generate` did not write"):
+    with pytest.raises(InputError, match="contains files not written by `generate`"):
         record.claim(tmp_path / "thesis", "generate", SETTINGS, INPUTS)
 
 
@@ -141,11 +142,26 @@ def test_a_stage_that_stopped_with_nothing_finished_does_not_bind(started):
     with pytest.raises(record.StaleError, match=r"generate\.temperature was 1\.0, is 0\.5"):
         record.claim(started, "generate", changed(temperature=0.5), INPUTS)
     (started / "shard").unlink()
-    with pytest.raises(record.StaleError):
-        record.claim(started, "generate", changed(temperature=0.5), INPUTS)
-    assert record.claim(started, "generate", SETTINGS, INPUTS) == "new"
-    record.forget_begun(started)
     assert record.claim(started, "generate", changed(temperature=0.5), INPUTS) == "new"
+    assert record.claim(started, "score", SETTINGS, INPUTS) == "new"
+    with pytest.raises(record.StaleError):
+        record.begin_computing(started, "generate", changed(temperature=0.5), INPUTS, 3, Precision("float32", "x"))
+    record.forget_begun(started)
+    assert not started.exists()
+
+
+def test_what_is_begun_and_refused_is_forgotten(tmp_path):
+    def work(error):
+        with record.nothing_begun([tmp_path / "eval"]):
+            record.begin(tmp_path / "eval", "eval", SETTINGS, INPUTS, seed=3)
+            raise error
+
+    with pytest.raises(InputError):
+        work(InputError("the weights do not fit"))
+    assert not (tmp_path / "eval").exists()
+    with pytest.raises(ConnectionError):
+        work(ConnectionError())
+    assert (tmp_path / "eval/run.json").exists()
 
 
 def test_a_model_is_known_by_its_content(tmp_path):
@@ -160,6 +176,69 @@ def test_a_model_is_known_by_its_content(tmp_path):
     (tmp_path / "b/config.json").write_text('{"a": 1}')
     assert first != record.model_fingerprint(str(tmp_path / "b"), None)
     assert record.model_fingerprint("org/name", "v1") == "org/name@v1"
+
+
+def test_any_change_of_large_weights_is_seen_and_they_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    weights = tmp_path / "model/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(bytes(20 << 20))
+    first = record.model_fingerprint(str(weights.parent), None)
+    (kept,) = (tmp_path / "cache/llmdistill/hashes").iterdir()
+    assert kept.read_text() == hashlib.sha256(bytes(20 << 20)).hexdigest()
+    monkeypatch.setattr(hashes, "_hash", lambda file: pytest.fail("it was read before"))
+    assert record.model_fingerprint(str(weights.parent), None) == first
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with weights.open("r+b") as stream:
+        stream.seek(10 << 20)
+        stream.write(b"1")
+    assert record.model_fingerprint(str(weights.parent), None) != first
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Lets a branch of a model in the local cache of the Hub point to a commit."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def point(commit, branch="main"):
+        model = tmp_path / "hub/models--org--name"
+        (model / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+        (model / "snapshots" / commit / "config.json").write_text("{}")
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / branch).write_text(commit)
+
+    return point
+
+
+def test_two_commits_of_a_model_are_not_mixed(tmp_path, hub):
+    data, old, new = tmp_path / "data", "a" * 40, "b" * 40
+    settings, inputs = {"teacher": {"model": "org/name", "revision": None}}, {"org/name": "org/name@main"}
+    assert record.hub_commits(inputs) == {}, "it was not downloaded yet"
+    hub(old)
+    record.begin(data, "generate", settings, inputs, seed=3)
+    assert record.read_json(data / "run.json")["commits"] == {"org/name": old}
+    (data / "shard").write_text("work")
+    hub(new)
+    for go_on in (record.claim, lambda *claim: record.begin(*claim, seed=3)):
+        with pytest.raises(record.StaleError, match=f"org/name was commit {old}, is {new}"):
+            go_on(data, "generate", settings, inputs)
+    pinned = {"teacher": {"model": "org/name", "revision": old}}, {"org/name": f"org/name@{old}"}
+    assert record.claim(data, "generate", *pinned) == "resume"
+    other = {"teacher": {"model": "org/name", "revision": new}}, {"org/name": f"org/name@{new}"}
+    with pytest.raises(record.StaleError, match=r"teacher\.revision was null"):
+        record.claim(data, "generate", *other)
+    record.finish(data, {})
+    assert record.claim(data, "generate", settings, inputs) == "done", "what is finished is of one commit"
+
+
+def test_the_versions_of_every_try_are_kept(tmp_path, monkeypatch):
+    for version in ("1", "1", "2", "1", "3"):
+        monkeypatch.setattr(record, "versions", lambda version=version: {"torch": version})
+        record.begin(tmp_path, "generate", SETTINGS, INPUTS, seed=3)
+    run = record.read_json(tmp_path / "run.json")
+    assert run["versions"] == {"torch": "3"}
+    assert [made["versions"]["torch"] for made in run["earlier"]] == ["1", "2"]
 
 
 def test_a_stage_that_was_killed_while_it_claimed_its_directory_can_begin(tmp_path):

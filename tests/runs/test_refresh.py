@@ -30,5 +30,5 @@ def tonight(tiny, tmp_path, monkeypatch):
 def test_too_few_prompts_wait_for_more(tonight, capsys):
     """`curate` or `eval` would end the version after the teacher has answered, and the next night would ask again."""
     assert tonight(3) == (0, 0)
-    assert "waits for more prompts: eval" in " ".join(capsys.readouterr().out.split())
+    assert "waiting for more prompts: eval" in " ".join(capsys.readouterr().out.split())
     assert tonight(40) == (1, 1)

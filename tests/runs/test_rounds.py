@@ -50,7 +50,7 @@ def test_a_number_of_epochs_in_the_rounds_takes_the_place_of_steps():
 
 def test_what_would_be_left_out_in_silence_is_refused():
     mix = {"mix": {"datasets": ["more"], "share": 0.3}}
-    with pytest.raises(ValueError, match=r"rounds.teacher_share and train.mix both say what is mixed"):
+    with pytest.raises(ValueError, match=r"rounds.teacher_share and train.mix both set what is mixed"):
         experiment({"n": 1, "teacher_share": 0.25}, train=mix)
     assert round_training(experiment({"n": 1}, train=mix)).mix.datasets == ["more"]
     with pytest.raises(ValueError, match=r"train.position_weights is entropy, but rounds with loss reverse_kl"):

@@ -179,14 +179,14 @@ def test_the_report_says_what_is_there_and_what_is_not(finished, metrics):
     shown = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     student = next(model for model in metrics["models"] if model["name"] == "student")
     for document in (shown, text.replace("\\", "")):
-        assert "The teacher is behind an API, so what needs its weights is not here: the KL from the teacher" in document
-        assert "The teacher was not asked: its answers to tasks would be paid." in document
-        assert "The teacher’s answers are those that are stored, which were sampled." in document
+        assert "The teacher is behind an API, so results that need its weights are missing: the KL from the teacher" in document
+        assert "The teacher was not asked, since its answers to tasks would be billed." in document
+        assert "The teacher’s answers are the stored ones, which were sampled." in document
         assert f"{student['bits_per_byte']['mean']:.2f}" in document
         assert "KL over the stored tokens" in document
         assert "Cost: " in document
         assert "a kept row" in document
-        assert "Against the same student trained on the text alone, " in document
+        assert "Against the same student trained on the text only, " in document
         assert "KL(model ‖ teacher)" not in document
     assert "against the student before training p, by Holm" in shown
     assert metrics["headline"] in text

@@ -61,7 +61,7 @@ def test_the_cost_is_in_the_dataset_and_the_card(experiment, endpoint):
     assert manifest["gives"]["top_logprobs"] == 5
     assert "license_link: https://example.org/terms" in (experiment.parent / "run/data/README.md").read_text()
     assert curated.returncode == 0, curated.stderr
-    assert f"a kept row cost {manifest['cost']['paid'] / ROWS:.2g}" in curated.stdout + curated.stderr
+    assert f"cost per kept row: {manifest['cost']['paid'] / ROWS:.2g}" in curated.stdout + curated.stderr
     assert read_manifest(experiment.parent / "run/curated")["cost"] == manifest["cost"]
 
 
@@ -102,25 +102,41 @@ def test_a_dry_run_asks_nobody_and_says_the_cost(experiment, smollm2):
     assert "the budget is 1e-06, which may not be enough" in little.stdout + little.stderr
 
 
+def test_a_teacher_that_is_refused_leaves_nothing_that_binds(experiment, endpoint):
+    def at_most_five(answer, body):
+        for entry in answer["choices"][0]["logprobs"]["content"]:
+            del entry["top_logprobs"][5:]
+        return answer
+
+    endpoint.change = at_most_five
+    with serving(endpoint) as url:
+        refused = generate(experiment, url, "--targets.k", 9)
+        assert refused.returncode == 2, refused.stderr
+        assert "lower targets.k" in refused.stderr
+        assert not (experiment.parent / "run/data").exists()
+        advised = generate(experiment, url, "--targets.k", 5)
+    assert advised.returncode == 0, advised.stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["--teacher.licence", "null"], "licence is missing"),
         (["--teacher.price", "null", "--teacher.budget", "3"], "budget needs price"),
-        (["--targets.kind", "sampled"], "gives the most likely tokens only"),
+        (["--targets.kind", "sampled"], "returns only the most likely tokens"),
         (["--targets.kind", "online"], "targets.kind online needs the teacher's weights"),
         (["--teacher.tokenizer", "null"], "needs teacher.tokenizer"),
         (["--teacher.tokenizer", "null", "--targets.kind", "none", "--student.model", "null"],
-         "give teacher.tokenizer or student.model"),
-        (["--generate.json_schema", "{type: object}"], "generate.json_schema needs a teacher that reads its text again"),
-        (["--rounds", "{n: 1}"], "rounds needs a teacher that reads given text"),
+         "set teacher.tokenizer or student.model"),
+        (["--generate.json_schema", "{type: object}"], "generate.json_schema with targets.kind topk needs a teacher that scores its text again"),
+        (["--rounds", "{n: 1}"], "rounds needs a teacher that scores given text"),
         (["--teacher.engine", "anthropic"], "teacher: tokenizer is for engine openai"),
         (["--teacher.engine", "anthropic", "--teacher.tokenizer", "null", "--targets.kind", "none", "--generate.min_tokens", "5"],
          "generate.min_tokens: engine anthropic has no such parameter"),
         (["--teacher.request_args", "{n: 2}"], "request_args.n: llmdistill sets this field itself"),
         (["--teacher.request_args", "{stream: true}"], "request_args.stream: llmdistill sets this field itself"),
         (["--teacher.request_args", "{temperature: 0.5}"], "request_args.temperature: set generate.temperature"),
-        (["--teacher.request_args", "{max_completion_tokens: many}"], "it is a number of tokens"),
+        (["--teacher.request_args", "{max_completion_tokens: many}"], "must be a number of tokens"),
         (["--teacher.engine", "transformers"], "has no url; engines server, openai and anthropic have one"),
         (["--teacher.engine", "transformers", "--teacher.url", "null"], "tokenizer is for engines openai and anthropic"),
     ],

@@ -217,7 +217,7 @@ def test_what_cannot_be_talked_to_is_refused(experiment, tiny, tmp_path, monkeyp
     with pytest.raises(InputError, match="the student, which `train` writes"):
         chat(experiment)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"the student, which `train` writes: run/student is no model directory"):
+    with pytest.raises(InputError, match=r"the student, which `train` writes: run/student is not a model directory"):
         chat(experiment.with_(output="run"))  # which is not looked for on the Hub
     behind = experiment.teacher.model_copy(update={"engine": "openai", "licence": "mit", "tokenizer": experiment.teacher.model})
     with pytest.raises(InputError, match=r"teacher\.engine is openai: `chat` needs the teacher's weights"):

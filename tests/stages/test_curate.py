@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from llmdistill.config.curate import CurateStep
 from llmdistill.curation import judge
 from llmdistill.curation.steps import CurationStep, step_named
-from llmdistill.data import targets
 from llmdistill.data.dataset import (
     SPLITS,
     Row,
@@ -34,7 +33,7 @@ from llmdistill.runs import record
 from llmdistill.stages.curate import claims, curate
 from tests.conftest import ROOT
 from tests.curation.steps import make_experiment
-from tests.factories import described
+from tests.factories import described, most_likely
 
 VOCAB = 40
 SENTENCE = "The tide rises and falls because the moon pulls at the sea and the earth turns under that pull every day, they say."
@@ -59,7 +58,7 @@ def make_row(number, text, prompt=None, length=4, reason="stop", fields=None):
         ids,
         reason,
         logprobs[np.arange(length), ids].astype(np.float32),
-        targets.TopK.from_dense(logprobs, 4),
+        most_likely(logprobs, 4),
         metadata=fields or {},
     )
 

@@ -172,7 +172,7 @@ def test_gguf_is_a_file_in_each_of_three_types(run):
     assert made["gguf-f16"]["how"] == "weights by type: 15 in F16, 5 in F32"
     odd = "15 of them in a wider type, as their rows are not whole blocks"
     assert made["gguf-q4_k_m"]["how"] == f"weights by type: 5 in F32, 12 in Q5_0, 3 in Q8_0; {odd}"
-    assert "Q4_K_M: 15 weights in a wider type, the rows being no whole blocks" in screen
+    assert "Q4_K_M: 15 weights in a wider type, as rows are not whole blocks" in screen
     assert "Converting" not in screen
     directory = output / "export/gguf-q8_0"
     assert (directory / "Modelfile").read_text().startswith('FROM ./model-Q8_0.gguf\nTEMPLATE """{{ range .Messages }}')
@@ -269,11 +269,11 @@ def test_wrong_input_is_refused_before_anything_is_written(run, tmp_path, settin
 
 def test_other_settings_and_missing_libraries_are_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"install the extra `gptq` .* or set export.rounding to nearest"):
+    with pytest.raises(InputError, match=r"pip install 'llmdistill\[gptq\]', or set export.rounding to nearest"):
         run(formats=["w8a8"], rounding="gptq")
-    with pytest.raises(InputError, match="int8, which needs torchao"):
+    with pytest.raises(InputError, match="int8 needs torchao"):
         run(formats=["int8"])
-    with pytest.raises(InputError, match="gguf-f16, which needs gguf: install the extra `gguf`"):
+    with pytest.raises(InputError, match=r"gguf-f16 needs gguf, which is not installed: pip install 'llmdistill\[gguf\]'"):
         run(formats=["gguf"])
     monkeypatch.undo()
     assert not (tmp_path / "run/export").exists()
@@ -286,7 +286,7 @@ def test_a_student_with_other_tokens_is_refused(run, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "run/student"), None)
     tokenizer.add_tokens(["antidisestablishmentarianism"])
     tokenizer.save_pretrained(tmp_path / "run/student")
-    with pytest.raises(InputError, match="student has another vocabulary than the dataset"):
+    with pytest.raises(InputError, match="student and the dataset have different vocabularies"):
         run(formats=["safetensors"])
     assert not (tmp_path / "run/export").exists()
 
@@ -320,7 +320,7 @@ def test_the_card_of_a_copy_says_what_it_is_and_who_loads_it(run):
     output, made, _ = run(formats=["w8a8"])
     card = (output / "export/w8a8/README.md").read_text()
     assert card.startswith((output / "student/README.md").read_text().rstrip())
-    how = "8-bit weights, a scale a row, and 8-bit activations, rounded to the nearest"
+    how = "8-bit weights with a scale per row, and 8-bit activations, rounded to nearest"
     assert made["w8a8"]["how"] == how
     assert f"## This copy\n\nExported by llmdistill as w8a8: {how}. Loaded by vLLM and transformers.\n" in card
     assert "nats per token from the student before export" in card

@@ -70,8 +70,8 @@ def test_variables_of_the_template_are_used_and_recorded(experiment_file, teache
 def test_a_prompt_that_is_too_long_is_left_out_and_counted(experiment_file):
     rows, manifest = written(experiment_file, [{"prompt": "a"}, {"prompt": "x " * 400}, {"prompt": "b"}])
     assert [row["prompt"][0]["content"] for row in rows] == ["a", "b"]
-    assert manifest["left_out"] == {"its prompt and generate.max_tokens 8 are more than the context of 256 tokens": 1}
-    with pytest.raises(InputError, match="more than the context of 256 tokens"):
+    assert manifest["left_out"] == {"its prompt and generate.max_tokens 8 exceed the context of 256 tokens": 1}
+    with pytest.raises(InputError, match="exceed the context of 256 tokens"):
         written(experiment_file, [{"prompt": "x " * 400}], ("output", str(experiment_file.parent / "other")))
     assert not (experiment_file.parent / "other").exists()
 

@@ -48,7 +48,7 @@ def test_from_curate_to_the_report(experiment_file, tiny, tmp_path, monkeypatch,
     evaluate(experiment, dry_run=True)
     for stage in (generate, curate, train, export):
         stage(experiment)
-    assert "the tasks, which are not evaluated: run `eval`, then `export` again" in " ".join(capsys.readouterr().out.split())
+    assert "the tasks, which have not been evaluated; run `eval`, then" in " ".join(capsys.readouterr().out.split())
     for stage in (evaluate, export, report):
         stage(experiment)
     screen = capsys.readouterr().out

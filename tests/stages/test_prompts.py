@@ -132,11 +132,11 @@ def test_a_table_and_a_folder_of_documents_become_prompts(write, tmp_path):
 @pytest.mark.parametrize(
     ("source", "template", "message"),
     [
-        ("", None, "holds no prompts"),
-        ("\n\n", None, "holds no prompts"),
+        ("", None, "contains no prompts"),
+        ("\n\n", None, "contains no prompts"),
         ('{"prompt": "a"}\n{"prompt": \n', None, "p.jsonl line 2: not valid JSON"),
         ('{"prompt": "a"}\n[1]\n', None, "p.jsonl line 2: must be a JSON object"),
-        ('{"title": "a"}', None, "line 1: has no conversation that is known, only title"),
+        ('{"title": "a"}', None, "line 1: has no conversation in a known format, only title"),
         ('{"messages": []}', None, "messages must be a list"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', None, "with a turn for the assistant to answer"),
         ('{"country": "x"}\n{"city": "y"}', TEMPLATE, "line 2: the template capital needs the field country"),
@@ -186,6 +186,20 @@ def test_a_task_asks_about_the_input_of_a_row_as_evaluation_does(write, tmp_path
 def test_a_row_without_an_input_is_refused(write, tmp_path, row, message):
     with pytest.raises(InputError, match=message):
         load_prompts(Prompts(source=write("p.jsonl", row), task=str(write_task(tmp_path, "classify"))))
+
+
+def test_rows_without_an_input_are_left_out_and_counted(write, tmp_path):
+    rows = [{"input": ""}, {"input": 5}, *({"input": f"x {number}"} for number in range(18))]
+    source, left_out = write("p.jsonl", "\n".join(map(json.dumps, rows))), LeftOut()
+    assert len(load_prompts(Prompts(source=source, task=str(write_task(tmp_path, "classify"))), left_out=left_out)) == 18
+    assert left_out.reasons == {"input must be text (prompts.task)": 2}
+
+
+def test_repeats_count_among_the_rows_of_which_some_cannot_be_read(write):
+    lines = [json.dumps({"prompt": f"q {number % 5}"}) for number in range(27)]
+    assert len(load_prompts(Prompts(source=write("p.jsonl", "\n".join([*lines, *["no JSON"] * 3]))))) == 5
+    with pytest.raises(InputError, match=r"4 of 31 rows cannot be read, more than max_bad_rows, 10%"):
+        load_prompts(Prompts(source=write("q.jsonl", "\n".join([*lines, *["no JSON"] * 4]))))
 
 
 def test_a_task_is_there_and_takes_no_other_messages(write, tmp_path):
@@ -545,7 +559,7 @@ def test_what_cannot_be_asked_costs_its_own_item_only(experiment, teach, write):
     )
     assert (count, other) == (1, 1)
     assert not_rendered.startswith("the template question cannot be rendered: ")
-    assert not_encoded == "it holds the name of a special token and private use characters"
+    assert not_encoded == "it contains the name of a special token and private use characters"
     assert [verdict for _, verdict, *_ in left] == ["failed"] * 2
 
 
@@ -681,7 +695,7 @@ def test_other_settings_or_another_template_are_refused_with_the_difference(expe
             [{"self_instruct": {"template": "@more.yaml"}}, {"novelty": {"field": "topic"}}],
             [{"instruction": "x", "topic": "y"}],
             {},
-            "prompts.steps.1.novelty needs the field topic; the previous steps give instruction",
+            "prompts.steps.1.novelty needs the field topic; the previous steps provide instruction",
         ),
         (
             [{"evolve": {"templates": ["@evolved.yaml"]}}],
@@ -693,7 +707,7 @@ def test_other_settings_or_another_template_are_refused_with_the_difference(expe
             [{"self_instruct": {"template": "@both.yaml"}}],
             [{"instruction": "x", "input": "y"}],
             {"template": "@uses.yaml"},
-            "prompts.template needs the field input; the previous steps give instruction",
+            "prompts.template needs the field input; the previous steps provide instruction",
         ),
         (
             [{"combine": {"source": "prompts/seeds/general.jsonl"}}],
@@ -714,12 +728,12 @@ def test_other_settings_or_another_template_are_refused_with_the_difference(expe
             {},
             r"personas.jsonl line 1: has no field name \(prompts.steps.0.combine.fields\), only persona",
         ),
-        ([{"novelty": {}}], [], {}, "holds no prompts"),
+        ([{"novelty": {}}], [], {}, "contains no prompts"),
         (
             [{"magpie": {}}],
             None,
             {"sampling": {"max_tokens": 256}},
-            "prompts.sampling.max_tokens: the shortest question and the longest answer are more than the context of 256",
+            "prompts.sampling.max_tokens: the shortest question and the longest answer exceed the context of 256",
         ),
     ],
 )
@@ -739,7 +753,7 @@ def test_a_dry_run_counts_and_writes_nothing(experiment, capsys):
     assert "ask       4 questions, up to 40 tokens" in said
     assert "evolve    at most 3 questions about every remaining item, up to 10 tokens each" in said
     generate(chosen, dry_run=True)
-    assert "all prompts that `prompts` makes" in capsys.readouterr().out
+    assert "all prompts made by `prompts`" in capsys.readouterr().out
     assert not chosen.directory("prompts").exists()
     with pytest.raises(InputError, match="run/prompts: does not exist; run `prompts` first"):
         generate(chosen)

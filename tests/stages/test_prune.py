@@ -51,7 +51,7 @@ def test_the_refit_is_measured_on_other_rows_and_said(experiment, text_rows, tin
     results = results_of(experiment)
     near = results["kl_from_teacher"]
     assert near["rows"] == 3
-    line = f"prune     KL from the teacher {near['cut']:.2f} nats a token, {near['refitted']:.2f} after the refit (3 rows)"
+    line = f"prune     KL from the teacher {near['cut']:.2f} nats per token, {near['refitted']:.2f} after the refit (3 rows)"
     assert line in capsys.readouterr().out
     assert [layer["layer"] for layer in results["refit"]] == results["layers"]
     assert all(layer["after"] <= layer["before"] for layer in results["refit"])

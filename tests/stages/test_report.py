@@ -252,18 +252,18 @@ def test_without_the_teachers_weights(tmp_path: Path) -> None:
     assert not {"script", "img", "link", "iframe", "teacher"} & set(Page(page).tags)
     shown = " ".join(Page(page).text.split())
     for words in (
-        "The teacher is behind an API, so what needs its weights is not here",
-        "Soft targets helped. Against the same student trained on the text alone, it predicts the teacher’s text better by "
+        "The teacher is behind an API, so results that need its weights are missing",
+        "Soft targets helped. Against the same student trained on the text only, it predicts the teacher’s text better by "
         "0.33 nats per token (95% interval 0.25 to 0.40).",
         "Over the stored tokens it is 0.33 nats per token closer to the teacher (95% interval 0.25 to 0.40).",
         "2.98 bits per byte of the teacher’s text 95% CI 2.89 to 3.08; 11.40 before training",
         "41% of the teacher’s tokens are its first choice 95% CI 30 to 60",
         "50% on the tasks 95% CI 40 to 60",
-        "at the 98.7% of positions where it gave some",
+        "at the 98.7% of positions where there are any",
         "against the student before trainingp, by Holm",
         "<b>|factsacc12025 5040–605040–605040–60 0.034",
         "Student minus student before training on the same items",
-        "The teacher was not asked: its answers to tasks would be paid.",
+        "The teacher was not asked, since its answers to tasks would be billed.",
         "the student predicts the teacher’s text better than the student trained on text only",
     ):
         assert words in shown, words
@@ -278,15 +278,15 @@ def test_without_the_teachers_weights(tmp_path: Path) -> None:
     file = tmp_path / "curated/dataset.json"
     manifest = json.loads(file.read_text())
     write(file, manifest | {"sampling": manifest["sampling"] | {"temperature": 0.7}})
-    caution = "its NLL says how well the models predict this text, not which is nearer to the teacher"
+    caution = "its NLL says how well the models predict this text, not which is closer to the teacher"
     for document in pages(Experiment.model_validate(told)):
         assert caution in document
     for sampling in ({}, manifest["sampling"]):  # of text that nobody is known to have sampled, and of another model's
         write(file, manifest | {"sampling": sampling, "text_from": "mine/books.jsonl"})
         for document in pages(Experiment.model_validate(told)):
             assert caution in document
-            assert "compared with the text read by its teacher" in document
-            assert "The teacher’s are the beginning of what is stored, which it has only read." in document
+            assert "compared with the text scored by its teacher" in document
+            assert "The teacher’s are the beginning of the stored text, which it only scored." in document
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -297,9 +297,9 @@ def test_text_that_the_teacher_only_read_is_not_said_to_be_its_own(experiment: E
     write(file, manifest if sampled else manifest | {"sampling": {}})
     page, text = pages(experiment)
     assert "Existing text, scored by" in page
-    assert "| read by the teacher | 240 |" in text
+    assert "| scored by the teacher | 240 |" in text
     for document in (" ".join(Page(page).text.split()), text):
-        assert "on 3,903 tokens of existing text for 48 prompts held out of training" in document
+        assert "on 3,903 tokens of existing text for 48 prompts held out from training" in document
         for claimed in ("ritten by the teacher", "Written by", "that the teacher wrote", "answers of the teacher"):
             assert claimed not in document, claimed
 
@@ -406,7 +406,7 @@ def test_the_student_as_a_draft_model(experiment: Experiment) -> None:
     add_speed_ups(models[2]["draft"], {"median": 0.1, "low": 0.1, "high": 0.1})
     change(experiment, models=models)
     page, text = pages(experiment)
-    assert "would slow the teacher down: even the best, 1 greedy draft a cycle, gives 0.65 times its speed" in text
+    assert "would slow the teacher down: even the best, 1 greedy draft per cycle, gives 0.65 times its speed" in text
     assert "vllm serve" not in page + text
 
 
@@ -523,7 +523,7 @@ def test_whether_it_was_worth_it(experiment: Experiment) -> None:
     ]
     shown = " ".join(Page(page).text.split())
     assert "student 5040–60 98.497.2–99.3 1,0002,00020 161 MB 1,000.00" in shown
-    assert "a machine at 3.60 an hour that answers 8 requests at once and is never idle" in shown
+    assert "a machine at 3.60 per hour that answers 8 requests at once and is never idle" in shown
 
 
 def own_cascade(n: int = 400) -> dict[str, Any]:
@@ -583,11 +583,11 @@ def test_a_task_of_ones_own_is_shown_with_its_fields_and_confusions(experiment: 
     assert parsed.count(HOSTILE) == 9 + 3, "beside what is there in every report: a field, a row and a column"
     shown = " ".join(parsed.split())
     assert "<b>|factsexact_match120" in shown
-    assert "Answers that could be accepted, right or wrong: teacher 75%, student before training 75%, student 75%" in shown
+    assert "Valid answers, right or wrong: teacher 75%, student before training 75%, student 75%" in shown
     tight = shown.replace(" ", "")
     assert "allfields50–25252525" in tight
     assert "(others)50–––0–" in tight
-    assert "By the metric that stands with the name" in shown
+    assert "By the metric given with the name" in shown
     assert "| <b>|facts (exact\\_match) |".replace("<b>|", "\\<b\\>\\|") in text
     assert "| all fields | 50 | – | 25 | 25 | 25 | 25 |" in text
     assert "| (others) | 50 | – | – | – | 0 | – |" in text
@@ -631,7 +631,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_names_the_missing_metrics(tmp_path: Path) -> None:
     experiment = Experiment.model_validate({"output": str(tmp_path), "teacher": {"model": "m"}})
-    with pytest.raises(InputError, match=r"eval/metrics\.json is not there; run `eval` first"):
+    with pytest.raises(InputError, match=r"eval/metrics\.json is missing; run `eval` first"):
         report(experiment)
 
 
@@ -656,7 +656,7 @@ def test_says_what_is_missing(experiment: Experiment) -> None:
         assert "student/trainer_state.json".replace("_", r"\_" if document.startswith("#") else "_") in document
         assert "so the student’s training is not shown" in document.replace("'", "’")
         assert "so the data are not shown" in document
-        assert "run.json is not there" in document
+        assert "run.json is missing" in document
 
 
 @pytest.mark.parametrize(

@@ -135,12 +135,12 @@ def test_by_the_file_that_a_row_comes_from(file, tmp_path):
     ("overrides", "message"),
     [
         ([("route.column", "topic")], r"prompts\.jsonl line 1: has no field topic \(route\.column\) .*but domain"),
-        ([("route.values", "{math: code}")], r"teachers\.math: no row goes to it by route\.column domain"),
+        ([("route.values", "{math: code}")], r"teachers\.math: no row is assigned to it by route\.column domain"),
         ([("route.values", "{math: maths}")], r"route\.values\.math: there is no teacher maths, only math, code, default"),
         ([("teachers.other", "{model: x}")], "teachers: all need the same engine"),
-        ([("teacher", "{model: x}")], "teacher and teachers: give one of them"),
+        ([("teacher", "{model: x}")], "give either teacher or teachers, not both"),
         ([("route", "{column: a, files: {b: math}}")], "route: needs either column or files"),
-        ([("route", "null")], "teachers and route: one needs the other"),
+        ([("route", "null")], "teachers and route must be given together"),
         ([("train.hidden", "{weight: 1.0}"), ("targets.kind", "online")], "train.hidden needs a single teacher"),
         ([("rounds.n", "1"), ("targets.kind", "sampled")], "rounds needs a single teacher"),
         ([("teachers.code.model", "/nowhere")], r"teachers\.code\.model"),
@@ -154,7 +154,7 @@ def test_what_cannot_be_meant_is_one_clear_line(file, overrides, message):
 def test_without_a_default_every_row_has_to_name_its_teacher(file, models):
     text = file.read_text().splitlines()
     file.write_text("\n".join(line for line in text if not line.startswith("  default:")) + "\n")
-    with pytest.raises(InputError, match="domain is 'art', which names none of the teachers math, code"):
+    with pytest.raises(InputError, match="domain is 'art', which is not one of the teachers math, code"):
         generate(load_experiment(file))
 
 
@@ -229,6 +229,6 @@ def test_the_student_is_measured_against_each_rows_own_teacher(file, models, tmp
     assert set(pq.read_table(directory / "rows.parquet")["teacher"].to_pylist()) <= models.keys()
     report(experiment)
     text = (tmp_path / "run/report.md").read_text()
-    assert "3 teachers: every row was compared with its own." in text
+    assert "3 teachers: every row was compared with its own teacher." in text
     assert "math: student" in text
     assert "(math, 17 rows)" in (experiment.directory("data") / "README.md").read_text()

@@ -110,13 +110,16 @@ def test_text_from_elsewhere(experiment_file, tmp_path, tiny, form):
     [
         ('{"prompt": "only"}', "line 1: must have `messages`"),
         ('{"messages": [{"role": "user", "content": "no answer"}]}', "line 1: must have `messages`"),
-        ('{"messages": [{"role": "assistant", "content": "no question"}]}', "line 1: the assistant's turn 1 has none before it"),
+        (
+            '{"messages": [{"role": "assistant", "content": "no question"}]}',
+            "line 1: the assistant's turn 1 does not follow a turn to answer",
+        ),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "line 1: message 1 must have a role, one of system, user"),
         ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "line 1: message 1 must have a content"),
         ('{"text": "a"}', "line 1: the text has fewer than two tokens"),
         ("nonsense", "line 1: not valid JSON"),
-        ("", "holds no text"),
-        ('{"prompt": "long", "completion": "' + "word " * 300 + '"}', "line 1: its tokens and the one that vLLM adds are"),
+        ("", "contains no text"),
+        ('{"prompt": "long", "completion": "' + "word " * 300 + '"}', "line 1: its tokens plus the one that vLLM adds exceed"),
     ],
 )
 def test_bad_text_is_named_and_nothing_is_written(experiment_file, tmp_path, line, message):
@@ -331,7 +334,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(experiment_file, tmp_
 def test_where_nothing_can_be_used_nothing_is_written(experiment_file, tmp_path):
     source = tmp_path / "text.jsonl"
     source.write_text('{"prompt": "a", "completion": "b", "images": ["x"]}\n' * 3)
-    with pytest.raises(InputError, match=r"text.jsonl line 1: `images` .*; nor can any of the 2 other rows be used"):
+    with pytest.raises(InputError, match=r"text.jsonl line 1: `images` .*; none of the 2 other rows is usable"):
         scored(experiment_file, source)
     assert not (tmp_path / "scored").exists()
 

@@ -11,6 +11,7 @@ from llmdistill.config.machine import Precision
 from llmdistill.config.shipped import page
 from llmdistill.data.dataset import conversation_keys, load_dataset
 from llmdistill.errors import InputError
+from llmdistill.runs.stage import run_stage
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.train import _settings, arguments_of, mixed_rows, train
@@ -32,7 +33,7 @@ def trained(experiment_file, tmp_path):
 
     def run(**overrides):
         experiment = load_experiment(experiment_file, [(f"train.{key}", json.dumps(value)) for key, value in overrides.items()])
-        train(experiment)
+        run_stage(experiment, "train")
         directory = tmp_path / "run/student"
         history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
         return history, json.loads((directory / "run.json").read_text())["results"], (directory / "README.md").read_text()
@@ -132,7 +133,7 @@ def test_a_checkpoint_goes_on_with_as_many_rows_a_step(trained, tmp_path, monkey
     trained(**settings)
     rewind(tmp_path / "run/student", 2)
     monkeypatch.setattr(DistillConfig, "world_size", 2)
-    with pytest.raises(InputError, match=r"checkpoint-2 is of a training with 2 rows a step, here it would be 4"):
+    with pytest.raises(InputError, match=r"checkpoint-2 was trained with 2 rows per step, here it would be 4"):
         trained(**settings)
 
 
@@ -199,17 +200,17 @@ def test_everything_at_once_from_yaml(trained):
         ({"args.packing": True}, "packing needs max_length"),
         ({"args.beta_end": 0.2}, "train.args.beta_end is set by the key train.beta_end"),
         ({"args.eval_on_start": True}, "train.args.eval_on_start needs train.validation"),
-        ({"args.save_only_model": True}, "train.args.save_only_model would leave nothing to go on from"),
+        ({"args.save_only_model": True}, "train.args.save_only_model would make it impossible to continue"),
         ({"args.ignore_data_skip": True}, "train.args.ignore_data_skip would train on the same rows again"),
-        ({"args.model_init_kwargs": {}}, "train.args.model_init_kwargs is not read"),
+        ({"args.model_init_kwargs": {}}, "train.args.model_init_kwargs is ignored"),
         ({"args.eos_token": "<x>"}, "train.args: eos_token='<x>' is not supported"),
-        ({"args.eval_strategy": "no", "validation": 0.3}, "the rows of train.validation would be held back for nothing"),
+        ({"args.eval_strategy": "no", "validation": 0.3}, "the rows of train.validation would be held out without being used"),
         ({"args.max_length": 0}, "train.args: max_length is 0: it should be greater than or equal to 1"),
-        ({"args.fp16": True}, "fp16 trains on CUDA alone"),
+        ({"args.fp16": True}, "fp16 training needs CUDA"),
         ({"args.fp16": True, "args.bf16": True}, "bf16 and fp16 are both true"),
-        ({"args.lr_scheduler_type": "cosine_with_min_lr"}, "the optimiser or its schedule does not take this: .*min_lr"),
-        ({"args.lr_scheduler_kwargs": {"foo": 1}}, "the optimiser or its schedule does not take this: .*foo"),
-        ({"args.adam_beta2": 2.0}, "the optimiser or its schedule does not take this: .*beta"),
+        ({"args.lr_scheduler_type": "cosine_with_min_lr"}, "the optimiser or its schedule rejects this: .*min_lr"),
+        ({"args.lr_scheduler_kwargs": {"foo": 1}}, "the optimiser or its schedule rejects this: .*foo"),
+        ({"args.adam_beta2": 2.0}, "the optimiser or its schedule rejects this: .*beta"),
         ({"args.report_to": "foo"}, "train.args: foo is not supported"),
         ({"args.dataloader_drop_last": True, "args.per_device_train_batch_size": 64}, "are fewer than the 64 of a batch"),
         (
@@ -218,7 +219,7 @@ def test_everything_at_once_from_yaml(trained):
                 "validation": 0.3,
                 "args.restore_callback_states_from_checkpoint": False,
             },
-            "restore_callback_states_from_checkpoint is false: train.early_stopping would begin anew",
+            "restore_callback_states_from_checkpoint is false: train.early_stopping would restart",
         ),
     ],
 )
@@ -247,7 +248,7 @@ def test_no_prompt_that_a_mixed_dataset_holds_out_is_trained_on(experiment_file,
     found = prompts_of(mixed_rows(mixed, rows))
     assert found
     assert not found & (ours | theirs)
-    assert capsys.readouterr().out.count("whose prompts another of the datasets holds out") == 2
+    assert capsys.readouterr().out.count("whose prompts another dataset holds out") == 2
 
 
 def test_the_sequence_level_kl_needs_text_that_could_have_been_any(experiment_file, tmp_path):
@@ -273,7 +274,7 @@ def test_an_adapter_that_could_not_be_merged_is_refused(experiment_file, tmp_pat
     ("overrides", "message"),
     [
         ([], "gradient_checkpointing is true .* and so is fsdp_activation_checkpointing"),
-        ([("student.lora.r", "4")], "student.lora with fsdp_activation_checkpointing: its checkpoints lose the adapter"),
+        ([("student.lora.r", "4")], "student.lora with fsdp_activation_checkpointing: its checkpoints lack the adapter"),
         ([("train.args.gradient_checkpointing", "false")], None),
     ],
 )

@@ -164,7 +164,7 @@ def test_from_prompts_to_figures(models, experiment, kind, third):
     report(run)
     text = (run.directory("eval").parent / "report.md").read_text()
     assert f"far {classes['far'].count:,}" in text
-    assert "2 teachers: every row was compared with its own." in text
+    assert "2 teachers: every row was compared with its own teacher." in text
     shared = f"near: of {counts['near']['positions']:,} positions"
     assert shared in text
     assert shared in (run.directory("retokenized") / "README.md").read_text()
@@ -385,9 +385,9 @@ def test_a_row_with_ids_of_another_vocabulary_is_refused(models, experiment):
     sizes = {name: one["tokenizer"]["vocab_size"] for name, one in manifest["teachers"].items()}
     file = run.directory("data") / manifest["shards"][0]["file"]
     _check_rows(file, sizes)
-    with pytest.raises(InputError, match=r"row 0: the token id \d+ is outside of the vocabulary"):
+    with pytest.raises(InputError, match=r"row 0: the token id \d+ is outside the vocabulary"):
         _check_rows(file, {"near": 2, "far": VOCAB})
-    with pytest.raises(InputError, match=r"row 0: is of the teacher 'near', but those of the dataset are far"):
+    with pytest.raises(InputError, match=r"row 0: is of the teacher 'near', but the dataset has far"):
         _check_rows(file, {"far": VOCAB})
 
 

@@ -190,7 +190,7 @@ def rounded(layer):
         ({"lora_alpha": 8}, "student.lora.args.lora_alpha is set by student.lora.alpha"),
         (
             {"alora_invocation_tokens": [1]},
-            "alora_invocation_tokens is not supported: the saved student is whole",
+            "alora_invocation_tokens is not supported: the saved student is merged",
         ),
         ({"init_lora_weights": "eva"}, "init_lora_weights is eva, must be one of true, false, gaussian"),
         ({"init_lora_weights": "pissa", "use_dora": True}, "use_dora and init_lora_weights pissa"),
@@ -225,7 +225,9 @@ def test_adapters_depend_on_the_seed(tiny):
 
 def test_without_bitsandbytes(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"student.quantize is nf4, which needs bitsandbytes: pip install bitsandbytes"):
+    with pytest.raises(
+        InputError, match=r"student.quantize nf4 needs bitsandbytes, which is not installed: pip install bitsandbytes"
+    ):
         load_student(experiment_of(tiny, tmp_path, lora={}, quantize="nf4"))
 
 

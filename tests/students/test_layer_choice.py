@@ -99,19 +99,19 @@ def test_with_a_norm_behind_the_mlp(family):
 
 
 def test_too_few_rows_are_refused():
-    with pytest.raises(InputError, match=r"student.prune.by: kl needs at least two calibration rows, there are 1"):
+    with pytest.raises(InputError, match=r"student.prune.by: kl needs at least two calibration rows, got 1"):
         layers_by_kl(random_model(), ROWS[:1], 2, 1.0)
 
 
 def test_the_kl_without_a_refit_is_not_offered():
-    with pytest.raises(ValueError, match="by is kl, the KL after a refit, but refit is false"):
+    with pytest.raises(ValueError, match="by is kl, which is measured after a refit, but refit is false"):
         Prune(layers=2, by="kl", refit=False)
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"layers": [0, 1], "by": "kl"}, "by is kl, which chooses layers, but layers is a list of them"),
+        ({"layers": [0, 1], "by": "kl"}, "by is kl, which chooses layers, but layers lists them"),
         ({"intermediate_size": 10, "by": "even"}, "by is even, which chooses layers, but layers is not set"),
         ({"layers": 2, "refit": False, "ridge": 0.1}, "ridge is 0.1, but refit is false"),
     ],

@@ -124,7 +124,7 @@ def test_a_projector_is_not_sharded(way, width, refused, monkeypatch):
     changes = {"hidden_size": width, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
     student, teacher = (fresh(config_of("Llama"), given, seed=0) for given in (changes, {}))
     if refused:
-        with pytest.raises(InputError, match="need a projector, which is not trained under FSDP or DeepSpeed"):
+        with pytest.raises(InputError, match="need a projector, which FSDP and DeepSpeed do not support"):
             pair_layers(experiment, arguments, student, teacher)
     else:
         pair_layers(experiment, arguments, student, teacher)

@@ -146,5 +146,5 @@ def test_an_architecture_that_is_built_otherwise_is_refused(family, settings):
     sizes = {name: size for name, size in SMALL.items() if name not in ("head_dim", "num_key_value_heads", "intermediate_size")}
     config = transformers.AutoConfig.for_model(family, **{**sizes, **settings})
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(InputError, match=f"{type(model).__name__} is not built as llama models are"):
+    with pytest.raises(InputError, match=f"{type(model).__name__} is not built like llama models"):
         measure(model, ROWS)

@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -52,8 +53,30 @@ def test_true_is_not_one():
 
 
 @pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("So:\n```json\n[1]\n```\nDone.", "[1]\n"),
+        ("~~~\n```\nx\n```\n~~~", "```\nx\n```\n"),
+        ("````\n```\n````  ", "```\n"),
+        ("```a\n```b\nx\n`````", "```b\nx\n"),
+        ("```\n1\n```\n```\n2\n```", None),
+        ("```\nleft open", None),
+        ("``` inline", None),
+    ],
+)
+def test_the_one_fenced_block_is_the_answer(answer, found):
+    assert unfenced(answer) == (answer if found is None else found)
+
+
+def test_fences_are_read_in_linear_time():
+    begun = time.perf_counter()
+    assert unfenced(text := "```a\n" * 100_000) == text
+    assert time.perf_counter() - begun < 2
+
+
+@pytest.mark.parametrize(
     ("text", "why"),
-    [("NaN", "NaN is no JSON number"), ("1e999", "too large"), ("[" * 102 + "]" * 102, "nested"), ("[" * 100_000, "nested")],
+    [("NaN", "NaN is not a JSON number"), ("1e999", "too large"), ("[" * 102 + "]" * 102, "nested"), ("[" * 100_000, "nested")],
 )
 def test_what_is_no_json(text, why):
     with pytest.raises(ValueError, match=why):

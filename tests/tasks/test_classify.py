@@ -16,5 +16,5 @@ def test_classify(tmp_path):
     rules.check_outputs(task, items("good", "bad", "good", "bad"))
     with pytest.raises(InputError, match=r"line 2: output: not a label: ugly"):
         rules.check_outputs(task, items("good", "ugly"))
-    with pytest.raises(InputError, match=r"there once only.*\ntest.jsonl line 2: 'bad'$"):
+    with pytest.raises(InputError, match=r"with a single example.*\ntest.jsonl line 2: 'bad'$"):
         rules.check_outputs(task, items("good", "bad", "good"))

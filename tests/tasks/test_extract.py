@@ -15,7 +15,7 @@ def test_verdicts(task):
     verdict = task.rules.verdict
     assert verdict(task, 'So:\n```json\n{"name": "Ann", "age": 31.0}\n```') is None
     assert verdict(task, '{"age": 3}') == "$: 'name' is a required property"
-    assert verdict(task, "Ann").startswith("no JSON: ")
+    assert verdict(task, "Ann").startswith("not JSON: ")
 
 
 def test_scores_worked_out_by_hand(task):
@@ -64,5 +64,5 @@ def test_outputs_are_checked_by_line(task, tmp_path):
     from llmdistill.tasks.task import read_task
 
     broken = read_task(tmp_path / "extract.yaml", "eval.tasks")
-    with pytest.raises(InputError, match=r"extract.yaml: schema: person.json cannot be met: \$\.a: enum is empty"):
+    with pytest.raises(InputError, match=r"extract.yaml: schema: person.json cannot be satisfied: \$\.a: enum is empty"):
         broken.rules.check_outputs(broken, items({"a": 1}))

@@ -35,8 +35,8 @@ def test_every_kind_is_read_and_asks_with_what_it_needs(tmp_path, kind):
         ("extract", ("kind: extract", "kind: excerpt"), "extract.yaml: kind should be 'extract'"),
         ("extract", ("schema: person.json", ""), "extract.yaml: the key schema is missing, which kind extract needs"),
         ("extract", ("schema: person.json", "schema:"), "extract.yaml: the key schema is missing, which kind extract needs"),
-        ("extract", ("person.json", "nobody.json"), "extract.yaml: schema: nobody.json is not there"),
-        ("extract", ("schema:", "labels: [a, b]\nschema:"), "extract.yaml: labels is no key of kind extract"),
+        ("extract", ("person.json", "nobody.json"), "extract.yaml: schema: nobody.json does not exist"),
+        ("extract", ("schema:", "labels: [a, b]\nschema:"), "extract.yaml: labels is not a key of kind extract"),
         ("extract", ("description: Do it.", ""), "extract.yaml: the key description is missing"),
         (
             "extract",
@@ -45,8 +45,8 @@ def test_every_kind_is_read_and_asks_with_what_it_needs(tmp_path, kind):
         ),
         ("extract", ("kind: extract", "kind: !!python/name:os.system"), "extract.yaml: not valid YAML"),
         ("classify", ("[good, bad]", "[good]"), "classify.yaml: labels"),
-        ("classify", ("[good, bad]", "[good, good]"), "classify.yaml: labels: 'good' is there twice"),
-        ("classify", ("[good, bad]", "[good, 'bad ']"), "classify.yaml: labels: 'bad ' is empty, or has white space"),
+        ("classify", ("[good, bad]", "[good, good]"), "classify.yaml: labels: 'good' is listed twice"),
+        ("classify", ("[good, bad]", "[good, 'bad ']"), "classify.yaml: labels: 'bad ' is empty, or has leading or"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(tmp_path, kind, change, message):
@@ -63,11 +63,11 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path, kind, change, message):
         ("extract", "person.json", '{"type": "objekt"}', "person.json: not a valid JSON schema"),
         ("extract", "person.json", "{", "person.json: cannot be read as JSON"),
         ("sql", "people.sql", "CREATE TABEL x (a);", "people.sql: cannot be run by SQLite"),
-        ("sql", "people.sql", "SELECT 1;", "people.sql: makes no table"),
+        ("sql", "people.sql", "SELECT 1;", "people.sql: creates no table"),
         ("sql", "people.sql", "ATTACH '{}/other' AS other; CREATE TABLE x (a);", "people.sql: cannot be run by SQLite: not auth"),
         ("tools", "tools.json", "{}", "tools.json: must be a list of function schemas"),
         ("tools", "tools.json", '[{"name": "f"}]', 'tools.json: entry 0 is not {"type": "function"'),
-        ("tools", "tools.json", json.dumps([TOOLS[1], TOOLS[1]]), "tools.json: entry 1: the function now is there twice"),
+        ("tools", "tools.json", json.dumps([TOOLS[1], TOOLS[1]]), "tools.json: entry 1: the function now is defined twice"),
         (
             "tools",
             "tools.json",
@@ -117,7 +117,7 @@ def test_what_is_null_is_not_told(tmp_path):
         ('{"input": "x"}', "line 2: output is missing"),
         ('{"input": "x", "output": ""}', "line 2: output is missing"),
         ('{"input": "x", "output": null}', "line 2: output is missing"),
-        ('{"input": "x", "output": "y", "id": "a"}', "line 2: the id a is that of .*line 1, too"),
+        ('{"input": "x", "output": "y", "id": "a"}', "line 2: the id a is also that of .*line 1"),
     ],
 )
 def test_lines_that_are_no_items_are_named(tmp_path, line, message):
@@ -135,11 +135,11 @@ def test_a_byte_order_mark_is_no_part_of_the_items(tmp_path, encoding):
 
 def test_an_empty_test_file_and_a_missing_one(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n")
-    with pytest.raises(InputError, match=r"test.jsonl: holds no items"):
+    with pytest.raises(InputError, match=r"test.jsonl: contains no items"):
         read_items(tmp_path / "test.jsonl")
     with pytest.raises(InputError, match=r"generate.yaml: the key test is missing"):
         items_file(make_task(tmp_path, "generate"))
-    with pytest.raises(InputError, match=r"generate.yaml: test: nothing.jsonl is not there"):
+    with pytest.raises(InputError, match=r"generate.yaml: test: nothing.jsonl does not exist"):
         items_file(read_task(write_task(tmp_path, "generate", "test: nothing.jsonl"), "eval.tasks"))
 
 

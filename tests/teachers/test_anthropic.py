@@ -72,7 +72,7 @@ def test_a_prompt_with_tools_is_not_sent(asked):
     """OpenAI's form of them, which is ours, is refused there, and nothing of it would be paid or learnt."""
     ask, _ = asked
     sent, (made,) = ask(answer(), tools=[{"type": "function", "function": {"name": "f"}}])
-    assert (sent, made.failed) == ([], "a prompt with tools, which engine anthropic does not send")
+    assert (sent, made.failed) == ([], "a prompt with tools, which engine anthropic does not support")
 
 
 def test_text_is_stored_in_the_students_tokens(asked):
@@ -92,11 +92,11 @@ def test_text_is_stored_in_the_students_tokens(asked):
     ("changes", "reason"),
     [
         ({"stop_reason": "refusal"}, "a refusal (stop_reason refusal)"),
-        ({"stop_reason": "tool_use"}, "a call of a tool"),
+        ({"stop_reason": "tool_use"}, "a tool call"),
         ({"stop_reason": "pause_turn"}, "a finish reason other than"),
         ({"content": []}, "no text"),
-        ({"content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "yes"}]}, "a reasoning trace apart"),
-        ({"content": None}, "an answer of another shape"),
+        ({"content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "yes"}]}, "a reasoning trace separate"),
+        ({"content": None}, "an answer in an unexpected format"),
     ],
 )
 def test_an_answer_of_no_use_is_a_failed_row_that_is_paid_once(asked, changes, reason):

@@ -160,7 +160,7 @@ def test_what_it_cannot_do_is_refused_before_anything_is_loaded(models, experime
     with pytest.raises(InputError, match="only engine vllm and transformers give"):
         load_experiment(experiment_file, server)
     teacher = Teacher(model=str(models[0]), engine="vllm", ensemble=[Member(model=str(models[1]))])
-    with pytest.raises(InputError, match="an ensemble judges with engine transformers only"):
+    with pytest.raises(InputError, match="a judge that is an ensemble needs engine transformers"):
         DigitReader(load_experiment(experiment_file), teacher, [1, 5])
     with pytest.raises(InputError, match=r"teacher\.model: .* has a context of 256 tokens, but 301 are needed"):
         EnsembleEngine(EngineSpec(teacher, Generate(), KEPT["topk"], [2], 300, staging=tmp_path))

@@ -196,6 +196,6 @@ def test_other_names_are_refused(tiny, tmp_path):
     model.save_pretrained(tmp_path)
     model.model.layers[0].mlp.gate_proj.bias = torch.nn.Parameter(torch.zeros(64))
     with pytest.raises(
-        InputError, match=r"differ in model\.layers\.0\.mlp\.gate_proj\.bias, so its weights cannot be handed over"
+        InputError, match=r"differ in model\.layers\.0\.mlp\.gate_proj\.bias, so its weights cannot be passed to vLLM"
     ):
         list(checkpoint_weights(model, tmp_path))

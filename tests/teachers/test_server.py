@@ -106,25 +106,25 @@ def changed(**changes):
         (changed(token_ids=[5, 65541]), "token ids outside the vocabulary"),
         (changed(token_ids=[5, -1]), "token ids outside the vocabulary"),
         (changed(token_ids=[5, 10**30]), "token ids outside the vocabulary"),
-        (changed(token_ids=[5, 6.0]), "token ids that are no whole numbers"),
-        (changed(token_ids=[5, True]), "token ids that are no whole numbers"),
+        (changed(token_ids=[5, 6.0]), "token ids that are not integers"),
+        (changed(token_ids=[5, True]), "token ids that are not integers"),
         (changed(token_ids=[]), "no tokens"),
-        (changed(token_ids=[5] * 300, token_logprobs=[-1.0] * 300), "more tokens than were asked for"),
+        (changed(token_ids=[5] * 300, token_logprobs=[-1.0] * 300), "more tokens than requested"),
         (changed(finish_reason="abort"), "a finish reason other than stop or length"),
-        (changed(token_logprobs=[-0.1, 0.5]), "log-probabilities that are none"),
-        (changed(token_logprobs=[-0.1, float("nan")]), "log-probabilities that are none"),
-        (changed(token_logprobs=[-0.1, -float("inf")]), "log-probabilities that are none"),
-        (changed(token_logprobs=[-0.1, None]), "log-probabilities that are none"),
-        (changed(token_logprobs=[-0.1]), "not one log-probability a token"),
-        (changed(token_logprobs=[-0.1] * 3), "not one log-probability a token"),
-        (changed(top_logprobs=[{"token_id:5": -0.1}]), "not one distribution a token"),
-        (changed(top_logprobs=[{"token_id:5": -0.1}] * 3), "not one distribution a token"),
-        (changed(top_logprobs=[{"token_id:5": -0.1}, {}]), "another number of log-probabilities a token"),
-        (changed(top_logprobs=[{"token_id:5": -0.1}, {"token_id:5": -1, "token_id:7": -2}]), "another number of log-prob"),
+        (changed(token_logprobs=[-0.1, 0.5]), "invalid log-probabilities"),
+        (changed(token_logprobs=[-0.1, float("nan")]), "invalid log-probabilities"),
+        (changed(token_logprobs=[-0.1, -float("inf")]), "invalid log-probabilities"),
+        (changed(token_logprobs=[-0.1, None]), "invalid log-probabilities"),
+        (changed(token_logprobs=[-0.1]), "not one log-probability per token"),
+        (changed(token_logprobs=[-0.1] * 3), "not one log-probability per token"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}]), "not one distribution per token"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}] * 3), "not one distribution per token"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}, {}]), "not as many log-probabilities per token"),
+        (changed(top_logprobs=[{"token_id:5": -0.1}, {"token_id:5": -1, "token_id:7": -2}]), "not as many log-prob"),
         (changed(top_logprobs=[{"token_id:5": -0.1}, {"token_id:4096": -1}]), "token ids outside the vocabulary"),
-        (changed(top_logprobs=[{"token_id:5": 0.7}, {"token_id:6": -1}]), "log-probabilities that are none"),
-        (changed(logprobs=None), "an answer of another shape"),
-        ({"text": "hello"}, "an answer of another shape"),
+        (changed(top_logprobs=[{"token_id:5": 0.7}, {"token_id:6": -1}]), "invalid log-probabilities"),
+        (changed(logprobs=None), "an answer in an unexpected format"),
+        ({"text": "hello"}, "an answer in an unexpected format"),
     ],
 )
 def test_an_answer_that_cannot_be_right_is_asked_for_again_and_given_up(monkeypatch, choice, reason):
@@ -167,7 +167,7 @@ def test_an_answer_that_comes_byte_by_byte_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(httpx.AsyncClient, "request", answer)
     monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.0)
     teacher = Teacher(model="a/b", engine="server", url="http://host", timeout=0.1)
-    with pytest.raises(RemoteError, match=r"no whole answer within 0\.1 seconds \(teacher\.timeout\)"):
+    with pytest.raises(RemoteError, match=r"no complete answer within 0\.1 seconds \(teacher\.timeout\)"):
         server.ServerEngine(EngineSpec(teacher, Generate(), Targets(), [1], 64))
 
 
@@ -199,8 +199,6 @@ def test_speculative_decoding_is_refused():
 
 def test_data_parallelism_inside_one_process_is_refused():
     """`vllm.LLM` refuses it, after the models and the prompts have been read."""
-    with pytest.raises(
-        ValidationError, match=r"engine_args\.data_parallel_size: .* a process for each copy, with `--shards i/n`"
-    ):
+    with pytest.raises(ValidationError, match=r"engine_args\.data_parallel_size: .* one process per copy, with `--shards i/n`"):
         Teacher(model="a/b", engine_args={"data_parallel_size": 2})
     assert Teacher(model="a/b", engine_args={"data_parallel_size": 1}).engine_args

@@ -193,7 +193,9 @@ def test_row_ids():
 def test_an_engine_that_is_not_installed_is_said_before_anything_is_written(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_engine(Teacher(model="m", engine="transformers"))
-    with pytest.raises(InputError, match=r"teacher.engine is vllm, which is not installed"):
+    with pytest.raises(
+        InputError, match=r"teacher\.engine vllm needs vllm, which is not installed: pip install 'llmdistill\[generate\]', or set"
+    ):
         check_engine(Teacher(model="m", engine="vllm"))
 
 

@@ -69,7 +69,7 @@ def test_an_answer_has_no_place_in_a_trace_that_the_template_begins(experiment_f
     shutil.copy(Path(trl.__file__).parent / "chat_templates/deepseek_r1_distill.jinja", teacher / "chat_template.jinja")
     chosen = [("teacher.model", str(teacher)), ("generate.thinking", "removed"), ("curate", "[finish_reason:]")]
     experiment = load_experiment(experiment_file, chosen)
-    with pytest.raises(InputError, match=r"generate\.thinking: removed, but the chat template of .* begins a trace"):
+    with pytest.raises(InputError, match=r"generate\.thinking: removed, but the chat template of .* opens a trace"):
         generate(experiment)
     assert not experiment.directory("data").exists()
 

@@ -34,7 +34,7 @@ def test_rows_are_the_conversations_as_the_template_writes_them(tmp_path, tiny):
 
 def test_no_held_out_item_is_trained_on(tmp_path):
     told = write(tmp_path, [("first", "good"), (" Held  \uff4fut\n", "good")])
-    with pytest.raises(InputError, match=r"examples.jsonl line 2: its input is that of .*test.jsonl line 1, which is held out"):
+    with pytest.raises(InputError, match=r"examples.jsonl line 2: its input equals that of .*test.jsonl line 1, which is held"):
         read_examples(told)
 
 

@@ -358,7 +358,7 @@ def test_lora_on_the_output_layer_trains_as_with_held_logits(tiny, dataset_direc
             trainer._head = None
         found.append(gradients_of_one_step(trainer))
     assert any("lm_head.lora_B" in name for name in found[0])
-    with pytest.raises(ValueError, match=r"adapters on model.embed_tokens, whose matrix is also that of lm_head"):
+    with pytest.raises(ValueError, match=r"adapters on model.embed_tokens, whose matrix is shared with lm_head"):
         make_trainer(tiny, dataset_directory, tmp_path, get_peft_model(different_student(tiny), lora))
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[1].items():
@@ -572,12 +572,12 @@ def test_what_the_arguments_say_holds_of_a_given_collator(tiny, dataset_director
     [
         ({"args": trl.SFTConfig(report_to="none", use_cpu=True, bf16=False)}, TypeError, "args must be a DistillConfig"),
         ({"train_dataset": None}, TypeError, "train_dataset must be a datasets.Dataset"),
-        ({"train_dataset": "stream"}, TypeError, r"does not stream\), got IterableDataset"),
+        ({"train_dataset": "stream"}, TypeError, r"without streaming\), got IterableDataset"),
         ({"eval_dataset": "text"}, ValueError, "eval_dataset has no soft targets"),
         ({"eval_dataset": {"a": "rows", "b": "text"}}, ValueError, "eval_dataset b has no soft targets"),
         ({"compute_metrics": len}, ValueError, "compute_metrics is not supported"),
         ({"data_collator": list}, TypeError, "data_collator must be a DistillCollator"),
-        ({"teacher": "some/model"}, TypeError, "teacher must be a model"),
+        ({"teacher": "some/model"}, TypeError, "teacher must be a loaded model"),
     ],
 )
 def test_arguments_that_do_not_fit(tiny, dataset_directory, text_rows, tmp_path, arguments, error, message):

@@ -77,10 +77,10 @@ def test_too_few_targets_for_the_teachers_entropy():
 @pytest.mark.parametrize(
     ("student", "rate", "parameters", "said"),
     [
-        ({"model": "m", "lora": {}}, 2e-5, 7e9, "adapters (student.lora) learn best at about ten times that, 0.0002"),
+        ({"model": "m", "lora": {}}, 2e-5, 7e9, "adapters (student.lora) usually need about ten times that, 0.0002"),
         ({"model": "m", "lora": {}}, 2e-4, 7e9, None),
         ({"prune": {"layers": 2}, "lora": {}}, 1e-4, 1e8, "about ten times that, 0.001"),
-        ({"model": "m"}, 2e-4, 7e9, "all weights of a model of 7.0B parameters take about 2e-05"),
+        ({"model": "m"}, 2e-4, 7e9, "all weights of a 7.0B model usually need about 2e-05"),
         ({"model": "m"}, 2e-5, 7e9, None),
         ({"prune": {"layers": 2}}, 1e-3, 8e7, None),  # a small model takes large steps well
         ({"config": {}}, 5e-4, 2e9, None),
@@ -93,8 +93,8 @@ def test_a_learning_rate_of_the_other_way_of_training(student, rate, parameters,
 
 def test_rows_that_never_end():
     text = rows_without_end(stored(["length"] * 9 + ["stop"], lengths=[6] * 10), None)
-    assert text.startswith("90% of the rows are cut before they end")
-    assert "raise generate.max_tokens, or keep those that end: curate: [{finish_reason: {keep: [stop]}}]" in text
+    assert text.startswith("90% of the rows are cut off before they end")
+    assert "raise generate.max_tokens, or keep only rows that end: curate: [{finish_reason: {keep: [stop]}}]" in text
     assert "raise train.args.max_length" in rows_without_end(stored(lengths=[9] * 4), 8)
     assert rows_without_end(stored(["length"] * 3 + ["stop"]), None) is None
     assert rows_without_end(stored(lengths=[8] * 4), 8) is None

@@ -46,7 +46,7 @@ class Compression(Section):
     d: int = Field(gt=1)
     """Size of the vocabulary."""
     k: int = Field(gt=0)
-    """Tokens a position."""
+    """Tokens per position."""
     exact_k: int = Field(ge=0)
     """How many of them, the most likely ones, have their log-probability stored as a float."""
     exact_dtype: Float = "float32"
@@ -73,17 +73,17 @@ class Compression(Section):
 
     @property
     def index_bits(self) -> int:
-        """Bits of one id."""
+        """Number of bits per id."""
         return int(np.ceil(np.log2(np.float32(self.d))))
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of `bytepacked_indices` a position."""
+        """Bytes of `bytepacked_indices` per position."""
         return -(-self.k * self.index_bits // 8)
 
     @property
     def logprob_bytes(self) -> int:
-        """Bytes of `compressed_logprobs` a position."""
+        """Bytes of `compressed_logprobs` per position."""
         bins = sum(_BYTES[part.scale_dtype] + -(-part.num_elements * part.element_bits // 8) for part in self.residual_bins)
         return self.exact_k * _BYTES[self.exact_dtype] + len(self.polynomial_terms or []) * _BYTES[self.term_dtype] + bins
 
@@ -97,7 +97,7 @@ def our_compression(vocab_size: int, k: int, exact_k: int) -> Compression:
     terms: list[int | Literal["sqrt", "exp"]] = [0, 1, 2, 3, 4, "sqrt"]
     if not 0 < exact_k <= k or 0 < k - exact_k <= len(terms):
         raise InputError(
-            f"--exact-k {exact_k}: of {k} values a position it must be {k}, or from 1 to {max(k - len(terms) - 1, 0)} "
+            f"--exact-k {exact_k}: with {k} values per position it must be {k}, or from 1 to {max(k - len(terms) - 1, 0)} "
             f"so that more values are left than the curve's {len(terms)} coefficients"
         )
     return Compression(
@@ -115,12 +115,12 @@ def read_compression(file: Path) -> Compression:
     """The configuration that a capture was written with, alone or as the section `logprob_compressor`.
 
     Raises:
-        InputError: naming the file and the key.
+        InputError: names the file and the key.
     """
     if not file.is_file():
         raise InputError(
-            f"{file}: no such file; save there the `logprob_compressor` section that the capture was made with. "
-            "Captures in the legacy layout (legacy_logit_compression) are not read"
+            f"{file}: no such file; it must contain the `logprob_compressor` section that the capture was made with. "
+            "Captures in the legacy layout (legacy_logit_compression) are not supported"
         )
     tree = read_yaml(file)
     try:
@@ -151,7 +151,7 @@ def encode(ids_NK: Array, logprobs_NK: Array, config: Compression) -> tuple[Arra
 
 
 def decode(logprob_bytes: Array, index_bytes: Array, config: Compression) -> tuple[Array, Array]:
-    """Ids (N, k), int64, and log-probabilities (N, k), float32, of N positions, in the order they are stored in."""
+    """Ids (N, k), int64, and log-probabilities (N, k), float32, of N positions, in stored order."""
     ids_NK = unpack(index_bytes, config.k, config.index_bits)
     exact, rest = _split(logprob_bytes, config.exact_k * _BYTES[config.exact_dtype])
     curve_Nt = np.zeros((len(ids_NK), config.k - config.exact_k))
@@ -174,7 +174,7 @@ def decode(logprob_bytes: Array, index_bytes: Array, config: Compression) -> tup
 
 
 def pack(values_NK: Array, bits: int) -> Array:
-    """Integers as one stream of bits a row, most significant bit first, filled up with zero bits; uint8."""
+    """Integers as one bit stream per row, most significant bit first, padded with zero bits; uint8."""
     return _in_parts(_pack, values_NK, bits)
 
 

@@ -1,15 +1,16 @@
-"""`llmdistill convert --to`: a dataset in the form that other projects' trainers read. See docs/formats.md.
+"""`llmdistill convert --to`: a dataset in the formats of other projects' trainers. See docs/formats.md.
 
 Both foreign formats put the distribution of a token where a model predicts it: entry j of a sequence is the teacher's
 distribution for `input_ids[j + 1]`. Soft-target row t of ours, that of `input_ids[completion_start + t]`, is their entry
 `completion_start + t − 1`.
 
-Everything goes through in parts of some 65,000 tokens, so memory does not grow with the dataset.
+Everything goes through in parts of some 65,000 tokens, so memory does not grow with the dataset; of preference pairs, the
+rejected answers are held.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ from llmdistill.data.convert import distillkit
 from llmdistill.data.dataset import (
     MANIFEST,
     SPLITS,
+    TOKENS_AT_ONCE,
     Split,
     has_several_tokenizers,
+    read_batches,
     read_manifest,
+    rows_at_once,
     shard_files,
     whole_conversation,
 )
@@ -38,15 +42,13 @@ from llmdistill.runs.progress import StageBar, console
 from llmdistill.runs.record import new_directory, sha256, write_text
 
 KIND_KEY = b"llmdistill.data.targets.kind"  # in a Parquet file's metadata: what the targets in it are
-_TOKENS = 1 << 16  # held at a time
-ROWS_AT_ONCE = 1024
 _MOST_MASS = 1 - 2**-9  # of top-k targets in DistillKit's form: what rounding to float16 adds does not reach 1
 _NO_LOGPROB = -30.0  # e⁻³⁰ is nothing, but finite: −∞ would make 0 · −∞ of a masked position or token
 
 
 @dataclass(frozen=True)
 class _Sequences:
-    """Some rows of a dataset: T tokens one row after the other, and the targets of their N completion tokens."""
+    """Some rows of a dataset: T tokens, row after row, and the targets of their N completion tokens."""
 
     ids_T: Array
     lengths_B: Array
@@ -71,14 +73,15 @@ _NOTES = {
     "axolotl": "Entry j of a row is the teacher's distribution for the token at j + 1; `target_mask` is 1 where that is a "
     "completion token. The rows are tokenised already: no `type` under `datasets`, `kd_temperature` 1, and no row longer than "
     "`sequence_len`. The part of its configuration that fits these files:",
-    "jsonl": "One object a line, `prompt` and `completion`, each a list of messages: TRL's conversational form.",
-    "preferences": "One object a line, `prompt`, `chosen` and `rejected`, each a list of messages, as TRL's `DPOTrainer` reads "
-    "them, and the scores of both answers. `chosen` is the best of the answers to the prompt, `rejected` one that lost to it.",
+    "jsonl": "One object per line, `prompt` and `completion`, each a list of messages: TRL's conversational form; for rows "
+    "without a prompt the `text`.",
+    "preferences": "One object per line, `prompt`, `chosen` and `rejected`, each a list of messages, as TRL's `DPOTrainer` "
+    "reads them, and the scores of both answers. `chosen` is the best of the answers to the prompt, `rejected` a worse one.",
 }
 
 
 def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = None) -> None:
-    """Write a finished dataset in another format, one file a split, with a README that says how to read it.
+    """Write a finished dataset in another format, one file per split, with a README that describes it.
 
     Args:
         directory: the dataset.
@@ -108,7 +111,7 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
             "does not support; use --to jsonl to export the text only"
         )
     if exact_k is not None and (form != "distillkit" or not kind.most_likely):
-        raise InputError("--exact-k is for --to distillkit and targets of kind topk: only those lie on a curve over their rank")
+        raise InputError("--exact-k needs --to distillkit and targets of kind topk: only these follow a curve over their rank")
     files = {split: found for split in SPLITS if (found := shard_files(directory, split))}
     if form == "distillkit":
         k = manifest["targets"][kind.size]
@@ -123,39 +126,28 @@ def export_dataset(directory: Path, out: Path, form: str, exact_k: int | None = 
         else:
             written = _write_distillkit(files, unfinished, out, kind, manifest, compression, bar)
         write_text(unfinished / "README.md", _readme(directory, manifest, form, written))
-    console.print(f"{written.told}\n{out / 'README.md'} says how to read it", markup=False)
+    console.print(f"{written.told}\n{out / 'README.md'} describes the format", markup=False)
 
 
-def rows_at_once(file: Path) -> int:
-    """How many rows of a Parquet file to hold at a time, from the mean length of its `input_ids`."""
-    metadata = pq.read_metadata(file)
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    columns = [group.column(number) for group in groups for number in range(metadata.num_columns)]
-    tokens = sum(column.num_values for column in columns if column.path_in_schema.split(".")[0] == "input_ids")
-    return int(np.clip(_TOKENS * metadata.num_rows // max(tokens, 1), 1, ROWS_AT_ONCE))
-
-
-def read_parts(files: list[Path], columns: list[str] | None = None, rows: int | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of Parquet files, so many at a time; a part does not reach over the end of a file."""
+def _parts(files: list[Path], columns: list[str], rows: int | None = None) -> Iterator[pa.Table]:
+    """The rows of some shards, a number at a time, or about `TOKENS_AT_ONCE`."""
     for file in files:
-        # With its own read-ahead, Arrow would hold what it has read until the file is at its end.
-        with pq.ParquetFile(file, pre_buffer=False) as parquet:
-            yield from parquet.iter_batches(rows or rows_at_once(file), columns=columns)
+        yield from read_batches([file], columns, rows or rows_at_once(file))
 
 
 def _sequences(files: list[Path], kind: type[SoftTargets], rows: int | None = None) -> Iterator[_Sequences]:
     """The rows of some shards with their targets as log-probabilities, in descending order at each position."""
-    for batch in read_parts(files, ["input_ids", "completion_start", *kind.columns], rows):
+    for batch in _parts(files, ["input_ids", "completion_start", *kind.columns], rows):
         lengths_B = pc.list_value_length(batch["input_ids"]).to_numpy()
         starts_B = batch["completion_start"].to_numpy()
         place_T = np.arange(lengths_B.sum()) - np.repeat(lengths_B.cumsum() - lengths_B, lengths_B)
         from_start_T = place_T - np.repeat(starts_B, lengths_B)
         counts_B = lengths_B - starts_B
-        soft = kind.of_rows([_row(batch, number, kind) for number in range(len(counts_B))], counts_B)
+        soft = kind.of_rows(_columns(batch, kind), counts_B)
         logprobs_NK = soft.logweights()
         order_NK = np.argsort(-logprobs_NK, axis=1, kind="stable")
         yield _Sequences(
-            batch["input_ids"].flatten().to_numpy().astype(np.int64),
+            pc.list_flatten(batch["input_ids"]).to_numpy().astype(np.int64),
             lengths_B,
             from_start_T >= 0,
             (from_start_T >= -1) & (place_T < np.repeat(lengths_B, lengths_B) - 1),
@@ -164,20 +156,19 @@ def _sequences(files: list[Path], kind: type[SoftTargets], rows: int | None = No
         )
 
 
-def _row(batch: pa.RecordBatch, number: int, kind: type[SoftTargets]) -> dict[str, Any]:
-    values = {name: batch[name][number] for name in kind.columns}
-    return {
-        name: value.values.to_numpy() if isinstance(value, pa.ListScalar) else value.as_py() for name, value in values.items()
-    }
+def _columns(batch: pa.Table, kind: type[SoftTargets]) -> list[Mapping[str, Any]]:
+    """The columns of the targets of each row."""
+    lists = {name: batch[name].combine_chunks() for name in kind.columns}
+    return [{name: column[row].values.to_numpy() for name, column in lists.items()} for row in range(len(batch))]
 
 
 def _write_jsonl(files: dict[Split, list[Path]], directory: Path, bar: StageBar) -> _Written:
     rows = cut = 0
     for split, shards in files.items():
         with (directory / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
-            for batch in read_parts(shards, ["prompt", "completion", "metadata", "finish_reason"]):
+            for batch in read_batches(shards, ["prompt", "completion", "metadata", "finish_reason"]):
                 for row in batch.select(["prompt", "completion", "metadata"]).to_pylist():
-                    stream.write(json.dumps(_conversation(row), ensure_ascii=False) + "\n")
+                    stream.write(json.dumps(_conversation(row) if row["prompt"] else _text(row), ensure_ascii=False) + "\n")
                 rows += batch.num_rows
                 cut += pc.sum(pc.not_equal(batch["finish_reason"], "stop")).as_py()
                 bar.advance(batch.num_rows)
@@ -186,13 +177,18 @@ def _write_jsonl(files: dict[Split, list[Path]], directory: Path, bar: StageBar)
 
 
 def _conversation(row: dict[str, Any]) -> dict[str, Any]:
-    """Prompt and completion of a row as they were before roles and contents alone were stored, and the tools offered."""
+    """Prompt and completion of a row before reduction to roles and contents, and the tools offered."""
     (*prompt, answer), tools = whole_conversation(row)
     return {"prompt": prompt, "completion": [answer], **({"tools": tools} if tools else {})}
 
 
+def _text(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of text without turns, which has no prompt."""
+    return {"text": row["completion"][0]["content"]}
+
+
 def _write_preferences(source: Path, files: dict[Split, list[Path]], directory: Path, bar: StageBar) -> _Written:
-    """Every loser of a `best_of` step beside the row that it lost to, where that one has stayed to the end."""
+    """Every loser of a `best_of` step with the row that it lost to, if that one has been kept."""
     losers: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for log in sorted(source.glob("best_of-*.jsonl")):
         for line in log.read_text(encoding="utf-8").splitlines():
@@ -200,12 +196,12 @@ def _write_preferences(source: Path, files: dict[Split, list[Path]], directory: 
             losers[pair["chosen"]].append(pair)
     wanted = {pair["rejected"] for pairs in losers.values() for pair in pairs}
     texts: dict[str, Any] = {}
-    for batch in read_parts([source / "rejected.parquet"], ["id", "prompt", "completion", "metadata"], ROWS_AT_ONCE):
+    for batch in read_batches([source / "rejected.parquet"], ["id", "prompt", "completion", "metadata"]):
         texts |= {row["id"]: _conversation(row)["completion"] for row in batch.to_pylist() if row["id"] in wanted}
     written = 0
     for split, shards in files.items():
         with (directory / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
-            for batch in read_parts(shards, ["id", "prompt", "completion", "metadata"]):
+            for batch in read_batches(shards, ["id", "prompt", "completion", "metadata"]):
                 for row in batch.to_pylist():
                     for pair in losers.get(row["id"], []):
                         given = _conversation(row)
@@ -276,7 +272,7 @@ def _write_distillkit(
     compression: distillkit.Compression,
     bar: StageBar,
 ) -> _Written:
-    """Rows of one length, since DistillKit's collator stacks them; what stands outside the completions is masked by labels."""
+    """Rows of one length, since DistillKit's collator stacks them; labels mask everything outside the completions."""
     end = manifest["tokenizer"]["end_token_ids"]
     schema = pa.schema(
         {
@@ -288,12 +284,13 @@ def _write_distillkit(
         },
         {KIND_KEY: kind.name.encode()},
     )
-    length = max(pc.max(pc.list_value_length(batch[0])).as_py() for f in files.values() for batch in read_parts(f, ["input_ids"]))
+    every = [file for shards in files.values() for file in shards]
+    length = max(pc.max(pc.list_value_length(batch[0])).as_py() for batch in read_batches(every, ["input_ids"]))
     pad = end[0] if end else 0
     loss = _Loss(compression.exact_k)
     for split, shards in files.items():
         with _writer(directory / f"{split}.parquet", schema) as writer:
-            for part in _sequences(shards, kind, max(_TOKENS // length, 1)):
+            for part in _sequences(shards, kind, max(TOKENS_AT_ONCE // length, 1)):
                 writer.write_table(
                     pa.table(_distillkit_columns(part, compression, length, pad, loss, kind.has_tail), schema=schema)
                 )
@@ -321,7 +318,7 @@ def _write_distillkit(
 def _distillkit_columns(
     part: _Sequences, compression: distillkit.Compression, length: int, pad: int, loss: "_Loss", has_tail: bool
 ) -> list[pa.Array]:
-    """One batch of rows, filled up to `length`.
+    """One batch of rows, padded to `length`.
 
     DistillKit counts position j where `labels[j]` is not negative, without a shift. So the labels are on the positions
     that predict a completion token, not on those tokens, but for one of which an endpoint has shown nothing. Where there are
@@ -338,7 +335,7 @@ def _distillkit_columns(
     predicting_BL[real_BL] = predicting_T
 
     next_BL = np.concatenate([ids_BL[:, 1:], np.full((rows, 1), pad)], axis=1)
-    # All positions behind a row's end are alike: they are encoded once, as the entry after the last.
+    # All positions after a row's end are equal: they are encoded once, as the entry after the last.
     ids_TK = (np.append(next_BL[real_BL], pad)[:, None] + np.arange(k)) % compression.d
     logprobs_TK = np.where(np.arange(k) == 0, 0.0, np.full((len(ids_TK), 1), _NO_LOGPROB))
     soft_T = np.append(predicting_T, False)
@@ -361,7 +358,7 @@ def _distillkit_columns(
 
 
 def _filled(ids_NK: Array, logprobs_NK: Array) -> tuple[Array, Array]:
-    """The same with tokens of no weight where there are none, since DistillKit sums over all of them."""
+    """The same with weightless tokens in empty slots, since DistillKit sums over all of them."""
     is_there_NK, ids_NK = np.isfinite(logprobs_NK), ids_NK.copy()
     lacking_N = ~is_there_NK.all(axis=1)
     ids_NK[lacking_N] = _other_ids(ids_NK[lacking_N], is_there_NK[lacking_N])
@@ -369,7 +366,7 @@ def _filled(ids_NK: Array, logprobs_NK: Array) -> tuple[Array, Array]:
 
 
 def _other_ids(ids_NK: Array, is_there_NK: Array) -> Array:
-    """The ids of the tokens that are there, and in the other places the lowest ones that are not."""
+    """The ids of present tokens, and the lowest missing ids in the other slots."""
     k = ids_NK.shape[1]
     free_NC = np.ones((len(ids_NK), 2 * k + 1), dtype=bool)  # of the first 2k at least k are free; the last place is all others
     np.put_along_axis(free_NC, np.where(is_there_NK, np.minimum(ids_NK, 2 * k), 2 * k), False, axis=1)
@@ -379,7 +376,7 @@ def _other_ids(ids_NK: Array, is_there_NK: Array) -> Array:
 
 
 class _Loss:
-    """What compressing changed, in nats: the largest change of an exact value, mean and largest change on the curve."""
+    """Effect of compression, in nats: the largest change of an exact value, mean and largest change on the curve."""
 
     def __init__(self, exact_k: int) -> None:
         self.exact_k = exact_k

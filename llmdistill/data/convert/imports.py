@@ -1,4 +1,4 @@
-"""`llmdistill convert --from`: a dataset of ours from other projects' files. See docs/formats.md.
+"""`llmdistill convert --from`: a dataset from other projects' files. See docs/formats.md.
 
 Entry j of a foreign row is the teacher's distribution for `input_ids[j + 1]`. Every run of entries that count becomes one
 sequence: the tokens they predict are its completion, all before them its prompt.
@@ -20,11 +20,21 @@ import pyarrow.parquet as pq
 
 from llmdistill.config.shipped import page
 from llmdistill.data import targets
-from llmdistill.data.conversations import as_columns, learned_turns
+from llmdistill.data.conversations import as_columns, learned_turns, metadata
 from llmdistill.data.convert import distillkit
-from llmdistill.data.convert.exports import KIND_KEY, ROWS_AT_ONCE, read_parts, rows_at_once
-from llmdistill.data.dataset import Row, Shard, Split, rows_to_table, write_manifest, write_shard
-from llmdistill.data.jsonl import ending_of, read_json_rows
+from llmdistill.data.convert.exports import KIND_KEY
+from llmdistill.data.dataset import (
+    ROW_GROUP,
+    Row,
+    Shard,
+    Split,
+    read_batches,
+    rows_at_once,
+    rows_to_table,
+    write_manifest,
+    write_shard,
+)
+from llmdistill.data.jsonl import ending_of, read_json_rows, without_descriptions
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.row_formats import read_row
 from llmdistill.data.targets import Array
@@ -37,18 +47,18 @@ from llmdistill.models.loading import (
     special_token_ids,
     vocabulary_hash,
 )
-from llmdistill.prompting.sources import metadata
 from llmdistill.runs import record
 from llmdistill.runs.progress import StageBar, console
 
 _OF_TEST = re.compile(r"(test|validation|eval)(?![a-z])")  # names of files
 _IMPOSSIBLE = -1e4  # a probability of zero that float16 can hold
+_MOST_MASS = 2.0  # sum of the probabilities of a position: a curve through their logarithms may exceed 1
 _FEW = 50  # written tokens that must have been looked for before their absence says anything
 
 
 @dataclass(frozen=True)
 class _Entries:
-    """Foreign rows: their T tokens one after the other, and the targets of the N entries that count."""
+    """Imported rows: their T tokens, row after row, and the targets of the N entries that count."""
 
     ids_T: Array
     begins_B: Array  # where each row begins in ids_T
@@ -59,7 +69,7 @@ class _Entries:
 
 
 class _Teacher:
-    """Whose ids the files are written in: what its tokenizer and configuration say, without its weights."""
+    """The model whose ids the files use: its tokenizer and configuration, without its weights."""
 
     def __init__(self, model: str) -> None:
         config = load_config(model, None, key="--teacher")
@@ -87,7 +97,7 @@ class _Teacher:
 
 
 def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | None = None) -> None:
-    """Make a dataset of ours from other projects' files.
+    """Make a dataset from other projects' files.
 
     Args:
         source: a file, or a directory of them; a name that begins with `test`, `validation` or `eval` makes a held-out one.
@@ -97,7 +107,7 @@ def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | No
         k: keep the so many most likely targets of each position; None is all, which must then be as many everywhere.
 
     Raises:
-        InputError: naming the file and the row or line that cannot be used, or `out` is not empty.
+        InputError: names the file and the row or line that cannot be used, or `out` is not empty.
     """
     if k is not None and (form == "jsonl" or k < 1):
         raise InputError("--k: text has no targets" if form == "jsonl" else f"--k {k}: must be at least 1")
@@ -114,11 +124,13 @@ def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | No
         config = distillkit.read_compression((source if source.is_dir() else source.parent) / distillkit.CONFIG_FILE)
         read = partial(with_targets.read, entries_of=partial(_distillkit_entries, config=config))
     sources = {file: record.sha256(file) for members in files.values() for file in members}
+    names = {file: _name(digest, file, source) for file, digest in sources.items()}
     with record.new_directory(out) as unfinished:
-        shards = _write_shards(unfinished, files, lambda file: read(file, sources[file]), model.vocab_size)
+        shards = _write_shards(unfinished, files, lambda file: read(file, names[file]), model.vocab_size)
         left_out.close("convert", sum(pq.read_metadata(shard.file).num_rows for shard in shards))
+        left_out.write(unfinished / "rejected.parquet")
         if not shards:
-            raise InputError(f"{source}: holds no completions" + ("" if form == "jsonl" else " with targets"))
+            raise InputError(f"{source}: contains no completions" + ("" if form == "jsonl" else " with targets"))
         description = {
             **model.described,
             "sampling": {},
@@ -130,25 +142,30 @@ def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | No
             **left_out.described,
         }
         write_manifest(unfinished, shards, description)
-    console.print(f"{out} is a dataset; `llmdistill inspect` shows what is in it", markup=False)
+    console.print(f"{out} is a dataset; `llmdistill inspect` shows its contents", markup=False)
 
 
 def _files(source: Path, endings: tuple[str, ...]) -> dict[Split, list[Path]]:
-    """The files to read, those of each split in the order of their names; a single file is trained on, whatever its name."""
+    """The files to read, by split and name; a single file is for training, whatever its name."""
     if not source.exists():
         raise InputError(f"{source}: no such file or directory")
-    found = [source] if source.is_file() else [file for file in sorted(source.rglob("*")) if ending_of(file) in endings]
+    if source.is_file():
+        if ending_of(source) not in endings:
+            raise InputError(f"{source}: must be a {' or '.join(endings)} file")
+        return {"train": [source], "test": []}
+    found = [file for file in sorted(source.rglob("*")) if ending_of(file) in endings and file.is_file()]
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(source).parts)]
+    found = without_descriptions(found)
     if not found:
-        raise InputError(f"{source}: holds no {endings[0]} files")
-    test = [file for file in found if _OF_TEST.match(file.name) and file != source]
+        raise InputError(f"{source}: contains no {endings[0]} files")
+    test = [file for file in found if _OF_TEST.match(file.name)]
     return {"train": [file for file in found if file not in test], "test": test}
 
 
 def _write_shards(
     directory: Path, files: dict[Split, list[Path]], read: Callable[[Path], Iterator[list[Row]]], vocab_size: int
 ) -> list[Shard]:
-    """A shard for every part that a file is read in; a part without rows has none."""
+    """One shard per part in which a file is read; none for a part without rows."""
     parts = {file: _count_parts(file) for members in files.values() for file in members}
     shards = []
     with StageBar("convert", sum(parts.values())) as bar:
@@ -163,20 +180,18 @@ def _write_shards(
 
 def _count_parts(file: Path) -> int:
     if ending_of(file) in (".jsonl", ".json"):
-        return -(-sum(1 for _ in read_json_rows(file, "SRC")) // ROWS_AT_ONCE)
-    try:
-        return -(-pq.read_metadata(file).num_rows // rows_at_once(file))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: cannot be read as Parquet: {error}") from None
+        return -(-sum(1 for _ in read_json_rows(file, "SRC")) // ROW_GROUP)
+    rows = rows_at_once(file)
+    return -(-pq.read_metadata(file).num_rows // rows)
 
 
-def _read_text(file: Path, digest: str, teacher: _Teacher, left_out: LeftOut) -> Iterator[list[Row]]:
+def _read_text(file: Path, name: str, teacher: _Teacher, left_out: LeftOut) -> Iterator[list[Row]]:
     """Text, in the ids of the teacher's chat template; the log-probabilities of its tokens are not known.
 
     There are as many parts as `_count_parts` says; a row that cannot be used is missing in its part.
     """
     lines = read_json_rows(file, "SRC")
-    while part := list(islice(lines, ROWS_AT_ONCE)):
+    while part := list(islice(lines, ROW_GROUP)):
         rows: list[Row] = []
         for number, fields in part:
             origin = f"{file} line {number}"
@@ -184,7 +199,7 @@ def _read_text(file: Path, digest: str, teacher: _Teacher, left_out: LeftOut) ->
                 if isinstance(fields, UnreadableError):
                     raise fields
                 found, _ = read_row(fields, left_out.settings, origin)
-                rows.append(_text_row(found, origin, _row_id(digest, number), teacher.chat))
+                rows.append(_text_row(found, origin, _row_id(name, number), teacher.chat))
             except UnusableError as error:
                 left_out.add(error.at(origin), fields if isinstance(fields, dict) else None)
         yield rows
@@ -208,7 +223,7 @@ def _text_row(fields: dict[str, Any], origin: str, identity: str, chat: ChatTemp
 
 
 class _TargetsReader:
-    """Reads rows with targets; knows how many targets a position has, and whether they fit the tokens they stand for."""
+    """Reads rows with targets; knows the number of targets per position, and checks that they fit their tokens."""
 
     def __init__(self, teacher: _Teacher, k: int | None) -> None:
         self.teacher = teacher
@@ -216,22 +231,22 @@ class _TargetsReader:
         self.k = k or 0
         self.looked = self.found = self.found_late = 0
 
-    def read(self, file: Path, digest: str, entries_of: Callable[[pa.RecordBatch, str], _Entries]) -> Iterator[list[Row]]:
+    def read(self, file: Path, name: str, entries_of: Callable[[pa.Table, str], _Entries]) -> Iterator[list[Row]]:
         """The rows of a file in parts, in its order."""
         kind = targets.KINDS.get((pq.read_schema(file).metadata or {}).get(KIND_KEY, b"").decode())
         if kind is not None and not kind.most_likely:
             raise InputError(
-                f"{file}: holds an unbiased sample, not the most likely tokens; use the dataset it was exported from"
+                f"{file}: contains an unbiased sample, not the most likely tokens; use the dataset it was exported from"
             )
         first = 0
-        for batch in read_parts([file]):
+        for batch in read_batches([file], rows=rows_at_once(file)):
             origin = f"{file} rows {first:,} to {first + batch.num_rows - 1:,}"
             entries = entries_of(batch, origin)
-            yield self._rows(entries, origin, digest, first)
+            yield self._rows(entries, origin, name, first)
             first += batch.num_rows
 
-    def _rows(self, entries: _Entries, origin: str, digest: str, first: int) -> list[Row]:
-        """One row for every run of entries that count within one text."""
+    def _rows(self, entries: _Entries, origin: str, name: str, first: int) -> list[Row]:
+        """One row for every run of entries that count within a text."""
         ids_T, texts_T = entries.ids_T, entries.texts_T
         if not len(entries.ids_NK):
             return []
@@ -253,7 +268,7 @@ class _TargetsReader:
         texts = zip(decode(prompts), decode(completions, skip_special_tokens=True), strict=True)
         return [
             Row(
-                _row_id(digest, first + int(numbers[run]), int(at_N[start] - entries.begins_B[numbers[run]])),
+                _row_id(name, first + int(numbers[run]), int(at_N[start] - entries.begins_B[numbers[run]])),
                 [{"role": "user", "content": prompt}],
                 [{"role": "assistant", "content": completion}],
                 prompts[run],
@@ -270,16 +285,16 @@ class _TargetsReader:
         ids_NK, logprobs_NK = entries.ids_NK, entries.logprobs_NK
         # A curve through log-probabilities may rise above zero here and there, logits do almost everywhere.
         if np.isnan(logprobs_NK).any() or np.isposinf(logprobs_NK).any() or np.median(logprobs_NK.max(axis=1)) > 0.1:
-            raise InputError(f"{origin}: holds values that are no log-probabilities (NaN, infinite, or above zero)")
+            raise InputError(f"{origin}: contains values that are not log-probabilities (NaN, infinite, or above zero)")
         there_N = (logprobs_NK > -np.inf).sum(axis=1)
         fewest, most = int(there_N.min()), int(there_N.max())
         self.k = self.k or most
         if fewest < self.k or (self.asked is None and most > self.k):
             raise InputError(
-                f"{origin}: has from {fewest} to {most} targets a position, not {self.k}; --k {fewest} keeps as many"
+                f"{origin}: has from {fewest} to {most} targets per position, not {self.k}; --k {fewest} keeps that many"
             )
         if min(ids_NK.min(), entries.ids_T.min()) < 0:
-            raise InputError(f"{origin}: holds a negative token id")
+            raise InputError(f"{origin}: contains a negative token id")
         of_none = -1 - np.arange(ids_NK.shape[1])  # a place without a target is like no other
         sorted_NK = np.sort(np.where(logprobs_NK > -np.inf, ids_NK, of_none), axis=1)
         if (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any():
@@ -287,27 +302,31 @@ class _TargetsReader:
         highest = int(max(ids_NK.max(), entries.ids_T.max()))
         if highest >= self.teacher.vocab_size:
             raise InputError(
-                f"{origin}: holds the token {highest:,}, but {self.teacher.model} has {self.teacher.vocab_size:,}; "
+                f"{origin}: contains the token {highest:,}, but {self.teacher.model} has {self.teacher.vocab_size:,}; "
                 "--teacher must be the model whose tokenizer the file was made with"
             )
         order_NK = np.argsort(-logprobs_NK, axis=1, kind="stable")[:, : self.k]
-        logprobs_NK = np.take_along_axis(logprobs_NK, order_NK, axis=1)
-        return np.take_along_axis(ids_NK, order_NK, axis=1), np.clip(logprobs_NK, _IMPOSSIBLE, 0)
+        logprobs_NK = np.clip(np.take_along_axis(logprobs_NK, order_NK, axis=1), _IMPOSSIBLE, 0)
+        mass_N1 = np.exp(logprobs_NK.astype(np.float64)).sum(axis=1, keepdims=True)
+        if mass_N1.max() > _MOST_MASS:
+            raise InputError(f"{origin}: the probabilities of a position add up to {mass_N1.max():.3g}")
+        logprobs_NK = (logprobs_NK - np.log(np.maximum(mass_N1, 1))).astype(np.float32)
+        return np.take_along_axis(ids_NK, order_NK, axis=1), logprobs_NK
 
     def _check_alignment(self, is_written_NK: Array, is_current_NK: Array, origin: str) -> None:
-        """Refuse targets that fit the tokens they stand at, not those after them: the error that everybody makes."""
+        """Refuse targets that fit the tokens they are at instead of the next ones, a common error."""
         self.looked += len(is_written_NK)
         self.found += int(is_written_NK.any(axis=1).sum())
         self.found_late += int(is_current_NK.any(axis=1).sum())
         if self.looked >= _FEW and self.found_late > max(2 * self.found, self.looked / 4):
             raise InputError(
                 f"{origin}: the targets are one position late: {self.found_late / self.looked:.0%} of them have the token that "
-                f"they stand at, {self.found / self.looked:.0%} the one after it, which they should predict"
+                f"they are at, and {self.found / self.looked:.0%} the one after it, which they should predict"
             )
 
 
-def _axolotl_entries(batch: pa.RecordBatch, origin: str) -> _Entries:
-    """The columns that axolotl's trainer takes: one entry a token, `target_mask` 1 where it counts."""
+def _axolotl_entries(batch: pa.Table, origin: str) -> _Entries:
+    """The columns of axolotl's trainer: one entry per token, `target_mask` 1 where it counts."""
     _need(batch, {"input_ids": 1, "target_token_ids": 2, "target_logprobs": 2, "target_mask": 2}, origin)
     ids_T, lengths_B = _flat(batch["input_ids"])
     ids, outer_B, inner_T = _flat_twice(batch["target_token_ids"])
@@ -315,7 +334,7 @@ def _axolotl_entries(batch: pa.RecordBatch, origin: str) -> _Entries:
     mask, *mask_shape = _flat_twice(batch["target_mask"])
     same = all(np.array_equal(a, b) for a, b in zip([outer_B, inner_T] * 2, [*shape, *mask_shape], strict=True))
     if not same or not np.array_equal(outer_B, lengths_B):
-        raise InputError(f"{origin}: the target columns do not have one entry a token, each as long as the others")
+        raise InputError(f"{origin}: the target columns do not have one entry per token, all of the same length")
     width = int(inner_T.max(initial=0))
     is_there_TK = np.arange(width) < inner_T[:, None]
     ids_TK = np.zeros(is_there_TK.shape, dtype=np.int64)
@@ -327,14 +346,14 @@ def _axolotl_entries(batch: pa.RecordBatch, origin: str) -> _Entries:
     return _Entries(ids_T, begins_B, texts_T, counted_T, ids_TK[counted_T], logprobs_TK[counted_T])
 
 
-def _distillkit_entries(batch: pa.RecordBatch, origin: str, config: distillkit.Compression) -> _Entries:
-    """A capture, packed or not: an entry counts where its own label is set, as in DistillKit's trainer."""
+def _distillkit_entries(batch: pa.Table, origin: str, config: distillkit.Compression) -> _Entries:
+    """A capture, packed or not: an entry counts if its own label is set, as in DistillKit's trainer."""
     _need(batch, {"input_ids": 1, "compressed_logprobs": 2, "bytepacked_indices": 2}, origin)
     ids_T, lengths_B = _flat(batch["input_ids"])
     stored, entries_B, width_E = _flat_twice(batch["compressed_logprobs"])
     packed, same_B, packed_width_E = _flat_twice(batch["bytepacked_indices"])
     if not np.array_equal(entries_B, same_B) or (entries_B > lengths_B).any():
-        raise InputError(f"{origin}: the two columns of targets do not have as many entries, or more than there are tokens")
+        raise InputError(f"{origin}: the two target columns have different numbers of entries, or more than there are tokens")
     if (width_E != config.logprob_bytes).any() or (packed_width_E != config.index_bytes).any():
         raise InputError(
             f"{origin}: entries of {width_E.max()} and {packed_width_E.max()} bytes, but {distillkit.CONFIG_FILE} means "
@@ -356,8 +375,8 @@ def _distillkit_entries(batch: pa.RecordBatch, origin: str, config: distillkit.C
     return _Entries(ids_T[kept_T], begins_B, texts_T, counted_T, ids_NK, logprobs_NK)
 
 
-def _texts(batch: pa.RecordBatch, lengths_B: Array, origin: str, kept_T: Array | None = None) -> tuple[Array, Array, Array]:
-    """Where rows begin, a number for each text in them, and which tokens are the last of one.
+def _texts(batch: pa.Table, lengths_B: Array, origin: str, kept_T: Array | None = None) -> tuple[Array, Array, Array]:
+    """Where rows begin, a number for each text in them, and which tokens are the last of a text.
 
     Packed rows number their texts in `attention_mask`; 0 is padding.
     """
@@ -372,7 +391,7 @@ def _texts(batch: pa.RecordBatch, lengths_B: Array, origin: str, kept_T: Array |
     return np.searchsorted(rows_T, np.arange(len(lengths_B))), other_T[:-1].cumsum(), other_T[1:] | (mask_T == 0)
 
 
-def _one_a_token(batch: pa.RecordBatch, name: str, lengths_B: Array, origin: str) -> Array:
+def _one_a_token(batch: pa.Table, name: str, lengths_B: Array, origin: str) -> Array:
     _need(batch, {name: 1}, origin)
     values_T, its_lengths_B = _flat(batch[name])
     if not np.array_equal(its_lengths_B, lengths_B):
@@ -380,8 +399,8 @@ def _one_a_token(batch: pa.RecordBatch, name: str, lengths_B: Array, origin: str
     return values_T.astype(np.int64)
 
 
-def _need(batch: pa.RecordBatch, columns: Mapping[str, int], origin: str) -> None:
-    """Refuse columns that are not there, or are no lists of numbers; by their names, how deep the lists are."""
+def _need(batch: pa.Table, columns: Mapping[str, int], origin: str) -> None:
+    """Refuse columns that are missing, or are not lists of numbers without nulls; the nesting depth is given by name."""
     for name, depth in columns.items():
         if name not in batch.schema.names:
             raise InputError(f"{origin}: has no column `{name}`, only {', '.join(batch.schema.names)}; see {page('formats')}")
@@ -392,6 +411,11 @@ def _need(batch: pa.RecordBatch, columns: Mapping[str, int], origin: str) -> Non
         if inner is None or not (_is_whole(inner) or (not whole and pa.types.is_floating(inner))):
             wanted = f"{'lists of ' * depth}{'whole numbers' if whole else 'numbers'}"
             raise InputError(f"{origin}: the column `{name}` holds {found}, not {wanted}; see {page('formats')}")
+        values = batch[name]
+        for _ in range(depth):
+            values = pc.list_flatten(values)
+        if values.null_count:
+            raise InputError(f"{origin}: the column `{name}` has a null among its numbers")
 
 
 def _is_list(of: pa.DataType | None) -> bool:
@@ -402,17 +426,22 @@ def _is_whole(of: pa.DataType) -> bool:
     return bool(pa.types.is_integer(of) or pa.types.is_boolean(of))
 
 
-def _flat(column: pa.Array) -> tuple[Array, Array]:
-    """The values of a column of lists, one list after the other, and the length of each."""
-    return column.flatten().to_numpy(zero_copy_only=False), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+def _flat(column: pa.ChunkedArray) -> tuple[Array, Array]:
+    """The values of a column of lists, concatenated, and the length of each."""
+    return pc.list_flatten(column).to_numpy(), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
 
 
-def _flat_twice(column: pa.Array) -> tuple[Array, Array, Array]:
-    """The same for lists of lists: the values, the lengths of the outer lists, those of the inner ones."""
-    values, inner = _flat(column.flatten())
+def _flat_twice(column: pa.ChunkedArray) -> tuple[Array, Array, Array]:
+    """The same for lists of lists: the values, the lengths of the outer lists, and those of the inner ones."""
+    values, inner = _flat(pc.list_flatten(column))
     return values, pc.fill_null(pc.list_value_length(column), 0).to_numpy(), inner
 
 
-def _row_id(digest: str, number: int, place: int = 0) -> str:
-    """Stable name of an imported row: where in which file, by the file's content."""
-    return hashlib.sha256(f"{digest} {number} {place}".encode()).hexdigest()[:32]
+def _name(digest: str, file: Path, source: Path) -> str:
+    """A file's content, and its path within a directory: two files may have the same content."""
+    return digest if file == source else f"{digest} {file.relative_to(source).as_posix()}"
+
+
+def _row_id(name: str, number: int, place: int = 0) -> str:
+    """Stable id of an imported row: its position in its file, by `_name`."""
+    return hashlib.sha256(f"{name} {number} {place}".encode(errors="surrogateescape")).hexdigest()[:32]

@@ -1,6 +1,6 @@
-"""Soft targets: what is kept of the teacher's distribution at each completion token; a class a kind.
+"""Soft targets: what is kept of the teacher's distribution at each completion token; one class per kind.
 
-Shape suffixes used across the package: `B` batch, `T` tokens, `N` completion tokens, `K` targets a position,
+Shape suffixes used across the package: `B` batch, `T` tokens, `N` completion tokens, `K` targets per position,
 `V` vocabulary. Log-probabilities are natural logarithms (nats) of the teacher's own distribution at temperature 1.
 The columns are described in docs/dataset.md.
 """
@@ -44,6 +44,6 @@ KINDS: dict[str, type[SoftTargets]] = {
 
 
 def kind_of(columns: Sequence[str]) -> type[SoftTargets]:
-    """The kind of soft targets that a dataset with these columns has."""
+    """The kind of soft targets of a dataset with these columns."""
     there = [kind for kind in KINDS.values() if set(kind.columns) <= set(columns)]
     return max(there, key=lambda kind: len(kind.columns))

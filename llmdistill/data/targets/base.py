@@ -1,4 +1,4 @@
-"""What a kind of soft targets is: which tokens it keeps, its form on disk and in a batch, and its part of the loss."""
+"""The interface of a kind of soft targets: which tokens it keeps, its form on disk and in a batch, and its loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MemberTokens:
-    """What the M members of an ensemble kept at N positions, and what each of them says of all of it.
+    """The tokens that the M members of an ensemble kept at N positions, with each member's log-probabilities of all.
 
     Attributes:
         ids_MNK: the tokens that each member kept by its own distribution.
@@ -32,7 +32,7 @@ class MemberTokens:
 
     @property
     def mean_MNK(self) -> Array:
-        """The log-probability of every token by the mean."""
+        """The log-probability of every token under the mean."""
         weighted = self.logprobs_LMNK.astype(np.float64) + self.log_weights_M[:, None, None, None]
         mean: Array = np.logaddexp.reduce(weighted, axis=0)
         return mean
@@ -60,7 +60,7 @@ def _side_by_side(values_MNK: Array) -> Array:
 
 @dataclass(frozen=True)
 class SoftTargets(ABC):
-    """Soft targets of one kind at N positions: arrays whose first dimension is N, of which every kind has `ids_NK`.
+    """Soft targets of one kind at N positions: arrays whose first dimension is N; every kind has `ids_NK`.
 
     The class says what is particular to the kind; what asks for it is named at each attribute and method. It imports
     torch inside of methods alone: reading a dataset and a dry run need none.
@@ -73,11 +73,11 @@ class SoftTargets(ABC):
     summary: ClassVar[str]
     """For the help of `targets.kind`, in a few words."""
     size: ClassVar[Literal["n", "k"] | None] = None
-    """The key of the section `targets` that says how many tokens are kept at a position; None where none are."""
+    """Key of the section `targets` for the number of tokens kept per position; None if none are."""
     columns: ClassVar[tuple[str, ...]]
-    """Of a shard; they begin with `target_`."""
+    """Columns of a shard; they begin with `target_`."""
     one_each: ClassVar[tuple[str, ...]] = ()
-    """Those with one value a position."""
+    """Columns with one value per position."""
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
     """The least and the largest value that a column can hold; NaN is none."""
     of_writer: ClassVar[bool] = False
@@ -91,7 +91,7 @@ class SoftTargets(ABC):
     unbiased: ClassVar[bool] = False
     """Whether weighted sums over the kept tokens equal those over the vocabulary in expectation."""
     over_classes: ClassVar[bool] = True
-    """Whether they can be told over classes of tokens (`of_classes`), as a student with another tokenizer needs."""
+    """Whether they can be converted to classes of tokens (`of_classes`), for a student with a different tokenizer."""
     has_tail: ClassVar[bool] = False
     """Whether what is outside the kept tokens is one more outcome of the loss; see `loss_parts`."""
     relative_error: ClassVar[float] = 0
@@ -106,7 +106,7 @@ class SoftTargets(ABC):
 
     @classmethod
     def uniforms(cls, n: int) -> int:
-        """How many random numbers `keep` needs a position."""
+        """Number of random numbers that `keep` needs per position."""
         return 0
 
     @classmethod
@@ -123,13 +123,13 @@ class SoftTargets(ABC):
     @classmethod
     @abstractmethod
     def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> "SoftTargets | None":
-        """Targets from the tokens of `keep` and their log-probabilities; None where nothing is stored."""
+        """Targets from the tokens of `keep` and their log-probabilities; None if nothing is stored."""
 
     # Mixing: what an ensemble asks whose members are read one after the other.
 
     @classmethod
     def of_member(cls, n: int) -> int:
-        """How many tokens each member keeps, by `keep`, where the mixture is to have n."""
+        """Number of tokens that each member keeps, by `keep`, if the mixture is to have n."""
         return n
 
     @classmethod
@@ -148,27 +148,42 @@ class SoftTargets(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
-        """The `columns` of a shard, one list a sequence, from flat buffers."""
+        """The `columns` of a shard, one list per sequence, from flat buffers."""
 
     @classmethod
     @abstractmethod
     def truncate(cls, row: Mapping[str, Any], positions: int) -> dict[str, Array]:
-        """The flat `columns` of a stored row for its first so many positions."""
+        """The flat `columns` of a stored row for its first positions."""
 
     @classmethod
     @abstractmethod
     def decode(cls, columns: Mapping[str, Array]) -> Self:
-        """The targets of any run of positions from their flat columns, as `truncate` gives them; weights add up to one."""
+        """The targets of a range of positions from their flat columns, from `truncate`; weights add up to one."""
+
+    @classmethod
+    def sizes(cls, columns: Mapping[str, Array], positions: int) -> dict[str, Array]:
+        """Number of values at each position, (N,) each, in the columns that are not `one_each`, from the flat columns."""
+        return {}
+
+    @classmethod
+    def wrong_position(cls, columns: Mapping[str, Array], row_N: Array) -> tuple[int, str] | None:
+        """The first position with invalid values, and why; None if there is none.
+
+        Args:
+            columns: flat, as `decode` takes them, with sizes that fit each other.
+            row_N: the number of each position's row.
+        """
+        return None
 
     @classmethod
     def of_rows(cls, rows: Sequence[Mapping[str, Any]], positions: Sequence[int] | Array) -> Self:
-        """The targets of stored rows, one behind the other, of each its first so many positions."""
+        """The targets of stored rows, concatenated, each for its first positions."""
         parts = [cls.truncate(row, count) for row, count in zip(rows, positions, strict=True)]
         return cls.decode({name: np.concatenate([part[name] for part in parts]) for name in cls.columns})
 
     @staticmethod
     def together(parts: "Sequence[SoftTargets]") -> "SoftTargets":
-        """Targets of one kind, one behind the other, with as many tokens at a position."""
+        """Concatenate targets of one kind with the same number of tokens per position."""
         return type(parts[0])(*(joined(parts, field.name) for field in fields(parts[0])))
 
     def after(self, start: int) -> Self:
@@ -187,12 +202,12 @@ class SoftTargets(ABC):
             dropped: a class that is left out; what it weighs goes to the tail, or to the others where there is none.
 
         Raises:
-            ValueError: this kind cannot be told over classes.
+            ValueError: if this kind cannot be converted to classes.
         """
-        raise ValueError(f"targets of kind {self.name} cannot be told over classes of tokens")
+        raise ValueError(f"targets of kind {self.name} cannot be converted to classes of tokens")
 
     def within(self, vocab_size: int) -> Self:
-        """The same without tokens from `vocab_size` on, which a padded output layer has and a tokenizer does not know.
+        """The same without tokens from `vocab_size` on, which are padding of an output layer.
 
         Their probability goes to the tail, or to the other tokens where there is none. In their place stands another id
         that weighs nothing.
@@ -201,15 +216,15 @@ class SoftTargets(ABC):
             ValueError: there are some, and this kind cannot do without them.
         """
         if (self.ids_NK >= vocab_size).any():
-            raise ValueError(f"targets of kind {self.name} are of tokens that the student does not have")
+            raise ValueError(f"targets of kind {self.name} contain tokens that the student does not have")
         return self
 
     @abstractmethod
     def logweights(self) -> Array:
-        """Natural logarithms of what the tokens of `ids_NK` weigh, (N, K); −inf where there is no token."""
+        """Natural logarithms of the weights of the tokens in `ids_NK`, (N, K); −inf for no token."""
 
     def told(self) -> Array:
-        """What they hold of the teacher's log-probabilities, or of their sums; −inf for none."""
+        """The teacher's log-probabilities that they contain, or of their sums; −inf for none."""
         return self.logweights()
 
     def outcomes(self) -> Array:
@@ -217,7 +232,7 @@ class SoftTargets(ABC):
         return np.exp(self.logweights())
 
     def entropies(self) -> Array:
-        """How undecided the teacher was at each position, in nats: the entropy of `outcomes`, at most log J.
+        """The teacher's uncertainty at each position, in nats: the entropy of `outcomes`, at most log J.
 
         Where it follows from the distribution alone, it is without the luck of a draw: of tokens that share a weight, it
         counts each.
@@ -230,10 +245,10 @@ class SoftTargets(ABC):
 
     @classmethod
     def describe(cls, n: int) -> dict[str, Any]:
-        """What `dataset.json` says of the targets.
+        """The entry of the targets in `dataset.json`.
 
         Args:
-            n: tokens kept at a position.
+            n: tokens kept per position.
         """
         if cls.size is None:
             return {"kind": cls.name}
@@ -242,11 +257,11 @@ class SoftTargets(ABC):
     @classmethod
     @abstractmethod
     def sentence(cls, described: Mapping[str, Any]) -> str:
-        """What a card says, from what `describe` gave."""
+        """A sentence for a card, from the result of `describe`."""
 
     @classmethod
     def facts(cls, described: Mapping[str, Any], column: Callable[[str], Array]) -> dict[str, str]:
-        """What `inspect` says beside the size.
+        """Further facts for `inspect`, besides the size.
 
         Args:
             described: what `describe` gave.
@@ -256,14 +271,14 @@ class SoftTargets(ABC):
 
     @classmethod
     def warning(cls, table: "pa.Table") -> str | None:
-        """What is not well with the targets of some rows, and what would be better."""
+        """Problems with the targets of some rows, and what would be better."""
         return None
 
     # Learning: what the configuration, the collator and the losses ask.
 
     @classmethod
     def refuses(cls, loss: str, temperature: float) -> str | None:
-        """Why a loss cannot learn from such targets, beginning with the name of the setting; None if it can.
+        """Why a loss cannot use such targets, beginning with the name of the setting; None if it can.
 
         Args:
             loss: the divergence, one of `losses.DIVERGENCES`.
@@ -303,4 +318,4 @@ class SoftTargets(ABC):
     @classmethod
     @abstractmethod
     def choice(cls, batch: Mapping[str, Any]) -> "Tensor":
-        """The place in `target_ids` of the teacher's most likely token, shape (N, 1)."""
+        """The index in `target_ids` of the teacher's most likely token, shape (N, 1)."""

@@ -1,7 +1,7 @@
-"""Targets of kind `chunks`: of a teacher that told the log-probabilities of what it wrote alone, for another vocabulary.
+"""Targets of kind `chunks`: log-probabilities of only the text that a teacher wrote, for a different vocabulary.
 
 A chunk is a stretch of text that begins and ends with a token of both tokenizers (`data.alignment`). The teacher's
-probability of it is one number, so what is learnt is one event a chunk: that it is written, or not (ALM, arXiv 2503.20083).
+probability of it is one number, so what is learned is one event per chunk: that it is written, or not (ALM, arXiv 2503.20083).
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Chunks(SoftTargets):
     logprobs_N: Array
 
     name = "chunks"
-    summary = "the log-probabilities of what an endpoint wrote, in the student's tokens"
+    summary = "the log-probabilities of the text written by an endpoint, in the student's tokens"
     columns = ("target_chunks", "target_chunk_logprobs")
     one_each = ("target_chunks", "target_chunk_logprobs")
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"target_chunk_logprobs": (-np.inf, 0)}
@@ -40,11 +40,11 @@ class Chunks(SoftTargets):
 
     @classmethod
     def keep(cls, logprobs_NV: "Tensor", n: int, uniform_NU: "Tensor") -> "Tensor":
-        raise NotImplementedError("chunks are made of finished text")
+        raise NotImplementedError("chunks are made from finished text")
 
     @classmethod
     def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> None:
-        raise NotImplementedError("chunks are made of finished text")
+        raise NotImplementedError("chunks are made from finished text")
 
     @classmethod
     def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
@@ -56,6 +56,17 @@ class Chunks(SoftTargets):
     @classmethod
     def truncate(cls, row: Mapping[str, Any], positions: int) -> dict[str, Array]:
         return {name: np.asarray(row[name])[:positions] for name in cls.columns}
+
+    @classmethod
+    def wrong_position(cls, columns: Mapping[str, Array], row_N: Array) -> tuple[int, str] | None:
+        """Refuse a chunk that overlaps the previous one, or begins in another row."""
+        sizes_N = columns["target_chunks"].astype(np.int64)
+        ends = np.flatnonzero(sizes_N)
+        begins, free = ends + 1 - sizes_N[ends], np.concatenate([[0], ends + 1])[:-1]
+        free = np.maximum(free, np.searchsorted(row_N, row_N[ends]))
+        if (wrong := ends[begins < free]).size:
+            return int(wrong[0]), f"target_chunks is {sizes_N[wrong[0]]}, more tokens than there are after the previous chunk"
+        return None
 
     @classmethod
     def decode(cls, columns: Mapping[str, Array]) -> Self:

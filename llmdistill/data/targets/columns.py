@@ -1,4 +1,4 @@
-"""Columns of soft targets as flat buffers: what the kinds share in encoding and decoding."""
+"""Columns of soft targets as flat buffers: shared encoding and decoding."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 ENTROPIES = (-1.0, 1e4)  # of a stored one, in nats; an estimate may be a little below zero
+_ROUNDED = 0.1  # how far from one probabilities may add up: float16, and a bfloat16 teacher
 
 
 def list_array(values: Array, lengths: Array) -> "pa.ListArray":
@@ -21,23 +22,23 @@ def list_array(values: Array, lengths: Array) -> "pa.ListArray":
 
 
 def list_column(parts: Sequence[Array], dtype: Any) -> "pa.ListArray":
-    """An Arrow list column, a list from each array."""
+    """An Arrow list column, one list per array."""
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
     return list_array(np.concatenate([np.empty(0, dtype), *(part.astype(dtype) for part in parts)]), lengths)
 
 
 def id_type(vocab_size: int) -> "type[np.unsignedinteger[Any]]":
-    """The type in which ids are stored: 16 bits where the vocabulary has at most 65,536 tokens, else 32."""
+    """The type in which ids are stored: 16 bits if the vocabulary has at most 65,536 tokens, else 32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def joined(sequences: Sequence[Any], field: str) -> Array:
-    """An array of several sequences, one behind the other."""
+    """Concatenate the arrays of several sequences."""
     return np.concatenate([getattr(sequence, field) for sequence in sequences])
 
 
 def half_precision(values: Array) -> Array:
-    """Values with float16's precision as float32, whose last bytes are zero and compress to nothing.
+    """Values with float16's precision as float32, whose last bytes are zero and compress well.
 
     Parquet has a float16 of its own, which Spark and DuckDB do not read.
     """
@@ -51,14 +52,14 @@ def exact_first(ids_NK: Array, exact_N: Array, rank_NK: Array) -> Array:
 
 
 def id_gaps(ids_NK: Array, exact_N: Array) -> Array:
-    """Of ids in the order of `exact_first` the differences to the one before; each part counts from zero."""
+    """The differences between consecutive ids in the order of `exact_first`; each part counts from zero."""
     gaps_NK = np.diff(ids_NK, axis=1, prepend=0)
     np.put_along_axis(gaps_NK, exact_N[:, None], np.take_along_axis(ids_NK, exact_N[:, None], axis=1), axis=1)
     return gaps_NK
 
 
 def ids_from_gaps(gaps_NK: Array, exact_N: Array) -> Array:
-    """The ids again."""
+    """Restore the ids."""
     is_exact_NK = np.arange(gaps_NK.shape[1]) < exact_N[:, None]
     sums_NK = gaps_NK.cumsum(axis=1)
     # The second part counts from zero again: what the first part has summed up to is taken off.
@@ -73,14 +74,25 @@ def entropy_column(sequences: Sequence[Any]) -> "pa.Array":
     return list_array(half_precision(joined(sequences, "entropy_N")), lengths)
 
 
-def entropies_of(row: Mapping[str, Any], positions: int) -> Array:
-    """What `entropy_column` has stored of the first so many positions; older rows have one mean for all of theirs."""
-    stored = np.asarray(row["target_entropy"], dtype=np.float32)
-    return stored[:positions] if stored.ndim else np.full(positions, stored)
+def every(columns: Mapping[str, Array], name: str, positions: int) -> Array:
+    """Number of values that a flat column has at each position, (N,), if it is the same everywhere."""
+    return np.full(positions, len(columns[name]) // max(positions, 1))
+
+
+def masses(logprobs: Array, sizes_N: Array) -> Array:
+    """The sum of the probabilities at each position, (N,), from flat logarithms and the number at each position."""
+    position = np.repeat(np.arange(len(sizes_N)), sizes_N)
+    return np.bincount(position, np.exp(logprobs.astype(np.float64)), len(sizes_N))
+
+
+def wrong_mass(mass_N: Array, names: str, least: float = 1.0) -> tuple[int, str] | None:
+    """The first position whose probabilities add up to more than one or less than `least`, beyond rounding, and why."""
+    wrong = np.flatnonzero((mass_N > 1 + _ROUNDED) | (mass_N < least - _ROUNDED))
+    return (int(wrong[0]), f"the probabilities in {names} add up to {mass_N[wrong[0]]:.3g}") if wrong.size else None
 
 
 def by_position(flat: Array, positions: int) -> Array:
-    """A flat column of as many values at every position, shape (positions, K)."""
+    """A flat column with the same number of values at every position, shape (positions, K)."""
     return flat.reshape(positions, len(flat) // max(positions, 1))
 
 
@@ -92,7 +104,7 @@ def log(values: Array) -> Array:
 
 
 def merged(class_NK: Array, weights_NK: Array) -> tuple[Array, Array]:
-    """The distinct classes of each position, in ascending order, and what their tokens weigh together, both (N, K).
+    """The distinct classes of each position, ascending, and the total weight of their tokens, both (N, K).
 
     Places that are left over have the class −1 and the weight 0.
 
@@ -113,17 +125,42 @@ def merged(class_NK: Array, weights_NK: Array) -> tuple[Array, Array]:
     return classes_NK, sums.astype(np.float64, copy=False).reshape(positions, k)  # of no position, `bincount` gives integers
 
 
-def entropy_within(class_NK: Array, weights_NK: Array, classes_NK: Array, sums_NK: Array) -> Array:
-    """What of a sample's entropy is between tokens of the same class, in nats, (N,): Σ w log(w of its class / w).
+def entropy_within(weights_NK: Array, sums_NK: Array) -> Array:
+    """The part of a sample's entropy that is within classes, in nats, (N,): Σ w log(w of its class / w).
+
+    It equals the entropy of the tokens minus that of the classes.
 
     Args:
-        class_NK: the class of each token.
-        weights_NK: what it weighs.
-        classes_NK: of `merged`.
-        sums_NK: of `merged`.
+        weights_NK: what each token weighs.
+        sums_NK: what each class weighs, from `merged`.
     """
-    of_class_NKK = (class_NK[:, :, None] == classes_NK[:, None, :]) & (sums_NK > 0)[:, None, :]
-    sum_NK = (of_class_NKK * sums_NK[:, None, :]).sum(axis=2)
-    ratio_NK = np.divide(sum_NK, weights_NK, out=np.ones_like(sum_NK), where=(weights_NK > 0) & (sum_NK > 0))
-    within_N: Array = (weights_NK * np.log(ratio_NK)).sum(axis=1)
+    within_N: Array = (_x_log_x(sums_NK) - _x_log_x(weights_NK)).sum(axis=1)
     return within_N
+
+
+def entropy_without(entropy_N: Array, weights_NK: Array, is_left_NK: Array, exact_N: Array) -> Array:
+    """The sample's estimate of the entropy of the distribution without some tokens, renormalised, (N,).
+
+    With W the sum of the weights that are left, it is −Σ (w/W) log p + log W over those tokens. For an exact token, log p is
+    log w. For drawn tokens only the mean of log p is known, which stands for each of them.
+
+    Args:
+        entropy_N: −Σ w log p of all tokens.
+        weights_NK: w, which add up to one.
+        is_left_NK: whether a token is left.
+        exact_N: how many of the first tokens of each position weigh their own probability.
+    """
+    exact_NK = weights_NK * (np.arange(weights_NK.shape[1]) < exact_N[:, None])
+    drawn_NK = weights_NK - exact_NK
+    left_N, drawn_N = (weights_NK * is_left_NK).sum(axis=1), drawn_NK.sum(axis=1)
+    of_exact_N = -_x_log_x(exact_NK).sum(axis=1)
+    kept_N = -_x_log_x(exact_NK * is_left_NK).sum(axis=1)
+    share_N = np.divide((drawn_NK * is_left_NK).sum(axis=1), drawn_N, out=np.zeros_like(drawn_N), where=drawn_N > 0)
+    kept_N = kept_N + (entropy_N - of_exact_N) * share_N
+    safe_N = np.maximum(left_N, 1e-30)
+    return np.where(is_left_NK.all(axis=1), entropy_N, np.where(left_N > 0, kept_N / safe_N + np.log(safe_N), 0 * entropy_N))
+
+
+def _x_log_x(values: Array) -> Array:
+    """The product of a number and its logarithm, 0 at 0."""
+    return values * np.log(np.where(values > 0, values, 1))

@@ -1,4 +1,4 @@
-"""Choosing a few tokens of a distribution: the most likely ones, or a sample whose weighted sums are unbiased.
+"""Selecting a few tokens of a distribution: the most likely ones, or a sample whose weighted sums are unbiased.
 
 Fixed-size sampling with probability proportional to size (πps), drawn systematically: of V tokens with probabilities p,
 n are kept with inclusion probabilities π = min(1, p/τ), where τ is such that they sum to n. Tokens with p ≥ τ are always
@@ -18,7 +18,7 @@ _BLOCK = 64  # tokens, of which only the sum or the largest is looked at first
 
 
 def widest(tensor: Tensor) -> torch.dtype:
-    """The widest type of floats where a tensor is: float64, or float32 on Apple GPUs, which have no other."""
+    """The widest float type on a tensor's device: float64, or float32 on Apple GPUs, which have no other."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -37,7 +37,7 @@ def most_likely(logprobs_NV: Tensor, k: int) -> Tensor:
 
 
 def sample_with_replacement(logprobs_NV: Tensor, uniform_Nn: Tensor) -> Tensor:
-    """N independent draws at each position, one for each random number; shape (N, n), a token as often as it was drawn."""
+    """N independent draws at each position, one per random number; shape (N, n), with repeated tokens."""
     return torch.cat([_search(logprobs.exp(), uniform) for logprobs, uniform in pieces(logprobs_NV, uniform_Nn)])
 
 
@@ -47,7 +47,7 @@ def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
     Args:
         logprobs_NV: the full distributions, natural logarithms.
         n: tokens kept, below V. Where fewer have any probability, the most likely of the others are taken, which weigh nothing.
-        uniform_N: one number in [0, 1) a position, all the randomness there is.
+        uniform_N: one number in [0, 1) per position, the only source of randomness.
 
     Returns:
         Their ids, shape (N, n); those with p ≥ τ first, most likely first.
@@ -56,7 +56,7 @@ def sample(logprobs_NV: Tensor, n: int, uniform_N: Tensor) -> Tensor:
 
 
 def pieces(values_NV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows, with those of other tensors beside them, as many as to work on at a time where a copy of them is needed."""
+    """The rows of several tensors, in chunks small enough for working copies."""
     rows = _AT_ONCE
     if values_NV.device.type == "cpu":
         rows = max(1, min(rows, _FLOATS_AT_ONCE // values_NV.shape[1]))
@@ -92,13 +92,13 @@ def _search(mass_NV: Tensor, points_Nn: Tensor) -> Tensor:
 
 
 def _place(ends: Tensor, points: Tensor) -> Tensor:
-    """For each point the first place that ends behind it, along the last dimension; never one of no mass, if any has some."""
+    """For each point, the first index whose cumulative mass exceeds it, along the last dimension; never one without mass."""
     points = points.clamp(min=0).minimum(ends[..., -1:] * (1 - 4 * torch.finfo(ends.dtype).eps))
     return torch.searchsorted(ends, points, right=True).clamp(max=ends.shape[-1] - 1)
 
 
 def count_exact(largest_Nn: Tensor) -> Tensor:
-    """How many tokens are always kept, from the n largest probabilities in descending order.
+    """Number of tokens that are always kept, from the n largest probabilities in descending order.
 
     The least c whose next probability is at most τ = (1 − sum of the first c) / (n − c); below n by construction. The
     same number comes out of a drawn sample's own probabilities, since it holds all c and nothing else above τ.

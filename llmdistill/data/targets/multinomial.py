@@ -10,9 +10,9 @@ from llmdistill.data.targets.base import MemberTokens
 from llmdistill.data.targets.columns import (
     ENTROPIES,
     Array,
-    entropies_of,
     entropy_column,
     entropy_within,
+    entropy_without,
     id_type,
     list_array,
     log,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Multinomial(UnbiasedSample):
-    """The distinct tokens of n independent draws at each of N positions, in ascending order, and how often each came.
+    """The distinct tokens of n independent draws at each of N positions, ascending, and their counts.
 
     K is the most that any position has; where a position has fewer, the count is 0.
     """
@@ -57,7 +57,7 @@ class Multinomial(UnbiasedSample):
 
     @classmethod
     def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> Self:
-        """From the n draws of each position and the log-probability of each."""
+        """Build from the n draws of each position and the log-probability of each."""
         positions, n = ids_NK.shape
         sorted_Nn = np.sort(ids_NK, axis=1)
         is_first_Nn = np.diff(sorted_Nn, axis=1, prepend=-1) != 0
@@ -72,7 +72,7 @@ class Multinomial(UnbiasedSample):
 
     @classmethod
     def mix(cls, members: MemberTokens, n: int, uniform_NU: Array) -> Self:
-        """For each draw a member is drawn by its weight, and its own draw is taken: n independent draws from the mean."""
+        """For each draw, choose a member by weight and take its own draw: n independent draws from the mean."""
         ends_M = np.exp(members.log_weights_M).cumsum()
         member_Nn = np.minimum(np.searchsorted(ends_M, uniform_NU, side="right"), len(ends_M) - 1)
         at = member_Nn, np.arange(len(member_Nn))[:, None], np.arange(n)
@@ -100,8 +100,12 @@ class Multinomial(UnbiasedSample):
             "target_ids": np.asarray(row["target_ids"])[:held],
             "target_counts": np.asarray(row["target_counts"])[:held],
             "target_distinct": distinct_N,
-            "target_entropy": entropies_of(row, positions),
+            "target_entropy": np.asarray(row["target_entropy"], dtype=np.float32)[:positions],
         }
+
+    @classmethod
+    def sizes(cls, columns: Mapping[str, Array], positions: int) -> dict[str, Array]:
+        return dict.fromkeys(("target_ids", "target_counts"), columns["target_distinct"])
 
     @classmethod
     def decode(cls, columns: Mapping[str, Array]) -> Self:
@@ -114,15 +118,20 @@ class Multinomial(UnbiasedSample):
 
     def of_classes(self, class_V: Array, dropped: int | None = None) -> Self:
         class_NK = class_V[self.ids_NK]
-        counts_NK = self.counts_NK if dropped is None else self.counts_NK * (class_NK != dropped)
-        classes_NK, sums_NK = merged(class_NK, counts_NK)
-        total_N1 = np.maximum(counts_NK.sum(axis=1, keepdims=True), 1)
-        entropy_N = self.entropy_N - entropy_within(class_NK, counts_NK / total_N1, classes_NK, sums_NK / total_N1)
+        left = self if dropped is None else self._left(class_NK != dropped)
+        classes_NK, sums_NK = merged(class_NK, left.counts_NK)
+        total_N1 = np.maximum(left.counts_NK.sum(axis=1, keepdims=True), 1)
+        entropy_N = left.entropy_N - entropy_within(left.counts_NK / total_N1, sums_NK / total_N1)
         return type(self)(classes_NK, sums_NK.astype(np.int64), entropy_N.astype(np.float32))
 
     def within(self, vocab_size: int) -> Self:
-        is_there_NK = self.ids_NK < vocab_size
-        return type(self)(self.ids_NK * is_there_NK, self.counts_NK * is_there_NK, self.entropy_N)
+        return self._left(self.ids_NK < vocab_size)
+
+    def _left(self, is_left_NK: Array) -> Self:
+        """The same without some tokens."""
+        weights_NK = self.counts_NK / np.maximum(self.counts_NK.sum(axis=1, keepdims=True), 1)
+        entropy_N = entropy_without(self.entropy_N, weights_NK, is_left_NK, np.zeros(len(self), dtype=np.int64))
+        return type(self)(self.ids_NK * is_left_NK, self.counts_NK * is_left_NK, entropy_N.astype(np.float32))
 
     def logweights(self) -> Array:
         """log(count / n), float32."""
@@ -134,4 +143,4 @@ class Multinomial(UnbiasedSample):
 
     @classmethod
     def facts(cls, described: Mapping[str, Any], column: Callable[[str], Array]) -> dict[str, str]:
-        return {"distinct": f"{column('target_distinct').mean():.1f} of {described['n']} draws a position"}
+        return {"distinct": f"{column('target_distinct').mean():.1f} of {described['n']} draws per position"}

@@ -11,9 +11,10 @@ from llmdistill.data.targets.columns import (
     ENTROPIES,
     Array,
     by_position,
-    entropies_of,
     entropy_column,
     entropy_within,
+    entropy_without,
+    every,
     exact_first,
     half_precision,
     id_gaps,
@@ -22,7 +23,9 @@ from llmdistill.data.targets.columns import (
     joined,
     list_array,
     log,
+    masses,
     merged,
+    wrong_mass,
 )
 from llmdistill.data.targets.unbiased import UnbiasedSample
 
@@ -34,7 +37,7 @@ _MOST = 255  # tokens of a member's sample
 
 
 class ProportionalSample:
-    """How K tokens at each of N positions are drawn in proportion to their probability, and how their ids are stored.
+    """How K tokens at each of N positions are drawn in proportion to their probability, and how they are stored.
 
     The first `exact_N` tokens of a position are there for certain, the others by the draw; each part is in ascending order of
     ids, of which the gaps are stored.
@@ -42,7 +45,7 @@ class ProportionalSample:
 
     @classmethod
     def uniforms(cls, n: int) -> int:
-        """One number a position."""
+        """One random number per position."""
         return 1
 
     @classmethod
@@ -54,7 +57,7 @@ class ProportionalSample:
 
     @staticmethod
     def encode_sample(sequences: Sequence[Any], vocab_size: int, logprobs: "pa.Array") -> "dict[str, pa.Array]":
-        """The columns of the ids, of the log-probabilities that a kind stores of them, and of how many are exact."""
+        """The columns for the ids, their log-probabilities if stored, and the number of exact tokens."""
         lengths, exact_N = np.array([len(sequence) for sequence in sequences]), joined(sequences, "exact_N")
         gaps_NK = id_gaps(joined(sequences, "ids_NK"), exact_N)
         return {
@@ -65,14 +68,25 @@ class ProportionalSample:
 
     @staticmethod
     def truncate_ids(row: Mapping[str, Any], positions: int) -> dict[str, Array]:
-        """Those columns of a row, of its first so many positions."""
+        """These columns for the first positions of a row."""
         exact_N = np.asarray(row["target_exact"])
         k = len(row["target_ids"]) // max(len(exact_N), 1)
         return {"target_ids": np.asarray(row["target_ids"])[: positions * k], "target_exact": exact_N[:positions]}
 
+    @classmethod
+    def sizes(cls, columns: Mapping[str, Array], positions: int) -> dict[str, Array]:
+        """One log-probability per token."""
+        return {"target_logprobs": every(columns, "target_ids", positions)}
+
+    @classmethod
+    def wrong_position(cls, columns: Mapping[str, Array], row_N: Array) -> tuple[int, str] | None:
+        """Refuse probabilities of distinct tokens that add up to more than one."""
+        logprobs = columns["target_logprobs"]
+        return wrong_mass(masses(logprobs, cls.sizes(columns, len(row_N))["target_logprobs"]), "target_logprobs", least=0.0)
+
     @staticmethod
     def decode_ids(columns: Mapping[str, Array]) -> tuple[Array, Array]:
-        """The ids (N, K) and how many are exact (N,)."""
+        """The ids (N, K) and the number of exact ones (N,)."""
         exact_N = columns["target_exact"].astype(np.int64)
         gaps_NK = by_position(columns["target_ids"].astype(np.int64, copy=False), len(exact_N))
         return ids_from_gaps(gaps_NK, exact_N), exact_N
@@ -100,7 +114,7 @@ class Sampled(ProportionalSample, UnbiasedSample):
 
     @classmethod
     def from_kept(cls, ids_NK: Array, logprobs_NK: Array, sizes_NK: Array | None = None) -> Self:
-        """From drawn tokens; `sizes_NK` is what they were drawn in proportion to, if not their probabilities."""
+        """Build from drawn tokens; `sizes_NK` is what they were drawn in proportion to, if not their probabilities."""
         k = ids_NK.shape[1]
         sizes_NK = np.exp(logprobs_NK.astype(np.float64)) if sizes_NK is None else sizes_NK
         exact_N, rank_NK = exact_and_rank(sizes_NK)
@@ -153,8 +167,13 @@ class Sampled(ProportionalSample, UnbiasedSample):
         ids = cls.truncate_ids(row, positions)
         return ids | {
             "target_logprobs": np.asarray(row["target_logprobs"])[: int(ids["target_exact"].sum())],
-            "target_entropy": entropies_of(row, positions),
+            "target_entropy": np.asarray(row["target_entropy"], dtype=np.float32)[:positions],
         }
+
+    @classmethod
+    def sizes(cls, columns: Mapping[str, Array], positions: int) -> dict[str, Array]:
+        """One log-probability per exact token."""
+        return {"target_logprobs": columns["target_exact"]}
 
     @classmethod
     def decode(cls, columns: Mapping[str, Array]) -> Self:
@@ -164,22 +183,25 @@ class Sampled(ProportionalSample, UnbiasedSample):
         return cls(ids_NK, _share_the_rest(logweights_NK, exact_N), exact_N, columns["target_entropy"])
 
     def of_classes(self, class_V: Array, dropped: int | None = None) -> Self:
-        class_NK, weights_NK = class_V[self.ids_NK], np.exp(self.logweights_NK.astype(np.float64))
-        if dropped is not None:
-            weights_NK *= class_NK != dropped
-            weights_NK /= np.maximum(weights_NK.sum(axis=1, keepdims=True), 1e-30)
+        class_NK = class_V[self.ids_NK]
+        left = self if dropped is None else self._left(class_NK != dropped)
+        weights_NK = np.exp(left.logweights_NK.astype(np.float64))
         classes_NK, sums_NK = merged(class_NK, weights_NK)
-        entropy_N = self.entropy_N - entropy_within(class_NK, weights_NK, classes_NK, sums_NK)
+        entropy_N = left.entropy_N - entropy_within(weights_NK, sums_NK)
         return type(self)(classes_NK, log(sums_NK), self.exact_N, entropy_N.astype(np.float32))
 
     def within(self, vocab_size: int) -> Self:
-        is_there_NK = self.ids_NK < vocab_size
-        if is_there_NK.all():
+        return self._left(self.ids_NK < vocab_size)
+
+    def _left(self, is_left_NK: Array) -> Self:
+        """The same without some tokens; the weights of the others are renormalised."""
+        if is_left_NK.all():
             return self
-        logweights_NK = np.where(is_there_NK, self.logweights_NK, -np.inf)
-        total_N1 = np.exp(logweights_NK).sum(axis=1, keepdims=True)
-        logweights_NK = (logweights_NK - np.log(np.maximum(total_N1, 1e-30))).astype(np.float32)
-        return type(self)(np.where(is_there_NK, self.ids_NK, 0), logweights_NK, self.exact_N, self.entropy_N)
+        weights_NK = np.exp(self.logweights_NK.astype(np.float64))
+        entropy_N = entropy_without(self.entropy_N, weights_NK, is_left_NK, self.exact_N)
+        left_NK = weights_NK * is_left_NK
+        logweights_NK = log(left_NK / np.maximum(left_NK.sum(axis=1, keepdims=True), 1e-30))
+        return type(self)(self.ids_NK * is_left_NK, logweights_NK, self.exact_N, entropy_N.astype(np.float32))
 
     def logweights(self) -> Array:
         return self.logweights_NK
@@ -191,11 +213,11 @@ class Sampled(ProportionalSample, UnbiasedSample):
     @classmethod
     def facts(cls, described: Mapping[str, Any], column: Callable[[str], Array]) -> dict[str, str]:
         exact = column("target_exact")
-        return {"kept exactly": f"{exact.mean():.1f} of {described['n']} tokens a position, the others by an unbiased draw"}
+        return {"kept exactly": f"{exact.mean():.1f} of {described['n']} tokens per position, the others by an unbiased draw"}
 
 
 def exact_and_rank(sizes_NK: Array) -> tuple[Array, Array]:
-    """How many of a sample's tokens are there for certain, (N,), and the rank of each by its size, (N, K)."""
+    """Number of a sample's tokens that are certain to be drawn, (N,), and the rank of each by size, (N, K)."""
     import torch
 
     from llmdistill.data.targets import draw
@@ -206,7 +228,7 @@ def exact_and_rank(sizes_NK: Array) -> tuple[Array, Array]:
 
 
 def _weights(sizes_MNK: Array) -> Array:
-    """What the tokens of samples weigh, from what they were drawn in proportion to, in float64."""
+    """The weights of sampled tokens, from what they were drawn in proportion to, in float64."""
     sizes_RK = sizes_MNK.reshape(-1, sizes_MNK.shape[-1])
     exact_R, rank_RK = exact_and_rank(sizes_RK)
     is_exact_RK = rank_RK < exact_R[:, None]
@@ -216,7 +238,7 @@ def _weights(sizes_MNK: Array) -> Array:
 
 
 def _share_the_rest(logweights_NK: Array, exact_N: Array) -> Array:
-    """Give the tokens that are not exact (−inf so far) the mass that is left, in equal parts."""
+    """Distribute the remaining mass equally over the tokens that are not exact (−inf so far)."""
     k = logweights_NK.shape[1]
     left_N = np.maximum(1 - np.exp(logweights_NK).sum(axis=1, dtype=np.float64), 1e-12)
     log_tau_N = np.log(left_N / (k - exact_N))

@@ -1,11 +1,11 @@
-"""Soft targets of kind `sampled_by_student`: tokens drawn from the student that wrote the text, and the teacher's probabilities.
+"""Soft targets of kind `sampled_by_student`: tokens drawn from the student, with the teacher's probabilities.
 
 In rounds the student writes and draws a sample by its own distribution q₀, with inclusion probabilities π = min(1, q₀/τ). The
 teacher reads the text and gives log p of the tokens in the sample. Σ f(p, q)/π over it is unbiased for Σ f(p, q) over the
 vocabulary, whatever the student has become since; its variance is small where f vanishes with q.
 
 Rows of the teacher's text that are mixed in have a sample of the teacher's (`sampled`), which estimates forward KL alone, so
-that is what is learnt from them.
+that is what is learned from them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ _LARGEST_RATIO = 20.0  # of a stored mean log ratio, either way
 
 @dataclass(frozen=True)
 class SampledByStudent(SampledLogprobs):
-    """As of kind `sampled_logprobs`, with π by the student that wrote the text.
+    """Like kind `sampled_logprobs`, with π from the student that wrote the text.
 
     Attributes:
         logratio_N: the mean of log(q₀/p) over the drawn tokens of all other positions of the row: what the control variate of
@@ -51,7 +51,7 @@ class SampledByStudent(SampledLogprobs):
     bytes_per_token = 4.3
     of_writer = True
     unbounded = "forward_kl"
-    lacks = "teacher has mass that the student has not"
+    lacks = "teacher has mass where the student has none"
 
     @classmethod
     def keep(cls, logprobs_NV: "Tensor", n: int, uniform_NU: "Tensor") -> "Tensor":
@@ -63,7 +63,7 @@ class SampledByStudent(SampledLogprobs):
 
     @classmethod
     def of_sample(cls, drawn: SampledLogprobs, logprobs_NK: Array) -> Self:
-        """From the sample that the writer of a row has drawn, and the teacher's log-probabilities of its tokens."""
+        """Build from the sample drawn by the writer of a row, and the teacher's log-probabilities of its tokens."""
         k = drawn.ids_NK.shape[1]
         is_drawn_NK = np.arange(k) >= drawn.exact_N[:, None]
         ratio_NK = np.clip(drawn.logprobs_NK.astype(np.float64) - logprobs_NK, -_LARGEST_RATIO, _LARGEST_RATIO)
@@ -77,7 +77,7 @@ class SampledByStudent(SampledLogprobs):
 
     @classmethod
     def of_teachers(cls, drawn: Sampled) -> Self:
-        """From a sample of the teacher's."""
+        """Build from a sample of the teacher's."""
         zero_NK, zero_N = np.zeros_like(drawn.logweights_NK), np.zeros_like(drawn.entropy_N)
         return cls(drawn.ids_NK, zero_NK, drawn.logweights_NK, drawn.exact_N, zero_N, drawn.entropy_N)
 
@@ -95,15 +95,16 @@ class SampledByStudent(SampledLogprobs):
         return cls(*(joined(parts, field.name) for field in fields(cls)))
 
     def within(self, vocab_size: int) -> Self:
-        """Of the student's sample a token less, whose term is 0; of the teacher's the weights add up to 1 again."""
+        """Drop a token: in the student's sample its term becomes 0; in the teacher's, weights are renormalised."""
         is_there_NK = self.ids_NK < vocab_size
         if is_there_NK.all():
             return self
-        weights_NK = np.where(is_there_NK, self.logdesign_NK, -np.inf)
-        total_N1 = np.exp(weights_NK).sum(axis=1, keepdims=True)
-        is_teachers_N1 = ~np.isnan(self.entropy_N)[:, None]
-        weights_NK = weights_NK - np.where(is_teachers_N1, np.log(np.maximum(total_N1, 1e-30)), 0)
-        return replace(self, ids_NK=np.where(is_there_NK, self.ids_NK, 0), logdesign_NK=weights_NK.astype(np.float32))
+        as_teachers = Sampled(self.ids_NK, self.logdesign_NK, self.exact_N, self.entropy_N).within(vocab_size)
+        by_student_NK = np.where(is_there_NK, self.logdesign_NK, -np.inf)
+        design_NK = np.where(np.isnan(self.entropy_N)[:, None], by_student_NK, as_teachers.logweights_NK)
+        return replace(
+            self, ids_NK=as_teachers.ids_NK, logdesign_NK=design_NK.astype(np.float32), entropy_N=as_teachers.entropy_N
+        )
 
     @classmethod
     def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
@@ -124,6 +125,11 @@ class SampledByStudent(SampledLogprobs):
             "target_logdesign": np.asarray(row["target_logdesign"])[:drawn],
             "target_logratio": np.asarray(row["target_logratio"])[:positions],
         }
+
+    @classmethod
+    def sizes(cls, columns: Mapping[str, Array], positions: int) -> dict[str, Array]:
+        sizes = super().sizes(columns, positions)
+        return sizes | {"target_logdesign": sizes["target_logprobs"] - columns["target_exact"]}
 
     @classmethod
     def decode(cls, columns: Mapping[str, Array]) -> Self:

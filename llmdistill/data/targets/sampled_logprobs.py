@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llmdistill.losses import Objective
 
 _NO_SUM = {
-    "adaptive_kl": "its weights depend on the whole distribution",
+    "adaptive_kl": "its weights depend on the full distribution",
     "neg_log_acceptance": "the logarithm of an unbiased estimate is biased",
 }
 _LEAST_LEFT = 1e-12  # of the mass that tokens share which are not there for certain
@@ -60,7 +60,7 @@ class SampledLogprobs(ProportionalSample, SoftTargets):
     bytes_per_token = 2.8
     unbounded: ClassVar[str] = "reverse_kl"
     """The divergence whose estimate has a variance without bound."""
-    lacks: ClassVar[str] = "student has mass that the teacher has not"
+    lacks: ClassVar[str] = "student has mass where the teacher has none"
     """Where."""
 
     @classmethod
@@ -116,12 +116,12 @@ class SampledLogprobs(ProportionalSample, SoftTargets):
     @classmethod
     def facts(cls, described: Mapping[str, Any], column: Callable[[str], Array]) -> dict[str, str]:
         exact = column("target_exact")
-        return {"there for certain": f"{exact.mean():.1f} of {described['n']} tokens a position, the others by an unbiased draw"}
+        return {"certain": f"{exact.mean():.1f} of {described['n']} tokens per position, the others by an unbiased draw"}
 
     @classmethod
     def refuses(cls, loss: str, temperature: float) -> str | None:
-        """What has no unbiased estimate, or one whose variance has no bound."""
-        reasons = _NO_SUM | {cls.unbounded: f"its variance has no bound where the {cls.lacks}"}
+        """Divergences without an unbiased estimate, or whose variance is unbounded."""
+        reasons = _NO_SUM | {cls.unbounded: f"its variance is unbounded where the {cls.lacks}"}
         if loss in reasons:
             return f"loss is {loss}, which targets of kind {cls.name} cannot estimate: {reasons[loss]}"
         if temperature != 1:
@@ -153,7 +153,7 @@ class SampledLogprobs(ProportionalSample, SoftTargets):
 
 
 def _logdesign(logprobs_NK: Array, exact_N: Array) -> Array:
-    """−log π of tokens drawn in proportion to their probability: log τ − log p behind the exact ones, in float32."""
+    """−log π of tokens drawn in proportion to their probability: log τ − log p after the exact ones, in float32."""
     is_exact_NK = np.arange(logprobs_NK.shape[1]) < exact_N[:, None]
     left_N = 1 - (np.exp(logprobs_NK.astype(np.float64)) * is_exact_NK).sum(axis=1)
     log_tau_N = np.log(np.maximum(left_N, _LEAST_LEFT) / (logprobs_NK.shape[1] - exact_N))

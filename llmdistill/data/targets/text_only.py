@@ -1,4 +1,4 @@
-"""Soft targets of kind `none`: there are none, the dataset holds the text only."""
+"""Soft targets of kind `none`: the dataset contains only text."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class TextOnly(SoftTargets):
-    """Says of itself what a kind says; as nothing is kept, there is no object of it and nothing to encode or learn from."""
+    """Describes the kind; as nothing is kept, it has no instances and nothing to encode or learn from."""
 
     name = "none"
     summary = "text only"

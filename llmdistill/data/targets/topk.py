@@ -1,4 +1,4 @@
-"""Soft targets of kind `topk`: the k most likely tokens and the mass outside them, which is one bucket in the loss."""
+"""Soft targets of kind `topk`: the k most likely tokens, and the mass outside them as one bucket in the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from llmdistill.data.targets.base import MemberTokens, SoftTargets
-from llmdistill.data.targets.columns import Array, by_position, half_precision, id_type, joined, list_array, log, merged
+from llmdistill.data.targets.columns import (
+    Array,
+    by_position,
+    every,
+    half_precision,
+    id_type,
+    joined,
+    list_array,
+    log,
+    merged,
+    wrong_mass,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,22 +57,16 @@ class TopK(SoftTargets):
 
     @classmethod
     def from_kept(cls, ids_NK: Array, logprobs_NK: Array) -> Self:
-        """The mass outside is what is missing to one, never below zero."""
+        """The mass outside is one minus the rest, never below zero."""
         mass_N = np.exp(logprobs_NK.astype(np.float64)).sum(axis=1)
         return cls(ids_NK.astype(np.int64), logprobs_NK.astype(np.float32), np.maximum(1.0 - mass_N, 0.0).astype(np.float32))
 
     @classmethod
     def mix(cls, members: MemberTokens, n: int, uniform_NU: Array) -> Self:
-        """The most likely of the tokens that are among the k most likely of a member; all probabilities are exact."""
+        """The most likely tokens among the k most likely of any member; all probabilities are exact."""
         ids_NJ, _, logprobs_NJ = members.merged(np.zeros(members.ids_MNK.shape))
         order_NK = np.argsort(-logprobs_NJ, axis=1, kind="stable")[:, :n]
         return cls.from_kept(np.take_along_axis(ids_NJ, order_NK, 1), np.take_along_axis(logprobs_NJ, order_NK, 1))
-
-    @classmethod
-    def from_dense(cls, logprobs_NV: Array, k: int) -> Self:
-        """From full distributions; equal log-probabilities are taken in the order of their ids."""
-        ids_NK = np.argsort(-logprobs_NV, axis=1, kind="stable")[:, :k]
-        return cls.from_kept(ids_NK, np.take_along_axis(logprobs_NV, ids_NK, axis=1))
 
     @classmethod
     def encode(cls, sequences: Sequence[Self], vocab_size: int) -> "dict[str, pa.Array]":
@@ -78,6 +83,24 @@ class TopK(SoftTargets):
         k = len(row["target_ids"]) // max(len(row["target_tail"]), 1)
         sizes = (positions * k, positions * k, positions)
         return {name: np.asarray(row[name])[:size] for name, size in zip(cls.columns, sizes, strict=True)}
+
+    @classmethod
+    def sizes(cls, columns: Mapping[str, Array], positions: int) -> dict[str, Array]:
+        return {"target_logprobs": every(columns, "target_ids", positions)}
+
+    @classmethod
+    def wrong_position(cls, columns: Mapping[str, Array], row_N: Array) -> tuple[int, str] | None:
+        """Refuse probabilities that do not add up to one, or a token that occurs twice."""
+        tail_N, logprobs_NK = columns["target_tail"], by_position(columns["target_logprobs"], len(row_N))
+        mass_N = np.exp(logprobs_NK.astype(np.float64)).sum(axis=1) + tail_N
+        if (found := wrong_mass(mass_N, "target_logprobs and target_tail")) is not None:
+            return found
+        ids_NK = by_position(columns["target_ids"].astype(np.int64), len(row_N))
+        of_none = -1 - np.arange(ids_NK.shape[1])  # a place without a token is like no other
+        sorted_NK = np.sort(np.where(np.isneginf(logprobs_NK), of_none, ids_NK), axis=1)
+        if (wrong := np.flatnonzero((sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(axis=1))).size:
+            return int(wrong[0]), "target_ids contains a token twice at one position"
+        return None
 
     @classmethod
     def decode(cls, columns: Mapping[str, Array]) -> Self:
@@ -126,7 +149,7 @@ class TopK(SoftTargets):
 
     @classmethod
     def warning(cls, table: "pa.Table") -> str | None:
-        """Too much probability mass is outside the targets."""
+        """Warn of too much probability mass outside the targets."""
         import pyarrow.compute as pc
 
         tail = pc.list_flatten(table.column("target_tail"))
@@ -140,7 +163,7 @@ class TopK(SoftTargets):
         )
 
     def batch(self) -> dict[str, Array]:
-        """What has no probability is outside: the first token that has one stands in its place, or the same token in all."""
+        """Move tokens without probability outside: the first token with one takes their slots, or the same token takes all."""
         is_outside_NK, ids_NK = np.isneginf(self.logprobs_NK) & (self.ids_NK >= 0), self.ids_NK
         if is_outside_NK.any():
             first_N1 = np.isneginf(self.logprobs_NK).argmin(axis=1)[:, None]

@@ -1,4 +1,4 @@
-"""What the kinds of soft targets have in common whose weighted sums are unbiased: the loss, and which losses there are."""
+"""The common parts of kinds of soft targets whose weighted sums are unbiased: the loss, and the supported losses."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ class UnbiasedSample(SoftTargets):
 
     @classmethod
     def refuses(cls, loss: str, temperature: float) -> str | None:
-        """All but what is linear in the teacher's distribution."""
+        """Refuse everything that is not linear in the teacher's distribution."""
         if loss != "forward_kl":
             return f"loss is {loss}, but sampled targets give an unbiased estimate of forward_kl only"
         if temperature != 1:

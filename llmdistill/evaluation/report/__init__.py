@@ -1,1 +1,1 @@
-"""What the report shows, a module for each kind of thing: measured figures in, what the templates print out."""
+"""The contents of the report, with one module per kind: measured figures in, values for the templates out."""

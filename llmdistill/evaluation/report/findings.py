@@ -1,4 +1,4 @@
-"""What the measured differences say in words, and what a reader should know before trusting them."""
+"""The measured differences in words, and what a reader should know before relying on them."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ Json = dict[str, Any]
 _FEW_PROMPTS = 30
 
 
-# How near a model is to its teacher: by its distributions, or, without its weights, by its text.
+# Distance of a model from its teacher: by its distributions or, without its weights, by its text.
 NEARNESS: dict[str, Json] = {
     "kl": {
         "metric": "kl",
@@ -22,7 +22,7 @@ NEARNESS: dict[str, Json] = {
     "nll": {
         "metric": "nll",
         "title": "NLL of the teacher’s text",
-        "note": "Where the text was sampled at temperature 1, the difference of two models estimates that of their KL.",
+        "note": "If the text was sampled at temperature 1, the difference between two models estimates that of their KL.",
         "better": "← predicts it better",
         "failed": "Training did not make the student predict the teacher’s text better.",
     },
@@ -30,24 +30,24 @@ NEARNESS: dict[str, Json] = {
 
 
 MISSING = (
-    "The teacher is behind an API, so what needs its weights is not here: the KL from the teacher over the vocabulary, the share "
-    "of its next-token choices, calibration, the models’ own text, the token view, the student as a draft model, and the "
-    "teacher’s size, speed and task scores."
+    "The teacher is behind an API, so results that need its weights are missing: the KL from the teacher over the vocabulary, "
+    "the share of its next-token choices, calibration, the models’ own text, the token view, the student as a draft model, and "
+    "the teacher’s size, speed and task scores."
 )
 
 
 def classes_text(shared: Json | None) -> str:
-    """Over how many classes models of different vocabularies are compared, in words."""
+    """The number of classes over which models with different vocabularies are compared, in words."""
     if shared is None or not isinstance(shared["count"], dict):
         return f"{shared['count']:,} root classes" if shared else ""
     return f"root classes of each teacher ({', '.join(f'{name} {count:,}' for name, count in shared['count'].items())})"
 
 
 def of_teachers(entries: list[Json]) -> list[str]:
-    """What is said where rows have teachers of their own."""
+    """The result if rows have different teachers."""
     if not entries:
         return []
-    return [f"{len(entries)} teachers: every row was compared with its own.", *lines(entries)]
+    return [f"{len(entries)} teachers: every row was compared with its own teacher.", *lines(entries)]
 
 
 def findings(differences: list[Json]) -> list[Json]:
@@ -59,13 +59,13 @@ def findings(differences: list[Json]) -> list[Json]:
 
 
 _VERDICTS = {
-    "student, text only": ("Soft targets", "the same student trained on the text alone"),
+    "student, text only": ("Soft targets", "the same student trained on the text only"),
     "student before": ("Training", "the student before training"),
 }
 
 
 def verdict_of(differences: list[Json]) -> str | None:
-    """Whether it was worth it, in one sentence: against the text alone if there is such a student, by the KL or else the text."""
+    """Whether distillation helped, in one sentence: if possible against the text only, by the KL or else the text."""
     measured = {found["metric"] for found in differences}
     by_rival = {found["worse"]: found for found in differences if found["metric"] == ("kl" if "kl" in measured else "nll")}
     rival = next((name for name in _VERDICTS if name in by_rival), None)
@@ -103,7 +103,7 @@ def _finding(difference: Json) -> Json:
 
 
 def cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
-    """What a reader should know before trusting the figures."""
+    """What a reader should know before relying on the figures."""
     said = []
     before, prompts = models.get("student before"), metrics["held_out"]["prompts"]
     near = NEARNESS["kl" if has_teacher(metrics["models"]) else "nll"]
@@ -119,11 +119,11 @@ def cautions(metrics: Json, models: dict[str, Json]) -> list[str]:
 
 
 def of_sampling(data: Json) -> list[str]:
-    """What is said where the likelihood of the text does not compare distances from the teacher."""
+    """A note if the likelihood of the text does not measure the distance from the teacher."""
     whole, sampling = {"temperature": 1, "top_p": 1, "top_k": 0}, data.get("sampling") or {}
     if data["text_from"] is None and all(sampling.get(key, value) == value for key, value in whole.items()):
         return []
     return [
-        "The text was not sampled at temperature 1 from the teacher’s whole distribution: its NLL says how well the models "
-        "predict this text, not which is nearer to the teacher, and favours a student trained on the text alone."
+        "The text was not sampled at temperature 1 from the teacher’s full distribution: its NLL says how well the models "
+        "predict this text, not which is closer to the teacher, and favours a student trained on the text only."
     ]

@@ -1,4 +1,4 @@
-"""What is shown of the models: the headline figures, their measures, exported forms, and the student as a draft model."""
+"""Figures of the models: the headline cards, their measures, exported forms, and the student as a draft model."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 
 def cards(models: dict[str, Json], tasks: Json | None) -> list[Json]:
-    """The headline figures, each with its source; what is kept on tasks of a user's own comes first."""
+    """The headline figures, each with its source; results on the user's own tasks come first."""
     student = models["student"]
     if "teacher" not in models:
         return _cards_of_text(models["student before"], student, tasks)
@@ -41,7 +41,7 @@ def cards(models: dict[str, Json], tasks: Json | None) -> list[Json]:
 
 
 def _cards_of_text(before: Json, student: Json, tasks: Json | None) -> list[Json]:
-    """Those that need no weights of the teacher."""
+    """The headline figures that do not need the teacher's weights."""
     (bits, ends), (untrained, _) = (interval_text(model["bits_per_byte"], ".2f") for model in (student, before))
     length = {
         "figure": bits,
@@ -63,7 +63,7 @@ def _kept_card(share: Json, label: str) -> Json:
 
 
 def exports(experiment: Experiment) -> list[Json]:
-    """What `export` has written, each with what it lost and, where it was served, what it costs there."""
+    """The formats that `export` has written, each with its loss of fidelity and, if it was served, its cost."""
     found = read_json(experiment.directory("export") / "export.json")
     if not found:
         return []
@@ -80,7 +80,7 @@ _DRAFTS = {
 
 
 def draft_of(experiment: Experiment, teacher: str, student: Json) -> Json | None:
-    """The student as a draft model in speculative decoding, and how it is served where that is faster."""
+    """The student as a draft model in speculative decoding, and how to serve it where that is faster."""
     draft = student.get("draft")
     if draft is None:
         return None
@@ -89,7 +89,7 @@ def draft_of(experiment: Experiment, teacher: str, student: Json) -> Json | None
     revision = experiment.teacher.revision
     return {
         "labels": list(_DRAFTS.values()),
-        "cycles": list(zip(*(mode["cycles"] for mode in modes[:3]), strict=True)),  # vLLM has these
+        "cycles": list(zip(*(mode["cycles"] for mode in modes[:3]), strict=True)),  # vLLM supports these
         "acceptance": [mode["acceptance"] for mode in modes],
         "by_position": list(zip(*(mode["by_position"] for mode in modes), strict=True)),
         "cost": draft.get("cost"),
@@ -99,7 +99,7 @@ def draft_of(experiment: Experiment, teacher: str, student: Json) -> Json | None
 
 
 def profiles(models: dict[str, Json]) -> Json:
-    """The KL by position and by the teacher's entropy, of every model but the teacher, as figures."""
+    """KL by position and by the teacher's entropy, for every model but the teacher, as figures."""
     found = {}
     for by in ("position", "entropy"):
         begins = sorted({group["from"] for model in models.values() for group in model.get(f"kl_by_{by}", [])})
@@ -119,7 +119,7 @@ def sizes(models: dict[str, Json]) -> Json | None:
 
 
 def measures(models: list[Json], shown: Sequence[Metric] = ()) -> Iterator[Json]:
-    """A row for each metric beside those that are shown, with each model's interval, where any has it."""
+    """A row for each further metric, with each model's interval, if any model has it."""
     rows = [(metric, [model.get(metric.name) for model in models]) for metric in metrics_of("measures") if metric not in shown]
     rows += [(metric, [(model.get("own_text") or {}).get(metric.name) for model in models]) for metric in OWN_TEXT_METRICS]
     for metric, values in rows:

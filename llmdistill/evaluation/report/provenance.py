@@ -1,4 +1,4 @@
-"""What the student was made from: the training, the rows, and the record of every stage."""
+"""Where the student comes from: the training, the rows, and the record of every stage."""
 
 import math
 from itertools import groupby
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 
 
 def training(experiment: Experiment) -> Json:
-    """Loss curves of the students that were trained, and which logs are not there."""
+    """Loss curves of the trained students, and the missing logs."""
     curves: dict[str, list[Json]] = {}
     for name, directory in (
         ("student", experiment.directory("student")),
@@ -46,7 +46,7 @@ def _points(entries: list[Json], key: str) -> list[Point]:
 
 
 def data_of(experiment: Experiment) -> Json:
-    """From the rows that the teacher wrote, or read where there is a `text_from`, to those trained on, as a waterfall."""
+    """From the rows that the teacher wrote, or scored if there is a `text_from`, to those trained on, as a waterfall."""
     file = training_dataset(experiment) / MANIFEST
     manifest = read_json(file)
     if manifest is None:
@@ -56,7 +56,7 @@ def data_of(experiment: Experiment) -> Json:
         for split in ("train", "test")
     }
     rows_in = manifest.get("rows_in", splits["train"]["rows"] + splits["test"]["rows"])
-    by = "read" if manifest.get("text_from") else "written"
+    by = "scored" if manifest.get("text_from") else "written"
     steps = [{"label": f"{by} by the teacher", "kind": "in", "rows": rows_in, "from": 0}]
     for step in manifest.get("steps", []):
         name, rejected, failed = step["name"].replace("_", " "), step["rejected"], step["failed"]
@@ -80,7 +80,7 @@ def data_of(experiment: Experiment) -> Json:
 
 
 def cost_text(cost: Json, kept: int) -> str | None:
-    """What the teacher's endpoint was paid, in words; None of a teacher that bills nothing."""
+    """The amount paid for the teacher's endpoint, in words; None if it is not billed."""
     if not cost:
         return None
     tokens = f"{cost['input_tokens']:,} tokens in, {cost['output_tokens']:,} out"
@@ -90,7 +90,7 @@ def cost_text(cost: Json, kept: int) -> str | None:
 
 
 def lineage(experiment: Experiment) -> Json:
-    """Each stage's `run.json`, and the versions, said once where all stages agree."""
+    """Each stage's `run.json`, and the versions, listed once if all stages agree."""
     stages: list[Json] = []
     for directory in dict.fromkeys(
         (
@@ -109,10 +109,13 @@ def lineage(experiment: Experiment) -> Json:
         if run is not None or directory.name not in ("prompts", "student-text-only", "student-examples", "export"):
             stages.append({"directory": str(directory), "name": directory.name, "run": run})
     found = sorted(
-        (package, version, stage["name"])
-        for stage in stages
-        if stage["run"]
-        for package, version in stage["run"]["versions"].items()
+        {
+            (package, version, stage["name"])
+            for stage in stages
+            if stage["run"]
+            for made in (stage["run"], *stage["run"].get("earlier", []))
+            for package, version in made["versions"].items()
+        }
     )
     versions: dict[str, Json] = {}
     for (package, version), uses in groupby(found, key=lambda use: use[:2]):

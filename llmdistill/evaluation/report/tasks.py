@@ -1,4 +1,4 @@
-"""What is shown of tasks."""
+"""Results on tasks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 
 def task_verdicts(tasks: Json | None) -> list[Json]:
-    """Of each task of a user's own, what is kept of the teacher; `worse`, where the items that are worse are shown."""
+    """For each of the user's own tasks, the share of the teacher's score; `worse` links to the items that are worse."""
     own = [task for task in (tasks or {"tasks": []})["tasks"] if "valid" in task]
     return [
         {
@@ -24,12 +24,12 @@ def task_verdicts(tasks: Json | None) -> list[Json]:
 
 
 def task_warnings(tasks: Json | None) -> list[str]:
-    """What `eval` has said of single tasks; what it has said of all stands below their table."""
+    """Warnings of `eval` about single tasks; those about all tasks are below their table."""
     return [f"{task['name']}: {task['warning']}" for task in (tasks or {"tasks": []})["tasks"] if task.get("warning")]
 
 
 def task_plots(tasks: Json | None) -> Iterator[Json]:
-    """The student's differences to the teacher or, without it, to itself before, and to the student of the text alone."""
+    """Differences of the student from the teacher or, without it, from itself before, and from the student of the text only."""
     for rival in (rival_of(tasks), "student, text only") if tasks else ():
         rows = []
         for entry in [*tasks["tasks"], {"name": "all together", **tasks["together"]}] if tasks else []:
@@ -39,18 +39,18 @@ def task_plots(tasks: Json | None) -> Iterator[Json]:
 
 
 def rival_of(tasks: Json) -> str:
-    """Whom the student is tested against on tasks."""
+    """The model that the student is tested against on tasks."""
     return "teacher" if "teacher" in tasks["together"]["models"] else "student before"
 
 
 def cascades(tasks: Json | None) -> dict[str, Json]:
-    """When to ask the teacher, by the name of the task: what is said of it, and its figure."""
+    """When to ask the teacher, by the name of the task: a description and a figure."""
     found = {task["name"]: task["cascade"] for task in (tasks or {"tasks": []})["tasks"] if "cascade" in task}
     return {name: {**cascade, "said": _said(cascade), "plot": _curves(cascade)} for name, cascade in found.items()}
 
 
 def _said(cascade: Json) -> list[str]:
-    """The highest agreement that was shown, and what there are too few items for."""
+    """The highest agreement that was shown, and those for which there are too few items."""
     share, ends = interval_text(cascade["agreement"], ".1f", 100)
     said = [f"Alone, the student gives the teacher’s answer on {share}% of the items (95% CI {ends})."]
     shown = [entry for entry in cascade["thresholds"] if entry["shown"]]
@@ -74,7 +74,7 @@ def _said(cascade: Json) -> list[str]:
 
 
 def _curves(cascade: Json) -> Json:
-    """Agreement and score by the share that the student answers, from none, where the teacher answers all."""
+    """Agreement and score by the share that the student answers, starting from none, where the teacher answers all."""
     points = [cascade["none"], *cascade["curve"]]
     curves = {
         name: [(100 * point["answered"], 100 * point[key]) for point in points]

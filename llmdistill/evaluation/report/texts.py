@@ -1,4 +1,4 @@
-"""Single texts: the answer that training changed most, and held-out text token by token."""
+"""Individual texts: the answer that training changed most, and held-out text token by token."""
 
 import difflib
 from typing import Any
@@ -9,7 +9,7 @@ Json = dict[str, Any]
 
 
 def largest_change(samples: list[Json]) -> Json | None:
-    """The sample whose answer training has brought closest to the teacher's, compared with before; None if it has none."""
+    """The sample whose answer training has brought closest to the teacher's; None if there is none."""
 
     def gain(sample: Json) -> float:
         teacher, before, after = (sample["answers"][name].split() for name in ("teacher", "student before", "student"))
@@ -25,12 +25,12 @@ def _likeness(first: list[str], second: list[str]) -> float:
     return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()
 
 
-# A token's KL in nats from which on it is shown in the next darker shade.
+# Lower bounds of a token's KL in nats for the darker shades.
 _SHADES = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 def view_of_tokens(view: Json) -> Json:
-    """A text token by token, in words that a line does not break, each with its shade and what both models expected there."""
+    """A text token by token, in words that do not break across lines; tokens have a shade and both models' predictions."""
     words: list[Json] = []
     for token in view["tokens"]:
         before, shown, after = _parts(token["text"])
@@ -44,7 +44,7 @@ def view_of_tokens(view: Json) -> Json:
 
 
 def _parts(token: str) -> tuple[str, str, str]:
-    """A token's white space before and after it, and the rest; where there is nothing else, the white space is shown as signs."""
+    """A token's leading and trailing white space, and the rest; if there is nothing else, white space is shown as symbols."""
     if not token.strip():
         return "", visible(token), "\n" if "\n" in token else ""
     shown = token.strip()

@@ -1,4 +1,4 @@
-"""Numbers, names and texts as the pages show them: the filters of the templates."""
+"""Formatting of numbers, names and texts: the filters of the templates."""
 
 import re
 from datetime import datetime
@@ -20,7 +20,7 @@ LABELS = {
 
 
 def template_environment() -> jinja2.Environment:
-    """Templates with escaping on, but for Markdown, whose templates use the filters `cell` and `fenced`."""
+    """Templates with autoescape, except Markdown, whose templates use the filters `cell` and `fenced`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llmdistill.evaluation"),
         autoescape=jinja2.select_autoescape(default=True, disabled_extensions=("md.j2",)),
@@ -41,7 +41,7 @@ def percent(interval: Json) -> Json:
 
 
 def visible(token: str) -> str:
-    """A token with its white space as signs."""
+    """A token with its white space as symbols."""
     return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"
 
 
@@ -61,14 +61,14 @@ def megabytes(size: int | None) -> str:
 
 
 def tokens_per_second(model: Json) -> str:
-    """Three digits, or as many as there are before the point."""
+    """Three digits, or as many as there are before the decimal point."""
     rate = model["decode_tokens_per_s"]
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
 def estimate(interval: Json, factor: float = 1, least: int | None = None) -> tuple[str, str]:
-    """The mean, and `low–high` with the digits that the interval's width warrants; no interval where it has no width."""
-    interval = {"low": interval["mean"], "high": interval["mean"], **interval}  # some are known without one
+    """The mean, and `low–high` with as many digits as the interval warrants; no interval if it has no width."""
+    interval = {"low": interval["mean"], "high": interval["mean"], **interval}  # some have none
     low, high = factor * interval["low"], factor * interval["high"]
     decimals = digits(low, high, (2 if factor == 1 else 0) if least is None else least)
     mean, ends = interval_text(interval, f".{decimals}f", factor, " to " if low < 0 else "–")
@@ -76,7 +76,7 @@ def estimate(interval: Json, factor: float = 1, least: int | None = None) -> tup
 
 
 def interval(found: Json, factor: float = 1, least: int | None = None) -> str:
-    """As `estimate`, in one text: `mean (low–high)`."""
+    """As `estimate`, as one text: `mean (low–high)`."""
     mean, ends = estimate(found, factor, least)
     return f"{mean} ({ends})" if ends else mean
 
@@ -90,16 +90,16 @@ def moment(stamp: str | None) -> str:
 
 
 def label(name: str) -> str:
-    """A model's name in the evaluation, as the page says it."""
+    """The label of a model from the evaluation."""
     return LABELS.get(name, name)
 
 
 def cell(text: object) -> str:
-    """Text in Markdown that stays text: one line, no HTML, no mark-up, no end of a table cell."""
+    """Escape text for a Markdown table cell: one line, no HTML, no mark-up."""
     return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", " ".join(str(text).split()))
 
 
 def fenced(text: str) -> str:
-    """Text as a block of code whose fence is longer than any run of backticks in it."""
+    """A code block whose fence is longer than any run of backticks in the text."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"

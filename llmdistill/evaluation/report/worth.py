@@ -1,4 +1,4 @@
-"""Whether it was worth it: of a task of a user's own, all from the teacher to what is served, by score, speed and cost."""
+"""Comparison for each of the user's own tasks, from the teacher to the served formats, by score, speed and cost."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ _ORDER = ("teacher", "student before", "student, examples only", "student, text 
 
 
 def worth(tasks: Json | None, models: dict[str, Json], exports: list[Json], price: float | None) -> dict[str, Json]:
-    """The tables, by the name of the task: `rows`, and how many requests were `timed`, 0 where none were.
+    """The tables by task: `rows`, and the number of `timed` requests, 0 if none.
 
     Args:
-        tasks: of `metrics.json`.
-        models: by name, with their speeds.
-        exports: of `export.json`, each with what it costs in vLLM where it was `served`.
-        price: of the machine, for an hour.
+        tasks: from `metrics.json`.
+        models: the models by name, with their speeds.
+        exports: from `export.json`, each with its cost in vLLM if it was `served`.
+        price: price of the machine per hour.
     """
     found: dict[str, Json] = {}
     for task in (tasks or {"tasks": []})["tasks"]:
@@ -43,7 +43,7 @@ def _of_model(task: Json, model: Json, price: float | None) -> Json:
 
 
 def _of_export(task: str, made: Json, price: float | None) -> Json | None:
-    """None of a form that has not answered the task."""
+    """None for a format that has not been evaluated on the task."""
     entry = next((entry for entry in made.get("tasks", {"tasks": []})["tasks"] if entry["name"] == task), None)
     if entry is None:
         return None
@@ -59,6 +59,6 @@ def _of_export(task: str, made: Json, price: float | None) -> Json | None:
 
 
 def _costs(figures: Json | None, price: float | None) -> Json:
-    """With the price of a million requests on a machine that is never idle."""
+    """Add the price of a million requests on a machine that is never idle."""
     cost = price / 3600 * 1e6 / figures["per_s"] if figures and price is not None else None
     return {"requests": figures, "cost": cost}

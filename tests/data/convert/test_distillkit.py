@@ -141,13 +141,13 @@ def test_residuals_make_up_for_the_precision_of_the_curve(dtype):
 
 @pytest.mark.parametrize("exact_k", [0, 2, 7, 9, -1])
 def test_a_curve_with_as_many_coefficients_as_values_is_refused(exact_k):
-    with pytest.raises(InputError, match=f"--exact-k {exact_k}: of 8 values a position it must be 8, or from 1 to 1"):
+    with pytest.raises(InputError, match=f"--exact-k {exact_k}: with 8 values per position it must be 8, or from 1 to 1"):
         our_compression(1000, 8, exact_k)
 
 
 def test_the_configuration_file(tmp_path):
     file = tmp_path / "compression_config.yaml"
-    with pytest.raises(InputError, match=r"compression_config.yaml: no such file; save there"):
+    with pytest.raises(InputError, match=r"compression_config.yaml: no such file; it must contain"):
         read_compression(file)
     ours = our_compression(1000, 64, 16)
     for tree in (ours.model_dump(), {"logprob_compressor": ours.model_dump()}):

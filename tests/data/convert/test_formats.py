@@ -28,7 +28,7 @@ from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from tests.conftest import run_cli
 from tests.data.convert.test_distillkit import bits_of, curve
-from tests.factories import described, make_row, write_rows
+from tests.factories import described, make_row, most_likely, write_rows
 
 K = 8
 
@@ -161,7 +161,7 @@ def test_distillkit_counts_exactly_the_completions(source, model_logprobs, tmp_p
 @pytest.mark.parametrize("tokens", [1 << 16, 1])
 def test_there_and_back(source, tiny, tmp_path, form, tokens, monkeypatch):
     """Also with one row at a time: the parts that a file is read in leave no trace but the number of shards."""
-    monkeypatch.setattr(formats, "_TOKENS", tokens)
+    monkeypatch.setattr("llmdistill.data.dataset.TOKENS_AT_ONCE", tokens)
     export_dataset(source, tmp_path / "out", form)
     import_dataset(tmp_path / "out", tmp_path / "back", form, str(tiny))
     manifest, before = read_manifest(tmp_path / "back"), read_manifest(source)
@@ -244,9 +244,9 @@ def test_a_sample_stays_a_distribution(sampled, tmp_path):
 def test_a_sample_is_no_top_k(sampled, tiny, tmp_path):
     for form in ("axolotl", "distillkit"):
         export_dataset(sampled, tmp_path / form, form)
-        with pytest.raises(InputError, match=r"train.parquet: holds an unbiased sample, not the most likely tokens"):
+        with pytest.raises(InputError, match=r"train.parquet: contains an unbiased sample, not the most likely tokens"):
             import_dataset(tmp_path / form, tmp_path / "back", form, str(tiny))
-    with pytest.raises(InputError, match="only those lie on a curve"):
+    with pytest.raises(InputError, match="only these follow a curve"):
         export_dataset(sampled, tmp_path / "curve", "distillkit", exact_k=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["axolotl", "distillkit", "sampled"]
 
@@ -281,8 +281,8 @@ def test_every_run_of_entries_becomes_a_row(tiny, tmp_path):
     ("ids", "targets", "message"),
     [
         ([5, 6], [[6, 9], [0, 0]], None),
-        ([5, 6], [[6, -1], [0, 0]], "holds a negative token id"),
-        ([-5, 6], [[6, 9], [0, 0]], "holds a negative token id"),
+        ([5, 6], [[6, -1], [0, 0]], "contains a negative token id"),
+        ([-5, 6], [[6, 9], [0, 0]], "contains a negative token id"),
         ([5, 6], [[6, 6], [0, 0]], "has the same token twice among the targets of a position"),
     ],
 )
@@ -312,7 +312,7 @@ def test_fewer_targets_somewhere_are_never_made_up(tiny, tmp_path):
     ids = [5, 6, 7]
     rows = [(ids, [[6, 9], [8, 7], [0, 0]], [[-1.0, -2.0]] * 3, [[1, 1], [1, 0], [0, 0]])]
     file = write_axolotl(tmp_path / "a.parquet", rows)
-    with pytest.raises(InputError, match=r"a.parquet rows 0 to 0: has from 1 to 2 targets a position, not 2; --k 1 keeps"):
+    with pytest.raises(InputError, match=r"a.parquet rows 0 to 0: has from 1 to 2 targets per position, not 2; --k 1 keeps"):
         import_dataset(file, tmp_path / "out", "axolotl", str(tiny))
     import_dataset(file, tmp_path / "out", "axolotl", str(tiny), k=1)
     (row,) = load_dataset(tmp_path / "out")
@@ -376,6 +376,38 @@ def test_text_there_and_back_is_exact(tiny, tmp_path):
     assert opened(tmp_path / "out", "test")[0] == first | {"prompt": lines[0]["prompt"], "completion": lines[0]["completion"]}
 
 
+def test_plain_text_there_and_back_is_plain_text(tiny, tmp_path):
+    lines = [{"text": "One two.\nThree"}, {"prompt": "Four?", "completion": "Five."}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    import_dataset(tmp_path / "a.jsonl", tmp_path / "ours", "jsonl", str(tiny))
+    export_dataset(tmp_path / "ours", tmp_path / "out", "jsonl")
+    written = [json.loads(line) for line in (tmp_path / "out/train.jsonl").read_text().splitlines()]
+    assert written[0] == lines[0]
+    assert written[1].keys() == {"prompt", "completion"}
+    import_dataset(tmp_path / "out/train.jsonl", tmp_path / "again", "jsonl", str(tiny))
+    for row, again in zip(load_dataset(tmp_path / "ours"), load_dataset(tmp_path / "again"), strict=True):
+        assert row["input_ids"].tolist() == again["input_ids"].tolist()
+        assert len(row["prompt"]) == len(again["prompt"])
+
+
+def test_rows_that_cannot_be_used_are_kept_with_their_reasons(tiny, tmp_path):
+    rows = [{"prompt": "a", "completion": str(number)} for number in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "a"}\n')
+    import_dataset(tmp_path / "a.jsonl", tmp_path / "ours", "jsonl", str(tiny))
+    (kept,) = pq.read_table(tmp_path / "ours/rejected.parquet").to_pylist()
+    assert kept["place"].endswith("a.jsonl line 21")
+    assert kept["reason"].startswith("must have `messages`")
+    assert len(load_dataset(tmp_path / "ours")) == 20
+
+
+def test_two_files_that_hold_the_same_give_rows_of_different_ids(tiny, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    import_dataset(tmp_path / "in", tmp_path / "ours", "jsonl", str(tiny))
+    assert len({row["id"] for row in load_dataset(tmp_path / "ours")}) == 2
+
+
 def test_text_in_the_ids_of_the_teacher(tiny, source, tmp_path):
     """The prompt as `generate` sees it; the end token is the last, whatever the template writes after it."""
     from transformers import AutoTokenizer
@@ -402,11 +434,11 @@ def test_text_in_the_ids_of_the_teacher(tiny, source, tmp_path):
         ("{", "line 2: not valid JSON"),
         ("[1]", "line 2: must be a JSON object"),
         ('{"prompt": "a"}', "line 2: must have `messages`"),
-        ('{"completion": "a"}', "line 2: has no conversation that is known, only completion"),
+        ('{"completion": "a"}', "line 2: has no conversation in a known format, only completion"),
         ('{"prompt": 3, "completion": "a"}', "line 2: must have `messages`"),
         (
             '{"prompt": [{"role": "assistant", "content": "x"}], "completion": "a"}',
-            "line 2: the assistant's turn 2 has none before it",
+            "line 2: the assistant's turn 2 does not follow a turn to answer",
         ),
         ('{"prompt": "a", "completion": null}', "line 2: must have `messages`"),
         ('{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}', "line 2: must have `messages`"),
@@ -422,16 +454,19 @@ def test_a_bad_line_is_named_and_leaves_nothing(tiny, tmp_path, line, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (([5, 49152], [[6]] * 2, [[-1.0]] * 2, [[1]] * 2), "holds the token 49,152, but .* has 49,152"),
+        (([5, 49152], [[6]] * 2, [[-1.0]] * 2, [[1]] * 2), "contains the token 49,152, but .* has 49,152"),
         (([5, 6], [[6]] * 2, [[float("nan")]] * 2, [[1]] * 2), "no log-probabilities"),
         (([5, 6], [[6]] * 2, [[17.0]] * 2, [[1]] * 2), "no log-probabilities"),
         (([5, 6, 7, 8], [[6], [7], [8], [8]], [[-1.0], [float("inf")], [-1.0], [-1.0]], [[1]] * 4), "no log-probabilities"),
         (([5, 6], [[6]] * 2, [[-1.0]] * 2, [1, 1]), "the column `target_mask` holds .*, not lists of lists of numbers"),
         (([5, 6], [[0.5]] * 2, [[-1.0]] * 2, [[1]] * 2), "`target_token_ids` holds .*, not lists of lists of whole numbers"),
         (("ab", [[6]] * 2, [[-1.0]] * 2, [[1]] * 2), "the column `input_ids` holds string, not lists of whole numbers"),
-        (([5, 6], [[6]], [[-1.0]] * 2, [[1]] * 2), "do not have one entry a token"),
-        (([5, 6], [[6]] * 2, [[-1.0, -2.0]] * 2, [[1]] * 2), "do not have one entry a token"),
-        (([5, 6], [[6]] * 2, [[-1.0]] * 2, [[0]] * 2), "holds no completions with targets"),
+        (([5, 6], [[6]], [[-1.0]] * 2, [[1]] * 2), "do not have one entry per token"),
+        (([5, 6], [[6]] * 2, [[-1.0, -2.0]] * 2, [[1]] * 2), "do not have one entry per token"),
+        (([5, 6], [[6]] * 2, [[-1.0]] * 2, [[0]] * 2), "contains no completions with targets"),
+        (([5, None], [[6]] * 2, [[-1.0]] * 2, [[1]] * 2), "the column `input_ids` has a null among its numbers"),
+        (([5, 6], [[6]] * 2, [[-1.0], [None]], [[1]] * 2), "the column `target_logprobs` has a null among its numbers"),
+        (([5, 6], [[6, 7, 8]] * 2, [[-0.1] * 3] * 2, [[1] * 3] * 2), r"the probabilities of a position add up to 2\.71"),
     ],
 )
 def test_bad_columns_are_named_and_leave_nothing(tiny, tmp_path, row, message):
@@ -452,8 +487,25 @@ def test_other_columns_and_other_configurations(source, tiny, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(InputError, match=r"a.parquet: cannot be read as Parquet"):
         import_dataset(tmp_path / "a.parquet", tmp_path / "out", "axolotl", str(tiny))
-    with pytest.raises(InputError, match=r"holds no .jsonl files"):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"rows.jsonl: must be a .parquet file"):
+        import_dataset(tmp_path / "rows.jsonl", tmp_path / "out", "axolotl", str(tiny))
+    with pytest.raises(InputError, match=r"a.parquet: must be a .jsonl or .json file"):
+        import_dataset(tmp_path / "a.parquet", tmp_path / "out", "jsonl", str(tiny))
+    with pytest.raises(InputError, match=r"contains no .jsonl files"):
         import_dataset(tmp_path / "dk", tmp_path / "out", "jsonl", str(tiny))
+
+
+def test_a_damaged_parquet_file_is_named(source, tiny, tmp_path):
+    export_dataset(source, tmp_path / "out", "axolotl")
+    file = tmp_path / "out/train.parquet"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 255
+    for damaged, message in ((content[:-9], "cannot be read as Parquet"), (content, "the file was damaged or changed")):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"train.parquet: .*{message}"):
+            import_dataset(file, tmp_path / "back", "axolotl", str(tiny))
+        assert not (tmp_path / "back").exists()
 
 
 def test_the_command(source, tiny, tmp_path, capsys):
@@ -464,9 +516,9 @@ def test_the_command(source, tiny, tmp_path, capsys):
         ([source, tmp_path / "out"], "one of the arguments --to --from is required"),
         ([source, tmp_path / "out", "--to", "parquet"], "invalid choice: 'parquet'"),
         ([source, tmp_path / "out", "--to", "jsonl", "--teacher", tiny], "--teacher is only for --from"),
-        ([source, tmp_path / "out", "--to", "axolotl", "--exact-k", 4], "--exact-k is for --to distillkit"),
+        ([source, tmp_path / "out", "--to", "axolotl", "--exact-k", 4], "--exact-k needs --to distillkit"),
         ([source, tmp_path / "out", "--to", "distillkit", "--exact-k", 0], "--exact-k 0: of 8 values"),
-        ([source, tmp_path / "out", "--from", "jsonl"], "--teacher is missing"),
+        ([source, tmp_path / "out", "--from", "jsonl"], "needs --teacher"),
         (
             [source, tmp_path / "out", "--from", "axolotl", "--teacher", "./nowhere"],
             "--teacher: ./nowhere is neither a model directory",
@@ -509,7 +561,7 @@ def test_something_is_always_missing_to_one(tiny, tmp_path):
         logits[np.arange(20), generator.integers(0, 300, 20)] += 25
         logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         ids = generator.integers(3, 300, 20)
-        rows.append(make_row(str(number), [5, 6], ids, logprobs[np.arange(20), ids], targets.TopK.from_dense(logprobs, 8)))
+        rows.append(make_row(str(number), [5, 6], ids, logprobs[np.arange(20), ids], most_likely(logprobs, 8)))
     write_rows(tmp_path / "sure", rows, "topk", 49152, k=8)
     export_dataset(tmp_path / "sure", tmp_path / "out", "distillkit")
     for row in opened(tmp_path / "out", "train"):
@@ -576,4 +628,6 @@ def test_files_are_held_out_by_what_they_are_called(tmp_path):
     of = {split: sorted(file.name for file in files) for split, files in imports._files(tmp_path, (".jsonl",)).items()}
     assert of["test"] == ["eval_2.jsonl", "test-00000-of-1.jsonl", "test.jsonl"]
     assert of["train"] == ["evaluated.jsonl", "testimony.jsonl", "train.jsonl"]
+    (tmp_path / "dataset_info.json").touch()  # describes the others
+    assert imports._files(tmp_path, (".jsonl", ".json"))["train"] == [tmp_path / name for name in of["train"]]
     assert imports._files(tmp_path / "test.jsonl", (".jsonl",)) == {"train": [tmp_path / "test.jsonl"], "test": []}

@@ -6,17 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdistill.data.targets import TopK
+from tests.factories import most_likely
 
 
 def random_topk(generator, positions, k, vocab, scale=4.0):
     logits = generator.normal(size=(positions, vocab)) * scale
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return TopK.from_dense(logprobs, k), logprobs
+    return most_likely(logprobs, k), logprobs
 
 
 def test_topk_by_hand():
     logprobs = np.log(np.array([[0.1, 0.6, 0.05, 0.25]]))
-    kept = TopK.from_dense(logprobs, 2)
+    kept = most_likely(logprobs, 2)
     assert kept.ids_NK.tolist() == [[1, 3]]
     np.testing.assert_allclose(np.exp(kept.logprobs_NK), [[0.6, 0.25]], rtol=1e-6)
     np.testing.assert_allclose(kept.tail_N, [0.15], rtol=1e-6)
