@@ -446,7 +446,7 @@ def read_manifest(directory: Path, key: str | None = None) -> dict[str, Any]:
         )
     check_shape(file, manifest, _MANIFEST)
     if (kind := check_shape(file, manifest["targets"], {"kind": str}, "targets")["kind"]) not in targets.KINDS:
-        raise InputError(f"{file}: targets.kind is {kind!r}, but this version reads {', '.join(targets.KINDS)}")
+        raise InputError(f"{file}: targets.kind is {kind!r}, this version reads {', '.join(targets.KINDS)}")
     size = targets.KINDS[kind].size
     check_shape(file, manifest["targets"], {size: int} if size else {}, "targets")
     check_shape(file, manifest["teacher"], {"model": str, "engine": str}, "teacher")

@@ -128,7 +128,7 @@ def test_a_teacher_that_is_refused_leaves_nothing_that_binds(experiment, endpoin
         (["--teacher.tokenizer", "null"], "needs teacher.tokenizer"),
         (["--teacher.tokenizer", "null", "--targets.kind", "none", "--student.model", "null"],
          "set teacher.tokenizer or student.model"),
-        (["--generate.json_schema", "{type: object}"], "generate.json_schema with targets.kind topk needs a teacher that scores its text again"),
+        (["--generate.json_schema", "{type: object}"], "json_schema with targets.kind topk needs a teacher that scores its text"),
         (["--rounds", "{n: 1}"], "rounds needs a teacher that scores given text"),
         (["--teacher.engine", "anthropic"], "teacher: tokenizer is for engine openai"),
         (["--teacher.engine", "anthropic", "--teacher.tokenizer", "null", "--targets.kind", "none", "--generate.min_tokens", "5"],

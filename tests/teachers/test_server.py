@@ -147,7 +147,7 @@ def test_an_answer_that_cannot_be_right_is_asked_for_again_and_given_up(monkeypa
     assert found[1].failed is None
     assert found[1].ids.tolist() == [5, 6]
     assert found[1].targets.ids_NK.tolist() == [[5], [7]]
-    assert len(asked) == (remote.TRIES if "shape" in reason else remote.UNUSABLE_TRIES)
+    assert len(asked) == (remote.TRIES if "format" in reason else remote.UNUSABLE_TRIES)
 
 
 def test_probabilities_of_more_than_one_are_no_distribution():
