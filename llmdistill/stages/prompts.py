@@ -160,7 +160,7 @@ def prompts(experiment: Experiment, dry_run: bool = False, worker: Share = EVERY
     try:
         _make(plan, context, starts, directory)
     except WaitingForOthersError as error:
-        say("prompts", f"{error}; then run this command again")
+        say("prompts", f"{error}; run this command again once they are done")
     return None
 
 

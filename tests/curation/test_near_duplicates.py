@@ -49,7 +49,7 @@ def test_near_duplicates_are_those_of_brute_force(tmp_path, threshold):
     want = by_brute_force(texts, threshold)
     for number, reason in enumerate(reasons):
         if reason is not None:
-            similarity, first = reason.split(" like row")
+            similarity, first = reason.removeprefix("similarity ").split(" to row")
             assert reasons[int(first)] is None
             true = true_jaccard(texts[number], texts[int(first)])
             assert true >= threshold
@@ -98,13 +98,13 @@ def test_duplicates_within_a_template_are_found(tmp_path):
     texts = [f"{form} {text} {form}" for text in own] + [f"{form} {own[7]} {form}", form, form]
     reasons, _ = apply_step(tmp_path, {"near_duplicates": {"threshold": 0.8}}, table(texts))
     assert reasons[:60] == [None] * 60
-    assert reasons[60:] == ["1.00 like row7", None, "1.00 like row61"]
+    assert reasons[60:] == ["similarity 1.00 to row7", None, "similarity 1.00 to row61"]
 
 
 def test_short_and_empty_texts(tmp_path):
     rows = table(["", "yes", "!", "no", "Yes.", "yes no"])
     reasons, _ = apply_step(tmp_path, {"near_duplicates": None}, rows)
-    assert reasons == [None, None, None, None, "1.00 like row1", None]
+    assert reasons == [None, None, None, None, "similarity 1.00 to row1", None]
 
 
 @given(st.floats(0.3, 1))

@@ -42,7 +42,7 @@ def test_workers_make_together_what_one_makes_alone(experiment, undisturbed, cap
         generate(experiment, worker=Share(number, 3))
         with pytest.raises(InputError, match="not finished"):
             load_dataset(directory)
-    assert "3 of 4 shards there" in capsys.readouterr().out
+    assert "3 of 4 shards finished" in capsys.readouterr().out
     generate(experiment, worker=Share(1, 3))
     assert files(directory) == undisturbed
     assert len(load_dataset(directory)) == 24
@@ -56,7 +56,7 @@ def test_a_worker_with_nothing_to_do_says_so_and_begins_nothing(experiment, monk
     """It may have no accelerator, and what it would compute in is not what those compute in who make the shards."""
     monkeypatch.setattr(shards, "teacher_precision", no_device)
     generate(experiment, worker=Share(4, 5))
-    assert "0 of 4 shards there" in capsys.readouterr().out
+    assert "0 of 4 shards finished" in capsys.readouterr().out
     assert not experiment.directory("data").exists()
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_shard_of_another_worker_is_not_completed_with(experiment, und
     generate(experiment, worker=Share(1, 2))
     said = capsys.readouterr().out.replace("\n", "")
     assert f"{file} is damaged" in said
-    assert "3 of 4 shards there" in said
+    assert "3 of 4 shards finished" in said
     assert not (directory / "dataset.json").exists()
     generate(experiment, worker=Share(0, 2))
     assert files(directory) == undisturbed

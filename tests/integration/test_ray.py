@@ -112,7 +112,7 @@ def test_the_pipeline_as_a_job_makes_what_a_local_run_makes(cluster, tiny, tmp_p
     wait_for(lambda: is_over(cluster, output), 500)
     said = logs(cluster, output)
     assert "failed: " in said, said
-    assert "left to other workers; then run this command again" in said, "the prompts were not shared"
+    assert "left to other workers; run this command again" in said, "the prompts were not shared"
     mine, theirs = (
         [(entry["file"], entry["rows"]) for entry in read_manifest(directory / "data")["shards"]] for directory in (output, local)
     )

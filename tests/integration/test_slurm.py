@@ -167,7 +167,7 @@ def test_the_pipeline_as_jobs_makes_what_a_local_run_makes(cluster, tiny, tmp_pa
     said = logs(output)
     assert "failed with status 137: queued again" in said, said
     assert "stopped before the end of its time: queued again" in said, said
-    assert "left to other workers; then run this command again" in said, "the prompts were not shared"
+    assert "left to other workers; run this command again" in said, "the prompts were not shared"
     mine, theirs = (
         [(entry["file"], entry["rows"]) for entry in read_manifest(directory / "data")["shards"]] for directory in (output, local)
     )

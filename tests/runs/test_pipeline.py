@@ -137,7 +137,7 @@ def test_remake_removes_what_is_stale_and_nothing_else(begun, tmp_path, monkeypa
     for name in ("check_plan", "run_stages"):
         monkeypatch.setattr(f"llmdistill.runs.pipeline.{name}", lambda *_: None)
     dry_run(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
-    assert "would remove" in capsys.readouterr().out
+    assert "would delete" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curated", "data", "student"]
     shared_file(tmp_path / "run/curated").touch()  # what was spent on it
     run_pipeline(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
@@ -210,7 +210,7 @@ def test_remake_makes_the_student_before_training_again(begun, tmp_path, monkeyp
     ensure_before(pruned)
     assert check_stale(pruned) == {}
     assert "student.prune" in check_stale(small, remake=True)[before]
-    with pytest.raises(InputError, match=r"student-before was made with other settings: .*add --remake"):
+    with pytest.raises(InputError, match=r"student-before was made with other settings: .* --remake"):
         ensure_before(small)
 
 

@@ -63,7 +63,7 @@ def test_lines_of_json_metrics_and_no_secret(experiment_file, tmp_path):
     assert (progress["done"], progress["total"], progress["tokens"], progress["finished"]) == (12, 12, tokens, True)
     assert progress["tokens_per_s"] == pytest.approx(tokens / progress["seconds"], rel=0.05)
     assert progress["seconds_left"] == 0
-    assert "2 of 4 shards there" in lines[2]["text"]
+    assert "2 of 4 shards finished" in lines[2]["text"]
     assert lines[3]["state"] == "done"
     for line in lines:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["time"])

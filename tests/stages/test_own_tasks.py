@@ -141,5 +141,5 @@ def check_export(experiment, rows, screen):
     assert "on classify; " in lines[-1], "the last that eval says is what is kept"
     export(experiment)
     shorter = experiment.with_(eval=experiment.eval.with_(task_limit=2))
-    with pytest.raises(InputError, match=r"the items of configs/tasks/orders\.yaml are others"):
+    with pytest.raises(InputError, match=r"the items of configs/tasks/orders\.yaml have changed"):
         export(shorter)

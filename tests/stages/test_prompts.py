@@ -627,7 +627,7 @@ def test_workers_share_the_questions_of_a_step(experiment, teach, capsys):
     teacher = teach(lambda seen, _: f"Is it {seen}?")
     chosen = experiment([{"ask": {"template": "@question.yaml"}}], [{"text": f"thing {n}"} for n in range(7)])
     prompts(chosen, worker=Share(0, 2))
-    assert "2 of 4 shards there" in capsys.readouterr().out
+    assert "2 of 4 shards finished" in capsys.readouterr().out
     assert len(teacher.asked) == 4
     prompts(chosen, worker=Share(1, 2))
     assert len(teacher.asked) == 7
@@ -679,10 +679,10 @@ def test_other_settings_or_another_template_are_refused_with_the_difference(expe
             {},
             "line 2: the template question needs the field",
         ),
-        ([{"ask": {"template": "@question.yaml"}}], [{"text": None}], {}, "line 1: .* the line is empty in text"),
+        ([{"ask": {"template": "@question.yaml"}}], [{"text": None}], {}, "line 1: .* the line has an empty text"),
         ([{"novelty": {"field": "instruktion"}}], [{"instruction": "x"}], {}, "line 1: prompts.steps.0.novelty needs the field"),
         ([{"novelty": {}}], [{"instruction": "x"}], {"template": None}, "line 1: prompts.template needs the field prompt"),
-        ([{"magpie": {"field": "turn"}}], None, {}, "prompts.template needs the field instruction; .* give turn"),
+        ([{"magpie": {"field": "turn"}}], None, {}, "prompts.template needs the field instruction; .* provide turn"),
         ([{"magpie": {"system": "You are {{ persona }}"}}], None, {}, "magpie.system needs the field persona"),
         ([{"magpie": {"system": "{{"}}], None, {}, "prompts.steps.0.magpie.system: line 1 is not valid Jinja"),
         (

@@ -99,7 +99,7 @@ def test_without_the_refit_and_with_listed_layers_no_dataset_is_needed(experimen
 @pytest.mark.parametrize("section", [{"layers": [0, 3]}, {"layers": 2, "refit": False}, {"layers": 2, "by": "even"}])
 def test_without_a_dataset_the_message_says_what_it_is_for(experiment, tmp_path, section):
     experiment = experiment(dataset=tmp_path / "nowhere", **section)
-    with pytest.raises(InputError, match=r"nowhere: no such dataset; student.prune needs its rows .*student.prune.refit false"):
+    with pytest.raises(InputError, match=r"nowhere: no such dataset; student.prune needs its rows, .*student.prune.refit false"):
         ensure_pruned(experiment)
     assert not experiment.directory("student-before").exists()
 

@@ -165,7 +165,7 @@ def test_a_teacher_that_reads_along_must_have_the_tokens_of_the_rows(tiny, forei
     """Else it would take the ids for those of its own vocabulary, and the student would learn what that makes of them."""
     made = experiment(tiny, foreign, "online")
     other = made.with_(teacher=made.teacher.with_(model=str(foreign)))
-    message = rf"teacher\.model: {foreign} differs from that of "
+    message = rf"teacher\.model: the vocabulary of {foreign} differs from that of "
     for dry in (True, False):
         with pytest.raises(InputError, match=message):
             train(other, dry)

@@ -157,7 +157,7 @@ def test_what_it_cannot_do_is_refused_before_anything_is_loaded(models, experime
         with pytest.raises(InputError, match=rf"generate\.{named} .*does not support"):
             load_experiment(experiment_file, chosen)
     server = [member, ("teacher.engine", "server"), ("teacher.url", "http://localhost:1")]
-    with pytest.raises(InputError, match="only engine vllm and transformers give"):
+    with pytest.raises(InputError, match="only engine vllm and transformers return"):
         load_experiment(experiment_file, server)
     teacher = Teacher(model=str(models[0]), engine="vllm", ensemble=[Member(model=str(models[1]))])
     with pytest.raises(InputError, match="a judge that is an ensemble needs engine transformers"):

@@ -455,9 +455,9 @@ def test_a_bad_line_is_named_and_leaves_nothing(tiny, tmp_path, line, message):
     ("row", "message"),
     [
         (([5, 49152], [[6]] * 2, [[-1.0]] * 2, [[1]] * 2), "contains the token 49,152, but .* has 49,152"),
-        (([5, 6], [[6]] * 2, [[float("nan")]] * 2, [[1]] * 2), "no log-probabilities"),
-        (([5, 6], [[6]] * 2, [[17.0]] * 2, [[1]] * 2), "no log-probabilities"),
-        (([5, 6, 7, 8], [[6], [7], [8], [8]], [[-1.0], [float("inf")], [-1.0], [-1.0]], [[1]] * 4), "no log-probabilities"),
+        (([5, 6], [[6]] * 2, [[float("nan")]] * 2, [[1]] * 2), "not log-probabilities"),
+        (([5, 6], [[6]] * 2, [[17.0]] * 2, [[1]] * 2), "not log-probabilities"),
+        (([5, 6, 7, 8], [[6], [7], [8], [8]], [[-1.0], [float("inf")], [-1.0], [-1.0]], [[1]] * 4), "not log-probabilities"),
         (([5, 6], [[6]] * 2, [[-1.0]] * 2, [1, 1]), "the column `target_mask` holds .*, not lists of lists of numbers"),
         (([5, 6], [[0.5]] * 2, [[-1.0]] * 2, [[1]] * 2), "`target_token_ids` holds .*, not lists of lists of whole numbers"),
         (("ab", [[6]] * 2, [[-1.0]] * 2, [[1]] * 2), "the column `input_ids` holds string, not lists of whole numbers"),
@@ -517,7 +517,7 @@ def test_the_command(source, tiny, tmp_path, capsys):
         ([source, tmp_path / "out", "--to", "parquet"], "invalid choice: 'parquet'"),
         ([source, tmp_path / "out", "--to", "jsonl", "--teacher", tiny], "--teacher is only for --from"),
         ([source, tmp_path / "out", "--to", "axolotl", "--exact-k", 4], "--exact-k needs --to distillkit"),
-        ([source, tmp_path / "out", "--to", "distillkit", "--exact-k", 0], "--exact-k 0: of 8 values"),
+        ([source, tmp_path / "out", "--to", "distillkit", "--exact-k", 0], "--exact-k 0: with 8 values"),
         ([source, tmp_path / "out", "--from", "jsonl"], "needs --teacher"),
         (
             [source, tmp_path / "out", "--from", "axolotl", "--teacher", "./nowhere"],

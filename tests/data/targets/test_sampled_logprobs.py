@@ -162,7 +162,7 @@ def test_beside_the_teachers_text_each_row_learns_from_its_own_sample(loss):
 
 def test_what_cannot_be_told_over_classes_or_exported_is_refused(tmp_path):
     """A sum of f over the tokens of a class is not f of their sums; and a sample of another model is no distribution."""
-    with pytest.raises(InputError, match="here: targets of kind sampled_by_student cannot be converted to classes of tokens"):
+    with pytest.raises(InputError, match="here: targets of kind sampled_by_student cannot be converted to classes, which"):
         check_kind("sampled_by_student", "here")
     check_kind("sampled", "here")
     _, own, _ = random_samples(np.random.default_rng(0), 4, 6, 40, 1.0)
