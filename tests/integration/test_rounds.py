@@ -225,4 +225,4 @@ def test_other_targets_are_not_mixed_in(trained, tiny):
         "train", file, "--train.mix", mix, "--output", output.parent / "other", "--train.dataset", output / "curated"
     )
     assert result.returncode == 2
-    assert "has other targets than" in result.stderr
+    assert "has different targets than" in result.stderr
