@@ -133,5 +133,5 @@ def test_a_projector_is_not_sharded(way, width, refused, monkeypatch):
 
 def test_a_model_that_does_not_fit_is_refused_with_both_sizes(tiny, monkeypatch):
     monkeypatch.setattr("llmdistill.models.loading.free_memory", lambda device: 500_000)
-    with pytest.raises(InputError, match=r"the model `student`: the weights of .* take 0.0 GB in float32, but only 0.0 GB are free"):
+    with pytest.raises(InputError, match=r"`student`: the weights of .* take 0.0 GB in float32, but only 0.0 GB are free"):
         load_model(str(tiny), key="the model `student`")
