@@ -629,7 +629,7 @@ def _check_ids(
     ids = pc.list_flatten(rows[names[0]]).fill_null(-1).to_numpy()
     limit_R = np.full(len(rows), sizes[""]) if "" in sizes else _limits(file, rows, first, sizes)
     if (wrong := np.flatnonzero((ids < 0) | (ids >= np.repeat(limit_R, lengths)))).size:
-        row = first + _row_of(lengths, wrong[0])
+        row = first + targets.row_of(lengths, wrong[0])
         raise InputError(f"{file}: row {row}: the token id {ids[wrong[0]]} is outside the vocabulary ({names[0]})")
     return lengths - starts, limit_R
 
@@ -645,15 +645,10 @@ def _check_places(file: Path, rows: pa.Table, first: int, positions_R: targets.A
         raise InputError(f"{file}: row {first + wrong[0]}: target_places does not have one value per completion token")
     places = pc.list_flatten(rows["target_places"]).fill_null(-2).to_numpy()
     if (wrong := np.flatnonzero((places < -1) | (places >= np.repeat(of_teacher_R, lengths)))).size:
-        row = _row_of(lengths, wrong[0])
+        row = targets.row_of(lengths, wrong[0])
         raise InputError(
             f"{file}: row {first + row}: target_places has {places[wrong[0]]}, must be from -1 to {of_teacher_R[row] - 1}"
         )
-
-
-def _row_of(lengths_R: targets.Array, place: int) -> int:
-    """The row that a value belongs to, by its index in the flat column."""
-    return int(np.searchsorted(lengths_R.cumsum(), place, side="right"))
 
 
 def _check_text(file: Path, rows: pa.Table, first: int) -> None:

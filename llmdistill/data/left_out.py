@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llmdistill.config.rows import RowReading
 from llmdistill.config.section import without_secrets
 from llmdistill.data.dataset import to_json
 from llmdistill.errors import InputError, UnreadableError, UnusableError
-from llmdistill.runs import lock
 from llmdistill.runs.progress import say
+from llmdistill.runs.record import write_parquet
 
 _LONGEST = 4000  # characters that are kept of a row
 _SCHEMA = pa.schema([("place", pa.string()), ("reason", pa.string()), ("row", pa.string())])
@@ -94,8 +93,7 @@ class LeftOut:
     def write(self, file: Path) -> None:
         """Save the rows with their locations and reasons, if there are any."""
         if self._rows:
-            with lock.written(file) as unfinished:
-                pq.write_table(pa.Table.from_pylist(self._rows, _SCHEMA), unfinished, compression="zstd")
+            write_parquet(file, pa.Table.from_pylist(self._rows, _SCHEMA))
 
     @property
     def described(self) -> dict[str, dict[str, int]]:

@@ -22,7 +22,7 @@ def content_hashes(files: Sequence[Path]) -> list[str]:
     missing = [number for number, known in enumerate(found) if known is None]
     if missing:
         with working("inputs", f"hashing {files[missing[0]].parent}"), ThreadPoolExecutor(_READERS) as pool:
-            hashed = list(pool.map(_hash, (files[number] for number in missing)))
+            hashed = list(pool.map(file_hash, (files[number] for number in missing)))
         for number, new in zip(missing, hashed, strict=True):
             found[number] = new
             place = kept[number]
@@ -31,7 +31,8 @@ def content_hashes(files: Sequence[Path]) -> list[str]:
     return [known for known in found if known is not None]
 
 
-def _hash(file: Path) -> str:
+def file_hash(file: Path) -> str:
+    """SHA-256 of the content of a file, read anew."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

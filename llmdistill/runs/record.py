@@ -19,7 +19,7 @@ from llmdistill.config.shipped import find
 from llmdistill.config.teacher import ARGUMENTS_OF_SPEED, ENGINES
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
-from llmdistill.runs.hashes import content_hashes
+from llmdistill.runs.hashes import content_hashes, file_hash
 from llmdistill.runs.lock import writer_name
 from llmdistill.runs.progress import say
 from llmdistill.runs.watch import timestamp
@@ -514,8 +514,7 @@ def fsync_directory(directory: Path) -> None:
 def sha256(file: Path) -> str:
     """Hash of a file's content; for models see `model_fingerprint`."""
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_hash(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
 

@@ -186,7 +186,7 @@ def test_any_change_of_large_weights_is_seen_and_they_are_read_once(tmp_path, mo
     first = record.model_fingerprint(str(weights.parent), None)
     (kept,) = (tmp_path / "cache/llmdistill/hashes").iterdir()
     assert kept.read_text() == hashlib.sha256(bytes(20 << 20)).hexdigest()
-    monkeypatch.setattr(hashes, "_hash", lambda file: pytest.fail("it was read before"))
+    monkeypatch.setattr(hashes, "file_hash", lambda file: pytest.fail("it was read before"))
     assert record.model_fingerprint(str(weights.parent), None) == first
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -37,7 +37,9 @@ from llmdistill.data.dataset import (
 from llmdistill.data.jsonl import ending_of, read_json_rows, without_descriptions
 from llmdistill.data.left_out import LeftOut
 from llmdistill.data.row_formats import read_row
+from llmdistill.data.tables import is_hidden
 from llmdistill.data.targets import Array
+from llmdistill.data.targets.columns import repeats
 from llmdistill.errors import InputError, UnreadableError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import (
@@ -154,7 +156,7 @@ def _files(source: Path, endings: tuple[str, ...]) -> dict[Split, list[Path]]:
             raise InputError(f"{source}: must be a {' or '.join(endings)} file")
         return {"train": [source], "test": []}
     found = [file for file in sorted(source.rglob("*")) if ending_of(file) in endings and file.is_file()]
-    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(source).parts)]
+    found = [file for file in found if not is_hidden(file.relative_to(source))]
     found = without_descriptions(found)
     if not found:
         raise InputError(f"{source}: contains no {endings[0]} files")
@@ -295,9 +297,7 @@ class _TargetsReader:
             )
         if min(ids_NK.min(), entries.ids_T.min()) < 0:
             raise InputError(f"{origin}: contains a negative token id")
-        of_none = -1 - np.arange(ids_NK.shape[1])  # a place without a target is like no other
-        sorted_NK = np.sort(np.where(logprobs_NK > -np.inf, ids_NK, of_none), axis=1)
-        if (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any():
+        if repeats(ids_NK, logprobs_NK > -np.inf).any():
             raise InputError(f"{origin}: has the same token twice among the targets of a position")
         highest = int(max(ids_NK.max(), entries.ids_T.max()))
         if highest >= self.teacher.vocab_size:

@@ -28,7 +28,7 @@ def wrong_row(
     for name, (low, high) in kind.ranges.items():
         values = flat[name]
         if (wrong := np.flatnonzero(~((values >= low) & (values <= high + ROUNDED_UP)))).size:
-            return _row(lengths[name], wrong[0]), f"{name} holds {values[wrong[0]]:g}"
+            return row_of(lengths[name], wrong[0]), f"{name} holds {values[wrong[0]]:g}"
     count = positions_R.sum()
     if not count:
         return None
@@ -39,7 +39,7 @@ def wrong_row(
             return int(wrong[0]), f"target_ids does not have {k} tokens per completion token"
         exact = flat.get("target_exact", np.zeros(0))
         if (wrong := np.flatnonzero(exact >= k)).size:
-            return _row(positions_R, wrong[0]), f"target_exact is {exact[wrong[0]]}, out of {k} tokens"
+            return int(row_N[wrong[0]]), f"target_exact is {exact[wrong[0]]}, out of {k} tokens"
     for name, sizes_N in kind.sizes(flat, int(count)).items():
         expected_R = np.bincount(row_N, sizes_N, len(positions_R)).astype(np.int64)
         if (wrong := np.flatnonzero(lengths[name] != expected_R)).size:
@@ -55,9 +55,10 @@ def wrong_row(
         return 0, "it, or a row after it, does not have one target per completion token"
     limit_N1 = np.repeat(limit_R, positions_R)[:, None]
     if (wrong := np.flatnonzero(((soft.ids_NK < 0) | (soft.ids_NK >= limit_N1)).any(axis=1))).size:
-        return _row(positions_R, wrong[0]), "target_ids contains a token outside the vocabulary"
+        return int(row_N[wrong[0]]), "target_ids contains a token outside the vocabulary"
     return None
 
 
-def _row(lengths_R: Array, place: int) -> int:
+def row_of(lengths_R: Array, place: int) -> int:
+    """The row that a value belongs to, by its index in the flat column."""
     return int(np.searchsorted(lengths_R.cumsum(), place, side="right"))

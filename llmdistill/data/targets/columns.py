@@ -79,6 +79,14 @@ def every(columns: Mapping[str, Array], name: str, positions: int) -> Array:
     return np.full(positions, len(columns[name]) // max(positions, 1))
 
 
+def repeats(ids_NK: Array, is_there_NK: Array) -> Array:
+    """Whether a token occurs twice at each position, (N,), among those that are there."""
+    of_none = -1 - np.arange(ids_NK.shape[1])  # a place without a token is like no other
+    sorted_NK = np.sort(np.where(is_there_NK, ids_NK, of_none), axis=1)
+    found_N: Array = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(axis=1)
+    return found_N
+
+
 def masses(logprobs: Array, sizes_N: Array) -> Array:
     """The sum of the probabilities at each position, (N,), from flat logarithms and the number at each position."""
     position = np.repeat(np.arange(len(sizes_N)), sizes_N)

@@ -17,6 +17,7 @@ from llmdistill.data.targets.columns import (
     list_array,
     log,
     merged,
+    repeats,
     wrong_mass,
 )
 
@@ -96,9 +97,7 @@ class TopK(SoftTargets):
         if (found := wrong_mass(mass_N, "target_logprobs and target_tail")) is not None:
             return found
         ids_NK = by_position(columns["target_ids"].astype(np.int64), len(row_N))
-        of_none = -1 - np.arange(ids_NK.shape[1])  # a place without a token is like no other
-        sorted_NK = np.sort(np.where(np.isneginf(logprobs_NK), of_none, ids_NK), axis=1)
-        if (wrong := np.flatnonzero((sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(axis=1))).size:
+        if (wrong := np.flatnonzero(repeats(ids_NK, ~np.isneginf(logprobs_NK)))).size:
             return int(wrong[0]), "target_ids contains a token twice at one position"
         return None
 
