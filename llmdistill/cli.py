@@ -23,6 +23,7 @@ from llmdistill.config.help import keys_help
 from llmdistill.config.shipped import SHIPPED, find, page
 from llmdistill.errors import BudgetError, BusyError, InputError, NonFiniteError, RemoteError
 from llmdistill.runs.quiet import quiet_libraries
+from llmdistill.runs.termination import exit_on_sigterm
 from llmdistill.stages.table import STAGES, Stage
 
 
@@ -62,7 +63,7 @@ _NOT_WRITABLE = (
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of the `llmdistill` command."""
-    signal.signal(signal.SIGTERM, _preempted)
+    exit_on_sigterm(_report_termination)
     quiet_libraries()
     _refuse_unknown(sys.argv[1:] if argv is None else argv)
     parser = _parser()
@@ -531,8 +532,7 @@ def _leave_it_to_the_first() -> None:
         time.sleep(_PATIENCE)
 
 
-def _preempted(signum: int, frame: Any) -> NoReturn:
-    """Handle SIGTERM: finished shards and checkpoints are on disk; status 143 tells the scheduler to restart the job."""
+def _report_termination() -> None:
+    """Report SIGTERM on stderr: finished shards and checkpoints are on disk."""
     if _is_first():
         os.write(2, b"terminated; finished work is kept; run the same command to continue\n")
-    sys.exit(143)

@@ -79,9 +79,10 @@ def run_cli(*arguments: object, timeout: int = 600, **environment: str) -> Compl
 @pytest.fixture
 def sigterm():
     """Keeps what SIGTERM does over a call of `cli.main`."""
-    before = signal.getsignal(signal.SIGTERM)
+    before, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     yield
     signal.signal(signal.SIGTERM, before)
+    sys.unraisablehook = hook
 
 
 @pytest.fixture

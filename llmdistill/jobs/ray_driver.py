@@ -6,7 +6,6 @@ Shards are assigned one by one, so a slow worker makes fewer of them. The shards
 """
 
 import os
-import signal
 import subprocess
 import sys
 from collections import Counter, deque
@@ -26,6 +25,7 @@ from llmdistill.jobs.commands import scheduled, words_of
 from llmdistill.runs.pipeline import StageRun
 from llmdistill.runs.progress import say
 from llmdistill.runs.stage import run_stage
+from llmdistill.runs.termination import exit_on_sigterm
 from llmdistill.stages.table import STAGES
 
 
@@ -205,7 +205,7 @@ def _run(settings: Ray, stage: StageRun, commands: list[list[str]]) -> None:
 
 def main() -> NoReturn:
     """Take the configuration from the command line."""
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))  # the actors end with this process
+    exit_on_sigterm()  # the actors end with this process
     try:
         drive(Path(sys.argv[1]))
     except (BusyError, InputError, RemoteError) as error:

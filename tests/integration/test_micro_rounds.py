@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from llmdistill import load_dataset
-from llmdistill.cli import _preempted
 from llmdistill.config import load_experiment
 from llmdistill.data import shards
 from llmdistill.data.dataset import read_manifest
@@ -20,6 +19,7 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
 from llmdistill.runs.pipeline import check_stale, stages
 from llmdistill.runs.record import model_fingerprint, read_json
+from llmdistill.runs.termination import exit_on_sigterm
 from llmdistill.stages.rounds import rounds
 from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import train
@@ -180,7 +180,7 @@ def test_one_schedule(prepared, undisturbed, tmp_path):
 
 def _killed(moment, file, settings, how=signal.SIGKILL):
     """Micro-rounds in a process that is killed at a moment."""
-    signal.signal(signal.SIGTERM, _preempted)
+    exit_on_sigterm()
 
     def kill():
         os.kill(os.getpid(), how)
