@@ -36,10 +36,10 @@ from llmdistill.losses.hidden_states import of_pruned
 from llmdistill.models.loading import load_model
 from llmdistill.stages.prune import calibration_and_others
 from llmdistill.stages.table import STAGES
-from llmdistill.stages.train import arguments_of
 from llmdistill.students.layer_choice import parts_kept
 from llmdistill.students.pruning import Kept, prune_model
 from llmdistill.students.refit import refit
+from llmdistill.training.settings import arguments_of
 
 Array = np.ndarray[Any, Any]
 REFERENCE = "as configured"

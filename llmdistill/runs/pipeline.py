@@ -22,12 +22,12 @@ from llmdistill.stages.export import check_libraries
 from llmdistill.stages.prompts import Prepared, Prompt, count_splits, prepared_prompts
 from llmdistill.stages.retokenize import check_kind
 from llmdistill.stages.table import STAGES
-from llmdistill.stages.train import check_training
 from llmdistill.students.origins import fresh_claims, origin
 from llmdistill.students.sides import check_tokenizers, is_needed
 from llmdistill.students.sizes import check_sizes
 from llmdistill.teachers import shared_file
 from llmdistill.training.examples import read_examples
+from llmdistill.training.settings import check_training
 
 CONFIGS = "configs"  # in `output`: what each stage was started with
 

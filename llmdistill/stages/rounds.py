@@ -18,6 +18,8 @@ from llmdistill.runs.rounds import Round, round_of, round_training
 from llmdistill.stages import curate, generate, score, train
 from llmdistill.stages.prompts import Prepared, PromptTable, prepared_prompts
 from llmdistill.teachers.resident import Resident
+from llmdistill.training.rows import check_mix, learnable, mixed_rows
+from llmdistill.training.settings import arguments_of
 
 # After a stop the steps since the last checkpoint are trained again, on the rows that are there. So one is written after every
 # round, and few are kept, unless `rounds.args` says otherwise.
@@ -102,7 +104,7 @@ class _MicroRounds:
             self._make(0)
             manifest = read_manifest(self._of(0).curated.directory("curated"))
             mixed = [read_manifest(directory, "train.mix.datasets") for directory in self.learner.mixed_datasets]
-            train.check_mix(self.learner, manifest, mixed)
+            check_mix(self.learner, manifest, mixed)
             train.train_one(self.learner, manifest, self.claim, self._feed)
         finally:
             self.writer.close()
@@ -129,7 +131,7 @@ class _MicroRounds:
         self._make(number)
         rows = load_dataset(self._of(number).curated.directory("curated"), "train")
         seed = self._of(number).whole.seed
-        return train.learnable(train.mixed_rows(self.learner.with_(seed=seed), rows), self.arguments)
+        return learnable(mixed_rows(self.learner.with_(seed=seed), rows), self.arguments)
 
     def _make(self, number: int) -> None:
         """Let the student generate, the teacher score, and the steps of `curate` select, as far as not done before."""
@@ -187,7 +189,7 @@ class _MicroRounds:
     @cached_property
     def arguments(self) -> Any:
         """The `DistillConfig` of the training."""
-        return train.arguments_of(self.learner, self.claim.directory, False, self.precision, key="rounds.args")
+        return arguments_of(self.learner, self.claim.directory, False, self.precision, key="rounds.args")
 
     @cached_property
     def precision(self) -> Precision:

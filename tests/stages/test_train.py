@@ -7,21 +7,16 @@ import numpy as np
 import pytest
 
 from llmdistill.config import load_experiment
-from llmdistill.config.machine import Precision
-from llmdistill.config.shipped import page
-from llmdistill.data.dataset import conversation_keys, load_dataset
+from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
 from llmdistill.runs.stage import run_stage
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
-from llmdistill.stages.train import _settings, arguments_of, mixed_rows, train
+from llmdistill.stages.train import _settings, train
 from llmdistill.training.arguments import DistillConfig
 from tests.integration.processes import rewind
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]
-
-
-FLOAT32 = Precision("float32", "as configured")
 
 
 @pytest.fixture
@@ -229,28 +224,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(trained, tmp_path,
     assert not list((tmp_path / "run").glob("student/*"))
 
 
-def test_no_prompt_that_a_mixed_dataset_holds_out_is_trained_on(experiment_file, tmp_path, capsys):
-    """The same prompts, split by another seed: what either holds out is in the rows of neither."""
-    experiment = load_experiment(experiment_file, [("eval.held_out", "0.4")])
-    generate(experiment)
-    curate(experiment)
-    other = experiment.with_(output=str(tmp_path / "other"), seed=1)
-    shutil.copytree(experiment.directory("data"), other.directory("data"))
-    curate(other)
-    mixed = experiment.with_(train=experiment.train.with_(mix={"datasets": [str(other.directory("curated"))], "share": 0.5}))
-
-    def prompts_of(rows):
-        return set(conversation_keys(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:]))
-
-    ours, theirs = (prompts_of(load_dataset(one.directory("curated"), "test")) for one in (experiment, other))
-    rows = load_dataset(experiment.directory("curated"), "train")
-    assert prompts_of(rows) & theirs, "there is something to leave out"
-    found = prompts_of(mixed_rows(mixed, rows))
-    assert found
-    assert not found & (ours | theirs)
-    assert capsys.readouterr().out.count("whose prompts another dataset holds out") == 2
-
-
 def test_the_sequence_level_kl_needs_text_that_could_have_been_any(experiment_file, tmp_path):
     made = load_experiment(experiment_file, [("generate.top_p", "0.9"), ("train.sequence_alpha", "0.1")])
     generate(made)
@@ -268,48 +241,6 @@ def test_an_adapter_that_could_not_be_merged_is_refused(experiment_file, tmp_pat
     with pytest.raises(InputError, match=r"student.lora: adapters on .*lm_head.*cannot be merged"):
         train(made)
     assert not (tmp_path / "run/student").exists()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ([], "gradient_checkpointing is true .* and so is fsdp_activation_checkpointing"),
-        ([("student.lora.r", "4")], "student.lora with fsdp_activation_checkpointing: its checkpoints lack the adapter"),
-        ([("train.args.gradient_checkpointing", "false")], None),
-    ],
-)
-@pytest.mark.parametrize("by", ["accelerate", "train.args"])
-def test_checkpointing_by_fsdp_where_it_does_not_work(experiment_file, tmp_path, monkeypatch, overrides, message, by):
-    overrides = [("train.args.gradient_checkpointing", "true"), *overrides]
-    if by == "accelerate":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    else:
-        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it, and it is to be as it was
-        overrides += [("train.args.fsdp", "true"), ("train.args.fsdp_config", "{activation_checkpointing: true}")]
-    experiment = load_experiment(experiment_file, overrides)
-    if message is None:
-        assert arguments_of(experiment, tmp_path, False, FLOAT32).gradient_checkpointing is False
-        return
-    with pytest.raises(InputError, match=message):
-        arguments_of(experiment, tmp_path, False, FLOAT32)
-
-
-def test_one_process_uses_one_gpu_and_says_so(experiment_file, tmp_path, monkeypatch, capsys):
-    from llmdistill.training.arguments import DistillConfig
-
-    monkeypatch.setattr(DistillConfig, "n_gpu", property(lambda arguments: getattr(arguments, "_n_gpu", None) or 4))
-    assert arguments_of(load_experiment(experiment_file), tmp_path, False, FLOAT32).n_gpu == 1
-    assert f"uses one of 4 GPUs; see {page('distributed')}" in capsys.readouterr().out
-
-
-def test_report_to_reaches_the_trainer(experiment_file, tmp_path):
-    from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
-
-    assert arguments_of(load_experiment(experiment_file), tmp_path, False, FLOAT32).report_to == []
-    experiment = load_experiment(experiment_file, [("train.args.report_to", "[wandb]")])
-    passed = arguments_of(experiment, tmp_path, False, FLOAT32).report_to
-    assert get_reporting_integration_callbacks(passed) == [WandbCallback]
 
 
 def test_a_student_of_an_online_teacher_depends_on_what_that_computes_in(experiment_file):

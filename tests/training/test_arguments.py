@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from llmdistill import DistillConfig
-from llmdistill.stages.train import _REFUSED
 from llmdistill.training.arguments import _ALLOWED
+from llmdistill.training.settings import _REFUSED
 
 OWN = {
     "loss", "alpha", "alpha_end", "temperature", "beta", "beta_end", "sequence_alpha", "position_weights", "reduction", "hidden",
