@@ -20,8 +20,8 @@ import synthetic
 from found import argument_parser, report
 
 from llmdistill.config import load_experiment
+from llmdistill.runs.files import read_json
 from llmdistill.runs.pipeline import stages
-from llmdistill.runs.record import read_json
 from llmdistill.stages.table import STAGES
 
 TARGETS = {"sampled": "{kind: sampled, n: 16}", "topk": "{kind: topk, k: 64}"}

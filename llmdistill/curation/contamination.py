@@ -18,7 +18,7 @@ from llmdistill.data.jsonl import ending_of, open_text
 from llmdistill.data.ngrams import ngram_hashes, normalised, words
 from llmdistill.data.tables import TABLES, read_tables
 from llmdistill.errors import InputError
-from llmdistill.runs.record import file_input
+from llmdistill.runs.inputs import file_input
 
 _SHORTEST = 8  # words of a string that is looked for inside other text; with fewer, it could be anything's
 _PUNCTUATION = re.compile(r"[.,;:!?…\"'“”‘’„¿¡。，、！？；：]")

@@ -8,7 +8,8 @@ import pyarrow as pa
 from llmdistill.config.curate import JsonSchema
 from llmdistill.config.shipped import find
 from llmdistill.curation.steps import Check, CurationStep, StepContext, excerpt, final_answers
-from llmdistill.runs.record import file_input, read_json
+from llmdistill.runs.files import read_json
+from llmdistill.runs.inputs import file_input
 from llmdistill.tasks.answers import problem, read_answer, validator_of
 
 

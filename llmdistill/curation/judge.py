@@ -21,7 +21,8 @@ from llmdistill.data.ids import stable_id
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.template import PromptTemplate
-from llmdistill.runs import record
+from llmdistill.runs.files import write_parquet
+from llmdistill.runs.inputs import file_input
 from llmdistill.runs.progress import working
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, fingerprints, open_engine
 from llmdistill.teachers.prompt_encoding import PromptEncoder
@@ -41,7 +42,7 @@ def inputs(settings: Judge, key: str) -> dict[str, str]:
     """
     read_template(settings.template, _VARIABLES, f"{key}.template")
     return {
-        **record.file_input(settings.template, f"{key}.template"),
+        **file_input(settings.template, f"{key}.template"),
         **fingerprints(settings.teacher, f"{key}.teacher")[0],
     }
 
@@ -207,7 +208,7 @@ class _Asked:
         self.known |= {key: score for key, (_, score) in found.items()}
         rows = [{"question": key, "id": row, "score": score, "mass": mass} for key, (row, (score, mass)) in sorted(found.items())]
         self.directory.mkdir(parents=True, exist_ok=True)
-        record.write_parquet(self.directory / f"{stable_id(sorted(found))}.parquet", pa.Table.from_pylist(rows, _SCHEMA))
+        write_parquet(self.directory / f"{stable_id(sorted(found))}.parquet", pa.Table.from_pylist(rows, _SCHEMA))
 
 
 def read_template(file: str, variables: Sequence[str], key: str) -> PromptTemplate:

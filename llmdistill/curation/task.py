@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from llmdistill.config.curate import Task
 from llmdistill.curation.steps import Check, CurationStep, StepContext, excerpt, final_answers
-from llmdistill.runs.record import sha256
+from llmdistill.runs.inputs import sha256
 from llmdistill.tasks.task import read_task
 
 

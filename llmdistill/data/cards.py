@@ -14,8 +14,8 @@ from llmdistill.data.targets import KINDS
 from llmdistill.evaluation.metrics import first_table
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.models.licence import licence_of, of_weights, sentence
+from llmdistill.runs.files import write_text
 from llmdistill.runs.progress import counted, say
-from llmdistill.runs.record import write_text
 
 _RESULTS = "## Results"
 

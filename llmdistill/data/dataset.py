@@ -27,8 +27,10 @@ from llmdistill.data.cards import dataset_card, write_card
 from llmdistill.data.ngrams import normalised
 from llmdistill.errors import InputError, NonFiniteError
 from llmdistill.runs import lock
+from llmdistill.runs.files import check_shape, fsync_directory, read_json, write_json
+from llmdistill.runs.inputs import sha256
 from llmdistill.runs.lock import writer_name
-from llmdistill.runs.record import check_shape, fsync_directory, read_json, read_run, sha256, write_json
+from llmdistill.runs.record import read_run
 
 if TYPE_CHECKING:
     import datasets

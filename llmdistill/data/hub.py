@@ -13,8 +13,9 @@ from llmdistill import __version__
 from llmdistill.data.dataset import MANIFEST, SPLITS, shard_files
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.models.root_classes import FILE as CLASSES
+from llmdistill.runs.files import RUN_FILE, read_json
 from llmdistill.runs.progress import counted, say
-from llmdistill.runs.record import RUN_FILE, read_json, read_run
+from llmdistill.runs.record import read_run
 
 Kind = Literal["dataset", "model"]
 # Files of an earlier push that a loader would take for part of this one: their names change with their content or number.

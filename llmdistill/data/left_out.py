@@ -11,8 +11,8 @@ from llmdistill.config.rows import RowReading
 from llmdistill.config.section import without_secrets
 from llmdistill.data.dataset import to_json
 from llmdistill.errors import InputError, UnreadableError, UnusableError
+from llmdistill.runs.files import write_parquet
 from llmdistill.runs.progress import say
-from llmdistill.runs.record import write_parquet
 
 _LONGEST = 4000  # characters that are kept of a row
 _SCHEMA = pa.schema([("place", pa.string()), ("reason", pa.string()), ("row", pa.string())])

@@ -44,6 +44,7 @@ from llmdistill.data.left_out import LeftOut
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.runs import lock, record
+from llmdistill.runs.files import check_shape, read_json
 from llmdistill.runs.progress import StageBar, counted, say, working
 from llmdistill.teachers import Completion, Engine, EngineSpec, Request, open_engine, shared_file, teacher_precision
 from llmdistill.teachers.prompt_encoding import PromptEncoder, have_several_tokenizers
@@ -239,11 +240,11 @@ def is_whole(directory: Path) -> bool:
         InputError: its `dataset.json` is none.
     """
     file = directory / MANIFEST
-    manifest = record.read_json(file)
+    manifest = read_json(file)
     if manifest is None:
         return False
-    entries = record.check_shape(file, manifest, {"shards": list})["shards"]
-    names = [record.check_shape(file, entry, {"file": str}, f"shards.{number}")["file"] for number, entry in enumerate(entries)]
+    entries = check_shape(file, manifest, {"shards": list})["shards"]
+    names = [check_shape(file, entry, {"file": str}, f"shards.{number}")["file"] for number, entry in enumerate(entries)]
     return all((directory / name).is_file() for name in names)
 
 

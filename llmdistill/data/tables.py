@@ -19,7 +19,7 @@ from llmdistill.data.dataset import MANIFEST, read_batches
 from llmdistill.data.jsonl import TEXT_TABLES, Fields, ending_of, open_text, read_json_rows, without_descriptions
 from llmdistill.data.traffic import is_recorded, read_recorded, session_of
 from llmdistill.errors import InputError, UnreadableError
-from llmdistill.runs.record import sha256
+from llmdistill.runs.inputs import sha256
 
 TABLES = (*TEXT_TABLES, ".parquet")
 MARKDOWN = (".md", ".markdown")

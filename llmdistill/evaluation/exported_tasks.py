@@ -16,6 +16,8 @@ from llmdistill.evaluation.own_tasks import OwnTask, run_own
 from llmdistill.evaluation.task_scores import STUDENT, TEACHER, about_own, summarise
 from llmdistill.evaluation.tasks import SCHEMA, read_own_tasks
 from llmdistill.runs import record
+from llmdistill.runs.files import read_json
+from llmdistill.runs.inputs import model_fingerprint, sha256
 from llmdistill.runs.progress import say
 
 UNEXPORTED = "student, not exported"
@@ -64,13 +66,11 @@ def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
         raise InputError(f"{file}: its columns differ from those of this version; run `eval` again")
     # The experiment may have been moved: its files are identified by their content, and the student by its former path.
     read = (record.read_run(directory) or {"inputs": {}})["inputs"]
-    measured = [
-        read.get(model["path"]) for model in record.read_json(directory / "metrics.json")["models"] if model["name"] == STUDENT
-    ]
-    changed = [name for task in own for name, path in task.files.items() if record.sha256(path) not in read.values()]
+    measured = [read.get(model["path"]) for model in read_json(directory / "metrics.json")["models"] if model["name"] == STUDENT]
+    changed = [name for task in own for name, path in task.files.items() if sha256(path) not in read.values()]
     trained = str(experiment.directory("student"))
     source = (experiment.export and experiment.export.model) or trained
-    if record.model_fingerprint(source, None) not in measured:
+    if model_fingerprint(source, None) not in measured:
         if source != trained:
             say("export", f"skips the tasks: {source} is not the student that `eval` has measured")
             return None
@@ -90,7 +90,7 @@ def measured_tasks(experiment: Experiment) -> MeasuredTasks | None:
     place = student.schema.get_field_index("model")
     student = student.set_column(place, SCHEMA.field("model"), pa.array([UNEXPORTED] * len(student), pa.string()))
     rows = pa.concat_tables([teacher, student])
-    return MeasuredTasks(own, rows.filter(pc.is_in(rows["task"], names)), record.sha256(file))
+    return MeasuredTasks(own, rows.filter(pc.is_in(rows["task"], names)), sha256(file))
 
 
 def on_tasks(measured: MeasuredTasks, model: Any, tokenizer: Any, end_ids: list[int], experiment: Experiment) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmdistill.evaluation.statistics import Array
-from llmdistill.runs.record import read_json, write_json, writing
+from llmdistill.runs.files import read_json, write_json, writing
 
 
 class Parts:

@@ -32,7 +32,7 @@ from llmdistill.evaluation.statistics import (
     residual_errors,
 )
 from llmdistill.evaluation.tasks import SCHEMA, About, run_tasks
-from llmdistill.runs.record import write_parquet
+from llmdistill.runs.files import write_parquet
 
 STUDENT, TEACHER = "student", "teacher"
 

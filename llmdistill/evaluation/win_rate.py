@@ -27,7 +27,8 @@ from llmdistill.evaluation.parts import Parts
 from llmdistill.evaluation.statistics import Array, Draws, Estimate, check_clusters
 from llmdistill.evaluation.writing import write_answers
 from llmdistill.models.loading import load_tokenizer, vocabulary_hash
-from llmdistill.runs import record
+from llmdistill.runs.files import write_parquet
+from llmdistill.runs.inputs import file_input
 from llmdistill.runs.progress import StageBar, working
 from llmdistill.teachers import fingerprints
 from llmdistill.teachers.thinking import behind_trace
@@ -66,7 +67,7 @@ class Comparison:
         key = "eval.win_rate.template"
         self.template = read_template(settings.template, ("prompt", "answer_1", "answer_2"), key)
         models, _ = fingerprints(settings.judge, "eval.win_rate.judge")
-        self.inputs = {**models, **record.file_input(settings.template, key)}
+        self.inputs = {**models, **file_input(settings.template, key)}
 
     @cached_property
     def reader(self) -> DigitReader:
@@ -135,7 +136,7 @@ class Comparison:
         prompts = [as_text(row["prompt"]) for row in answers.rows]
         table = self._verdicts([str(row["id"]) for row in answers.rows], prompts, answers.ours, answers.theirs, parts)
         table = table.append_column("conversation", pa.array([row["conversation"] for row in answers.rows]))
-        record.write_parquet(directory / "verdicts.parquet", table)
+        write_parquet(directory / "verdicts.parquet", table)
         settings, eval_ = self.settings, self.experiment.eval
         result = win_rate(table, eval_.resamples, self.experiment.seed)
         warnings = [self._family_warning(), result.pop("warning")]

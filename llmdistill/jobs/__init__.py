@@ -16,7 +16,8 @@ from llmdistill.data.shards import count_shards
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import check_gpus, scheduled
-from llmdistill.runs import pipeline, record
+from llmdistill.runs import pipeline
+from llmdistill.runs.files import check_shape, read_json, write_json, write_text
 from llmdistill.runs.progress import console, counted, say
 from llmdistill.runs.status import how_far, known
 from llmdistill.stages.table import STAGES
@@ -68,12 +69,12 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
     was_there = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     for file, text in (texts | configurations).items():
-        record.write_text(directory / file, text)
+        write_text(directory / file, text)
     submitted: list[Job] = []
     try:
         for job in backend.submit(experiment, settings, stages, {file: directory / file for file in texts}):
             submitted.append(job)
-            record.write_json(directory / _FILE, {"backend": name, "jobs": submitted})
+            write_json(directory / _FILE, {"backend": name, "jobs": submitted})
             say("submit", f"{job['stage']} is job {job['job']}")
     except (InputError, RemoteError):
         if submitted:
@@ -158,12 +159,12 @@ def cancel(output: Path) -> None:
 
 
 def _jobs(directory: Path) -> tuple[Backend[Any], list[Job]]:
-    found: dict[str, Any] | None = record.read_json(directory / _FILE)
+    found: dict[str, Any] | None = read_json(directory / _FILE)
     if found is None:
         raise InputError(f"{directory / _FILE} does not exist: no job was submitted with this output")
-    found = record.check_shape(directory / _FILE, found, {"backend": str, "jobs": list})
+    found = check_shape(directory / _FILE, found, {"backend": str, "jobs": list})
     for number, job in enumerate(found["jobs"]):
-        record.check_shape(directory / _FILE, job, {"stage": str, "job": str}, f"jobs.{number}")
+        check_shape(directory / _FILE, job, {"stage": str, "job": str}, f"jobs.{number}")
     return backend_of(found["backend"]), list(found["jobs"])
 
 

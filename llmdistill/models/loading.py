@@ -11,7 +11,7 @@ from typing import Any
 
 from llmdistill.config.machine import Precision, Runtime, inference_precision, torch_device
 from llmdistill.errors import InputError
-from llmdistill.runs.record import read_json
+from llmdistill.runs.files import read_json
 
 
 def check_model_exists(model: str | Path, key: str) -> None:

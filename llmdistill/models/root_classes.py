@@ -23,7 +23,7 @@ import numpy as np
 from llmdistill.errors import InputError
 from llmdistill.models.token_bytes import first_tokens, token_bytes
 from llmdistill.runs import lock
-from llmdistill.runs.record import check_shape, fsync_directory, read_json
+from llmdistill.runs.files import check_shape, fsync_directory, read_json
 
 Array = np.ndarray[Any, Any]
 FILE = "classes.npz"  # in a dataset

@@ -19,6 +19,8 @@ from llmdistill.data.dataset import MANIFEST
 from llmdistill.errors import InputError
 from llmdistill.objectstore.store import DamagedError, Store
 from llmdistill.runs import lock, record
+from llmdistill.runs.files import RUN_FILE, read_json, write_json
+from llmdistill.runs.inputs import sha256
 from llmdistill.runs.progress import say
 from llmdistill.runs.watch import is_first_process
 from llmdistill.stages.table import STAGES, Directory
@@ -72,7 +74,7 @@ class Copy:
 
     def is_here(self) -> bool:
         """Whether it need not be fetched, as it is done or was not made by a stage."""
-        return self.directory.exists() and (self.is_done_here() or not (self.directory / record.RUN_FILE).exists())
+        return self.directory.exists() and (self.is_done_here() or not (self.directory / RUN_FILE).exists())
 
     def is_done_here(self) -> bool:
         """Whether its stage is done."""
@@ -100,7 +102,7 @@ class Copy:
         files = sorted(self.directory.rglob("*"))
         here = {path.relative_to(self.directory).as_posix(): path for path in files if path.is_file()}
         here = {name: path for name, path in here.items() if not _is_apart(name)}
-        sums = {name: record.sha256(path) for name, path in here.items() if name not in (record.RUN_FILE, CARD)}
+        sums = {name: sha256(path) for name, path in here.items() if name not in (RUN_FILE, CARD)}
         there, seal = self.store.names(self.name), self.seal() or {"files": {}}
         self.store.remove(f"{self.name}/{SEAL}")
         for name in sorted(here, key=_order):
@@ -125,7 +127,7 @@ class Copy:
 
     def _seal(self, content: dict[str, Any]) -> None:
         file = self.directory / f".seal.{lock.writer_name()}.unfinished"
-        record.write_json(file, content)
+        write_json(file, content)
         try:
             self.store.put(file, f"{self.name}/{SEAL}")
         finally:
@@ -141,12 +143,12 @@ class Copy:
         assert seal is not None
         say("store", f"fetching {self.directory} from {self.url}")
         self.directory.mkdir(parents=True, exist_ok=True)
-        run_file = self.directory / record.RUN_FILE
+        run_file = self.directory / RUN_FILE
         if seal["run"] and not run_file.exists():
-            record.write_json(run_file, {**seal["run"], "status": "unfinished"})
+            write_json(run_file, {**seal["run"], "status": "unfinished"})
         for name in sorted(seal["files"], key=_order):
             file = self.directory / name
-            if not file.is_file() or record.sha256(file) != seal["files"][name]:
+            if not file.is_file() or sha256(file) != seal["files"][name]:
                 self.store.get(f"{self.name}/{name}", file, seal["files"][name])
         with suppress(DamagedError):  # `eval` writes to a card after the seal; a checkpoint has none
             self.store.get(f"{self.name}/{CARD}", self.directory / CARD)
@@ -154,7 +156,7 @@ class Copy:
             if file.name not in seal["files"]:
                 file.unlink()
         if seal["run"]:
-            record.write_json(run_file, seal["run"])
+            write_json(run_file, seal["run"])
 
     def check(self, name: str, settings: dict[str, Any], inputs: dict[str, str]) -> None:
         """Refuse to mix work made with different settings.
@@ -168,7 +170,7 @@ class Copy:
             InputError: if the store has work of another stage, or made with other settings.
         """
         seal = self.seal()
-        run = seal["run"] if seal else self.store.read(f"{self.name}/{record.RUN_FILE}")
+        run = seal["run"] if seal else self.store.read(f"{self.name}/{RUN_FILE}")
         self._compare(run, {"stage": name, "settings": settings, "inputs": inputs})
 
     def begin(self) -> None:
@@ -177,8 +179,8 @@ class Copy:
         Raises:
             InputError: if the store has work of another stage, or made with other settings.
         """
-        file = self.directory / record.RUN_FILE
-        self._compare(json.loads(self.store.decide(file, f"{self.name}/{file.name}")), record.read_json(file))
+        file = self.directory / RUN_FILE
+        self._compare(json.loads(self.store.decide(file, f"{self.name}/{file.name}")), read_json(file))
 
     def _compare(self, there: dict[str, Any] | None, here: dict[str, Any]) -> None:
         if there is None:
@@ -205,7 +207,7 @@ def _is_apart(name: str) -> bool:
 
 def _order(name: str) -> tuple[bool, bool, bool, str]:
     """Files that mark others as complete come after them."""
-    return name == record.RUN_FILE, name == MANIFEST, name == _STATE, name
+    return name == RUN_FILE, name == MANIFEST, name == _STATE, name
 
 
 def bring(experiment: Experiment, name: str) -> None:
@@ -326,8 +328,8 @@ def _bring_checkpoints(student: Copy) -> None:
     there, here = _checkpoints(list(student.store.names(f"{student.name}/{_CHECKPOINTS}")), SEAL), _checkpoints_here(student)
     if not there:
         return
-    if not (student.directory / record.RUN_FILE).exists():
-        student.store.get(f"{student.name}/{record.RUN_FILE}", student.directory / record.RUN_FILE)
+    if not (student.directory / RUN_FILE).exists():
+        student.store.get(f"{student.name}/{RUN_FILE}", student.directory / RUN_FILE)
     newest = there[-1]
     if here and int(here[-1].split("-")[1]) >= int(newest.split("-")[1]):
         return

@@ -17,7 +17,8 @@ from llmdistill.data.dataset import MANIFEST, SHARD_NAME, Shard, finished_shards
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.copies import CARD, Copy
 from llmdistill.objectstore.store import DamagedError, Store
-from llmdistill.runs import record
+from llmdistill.runs.files import RUN_FILE, write_text
+from llmdistill.runs.inputs import sha256
 from llmdistill.runs.progress import say
 
 _TRIES = 5  # attempts to fetch shards while others decide or damaged ones are made again
@@ -48,7 +49,7 @@ class SharedShards:
 
     def begun_precision(self) -> Precision | None:
         """The teacher's precision in the work that was started in the store; None if there is none."""
-        run = self.copy.store.read(f"{self.copy.name}/{record.RUN_FILE}") if self.copy else None
+        run = self.copy.store.read(f"{self.copy.name}/{RUN_FILE}") if self.copy else None
         recorded = (run or {}).get("precision")
         return Precision(**recorded) if recorded else None
 
@@ -114,7 +115,7 @@ class SharedShards:
             manifest = json.loads(content)
             self._fetch(_shards_of(manifest))
             write_card(self.directory / CARD, lambda: dataset_card(manifest))
-            record.write_text(file, content.decode())
+            write_text(file, content.decode())
 
     def finish(self) -> None:
         """Upload the rest of the finished dataset."""
@@ -147,7 +148,7 @@ class SharedShards:
         assert self.copy is not None
         for name in names:
             file, checksum = self.directory / name, name.removesuffix(".parquet").rpartition("-")[2]
-            if not file.is_file() or not record.sha256(file).startswith(checksum):
+            if not file.is_file() or not sha256(file).startswith(checksum):
                 self.copy.store.get(f"{self.copy.name}/{name}", file, checksum)
         for file in self.directory.glob("train-*.parquet"):
             if file.name not in names:

@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from llmdistill.errors import InputError, RemoteError, not_installed
-from llmdistill.runs import lock, record
+from llmdistill.runs import lock
+from llmdistill.runs.inputs import sha256
 from llmdistill.runs.progress import say
 
 _DELAYS = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)  # seconds between attempts, about five minutes
@@ -114,7 +115,7 @@ class Store:
         try:
             with lock.written(file) as unfinished:
                 self._ask(name, lambda: self._files.get_file(f"{self._root}/{name}", str(unfinished)))
-                if checksum is not None and not record.sha256(unfinished).startswith(checksum):
+                if checksum is not None and not sha256(unfinished).startswith(checksum):
                     raise DamagedError(self.url, name)
         except FileNotFoundError:
             raise DamagedError(self.url, name) from None

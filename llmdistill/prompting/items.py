@@ -16,7 +16,7 @@ from llmdistill.data.dataset import ROW_GROUP, read_batches, storable, to_json
 from llmdistill.data.jsonl import Fields
 from llmdistill.data.tables import describe_place
 from llmdistill.runs import lock
-from llmdistill.runs.record import fsync_directory
+from llmdistill.runs.files import fsync_directory
 
 Verdict = Literal["kept", "rejected", "failed"]
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "fields", "lineage", "verdict", "reason", "text")])

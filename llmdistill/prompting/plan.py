@@ -12,7 +12,7 @@ from llmdistill.prompting.novelty import read_others
 from llmdistill.prompting.sources import read_list
 from llmdistill.prompting.task_prompt import TaskPrompt, read_task_prompt
 from llmdistill.prompting.template import PromptTemplate, check_field, compile_text
-from llmdistill.runs.record import file_input
+from llmdistill.runs.inputs import file_input
 
 
 @dataclass

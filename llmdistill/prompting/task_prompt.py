@@ -6,7 +6,7 @@ from llmdistill.data.dataset import Messages
 from llmdistill.data.jsonl import Fields
 from llmdistill.errors import UnreadableError
 from llmdistill.prompting.template import check_field
-from llmdistill.runs.record import sha256
+from llmdistill.runs.inputs import sha256
 from llmdistill.tasks.task import Task, read_task
 
 KEY = "prompts.task"

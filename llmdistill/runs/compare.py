@@ -10,8 +10,9 @@ from llmdistill.evaluation.metrics import has_teacher, metrics_of
 from llmdistill.evaluation.plots import interval_plot, size_plot
 from llmdistill.evaluation.report.words import percent, template_environment
 from llmdistill.evaluation.statistics import Draws, holm, two_sided_p
+from llmdistill.runs.files import write_text
 from llmdistill.runs.progress import console, say
-from llmdistill.runs.record import read_run, write_text
+from llmdistill.runs.record import read_run
 from llmdistill.stages.report import read_metrics
 
 Json = dict[str, Any]

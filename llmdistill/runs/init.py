@@ -27,9 +27,9 @@ from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.demo_teacher import WHEEL
 from llmdistill.models.loading import check_model_exists
 from llmdistill.prompting.sources import read_source
+from llmdistill.runs.files import write_text
 from llmdistill.runs.init_task import SEEDS, TaskChoices, task_parts
 from llmdistill.runs.questions import answer
-from llmdistill.runs.record import write_text
 
 # What is asked about data of each kind.
 _DATA = {

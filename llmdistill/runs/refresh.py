@@ -17,7 +17,8 @@ from llmdistill.data.ids import stable_id
 from llmdistill.errors import InputError
 from llmdistill.evaluation.metrics import has_teacher
 from llmdistill.evaluation.statistics import interval_text
-from llmdistill.runs import lock, record
+from llmdistill.runs import lock
+from llmdistill.runs.files import check_shape, read_json, write_json
 from llmdistill.runs.pipeline import check_splits, run_stages, stages
 from llmdistill.runs.progress import say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_prompts, prompts_inputs
@@ -93,12 +94,12 @@ def _made_from(experiment: Experiment) -> str:
 
 def _versions(output: Path) -> list[dict[str, Any]]:
     file = output / _FILE
-    found = record.check_shape(file, record.read_json(file) or {"versions": []}, {"versions": list})["versions"]
-    return [record.check_shape(file, entry, {"version": int, "made_from": str}, f"versions.{n}") for n, entry in enumerate(found)]
+    found = check_shape(file, read_json(file) or {"versions": []}, {"versions": list})["versions"]
+    return [check_shape(file, entry, {"version": int, "made_from": str}, f"versions.{n}") for n, entry in enumerate(found)]
 
 
 def _write(output: Path, versions: list[dict[str, Any]]) -> None:
-    record.write_json(output / _FILE, {"versions": versions})
+    write_json(output / _FILE, {"versions": versions})
 
 
 def _version(experiment: Experiment, versions: list[dict[str, Any]], number: int) -> Experiment:
@@ -145,7 +146,7 @@ def _decide(experiment: Experiment, output: Path, versions: list[dict[str, Any]]
     assert experiment.refresh is not None
     if not any(entry.get("promoted") for entry in versions):
         return {"promoted": True, "reason": "it is the first"}
-    metrics = record.read_json(output / "versions" / str(versions[-1]["version"]) / "eval" / "metrics.json")
+    metrics = read_json(output / "versions" / str(versions[-1]["version"]) / "eval" / "metrics.json")
     by, what = ("kl", "KL from the teacher") if has_teacher(metrics["models"]) else ("nll", "NLL of the teacher's text")
     found = next(d for d in metrics["differences"] if d["worse"] == "student before" and d["metric"] == by)
     margin = experiment.refresh.margin

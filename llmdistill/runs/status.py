@@ -13,6 +13,7 @@ import psutil
 from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.runs import record
+from llmdistill.runs.files import read_json
 from llmdistill.runs.progress import clock
 from llmdistill.runs.watch import PROGRESS
 from llmdistill.stages.table import STAGES
@@ -90,7 +91,7 @@ def _looks(output: Path) -> Iterator[dict[str, Any]]:
     newest: dict[Any, dict[str, Any]] = {}
     for file in (output / PROGRESS).glob("*.json"):
         try:
-            look = record.read_json(file)
+            look = read_json(file)
         except InputError:
             continue
         if look is None or (look["host"] == platform.node() and not psutil.pid_exists(look["pid"])):

@@ -36,6 +36,7 @@ from llmdistill.data.dataset import (
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.runs import lock, record
+from llmdistill.runs.inputs import sha256
 from llmdistill.runs.progress import StageBar, counted, say
 
 _DETAILS = pa.schema({"failed": pa.bool_(), "detail": pa.string()})  # of every row; null where it stays
@@ -156,7 +157,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     settings["eval"] = {"held_out": experiment.eval.held_out}
     if trace := experiment.generate.model_dump(include={"thinking", "thinking_end"}, exclude_defaults=True):
         settings["generate"] = trace  # where answers begin
-    inputs = {str(manifest): record.sha256(manifest)} | step_inputs(experiment.curate)
+    inputs = {str(manifest): sha256(manifest)} | step_inputs(experiment.curate)
     return [record.Claim(experiment.directory("curated"), "curate", settings, inputs)]
 
 

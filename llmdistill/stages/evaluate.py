@@ -44,6 +44,8 @@ from llmdistill.models.loading import (
 )
 from llmdistill.models.root_classes import RootClasses
 from llmdistill.runs import record
+from llmdistill.runs.files import write_json, write_parquet
+from llmdistill.runs.inputs import model_fingerprint, sha256
 from llmdistill.runs.progress import StageBar, say, working
 from llmdistill.students.origins import before
 from llmdistill.students.sides import Sides, sides_of, tokenizer_of, training_dataset
@@ -225,11 +227,11 @@ def _claim(experiment: Experiment, plan: _Plan) -> record.Claim:
 
 def _inputs(experiment: Experiment, plan: _Plan) -> dict[str, str]:
     """Path or name and hash of the inputs."""
-    inputs = {subject.path: record.model_fingerprint(subject.path, subject.revision) for subject in plan.subjects}
-    inputs |= {other.model: record.model_fingerprint(other.model, other.revision) for other in experiment.teachers.values()}
+    inputs = {subject.path: model_fingerprint(subject.path, subject.revision) for subject in plan.subjects}
+    inputs |= {other.model: model_fingerprint(other.model, other.revision) for other in experiment.teachers.values()}
     manifests = [directory / MANIFEST for directory in (training_dataset(experiment), *experiment.mixed_datasets)]
-    inputs |= {str(file): record.sha256(file) for file in manifests}
-    inputs |= {name: record.sha256(file) for name, file in files_of(plan.tasks).items()}
+    inputs |= {str(file): sha256(file) for file in manifests}
+    inputs |= {name: sha256(file) for name, file in files_of(plan.tasks).items()}
     return inputs | (plan.comparison.inputs if plan.comparison else {})
 
 
@@ -460,8 +462,8 @@ def _write(
     names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in loaded.prompts]
     ids = [str(value) for value in loaded.rows.with_format(None)["id"]]
     teachers = {"teacher": loaded.teachers} if experiment.teachers else {}
-    record.write_parquet(directory / "rows.parquet", pa.table({"id": ids, "conversation": names, **teachers, **flat}))
-    record.write_json(directory / "metrics.json", metrics)
+    write_parquet(directory / "rows.parquet", pa.table({"id": ids, "conversation": names, **teachers, **flat}))
+    write_json(directory / "metrics.json", metrics)
     card = experiment.directory("student") / "README.md"
     if card.is_file():
         write_card(card, lambda: with_results(card.read_text(encoding="utf-8"), metrics, manifest))

@@ -32,6 +32,8 @@ from llmdistill.models.loading import (
     vocabulary_hash,
 )
 from llmdistill.runs import record
+from llmdistill.runs.files import new_directory, read_json, write_json
+from llmdistill.runs.inputs import model_fingerprint, sha256
 from llmdistill.runs.progress import StageBar, say, working
 from llmdistill.students.adapters import base_of, merge_adapters
 from llmdistill.students.formats import FORMATS, ExportFormat, Source, stored_dtype
@@ -82,17 +84,17 @@ def export(experiment: Experiment, dry_run: bool = False) -> None:
             made = _export_one(experiment, FORMATS[form], _source(experiment, FORMATS[form], model), precision.dtype, held_out)
             results = _results(directory) | {"source": str(source), "bytes": model_bytes(model)}
             results["formats"] = [*results["formats"], made]
-            record.write_json(directory / RESULTS, results)
+            write_json(directory / RESULTS, results)
             say("export", _summary(made, results["bytes"], exported_model(experiment)))
         results = _results(directory)
         unmeasured = _without_tasks(results, tasks)
         for made in unmeasured:
             _on_tasks(experiment, model, made, tasks, manifest["tokenizer"]["end_token_ids"])
-            record.write_json(directory / RESULTS, results)
+            write_json(directory / RESULTS, results)
         if experiment.eval.speed == "vllm" and (missing or unmeasured or "serving" not in results):
             hand_back_memory()
             results["serving"] = _serve(experiment, model, results["formats"], tasks, manifest["tokenizer"]["end_token_ids"])
-            record.write_json(directory / RESULTS, results)
+            write_json(directory / RESULTS, results)
     record.finish(directory, {made["name"]: made["bytes"] for made in results["formats"]})
 
 
@@ -108,7 +110,7 @@ def _on_tasks(experiment: Experiment, source: str, made: dict[str, Any], tasks: 
     with working("export", f"loading {name}"):
         model, tokenizer = FORMATS[name].load(str(path), made["dtype"]), load_tokenizer(str(path), None, key="export")
     made["tasks"] = on_tasks(tasks, model, tokenizer, end_ids, experiment)
-    record.write_json(path / CASCADE, for_a_server(tasks, made["tasks"], made["dtype"], experiment.teacher.template_args))
+    write_json(path / CASCADE, for_a_server(tasks, made["tasks"], made["dtype"], experiment.teacher.template_args))
     write_card(path / "README.md", lambda: _card(Path(source), FORMATS[name], made, exported_model(experiment)))
     for line in task_lines(made["tasks"]):
         say("export", f"{name:<11} {line}")
@@ -145,9 +147,9 @@ def claims(experiment: Experiment) -> list[record.Claim]:
 def _inputs(experiment: Experiment, source: Path) -> dict[str, str]:
     """Path or name and hash of the inputs; for adapters, also of their base."""
     models = [base_of(source)] if (source / "adapter_config.json").is_file() else []
-    inputs = {model: record.model_fingerprint(model, None) for model in (*models, str(source))}
+    inputs = {model: model_fingerprint(model, None) for model in (*models, str(source))}
     manifest = training_dataset(experiment) / MANIFEST
-    return inputs | {str(manifest): record.sha256(manifest)}
+    return inputs | {str(manifest): sha256(manifest)}
 
 
 def _held_out(experiment: Experiment) -> _HeldOut:
@@ -175,7 +177,7 @@ def _check_source(settings: Export, source: Path) -> None:
 
 
 def _results(directory: Path) -> dict[str, Any]:
-    found = record.read_json(directory / RESULTS) or {"schema_version": EXPORT_VERSION, "formats": []}
+    found = read_json(directory / RESULTS) or {"schema_version": EXPORT_VERSION, "formats": []}
     if found.get("schema_version") != EXPORT_VERSION:
         raise InputError(
             f"{directory / RESULTS}: schema_version is {found.get('schema_version')}, but this version writes {EXPORT_VERSION}"
@@ -240,7 +242,7 @@ def _export_one(experiment: Experiment, form: ExportFormat, source: Source, dtyp
     name, path, whose = form.name, experiment.directory("export") / form.name, exported_model(experiment)
     if path.exists():  # its measurement was interrupted
         shutil.rmtree(path)
-    with working("export", f"writing {name}"), record.new_directory(path) as unfinished:
+    with working("export", f"writing {name}"), new_directory(path) as unfinished:
         how = form.write(source, unfinished)
         source.tokenizer.save_pretrained(unfinished)
         write_card(unfinished / "README.md", lambda: _card(Path(source.model), form, {"how": how}, whose))

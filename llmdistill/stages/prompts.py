@@ -42,6 +42,7 @@ from llmdistill.prompting.steps import Files, PromptStepContext, run_step
 from llmdistill.prompting.task_prompt import TaskPrompt
 from llmdistill.prompting.template import PromptTemplate
 from llmdistill.runs import record
+from llmdistill.runs.inputs import sha256
 from llmdistill.runs.progress import counted, say
 from llmdistill.teachers import all_fingerprints, teacher_precision
 from llmdistill.teachers.prompt_encoding import PromptEncoder
@@ -365,12 +366,12 @@ def prepared_inputs(experiment: Experiment) -> dict[str, str]:
     """
     section = experiment.prompts or Prompts()
     file = experiment.directory("prompts") / PROMPTS_FILE
-    inputs = {str(file): record.sha256(file)} if section.steps else prompts_inputs(section)
+    inputs = {str(file): sha256(file)} if section.steps else prompts_inputs(section)
     return inputs | _known_inputs(section)
 
 
 def _known_inputs(section: Prompts) -> dict[str, str]:
-    return {str(Path(directory) / MANIFEST): record.sha256(Path(directory) / MANIFEST) for directory in section.known}
+    return {str(Path(directory) / MANIFEST): sha256(Path(directory) / MANIFEST) for directory in section.known}
 
 
 def prompts_inputs(section: Prompts) -> dict[str, str]:
@@ -393,7 +394,7 @@ def _made_prompts(experiment: Experiment) -> Prepared | None:
     file = directory / PROMPTS_FILE
     rows = (row for batch in read_batches([file]) for row in batch.to_pylist())
     table = PromptTable(_read(row, f"{file} row {number}") for number, row in enumerate(rows, start=1))
-    return Prepared(table, {str(file): record.sha256(file)}, run["results"]["steps"])
+    return Prepared(table, {str(file): sha256(file)}, run["results"]["steps"])
 
 
 def token_starts(experiment: Experiment) -> Starts | None:

@@ -11,6 +11,7 @@ from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import share_text
 from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer
 from llmdistill.runs import record
+from llmdistill.runs.inputs import model_fingerprint, sha256
 from llmdistill.runs.progress import say, working
 from llmdistill.students.sides import training_dataset
 
@@ -38,7 +39,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
     """The pruned teacher, and what it depends on."""
     settings, teacher = experiment.student.prune, experiment.teacher
     assert settings is not None
-    inputs = {teacher.model: record.model_fingerprint(teacher.model, teacher.revision)}
+    inputs = {teacher.model: model_fingerprint(teacher.model, teacher.revision)}
     if settings.measured:
         inputs[str(training_dataset(experiment) / MANIFEST)] = _dataset_hash(experiment)
     claimed = {
@@ -85,7 +86,7 @@ def _dataset_hash(experiment: Experiment) -> str:
         raise InputError(
             f"{error}; student.prune needs its rows, except for listed or evenly spaced layers with student.prune.refit false"
         ) from None
-    return record.sha256(training_dataset(experiment) / MANIFEST)
+    return sha256(training_dataset(experiment) / MANIFEST)
 
 
 def _make(experiment: Experiment, settings: Prune) -> tuple[Any, dict[str, Any], list[str]]:

@@ -25,8 +25,8 @@ from llmdistill.evaluation.report.texts import largest_change, view_of_tokens
 from llmdistill.evaluation.report.words import LABELS, template_environment
 from llmdistill.evaluation.report.worth import worth
 from llmdistill.evaluation.summary import exported_model
+from llmdistill.runs.files import check_shape, read_json, write_bytes, write_text
 from llmdistill.runs.progress import console, say
-from llmdistill.runs.record import check_shape, read_json, write_bytes, write_text
 
 SCHEMA_VERSION = 2
 Json = dict[str, Any]

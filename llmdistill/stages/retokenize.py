@@ -36,6 +36,7 @@ from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import check_model_exists
 from llmdistill.models.root_classes import save_classes
 from llmdistill.runs import record
+from llmdistill.runs.inputs import model_fingerprint, sha256
 from llmdistill.runs.progress import StageBar, say, working
 from llmdistill.students.sides import Sides, sides_of, student_of, teacher_of
 
@@ -140,7 +141,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
         named = experiment.teachers.items()
         settings["teachers"] = {name: one.model_dump(mode="json", include={"model", "revision"}) for name, one in named}
     model, revision, _ = student_of(experiment)
-    inputs = {str(manifest): record.sha256(manifest), model: record.model_fingerprint(model, revision)}
+    inputs = {str(manifest): sha256(manifest), model: model_fingerprint(model, revision)}
     return [record.Claim(experiment.directory("retokenized"), "retokenize", settings, inputs)]
 
 

@@ -13,6 +13,7 @@ from llmdistill.data.dataset import MANIFEST, load_dataset, read_manifest
 from llmdistill.data.ids import stable_id
 from llmdistill.errors import InputError
 from llmdistill.runs import record
+from llmdistill.runs.inputs import model_fingerprint, sha256
 from llmdistill.runs.progress import counted, say
 from llmdistill.runs.rounds import Round, round_of, round_training
 from llmdistill.stages import curate, generate, score, train
@@ -66,9 +67,9 @@ def _claim(experiment: Experiment) -> record.Claim:
     names = {"seed", "teacher", "generate", "targets", "curate", "student", "rounds"}
     settings = experiment.model_dump(mode="json", include=names)
     settings["train"] = round_training(experiment).model_dump(mode="json")
-    mixed = {str(path / MANIFEST): record.sha256(path / MANIFEST) for path in experiment.mixed_datasets}
-    inputs = {str(first): record.model_fingerprint(str(first), None), str(curated): record.sha256(curated), **mixed}
-    inputs[experiment.teacher.model] = record.model_fingerprint(experiment.teacher.model, experiment.teacher.revision)
+    mixed = {str(path / MANIFEST): sha256(path / MANIFEST) for path in experiment.mixed_datasets}
+    inputs = {str(first): model_fingerprint(str(first), None), str(curated): sha256(curated), **mixed}
+    inputs[experiment.teacher.model] = model_fingerprint(experiment.teacher.model, experiment.teacher.revision)
     return record.Claim(experiment.directory("student"), "rounds", settings, inputs)
 
 
@@ -178,7 +179,7 @@ class _MicroRounds:
             # No paths: a row has the same id on any machine.
             how = {name: value for name, value in settings["train"].items() if name not in ("dataset", "mix")}
             made_from[str(self.claim.directory)] = stable_id({**settings, "train": how})
-            made_from[str(before / MANIFEST)] = record.sha256(before / MANIFEST)
+            made_from[str(before / MANIFEST)] = sha256(before / MANIFEST)
             ids = load_dataset(before, "train")["id"]
             fingerprint = stable_id(fingerprint, self.claim.inputs[teacher], how, number, list(ids))
         seed = self._of(number).whole.seed

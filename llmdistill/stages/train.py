@@ -33,6 +33,8 @@ from llmdistill.models.loading import (
 from llmdistill.models.root_classes import RootClasses, load_classes
 from llmdistill.objectstore.copies import upload_checkpoints
 from llmdistill.runs import record
+from llmdistill.runs.files import read_json
+from llmdistill.runs.inputs import file_input, model_fingerprint, sha256
 from llmdistill.runs.progress import counted, say, working
 from llmdistill.students.origins import (
     begin_student,
@@ -98,7 +100,7 @@ def claims(experiment: Experiment) -> list[record.Claim]:
         directories[experiment.directory("student-text-only")] = True
     settings = _settings(experiment)
     manifests = [directory / MANIFEST for directory in (training_dataset(experiment), *experiment.mixed_datasets)]
-    inputs = {str(file): record.sha256(file) for file in manifests} | _models_and_files(experiment)
+    inputs = {str(file): sha256(file) for file in manifests} | _models_and_files(experiment)
     found = [
         record.Claim(directory, "train", {**settings, "text_only": text_only}, inputs)
         for directory, text_only in directories.items()
@@ -139,14 +141,14 @@ def _models_and_files(experiment: Experiment) -> dict[str, str]:
         InputError: one is missing.
     """
     model, revision, _ = origin(experiment)
-    found = {model: record.model_fingerprint(model, revision)}
+    found = {model: model_fingerprint(model, revision)}
     for name, teacher in experiment.routed.items() if experiment.targets.online else ():
         check_model_exists(teacher.model, f"teachers.{name}.model" if name else "teacher.model")
-        found[teacher.model] = record.model_fingerprint(teacher.model, teacher.revision)
+        found[teacher.model] = model_fingerprint(teacher.model, teacher.revision)
     for name in _MAY_NAME_A_FILE:
         value = experiment.train.args.get(name)
         if isinstance(value, str) and value.endswith((".json", ".jinja", ".j2")):
-            found |= record.file_input(value, f"train.args.{name}")
+            found |= file_input(value, f"train.args.{name}")
     return found
 
 
@@ -212,7 +214,7 @@ def _examples_of(experiment: Experiment, claim: record.Claim) -> Examples | None
 
 def _steps_of_the_student(experiment: Experiment) -> int:
     """Number of steps of the student, which the students for comparison repeat."""
-    state = record.read_json(experiment.directory("student") / "trainer_state.json")
+    state = read_json(experiment.directory("student") / "trainer_state.json")
     assert state is not None
     return int(state["global_step"])
 

@@ -9,7 +9,7 @@ from typing import Any
 from llmdistill.config.student import Lora
 from llmdistill.errors import InputError, no_such_key, not_installed
 from llmdistill.models.loading import load_model
-from llmdistill.runs.record import read_json
+from llmdistill.runs.files import read_json
 
 # If installed, peft imports it, and it warns about a CPU kernel that it would fetch, and about 8 bits at every layer.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

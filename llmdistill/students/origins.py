@@ -18,6 +18,7 @@ from llmdistill.models.loading import (
     whole_on_every_process,
 )
 from llmdistill.runs import record
+from llmdistill.runs.inputs import model_fingerprint
 from llmdistill.runs.progress import say, working
 from llmdistill.stages.prune import ensure_pruned
 from llmdistill.students import adapters
@@ -69,7 +70,7 @@ def fresh_claims(experiment: Experiment) -> list[record.Claim]:
     student, teacher = experiment.student, experiment.teacher
     if student.config is None:
         return []
-    inputs = {teacher.model: record.model_fingerprint(teacher.model, teacher.revision)}
+    inputs = {teacher.model: model_fingerprint(teacher.model, teacher.revision)}
     claimed = {
         "teacher": teacher.model_dump(mode="json", include={"model", "revision"}),
         "student": {"config": student.config},

@@ -20,7 +20,7 @@ from llmdistill.config.section import Section
 from llmdistill.config.shipped import find
 from llmdistill.data.jsonl import read_json_rows
 from llmdistill.errors import InputError, UnreadableError
-from llmdistill.runs.record import read_json
+from llmdistill.runs.files import read_json
 from llmdistill.tasks.answers import validator_of
 from llmdistill.tasks.database import Database
 

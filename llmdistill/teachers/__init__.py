@@ -19,7 +19,7 @@ from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import not_installed
 from llmdistill.models.chat_template import ChatTemplate, Conversation
 from llmdistill.models.loading import check_model_exists, check_tokenizer_exists, model_precision
-from llmdistill.runs.record import model_fingerprint
+from llmdistill.runs.inputs import model_fingerprint
 
 _IN_TURN = "llmdistill.teachers.ensemble:EnsembleEngine"
 

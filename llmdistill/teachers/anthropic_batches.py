@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 
 from llmdistill.errors import InputError
-from llmdistill.runs import record
+from llmdistill.runs.files import read_json
 from llmdistill.teachers import Request
 from llmdistill.teachers.batches import Batches, Claim, Result, lines
 
@@ -45,7 +45,7 @@ class AnthropicBatches(Batches):
 
     async def find(self, claim: Claim, requests: Sequence[Request]) -> tuple[str | None, bool]:
         """Find it by the results of all batches that may be it, if they have ended."""
-        claims = [record.read_json(file) or {} for file in self.directory.glob("*.json")]
+        claims = [read_json(file) or {} for file in self.directory.glob("*.json")]
         others = {held.get("id") for held in claims}
         candidates = [batch for batch in await self._since(claim.since - _CLOCKS) if batch.id not in others]
         candidates = [batch for batch in candidates if _count(batch) == len(requests)]

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.runs import lock, record
+from llmdistill.runs import lock
+from llmdistill.runs.files import read_json, write_json
 from llmdistill.runs.progress import say
 from llmdistill.teachers import Completion, Request, Usage, remote
 from llmdistill.teachers.answers import UnusableAnswerError, reading
@@ -55,7 +56,7 @@ class Claim:
 
     def write(self) -> None:
         """Write it atomically."""
-        record.write_json(self.file, {"asked": self.asked, "name": self.name, "since": self.since, "id": self.id})
+        write_json(self.file, {"asked": self.asked, "name": self.name, "since": self.since, "id": self.id})
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Batches:
         self.directory.mkdir(parents=True, exist_ok=True)
         async with self._turn:
             with lock.in_turn(file):
-                held = record.read_json(file)
+                held = read_json(file)
                 fresh = held is None or held.get("asked") != digest
                 if fresh:
                     held = {"asked": digest, "name": secrets.token_hex(16), "since": time.time(), "id": None}

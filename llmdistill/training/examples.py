@@ -7,7 +7,7 @@ from llmdistill.config.train import Examples
 from llmdistill.data.ngrams import normalised
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
-from llmdistill.runs.record import file_input, sha256
+from llmdistill.runs.inputs import file_input, sha256
 from llmdistill.tasks.task import Item, Task, check_targets, items_file, read_items, read_task
 
 KEY = "train.compare_examples"

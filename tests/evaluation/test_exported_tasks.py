@@ -15,7 +15,7 @@ from llmdistill.evaluation.cascade import cascade
 from llmdistill.evaluation.exported_tasks import for_a_server, measured_tasks
 from llmdistill.evaluation.statistics import Draws
 from llmdistill.evaluation.tasks import SCHEMA
-from llmdistill.runs import record
+from llmdistill.runs.inputs import model_fingerprint, sha256
 from tests.tasks.make import write_task
 
 
@@ -53,8 +53,8 @@ def experiment(tmp_path):
     (directory / "metrics.json").write_text(json.dumps(described))
     (tmp_path / "student").mkdir()
     (tmp_path / "student/config.json").write_text("{}")
-    inputs = {str(path): record.sha256(path) for path in (file, tmp_path / "test.jsonl")}
-    inputs[str(tmp_path / "student")] = record.model_fingerprint(str(tmp_path / "student"), None)
+    inputs = {str(path): sha256(path) for path in (file, tmp_path / "test.jsonl")}
+    inputs[str(tmp_path / "student")] = model_fingerprint(str(tmp_path / "student"), None)
     (directory / "run.json").write_text(json.dumps({"stage": "eval", "status": "done", "inputs": inputs}))
     tree = {"output": str(tmp_path), "teacher": {"model": "m"}, "eval": {"tasks": [str(file), "hellaswag"]}}
     return Experiment.model_validate(tree)
@@ -108,7 +108,7 @@ def test_a_model_that_eval_has_measured_as_another_is_not_the_student(experiment
     first.mkdir(parents=True)
     (first / "config.json").write_text('{"first": 1}')
     run = json.loads((tmp_path / "eval/run.json").read_text())
-    run["inputs"][str(first)] = record.model_fingerprint(str(first), None)
+    run["inputs"][str(first)] = model_fingerprint(str(first), None)
     (tmp_path / "eval/run.json").write_text(json.dumps(run))
     assert measured_tasks(experiment.with_(export=Export(model=str(first)))) is None
 

@@ -17,8 +17,9 @@ from llmdistill.data.dataset import read_manifest
 from llmdistill.data.targets import SampledByStudent
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
+from llmdistill.runs.files import read_json
+from llmdistill.runs.inputs import model_fingerprint
 from llmdistill.runs.pipeline import check_stale, stages
-from llmdistill.runs.record import model_fingerprint, read_json
 from llmdistill.runs.termination import exit_on_sigterm
 from llmdistill.stages.rounds import rounds
 from llmdistill.stages.table import STAGES

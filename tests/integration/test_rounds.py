@@ -11,8 +11,9 @@ from llmdistill.config import load_experiment
 from llmdistill.data.dataset import read_manifest
 from llmdistill.data.targets import SampledByStudent, SampledLogprobs
 from llmdistill.errors import InputError
+from llmdistill.runs.files import read_json
+from llmdistill.runs.inputs import model_fingerprint
 from llmdistill.runs.pipeline import stages
-from llmdistill.runs.record import model_fingerprint, read_json
 from tests.conftest import run_cli
 from tests.factories import write_experiment
 

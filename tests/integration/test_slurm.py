@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from llmdistill.data.dataset import load_dataset, read_manifest
-from llmdistill.runs.record import read_json
+from llmdistill.runs.files import read_json
 from tests.conftest import ROOT, run_cli
 from tests.factories import write_cut_experiment, write_experiment
 from tests.integration.servers import free_port

@@ -13,7 +13,7 @@ from llmdistill.config import load_experiment
 from llmdistill.errors import InputError
 from llmdistill.jobs import backend_of
 from llmdistill.jobs.commands import scheduled
-from llmdistill.runs.record import read_json
+from llmdistill.runs.files import read_json
 from tests.conftest import ROOT, run_cli
 from tests.doubles import double
 from tests.jobs.test_jobs import HOSTILE

@@ -18,6 +18,7 @@ from llmdistill.objectstore.copies import SEAL, Copy, bring, keep_checkpoints
 from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.objectstore.store import DamagedError, Store
 from llmdistill.runs import lock, record
+from llmdistill.runs.files import read_json, write_json
 from llmdistill.runs.pipeline import stages
 from llmdistill.runs.refresh import refresh
 from llmdistill.stages.generate import generate
@@ -151,8 +152,8 @@ def test_work_that_went_on_replaces_its_copy_and_that_of_another_run_stays(store
     copy.upload_if_done()
     assert store.names("export").keys() == {"a", "new", "run.json", SEAL}
     stage_directory(tmp_path / "other/export", {"a": "5"})
-    run = record.read_json(tmp_path / "other/export/run.json")
-    record.write_json(tmp_path / "other/export/run.json", {**run, "started": "another time"})
+    run = read_json(tmp_path / "other/export/run.json")
+    write_json(tmp_path / "other/export/run.json", {**run, "started": "another time"})
     Copy(store, tmp_path / "other", "export").upload_if_done()
     assert (tmp_path / "store/export/a").read_text() == "1"
     stage_directory(tmp_path / "third/export", {"a": "5"}, b=2)

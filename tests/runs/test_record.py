@@ -11,6 +11,8 @@ import pytest
 from llmdistill.config.machine import Precision
 from llmdistill.errors import InputError
 from llmdistill.runs import hashes, lock, record
+from llmdistill.runs.files import new_directory, read_json
+from llmdistill.runs.inputs import hub_commits, model_fingerprint
 
 SETTINGS = {"generate": {"temperature": 1.0, "samples": 1}, "teacher": {"engine_args": {"max_num_seqs": 1}}}
 INPUTS = {"prompts.jsonl": "hash"}
@@ -33,7 +35,7 @@ def test_the_life_of_a_stage(started):
     assert record.claim(started, "generate", SETTINGS, INPUTS) == "resume"
     record.finish(started, {"rows": 5})
     assert record.claim(started, "generate", SETTINGS, INPUTS) == "done"
-    run = record.read_json(started / "run.json")
+    run = read_json(started / "run.json")
     assert (run["status"], run["seed"], run["results"]) == ("done", 3, {"rows": 5})
     assert run["versions"]["python"]
 
@@ -169,13 +171,13 @@ def test_a_model_is_known_by_its_content(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_bytes(b"x" * (20 << 20))
-    first = record.model_fingerprint(str(tmp_path / "a"), None)
-    assert first == record.model_fingerprint(str(tmp_path / "b"), None)
+    first = model_fingerprint(str(tmp_path / "a"), None)
+    assert first == model_fingerprint(str(tmp_path / "b"), None)
     (tmp_path / "b/run.json").write_text("{}")
-    assert first == record.model_fingerprint(str(tmp_path / "b"), None)
+    assert first == model_fingerprint(str(tmp_path / "b"), None)
     (tmp_path / "b/config.json").write_text('{"a": 1}')
-    assert first != record.model_fingerprint(str(tmp_path / "b"), None)
-    assert record.model_fingerprint("org/name", "v1") == "org/name@v1"
+    assert first != model_fingerprint(str(tmp_path / "b"), None)
+    assert model_fingerprint("org/name", "v1") == "org/name@v1"
 
 
 def test_any_change_of_large_weights_is_seen_and_they_are_read_once(tmp_path, monkeypatch):
@@ -183,17 +185,17 @@ def test_any_change_of_large_weights_is_seen_and_they_are_read_once(tmp_path, mo
     weights = tmp_path / "model/model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(bytes(20 << 20))
-    first = record.model_fingerprint(str(weights.parent), None)
+    first = model_fingerprint(str(weights.parent), None)
     (kept,) = (tmp_path / "cache/llmdistill/hashes").iterdir()
     assert kept.read_text() == hashlib.sha256(bytes(20 << 20)).hexdigest()
     monkeypatch.setattr(hashes, "file_hash", lambda file: pytest.fail("it was read before"))
-    assert record.model_fingerprint(str(weights.parent), None) == first
+    assert model_fingerprint(str(weights.parent), None) == first
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with weights.open("r+b") as stream:
         stream.seek(10 << 20)
         stream.write(b"1")
-    assert record.model_fingerprint(str(weights.parent), None) != first
+    assert model_fingerprint(str(weights.parent), None) != first
 
 
 @pytest.fixture
@@ -214,10 +216,10 @@ def hub(tmp_path, monkeypatch):
 def test_two_commits_of_a_model_are_not_mixed(tmp_path, hub):
     data, old, new = tmp_path / "data", "a" * 40, "b" * 40
     settings, inputs = {"teacher": {"model": "org/name", "revision": None}}, {"org/name": "org/name@main"}
-    assert record.hub_commits(inputs) == {}, "it was not downloaded yet"
+    assert hub_commits(inputs) == {}, "it was not downloaded yet"
     hub(old)
     record.begin(data, "generate", settings, inputs, seed=3)
-    assert record.read_json(data / "run.json")["commits"] == {"org/name": old}
+    assert read_json(data / "run.json")["commits"] == {"org/name": old}
     (data / "shard").write_text("work")
     hub(new)
     for go_on in (record.claim, lambda *claim: record.begin(*claim, seed=3)):
@@ -236,7 +238,7 @@ def test_the_versions_of_every_try_are_kept(tmp_path, monkeypatch):
     for version in ("1", "1", "2", "1", "3"):
         monkeypatch.setattr(record, "versions", lambda version=version: {"torch": version})
         record.begin(tmp_path, "generate", SETTINGS, INPUTS, seed=3)
-    run = record.read_json(tmp_path / "run.json")
+    run = read_json(tmp_path / "run.json")
     assert run["versions"] == {"torch": "3"}
     assert [made["versions"]["torch"] for made in run["earlier"]] == ["1", "2"]
 
@@ -248,7 +250,7 @@ def test_a_stage_that_was_killed_while_it_claimed_its_directory_can_begin(tmp_pa
 
 def test_a_new_directory_appears_whole_or_not_at_all(tmp_path):
     def write(path, fails):
-        with record.new_directory(path) as unfinished:
+        with new_directory(path) as unfinished:
             (unfinished / "file").touch()
             assert not (path / "file").exists()
             if fails:
@@ -278,7 +280,7 @@ def test_who_begins_decides_on_the_precision(tmp_path, capsys):
     """Another machine follows, and says so; other settings are other work."""
     first = record.begin_computing(tmp_path, "generate", {"seed": 1}, {}, 1, BFLOAT16)
     assert first == BFLOAT16
-    assert record.read_json(tmp_path / "run.json")["precision"] == {"dtype": "bfloat16", "reason": BFLOAT16.reason}
+    assert read_json(tmp_path / "run.json")["precision"] == {"dtype": "bfloat16", "reason": BFLOAT16.reason}
     second = record.begin_computing(tmp_path, "generate", {"seed": 1}, {}, 1, FLOAT32)
     assert second.dtype == "bfloat16"
     said = capsys.readouterr().out.splitlines()
@@ -303,7 +305,7 @@ def test_one_of_many_that_begin_at_once_decides(tmp_path):
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = list(pool.map(_begin, [tmp_path] * 8, [BFLOAT16, FLOAT32] * 4))
     (dtype,) = {precision.dtype for precision in found}
-    assert record.read_json(tmp_path / "run.json")["precision"]["dtype"] == dtype
+    assert read_json(tmp_path / "run.json")["precision"]["dtype"] == dtype
 
 
 @pytest.mark.parametrize(
@@ -332,12 +334,12 @@ def test_a_mount_point_is_filled_and_not_replaced(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode:
         pytest.skip("this machine does not let a file system be mounted")
     try:
-        with record.new_directory(place) as unfinished:
+        with new_directory(place) as unfinished:
             (unfinished / "dataset.json").write_text("{}")
             (unfinished / "a").mkdir()
             (unfinished / "a/file").write_text("x")
         assert sorted(path.relative_to(place).as_posix() for path in place.rglob("*")) == ["a", "a/file", "dataset.json"]
-        with pytest.raises(InputError, match="exists and is not empty"), record.new_directory(place):
+        with pytest.raises(InputError, match="exists and is not empty"), new_directory(place):
             pass
     finally:
         subprocess.run(["umount", str(place)], check=True)
@@ -347,7 +349,7 @@ def test_what_cannot_be_put_in_its_place_is_not_thrown_away(tmp_path):
     made = []
 
     def write():
-        with record.new_directory(tmp_path / "out") as unfinished:
+        with new_directory(tmp_path / "out") as unfinished:
             made.append(unfinished)
             (unfinished / "file").write_text("x")
             (tmp_path / "out").mkdir()

@@ -15,9 +15,9 @@ from llmdistill.config import dump_experiment, load_experiment
 from llmdistill.config.jobs import Watch
 from llmdistill.errors import InputError
 from llmdistill.runs import progress, status, watch
+from llmdistill.runs.files import read_json
 from llmdistill.runs.pipeline import stages
 from llmdistill.runs.progress import StageBar, say
-from llmdistill.runs.record import read_json
 from llmdistill.runs.watch import watched
 from tests.conftest import ROOT, run_cli
 

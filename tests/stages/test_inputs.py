@@ -10,6 +10,8 @@ from llmdistill.config import Experiment
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_tokenizer, vocabulary_hash
 from llmdistill.runs import record
+from llmdistill.runs.files import read_json, write_json
+from llmdistill.runs.inputs import model_fingerprint, sha256
 from llmdistill.stages.table import STAGES
 from tests.conftest import run_cli
 
@@ -160,10 +162,10 @@ def place(tiny, text_rows, tmp_path):
         shutil.copytree(tiny, tmp_path / name)
     for name in ("text", "mixed", "run/data"):
         shutil.copytree(text_rows, tmp_path / name)
-        manifest = record.read_json(tmp_path / name / "dataset.json")
+        manifest = read_json(tmp_path / name / "dataset.json")
         vocabulary = vocabulary_hash(load_tokenizer(str(tiny), None))
         manifest["tokenizer"]["vocabulary_hash"] = vocabulary
-        record.write_json(tmp_path / name / "dataset.json", manifest)
+        write_json(tmp_path / name / "dataset.json", manifest)
     return tmp_path
 
 
@@ -235,8 +237,8 @@ def test_an_edited_rubric_is_told_by_the_command_and_a_missing_one_by_its_dry_ru
     settings = loaded.model_dump(mode="json", include={"seed", "curate", "shard_mb"}) | {"eval": {"held_out": 0.0}}
     data = place / "run/data/dataset.json"
     rubric = place / "rubric.yaml"
-    read = {str(file): record.sha256(file) for file in (data, rubric)}
-    read |= {str(place / name): record.model_fingerprint(str(place / name), None) for name in ("judge", "member")}
+    read = {str(file): sha256(file) for file in (data, rubric)}
+    read |= {str(place / name): model_fingerprint(str(place / name), None) for name in ("judge", "member")}
     record.begin(place / "run/curated", "curate", settings, read, 0)
     record.finish(place / "run/curated", {})
     done = run_cli("curate", place / "experiment.yaml")

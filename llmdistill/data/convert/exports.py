@@ -38,8 +38,9 @@ from llmdistill.data.dataset import (
 )
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
+from llmdistill.runs.files import new_directory, write_text
+from llmdistill.runs.inputs import sha256
 from llmdistill.runs.progress import StageBar, console
-from llmdistill.runs.record import new_directory, sha256, write_text
 
 KIND_KEY = b"llmdistill.data.targets.kind"  # in a Parquet file's metadata: what the targets in it are
 _MOST_MASS = 1 - 2**-9  # of top-k targets in DistillKit's form: what rounding to float16 adds does not reach 1

@@ -50,6 +50,8 @@ from llmdistill.models.loading import (
     vocabulary_hash,
 )
 from llmdistill.runs import record
+from llmdistill.runs.files import new_directory
+from llmdistill.runs.inputs import model_fingerprint, sha256
 from llmdistill.runs.progress import StageBar, console
 
 _OF_TEST = re.compile(r"(test|validation|eval)(?![a-z])")  # names of files
@@ -85,7 +87,7 @@ class _Teacher:
                 "model": model,
                 "revision": None,
                 "commit": getattr(config, "_commit_hash", None),
-                "fingerprint": record.model_fingerprint(model, None),
+                "fingerprint": model_fingerprint(model, None),
                 "engine": "unknown",
             },
             "tokenizer": {
@@ -125,9 +127,9 @@ def import_dataset(source: Path, out: Path, form: str, teacher: str, k: int | No
     else:
         config = distillkit.read_compression((source if source.is_dir() else source.parent) / distillkit.CONFIG_FILE)
         read = partial(with_targets.read, entries_of=partial(_distillkit_entries, config=config))
-    sources = {file: record.sha256(file) for members in files.values() for file in members}
+    sources = {file: sha256(file) for members in files.values() for file in members}
     names = {file: _name(digest, file, source) for file, digest in sources.items()}
-    with record.new_directory(out) as unfinished:
+    with new_directory(out) as unfinished:
         shards = _write_shards(unfinished, files, lambda file: read(file, names[file]), model.vocab_size)
         left_out.close("convert", sum(pq.read_metadata(shard.file).num_rows for shard in shards))
         left_out.write(unfinished / "rejected.parquet")

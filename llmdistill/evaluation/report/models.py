@@ -9,7 +9,7 @@ from llmdistill.evaluation.metrics import OWN_TEXT_METRICS, Metric, metrics_of
 from llmdistill.evaluation.plots import group_plot, size_plot
 from llmdistill.evaluation.report.words import megabytes, parameters, percent, tokens_per_second
 from llmdistill.evaluation.statistics import interval_text, share_interval_text, share_text, times_text
-from llmdistill.runs.record import read_json
+from llmdistill.runs.files import read_json
 
 Json = dict[str, Any]
 

@@ -9,7 +9,8 @@ from llmdistill.data.budget import money
 from llmdistill.data.cards import describe_targets
 from llmdistill.data.dataset import MANIFEST
 from llmdistill.evaluation.plots import Point, loss_plot
-from llmdistill.runs.record import read_json, read_run
+from llmdistill.runs.files import read_json
+from llmdistill.runs.record import read_run
 from llmdistill.students.sides import training_dataset
 
 Json = dict[str, Any]
