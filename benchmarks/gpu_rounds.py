@@ -58,7 +58,7 @@ def timed(file: Path, name: str, every: int | None, small: bool) -> tuple[int, f
     """Tokens written by the student in all rounds, seconds, and how many stages that took."""
     from llmdistill.config import load_experiment
     from llmdistill.data.dataset import read_manifest
-    from llmdistill.runs.pipeline import stages
+    from llmdistill.workflow.plan import stages
 
     steps = 1 if small else STEPS
     settings: dict[str, Any] = {"n": 2 if small else ROUNDS, "loss": "reverse_kl"}
@@ -80,8 +80,8 @@ def timed(file: Path, name: str, every: int | None, small: bool) -> tuple[int, f
 
 def work(made: list[Any], small: bool) -> None:
     """Run stages, each in a process of its own as `run` does; the small ones in this one."""
-    from llmdistill.runs.pipeline import run_stages
     from llmdistill.stages.table import STAGES
+    from llmdistill.workflow.pipeline import run_stages
 
     if not small:
         return run_stages(made)

@@ -34,7 +34,7 @@ from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import cluster_numbers, draw_clusters, mean_interval
 from llmdistill.losses.hidden_states import of_pruned
 from llmdistill.models.loading import load_model
-from llmdistill.stages.prune import calibration_and_others
+from llmdistill.stages.prune import calibration_and_others, rounded
 from llmdistill.stages.table import STAGES
 from llmdistill.students.layer_choice import parts_kept
 from llmdistill.students.pruning import Kept, prune_model
@@ -76,6 +76,7 @@ class Variant:
 
 COSINE = {"weight": 1.0, "loss": "cosine"}
 PLAIN = {"refit": False}
+NEAREST = {"by": "kl", "calibration_rows": 64}
 GROUPS: dict[str, dict[str, Variant]] = {
     "start": {
         "pruned without refit": Variant(start=PLAIN),
@@ -85,6 +86,8 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "ridge 0.1": Variant(start={"ridge": 0.1}),
         "ridge 3": Variant(start={"ridge": 3.0}),
         "64 calibration rows": Variant(start={"calibration_rows": 64}),
+        "layers by KL, 64 calibration rows": Variant(start=NEAREST),
+        "layers by KL, 64 calibration rows, linear, alpha 1": Variant({"lr_scheduler_type": "linear", "alpha": 1.0}, NEAREST),
         "in two rounds": Variant(two_rounds=True),
     },
     "shape": {
@@ -266,6 +269,7 @@ class Bench:
             if variant.hidden_until < 1:
                 trainer.add_callback(WithoutHidden(trainer, int(config.max_steps * variant.hidden_until)))
             trainer.train()
+            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its forward pass computes as its weights
         return student.merge_and_unload() if variant.lora else student
 
     def arguments(self, directory: Path, kept: Kept, variant: Variant, seed: int, steps: int) -> DistillConfig:
@@ -285,7 +289,7 @@ class Bench:
 
     def finish(self, student: Any) -> Any:
         """The student as it would be saved."""
-        return student.to(torch.bfloat16).float().eval()
+        return rounded(student, torch.bfloat16).eval()
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

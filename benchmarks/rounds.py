@@ -21,8 +21,8 @@ from found import argument_parser, report
 
 from llmdistill.config import load_experiment
 from llmdistill.runs.files import read_json
-from llmdistill.runs.pipeline import stages
 from llmdistill.stages.table import STAGES
+from llmdistill.workflow.plan import stages
 
 TARGETS = {"sampled": "{kind: sampled, n: 16}", "topk": "{kind: topk, k: 64}"}
 WAYS = (

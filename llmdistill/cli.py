@@ -159,8 +159,8 @@ def _no_more(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def _init(arguments: argparse.Namespace, rest: list[str]) -> None:
     _no_more(arguments, rest)
-    from llmdistill.runs.init import Choices, init, init_demo
-    from llmdistill.runs.init_task import TaskChoices
+    from llmdistill.init.experiment import Choices, init, init_demo
+    from llmdistill.init.task import TaskChoices
 
     directory = Path(arguments.directory)
     kind = next((kind for kind in ("prompts", "text", "documents", "task") if getattr(arguments, kind) is not None), None)
@@ -216,7 +216,7 @@ def _push(arguments: argparse.Namespace, rest: list[str]) -> None:
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         raise InputError(f"report of several runs does not take {rest[0]}")
-    from llmdistill.runs.compare import compare
+    from llmdistill.workflow.compare import compare
 
     directories = [Path(name) for name in arguments.config]
     for directory in directories:
@@ -273,13 +273,13 @@ def _experiment(arguments: argparse.Namespace, rest: list[str]) -> Experiment:
 
 
 def _run(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from llmdistill.runs.pipeline import dry_run, run_pipeline
+    from llmdistill.workflow.pipeline import dry_run, run_pipeline
 
     (dry_run if arguments.dry_run else run_pipeline)(_experiment(arguments, rest), arguments.remake)
 
 
 def _refresh(arguments: argparse.Namespace, rest: list[str]) -> None:
-    from llmdistill.runs.refresh import refresh
+    from llmdistill.workflow.refresh import refresh
 
     refresh(_experiment(arguments, rest), arguments.dry_run)
 
@@ -313,7 +313,7 @@ def _stage(arguments: argparse.Namespace, rest: list[str]) -> None:
     if arguments.dry_run:
         STAGES[arguments.command].function(experiment, dry_run=True, **options)
         return
-    from llmdistill.runs.stage import run_stage
+    from llmdistill.workflow.stage import run_stage
 
     run_stage(experiment, arguments.command, share, **options)
 

@@ -63,7 +63,7 @@ def start_forked(
 
 def _program(words: list[str], directory: str, environment: dict[str, str], out: str, err: str) -> None:
     from llmdistill.__main__ import run
-    from llmdistill.runs import pipeline
+    from llmdistill.workflow import pipeline
 
     class Stage:
         """What `llmdistill run` starts a stage by: a fork of the process that has done the imports, not of its own."""

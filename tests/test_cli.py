@@ -11,7 +11,7 @@ from llmdistill import cli
 from llmdistill.config import keys, load_experiment
 from llmdistill.config.help import COMMON
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.runs import pipeline
+from llmdistill.workflow import pipeline
 
 
 def test_what_another_than_the_first_process_finds_alone_it_says_after_a_while(monkeypatch, capsys, tmp_path, sigterm):

@@ -82,7 +82,7 @@ def test_a_traceback_shows_no_key(experiment_file, tmp_path):
     """Whatever a library puts into its error."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
-        "import llmdistill.runs.pipeline as pipeline\n"
+        "import llmdistill.workflow.pipeline as pipeline\n"
         "def stages(experiment):\n"
         "    raise RuntimeError('cannot log in with ' + os.environ['WANDB_API_KEY'])\n"
         "pipeline.stages = stages\n"

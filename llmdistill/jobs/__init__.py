@@ -16,11 +16,12 @@ from llmdistill.data.shards import count_shards
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import check_gpus, scheduled
-from llmdistill.runs import pipeline
 from llmdistill.runs.files import check_shape, read_json, write_json, write_text
 from llmdistill.runs.progress import console, counted, say
-from llmdistill.runs.status import how_far, known
 from llmdistill.stages.table import STAGES
+from llmdistill.workflow.checks import check_held_out, check_inputs, check_stale, missing_stages
+from llmdistill.workflow.plan import stages
+from llmdistill.workflow.status import how_far, known
 
 BACKENDS = tuple(Jobs.model_fields)
 WHOLE = "run"  # the `stage` of a job that runs all of them
@@ -51,7 +52,7 @@ def submit(experiment: Experiment, dry_run: bool = False) -> None:
     name, settings = chosen
     backend, directory = backend_of(name), Path(experiment.output) / "jobs"
     if backend.same_files:
-        pipeline.check_inputs(experiment, here=False)
+        check_inputs(experiment, here=False)
         _check_first(experiment, settings)
     stages = scheduled(experiment, settings)
     check_gpus(name, settings, stages)
@@ -97,12 +98,12 @@ def _check_first(experiment: Experiment, settings: Scheduler[Any]) -> None:
         file = getattr(one, "accelerate", None)
         if file and not Path(file).is_file():
             raise InputError(f"{file}: no such file (accelerate)")
-    pipeline.check_stale(experiment)
-    first = pipeline.stages(experiment)[0]
+    check_stale(experiment)
+    first = stages(experiment)[0]
     STAGES[first.command].claims(first.experiment)
     if experiment.prompts is not None:
-        missing = pipeline.missing_stages(experiment)
-        prepared = pipeline.check_held_out(experiment, missing)
+        missing = missing_stages(experiment)
+        prepared = check_held_out(experiment, missing)
         if prepared is not None and any(stage.command == "generate" for stage in missing):
             _warn_of_idle_workers(experiment, settings.workers, len(prepared.prompts))
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from llmdistill.config import Experiment
 from llmdistill.config.jobs import Scheduler
-from llmdistill.runs.pipeline import StageRun
+from llmdistill.workflow.plan import StageRun
 
 Job = dict[str, str]  # its `stage`, its name as `job`, and whatever else its backend needs to find it
 Settings = TypeVar("Settings", bound=Scheduler[Any], contravariant=True)

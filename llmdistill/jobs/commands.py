@@ -14,8 +14,8 @@ import yaml
 from llmdistill.config import Experiment
 from llmdistill.config.jobs import Mounted, Scheduler
 from llmdistill.errors import InputError, RemoteError
-from llmdistill.runs.pipeline import StageRun, stages
 from llmdistill.stages.table import STAGES
+from llmdistill.workflow.plan import StageRun, stages
 
 PORT = 29500
 # Messages of sbatch, kubectl and sky for faults that are not in their input.

@@ -11,7 +11,7 @@ from llmdistill.config.jobs import Kubernetes
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import ask, completed, documents, of_stage, run_name, words_of
-from llmdistill.runs.pipeline import StageRun
+from llmdistill.workflow.plan import StageRun
 
 _LABEL = "llmdistill/run"
 _CONFIGS = "/etc/llmdistill"  # in the pods

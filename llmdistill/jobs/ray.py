@@ -11,8 +11,8 @@ from llmdistill.config.jobs import Ray
 from llmdistill.errors import InputError, RemoteError, not_installed
 from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import engine_gpus, of_stage
-from llmdistill.runs.pipeline import StageRun
 from llmdistill.stages.table import STAGES
+from llmdistill.workflow.plan import StageRun
 
 _FILE = "ray.yaml"
 

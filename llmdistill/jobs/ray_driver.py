@@ -22,11 +22,11 @@ from llmdistill.data.shards import Worker, indices
 from llmdistill.errors import BusyError, InputError, RemoteError
 from llmdistill.jobs import ray as backend
 from llmdistill.jobs.commands import scheduled, words_of
-from llmdistill.runs.pipeline import StageRun
 from llmdistill.runs.progress import say
-from llmdistill.runs.stage import run_stage
 from llmdistill.runs.termination import exit_on_sigterm
 from llmdistill.stages.table import STAGES
+from llmdistill.workflow.plan import StageRun
+from llmdistill.workflow.stage import run_stage
 
 
 class Queue:

@@ -10,7 +10,7 @@ from llmdistill.config.jobs import SkyPilot
 from llmdistill.errors import InputError
 from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import ask, completed, documents, launched, of_stage, run_name, words_of
-from llmdistill.runs.pipeline import StageRun
+from llmdistill.workflow.plan import StageRun
 
 _FIRST = '$(echo "$SKYPILOT_NODE_IPS" | head -n 1)'
 _CONFIGS = "~/llmdistill"  # on the machines

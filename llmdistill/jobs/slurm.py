@@ -10,7 +10,7 @@ from llmdistill.config.jobs import Slurm
 from llmdistill.errors import InputError
 from llmdistill.jobs.backend import Backend, Job
 from llmdistill.jobs.commands import ask, launched, of_stage, words_of
-from llmdistill.runs.pipeline import StageRun
+from llmdistill.workflow.plan import StageRun
 
 _OPTIONS = {"partition": "partition", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time"}
 

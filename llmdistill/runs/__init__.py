@@ -1,1 +1,1 @@
-"""A run: its record, the order of its stages, its progress, and monitoring."""
+"""What a stage leaves and shows: its record, locks, files that appear complete, progress and monitoring."""

@@ -15,9 +15,9 @@ from llmdistill.errors import InputError
 from llmdistill.runs import record
 from llmdistill.runs.inputs import model_fingerprint, sha256
 from llmdistill.runs.progress import counted, say
-from llmdistill.runs.rounds import Round, round_of, round_training
 from llmdistill.stages import curate, generate, score, train
 from llmdistill.stages.prompts import Prepared, PromptTable, prepared_prompts
+from llmdistill.students.on_policy import Round, round_of, round_training
 from llmdistill.teachers.resident import Resident
 from llmdistill.training.rows import check_mix, learnable, mixed_rows
 from llmdistill.training.settings import arguments_of

@@ -9,7 +9,7 @@ import pytest
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
-from llmdistill.runs.pipeline import stages
+from llmdistill.workflow.plan import stages
 from tests.conftest import ROOT, run_cli
 from tests.forked import start_forked
 

@@ -19,12 +19,13 @@ from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model
 from llmdistill.runs.files import read_json
 from llmdistill.runs.inputs import model_fingerprint
-from llmdistill.runs.pipeline import check_stale, stages
 from llmdistill.runs.termination import exit_on_sigterm
 from llmdistill.stages.rounds import rounds
 from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import train
 from llmdistill.training.trainer import DistillTrainer
+from llmdistill.workflow.checks import check_stale
+from llmdistill.workflow.plan import stages
 from tests.conftest import run_cli
 from tests.factories import write_experiment
 from tests.forked import context

@@ -9,7 +9,7 @@ from llmdistill import load_dataset
 from llmdistill.data.dataset import read_manifest
 from llmdistill.runs import lock
 from llmdistill.runs.files import read_json, write_json
-from llmdistill.runs.refresh import _decide, _made_from, _promote
+from llmdistill.workflow.refresh import _decide, _made_from, _promote
 from tests.conftest import run_cli
 from tests.factories import write_experiment
 

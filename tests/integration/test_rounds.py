@@ -13,7 +13,7 @@ from llmdistill.data.targets import SampledByStudent, SampledLogprobs
 from llmdistill.errors import InputError
 from llmdistill.runs.files import read_json
 from llmdistill.runs.inputs import model_fingerprint
-from llmdistill.runs.pipeline import stages
+from llmdistill.workflow.plan import stages
 from tests.conftest import run_cli
 from tests.factories import write_experiment
 

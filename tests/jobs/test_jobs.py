@@ -13,7 +13,7 @@ from llmdistill.config import load_experiment
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.jobs.commands import scheduled
 from llmdistill.jobs.ray import resources
-from llmdistill.runs.status import how_far
+from llmdistill.workflow.status import how_far
 from tests.conftest import run_cli
 from tests.doubles import double
 

@@ -12,8 +12,8 @@ from llmdistill.data import shards
 from llmdistill.data.shards import EVERYTHING, Share
 from llmdistill.errors import BusyError
 from llmdistill.runs import lock
-from llmdistill.runs.pipeline import stages
 from llmdistill.runs.record import read_run
+from llmdistill.workflow.plan import stages
 from tests.conftest import ROOT
 
 pytest.importorskip("ray", reason="Ray is not installed")

@@ -19,9 +19,9 @@ from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.objectstore.store import DamagedError, Store
 from llmdistill.runs import lock, record
 from llmdistill.runs.files import read_json, write_json
-from llmdistill.runs.pipeline import stages
-from llmdistill.runs.refresh import refresh
 from llmdistill.stages.generate import generate
+from llmdistill.workflow.plan import stages
+from llmdistill.workflow.refresh import refresh
 from tests import factories
 
 ABOUT = factories.described()

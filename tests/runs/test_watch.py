@@ -14,11 +14,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from llmdistill.config import dump_experiment, load_experiment
 from llmdistill.config.jobs import Watch
 from llmdistill.errors import InputError
-from llmdistill.runs import progress, status, watch
+from llmdistill.runs import progress, watch
 from llmdistill.runs.files import read_json
-from llmdistill.runs.pipeline import stages
 from llmdistill.runs.progress import StageBar, say
 from llmdistill.runs.watch import watched
+from llmdistill.workflow import status
+from llmdistill.workflow.plan import stages
 from tests.conftest import ROOT, run_cli
 
 SECRET = "hf_do-not-print-this"

@@ -15,14 +15,14 @@ from llmdistill.config import load_experiment
 from llmdistill.config.jobs import Slurm
 from llmdistill.errors import InputError
 from llmdistill.jobs.commands import scheduled
-from llmdistill.runs.compare import compare
-from llmdistill.runs.pipeline import stages
 from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.report import report
 from llmdistill.stages.retokenize import retokenize
 from llmdistill.stages.train import train
+from llmdistill.workflow.compare import compare
+from llmdistill.workflow.plan import stages
 from tests.conftest import run_cli
 from tests.factories import write_foreign
 from tests.teachers.endpoint import Endpoint, distribution, serving, write_numbers

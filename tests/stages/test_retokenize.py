@@ -19,7 +19,6 @@ from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import vocabulary_hash
 from llmdistill.models.root_classes import RootClasses
-from llmdistill.runs.pipeline import stages
 from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
 from llmdistill.stages.generate import generate
@@ -29,6 +28,7 @@ from llmdistill.stages.score import score
 from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import train
 from llmdistill.students.sides import is_needed
+from llmdistill.workflow.plan import stages
 from tests.factories import write_foreign, write_rows
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]

@@ -9,11 +9,11 @@ import pytest
 from llmdistill.config import load_experiment
 from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import InputError
-from llmdistill.runs.stage import run_stage
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from llmdistill.stages.train import _settings, train
 from llmdistill.training.arguments import DistillConfig
+from llmdistill.workflow.stage import run_stage
 from tests.integration.processes import rewind
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]

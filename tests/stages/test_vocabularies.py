@@ -21,7 +21,6 @@ from llmdistill.losses.classes import ClassTable, class_logits
 from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model
 from llmdistill.models.root_classes import load_classes
-from llmdistill.runs.pipeline import stages
 from llmdistill.stages import retokenize as module
 from llmdistill.stages.curate import curate
 from llmdistill.stages.evaluate import evaluate
@@ -32,6 +31,7 @@ from llmdistill.stages.score import score
 from llmdistill.stages.table import STAGES
 from llmdistill.stages.train import train
 from llmdistill.students.sides import is_needed
+from llmdistill.workflow.plan import stages
 from tests.factories import VOCAB, write_foreign, write_noisy
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.slow]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmdistill.config import load_experiment
-from llmdistill.runs import refresh
+from llmdistill.workflow import refresh
 from tests.factories import write_experiment
 
 

@@ -14,7 +14,7 @@ from llmdistill.config.reading import dump_yaml
 from llmdistill.data.ngrams import normalised
 from llmdistill.data.ngrams import words as words_of
 from llmdistill.errors import InputError
-from llmdistill.runs.questions import answer
+from llmdistill.init.questions import answer
 from llmdistill.tasks.task import NEEDS, Item, Kind, Task, read_items, task_of
 
 TASK, TEST, SEEDS = "task.yaml", "test.jsonl", "seeds.jsonl"

@@ -10,12 +10,13 @@ from llmdistill.config import load_experiment
 from llmdistill.data.dataset import load_dataset
 from llmdistill.errors import BusyError, InputError
 from llmdistill.runs import record
-from llmdistill.runs.pipeline import check_stale, dry_run, run_pipeline
 from llmdistill.stages import train
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from llmdistill.students.origins import ensure_before
 from llmdistill.teachers import shared_file
+from llmdistill.workflow.checks import check_stale
+from llmdistill.workflow.pipeline import dry_run, run_pipeline
 from tests.conftest import ROOT
 from tests.factories import write_experiment, write_foreign
 
@@ -135,7 +136,7 @@ def test_an_experiment_may_be_moved(begun, tmp_path):
 
 def test_remake_removes_what_is_stale_and_nothing_else(begun, tmp_path, monkeypatch, capsys):
     for name in ("check_plan", "run_stages"):
-        monkeypatch.setattr(f"llmdistill.runs.pipeline.{name}", lambda *_: None)
+        monkeypatch.setattr(f"llmdistill.workflow.pipeline.{name}", lambda *_: None)
     dry_run(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)
     assert "would delete" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["curated", "data", "student"]
@@ -157,7 +158,7 @@ def test_remake_removes_nothing_in_which_another_process_works(begun, tmp_path):
 
 
 def test_too_few_held_out_prompts_are_said_before_the_teacher_works(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("llmdistill.runs.pipeline.estimate", lambda *_: {})
+    monkeypatch.setattr("llmdistill.workflow.checks.estimate", lambda *_: {})
     file = write_experiment(tiny, tmp_path)
     dry_run(load_experiment(file))
     said = capsys.readouterr().out
@@ -193,7 +194,7 @@ def test_a_loss_that_the_dataset_could_not_have_is_refused_before_the_teacher_wo
 def test_remake_makes_the_student_before_training_again(begun, tmp_path, monkeypatch):
     """That of random weights, which no stage of its own makes, and one that was made in the other way."""
     for name in ("check_plan", "run_stages"):
-        monkeypatch.setattr(f"llmdistill.runs.pipeline.{name}", lambda *_: None)
+        monkeypatch.setattr(f"llmdistill.workflow.pipeline.{name}", lambda *_: None)
 
     def of(*overrides):
         return load_experiment(begun, [("output", f"{tmp_path}/other"), ("train.dataset", f"{tmp_path}/run/curated"), *overrides])
@@ -216,7 +217,7 @@ def test_remake_makes_the_student_before_training_again(begun, tmp_path, monkeyp
 
 def test_remake_removes_what_a_link_leads_to(begun, tmp_path, monkeypatch):
     for name in ("check_plan", "run_stages"):
-        monkeypatch.setattr(f"llmdistill.runs.pipeline.{name}", lambda *_: None)
+        monkeypatch.setattr(f"llmdistill.workflow.pipeline.{name}", lambda *_: None)
     (tmp_path / "run/curated").rename(tmp_path / "elsewhere")
     (tmp_path / "run/curated").symlink_to(tmp_path / "elsewhere")
     run_pipeline(load_experiment(begun, [("curate", "[{length: {min_tokens: 2}}]")]), remake=True)

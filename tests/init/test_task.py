@@ -11,14 +11,14 @@ import yaml
 from llmdistill import cli
 from llmdistill.config import load_experiment, shipped
 from llmdistill.errors import InputError
+from llmdistill.init.experiment import Choices, init
+from llmdistill.init.task import KINDS as OF_TASKS
+from llmdistill.init.task import TaskChoices, split
 from llmdistill.prompting.plan import Plan
-from llmdistill.runs import pipeline
-from llmdistill.runs.init import Choices, init
-from llmdistill.runs.init_task import KINDS as OF_TASKS
-from llmdistill.runs.init_task import TaskChoices, split
 from llmdistill.tasks.task import Item, read_items, read_task
+from llmdistill.workflow import pipeline
 from tests.conftest import ROOT, run_cli
-from tests.runs.test_init import typed
+from tests.init.test_experiment import typed
 from tests.tasks.make import KINDS, SCHEMA
 
 OUTPUTS = {

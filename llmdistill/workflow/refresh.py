@@ -19,11 +19,13 @@ from llmdistill.evaluation.metrics import has_teacher
 from llmdistill.evaluation.statistics import interval_text
 from llmdistill.runs import lock
 from llmdistill.runs.files import check_shape, read_json, write_json
-from llmdistill.runs.pipeline import check_splits, run_stages, stages
 from llmdistill.runs.progress import say
 from llmdistill.stages.prompts import Prepared, Prompt, prepared_prompts, prompts_inputs
 from llmdistill.students.sides import is_needed
 from llmdistill.teachers import all_fingerprints
+from llmdistill.workflow.checks import check_splits
+from llmdistill.workflow.pipeline import run_stages
+from llmdistill.workflow.plan import stages
 
 _FILE = "refresh.json"
 _LINK = "promoted"

@@ -12,10 +12,10 @@ import pytest
 from llmdistill import cli
 from llmdistill.config import load_experiment, shipped
 from llmdistill.errors import InputError
+from llmdistill.init.experiment import Choices, init, init_demo
 from llmdistill.prompting.sources import read_source
-from llmdistill.runs import pipeline
-from llmdistill.runs.init import Choices, init, init_demo
 from llmdistill.stages.prompts import load_prompts
+from llmdistill.workflow import pipeline
 from tests.conftest import ROOT, run_cli
 
 FILES = {

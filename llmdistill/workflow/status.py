@@ -37,7 +37,7 @@ def begun(output: Path) -> list[str]:
 
 def known(output: Path) -> list[str]:
     """The stages of a run in order: those of the configuration saved by `run`, and others that have started."""
-    from llmdistill.runs.pipeline import CONFIGS, stages
+    from llmdistill.workflow.plan import CONFIGS, stages
 
     planned: list[str] = []
     for file in sorted((output / CONFIGS).glob("*.yaml")):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from llmdistill.config import load_experiment
-from llmdistill.runs import estimate
-from llmdistill.runs.estimate import Speed
+from llmdistill.workflow import estimate
+from llmdistill.workflow.estimate import Speed
 
 NOTHING = SimpleNamespace(stdout="")
 SPEED = Speed(start=1, parameters=100, layers=4, decode=2, small=0.5, read=0.01, train=0.02, byte=0, batch=8)

@@ -24,12 +24,12 @@ from llmdistill.data.left_out import LeftOut
 from llmdistill.data.row_formats import read_row
 from llmdistill.data.tables import Entry, read_answered
 from llmdistill.errors import InputError, UnusableError
+from llmdistill.init.questions import answer
+from llmdistill.init.task import SEEDS, TaskChoices, task_parts
 from llmdistill.models.demo_teacher import WHEEL
 from llmdistill.models.loading import check_model_exists
 from llmdistill.prompting.sources import read_source
 from llmdistill.runs.files import write_text
-from llmdistill.runs.init_task import SEEDS, TaskChoices, task_parts
-from llmdistill.runs.questions import answer
 
 # What is asked about data of each kind.
 _DATA = {

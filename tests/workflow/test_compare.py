@@ -9,7 +9,7 @@ import pytest
 
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import two_sided_p
-from llmdistill.runs.compare import compare
+from llmdistill.workflow.compare import compare
 from tests.conftest import run_cli
 from tests.stages.test_report import Page, metrics, write
 

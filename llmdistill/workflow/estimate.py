@@ -1,6 +1,6 @@
 """The approximate duration of the stages of a run on this machine, from a short measurement and the configuration.
 
-The measurement runs in a process of its own (`python -m llmdistill.runs.estimate`), so that who asks need not load torch.
+The measurement runs in a process of its own (`python -m llmdistill.workflow.estimate`), so that who asks need not load torch.
 Matrix products of the models' own shapes, a softmax over the vocabulary and a pass over memory are timed; the rest are factors
 that were fitted on whole runs of `configs/demo.yaml`.
 """
@@ -191,7 +191,7 @@ def measure(experiment: Experiment, batch: int) -> Speed | None:
     }
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "llmdistill.runs.estimate", json.dumps(asked)],
+            [sys.executable, "-m", "llmdistill.workflow.estimate", json.dumps(asked)],
             capture_output=True,
             text=True,
             check=True,

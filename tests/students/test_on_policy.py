@@ -7,8 +7,8 @@ import pytest
 from llmdistill.config import Experiment
 from llmdistill.config.train import Mix
 from llmdistill.runs import record
-from llmdistill.runs.rounds import round_of, round_training
 from llmdistill.stages.rounds import _MicroRounds
+from llmdistill.students.on_policy import round_of, round_training
 from llmdistill.students.sides import training_dataset
 
 

@@ -1,0 +1,1 @@
+"""`llmdistill init`: a first experiment, from flags and a few questions."""
