@@ -113,7 +113,7 @@ def make_row(name: str, prompt_ids: Any, completion_ids: Any, token_logprobs: An
     """A row whose prompt and answer read as its name; the teacher's log-probabilities are zero unless given."""
     import numpy as np
 
-    from llmdistill.data.dataset import Row
+    from llmdistill.data.rows import Row
 
     message = [{"role": "user", "content": name}]
     logprobs = np.zeros(len(completion_ids)) if token_logprobs is None else token_logprobs
@@ -135,7 +135,9 @@ def described(kind: str = "none", vocab_size: int = VOCAB, **of_targets: Any) ->
 
 def write_rows(directory: Path, rows: Sequence[Any], kind: str, vocab_size: int = VOCAB, **of_targets: Any) -> Path:
     """A dataset of one shard, with the manifest that training needs."""
-    from llmdistill.data.dataset import finished_shards, rows_to_table, write_manifest, write_shard
+    from llmdistill.data.manifest import write_manifest
+    from llmdistill.data.rows import rows_to_table
+    from llmdistill.data.shard_writer import finished_shards, write_shard
     from llmdistill.data.targets import KINDS
 
     if size := KINDS[kind].size:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmdistill.data.collator import DistillCollator
-from llmdistill.data.dataset import Row
+from llmdistill.data.rows import Row
 from llmdistill.data.targets import Sampled, TopK
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.models.forward import completion_logits

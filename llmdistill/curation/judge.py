@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from llmdistill.config import Experiment, Generate, Targets, Teacher
 from llmdistill.config.curate import Judge
 from llmdistill.curation.steps import Check, CurationStep, Failed, StepContext, final_answers
-from llmdistill.data.dataset import Messages
 from llmdistill.data.ids import stable_id
+from llmdistill.data.rows import Messages
 from llmdistill.data.targets import TopK
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.template import PromptTemplate

@@ -7,7 +7,8 @@ import pyarrow as pa
 
 from llmdistill.config.curate import Malformed
 from llmdistill.curation.steps import Check, CurationStep, StepContext, answers, completion_ids, questions
-from llmdistill.data.dataset import has_several_tokenizers, teacher_names
+from llmdistill.data.manifest import has_several_tokenizers
+from llmdistill.data.rows import teacher_names
 
 # Shapes of the tokens that mark turns in chat templates, where they were written as text.
 _MARKERS = re.compile(

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment
 from llmdistill.config.curate import CurateStep
-from llmdistill.data.dataset import read_batches
+from llmdistill.data.batches import read_batches
 from llmdistill.errors import not_installed
 from llmdistill.teachers.thinking import behind_trace
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmdistill.config import Experiment
-from llmdistill.data.dataset import Shard, billed, finished_shards
+from llmdistill.data.shard_writer import Shard, billed, finished_shards
 from llmdistill.errors import BudgetError, InputError
 from llmdistill.teachers import Completion, Request, Usage, longest_answer, most_billed, shared_file
 from llmdistill.teachers.limits import spent

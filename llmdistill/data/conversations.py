@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmdistill.data.dataset import Messages, whole_conversation
 from llmdistill.data.jsonl import Fields
+from llmdistill.data.rows import Messages, whole_conversation
 from llmdistill.errors import UnreadableError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 

@@ -10,7 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OIDCError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from llmdistill import __version__
-from llmdistill.data.dataset import MANIFEST, SPLITS, shard_files
+from llmdistill.data.dataset import shard_files
+from llmdistill.data.manifest import MANIFEST
+from llmdistill.data.shard_writer import SPLITS
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.models.root_classes import FILE as CLASSES
 from llmdistill.runs.files import RUN_FILE, read_json

@@ -14,7 +14,10 @@ from rich.text import Text
 from llmdistill.config import Generate
 from llmdistill.data import targets
 from llmdistill.data.alignment import shares
-from llmdistill.data.dataset import SPLITS, bytes_per_position, read_batches, read_manifest, shard_files
+from llmdistill.data.batches import read_batches
+from llmdistill.data.dataset import shard_files
+from llmdistill.data.manifest import bytes_per_position, read_manifest
+from llmdistill.data.shard_writer import SPLITS
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import share_text
 from llmdistill.runs.progress import console, counted, printable

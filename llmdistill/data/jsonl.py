@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from llmdistill.config.shipped import find
-from llmdistill.data.dataset import storable
+from llmdistill.data.rows import storable
 from llmdistill.errors import InputError, UnreadableError
 
 Fields = dict[str, Any]

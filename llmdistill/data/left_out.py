@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from llmdistill.config.rows import RowReading
 from llmdistill.config.section import without_secrets
-from llmdistill.data.dataset import to_json
+from llmdistill.data.rows import to_json
 from llmdistill.errors import InputError, UnreadableError, UnusableError
 from llmdistill.runs.files import write_parquet
 from llmdistill.runs.progress import say

@@ -12,8 +12,8 @@ from typing import Any
 
 from llmdistill.config.rows import FORMATS, RowReading
 from llmdistill.data.conversations import LEARNED, MEDIA
-from llmdistill.data.dataset import OURS
 from llmdistill.data.jsonl import Fields
+from llmdistill.data.rows import OURS
 from llmdistill.data.traffic import Recorded
 from llmdistill.errors import UnreadableError
 from llmdistill.runs.progress import say

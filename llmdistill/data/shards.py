@@ -23,24 +23,19 @@ import pyarrow.parquet as pq
 from llmdistill.config import Experiment, Targets
 from llmdistill.config.machine import Precision
 from llmdistill.data.budget import Budget, bill, money, whole_bill
-from llmdistill.data.dataset import (
-    MANIFEST,
-    Row,
+from llmdistill.data.left_out import LeftOut
+from llmdistill.data.manifest import MANIFEST, bytes_per_position, describe_shard, write_manifest
+from llmdistill.data.rows import Row, check_logprobs, rows_to_table
+from llmdistill.data.shard_writer import (
     Shard,
-    bytes_per_position,
-    check_logprobs,
-    describe_shard,
     failed_rows,
     finished_shards,
     is_damaged,
     remove_leftovers,
-    rows_to_table,
     with_bill,
     with_failed,
-    write_manifest,
     write_shard,
 )
-from llmdistill.data.left_out import LeftOut
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.shared_shards import SharedShards
 from llmdistill.runs import lock, record

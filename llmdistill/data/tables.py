@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from llmdistill.config.rows import RowReading
 from llmdistill.config.shipped import find
-from llmdistill.data.dataset import MANIFEST, read_batches
+from llmdistill.data.batches import read_batches
 from llmdistill.data.jsonl import TEXT_TABLES, Fields, ending_of, open_text, read_json_rows, without_descriptions
+from llmdistill.data.manifest import MANIFEST
 from llmdistill.data.traffic import is_recorded, read_recorded, session_of
 from llmdistill.errors import InputError, UnreadableError
 from llmdistill.runs.inputs import sha256

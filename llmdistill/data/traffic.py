@@ -10,9 +10,9 @@ from typing import Any
 from llmdistill.config.rows import RowReading
 from llmdistill.config.section import is_secret
 from llmdistill.data.conversations import MEDIA
-from llmdistill.data.dataset import conversation_of
 from llmdistill.data.ids import stable_id
 from llmdistill.data.jsonl import Fields
+from llmdistill.data.subjects import conversation_of
 from llmdistill.errors import UnreadableError
 
 _REQUESTS = ("request", "body", "request_body", "requestBody", "input", "inputs")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from llmdistill.config import Experiment
-from llmdistill.data.dataset import metadata_and_provenance
+from llmdistill.data.rows import metadata_and_provenance
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.metrics import METRICS, Sums
 from llmdistill.evaluation.statistics import Array, Draws, check_clusters, interval_text

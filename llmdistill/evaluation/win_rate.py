@@ -19,8 +19,8 @@ from llmdistill.config import Experiment
 from llmdistill.config.eval import WinRate
 from llmdistill.curation.judge import DigitReader, as_text, read_template
 from llmdistill.curation.steps import Failed
-from llmdistill.data.dataset import Messages
 from llmdistill.data.ids import stable_id
+from llmdistill.data.rows import Messages
 from llmdistill.errors import InputError
 from llmdistill.evaluation.across import prompt_ids_of
 from llmdistill.evaluation.parts import Parts

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.data.dataset import MANIFEST
+from llmdistill.data.manifest import MANIFEST
 from llmdistill.errors import InputError
 from llmdistill.objectstore.store import DamagedError, Store
 from llmdistill.runs import lock, record

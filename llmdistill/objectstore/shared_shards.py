@@ -13,7 +13,8 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision
 from llmdistill.data.cards import dataset_card, write_card
-from llmdistill.data.dataset import MANIFEST, SHARD_NAME, Shard, finished_shards, is_damaged
+from llmdistill.data.manifest import MANIFEST
+from llmdistill.data.shard_writer import SHARD_NAME, Shard, finished_shards, is_damaged
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.objectstore.copies import CARD, Copy
 from llmdistill.objectstore.store import DamagedError, Store

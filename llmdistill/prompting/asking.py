@@ -13,8 +13,10 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment, Generate, Targets
 from llmdistill.config.machine import Precision
-from llmdistill.data.dataset import Messages, finished_shards, read_batches, storable, write_shard
+from llmdistill.data.batches import read_batches
 from llmdistill.data.ids import row_seed
+from llmdistill.data.rows import Messages, storable
+from llmdistill.data.shard_writer import finished_shards, write_shard
 from llmdistill.data.shards import Share, check_given_up, counting_others, indices
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError, UnusableError

@@ -12,8 +12,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmdistill.data.dataset import ROW_GROUP, read_batches, storable, to_json
+from llmdistill.data.batches import read_batches
 from llmdistill.data.jsonl import Fields
+from llmdistill.data.rows import storable, to_json
+from llmdistill.data.shard_writer import ROW_GROUP
 from llmdistill.data.tables import describe_place
 from llmdistill.runs import lock
 from llmdistill.runs.files import fsync_directory

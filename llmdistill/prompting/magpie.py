@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import takewhile
 
-from llmdistill.data.dataset import Messages
+from llmdistill.data.rows import Messages
 from llmdistill.data.targets import Array
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.asking import Answer

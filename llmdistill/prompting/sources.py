@@ -13,8 +13,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmdistill.config.prompts import Combine, HubDataset, Passages, Prompts
-from llmdistill.data.dataset import MANIFEST, metadata_and_provenance, read_batches, shard_files
+from llmdistill.data.batches import read_batches
+from llmdistill.data.dataset import shard_files
 from llmdistill.data.jsonl import Fields, ending_of
+from llmdistill.data.manifest import MANIFEST
+from llmdistill.data.rows import metadata_and_provenance
 from llmdistill.data.tables import (
     DOCUMENTS,
     MARKDOWN,

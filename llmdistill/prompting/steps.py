@@ -9,8 +9,8 @@ from typing import Any
 
 from llmdistill.config.prompts import Ask, Combine, Evolve, Magpie, Novelty, SelfInstruct
 from llmdistill.config.section import Section
-from llmdistill.data.dataset import Messages
 from llmdistill.data.ids import row_id, row_seed, stable_id
+from llmdistill.data.rows import Messages
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.prompting.asking import GIVEN_UP, TOO_LONG, UNUSABLE, Answer, Asker, ChatFormat, PromptFormat, Question
 from llmdistill.prompting.items import Item, ItemWriter, count_items, items_file, read_items

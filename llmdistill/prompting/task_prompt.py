@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from llmdistill.data.dataset import Messages
 from llmdistill.data.jsonl import Fields
+from llmdistill.data.rows import Messages
 from llmdistill.errors import UnreadableError
 from llmdistill.prompting.template import check_field
 from llmdistill.runs.inputs import sha256

@@ -15,8 +15,8 @@ from pydantic import ValidationError, model_validator
 
 from llmdistill.config import explain, read_yaml
 from llmdistill.config.section import Section, check_schema
-from llmdistill.data.dataset import Messages
 from llmdistill.data.jsonl import Fields
+from llmdistill.data.rows import Messages
 from llmdistill.errors import InputError, UnreadableError
 from llmdistill.tasks.answers import bounded
 

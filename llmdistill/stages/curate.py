@@ -19,20 +19,12 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment
 from llmdistill.curation.steps import COLUMNS, Array, Check, Failed, StepContext, step_inputs, step_named
+from llmdistill.data.batches import read_batches
 from llmdistill.data.budget import money
-from llmdistill.data.dataset import (
-    MANIFEST,
-    SPLITS,
-    Shard,
-    Split,
-    SplitWriter,
-    conversation_keys,
-    is_held_out,
-    read_batches,
-    read_manifest,
-    shard_files,
-    write_manifest,
-)
+from llmdistill.data.dataset import shard_files
+from llmdistill.data.manifest import MANIFEST, read_manifest, write_manifest
+from llmdistill.data.shard_writer import SPLITS, Shard, Split, SplitWriter
+from llmdistill.data.subjects import conversation_keys, is_held_out
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import check_clusters
 from llmdistill.runs import lock, record

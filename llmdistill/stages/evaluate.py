@@ -16,8 +16,11 @@ import pyarrow as pa
 from llmdistill.config import Experiment
 from llmdistill.config.machine import inference_precision
 from llmdistill.data.cards import with_results, write_card
-from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest, whole_conversation
+from llmdistill.data.dataset import load_dataset
 from llmdistill.data.importance import effective_sample_size, importance, log_importance
+from llmdistill.data.manifest import MANIFEST, read_manifest
+from llmdistill.data.rows import whole_conversation
+from llmdistill.data.subjects import conversation_keys
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.evaluation import drafts, serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost

@@ -13,7 +13,9 @@ from llmdistill.config import Experiment
 from llmdistill.config.export import Export
 from llmdistill.config.machine import inference_precision
 from llmdistill.data.cards import without_results, write_card
-from llmdistill.data.dataset import MANIFEST, conversation_keys, load_dataset, read_manifest
+from llmdistill.data.dataset import load_dataset
+from llmdistill.data.manifest import MANIFEST, read_manifest
+from llmdistill.data.subjects import conversation_keys
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.exported_tasks import CASCADE, MeasuredTasks, for_a_server, measured_tasks, on_tasks

@@ -9,8 +9,9 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.data.budget import estimate
 from llmdistill.data.conversations import as_columns
-from llmdistill.data.dataset import Row, read_manifest
 from llmdistill.data.ids import row_id, row_seed
+from llmdistill.data.manifest import read_manifest
+from llmdistill.data.rows import Row
 from llmdistill.data.shards import EVERYTHING, Layout, Opened, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.data.targets import SampledLogprobs
 from llmdistill.errors import InputError, UnusableError

@@ -11,24 +11,17 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment
 from llmdistill.config.prompts import Magpie, Prompts, SelfInstruct
+from llmdistill.data.batches import read_batches
 from llmdistill.data.conversations import CONVERSATION, as_columns, given_prompt, metadata, more_than_text
-from llmdistill.data.dataset import (
-    MANIFEST,
-    MESSAGES,
-    ROW_GROUP,
-    conversation_of,
-    is_held_out,
-    prompt_keys,
-    read_batches,
-    read_manifest,
-    remove_leftovers,
-    to_json,
-)
 from llmdistill.data.ids import stable_id
 from llmdistill.data.jsonl import Fields
 from llmdistill.data.left_out import LeftOut
+from llmdistill.data.manifest import MANIFEST, read_manifest
 from llmdistill.data.row_formats import RowReader, check_reserved
+from llmdistill.data.rows import MESSAGES, to_json
+from llmdistill.data.shard_writer import ROW_GROUP, remove_leftovers
 from llmdistill.data.shards import EVERYTHING, Share
+from llmdistill.data.subjects import conversation_of, is_held_out, prompt_keys
 from llmdistill.data.tables import Entry, conversation_of_prompt
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import load_tokenizer

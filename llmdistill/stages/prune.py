@@ -6,7 +6,8 @@ import numpy as np
 
 from llmdistill.config import Experiment
 from llmdistill.config.student import Prune
-from llmdistill.data.dataset import MANIFEST, load_dataset, read_manifest
+from llmdistill.data.dataset import load_dataset
+from llmdistill.data.manifest import MANIFEST, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.evaluation.statistics import share_text
 from llmdistill.models.loading import check_model_exists, load_config, load_model, load_tokenizer

@@ -19,18 +19,13 @@ import pyarrow as pa
 
 from llmdistill.config import Experiment
 from llmdistill.data.alignment import Alignment, Texts, align, chunks, shares
+from llmdistill.data.batches import read_batches
 from llmdistill.data.conversations import stored_ids
-from llmdistill.data.dataset import (
-    MANIFEST,
-    SPLITS,
-    SplitWriter,
-    metadata_and_provenance,
-    read_batches,
-    read_manifest,
-    shard_files,
-    write_manifest,
-)
+from llmdistill.data.dataset import shard_files
 from llmdistill.data.left_out import LeftOut
+from llmdistill.data.manifest import MANIFEST, read_manifest, write_manifest
+from llmdistill.data.rows import metadata_and_provenance
+from llmdistill.data.shard_writer import SPLITS, SplitWriter
 from llmdistill.data.targets import KINDS, Chunks, list_column
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.loading import check_model_exists

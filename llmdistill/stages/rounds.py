@@ -9,8 +9,9 @@ import numpy as np
 
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision
-from llmdistill.data.dataset import MANIFEST, load_dataset, read_manifest
+from llmdistill.data.dataset import load_dataset
 from llmdistill.data.ids import stable_id
+from llmdistill.data.manifest import MANIFEST, read_manifest
 from llmdistill.errors import InputError
 from llmdistill.runs import record
 from llmdistill.runs.inputs import model_fingerprint, sha256

@@ -11,19 +11,13 @@ import pyarrow.parquet as pq
 
 from llmdistill.config import Experiment, Score
 from llmdistill.data.conversations import Turn, as_columns, learned_turns, metadata, stored_ids
-from llmdistill.data.dataset import (
-    SHARD_NAME,
-    SPLITS,
-    Messages,
-    Row,
-    has_several_tokenizers,
-    load_dataset,
-    metadata_and_provenance,
-    read_manifest,
-)
+from llmdistill.data.dataset import load_dataset
 from llmdistill.data.ids import row_seed, stable_id
 from llmdistill.data.left_out import LeftOut
+from llmdistill.data.manifest import has_several_tokenizers, read_manifest
 from llmdistill.data.row_formats import RowReader
+from llmdistill.data.rows import Messages, Row, metadata_and_provenance
+from llmdistill.data.shard_writer import SHARD_NAME, SPLITS
 from llmdistill.data.shards import EVERYTHING, Opened, Part, Worker, count_finished, count_shards, is_whole, make_dataset
 from llmdistill.data.tables import Entry, files_hash, read_answered
 from llmdistill.data.targets import SampledByStudent, SampledLogprobs

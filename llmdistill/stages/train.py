@@ -12,12 +12,8 @@ from llmdistill.config.machine import Precision, training_precision
 from llmdistill.config.teacher import Teacher
 from llmdistill.config.train import Examples
 from llmdistill.data.cards import model_card, write_card
-from llmdistill.data.dataset import (
-    MANIFEST,
-    has_several_tokenizers,
-    load_dataset,
-    read_manifest,
-)
+from llmdistill.data.dataset import load_dataset
+from llmdistill.data.manifest import MANIFEST, has_several_tokenizers, read_manifest
 from llmdistill.data.targets import KINDS
 from llmdistill.errors import InputError
 from llmdistill.evaluation.routes import teachers_of_rows

@@ -16,7 +16,8 @@ from llmdistill.config import Experiment
 from llmdistill.config.student import ORIGINS
 from llmdistill.data.alignment import Side, Texts, align
 from llmdistill.data.conversations import stored_ids
-from llmdistill.data.dataset import MANIFEST, has_several_tokenizers, metadata_and_provenance, read_manifest
+from llmdistill.data.manifest import MANIFEST, has_several_tokenizers, read_manifest
+from llmdistill.data.rows import metadata_and_provenance
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.models.chat_template import ChatTemplate
 from llmdistill.models.loading import (

@@ -4,15 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.config import Experiment
-from llmdistill.data.dataset import (
-    ROW_GROUP,
-    conversation_keys,
-    has_several_tokenizers,
-    is_held_out,
-    load_dataset,
-    read_batches,
-    shard_files,
-)
+from llmdistill.data.batches import read_batches
+from llmdistill.data.dataset import load_dataset, shard_files
+from llmdistill.data.manifest import has_several_tokenizers
+from llmdistill.data.shard_writer import ROW_GROUP
+from llmdistill.data.subjects import conversation_keys, is_held_out
 from llmdistill.data.targets import KINDS, Sampled, SampledByStudent
 from llmdistill.errors import InputError
 from llmdistill.runs.progress import counted, say

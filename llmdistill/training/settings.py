@@ -9,7 +9,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.config.machine import Precision, training_precision
 from llmdistill.config.shipped import page
-from llmdistill.data.dataset import MANIFEST
+from llmdistill.data.manifest import MANIFEST
 from llmdistill.data.targets import SoftTargets
 from llmdistill.errors import InputError, no_such_key
 from llmdistill.runs.progress import say

@@ -5,7 +5,8 @@ import pytest
 
 from llmdistill.config import load_experiment
 from llmdistill.data import budget
-from llmdistill.data.dataset import finished_shards, rows_to_table, with_bill, write_shard
+from llmdistill.data.rows import rows_to_table
+from llmdistill.data.shard_writer import finished_shards, with_bill, write_shard
 from tests.factories import make_row
 
 

@@ -16,18 +16,11 @@ import yaml
 
 from llmdistill import load_dataset
 from llmdistill.data import targets
-from llmdistill.data.dataset import (
-    Row,
-    SplitWriter,
-    finished_shards,
-    read_batches,
-    read_manifest,
-    remove_leftovers,
-    rows_to_table,
-    write_manifest,
-    write_shard,
-)
+from llmdistill.data.batches import read_batches
 from llmdistill.data.inspect import inspect
+from llmdistill.data.manifest import read_manifest, write_manifest
+from llmdistill.data.rows import Row, rows_to_table
+from llmdistill.data.shard_writer import SplitWriter, finished_shards, remove_leftovers, write_shard
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
 from tests import factories
@@ -359,7 +352,7 @@ def test_rows_that_no_teacher_wrote_are_named(directory, change, message):
 
 @pytest.mark.parametrize("tokens", [1, 14, 1 << 16])
 def test_a_row_is_named_however_few_are_read_at_once(directory, monkeypatch, tokens):
-    monkeypatch.setattr("llmdistill.data.dataset.TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr("llmdistill.data.batches.TOKENS_AT_ONCE", tokens)
     rewritten(directory, lambda t: with_column(t, "target_tail", [*t["target_tail"].to_pylist()[:2], [9.0] * 4]))
     with pytest.raises(InputError, match="row 2: target_tail holds 9"):
         load_dataset(directory)

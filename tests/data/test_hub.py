@@ -18,7 +18,9 @@ import yaml
 from llmdistill import DistillConfig, load_dataset, push_to_hub
 from llmdistill.config import Experiment
 from llmdistill.data.cards import model_card
-from llmdistill.data.dataset import finished_shards, read_manifest, rows_to_table, write_manifest, write_shard
+from llmdistill.data.manifest import read_manifest, write_manifest
+from llmdistill.data.rows import rows_to_table
+from llmdistill.data.shard_writer import finished_shards, write_shard
 from llmdistill.errors import InputError, RemoteError
 from llmdistill.runs import record
 from tests import factories

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from llmdistill.data.dataset import Row, rows_to_table, write_shard
+from llmdistill.data.rows import Row, rows_to_table
+from llmdistill.data.shard_writer import write_shard
 from llmdistill.data.targets import KINDS, SampledLogprobs
 
 WITH_TARGETS = [name for name, kind in KINDS.items() if kind.size]

@@ -12,10 +12,12 @@ import pytest
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.data import shards
-from llmdistill.data.dataset import finished_shards, read_manifest, sha256, write_shard
+from llmdistill.data.manifest import read_manifest
+from llmdistill.data.shard_writer import finished_shards, write_shard
 from llmdistill.data.shards import Share, is_whole
 from llmdistill.errors import InputError
 from llmdistill.runs import lock
+from llmdistill.runs.inputs import sha256
 from llmdistill.runs.record import read_run
 from llmdistill.stages.generate import generate
 

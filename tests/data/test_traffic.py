@@ -9,9 +9,11 @@ from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.config.prompts import Prompts
 from llmdistill.config.rows import RowReading
+from llmdistill.data.batches import read_batches
 from llmdistill.data.conversations import given_prompt, learned_turns
-from llmdistill.data.dataset import conversation_keys, is_held_out, metadata_and_provenance, read_batches
 from llmdistill.data.row_formats import FORMS, read_row
+from llmdistill.data.rows import metadata_and_provenance
+from llmdistill.data.subjects import conversation_keys, is_held_out
 from llmdistill.data.tables import read_answered
 from llmdistill.data.traffic import is_recorded, read_recorded
 from llmdistill.errors import InputError, UnreadableError, UnusableError

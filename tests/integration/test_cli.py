@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from llmdistill import cli, load_dataset
-from llmdistill.data.dataset import read_manifest
+from llmdistill.data.manifest import read_manifest
 from tests.conftest import ROOT, run_cli
 from tests.factories import write_foreign
 from tests.forked import start_forked

@@ -9,7 +9,7 @@ import pytest
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
-from llmdistill.data.dataset import read_manifest
+from llmdistill.data.manifest import read_manifest
 from llmdistill.data.shards import Share
 from llmdistill.stages.generate import generate
 from llmdistill.stages.score import score

@@ -12,7 +12,7 @@ import torch
 
 from llmdistill import load_dataset
 from llmdistill.data.collator import DistillCollator
-from llmdistill.data.dataset import read_manifest
+from llmdistill.data.manifest import read_manifest
 from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model
 from tests.conftest import ROOT, run_cli

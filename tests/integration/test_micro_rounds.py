@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.data import shards
-from llmdistill.data.dataset import read_manifest
+from llmdistill.data.manifest import read_manifest
 from llmdistill.data.targets import SampledByStudent
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model

@@ -11,7 +11,8 @@ import time
 import psutil
 import pytest
 
-from llmdistill.data.dataset import load_dataset, read_manifest
+from llmdistill.data.dataset import load_dataset
+from llmdistill.data.manifest import read_manifest
 from llmdistill.runs.files import read_json
 from tests.conftest import ROOT, run_cli
 from tests.factories import write_cut_experiment, write_experiment

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from llmdistill import load_dataset
-from llmdistill.data.dataset import read_manifest
+from llmdistill.data.manifest import read_manifest
 from llmdistill.runs import lock
 from llmdistill.runs.files import read_json, write_json
 from llmdistill.workflow.refresh import _decide, _made_from, _promote

@@ -8,7 +8,7 @@ import torch
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
-from llmdistill.data.dataset import read_manifest
+from llmdistill.data.manifest import read_manifest
 from llmdistill.data.targets import SampledByStudent, SampledLogprobs
 from llmdistill.errors import InputError
 from llmdistill.runs.files import read_json

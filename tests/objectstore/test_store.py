@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from llmdistill.config import load_experiment
-from llmdistill.data.dataset import Row, finished_shards, load_dataset, rows_to_table, write_manifest, write_shard
+from llmdistill.data.dataset import load_dataset
+from llmdistill.data.manifest import write_manifest
+from llmdistill.data.rows import Row, rows_to_table
+from llmdistill.data.shard_writer import finished_shards, write_shard
 from llmdistill.errors import InputError
 from llmdistill.objectstore import copies
 from llmdistill.objectstore.copies import SEAL, Copy, bring, keep_checkpoints

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
-from llmdistill.data.dataset import read_manifest
+from llmdistill.data.manifest import read_manifest
 from llmdistill.stages.prompts import token_starts
 from tests.conftest import run_cli
 from tests.teachers.endpoint import Endpoint, serving, write_numbers

@@ -17,17 +17,10 @@ from hypothesis import strategies as st
 from llmdistill.config.curate import CurateStep
 from llmdistill.curation import judge
 from llmdistill.curation.steps import CurationStep, step_named
-from llmdistill.data.dataset import (
-    SPLITS,
-    Row,
-    conversation_keys,
-    finished_shards,
-    is_held_out,
-    read_manifest,
-    rows_to_table,
-    write_manifest,
-    write_shard,
-)
+from llmdistill.data.manifest import read_manifest, write_manifest
+from llmdistill.data.rows import Row, rows_to_table
+from llmdistill.data.shard_writer import SPLITS, finished_shards, write_shard
+from llmdistill.data.subjects import conversation_keys, is_held_out
 from llmdistill.errors import InputError
 from llmdistill.runs import record
 from llmdistill.stages.curate import claims, curate

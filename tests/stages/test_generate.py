@@ -9,7 +9,7 @@ import torch
 
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
-from llmdistill.data.dataset import read_manifest
+from llmdistill.data.manifest import read_manifest
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.curate import curate

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmdistill.config import load_experiment
 from llmdistill.data.collator import DistillCollator, completion_labels
 from llmdistill.data.conversations import stored_ids
-from llmdistill.data.dataset import Row, load_dataset, read_manifest
+from llmdistill.data.dataset import load_dataset
+from llmdistill.data.manifest import read_manifest
+from llmdistill.data.rows import Row
 from llmdistill.errors import InputError
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.losses.classes import ClassTable

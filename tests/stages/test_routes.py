@@ -11,7 +11,9 @@ import torch
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.config.reading import dump_experiment
-from llmdistill.data.dataset import finished_shards, metadata_and_provenance, read_manifest
+from llmdistill.data.manifest import read_manifest
+from llmdistill.data.rows import metadata_and_provenance
+from llmdistill.data.shard_writer import finished_shards
 from llmdistill.data.shards import Layout, Share
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model

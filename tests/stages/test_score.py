@@ -11,9 +11,11 @@ import torch
 from llmdistill import load_dataset
 from llmdistill.config import load_experiment
 from llmdistill.data import targets
+from llmdistill.data.batches import read_batches
 from llmdistill.data.convert.exports import export_dataset
 from llmdistill.data.convert.imports import import_dataset
-from llmdistill.data.dataset import conversation_keys, read_batches, read_manifest
+from llmdistill.data.manifest import read_manifest
+from llmdistill.data.subjects import conversation_keys
 from llmdistill.errors import InputError
 from llmdistill.models.loading import load_model, load_tokenizer
 from llmdistill.stages.curate import curate

@@ -10,11 +10,13 @@ import torch
 from transformers import AutoTokenizer
 
 from llmdistill.config import load_experiment
-from llmdistill.data import dataset
+from llmdistill.data import batches
 from llmdistill.data.collator import DistillCollator, completion_labels
 from llmdistill.data.convert.exports import export_dataset
-from llmdistill.data.dataset import load_dataset, metadata_and_provenance, read_manifest
+from llmdistill.data.dataset import load_dataset
 from llmdistill.data.inspect import inspect
+from llmdistill.data.manifest import read_manifest
+from llmdistill.data.rows import metadata_and_provenance
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.losses import Objective, distillation_loss
 from llmdistill.losses.classes import ClassTable, class_logits
@@ -202,7 +204,7 @@ def check_figures(run, models, metrics, classes):
 
 
 def test_all_rows_of_a_batch_may_be_left_out(models, experiment, monkeypatch):
-    monkeypatch.setattr(dataset, "ROW_GROUP", 5)
+    monkeypatch.setattr(batches, "ROW_GROUP", 5)
     run, tried, retokenized = experiment(str(models["near"])), [], module._row
     for step in (generate, curate):
         step(run)
@@ -377,18 +379,18 @@ def test_a_manifest_that_says_nothing_of_a_teachers_tokens_is_refused(models, ex
 
 def test_a_row_with_ids_of_another_vocabulary_is_refused(models, experiment):
     """An id that the other teacher has, and the row's own does not."""
-    from llmdistill.data.dataset import _check_rows
+    from llmdistill.data.row_checks import check_rows
 
     run = experiment(str(models["near"]))
     generate(run)
     manifest = read_manifest(run.directory("data"))
     sizes = {name: one["tokenizer"]["vocab_size"] for name, one in manifest["teachers"].items()}
     file = run.directory("data") / manifest["shards"][0]["file"]
-    _check_rows(file, sizes)
+    check_rows(file, sizes)
     with pytest.raises(InputError, match=r"row 0: the token id \d+ is outside the vocabulary"):
-        _check_rows(file, {"near": 2, "far": VOCAB})
+        check_rows(file, {"near": 2, "far": VOCAB})
     with pytest.raises(InputError, match=r"row 0: is of the teacher 'near', but the dataset has far"):
-        _check_rows(file, {"far": VOCAB})
+        check_rows(file, {"far": VOCAB})
 
 
 def test_reasoning_traces_are_read_in_their_own_teachers_tokens(models, experiment):

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmdistill import load_dataset
-from llmdistill.data.dataset import read_manifest
+from llmdistill.data.manifest import read_manifest
 from tests.conftest import ROOT
 from tests.forked import context
 from tests.teachers.endpoint import Endpoint, new_message_batch, serving, write_numbers

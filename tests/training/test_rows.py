@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from llmdistill.config import load_experiment
-from llmdistill.data.dataset import conversation_keys, load_dataset
+from llmdistill.data.dataset import load_dataset
+from llmdistill.data.subjects import conversation_keys
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
 from llmdistill.training.rows import mixed_rows

@@ -23,19 +23,12 @@ import yaml
 
 from llmdistill import __version__
 from llmdistill.data import targets
+from llmdistill.data.batches import TOKENS_AT_ONCE, read_batches, rows_at_once
 from llmdistill.data.convert import distillkit
-from llmdistill.data.dataset import (
-    MANIFEST,
-    SPLITS,
-    TOKENS_AT_ONCE,
-    Split,
-    has_several_tokenizers,
-    read_batches,
-    read_manifest,
-    rows_at_once,
-    shard_files,
-    whole_conversation,
-)
+from llmdistill.data.dataset import shard_files
+from llmdistill.data.manifest import MANIFEST, has_several_tokenizers, read_manifest
+from llmdistill.data.rows import whole_conversation
+from llmdistill.data.shard_writer import SPLITS, Split
 from llmdistill.data.targets import Array, SoftTargets
 from llmdistill.errors import InputError
 from llmdistill.runs.files import new_directory, write_text

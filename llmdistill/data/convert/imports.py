@@ -20,23 +20,16 @@ import pyarrow.parquet as pq
 
 from llmdistill.config.shipped import page
 from llmdistill.data import targets
+from llmdistill.data.batches import read_batches, rows_at_once
 from llmdistill.data.conversations import as_columns, learned_turns, metadata
 from llmdistill.data.convert import distillkit
 from llmdistill.data.convert.exports import KIND_KEY
-from llmdistill.data.dataset import (
-    ROW_GROUP,
-    Row,
-    Shard,
-    Split,
-    read_batches,
-    rows_at_once,
-    rows_to_table,
-    write_manifest,
-    write_shard,
-)
 from llmdistill.data.jsonl import ending_of, read_json_rows, without_descriptions
 from llmdistill.data.left_out import LeftOut
+from llmdistill.data.manifest import write_manifest
 from llmdistill.data.row_formats import read_row
+from llmdistill.data.rows import Row, rows_to_table
+from llmdistill.data.shard_writer import ROW_GROUP, Shard, Split, write_shard
 from llmdistill.data.tables import is_hidden
 from llmdistill.data.targets import Array
 from llmdistill.data.targets.columns import repeats

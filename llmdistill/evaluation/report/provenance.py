@@ -7,7 +7,7 @@ from typing import Any
 from llmdistill.config import Experiment
 from llmdistill.data.budget import money
 from llmdistill.data.cards import describe_targets
-from llmdistill.data.dataset import MANIFEST
+from llmdistill.data.manifest import MANIFEST
 from llmdistill.evaluation.plots import Point, loss_plot
 from llmdistill.runs.files import read_json
 from llmdistill.runs.record import read_run

@@ -21,8 +21,10 @@ from llmdistill.data.convert import exports as formats
 from llmdistill.data.convert import imports
 from llmdistill.data.convert.exports import export_dataset
 from llmdistill.data.convert.imports import import_dataset
-from llmdistill.data.dataset import SPLITS, Row, read_manifest, rows_to_table, write_manifest, write_shard
 from llmdistill.data.inspect import inspect
+from llmdistill.data.manifest import read_manifest, write_manifest
+from llmdistill.data.rows import Row, rows_to_table
+from llmdistill.data.shard_writer import SPLITS, write_shard
 from llmdistill.errors import InputError
 from llmdistill.stages.curate import curate
 from llmdistill.stages.generate import generate
@@ -161,7 +163,7 @@ def test_distillkit_counts_exactly_the_completions(source, model_logprobs, tmp_p
 @pytest.mark.parametrize("tokens", [1 << 16, 1])
 def test_there_and_back(source, tiny, tmp_path, form, tokens, monkeypatch):
     """Also with one row at a time: the parts that a file is read in leave no trace but the number of shards."""
-    monkeypatch.setattr("llmdistill.data.dataset.TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr("llmdistill.data.batches.TOKENS_AT_ONCE", tokens)
     export_dataset(source, tmp_path / "out", form)
     import_dataset(tmp_path / "out", tmp_path / "back", form, str(tiny))
     manifest, before = read_manifest(tmp_path / "back"), read_manifest(source)

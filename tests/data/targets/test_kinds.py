@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from llmdistill import losses
 from llmdistill.data.collator import DistillCollator
-from llmdistill.data.dataset import Row, rows_to_table
+from llmdistill.data.rows import Row, rows_to_table
 from llmdistill.data.targets import KINDS, SampledLogprobs, SoftTargets, TextOnly, kind_of, list_array
 from llmdistill.losses import DIVERGENCES, Objective, fused
 
