@@ -258,7 +258,7 @@ def outcome(experiment: Experiment, scratch: Path, steps: int, seeds: int, ways:
 
 def read(directory: Path) -> dict[str, Any]:
     """The manifest of a dataset."""
-    from llmdistill.data.dataset import read_manifest
+    from llmdistill.data.manifest import read_manifest
 
     return read_manifest(directory)
 

@@ -62,7 +62,9 @@ def main() -> None:
 
 
 def write_data(directory: Path, rows: int, characters: int) -> None:
-    from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+    from llmdistill.data.manifest import write_manifest
+    from llmdistill.data.rows import Row, rows_to_table
+    from llmdistill.data.shard_writer import finished_shards, write_shard
 
     text = " ".join(" ".join(page.read_text() for page in sorted(Path("docs").glob("*.md"))).split())
     sentences = [sentence for sentence in text.split(". ") if 20 < len(sentence) < 200 and "|" not in sentence]

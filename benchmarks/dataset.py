@@ -66,7 +66,9 @@ def measure(positions: int) -> dict[str, float]:
 def write(data: Path, positions: int) -> dict[str, float]:
     """Stream rows into shards of the default size, and write the manifest."""
     from llmdistill.config import Experiment
-    from llmdistill.data.dataset import SplitWriter, rows_to_table, write_manifest
+    from llmdistill.data.manifest import write_manifest
+    from llmdistill.data.rows import rows_to_table
+    from llmdistill.data.shard_writer import SplitWriter
 
     default = Experiment.model_fields["shard_mb"].default
     writer = SplitWriter(data, "train", int(default * 1e6))
@@ -117,7 +119,7 @@ def read(data: Path, positions: int) -> dict[str, float]:
 
 def synthetic_rows(generator: np.random.Generator, positions: int, number: int) -> list[Any]:
     """Rows with so many positions together, or a few more."""
-    from llmdistill.data.dataset import Row
+    from llmdistill.data.rows import Row
     from llmdistill.data.targets import Sampled
 
     lengths: list[int] = []

@@ -27,7 +27,8 @@ from found import argument_parser, report
 
 from llmdistill.config import load_experiment
 from llmdistill.data import shards
-from llmdistill.data.dataset import rows_to_table, write_shard
+from llmdistill.data.rows import rows_to_table
+from llmdistill.data.shard_writer import write_shard
 from llmdistill.data.targets import KINDS
 from llmdistill.models.loading import load_config
 from llmdistill.stages.generate import _Prompts

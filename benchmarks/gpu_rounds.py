@@ -57,7 +57,7 @@ def experiment(directory: Path, small: bool) -> Path:
 def timed(file: Path, name: str, every: int | None, small: bool) -> tuple[int, float, int]:
     """Tokens written by the student in all rounds, seconds, and how many stages that took."""
     from llmdistill.config import load_experiment
-    from llmdistill.data.dataset import read_manifest
+    from llmdistill.data.manifest import read_manifest
     from llmdistill.workflow.plan import stages
 
     steps = 1 if small else STEPS

@@ -24,7 +24,8 @@ from transformers.utils import logging
 from llmdistill import DistillConfig, DistillTrainer, load_dataset
 from llmdistill.config import Experiment, Targets, load_experiment
 from llmdistill.data.collator import DistillCollator
-from llmdistill.data.dataset import Row, rows_to_table, write_shard
+from llmdistill.data.rows import Row, rows_to_table
+from llmdistill.data.shard_writer import write_shard
 from llmdistill.data.targets import TopK
 from llmdistill.evaluation.fidelity import fidelity
 from llmdistill.evaluation.statistics import draw_clusters, mean_interval

@@ -76,7 +76,6 @@ class Variant:
 
 COSINE = {"weight": 1.0, "loss": "cosine"}
 PLAIN = {"refit": False}
-NEAREST = {"by": "kl", "calibration_rows": 64}
 GROUPS: dict[str, dict[str, Variant]] = {
     "start": {
         "pruned without refit": Variant(start=PLAIN),
@@ -86,8 +85,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "ridge 0.1": Variant(start={"ridge": 0.1}),
         "ridge 3": Variant(start={"ridge": 3.0}),
         "64 calibration rows": Variant(start={"calibration_rows": 64}),
-        "layers by KL, 64 calibration rows": Variant(start=NEAREST),
-        "layers by KL, 64 calibration rows, linear, alpha 1": Variant({"lr_scheduler_type": "linear", "alpha": 1.0}, NEAREST),
+        "64 calibration rows, linear, alpha 1": Variant({"lr_scheduler_type": "linear", "alpha": 1.0}, {"calibration_rows": 64}),
         "in two rounds": Variant(two_rounds=True),
     },
     "shape": {

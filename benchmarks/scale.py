@@ -24,7 +24,9 @@ import pyarrow.parquet as pq
 import synthetic
 from found import argument_parser, report
 
-from llmdistill.data.dataset import Row, describe_shard, finished_shards, rows_to_table, write_manifest, write_shard
+from llmdistill.data.manifest import describe_shard, write_manifest
+from llmdistill.data.rows import Row, rows_to_table
+from llmdistill.data.shard_writer import finished_shards, write_shard
 from llmdistill.data.shards import Share
 from llmdistill.data.targets import Sampled
 

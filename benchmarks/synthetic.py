@@ -119,7 +119,7 @@ def rows(vocab: int, lengths: Sequence[tuple[int, int]], kind: str, kept: int, s
         kept: tokens a position.
         seed: of the random numbers.
     """
-    from llmdistill.data.dataset import Row
+    from llmdistill.data.rows import Row
     from llmdistill.data.targets import KINDS
 
     generator, made = np.random.default_rng(seed), []
@@ -141,7 +141,7 @@ def dataset(made: Sequence[Any], vocab: int) -> Any:
     """The rows as `load_dataset` would give them, from memory."""
     import datasets
 
-    from llmdistill.data.dataset import rows_to_table
+    from llmdistill.data.rows import rows_to_table
 
     return datasets.Dataset(rows_to_table(list(made), vocab)).with_format("numpy")
 

@@ -40,7 +40,7 @@ from llmdistill.config.section import Dtype
 from llmdistill.config.student import Prune
 from llmdistill.data.collator import DistillCollator
 from llmdistill.data.convert.distillkit import Compression, pack
-from llmdistill.data.dataset import parquet_encoding
+from llmdistill.data.shard_writer import parquet_encoding
 from llmdistill.data.targets import Multinomial, Sampled, TopK
 from llmdistill.models.forward import completion_logits
 from llmdistill.models.loading import load_model, load_tokenizer

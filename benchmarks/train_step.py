@@ -150,7 +150,9 @@ def prepare(directory: Path, teacher_directory: str) -> str:
 
     from llmdistill.config import Prune
     from llmdistill.data.collator import DistillCollator
-    from llmdistill.data.dataset import Row, finished_shards, rows_to_table, write_manifest, write_shard
+    from llmdistill.data.manifest import write_manifest
+    from llmdistill.data.rows import Row, rows_to_table
+    from llmdistill.data.shard_writer import finished_shards, write_shard
     from llmdistill.data.targets import Sampled
     from llmdistill.models.forward import completion_logits
     from llmdistill.models.loading import load_model, load_tokenizer
