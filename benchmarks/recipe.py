@@ -85,7 +85,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "ridge 0.1": Variant(start={"ridge": 0.1}),
         "ridge 3": Variant(start={"ridge": 3.0}),
         "64 calibration rows": Variant(start={"calibration_rows": 64}),
-        "64 calibration rows, linear, alpha 1": Variant({"lr_scheduler_type": "linear", "alpha": 1.0}, {"calibration_rows": 64}),
+        "64 calibration rows, ridge 0.3": Variant(start={"calibration_rows": 64, "ridge": 0.3}),
         "in two rounds": Variant(two_rounds=True),
     },
     "shape": {
