@@ -86,6 +86,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "ridge 3": Variant(start={"ridge": 3.0}),
         "64 calibration rows": Variant(start={"calibration_rows": 64}),
         "64 calibration rows, ridge 0.3": Variant(start={"calibration_rows": 64, "ridge": 0.3}),
+        "64 calibration rows, ridge 3": Variant(start={"calibration_rows": 64, "ridge": 3.0}),
         "in two rounds": Variant(two_rounds=True),
     },
     "shape": {
