@@ -1,10 +1,10 @@
 """Training recipes compared on one student, the demo's by default: where it starts, learning rate and schedule, optimiser, loss.
 
-    make demo && python benchmarks/recipe.py [GROUP or VARIANT ...] [--config FILE] [--steps 36] [--seeds 3]
+    make demo && python benchmarks/recipe.py [GROUP or VARIANT ...] [--calibration-rows 16] [--steps 36] [--seeds 3]
 
 Every variant trains the configuration's student, pruned from its teacher, on its rows, with the same number of tokens; only
-what its name says differs from the reference, which is the configuration with the steps asked for. Printed is
-KL(teacher ‖ student) in nats per token on the held-out rows, the mean over the seeds with a 95% interval by bootstrap over
+what its name says differs from the reference, which is the configuration with the steps and, for the refit, the calibration
+rows asked for. Printed is KL(teacher ‖ student) in nats per token on the held-out rows, the mean over the seeds with a 95% interval by bootstrap over
 prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and the highest seed. Every
 training that ends is kept in a file, and is not made again; each configuration needs a file of its own (`--kept`).
 """
@@ -131,6 +131,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}, or single variants by name; default: all")
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="the reference, with its rows")
+    parser.add_argument("--calibration-rows", type=int, help="for the refit of the reference; default: as configured")
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kept", type=Path, default=Path("runs/recipe.jsonl"), help="file of the trainings that ended")
@@ -145,7 +146,7 @@ def main() -> None:
             parser.error(f"{name} is neither a group nor a variant")
         variants |= named[name]
     with synthetic.demo(arguments.smoke, "generate", "curate", "prune") as tiny:
-        bench = Bench(load_experiment(arguments.config, tiny), steps)
+        bench = Bench(load_experiment(arguments.config, tiny), steps, arguments.calibration_rows)
         table = bench.measure(variants, seeds, None if arguments.smoke else arguments.kept, arguments.ended)
     print(f"\n| {steps} steps, {seeds} seeds | held-out KL | against {REFERENCE} | by seed |\n| --- | ---: | ---: | ---: |")
     for name, row in table.items():
@@ -164,11 +165,12 @@ def kept_in(file: Path | None) -> dict[str, dict[str, list[float]]]:
 class Bench:
     """The teacher, rows and students of a configuration, each made once."""
 
-    def __init__(self, experiment: Experiment, steps: int) -> None:
+    def __init__(self, experiment: Experiment, steps: int, calibration_rows: int | None) -> None:
         self.experiment, self.steps = experiment, steps
         self.teacher = load_model(experiment.teacher.model, dtype="float32")
         self.test = load_dataset(experiment.directory("curated"), "test")
-        self.settings = experiment.student.prune or Prune(layers=1)
+        prune = experiment.student.prune or Prune(layers=1)
+        self.settings = prune.with_(calibration_rows=calibration_rows or prune.calibration_rows)
         self._starts: dict[str, tuple[Any, Kept]] = {}
 
     def measure(self, variants: dict[str, Variant], seeds: int, file: Path | None, ended: bool) -> dict[str, dict[str, float]]:
