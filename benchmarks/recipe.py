@@ -4,9 +4,10 @@
 
 Every variant trains the configuration's student, pruned from its teacher, on its rows, with the same number of tokens; only
 what its name says differs from the reference, which is the configuration with the steps and, for the refit, the calibration
-rows asked for. Printed is KL(teacher ‖ student) in nats per token on the held-out rows, the mean over the seeds with a 95% interval by bootstrap over
-prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and the highest seed. Every
-training that ends is kept in a file, and is not made again; each configuration needs a file of its own (`--kept`).
+rows asked for. Printed is KL(teacher ‖ student) in nats per token on the held-out rows, the mean over the seeds with a 95%
+interval by bootstrap over prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and
+the highest seed. Every training that ends is kept in a file, and is not made again; each reference needs a file of its own
+(`--kept`).
 """
 
 import copy
