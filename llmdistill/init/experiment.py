@@ -95,7 +95,7 @@ def init(directory: Path, choices: Choices) -> None:
     if not source.rows:
         raise InputError(f"{path}: contains no usable rows")
     environment = jinja2.Environment(  # noqa: S701 - the template is YAML
-        loader=jinja2.PackageLoader("llmdistill.runs"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.PackageLoader("llmdistill.init"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     text = environment.get_template("experiment.yaml.j2").render(
         kind=kind,
