@@ -30,7 +30,7 @@ class _Ray:
         self, experiment: Experiment, settings: Ray, stages: Sequence[StageRun], files: Mapping[str, Path]
     ) -> Iterator[Job]:
         """Submit the job to the cluster."""
-        job = str(_client(settings.address).submit_job(entrypoint=files["ray.sh"].read_text().strip()))
+        job = str(_asked(settings.address, "submit_job", entrypoint=files["ray.sh"].read_text().strip()))
         yield {"stage": "run", "job": job, "address": settings.address or ""}
 
     def states(self, jobs: Sequence[Job]) -> list[list[str]]:
@@ -76,9 +76,22 @@ def _client(address: str | None) -> Any:
 
 
 def _of(job: Job, what: str) -> Any:
+    """The answer of the cluster about a job; None if it does not know the job."""
     try:
-        return getattr(_client(job["address"]), what)(job["job"])
-    except RuntimeError as error:
+        return _asked(job["address"], what, job["job"])
+    except RemoteError as error:
         if "does not exist" in str(error):  # the cluster has been restarted
             return None
+        raise
+
+
+def _asked(address: str | None, what: str, *args: str, **kwargs: str) -> Any:
+    """What a method of the cluster's client returns.
+
+    Raises:
+        RemoteError: the cluster refuses, or does not answer any more.
+    """
+    try:
+        return getattr(_client(address), what)(*args, **kwargs)
+    except (RuntimeError, OSError) as error:
         raise RemoteError(f"Ray: {error}") from None

@@ -1,8 +1,10 @@
 """The scripts of scheduled jobs, as text; tests/integration/test_slurm.py runs them."""
 
+import http.server
 import json
 import shlex
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
@@ -203,6 +205,28 @@ def test_a_ray_that_cannot_be_reached_is_no_wrong_input():
     pytest.importorskip("ray", reason="Ray is not installed")
     with pytest.raises(RemoteError, match=r"jobs\.ray\.address: no Ray cluster accepts jobs at http://127\.0\.0\.1:9"):
         jobs.backend_of("ray").states([{"stage": "run", "job": "x", "address": "http://127.0.0.1:9"}])
+
+
+def test_a_ray_that_goes_away_is_no_crash():
+    """The cluster answers the first question, which is its version, and no other."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+
+    class Leaving(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path != "/api/version":
+                return self.connection.close()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"version": "4", "ray_version": "2", "ray_commit": ""}')
+
+        def log_message(self, *words):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Leaving) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(RemoteError, match=r"Ray: .*Connection aborted"):
+            jobs.backend_of("ray").states([{"stage": "run", "job": "x", "address": f"http://127.0.0.1:{server.server_port}"}])
+        server.shutdown()
 
 
 def test_a_scheduler_that_cannot_be_reached_is_no_wrong_input(experiment_file, tmp_path):
