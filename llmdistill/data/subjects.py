@@ -9,6 +9,13 @@ import pyarrow as pa
 
 from llmdistill.data.ngrams import normalised
 from llmdistill.data.rows import OURS
+from llmdistill.data.shard_writer import ROW_GROUP
+
+
+def dataset_keys(rows: Any) -> list[str]:
+    """`conversation_keys` for a `datasets.Dataset`, some rows at a time."""
+    tables = rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow").iter(batch_size=ROW_GROUP)
+    return [key for table in tables for key in conversation_keys(table)]
 
 
 def conversation_keys(rows: pa.Table) -> list[str]:

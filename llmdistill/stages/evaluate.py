@@ -20,7 +20,7 @@ from llmdistill.data.dataset import load_dataset
 from llmdistill.data.importance import effective_sample_size, importance, log_importance
 from llmdistill.data.manifest import MANIFEST, read_manifest
 from llmdistill.data.rows import whole_conversation
-from llmdistill.data.subjects import conversation_keys
+from llmdistill.data.subjects import dataset_keys
 from llmdistill.errors import InputError, UnusableError
 from llmdistill.evaluation import drafts, serving
 from llmdistill.evaluation.examples import samples, views, won_and_lost
@@ -136,7 +136,7 @@ def evaluate(experiment: Experiment, dry_run: bool = False) -> None:
     for subject in (*plan.subjects, *_other_teachers(experiment)):
         _check_vocabulary(subject, manifest)
     rows = held_out_rows(experiment)
-    prompts = conversation_keys(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
+    prompts = dataset_keys(rows)
     warning = check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     precision = inference_precision(experiment.eval.dtype)
     precision = record.begin_computing(*claim, experiment.seed, precision)

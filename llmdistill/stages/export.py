@@ -15,7 +15,7 @@ from llmdistill.config.machine import inference_precision
 from llmdistill.data.cards import without_results, write_card
 from llmdistill.data.dataset import load_dataset
 from llmdistill.data.manifest import MANIFEST, read_manifest
-from llmdistill.data.subjects import conversation_keys
+from llmdistill.data.subjects import dataset_keys
 from llmdistill.errors import InputError
 from llmdistill.evaluation import serving
 from llmdistill.evaluation.exported_tasks import CASCADE, MeasuredTasks, for_a_server, measured_tasks, on_tasks
@@ -161,7 +161,7 @@ def _held_out(experiment: Experiment) -> _HeldOut:
         InputError: they belong to fewer than two prompts.
     """
     rows = load_dataset(training_dataset(experiment), "test")
-    prompts = conversation_keys(rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow")[:])
+    prompts = dataset_keys(rows)
     check_clusters(len(set(prompts)), "held-out prompts", "raise eval.held_out")
     return _HeldOut(rows, Draws.of(prompts, experiment.eval.resamples, experiment.seed))
 

@@ -7,8 +7,7 @@ from llmdistill.config import Experiment
 from llmdistill.data.batches import read_batches
 from llmdistill.data.dataset import load_dataset, shard_files
 from llmdistill.data.manifest import has_several_tokenizers
-from llmdistill.data.shard_writer import ROW_GROUP
-from llmdistill.data.subjects import conversation_keys, is_held_out
+from llmdistill.data.subjects import conversation_keys, dataset_keys, is_held_out
 from llmdistill.data.targets import KINDS, Sampled, SampledByStudent
 from llmdistill.errors import InputError
 from llmdistill.runs.progress import counted, say
@@ -64,9 +63,7 @@ def split(experiment: Experiment, dataset: Any) -> tuple[Any, Any]:
     share = experiment.train.validation
     if not share:
         return dataset, None
-    sides = []
-    for table in dataset.select_columns(["prompt", "completion", "metadata"]).with_format("arrow").iter(batch_size=ROW_GROUP):
-        sides += [is_held_out(key, f"{experiment.seed} validation", share) for key in conversation_keys(table)]
+    sides = [is_held_out(key, f"{experiment.seed} validation", share) for key in dataset_keys(dataset)]
     rows = [[row for row, side in enumerate(sides) if side == wanted] for wanted in (False, True)]
     if not all(rows):
         raise InputError(
@@ -127,9 +124,7 @@ def _without(rows: Any, directory: Path, held_out: dict[Path, set[str]]) -> Any:
     prompts = {prompt for other, found in held_out.items() if other != directory for prompt in found}
     if not prompts:
         return rows
-    keys: list[str] = []
-    for table in rows.select_columns(["prompt", "completion", "metadata"]).with_format("arrow").iter(batch_size=ROW_GROUP):
-        keys += conversation_keys(table)
+    keys = dataset_keys(rows)
     kept = [number for number, key in enumerate(keys) if key not in prompts]
     if len(kept) < len(keys):
         say("train", f"leaves out {counted(len(keys) - len(kept), 'row')} whose prompts another dataset holds out")
