@@ -106,8 +106,8 @@ GROUPS: dict[str, dict[str, Variant]] = {
     },
     "optimiser": {
         "Muon": Variant(muon=True),
+        "Muon, learning rate 2e-4": Variant({"learning_rate": 2e-4}, muon=True),
         "Muon, learning rate 1e-3": Variant({"learning_rate": 1e-3}, muon=True),
-        "Muon, learning rate 2e-3": Variant({"learning_rate": 2e-3}, muon=True),
         "AdamW, beta2 0.95": Variant({"adam_beta2": 0.95}),
     },
     "loss": {
