@@ -19,7 +19,7 @@ from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 from llmdistill.models.forward import completion_logits, replaced_forward
 from llmdistill.students.pruning import Importance, Kept, choose, measure, prune_model
-from llmdistill.students.refit import ResidualPath, Sweep, batches_of, refit, residual_paths, solve
+from llmdistill.students.refit import ResidualPath, Sweep, batches_of, refit, residual_paths, solve, solved_weights
 
 _CANDIDATES = 10  # layers tried for each removal: those with the least block influence in the current student
 _JUDGED = 4  # one calibration row in this many is used to measure the KL instead of solving
@@ -75,8 +75,8 @@ class TeacherKl:
 def layers_by_kl(teacher: Any, rows: Sequence[dict[str, Any]], keep: int, ridge: float) -> tuple[list[int], Removed]:
     """Choose layers to keep by repeatedly removing the one whose removal leaves the least KL from the teacher.
 
-    Each of the ten layers with the least block influence in the current student is left out in turn: the `down_proj` before it
-    is solved again, and the KL is measured on a quarter of the rows, at most 16; the others are used for solving. The best one
+    Each of the ten layers with the least block influence in the current student is left out in turn: the layer before it is
+    solved again, and the KL is measured on a quarter of the rows, at most 16; the others are used for solving. The best one
     is removed, and the whole student is refitted. The first layer is always kept, since nothing before it could be refitted.
 
     Args:
@@ -137,11 +137,12 @@ def _tried(
                 theirs.advance(done)
                 done += 1
             targets = [states_BTD[mask_BT] for states_BTD, mask_BT in zip(theirs.states, theirs.masks, strict=True)]
-            weight = student.get_decoder().layers[place - 1].mlp.down_proj.weight
-            old = weight.clone()
+            weights = solved_weights(student.get_decoder().layers[place - 1])
+            old = [weight.clone() for weight in weights]
             solve(ours, place - 1, targets, paths[layers[place - 1]], ridge)
             found.append((place, _kl_without(student, place, judged.states, nearness)))
-            weight.copy_(old)
+            for weight, before in zip(weights, old, strict=True):
+                weight.copy_(before)
         ours.advance(place - 1)
         judged.advance(place - 1)
     return found

@@ -1,14 +1,16 @@
-"""Refit of a pruned student: its layers' `down_proj` in closed form, to bring its hidden states close to the teacher's.
+"""Refit of a pruned student: its layers' output matrices in closed form, to bring its hidden states close to the teacher's.
 
-When layers are removed, the next one gets a different input. From the first layer to the last, each `down_proj` is therefore
-solved again by ridge regression, on the output of the student refitted so far for the calibration rows. ReplaceMe (Shopkhoev
-et al. 2025, arXiv 2505.02819) inserts one linear map after the MLP before a gap and folds it into `down_proj`; here all of
-`down_proj` is free, which includes that map, and every layer that is kept is refitted. If a norm follows `down_proj` (gemma,
-olmo2), the same equations are solved a few times with the norm's divisors held fixed.
+When layers are removed, the next one gets a different input. From the first layer to the last, `o_proj` and then `down_proj` are
+therefore solved again by ridge regression, on the output of the student refitted so far for the calibration rows. ReplaceMe
+(Shopkhoev et al. 2025, arXiv 2505.02819) inserts one linear map after the MLP before a gap and folds it into `down_proj`; here
+all of `down_proj` is free, which includes that map, and every layer that is kept is refitted. If a norm follows `down_proj`
+(gemma, olmo2), its equations are solved a few times with the norm's divisors held fixed, and `o_proj` stays as it is.
 
-Shapes: B rows of a batch, T tokens, N positions of a batch that are not padding, D hidden size, F feed-forward neurons.
+Shapes: B rows of a batch, T tokens, N positions of a batch that are not padding, D hidden size, F feed-forward neurons, H outputs
+of the attention heads.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,30 +41,38 @@ class ResidualPath:
     Attributes:
         scale: 1 for most models; granite's residual_multiplier.
         norm: whether there is an RMS norm between them.
+        attention: the factor with which the layer adds the output of `o_proj`; None if it is not linear in it, as with a norm.
     """
 
     scale: float
     norm: bool = False
+    attention: float | None = None
 
 
 @torch.no_grad()
 def refit(
     student: Any, teacher: Any, kept: Kept, rows: Sequence[dict[str, Any]], ridge: float, batch_size: int = 8
 ) -> list[tuple[float, float]]:
-    """Solve every layer's `down_proj` again, in place.
+    """Solve every layer's `o_proj` and `down_proj` again, in place.
 
-    With A (N × F) the input of `down_proj`, Y (N × D) the former input of the next kept layer in the teacher (for the last: the
-    teacher's last hidden state before the final norm) and R = Y − the layer's output, over all positions of all rows:
+    Y (N × D) is the former input of the next kept layer in the teacher (for the last: the teacher's last hidden state before the
+    final norm) and R = Y − the layer's output, over all positions of all rows. The error of a position is relative,
+    |R|² / |Y|², since the norms of the following layers remove a state's size, and the first token's state may be hundreds of
+    times as large as the others. With A (N × F) the input of `down_proj`, and the rows of A and R divided by |Y|:
 
         W ← W + ΔW,  ΔWᵀ = (AᵀA + ridge · mean(diag AᵀA) · I)⁻¹ Aᵀ R / s
 
-    s is the factor with which the layer adds the MLP's output, 1 for most models (granite's residual_multiplier). If a norm
-    x ↦ g · x / d(x) follows `down_proj`, each position of A is divided by its d, column j of R/s by g_j, the penalty is on
-    g_j · ΔW_j, and the step is repeated with the new d as long as Σ R² falls, at most four times. On these rows Σ R² never
-    increases. A bias is not changed. If channels were removed, Y is the teacher's state on those that are kept.
+    s is the factor with which the layer adds the MLP's output, 1 for most models (granite's residual_multiplier). Before that,
+    the same equations are solved for the inputs of `o_proj` (N × H) and A together, each with a ridge relative to its own
+    diagonal. Of this solution only the update of `o_proj` is used, since it changes A.
 
-    Teacher and student process the rows layer by layer, the teacher once and the student twice. Memory holds four hidden states
-    of every position, 16 · D bytes, and the equations, 16 · F · (F + D) bytes regardless of the number of rows.
+    If a norm x ↦ g · x / d(x) follows `down_proj`, `o_proj` is not changed, each position of A is divided by its d, column j of
+    R/s by g_j, the penalty is on g_j · ΔW_j, and the step is repeated with the new d as long as the error falls, at most four
+    times. The error of these rows never increases. A bias is not changed. If channels were removed, Y is the teacher's state
+    on those that are kept.
+
+    Teacher and student process the rows layer by layer, the teacher once and the student four times. Memory holds four hidden
+    states of every position, 16 · D bytes, and the equations, 16 · (F + H) · (F + H + D) bytes regardless of the number of rows.
 
     Args:
         student: pruned from the teacher by `prune_model`, in float32.
@@ -73,7 +83,7 @@ def refit(
         batch_size: rows per forward pass; the result does not depend on it.
 
     Returns:
-        For every layer of the student, the sum of R² over that of Y², with the old and with the new weights of that layer.
+        For every layer of the student, the mean of |R|² / |Y|² over the positions, with the old and with its new weights.
 
     Raises:
         InputError: if the layers do not allow this solution exactly, or produce values that are not finite.
@@ -96,10 +106,15 @@ def refit(
     return errors
 
 
+def solved_weights(layer: Any) -> list[Tensor]:
+    """The weights of a layer that `solve` changes: those of `o_proj`, shape (D, H), and `down_proj`, shape (D, F)."""
+    return [layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight]
+
+
 def solve(
     sweep: "Sweep", number: int, targets: list[Tensor], path: ResidualPath, ridge: float
 ) -> tuple[list[Tensor], tuple[float, float]]:
-    """Solve for the `down_proj` of layer `number`, in place.
+    """Solve for the `o_proj` and `down_proj` of layer `number`, in place.
 
     Args:
         sweep: positioned before the layer, and not moved.
@@ -109,54 +124,66 @@ def solve(
         ridge: as in `refit`.
 
     Returns:
-        The hidden states after the layer, and the sum of squared errors over that of the targets, before and after.
+        The hidden states after the layer, and the mean relative squared error, before and after.
     """
     layer = sweep.layers[number]
-    weight_DF = layer.mlp.down_proj.weight
-    gain_D = _gain(layer) if path.norm else torch.ones_like(weight_DF[:, 0])
+    attention_DH, down_DF = solved_weights(layer)
+    old = attention_DH.clone(), down_DF.clone()
+    states, before = sweep.moved(number, targets)
+    error = before
+    if path.attention is not None:
+        solution_DX = _solution(sweep, number, targets, path, ridge, True)
+        attention_DH += (solution_DX[:, : attention_DH.shape[1]] / path.attention).to(attention_DH.dtype)
+        error = math.inf
+    gain_D = _gain(layer) if path.norm else torch.ones_like(down_DF[:, 0])
     factor_D1 = path.scale * gain_D[:, None]
-    errors: list[float] = []
     for _ in range(_STEPS if path.norm else 1):
-        error, solution_DF = _solution(sweep, number, targets, gain_D if path.norm else None, ridge)
-        if errors and error >= errors[-1]:
-            break
-        errors.append(error)
-        old_DF = weight_DF.clone()
+        solution_DF = _solution(sweep, number, targets, path, ridge, False)
+        last = down_DF.clone()
         # Where the gain is 0 the weight has no effect.
-        weight_DF += torch.where(factor_D1 == 0, 0, solution_DF / factor_D1).to(weight_DF.dtype)
-    states, after = sweep.moved(number, targets)
-    if after > errors[-1]:
-        weight_DF.copy_(old_DF)
-        states, after = sweep.moved(number, targets)
-    whole = sum(_squares(target_ND) for target_ND in targets) or 1.0
-    return states, (errors[0] / whole, after / whole)
+        down_DF += torch.where(factor_D1 == 0, 0, solution_DF / factor_D1).to(down_DF.dtype)
+        moved, after = sweep.moved(number, targets)
+        if after >= error:
+            down_DF.copy_(last)
+            break
+        states, error = moved, after
+    if error > before:
+        attention_DH.copy_(old[0])
+        down_DF.copy_(old[1])
+        states, error = sweep.moved(number, targets)
+    return states, (before, error)
 
 
-def _solution(sweep: "Sweep", number: int, targets: list[Tensor], gain_D: Tensor | None, ridge: float) -> tuple[float, Tensor]:
-    """Σ R² of a layer before, and the update of scale · g · W, shape (D, F), by the equations on all batches."""
-    down = sweep.layers[number].mlp.down_proj
-    size, width = down.in_features, down.out_features
+def _solution(
+    sweep: "Sweep", number: int, targets: list[Tensor], path: ResidualPath, ridge: float, with_attention: bool
+) -> Tensor:
+    """The update of scale · g · W by the equations on all batches, shape (D, F); with `o_proj`'s before it, (D, H + F)."""
+    layer = sweep.layers[number]
+    o_proj, down = layer.self_attn.o_proj, layer.mlp.down_proj
+    sizes = [o_proj.in_features] * with_attention + [down.in_features]
     device = "cpu" if widest(down.weight) != torch.float64 else down.weight.device  # the sums are in float64
-    gram_FF = torch.zeros(size, size, dtype=torch.float64, device=device)
-    cross_FD = torch.zeros(size, width, dtype=torch.float64, device=device)
-    error = 0.0
+    gram_XX = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=device)
+    cross_XD = torch.zeros(sum(sizes), down.out_features, dtype=torch.float64, device=device)
     for index, target_ND in enumerate(targets):
         seen, mask_BT = sweep.seen(number, index), sweep.masks[index]
-        gap_ND = target_ND - seen.output_BTD[mask_BT]
-        a_NF = seen.input_BTF[mask_BT]
-        if gain_D is not None:
-            a_NF = a_NF / _divisors(seen.down_BTD[mask_BT], seen.added_BTD[mask_BT], gain_D)
+        weight_N1 = _weights(target_ND)
+        a_NX = seen.input_BTF[mask_BT]
+        if with_attention:
+            a_NX = torch.cat([seen.heads_BTH[mask_BT], a_NX], -1)
+        if path.norm:
+            a_NX = a_NX / _divisors(seen.down_BTD[mask_BT], seen.added_BTD[mask_BT], _gain(layer))
+        a_NX = a_NX * weight_N1
         # With the ridge the equations are well-conditioned: products in float32 are accurate enough, and fast.
-        gram_FF += (a_NF.T @ a_NF).to(device)
-        cross_FD += (a_NF.T @ gap_ND).to(device)
-        error += _squares(gap_ND)
-    solution_DF = ridge_solution(gram_FF, cross_FD, ridge).T
-    return error, solution_DF.to(widest(down.weight)).to(down.weight.device)
+        gram_XX += (a_NX.T @ a_NX).to(device)
+        cross_XD += (a_NX.T @ ((target_ND - seen.output_BTD[mask_BT]) * weight_N1)).to(device)
+    solution_DX = ridge_solution(gram_XX, cross_XD, ridge, sizes).T
+    return solution_DX.to(widest(down.weight)).to(down.weight.device)
 
 
-def _squares(values: Tensor) -> float:
-    """The sum of their squares."""
-    return float(values.to(widest(values)).square().sum())
+def _weights(target_ND: Tensor) -> Tensor:
+    """1 / |Y| of every position, shape (N, 1); 0 where Y is 0."""
+    norm_N1 = target_ND.norm(dim=-1, keepdim=True)
+    return torch.where(norm_N1 == 0, 0, 1 / norm_N1)
 
 
 def _gain(layer: Any) -> Tensor:
@@ -172,21 +199,28 @@ def _divisors(x_ND: Tensor, y_ND: Tensor, gain_D: Tensor) -> Tensor:
     return torch.where(product_N1 == 0, torch.inf, scaled_ND.square().sum(-1, keepdim=True) / product_N1)
 
 
-def ridge_solution(gram_FF: Tensor, cross_FD: Tensor, ridge: float) -> Tensor:
-    """(G + ridge · mean(diag G) · I)⁻¹ C, shape (F, D); zero where G is zero, since inputs that are always zero have no effect.
+def ridge_solution(gram_XX: Tensor, cross_XD: Tensor, ridge: float, sizes: Sequence[int]) -> Tensor:
+    """(G + ridge · M)⁻¹ C, shape (X, D), where M has the mean of each block of G's diagonal on the block's diagonal.
 
-    The ridge is added to `gram_FF` in place, as a copy would be too large for large F.
+    The ridge is added to `gram_XX` in place, as a copy would be too large for large X. Blocks of inputs that are always zero
+    have no effect, and a zero solution.
+
+    Args:
+        gram_XX: G.
+        cross_XD: C.
+        ridge: relative to the diagonal.
+        sizes: of the blocks; their sum is X.
 
     Raises:
         InputError: if the sums are not finite.
     """
-    mean = gram_FF.diagonal().mean()
-    if not (mean.isfinite() and cross_FD.isfinite().all()):
+    diagonal_X = gram_XX.diagonal()
+    if not (diagonal_X.isfinite().all() and cross_XD.isfinite().all()):
         raise InputError("student.prune.refit: the hidden states of the calibration rows are not finite; set it to false")
-    if mean == 0:
-        return torch.zeros_like(cross_FD)
-    gram_FF.diagonal().add_(ridge * mean)
-    return torch.cholesky_solve(cross_FD, torch.linalg.cholesky(gram_FF))
+    for block in diagonal_X.split(list(sizes)):
+        mean = block.mean()
+        block += ridge * mean if mean else 1
+    return torch.cholesky_solve(cross_XD, torch.linalg.cholesky(gram_XX))
 
 
 @torch.no_grad()
@@ -212,8 +246,18 @@ def residual_paths(model: Any, rows: Sequence[dict[str, Any]]) -> list[ResidualP
             scale, norm = _linear_in(getattr(layer, _NORM), output, number), True
         if scale is None:
             return f"layer {number} of {type(model).__name__} is linear neither in down_proj nor in an RMS norm after it"
-        found.append(ResidualPath(scale, norm))
+        attention = None if norm else _linear_in(layer.self_attn.o_proj, partial(_without_mlp, layer, output), number)
+        found.append(ResidualPath(scale, norm, attention))
     return found
+
+
+def _without_mlp(layer: Any, output: Callable[[], Tensor]) -> Tensor:
+    """A layer's output without what `down_proj` adds to it."""
+    handle = layer.mlp.down_proj.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    try:
+        return output()
+    finally:
+        handle.remove()
 
 
 def _linear_in(module: Any, output: Callable[[], Tensor], seed: int) -> float | None:
@@ -243,8 +287,9 @@ def _norm_follows(layer: Any, output: Callable[[], Tensor]) -> bool:
 
 
 class _Seen(NamedTuple):
-    """Values in a layer: the input and output of `down_proj`, the output of the norm after it, and the layer's output."""
+    """Values in a layer: the inputs of `o_proj` and `down_proj`, its output, that of the norm after it, and the layer's."""
 
+    heads_BTH: Tensor
     input_BTF: Tensor
     down_BTD: Tensor
     added_BTD: Tensor  # down_BTD where no norm follows
@@ -253,17 +298,20 @@ class _Seen(NamedTuple):
     @classmethod
     def of(cls, layer: Any, output: Callable[[], Tensor]) -> "_Seen":
         """Call the layer and record the values."""
-        inside: list[Tensor] = []
-        modules = [layer.mlp.down_proj, *([getattr(layer, _NORM)] if hasattr(layer, _NORM) else [])]
-        handles = [
-            module.register_forward_hook(lambda module, args, output: inside.extend((args[0], output))) for module in modules
-        ]
+        modules = {"heads": layer.self_attn.o_proj, "down": layer.mlp.down_proj, "norm": getattr(layer, _NORM, None)}
+        inside: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def record(name: str, module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inside[name] = args[0], output
+
+        handles = [module.register_forward_hook(partial(record, name)) for name, module in modules.items() if module is not None]
         try:
             output_BTD = output()
         finally:
             for handle in handles:
                 handle.remove()
-        return cls(inside[0], inside[1], inside[-1], output_BTD)
+        input_BTF, down_BTD = inside["down"]
+        return cls(inside["heads"][0], input_BTF, down_BTD, inside.get("norm", inside["down"])[1], output_BTD)
 
 
 class Sweep:
@@ -292,10 +340,11 @@ class Sweep:
             self.states[index] = self.output(number, index)
 
     def moved(self, number: int, targets: list[Tensor]) -> tuple[list[Tensor], float]:
-        """The states after layer `number`, and the sum of their squared distances from targets of shape (N, D)."""
+        """The states after layer `number`, and the mean of |Y − state|² / |Y|² for targets Y of shape (N, D)."""
         states = [self.output(number, index) for index in range(len(self.states))]
         pairs = zip(targets, states, self.masks, strict=True)
-        return states, sum(_squares(y_ND - states_BTD[mask_BT]) for y_ND, states_BTD, mask_BT in pairs)
+        errors = [((y_ND - states_BTD[mask_BT]) * _weights(y_ND)).to(widest(y_ND)) for y_ND, states_BTD, mask_BT in pairs]
+        return states, sum(float(error_ND.square().sum()) for error_ND in errors) / sum(map(len, targets))
 
 
 def _calls(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:

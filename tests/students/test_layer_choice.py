@@ -12,7 +12,7 @@ from llmdistill.losses.hidden_states import of_pruned
 from llmdistill.students import layer_choice
 from llmdistill.students.layer_choice import TeacherKl, layers_by_kl, parts_kept
 from llmdistill.students.pruning import choose, prune_model
-from tests.students.test_refit import ROWS, random_model, seen
+from tests.students.test_refit import ROWS, random_model, ridge_regression, seen
 
 RIDGE = 0.3
 MORE = [*ROWS, *({"input_ids": row["input_ids"][::-1].copy(), "completion_start": 2} for row in ROWS)]
@@ -54,16 +54,20 @@ def test_what_is_held_of_the_teacher_does_not_grow_with_the_rows(monkeypatch):
 
 
 def without(teacher, layer, rows):
-    """The teacher without a layer, the `down_proj` before it solved again in numpy."""
+    """The teacher without a layer, the `o_proj` and `down_proj` before it solved again in numpy."""
     layers = [number for number in range(4) if number != layer]
     student = prune_model(teacher, choose(Prune(layers=layers), teacher.config, None))
     place = layer - 1
     source = dict(of_pruned(layers, 4))[place]
-    target = seen(teacher, source, rows)[1]
-    a, out = seen(student, place, rows)
-    delta = np.linalg.solve(a.T @ a + RIDGE * np.mean(a**2) * len(a) * np.eye(a.shape[1]), a.T @ (target - out)).T
+    target = seen(teacher, source, rows)[2]
+    heads, a, out = seen(student, place, rows)
+    change, _ = ridge_regression([heads, a], target - out, target, RIDGE)
     with torch.no_grad():
-        student.model.layers[place].mlp.down_proj.weight += torch.from_numpy(delta).float()
+        student.model.layers[place].self_attn.o_proj.weight += torch.from_numpy(change.T).float()
+    _, a, out = seen(student, place, rows)
+    (change,) = ridge_regression([a], target - out, target, RIDGE)
+    with torch.no_grad():
+        student.model.layers[place].mlp.down_proj.weight += torch.from_numpy(change.T).float()
     return student
 
 

@@ -58,17 +58,34 @@ def divergence(teacher, student):
 
 
 def seen(model, layer, rows=ROWS):
-    """Row by row, without padding: the input of the layer's `down_proj` and the layer's output, in float64."""
-    inputs, outputs = [], []
+    """Row by row, without padding: the inputs of the layer's `o_proj` and `down_proj` and its output, in float64."""
+    heads, inputs, outputs = [], [], []
     module = model.model.layers[layer]
     handles = [
+        module.self_attn.o_proj.register_forward_pre_hook(lambda module, args: heads.append(args[0][0])),
         module.mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0])),
         module.register_forward_hook(lambda module, args, output: outputs.append(output[0])),
     ]
     logits(model, rows)
     for handle in handles:
         handle.remove()
-    return torch.cat(inputs).double().numpy(), torch.cat(outputs).double().numpy()
+    return tuple(torch.cat(found).double().numpy() for found in (heads, inputs, outputs))
+
+
+def relative(rest, target):
+    """The mean over positions of the squared error over the squared norm."""
+    return np.mean(np.sum(rest**2, -1) / np.sum(target**2, -1))
+
+
+def ridge_regression(blocks, rest, target, ridge):
+    """ΔWᵀ for each block of inputs, every position divided by the norm of its target; by stacking √ridge rows, not by AᵀA."""
+    norm = np.linalg.norm(target, axis=-1, keepdims=True)
+    norm[norm == 0] = np.inf
+    a = np.concatenate(blocks, -1) / norm
+    penalty = np.concatenate([np.full(block.shape[1], ridge * np.sum((block / norm) ** 2) / block.shape[1]) for block in blocks])
+    stacked = np.concatenate([a, np.diag(np.sqrt(penalty))])
+    solved = np.linalg.lstsq(stacked, np.concatenate([rest / norm, np.zeros((len(penalty), rest.shape[1]))]), rcond=None)[0]
+    return np.split(solved, np.cumsum([block.shape[1] for block in blocks])[:-1])
 
 
 @pytest.mark.parametrize("family", LINEAR + WITH_A_NORM_BEHIND)
@@ -100,23 +117,32 @@ def test_every_layer_has_the_weights_of_an_independent_ridge_regression(family, 
     errors = refit(student, teacher, kept, ROWS, ridge, batch_size=2)
     scale = 0.22 if family == "Granite" else 1
     assert [path.scale for path in residual_paths(teacher, ROWS)] == pytest.approx([scale] * 4, rel=1e-5)
+    assert [path.attention for path in residual_paths(teacher, ROWS)] == pytest.approx([scale] * 4, rel=1e-5)
     assert not any(path.norm for path in residual_paths(teacher, ROWS))
     for (layer, source), (old_error, new_error) in zip(of_pruned(kept.layers, 4), errors, strict=True):
-        target = seen(teacher, source)[1][:, kept.hidden]
-        down, old = student.model.layers[layer].mlp.down_proj, before.model.layers[layer].mlp.down_proj
-        a, out = seen(student, layer)
-        a = a * scale
-        delta = (down.weight - old.weight).detach().double().numpy()
-        rest = target - (out - a @ delta.T)
-        want = np.linalg.solve(a.T @ a + ridge * np.mean(a**2) * len(a) * np.eye(a.shape[1]), a.T @ rest).T
-        np.testing.assert_allclose(delta, want, rtol=0, atol=1e-4 * np.abs(want).max())
-        if down.bias is not None:
-            assert torch.equal(down.bias, old.bias)
-        assert old_error == pytest.approx(np.sum(rest**2) / np.sum(target**2), rel=1e-3)
-        assert new_error == pytest.approx(np.sum((target - out) ** 2) / np.sum(target**2), rel=1e-3)
+        target = seen(teacher, source)[2][:, kept.hidden]
+        new, old = student.model.layers[layer], before.model.layers[layer]
+        o_delta, down_delta = (
+            (part(new).weight - part(old).weight).detach().double().numpy()
+            for part in (lambda one: one.self_attn.o_proj, lambda one: one.mlp.down_proj)
+        )
+        was = copy.deepcopy(student)  # with the layer as it was
+        was.model.layers[layer].load_state_dict(old.state_dict())
+        heads, a, out = seen(was, layer)
+        assert old_error == pytest.approx(relative(target - out, target), rel=1e-3)
+        want, _ = ridge_regression([scale * heads, scale * a], target - out, target, ridge)
+        np.testing.assert_allclose(o_delta.T, want, rtol=0, atol=1e-4 * np.abs(want).max())
+        was.model.layers[layer].self_attn.load_state_dict(new.self_attn.state_dict())
+        _, a, out = seen(was, layer)
+        (want,) = ridge_regression([scale * a], target - out, target, ridge)
+        np.testing.assert_allclose(down_delta.T, want, rtol=0, atol=1e-4 * np.abs(want).max())
+        assert new_error == pytest.approx(relative(target - seen(student, layer)[2], target), rel=1e-3)
         assert new_error <= old_error
+        if new.mlp.down_proj.bias is not None:
+            assert torch.equal(new.mlp.down_proj.bias, old.mlp.down_proj.bias)
     changed = {name for name, weight in student.state_dict().items() if not torch.equal(weight, before.state_dict()[name])}
-    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(len(kept.layers))}
+    solved = ("mlp.down_proj", "self_attn.o_proj")
+    assert changed == {f"model.layers.{layer}.{part}.weight" for layer in range(len(kept.layers)) for part in solved}
     assert divergence(teacher, student) < divergence(teacher, before)
 
 
@@ -168,9 +194,9 @@ def test_sliding_windows_and_kinds_of_layers_are_those_of_the_model():
     assert refit(student, teacher, kept, ROWS, 1.0, batch_size=2)[-1] == (0, 0)
     student, kept = cut_of(teacher, layers=[1, 2])
     refit(student, teacher, kept, ROWS, 1.0, batch_size=2)
-    target, (_, out) = seen(teacher, 3)[1], seen(student, 1)
+    target, out = seen(teacher, 3)[2], seen(student, 1)[2]
     again = refit(copy.deepcopy(student), teacher, kept, ROWS, 1e9, batch_size=2)
-    assert again[-1][0] == pytest.approx(np.sum((target - out) ** 2) / np.sum(target**2), rel=1e-3)
+    assert again[-1][0] == pytest.approx(relative(target - out, target), rel=1e-3)
 
 
 def test_a_refitted_student_loads_again_with_the_same_logits(tmp_path):
@@ -199,15 +225,15 @@ def test_with_a_norm_behind_the_mlp_each_step_is_a_ridge_regression_with_its_div
     monkeypatch.setattr("llmdistill.students.refit._STEPS", 1)
     errors = refit(student, teacher, kept, ROWS, ridge, batch_size=2)
     for (number, source), (old_error, new_error) in zip(of_pruned(kept.layers, 4), errors, strict=True):
-        target, (a, out) = seen(teacher, source)[1], seen(student, number)
+        target, (_, a, out) = seen(teacher, source)[2], seen(student, number)
         layer, old = student.model.layers[number], before.model.layers[number].mlp.down_proj.weight.detach().double().numpy()
         new = layer.mlp.down_proj.weight.detach().double().numpy()
         (was, gain), (now, _) = (normed(family, layer, a @ weight.T, epsilon) for weight in (old, new))
         rest = target - (out - now + was)
         divisor = np.sqrt(np.mean((a @ old.T) ** 2, -1, keepdims=True) + epsilon)
-        b = a / divisor
-        want = np.linalg.solve(b.T @ b + ridge * np.mean(b**2) * len(b) * np.eye(b.shape[1]), b.T @ rest).T / gain[:, None]
-        assert old_error == pytest.approx(np.sum(rest**2) / np.sum(target**2), rel=1e-3)
+        (want,) = ridge_regression([a / divisor], rest, target, ridge)
+        want = want.T / gain[:, None]
+        assert old_error == pytest.approx(relative(rest, target), rel=1e-3)
         if np.abs(new - old).max() > 0:  # the step made the error smaller and was kept
             np.testing.assert_allclose(new - old, want, rtol=0, atol=1e-4 * np.abs(want).max())
         assert new_error <= old_error
@@ -247,14 +273,28 @@ def test_what_is_neither_linear_nor_an_rms_norm_is_refused(after):
 
 def test_what_is_always_zero_stays_and_what_is_not_finite_is_refused():
     zero, one = torch.zeros(3, 3, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
-    assert torch.equal(ridge_solution(zero, zero[:, :2], 1.0), zero[:, :2])
+    assert torch.equal(ridge_solution(zero.clone(), zero[:, :2], 1.0, [3]), zero[:, :2])
     with pytest.raises(InputError, match="not finite"):
-        ridge_solution(zero + torch.inf, one, 1.0)
+        ridge_solution(zero + torch.inf, one, 1.0, [3])
     with pytest.raises(InputError, match="not finite"):
-        ridge_solution(torch.eye(3, dtype=torch.float64), one * torch.nan, 1.0)
+        ridge_solution(torch.eye(3, dtype=torch.float64), one * torch.nan, 1.0, [3])
 
 
-def test_the_ridge_is_relative_to_the_activations():
-    gram, cross = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64)), torch.eye(2, dtype=torch.float64)
-    want = torch.diag(torch.tensor([1 / (1 + 0.5 * 2), 1 / (3 + 0.5 * 2)], dtype=torch.float64))
-    torch.testing.assert_close(ridge_solution(gram, cross, 0.5), want)
+def test_the_ridge_is_relative_to_the_activations_of_each_block():
+    diagonal = torch.tensor([1.0, 3.0, 0.0, 100.0], dtype=torch.float64)
+    cross = torch.diag(diagonal.sign())
+    want = torch.diag(torch.tensor([1 / (1 + 0.5 * 2), 1 / (3 + 0.5 * 2), 0, 1 / 150], dtype=torch.float64))
+    torch.testing.assert_close(ridge_solution(torch.diag(diagonal), cross, 0.5, [2, 1, 1]), want)
+
+
+def test_a_position_without_a_state_does_not_count():
+    """The embedding of the padding token is zero, and so are all its states: there is no relative error."""
+    teacher = random_model()
+    student, kept = cut_of(teacher, layers=[0, 3])
+    rows = [{"input_ids": np.concatenate([[0], row["input_ids"] % 63 + 1]), "completion_start": 2} for row in ROWS]
+    errors = refit(student, teacher, kept, rows, 1.0)
+    target, out = seen(teacher, 2, rows)[2], seen(student, 0, rows)[2]
+    counted = np.linalg.norm(target, axis=-1) > 0
+    assert sum(~counted) == len(rows)
+    assert errors[0][1] == pytest.approx(relative(target[counted] - out[counted], target[counted]) * counted.mean(), rel=1e-3)
+    assert errors[0][1] < 0.9 * errors[0][0]
