@@ -1,13 +1,12 @@
 """Training recipes compared on one student, the demo's by default: where it starts, learning rate and schedule, optimiser, loss.
 
-    make demo && python benchmarks/recipe.py [GROUP or VARIANT ...] [--calibration-rows 16] [--steps 36] [--seeds 3]
+    make demo && python benchmarks/recipe.py [GROUP or VARIANT ...] [--steps 36] [--seeds 3]
 
 Every variant trains the configuration's student, pruned from its teacher, on its rows, with the same number of tokens; only
-what its name says differs from the reference, which is the configuration with the steps and, for the refit, the calibration
-rows asked for. Printed is KL(teacher ‖ student) in nats per token on the held-out rows, the mean over the seeds with a 95%
-interval by bootstrap over prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and
-the highest seed. Every training that ends is kept in a file, and is not made again; each reference needs a file of its own
-(`--kept`).
+what its name says differs from the reference, which is the configuration with the steps asked for. Printed is
+KL(teacher ‖ student) in nats per token on the held-out rows, the mean over the seeds with a 95% interval by bootstrap over
+prompts, and the difference to the reference, paired on rows and seeds, also for the lowest and the highest seed. Every
+training that ends is kept in a file, and is not made again; delete the file when the configuration or its rows change.
 """
 
 import copy
@@ -83,18 +82,17 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "pruned without refit, learning rate 1e-3": Variant({"learning_rate": 1e-3}, PLAIN),
         "layers by KL": Variant(start={"by": "kl"}),
         "evenly spaced layers": Variant(start={"by": "even"}),
-        "ridge 0.1": Variant(start={"ridge": 0.1}),
+        "ridge 0.3": Variant(start={"ridge": 0.3}),
         "ridge 3": Variant(start={"ridge": 3.0}),
-        "64 calibration rows": Variant(start={"calibration_rows": 64}),
-        "64 calibration rows, ridge 0.3": Variant(start={"calibration_rows": 64, "ridge": 0.3}),
-        "64 calibration rows, ridge 3": Variant(start={"calibration_rows": 64, "ridge": 3.0}),
+        "16 calibration rows": Variant(start={"calibration_rows": 16}),
+        "128 calibration rows": Variant(start={"calibration_rows": 128}),
         "in two rounds": Variant(two_rounds=True),
     },
     "shape": {
         "20 layers of 1,024 neurons": Variant(start={"layers": 2 / 3, "intermediate_size": 2 / 3}),
         "24 layers of 768 neurons": Variant(start={"layers": 4 / 5, "intermediate_size": 1 / 2}),
     },
-    "rate": {f"learning rate {rate:g}": Variant({"learning_rate": rate}) for rate in (1e-4, 2e-4, 8e-4)},
+    "rate": {f"learning rate {rate:g}": Variant({"learning_rate": rate}) for rate in (1.5e-4, 4e-4)},
     "schedule": {
         "linear": Variant({"lr_scheduler_type": "linear"}),
         "WSD, the last third falls": Variant({"lr_scheduler_type": "warmup_stable_decay"}),
@@ -106,8 +104,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
     },
     "optimiser": {
         "Muon": Variant(muon=True),
-        "Muon, learning rate 2e-4": Variant({"learning_rate": 2e-4}, muon=True),
-        "Muon, learning rate 1e-3": Variant({"learning_rate": 1e-3}, muon=True),
+        "Muon, learning rate 4e-4": Variant({"learning_rate": 4e-4}, muon=True),
         "AdamW, beta2 0.95": Variant({"adam_beta2": 0.95}),
     },
     "loss": {
@@ -132,10 +129,9 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}, or single variants by name; default: all")
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="the reference, with its rows")
-    parser.add_argument("--calibration-rows", type=int, help="for the refit of the reference; default: as configured")
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--kept", type=Path, default=Path("runs/recipe.jsonl"), help="file of the trainings that ended")
+    parser.add_argument("--kept", type=Path, help="file of the trainings that ended; default: runs/recipe-CONFIG.jsonl")
     parser.add_argument("--ended", action="store_true", help="train nothing: the table of the trainings that have ended")
     arguments = parser.parse_args()
     steps, seeds = (5, 1) if arguments.smoke else (arguments.steps, arguments.seeds)
@@ -147,8 +143,9 @@ def main() -> None:
             parser.error(f"{name} is neither a group nor a variant")
         variants |= named[name]
     with synthetic.demo(arguments.smoke, "generate", "curate", "prune") as tiny:
-        bench = Bench(load_experiment(arguments.config, tiny), steps, arguments.calibration_rows)
-        table = bench.measure(variants, seeds, None if arguments.smoke else arguments.kept, arguments.ended)
+        bench = Bench(load_experiment(arguments.config, tiny), steps)
+        kept = arguments.kept or Path(f"runs/recipe-{arguments.config.stem}.jsonl")
+        table = bench.measure(variants, seeds, None if arguments.smoke else kept, arguments.ended)
     print(f"\n| {steps} steps, {seeds} seeds | held-out KL | against {REFERENCE} | by seed |\n| --- | ---: | ---: | ---: |")
     for name, row in table.items():
         against = f"{row['more']:+.3f} ({row['more_low']:+.3f} to {row['more_high']:+.3f})" if name != REFERENCE else ""
@@ -166,12 +163,11 @@ def kept_in(file: Path | None) -> dict[str, dict[str, list[float]]]:
 class Bench:
     """The teacher, rows and students of a configuration, each made once."""
 
-    def __init__(self, experiment: Experiment, steps: int, calibration_rows: int | None) -> None:
+    def __init__(self, experiment: Experiment, steps: int) -> None:
         self.experiment, self.steps = experiment, steps
         self.teacher = load_model(experiment.teacher.model, dtype="float32")
         self.test = load_dataset(experiment.directory("curated"), "test")
-        prune = experiment.student.prune or Prune(layers=1)
-        self.settings = prune.with_(calibration_rows=calibration_rows or prune.calibration_rows)
+        self.settings = experiment.student.prune or Prune(layers=1)
         self._starts: dict[str, tuple[Any, Kept]] = {}
 
     def measure(self, variants: dict[str, Variant], seeds: int, file: Path | None, ended: bool) -> dict[str, dict[str, float]]:
