@@ -132,13 +132,13 @@ def solve(
     states, before = sweep.moved(number, targets)
     error = before
     if path.attention is not None:
-        solution_DX = _solution(sweep, number, targets, path, ridge, True)
+        solution_DX = _solution(sweep, number, targets, path, ridge, with_attention=True)
         attention_DH += (solution_DX[:, : attention_DH.shape[1]] / path.attention).to(attention_DH.dtype)
         error = math.inf
     gain_D = _gain(layer) if path.norm else torch.ones_like(down_DF[:, 0])
     factor_D1 = path.scale * gain_D[:, None]
     for _ in range(_STEPS if path.norm else 1):
-        solution_DF = _solution(sweep, number, targets, path, ridge, False)
+        solution_DF = _solution(sweep, number, targets, path, ridge)
         last = down_DF.clone()
         # Where the gain is 0 the weight has no effect.
         down_DF += torch.where(factor_D1 == 0, 0, solution_DF / factor_D1).to(down_DF.dtype)
@@ -155,7 +155,7 @@ def solve(
 
 
 def _solution(
-    sweep: "Sweep", number: int, targets: list[Tensor], path: ResidualPath, ridge: float, with_attention: bool
+    sweep: "Sweep", number: int, targets: list[Tensor], path: ResidualPath, ridge: float, with_attention: bool = False
 ) -> Tensor:
     """The update of scale · g · W by the equations on all batches, shape (D, F); with `o_proj`'s before it, (D, H + F)."""
     layer = sweep.layers[number]
