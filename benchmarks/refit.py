@@ -46,11 +46,11 @@ def students(config: Any) -> dict[str, dict[str, Any]]:
     return {
         f"{of_layers}, by block influence": {"layers": layers},
         "the same, ridge 0.1": {"layers": layers, "ridge": 0.1},
-        f"{of_layers}, by KL": {"layers": layers, "by": "kl"},
         f"{of_layers}, evenly spaced": {"layers": layers, "by": "even"},
         f"{neurons:,} of {config.intermediate_size:,} neurons": {"intermediate_size": neurons},
         f"{heads} of {config.num_key_value_heads} key-value heads": {"key_value_heads": heads},
         f"{channels} of {config.hidden_size} channels": {"hidden_size": channels},
+        f"{of_layers}, by KL": {"layers": layers, "by": "kl"},
     }
 
 

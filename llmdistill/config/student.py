@@ -31,7 +31,7 @@ class Prune(Section):
     calibration_rows: int = Field(default=64, ge=1)
     """Rows of the dataset used to measure activations and to solve the refit."""
     refit: bool = True
-    """Refit every layer's o_proj and down_proj by ridge regression to bring the student's hidden states close to the teacher's."""
+    """Refit every layer's o_proj and down_proj by ridge regression to bring its hidden states close to the teacher's."""
     ridge: float = Field(default=1.0, ge=0.01)
     """Ridge penalty that keeps refitted weights near the original ones, relative to the mean squared activation."""
 

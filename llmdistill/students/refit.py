@@ -10,7 +10,6 @@ Shapes: B rows of a batch, T tokens, N positions of a batch that are not padding
 of the attention heads.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def refit(
     times. The error of these rows never increases. A bias is not changed. If channels were removed, Y is the teacher's state
     on those that are kept.
 
-    Teacher and student process the rows layer by layer, the teacher once and the student four times. Memory holds four hidden
+    Teacher and student process the rows layer by layer, the teacher once and the student three times. Memory holds four hidden
     states of every position, 16 · D bytes, and the equations, 16 · (F + H) · (F + H + D) bytes regardless of the number of rows.
 
     Args:
@@ -128,45 +127,52 @@ def solve(
     """
     layer = sweep.layers[number]
     attention_DH, down_DF = solved_weights(layer)
-    old = attention_DH.clone(), down_DF.clone()
-    states, before = sweep.moved(number, targets)
-    error = before
+    old_DH, old_DF, before = attention_DH.clone(), down_DF.clone(), None
     if path.attention is not None:
-        solution_DX = _solution(sweep, number, targets, path, ridge, with_attention=True)
+        before, solution_DX = _solution(sweep, number, targets, path, ridge, with_attention=True)
         attention_DH += (solution_DX[:, : attention_DH.shape[1]] / path.attention).to(attention_DH.dtype)
-        error = math.inf
     gain_D = _gain(layer) if path.norm else torch.ones_like(down_DF[:, 0])
     factor_D1 = path.scale * gain_D[:, None]
+    errors: list[float] = []
     for _ in range(_STEPS if path.norm else 1):
-        solution_DF = _solution(sweep, number, targets, path, ridge)
-        last = down_DF.clone()
+        error, solution_DF = _solution(sweep, number, targets, path, ridge)
+        if errors and error >= errors[-1]:
+            break
+        errors.append(error)
+        last_DF = down_DF.clone()
         # Where the gain is 0 the weight has no effect.
         down_DF += torch.where(factor_D1 == 0, 0, solution_DF / factor_D1).to(down_DF.dtype)
-        moved, after = sweep.moved(number, targets)
-        if after >= error:
-            down_DF.copy_(last)
-            break
-        states, error = moved, after
-    if error > before:
-        attention_DH.copy_(old[0])
-        down_DF.copy_(old[1])
-        states, error = sweep.moved(number, targets)
-    return states, (before, error)
+    states, after = sweep.moved(number, targets)
+    if after > errors[-1]:
+        down_DF.copy_(last_DF)
+        states, after = sweep.moved(number, targets)
+    if before is None:
+        before = errors[0]
+    if after > before:
+        attention_DH.copy_(old_DH)
+        down_DF.copy_(old_DF)
+        states, after = sweep.moved(number, targets)
+    return states, (before, after)
 
 
 def _solution(
     sweep: "Sweep", number: int, targets: list[Tensor], path: ResidualPath, ridge: float, with_attention: bool = False
-) -> Tensor:
-    """The update of scale · g · W by the equations on all batches, shape (D, F); with `o_proj`'s before it, (D, H + F)."""
+) -> tuple[float, Tensor]:
+    """The error before, and the update of scale · g · W by the equations on all batches.
+
+    Its shape is (D, F) or, with the update of `o_proj` before it, (D, H + F).
+    """
     layer = sweep.layers[number]
     o_proj, down = layer.self_attn.o_proj, layer.mlp.down_proj
     sizes = [o_proj.in_features] * with_attention + [down.in_features]
     device = "cpu" if widest(down.weight) != torch.float64 else down.weight.device  # the sums are in float64
     gram_XX = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=device)
     cross_XD = torch.zeros(sum(sizes), down.out_features, dtype=torch.float64, device=device)
+    error = 0.0
     for index, target_ND in enumerate(targets):
         seen, mask_BT = sweep.seen(number, index), sweep.masks[index]
         weight_N1 = _weights(target_ND)
+        gap_ND = (target_ND - seen.output_BTD[mask_BT]) * weight_N1
         a_NX = seen.input_BTF[mask_BT]
         if with_attention:
             a_NX = torch.cat([seen.heads_BTH[mask_BT], a_NX], -1)
@@ -175,9 +181,15 @@ def _solution(
         a_NX = a_NX * weight_N1
         # With the ridge the equations are well-conditioned: products in float32 are accurate enough, and fast.
         gram_XX += (a_NX.T @ a_NX).to(device)
-        cross_XD += (a_NX.T @ ((target_ND - seen.output_BTD[mask_BT]) * weight_N1)).to(device)
+        cross_XD += (a_NX.T @ gap_ND).to(device)
+        error += _squares(gap_ND)
     solution_DX = ridge_solution(gram_XX, cross_XD, ridge, sizes).T
-    return solution_DX.to(widest(down.weight)).to(down.weight.device)
+    return error / sum(map(len, targets)), solution_DX.to(widest(down.weight)).to(down.weight.device)
+
+
+def _squares(values: Tensor) -> float:
+    """The sum of their squares."""
+    return float(values.to(widest(values)).square().sum())
 
 
 def _weights(target_ND: Tensor) -> Tensor:
@@ -343,8 +355,8 @@ class Sweep:
         """The states after layer `number`, and the mean of |Y − state|² / |Y|² for targets Y of shape (N, D)."""
         states = [self.output(number, index) for index in range(len(self.states))]
         pairs = zip(targets, states, self.masks, strict=True)
-        errors = [((y_ND - states_BTD[mask_BT]) * _weights(y_ND)).to(widest(y_ND)) for y_ND, states_BTD, mask_BT in pairs]
-        return states, sum(float(error_ND.square().sum()) for error_ND in errors) / sum(map(len, targets))
+        squares = [_squares((y_ND - states_BTD[mask_BT]) * _weights(y_ND)) for y_ND, states_BTD, mask_BT in pairs]
+        return states, sum(squares) / sum(map(len, targets))
 
 
 def _calls(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
