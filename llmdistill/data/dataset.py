@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 from llmdistill.data import targets
 from llmdistill.data.manifest import read_manifest
 from llmdistill.data.row_checks import check_rows
-from llmdistill.data.shard_writer import SHARD_NAME, Split
+from llmdistill.data.shard_writer import Split, is_damaged
 from llmdistill.errors import InputError
-from llmdistill.runs.inputs import sha256
 
 if TYPE_CHECKING:
     import datasets
@@ -30,8 +29,7 @@ def shard_files(directory: Path, split: Split) -> list[Path]:
         sizes = by_teacher
     files = [directory / entry["file"] for entry in manifest["shards"] if entry["split"] == split]
     for file in files:
-        match = SHARD_NAME.fullmatch(file.name)
-        if match is None or sha256(file)[:16] != match["checksum"]:
+        if is_damaged(file):
             raise InputError(
                 f"{file}: the checksum does not match; the file was damaged or changed. Delete it and generate it again"
             )

@@ -183,9 +183,10 @@ def finished_shards(directory: Path, split: Split) -> list[Shard]:
     return [found[index] for index in sorted(found)]
 
 
-def is_damaged(shard: Shard) -> bool:
-    """Whether its bytes do not match the checksum in its name."""
-    return sha256(shard.file)[:16] != shard.checksum
+def is_damaged(file: Path) -> bool:
+    """Whether the bytes of a shard do not match the checksum in its name."""
+    match = SHARD_NAME.fullmatch(file.name)
+    return match is None or sha256(file)[:16] != match["checksum"]
 
 
 def remove_leftovers(directory: Path) -> None:

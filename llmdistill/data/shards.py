@@ -94,7 +94,7 @@ class Share:
         remove_leftovers(directory)
         mine = self.part(count)
         for shard in finished_shards(directory, "train"):
-            if shard.index in mine and is_damaged(shard):
+            if shard.index in mine and is_damaged(shard.file):
                 say(name, f"{shard.file} is damaged; making it again")
                 shard.file.unlink()
         there, begun = indices(directory), set[int]()
@@ -314,7 +314,7 @@ def _undamaged(name: str, shards: Iterable[Shard]) -> list[Shard]:
     """The shards whose bytes match their checksums, whichever worker made them."""
     whole = []
     for shard in shards:
-        if is_damaged(shard):
+        if is_damaged(shard.file):
             say(name, f"{shard.file} is damaged; rerun its worker to replace it")
         else:
             whole.append(shard)

@@ -82,7 +82,7 @@ class SharedShards:
         """Upload shards that a killed worker had finished here."""
         there = self.indices()
         for shard in finished_shards(self.directory, "train") if self.copy else ():
-            if shard.index not in there and not is_damaged(shard):
+            if shard.index not in there and not is_damaged(shard.file):
                 self.put(shard)
 
     def gather(self, count: int) -> bool:

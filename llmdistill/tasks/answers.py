@@ -11,6 +11,7 @@ from typing import Any
 
 import regex
 
+from llmdistill.data.rows import storable
 from llmdistill.errors import InputError
 
 _FENCE = re.compile(r"^(```+|~~~+)(.*)\n?", re.MULTILINE)
@@ -192,11 +193,6 @@ def problem(validator: Any, value: Any, file: str | Path) -> str | None:
         # What a reference leads to has not been checked to be a schema.
         raise InputError(f"{file}: cannot be used as a JSON schema: {reason}") from None
     return storable(f"{error.json_path}: {error.message}") if error else None
-
-
-def storable(text: str) -> str:
-    """Text without lone surrogates, which JSON can represent and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def contradiction(schema: Any, path: str = "$") -> str | None:

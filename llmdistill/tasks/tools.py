@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote
 
+from llmdistill.data.rows import storable
 from llmdistill.errors import InputError
-from llmdistill.tasks.answers import canonical, contradiction, problem, read_answer, storable
+from llmdistill.tasks.answers import canonical, contradiction, problem, read_answer
 from llmdistill.tasks.task import Item, Task, check_targets
 
 METRIC = "call_match"
