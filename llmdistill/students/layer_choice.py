@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llmdistill.config.student import Prune
 from llmdistill.data.collator import DistillCollator, text_only
@@ -19,7 +18,7 @@ from llmdistill.data.targets import Array
 from llmdistill.errors import InputError
 from llmdistill.models.forward import completion_logits, replaced_forward
 from llmdistill.students.pruning import Importance, Kept, choose, measure, prune_model
-from llmdistill.students.refit import ResidualPath, Sweep, batches_of, refit, residual_paths, solve, solved_weights
+from llmdistill.students.refit import ResidualPath, States, Sweep, batches_of, refit, residual_paths, solve, solved_weights
 
 _CANDIDATES = 10  # layers tried for each removal: those with the least block influence in the current student
 _JUDGED = 4  # one calibration row in this many is used to measure the KL instead of solving
@@ -136,10 +135,9 @@ def _tried(
             while done < upto:
                 theirs.advance(done)
                 done += 1
-            targets = [states_BTD[mask_BT] for states_BTD, mask_BT in zip(theirs.states, theirs.masks, strict=True)]
             weights = solved_weights(student.get_decoder().layers[place - 1])
             old = [weight.clone() for weight in weights]
-            solve(ours, place - 1, targets, paths[layers[place - 1]], ridge)
+            solve(ours, place - 1, theirs.at_tokens, paths[layers[place - 1]], ridge)
             found.append((place, _kl_without(student, place, judged.states, nearness)))
             for weight, before in zip(weights, old, strict=True):
                 weight.copy_(before)
@@ -148,7 +146,7 @@ def _tried(
     return found
 
 
-def _kl_without(student: Any, place: int, states: list[Tensor], nearness: TeacherKl) -> float:
+def _kl_without(student: Any, place: int, states: States, nearness: TeacherKl) -> float:
     """The KL without a layer, given the hidden states before the preceding layer, batch by batch."""
     layers = student.get_decoder().layers
     before = layers[place - 1]

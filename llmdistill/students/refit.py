@@ -10,12 +10,15 @@ Shapes: B rows of a batch, T tokens, N positions of a batch that are not padding
 of the attention heads.
 """
 
-from collections.abc import Callable, Sequence
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +30,7 @@ from llmdistill.models.forward import replaced_forward
 from llmdistill.students.pruning import Kept
 
 Batch = dict[str, Tensor]
+Targets = Callable[[int], Tensor]  # of a batch's number: the desired output at its positions, shape (N, D)
 _PROBE_TOKENS = 8
 _NOT_LINEAR = 1e-3  # share of a change in a layer's output; rounding to float32 is a thousandth of it, a norm leaves about 1
 _NORM = "post_feedforward_layernorm"  # after the MLP and before the sum: gemma, olmo2
@@ -70,8 +74,9 @@ def refit(
     times. The error of these rows never increases. A bias is not changed. If channels were removed, Y is the teacher's state
     on those that are kept.
 
-    Teacher and student process the rows layer by layer, the teacher once and the student three times. Memory holds four hidden
-    states of every position, 16 · D bytes, and the equations, 16 · (F + H) · (F + H + D) bytes regardless of the number of rows.
+    Teacher and student process the rows layer by layer, the teacher once and the student three times. Memory does not depend on
+    the number of rows: the equations take 16 · (F + H) · (F + H + D) bytes, and the hidden states are in temporary files, up to
+    four of every position, 16 · D bytes.
 
     Args:
         student: pruned from the teacher by `prune_model`, in float32.
@@ -98,9 +103,7 @@ def refit(
         for layer in range(done, source + 1):
             theirs.advance(layer)
         done = source + 1
-        masks = (batch["attention_mask"].bool() for batch in batches)
-        targets = [states_BTD[mask_BT][:, channels] for states_BTD, mask_BT in zip(theirs.states, masks, strict=True)]
-        ours.states, error = solve(ours, number, targets, paths[number], ridge)
+        ours.states, error = solve(ours, number, lambda index: theirs.at_tokens(index)[:, channels], paths[number], ridge)
         errors.append(error)
     return errors
 
@@ -111,14 +114,14 @@ def solved_weights(layer: Any) -> list[Tensor]:
 
 
 def solve(
-    sweep: "Sweep", number: int, targets: list[Tensor], path: ResidualPath, ridge: float
-) -> tuple[list[Tensor], tuple[float, float]]:
+    sweep: "Sweep", number: int, targets: Targets, path: ResidualPath, ridge: float
+) -> tuple["States", tuple[float, float]]:
     """Solve for the `o_proj` and `down_proj` of layer `number`, in place.
 
     Args:
         sweep: positioned before the layer, and not moved.
         number: number of the layer.
-        targets: the desired output, batch by batch, shape (N, D).
+        targets: the desired output of the layer.
         path: path of the layer.
         ridge: as in `refit`.
 
@@ -156,7 +159,7 @@ def solve(
 
 
 def _solution(
-    sweep: "Sweep", number: int, targets: list[Tensor], path: ResidualPath, ridge: float, with_attention: bool = False
+    sweep: "Sweep", number: int, targets: Targets, path: ResidualPath, ridge: float, with_attention: bool = False
 ) -> tuple[float, Tensor]:
     """The error before, and the update of scale · g · W by the equations on all batches.
 
@@ -169,8 +172,8 @@ def _solution(
     gram_XX = torch.zeros(sum(sizes), sum(sizes), dtype=torch.float64, device=device)
     cross_XD = torch.zeros(sum(sizes), down.out_features, dtype=torch.float64, device=device)
     error = 0.0
-    for index, target_ND in enumerate(targets):
-        seen, mask_BT = sweep.seen(number, index), sweep.masks[index]
+    for index, mask_BT in enumerate(sweep.masks):
+        seen, target_ND = sweep.seen(number, index), targets(index)
         weight_N1 = _weights(target_ND)
         gap_ND = (target_ND - seen.output_BTD[mask_BT]) * weight_N1
         a_NX = seen.input_BTF[mask_BT]
@@ -184,7 +187,7 @@ def _solution(
         cross_XD += (a_NX.T @ gap_ND).to(device)
         error += _squares(gap_ND)
     solution_DX = ridge_solution(gram_XX, cross_XD, ridge, sizes).T
-    return error / sum(map(len, targets)), solution_DX.to(widest(down.weight)).to(down.weight.device)
+    return error / sweep.tokens, solution_DX.to(widest(down.weight)).to(down.weight.device)
 
 
 def _squares(values: Tensor) -> float:
@@ -326,19 +329,48 @@ class _Seen(NamedTuple):
         return cls(inside["heads"][0], input_BTF, down_BTD, inside.get("norm", inside["down"])[1], output_BTD)
 
 
+class States:
+    """Hidden states of all batches, shape (B, T, D) each, in a temporary file, so that memory does not grow with their number."""
+
+    def __init__(self, states: Iterator[Tensor]) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the last reference
+        self._places: list[tuple[int, torch.Size]] = []
+        for states_BTD in states:
+            self._places.append((self._file.tell(), states_BTD.shape))
+            self._write(states_BTD)
+        self._device, self._dtype = states_BTD.device, states_BTD.cpu().numpy().dtype
+
+    def __getitem__(self, index: int) -> Tensor:
+        place, shape = self._places[index]
+        self._file.seek(place)
+        values = np.fromfile(self._file, self._dtype, math.prod(shape))
+        return torch.from_numpy(values.reshape(shape)).to(self._device)
+
+    def __setitem__(self, index: int, states_BTD: Tensor) -> None:
+        self._file.seek(self._places[index][0])
+        self._write(states_BTD)
+
+    def _write(self, states_BTD: Tensor) -> None:
+        self._file.write(states_BTD.contiguous().cpu().numpy().data)
+
+
 class Sweep:
-    """A model's hidden states before one layer after the other, on all batches; `states` have shape (B, T, D)."""
+    """A model's hidden states before one layer after the other, on all batches."""
 
     def __init__(self, model: Any, batches: list[Batch]) -> None:
         self.layers = model.get_decoder().layers
         self.masks = [batch["attention_mask"].bool() for batch in batches]
-        calls = [_calls(model, batch) for batch in batches]
-        self.states: list[Tensor] = [of_batch[0][0] for of_batch in calls]
-        self._arguments = [[(args, kwargs) for _, args, kwargs in of_batch] for of_batch in calls]
+        self.tokens = sum(int(mask_BT.sum()) for mask_BT in self.masks)
+        self._arguments_of = [partial(_calls, model, batch) for batch in batches]
+        self.states = States(calls()[0][0] for calls in self._arguments_of)
+
+    def at_tokens(self, index: int) -> Tensor:
+        """The states of batch `index` at its positions that are not padding, shape (N, D)."""
+        return self.states[index][self.masks[index]]
 
     def output(self, number: int, index: int) -> Tensor:
         """The output of layer `number` for the states of batch `index`, shape (B, T, D)."""
-        args, kwargs = self._arguments[index][number]
+        _, args, kwargs = self._arguments_of[index]()[number]  # computed each time: masks are larger than the states
         found: Tensor = self.layers[number](self.states[index], *args, **kwargs)
         return found
 
@@ -351,12 +383,18 @@ class Sweep:
         for index in range(len(self.states)):
             self.states[index] = self.output(number, index)
 
-    def moved(self, number: int, targets: list[Tensor]) -> tuple[list[Tensor], float]:
-        """The states after layer `number`, and the mean of |Y − state|² / |Y|² for targets Y of shape (N, D)."""
-        states = [self.output(number, index) for index in range(len(self.states))]
-        pairs = zip(targets, states, self.masks, strict=True)
-        squares = [_squares((y_ND - states_BTD[mask_BT]) * _weights(y_ND)) for y_ND, states_BTD, mask_BT in pairs]
-        return states, sum(squares) / sum(map(len, targets))
+    def moved(self, number: int, targets: Targets) -> tuple[States, float]:
+        """The states after layer `number`, and the mean of |Y − state|² / |Y|² for targets Y."""
+        squares = 0.0
+
+        def outputs() -> Iterator[Tensor]:
+            nonlocal squares
+            for index, mask_BT in enumerate(self.masks):
+                states_BTD, target_ND = self.output(number, index), targets(index)
+                squares += _squares((target_ND - states_BTD[mask_BT]) * _weights(target_ND))
+                yield states_BTD
+
+        return States(outputs()), squares / self.tokens
 
 
 def _calls(model: Any, batch: Batch) -> list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:

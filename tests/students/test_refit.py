@@ -1,6 +1,8 @@
 """The refit of a pruned student, against a float64 solution of its own and what it must never do."""
 
 import copy
+import gc
+import sys
 
 import numpy as np
 import pytest
@@ -184,6 +186,26 @@ def test_batches_padding_and_the_order_of_rows_do_not_matter(batch_size):
     refit(want, teacher, kept, ROWS, 1.0, batch_size=3)
     refit(student, teacher, kept, ROWS[::-1], 1.0, batch_size=batch_size)
     torch.testing.assert_close(student.state_dict(), want.state_dict(), rtol=0, atol=2e-5)
+
+
+def test_memory_does_not_depend_on_the_number_of_rows(monkeypatch):
+    def bytes_of_tensors():
+        storages = (found.untyped_storage() for found in gc.get_objects() if type(found) is torch.Tensor)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def most(rows):
+        found = []
+        monkeypatch.setattr(module, "ridge_solution", lambda *args: (found.append(bytes_of_tensors()), ridge_solution(*args))[1])
+        refit(*cut, rows, 1.0, batch_size=2)
+        return max(found)
+
+    module = sys.modules[refit.__module__]
+    teacher = random_model()
+    student, kept = cut_of(teacher, layers=[0, 2])
+    cut = student, teacher, kept
+    few, many = ([{"input_ids": np.arange(30) % 64, "completion_start": 2}] * count for count in (4, 64))
+    ids_and_masks = 8 + 8 + 2 * 1
+    assert most(many) - most(few) <= 60 * 30 * ids_and_masks
 
 
 def test_sliding_windows_and_kinds_of_layers_are_those_of_the_model():
