@@ -380,7 +380,7 @@ class Sweep:
 
     def advance(self, number: int) -> None:
         """Move all states past layer `number`."""
-        for index in range(len(self.states)):
+        for index in range(len(self.masks)):
             self.states[index] = self.output(number, index)
 
     def moved(self, number: int, targets: Targets) -> tuple[States, float]:
