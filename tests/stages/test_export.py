@@ -161,7 +161,7 @@ def test_gguf_is_a_file_in_each_of_three_types(run):
     output, made, screen = run(formats=["gguf"])
     assert list(made) == ["gguf-f16", "gguf-q8_0", "gguf-q4_k_m"]
     costs = [made[name]["kl"]["mean"] for name in made]
-    assert costs[0] < 1e-4 < costs[1] < 1e-2 < costs[2]
+    assert costs[0] < 1e-4 < costs[1] < costs[2] / 10
     linear, others = 0, 0
     for weight in weights(output / "student").values():
         linear, others = linear + (weight.ndim > 1) * weight.numel(), others + (weight.ndim == 1) * weight.numel()
